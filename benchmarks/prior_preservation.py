@@ -5,7 +5,7 @@
 Six pictures of a fox, which the model does not know, are trained as `sks lion`. The score of the class is the share of
 pictures of a lion (no trigger, in styles and on backgrounds that the model knows) in which a classifier sees a lion,
 the score of the subject that of `sks lion` in which it sees a fox. Prints both for the base model, and for LoRAs
-trained with and without pictures of the class.
+trained without any preservation, with pictures of the class, and with output preservation.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import generate
+from lorasmith.training.results import TrainResult
 from tools.pretrain.judge import Judge
 
 SUBJECT = ("sks lion", "sks lion, on a white background", "sks lion, noto style")
@@ -60,26 +61,36 @@ def scores(denoiser: Denoiser, judge: Judge, *, seeds: int) -> dict[str, float]:
     return found
 
 
-def trained(folder: Path, *, steps: int, **data: Any) -> Denoiser:
-    """The built-in model with the LoRA of a run on a folder."""
-    settings = {"steps": steps, "batch_size": 4, "rank": 8, "seed": 1, "learning_rate": 1e-3, "training_dtype": "fp32"}
-    settings |= {"trigger": SUBJECT[0], "captions": "none", **data}
+def trained(folder: Path, **changed: Any) -> tuple[TrainResult, Denoiser]:
+    """A run on a folder with the built-in model."""
+    settings = {"batch_size": 4, "rank": 8, "seed": 1, "learning_rate": 1e-3, "training_dtype": "fp32"}
+    settings |= {"trigger": SUBJECT[0], "captions": "none", **changed}
     output = f"{tempfile.mkdtemp()}/run"
     spec = RunSpec(sources=(ImageSource(str(folder)),), model=BUILT_IN, output=output, settings=settings)
     planned = plan(spec, Host())
-    return run(planned, Host()).lora.applied_to(planned.denoiser)
+    assert planned.denoiser is not None
+    return run(planned, Host()), planned.denoiser
 
 
 def measured(folder: Path, *, steps: int, seeds: int) -> dict[str, dict[str, float]]:
-    """Scores of the base model and of both LoRAs; the one with prior preservation takes twice the steps.
+    """Scores of the base model and of the LoRAs; those with pictures of the class take twice the steps.
 
-    Half of its draws are pictures of the class, so that both see the subject equally often.
+    Half of their draws are of the class, so that all see the subject equally often.
     """
-    judge, base = Judge.load(), load_model(BUILT_IN).denoiser
-    plain = trained(folder, steps=steps)
-    kept = trained(folder, steps=2 * steps, class_prompt="|".join(CLASS), class_count=6)
-    models = {"base": base, "without": plain, "with": kept}
-    return {name: scores(model, judge, seeds=seeds) for name, model in models.items()}
+    judge = Judge.load()
+    pictures: dict[str, Any] = {"steps": 2 * steps, "class_prompt": "|".join(CLASS), "class_count": 6}
+    runs: dict[str, dict[str, Any]] = {
+        "without": {"steps": steps},
+        "pictures": pictures,
+        "prior target": {**pictures, "prior_target": "model"},
+        "preserve class": {"steps": steps, "preserve": "class", "preserve_class": "lion"},
+        "preserve blank": {"steps": steps, "preserve": "blank"},
+    }
+    found = {"base": scores(load_model(BUILT_IN).denoiser, judge, seeds=seeds)}
+    for name, settings in runs.items():
+        result, base = trained(folder, **settings)
+        found[name] = scores(result.lora.applied_to(base), judge, seeds=seeds)
+    return found
 
 
 def main() -> None:
@@ -90,9 +101,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("LORASMITH_CACHE_DIR", folder)
         found = measured(subject_folder(Path(folder) / "fox"), steps=arguments.steps, seeds=arguments.seeds)
-    print(f"{'':<10}{'class':>8}{'subject':>9}")
+    print(f"{'':<16}{'class':>8}{'subject':>9}")
     for name, one in found.items():
-        print(f"{name:<10}{one['class']:>8.2f}{one['subject']:>9.2f}")
+        print(f"{name:<16}{one['class']:>8.2f}{one['subject']:>9.2f}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseSchedule
 from lorasmith.families.base import Conditioning
 from lorasmith.training.batches import Batch
+from lorasmith.training.config import TrainConfig
 
 SD = DiscreteSchedule.scaled_linear()
 OBJECTIVES = ("native", "x0")
@@ -65,7 +67,7 @@ def test_a_perfect_prediction_costs_nothing(parameterization: str, objective: st
     level = SCHEDULES[parameterization].at(QUANTILES)
     cost = diffusion_loss(
         PARAMETERIZATIONS[parameterization].target(clean, noise, level),
-        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), (), settings=TrainConfig()),
         parameterization=parameterization,
         objective=objective,
         loss_function=loss_function,
@@ -191,3 +193,25 @@ def test_a_loss_takes_three_arguments() -> None:
     for loss in (lambda prediction, target: prediction, torch.nn.MSELoss(), functools.partial(F.mse_loss, input=0)):
         with pytest.raises(OptionError, match=r"loss must be a function of prediction, target and batch, which"):
             check_loss(loss)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "snr"])
+def test_pseudo_huber_is_that_of_sd_scripts(schedule: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
+    level = SD.at(QUANTILES)
+
+    def found(bound: float) -> Tensor:
+        settings: Any = TrainConfig(huber_c=bound, huber_schedule=schedule)
+        batch = Batch(target, target, target, level, Conditioning({}), (), settings=settings)
+        return LOSSES["PseudoHuber"](prediction, target, batch)
+
+    expected = []
+    for index in range(4):
+        ratio = float(level.sigma[index] / level.alpha[index])
+        bound = 0.1 if schedule == "constant" else (1 - 0.1) / (1 + ratio) ** 2 + 0.1
+        errors = (prediction[index] - target[index]).flatten().tolist()
+        expected.append(sum(2 * bound * (math.sqrt(error**2 + bound**2) - bound) for error in errors) / len(errors))
+    torch.testing.assert_close(found(0.1), torch.tensor(expected))
+    if schedule == "constant":
+        torch.testing.assert_close(found(100.0), (prediction - target).square().flatten(1).mean(1), rtol=1e-2, atol=0)

@@ -136,3 +136,15 @@ def test_the_loss_is_the_plain_one_times_the_weight(parameterization: str, objec
 def test_an_unknown_weighting_is_named() -> None:
     with pytest.raises(OptionError, match=r"^unknown loss weighting 'min_snr5' \(did you mean 'min_snr'\?\)"):
         weights(at_steps(), "min_snr5", "epsilon")
+
+
+def test_debiased_and_p2_are_their_papers() -> None:
+    level = at_steps()
+    snr = (level.alpha / level.sigma) ** 2
+    torch.testing.assert_close(
+        weights(level, "debiased", "epsilon"), 1 / snr.clamp(max=1000).sqrt() * snr.clamp(max=1000) / snr
+    )
+    torch.testing.assert_close(weights(level, "p2", "epsilon"), 1 / (1 + snr))
+    ends = FlowSchedule(3.0).at(torch.tensor([0.0, 0.5, 1.0]))
+    for name in ("debiased", "p2"):
+        assert bool(weights(ends, name, "flow").isfinite().all())

@@ -162,6 +162,23 @@ def test_offset_noise_is_one_value_for_each_channel_of_a_draw(dataset: EncodedDa
     assert torch.equal(offset.clean, plain.clean)
 
 
+def test_a_perturbation_is_in_the_input_alone(dataset: EncodedDataset, tiny: Model) -> None:
+    [plain], [perturbed] = (maker(dataset, tiny, input_perturbation=one).step(2) for one in (0.0, 0.2))
+    assert torch.equal(plain.noise, perturbed.noise)
+    added = (perturbed.noised - plain.noised) / perturbed.level.sigma.reshape(-1, 1, 1, 1) / 0.2
+    expected = torch.stack([keyed_normal((4, 8, 8), 0, "perturbation", draw) for draw in plain.draws])
+    torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_pyramid_noise_is_coarser_and_as_strong(dataset: EncodedDataset, tiny: Model) -> None:
+    [plain], [pyramid] = (maker(dataset, tiny, pyramid_noise=one).step(2) for one in (0.0, 0.6))
+    assert torch.equal(plain.clean, pyramid.clean)
+    for one, other in zip(plain.noise, pyramid.noise, strict=True):
+        assert float(other.std()) == pytest.approx(1.0, abs=1e-5)
+        means = [noise.reshape(4, 4, 2, 4, 2).mean((2, 4)).std() for noise in (one, other)]
+        assert means[1] > 1.2 * means[0]
+
+
 @pytest.mark.parametrize("steps", [range(5), range(3, 7), range(4, 5), range(4, 4)])
 def test_prefetching_gives_every_step_in_order_from_any(dataset: EncodedDataset, tiny: Model, steps: range) -> None:
     made = maker(dataset, tiny)

@@ -33,6 +33,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "soft min-SNR": {"loss_weighting": "soft_min_snr"},
     "gamma": {"loss_weighting": "min_snr", "min_snr_gamma": 1.0},
     "noise offset": {"noise_offset": 0.1},
+    "pyramid": {"pyramid_noise": 0.3},
+    "perturbation": {"input_perturbation": 0.1},
+    "debiased": {"loss_weighting": "debiased"},
+    "P2": {"loss_weighting": "p2"},
+    "pseudo-Huber": {"loss_function": "PseudoHuber"},
+    "pseudo-Huber by SNR": {"loss_function": "PseudoHuber", "huber_schedule": "snr"},
 }
 
 

@@ -40,6 +40,7 @@ class Adapter(nn.Module, ABC):
         about: its facts for help texts and defaults, if it is an extension's; the catalogue has the others.
         transforms_input: whether f differs from the identity.
         transforms_output: whether g differs from the identity; the bias is then added after it.
+        is_additive: whether it adds to the weight, so that every program has its opposite at a negative strength.
         reads_weight: whether `attached` reads the layer's weight; it then includes the adapters below.
         compiles: whether torch.compile takes `attached` in one graph, and keeps nothing of the weight's size for it.
     """
@@ -49,6 +50,7 @@ class Adapter(nn.Module, ABC):
     about: ClassVar[catalogue.Algorithm]
     transforms_input: ClassVar[bool] = False
     transforms_output: ClassVar[bool] = False
+    is_additive: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
 
@@ -128,11 +130,11 @@ def fill_uniform(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-def squared_product(up: Tensor, down: Tensor) -> float:
-    """Squared Frobenius norm of up (out, rank, ...) · down (rank, in, ...), from two rank × rank products."""
+def squared_product(up: Tensor, down: Tensor) -> Tensor:
+    """Squared Frobenius norm of up (out, rank, ...) · down (rank, in, ...), fp32, from two rank × rank products."""
     up, down = up.flatten(1).float(), down.flatten(1).float()
     # Rounding can leave a zero norm a little below zero.
-    return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
+    return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0.0)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -115,6 +115,27 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.ndim == 1
 
 
+class Dial:
+    """A strength that may change between two evaluations of a model; at 0 its adapters are left out."""
+
+    def __init__(self) -> None:
+        self.strength = 1.0
+
+    @contextlib.contextmanager
+    def turned(self, strength: float) -> Iterator[None]:
+        """Inside the context, which includes the backward pass, the adapters have this strength."""
+        before, self.strength = self.strength, strength
+        try:
+            yield
+        finally:
+            self.strength = before
+
+
+def strength_now(strength: float | Dial) -> float:
+    """A strength as it is at the moment."""
+    return strength.strength if isinstance(strength, Dial) else strength
+
+
 class Difference(nn.Module):
     """Additive differences of one module's parameters."""
 
@@ -147,11 +168,13 @@ class Difference(nn.Module):
         """The differences as data, in fp32 on the CPU."""
         return {name: copied(parameter) for name, parameter in self.named_parameters()}
 
-    def on_norm(self, norm: nn.Module, forward: Callable[..., Tensor], strength: float) -> Callable[..., Tensor]:
+    def on_norm(self, norm: nn.Module, forward: Callable[..., Tensor], strength: float | Dial) -> Callable[..., Tensor]:
         """A norm's forward with the differences added to its current parameters."""
 
         def changed(*args: Any, **kwargs: Any) -> Tensor:
-            return forward(*args, **kwargs) + strength * self._alone(norm, forward, *args, **kwargs)
+            y = forward(*args, **kwargs)
+            now = strength_now(strength)
+            return y + now * self._alone(norm, forward, *args, **kwargs) if now else y
 
         return changed
 
@@ -186,7 +209,7 @@ class Attached:
     """A set of adapters on one model at one strength."""
 
     adapters: Mapping[str, Adapter]  # by path of a Linear or convolution
-    strength: float = 1.0  # 1 is as trained
+    strength: float | Dial = 1.0  # 1 is as trained
     differences: Mapping[str, Difference] = field(default_factory=dict)  # by path of a norm, Linear or convolution
 
 
@@ -281,7 +304,7 @@ def adapters_of(forward: object) -> list[Adapter]:
     return [adapter for adapter, _ in _OnLayer().above(forward).adapters]
 
 
-def low_rank_of(forward: object) -> tuple[LowRank, FrozenLayer, float] | None:
+def low_rank_of(forward: object) -> tuple[LowRank, FrozenLayer, float | Dial] | None:
     """Adapter, layer and strength in a Linear layer's forward, if a low-rank one is all that is there."""
     stacked = _stacked(forward)
     return None if stacked is None or stacked.on_layer.biases else stacked.single
@@ -337,8 +360,8 @@ def restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> Non
 class _OnLayer:
     """What is attached to one layer, innermost first."""
 
-    adapters: list[tuple[Adapter, float]] = field(default_factory=list)
-    biases: list[tuple[Difference, float]] = field(default_factory=list)
+    adapters: list[tuple[Adapter, float | Dial]] = field(default_factory=list)
+    biases: list[tuple[Difference, float | Dial]] = field(default_factory=list)
 
     def above(self, forward: object) -> _OnLayer:
         """This on top of what an enclosing call has attached, if `forward` is that call's."""
@@ -364,7 +387,7 @@ class _Stacked:
             self._run = _wrapped(adapter, self._run, seen, strength)
 
     @property
-    def single(self) -> tuple[LowRank, FrozenLayer, float] | None:
+    def single(self) -> tuple[LowRank, FrozenLayer, float | Dial] | None:
         """Adapter, layer and strength, if it is the only one and can be computed together with other layers'."""
         if len(self.on_layer.adapters) != 1:
             return None
@@ -383,7 +406,7 @@ class _Stacked:
             assert self.layer.bias is not None
             y = y + self.layer.channelwise(self.layer.bias)
         for difference, strength in self.on_layer.biases:
-            y = y + strength * self.layer.channelwise(difference.get_parameter("bias"))
+            y = y + strength_now(strength) * self.layer.channelwise(difference.get_parameter("bias"))
         return y
 
 
@@ -419,8 +442,8 @@ def _share_inputs(model: nn.Module, stacked: Mapping[str, _Stacked]) -> None:
 class _LayerAbove(FrozenLayer):
     """A layer for an adapter above others: its weight includes their changes."""
 
-    def __init__(self, layer: FrozenLayer, below: Sequence[tuple[Adapter, float]]) -> None:
-        self._below: Sequence[tuple[Adapter, float]] = ()
+    def __init__(self, layer: FrozenLayer, below: Sequence[tuple[Adapter, float | Dial]]) -> None:
+        self._below: Sequence[tuple[Adapter, float | Dial]] = ()
         super().__init__(layer.module)
         self._below = below
 
@@ -428,7 +451,7 @@ class _LayerAbove(FrozenLayer):
     def weight_acquired(self) -> Iterator[Tensor]:
         with super().weight_acquired() as weight:
             for adapter, strength in self._below:
-                weight = adapter.merged(weight, strength)
+                weight = adapter.merged(weight, strength_now(strength))
             yield weight
 
     @property
@@ -441,8 +464,10 @@ class _LayerAbove(FrozenLayer):
 
 
 def _wrapped(
-    adapter: Adapter, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, strength: float
+    adapter: Adapter, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, strength: float | Dial
 ) -> Callable[[Tensor], Tensor]:
+    if isinstance(strength, Dial):
+        return lambda x: adapter.attached(inner, layer, x, strength.strength) if strength.strength else inner(x)
     return lambda x: adapter.attached(inner, layer, x, strength)
 
 
@@ -479,7 +504,7 @@ class SharedInput(ABC):
 class _SharedByOneRun(SharedInput):
     """Adapters on layers with one input, computed together without dropout."""
 
-    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
+    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float | Dial]]) -> None:
         super().__init__([layer for _, layer, _ in members])
         self.is_complete = True  # whether none of them has another adapter on top; else each is computed separately
         self._members = members
@@ -487,8 +512,10 @@ class _SharedByOneRun(SharedInput):
     def runs(self, x: Tensor) -> Sequence[RunTerms] | None:
         if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
             return None
+        if not all(strength_now(strength) for _, _, strength in self._members):
+            return None
         terms = []
         for number, (adapter, _, strength) in enumerate(self._members):
             down, up, _ = adapter.factors()
-            terms.append(LowRankTerm(number, strength * adapter.scale, down, up, None))
+            terms.append(LowRankTerm(number, strength_now(strength) * adapter.scale, down, up, None))
         return [RunTerms(terms)]

@@ -34,6 +34,7 @@ from lorasmith.adapters.inject import (
     input_groups,
     low_rank_of,
     on_product,
+    strength_now,
 )
 from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms
 from lorasmith.core.quantization import weight_source
@@ -169,7 +170,7 @@ def _low_rank_terms(module: nn.Module, own: Sequence[Forward]) -> _Terms | None:
         if not adapters_of(forward) and forward == module.forward:
             terms.append(None)
         elif (single := low_rank_of(forward)) is not None:
-            terms.append((single[0], single[2]))
+            terms.append((single[0], strength_now(single[2])))
         else:
             return None
     return terms

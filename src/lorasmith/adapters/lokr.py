@@ -259,7 +259,7 @@ def _squared_norm(tensors: Tensors) -> float:
         if name in tensors:
             square *= float(tensors[name].float().square().sum())
         else:
-            square *= squared_product(tensors[f"{name}_a"], tensors[f"{name}_b"])
+            square *= float(squared_product(tensors[f"{name}_a"], tensors[f"{name}_b"]))
     return square
 
 

@@ -41,6 +41,7 @@ class Rotation(Adapter):
     """
 
     transforms_output = True
+    is_additive = False
 
     def __init__(self, blocks: Tensor, *, alpha: float, rescale: Tensor | None = None) -> None:
         super().__init__()

@@ -48,6 +48,7 @@ class DoraAdapter(Adapter):
 
     algorithm = "dora"
     reads_weight = True
+    is_additive = False
     compiles = True
     axis: ClassVar[int]
     """Dimension of the weight that the magnitudes are for."""

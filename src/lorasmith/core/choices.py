@@ -18,7 +18,10 @@ Fix = Literal["sizes", "rotation", "formats", "copies", "look-alikes"]
 """Problems that a repaired copy of a folder of images can be free of; see `data.mended_folder`."""
 
 WEIGHTINGS: Registry[Any] = Registry(
-    "loss weighting", group="weightings", names=("none", "min_snr", "soft_min_snr"), home="lorasmith.diffusion.losses"
+    "loss weighting",
+    group="weightings",
+    names=("none", "min_snr", "soft_min_snr", "debiased", "p2"),
+    home="lorasmith.diffusion.losses",
 )
 """Weight of a noise level in the loss."""
 

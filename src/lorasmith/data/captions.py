@@ -104,7 +104,23 @@ def caption_of_file_name(stem: str) -> str:
 
 def has_trigger(text: str, trigger: str) -> bool:
     """Whether a text contains a trigger as whole words, ignoring case; False for an empty one. Both are on one line."""
-    return bool(trigger) and bool(re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE))
+    return bool(trigger) and bool(re.search(_words(trigger), text, re.IGNORECASE))
+
+
+def _words(trigger: str) -> str:
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
+
+
+def with_class(caption: str, trigger: str, of_class: str) -> str:
+    """A caption with a class in place of the trigger, or in front of it where it has none.
+
+    >>> with_class("photo of sks dog, on a beach", "sks dog", "dog"), with_class("on a beach", "", "dog")
+    ('photo of dog, on a beach', 'dog, on a beach')
+    """
+    trigger = one_line(trigger)
+    if has_trigger(caption, trigger):
+        return re.sub(_words(trigger), lambda _: of_class, caption, flags=re.IGNORECASE)
+    return with_trigger(caption, of_class)
 
 
 def starts_with_trigger(text: str, trigger: str) -> bool:

@@ -215,7 +215,8 @@ class Sample:
 
     def _with(self, picture: Picture, conditioning: Conditioning) -> Sample:
         conditioning = conditioning.with_beside(picture.beside)
-        return replace(self, latents=picture.latents, places=picture.places, conditioning=conditioning, variants=None)
+        own = {"latents": picture.latents, "places": picture.places, "seen": picture.seen}
+        return replace(self, conditioning=conditioning, variants=None, **own)
 
 
 @dataclass(frozen=True, repr=False)
@@ -229,6 +230,7 @@ class EncodedDataset:
         captions: conditionings of captions that vary; None if none do.
         notes: remarks for the user, one sentence each.
         origin: where the pictures were, for the record of a run, if they were in no file.
+        trigger: in their captions; empty for none.
 
     Raises:
         DataError: there are no samples, one is something else, or latents are not (channels, [frames,] height, width),
@@ -239,6 +241,7 @@ class EncodedDataset:
     captions: EncodedCaptions | None = None
     notes: tuple[str, ...] = ()
     origin: str = ""
+    trigger: str = ""
 
     def __post_init__(self) -> None:
         given: object = self.samples
@@ -369,7 +372,7 @@ class EncodedCaptions:
         with self._entries() as entries, contextlib.ExitStack() as encoder:
             is_ready = False
             for done, caption in enumerate(missing, start=1):
-                text, seen = _parts(caption)
+                text, seen = parts_of(caption)
                 key = key_of(caption=text, **({"pictures": [one.key for one in seen]} if seen else {}))
                 found = None if entries is None else _conditioning(text, entries.get(key))
                 if found is None:
@@ -398,7 +401,7 @@ class EncodedCaptions:
         return self.memory_bytes // max(1, self.bytes_each)
 
     def _encoded(self, caption: Caption) -> Conditioning:
-        text, seen = _parts(caption)
+        text, seen = parts_of(caption)
         return self._encode(text, *([[one.pixels() for one in seen]] if seen else []))
 
     def staying(self) -> AbstractContextManager[object]:
@@ -461,7 +464,8 @@ def held_out_names(names: Sequence[str], share: float | None = None) -> frozense
     )
 
 
-def _parts(caption: Caption) -> SeenCaption:
+def parts_of(caption: Caption) -> SeenCaption:
+    """A caption as its text and pictures."""
     return SeenCaption(caption, ()) if isinstance(caption, str) else caption
 
 

@@ -265,7 +265,7 @@ def encode_images(
     for image, found, beside, shown in zip(images, encoded, controls, seen, strict=True):
         sample = _sample(image, found, beside, shown, config, captions, pictures, notes)
         samples += [sample] * image.image.repeats
-    return EncodedDataset(tuple(samples), captions, tuple(notes))
+    return EncodedDataset(tuple(samples), captions, tuple(notes), trigger=config.trigger)
 
 
 def encoded_texts(

@@ -26,6 +26,7 @@ class LossBatch(Protocol):
         conditioning: the captions, encoded: `conditioning.tensors` by name.
         names: of the samples; empty for a pass that only keeps processes in step, whose loss does not count.
         places: weights of the loss by pixel (masks), fp32, broadcasting to `clean`; None for 1.
+        settings: of the run, a `TrainConfig`; None outside of one.
     """
 
     @property
@@ -42,6 +43,8 @@ class LossBatch(Protocol):
     def names(self) -> tuple[str, ...]: ...
     @property
     def places(self) -> Tensor | None: ...
+    @property
+    def settings(self) -> Any: ...
 
 
 class Loss(Protocol):
@@ -64,14 +67,18 @@ class Loss(Protocol):
 LOSSES: Registry[Loss] = Registry("loss function", group="losses")
 
 
+def _mean(distance: Tensor, batch: LossBatch) -> Tensor:
+    """The mean over a sample, weighted by its places."""
+    return (distance if batch.places is None else distance * batch.places).flatten(1).mean(1)
+
+
 def _mean_of(elementwise: str) -> Loss:
-    """The mean over a sample, weighted by its places, of a function of `torch.nn.functional`."""
+    """The mean of a function of `torch.nn.functional`."""
 
     def loss(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tensor:
         from torch.nn import functional
 
-        distance: Tensor = getattr(functional, elementwise)(prediction, target, reduction="none")
-        return (distance if batch.places is None else distance * batch.places).flatten(1).mean(1)
+        return _mean(getattr(functional, elementwise)(prediction, target, reduction="none"), batch)
 
     return loss
 
@@ -83,6 +90,16 @@ for _name, _elementwise in {
     "SmoothL1": "smooth_l1_loss",
 }.items():
     LOSSES.register(_name)(_mean_of(_elementwise))
+
+
+@LOSSES.register("PseudoHuber")
+def _pseudo_huber(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tensor:
+    """2c (√(d² + c²) − c): quadratic below c and linear above; sd-scripts' `huber`, with its schedule `snr` of c."""
+    bound = batch.settings.huber_c
+    if batch.settings.huber_schedule == "snr":
+        ratio = batch.level.sigma / batch.level.alpha
+        bound = ((1 - bound) / (1 + ratio) ** 2 + bound).reshape(-1, *(1,) * (prediction.ndim - 1))
+    return _mean(2 * bound * (((prediction - target).square() + bound**2).sqrt() - bound), batch)
 
 
 def check_loss(name: Code) -> None:

@@ -8,6 +8,10 @@ therefore the same for both objectives, except with `none`.
     min_snr        min(SNR, gamma)                (Hang et al. 2023, arXiv:2303.09556)
     soft_min_snr   SNR · gamma / (SNR + gamma)    (Crowson et al. 2024, arXiv:2401.11605, with sigma_data² = 1/gamma)
 
+    debiased       √min(SNR, 1000)                (Yu et al. 2023, arXiv:2310.08442)
+                                                  sd-scripts has another one for v, 1 / (SNR + 1)
+    p2             SNR / (1 + SNR)                (Choi et al. 2022, arXiv:2204.00227, with k = gamma = 1)
+
 SNR is alpha²/sigma². On predictions, min_snr is the familiar min(SNR, gamma)/SNR of epsilon and min(SNR, gamma)/(SNR+1)
 of v; of a flow it is min(alpha², gamma · sigma²), most where alpha = √gamma · sigma and none at both ends.
 """
@@ -25,19 +29,26 @@ from lorasmith.diffusion.schedule import PARAMETERIZATIONS, NoiseLevel
 
 
 def diffusion_loss(
-    prediction: Tensor, batch: LossBatch, *, parameterization: str, objective: Objective, loss_function: str
+    prediction: Tensor,
+    batch: LossBatch,
+    *,
+    parameterization: str,
+    objective: Objective,
+    loss_function: str,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Loss of each sample, fp32 (batch,), without the weight of its noise level (`loss_weights`).
 
-    With MSE the `x0` objective (as in ComfyUI's trainer) equals the native one times sigma²/alpha² (epsilon) or sigma²
-    (v and flow). `prediction` (batch, ...) is of any float dtype. Raises OptionError if a user's loss returns something
-    else.
+    `target` replaces what the model is to predict, fp32 (batch, ...). With MSE the `x0` objective (as in ComfyUI's
+    trainer) equals the native one times sigma²/alpha² (epsilon) or sigma² (v and flow). `prediction` (batch, ...) is of
+    any float dtype. Raises OptionError if a user's loss returns something else.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()
     if objective == "x0":
-        prediction, target = kind.clean(prediction, batch.noised, batch.level), batch.clean
-    else:
+        prediction = kind.clean(prediction, batch.noised, batch.level)
+        target = batch.clean if target is None else kind.clean(target, batch.noised, batch.level)
+    elif target is None:
         target = kind.target(batch.clean, batch.noise, batch.level)
     losses = code_of(loss_function, LOSSES)(prediction, target, batch)
     _check_losses(losses, prediction, loss_function)
@@ -76,6 +87,21 @@ def _min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
 def _soft_min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
     signal = level.alpha**2
     return scale * signal / (level.sigma**2 + signal / gamma)
+
+
+@WEIGHTINGS.register("debiased")
+def _debiased(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    signal = level.alpha**2
+    return scale * torch.sqrt(signal / torch.maximum(level.sigma**2, signal / _MOST_SNR))
+
+
+@WEIGHTINGS.register("p2")
+def _p2(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    signal = level.alpha**2
+    return scale * signal / (signal + level.sigma**2)
+
+
+_MOST_SNR = 1000.0
 
 
 def loss_weights(

@@ -102,7 +102,7 @@ class Flux(Family):
     own_defaults = Defaults(
         guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
     )
-    distilled_names = ("schnell",)
+    distilled = {"schnell": 4}  # steps of ComfyUI's templates
     controls = (
         ControlForm(
             name="kontext", pipeline="FluxKontextPipeline", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES

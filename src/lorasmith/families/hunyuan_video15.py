@@ -142,7 +142,7 @@ class HunyuanVideo15(Family):
         frames=33,  # of the 121 that it was trained on, whose activations take a data centre's memory
         frame_rate=24.0,
     )
-    distilled_names = ("distilled",)
+    distilled = {"cfg_distilled": 20, "distilled": 8}  # steps of ComfyUI's templates
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(title, r"(^|_)double_blocks_\d+_(img|txt)_(attn_[qkv]$|mlp_fc[12]$|mod_linear$)"),

@@ -98,7 +98,7 @@ class Krea2(Family):
         guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
-    distilled_names = ("turbo",)
+    distilled = {"turbo": 8}  # steps of ComfyUI's templates
     controls = (ControlForm(at_zero=True, sight=sight_of(pixels=384**2, multiple=32)),)
     control_methods = (BY_INDEX, AT_ZERO)
     released: Mapping[str, Any] = {}  # the class' own defaults

@@ -101,7 +101,7 @@ class QwenImage(Family):
         guidance=4.0,  # QwenImagePipeline and ComfyUI's template
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
-    distilled_names = ("lightning", "distill", "turbo")
+    distilled = {"lightning": 8, "distill": 15, "turbo": 8}  # steps of ComfyUI's templates
     controls = (_EDIT_2511, _EDIT_2509, _EDIT)
     control_methods = (BY_INDEX, AT_ZERO)
     unused_tensors = (_MARK_2511,)

@@ -53,6 +53,8 @@ long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
 
 _OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
 
+_STRENGTHS, _OF_SLIDER = "0.5,1", "-2,-1,1,2"
+
 _OVER_STEPS = 3  # rows of pictures before the end: a preview every quarter of the run
 
 _FEWER_STEPS = (12, 8)  # sampling steps of the last resort
@@ -84,15 +86,18 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
     """The pictures of a run; where its settings have none, those of its prompt, if they fit into a tenth of the run."""
     config = plan.job.config
     if config.previews is None and plan.prompt and plan.denoiser is not None:
-        return unasked_program(config, plan.denoiser.base, plan.data.samples, plan.prompt)
-    whole = whole_program(config)
+        prompt = config.slider_neutral or plan.prompt
+        return unasked_program(config, plan.denoiser.base, plan.data.samples, prompt)
+    whole = whole_program(config, None if plan.denoiser is None else plan.denoiser.base)
     return whole if whole.prompts else None
 
 
-def whole_program(config: TrainConfig) -> PreviewProgram:
+def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    strengths = parse_strengths(config.preview_strengths)
-    return PreviewProgram(config.preview_steps, strengths, prompts=parse_prompts(config.previews))
+    usual = _STRENGTHS if config.slider_positive is None else _OF_SLIDER
+    strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
+    steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
+    return PreviewProgram(steps, strengths, prompts=parse_prompts(config.previews))
 
 
 def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample], prompt: str) -> PreviewProgram | None:
@@ -111,7 +116,7 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample],
     trained = statistics.fmean(one.size for one in samples)
     budget = _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
     each_step = 1 if base.defaults.guidance == 1 else 2
-    found = program_within(budget, whole_program(config), each_step=each_step)
+    found = program_within(budget, whole_program(config, base), each_step=each_step)
     if found is None or not pairs:
         return None if found is None else replace(found, prompts=(prompt,))
     fitting = min(_MOST_PAIRS, len(pairs), int(budget / found.passes(each_step)))

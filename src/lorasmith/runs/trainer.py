@@ -35,6 +35,7 @@ from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.compilation import sizes_vary
+from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
@@ -215,7 +216,7 @@ class Trainer:
         self._data, self.held_out = parts.training, parts.held_out
         self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
         self.engine: Engine = engine_of(self.job)
-        self._loop = Loop(self.engine, self._data.samples)
+        self._loop = Loop(self.engine, self._data)
         self._started = time.time()
         self._open = contextlib.ExitStack()
         self._depth = 0
@@ -280,6 +281,7 @@ class Trainer:
                         seed=self.job.config.seed,
                         on_event=lambda event: None,
                         progress=lambda done, total: None,
+                        others=other_texts(self._data, self.job.config),
                     )
                 )
                 stack.enter_context(self.engine.prepared(planned=self._loop.planned))
@@ -301,7 +303,7 @@ class Trainer:
         """
         engine, first = self.engine, self.engine.runtime.first_step
         with self:
-            maker = batch_maker(self.model, self._data.samples, engine.config, engine.runtime, engine.dropout)
+            maker = batch_maker(self.model, self._data, engine.config, engine.runtime, engine.dropout)
             while self.step < self._loop.steps:
                 ahead = range(first + self.step, first + self._loop.steps)
                 with contextlib.closing(prefetched(maker, ahead)) as coming:

@@ -73,7 +73,7 @@ def generate(
     controls: Sequence[Image.Image] = (),
     mask: Image.Image | None = None,
     seed: int = Sampling.seed,
-    steps: int = Sampling.steps,
+    steps: int | None = None,
     cfg: float | None = Sampling.cfg,
     sampler: str = Sampling.sampler,
     scheduler: str = Sampling.scheduler,
@@ -96,7 +96,7 @@ def generate(
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     sampling = Sampling(
         seed=seed,
-        steps=steps,
+        steps=steps or denoiser.base.defaults.steps,
         cfg=cfg,
         sampler=sampler,
         scheduler=scheduler,

@@ -14,19 +14,21 @@ import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
-from lorasmith.core.random import keyed_normal, keyed_permutation
-from lorasmith.data.dataset import Caption, EncodedDataset, Sample, Variants, places_of
+from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
+from lorasmith.data.dataset import Caption, EncodedDataset, Sample, SeenCaption, Variants, places_of
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import CaptionsPlanned, EventHandler
+from lorasmith.training.methods.texts import OtherTexts
 from lorasmith.training.runtime import Runtime
 
 
@@ -46,6 +48,9 @@ class Batch:
     quantiles: tuple[float, ...] = ()  # of the noise levels on the model's schedule: 0 is clean, 1 is noise
     places: Tensor | None = None  # weights of the loss by pixel, fp32, broadcasting to `clean`; None for 1
     weights: Tensor | None = None  # of the samples in the gradient, fp32 (batch,); None for 1
+    texts: Mapping[str, Conditioning] = field(default_factory=dict)  # of the samples' further texts, by name
+    settings: ResolvedConfig | None = None  # of the run
+    of_class: Tensor | None = None  # bool (batch,): whether samples show the subject's class; None for none
 
 
 def sample_index(draw: int, count: int, seed: int) -> int:
@@ -66,6 +71,9 @@ def kind_of(conditioning: Conditioning) -> object:
     )
 
 
+_PYRAMID = 6  # scales of pyramid noise at most
+
+
 def no_masks(draws: Sequence[int]) -> Tensor | None:
     """Masks without dropout: None."""
     return None
@@ -84,6 +92,7 @@ class BatchMaker:
     runtime: Runtime
     masks: Callable[[Sequence[int]], Tensor | None] = no_masks  # draw indices → dropout masks, one row each
     lengths_apart: bool = False  # whether contexts of different length are in separate batches
+    texts: OtherTexts | None = None  # that the run's methods need
 
     @property
     def per_step(self) -> int:
@@ -132,16 +141,21 @@ class BatchMaker:
             groups: dict[object, dict[int, Sample]] = {}
             for draw in draws[start : start + size]:
                 sample = self.sample(draw)
-                groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), {})[draw] = sample
+                groups.setdefault((sample.latents.shape, self._kind(sample)), {})[draw] = sample
             found += groups.values()
         return found
 
     def _latents(self, draw: int) -> Tensor:
         return self.samples[self.index(draw)].latents_drawn(self.config.seed, draw)
 
-    def _kind(self, conditioning: Conditioning) -> object:
-        kind = kind_of(conditioning)
-        return (kind, conditioning.lengths) if self.lengths_apart else kind
+    def _kind(self, sample: Sample) -> object:
+        kind = kind_of(sample.conditioning)
+        if not self.lengths_apart:
+            return kind
+        return (kind, *(one.lengths for one in (sample.conditioning, *self._texts(sample).values())))
+
+    def _texts(self, sample: Sample) -> Mapping[str, Conditioning]:
+        return {} if self.texts is None else self.texts.conditionings(sample)
 
     def _batch(self, drawn: Mapping[int, Sample]) -> Batch:
         draws, samples = list(drawn), list(drawn.values())
@@ -152,10 +166,12 @@ class BatchMaker:
         level = self.schedule.at(quantiles)
         masks, device, dtype = self.masks(draws), self.runtime.device, self.runtime.dtype
         places, weights = places_of(samples), [sample.weight for sample in samples]
+        others = [self._texts(sample) for sample in samples]
+        of_class = [sample.is_class for sample in samples]
         return Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
-            noised=self._placed(level.noised(clean, noise)),
+            noised=self._placed(level.noised(clean, self._perturbed(noise, draws))),
             level=level.to(device),
             conditioning=self.join([sample.conditioning for sample in samples]).to(device, dtype),
             names=tuple(sample.name for sample in samples),
@@ -165,20 +181,53 @@ class BatchMaker:
             quantiles=tuple(quantiles.tolist()),
             places=None if places is None else places.to(device, non_blocking=True),
             weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),
+            texts={name: self.join([one[name] for one in others]).to(device, dtype) for name in others[0]},
+            settings=self.config,
+            of_class=torch.tensor(of_class).to(device, non_blocking=True) if any(of_class) else None,
         )
 
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
         noise = keyed_normal(shape, self.config.seed, "noise", draw)
+        if discount := self.config.pyramid_noise:
+            noise = _pyramid(noise, discount, self.config.seed, draw)
         if offset := self.config.noise_offset:
             one_each = (shape[0], *(1,) * (len(shape) - 1))
             noise += offset * keyed_normal(one_each, self.config.seed, "noise offset", draw)
         return noise
+
+    def _perturbed(self, noise: Tensor, draws: Sequence[int]) -> Tensor:
+        """The noise in the model's input, which differs from the predicted one with `input_perturbation`."""
+        if not (strength := self.config.input_perturbation):
+            return noise
+        shape = tuple(noise.shape[1:])
+        return noise + strength * torch.stack(
+            [keyed_normal(shape, self.config.seed, "perturbation", draw) for draw in draws]
+        )
 
     def _placed(self, tensor: Tensor) -> Tensor:
         if self.runtime.device.type == "cuda":
             tensor = tensor.pin_memory()  # makes the copy asynchronous
         layout = self.memory_format if tensor.ndim == 4 else torch.preserve_format  # latents may have frames
         return tensor.to(self.runtime.device, memory_format=layout, non_blocking=True)
+
+
+def _pyramid(noise: Tensor, discount: float, seed: int, draw: int) -> Tensor:
+    """Noise (channels, [frames,] height, width) of several scales with a standard deviation of 1 (sd-scripts).
+
+    Each scale is a random factor between 2 and 4 coarser and `discount` fainter than the one before.
+    """
+    height, width = noise.shape[-2:]
+    scale, strength, level = 1.0, 1.0, 0
+    total = noise
+    while min(height, width) / scale > 1 and level < _PYRAMID:
+        level += 1
+        scale *= 2 + 2 * keyed_uniform(seed, f"pyramid scale {level}", draw)
+        strength *= discount
+        size = (max(1, int(height / scale)), max(1, int(width / scale)))
+        coarse = keyed_normal((*noise.shape[:-2], *size), seed, f"pyramid {level}", draw)
+        fine = F.interpolate(coarse.reshape(1, -1, *size), (height, width), mode="bilinear", align_corners=False)
+        total = total + strength * fine.reshape(noise.shape)
+    return total / total.std()
 
 
 def _padding(batch: Batch) -> Batch:
@@ -227,14 +276,28 @@ _MOST_DRAWS = 50_000
 
 @contextlib.contextmanager
 def captions_ready(
-    data: EncodedDataset, draws: range, *, seed: int, on_event: EventHandler, progress: Callable[[int, int], None]
+    data: EncodedDataset,
+    draws: range,
+    *,
+    seed: int,
+    on_event: EventHandler,
+    progress: Callable[[int, int], None],
+    others: OtherTexts | None = None,
 ) -> Iterator[None]:
-    """Inside the context, all drawn captions are encoded (calls `progress(done, total)`), or the encoder is loaded."""
+    """Inside the context, all drawn captions are encoded (calls `progress(done, total)`), or the encoder is loaded.
+
+    `others` are the further texts of each.
+    """
     captions, varied = data.captions, _varied(data.samples)
-    if captions is None or not varied:
+    if captions is None or not (varied or others):
         yield
         return
     texts = drawn_captions(data.samples, draws, seed=seed, most=captions.most)
+    if texts is not None and others is not None:
+        plain = [_caption(one) for one in data.samples if one.variants is None]
+        texts += [text for caption in (*plain, *texts) for text in others.beside(caption)]
+        texts = list(dict.fromkeys(texts))
+        texts = texts if len(texts) <= captions.most else None
     if texts is not None:
         if missing := captions.missing(texts):
             needed = len(missing) * captions.bytes_each
@@ -250,7 +313,7 @@ def captions_ready(
         return
     with captions.staying():
         start = time.perf_counter()
-        varied[0].encoded[varied[0].caption(seed, draws.start)]
+        captions[varied[0].caption(seed, draws.start) if varied else _caption(data.samples[0])]
         message = (
             f"The variants of captions that this run can draw need more than {memory_text(captions.memory_bytes)} "
             f"(caption_memory), so the text encoders stay loaded ({memory_text(captions.encoder_bytes)}) and encode a "
@@ -258,6 +321,10 @@ def captions_ready(
         )
         on_event(CaptionsPlanned(captions=None, needed_bytes=captions.encoder_bytes, message=message))
         yield
+
+
+def _caption(sample: Sample) -> Caption:
+    return SeenCaption.of(sample.conditioning.text or "", sample.seen)
 
 
 def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: int) -> list[Caption] | None:

@@ -390,7 +390,7 @@ class LossSettings(Section, group="Training"):
         "none",
         choices=WEIGHTINGS,
         help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
-        "soft_min_snr does so smoothly.",
+        "soft_min_snr does so smoothly; debiased and p2 lower the weight of the clean end of epsilon models.",
     )
     min_snr_gamma: float = option(
         5.0, min=0.01, max=1000.0, help="Signal-to-noise ratio at which min_snr and soft_min_snr level off."
@@ -401,6 +401,34 @@ class LossSettings(Section, group="Training"):
         max=1.0,
         help="Strength of additional noise that is constant over the picture, one value per channel, for training "
         "very dark and very bright pictures. 0.03 to 0.1 are usual.",
+    )
+    training_guidance: float | None = option(
+        None,
+        min=0.0,
+        max=100.0,
+        of_model=True,
+        help="Input of guidance while training, for models with distilled guidance; previews have their own. Default: "
+        "that of the captions' conditioning, or the guidance that the model draws with.",
+    )
+    pyramid_noise: float = option(
+        0.0,
+        min=0.0,
+        max=0.99,
+        help="Discount of noise of coarser scales, each so much fainter than the one before, for older epsilon models; "
+        "0.3 is usual. 0 disables it.",
+    )
+    input_perturbation: float = option(
+        0.0,
+        min=0.0,
+        max=1.0,
+        help="Further noise in the model's input that is not in its target (arXiv:2301.11706), against accumulating "
+        "errors; 0.1 is usual.",
+    )
+    huber_c: float = option(
+        0.1, min=1e-6, max=100.0, help="Error from which the loss PseudoHuber is linear, so that outliers count less."
+    )
+    huber_schedule: Literal["constant", "snr"] = option(
+        "constant", help="huber_c over noise levels: snr raises it to 1 towards the clean end."
     )
     zero_terminal_snr: bool = option(
         False,
@@ -415,14 +443,112 @@ class LossSettings(Section, group="Training"):
             raise OptionError(f"min_noise must be below max_noise, got {least:g} and {greatest:g}; swap them")
 
     def idle_settings(self) -> Iterator[str]:
-        if self.loss_weighting == "none":
-            if not self.is_default("min_snr_gamma"):
-                yield f"min_snr_gamma {self.min_snr_gamma:g} has no effect without a loss_weighting."
-        elif self.objective == "x0" and self.loss_function == "MSE":
+        if self.loss_function != "PseudoHuber":
+            for name in ("huber_c", "huber_schedule"):
+                if not self.is_default(name):
+                    yield f"{name} {getattr(self, name)} has no effect without loss_function PseudoHuber."
+        if "min_snr" not in self.loss_weighting and not self.is_default("min_snr_gamma"):
+            yield f"min_snr_gamma {self.min_snr_gamma:g} has no effect without loss_weighting min_snr or soft_min_snr."
+        if self.loss_weighting != "none" and self.objective == "x0" and self.loss_function == "MSE":
             yield (
                 f"objective x0 has no effect with loss_weighting {self.loss_weighting}, which weights the error of the "
                 "clean picture for either objective; it has one with a loss_function other than MSE."
             )
+
+
+def guidance_range(text: str) -> tuple[float, float]:
+    """Least and greatest guidance of `guidance_loss`. Raises OptionError."""
+    try:
+        least, *most = map(float, text.split("-"))
+        greatest = most.pop() if most else least
+    except ValueError:
+        least, greatest, most = 0.0, 0.0, []
+    if most or not 1 <= least <= greatest <= 100:
+        raise OptionError(f"guidance_loss must be a number from 1 to 100, or a range such as 2-4, got {text!r}")
+    return least, greatest
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(Section, group="Methods", costs=True):
+    """What a step does besides comparing one prediction with its target; see `training.methods`."""
+
+    preserve: Literal["none", "class", "blank"] = option(
+        "none",
+        help="Output preservation, without pictures of the class: hold the prediction for another text to the base "
+        "model's. class is the caption with preserve_class in place of the trigger, blank the empty text, which keeps "
+        "the unconditional side of guidance. A step takes 2.4 times as long.",
+    )
+    preserve_class: str | None = option(
+        None, is_prompt=True, help="Name of the subject's class for preserve class, such as dog or person."
+    )
+    preserve_weight: float = option(1.0, min=0.0, max=1000.0, help="Weight of the loss of preserve.")
+    weight_change: float = option(
+        0.0,
+        min=0.0,
+        max=1000.0,
+        help="Weight in the loss of the squared change of all weights (arXiv:2505.19519), which keeps what the model "
+        "knew; of low-rank adapters. 0 disables it.",
+    )
+    prior_target: Literal["picture", "model"] = option(
+        "picture",
+        help="Target of pictures of the class (prior preservation): the picture, which the base model should have "
+        "drawn, or what the base model predicts for it, for which any pictures of the class serve.",
+    )
+    mask_prior_weight: float = option(
+        0.0,
+        min=0.0,
+        max=1000.0,
+        help="Weight of the loss outside of masks towards what the base model predicts there, which keeps backgrounds "
+        "as they are. 0 disables it; 0.5 is usual.",
+    )
+    guidance_loss: str | None = option(
+        None,
+        help="Guidance loss, for models with distilled guidance: the guidance by which targets are guided, which is "
+        "also the model's input, as a number or a range to draw from, such as 3 or 2-4. Default: none.",
+    )
+    guidance_loss_schedule: Literal["constant", "sigma"] = option(
+        "constant", help="Guidance of guidance_loss over noise levels: sigma has it fall to 1 towards the clean end."
+    )
+
+    slider_positive: str | None = option(
+        None,
+        is_prompt=True,
+        help="Prompt of a slider's positive end: train a LoRA whose strength is the amount of an attribute, from "
+        "prompts. The pictures are not learnt, but what the prompts make of them.",
+    )
+    slider_negative: str = option("", is_prompt=True, help="Prompt of a slider's negative end.")
+    slider_neutral: str | None = option(
+        None, is_prompt=True, help="Prompt between a slider's ends. Default: the caption of each picture."
+    )
+    slider_anchors: str | None = option(
+        None, is_prompt=True, help="Prompts that a slider must not change, separated by |."
+    )
+    slider_guidance: float = option(3.0, min=0.1, max=100.0, help="Distance of a slider's ends at strengths of ±1.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slider_positive is not None and self.slider_positive == self.slider_negative:
+            raise OptionError(
+                f"the ends of a slider must be two prompts, got {self.slider_positive!r} for both; change "
+                "slider_negative"
+            )
+        if self.preserve == "class" and not (self.preserve_class or "").strip():
+            raise OptionError("preserve class needs the name of the class, got none; set preserve_class, such as dog")
+        if self.guidance_loss is not None:
+            guidance_range(self.guidance_loss)
+
+    def idle_settings(self) -> Iterator[str]:
+        if self.preserve_class is not None and self.preserve != "class":
+            yield f"preserve_class {self.preserve_class} has no effect without preserve class."
+        if not self.is_default("preserve_weight") and self.preserve == "none":
+            yield f"preserve_weight {self.preserve_weight:g} has no effect without preserve."
+        if self.slider_positive is None:
+            own = [one for one in options_of(MethodSettings) if one.startswith("slider_")]
+            for name in own:
+                if not self.is_default(name):
+                    yield f"{name} {getattr(self, name)} has no effect without slider_positive."
+        if self.guidance_loss is None and not self.is_default("guidance_loss_schedule"):
+            yield f"guidance_loss_schedule {self.guidance_loss_schedule} has no effect without guidance_loss."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -599,8 +725,14 @@ class PreviewSettings(Section, group="Validation and previews", changes_numbers=
         max=100_000,
         help="Steps between previews. Default: a quarter of the run; the finished LoRA is always drawn.",
     )
-    preview_strengths: str = option("0.5,1", help="Strengths at which the finished LoRA is drawn, separated by commas.")
-    preview_steps: int = option(20, min=1, max=1000, help="Sampling steps of a preview.")
+    preview_strengths: str | None = option(
+        None,
+        help="Strengths at which the finished LoRA is drawn, separated by commas. Default: 0.5,1, and of a slider "
+        "-2,-1,1,2.",
+    )
+    preview_steps: int | None = option(
+        None, min=1, max=1000, help="Sampling steps of a preview. Default: 20, and fewer of a distilled model."
+    )
     preview_frames: int | None = option(
         None,
         min=1,
@@ -661,6 +793,7 @@ class TrainConfig(
     ValidationSettings,
     MemorySettings,
     NumberSettings,
+    MethodSettings,
     LossSettings,
     OptimizerSettings,
     VariantSettings,

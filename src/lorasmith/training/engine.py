@@ -11,23 +11,27 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.inject import Attached, Difference, adapters_attached
+from lorasmith.adapters.inject import Attached, Dial, Difference, adapters_attached
 from lorasmith.adapters.variants import Dropout
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
-from lorasmith.data.dataset import Sample
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
+from lorasmith.families.base import Conditioning
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
+from lorasmith.training.methods.all_methods import methods_of, other_texts
+from lorasmith.training.methods.method import Goal, Passes
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
@@ -42,6 +46,7 @@ def prepared(
     runtime: Runtime,
     differences: Mapping[str, Difference] | None = None,
     *,
+    strength: float | Dial = 1.0,
     first: Callable[[], None] = lambda: None,
     planned: Callable[[], Runtime] | None = None,
 ) -> Iterator[None]:
@@ -51,7 +56,7 @@ def prepared(
     returns the runtime with `activations` resolved by measurement.
     """
     module = model.module
-    trained = Attached(adapters, differences=differences or {})
+    trained = Attached(adapters, strength, differences or {})
     with model.frozen(config, runtime):
         first()
         with adapters_attached(module, [trained]):
@@ -66,26 +71,38 @@ def prepared(
                 yield
 
 
-def prediction_of(model: Trainable, batch: Batch, runtime: Runtime) -> Tensor:
-    """The model's prediction for a batch, of the latents' shape, differentiable like `sample_losses`."""
+def prediction_of(model: Trainable, batch: Batch, runtime: Runtime, conditioning: Conditioning | None = None) -> Tensor:
+    """The model's prediction for a batch, of the latents' shape, differentiable like `sample_losses`.
+
+    `conditioning` replaces the batch's.
+    """
     with activations_packed(runtime.activations, model.module):
-        return model.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
+        return model.predict(
+            batch.noised.to(runtime.dtype),
+            batch.level.time,
+            batch.conditioning if conditioning is None else conditioning,
+        )
 
 
-def sample_losses(model: Trainable, batch: Batch, config: ResolvedConfig, runtime: Runtime) -> Tensor:
+def sample_losses(
+    model: Trainable, batch: Batch, config: ResolvedConfig, runtime: Runtime, target: Tensor | None = None
+) -> Tensor:
     """Loss of each sample, (batch,) fp32, differentiable in the parameters of the attached adapters."""
     prediction = prediction_of(model, batch, runtime)
-    return prediction_losses(prediction, batch, config, model.diffusion.parameterization)
+    return prediction_losses(prediction, batch, config, model.diffusion.parameterization, target)
 
 
-def prediction_losses(prediction: Tensor, batch: Batch, config: ResolvedConfig, parameterization: str) -> Tensor:
-    """Loss of each sample, (batch,) fp32, from a prediction of the latents' shape."""
+def prediction_losses(
+    prediction: Tensor, batch: Batch, config: ResolvedConfig, parameterization: str, target: Tensor | None = None
+) -> Tensor:
+    """Loss of each sample, (batch,) fp32, from a prediction of the latents' shape; `target` replaces the batch's."""
     losses = diffusion_loss(
         prediction,
         batch,
         parameterization=parameterization,
         objective=config.objective,
         loss_function=config.loss_function,
+        target=target,
     )
     return losses * loss_weights(
         batch.level,
@@ -116,7 +133,9 @@ class Engine:
         self.runtime = runtime
         self.rate_factor = 1.0
         self.dropout = Dropout(adapters, rank=config.rank_dropout, module=config.module_dropout, seed=config.seed)
-        self.trained = Attached(adapters, differences=differences or {})
+        self.methods = methods_of(config)
+        self._dial = Dial()
+        self.trained = Attached(adapters, self._dial if self.methods else 1.0, differences or {})
         named = list(_trained(adapters, self.trained.differences))
         self.flat = FlatParameters(
             {name: parameter for _, name, parameter in named},
@@ -135,8 +154,17 @@ class Engine:
     def prepared(
         self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        adapters, differences = self.trained.adapters, self.trained.differences
-        return prepared(self.model, adapters, self.config, self.runtime, differences, first=first, planned=planned)
+        trained, runtime = self.trained, self.runtime
+        return prepared(
+            self.model,
+            trained.adapters,
+            self.config,
+            runtime,
+            trained.differences,
+            strength=trained.strength,
+            first=first,
+            planned=planned,
+        )
 
     def change(self, **runtime: Any) -> None:
         self.runtime = replace(self.runtime, **runtime)
@@ -153,22 +181,24 @@ class Engine:
         flat, sums = self.flat, self._sums
         flat.zero()
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
+        if self.runtime.processes.is_first:
+            for method in self.methods:
+                if (penalty := method.penalty(self.trained.adapters)) is not None:
+                    torch.autograd.backward(penalty * self._scale.scale)
+                    flat.collect()
         losses = []
         first = None
         for index, batch in enumerate(batches):
             is_last, is_only = index == len(batches) - 1, len(batches) == 1
             with (
-                # Until the backward pass ends, as it may recompute blocks.
-                self.dropout.masks_applied(batch.masks),
-                sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext(),
+                # Until the backward passes end, as they may recompute blocks.
+                self.dropout.masks_applied(batch.masks)
             ):
-                loss = sample_losses(self.model, batch, self.config, self.runtime)
-                if not loss.requires_grad:
-                    raise TrainingError(
-                        "the prediction must depend on a trained layer, and it depends on none; choose targets that "
-                        "the network calls, and predict without no_grad or detach"
-                    )
-                torch.autograd.backward(self.summed_loss(loss, batch, per_step))
+                goal, loss = self._passes(batch, per_step)
+                with sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext():
+                    if loss is None:
+                        loss = sample_losses(self.model, goal.batch, self.config, self.runtime, goal.target)
+                        self._backward(loss, batch, per_step)
             if not (sums and is_last):
                 flat.collect()
             if batch.names:  # without names it is padding, see `BatchMaker.step`
@@ -176,6 +206,34 @@ class Engine:
             if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
+
+    def _passes(self, batch: Batch, per_step: int) -> tuple[Goal, Tensor | None]:
+        """The goal of the batch's prediction after the methods' terms, whose gradients are added.
+
+        Where the terms replace that prediction, their sum is returned, too.
+        """
+        goal, replacing = Goal(batch), None
+        if not self.methods:
+            return goal, replacing
+        predict = partial(prediction_of, self.model, batch, self.runtime)
+        passes = Passes(
+            batch, self.model.diffusion.parameterization, predict, self._dial, are_equal=self.runtime.sharding
+        )
+        for method in self.methods:
+            goal = method.goal(goal, passes)
+            for term in method.terms(passes):
+                self._backward(term, batch, per_step)
+                if method.replaces_goal:
+                    replacing = term.detach() if replacing is None else replacing + term.detach()
+        return goal, replacing
+
+    def _backward(self, losses: Tensor, batch: Batch, per_step: int) -> None:
+        if not losses.requires_grad:
+            raise TrainingError(
+                "the prediction must depend on a trained layer, and it depends on none; choose targets that the "
+                "network calls, and predict without no_grad or detach"
+            )
+        torch.autograd.backward(self.summed_loss(losses, batch, per_step))
 
     def summed_loss(self, losses: Tensor, batch: Batch, per_step: int) -> Tensor:
         """The scalar that a batch's backward pass starts from; `per_step` is the number of samples of the step."""
@@ -311,12 +369,15 @@ class Engine:
 
 def batch_maker(
     model: Trainable,
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | EncodedDataset,
     config: ResolvedConfig,
     runtime: Runtime,
     dropout: Dropout | None = None,
 ) -> BatchMaker:
-    """The `BatchMaker` of a run; `dropout` provides the masks of rank and module dropout."""
+    """The `BatchMaker` of a run; `dropout` provides the masks of rank and module dropout.
+
+    Raises OptionError if a method of the settings needs a text encoder, and `samples` are no dataset that has one.
+    """
     schedule = model.diffusion.schedule
     if config.zero_terminal_snr:
         schedule = schedule.zero_terminal()
@@ -324,13 +385,14 @@ def batch_maker(
     if config.noise_range != WHOLE_RANGE:
         quantiles = range_limited(quantiles, *quantile_range(schedule, *config.noise_range))
     return BatchMaker(
-        samples=samples,
+        samples=samples.samples if isinstance(samples, EncodedDataset) else samples,
         schedule=schedule,
         quantiles=quantiles,
         join=model.join,
         lengths_apart=runtime.sharding and model.facts.predicts_by_length,
         memory_format=memory_format_for(model.module),
         masks=no_masks if dropout is None else dropout.masks,
+        texts=other_texts(samples, config),
         config=config,
         runtime=runtime,
     )

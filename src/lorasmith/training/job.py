@@ -55,6 +55,7 @@ from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.methods.all_methods import methods_of
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import check_schedule, rule_of
@@ -143,6 +144,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     beneath = ""
     if config.training_adapter is not None:
         model, beneath = _with_adapter(model, Path(config.training_adapter), strict=config.strict)
+    model = model.guided(config.training_guidance)
     fresh = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.adapters))
     module = model.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
@@ -157,6 +159,8 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
             zero=config.zero_init,
             variant=variant_of(config),
         )
+    for method in methods_of(config):
+        method.check(model.facts, adapters)
     differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)
     rates = _learning_rates(model, requested, plan, existing.adapters)
     check_optimizer(

@@ -39,6 +39,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, prediction_losses
 from lorasmith.training.job import TrainJob
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
+from lorasmith.training.methods.all_methods import methods_of
 from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
 
@@ -51,6 +52,8 @@ SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items
 def check_alike(jobs: Sequence[TrainJob]) -> None:
     """Raise OptionError if jobs, planned on handles of one model, cannot train together over it."""
     first, *others = jobs
+    if others and (method := next((one.name for job in jobs for one in methods_of(job.config)), None)):
+        raise OptionError(f"runs that train together take plain steps, got {method}; leave it out, or train apart")
     if others and first.config.compile | any(job.config.compile for job in others):
         raise OptionError("runs that train together cannot be compiled, got compile on; leave it out, or train apart")
     if first.runtime.processes.size > 1:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
-from lorasmith.data.dataset import Sample
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import EventHandler, Outcome, StepDone
@@ -88,7 +88,7 @@ class Loop:
     def __init__(
         self,
         engine: Engine,
-        samples: Sequence[Sample],
+        samples: Sequence[Sample] | EncodedDataset,
         *,
         on_event: EventHandler = lambda event: None,
         cancelled: Callable[[], bool] = lambda: False,
@@ -349,7 +349,7 @@ class Loop:
     def planned(self) -> Runtime:
         """The runtime with `activations` chosen; called with adapters attached."""
         if self.engine.runtime.activations == "auto":
-            self.emit(plan_activations(self.engine, self._samples))
+            self.emit(plan_activations(self.engine, tuple(self._samples)))
         return self.engine.runtime
 
     def _snapshot(self) -> RunState:

@@ -19,7 +19,14 @@ from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
+from lorasmith.training.config import (
+    LossSettings,
+    MemorySettings,
+    MethodSettings,
+    OptimizerSettings,
+    TrainConfig,
+    VariantSettings,
+)
 from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
 from lorasmith.training.trainable import Trainable
@@ -54,6 +61,7 @@ def notes_on(
         *_on_quantization(config, model),
         *_on_shift(config, model),
         *LossSettings.idle_settings(config),
+        *MethodSettings.idle_settings(config),
         *notes_on_plan(plan),
         *_on_targets(config, model, plan, adapters, differences),
         *_on_compiling(config, model, adapters),
@@ -125,11 +133,12 @@ def notes_on_products(config: TrainConfig, model: Trainable, device: torch.devic
 def _on_base(config: TrainConfig, model: Trainable) -> Iterator[str]:
     """A warning about base models whose title names a distilled variant."""
     title, facts = model.title, model.facts
-    marks = [mark for mark in facts.distilled_names if mark.casefold() in title.casefold()]
-    if marks and config.training_adapter is None:
+    if config.training_guidance is not None and not facts.takes_guidance:
+        yield f"training_guidance {config.training_guidance:g} has no effect on {title}, which has no such input."
+    if facts.distilled_mark is not None and config.training_adapter is None:
         yield (
-            f"{title} is a model distilled to few steps, as {marks[0]} in its name says, which training undoes; train "
-            f"on the base model of {facts.family_title}, or set training_adapter to a LoRA made for that."
+            f"{title} is a model distilled to few steps, as {facts.distilled_mark} in its name says, which training "
+            f"undoes; train on the base model of {facts.family_title}, or set training_adapter to a LoRA made for that."
         )
 
 

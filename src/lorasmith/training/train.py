@@ -34,6 +34,7 @@ from lorasmith.training.events import (
 from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
+from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, Results, TrainResult
@@ -151,6 +152,8 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
         if plan.claim is not None:
             stack.callback(plan.claim.release)
         job.model.check(data.samples)
+        if plan.trigger and not data.trigger:
+            data = replace(data, trigger=plan.trigger)
         parts = split(data, share=job.config.validation_share, given=plan.validation)
         job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
         record = run_record(job, parts, title=plan.title, source=plan.source, facts=plan.facts, verify=plan.verify)
@@ -254,7 +257,7 @@ class _Run:
         job, host = self._job, self._host
         loop = Loop(
             engine,
-            self._parts.training.samples,
+            self._parts.training,
             on_event=self._emit,
             cancelled=host.cancelled,
             watchers=self._watchers(),
@@ -338,6 +341,7 @@ class _Run:
             seed=self._job.config.seed,
             on_event=self._emit,
             progress=lambda done, total: self._host.on_event(CaptionEncoded(done=done, total=total)),
+            others=other_texts(self._parts.training, self._job.config),
         )
 
     @contextlib.contextmanager

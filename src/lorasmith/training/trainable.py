@@ -14,7 +14,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -64,7 +64,8 @@ class Facts:
     expert: Expert | None = None  # that the file's name says it is, of `experts`
     experts: tuple[Expert, ...] = ()
     extensions: tuple[Extension, ...] = ()  # of other packages, which bring the model's family and parts
-    distilled_names: tuple[str, ...] = ()  # parts of titles of variants that training undoes
+    takes_guidance: bool = False  # whether guidance is an input, which a distillation has added
+    distilled_mark: str | None = None  # of its name, if it is distilled to few steps, which training undoes
     # `ss_base_model_version`, `modelspec.architecture` without `/lora`, and `modelspec.implementation`; empty for none
     kohya_version: str = ""
     modelspec_architecture: str = ""
@@ -96,6 +97,7 @@ class Trainable:
     names: ModelNames
     facts: Facts
     patches: tuple[Patch, ...] = ()  # LoRAs that are part of the frozen network
+    guidance: float | None = None  # see `guided`
 
     def __init__(
         self,
@@ -140,6 +142,14 @@ class Trainable:
         """The same network with one more LoRA below what is trained."""
         other = copy.copy(self)
         other.patches = (*self.patches, patch)
+        return other
+
+    def guided(self, guidance: float | None) -> Self:
+        """The same network with this guidance as its input, where it has one; None for that of the conditioning."""
+        if guidance is None or not self.facts.takes_guidance:
+            return self
+        other = copy.copy(self)
+        other.guidance = guidance
         return other
 
     def active(self) -> contextlib.AbstractContextManager[None]:
@@ -257,7 +267,8 @@ class TrainableDenoiser(Trainable):
                     ]
                 )
             ),
-            distilled_names=family.distilled_names,
+            takes_guidance=family.takes_guidance(self.module),
+            distilled_mark=base.distilled_mark,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
             modelspec_architecture=(form.modelspec_name if form is not None else "")
             or family.modelspec_architecture(self.diffusion.parameterization),
@@ -271,7 +282,11 @@ class TrainableDenoiser(Trainable):
         return self.denoiser.predict(latents, time, conditioning)
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
-        return self.denoiser.base.family.join(conditionings)
+        joined = self.denoiser.base.family.join(conditionings)
+        if self.guidance is None:
+            return joined
+        guidance = torch.full((len(conditionings),), self.guidance, device=joined.tensors["context"].device)
+        return replace(joined, tensors={**joined.tensors, "guidance": guidance})
 
     def identity(self) -> Mapping[str, str]:
         return {part: weights_digest(module) for part, module in self.denoiser.base.components.modules().items()}

@@ -1,0 +1,104 @@
+"""A step of more than one pass: what a `Method` adds to it, and the passes that it may ask for.
+
+A plain step is one prediction of the trained model for each batch, and one backward pass. Methods change the goal of
+that prediction, or add terms, each of which is a loss with a backward pass of its own. For both they may ask for more
+predictions on the same noise and level: of the frozen model, whose adapters are turned off, or of the trained one, with
+the conditioning of another text (`Method.texts`), which is cached like the caption's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.inject import Dial
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS
+from lorasmith.families.base import Conditioning
+from lorasmith.training.methods.texts import TextRule
+
+if TYPE_CHECKING:
+    from lorasmith.training.batches import Batch
+    from lorasmith.training.config import ResolvedConfig
+    from lorasmith.training.trainable import Facts
+
+
+class Method(ABC):
+    """What a method adds to a step; see the module."""
+
+    name: str  # of the setting that turns it on, for messages
+    replaces_goal: bool = False  # whether its terms take the place of the loss of the pictures
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> Self | None:
+        """The method as these settings have it; None if they leave it out."""
+        raise NotImplementedError
+
+    def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
+        """Raise OptionError for a model or adapters that the method is not for."""
+        return
+
+    @property
+    def texts(self) -> Mapping[str, TextRule]:
+        """Further texts of each sample, by a name of the method's own."""
+        return {}
+
+    def goal(self, goal: Goal, passes: Passes) -> Goal:
+        """The goal of the trained prediction in place of `goal`."""
+        return goal
+
+    def terms(self, passes: Passes) -> Iterator[Tensor]:
+        """Further losses, (batch,) fp32 each; the backward pass of one ends before the next is asked for."""
+        yield from ()
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """A term of the whole step that depends on the weights alone, a scalar; None for none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the trained prediction of a batch is compared with."""
+
+    batch: Batch  # whose conditioning the prediction has, and whose places weigh the loss
+    target: Tensor | None = None  # fp32 of the latents' shape; None for the batch's own
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The predictions that a method may ask for, fp32 of the latents' shape, for the samples of a batch.
+
+    `text` is the name of one of the method's texts; None for the caption.
+    """
+
+    batch: Batch
+    parameterization: str
+    predict: Callable[[Conditioning], Tensor]  # with the adapters as the dial has them
+    dial: Dial
+    # whether each batch of a step must have as many passes as those of other processes
+    are_equal: bool = False
+
+    def trained(self, text: str | None = None) -> Tensor:
+        """Of the trained model, differentiable unless gradients are off."""
+        return self.predict(self.batch.conditioning if text is None else self.batch.texts[text]).float()
+
+    def frozen(self, text: str | None = None) -> Tensor:
+        """Of the frozen model, without a gradient."""
+        with torch.no_grad(), self.dial.turned(0.0):
+            return self.trained(text)
+
+    def target(self, goal: Goal) -> Tensor:
+        """The target of a goal, fp32."""
+        if goal.target is not None:
+            return goal.target
+        return PARAMETERIZATIONS[self.parameterization].target(self.batch.clean, self.batch.noise, self.batch.level)
+
+    def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        """Context in which the trained model's adapters have a strength; a term is yielded inside of it."""
+        return self.dial.turned(strength)

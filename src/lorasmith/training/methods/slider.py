@@ -1,0 +1,77 @@
+"""Concept sliders (Gandikota et al. 2023, arXiv:2311.12092): a LoRA whose strength is the amount of an attribute.
+
+    at strength ±1:   prediction(neutral)  →  n ± g (p − q)
+
+n, p and q are the frozen model's predictions for the neutral, the positive and the negative prompt, all on the same
+noised picture. The picture itself is not learnt. Anchors are prompts that neither side may change.
+Only a change of the weights that is linear in the strength has the attribute's opposite at a negative one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from torch import Tensor
+
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.core.errors import OptionError
+from lorasmith.training.methods.method import Method, Passes
+from lorasmith.training.methods.texts import TextRule
+
+if TYPE_CHECKING:
+    from lorasmith.training.config import ResolvedConfig
+    from lorasmith.training.trainable import Facts
+
+_POSITIVE, _NEGATIVE, _NEUTRAL, _ANCHOR = "positive", "negative", "neutral", "anchor"
+
+
+@dataclass(frozen=True)
+class Slider(Method):
+    """A slider between two prompts; `neutral` None is each picture's caption."""
+
+    positive: str
+    negative: str
+    neutral: str | None
+    anchors: tuple[str, ...]
+    guidance: float
+
+    name = "slider_positive"
+    replaces_goal = True
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> Self | None:
+        if config.slider_positive is None:
+            return None
+        anchors = tuple(filter(None, (part.strip() for part in (config.slider_anchors or "").split("|"))))
+        return cls(
+            config.slider_positive, config.slider_negative, config.slider_neutral, anchors, config.slider_guidance
+        )
+
+    def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
+        if other := next((one.algorithm for one in adapters.values() if not one.is_additive), None):
+            raise OptionError(
+                f"a slider needs a kind of adapter that adds to the weights, so that negative strengths are the "
+                f"opposite, got {other}; choose LoRA, LoHa or LoKr without DoRA"
+            )
+
+    @property
+    def texts(self) -> Mapping[str, TextRule]:
+        fixed = {_POSITIVE: self.positive, _NEGATIVE: self.negative}
+        fixed |= {} if self.neutral is None else {_NEUTRAL: self.neutral}
+        fixed |= {f"{_ANCHOR} {number}": text for number, text in enumerate(self.anchors)}
+        return {name: lambda caption, trigger, text=text: text for name, text in fixed.items()}  # type: ignore[misc]
+
+    def terms(self, passes: Passes) -> Iterator[Tensor]:
+        neutral = None if self.neutral is None else _NEUTRAL
+        change = self.guidance * (passes.frozen(_POSITIVE) - passes.frozen(_NEGATIVE))
+        targets = [(neutral, passes.frozen(neutral), change)]
+        for number, _ in enumerate(self.anchors):
+            anchor = f"{_ANCHOR} {number}"
+            targets.append((anchor, passes.frozen(anchor), 0 * change))
+        for strength in (1.0, -1.0):
+            with passes.scaled(strength):
+                for text, kept, difference in targets:
+                    error = passes.trained(text) - (kept + strength * difference)
+                    yield error.square().flatten(1).mean(1) / 2

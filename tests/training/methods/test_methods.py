@@ -1,0 +1,215 @@
+"""Methods that change a step's goal, or replace it: their losses and gradients against plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lever_cases import flux_dataset
+from torch import Tensor
+
+from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.core.errors import OptionError
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Model
+from lorasmith.runs.library import train
+from lorasmith.training.batches import Batch
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.job import engine_of, plan_job
+
+Predict = Callable[[Conditioning], Tensor]
+Reference = Callable[[Batch, Predict, Predict, Tensor], Tensor]
+"""(batch, trained, frozen, target) → the loss of each sample."""
+
+SLIDER = {"slider_positive": "a red apple", "slider_negative": "a lion", "slider_guidance": 2.0}
+
+
+def gradients(
+    model: Model, data: EncodedDataset, reference: Reference, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and gradient of a step, and those of a reference, with adapters that are not the identity."""
+    plain = {"rank": 4, "training_dtype": "fp32", "targets": "attention", "batch_size": 4}
+    job = plan_job(model.denoiser, TrainConfig(**(plain | settings)), "cpu")
+    engine: Engine = engine_of(job)
+    random = torch.randn(len(engine.flat.master), generator=torch.Generator().manual_seed(0))
+    engine.flat.master.add_(random * 0.02)
+    (batch,) = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    with engine.prepared():
+        losses, _ = engine.gradient([batch])
+    whole = engine.flat.grad.clone()
+    engine.flat.zero()
+
+    def frozen(conditioning: Conditioning) -> Tensor:
+        with torch.no_grad():
+            return job.model.predict(batch.noised, batch.level.time, conditioning)
+
+    def trained(conditioning: Conditioning, strength: float = 1.0) -> Tensor:
+        with adapters_attached(job.model.module, [Attached(job.adapters, strength)]):
+            return job.model.predict(batch.noised, batch.level.time, conditioning)
+
+    kind = PARAMETERIZATIONS[job.model.diffusion.parameterization]
+    target = kind.target(batch.clean, batch.noise, batch.level)
+    with job.model.frozen(job.config, engine.runtime):
+        expected = reference(batch, trained, frozen, target)
+        expected.sum().div(job.config.samples_per_step).backward()
+    engine.flat.collect()
+    return losses, whole, expected.detach(), engine.flat.grad.clone()
+
+
+def check(found: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    losses, gradient, expected, reference = found
+    assert float(reference.norm()) > 0
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+@pytest.fixture
+def texts(tiny: Model, dataset: EncodedDataset) -> EncodedDataset:
+    """Samples with the encoder of their captions."""
+    return EncodedDataset(dataset.samples[:4], EncodedCaptions(tiny.text_encoder.encode))
+
+
+@pytest.fixture
+def flux_texts(flux: Model) -> EncodedDataset:
+    """Samples of a model with distilled guidance, whose texts come from a table."""
+    data = flux_dataset()
+    samples = tuple(replace(one, conditioning=replace(one.conditioning, text=one.name)) for one in data.samples)
+
+    def encode(text: str) -> Conditioning:
+        kept = {name: 0.5 * tensor for name, tensor in samples[0].conditioning.tensors.items() if name != "guidance"}
+        return Conditioning(kept, text)
+
+    return EncodedDataset(samples, EncodedCaptions(encode))
+
+
+def mean(error: Tensor) -> Tensor:
+    return error.square().flatten(1).mean(1)
+
+
+def test_pictures_of_the_class_are_held_to_the_base_model(tiny: Model, texts: EncodedDataset) -> None:
+    data = replace(texts, samples=tuple(replace(one, is_class=index > 1) for index, one in enumerate(texts.samples)))
+
+    def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
+        of_class = torch.tensor([int(name[0]) > 1 for name in batch.names])
+        goal = torch.where(of_class[:, None, None, None], frozen(batch.conditioning), target)
+        return mean(trained(batch.conditioning) - goal)
+
+    check(gradients(tiny, data, reference, prior_target="model"))
+
+
+@pytest.mark.parametrize("objective", ["native", "x0"])
+def test_the_base_model_is_the_target_outside_of_masks(tiny: Model, texts: EncodedDataset, objective: str) -> None:
+    kind = PARAMETERIZATIONS[tiny.denoiser.diffusion.parameterization]
+    inside = torch.zeros(8, 8)
+    inside[:, :5] = 2.0
+    data = replace(texts, samples=tuple(replace(one, places=inside) for one in texts.samples))
+
+    def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
+        prediction, kept = trained(batch.conditioning), frozen(batch.conditioning)
+        scale = kind.clean_scale(batch.level) if objective == "x0" else torch.ones(4)
+        loss = 2 * (prediction - target)[..., :5].square().flatten(1).sum(1)
+        loss = loss + 0.5 * (prediction - kept)[..., 5:].square().flatten(1).sum(1)
+        return scale * loss / target[0].numel()
+
+    losses, gradient, expected, other = gradients(tiny, data, reference, mask_prior_weight=0.5, objective=objective)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradient, other, rtol=1e-2, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "sigma"])
+def test_targets_are_guided_and_the_network_knows_it(flux: Model, flux_texts: EncodedDataset, schedule: str) -> None:
+    def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
+        guidance = torch.full_like(batch.level.sigma, 3.0)
+        guidance = 1 + 2 * batch.level.sigma if schedule == "sigma" else guidance
+        with torch.no_grad():
+            away = trained(batch.texts["unconditional"])
+        goal = away + guidance[:, None, None, None] * (target - away)
+        guided = replace(batch.conditioning, tensors={**batch.conditioning.tensors, "guidance": guidance})
+        return mean(trained(guided) - goal)
+
+    check(gradients(flux, flux_texts, reference, guidance_loss="3", guidance_loss_schedule=schedule))
+
+
+def test_a_range_of_guidance_is_drawn_from(flux: Model, flux_texts: EncodedDataset) -> None:
+    results = [train(flux, flux_texts, steps=2, rank=2, guidance_loss=text).losses for text in ("2", "2-2", "2-4")]
+    assert results[0] == results[1] != results[2]
+
+
+def test_the_guidance_of_training_is_the_networks_input(flux: Model, flux_texts: EncodedDataset) -> None:
+    def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
+        given = torch.full((len(batch.names),), 1.5)
+        guided = replace(batch.conditioning, tensors={**batch.conditioning.tensors, "guidance": given})
+        return mean(trained(guided) - target)
+
+    check(gradients(flux, flux_texts, reference, training_guidance=1.5))
+    plain = train(flux, flux_texts, steps=1, rank=2).losses
+    assert train(flux, flux_texts, steps=1, rank=2, training_guidance=3.5).losses == plain  # the samples' own
+    assert train(flux, flux_texts, steps=1, rank=2, training_guidance=1.0).losses != plain
+
+
+@pytest.mark.parametrize("neutral", [None, "a bus"])
+@pytest.mark.parametrize("anchors", [None, "a dog | a car"])
+def test_a_slider_moves_to_both_ends(
+    tiny: Model, texts: EncodedDataset, neutral: str | None, anchors: str | None
+) -> None:
+    def reference(batch: Batch, trained: Any, frozen: Predict, target: Tensor) -> Tensor:
+        given = {name: batch.texts[name] for name in batch.texts}
+        middle = given.get("neutral", batch.conditioning)
+        change = 2.0 * (frozen(given["positive"]) - frozen(given["negative"]))
+        loss = torch.zeros(len(batch.names))
+        for strength in (1.0, -1.0):
+            loss = loss + mean(trained(middle, strength) - frozen(middle) - strength * change) / 2
+            for name in sorted(name for name in given if name.startswith("anchor")):
+                loss = loss + mean(trained(given[name], strength) - frozen(given[name])) / 2
+        return loss
+
+    settings: dict[str, Any] = {**SLIDER, "slider_neutral": neutral, "slider_anchors": anchors}
+    check(gradients(tiny, texts, reference, **settings))
+    check(gradients(tiny, texts, reference, **settings, gradient_checkpointing=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"pissa": True}, {"targets": "all"}, {"alpha": 2.0}])
+def test_the_change_of_the_weights_has_a_price(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
+    job = plan_job(tiny.denoiser, TrainConfig(rank=4, weight_change=0.3, training_dtype="fp32", **settings), "cpu")
+    plain = plan_job(tiny.denoiser, TrainConfig(rank=4, training_dtype="fp32", **settings), "cpu")
+    found = []
+    for one in (job, plain):
+        engine = engine_of(one)
+        random = torch.randn(len(engine.flat.master), generator=torch.Generator().manual_seed(0))
+        engine.flat.master.add_(random * 0.02)
+        with engine.prepared():
+            engine.gradient(batch_maker(one.model, texts, one.config, engine.runtime).step(0))
+        found.append(engine.flat.grad.clone())
+    engine.flat.zero()
+    total = torch.zeros(())
+    for path, adapter in plain.adapters.items():
+        weight = tiny.components.denoiser.get_submodule(path).get_parameter("weight").float()
+        down, up, _ = adapter.factors()  # type: ignore[operator]
+        change = adapter.scale * (up.flatten(1) @ down.flatten(1))  # type: ignore[operator]
+        total = total + 0.3 * change.square().sum()
+        torch.testing.assert_close(adapter.merged(weight) - weight, change.reshape(weight.shape), rtol=1e-3, atol=1e-5)
+    total.backward()
+    engine.flat.collect()
+    assert float(engine.flat.grad.norm()) > 0
+    torch.testing.assert_close(found[0], found[1] + engine.flat.grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(OptionError, match=r"weight_change is of low-rank adapters alone; choose LoRA"):
+        plan_job(tiny.denoiser, TrainConfig(weight_change=0.3, algorithm="LoKr"), "cpu")
+
+
+def test_methods_that_do_not_fit_are_refused(tiny: Model, texts: EncodedDataset) -> None:
+    with pytest.raises(OptionError, match=r"guidance_loss is for models with distilled guidance.*; leave it out"):
+        train(tiny, texts, steps=1, guidance_loss="3")
+    for odd in ("x", "3-2", "0.5", "2-3-4", "nan"):
+        with pytest.raises(OptionError, match=r"guidance_loss must be a number from 1 to 100, or a range such as 2-4"):
+            TrainConfig(guidance_loss=odd)
+    for kind in ({"algorithm": "OFT"}, {"dora": "input"}):
+        with pytest.raises(OptionError, match=r"a slider needs a kind of adapter that adds to the weights"):
+            train(tiny, texts, steps=1, **SLIDER, **kind)
+    with pytest.raises(OptionError, match=r"the ends of a slider must be two prompts, got '' for both"):
+        TrainConfig(slider_positive="")
