@@ -215,8 +215,14 @@ class Sample:
 
     def _with(self, picture: Picture, conditioning: Conditioning) -> Sample:
         conditioning = conditioning.with_beside(picture.beside)
-        own = {"latents": picture.latents, "places": picture.places, "seen": picture.seen}
-        return replace(self, conditioning=conditioning, variants=None, **own)
+        return replace(
+            self,
+            latents=picture.latents,
+            places=picture.places,
+            conditioning=conditioning,
+            seen=picture.seen,
+            variants=None,
+        )
 
 
 @dataclass(frozen=True, repr=False)
