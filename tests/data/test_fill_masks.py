@@ -111,7 +111,7 @@ def test_controls_beside_the_pictures_are_refused(tmp_path: Path, fill: Model) -
     masked(tmp_path, "a", corner())
     (tmp_path / "control").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "control" / "a.png")
-    with pytest.raises(DataError, match=r"\(Flux.1\) takes .* a.png has .*; choose controls none to train without them"):
+    with pytest.raises(DataError, match=r"\(Flux.1\) takes .* a.png has .*; choose controls none to train without"):
         load_dataset(tmp_path, fill, resolution=64, masks="files")
 
 
