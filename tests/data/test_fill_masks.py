@@ -74,7 +74,7 @@ def test_pictures_without_a_mask_are_an_error_or_painted_as_a_whole(tmp_path: Pa
         DataError, match=r"\(Flux.1\) paints what a mask covers, but there is none for bb.png; add NAME.mask.png .* or"
     ):
         load_dataset(tmp_path, fill, resolution=64, masks="files")
-    with pytest.raises(DataError, match=r"is none for a.png, bb.png; .* --masks files, or add --controls optional"):
+    with pytest.raises(DataError, match=r"is none for a.png, bb.png; .* --masks files, or choose controls optional"):
         load_dataset(tmp_path, fill, resolution=64)
     with pytest.raises(DataError, match=r"from what is around it, which transparency hides; choose --masks files$"):
         load_dataset(tmp_path, fill, resolution=64, masks="alpha")
@@ -111,7 +111,7 @@ def test_controls_beside_the_pictures_are_refused(tmp_path: Path, fill: Model) -
     masked(tmp_path, "a", corner())
     (tmp_path / "control").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "control" / "a.png")
-    with pytest.raises(DataError, match=r"\(Flux.1\) takes .* a.png has .*; add --controls none to train without them"):
+    with pytest.raises(DataError, match=r"\(Flux.1\) takes .* a.png has .*; choose controls none to train without"):
         load_dataset(tmp_path, fill, resolution=64, masks="files")
 
 

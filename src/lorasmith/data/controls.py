@@ -27,7 +27,8 @@ _OPTIONAL = "or choose controls optional"
 def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     """Raise DataError if the controls of a folder do not fit a model, or one is missing, or a clip is too short."""
     form, title = model.control_form, f"{model.title} ({model.family.title})"
-    paired = [one for one in scan.images if one.controls]
+    subjects = [one for one in scan.images if not one.is_class]
+    paired = [one for one in subjects if one.controls]
     if form is not None and form.source in ("first frame", "first and last frame") and form.is_required:
         _check_clips(scan, config, model)
     if config.controls == "none":
