@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 from original_models import save
+from PIL import Image, ImageOps
 from tiny_flux import FLUX1
 from tiny_parts import grid_positions, image_patches, latents_of_patches
 from torch import Tensor
 
-from lorasmith.families.base import Conditioning
+from lorasmith.core.errors import DataError, OptionError
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning, Encoding
+from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.runs.library import train
+from lorasmith.sampling.generate import generate
+from lorasmith.sampling.sample import prepare_noise
+from lorasmith.sampling.samplers import sigmas_for
 
 SIZES = [(8, 12), (6, 4)]  # latents
 
@@ -95,9 +106,127 @@ def test_a_batch_is_its_samples_one_by_one(fill: Model) -> None:
     torch.testing.assert_close(together, torch.cat(singles), rtol=1e-5, atol=1e-6)
 
 
+def test_it_takes_no_other_controls(fill: Model) -> None:
+    with pytest.raises(OptionError, match=r"^edit must be left out for flux1-fill-dev \(Flux.1\), got 'kontext'$"):
+        fill.as_edit("kontext")
+    given = prompt(1).with_controls([torch.zeros(1, 16, 8, 8)])
+    with pytest.raises(DataError, match=r"flux1-fill-dev \(Flux.1\) takes no controls, got 1; leave them out"):
+        fill.denoiser.check_conditionings([given])
+
+
+def pipeline(network: Any) -> Any:
+    """diffusers' pipeline of the parts, which encodes pictures as we do: not at random."""
+    import diffusers
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False)
+    made = diffusers.FluxFillPipeline(scheduler=scheduler, **FLUX1.parts() | {"transformer": network})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def drawn_on(width: int, height: int) -> tuple[Image.Image, Image.Image]:
+    """A picture and its mask."""
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[8 : height - 20, width // 3 :] = 255
+    return Image.fromarray(pixels), Image.fromarray(mask)
+
+
+def test_pictures_are_those_of_diffusers(fill: Model, network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    (picture, mask), steps = drawn_on(96, 64), 3
+    encoder = replace(fill.text_encoder, encoding=Encoding(lengths="diffusers"))
+    settings: dict[str, Any] = {"steps": steps, "scheduler": "simple", "seed": 3, "text_encoder": encoder}
+    (ours,) = generate(fill, "a fox", controls=[picture], mask=mask, **settings)
+    sigmas = sigmas_for(fill.components.schedule, "simple", steps)
+    noise = prepare_noise(3, (1, 16, 8, 12))
+    theirs = pipeline(network)(
+        "a fox",
+        image=picture,
+        mask_image=mask,
+        latents=image_patches(noise),
+        sigmas=sigmas[:-1].tolist(),
+        num_inference_steps=steps,
+        width=96,
+        height=64,
+    ).images[0]
+    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
+    (other,) = generate(fill, "a fox", controls=[picture], mask=ImageOps.invert(mask), **settings)
+    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(other, dtype=int)).mean() > 1
+
+
+def test_a_folder_of_its_pipeline_is_read(fill: Model, network: Any, tmp_path: Path) -> None:
+    pipeline(network).save_pretrained(tmp_path / "FLUX.1-Fill-dev")
+    for one in (load_model(tmp_path / "FLUX.1-Fill-dev"), load_model(pipeline(network))):
+        assert one.control_source == "mask" and one.components.latent == fill.components.latent
+        state = one.components.denoiser.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_masks_that_do_not_fit_are_said(fill: Model, tmp_path: Path) -> None:
+    (picture, mask), dev = drawn_on(96, 64), FLUX1.loaded(FLUX1.saved(tmp_path))
+    for model, controls, given, message in (
+        (
+            fill,
+            [],
+            mask,
+            r"paints what a mask covers in a picture, got no control; give the picture as",
+        ),
+        (fill, [picture], None, r"got no mask; give the picture as control, and a mask$"),
+        (
+            fill,
+            [picture],
+            mask.resize((64, 64)),
+            r"aspect ratio of its picture, 96×64, got 64×64; crop or scale it$",
+        ),
+        (
+            fill,
+            [picture],
+            Image.new("L", (96, 64)),
+            r"a part of its picture, got one of nothing; make white",
+        ),
+        (
+            fill,
+            [picture],
+            Image.new("L", (96, 64), 255),
+            r"a part of its picture, got one of all; make white",
+        ),
+        (fill, [picture] * 2, mask, r"takes at most 1 control, got 2; leave some out$"),
+        (dev, [], mask, r"^flux1-dev \(Flux.1\) takes no mask, got one; leave it out, or choose a model that fills"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            generate(model, "a fox", controls=controls, mask=given, steps=1)
+
+
 def test_its_files_are_told_by_their_shapes(fill: Model, network: Any) -> None:
     config = fill.components.denoiser.config
     assert (config.in_channels, config.out_channels) == (384, 64)
     assert fill.components.latent.channels == 16
     state = fill.components.denoiser.state_dict()
     assert all(torch.equal(one, state[name]) for name, one in network.state_dict().items())
+
+
+def test_a_tiny_model_learns_to_fill_with_what_is_around_the_mask(fill: Model) -> None:
+    """Pictures of one colour each, whose captions are the same: only what is known tells which colour is missing."""
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 16:] = 1
+    outside = (mask[:, :, ::8, ::8] == 0).float()
+    colours = [models.seeded(f"colour {index}", (1, 16, 1, 1), seed=0).expand(1, 16, 4, 4) for index in range(4)]
+    prompts = [prompt(1, known(fill, colour * outside, mask)) for colour in colours]
+    places = 2 - 2 * outside[0, 0]
+    samples = [
+        Sample(colour[0].contiguous(), given, f"{index}.png", places=places)
+        for index, (colour, given) in enumerate(zip(colours, prompts, strict=True))
+    ]
+    settings: dict[str, Any] = {"algorithm": "Full", "targets": "all-linear", "learning_rate": 3e-3, "seed": 1}
+    result = train(fill, EncodedDataset(tuple(samples)), steps=600, batch_size=4, training_dtype="fp32", **settings)
+    denoiser = result.lora.applied_to(fill.denoiser)
+    noise, time = models.seeded("noise", (1, 16, 4, 4), seed=0), torch.ones(1)
+    with denoiser.active(), torch.no_grad():
+        drawn = [noise - denoiser.predict(noise, time, given) for given in prompts]
+    for index, one in enumerate(drawn):
+        distances = [((one - colour) * (1 - outside)).norm() / (colour * (1 - outside)).norm() for colour in colours]
+        assert int(torch.stack(distances).argmin()) == index, "noise alone does not say which colour it is"
+        assert distances[index] < 0.5, distances

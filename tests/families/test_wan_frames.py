@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -12,13 +13,20 @@ import tiny_wan
 import torch
 from original_models import save
 from safetensors.torch import load_file
+from test_transformer_loras import assert_applied
 from tiny_parts import TinyFamily
 from torch import Tensor
+from transformer_models import Case
 
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.families.base import FAMILIES, Conditioning
 from lorasmith.families.loading import load_model, original_shapes
 from lorasmith.families.model import Model
+from lorasmith.formats.lora_file import save_lora
+from lorasmith.formats.names import matches
+from lorasmith.formats.spelling import guessed_family
+from lorasmith.training.lora_handle import Lora
 
 TINY = {
     "wan2.2 i2v": tiny_wan.WAN_I2V,
@@ -247,3 +255,92 @@ def test_known_frames_of_another_size_are_refused(files: dict[str, dict[str, Pat
     conditioning = given(model, 1)
     with pytest.raises(DataError, match=r"^first_frame of a conditioning must have .* 1×2×2, got 1×4×6; encode"):
         model.denoiser.predict(torch.zeros(1, 48, 3, 2, 2), TIMES[:1], conditioning)
+
+
+def lora_on(model: Model, paths: Sequence[str]) -> AdapterState:
+    shapes = model.names.weight_shapes
+    return AdapterState(
+        {
+            ModuleRef(DENOISER, path): AdapterWeights(
+                "lora", {"down": torch.ones(1, shapes[path][1]), "up": torch.ones(shapes[path][0], 1)}
+            )
+            for path in paths
+        }
+    )
+
+
+ATTENTION = ["blocks.0.attn1.to_q", "blocks.1.attn2.to_v", "blocks.0.ffn.net.2"]
+OF_PICTURES = ["blocks.0.attn2.add_k_proj", "condition_embedder.image_embedder.ff.net.0.proj"]
+
+
+@pytest.mark.parametrize("layout", ["ai-toolkit", "kohya", "diffusers"])
+def test_loras_of_text_and_of_picture_models_load_on_each_other(
+    files: dict[str, dict[str, Path]], layout: str, tmp_path: Path
+) -> None:
+    """By names that musubi-tuner, ComfyUI and diffusers have; what a model has no layer for is named."""
+    i2v, a14b = loaded(files["wan2.1 i2v"]), loaded(files["wan2.2 i2v"])
+    t2v = tiny_wan.WAN.loaded(tiny_wan.WAN.saved(tmp_path))
+    save_options: dict[str, Any] = {"layout": layout, "dtype": torch.float32, "metadata": {}}
+    save_lora(tmp_path / "t2v.safetensors", lora_on(t2v, ATTENTION), t2v.names, **save_options)
+    for model in (i2v, a14b):
+        state = Lora.load(tmp_path / "t2v.safetensors", model).state
+        assert {one.path for one in state.adapters} == set(ATTENTION) and not state.unknown
+    both = [*ATTENTION, *OF_PICTURES]
+    save_lora(tmp_path / "i2v.safetensors", lora_on(i2v, both), i2v.names, **save_options)
+    keys = load_file(tmp_path / "i2v.safetensors")
+    assert guessed_family({name: tuple(one.shape) for name, one in keys.items()}) == "Wan image to video"
+    theirs = {"ai-toolkit": "cross_attn.k_img.", "kohya": "cross_attn_k_img.", "diffusers": "attn2.add_k_proj."}[layout]
+    assert any(theirs in name for name in keys)
+    state = Lora.load(tmp_path / "i2v.safetensors", i2v).state
+    assert {one.path for one in state.adapters} == set(both) and not state.unknown
+    for model in (t2v, a14b):
+        state = Lora.load(tmp_path / "i2v.safetensors", model).state
+        assert {one.path for one in state.adapters} == set(ATTENTION)
+        assert {name.rpartition(".lora")[0] for name in state.unknown} and all(
+            "img" in name or "add_k" in name or "image_embedder" in name for name in state.unknown
+        )
+
+
+def test_default_targets_are_those_of_text_to_video(files: dict[str, dict[str, Path]]) -> None:
+    model = loaded(files["wan2.1 i2v"])
+    chosen = [path for path in model.names.weight_shapes if matches(path, model.family.presets["attention+ff"].include)]
+    assert len(chosen) == 2 * 10 and not any("add_" in path for path in chosen)
+
+
+def test_a_diffusers_folder_is_the_same_model(
+    case: tuple[TinyFamily, Model], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Those of WanImageToVideoPipeline, with `expand_timesteps` for 5B, and of two experts."""
+    import diffusers
+
+    tiny, model = case
+    parts = {**tiny.parts(), "image_encoder": tiny_wan.clip_vision()}
+    if "clip_vision" not in model.family.conditioning_shapes(model.components.denoiser):
+        parts["image_encoder"] = None
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False)
+    two = {"transformer_2": parts["transformer"], "boundary_ratio": 0.9} if parts["image_encoder"] is None else {}
+    if "expand_timesteps" in parts:
+        two = {}
+    pipeline = diffusers.WanImageToVideoPipeline(scheduler=scheduler, image_processor=None, **parts, **two)
+    edit = "i2v" if "expand_timesteps" in parts else None
+    pipeline.save_pretrained(tmp_path / "folder")
+    for ours in (load_model(tmp_path / "folder", edit=edit), load_model(pipeline, edit=edit)):
+        assert ours.family is model.family and ours.control_source == model.control_source
+        assert (ours.named_expert is not None) == bool(two)
+        for name, part in model.components.modules().items():
+            state = ours.components.modules()[name].state_dict()
+            assert all(torch.equal(state[key], tensor) for key, tensor in part.state_dict().items()), name
+
+
+@pytest.mark.parametrize("layout", ["portable", "diffusers"])
+def test_layers_on_pictures_are_applied_by_diffusers(
+    files: dict[str, dict[str, Path]], layout: str, tmp_path: Path
+) -> None:
+    model = loaded(files["wan2.1 i2v"])
+    linear = [
+        path for path, shape in model.names.weight_shapes.items() if len(shape) == 2 and path.startswith("blocks.")
+    ]
+    assert any("add_k_proj" in path for path in linear)
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, lora_on(model, linear), model.names, layout=layout, dtype=torch.float32, metadata={})
+    assert_applied(Case("wan-i2v", tiny_wan.WAN21_I2V, files["wan2.1 i2v"], model), path)

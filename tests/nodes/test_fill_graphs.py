@@ -107,6 +107,10 @@ def test_predictions_are_comfyuis(bench: Any, fill: Model) -> None:
         with torch.no_grad():
             found = fill.denoiser.predict(x, torch.tensor([family_cases.SIGMA]), for_model(one, fill, x))
         assert_same(name, found, RECORDED[name])
+    denoiser = family_cases.lora(fill).applied_to(fill.denoiser)
+    with denoiser.active(), torch.no_grad():
+        changed = denoiser.predict(x, torch.tensor([family_cases.SIGMA]), for_model(given, fill, x))
+    assert_same("with_lora", changed, RECORDED["with_lora"])
 
 
 def test_other_models_ignore_it(bench: Any, fill: Model, tiny: Model, captions: list[Conditioning]) -> None:

@@ -28,7 +28,8 @@ and of `flux1-schnell`, which is Flux.1 without its guidance input, the last two
 further inputs, what InpaintModelConditioning makes of `family_cases.picture` and `family_cases.mask`:
 
     latent, concat_latent_image, concat_mask
-    prediction      at `family_cases.noisy` and sigma, with these and guidance 30
+    prediction      at a sampler's state of noise and sigma, with these and guidance 30
+    with_lora       the same with a LoRA that Lorasmith wrote, as above
     without         the same without them
     sampled         two steps of KSampler with seed 3, euler, simple and guidance 30
     sampled inside  the same with the node's noise mask
@@ -37,9 +38,10 @@ further inputs, what InpaintModelConditioning makes of `family_cases.picture` an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,12 +170,15 @@ def _fill(folder: Path) -> dict[str, Any]:
     for name in ("concat_latent_image", "concat_mask"):
         found[name] = family_cases.numbers(name, given[name])
     found["latent"] = family_cases.numbers("latent", latent["samples"])
-    x = models.seeded("noisy", tuple(latent["samples"].shape), seed=0)
-    conditioning = _of(prompt)
-    for name, more in (("prediction", given), ("without", {})):
-        concat = {key: one for key, one in more.items() if key.startswith("concat")}
-        found[name] = family_cases.numbers(name, _prediction(patcher.model, x, conditioning, guidance=30.0, **concat))
-    return found
+    x, conditioning = models.seeded("noisy", tuple(latent["samples"].shape), seed=0), _of(prompt)
+    concat = {key: one for key, one in given.items() if key.startswith("concat")}
+    ours = TINY["flux1"].loaded(files)
+    lora = family_cases.lora(ours).save(folder / "lora.safetensors")
+    for name, more in (("prediction", concat), ("without", {})):
+        found[name] = family_cases.numbers(name, _prediction(patcher.model, x, conditioning, guidance=30.0, **more))
+    with _with_lora(patcher, lora) as patched:
+        changed = _prediction(patched, x, conditioning, guidance=30.0, **concat)
+    return found | {"with_lora": family_cases.numbers("with_lora", changed)}
 
 
 def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
@@ -190,19 +195,10 @@ def _of(conditioning: Any) -> dict[str, Tensor]:
 
 
 def _predictions(patcher: Any, ours: Model, prompts: Mapping[str, dict[str, Tensor]], lora: Path) -> dict[str, Any]:
-    import comfy.lora
-    import comfy.lora_convert
-    import comfy.model_management
-
     x, encoded = family_cases.noisy(ours), prompts["short"]
     plain = _prediction(patcher.model, x, encoded)
-    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(load_file(str(lora))), names)
-    patched = patcher.clone()
-    patched.add_patches(patches, 1.0)
-    comfy.model_management.load_models_gpu([patched])
-    changed = _prediction(patched.model, x, encoded)
-    comfy.model_management.unload_all_models()
+    with _with_lora(patcher, lora) as patched:
+        changed = _prediction(patched, x, encoded)
     clip: dict[str, Any] = {}
     if ours.components.latent.time_downscale:
         predicted = _prediction(patcher.model, family_cases.noisy(ours, family_cases.FRAMES), encoded)
@@ -231,6 +227,22 @@ def _from_first_frame(model: Any, ours: Model, encoded: dict[str, Tensor]) -> Te
     latents[:, :, :1], unknown[:, :, 0] = first, 0.0
     given = {"concat_latent_image": latents, "concat_mask": unknown}
     return _prediction(model, x, encoded, **given, clip_vision_output=SimpleNamespace(last_hidden_state=states))
+
+
+@contextlib.contextmanager
+def _with_lora(patcher: Any, lora: Path) -> Iterator[Any]:
+    """The model with a LoRA applied."""
+    import comfy.lora
+    import comfy.lora_convert
+    import comfy.model_management
+
+    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(load_file(str(lora))), names)
+    patched = patcher.clone()
+    patched.add_patches(patches, 1.0)
+    comfy.model_management.load_models_gpu([patched])
+    yield patched.model
+    comfy.model_management.unload_all_models()
 
 
 def _prediction(

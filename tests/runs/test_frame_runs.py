@@ -21,17 +21,21 @@ from lorasmith.cli.main import main
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.random import keyed_uniform
-from lorasmith.data.data_config import ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import places_of
+from lorasmith.data.folder import scan_folder
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed
+from lorasmith.runs.data_check import check_scan
 from lorasmith.runs.expert_runs import ExpertRuns
+from lorasmith.runs.memory_estimate import estimate_memory
 from lorasmith.runs.model_list import list_models
 from lorasmith.runs.plan import plan
 from lorasmith.runs.reproduce import Reproduction
 from lorasmith.runs.run import run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import Sampling, generate, generate_clips
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
 from tests.data.video_cases import animation
 from tests.families.original_models import save
@@ -43,7 +47,7 @@ from tests.runs.folder_cases import CONFIRMED, tensors_of
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's folders with every kind of model."""
     folder = tmp_path_factory.mktemp("comfyui")
-    for one in (tiny_wan.WAN_I2V, tiny_wan.WAN21_I2V, tiny_wan.WAN21_FLF2V, tiny_wan.WAN_5B):
+    for one in (tiny_wan.WAN, tiny_wan.WAN_I2V, tiny_wan.WAN21_I2V, tiny_wan.WAN21_FLF2V, tiny_wan.WAN_5B):
         one.saved(folder)
     tiny_wan.save_clip_vision(folder)
     return folder
@@ -68,15 +72,8 @@ class Small(Audience):
 
 
 def asked(base: Path, clips: Path, model: str, **settings: Any) -> RunSpec:
-    quick = {
-        "rank": 2,
-        "targets": "attention",
-        "steps": 3,
-        "previews": "",
-        "resolution": 32,
-        "frames": 5,
-        "frame_rate": 5.0,
-    }
+    quick = {"rank": 2, "targets": "attention", "steps": 3, "previews": "", "resolution": 32}
+    quick |= {"frames": 5, "frame_rate": 5.0}
     edit = settings.pop("edit", None)
     return RunSpec(
         sources=(ImageSource(str(clips)),),
@@ -198,6 +195,20 @@ def test_what_cannot_be_trained_on_is_refused(base: Path, clips: Path, tmp_path:
     assert given == {"a.webp": True, "b.webp": True, "d.webp": False}
 
 
+def test_clips_shorter_than_the_frames_asked_for_are_noted(base: Path, clips: Path) -> None:
+    model = Small().load(ModelFiles(str(base / "models" / "diffusion_models" / A14B)), None).model
+    found = {}
+    for frames in (5, 9, None):
+        config = DataConfig(frames=frames, frame_rate=5.0)
+        checked = check_scan(scan_folder(clips, config, clips=True), config, folder=clips, model=model)
+        found[frames] = [one for one in checked.preflight.notes if "fewer than" in one]
+    assert found[5] == found[None] == []
+    assert found[9] == [
+        "2 of 2 clips have fewer than 9 frames at 5 a second, such as a.webp with 5, and are trained whole; add longer "
+        "ones, or lower frames"
+    ]
+
+
 def picture(folder: Path, name: str, size: tuple[int, int] = (50, 34)) -> Path:
     pixels = np.random.default_rng(len(name)).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / name)
@@ -250,7 +261,9 @@ def test_the_list_of_models_says_what_they_draw_from(base: Path) -> None:
     found = {one.path.name: one for one in list_models(Folders(base)).models}
     sources = {name: found[name].controls for name in (A14B, I2V, FLF2V, FIVE)}
     assert sources == {A14B: "first frame", I2V: "first frame", FLF2V: "first and last frame", FIVE: None}
-    assert found[FIVE].edits == ("i2v",)
+    assert (found[FIVE].edits, found[FIVE].also) == ((), {"i2v": "first frame"})
+    assert (found[FLF2V].edits, found[FLF2V].also) == ((), {})
+    assert found[A14B].also == {"flf2v": "first and last frame"}
     assert [part.kind for part in found[I2V].parts] == ["umt5xxl", "clip_vision_h", "wan21"]
     assert [part.kind for part in found[A14B].parts] == ["umt5xxl", "wan21"]
     assert not list_models(Folders(base)).unused
@@ -260,3 +273,16 @@ def test_a_missing_image_encoder_is_named_before_anything_is_encoded(base: Path,
     tiny_wan.WAN21_I2V.saved(tmp_path)
     with pytest.raises(ModelError, match=r"needs the image encoder clip_vision_h.*clip_vision_h\.safetensors"):
         plan(asked(tmp_path, clips, I2V), Small())
+
+
+def test_the_plan_counts_what_a_model_is_given(base: Path) -> None:
+    """Channels beside the latents cost next to nothing; CLIP's rows and a time for each token do."""
+
+    def kept(model: str, **other: str) -> int:
+        files = ModelFiles(str(base / "models" / "diffusion_models" / model), **other)
+        found = estimate_memory(files, TrainConfig(rank=2), card_bytes=2**33, resolution=64, frames=5)
+        return found.plans[0].needed_bytes
+
+    text, a14b, i2v, flf2v = kept("wan2.1_t2v_1.3B_fp16.safetensors"), kept(A14B), kept(I2V), kept(FLF2V)
+    assert text == pytest.approx(a14b, rel=0.02) and a14b < i2v < flf2v
+    assert kept(FIVE) < kept(FIVE, edit="i2v")

@@ -31,6 +31,7 @@ _ROWS = {
     "ERNIE-Image": ("ernie-image",),
     "Anima": ("anima",),
     "Wan 2.1, 2.2 A14B; 2.2 5B": ("wan", "wan22-5b"),
+    "Wan 2.1, 2.2 A14B, image to video": ("wan-i2v",),
     "HunyuanVideo 1.5": ("hunyuan-video15",),
 }
 """Families by their row in docs/models.md."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from family_cases import fill_files
 from safetensors.torch import save_file
 from transformer_models import TINY
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> ModelList:
     tensors = denoiser(1)
     wide = {**tensors, "txt_in.weight": torch.zeros(256, 32)}
     save_file({name: tensor.half() for name, tensor in wide.items()}, place / "other-width.safetensors")
-    save_file({**tensors, "img_in.weight": torch.zeros(256, 384)}, place / "fill.safetensors")
+    save_file({**tensors, "img_in.weight": torch.zeros(256, 128)}, place / "canny.safetensors")
     save_file(t5(width=48), base / "models" / "text_encoders" / "nobodys.safetensors")
     save_file({"a.weight": torch.zeros(2, 2)}, base / "models" / "vae" / "odd.safetensors")
     (base / "models" / "vae" / "cut.safetensors").write_bytes(b"cut")
@@ -57,9 +58,9 @@ def test_what_fits_no_model_is_listed_apart(found: ModelList) -> None:
         ("nobodys.safetensors", "text encoder t5xxl of width 48")
     ]
     unknown = {one.path.name: one.what for one in found.unknown}
-    assert set(unknown) == {"odd.safetensors", "cut.safetensors", "fill.safetensors"}
+    assert set(unknown) == {"odd.safetensors", "cut.safetensors", "canny.safetensors"}
     assert "of no supported architecture" in unknown["odd.safetensors"]
-    assert "only text-to-image models with 64 are supported" in unknown["fill.safetensors"]
+    assert "with 64 (dev, schnell, Kontext) and 384 (Fill) are supported" in unknown["canny.safetensors"]
 
 
 def test_the_list_is_data(found: ModelList) -> None:
@@ -73,6 +74,7 @@ def test_an_empty_folder_has_the_built_in_model_alone(tmp_path: Path) -> None:
 
 
 def test_edit_models_are_told_by_their_names(tmp_path: Path) -> None:
+    fill_files(tmp_path)
     dev = TINY["flux1"].saved(tmp_path)["transformer"]
     shutil.copy(dev, dev.with_name("flux1-dev-kontext_fp8_scaled.safetensors"))
     TINY["flux2-klein"].saved(tmp_path)
@@ -84,6 +86,7 @@ def test_edit_models_are_told_by_their_names(tmp_path: Path) -> None:
     for file, told in {
         "flux1-dev.safetensors": "no edit model, by its name (--edit kontext if it is)",
         "flux1-dev-kontext_fp8_scaled.safetensors": "edit model kontext, by its name (--edit none if it is not)",
+        "flux1-fill-dev.safetensors": "paints what a mask covers, by its tensors",
         "flux-2-klein-base-4b.safetensors": "takes pictures to edit or refer to, as all of its family",
     }.items():
         (at,) = [index for index, line in enumerate(lines) if line.startswith(file)]

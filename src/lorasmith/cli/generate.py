@@ -55,6 +55,10 @@ def generate(
             metavar="FILE", help="Picture that an edit model edits or refers to, for all prompts. Repeatable."
         ),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Mask of the --control, for models that fill masks: white is painted."),
+    ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
@@ -87,14 +91,14 @@ def generate(
 ) -> None:
     """Generate pictures from prompts, or with --frames clips, as animated WebP files."""
     from lorasmith.core.placement import dtype_from_name
-    from lorasmith.data.image_files import open_image
+    from lorasmith.data.image_files import open_image, open_mask
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model import Denoiser
     from lorasmith.runs.drawing import experts_of, load_with_loras, save_pictures
     from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 
     check_writable(output)
-    controls = [open_image(path) for path in control or ()]
+    controls, covering = [open_image(path) for path in control or ()], None if mask is None else open_mask(mask)
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
         files = ModelFiles(model, tuple(text_encoder or ()), vae, edit)
@@ -132,6 +136,7 @@ def generate(
             text_encoder=loaded.text_encoder,
             negative=negative,
             controls=controls,
+            mask=covering,
             progress=progress,
             cancelled=stop.is_set,
         )

@@ -118,8 +118,11 @@ def _controls(model: ListedModel) -> list[str]:
         return [f"edit model {model.edit}, by its name (--edit none if it is not)"]
     if model.controls == "files":
         return ["takes pictures to edit or refer to, as all of its family"]
-    if model.controls is not None:
-        return [f"draws clips from their {model.controls}, by its tensors"]
+    if model.controls == "mask":
+        return ["paints what a mask covers, by its tensors"]
+    if model.controls is not None or model.also:
+        ways = [] if model.controls is None else [f"draws from the {model.controls}, by its tensors"]
+        return [*ways, *(f"draws from the {source} with --edit {name}" for name, source in model.also.items())]
     return [f"no edit model, by its name (--edit {' or '.join(model.edits)} if it is)"] if model.edits else []
 
 

@@ -187,6 +187,7 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
                 vae=files.vae,
                 edit=files.edit,
                 controls=["start.png"] if draws_clips else planned.summary.controls,
+                mask=planned.summary.mask,
                 frames=base.defaults.frames if draws_clips else 1,
             )
             echo()

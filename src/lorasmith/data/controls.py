@@ -28,9 +28,11 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         _check_clips(scan, config, model)
     if config.controls == "none":
         return
+    if form is not None and form.source == "mask":
+        _check_masks(subjects, config, title)
     if form is None or form.source != "files":
         if paired or config.control:
-            variants = [one.name for one in model.family.controls if one.name and one.source == "files"]
+            variants = [one.name for one in model.family.controls if one.name and form is None]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
             without = "leave --control out" if config.control else "add --controls none"
             edit = f"add --edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
@@ -51,11 +53,9 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
             f"its name {where}; add them, {_OPTIONAL}"
         )
     if missing := [one.name for one in subjects if not one.controls]:
-        more = f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
-        names, place = ", ".join(missing[:_NAMED]), paired[0].controls[0].path.parent
         raise DataError(
-            f"each image needs a control, but there is none for {names}{more}; add a file of the same name to {place}, "
-            f"{_OPTIONAL}"
+            f"each image needs a control, but there is none for {_listed(missing)}; add a file of the same name to "
+            f"{paired[0].controls[0].path.parent}, {_OPTIONAL}"
         )
     first = paired[0]
     if other := next((one for one in paired if len(one.controls) != len(first.controls)), None):
@@ -68,10 +68,10 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
 def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
     """Raise DataError unless each file is a clip of several latents, which are drawn from its first frame."""
     title, clips = f"{model.title} ({model.family.title})", clip_form(model, config)
-    if config.control_dropout:
+    if config.control_dropout or config.controls == "none":
         raise DataError(
-            f"control_dropout must be 0 for {title}, which always draws from a picture, got "
-            f"{config.control_dropout:g}; leave it out"
+            f"{title} always draws from a picture, got control_dropout {config.control_dropout:g} and controls "
+            f"{config.controls}; leave both out"
         )
     assert clips is not None
     least = 1 + clips.latent.time_downscale
@@ -83,6 +83,24 @@ def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
                 f"{title} draws a clip from its first frame, and needs at least {least} frames, but {one.name} has "
                 f"{what}; remove it, or train it with a text-to-video model"
             )
+
+
+def _check_masks(images: Sequence[ImageFile], config: DataConfig, title: str) -> None:
+    """Raise DataError for an image without a mask, for a model that paints what a mask covers."""
+    what = f"{title} paints what a mask covers"
+    if config.masks == "alpha":  # which is laid on white
+        raise DataError(f"{what} from what is around it, which transparency hides; choose --masks files")
+    missing = [one.name for one in images if one.mask is None]
+    if missing and config.controls != "optional":
+        raise DataError(
+            f"{what}, but there is none for {_listed(missing)}; add NAME.mask.png beside it and --masks files, "
+            f"{_OPTIONAL} to paint whole pictures"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def has_aspect_of(control: ImageFile, image: ImageFile) -> bool:

@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
@@ -28,7 +28,7 @@ from lorasmith.core.random import keyed_uniform
 from lorasmith.data.clips import clip_frames
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.image_files import ImageError, open_layers, read_image, to_tensor
+from lorasmith.data.image_files import ImageError, open_layers, open_mask, read_image, to_tensor
 from lorasmith.families.base import PictureSize
 
 _VARIANTS_SEED = 0  # a constant; see above
@@ -256,13 +256,7 @@ def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
     """The mask in mode L, white inside; None without one, and for a clip's transparency. Raises ImageError."""
     if config.masks == "alpha":
         return None if image.frames else open_layers(image.path)[1]
-    if image.mask is None:
-        return None
-    grey, opacity = open_layers(image.mask)
-    mask = grey.convert("L")
-    if opacity is not None:  # what is transparent is outside
-        mask = ImageChops.multiply(mask, opacity)
-    return mask
+    return None if image.mask is None else open_mask(image.mask)
 
 
 def place_weights(inside: Tensor | None, config: DataConfig) -> Tensor | None:

@@ -381,16 +381,23 @@ def _sample(
 ) -> Sample:
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
-    found = []
+    found, fills = [], pictures.controls is not None and pictures.controls.source == "mask"
     for framing, one, given in zip(framed.framings, encoded, controls.tensors, strict=True):
         places = place_weights(one.inside, config)
-        if one.inside is not None and places is None:
+        crop = f"{framing.width}×{framing.height} crop"
+        if one.inside is not None and (places is None or (fills and not one.inside.any())):
             notes.append(
-                f"the mask of {name} leaves nothing of its {framing.width}×{framing.height} crop inside, so that is "
-                "trained as a whole; correct the mask, or remove it"
+                f"the mask of {name} leaves nothing of its {crop} inside, so that is trained as a whole; correct the "
+                "mask, or remove it"
+            )
+        elif fills and one.inside is not None and one.inside.min() == 1:
+            notes.append(
+                f"the mask of {name} covers all of its {crop}, so that the model is given nothing of it; correct the "
+                "mask, unless whole pictures are meant"
             )
         size = framing.picture_size(image.width, image.height)
-        found.append(Picture(one.latents, size, places, {**one.beside, **given}))
+        own = {} if config.controls == "none" else one.beside
+        found.append(Picture(one.latents, size, places, {**own, **given}))
     rules = CaptionRules.of(config, is_class=image.is_class)
     dropout = config.control_dropout if found[0].beside else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0

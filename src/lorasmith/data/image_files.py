@@ -20,7 +20,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
@@ -83,6 +83,13 @@ def open_layers(
         if not picture.has_transparency_data:
             return picture.convert("RGB"), None
         return _on_white(picture), picture.convert("RGBA").getchannel("A")
+
+
+def open_mask(path: Path) -> Image.Image:
+    """The mask in a file in mode L, white inside; what is transparent is outside. Raises ImageError."""
+    grey, opacity = open_layers(path)
+    mask = grey.convert("L")
+    return mask if opacity is None else ImageChops.multiply(mask, opacity)
 
 
 def open_reduced(path: Path, longest: int, *, grey: bool = False) -> Image.Image:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.extras import model_packages
-from lorasmith.core.printable import described, printable
+from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
@@ -334,7 +334,10 @@ class Expert:
 
 
 ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
-"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask."""
+"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask.
+
+With a mask, `known` has the latents of that picture first, then the pixels of the mask at each latent.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +371,7 @@ class ControlForm:
 
 def controls_taken(most: int) -> str:
     """How many controls a model takes, for messages."""
-    return f"takes {f'at most {most}' if most else 'no'} controls"
+    return f"takes at most {count_text(most, 'control')}" if most else "takes no controls"
 
 
 NO_EDIT = "none"

@@ -208,9 +208,9 @@ class Flux(Family):
         pixels: Tensor,
         mask: Tensor | None,
     ) -> Mapping[str, Tensor]:
-        if mask is None or not mask.any():  # as a picture without a mask, which is painted as a whole
-            mask = pixels.new_ones(pixels.shape[-2:])
-        inside = mask.round()[None, None]
+        whole = pixels.new_ones(1, 1, *pixels.shape[-2:])
+        inside = whole if mask is None else mask.round().expand_as(whole)
+        inside = torch.where(inside.any(), inside, whole)  # a mask of nothing is none; no branch, for meta tensors
         return {"known": _known(encode(pixels * (1 - inside)), inside)}
 
     def known(self, denoiser: Any, latents: Tensor, mask: Tensor) -> Tensor | None:

@@ -160,7 +160,9 @@ def check_encoders(model: Model, paths: Sequence[Path], clip_type: str | None) -
         for kind, shapes in encoder_kinds(path):
             if kind.name in needed:
                 _check_width(model, needed[kind.name], path, kind.width_in(shapes))
-    if clip_type is not None and kinds == needed.keys() and (other := encoded_family(paths, clip_type)) is not family:
+    if clip_type is None or clip_type in family.clip_types or kinds != needed.keys():  # which families may share
+        return
+    if (other := encoded_family(paths, clip_type)) is not family:
         names = " and ".join(path.name for path in paths)
         raise ModelError(
             f"{names} must be loaded for {model.title} ({family.title}), but type {clip_type} is {other.title}; "

@@ -171,11 +171,17 @@ class Model:
                 stack.enter_context(placed_for_products(module, device=device or best_device(), dtype=torch.float32))
             yield
 
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """The edit variants that it may be, where its tensors leave that open."""
+        family, denoiser = self.family, self.components.denoiser
+        named = [form for form in family.controls if form.name]
+        return tuple(form.name for form in named if family.controls_of(denoiser, (), form.name) is form)
+
     def as_edit(self, edit: str | None) -> Model:
         """The model as this edit variant of its family. Raises OptionError if there is no such variant."""
-        variants = [form.name for form in self.family.controls if form.name]
-        if edit not in (None, NO_EDIT, *variants):
-            known = f"one of {', '.join((*variants, NO_EDIT))}" if variants else "left out"
+        if edit not in (None, NO_EDIT, *self.edits):
+            known = f"one of {', '.join((*self.edits, NO_EDIT))}" if self.edits else "left out"
             raise OptionError(f"edit must be {known} for {self.title} ({self.family.title}), got {edit!r}")
         return replace(self, edit=edit)
 
@@ -245,7 +251,8 @@ class Denoiser:
     def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
         """Raise DataError for conditionings that another model's parts made: other widths, other controls."""
         family, latent = self.base.family, self.base.components.latent
-        most = max((form.most for form in family.controls if form.source == "files"), default=0)
+        forms = family.controls if self.base.control_source == "files" else ()
+        most = max((form.most for form in forms if form.source == "files"), default=0)
         for conditioning in conditionings:
             if (count := len(conditioning.controls)) > most:
                 remedy = "leave out the others" if most else "leave them out, or choose an edit model"

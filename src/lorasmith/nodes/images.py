@@ -102,8 +102,8 @@ def image_to_mask(
     """Take one channel of pictures as masks."""
     if channel == "alpha":
         raise OptionError(
-            f"channel must be {' or '.join(_CHANNELS)} for a picture, which has no alpha here, got alpha; use Load Image "
-            "(as Mask)"
+            f"channel must be {' or '.join(_CHANNELS)} for a picture, which has no alpha here, got alpha; use Load "
+            "Image (as Mask)"
         )
     return (image[..., _CHANNELS.index(channel)].contiguous(),)
 

@@ -172,10 +172,12 @@ _CELLS = 64, 384
 
 
 def pair_stems(folder: Path) -> list[str]:
-    """Stems of the files with controls, and of what is trained, in a folder of previews."""
-    names = (re.fullmatch(r"(control(?:-\d+)?|target)-\d+\.(?:png|webp)", file.name) for file in folder.glob("*-*.*"))
+    """Stems of the files with controls, masks, and of what is trained, in a folder of previews."""
+    names = (
+        re.fullmatch(r"(control(?:-\d+)?|mask|target)-\d+\.(?:png|webp)", file.name) for file in folder.glob("*-*.*")
+    )
     found = {name[1] for name in names if name}
-    return sorted(found, key=lambda stem: (stem == "target", len(stem), stem))
+    return sorted(found, key=lambda stem: (stem == "target", stem == "mask", len(stem), stem))
 
 
 class PreviewFolder:
@@ -192,7 +194,7 @@ class PreviewFolder:
         self._sampling = dict(sampling)
 
     def write_pair(self, stem: str, pictures: Sequence[PictureOrClip]) -> tuple[Path, ...]:
-        """Write a control of each prompt, or what is trained, by a stem of `pair_stems`."""
+        """Write a control or mask of each prompt, or what is trained, by a stem of `pair_stems`."""
         return self._write(stem, pictures, {})
 
     def write_base(self, pictures: Sequence[PictureOrClip]) -> tuple[Path, ...]:

@@ -42,15 +42,18 @@ def generate_command(
     vae: str | None = None,
     edit: str | None = None,
     controls: Sequence[object] = (),
+    mask: object = None,
     frames: int = 1,
 ) -> str:
     """The command that draws a picture, or a clip of several frames, with a LoRA.
 
-    `model` is a path, a hub id or a built-in name; `controls` are the pictures that an edit model edits or refers to.
+    `model` is a path, a hub id or a built-in name; `controls` are the pictures that an edit model edits or refers to,
+    `mask` is what a model paints that fills masks.
     """
     named = {name: value for name, value in (("vae", vae), ("edit", edit)) if value}
     parts = arguments_for({"text_encoder": text_encoders, **named})
-    pictures = arguments_for({"control": controls, **({"frames": frames} if frames > 1 else {})})
+    drawn = {**({} if mask is None else {"mask": mask}), **({"frames": frames} if frames > 1 else {})}
+    pictures = arguments_for({"control": controls, **drawn})
     return command_line(
         ["lorasmith", "generate", "--model", model, *parts, "--lora", lora, *pictures, "--prompt", prompt]
     )

@@ -23,7 +23,7 @@ from lorasmith.core.printable import described, printable
 from lorasmith.data import encoding
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.data.image_files import open_image
+from lorasmith.data.image_files import open_image, open_mask
 from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.families.loading import DiffusersPipeline
@@ -424,6 +424,7 @@ def generate(
     text_encoder: TextEncoder | None = None,
     negative: str = "",
     controls: Controls = (),
+    mask: Control | None = None,
     seed: int = Sampling.seed,
     steps: int = Sampling.steps,
     cfg: float | None = Sampling.cfg,
@@ -447,6 +448,7 @@ def generate(
         text_encoder: text encoders with LoRAs applied; the model's if None.
         negative: negative prompt.
         controls: pictures that an edit model edits or refers to, or their paths, for all prompts.
+        mask: a picture, or its path, for models that fill masks: white is painted, the rest is the control's.
         seed: of the noise.
         steps: sampling steps, from 1.
         cfg: guidance scale; the model's own if None.
@@ -465,7 +467,7 @@ def generate(
     Raises:
         OptionError: a size does not fit the model, a name is unknown, a strength is not finite, or the model needs a
             control or takes none.
-        ImageError: a control cannot be read.
+        ImageError: a control or the mask cannot be read.
         ModelError: the model lacks a text encoder or an autoencoder.
         LoraError: a LoRA cannot be read, is for another model, or is refused.
         CancelledError: `cancelled` returned True.
@@ -484,6 +486,7 @@ def generate(
             text_encoder=encoder,
             negative=negative,
             controls=[one if isinstance(one, Image.Image) else open_image(Path(one)) for one in _listed(controls)],
+            mask=mask if mask is None or isinstance(mask, Image.Image) else open_mask(Path(mask)),
             seed=seed,
             steps=steps,
             cfg=cfg,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class ListedModel:
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
     edit: str = ""  # the one of them that its name says it is
     controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
+    also: Mapping[str, ControlSource] = field(default_factory=dict)  # where else, by the edit variant that says so
 
     @property
     def is_whole(self) -> bool:
@@ -105,10 +106,11 @@ def list_models(folders: Folders) -> ModelList:
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     slots, form = family.text_encoders, None
+    edits: tuple[str, ...] = ()
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
-        denoiser, form, slots = model.components.denoiser, model.control_form, model.encoder_slots
+        denoiser, form, edits, slots = model.components.denoiser, model.control_form, model.edits, model.encoder_slots
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {
@@ -124,6 +126,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
     found = None if "vae" in file.parts else best_autoencoder(files, vae)
     parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file))
+    of_frames = {one.name: one.source for one in family.controls if one.name and "frame" in one.source}
     listed = ListedModel(
         file.path,
         file.place,
@@ -131,9 +134,10 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         file.precision,
         family.title,
         tuple(parts),
-        tuple(one.name for one in family.controls if one.name),
-        "" if form is None else form.name,
+        tuple(name for name in edits if name not in of_frames),
+        "" if form is None or form.name in of_frames else form.name,
         None if form is None else form.source,
+        {name: source for name, source in of_frames.items() if form is None or form.name != name},
     )
     return listed, fitting
 

@@ -211,6 +211,7 @@ def _commands(history: RunHistory, view: RunView, lora: Path | None) -> dict[str
             vae=spec.vae if spec else None,
             edit=spec.edit if spec else None,
             controls=_drawn_from(folder, spec),
+            mask=samples / "mask-1.png" if "mask" in pair_stems(samples := folder / "samples") else None,
             frames=_frames_drawn(folder),
         )
     if view.outcome is None or not view.outcome.is_final:
@@ -224,7 +225,7 @@ def _commands(history: RunHistory, view: RunView, lora: Path | None) -> dict[str
 def _drawn_from(folder: Path, spec: RunSpec | None) -> list[Path]:
     """The controls of the first preview; a name to replace where a run on controls has no previews."""
     samples = folder / "samples"
-    found = [samples / f"{stem}-1.png" for stem in pair_stems(samples) if stem != "target"]
+    found = [samples / f"{stem}-1.png" for stem in pair_stems(samples) if stem.startswith("control")]
     return found or ([Path("photo.png")] if spec is not None and spec.data.control else [])
 
 

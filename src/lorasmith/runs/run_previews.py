@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LorasmithError
@@ -175,9 +176,14 @@ def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict
     rows = {"target": [one.latents[None] for one in pairs]}
     for index in range(min(len(one.conditioning.controls) for one in pairs)):
         rows[f"control-{index + 1}" if index else "control"] = [one.conditioning.controls[index] for one in pairs]
-    latent, autoencoder = base.components.latent, base.autoencoder
+    latent, autoencoder, masks = base.components.latent, base.autoencoder, dict[str, list[PictureOrClip]]()
+    if source == "mask":
+        known = [one.conditioning.tensors["known"].split(latent.channels, dim=1) for one in pairs]
+        rows["control"] = [given for given, *_ in known]
+        covered = [functional.pixel_shuffle(torch.cat(mask, dim=1), latent.downscale) for _, *mask in known]
+        masks["mask"] = [to_images(one.expand(-1, 3, -1, -1) * 2 - 1)[0] for one in covered]
     with autoencoder.active(device):
-        return {
+        return masks | {
             stem: [to_images(autoencoder.decode(latent.from_model(one)))[0] for one in row]
             for stem, row in rows.items()
         }

@@ -71,6 +71,7 @@ def generate(
     text_encoder: TextEncoder | None = None,
     negative: str = "",
     controls: Sequence[Image.Image] = (),
+    mask: Image.Image | None = None,
     seed: int = Sampling.seed,
     steps: int = Sampling.steps,
     cfg: float | None = Sampling.cfg,
@@ -86,7 +87,8 @@ def generate(
     """Generate one picture per prompt (`(word:1.2)` weights included), all from noise of the same seed.
 
     `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; `controls` are the pictures that
-    an edit model edits or refers to, for all prompts; other settings are those of `Sampling`. `progress` receives
+    an edit model edits or refers to, for all prompts, and `mask` is white where a model that fills masks paints;
+    other settings are those of `Sampling`. `progress` receives
     (steps done, total) of all prompts together; `cancelled` is called before each evaluation of the network. Raises
     OptionError for a size or name that does not fit, ModelError if the model lacks a text encoder or an autoencoder,
     and SamplingCancelledError.
@@ -102,7 +104,7 @@ def generate(
         height=height,
         dtype=dtype,
     )
-    positives, away = _encoded(denoiser, prompts, negative, controls, sampling, text_encoder, device)
+    positives, away = _encoded(denoiser, prompts, negative, controls, mask, sampling, text_encoder, device)
     drawn = clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
     return [clip.frames[0] for clip in drawn]
 
@@ -115,6 +117,7 @@ def generate_clips(
     text_encoder: TextEncoder | None = None,
     negative: str = "",
     controls: Sequence[Image.Image] = (),
+    mask: Image.Image | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
@@ -123,7 +126,7 @@ def generate_clips(
     Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
-    positives, away = _encoded(denoiser, prompts, negative, controls, sampling, text_encoder, None)
+    positives, away = _encoded(denoiser, prompts, negative, controls, mask, sampling, text_encoder, None)
     return clips(denoiser, positives, away, sampling, progress=progress, cancelled=cancelled)
 
 
@@ -188,32 +191,46 @@ def _encoded(
     prompts: str | Sequence[str],
     negative: str,
     controls: Sequence[Image.Image],
+    mask: Image.Image | None,
     sampling: Sampling,
     text_encoder: TextEncoder | None,
     device: torch.device | None,
 ) -> tuple[list[Conditioning], Conditioning]:
     encoder = text_encoder or denoiser.base.text_encoder
-    beside = encoded_controls(denoiser.base, controls, sampling, device)
+    beside = encoded_controls(denoiser.base, controls, sampling, device, mask=mask)
     with encoder.active(device):
         positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         return [one.with_beside(beside) for one in positives], encoder.encode(negative)
 
 
 def encoded_controls(
-    model: Model, pictures: Sequence[Image.Image], sampling: Sampling, device: torch.device | None = None
+    model: Model,
+    pictures: Sequence[Image.Image],
+    sampling: Sampling,
+    device: torch.device | None = None,
+    *,
+    mask: Image.Image | None = None,
 ) -> Mapping[str, Tensor]:
-    """Tensors of a conditioning made of RGB pictures to edit or refer to, each in a size that the model knows, or of
-    the first and last frame of a clip in the size of `sampling`.
+    """Tensors of a conditioning made of RGB pictures to edit or refer to, each in a size that the model knows, or in
+    the size of `sampling` of the first and last frame of a clip, or of a picture and the mask of what is
+    painted.
 
     What does not fit its aspect ratio is cut off around the centre. OptionError if the model takes no or fewer
-    pictures, or needs one.
+    pictures, or needs one, or a mask.
     """
     form, title = model.control_form, f"{model.title} ({model.family.title})"
+    if mask is not None and (form is None or form.source != "mask"):
+        raise OptionError(f"{title} takes no mask, got one; leave it out, or choose a model that fills masks")
     if len(pictures) > (most := 0 if form is None else form.most):
         remedy = "leave some out" if most else "leave them out, or choose an edit model"
         raise OptionError(f"{title} {controls_taken(most)}, got {len(pictures)}; {remedy}")
     if form is None:
         return {}
+    if form.source == "mask" and (mask is None or not pictures):
+        lacking = "mask" if pictures else "control"
+        raise OptionError(
+            f"{title} paints what a mask covers in a picture, got no {lacking}; give the picture as control, and a mask"
+        )
     if form.is_required and not pictures:
         if form.source != "files":
             raise OptionError(f"{title} draws from a picture and needs one, got none; give it as a control")
@@ -221,7 +238,7 @@ def encoded_controls(
             f"{title} edits pictures and needs one, got none; give it as a control, or choose edit none to draw without"
         )
     if form.source != "files":
-        return _beside(model, form, pictures, sampling, device) if pictures else {}
+        return _beside(model, form, pictures, mask, sampling, device) if pictures else {}
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
         fitted = (ImageOps.fit(one, form.size(*one.size), Image.Resampling.LANCZOS) for one in pictures)
@@ -229,12 +246,17 @@ def encoded_controls(
 
 
 def _beside(
-    model: Model, form: ControlForm, pictures: Sequence[Image.Image], sampling: Sampling, device: torch.device | None
+    model: Model,
+    form: ControlForm,
+    pictures: Sequence[Image.Image],
+    mask: Image.Image | None,
+    sampling: Sampling,
+    device: torch.device | None,
 ) -> Mapping[str, Tensor]:
-    """What the model is given of a clip with these pictures as its first and last frame."""
+    """What the model is given of a picture and its mask, or of a clip with these pictures as first and last frame."""
     if form.source == "first and last frame" and len(pictures) == 1:
         raise OptionError(f"{model.title} draws from the first and the last frame, got one picture; give both")
-    if sampling.frames == 1:
+    if sampling.frames == 1 and mask is None:
         raise OptionError(
             f"frames must be at least {1 + model.components.latent.time_downscale} for a clip that {model.title} draws "
             f"from a picture, got 1; try {model.defaults.frames}"
@@ -242,6 +264,10 @@ def _beside(
     width, height = form.size(*pictures[0].size)
     size = (sampling.width or width, sampling.height or height)
     _latent_shape(model, replace(sampling, width=size[0], height=size[1]))
+    if mask is not None:
+        pixels = _pixels(ImageOps.fit(pictures[0], size, Image.Resampling.LANCZOS))
+        with model.encodes_pictures(device):
+            return model.beside(pixels, _inside(mask, pictures[0].size, size))
     pixels = torch.zeros(1, 3, sampling.frames, size[1], size[0])
     for place, one in zip((0, -1), pictures, strict=False):
         pixels[:, :, place] = _pixels(ImageOps.fit(one, size, Image.Resampling.LANCZOS))
@@ -249,6 +275,21 @@ def _beside(
         form = replace(form, source="first and last frame")
     with model.encodes_pictures(device):
         return model.beside(pixels, form=form)
+
+
+def _inside(mask: Image.Image, of: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(height, width) in [0, 1], 1 inside of a picture's mask at this size. OptionError for one that cannot be used."""
+    (width, height), (columns, rows) = of, mask.size
+    if abs(columns * height - rows * width) > width + height:  # more than a pixel of the mask
+        raise OptionError(
+            f"a mask must have the aspect ratio of its picture, {width}×{height}, got {columns}×{rows}; crop or scale "
+            "it"
+        )
+    inside = torch.from_numpy(np.array(ImageOps.fit(mask.convert("L"), size, Image.Resampling.BOX))).float() / 255
+    if (share := inside.round().mean()) in (0, 1):
+        covered = "all" if share else "nothing"
+        raise OptionError(f"a mask must cover a part of its picture, got one of {covered}; make white what is painted")
+    return inside
 
 
 def _pixels(picture: Image.Image) -> Tensor:

@@ -17,9 +17,11 @@ from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, TokenizerSo
 _SIDE = 224  # pixels of the square that a picture is scaled to
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-_LAYERS = "vision_model.encoder.layers."
-_PATCHES = "vision_model.embeddings.patch_embedding.weight"
-_POSITIONS = "vision_model.embeddings.position_embedding.weight"
+_SIGLIP_SIDE, _PLACES = 384, 729  # and patches of it
+_START = "vision_model."  # in front of names; in files of transformers' newer versions it is not
+_LAYERS = "encoder.layers."
+_PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+_CLASS = "embeddings.class_embedding"
 _INNER = f"{_LAYERS}0.mlp.fc1.weight"
 _HEAD = 80  # width of a head of ViT-H
 
@@ -33,12 +35,13 @@ class ClipVision(EncoderKind):
     dtype = torch.float32
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return len(shapes.get(_PATCHES, ())) == 4 and "vision_model.embeddings.class_embedding" in shapes
+        start = _START if f"{_START}{_PATCHES}" in shapes else ""
+        return len(shapes.get(f"{start}{_PATCHES}", ())) == 4 and f"{start}{_CLASS}" in shapes
 
     def build(self, source: PartSource) -> nn.Module:
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        tensors = source.tensors
+        tensors = _bare(source)
         if missing := [name for name in (_PATCHES, _POSITIONS, _INNER) if name not in tensors]:
             raise ModelError(f"{source.where} lacks {missing[0]}; it is incomplete, so get it again")
         width, _, patch = tuple(tensors[_PATCHES].shape)[:3]
@@ -55,7 +58,6 @@ class ClipVision(EncoderKind):
             image_size=_SIDE,
             patch_size=patch,
             hidden_act="gelu",
-            attn_implementation="sdpa",
         )
 
         return build(lambda: CLIPVisionModel(config), lambda model: _named(model, tensors), where=source.where)
@@ -73,15 +75,14 @@ class SiglipVision(EncoderKind):
     dtype = torch.float32
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        has_class = "vision_model.embeddings.class_embedding" in shapes
-        return len(shapes.get(_PATCHES, ())) == 4 and shapes.get(_POSITIONS, ())[:1] == (_PLACES,) and not has_class
+        start = _START if f"{_START}{_PATCHES}" in shapes else ""
+        places, has_class = shapes.get(f"{start}{_POSITIONS}", ())[:1], f"{start}{_CLASS}" in shapes
+        return len(shapes.get(f"{start}{_PATCHES}", ())) == 4 and places == (_PLACES,) and not has_class
 
     def build(self, source: PartSource) -> nn.Module:
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        tensors = {
-            name if source.config is None else f"vision_model.{name}": one for name, one in source.tensors.items()
-        }
+        tensors = _bare(source)
         if missing := [name for name in (_PATCHES, _POSITIONS, _INNER) if name not in tensors]:
             raise ModelError(f"{source.where} lacks {missing[0]}; it is incomplete, so get it again")
         config = SiglipVisionConfig(
@@ -99,14 +100,15 @@ class SiglipVision(EncoderKind):
         raise NotImplementedError("it reads no text")
 
 
-_SIGLIP_SIDE, _PLACES = 384, 729
+def _bare(source: PartSource) -> dict[str, Any]:
+    return {name.removeprefix(_START): tensor for name, tensor in source.tensors.items()}
 
 
 def _named(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors by the model's names; transformers has had both `vision_model.` in front of them and nothing."""
+    """Tensors by the model's names, which in older versions of transformers begin otherwise."""
     needed = model.state_dict()
-    names = {name: name if name in needed else name.removeprefix("vision_model.") for name in tensors}
-    return {ours: tensors[name] for name, ours in names.items() if ours in needed}
+    found = {name if name in needed else f"{_START}{name}": tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in found.items() if name in needed}
 
 
 @torch.no_grad()

@@ -1,0 +1,124 @@
+"""Runs of Flux.1 Fill on masked pictures: from the command line to a LoRA that fills, with previews and report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from family_cases import fill_files
+from PIL import Image
+from test_transformer_loras import change, layers_of_diffusers
+from tiny_flux import FLUX1
+
+from lorasmith.cli.main import main
+from lorasmith.data.data_config import ImageSource
+from lorasmith.report.contact_sheet import pair_stems
+from lorasmith.runs.plan import plan
+from lorasmith.runs.run import Host, run
+from lorasmith.runs.spec import RunSpec
+from lorasmith.training.lora_handle import Lora
+from tests.hosts import Audience
+from tests.runs.folder_cases import tensors_of
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return fill_files(tmp_path_factory.mktemp("fill"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures with their masks."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index, name in enumerate("ab"):
+        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        mask = np.zeros((64, 64), np.uint8)
+        mask[16:, : 32 + 16 * index] = 255
+        Image.fromarray(mask).save(folder / f"{name}.mask.png")
+    return folder
+
+
+def asked(files: dict[str, Path], photos: Path, **settings: Any) -> RunSpec:
+    quick = {"rank": 2, "targets": "all-linear", "steps": 2, "resolution": 64, "masks": "files", "trigger": "a fox"}
+    return RunSpec(
+        sources=(ImageSource(str(photos)),),
+        model=str(files["transformer"]),
+        text_encoders=(str(files["text_encoder"]), str(files["text_encoder_2"])),
+        vae=str(files["vae"]),
+        name="cat",
+        settings={**quick, "previews": "", **settings},
+    ).resolved()
+
+
+def test_the_command_line_trains_and_draws(
+    files: dict[str, Path],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ran(command: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    out = ran(asked(files, photos, steps=1).command())
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["lorasmith", "generate"]
+    assert command[-6:-2] == ["--control", str(photos / "a.png"), "--mask", str(photos / "a.mask.png")]
+    ran([*command, "--steps", "1"])
+    (path,) = (tmp_path / "output").glob("*.png")
+    with Image.open(path) as drawn:
+        assert drawn.size == (64, 64)
+
+
+def test_previews_fill_the_masks_of_pictures(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    spec = asked(files, photos, previews="a fox | a bus", preview_steps=1)
+    result = run(plan(replace(spec, output=str(tmp_path / "run")), Host()), Host())
+    assert result.folder is not None
+    samples = result.folder / "samples"
+    assert pair_stems(samples) == ["control", "mask", "target"]
+    for number, name in enumerate("ab", start=1):
+        with Image.open(samples / f"mask-{number}.png") as shown, Image.open(photos / f"{name}.mask.png") as mask:
+            assert np.array_equal(np.asarray(shown.convert("L")), np.asarray(mask))
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert f"--control {samples.resolve() / 'control-1.png'} --mask {samples.resolve() / 'mask-1.png'}" in page
+
+
+def test_a_run_resumes_to_the_bit(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    spec = asked(files, photos, steps=4, control_dropout=0.25, flip=True)
+    whole = run(plan(replace(spec, output=str(tmp_path / "whole")), Host()), Host())
+    stopped = run(plan(replace(spec, output=str(tmp_path / "stopped")), Host()), Audience(stop_at=2))
+    assert len(stopped.losses) == 2 and whole.folder is not None and stopped.folder is not None
+    again = run(plan(replace(spec, output=str(tmp_path / "stopped")), Host()), Host())
+    assert tensors_of(stopped.folder) == tensors_of(whole.folder)
+    assert again.losses == whole.losses
+
+
+def test_diffusers_applies_all_of_its_lora(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline
+
+    ready = plan(
+        replace(asked(files, photos, learning_rate=0.05, lora_dtype="fp32"), output=str(tmp_path / "run")), Host()
+    )
+    assert ready.denoiser is not None
+    result = run(ready, Host())
+    path = result.lora.save(tmp_path / "lora.safetensors", layout="diffusers")
+    network = FLUX1.denoiser(in_channels=384, out_channels=64)
+    pipeline = FluxFillPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **FLUX1.parts() | {"transformer": network})
+    pipeline.load_lora_weights(str(path))
+    applied = layers_of_diffusers(pipeline.transformer)
+    lora = Lora.load(path, ready.denoiser.base)
+    assert applied.keys() == {ref.path for ref in lora.state.adapters} and "x_embedder" in applied
+    for ref, weights in lora.state.adapters.items():
+        torch.testing.assert_close(applied[ref.path], change(weights), rtol=1e-4, atol=1e-6)
