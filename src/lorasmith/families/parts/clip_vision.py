@@ -36,7 +36,8 @@ class ClipVision(EncoderKind):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         start = _START if f"{_START}{_PATCHES}" in shapes else ""
-        return len(shapes.get(f"{start}{_PATCHES}", ())) == 4 and f"{start}{_CLASS}" in shapes
+        patches = shapes.get(f"{start}{_PATCHES}", ())
+        return len(patches) == 4 and min(patches) > 0 and f"{start}{_CLASS}" in shapes
 
     def build(self, source: PartSource) -> nn.Module:
         from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -76,8 +77,8 @@ class SiglipVision(EncoderKind):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         start = _START if f"{_START}{_PATCHES}" in shapes else ""
-        places, has_class = shapes.get(f"{start}{_POSITIONS}", ())[:1], f"{start}{_CLASS}" in shapes
-        return len(shapes.get(f"{start}{_PATCHES}", ())) == 4 and places == (_PLACES,) and not has_class
+        patches, places = shapes.get(f"{start}{_PATCHES}", ()), shapes.get(f"{start}{_POSITIONS}", ())[:1]
+        return len(patches) == 4 and min(patches) > 0 and places == (_PLACES,) and f"{start}{_CLASS}" not in shapes
 
     def build(self, source: PartSource) -> nn.Module:
         from transformers import SiglipVisionConfig, SiglipVisionModel
