@@ -90,13 +90,15 @@ A14B, I2V, FLF2V, FIVE = (
 
 
 def test_a_run_has_previews_from_first_frames_and_continues_to_the_bit(base: Path, clips: Path, tmp_path: Path) -> None:
-    spec = asked(base, clips, A14B, previews="a", preview_steps=2, preview_strengths="1")
+    spec = asked(base, clips, A14B, previews="a", preview_steps=2, preview_strengths="1", preview_frames=9)
     ready = plan(replace(spec, output=str(tmp_path / "whole")), Small())
     shapes = {one.name: tuple(one.conditioning.tensors["known"].shape) for one in ready.data.samples}
     assert shapes == {"a.webp": (1, 20, 2, 4, 4), "b.webp": (1, 20, 2, 2, 6)}
     host = Small()
     whole = run(ready, host)
-    assert not [one for one in host.events if isinstance(one, Warned) and "preview" in one.message]
+    assert [one.message for one in host.events if isinstance(one, Warned) and "preview" in one.message] == [
+        "preview_frames has no effect: a preview has as many frames as the clip that it is given frames of"
+    ]
     assert whole.folder is not None
     samples = whole.folder / "samples"
     assert {one.name for one in samples.iterdir()} >= {"control-1.png", "target-1.webp", "base-1.webp"}

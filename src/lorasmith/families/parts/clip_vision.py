@@ -35,8 +35,9 @@ class ImageEncoderKind(EncoderKind):
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         start = _START if f"{_START}{_PATCHES}" in shapes else ""
         has_class = f"{start}embeddings.class_embedding" in shapes
-        is_whole = len(shapes.get(f"{start}{_PATCHES}", ())) == 4
-        return is_whole and self.is_kind(shapes.get(f"{start}{_POSITIONS}", (0,)), has_class=has_class)
+        patches = shapes.get(f"{start}{_PATCHES}", ())
+        is_whole = len(patches) == 4 and min(patches) > 0
+        return is_whole and self.is_kind(shapes.get(f"{start}{_POSITIONS}") or (0,), has_class=has_class)
 
     @abstractmethod
     def is_kind(self, positions: tuple[int, ...], *, has_class: bool) -> bool:
