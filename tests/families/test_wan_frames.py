@@ -13,8 +13,10 @@ import tiny_wan
 import torch
 from original_models import save
 from safetensors.torch import load_file
+from test_transformer_loras import assert_applied
 from tiny_parts import TinyFamily
 from torch import Tensor
+from transformer_models import Case
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, ModelError, OptionError
@@ -328,3 +330,17 @@ def test_a_diffusers_folder_is_the_same_model(
         for name, part in model.components.modules().items():
             state = ours.components.modules()[name].state_dict()
             assert all(torch.equal(state[key], tensor) for key, tensor in part.state_dict().items()), name
+
+
+@pytest.mark.parametrize("layout", ["portable", "diffusers"])
+def test_layers_on_pictures_are_applied_by_diffusers(
+    files: dict[str, dict[str, Path]], layout: str, tmp_path: Path
+) -> None:
+    model = loaded(files["wan2.1 i2v"])
+    linear = [
+        path for path, shape in model.names.weight_shapes.items() if len(shape) == 2 and path.startswith("blocks.")
+    ]
+    assert any("add_k_proj" in path for path in linear)
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, lora_on(model, linear), model.names, layout=layout, dtype=torch.float32, metadata={})
+    assert_applied(Case("wan-i2v", tiny_wan.WAN21_I2V, files["wan2.1 i2v"], model), path)

@@ -21,10 +21,12 @@ from lorasmith.cli.main import main
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.random import keyed_uniform
-from lorasmith.data.data_config import ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import places_of
+from lorasmith.data.folder import scan_folder
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed
+from lorasmith.runs.data_check import check_scan
 from lorasmith.runs.expert_runs import ExpertRuns
 from lorasmith.runs.memory_estimate import estimate_memory
 from lorasmith.runs.model_list import list_models
@@ -88,13 +90,15 @@ A14B, I2V, FLF2V, FIVE = (
 
 
 def test_a_run_has_previews_from_first_frames_and_continues_to_the_bit(base: Path, clips: Path, tmp_path: Path) -> None:
-    spec = asked(base, clips, A14B, previews="a", preview_steps=2, preview_strengths="1")
+    spec = asked(base, clips, A14B, previews="a", preview_steps=2, preview_strengths="1", preview_frames=9)
     ready = plan(replace(spec, output=str(tmp_path / "whole")), Small())
     shapes = {one.name: tuple(one.conditioning.tensors["known"].shape) for one in ready.data.samples}
     assert shapes == {"a.webp": (1, 20, 2, 4, 4), "b.webp": (1, 20, 2, 2, 6)}
     host = Small()
     whole = run(ready, host)
-    assert not [one for one in host.events if isinstance(one, Warned) and "preview" in one.message]
+    assert [one.message for one in host.events if isinstance(one, Warned) and "preview" in one.message] == [
+        "preview_frames has no effect: a preview has as many frames as the clip that it is given frames of"
+    ]
     assert whole.folder is not None
     samples = whole.folder / "samples"
     assert {one.name for one in samples.iterdir()} >= {"control-1.png", "target-1.webp", "base-1.webp"}
@@ -173,7 +177,7 @@ def test_encodings_are_found_again(base: Path, clips: Path, monkeypatch: pytest.
 
 
 def test_what_cannot_be_trained_on_is_refused(base: Path, clips: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^control_dropout must be 0 for .* always draws from a picture, got 0\.1"):
+    with pytest.raises(DataError, match=r"always draws from a picture, got control_dropout 0\.1 and controls req"):
         plan(asked(base, clips, A14B, control_dropout=0.1), Small())
     with pytest.raises(DataError, match=r"takes none beside its images, but control is .*; leave --control out"):
         plan(asked(base, clips, A14B, control=(str(tmp_path),)), Small())
@@ -191,6 +195,20 @@ def test_what_cannot_be_trained_on_is_refused(base: Path, clips: Path, tmp_path:
     ready = plan(asked(base, folder, FIVE, edit="i2v", resolution=64), Small())
     given = {one.name: "first_frame" in one.conditioning.tensors for one in ready.data.samples}
     assert given == {"a.webp": True, "b.webp": True, "d.webp": False}
+
+
+def test_clips_shorter_than_the_frames_asked_for_are_noted(base: Path, clips: Path) -> None:
+    model = Small().load(ModelFiles(str(base / "models" / "diffusion_models" / A14B)), None).model
+    found = {}
+    for frames in (5, 9, None):
+        config = DataConfig(frames=frames, frame_rate=5.0)
+        checked = check_scan(scan_folder(clips, config, clips=True), config, folder=clips, model=model)
+        found[frames] = [one for one in checked.preflight.notes if "fewer than" in one]
+    assert found[5] == found[None] == []
+    assert found[9] == [
+        "2 of 2 clips have fewer than 9 frames at 5 a second, such as a.webp with 5, and are trained whole; add longer "
+        "ones, or lower frames"
+    ]
 
 
 def picture(folder: Path, name: str, size: tuple[int, int] = (50, 34)) -> Path:
@@ -234,7 +252,7 @@ def test_clips_begin_with_the_picture_that_they_are_drawn_from(base: Path, tmp_p
     assert np.abs(first - expected[0].permute(1, 2, 0).numpy()).max() < 0.02
     (without,) = generate_clips(model, "a fox", sampling)
     assert without.frames[0].tobytes() != clip.frames[0].tobytes()
-    with pytest.raises(OptionError, match=r"^wan2\.2_ti2v.* takes at most 1 controls, got 2; leave some out$"):
+    with pytest.raises(OptionError, match=r"^wan2\.2_ti2v.* takes at most 1 control, got 2; leave some out$"):
         generate(model, "a fox", controls=[start, start])
     i2v = Small().load(ModelFiles(str(base / "models" / "diffusion_models" / A14B)), Folders(base)).model
     with pytest.raises(OptionError, match=r"draws from a picture and needs one, got none; give it as a control$"):

@@ -6,9 +6,9 @@ The pictures of the page are read from the folder again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from lorasmith.core.files import is_folder, write_atomic
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
-from lorasmith.data.clips import clip_form, open_still
+from lorasmith.data.clips import ClipForm, clip_form, open_still
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, TokenLimit, tags_of
 from lorasmith.data.folder import FolderScan, scan_folder
@@ -89,11 +89,24 @@ def check_scan(
         validation_share=validation_share,
         progress=progress,
     )
+    if model is not None and config.frames is not None and (clips := clip_form(model, config)) is not None:
+        found = replace(found, notes=(*found.notes, *_short_clips(scan, clips)))
     return DataCheck(
         preflight=found,
         model=None if model is None else model.title,
         is_size_assumed=model is None and config.resolution is None,
     )
+
+
+def _short_clips(scan: FolderScan, clips: ClipForm) -> Iterator[str]:
+    """A note on clips of fewer frames than were asked for."""
+    counts = [(one.name, len(clips.numbers(one.frames, one.rate))) for one in scan.images if one.frames]
+    if short := [(name, count) for name, count in counts if count < clips.latent.whole_frames(clips.most)]:
+        yield (
+            f"{len(short)} of {count_text(len(counts), 'clip')} {'has' if len(short) == 1 else 'have'} fewer than "
+            f"{clips.most} frames at {clips.rate:g} a second, such as {short[0][0]} with {short[0][1]}, and "
+            f"{'is' if len(short) == 1 else 'are'} trained whole; add longer ones, or lower frames"
+        )
 
 
 def token_counter(model: Model) -> tuple[Callable[[str], int], TokenLimit] | tuple[None, None]:

@@ -129,6 +129,9 @@ def previews_of(
     # Text encoders are not trained, but a continued LoRA may have layers for them.
     carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
     pairs = _pairs(plan, len(program.prompts))
+    if config.preview_frames is not None and any("known" in one.conditioning.tensors for one in pairs):
+        message = "preview_frames has no effect: a preview has as many frames as the clip that it is given frames of"
+        host.on_event(Warned(message=message))
     previewer = Previewer(
         denoiser,
         program.prompts,

@@ -34,7 +34,8 @@ class ClipVision(EncoderKind):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         start = _START if f"{_START}{_PATCHES}" in shapes else ""
-        return len(shapes.get(f"{start}{_PATCHES}", ())) == 4 and f"{start}embeddings.class_embedding" in shapes
+        patches = shapes.get(f"{start}{_PATCHES}", ())
+        return len(patches) == 4 and min(patches) > 0 and f"{start}embeddings.class_embedding" in shapes
 
     def build(self, source: PartSource) -> nn.Module:
         from transformers import CLIPVisionConfig, CLIPVisionModel
