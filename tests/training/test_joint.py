@@ -19,7 +19,8 @@ from lorasmith.adapters.patch import Patch
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.options import config_from
 from lorasmith.data.captions import CaptionRules
-from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample, Variants
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
+from lorasmith.families.base import PictureSize
 from lorasmith.families.model import Model
 from lorasmith.runs.run import Host, run
 from lorasmith.training import joint
@@ -489,8 +490,14 @@ def test_captions_whose_encoder_would_stay_are_refused(flux: Model, flux_data: E
     one = job(flux, {})
     check_captions(one, flux_data)
     captions = EncodedCaptions(lambda text: flux_data.samples[0].conditioning, memory_bytes=0)
+    size = PictureSize((64, 64), (0, 0), (64, 64))
     varied = [
-        replace(one, variants=Variants((), (f"cat {number}",), CaptionRules(), captions, lambda text, size: text))
+        replace(
+            one,
+            variants=Variants(
+                (Picture(one.latents, size),), (f"cat {number}",), CaptionRules(), captions, lambda text, size: text
+            ),
+        )
         for number, one in enumerate(flux_data.samples)
     ]
     with pytest.raises(OptionError, match="encode their captions before they train, but the variants of these need"):
