@@ -108,6 +108,7 @@ FULL_SIZE = {
     "chroma": ("chroma", {}, 8.9e9, 256),
     "wan-14b": ("wan", {}, 14.29e9, 256),
     "flux1-kontext": ("flux1", {}, 11.9e9, 256),
+    "wan22-i2v-14b": ("wan-i2v", {"image_dim": None, "added_kv_proj_dim": None}, 14.29e9, 256),
 }
 """Family, its released configuration's changes, parameters, and the side of the picture.
 
