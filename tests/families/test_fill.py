@@ -22,9 +22,11 @@ from lorasmith.families.base import Conditioning, Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
+from lorasmith.runs.memory_estimate import estimate_of
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 from lorasmith.sampling.samplers import sigmas_for
+from lorasmith.training.config import TrainConfig
 
 SIZES = [(8, 12), (6, 4)]  # latents
 
@@ -104,6 +106,16 @@ def test_a_batch_is_its_samples_one_by_one(fill: Model) -> None:
     together = fill.denoiser.predict(latents, time, fill.family.join(alone))
     singles = [fill.denoiser.predict(latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(singles), rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_counts_no_further_tokens(fill: Model, tmp_path: Path) -> None:
+    assert fill.path is not None
+    settings = TrainConfig(rank=4, targets="attention")
+    files = (FLUX1.saved(tmp_path)["transformer"], fill.path)
+    found = [estimate_of(load_model(one), settings, card_bytes=2**33, resolution=64) for one in files]
+    assert [one.controls for one in found] == [(), ()]
+    needed = [one.plans[0].needed_bytes for one in found]
+    assert needed[0] <= needed[1] < 1.2 * needed[0]
 
 
 def test_it_takes_no_other_controls(fill: Model) -> None:

@@ -177,7 +177,7 @@ def test_encodings_are_found_again(base: Path, clips: Path, monkeypatch: pytest.
 
 
 def test_what_cannot_be_trained_on_is_refused(base: Path, clips: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"always draws from a picture, got control_dropout 0\.1 and controls req"):
+    with pytest.raises(DataError, match=r"always draws from a picture, got control_dropout 0\.1"):
         plan(asked(base, clips, A14B, control_dropout=0.1), Small())
     with pytest.raises(DataError, match=r"takes none beside its images, but control is .*; leave --control out"):
         plan(asked(base, clips, A14B, control=(str(tmp_path),)), Small())

@@ -179,6 +179,8 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
         if result.path is not None:
             files, prompt, base = planned.spec.files, planned.summary.prompt, planned.denoiser.base
             draws_clips = base.control_source in ("first frame", "first and last frame")
+            masked = [one for one in planned.summary.scan.images if one.mask and base.control_source == "mask"][:1]
+            controls = [one.path for one in masked] or planned.summary.controls
             command = generate_command(
                 files.model,
                 result.path,
@@ -186,8 +188,8 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
                 text_encoders=files.text_encoders,
                 vae=files.vae,
                 edit=files.edit,
-                controls=["start.png"] if draws_clips else planned.summary.controls,
-                mask=planned.summary.mask,
+                controls=["start.png"] if draws_clips else controls,
+                mask=next((one.mask for one in masked), None),
                 frames=base.defaults.frames if draws_clips else 1,
             )
             echo()

@@ -68,6 +68,7 @@ _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248,
 KONTEXT_SIZES = (*(size[::-1] for size in _WIDE), (1024, 1024), *reversed(_WIDE))
 """(width, height) of the pictures that Kontext was trained on."""
 
+# Not among the family's `controls`, of which names or `edit` choose one: its tensors tell it.
 _FILL = ControlForm(source="mask", is_required=True, most=1)
 
 

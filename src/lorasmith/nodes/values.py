@@ -120,9 +120,10 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: 
     form, tensors = model.components.latent, dict(conditioning.tensors)
     image, mask = tensors.pop(CONCAT_IMAGE, None), tensors.pop(CONCAT_MASK, None)
     known = None
-    for one in (*conditioning.controls, *([] if image is None else [image])):
-        check_latents(one, form)
-    if image is not None and mask is not None:
+    for control in conditioning.controls:
+        check_latents(control, form)
+    if image is not None and mask is not None and model.control_source != "files":  # other models ignore it
+        check_latents(image, form)
         if image.shape[-2:] != samples.shape[-2:]:
             shown, drawn = ("×".join(map(str, one.shape[:-3:-1])) for one in (image, samples))
             raise DataError(

@@ -52,7 +52,6 @@ class RunPlan:
     trigger: str  # phrase put in front of captions that lack it
     model: str  # title
     family: str  # title
-    fills: bool = False  # whether the model paints what masks of images cover
     found: tuple[FoundPart, ...] = ()  # parts found in the model folders
     resolutions: tuple[int, ...]  # sides in pixels of squares; pictures are scaled to their areas
     pixel_multiple: int  # of the sides of pictures
@@ -84,15 +83,8 @@ class RunPlan:
 
     @property
     def controls(self) -> tuple[Path, ...]:
-        """The controls of the first image that has some, or a masked image, to draw a first picture from."""
-        if self.fills:
-            return next(((image.path,) for image in self.scan.images if image.mask), ())
+        """The controls of the first image that has some, to draw a first picture from."""
         return next((tuple(one.path for one in image.controls) for image in self.scan.images if image.controls), ())
-
-    @property
-    def mask(self) -> Path | None:
-        """The mask of `controls`."""
-        return next((image.mask for image in self.scan.images if image.mask), None) if self.fills else None
 
 
 @dataclass(frozen=True, kw_only=True)

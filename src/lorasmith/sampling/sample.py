@@ -141,10 +141,9 @@ def sample_latents(
 
     `latents` to start from are scaled for the denoiser, zeros for text to image; `noise` has their shape, and `seed` is
     of the noise that some samplers add between steps. Where `mask`, which broadcasts to them, is 0, they stay as they
-    are. Without a step in `sigmas` (from `sigmas_for`, or some of them)
-    they are returned unchanged. `predict` gets latents and conditionings in `dtype`; the latter as for `guided`.
-    `callback` receives (step, number of steps, predicted clean latents); `cancelled` is called before each evaluation
-    of the network.
+    are. Without a step in `sigmas` (from `sigmas_for`, or some of them) they are returned unchanged. `predict` gets
+    latents and conditionings in `dtype`; the latter as for `guided`. `callback` receives (step, number of steps,
+    predicted clean latents); `cancelled` is called before each evaluation of the network.
 
     Raises OptionError, SamplingError if the result holds NaN or infinity, and SamplingCancelledError.
     """
