@@ -60,10 +60,10 @@ def test_a_model_of_another_family_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_a_family_without_released_names_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
-    base = "lora_unet_blocks_0_cross_attn_k_img"
+    base = "lora_unet_layers_0_attention_out"
     save_file({f"{base}.lora_down.weight": torch.ones(4, 64)}, tmp_path / "x.safetensors")
     checked = check_lora(tmp_path / "x.safetensors")
-    assert (checked.family, checked.compared_with) == ("Wan image to video", None)
+    assert (checked.family, checked.compared_with) == ("Lumina", None)
     assert [one.problem.split(":")[0] for one in checked.findings] == [f"{base} is damaged"]
 
 

@@ -205,8 +205,8 @@ def test_nothing_is_written_over_unasked(tmp_path: Path, tiny: Model) -> None:
     ("keys", "said"),
     [
         (
-            {"lora_unet_blocks_0_cross_attn_k_img": 64},
-            "looks like a LoRA for Wan image to video, whose names are no",
+            {"lora_unet_layers_0_attention_out": 64},
+            "looks like a LoRA for Lumina, whose names are no",
         ),
         ({"model.layers.0.odd": 64}, "is for a model whose names are not known here; name the model with --model"),
     ],

@@ -87,7 +87,7 @@ def test_released_models_have_the_sizes_they_are_known_by(title: str) -> None:
 
 
 def test_a_family_without_a_released_model_here_is_unknown() -> None:
-    assert released_names("Wan image to video") is None
+    assert released_names("Lumina") is None
     assert released_names("") is None
 
 
