@@ -553,14 +553,18 @@ class Family(ABC):
         return not known.isdisjoint(configs.classes)
 
     def controls_of(self, denoiser: nn.Module, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
-        """The controls of a model whose file or folder has one of these names, or is the variant `edit`.
+        """The controls of a model whose file or folder has one of these names, one of which may be that of its
+        pipeline's class; or of the variant `edit`.
 
         A family whose files tell variants apart by their tensors chooses by the denoiser's configuration.
         """
         if edit is not None:
             return next((form for form in self.controls if form.name == edit), None)
         given = [_letters(name) for name in names]
-        return next((form for form in self.controls if any(_letters(form.name) in name for name in given)), None)
+        for form in self.controls:
+            if form.pipeline in names or any(_letters(form.name) in name for name in given):
+                return form
+        return None
 
     @property
     def presets(self) -> Mapping[str, Rule]:

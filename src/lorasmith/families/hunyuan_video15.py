@@ -131,7 +131,16 @@ class HunyuanVideo15(Family):
         latent=LatentFormat(32, 16, scale=1.03682, frames=True, time_downscale=4),
     )
     image_encoder = EncoderSlot("siglip_384", "sigclip_vision_patch14_384.safetensors")
-    controls = (ControlForm(name="i2v", source="first frame", is_required=True, most=1, most_pixels=848 * 480),)
+    controls = (
+        ControlForm(
+            name="i2v",
+            pipeline="HunyuanVideo15ImageToVideoPipeline",
+            source="first frame",
+            is_required=True,
+            most=1,
+            most_pixels=848 * 480,
+        ),
+    )
     clip_types = ("hunyuan_video_15",)
     own_defaults = Defaults(
         resolution=640,  # the area of 480p
@@ -212,9 +221,6 @@ class HunyuanVideo15(Family):
 
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         return self.autoencoder.latents(denoiser.config.out_channels)
-
-    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
-        return bool(set(configs.classes) & {self.pipeline, "HunyuanVideo15ImageToVideoPipeline"})
 
     def encoder_slots(self, denoiser: nn.Module, form: ControlForm | None) -> Mapping[str, EncoderSlot]:
         return {**self.text_encoders, **({} if form is None else {IMAGE_ENCODER: self.image_encoder})}

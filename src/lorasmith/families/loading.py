@@ -286,7 +286,8 @@ def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder} cannot be read as a diffusers model: {reason}") from error
     files = {name: folder / (denoiser if name == "denoiser" else name) for name in components.modules()}
-    return Model(family, components, title=title, path=folder if part is None else folder / part, files=files)
+    path = folder if part is None else folder / part
+    return Model(family, components, title=title, path=path, files=files, made_for=configs.classes[0])
 
 
 def _of_expert(family: Family, title: str, denoiser: str, has: Callable[[str], bool]) -> str:
@@ -328,7 +329,7 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
             f"{channels[0]}; models with further inputs, such as those for inpainting, are not supported"
         )
     title = _of_expert(family, title, family.denoiser_folder, lambda name: getattr(pipeline, name, None) is not None)
-    return Model(family, components, title=title)
+    return Model(family, components, title=title, made_for=configs.classes[0])
 
 
 def _title_of(pipeline: DiffusersPipeline) -> str:

@@ -61,7 +61,8 @@ class Model:
         title: name in reports (the file's or folder's).
         path: the file or folder its denoiser came from, None for models made in memory.
         files: the file or folder of each part, by component name; empty for models made in memory.
-        edit: the edit variant that it is, `none` for none; None if the names of its files say so.
+        edit: the edit variant that it is, `none` for none; None if the names of its files, or its pipeline, say so.
+        made_for: class of the diffusers pipeline that it came with; empty for other files.
     """
 
     family: Family
@@ -70,6 +71,7 @@ class Model:
     path: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     edit: str | None = None
+    made_for: str = ""
 
     def __repr__(self) -> str:
         parts = [name for name in self.components.modules() if name != "denoiser"]
@@ -145,7 +147,7 @@ class Model:
     @property
     def control_form(self) -> ControlForm | None:
         """The controls that it takes; None without."""
-        names = (self.title, *([self.path.name] if self.path else []))
+        names = [self.title, *([self.path.name] if self.path else []), *([self.made_for] if self.made_for else [])]
         return self.family.controls_of(self.components.denoiser, names, self.edit)
 
     @property
