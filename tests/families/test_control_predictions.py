@@ -202,6 +202,17 @@ def test_the_name_of_a_file_says_that_it_is_kontext_and_edit_decides(tmp_path: P
         load_model(dev, edit="kontxt")
 
 
+def test_the_pipeline_of_a_folder_says_that_it_is_kontext(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    TINY["flux1"].made().save_pretrained(folder)
+    assert load_model(folder).control_form is None
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
+    model = load_model(folder)
+    assert model.control_form is not None and model.control_form.name == "kontext"
+    assert load_model(folder, edit="none").control_form is None
+
+
 def test_flux2_takes_controls_and_needs_none() -> None:
     for name in ("flux2", "flux2-klein"):
         form = FAMILIES[name].controls_of(torch.nn.Module(), ["any"])

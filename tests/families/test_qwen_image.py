@@ -152,6 +152,8 @@ def test_models_for_other_tasks_are_refused_by_name(
         "FireRed-Image-Edit-1.1": "edit-2509",
         "Qwen-Image-Edit-Plus": "edit-2509",
         "qwen_image_edit_2511_fp8mixed": "edit-2511",
+        "QwenImageEditPipeline": "edit",
+        "QwenImageEditPlusPipeline": "edit-2509",
     }.items(),
 )
 def test_names_say_which_edit_variant_a_model_is(name: str, edit: str | None) -> None:
