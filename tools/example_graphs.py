@@ -120,12 +120,12 @@ def _graph(
 def _pairs(loaders: Graph, sampling: Graph) -> Graph:
     """A training graph on pairs: pale copies of the pictures are those before the edit, as there are no other examples.
 
-    In `sampling`, `60` gives the latents, made from `31`, the instruction with a picture.
+    In `sampling`, `60` gives the latents, made from `31`, the instruction with a picture, or from a `30` of its own.
     """
     graph = _graph(loaders, sampling, parts=_APART)
     pale: dict[str, Any] = {"factor": 0.2}
     scaled = graph["11"]["inputs"]
-    return graph | {
+    pairs = graph | {
         "10": _node("LoadImageDataSetFromFolder", "Pictures after the edit", folder="fox"),
         "13": _node(
             "AdjustContrast",
@@ -149,6 +149,18 @@ def _pairs(loaders: Graph, sampling: Graph) -> Graph:
         "27": _node("VAEEncode", "Encode it", pixels=["26", 0], vae=["3", 0]),
         "30": _node("CLIPTextEncode", "Prompt", text=["14", 0], clip=["2", 0]),
         "31": _node("ReferenceLatent", "Prompt and picture", conditioning=["30", 0], latent=["27", 0]),
+    }
+    if "30" in sampling:
+        del pairs["27"], pairs["31"]
+    return pairs | sampling
+
+
+def _seen() -> Graph:
+    """Nodes 30 and 31: the instruction and none, of text encoders that see the picture."""
+    given: dict[str, Any] = {"clip": ["2", 0], "vae": ["3", 0], "image1": ["26", 0]}
+    return {
+        "30": _node("TextEncodeQwenImageEditPlus", "Prompt and picture", prompt=["14", 0], **given),
+        "31": _node("TextEncodeQwenImageEditPlus", "No instruction", prompt="", **given),
     }
 
 
@@ -415,6 +427,19 @@ GRAPHS: dict[str, Graph] = {
             **_ksampler("EmptySD3LatentImage", negative=["31", 0], model="40", steps=50, cfg=4.0),
         },
         parts=_APART,
+    ),
+    "qwen_image_edit_pairs": _pairs(
+        _loaders(
+            "qwen_image_edit_2511_bf16.safetensors",
+            ("qwen_2.5_vl_7b.safetensors",),
+            "qwen_image",
+            "qwen_image_vae.safetensors",
+        ),
+        {
+            **_seen(),
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=3.1),
+            **_ksampler("EmptySD3LatentImage", negative=["31", 0], model="40", steps=40, cfg=4.0),
+        },
     ),
     "chroma": _graph(
         _loaders("Chroma1-HD.safetensors", ("t5xxl_fp16.safetensors",), "chroma", "ae.safetensors"),

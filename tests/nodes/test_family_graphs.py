@@ -30,6 +30,7 @@ FAMILY = {
     "sd35": "sd3",
     "lumina2": "lumina2",
     "qwen_image": "qwen-image",
+    "qwen_image_edit_pairs": "qwen-image",
     "chroma": "chroma",
     "wan": "wan",
     "wan22_5b": "wan22-5b",
@@ -43,7 +44,8 @@ def drawn(stem: str, folders: Folders) -> np.ndarray:
     prompt = parse_prompt((EXAMPLES / f"{stem}.json").read_text("utf-8"))
     few = ["42.steps=2" if stem.startswith("flux2_klein") else "60.steps=2"]
     few += ["26.megapixels=0.01"] if stem.endswith("_pairs") else []
-    few += ["1.unet_name=flux1-dev.safetensors"] if stem == "flux1_kontext_pairs" else []
+    plain = {"flux1_kontext_pairs": "flux1-dev", "qwen_image_edit_pairs": "qwen_image_bf16"}
+    few += [f"1.unet_name={plain[stem]}.safetensors"] if stem in plain else []
     graph = validate(apply_overrides(prompt, [*SMALL, *few]), folders)
     assert graph.warnings == ()
     Executor(folders).run(graph)
