@@ -19,7 +19,8 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.options import options_of
 from lorasmith.report.pictures import Clip, PictureOrClip
-from lorasmith.runs.run_previews import PreviewProgram, RunPreviews
+from lorasmith.runs.run_previews import STRENGTHS, PreviewProgram, RunPreviews
+from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
@@ -78,12 +79,12 @@ class PreviewsNode:
                 "negative": ("CONDITIONING",),
                 "latent": ("LATENT", {"tooltip": "An empty latent of the pictures' size."}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": "fixed"}),
-                "steps": widget(Input.from_option(_OPTIONS["preview_steps"])),
+                "steps": widget(Input.from_option(_OPTIONS["preview_steps"], default=Sampling.steps)),
                 "cfg": ("FLOAT", {"default": 4.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}),
                 "sampler_name": (samplers.SAMPLERS,),
                 "scheduler": (samplers.SCHEDULERS,),
                 "every": widget(every),
-                "strengths": widget(Input.from_option(_OPTIONS["preview_strengths"])),
+                "strengths": widget(Input.from_option(_OPTIONS["preview_strengths"], default=STRENGTHS)),
             }
         }
 

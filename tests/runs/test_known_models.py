@@ -26,7 +26,7 @@ _ROWS = {
     "Flux.2 dev, klein": ("flux2", "flux2-klein"),
     "Z-Image": ("z-image",),
     "Lumina 2": ("lumina2",),
-    "Qwen-Image, 2512": ("qwen-image",),
+    "Qwen-Image, 2512, Edit": ("qwen-image",),
     "Krea 2": ("krea2",),
     "ERNIE-Image": ("ernie-image",),
     "Anima": ("anima",),

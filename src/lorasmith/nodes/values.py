@@ -122,7 +122,11 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: 
     known = None
     for control in conditioning.controls:
         check_latents(control, form)
-    if image is not None and mask is not None and model.control_source != "files":  # other models ignore it
+    # Other models ignore it. A file's name need not say that the model is the variant that takes it.
+    takes = any(
+        one.source != "files" and one.is_required for one in (model.control_form, *model.family.controls) if one
+    )
+    if image is not None and mask is not None and takes:
         check_latents(image, form)
         if image.shape[-2:] != samples.shape[-2:]:
             shown, drawn = ("×".join(map(str, one.shape[:-3:-1])) for one in (image, samples))

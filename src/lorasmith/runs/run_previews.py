@@ -53,7 +53,8 @@ long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
 
 _OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
 
-_STRENGTHS, _OF_SLIDER = "0.5,1", "-2,-1,1,2"
+STRENGTHS, _OF_SLIDER = "0.5,1", "-2,-1,1,2"
+"""Strengths at which finished LoRAs are drawn, where the settings have none, and those of sliders."""
 
 _OVER_STEPS = 3  # rows of pictures before the end: a preview every quarter of the run
 
@@ -94,7 +95,7 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
 
 def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    usual = _STRENGTHS if config.slider_positive is None else _OF_SLIDER
+    usual = STRENGTHS if config.slider_positive is None else _OF_SLIDER
     strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
     steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
     return PreviewProgram(steps, strengths, prompts=parse_prompts(config.previews))
