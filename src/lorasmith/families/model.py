@@ -288,9 +288,20 @@ class TextEncoder:
             for name, module in self.encoders.modules.items():
                 where = device_of(module)
                 stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
-            components = self.family.text_encoders or ("text",)
-            texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
-            return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
+            return self.family.encode_text(self.encoders, self._texts(text), self.encoding).to("cpu", torch.float32)
+
+    def encode_again(self, batch: Conditioning) -> Conditioning:
+        """A batch's conditioning with its `texts` encoded by the encoders as they are now, differentiable."""
+        family = self.family
+        again = [
+            family.encode_again(row, self.encoders, self._texts(row.text or ""), self.encoding) for row in batch.rows()
+        ]
+        return family.join(again)
+
+    def _texts(self, text: str | Mapping[str, str]) -> dict[str, str]:
+        """The prompt of each component."""
+        components = self.family.text_encoders or ("text",)
+        return {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
 
     def dtype_on(self, component: str, device: torch.device | None = None) -> torch.dtype:
         """The number format in which an encoder runs on `device` (its own if None)."""

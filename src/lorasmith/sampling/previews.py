@@ -33,7 +33,8 @@ class Previewer:
 
     `denoiser` has the run's own LoRAs, and `load` (path, strength) returns it with another on top. `strengths` are
     those that will be drawn, besides 0; `controls` are those of each prompt, for edit models; `encoder` maps a strength
-    to the text encoder, for LoRAs with layers for it. `partner` is for models with two experts. Raises ModelError if
+    to the text encoder, for LoRAs with layers for it; `trained_encoder` (path, strength) to that with the layers of a
+    drawn LoRA, where text encoders are trained. `partner` is for models with two experts. Raises ModelError if
     the model lacks a text encoder or an autoencoder.
     """
 
@@ -46,6 +47,7 @@ class Previewer:
         strengths: Sequence[float] = (1.0,),
         controls: Sequence[Sequence[Tensor]] = (),
         encoder: Callable[[float], TextEncoder] | None = None,
+        trained_encoder: Callable[[Path, float], TextEncoder] | None = None,
         sampling: Sampling,
         device: torch.device | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -58,7 +60,9 @@ class Previewer:
         self._denoiser, self._load, self._partner = denoiser, load, partner
         self._device, self._cancelled = device, cancelled
         self._controls = controls or ((),) * len(self.prompts)
-        self._encoded = _encoded(self.prompts, (0.0, *strengths), encoder or _always(base.text_encoder), device)
+        self._trained_encoder = trained_encoder
+        ahead = () if trained_encoder else strengths
+        self._encoded = _encoded(self.prompts, (0.0, *ahead), encoder or _always(base.text_encoder), device)
         self._base: Sequence[PictureOrClip] | None = None
 
     def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[PictureOrClip]:
@@ -71,6 +75,9 @@ class Previewer:
             if self._base is None:
                 self._base = self._drawn(self._denoiser, 0.0)
             return self._base
+        if self._trained_encoder is not None:
+            trained = self._trained_encoder(lora, strength)
+            self._encoded |= _encoded(self.prompts, (strength,), _always(trained), self._device)
         return self._drawn(self._load(lora, strength), strength)
 
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:

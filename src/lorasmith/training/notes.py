@@ -24,6 +24,7 @@ from lorasmith.training.config import (
     MemorySettings,
     MethodSettings,
     OptimizerSettings,
+    TextEncoderSettings,
     TrainConfig,
     VariantSettings,
 )
@@ -62,6 +63,7 @@ def notes_on(
         *_on_shift(config, model),
         *LossSettings.idle_settings(config),
         *MethodSettings.idle_settings(config),
+        *TextEncoderSettings.idle_settings(config),
         *notes_on_plan(plan),
         *_on_targets(config, model, plan, adapters, differences),
         *_on_compiling(config, model, adapters),
