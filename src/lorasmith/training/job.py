@@ -163,6 +163,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     with patches_merged(module, patches, dtype=torch.float32, unpacking=True):
         adapters = load_adapters(module, existing.adapters) | _fresh_adapters(module, fresh, requested, config)
     text_adapters = {} if model.encoders is None else _on_text(model.encoders, text_layers, existing, requested, config)
+    fresh_text = len(text_adapters) - len(existing.on_text)
     for method in methods_of(config):
         method.check(model.facts, {**adapters, **text_adapters})
     differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)
@@ -189,12 +190,19 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
         text_adapters,
         existing.carried,
         (
-            *existing.notes(len(fresh.adapters)),
+            *existing.notes(len(fresh.adapters) + fresh_text),
             *([f"{beneath}."] if beneath else []),
             *_on_device(requested, model.module, device),
             *notes_on_products(requested, model, device),
-            *notes_on(replace(requested, schedule=config.schedule), model, fresh, adapters, len(differences)),
-            *notes_on_file(model, adapters, differences),
+            *notes_on(
+                replace(requested, schedule=config.schedule),
+                model,
+                fresh,
+                adapters,
+                len(differences),
+                has_fresh_text=fresh_text > 0,
+            ),
+            *notes_on_file(model, adapters, differences, text_adapters),
         ),
     )
 
