@@ -19,6 +19,10 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.runs.run_previews import whole_program
+from lorasmith.sampling import generate as generating
+from lorasmith.sampling.generate import Sampling
+from lorasmith.training.config import TrainConfig
 
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 FC1 = "encoder.layers.0.mlp.fc1"
@@ -165,3 +169,24 @@ def test_a_quantized_model_says_so() -> None:
     packed = load_model(BUILT_IN)
     cast_weights(packed.components.denoiser, torch.float8_e4m3fn)
     assert "layers quantized" in repr(packed)
+
+
+def test_a_distilled_model_draws_in_its_own_steps_without_guidance(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.family, "distilled", {"turbo": 8}, raising=False)
+    assert tiny.distilled_mark is None and tiny.defaults.steps == 20 and tiny.defaults.guidance > 1
+    turbo = replace(tiny, title="tiny_Turbo_bf16")
+    assert (turbo.distilled_mark, turbo.defaults.steps, turbo.defaults.guidance) == ("turbo", 8, 1.0)
+    asked = []
+
+    def clips(denoiser: object, positives: object, away: object, sampling: Sampling, **others: object) -> list[object]:
+        asked.append((sampling.steps, sampling.cfg))
+        return []
+
+    monkeypatch.setattr(generating, "clips", clips)
+    generating.generate(turbo, "a cat")
+    generating.generate(turbo, "a cat", steps=3, cfg=2.0)
+    assert asked == [(8, None), (3, 2.0)]
+    config = TrainConfig(previews="a cat")
+    assert [whole_program(config, one).sampling_steps for one in (None, tiny, turbo)] == [20, 20, 8]

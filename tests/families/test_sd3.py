@@ -106,7 +106,7 @@ def test_other_channels_are_refused(files: dict[str, Path], tmp_path: Path) -> N
 
 
 def test_a_distilled_model_is_known_by_its_name(model: Model) -> None:
-    assert "turbo" in model.family.distilled_names
+    assert "turbo" in model.family.distilled
 
 
 def test_what_diffusers_layout_cannot_hold_is_saved_portably_in_kohyas(model: Model, tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ def test_each_input_has_comfyuis_type_range_default_and_choices(pair: tuple[dict
         }, name
         assert options.get("forceInput", False) == expected.get("forceInput", False)
         if expected.get("options", "files") != "files":
-            # Algorithms and optimizers of our own come after ComfyUI's.
-            known = len(expected["options"]) if name in ("algorithm", "optimizer") else None
+            # Algorithms, optimizers and losses of our own come after ComfyUI's.
+            known = len(expected["options"]) if name in ("algorithm", "optimizer", "loss_function") else None
             assert options["options"][:known] == expected["options"]
         # The kinds of numbers tell widgets apart: 1 is an INT, 1.0 a FLOAT.
         assert type(options.get("default")) is type(expected.get("default"))

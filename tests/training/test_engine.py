@@ -100,12 +100,12 @@ def test_each_sample_meets_its_own_caption(run: Run, dataset: EncodedDataset, mo
     original = engine.sample_losses
     checked = 0
 
-    def checking(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def checking(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
         nonlocal checked
         for name, context in zip(batch.names, batch.conditioning.tensors["context"], strict=True):
             assert torch.equal(context[: captions[name].shape[1]], captions[name][0])
             checked += 1
-        return original(denoiser, batch, config, runtime)
+        return original(denoiser, batch, config, runtime, *target)
 
     monkeypatch.setattr(engine, "sample_losses", checking)
     run(dataset, steps=2, batch_size=5)
@@ -160,10 +160,10 @@ def test_nan_stops_with_step_images_and_the_last_good_state(
     steps = 0
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, target: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
         nonlocal steps
         steps += 1
-        return original(denoiser, batch, config, runtime, target) * (float("nan") if steps == 3 else 1.0)
+        return original(denoiser, batch, config, runtime, *target) * (float("nan") if steps == 3 else 1.0)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
     with pytest.raises(TrainingError, match=r"at step 3 \(images: \d\.png\); the LoRA before") as caught:

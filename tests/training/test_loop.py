@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lorasmith.core import files
 from lorasmith.core.errors import LorasmithError, OutputError, TrainingError
-from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.runs import run as running
@@ -75,15 +76,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "schedule-free": {"optimizer": "ScheduleFree", "validation_share": 0.3, "validate_every": 2, "validation_draws": 2},
     "prodigy": {"optimizer": "Prodigy"},
     "matrices": {"optimizer": "Adafactor"},
+    "preserved": {"preserve": "class", "preserve_class": "animal", "weight_change": 0.01, "input_perturbation": 0.1},
+    "slider": {"slider_positive": "a red apple", "slider_negative": "a bus", "pyramid_noise": 0.3},
 }
 
 
 @pytest.mark.parametrize("name", slow_except(SETTINGS, "validated"))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(
-    run: Run, mixed: EncodedDataset, tmp_path: Path, name: str
+    run: Run, tiny: Model, mixed: EncodedDataset, tmp_path: Path, name: str
 ) -> None:
-    settings = SETTINGS[name]
+    settings, mixed = SETTINGS[name], replace(mixed, captions=EncodedCaptions(tiny.text_encoder.encode))
     whole = run(mixed, steps=5, output=tmp_path / "whole", **settings)
     first = Audience(cancel_at=3)
     broken = run(mixed, steps=5, output=tmp_path / "broken", on_event=first, cancelled=first.cancelled, **settings)
@@ -230,10 +233,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], float], *, s
     count = start
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
         nonlocal count
         count += 1
-        return original(denoiser, batch, config, runtime) * spoilt(count)
+        return original(denoiser, batch, config, runtime, *target) * spoilt(count)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
 
@@ -339,11 +342,11 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[int, int
     seen: list[int] = []
     original = engine.sample_losses
 
-    def scarce(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def scarce(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
         if too_large(len(batch.names), runtime.checkpoint_depth):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
         seen.append(len(batch.names))
-        return original(denoiser, batch, config, runtime)
+        return original(denoiser, batch, config, runtime, *target)
 
     monkeypatch.setattr(engine, "sample_losses", scarce)
     return seen

@@ -213,8 +213,8 @@ def test_all_processes_skip_a_step_that_diverged_in_one(
     whole, broken = engines.sample_losses, []
     collect = Mailbox.collect
 
-    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any) -> Tensor:
-        found = whole(denoiser, batch, config, runtime)
+    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
+        found = whole(denoiser, batch, config, runtime, *target)
         if runtime.processes.rank == 1 and not broken:
             broken.append(True)
             return found * float("nan")

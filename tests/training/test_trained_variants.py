@@ -313,7 +313,7 @@ NOTES: dict[str, tuple[dict[str, Any], str]] = {
         "learning_rate 0.03 has no effect: every target has one of its own",
     ),
     "capped": ({"rank": 128}, "Rank 128 exceeds the size of"),
-    "gamma": ({"min_snr_gamma": 3.0}, "min_snr_gamma 3 has no effect without a loss_weighting"),
+    "gamma": ({"min_snr_gamma": 3.0}, "min_snr_gamma 3 has no effect without loss_weighting min_snr"),
     "shift": ({"timestep_shift": 1.0}, "timestep_shift 1 has no effect: it is this model's own"),
     "weighted errors": (
         {"objective": "x0", "loss_weighting": "min_snr"},

@@ -135,7 +135,7 @@ def test_no_file_is_spelled_as_in_lists() -> None:
 def test_a_distilled_base_without_it_is_noted(
     tiny: Model, adapter: Path, monkeypatch: pytest.MonkeyPatch, title: str, with_adapter: bool, noted: bool
 ) -> None:
-    monkeypatch.setattr(tiny.family, "distilled_names", ("turbo",), raising=False)
+    monkeypatch.setattr(tiny.family, "distilled", {"turbo": 8}, raising=False)
     base = replace(tiny, title=title)
     config = TrainConfig(targets=LAYER, training_adapter=str(adapter) if with_adapter else None)
     notes = [note for note in plan_job(base.denoiser, config, "cpu").notes if "distilled" in note]

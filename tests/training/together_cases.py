@@ -135,6 +135,14 @@ CASES: dict[str, Case] = {
     "masks": _pictures(masks="files", mask_outside=0.1, crop="random", picture_variants=3),
     "weights": _pictures("pictures", "more weight=0.3 repeats=3"),
     "prior": _pictures(class_prompt="a dog", class_images="class", prior_weight=0.5),
+    "prior prediction": _pictures(
+        settings={"prior_target": "model"}, class_prompt="a dog", class_images="class", prior_weight=0.5
+    ),
+    "preserved": _pictures(
+        settings={"preserve": "class", "preserve_class": "dog", "weight_change": 0.01}, wildcards=True, trigger="cat"
+    ),
+    "masks and the base model": _pictures(settings={"mask_prior_weight": 0.5}, masks="files", mask_outside=0.0),
+    "slider": _pictures(settings={"slider_positive": "a red apple", "slider_negative": "a bus"}),
     "wildcards": _pictures(wildcards=True, shuffle_tags=True, tag_dropout=0.2, caption_dropout=0.1, flip=True),
     "captions as drawn": _pictures(wildcards=True, shuffle_tags=True, caption_memory=0.0, cache=False),
     # Other families.

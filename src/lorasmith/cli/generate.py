@@ -57,7 +57,9 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps. Default: 20, and fewer of a distilled model.")
+    ] = None,
     cfg: Annotated[
         float | None, typer.Option(help="Guidance scale: how closely to follow the prompt. Default: the model's own.")
     ] = None,
@@ -100,6 +102,7 @@ def generate(
         files = ModelFiles(model, tuple(text_encoder or ()), vae, edit)
         loaded = load_with_loras(files, loras, folders_of(base_dir, extra_model_paths), strict=strict)
         drawing: Denoiser | Experts = loaded.denoiser
+        steps = steps or loaded.denoiser.base.defaults.steps
         if low_noise_model is not None:
             second = load_with_loras(
                 ModelFiles(low_noise_model), [split_strength(text) for text in low_noise_lora or []], strict=strict

@@ -104,11 +104,11 @@ def caption_of_file_name(stem: str) -> str:
 
 def has_trigger(text: str, trigger: str) -> bool:
     """Whether a text contains a trigger as whole words, ignoring case; False for an empty one. Both are on one line."""
-    return bool(trigger) and bool(_words(trigger).search(text))
+    return bool(trigger) and bool(re.search(_words(trigger), text, re.IGNORECASE))
 
 
-def _words(trigger: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+def _words(trigger: str) -> str:
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
 
 
 def with_class(caption: str, trigger: str, of_class: str) -> str:
@@ -119,7 +119,7 @@ def with_class(caption: str, trigger: str, of_class: str) -> str:
     """
     trigger = one_line(trigger)
     if has_trigger(caption, trigger):
-        return _words(trigger).sub(lambda _: of_class, caption)
+        return re.sub(_words(trigger), lambda _: of_class, caption, flags=re.IGNORECASE)
     return with_trigger(caption, of_class)
 
 

@@ -231,6 +231,7 @@ class Defaults:
     learning_rate: float = 1e-4  # for LoRA with AdamW and alpha = rank
     targets: str = "attention+ff"  # name of a target preset
     guidance: float  # classifier-free guidance scale for pictures
+    steps: int = 20  # of sampling a picture
     timestep_distribution: str = "logit_normal"  # registered distribution that training draws from
     frames: int = 1  # most frames of a clip in training, and frames of a preview; 1 for models of pictures
     frame_rate: float = 16.0  # frames a second of clips
@@ -418,8 +419,8 @@ class Family(ABC):
             gives the same result. Contexts of other families are padded and masked; see `collate`.
         unused_tensors: patterns of tensors in its original checkpoints that the network does not use.
         diffusers_start: start of some names in diffusers' own files of the denoiser, for single files that have them.
-        distilled_names: parts of file names of variants that are distilled to few steps, which training undoes; they
-            have the same tensors as the variant to train on.
+        distilled: parts of file names of variants that are distilled to few steps without guidance, which training
+            undoes, and these steps; they have the same tensors as the variant to train on.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
         controls: the controls that its models take, those of edit variants before those of all models.
         lora_signatures: how its LoRA files are recognised without a model.
@@ -457,7 +458,7 @@ class Family(ABC):
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
     diffusers_start: str = "transformer_blocks."
-    distilled_names: tuple[str, ...] = ()
+    distilled: Mapping[str, int] = {}
     experts: tuple[Expert, ...] = ()
     controls: tuple[ControlForm, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()

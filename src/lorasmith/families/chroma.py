@@ -66,7 +66,7 @@ class Chroma(Family):
         guidance=3.5,  # ComfyUI's template
         timestep_distribution="logit_normal",  # ai-toolkit's and sd-scripts' `sigmoid`
     )
-    distilled_names = ("flash",)
+    distilled = {"flash": 8}  # steps of ComfyUI's templates
     released: Mapping[str, Any] = {}  # the class' own defaults
     # Its blocks have the names and widths of Flux.1's.
     lora_signatures = (

@@ -53,7 +53,7 @@ class ErnieImage(Family):
         guidance=4.0,  # ErnieImagePipeline and ComfyUI's template
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
-    distilled_names = ("turbo",)
+    distilled = {"turbo": 8}  # steps of ComfyUI's templates
     released = {
         "hidden_size": 4096,
         "num_attention_heads": 32,

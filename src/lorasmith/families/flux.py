@@ -93,7 +93,7 @@ class Flux(Family):
     own_defaults = Defaults(
         guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
     )
-    distilled_names = ("schnell",)
+    distilled = {"schnell": 4}  # steps of ComfyUI's templates
     controls = (ControlForm(name="kontext", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES),)
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}

@@ -90,7 +90,7 @@ class Flux2(Family):
         self.modelspec_name = "flux-2-klein" if is_klein else "flux-2-dev"
         self.civitai_name = None if is_klein else "Flux.2 D"  # 4B and 9B are two there
         self.pipeline = "Flux2KleinPipeline" if is_klein else "Flux2Pipeline"
-        self.distilled_names = ("klein-4b", "klein-9b", "klein_4b", "klein_9b") if is_klein else ()
+        self.distilled = dict.fromkeys(("klein-4b", "klein-9b", "klein_4b", "klein_9b"), 4) if is_klein else {}
         self._is_klein = is_klein
         self._layers = (9, 18, 27) if is_klein else (10, 20, 30)
         kind, usual_file = (

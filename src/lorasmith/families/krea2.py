@@ -86,7 +86,7 @@ class Krea2(Family):
         guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
-    distilled_names = ("turbo",)
+    distilled = {"turbo": 8}  # steps of ComfyUI's templates
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(

@@ -101,8 +101,17 @@ class Model:
 
     @property
     def defaults(self) -> Defaults:
-        """Default settings for it."""
-        return self.components.defaults
+        """Default settings for it; a distilled variant draws in few steps without guidance."""
+        defaults = self.components.defaults
+        if (mark := self.distilled_mark) is None:
+            return defaults
+        return replace(defaults, steps=self.family.distilled[mark], guidance=1.0)
+
+    @property
+    def distilled_mark(self) -> str | None:
+        """What in its name says that it is distilled to few steps; None if it is not."""
+        names = [self.title.casefold(), *([self.path.name.casefold()] if self.path else [])]
+        return next((mark for mark in self.family.distilled if any(mark in name for name in names)), None)
 
     @cached_property
     def names(self) -> ModelNames:

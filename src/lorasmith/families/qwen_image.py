@@ -63,7 +63,7 @@ class QwenImage(Family):
         guidance=4.0,  # QwenImagePipeline and ComfyUI's template
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
-    distilled_names = ("lightning", "distill", "turbo")
+    distilled = {"lightning": 8, "distill": 15, "turbo": 8}  # steps of ComfyUI's templates
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(title, r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)_", order=2),

@@ -98,7 +98,7 @@ class StableDiffusion3(Family):
         guidance=4.0,  # ComfyUI's template
         timestep_distribution="logit_normal",  # the paper's, diffusers' script's and OneTrainer's preset
     )
-    distilled_names = ("turbo",)
+    distilled = {"turbo": 4}  # steps of ComfyUI's templates
     autoencoder = AutoencoderSlot(
         "kl",
         channels=_CHANNELS,

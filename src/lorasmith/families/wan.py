@@ -97,7 +97,9 @@ class Wan(Family):
         )
     }
     clip_types = ("wan",)
-    distilled_names = ("lightx2v", "stepdistill", "causvid", "fastwan", "self_forcing", "turbo")
+    distilled = dict.fromkeys(
+        ("lightx2v", "stepdistill", "causvid", "fastwan", "self_forcing", "turbo"), 4
+    )  # steps of ComfyUI's templates
     predicts_by_length = True
     repeatable_context = False  # for prompts beyond 512 tokens, whose common multiple is too long; see `predict`
 

@@ -75,7 +75,7 @@ class ZImage(Family):
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
     unused_tensors = ("norm_final.weight",)
-    distilled_names = ("turbo",)
+    distilled = {"turbo": 8}  # steps of ComfyUI's templates
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (Signature(title, DENOISER_START + r"layers_\d+_(attention|feed_forward)_", 3840, order=5),)
 

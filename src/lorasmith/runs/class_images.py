@@ -52,7 +52,9 @@ def _drawn(prompts: Sequence[str], config: DataConfig, base: Model, device: torc
     cache = default_cache()
     side = config.resolution or base.defaults.resolution
     side = max(1, side // base.defaults.pixel_multiple) * base.defaults.pixel_multiple
-    sampling = Sampling(width=side, height=side, dtype=sampling_dtype(base.components.denoiser, device))
+    sampling = Sampling(
+        width=side, height=side, steps=base.defaults.steps, dtype=sampling_dtype(base.components.denoiser, device)
+    )
     remembered = RememberedDigests(cache)
     key = key_of(
         model=network_digest("denoiser", base.components.denoiser, remembered),

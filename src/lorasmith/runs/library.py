@@ -425,7 +425,7 @@ def generate(
     negative: str = "",
     controls: Controls = (),
     seed: int = Sampling.seed,
-    steps: int = Sampling.steps,
+    steps: int | None = None,
     cfg: float | None = Sampling.cfg,
     sampler: str = Sampling.sampler,
     scheduler: str = Sampling.scheduler,
@@ -448,7 +448,7 @@ def generate(
         negative: negative prompt.
         controls: pictures that an edit model edits or refers to, or their paths, for all prompts.
         seed: of the noise.
-        steps: sampling steps, from 1.
+        steps: sampling steps, from 1; those of the model if None: 20, and fewer of a distilled one.
         cfg: guidance scale; the model's own if None.
         sampler, scheduler: names as in ComfyUI's KSampler.
         width, height: in pixels, multiples of the model's; the size of the first control or else the model's resolution
@@ -470,7 +470,7 @@ def generate(
         LoraError: a LoRA cannot be read, is for another model, or is refused.
         CancelledError: `cancelled` returned True.
     """
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise OptionError(f"steps must be at least 1, got {steps}")
     if not dtype.is_floating_point:
         raise OptionError(f"dtype must be a format of floats, got {dtype}; choose torch.float32 or torch.bfloat16")

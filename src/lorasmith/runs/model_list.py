@@ -202,6 +202,6 @@ def _known(name: str, family: Family) -> KnownModel:
         autoencoder=KnownPart(family.autoencoder.kind, family.autoencoder.usual_file),
         defaults=family.defaults(denoiser, latent, family.diffusion_of_pipeline(configs)),
         lora_layout=family.names(denoiser, {}).portable,
-        distilled_names=family.distilled_names,
+        distilled_names=tuple(family.distilled),
         clip_types=family.clip_types,
     )

@@ -84,15 +84,16 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
     if config.previews is None and plan.prompt and plan.denoiser is not None:
         fitting = unasked_program(config, plan.denoiser.base, plan.data.samples)
         return None if fitting is None else replace(fitting, prompts=(config.slider_neutral or plan.prompt,))
-    whole = whole_program(config)
+    whole = whole_program(config, None if plan.denoiser is None else plan.denoiser.base)
     return whole if whole.prompts else None
 
 
-def whole_program(config: TrainConfig) -> PreviewProgram:
+def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
     usual = _STRENGTHS if config.slider_positive is None else _OF_SLIDER
     strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
-    return PreviewProgram(config.preview_steps, strengths, prompts=parse_prompts(config.previews))
+    steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
+    return PreviewProgram(steps, strengths, prompts=parse_prompts(config.previews))
 
 
 def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample]) -> PreviewProgram | None:
@@ -101,7 +102,7 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample])
     size = math.prod(base.components.latent.shape(side, side, frames))
     trained = statistics.fmean(one.latents.numel() for one in samples)
     budget = _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
-    return program_within(budget, whole_program(config), each_step=1 if base.defaults.guidance == 1 else 2)
+    return program_within(budget, whole_program(config, base), each_step=1 if base.defaults.guidance == 1 else 2)
 
 
 def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> PreviewProgram | None:

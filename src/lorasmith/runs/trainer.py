@@ -35,8 +35,7 @@ from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.compilation import sizes_vary
-from lorasmith.training.methods.all_methods import methods_of
-from lorasmith.training.methods.method import OtherTexts
+from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
@@ -283,7 +282,7 @@ class Trainer:
                         seed=self.job.config.seed,
                         on_event=lambda event: None,
                         progress=lambda done, total: None,
-                        others=OtherTexts.of(self._data, methods_of(self.job.config)),
+                        others=other_texts(self._data, self.job.config),
                         model=self.job.model,
                     )
                 )

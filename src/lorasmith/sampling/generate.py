@@ -72,7 +72,7 @@ def generate(
     negative: str = "",
     controls: Sequence[Image.Image] = (),
     seed: int = Sampling.seed,
-    steps: int = Sampling.steps,
+    steps: int | None = None,
     cfg: float | None = Sampling.cfg,
     sampler: str = Sampling.sampler,
     scheduler: str = Sampling.scheduler,
@@ -95,7 +95,7 @@ def generate(
     positives, away = _encoded(denoiser, prompts, negative, controls, text_encoder, device)
     sampling = Sampling(
         seed=seed,
-        steps=steps,
+        steps=steps or denoiser.base.defaults.steps,
         cfg=cfg,
         sampler=sampler,
         scheduler=scheduler,

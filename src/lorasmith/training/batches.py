@@ -29,7 +29,7 @@ from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap,
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import CaptionsPlanned, EventHandler
-from lorasmith.training.methods.method import OtherTexts
+from lorasmith.training.methods.texts import OtherTexts
 from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable
 

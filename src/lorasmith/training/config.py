@@ -767,7 +767,9 @@ class PreviewSettings(Section, group="Validation and previews", changes_numbers=
         help="Strengths at which the finished LoRA is drawn, separated by commas. Default: 0.5,1, and of a slider "
         "-2,-1,1,2.",
     )
-    preview_steps: int = option(20, min=1, max=1000, help="Sampling steps of a preview.")
+    preview_steps: int | None = option(
+        None, min=1, max=1000, help="Sampling steps of a preview. Default: 20, and fewer of a distilled model."
+    )
     preview_frames: int | None = option(
         None,
         min=1,

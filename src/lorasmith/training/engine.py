@@ -30,8 +30,8 @@ from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
-from lorasmith.training.methods.all_methods import methods_of
-from lorasmith.training.methods.method import Goal, OtherTexts, Passes
+from lorasmith.training.methods.all_methods import methods_of, other_texts
+from lorasmith.training.methods.method import Goal, Passes
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
@@ -419,7 +419,7 @@ def batch_maker(
         lengths_apart=runtime.sharding and model.facts.predicts_by_length,
         memory_format=memory_format_for(model.module),
         masks=no_masks if dropout is None else dropout.masks,
-        texts=OtherTexts.of(samples, methods_of(config)),
+        texts=other_texts(samples, config),
         config=config,
         runtime=runtime,
     )

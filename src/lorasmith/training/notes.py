@@ -150,11 +150,10 @@ def _on_base(config: TrainConfig, model: Trainable) -> Iterator[str]:
     title, facts = model.title, model.facts
     if config.training_guidance is not None and not facts.takes_guidance:
         yield f"training_guidance {config.training_guidance:g} has no effect on {title}, which has no such input."
-    marks = [mark for mark in facts.distilled_names if mark.casefold() in title.casefold()]
-    if marks and config.training_adapter is None:
+    if facts.distilled_mark is not None and config.training_adapter is None:
         yield (
-            f"{title} is a model distilled to few steps, as {marks[0]} in its name says, which training undoes; train "
-            f"on the base model of {facts.family_title}, or set training_adapter to a LoRA made for that."
+            f"{title} is a model distilled to few steps, as {facts.distilled_mark} in its name says, which training "
+            f"undoes; train on the base model of {facts.family_title}, or set training_adapter to a LoRA made for that."
         )
 
 

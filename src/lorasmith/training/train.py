@@ -34,8 +34,7 @@ from lorasmith.training.events import (
 from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
-from lorasmith.training.methods.all_methods import methods_of
-from lorasmith.training.methods.method import OtherTexts
+from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, Results, TrainResult
@@ -342,7 +341,7 @@ class _Run:
             seed=self._job.config.seed,
             on_event=self._emit,
             progress=lambda done, total: self._host.on_event(CaptionEncoded(done=done, total=total)),
-            others=OtherTexts.of(self._parts.training, methods_of(self._job.config)),
+            others=other_texts(self._parts.training, self._job.config),
             model=self._job.model,
         )
 

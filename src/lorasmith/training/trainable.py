@@ -65,7 +65,7 @@ class Facts:
     experts: tuple[Expert, ...] = ()
     extensions: tuple[Extension, ...] = ()  # of other packages, which bring the model's family and parts
     takes_guidance: bool = False  # whether guidance is an input, which a distillation has added
-    distilled_names: tuple[str, ...] = ()  # parts of titles of variants that training undoes
+    distilled_mark: str | None = None  # of its name, if it is distilled to few steps, which training undoes
     # `ss_base_model_version`, `modelspec.architecture` without `/lora`, and `modelspec.implementation`; empty for none
     kohya_version: str = ""
     modelspec_architecture: str = ""
@@ -263,7 +263,7 @@ class TrainableDenoiser(Trainable):
                 )
             ),
             takes_guidance=family.takes_guidance(self.module),
-            distilled_names=family.distilled_names,
+            distilled_mark=base.distilled_mark,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
             modelspec_architecture=family.modelspec_architecture(self.diffusion.parameterization),
             modelspec_implementation=family.modelspec_implementation,

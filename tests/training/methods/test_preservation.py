@@ -18,8 +18,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.joint import check_alike
-from lorasmith.training.methods.all_methods import methods_of
-from lorasmith.training.methods.method import OtherTexts
+from lorasmith.training.methods.all_methods import other_texts
 from tests.covering import slow_except
 
 CLASS = {"preserve": "class", "preserve_class": "animal", "preserve_weight": 0.7}
@@ -87,13 +86,13 @@ def test_the_gradient_is_the_plain_one_and_that_of_the_term(tiny: Model, texts: 
 
 def test_texts_have_the_class_for_the_trigger_or_are_empty(tiny: Model, texts: EncodedDataset) -> None:
     def beside(**settings: Any) -> list[list[str]]:
-        found = OtherTexts.of(texts, methods_of(planned(tiny, **settings).config))
+        found = other_texts(texts, planned(tiny, **settings).config)
         assert found is not None
         return [found.beside(caption) for caption in ("a Cat on a mat", "a dog", "")]
 
     assert beside(**CLASS) == [["a animal on a mat"], ["animal, a dog"], ["animal"]]
     assert beside(preserve="blank") == [[""]] * 3
-    assert OtherTexts.of(texts, methods_of(planned(tiny).config)) is None
+    assert other_texts(texts, planned(tiny).config) is None
 
 
 def test_a_fresh_lora_is_trained_as_without_it(tiny: Model, texts: EncodedDataset) -> None:

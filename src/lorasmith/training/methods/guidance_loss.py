@@ -18,7 +18,8 @@ from lorasmith.adapters.adapter import Adapter
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_uniform
 from lorasmith.training.config import guidance_range
-from lorasmith.training.methods.method import Goal, Method, Passes, TextRule
+from lorasmith.training.methods.method import Goal, Method, Passes
+from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
     from lorasmith.training.config import ResolvedConfig

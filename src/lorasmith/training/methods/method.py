@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -19,18 +19,14 @@ from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import Dial
-from lorasmith.core.errors import OptionError
-from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
 from lorasmith.families.base import Conditioning
+from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
     from lorasmith.training.batches import Batch
     from lorasmith.training.config import ResolvedConfig
     from lorasmith.training.trainable import Facts
-
-TextRule = Callable[[str, str], str]
-"""The text for a caption, as it is drawn, and the trigger."""
 
 
 class Method(ABC):
@@ -106,43 +102,3 @@ class Passes:
     def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
         """Context in which the trained model's adapters have a strength; a term is yielded inside of it."""
         return self.dial.turned(strength)
-
-
-@dataclass(frozen=True)
-class OtherTexts:
-    """The further texts of samples, for all methods of a run."""
-
-    data: EncodedDataset
-    rules: Mapping[str, TextRule]
-
-    @classmethod
-    def of(cls, data: Sequence[Sample] | EncodedDataset, methods: Sequence[Method]) -> OtherTexts | None:
-        """Those of the methods; None if they have none. Raises OptionError for samples whose texts are unknown."""
-        rules = {name: rule for method in methods for name, rule in method.texts.items()}
-        if not rules:
-            return None
-        needing = next(method.name for method in methods if method.texts)
-        if not isinstance(data, EncodedDataset) or data.captions is None:
-            raise OptionError(
-                f"{needing} encodes further texts for each image, for which these samples came without a text encoder; "
-                "load the images with load_dataset, or leave it out"
-            )
-        if nameless := next((one.name for one in data.samples if one.conditioning.text is None), None):
-            raise OptionError(
-                f"{needing} needs the caption of each image as text, and that of {nameless} is unknown; load the "
-                "images with load_dataset, or leave it out"
-            )
-        return cls(data, rules)
-
-    def beside(self, caption: str) -> list[str]:
-        """The further texts of a caption."""
-        return [rule(caption, self.data.trigger) for rule in self.rules.values()]
-
-    def conditionings(self, sample: Sample) -> dict[str, Conditioning]:
-        """The conditionings of a drawn sample's further texts, by name; what is not of the text is the sample's."""
-        assert self.data.captions is not None
-        given = sample.conditioning
-        return {
-            name: given.with_text(self.data.captions[text])
-            for name, text in zip(self.rules, self.beside(given.text or ""), strict=True)
-        }

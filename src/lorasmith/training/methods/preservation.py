@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Self
 from torch import Tensor
 
 from lorasmith.data.captions import with_class
-from lorasmith.training.methods.method import Method, Passes, TextRule
+from lorasmith.training.methods.method import Method, Passes
+from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
     from lorasmith.training.config import ResolvedConfig

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.core.errors import OptionError
-from lorasmith.training.methods.method import Method, Passes, TextRule
+from lorasmith.training.methods.method import Method, Passes
+from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
     from lorasmith.training.config import ResolvedConfig
