@@ -206,7 +206,6 @@ class Trainer:
         given, settings = taken(TrainerArguments, "Trainer", arguments)
         self.model = trainable_of(model)
         samples = samples_of(data, _only_samples)
-        self.model.check(samples.samples)
         config = config_over(given.config, {**settings, "loss": given.loss})
         idle = [name for name in _IDLE if getattr(config, name) and not config.is_default(name)]
         if idle:
