@@ -571,7 +571,7 @@ class TextEncoderSettings(Section, group="Text encoders"):
         "optimizer that estimates rates itself.",
     )
     text_encoder_rank: int | None = option(
-        None, min=1, max=128, of_fresh=True, help="Rank on the text encoders. Default: that of the LoRA."
+        None, min=1, max=128, of_fresh=True, costs=True, help="Rank on the text encoders. Default: that of the LoRA."
     )
     text_encoder_steps: int | None = option(
         None,
