@@ -115,5 +115,5 @@ def test_a_family_without_such_encoders_refuses(tmp_path: Path) -> None:
     from tiny_wan import WAN
 
     wan = WAN.loaded(WAN.saved(tmp_path))
-    with pytest.raises(OptionError, match="train_text_encoder is for models of a known family"):
+    with pytest.raises(OptionError, match="train_text_encoder needs a model with text encoders"):
         plan_job(wan.denoiser, TrainConfig(train_text_encoder=True), "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lorasmith.families.model import Model, TextEncoder
 from lorasmith.families.parts.clip import tokenize_prompt
 from lorasmith.runs.library import train
 from lorasmith.runs.trainer import Trainer
+from lorasmith.training.batches import captions_ready
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import CaptionsPlanned, Event
@@ -241,6 +243,20 @@ def test_captions_that_vary_are_not_encoded_ahead(
     assert len({text for text in texts if "fox" in text}) > 3
 
 
+def test_captions_for_other_encoders_must_be_encoded_ahead(tiny: Model, varied: EncodedDataset) -> None:
+    job = plan_job(tiny.denoiser, TrainConfig(**SETTINGS), "cpu")
+    model = copy.copy(job.model)
+    model.needs_captions = True  # as where one of several encoders is trained
+    assert varied.captions is not None
+    varied.captions.memory_bytes = 0
+    quiet: dict[str, Any] = {"on_event": lambda event: None, "progress": lambda done, total: None}
+    with (
+        pytest.raises(OptionError, match="their variants take more than 0 MiB; raise caption_memory"),
+        captions_ready(varied, job.draws, seed=0, model=model, **quiet),
+    ):
+        pass
+
+
 def test_the_encoder_alone_learns_and_is_validated(tiny: Model, dataset: EncodedDataset) -> None:
     pictures = tuple(
         Sample(torch.full((4, 8, 8), value), tiny.text_encoder.encode(word), f"{word}.png")
@@ -264,7 +280,7 @@ def test_refusals(tiny: Model, dataset: EncodedDataset) -> None:
     with pytest.raises(OptionError, match="runs that train together share the model's text encoders"):
         check_alike([job, job])
     own = Trainable(torch.nn.Linear(4, 4))
-    with pytest.raises(OptionError, match="train_text_encoder is for models of a known family"):
+    with pytest.raises(OptionError, match="train_text_encoder needs a model with text encoders"):
         plan_job(own, TrainConfig(train_text_encoder=True), "cpu")
 
 

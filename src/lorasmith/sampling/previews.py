@@ -34,8 +34,8 @@ class Previewer:
     `denoiser` has the run's own LoRAs, and `load` (path, strength) returns it with another on top. `strengths` are
     those that will be drawn, besides 0; `controls` are those of each prompt, for edit models; `encoder` maps a strength
     to the text encoder, for LoRAs with layers for it; `trained_encoder` (path, strength) to that with the layers of a
-    drawn LoRA, where text encoders are trained. `partner` is for models with two experts. Raises ModelError if
-    the model lacks a text encoder or an autoencoder.
+    drawn LoRA, where text encoders are trained. `partner` is for models with two experts. Raises ModelError if the
+    model lacks a text encoder or an autoencoder.
     """
 
     def __init__(

@@ -161,8 +161,8 @@ class Trainable:
         Raises OptionError or ModelError for a model without such encoders.
         """
         raise OptionError(
-            f"train_text_encoder is for models of a known family with their text encoders, got {self.title}; leave it "
-            "out"
+            f"train_text_encoder needs a model with text encoders of a kind that LoRAs are trained on (CLIP), got "
+            f"{self.title}; load it with its encoders, or leave it out"
         )
 
     def active(self) -> contextlib.AbstractContextManager[None]:
