@@ -18,7 +18,7 @@ from lorasmith.bench.measure import counted, synthetic_samples, training_steps, 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.families.loading import load_model
-from lorasmith.families.locating import ModelFiles
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory, estimate_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
@@ -245,3 +245,13 @@ def test_the_tokens_of_controls_count(flux: Path) -> None:
     for edit, told in (("none", "takes no controls"), ("kontext", "takes at most 10 controls")):
         with pytest.raises(OptionError, match=rf"{told}, got 11; choose fewer$"):
             needed(edit, 11)
+
+
+def test_text_encoders_in_training_count_as_weights_and_in_a_step() -> None:
+    plain, text = (
+        estimate_of(load_model(BUILT_IN), TrainConfig(train_text_encoder=on, rank=4), card_bytes=2**33)
+        for on in (False, True)
+    )
+    assert all(text.weights[kind] > size for kind, size in plain.weights.items())
+    assert text.trained_bytes > plain.trained_bytes
+    assert text.plans[0].needed_bytes > plain.plans[0].needed_bytes

@@ -20,6 +20,7 @@ from lorasmith.training import batches
 from lorasmith.training.batches import drawn_captions, sample_index
 from lorasmith.training.events import CaptionEncoded, CaptionsPlanned, Event
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import trainable
 
 VARIED: dict[str, Any] = {
     "trigger": "sks",
@@ -185,7 +186,12 @@ def test_several_processes_encode_a_share_each_before_they_meet(
     together.encoded = lambda: data.captions.encoded - before  # type: ignore[union-attr]
     monkeypatch.setattr(batches, "current", lambda: together)
     with batches.captions_ready(
-        data, range(12), seed=0, on_event=lambda event: None, progress=lambda done, total: None
+        data,
+        range(12),
+        seed=0,
+        on_event=lambda event: None,
+        progress=lambda done, total: None,
+        model=trainable(tiny),
     ):
         pass
     (share,) = together.meetings

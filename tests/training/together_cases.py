@@ -107,6 +107,7 @@ CASES: dict[str, Case] = {
     "differences": _random(differences="norms+biases", learning_rate=1e-3),
     # What is drawn, kept and weighted.
     "dropout": _random(rank_dropout=0.3, module_dropout=0.2, grad_accumulation_steps=2),
+    "text encoders": _random(train_text_encoder=True, text_encoder_rate=0.05, text_encoder_steps=2, sharding=True),
     "average": _random(ema_decay=0.9),
     "recomputed": _random(checkpoint_depth=1),
     "measured memory": _random(batch_size=1, grad_accumulation_steps=4, activations="auto"),

@@ -156,7 +156,8 @@ def frozen_pass(
 ) -> Callable[[], None]:
     """A function that runs a forward (and backward) pass to the latents of a frozen model on `device` in `dtype`."""
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
-    conditioning = model.join([sample.conditioning for sample in samples]).to(device, dtype)
+    joined = model.join([sample.conditioning for sample in samples])
+    conditioning = replace(joined, texts=()).to(device, dtype)  # text encoders are not part of it
     schedule = model.diffusion.schedule
     level = schedule.at(torch.full((len(samples),), 0.5)).to(device)
 

@@ -201,7 +201,8 @@ def _number(value: float | None) -> str:
 
 
 _PLAN_SETTINGS = (
-    "batch_size", "algorithm", "rank", "targets", "differences", "dora", "tucker", "training_dtype"
+    "batch_size", "algorithm", "rank", "targets", "differences", "dora", "tucker", "training_dtype",
+    "train_text_encoder", "text_encoder_rank",
 )  # fmt: skip
 """Options that affect memory and are not proposed by the command itself."""
 

@@ -361,6 +361,7 @@ class EncodedCaptions:
         self._entries = entries
         self._known: dict[Caption, Conditioning] = {}
         self._lock = threading.Lock()
+        self._left = False
         self.encoded = 0
         """Number of captions that were encoded instead of read from the cache."""
 
@@ -368,8 +369,19 @@ class EncodedCaptions:
         """The conditioning of a caption; encoded now, and not kept, unless it was encoded ahead."""
         if (known := self._known.get(caption)) is not None:
             return known
+        if self._left and self._known:
+            return replace(next(iter(self._known.values())), text=parts_of(caption).text)
         with self._lock:  # tokenizers and encoders are for one thread
             return self._encoded(caption)
+
+    @contextlib.contextmanager
+    def left_to_training(self) -> Iterator[None]:
+        """Inside the context, captions that were not encoded ahead have their text alone, and another's tensors."""
+        self._left = True
+        try:
+            yield
+        finally:
+            self._left = False
 
     def encode_ahead(self, captions: Collection[Caption], progress: Callable[[int, int], None] | None = None) -> None:
         """Encode captions in order and keep them; `progress` receives (captions done, total)."""

@@ -78,12 +78,14 @@ class Conditioning:
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
         span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
+        texts: the prompts of a batch, which a network with text encoders in training encodes again; else empty.
     """
 
     tensors: Mapping[str, Tensor]
     text: str | None = None
     mask: Tensor | None = None
     span: tuple[float, float] = (0.0, 1.0)
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.tensors, Mapping):
@@ -125,6 +127,17 @@ class Conditioning:
     def with_text(self, other: Conditioning) -> Conditioning:
         """The conditioning with another text's encoding, whose other inputs (sizes, controls, ...) are kept."""
         return replace(other, tensors={**self.tensors, **other.tensors}, span=self.span)
+
+    def rows(self) -> list[Conditioning]:
+        """The conditioning of each of `texts`, with the padding of the batch."""
+        return [
+            Conditioning(
+                {name: tensor[row : row + 1] for name, tensor in self.tensors.items()},
+                text,
+                None if self.mask is None else self.mask[row : row + 1],
+            )
+            for row, text in enumerate(self.texts)
+        ]
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -669,6 +682,13 @@ class Family(ABC):
         """
         return {}
 
+    def trained_encoders(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, Sequence[str]]:
+        """Text encoders that LoRAs may be trained on, by component name, with the paths of the layers that learn.
+
+        Layers that never receive a gradient are left out. None by default.
+        """
+        return {}
+
     def takes_guidance(self, denoiser: nn.Module) -> bool:
         """Whether guidance is an input of the denoiser, which its distillation has added."""
         return bool(getattr(getattr(denoiser, "config", None), "guidance_embeds", False))
@@ -699,6 +719,15 @@ class Family(ABC):
         pictures: pixels (1, 3, height, width) in [−1, 1] each, in the sight's size.
         """
         raise ModelError(f"{self.title} has no pictures in prompts; give the prompt alone")
+
+    def encode_again(
+        self, conditioning: Conditioning, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding
+    ) -> Conditioning:
+        """A prompt's conditioning (batch of 1) with what trained encoders make of it, differentiable.
+
+        By default all of the text is encoded; a family that trains some of its encoders may keep what others made.
+        """
+        return conditioning.with_text(self.encode_text(encoders, texts, encoding))
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """One batch of conditionings of any length; see `collate`."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
-from lorasmith.families.parts.clip import encode_prompt, released_paths
+from lorasmith.families.parts.clip import encode_prompt, released_paths, trained_paths
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
@@ -199,6 +199,16 @@ class Flux(Family):
             min_padding=encoding.min_padding.get("t5xxl", 0),
         )
         return Conditioning({"context": context, "pooled": pooled}, texts["text_encoder_2"])
+
+    def trained_encoders(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, Sequence[str]]:
+        return {name: trained_paths(encoder) for name, encoder in text_encoders.items() if name == "text_encoder"}
+
+    def encode_again(
+        self, conditioning: Conditioning, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding
+    ) -> Conditioning:
+        clip, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
+        _, pooled = encode_prompt(texts["text_encoder"], tokenizer, clip)
+        return replace(conditioning, tensors={**conditioning.tensors, "pooled": pooled})
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
         config = denoiser.config

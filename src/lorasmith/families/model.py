@@ -383,8 +383,7 @@ class TextEncoder:
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():
                 self._place(stack, name, device_of(module), sees=bool(pictures))
-            components = self.family.text_encoders or ("text",)
-            texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
+            texts = self._texts(text)
             if not pictures:
                 return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
             numbers = range(1, len(pictures) + 1)
@@ -415,6 +414,19 @@ class TextEncoder:
         """Place the networks of an encoder until the stack is closed."""
         for part in self.networks(component, sees=sees):
             stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
+
+    def encode_again(self, batch: Conditioning) -> Conditioning:
+        """A batch's conditioning with its `texts` encoded by the encoders as they are now, differentiable."""
+        family = self.family
+        again = [
+            family.encode_again(row, self.encoders, self._texts(row.text or ""), self.encoding) for row in batch.rows()
+        ]
+        return family.join(again)
+
+    def _texts(self, text: str | Mapping[str, str]) -> dict[str, str]:
+        """The prompt of each component."""
+        components = self.family.text_encoders or ("text",)
+        return {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
 
     def dtype_on(self, component: str, device: torch.device | None = None) -> torch.dtype:
         """The number format in which an encoder runs on `device` (its own if None)."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
-from lorasmith.families.parts.clip import CONTEXT_LENGTH, encode_prompts, released_paths
+from lorasmith.families.parts.clip import CONTEXT_LENGTH, encode_prompts, released_paths, trained_paths
 from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 
 _HEAD_WIDTH = 64
@@ -184,6 +184,21 @@ class StableDiffusion3(Family):
         parts = [F.pad(clip, (0, width - clip.shape[-1])) if clip is not None else None, t5]
         there = [part for part in parts if part is not None] or [pooled.new_zeros(1, CONTEXT_LENGTH, width)]
         return Conditioning({"context": torch.cat(there, dim=1), "pooled": pooled}, texts["text_encoder"])
+
+    def trained_encoders(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, Sequence[str]]:
+        return {name: trained_paths(encoder) for name, encoder in text_encoders.items() if name != _T5}
+
+    def encode_again(
+        self, conditioning: Conditioning, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding
+    ) -> Conditioning:
+        if _T5 not in encoders.modules:
+            return super().encode_again(conditioning, encoders, texts, encoding)
+        clip, pooled = _clip_states(encoders, texts, encoding)
+        context = conditioning.tensors["context"]
+        if clip is not None:  # T5's states are behind it
+            clip = F.pad(clip, (0, context.shape[-1] - clip.shape[-1])).to(context.dtype)
+            context = torch.cat((clip, context[:, clip.shape[1] :]), dim=1)
+        return replace(conditioning, tensors={**conditioning.tensors, "context": context, "pooled": pooled})
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
         tokens = CONTEXT_LENGTH + _T5_TOKENS["comfyui"]

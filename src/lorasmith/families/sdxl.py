@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import unet_layout
-from lorasmith.families.parts.clip import encode_prompts, released_paths, written_paths
+from lorasmith.families.parts.clip import encode_prompts, released_paths, trained_paths, written_paths
 
 _CONTEXT_WIDTH = 2048
 _HEAD_DIM = 64
@@ -100,6 +100,13 @@ class StableDiffusionXL(unet_layout.UNetFamily):
                 paths["text_encoder"], kohya=("lora_te1_", "lora_te_"), comfyui=("clip_l",), drops_text_model=True
             ),
             "text_encoder_2": EncoderNames(paths["text_encoder_2"], kohya=("lora_te2_",), comfyui=("clip_g",)),
+        }
+
+    def trained_encoders(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, Sequence[str]]:
+        # Contexts are those before the last layer, and the pooled vector is the second encoder's.
+        return {
+            component: trained_paths(encoder, unused_layers=int(component == "text_encoder"))
+            for component, encoder in text_encoders.items()
         }
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:

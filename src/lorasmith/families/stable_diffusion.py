@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import unet_layout
-from lorasmith.families.parts.clip import encode_prompt, released_paths, written_paths
+from lorasmith.families.parts.clip import encode_prompt, released_paths, trained_paths, written_paths
 
 _CONTEXT_WIDTH = {1: 768, 2: 1024}
 _ENCODER = {
@@ -91,6 +91,9 @@ class StableDiffusion(unet_layout.UNetFamily):
                 drops_text_model=True,
             )
         }
+
+    def trained_encoders(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, Sequence[str]]:
+        return {component: trained_paths(encoder) for component, encoder in text_encoders.items()}
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]

@@ -180,6 +180,15 @@ def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, Plac
             yield path.removeprefix("text_model."), _itself(component, path)
 
 
+def encoder_module(names: ModelNames, path: str) -> ModuleRef:
+    """The module of a path that begins with a text encoder's component, as files spell it.
+
+    transformers has no `text_model.` in some paths since version 5.6.
+    """
+    component, _, inner = path.partition(".")
+    return ModuleRef(component, inner if inner in names.paths(component) else f"text_model.{inner}")
+
+
 def read_tensors(
     tensors: Mapping[str, Tensor],
     bases: Mapping[str, PlacedModules],

@@ -193,9 +193,12 @@ def estimate_of(
     family, components, products = model.family, model.components, job.runtime.dtype
 
     def frozen(*, offloading: bool, processes: int) -> dict[Quantization, int]:
-        module = model.denoiser.module
+        parts = [(model.denoiser.module, processes)] + [(one, 1) for one in (job.model.encoders,) if one is not None]
         return {
-            kind: frozen_bytes(module, kind=kind, dtype=products, offloading=offloading, processes=processes)
+            kind: sum(
+                frozen_bytes(one, kind=kind, dtype=products, offloading=offloading, processes=count)
+                for one, count in parts
+            )
             for kind in _KINDS
         }
 
@@ -262,9 +265,14 @@ def _activation_plans(
         tokens = model.family.usual_tokens + sum(sight.tokens(*one) for one in controls)
     samples = synthetic_samples(model, 1, side, side, frames=frames, tokens=tokens, controls=beside)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
-    for one in (module, *job.adapters.values(), *job.differences.values()):
+    encoders = job.model.encoders or nn.ModuleDict()
+    for one in (module, encoders, *job.all_adapters.values(), *job.differences.values()):
         _emptied(one, runtime.dtype)
-    with adapters_attached(module, [Attached(job.adapters, differences=job.differences)]), _autocast_on_meta():
+    with (
+        adapters_attached(module, [Attached(job.adapters, differences=job.differences)]),
+        adapters_attached(encoders, [Attached(job.text_adapters)]),
+        _autocast_on_meta(),
+    ):
         return tuple(measured_plans(job.model, samples, job.config, runtime, 0, within=_FusedAttention))
 
 

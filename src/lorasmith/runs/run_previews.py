@@ -148,7 +148,7 @@ def previews_of(
     denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
     assert denoiser is not None
     base, text_encoder = denoiser.base, denoiser.base.text_encoder
-    # Text encoders are not trained, but a continued LoRA may have layers for them.
+    # Where text encoders are not trained, a continued LoRA may have layers for them.
     carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
     pairs = _pairs(plan, len(program.prompts))
     if config.preview_frames is not None and any("known" in one.conditioning.tensors for one in pairs):
@@ -162,6 +162,11 @@ def previews_of(
         load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
         strengths=(1.0, *program.strengths),
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
+        trained_encoder=(
+            (lambda path, strength: Lora.load(path, base).applied(None, text_encoder, strength=strength).encoder)
+            if plan.job.text_adapters
+            else None
+        ),
         sampling=Sampling(
             seed=config.seed,
             steps=program.sampling_steps,

@@ -206,12 +206,12 @@ class Trainer:
         given, settings = taken(TrainerArguments, "Trainer", arguments)
         self.model = trainable_of(model)
         samples = samples_of(data, _only_samples)
-        self.model.check(samples.samples)
         config = config_over(given.config, {**settings, "loss": given.loss})
         idle = [name for name in _IDLE if getattr(config, name) and not config.is_default(name)]
         if idle:
             warnings.warn(f"no effect on a Trainer, which leaves this to you: {', '.join(idle)}", stacklevel=2)
         job = plan_job(self.model, config, chosen_device(given.device))
+        job.model.check(samples.samples)
         parts = split(samples, share=job.config.validation_share)
         self._data, self.held_out = parts.training, parts.held_out
         self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
@@ -282,6 +282,7 @@ class Trainer:
                         on_event=lambda event: None,
                         progress=lambda done, total: None,
                         others=other_texts(self._data, self.job.config),
+                        model=self.job.model,
                     )
                 )
                 stack.enter_context(self.engine.prepared(planned=self._loop.planned))
@@ -303,7 +304,7 @@ class Trainer:
         """
         engine, first = self.engine, self.engine.runtime.first_step
         with self:
-            maker = batch_maker(self.model, self._data, engine.config, engine.runtime, engine.dropout)
+            maker = batch_maker(engine.model, self._data, engine.config, engine.runtime, engine.dropout)
             while self.step < self._loop.steps:
                 ahead = range(first + self.step, first + self._loop.steps)
                 with contextlib.closing(prefetched(maker, ahead)) as coming:
@@ -323,7 +324,7 @@ class Trainer:
         config = self.job.config
         if config.rank_dropout or config.module_dropout:
             raise OptionError("predict applies no rank_dropout or module_dropout; set both to 0, or use gradient()")
-        return prediction_of(self.model, batch, self.engine.runtime)
+        return prediction_of(self.engine.model, batch, self.engine.runtime)
 
     def target(self, batch: Batch) -> Tensor:
         """What `predict` is trained to return for a batch: its noise, velocity or flow, fp32."""

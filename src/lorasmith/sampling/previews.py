@@ -34,8 +34,9 @@ class Previewer:
     `denoiser` has the run's own LoRAs, and `load` (path, strength) returns it with another on top. `strengths` are
     those that will be drawn, besides 0; `beside` is `Conditioning.beside` of each prompt, for models that draw from
     pictures, and `seen` the pixels of these that the text encoder sees; `encoder` maps a strength to the text encoder,
-    for LoRAs with layers for it. `partner` is for models with two experts. Raises ModelError if the model lacks a text
-    encoder or an autoencoder.
+    for LoRAs with layers for it; `trained_encoder` (path, strength) to that with the layers of a drawn LoRA, where text
+    encoders are trained. `partner` is for models with two experts. Raises ModelError if the model lacks a text encoder
+    or an autoencoder.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Previewer:
         beside: Sequence[Mapping[str, Tensor]] = (),
         seen: Sequence[Sequence[Tensor]] = (),
         encoder: Callable[[float], TextEncoder] | None = None,
+        trained_encoder: Callable[[Path, float], TextEncoder] | None = None,
         sampling: Sampling,
         device: torch.device | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -60,8 +62,10 @@ class Previewer:
         self._denoiser, self._load, self._partner = denoiser, load, partner
         self._device, self._cancelled = device, cancelled
         self._beside = beside or ({},) * len(self.prompts)
-        shown = [*zip(self.prompts, seen or ((),) * len(self.prompts), strict=True)]
-        self._encoded = _encoded(shown, (0.0, *strengths), encoder or _always(base.text_encoder), device, base.sight)
+        self._trained_encoder = trained_encoder
+        ahead = () if trained_encoder else strengths
+        self._shown = [*zip(self.prompts, seen or ((),) * len(self.prompts), strict=True)]
+        self._encoded = self._encode((0.0, *ahead), encoder or _always(base.text_encoder))
         self._base: Sequence[PictureOrClip] | None = None
 
     def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[PictureOrClip]:
@@ -74,7 +78,15 @@ class Previewer:
             if self._base is None:
                 self._base = self._drawn(self._denoiser, 0.0)
             return self._base
+        if self._trained_encoder is not None:
+            trained = self._trained_encoder(lora, strength)
+            self._encoded |= self._encode((strength,), _always(trained))
         return self._drawn(self._load(lora, strength), strength)
+
+    def _encode(
+        self, strengths: Sequence[float], encoder: Callable[[float], TextEncoder]
+    ) -> dict[float, tuple[list[Conditioning], list[Conditioning]]]:
+        return _encoded(self._shown, strengths, encoder, self._device, self._denoiser.base.sight)
 
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:
         encoded, negatives = self._encoded[strength]

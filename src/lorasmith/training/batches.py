@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
 from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
@@ -30,6 +31,7 @@ from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import CaptionsPlanned, EventHandler
 from lorasmith.training.methods.texts import OtherTexts
 from lorasmith.training.runtime import Runtime
+from lorasmith.training.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -283,14 +285,19 @@ def captions_ready(
     on_event: EventHandler,
     progress: Callable[[int, int], None],
     others: OtherTexts | None = None,
+    model: Trainable,
 ) -> Iterator[None]:
     """Inside the context, all drawn captions are encoded (calls `progress(done, total)`), or the encoder is loaded.
 
-    `others` are the further texts of each.
+    `others` are the further texts of each. A model whose text encoders are all trained needs no caption encoded.
     """
     captions, varied = data.captions, _varied(data.samples)
     if captions is None or not (varied or others):
         yield
+        return
+    if not model.needs_captions:
+        with captions.left_to_training():
+            yield
         return
     texts = drawn_captions(data.samples, draws, seed=seed, most=captions.most)
     if texts is not None and others is not None:
@@ -311,6 +318,11 @@ def captions_ready(
             captions.encode_ahead(missing, progress)
         yield
         return
+    if model.encoders is not None:
+        raise OptionError(
+            "train_text_encoder needs all captions encoded ahead by the other text encoders, and their variants take "
+            f"more than {memory_text(captions.memory_bytes)}; raise caption_memory, or have fewer variants"
+        )
     with captions.staying():
         start = time.perf_counter()
         captions[varied[0].caption(seed, draws.start) if varied else _caption(data.samples[0])]

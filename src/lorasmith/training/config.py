@@ -552,6 +552,43 @@ class MethodSettings(Section, group="Methods", costs=True):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextEncoderSettings(Section, group="Text encoders"):
+    """Adapters on the text encoders."""
+
+    train_text_encoder: bool = option(
+        False,
+        costs=True,
+        help="Train the CLIP text encoders as well, with the algorithm of the LoRA, for words that the model does not "
+        "know: those of Stable Diffusion 1 and 2, SDXL, SD 3.5 and Flux.1. They stay on the device, and captions are "
+        "encoded in every step. rank_dropout and module_dropout leave them out.",
+    )
+    text_encoder_rate: float | None = option(
+        None,
+        min=1e-8,
+        max=1.0,
+        step=1e-8,
+        help="Learning rate of the text encoders. Default: a tenth of the learning rate, or all of it with an "
+        "optimizer that estimates rates itself.",
+    )
+    text_encoder_rank: int | None = option(
+        None, min=1, max=128, of_fresh=True, costs=True, help="Rank on the text encoders. Default: that of the LoRA."
+    )
+    text_encoder_steps: int | None = option(
+        None,
+        min=1,
+        max=100_000,
+        help="Steps after which the text encoders keep their weights, as they overfit first. Default: all of the run.",
+    )
+
+    def idle_settings(self) -> Iterator[str]:
+        if self.train_text_encoder:
+            return
+        for name in ("text_encoder_rate", "text_encoder_rank", "text_encoder_steps"):
+            if not self.is_default(name):
+                yield f"{name} {getattr(self, name):g} has no effect without train_text_encoder."
+
+
+@dataclass(frozen=True, kw_only=True)
 class NumberSettings(Section, group="Precision and reproducibility"):
     """Number formats and the seed."""
 
@@ -793,6 +830,7 @@ class TrainConfig(
     ValidationSettings,
     MemorySettings,
     NumberSettings,
+    TextEncoderSettings,
     MethodSettings,
     LossSettings,
     OptimizerSettings,

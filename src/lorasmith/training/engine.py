@@ -47,20 +47,26 @@ def prepared(
     differences: Mapping[str, Difference] | None = None,
     *,
     strength: float | Dial = 1.0,
+    text_adapters: Mapping[str, Adapter] | None = None,
     first: Callable[[], None] = lambda: None,
     planned: Callable[[], Runtime] | None = None,
 ) -> Iterator[None]:
     """Inside the context, the denoiser is ready for steps: frozen, adapters attached, blocks checkpointed and compiled.
 
-    `first` is called with the denoiser frozen, before adapters are attached; `planned` with adapters attached, and
-    returns the runtime with `activations` resolved by measurement.
+    `text_adapters` are those of `model.encoders`, which are frozen and checkpointed as the denoiser is. `first` is
+    called with the denoiser frozen, before adapters are attached; `planned` with adapters attached, and returns the
+    runtime with `activations` resolved by measurement.
     """
-    module = model.module
+    module, encoders = model.module, model.encoders
     trained = Attached(adapters, strength, differences or {})
-    with model.frozen(config, runtime):
+    with model.frozen(config, runtime), contextlib.ExitStack() as on_text:
         first()
+        if encoders is not None:
+            on_text.enter_context(adapters_attached(encoders, [Attached(text_adapters or {}, strength)]))
         with adapters_attached(module, [trained]):
             runtime = runtime if planned is None else planned()
+            if encoders is not None:
+                on_text.enter_context(blocks_checkpointed(encoders, runtime.checkpoint_depth))
             with (
                 activations_reduced(module, runtime.activations),
                 blocks_checkpointed(module, runtime.checkpoint_depth),
@@ -127,6 +133,7 @@ class Engine:
         config: ResolvedConfig,
         runtime: Runtime,
         differences: Mapping[str, Difference] | None = None,
+        text_adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -136,13 +143,15 @@ class Engine:
         self.methods = methods_of(config)
         self._dial = Dial()
         self.trained = Attached(adapters, self._dial if self.methods else 1.0, differences or {})
-        named = list(_trained(adapters, self.trained.differences))
+        self.text_adapters = text_adapters or {}
+        named = list(_trained(self._all_adapters, self.trained.differences))
         self.flat = FlatParameters(
             {name: parameter for _, name, parameter in named},
             device=runtime.device,
             dtype=runtime.dtype,
             rates={name: _rate(path, name, config, runtime) for path, name, _ in named},
         )
+        self._of_text = [name for path, name, _ in named if path in self.text_adapters]
         self._optimizer = GatedOptimizer(
             config.optimizer, self.flat.groups, weight_decay=config.weight_decay, arguments=config.optimizer_args
         )
@@ -162,6 +171,7 @@ class Engine:
             runtime,
             trained.differences,
             strength=trained.strength,
+            text_adapters=self.text_adapters,
             first=first,
             planned=planned,
         )
@@ -180,10 +190,14 @@ class Engine:
         """
         flat, sums = self.flat, self._sums
         flat.zero()
+        if self._of_text:
+            step = batches[0].draws[0] // self.config.samples_per_step - self.runtime.first_step
+            for name in self._of_text:
+                flat.parameters[name].requires_grad_(self._trains_text(step))
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
         if self.runtime.processes.is_first:
             for method in self.methods:
-                if (penalty := method.penalty(self.trained.adapters)) is not None:
+                if (penalty := method.penalty(self._all_adapters)) is not None:
                     torch.autograd.backward(penalty * self._scale.scale)
                     flat.collect()
         losses = []
@@ -303,7 +317,11 @@ class Engine:
         if config.max_grad_norm:
             grad.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         proceed = self._sound & finite
+        stopped = [] if self._trains_text(step) else [self.flat.view(self.flat.master, name) for name in self._of_text]
+        kept = [one.clone() for one in stopped]
         self._optimizer.step(proceed, self.rate(step))
+        for one, before in zip(stopped, kept, strict=True):  # momentum and decay change weights without a gradient
+            one.copy_(before)
         self._scale.update(finite)
         if self._average is not None:
             # Early on the decay is smaller, as in torch and timm.
@@ -361,6 +379,15 @@ class Engine:
                 values = values.clone()
         self.flat.master.copy_(values)
         self.flat.release()
+
+    @property
+    def _all_adapters(self) -> Mapping[str, Adapter]:
+        return {**self.trained.adapters, **self.text_adapters}
+
+    def _trains_text(self, step: int) -> bool:
+        """Whether the text encoders are trained in a step of the run."""
+        last = self.config.text_encoder_steps
+        return last is None or step < last
 
     def _own_state(self) -> dict[str, Tensor]:
         average = {} if self._average is None else {"average": self._average}

@@ -16,7 +16,7 @@ the run's own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
+from lorasmith.formats.names import encoder_module
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
@@ -73,6 +74,7 @@ class TrainJob:
     adapters: dict[str, Adapter]  # trained, by module path, as `differences`
     model: Trainable  # frozen, with its LoRAs and the training adapter
     differences: dict[str, Difference] = field(default_factory=dict)
+    text_adapters: dict[str, Adapter] = field(default_factory=dict)  # trained, by path in `model.encoders`
     carried: AdapterState = field(default_factory=AdapterState)  # parts of a continued LoRA that are saved untrained
     notes: tuple[str, ...] = ()  # remarks for the user, one sentence each
 
@@ -88,8 +90,13 @@ class TrainJob:
         return range(first * per_step, (first + self.config.steps) * per_step)
 
     @property
+    def all_adapters(self) -> dict[str, Adapter]:
+        """Those of the denoiser and of text encoders, by path, which begins with the component for the latter."""
+        return {**self.adapters, **self.text_adapters}
+
+    @property
     def parameters(self) -> int:
-        trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
+        trained: list[nn.Module] = [*self.all_adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for module in trained for parameter in module.parameters())
 
     @property
@@ -98,7 +105,7 @@ class TrainJob:
         chosen = ((one.choices, getattr(self.config, name)) for name, one in _DECLARED.items())
         used: list[tuple[Registry[Any], object]] = [
             *((choices, value) for choices, value in chosen if isinstance(choices, Registry)),
-            *((ADAPTERS, adapter.algorithm) for adapter in self.adapters.values()),
+            *((ADAPTERS, adapter.algorithm) for adapter in self.all_adapters.values()),
             (LAYOUTS, self.model.names.portable),
         ]
         return tuple(dict.fromkeys((*extensions_of(used), *self.model.facts.extensions)))
@@ -117,8 +124,9 @@ class TrainJob:
         words += [rank_words(config.algorithm, config.rank)] if facts.rank_meaning else []
         words += [] if "alpha" in facts.unused else [f"alpha {config.alpha:g}"]
         also = f" and {count_text(len(self.differences), 'difference')}" if self.differences else ""
-        layers = f"{count_text(len(self.adapters), 'layer')}{also}, {count_text(self.parameters, 'parameter')}"
-        return f"{', '.join(words)}, on {config.targets}: {layers}"
+        layers = f"{count_text(len(self.all_adapters), 'layer')}{also}, {count_text(self.parameters, 'parameter')}"
+        text = " and text encoders" if self.text_adapters else ""
+        return f"{', '.join(words)}, on {config.targets}{text}: {layers}"
 
 
 def variant_of(config: TrainConfig) -> Variant:
@@ -144,30 +152,29 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     beneath = ""
     if config.training_adapter is not None:
         model, beneath = _with_adapter(model, Path(config.training_adapter), strict=config.strict)
-    model = model.guided(config.training_guidance)
+    model, text_layers = model.guided(config.training_guidance), tuple[str, ...]()
+    if config.train_text_encoder:
+        model, text_layers = model.with_encoders()
+        existing = existing.with_text(model, text_layers)
     fresh = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.adapters))
     module = model.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
     patches = [replace(patch, bypass=False) for patch in model.patches]
     with patches_merged(module, patches, dtype=torch.float32, unpacking=True):
-        adapters = load_adapters(module, existing.adapters) | create_adapters(
-            module,
-            fresh,
-            algorithm=config.algorithm,
-            alpha=requested.alpha,
-            seed=config.seed,
-            zero=config.zero_init,
-            variant=variant_of(config),
-        )
+        adapters = load_adapters(module, existing.adapters) | _fresh_adapters(module, fresh, requested, config)
+    text_adapters = {} if model.encoders is None else _on_text(model.encoders, text_layers, existing, requested, config)
+    fresh_text = len(text_adapters) - len(existing.on_text)
     for method in methods_of(config):
-        method.check(model.facts, adapters)
+        method.check(model.facts, {**adapters, **text_adapters})
     differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)
-    rates = _learning_rates(model, requested, plan, existing.adapters)
+    rates = _learning_rates(model, requested, plan, existing.adapters) | dict.fromkeys(
+        text_adapters, _text_rate(config)
+    )
     check_optimizer(
         config.optimizer,
         weight_decay=config.weight_decay,
         arguments=config.optimizer_args,
-        rates=_distinct_rates(config, adapters, rates),
+        rates=_distinct_rates(config, {**adapters, **text_adapters}, rates),
         device=device,
     )
     check_loss(config.loss_function)
@@ -180,21 +187,64 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
         adapters,
         model,
         differences,
+        text_adapters,
         existing.carried,
         (
-            *existing.notes(len(fresh.adapters)),
+            *existing.notes(len(fresh.adapters) + fresh_text),
             *([f"{beneath}."] if beneath else []),
             *_on_device(requested, model.module, device),
             *notes_on_products(requested, model, device),
-            *notes_on(replace(requested, schedule=config.schedule), model, fresh, adapters, len(differences)),
-            *notes_on_file(model, adapters, differences),
+            *notes_on(
+                replace(requested, schedule=config.schedule),
+                model,
+                fresh,
+                adapters,
+                len(differences),
+                has_fresh_text=fresh_text > 0,
+            ),
+            *notes_on_file(model, adapters, differences, text_adapters),
         ),
     )
 
 
 def engine_of(job: TrainJob) -> Engine:
     """The engine that trains a job."""
-    return Engine(job.model, job.adapters, job.config, job.runtime, job.differences)
+    return Engine(job.model, job.adapters, job.config, job.runtime, job.differences, job.text_adapters)
+
+
+def _fresh_adapters(
+    module: nn.Module, plan: AdapterPlan, requested: TrainConfig, config: ResolvedConfig
+) -> dict[str, Adapter]:
+    return create_adapters(
+        module,
+        plan,
+        algorithm=config.algorithm,
+        alpha=requested.alpha,
+        seed=config.seed,
+        zero=config.zero_init,
+        variant=variant_of(config),
+    )
+
+
+def _on_text(
+    encoders: nn.Module, layers: Sequence[str], existing: _Existing, requested: TrainConfig, config: ResolvedConfig
+) -> dict[str, Adapter]:
+    """Adapters on these layers of text encoders, by path; those of a continued LoRA as they are there."""
+    plan = plan_adapters(
+        encoders,
+        [Rule(tuple(layers))],
+        rank=config.text_encoder_rank or config.rank,
+        capped=facts_of(config.algorithm).rank_meaning == "rank",
+    )
+    plan = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.on_text))
+    with patches_merged(encoders, (), dtype=torch.float32, unpacking=True):
+        return load_adapters(encoders, existing.on_text) | _fresh_adapters(encoders, plan, requested, config)
+
+
+def _text_rate(config: ResolvedConfig) -> float:
+    if config.text_encoder_rate is not None:
+        return config.text_encoder_rate
+    return config.learning_rate * (1.0 if rule_of(config.optimizer).own_rate is not None else 0.1)
 
 
 def _decided(model: Trainable, config: TrainConfig, device: torch.device) -> ResolvedConfig:
@@ -300,9 +350,20 @@ class _Existing:
     name: str = ""
     adapters: Mapping[str, AdapterWeights] = field(default_factory=dict)
     differences: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    on_text: Mapping[str, AdapterWeights] = field(default_factory=dict)  # by path in the trained text encoders
     carried: AdapterState = field(default_factory=AdapterState)
     steps: int = 0
     left_out: str = ""
+
+    def with_text(self, model: Trainable, layers: Sequence[str]) -> _Existing:
+        """The same with its adapters on these layers of text encoders trained, too."""
+        places = {encoder_module(model.names, path): path for path in layers}
+        own = self.carried.adapters
+        return replace(
+            self,
+            on_text={places[ref]: weights for ref, weights in own.items() if ref in places},
+            carried=replace(self.carried, adapters={ref: one for ref, one in own.items() if ref not in places}),
+        )
 
     def below(self, model: Trainable) -> Trainable:
         carried = {
@@ -313,8 +374,9 @@ class _Existing:
     def notes(self, fresh: int) -> Iterator[str]:
         if self.name:
             also = f" and {count_text(len(self.differences), 'difference')}" if self.differences else ""
+            kept = len(self.adapters) + len(self.on_text)
             yield (
-                f"Continuing {self.name} ({count_text(self.steps, 'step')}): {len(self.adapters)} of its layers{also} "
+                f"Continuing {self.name} ({count_text(self.steps, 'step')}): {kept} of its layers{also} "
                 f"keep their algorithm, rank and alpha; {count_text(fresh, 'adapter')} of other targets "
                 f"{'is' if fresh == 1 else 'are'} new."
             )
@@ -341,6 +403,7 @@ def _existing(path: Path, model: Trainable, config: TrainConfig) -> _Existing:
         path.name,
         adapters,
         differences,
+        {},
         replace(state, adapters=others, differences=carried),
         steps_of(state.metadata, path.name),
         left_out,

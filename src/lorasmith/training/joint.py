@@ -54,6 +54,11 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
     first, *others = jobs
     if others and (method := next((one.name for job in jobs for one in methods_of(job.config)), None)):
         raise OptionError(f"runs that train together take plain steps, got {method}; leave it out, or train apart")
+    if any(job.text_adapters for job in jobs):
+        raise OptionError(
+            "runs that train together share the model's text encoders, got train_text_encoder; leave it out, or train "
+            "apart"
+        )
     if others and first.config.compile | any(job.config.compile for job in others):
         raise OptionError("runs that train together cannot be compiled, got compile on; leave it out, or train apart")
     if first.runtime.processes.size > 1:

@@ -19,11 +19,13 @@ from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
+from lorasmith.formats.names import encoder_module
 from lorasmith.training.config import (
     LossSettings,
     MemorySettings,
     MethodSettings,
     OptimizerSettings,
+    TextEncoderSettings,
     TrainConfig,
     VariantSettings,
 )
@@ -49,7 +51,13 @@ _FEW = 0.1
 
 
 def notes_on(
-    config: TrainConfig, model: Trainable, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
+    config: TrainConfig,
+    model: Trainable,
+    plan: AdapterPlan,
+    adapters: Mapping[str, Adapter],
+    differences: int,
+    *,
+    has_fresh_text: bool,
 ) -> tuple[str, ...]:
     """Remarks on a planned run, one sentence each; `config` is as requested, `differences` counts modules."""
     return (
@@ -62,23 +70,30 @@ def notes_on(
         *_on_shift(config, model),
         *LossSettings.idle_settings(config),
         *MethodSettings.idle_settings(config),
+        *TextEncoderSettings.idle_settings(config),
         *notes_on_plan(plan),
+        *([] if has_fresh_text else _on_own_values(config, plan, adapters, differences)),
         *_on_targets(config, model, plan, adapters, differences),
         *_on_compiling(config, model, adapters),
     )
 
 
 def notes_on_file(
-    model: Trainable, adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
+    model: Trainable,
+    adapters: Mapping[str, Adapter],
+    differences: Mapping[str, Difference],
+    text_adapters: Mapping[str, Adapter],
 ) -> tuple[str, ...]:
     """One sentence for each program that will not apply all of the LoRA in the default layout."""
     names = model.names
     if not model.facts.family_title:  # other programs do not know a network of one's own
         return ()
-    whole = {path: adapter.diff.detach() for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
+    modules = {ModuleRef(DENOISER, path): adapter for path, adapter in adapters.items()}
+    modules |= {encoder_module(names, path): adapter for path, adapter in text_adapters.items()}
+    whole = {ref: adapter.diff.detach() for ref, adapter in modules.items() if isinstance(adapter, FullAdapter)}
     state = AdapterState(
-        {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in adapters.items() if path not in whole},
-        {ModuleRef(DENOISER, path): {"weight": diff} for path, diff in whole.items()}
+        {ref: adapter.to_weights() for ref, adapter in modules.items() if ref not in whole},
+        {ref: {"weight": diff} for ref, diff in whole.items()}
         | {ModuleRef(DENOISER, path): difference.to_tensors() for path, difference in differences.items()},
     )
     found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
@@ -185,8 +200,8 @@ def _on_shift(config: TrainConfig, model: Trainable) -> Iterator[str]:
         yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
 
 
-def _on_targets(
-    config: TrainConfig, model: Trainable, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
+def _on_own_values(
+    config: TrainConfig, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
 ) -> Iterator[str]:
     idle = [
         name for name, declared in options_of(TrainConfig).items() if declared.of_fresh and not config.is_default(name)
@@ -199,6 +214,11 @@ def _on_targets(
     rated = [adapter for adapter in plan.adapters if adapter.learning_rate is not None]
     if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
         yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
+
+
+def _on_targets(
+    config: TrainConfig, model: Trainable, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
+) -> Iterator[str]:
     if config.tucker and plan.adapters:
         layers = (FrozenLayer(model.module.get_submodule(target.path)) for target in plan.adapters)
         if not any(map(LoraAdapter.has_core, layers)):

@@ -26,6 +26,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without_private
+from lorasmith.formats.names import encoder_module
 from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import Outcome
@@ -190,6 +191,9 @@ class Results:
 def lora_of(job: TrainJob, metadata: Mapping[str, str]) -> Lora:
     """The LoRA in a job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
     trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+    trained |= {
+        encoder_module(job.model.names, path): adapter.to_weights() for path, adapter in job.text_adapters.items()
+    }
     changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
     for path, difference in job.differences.items():
         changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
@@ -311,6 +315,7 @@ def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, start
         "ss_num_batches_per_epoch": -(-len(data) // per_step),
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": config.learning_rate,
+        "ss_text_encoder_lr": next((job.runtime.learning_rates[path] for path in job.text_adapters), None),
         "ss_optimizer": config.optimizer,
         "ss_batch_size_per_device": config.batch_size,
         "ss_total_batch_size": per_step,

@@ -342,6 +342,7 @@ class _Run:
             on_event=self._emit,
             progress=lambda done, total: self._host.on_event(CaptionEncoded(done=done, total=total)),
             others=other_texts(self._parts.training, self._job.config),
+            model=self._job.model,
         )
 
     @contextlib.contextmanager
@@ -387,7 +388,7 @@ class _Run:
                 steps=job.config.steps,
                 steps_before=job.steps_before,
                 samples=len(self._parts.training),
-                adapters=len(job.adapters),
+                adapters=len(job.all_adapters),
                 parameters=job.parameters,
                 device=str(job.runtime.device),
                 dtype=dtype_name(job.runtime.dtype),

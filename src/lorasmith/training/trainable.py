@@ -1,9 +1,10 @@
-"""What training asks of a model: `Trainable`, a frozen network with the eight things that a run needs of it.
+"""What training asks of a model: `Trainable`, a frozen network with the nine things that a run needs of it.
 
     module      the network that carries the adapters         names      of its layers in LoRA files
     diffusion   what it predicts, and its noise schedule      facts      for records, metadata and defaults
     frozen      ready on its device inside this context       predict    one evaluation of the network
     join        conditionings of samples as one batch         identity   digests, by which a run is known again
+    encoders    text encoders that carry adapters, too; most runs have none
 
 No other module of training knows families, files or libraries. `TrainableDenoiser` is a loaded model's denoiser.
 """
@@ -97,6 +98,9 @@ class Trainable:
     names: ModelNames
     facts: Facts
     patches: tuple[Patch, ...] = ()  # LoRAs that are part of the frozen network
+    # text encoders that are trained as well, by component name, which `predict` has encode `Conditioning.texts`
+    encoders: nn.ModuleDict | None = None
+    needs_captions: bool = True  # whether text is encoded ahead, by other encoders than those
     guidance: float | None = None  # see `guided`
 
     def __init__(
@@ -152,6 +156,16 @@ class Trainable:
         other.guidance = guidance
         return other
 
+    def with_encoders(self) -> tuple[Self, tuple[str, ...]]:
+        """The same network with its text encoders in training, and the paths in `encoders` of the layers that learn.
+
+        Raises OptionError or ModelError for a model without such encoders.
+        """
+        raise OptionError(
+            f"train_text_encoder needs a model with text encoders of a kind that LoRAs are trained on (CLIP), got "
+            f"{self.title}; load it with its encoders, or leave it out"
+        )
+
     def active(self) -> contextlib.AbstractContextManager[None]:
         """The module has the patches inside."""
         return patches_applied(self.module, self.patches)
@@ -162,28 +176,11 @@ class Trainable:
 
         Nothing is differentiable but inputs. Afterwards the module is as before, bit for bit.
         """
-        module = self.module
         with contextlib.ExitStack() as stack:
             stack.enter_context(reproducible(config.deterministic))
-            stack.enter_context(evaluating(module))
-            stack.enter_context(patches_merged(module, self.patches, dtype=torch.float32))
-            device, dtype = runtime.device, runtime.dtype
-            stream = WeightStream(device) if runtime.offloading else None
-            kind, elsewhere = config.quantization, list[nn.Module]()
-            if runtime.sharding:
-                elsewhere = stack.enter_context(
-                    weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
-                )
-            packed = stack.enter_context(
-                weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
-            )
-            packed += [layer.get_parameter("weight") for layer in elsewhere]
-            if kind == "none" and stream is None:
-                stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
-            stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
-            if runtime.quantized_backward:
-                stack.enter_context(fp8_products_enabled(module))
-            stack.enter_context(adapters_attached(module, attachments(module, self.patches)))
+            stack.enter_context(_frozen(self.module, self.patches, config, runtime))
+            if self.encoders is not None:  # whole in each process
+                stack.enter_context(_frozen(self.encoders, (), config, replace(runtime, sharding=False)))
             yield
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -278,11 +275,28 @@ class TrainableDenoiser(Trainable):
     def patched(self, patch: Patch) -> Self:
         return type(self)(self.denoiser.patched(patch))
 
+    def with_encoders(self) -> tuple[Self, tuple[str, ...]]:
+        base = self.denoiser.base
+        present = base.components.text_encoders
+        layers = base.family.trained_encoders(present)
+        if not layers:
+            return super().with_encoders()
+        base.family.check_encoders(base.components.encoders)
+        other = copy.copy(self)
+        other.encoders = nn.ModuleDict({component: present[component] for component in layers})
+        other.needs_captions = len(layers) < len(present)
+        return other, tuple(f"{component}.{path}" for component, paths in layers.items() for path in paths)
+
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        if conditioning.texts:
+            encoded = self.denoiser.base.text_encoder.encode_again(conditioning)
+            conditioning = encoded.to(latents.device, latents.dtype)
         return self.denoiser.predict(latents, time, conditioning)
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         joined = self.denoiser.base.family.join(conditionings)
+        if self.encoders is not None:
+            joined = replace(joined, texts=tuple(one.text or "" for one in conditionings))
         if self.guidance is None:
             return joined
         guidance = torch.full((len(conditionings),), self.guidance, device=joined.tensors["context"].device)
@@ -300,6 +314,11 @@ class TrainableDenoiser(Trainable):
                 f"latents for {base.title} ({base.family.title}) must be {needed}, got {shape} for {samples[0].name}; "
                 "encode the pictures with this model"
             )
+        if self.encoders is not None and (unknown := [one.name for one in samples if one.conditioning.text is None]):
+            raise DataError(
+                f"train_text_encoder encodes the caption of each image in every step, and that of {unknown[0]} is "
+                "unknown; load the images with load_dataset, or leave it out"
+            )
         self.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in samples}.values())
 
 
@@ -308,6 +327,32 @@ def trainable(model: Trainable | Denoiser | Model) -> Trainable:
     if isinstance(model, Model):
         model = model.denoiser
     return TrainableDenoiser(model) if isinstance(model, Denoiser) else model
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
+    """Inside the context, a network is ready on its device; see `Trainable.frozen`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(module))
+        stack.enter_context(patches_merged(module, patches, dtype=torch.float32))
+        device, dtype = runtime.device, runtime.dtype
+        stream = WeightStream(device) if runtime.offloading else None
+        kind, elsewhere = config.quantization, list[nn.Module]()
+        if runtime.sharding:
+            elsewhere = stack.enter_context(
+                weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
+            )
+        packed = stack.enter_context(
+            weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
+        )
+        packed += [layer.get_parameter("weight") for layer in elsewhere]
+        if kind == "none" and stream is None:
+            stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
+        stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
+        if runtime.quantized_backward:
+            stack.enter_context(fp8_products_enabled(module))
+        stack.enter_context(adapters_attached(module, attachments(module, patches)))
+        yield
 
 
 @contextlib.contextmanager

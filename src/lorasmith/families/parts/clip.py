@@ -128,6 +128,14 @@ def written_paths(encoder: nn.Module) -> tuple[str, ...]:
     return tuple(f"text_model.{path}" if path.startswith("encoder.layers.") else path for path in paths)
 
 
+def trained_paths(encoder: nn.Module, *, unused_layers: int = 0) -> tuple[str, ...]:
+    """Paths of the layers that a LoRA is trained on: the Linear layers of all blocks but the last `unused_layers`."""
+    paths = [path for path, module in encoder.named_modules() if isinstance(module, nn.Linear) and ".layers." in path]
+    depth = numbered(paths, r".*\.layers\.")
+    left = tuple(f".layers.{index}." for index in range(depth - unused_layers, depth))
+    return tuple(path for path in paths if not any(part in path for part in left))
+
+
 CONTEXT_LENGTH = 77
 """Positions of a CLIP text encoder: begin, 75 tokens, end."""
 
@@ -234,12 +242,11 @@ def _encoded(rows: list[list[int]], model: nn.Module, skip_layers: int, final_no
     """Hidden states (rows, 77, width) and pooled vectors (rows, ...), fp32."""
     # transformers 5.6 removed the level `text_model` from CLIPTextModel, not from CLIPTextModelWithProjection.
     core: Any = getattr(model, "text_model", model)
-    with torch.no_grad():
-        output = model(input_ids=torch.tensor(rows, device=device_of(model)), output_hidden_states=True)
-        layers = output.hidden_states[1:]  # the first one is the embeddings
-        hidden = layers[-1 - skip_layers] if skip_layers < len(layers) else layers[-1]
-        if final_norm:
-            hidden = core.final_layer_norm(hidden)
+    output = model(input_ids=torch.tensor(rows, device=device_of(model)), output_hidden_states=True)
+    layers = output.hidden_states[1:]  # the first one is the embeddings
+    hidden = layers[-1 - skip_layers] if skip_layers < len(layers) else layers[-1]
+    if final_norm:
+        hidden = core.final_layer_norm(hidden)
     pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
     return hidden.float(), pooled.float()
 

@@ -184,11 +184,12 @@ class GradientSums:
         """Inside the context, the last backward pass of a step, buckets are reduced once their gradients are there."""
         self._wants_norm, self._squares = norm, []
         self._left = [0] * len(self._buckets)
-        for bucket in self._bucket_of.values():
-            self._left[bucket] += 1
+        trained = {name: one for name, one in self._flat.parameters.items() if one.requires_grad}
+        for name in trained:
+            self._left[self._bucket_of[name]] += 1
         hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, self._bucket_of[name]))
-            for name, parameter in self._flat.parameters.items()
+            for name, parameter in trained.items()
         ]
         try:
             yield

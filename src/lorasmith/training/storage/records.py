@@ -161,7 +161,7 @@ def run_record(
             "note": parts.note,
             **facts,
         },
-        adapters={path: _size(adapter) for path, adapter in job.adapters.items()},
+        adapters={path: _size(adapter) for path, adapter in job.all_adapters.items()},
         differences={path: _size(difference) for path, difference in job.differences.items()},
         fingerprint=taken,
         environment=environment(
