@@ -11,12 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
+from lorasmith.families.locating import ModelFiles
 from lorasmith.runs import training_jobs
+from lorasmith.runs.drawing import load_with_loras
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
+from lorasmith.sampling.generate import generate
 from lorasmith.server.worker_jobs import job_kinds
 from lorasmith.training import train
 
@@ -258,3 +263,46 @@ def test_two_experts_are_no_job(worker: Worker) -> None:
 def test_settings_that_cannot_be_measured_are_refused(worker: Worker) -> None:
     assert "multiple" in worker.refused("measure", {"model": "lorasmith-tiny", "settings": {"resolution": 63}})
     assert "a measurement needs a model" in worker.refused("measure", {"settings": {}})
+
+
+def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
+    worker.run("train", {**TRAINING, "settings": {**SETTINGS, "learning_rate": 0.1}})
+    request = {
+        "run": "runs/lora-001",
+        "lora": "lora.safetensors",
+        "files": {"model": "lorasmith-tiny"},
+        "frames": 1,
+        "prompt": "a fox",
+        "strength": 1.0,
+        "seed": 3,
+        "control": "",
+    }
+    found = worker.run("draw", request)
+    files = [worker.base / "runs/lora-001" / file for file in found["outputs"]["pictures"]]
+    assert [file.name for file in files] == ["lorasmith_00001_.png", "lorasmith_00002_.png"]
+    plain, tuned = (pixels_of(file) for file in files)
+    assert np.abs(plain - tuned).max() > 8
+    progress = [one["data"] for one in worker.sent if one.get("kind") == "progress"]
+    assert progress[-1] == {"value": len(progress), "maximum": len(progress)}
+    with Image.open(files[1]) as picture:
+        assert picture.info["parameters"].endswith("LoRA: lora.safetensors:1")
+
+    again = worker.run("draw", {**request, "strength": 0})["outputs"]["pictures"]
+    assert all(np.array_equal(plain, pixels_of(worker.base / "runs/lora-001" / file)) for file in again)
+    assert again[0] == "tried/lorasmith_00003_.png", "none is overwritten"
+
+    loaded = load_with_loras(ModelFiles("lorasmith-tiny"), [(files[0].parents[1] / "lora.safetensors", 1.0)])
+    (same,) = generate(loaded.denoiser, "a fox", text_encoder=loaded.text_encoder, seed=3)
+    assert np.array_equal(tuned, np.asarray(same, dtype=float)), "as lorasmith generate"
+
+    worker.cancel_if = lambda head: head.get("kind") == "progress"
+    assert "cancelled" in worker.refused("draw", request, state="cancelled").lower()
+    assert len([*(worker.base / "runs/lora-001/tried").iterdir()]) == 4, "nothing is left of it"
+    worker.cancel_if = lambda head: False
+    Image.new("RGB", (64, 64)).save(worker.base / "runs/lora-001/tried/photo.png")
+    assert "takes no controls" in worker.refused("draw", {**request, "control": "photo.png"})
+
+
+def pixels_of(file: Path) -> Any:
+    with Image.open(file) as picture:
+        return np.asarray(picture, dtype=float)

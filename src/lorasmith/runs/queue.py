@@ -26,7 +26,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
 from lorasmith.training.config import cost_options
 
-JobKind: TypeAlias = Literal["graph", "train", "measure"]
+JobKind: TypeAlias = Literal["graph", "train", "measure", "draw"]
 JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled", "paused", "interrupted"]
 STATES: tuple[JobState, ...] = get_args(JobState)
 ACTIVE: tuple[JobState, ...] = ("running", "pending")
@@ -81,7 +81,8 @@ class Job:
     # `interrupted`: its worker or server ended; like `paused` and `cancelled`, it can be continued
     state: JobState = "pending"
     number: float = 0.0  # place in the queue, lowest first
-    # `{prompt, extra_data, targets, outputs_to_execute, workflow}`, a `RunSpec`, or `{model, settings, ...}`, by kind
+    # `{prompt, extra_data, targets, outputs_to_execute, workflow}`, a `RunSpec`, `{model, settings, ...}`,
+    # or what `server.questions.drawing_questions` makes, by kind
     request: Mapping[str, Any] = field(default_factory=dict)
     client_id: str | None = None
     created: float = 0.0

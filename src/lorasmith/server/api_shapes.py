@@ -361,7 +361,7 @@ class JobAnswer:
     """A job."""
 
     id: Annotated[str, "of the job"]
-    kind: Annotated[str, "graph, train or measure"]
+    kind: Annotated[str, "graph, train, measure or draw"]
     state: Annotated[str, "pending, running, completed, failed, cancelled, paused or interrupted"]
     number: Annotated[float, "order in the queue"]
     title: Annotated[str, "what it is, in some words"]
@@ -371,7 +371,9 @@ class JobAnswer:
     created: Annotated[float, "when it was queued, in seconds since the epoch"]
     started: Annotated[float | None, "when it was last started; null before that"]
     ended: Annotated[float | None, "when it ended; null before that"]
-    outputs: Annotated[dict[str, Any], "of its nodes, by their ids"]
+    outputs: Annotated[
+        dict[str, Any], "of a graph's nodes, by their ids; of a drawing its `pictures`, without and with the LoRA"
+    ]
     error: Annotated[dict[str, Any] | None, "why it failed"]
     run: Annotated[str | None, "id of the run that it trains or has trained"]
     attempts: Annotated[int, "how often it was started"]
@@ -572,6 +574,30 @@ class InstalledLora:
 
     installed: str
     was_there: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingFacts:
+    """What drawing with the LoRA of a run takes."""
+
+    control: Annotated[Literal["none", "optional", "required"], "whether its model takes or needs a picture to edit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptControl:
+    """A picture to edit, as it is stored."""
+
+    control: Annotated[str, "its name in the folder `tried` of the run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingBody:
+    """What is drawn with the LoRA of a run, and without it from the same noise."""
+
+    prompt: Annotated[str, "of at most 10,000 characters"]
+    strength: Annotated[float, "of the LoRA, from 0 to 2"] = 1.0
+    seed: Annotated[int, "of the noise, from 0 to 4294967295"] = 0
+    control: Annotated[str, "the picture to edit or to begin with, by its name in `tried`; empty for none"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from aiohttp.http import HttpProcessingError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.printable import printable
 
-NoticeKind: TypeAlias = Literal["job", "queue", "graph", "view", "log"]
+NoticeKind: TypeAlias = Literal["job", "queue", "graph", "view", "progress", "log"]
 
 MOST_WAITING = 1_000  # unread notices after which a subscription is cut off
 
@@ -34,7 +34,8 @@ class Notice:
 
     `job`: its state changed, `data` is its summary. `queue`: `{"pending": n, "running": n}`. `graph`: an event of
     `workflow.execution_events`, whose class is `data["event"]`. `view`: `{"node_id", "view"}`, a `runs.view.RunView`
-    as JSON, with the id of its node inside graphs. `log`: a line, `{"t": ISO time, "m": text}`.
+    as JSON, with the id of its node inside graphs. `progress`: `{"value", "maximum"}` of a drawing. `log`: a line,
+    `{"t": ISO time, "m": text}`.
     """
 
     kind: NoticeKind

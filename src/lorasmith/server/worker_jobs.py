@@ -1,4 +1,4 @@
-"""What the server's worker processes do besides training: graphs, and answers to questions.
+"""What the server's worker processes do besides training: graphs, drawings, and answers to questions.
 
 One executor of graphs caches results between them.
 """
@@ -17,10 +17,19 @@ import torch
 
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders
+from lorasmith.core.placement import best_device, sampling_dtype
+from lorasmith.core.typed_json import typed
+from lorasmith.data.image_files import open_image
+from lorasmith.families.locating import ModelFiles
 from lorasmith.nodes import load_nodes
-from lorasmith.runs.training_jobs import TrainingJobs
+from lorasmith.report.pictures import PictureOrClip
+from lorasmith.runs.drawing import save_pictures
+from lorasmith.runs.training_jobs import TrainingJobs, WarmModel
 from lorasmith.runs.worker import Ended, JobKind, Work, folders_of_start, how_it_ended
+from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
+from lorasmith.server.server_config import TRIED
+from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
@@ -30,7 +39,7 @@ def job_kinds(work: Work) -> Mapping[str, JobKind]:
     """The kinds of jobs of a server."""
     base = Path(work.start["base"]).resolve()
     training = TrainingJobs(work, lambda job: JobReporter(work.channel, base))
-    return {"train": training, "measure": training, "graph": GraphJobs(work)}
+    return {"train": training, "measure": training, "graph": GraphJobs(work), "draw": DrawJobs(work)}
 
 
 def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]:
@@ -39,6 +48,64 @@ def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]
 
     load_questions()
     return lambda question, arguments: answer(question, arguments, folders_of_start(start))
+
+
+class DrawJobs:
+    """Draws a prompt without and with the LoRA of a run, from the same noise, and keeps the model."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._model = WarmModel()
+
+    def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
+        (job,) = jobs
+        ended(job["id"], how_it_ended(partial(self._draw, job["request"]), job=job["id"], log=self._work.start["log"]))
+
+    def free(self) -> None:
+        self._model.release()
+
+    def _draw(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        folders, cancelled = self._work.folders(), self._work.cancelled.is_set
+        if cancelled():
+            raise CancelledError("the job was cancelled before it began")
+        reporter = JobReporter(self._work.channel, folders.base)
+        run, title = folders.base / request["run"], Path(request["lora"]).name
+        controls = [open_image(run / TRIED / request["control"])] if request["control"] else []
+        model = self._model.load(typed(request["files"], ModelFiles), folders).model
+        applied = Lora.load(run / title, model).applied(
+            model.denoiser, model.text_encoder, strength=request["strength"]
+        )
+        sampling = Sampling(
+            seed=request["seed"],
+            steps=model.defaults.steps,
+            dtype=sampling_dtype(model.components.denoiser, best_device()),
+            frames=request["frames"],
+        )
+        drawn: list[tuple[str, PictureOrClip]] = []
+        sides = {"none": (model.denoiser, model.text_encoder), title: (applied.denoiser, applied.encoder)}
+        for number, (lora, (denoiser, encoder)) in enumerate(sides.items()):
+
+            def tell(done: int, total: int, before: int = number) -> None:
+                data = {"value": before * total + done, "maximum": len(sides) * total}
+                reporter.notice("progress", data, droppable=True)
+
+            (clip,) = generate_clips(
+                denoiser,
+                request["prompt"],
+                sampling,
+                text_encoder=encoder,
+                controls=controls,
+                progress=tell,
+                cancelled=cancelled,
+            )
+            drawn.append((lora, clip if sampling.frames > 1 else clip.frames[0]))
+        paths = []
+        for lora, picture in drawn:
+            used = lora if lora == "none" else f"{lora}:{request['strength']:g}"
+            made_with = f"Steps: {sampling.steps}, Seed: {sampling.seed}, Model: {model.title}, LoRA: {used}"
+            paths += save_pictures([picture], [request["prompt"]], run / TRIED, made_with=made_with)
+        notes = [applied.note] if applied.note else []
+        return {"outputs": {"pictures": [path.relative_to(run).as_posix() for path in paths], "notes": notes}}
 
 
 _LINES = 20  # entries of a traceback that are kept

@@ -125,6 +125,7 @@ class FakeServer:
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
     measured: bool = False
+    control: str = "none"  # whether drawings take a picture
     is_closing: bool = False
     builtin: frozenset[str] = frozenset()
     _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -171,6 +172,9 @@ class FakeServer:
                 web.get(f"{at}/runs/{{id}}/report", _says(dict)),
                 web.post(f"{at}/runs/{{id}}/install", self._install),
                 web.post(f"{at}/runs/{{id}}/train-on", self._train_on),
+                web.get(f"{at}/runs/{{id}}/drawing", _says(lambda: {"control": self.control})),
+                web.post(f"{at}/runs/{{id}}/controls", self._add_control),
+                web.post(f"{at}/runs/{{id}}/drawing", self._draw),
             ]
         )
         return app
@@ -497,6 +501,27 @@ class FakeServer:
     async def _train_on(self, request: web.Request) -> web.Response:
         steps = (await request.json())["steps"]
         return web.json_response(self._train({"name": "fox", "settings": {"steps": steps}, "model": "m"}), status=201)
+
+    async def _add_control(self, request: web.Request) -> web.Response:
+        await request.post()
+        return web.json_response({"control": "control-1.png"}, status=201)
+
+    async def _draw(self, request: web.Request) -> web.Response:
+        job = self.add_job("pending", kind="draw", name=None, title="Drawing", request=await request.json())
+        self._publish(job)
+
+        async def draw() -> None:
+            while any(one["state"] == "running" for one in self.jobs.values()):
+                await asyncio.sleep(self.step_seconds)
+            self._publish(job, state="running")
+            for value in range(9):
+                self._tell(job["id"], "progress", {"value": value, "maximum": 8})
+                await asyncio.sleep(4 * self.step_seconds)
+            pictures = [f"tried/{job['id']}-{number}.png" for number in range(2)]
+            self._publish(job, state="completed", outputs={"pictures": pictures, "notes": []})
+
+        self._tasks[job["id"]] = asyncio.create_task(draw())
+        return web.json_response(job, status=201)
 
     def _counts(self) -> dict[str, int]:
         return {state: sum(job["state"] == state for job in self.jobs.values()) for state in ("pending", "running")}

@@ -378,6 +378,69 @@ def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: O
 
 
 @pytest.mark.slow
+def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_run("runs/fox-001")
+    training = served.server.add_job("running")
+    page = open_page("#/runs/runs%2Ffox-001")
+    prompt, draw = page.get_by_label("Prompt"), page.get_by_role("button", name="Draw")
+    assert prompt.input_value() == "foxy"
+    prompt.fill("foxy <i>in</i> snow")
+    page.get_by_label("Strength", exact=True).fill("3")
+    waits(page, "Must be a number from 0 to 2.")
+    expected(draw).to_have_attribute("aria-disabled", "true")
+    page.get_by_label("Strength", exact=True).fill("0.8")
+    page.get_by_label("Seed").fill("7")
+    draw.click()
+    waits(page, "It waits for the training that runs.")
+    page.get_by_role("button", name="Cancel").click()
+    waits(page, "Cancelled")
+    draw.click()
+    waits(page, "It waits for the training that runs.")
+    training["state"] = "completed"
+    tried = page.locator(".try").first
+    expected(tried.locator("img")).to_have_count(2)
+    assert tried.locator("figcaption").all_inner_texts() == ["Base model", "Strength 0.8"]
+    waits(page, "foxy <i>in</i> snow")  # as text
+    page.get_by_label("Seed").fill("8")
+    draw.click()
+    expected(page.locator(".try")).to_have_count(3)
+    expected(page.locator(".try img")).to_have_count(4)
+    tried.get_by_role("button", name="Strength 0.8").click()
+    waits(page, "2 of 2")
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="Runs", exact=True).first.click()
+    page.go_back()
+    expected(page.locator(".try img")).to_have_count(4)
+    bodies = [body for _, path, body in served.server.calls if path.endswith("drawing")]
+    assert bodies[0] == {"prompt": "foxy <i>in</i> snow", "strength": 0.8, "seed": 7, "control": ""}
+
+
+@pytest.mark.slow
+def test_an_edit_model_is_tried_on_a_picture(served: ServedPage, open_page: Opener, photos: Path) -> None:
+    served.server.add_run("runs/fox-001")
+    served.server.control = "required"
+    page = open_page("#/runs/runs%2Ffox-001", scheme="dark", width=390)
+    waits(page, "choose one first")
+    page.get_by_label("Prompt").fill("as a sketch")
+    draw = page.get_by_role("button", name="Draw")
+    draw.click(force=True)
+    assert [path for _, path, _ in served.server.calls if path.endswith("drawing")] == []
+    page.get_by_label("Picture to edit").set_input_files(photos / "dog 0.jpg")
+    page.get_by_role("img", name="Picture to edit").wait_for()
+    at = "/lorasmith/v1/runs/runs/fox-001/controls"
+    served.server.refusals[f"POST {at}"] = (400, "the picture is damaged; choose another one")
+    draw.click()
+    waits(page, "The picture is damaged; choose another one.")
+    served.server.refusals.clear()
+    draw.click()
+    captions = page.locator(".try figcaption")
+    expected(captions).to_have_count(3)
+    assert captions.all_inner_texts() == ["Picture to edit", "Base model", "Strength 1"]
+    assert served.server.calls[-1][2]["control"] == "control-1.png"
+    assert_legible(page)
+
+
+@pytest.mark.slow
 def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/photos")

@@ -47,11 +47,11 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
 
 async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
     """`job`: the job, at first and at each change. `view`: what is shown of its run, at first and as it changes.
-    `graph`: events of a graph's nodes.
+    `graph`: events of a graph's nodes. `progress`: steps of a drawing.
     """
     id = call.path("id")
     job = context.store.get(id)
-    with context.hub.subscribe(job_id=id, kinds=("job", "view", "graph")) as notices:
+    with context.hub.subscribe(job_id=id, kinds=("job", "view", "graph", "progress")) as notices:
         views = context.hub.views(id)
         if not views and job.run:
             views = [await _logged_view(context, job.run, is_begun=False)]
@@ -64,8 +64,8 @@ async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
                     await stream.beat()
                 elif notice.kind == "job":
                     await stream.send("job", job_row(notice.data))
-                elif notice.kind == "graph":
-                    await stream.send("graph", notice.data)
+                elif notice.kind in ("graph", "progress"):
+                    await stream.send(notice.kind, notice.data)
                 else:
                     await stream.send_view(notice)
         return stream.response

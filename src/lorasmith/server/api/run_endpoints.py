@@ -7,11 +7,23 @@ from typing import Any
 
 from aiohttp import web
 
+from lorasmith.core.errors import OptionError
+from lorasmith.server.api.dataset_endpoints import MOST_FILE_BYTES
 from lorasmith.server.api.endpoint import Call, Endpoint, Query, json_response
 from lorasmith.server.api.event_streams import run_events
-from lorasmith.server.api_shapes import InstallBody, InstalledLora, JobAnswer, RunAnswer, RunList, TrainOnBody
+from lorasmith.server.api_shapes import (
+    DrawingBody,
+    DrawingFacts,
+    InstallBody,
+    InstalledLora,
+    JobAnswer,
+    KeptControl,
+    RunAnswer,
+    RunList,
+    TrainOnBody,
+)
 from lorasmith.server.contained_files import UNTRUSTED, send_file
-from lorasmith.server.request_handling import ServerContext
+from lorasmith.server.request_handling import ServerContext, form_parts, received, upload_folder
 
 
 def _jobs(context: ServerContext) -> dict[str, str]:
@@ -44,6 +56,18 @@ async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
 async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
     found = await context.assistant.ask("run_graph", id=call.path("id"))
     return json_response(found if call.text("notes") in ("1", "true") else found["prompt"])
+
+
+async def _add_control(context: ServerContext, call: Call) -> Any:
+    id = call.path("id")
+    await context.assistant.ask("drawing_facts", id=id)  # before anything is received
+    with upload_folder(context.config.base) as folder:
+        async for part in form_parts(call.request):
+            if part.filename:
+                path = folder / "control"
+                await received(part, path, at_most=MOST_FILE_BYTES, read_at_most=MOST_FILE_BYTES)
+                return await context.assistant.ask("keep_control", id=id, temporary=str(path))
+    raise OptionError("an upload must have a file, got none; send a picture")
 
 
 RUN_ENDPOINTS = (
@@ -87,6 +111,32 @@ RUN_ENDPOINTS = (
         question="install_run",
         body=InstallBody,
         answer=InstalledLora,
+    ),
+    Endpoint(
+        "GET",
+        "/runs/{id}/drawing",
+        "What drawing with the LoRA of a run takes; an error if it cannot be drawn with here.",
+        question="drawing_facts",
+        answer=DrawingFacts,
+    ),
+    Endpoint(
+        "POST",
+        "/runs/{id}/controls",
+        "Store a picture to edit, of at most 100 MB, which later drawings name.",
+        handler=_add_control,
+        answer=KeptControl,
+        upload=True,
+        status=201,
+    ),
+    Endpoint(
+        "POST",
+        "/runs/{id}/drawing",
+        "Queue a job that draws a prompt without and with the LoRA of a run, from the same noise.",
+        question="draw_request",
+        queues="draw",
+        body=DrawingBody,
+        answer=JobAnswer,
+        status=201,
     ),
     Endpoint(
         "POST",

@@ -138,7 +138,7 @@ def _checked_scan(folders: Folders, files: ModelFiles, images: Path, data: DataC
     """The scan of a folder, whose controls are checked. Raises DataError if they do not fit the model."""
     read = DataConfig(recursive=data.recursive, follow_links=data.follow_links, controls=data.controls)
     scan = _scanned(str(images), repr(fingerprint(images)), read)
-    check_controls(scan, data, _structure(in_folders(files.model, folders, MODEL_FOLDERS)).as_edit(files.edit))
+    check_controls(scan, data, structure_of(in_folders(files.model, folders, MODEL_FOLDERS)).as_edit(files.edit))
     return scan
 
 
@@ -148,7 +148,7 @@ def _scanned(folder: str, state: str, config: DataConfig) -> FolderScan:
     return scan_folder(folder, config)
 
 
-def _structure(model: str) -> Model:
+def structure_of(model: str) -> Model:
     """The model without weights, cached by the state of its file."""
     path = named_path(model)
     return _structure_once(model, repr(fingerprint(path)) if path.exists() else "")

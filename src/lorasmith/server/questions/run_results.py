@@ -1,36 +1,41 @@
-"""What is made of a run: an installed LoRA, a longer run, and the equivalent graph.
+"""What is made of a run: an installed LoRA, a longer run, pictures drawn with it, and the equivalent graph.
 
 That graph is the run's own, or one made from a run on a folder of images.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import shutil
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.errors import ModelError, OptionError, TrainingError
-from lorasmith.core.files import atomic_path, ensure_folder
+from lorasmith.core.errors import DataError, ModelError, OptionError, OutputError, TrainingError
+from lorasmith.core.files import atomic_path, ensure_folder, write_atomic
 from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
+from lorasmith.data.image_files import ImageError, open_reduced
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import named_path
+from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
-from lorasmith.runs.recorded_run import Typed, repeated
+from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
 from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
-from lorasmith.server.api_shapes import InstalledLora
-from lorasmith.server.questions.dataset_questions import CONTROL
-from lorasmith.server.questions.plan_questions import check_steps
+from lorasmith.server.api_shapes import DrawingFacts, InstalledLora, KeptControl
+from lorasmith.server.questions.dataset_questions import CONTROL, UnknownFileError, is_name, stays_in
+from lorasmith.server.questions.plan_questions import check_steps, structure_of
 from lorasmith.server.questions.question_registry import question
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
+from lorasmith.server.server_config import TRIED
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.storage.records import RECORD, RunHistory, RunRecord, read_history, read_record
@@ -100,6 +105,107 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> RunSpec:
     settings = {**changed(spec.data), **changed(spec.config), "steps": steps, "existing_state": str(state)}
     settings |= {"follow_links": True} if folders.follow_links else {}
     return replace(spec, settings=settings)
+
+
+@question
+def drawing_facts(folders: Folders, id: str) -> DrawingFacts:
+    """What drawing with the LoRA of a run takes. Raises UnknownFileError, OptionError if it cannot be drawn with here,
+    and ModelError.
+    """
+    form = _drawn_with(folders, id)[2].control_form
+    return DrawingFacts(control="none" if form is None else "required" if form.is_required else "optional")
+
+
+@question
+def keep_control(folders: Folders, id: str, *, temporary: str) -> KeptControl:
+    """Store an uploaded picture in the folder of what is drawn with a run, named by its content. Raises
+    UnknownFileError, ImageError and OutputError.
+    """
+    try:
+        picture = open_reduced(Path(temporary), _LONGEST)
+    except ImageError as error:
+        raise DataError(f"the picture {error.reason}; choose another one") from error
+    content = io.BytesIO()
+    picture.save(content, "PNG", compress_level=4)
+    name = f"control-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.png"
+    place = _tried(run_folder_of(folders, id))
+    with disk_space(place, content.tell()):
+        write_atomic(place / name, content.getvalue())
+    return KeptControl(control=name)
+
+
+@question
+def draw_request(
+    folders: Folders, id: str, *, prompt: str, strength: float = 1.0, seed: int = 0, control: str = ""
+) -> dict[str, Any]:
+    """The request of a job that draws a prompt without and with the LoRA of a run. Raises as `drawing_facts`, and
+    OptionError for a value out of its range and for a picture that is missing or not taken.
+    """
+    if len(prompt) > _MOST_PROMPT:
+        raise OptionError(f"a prompt must have at most {_MOST_PROMPT:,} characters, got {len(prompt):,}; shorten it")
+    if not 0 <= strength <= 2:
+        raise OptionError(f"strength must be between 0 and 2, got {strength:g}")
+    if not 0 <= seed < 2**32:
+        raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {seed}")
+    folder, spec, model = _drawn_with(folders, id)
+    form = model.control_form
+    if control and form is None:
+        raise OptionError(f"{model.title} ({model.family.title}) takes no controls, got one; leave it out")
+    if not control and form is not None and form.is_required:
+        raise OptionError(f"{model.title} ({model.family.title}) draws from a picture and needs one; choose one")
+    place = _tried(folder)
+    if control and not (is_name(control) and is_own(place / control, place)):
+        raise UnknownFileError(f"there is no picture {control!r} in {TRIED} of {id}; send it first")
+    frames = spec.config.preview_frames or model.defaults.frames
+    return {
+        "run": id,
+        "lora": _lora_at(read_history(folder), None).name,
+        "model": spec.model,
+        "files": asdict(spec.files),
+        "frames": model.components.latent.whole_frames(frames),
+        "prompt": prompt,
+        "strength": strength,
+        "seed": seed,
+        "control": control,
+    }
+
+
+_MOST_PROMPT = 10_000  # characters
+_LONGEST = 4096  # pixels of a stored picture; models see about a megapixel
+
+
+def _drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
+    """The folder of a run with a LoRA, its spec, and its model without weights. The record is untrusted: the model must
+    be in the model folders or below the base folder.
+    """
+    folder = run_folder_of(folders, id)
+    history = read_history(folder)
+    _lora_at(history, None)
+    try:
+        spec = RunSpec.from_record(history.record.source, {})
+    except ValueError as error:
+        raise OptionError(f"{id} was not trained on a folder; draw with its LoRA in a graph") from error
+    frames = history.record.asked.get("preview_frames")
+    spec = spec.with_settings(**({} if frames is None else {"preview_frames": frames}))
+    files = (spec.model, *spec.text_encoders, spec.vae)
+    elsewhere = tuple(one for one in files if one and not _is_model(folders, one))
+    if rights_needed(RunSpec(text_encoders=elsewhere)):
+        raise OptionError(
+            f"the model of {id} is neither in the model folders nor below the base folder; draw with lorasmith generate"
+        )
+    model = structure_of(spec.model).as_edit(spec.edit)
+    form = model.control_form
+    if model.named_expert is not None or (form is not None and form.source in ("mask", "first and last frame")):
+        raise OptionError(f"{model.title} needs more than a prompt and a picture; draw with lorasmith generate")
+    return folder, spec, model
+
+
+def _tried(folder: Path) -> Path:
+    """The folder of what is drawn with a run. Raises OutputError."""
+    place = ensure_folder(folder / TRIED)
+    if not stays_in(place, folder.resolve()):
+        raise OutputError(f"the folder {TRIED} of {folder.name} is a link to somewhere else; replace it by a folder")
+    return place
 
 
 @question

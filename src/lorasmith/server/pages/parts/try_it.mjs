@@ -1,0 +1,134 @@
+// Prompts drawn with the LoRA of a run beside its base model. The page keeps them until it is loaded again.
+import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
+import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { useEvents } from "../lib/live.mjs";
+import { announcement, createStore, useStore, work } from "../lib/stores.mjs";
+import { filesOf, filesOfInput } from "../lib/uploads.mjs";
+import { Button, Field, Loading, Problem, Progress, State, isPassing, useLoaded } from "./basics.mjs";
+import { act } from "./jobs.mjs";
+import { Lightbox } from "./pictures.mjs";
+
+const MOST_SEED = 2 ** 32 - 1;
+const WIDEST_STRENGTH = 2;
+const stores = new Map();
+
+function triesOf(run) {
+  if (!stores.has(run)) stores.set(run, createStore([]));
+  return stores.get(run);
+}
+
+/** @param run a run with a LoRA */
+export function TryIt({ run }) {
+  const [facts, error, reload] = useLoaded((signal) => get(["runs", run.id, "drawing"], {}, signal), [run.id]);
+  const refusal = error && !isPassing(error);
+  return html`<section aria-labelledby="try"><h2 id="try">Try it</h2>
+    ${facts ? html`<${TryForm} key=${run.id} run=${run} control=${facts.control} />`
+      : refusal ? html`<p class="faint">${error.message}</p>`
+      : error ? html`<${Problem} error=${error} onRetry=${reload} />` : html`<${Loading} what="the model" />`}
+    <${Tries} key=${run.id} run=${run} /></section>`;
+}
+
+function TryForm({ run, control }) {
+  const [prompt, setPrompt] = useState(run.trigger);
+  const [strength, setStrength] = useState("1");
+  const [seed, setSeed] = useState("0");
+  const [picture, setPicture] = useState(null);
+  const [error, setError] = useState(null);
+  const hasStrength = strength.trim() !== "" && Number(strength) >= 0 && Number(strength) <= WIDEST_STRENGTH;
+  const hasSeed = /^\d+$/.test(seed.trim()) && Number(seed) <= MOST_SEED;
+  const lacksPicture = control === "required" && !picture;
+  const draw = async () => {
+    setError(null);
+    try {
+      const body = { prompt, strength: Number(strength), seed: Number(seed), control: picture ? await stored(run, picture) : "" };
+      const job = await post(["runs", run.id, "drawing"], body);
+      triesOf(run.id).set((before) => [{ id: job.id, job, ...body }, ...before]);
+    } catch (failure) {
+      setError(failure);
+    }
+  };
+  return html`
+    <p>One picture without the LoRA and one with it, from the same noise.</p>
+    <${Field} label="Prompt">${(attributes) => html`<textarea ...${attributes} rows="2" maxlength="10000" value=${prompt} onInput=${(event) => setPrompt(event.currentTarget.value)}></textarea>`}<//>
+    <div class="fields two">
+      <${Field} label="Strength" error=${hasStrength ? null : `Must be a number from 0 to ${WIDEST_STRENGTH}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="decimal" value=${strength} onInput=${(event) => setStrength(event.currentTarget.value)} />`}<//>
+      <${Field} label="Seed" error=${hasSeed ? null : `Must be a whole number from 0 to ${MOST_SEED}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${seed} onInput=${(event) => setSeed(event.currentTarget.value)} />`}<//>
+    </div>
+    ${control !== "none" && html`<${PictureZone} picture=${picture} isNeeded=${control === "required"} onPicture=${setPicture} />`}
+    <${Problem} error=${error} />
+    <div class="actions"><${Button} kind="primary" busyText="Sending…" disabled=${!hasStrength || !hasSeed || lacksPicture} onClick=${draw}>Draw<//>
+      ${lacksPicture && html`<span class="faint">This model edits pictures: choose one first.</span>`}</div>`;
+}
+
+/** The name of a picture on the server, sent once for each run. */
+async function stored(run, picture) {
+  if (picture.run !== run.id) {
+    const form = new FormData();
+    form.append("file", picture.file, "control");
+    picture.control = (await post(["runs", run.id, "controls"], form)).control;
+    picture.run = run.id;
+  }
+  return picture.control;
+}
+
+function PictureZone({ picture, isNeeded, onPicture }) {
+  const input = useRef(null);
+  const [over, setOver] = useState(false);
+  const take = ([found]) => found && onPicture({ file: found.file, name: found.file.name, preview: URL.createObjectURL(found.file) });
+  useEffect(() => () => picture && URL.revokeObjectURL(picture.preview), [picture]);
+  const dropped = async (event) => {
+    event.preventDefault();
+    setOver(false);
+    take(await filesOf(event.dataTransfer));
+  };
+  return html`<div class=${`drop-zone ${over ? "over" : ""}`} onDrop=${dropped} onDragLeave=${() => setOver(false)}
+      onDragOver=${(event) => { event.preventDefault(); setOver(true); }}>
+    ${picture && html`<img class="control-thumb" src=${picture.preview} alt="Picture to edit" />`}
+    <p><b>${picture ? picture.name : "Drop the picture to edit here"}</b>${!isNeeded && !picture && html` <span class="faint">(optional)</span>`}</p>
+    <div class="actions"><${Button} onClick=${() => input.current.click()}>${picture ? "Choose another" : "Choose a picture"}<//>
+      ${picture && html`<${Button} onClick=${() => onPicture(null)}>Take it away<//>`}</div>
+    <input ref=${input} type="file" accept="image/*,.heic,.heif,.avif,.jxl" class="unseen" tabindex="-1" aria-label="Picture to edit"
+      onChange=${(event) => { take(filesOfInput(event.currentTarget)); event.currentTarget.value = ""; }} />
+  </div>`;
+}
+
+function Tries({ run }) {
+  const tries = useStore(triesOf(run.id));
+  if (!tries.length) return null;
+  return html`<ul class="rows">${tries.map((one) => html`<${Try} key=${one.id} run=${run} one=${one} />`)}</ul>`;
+}
+
+function Try({ run, one }) {
+  const known = useStore(work);
+  const job = known?.jobs.get(one.id) ?? one.job;
+  const { state } = job;
+  const [done, setDone] = useState(null);
+  const [outputs, setOutputs] = useState(one.outputs ?? null);
+  const [error, setError] = useState(null);
+  const [large, setLarge] = useState(null);
+  useEvents(state === "running" ? address(["jobs", one.id, "events"]) : null, { progress: setDone });
+  useEffect(() => {
+    if (state !== "completed" || one.outputs) return;
+    get(["jobs", one.id]).then((found) => {
+      setOutputs((one.outputs = found.outputs));
+      announcement.set("The pictures are drawn.");
+    }, setError);
+  }, [state]);
+  const isWaitingForOther = [...(known?.jobs.values() ?? [])].some((other) => other.state === "running" && other.kind === "train");
+  const titles = ["Base model", `Strength ${one.strength}`];
+  const shots = (outputs?.pictures ?? []).map((file, index) => ({ file, title: titles[index], prompt: one.prompt }));
+  const source = (file) => fileOfRun(run.id, file);
+  return html`<li class="try">
+    <div class="head"><p><b>${one.prompt || "No prompt"}</b> <span class="faint">strength ${one.strength}, seed ${one.seed}</span></p>${!shots.length && html`<${State} state=${state} />`}</div>
+    ${state === "pending" && html`<p class="faint">${isWaitingForOther ? "It waits for the training that runs." : "It waits for its turn."}</p>`}
+    ${state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
+    ${(state === "pending" || state === "running") && html`<div class="actions"><${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//></div>`}
+    ${state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
+    <${Problem} error=${error} />
+    ${shots.length > 0 && html`<div class="beside">
+      ${one.control && html`<figure><img src=${source(`tried/${one.control}`)} alt="The picture to edit" /><figcaption>Picture to edit</figcaption></figure>`}
+      ${shots.map((shot, index) => html`<figure key=${shot.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} /></button><figcaption>${shot.title}</figcaption></figure>`)}</div>`}
+    ${(outputs?.notes ?? []).map((note) => html`<p class="faint" key=${note}>${sentence(note)}</p>`)}
+    ${large !== null && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}
+  </li>`;
+}
