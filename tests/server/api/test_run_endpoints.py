@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import FormData
+from PIL import Image
 
 from lorasmith.server.api import event_streams
+from lorasmith.server.dispatcher import RefusedError
 from tests.server.api.api_server import AT, Client, events, made_up, with_api
 
 RUN = "runs%2Fdog-001"
@@ -83,6 +88,56 @@ def test_what_is_made_of_a_run(tmp_path: Path) -> None:
         await client.error("POST", f"/runs/{RUN}/train-on", {})
 
     with_api(tmp_path, test)
+
+
+def test_a_prompt_is_drawn_with_the_lora_of_a_run(tmp_path: Path) -> None:
+    a_run(tmp_path)
+
+    async def test(client: Client) -> None:
+        request = {"run": "runs/dog-001", "model": "m", "prompt": "a dog"}
+        made_up(client).update(drawing_facts={"control": "optional"}, draw_request=request)
+        assert await client.ask("GET", f"/runs/{RUN}/drawing") == {"control": "optional"}
+        job = await client.ask("POST", f"/runs/{RUN}/drawing", {"prompt": "a dog"}, status=201)
+        assert (job["kind"], job["title"], job["state"], job["run"]) == ("draw", "Drawing", "pending", None)
+        asked = dict(client.context.assistant.asked)  # type: ignore[attr-defined]
+        assert asked["draw_request"] == {"id": "runs/dog-001", "prompt": "a dog"}
+        stopped = await client.ask("POST", f"/jobs/{job['id']}/cancel", {})
+        assert stopped["state"] == "cancelled"
+        for body in ({}, {"prompt": 3}, {"prompt": "", "seed": 0.5}, {"prompt": "", "strength": "1"}, {"lora": "x"}):
+            await client.error("POST", f"/runs/{RUN}/drawing", body)
+        made_up(client)["draw_request"] = RefusedError("OptionError", "it edits pictures and needs one, got none")
+        assert "needs one" in await client.error("POST", f"/runs/{RUN}/drawing", {"prompt": ""})
+        assert len((await client.ask("GET", "/jobs"))["jobs"]) == 1, "nothing else was queued"
+
+    with_api(tmp_path, test)
+
+
+def test_a_picture_to_edit_is_stored_by_its_content(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+
+    async def test(client: Client) -> None:
+        picture = io.BytesIO()
+        Image.new("RGB", (30, 20), "red").save(picture, "JPEG")
+        path = f"/runs/{RUN}/controls"
+        assert "has saved no LoRA" in await client.error("POST", path, data=form_of(picture.getvalue()))
+        made_up(client)["drawing_facts"] = {"control": "required"}
+        kept = (await client.ask("POST", path, data=form_of(picture.getvalue(), "../../x.php"), status=201))["control"]
+        assert [one.name for one in (folder / "tried").iterdir()] == [kept]
+        assert re.fullmatch(r"control-[0-9a-f]{16}\.png", kept)
+        assert "choose another one" in await client.error("POST", path, data=form_of(b"<svg onload='alert(1)'/>"))
+        assert "multipart/form-data" in await client.error("POST", path, data={"file": "text"})
+        assert "got none" in await client.error(
+            "POST", path, data=FormData({"other": "text"}, default_to_multipart=True)
+        )
+        assert [one.name for one in (folder / "tried").iterdir()] == [kept]
+
+    with_api(tmp_path, test)
+
+
+def form_of(content: bytes, name: str = "photo.jpg") -> FormData:
+    form = FormData()
+    form.add_field("file", content, filename=name)
+    return form
 
 
 def test_the_view_of_a_run_follows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

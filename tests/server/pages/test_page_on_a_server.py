@@ -80,6 +80,12 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     download.value.save_as(tmp_path / "sks-fox.safetensors")
     assert change_in_diffusers(tmp_path / "sks-fox.safetensors") > 1e-3
 
+    page.get_by_label("Prompt", exact=True).fill("sks fox that sits")
+    page.get_by_role("button", name="Draw").click()
+    loaded(page, ".try img", 2)
+    plain, tuned = sorted((base / "runs").glob("*/tried/*.png"))
+    assert plain.read_bytes() != tuned.read_bytes()
+
     page.get_by_role("button", name="Copy to ComfyUI").click()
     page.get_by_role("button", name="Copy", exact=True).click()
     page.get_by_text("Copied to models/loras as sks-fox.safetensors.").wait_for()
