@@ -272,7 +272,7 @@ def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
         "lora": "lora.safetensors",
         "files": {"model": "lorasmith-tiny"},
         "frames": 1,
-        "prompt": "a fox",
+        "text": "a fox",
         "strength": 1.0,
         "seed": 3,
         "control": "",

@@ -81,7 +81,7 @@ class DrawJobs:
             dtype=sampling_dtype(model.components.denoiser, best_device()),
             frames=request["frames"],
         )
-        drawn: list[tuple[str, PictureOrClip]] = []
+        drawn: list[tuple[str, PictureOrClip]] = []  # saved together, so that nothing is left of a cancelled job
         sides = {"none": (model.denoiser, model.text_encoder), title: (applied.denoiser, applied.encoder)}
         for number, (lora, (denoiser, encoder)) in enumerate(sides.items()):
 
@@ -91,7 +91,7 @@ class DrawJobs:
 
             (clip,) = generate_clips(
                 denoiser,
-                request["prompt"],
+                request["text"],
                 sampling,
                 text_encoder=encoder,
                 controls=controls,
@@ -103,7 +103,7 @@ class DrawJobs:
         for lora, picture in drawn:
             used = lora if lora == "none" else f"{lora}:{request['strength']:g}"
             made_with = f"Steps: {sampling.steps}, Seed: {sampling.seed}, Model: {model.title}, LoRA: {used}"
-            paths += save_pictures([picture], [request["prompt"]], run / TRIED, made_with=made_with)
+            paths += save_pictures([picture], [request["text"]], run / TRIED, made_with=made_with)
         notes = [applied.note] if applied.note else []
         return {"outputs": {"pictures": [path.relative_to(run).as_posix() for path in paths], "notes": notes}}
 

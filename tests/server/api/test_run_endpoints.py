@@ -94,13 +94,15 @@ def test_a_prompt_is_drawn_with_the_lora_of_a_run(tmp_path: Path) -> None:
     a_run(tmp_path)
 
     async def test(client: Client) -> None:
-        request = {"run": "runs/dog-001", "model": "m", "prompt": "a dog"}
+        request = {"run": "runs/dog-001", "model": "m", "text": "a dog"}
         made_up(client).update(drawing_facts={"control": "optional"}, draw_request=request)
         assert await client.ask("GET", f"/runs/{RUN}/drawing") == {"control": "optional"}
         job = await client.ask("POST", f"/runs/{RUN}/drawing", {"prompt": "a dog"}, status=201)
         assert (job["kind"], job["title"], job["state"], job["run"]) == ("draw", "Drawing", "pending", None)
         asked = dict(client.context.assistant.asked)  # type: ignore[attr-defined]
         assert asked["draw_request"] == {"id": "runs/dog-001", "prompt": "a dog"}
+        (tmp_path / "input" / "x").mkdir(parents=True)
+        await client.ask("DELETE", "/datasets/x")  # looks at what the waiting jobs need
         stopped = await client.ask("POST", f"/jobs/{job['id']}/cancel", {})
         assert stopped["state"] == "cancelled"
         for body in ({}, {"prompt": 3}, {"prompt": "", "seed": 0.5}, {"prompt": "", "strength": "1"}, {"lora": "x"}):

@@ -27,7 +27,7 @@ def test_a_plain_model_takes_a_prompt(installation: Folders, base: Path) -> None
     assert drawing_facts(installation, RUN).control == "none"
     request = draw_request(installation, RUN, prompt="sks dog", strength=0.5, seed=7)
     assert (request["run"], request["lora"]) == (RUN, "dog.safetensors")
-    assert (request["prompt"], request["strength"], request["seed"]) == ("sks dog", 0.5, 7)
+    assert (request["text"], request["strength"], request["seed"]) == ("sks dog", 0.5, 7)
     assert (request["control"], request["frames"], request["files"]["text_encoders"]) == ("", 1, ())
 
 

@@ -119,7 +119,7 @@ def drawing_facts(folders: Folders, id: str) -> DrawingFacts:
 @question
 def keep_control(folders: Folders, id: str, *, temporary: str) -> KeptControl:
     """Store an uploaded picture in the folder of what is drawn with a run, named by its content. Raises
-    UnknownFileError, ImageError and OutputError.
+    UnknownFileError, DataError and OutputError.
     """
     try:
         picture = open_reduced(Path(temporary), _LONGEST)
@@ -144,9 +144,9 @@ def draw_request(
     if len(prompt) > _MOST_PROMPT:
         raise OptionError(f"a prompt must have at most {_MOST_PROMPT:,} characters, got {len(prompt):,}; shorten it")
     if not 0 <= strength <= 2:
-        raise OptionError(f"strength must be between 0 and 2, got {strength:g}")
+        raise OptionError(f"strength must be between 0 and 2, got {strength:g}; choose another")
     if not 0 <= seed < 2**32:
-        raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {seed}")
+        raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {seed}; choose another")
     folder, spec, model = _drawn_with(folders, id)
     form = model.control_form
     if control and form is None:
@@ -163,7 +163,7 @@ def draw_request(
         "model": spec.model,
         "files": asdict(spec.files),
         "frames": model.components.latent.whole_frames(frames),
-        "prompt": prompt,
+        "text": prompt,
         "strength": strength,
         "seed": seed,
         "control": control,

@@ -115,14 +115,18 @@ function Try({ run, one }) {
     }, setError);
   }, [state]);
   const isWaitingForOther = [...(known?.jobs.values() ?? [])].some((other) => other.state === "running" && other.kind === "train");
+  const isKnown = known?.jobs.has(one.id);
+  useEffect(() => {
+    if (known && !isKnown) get(["jobs", one.id]).catch(setError); // removed from the queue, unless it is about to be announced
+  }, [isKnown]);
   const titles = ["Base model", `Strength ${one.strength}`];
   const shots = (outputs?.pictures ?? []).map((file, index) => ({ file, title: titles[index], prompt: one.prompt }));
   const source = (file) => fileOfRun(run.id, file);
   return html`<li class="try">
-    <div class="head"><p><b>${one.prompt || "No prompt"}</b> <span class="faint">strength ${one.strength}, seed ${one.seed}</span></p>${!shots.length && html`<${State} state=${state} />`}</div>
-    ${state === "pending" && html`<p class="faint">${isWaitingForOther ? "It waits for the training that runs." : "It waits for its turn."}</p>`}
+    <div class="head"><p><b>${one.prompt || "No prompt"}</b> <span class="faint">strength ${one.strength}, seed ${one.seed}</span></p>${!shots.length && !error && html`<${State} state=${state} />`}</div>
+    ${state === "pending" && !error && html`<p class="faint" role="status">${isWaitingForOther ? "It waits for the training that runs." : "It waits for its turn."}</p>`}
     ${state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
-    ${(state === "pending" || state === "running") && html`<div class="actions"><${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//></div>`}
+    ${(state === "pending" || state === "running") && !error && html`<div class="actions"><${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//></div>`}
     ${state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
     <${Problem} error=${error} />
     ${shots.length > 0 && html`<div class="beside">
