@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformer_models import TINY
 
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.locating import ModelFiles
@@ -22,6 +23,7 @@ from lorasmith.runs.drawing import load_with_loras
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
 from lorasmith.sampling.generate import generate
+from lorasmith.server.questions.run_results import draw_request, drawing_facts, keep_control
 from lorasmith.server.worker_jobs import job_kinds
 from lorasmith.training import train
 
@@ -306,3 +308,39 @@ def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
 def pixels_of(file: Path) -> Any:
     with Image.open(file) as picture:
         return np.asarray(picture, dtype=float)
+
+
+def test_an_edit_model_draws_from_the_picture_that_was_sent(worker: Worker) -> None:
+    """From the run of the page to the pictures, as the endpoints put it together."""
+    base, folders = worker.base, Folders(worker.base)
+    shutil.copytree(base / "input/fox", base / "input/pairs/control")
+    for file in (base / "input/pairs/control").glob("*.png"):
+        shutil.copy(file, base / "input/pairs")
+    files = TINY["flux2-klein"].saved(base / "models/diffusion_models/klein")
+    named = {name: str(files[name].relative_to(base)) for name in ("transformer", "text_encoder", "vae")}
+    spec = {
+        "sources": [{"path": "input/pairs"}],
+        "model": named["transformer"],
+        "text_encoders": [named["text_encoder"]],
+        "vae": named["vae"],
+        "name": "lora",
+        "settings": {
+            **SETTINGS,
+            "steps": 1,
+            "targets": "*.attn.to_q",
+            "resolution": 64,
+            "control": ["input/pairs/control"],
+        },
+    }
+    trained = worker.run("train", spec)
+    assert trained["state"] == "completed", trained
+    assert drawing_facts(folders, "runs/lora-001").control == "optional"
+    sent = base / "sent"
+    Image.new("RGB", (96, 32), "red").save(sent, "JPEG")
+    control = keep_control(folders, "runs/lora-001", temporary=str(sent)).control
+    request = draw_request(folders, "runs/lora-001", prompt="blue", control=control)
+    drawn = worker.run("draw", json.loads(json.dumps(request)))
+    assert drawn["state"] == "completed", drawn
+    for file in drawn["outputs"]["pictures"]:
+        with Image.open(base / "runs/lora-001" / file) as picture:
+            assert picture.size == (96, 32), "that of the picture to edit"
