@@ -382,7 +382,7 @@ def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Op
     served.server.add_run("runs/fox-001")
     training = served.server.add_job("running")
     page = open_page("#/runs/runs%2Ffox-001")
-    prompt, draw = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Draw")
+    prompt, draw = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Draw", exact=True)
     assert prompt.input_value() == "foxy"
     prompt.fill("foxy <i>in</i> snow")
     page.get_by_label("Strength", exact=True).fill("3")
@@ -422,7 +422,7 @@ def test_an_edit_model_is_tried_on_a_picture(served: ServedPage, open_page: Open
     page = open_page("#/runs/runs%2Ffox-001", scheme="dark", width=390)
     waits(page, "choose one first")
     page.get_by_label("Prompt", exact=True).fill("as a sketch")
-    draw = page.get_by_role("button", name="Draw")
+    draw = page.get_by_role("button", name="Draw", exact=True)
     draw.click(force=True)
     assert [path for _, path, _ in served.server.calls if path.endswith("drawing")] == []
     page.get_by_label("Picture to edit").set_input_files(photos / "dog 0.jpg")

@@ -81,7 +81,7 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     assert change_in_diffusers(tmp_path / "sks-fox.safetensors") > 1e-3
 
     page.get_by_label("Prompt", exact=True).fill("sks fox that sits")
-    page.get_by_role("button", name="Draw").click()
+    page.get_by_role("button", name="Draw", exact=True).click()
     loaded(page, ".try img", 2)
     plain, tuned = sorted((base / "runs").glob("*/tried/*.png"))
     assert plain.read_bytes() != tuned.read_bytes()
