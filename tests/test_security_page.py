@@ -448,6 +448,10 @@ REQUESTS = {
         "server/questions/test_dataset_questions.py test_an_upload_is_kept_under_a_safe_free_name "
         "test_what_is_no_picture_is_not_kept test_an_uploaded_text_is_a_caption"
     ),
+    "drawing with the LoRA of a run": (
+        "server/questions/test_drawing_questions.py test_a_record_chooses_among_the_models_of_the_server "
+        "test_what_is_no_picture_and_a_folder_elsewhere_are_refused test_values_out_of_range_are_refused"
+    ),
     "name of a file": (
         "server/test_contained_files.py test_names_outside test_links_are_followed_to_where_they_lead, "
         "server/comfyui/test_file_routes.py test_no_name_leads_out_of_its_folder, "

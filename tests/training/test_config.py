@@ -41,6 +41,8 @@ OTHER_CONCEPTS = {
     "formats.spelling.spelled": "whether a file has alphas",
     "sampling.generate.generate": "steps of a sampler, and the seed of a picture",
     "sampling.generate.Sampling": "steps of a sampler, and the seed of a picture",
+    "server.api_shapes.DrawingBody": "the seed of a picture",
+    "server.questions.run_results.draw_request": "the seed of a picture",
     "toolbox.convert.convert_lora": "a file's metadata",
     "toolbox.extract.extract": "whether differences are extracted",
     "training.events.StepDone": "the rate that a step was taken at",
