@@ -54,11 +54,25 @@ def json_schemas(kinds: Sequence[Any], folder: str = "#/$defs/") -> tuple[list[d
     import msgspec
 
     schemas, named = msgspec.json.schema_components(kinds, ref_template=f"{folder}{{name}}")
+    _alike((schemas, named))
     for kind in _declared(kinds):
         for name, hint in typing.get_type_hints(kind, include_extras=True).items():
             if typing.get_origin(hint) is Annotated:
                 named[kind.__name__]["properties"][name]["description"] = hint.__metadata__[0]
     return list(schemas), named
+
+
+def _alike(schema: Any) -> None:
+    """Change schemas to what all versions of msgspec make: one line of text, and no defaults that are empty objects."""
+    waiting = [schema]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            if one.get("default") == {} and isinstance(one["default"], dict):
+                del one["default"]
+            if isinstance(text := one.get("description"), str):
+                one["description"] = " ".join(text.split())
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else ()
 
 
 def _declared(kinds: Sequence[Any]) -> set[Any]:
