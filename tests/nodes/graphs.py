@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+
 from lorasmith.core.folders import Folders
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Denoiser
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event
@@ -23,6 +30,30 @@ def run(base: Path, prompt: Prompt, events: list[Event] | None = None) -> dict[s
     folders = Folders(base)
     executor = Executor(folders, on_event=(events if events is not None else []).append)
     return {key: result.outputs for key, result in executor.run(validate(prompt, folders)).items()}
+
+
+def pictures_in(base: Path, **sizes: tuple[int, int]) -> None:
+    """Pictures a.png and b.png with captions in folders of the input, by the name and the (width, height) of each."""
+    rng = np.random.default_rng(0)
+    for place, (width, height) in sizes.items():
+        folder = base / "input" / place
+        folder.mkdir(parents=True)
+        for name in "ab":
+            Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text(f"make it {name}")
+
+
+def predicted_with(monkeypatch: pytest.MonkeyPatch) -> list[Conditioning]:
+    """The conditionings that denoisers are given from now on."""
+    seen: list[Conditioning] = []
+    predict = Denoiser.predict
+
+    def watched(self: Denoiser, latents: Tensor, time: Tensor, given: Conditioning) -> Tensor:
+        seen.append(given)
+        return predict(self, latents, time, given)
+
+    monkeypatch.setattr(Denoiser, "predict", watched)
+    return seen
 
 
 def sampled(empty: dict[str, Any], *, model: str = "unet", scheduler: str = "simple", steps: int = 2) -> Prompt:

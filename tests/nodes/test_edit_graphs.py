@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from transformer_models import TINY
 
 from lorasmith.core.errors import NodeError
-from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
-from tests.nodes.graphs import Prompt, api, run, sampled, trained
+from tests.nodes.graphs import Prompt, api, pictures_in, predicted_with, run, sampled, trained
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's folders with a small klein, and pictures before and after an edit."""
     folder = tmp_path_factory.mktemp("comfyui")
     TINY["flux2-klein"].saved(folder)
-    rng = np.random.default_rng(0)
-    for place, size in (("before", (48, 32)), ("after", (64, 64))):
-        (folder / "input" / place).mkdir(parents=True)
-        for name in "ab":
-            pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "input" / place / f"{name}.png")
-            (folder / "input" / place / f"{name}.txt").write_text(f"make it {name}")
+    pictures_in(folder, before=(48, 32), after=(64, 64))
     return folder
 
 
@@ -79,14 +71,7 @@ def test_a_sampled_picture_is_that_of_generate(base: Path, klein: Model) -> None
 def test_the_unconditional_side_keeps_them_through_zero_out(
     base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Conditioning] = []
-    predict = Denoiser.predict
-
-    def watched(self: Denoiser, latents: Tensor, time: Tensor, given: Conditioning) -> Tensor:
-        seen.append(given)
-        return predict(self, latents, time, given)
-
-    monkeypatch.setattr(Denoiser, "predict", watched)
+    seen = predicted_with(monkeypatch)
     graph = drawing()
     graph["sampler"]["inputs"] |= {"cfg": 2.0, "steps": 1}
     graph["positive"]["inputs"]["conditioning"] = ["first", 0]
@@ -172,14 +157,7 @@ def training(*, by: str) -> Prompt:
 def test_a_training_graph_trains_on_its_pairs(
     base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    seen: list[Conditioning] = []
-    predict = Denoiser.predict
-
-    def watched(self: Denoiser, latents: Tensor, time: Tensor, given: Conditioning) -> Tensor:
-        seen.append(given)
-        return predict(self, latents, time, given)
-
-    monkeypatch.setattr(Denoiser, "predict", watched)
+    seen = predicted_with(monkeypatch)
     found = run(base, training(by=by))
     assert len(found["train"][1][0]["loss"]) == 2
     assert [one[0].text for one in found["pairs"][0]] == ["make it a", "make it b"]

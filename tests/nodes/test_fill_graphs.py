@@ -11,19 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.core.folders import Folders
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
-from lorasmith.families.model import Denoiser, Model
-from lorasmith.nodes import load_nodes
+from lorasmith.families.model import Model
 from lorasmith.nodes.values import for_model
-from lorasmith.workflow import Executor, validate
 from tests.families.test_comfyui_families import GOLDEN, assert_same
+from tests.nodes.graphs import Prompt, api, predicted_with, run, trained
 
-Prompt = dict[str, dict[str, Any]]
 RECORDED: dict[str, Any] = GOLDEN["families"]["flux1-fill"]
 
 
@@ -51,16 +47,6 @@ def fill(base: Path) -> Model:
     files = {name: sorted(one.glob("*.safetensors")) for name, one in folders.items()}
     (denoiser,), (vae,) = files["diffusion_models"], files["vae"]
     return load_model(denoiser, text_encoders=files["text_encoders"], vae=vae)
-
-
-def api(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
-
-
-def run(base: Path, prompt: Prompt) -> dict[str, Any]:
-    load_nodes()
-    folders = Folders(base)
-    return {key: result.outputs for key, result in Executor(folders).run(validate(prompt, folders)).items()}
 
 
 def inpainted(bench: Any, fill: Model, *, noise_mask: bool) -> tuple[list[Conditioning], Any]:
@@ -148,7 +134,6 @@ def test_what_does_not_fit_is_said(bench: Any, fill: Model) -> None:
 
 def training() -> Prompt:
     """Pictures and masks by the order of their names; each prompt has the known part of its picture."""
-    settings = {"batch_size": 2, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3, "rank": 2}
     return {
         "unet": api("UNETLoader", unet_name="flux1-fill-dev.safetensors", weight_dtype="default"),
         "clip": api(
@@ -172,39 +157,13 @@ def training() -> Prompt:
             mask=["mask", 0],
             noise_mask=False,
         ),
-        "train": api(
-            "TrainLoraNode",
-            model=["unet", 0],
-            latents=["fill", 2],
-            positive=["fill", 0],
-            **settings,
-            optimizer="AdamW",
-            loss_function="MSE",
-            seed=0,
-            training_dtype="none",
-            lora_dtype="fp32",
-            quantized_backward=False,
-            algorithm="LoRA",
-            gradient_checkpointing=False,
-            checkpoint_depth=1,
-            offloading=False,
-            existing_lora="[None]",
-            bucket_mode=False,
-            bypass_mode=False,
-        ),
+        "train": trained(["fill", 2], ["fill", 0], batch_size=2, bucket_mode=False),
         "save": api("SaveLoRA", lora=["train", 0], prefix="loras/fill", steps=["train", 2]),
     }
 
 
 def test_a_training_graph_trains_on_masked_pictures(base: Path, fill: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Conditioning] = []
-    predict = Denoiser.predict
-
-    def watched(self: Denoiser, latents: Tensor, time: Tensor, given: Conditioning) -> Tensor:
-        seen.append(given)
-        return predict(self, latents, time, given)
-
-    monkeypatch.setattr(Denoiser, "predict", watched)
+    seen = predicted_with(monkeypatch)
     found = run(base, training())
     assert len(found["train"][1][0]["loss"]) == 2
     known = seen[-1].tensors["known"]

@@ -13,11 +13,10 @@ from torch import Tensor
 from transformer_models import TINY
 
 from lorasmith.core.errors import NodeError
-from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Model
 from lorasmith.families.parts.language_models import sight_of
 from lorasmith.nodes import picture_prompts
-from tests.nodes.graphs import Prompt, api, run, sampled, trained
+from tests.nodes.graphs import Prompt, api, pictures_in, predicted_with, run, sampled, trained
 
 PICTURES = {"before/a.png": (64, 64), "style/a.png": (128, 32)}
 MULTIPLE = {"qwen-image": 28, "krea2": 32}
@@ -41,13 +40,7 @@ def base(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = TINY[family].saved(folder)
     if family == "qwen-image":
         files["transformer"].rename(files["transformer"].with_name("qwen_image_edit_2511_bf16.safetensors"))
-    rng = np.random.default_rng(0)
-    for place, size in (("before", (64, 64)), ("after", (64, 64)), ("style", (128, 32))):
-        (folder / "input" / place).mkdir(parents=True)
-        for name in "ab":
-            pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "input" / place / f"{name}.png")
-            (folder / "input" / place / f"{name}.txt").write_text(f"make it {name}")
+    pictures_in(folder, before=(64, 64), after=(64, 64), style=(128, 32))
     return folder
 
 
@@ -163,14 +156,7 @@ def test_a_text_encoder_that_sees_nothing_is_refused(base: Path) -> None:
 
 def test_a_training_graph_trains_on_prompts_with_pictures(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pairs of two folders, by the order of their names."""
-    seen: list[Conditioning] = []
-    predict = Denoiser.predict
-
-    def watched(self: Denoiser, latents: Tensor, time: Tensor, given: Conditioning) -> Tensor:
-        seen.append(given)
-        return predict(self, latents, time, given)
-
-    monkeypatch.setattr(Denoiser, "predict", watched)
+    seen = predicted_with(monkeypatch)
     graph = {
         **{name: one for name, one in loaders(base).items() if name not in ("one", "two")},
         "after": api("LoadImageTextDataSetFromFolder", folder="after"),

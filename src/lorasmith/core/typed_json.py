@@ -68,7 +68,7 @@ def _alike(schema: Any) -> None:
     while waiting:
         one = waiting.pop()
         if isinstance(one, dict):
-            if one.get("default") == {} and isinstance(one["default"], dict):
+            if one.get("default") == {}:
                 del one["default"]
             if isinstance(text := one.get("description"), str):
                 one["description"] = " ".join(text.split())

@@ -34,7 +34,7 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     if config.controls == "none":
         return
     if form is not None and form.source == "mask":
-        _check_masks([one for one in scan.images if not one.is_class], config, title)
+        _check_masks(subjects, config, title)
     if form is None or form.source != "files":
         if paired or config.control:
             variants = [one.name for one in model.family.controls if one.name and form is None]

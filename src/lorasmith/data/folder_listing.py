@@ -54,6 +54,12 @@ REASONS = "REASONS.txt"
 
 CHANGES = "CHANGES.txt"  # in a mended folder: what was done to each file
 
+
+def control_folder(place: int) -> str:
+    """Name of the folder beside images that has their controls at a place among several, from 0."""
+    return f"control_{place}" if place else "control"
+
+
 Skipped = list[tuple[Path, Reason]]  # unused files and folders, with reason and remedy
 
 

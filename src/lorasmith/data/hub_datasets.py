@@ -23,7 +23,7 @@ from lorasmith.core.errors import DataError, LorasmithError
 from lorasmith.core.files import atomic_folder, ensure_folder, is_folder, is_regular, locked, read_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
-from lorasmith.data.folder_listing import LINK
+from lorasmith.data.folder_listing import LINK, control_folder
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import TEXT_COLUMNS, control_fields
 
@@ -175,7 +175,7 @@ def _write(
             name = f"{stem}{_suffix(contents[0])}"
             (folder / name).write_bytes(contents[0])
         for place, content in enumerate(one for one in contents[1:] if one is not None):
-            beside = ensure_folder(folder / (f"control_{place}" if place else "control"))
+            beside = ensure_folder(folder / control_folder(place))
             (beside / f"{stem}{_suffix(content)}").write_bytes(content)
         lines.append(json.dumps({"file_name": name, "text": row[text] if text else None}))
     (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

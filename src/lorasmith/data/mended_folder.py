@@ -35,7 +35,7 @@ from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
 from lorasmith.data.clips import is_video
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, checked_again
-from lorasmith.data.folder_listing import CHANGES, REASONS, SET_APART, Reason
+from lorasmith.data.folder_listing import CHANGES, REASONS, SET_APART, Reason, control_folder
 from lorasmith.data.image_files import ImageHeader, image_header, open_original
 from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.preflight import Preflight, name_in
@@ -227,7 +227,7 @@ def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> Me
     elif image.mask is not None:
         _copy(image.mask, folder / f"{job.stem}.mask{image.mask.suffix}")
     for number, control in enumerate(image.controls):
-        beside = ensure_folder(draft / (f"control_{number}" if number else "control") / job.folder)
+        beside = ensure_folder(draft / control_folder(number) / job.folder)
         _copy(control.path, beside / f"{job.stem}{control.path.suffix}")
     return MendedFile(job.name, name, tuple(changes), has_caption=_write_caption(image, folder / job.stem))
 

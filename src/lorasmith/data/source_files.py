@@ -12,7 +12,7 @@ from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, is_regular
 from lorasmith.data.clips import OpenedFile
 from lorasmith.data.data_config import MAX_REPEATS, DataConfig, ImageSource
-from lorasmith.data.folder_listing import LINK, ListedFolder, Reason, Skipped, list_folders, stem_of
+from lorasmith.data.folder_listing import LINK, ListedFolder, Reason, Skipped, control_folder, list_folders, stem_of
 from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
 from lorasmith.data.metadata_files import METADATA_SUFFIXES, Metadata, MetadataError, preferred_metadata, read_metadata
 
@@ -319,7 +319,7 @@ class _Controls:
         self.are_read, self._notes, self._follow_links = config.controls != "none", notes, config.follow_links
         self.folders: list[str] = []
         if self.are_read:
-            own = [Path(root, "control"), *(Path(root, f"control_{number}") for number in range(1, _MOST_CONTROLS))]
+            own = [Path(root, control_folder(place)) for place in range(_MOST_CONTROLS)]
             self.folders = [*config.control] or [str(folder) for folder in own if is_folder(folder)]
         self._files: list[dict[str, list[tuple[int, ListedFolder, str]]]] = []
         self._used: set[Path] = set()

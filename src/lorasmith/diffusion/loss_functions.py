@@ -97,8 +97,10 @@ def _pseudo_huber(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tenso
     """2c (√(d² + c²) − c): quadratic below c and linear above; sd-scripts' `huber`, with its schedule `snr` of c."""
     bound = batch.settings.huber_c
     if batch.settings.huber_schedule == "snr":
+        from lorasmith.diffusion.schedule import per_sample
+
         ratio = batch.level.sigma / batch.level.alpha
-        bound = ((1 - bound) / (1 + ratio) ** 2 + bound).reshape(-1, *(1,) * (prediction.ndim - 1))
+        bound = per_sample((1 - bound) / (1 + ratio) ** 2 + bound, prediction)
     return _mean(2 * bound * (((prediction - target).square() + bound**2).sqrt() - bound), batch)
 
 

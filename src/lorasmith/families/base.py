@@ -405,7 +405,7 @@ class ControlForm:
     most_pixels: int = 1024**2
     multiple: int = 16  # of both sides in pixels
     is_enlarged: bool = False  # whether smaller ones are enlarged to `most_pixels`
-    at_zero: bool = False  # whether the denoiser is told that they are clean, unless a conditioning has a method
+    at_zero: bool = False  # whether they have the time of clean pictures, unless a conditioning has a method
     sight: Sight | None = None  # how the text encoder sees them; None where it does not
 
     def size(self, width: int, height: int) -> tuple[int, int]:

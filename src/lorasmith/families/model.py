@@ -144,7 +144,7 @@ class Model:
         ]
         return found[0] if len(found) == 1 else None
 
-    @property
+    @cached_property
     def control_form(self) -> ControlForm | None:
         """The controls that it takes; None without."""
         names = [self.title, *([self.path.name] if self.path else []), *([self.made_for] if self.made_for else [])]
@@ -204,7 +204,7 @@ class Model:
         return tuple(form.name for form in named if family.controls_of(denoiser, (), form.name) is form)
 
     def as_edit(self, edit: str | None) -> Model:
-        """The model as this edit variant of its family. Raises OptionError if there is no such variant."""
+        """The model as this edit variant of its family. Raises OptionError for an unknown one."""
         if edit not in (None, NO_EDIT, *self.edits):
             known = f"one of {', '.join((*self.edits, NO_EDIT))}" if self.edits else "left out"
             raise OptionError(f"edit must be {known} for {self.title} ({self.family.title}), got {edit!r}")

@@ -3,7 +3,7 @@
 Both streams keep weights of their own through all blocks and meet in joint attention. Text is the last state of
 Qwen2.5-VL. Files have the names of diffusers' class, so nothing is fused or renamed. The models of August and December
 2025 (`2512`) have the same tensors, and so have those that edit: Qwen-Image-Edit (August), 2509 and 2511. These have
-controls, which the text encoder sees too. 2511 is told that they are clean; ComfyUI's files of it may say so.
+controls, which the text encoder sees too. 2511 gives them the time of clean pictures; ComfyUI's files of it may say so.
 
 Tokens of a picture are counted from its middle outwards: where a side has an odd number of them, the class of the
 authors counts from one further out than ComfyUI does, so buckets and controls have even sides. Those of text follow the

@@ -123,7 +123,7 @@ class Wan(Family):
         self.title = "Wan 2.2 5B" if is_5b else "Wan image to video" if has_known_frames else "Wan"
         self.pipeline = _PIPELINES[has_known_frames]
         self.modelspec_implementation = f"https://github.com/Wan-Video/Wan{'2.2' if is_5b else '2.1'}"
-        # musubi-tuner's of A14B, too, and of image to video, which is told apart here
+        # musubi-tuner's of A14B, too, and of image to video, whose LoRAs have a name of their own here
         version = "wan2.2" if is_5b else "wan2.1-i2v" if has_known_frames else "wan2.1"
         self.kohya_name = self.modelspec_name = version
         self.civitai_name = "Wan Video 2.2 TI2V-5B" if is_5b else None  # sizes and versions are several there

@@ -49,7 +49,9 @@ def clip_vision_encode(
     clip_vision: nn.Module = socket("CLIP_VISION"),
     image: Tensor = socket("IMAGE"),
     crop: str = socket(
-        "COMBO", options=("center", "none"), tooltip="Of what is no square; none squashes it, as Wan was trained."
+        "COMBO",
+        options=("center", "none"),
+        tooltip="Of pictures that are not square; none squashes them, as Wan was trained.",
     ),
 ) -> tuple[Tensor]:
     """Encode a picture for models that see it beside the prompt."""

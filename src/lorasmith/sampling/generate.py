@@ -14,7 +14,7 @@ from torch import Tensor
 from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
-from lorasmith.families.base import Conditioning, ControlForm, controls_taken, named_controls
+from lorasmith.families.base import Conditioning, ControlForm, Defaults, controls_taken, named_controls
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip
 from lorasmith.sampling.sample import prepare_noise, sample_latents
@@ -51,7 +51,7 @@ class Sampling:
     """How pictures are sampled; names of `sampler` and `scheduler` are those of KSampler."""
 
     seed: int = 0
-    steps: int = 20
+    steps: int = Defaults.steps
     cfg: float | None = None  # guidance scale; None for the model's own
     sampler: str = "euler"
     scheduler: str = "normal"
@@ -87,11 +87,10 @@ def generate(
     """Generate one picture per prompt (`(word:1.2)` weights included), all from noise of the same seed.
 
     `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; `controls` are the pictures that
-    an edit model edits or refers to, for all prompts, and `mask` is white where a model that fills masks paints;
-    other settings are those of `Sampling`. `progress` receives
-    (steps done, total) of all prompts together; `cancelled` is called before each evaluation of the network. Raises
-    OptionError for a size or name that does not fit, ModelError if the model lacks a text encoder or an autoencoder,
-    and SamplingCancelledError.
+    an edit model edits or refers to, for all prompts, and `mask` is white where a model that fills masks paints; other
+    settings are those of `Sampling`. `progress` receives (steps done, total) of all prompts together; `cancelled` is
+    called before each evaluation of the network. Raises OptionError for a size or name that does not fit, ModelError if
+    the model lacks a text encoder or an autoencoder, and SamplingCancelledError.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     sampling = Sampling(

@@ -543,9 +543,8 @@ class MethodSettings(Section, group="Methods", costs=True):
         if not self.is_default("preserve_weight") and self.preserve == "none":
             yield f"preserve_weight {self.preserve_weight:g} has no effect without preserve."
         if self.slider_positive is None:
-            own = [one for one in options_of(MethodSettings) if one.startswith("slider_")]
-            for name in own:
-                if not self.is_default(name):
+            for name in options_of(MethodSettings):
+                if name.startswith("slider_") and not self.is_default(name):
                     yield f"{name} {getattr(self, name)} has no effect without slider_positive."
         if self.guidance_loss is None and not self.is_default("guidance_loss_schedule"):
             yield f"guidance_loss_schedule {self.guidance_loss_schedule} has no effect without guidance_loss."

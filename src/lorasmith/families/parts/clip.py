@@ -136,6 +136,9 @@ def trained_paths(encoder: nn.Module, *, unused_layers: int = 0) -> tuple[str, .
     return tuple(path for path in paths if not any(part in path for part in left))
 
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the colours of pixels in [0, 1], in training CLIP's encoders of pictures."""
+
 CONTEXT_LENGTH = 77
 """Positions of a CLIP text encoder: begin, 75 tokens, end."""
 

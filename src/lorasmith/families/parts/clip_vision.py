@@ -13,11 +13,10 @@ from torch.nn import functional
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
+from lorasmith.families.parts.clip import CLIP_MEAN, CLIP_STD
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, TokenizerSource
 
 _SIDE = 224  # pixels of the square that a picture is scaled to
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _START = "vision_model."  # in front of names; in files of transformers' newer versions it is not
 _LAYERS = "encoder.layers."
 _PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
@@ -114,12 +113,12 @@ def picture_states(encoder: Any, pixels: Tensor, *, crop: bool = False) -> Tenso
     """States (batch, tokens, width) of pixels (batch, 3, height, width) in [−1, 1]: CLIP's before the last layer,
     SigLIP's last ones.
 
-    Pictures that are no squares are squashed, or cropped around their centre.
+    Pictures that are not square are squashed, or cropped around their centre.
     """
     squares = _squares(pixels.to(device_of(encoder)), encoder.config.image_size, crop=crop)
     if encoder.config.model_type == "siglip_vision_model":
         return encoder(2 * squares - 1).last_hidden_state  # type: ignore[no-any-return]
-    mean, deviation = (squares.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
+    mean, deviation = (squares.new_tensor(one).view(1, 3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
     return encoder((squares - mean) / deviation, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
+from lorasmith.families.parts.clip import CLIP_MEAN, CLIP_STD
 
 PICTURE = 151655
 """Token `<|image_pad|>`."""
@@ -172,8 +173,8 @@ def token_positions(ids: Sequence[int], grids: Sequence[tuple[int, int]]) -> Ten
 QWEN25_TOWER = TowerKind(
     architecture="qwen2_5_vl",
     classes=("Qwen2_5_VLVisionConfig", "Qwen2_5_VisionTransformerPretrainedModel"),
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
     axes=(0,) * 16 + (1,) * 24 + (2,) * 24,
     inner="blocks.0.mlp.gate_proj.weight",
     width="merger.mlp.2.weight",

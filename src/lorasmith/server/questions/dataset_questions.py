@@ -21,7 +21,7 @@ from lorasmith.core.options import config_from, options_of
 from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
-from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
+from lorasmith.data.folder_listing import ListedFolder, Skipped, control_folder, list_folders, stem_of
 from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
 from lorasmith.data.preflight import name_in
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
@@ -44,7 +44,7 @@ from lorasmith.server.api_shapes import (
 from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import TrainConfig, settings_from_file
 
-CONTROL = "control"  # folder of the pictures before an edit
+CONTROL = control_folder(0)  # folder of the pictures before an edit
 MOST_THUMBNAIL = 2048  # pixels of the longest edge
 
 

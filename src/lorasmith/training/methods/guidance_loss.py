@@ -17,6 +17,7 @@ import torch
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_uniform
+from lorasmith.diffusion.schedule import per_sample
 from lorasmith.training.config import guidance_range
 from lorasmith.training.methods.method import Goal, Method, Passes
 from lorasmith.training.methods.texts import TextRule
@@ -65,7 +66,7 @@ class GuidanceLoss(Method):
             scale = 1 + (scale - 1) * batch.level.sigma
         with torch.no_grad():
             away = passes.trained(_TEXT)
-        target = away + scale.reshape(-1, *(1,) * (away.ndim - 1)) * (passes.target(goal) - away)
+        target = away + per_sample(scale, away) * (passes.target(goal) - away)
         context = batch.conditioning.tensors["context"]
         guided = replace(
             batch.conditioning, tensors={**batch.conditioning.tensors, "guidance": scale.to(context.dtype)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from lorasmith.diffusion.schedule import per_sample
 from lorasmith.training.methods.method import Goal, Method, Passes
 
 if TYPE_CHECKING:
@@ -31,10 +32,9 @@ class MaskPrior(Method):
 
     def goal(self, goal: Goal, passes: Passes) -> Goal:
         places = goal.batch.places
-        if places is None:
-            if passes.are_equal:
-                passes.frozen()
+        kept = passes.frozen_for(places is not None)
+        if places is None or kept is None:
             return goal
-        outside = 1 - places / places.flatten(1).amax(1).clamp_min(1e-6).reshape(-1, *(1,) * (places.ndim - 1))
-        target = torch.lerp(passes.target(goal), passes.frozen(), outside)
+        outside = 1 - places / per_sample(places.flatten(1).amax(1).clamp_min(1e-6), places)
+        target = torch.lerp(passes.target(goal), kept, outside)
         return Goal(replace(goal.batch, places=places + self.weight * outside), target)

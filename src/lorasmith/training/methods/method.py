@@ -9,7 +9,7 @@ the conditioning of another text (`Method.texts`), which is cached like the capt
 from __future__ import annotations
 
 import contextlib
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -36,9 +36,9 @@ class Method(ABC):
     replaces_goal: bool = False  # whether its terms take the place of the loss of the pictures
 
     @classmethod
+    @abstractmethod
     def of(cls, config: ResolvedConfig) -> Self | None:
         """The method as these settings have it; None if they leave it out."""
-        raise NotImplementedError
 
     def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
         """Raise OptionError for a model or adapters that the method is not for."""
@@ -92,6 +92,11 @@ class Passes:
         """Of the frozen model, without a gradient."""
         with torch.no_grad(), self.dial.turned(0.0):
             return self.trained(text)
+
+    def frozen_for(self, is_needed: bool) -> Tensor | None:
+        """The frozen prediction for the caption if it is needed; where passes must be equal, it is computed anyway."""
+        found = self.frozen() if is_needed or self.are_equal else None
+        return found if is_needed else None
 
     def target(self, goal: Goal) -> Tensor:
         """The target of a goal, fp32."""

@@ -25,7 +25,7 @@ _TEXT = "preserved"
 
 @dataclass(frozen=True)
 class Preservation(Method):
-    """Preservation of the class named `of`, or of the empty text if it is None."""
+    """Preservation of the class `of_class`, or of the empty text if it is None."""
 
     of_class: str | None
     weight: float

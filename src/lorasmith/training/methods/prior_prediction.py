@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from lorasmith.diffusion.schedule import per_sample
 from lorasmith.training.methods.method import Goal, Method, Passes
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ class PriorPrediction(Method):
 
     def goal(self, goal: Goal, passes: Passes) -> Goal:
         of_class = passes.batch.of_class
-        if of_class is None:
-            if passes.are_equal:
-                passes.frozen()
+        kept = passes.frozen_for(of_class is not None)
+        if of_class is None or kept is None:
             return goal
-        target = passes.target(goal)
-        return replace(
-            goal, target=torch.where(of_class.reshape(-1, *(1,) * (target.ndim - 1)), passes.frozen(), target)
-        )
+        return replace(goal, target=torch.where(per_sample(of_class, kept), kept, passes.target(goal)))

@@ -52,7 +52,7 @@ class Slider(Method):
     def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
         if other := next((one.algorithm for one in adapters.values() if not one.is_additive), None):
             raise OptionError(
-                f"a slider needs a kind of adapter that adds to the weights, so that negative strengths are the "
+                "a slider needs a kind of adapter that adds to the weights, so that negative strengths are the "
                 f"opposite, got {other}; choose LoRA, LoHa or LoKr without DoRA"
             )
 
@@ -66,12 +66,9 @@ class Slider(Method):
     def terms(self, passes: Passes) -> Iterator[Tensor]:
         neutral = None if self.neutral is None else _NEUTRAL
         change = self.guidance * (passes.frozen(_POSITIVE) - passes.frozen(_NEGATIVE))
-        targets = [(neutral, passes.frozen(neutral), change)]
-        for number, _ in enumerate(self.anchors):
-            anchor = f"{_ANCHOR} {number}"
-            targets.append((anchor, passes.frozen(anchor), 0 * change))
+        kept = {text: passes.frozen(text) for text in (neutral, *(name for name in self.texts if _ANCHOR in name))}
         for strength in (1.0, -1.0):
             with passes.scaled(strength):
-                for text, kept, difference in targets:
-                    error = passes.trained(text) - (kept + strength * difference)
-                    yield error.square().flatten(1).mean(1) / 2
+                for text, prediction in kept.items():
+                    target = prediction + strength * change if text == neutral else prediction
+                    yield (passes.trained(text) - target).square().flatten(1).mean(1) / 2

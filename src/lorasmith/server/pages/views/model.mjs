@@ -66,7 +66,7 @@ const joined = (base, path) => (base ? `${base}${base.includes("\\") ? "\\" : "/
 /** Whether a model gets pictures before an edit beside a caption. */
 export const takesControls = (model, draft) => (draft.edit && draft.model === model.name ? draft.edit !== "none" : model.takes_controls);
 
-/** What the list knows of pictures before an edit, and by what it was told. */
+/** What the list says of pictures before an edit, and how the variant was recognised. */
 const editsBy = (model) =>
   model.edit && model.takes_controls ? `Edits pictures: ${model.edit}, by its ${model.told_by}` : model.takes_controls ? "Edits pictures, as all of its family" : null;
 
