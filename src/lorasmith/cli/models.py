@@ -115,7 +115,7 @@ def _parts(model: ListedModel) -> list[str]:
 
 def _controls(model: ListedModel) -> list[str]:
     if model.edit:
-        return [f"edit model {model.edit}, by its {model.edit_told_by} (--edit none if it is not)"]
+        return [f"edit model {model.edit}, by its {model.edit_recognised_by} (--edit none if it is not)"]
     if model.controls == "files":
         return ["takes pictures to edit or refer to, as all of its family"]
     if model.controls == "mask":

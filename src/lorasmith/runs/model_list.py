@@ -59,7 +59,7 @@ class ListedModel:
     parts: tuple[ListedPart, ...]
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
     edit: str = ""  # the one of them that it is
-    edit_told_by: Literal["name", "tensors"] = "name"
+    edit_recognised_by: Literal["name", "tensors"] = "name"
     controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
     also: Mapping[str, ControlSource] = field(default_factory=dict)  # where else, by the edit variant that says so
 
@@ -108,13 +108,13 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     slots, form = family.text_encoders, None
     edits: tuple[str, ...] = ()
-    told_by: Literal["name", "tensors"] = "name"
+    recognised_by: Literal["name", "tensors"] = "name"
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
         denoiser, form, slots = model.components.denoiser, model.control_form, model.encoder_slots
         edits = model.edits
-        told_by = "name" if family.controls_of(denoiser, ()) is None else "tensors"
+        recognised_by = "name" if family.controls_of(denoiser, ()) is None else "tensors"
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {
@@ -140,7 +140,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         tuple(parts),
         tuple(name for name in edits if name not in of_frames),
         "" if form is None or form.name in of_frames else form.name,
-        told_by,
+        recognised_by,
         None if form is None else form.source,
         {name: source for name, source in of_frames.items() if form is None or form.name != name},
     )

@@ -282,7 +282,7 @@ class ModelRow:
     missing: Annotated[tuple[MissingPart, ...], "those that are not"]
     edits: Annotated[tuple[str, ...], "edit variants that it may be, as they have its tensors"] = ()
     edit: Annotated[str, "the one of them that it is; empty for none"] = ""
-    told_by: Annotated[str, "what says so: its name or its tensors"] = "name"
+    recognised_by: Annotated[str, "what says so: its name or its tensors"] = "name"
     takes_controls: Annotated[bool, "whether it gets pictures beside a caption, as that variant"] = False
 
 

@@ -74,7 +74,7 @@ MODELS = {
          "ready": True, "missing": []},
         {"name": "diffusion_models/flux1-kontext.safetensors", "title": "flux1-kontext.safetensors", "family": "Flux.1",
          "place": "models/diffusion_models", "size_bytes": 11_902_932_552, "precision": "fp8", "builtin": False,
-         "ready": True, "missing": [], "edits": ["kontext"], "edit": "kontext", "told_by": "name",
+         "ready": True, "missing": [], "edits": ["kontext"], "edit": "kontext", "recognised_by": "name",
          "takes_controls": True},
         {"name": "diffusion_models/flux1-dev.safetensors", "title": "flux1-dev.safetensors", "family": "Flux.1",
          "place": "models/diffusion_models", "size_bytes": 23_802_932_552, "precision": "bf16", "builtin": False,

@@ -301,7 +301,7 @@ def _row(folders: Folders, one: ListedModel) -> ModelRow:
         missing=tuple(MissingPart(part=part.component, usual_file=part.usual_file) for part in one.missing),
         edits=one.edits,
         edit=one.edit,
-        told_by=one.edit_told_by,
+        recognised_by=one.edit_recognised_by,
         takes_controls=one.controls == "files",
     )
 

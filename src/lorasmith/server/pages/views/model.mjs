@@ -68,7 +68,7 @@ export const takesControls = (model, draft) => (draft.edit && draft.model === mo
 
 /** What the list says of pictures before an edit, and how the variant was recognised. */
 const editsBy = (model) =>
-  model.edit && model.takes_controls ? `Edits pictures: ${model.edit}, by its ${model.told_by}` : model.takes_controls ? "Edits pictures, as all of its family" : null;
+  model.edit && model.takes_controls ? `Edits pictures: ${model.edit}, by its ${model.recognised_by}` : model.takes_controls ? "Edits pictures, as all of its family" : null;
 
 function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit }) {
   const isChosen = model === chosen;
@@ -92,7 +92,7 @@ function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit }) {
   if (!isChosen || !model.edits?.length) return row;
   return html`<div>${row}<${Field} class="kind" label="Does it edit pictures?" help="Its file cannot tell: models that edit pictures have the same tensors.">
     ${(attributes) => html`<select ...${attributes} value=${edit ?? ""} onChange=${(event) => onEdit(event.currentTarget.value || null)}>
-      <option value="">${model.edit ? `Yes, ${model.edit}, by its ${model.told_by}` : "No, by its name"}</option>
+      <option value="">${model.edit ? `Yes, ${model.edit}, by its ${model.recognised_by}` : "No, by its name"}</option>
       ${model.edits.filter((one) => one !== model.edit).map((one) => html`<option key=${one} value=${one}>Yes, ${one}</option>`)}
       ${model.edit && html`<option value="none">No</option>`}</select>`}<//></div>`;
 }
