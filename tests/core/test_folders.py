@@ -51,7 +51,7 @@ def test_files_lists_every_root_with_forward_slashes(folders: Folders) -> None:
 
 def test_nothing_there_is_an_empty_list(folders: Folders) -> None:
     assert folders.files("vae") == []
-    assert folders.input_files([".png"]) == []
+    assert folders.input_files([".exr"]) == []
 
 
 @pytest.mark.parametrize("index", ["model_index.json", "modular_model_index.json"])
@@ -167,7 +167,7 @@ def test_a_place_that_is_a_link_itself_is_read(tmp_path: Path) -> None:
     (tmp_path / "base/output").symlink_to(tmp_path / "disk")
     folders = Folders(tmp_path / "base")
     assert folders.find_input("a.png [output]").is_file()
-    assert folders.find_input("a.png").is_file() and folders.input_files([".png"]) == ["a.png"]
+    assert folders.find_input("a.png").is_file() and folders.input_files([".png"])[:2] == ["a.png", "dog/1.png"]
     assert folders.find_input_folder("dog").is_dir() and "dog" in folders.input_folders()
 
 
@@ -227,7 +227,8 @@ def test_input_files_and_folders(folders: Folders) -> None:
     put(folders.base / "input/A.PNG")
     put(folders.base / "input/notes.txt")
     put(folders.base / "input/dogs/big/1.png")
-    assert folders.input_files([".png"]) == ["A.PNG", "b.png"]
+    built_in = [path.relative_to(BUILT_IN_BASE / "input").as_posix() for path in BUILT_IN_BASE.glob("input/*/*.png")]
+    assert built_in and folders.input_files([".png"]) == ["A.PNG", "b.png", *sorted(["dogs/big/1.png", *built_in])]
     assert {"dogs", "dogs/big"} <= set(folders.input_folders())
     assert folders.find_input_folder("dogs/big") == folders.base / "input/dogs/big"
     with pytest.raises(DataError, match=r"no folder 'dog' in the input folder \(did you mean 'dogs'"):

@@ -78,4 +78,4 @@ def test_growing_inputs_are_a_template(toys: Any) -> None:
 def test_lists_of_files_are_read_anew(toys: Any) -> None:
     (toys.folders.base / "input").mkdir()
     (toys.folders.base / "input" / "new.txt").write_text("")
-    assert object_info(toys.nodes["ReadFile"], toys.folders)["input"]["required"]["file"][1]["options"] == ["new.txt"]
+    assert object_info(toys.nodes["ReadFile"], toys.folders)["input"]["required"]["file"][1]["options"][0] == "new.txt"

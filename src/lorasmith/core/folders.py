@@ -136,15 +136,18 @@ class Folders:
         return self.base / place
 
     def input_files(self, extensions: Iterable[str]) -> list[str]:
-        """Sorted names of the files directly in the input folder."""
+        """Names of the files below the input folder, and of the built-in pictures; those in no subfolder come first."""
         wanted = tuple(extension.casefold() for extension in extensions)
-        return sorted(
-            entry.name
-            for entry in _entries(self.place("input"))
-            if entry.name.casefold().endswith(wanted)
-            and is_regular(entry)
-            and (not entry.is_symlink() or self.is_here(entry))
-        )
+        found = {
+            path.relative_to(root).as_posix()
+            for root in self._places("input")
+            for folder, names in _walk(root, self.is_here)
+            for name in names
+            if name.casefold().endswith(wanted)
+            and is_regular(path := folder / name)
+            and (not path.is_symlink() or self.is_here(path))
+        }
+        return sorted(found, key=lambda name: ("/" in name, name))
 
     def find_input(self, name: str) -> Path:
         """The file `name` of the input folder, or of another, as in `cat.png [temp]`. Raises DataError."""

@@ -38,7 +38,7 @@ def resized(pictures: Tensor, width: int, height: int, *, method: str, crop: boo
 
 
 def known_input(name: str, folders: Folders) -> str:
-    """Accept every existing file, as lists only show the input folder. Raises DataError for others."""
+    """Accept every existing file, as lists do not show other folders. Raises DataError for others."""
     folders.find_input(name)
     return name
 

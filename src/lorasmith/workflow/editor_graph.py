@@ -121,6 +121,15 @@ class EditorGraph:
         """The subgraph that a node is an instance of, if any."""
         return self.definitions.get(node.type)
 
+    def inner(self, key: str) -> EditorNode | None:
+        """The node of an id as in a prompt: `12:5` is node 5 in the subgraph of node 12."""
+        graph: EditorGraph | None = self
+        node = None
+        for id in key.split(":"):
+            node = None if graph is None else graph.nodes.get(id)
+            graph = None if graph is None or node is None else graph.definition_of(node)
+        return node
+
 
 def is_editor_format(content: object) -> bool:
     """Whether a file's JSON is in the editor's format."""

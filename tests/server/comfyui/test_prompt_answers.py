@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.folders import Folders
-from lorasmith.server.questions.graph_questions import PromptAnswer, answer_to
+from lorasmith.server.questions.graph_questions import PromptAnswer, answer_to, check_prompt
 from tests.server.fake_server import GOOD, TOYS
 
 FOLDERS = Folders(Path("nowhere"))
@@ -77,6 +77,24 @@ def test_a_needed_node_of_an_unknown_class_refuses_the_prompt() -> None:
     assert found.error is not None
     assert found.error["type"] == "missing_node_type"
     assert found.error["extra_info"] == {"node_id": "8", "class_type": "Nothing", "node_title": "mine"}
+
+
+def test_a_node_that_the_editor_does_not_know_is_named_by_the_workflow(tmp_path: Path) -> None:
+    inner = {"id": "sub", "nodes": [{"id": 8, "type": "SuperCaption"}], "links": []}
+    workflow = {"nodes": [{"id": 12, "type": "sub"}], "definitions": {"subgraphs": [inner]}}
+    text = {"class_type": "StringConcatenate", "inputs": {"string_a": ["12:8", 0], "string_b": "b", "delimiter": ""}}
+    prompt = {
+        "12:8": {"class_type": None, "inputs": {}},
+        "9": text,
+        "10": {"class_type": "PreviewAny", "inputs": {"source": ["9", 0]}},
+    }
+    for given, expected in (
+        (workflow, "unknown node 'SuperCaption'"),
+        (None, "class_type"),
+        ({"nodes": [1]}, "class_type"),
+    ):
+        found = check_prompt(Folders(tmp_path), prompt=prompt, workflow=given)
+        assert found.error is not None and expected in found.error["message"], given
 
 
 def test_an_unknown_node_that_nothing_needs_is_named_and_left_out() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from lorasmith.core.folders import ASSETS
 from tools.browsing import chromium, opened_browser
 
 pytestmark = pytest.mark.slow
@@ -312,6 +313,30 @@ def test_a_bad_value_is_shown_on_its_node(editor: Editor) -> None:
     assert errors["20"]["errors"][0]["type"] == "value_smaller_than_min"
     editor.picture("bad_value")
     editor.errors[:] = [one for one in editor.errors if not is_refusal(one)]
+
+
+def test_an_unknown_node_that_feeds_a_caption_stops_the_run(editor: Editor) -> None:
+    editor.open()
+    prompt = json.loads((ASSETS / "examples" / "single_subject.json").read_text())
+    prompt["40"]["inputs"]["text"] = ["999", 1]
+    prompt["999"] = {"class_type": "SuperCaption", "inputs": {"text": "a fox"}}
+    editor.do(f"async prompt => {{ await {APP}.loadApiJson(prompt, 'mine') }}", prompt)
+    sent = editor.do(f"async () => (await {APP}.graphToPrompt())")
+    assert sent["output"]["40"]["inputs"]["text"] == ["999", 1]
+    assert any(str(one["id"]) == "999" and len(one["outputs"]) == 2 for one in sent["workflow"]["nodes"])
+    with editor.page.expect_response("**/prompt") as answer:
+        editor.run()
+    assert answer.value.status == 400 and "unknown node 'SuperCaption'" in answer.value.text()
+    editor.errors[:] = [one for one in editor.errors if not is_refusal(one)]
+
+
+def test_pictures_in_subfolders_stay_chosen(editor: Editor) -> None:
+    editor.open()
+    editor.do(f"async () => {{ await {APP}.loadGraphData() }}")
+    chosen = editor.do(
+        f"() => {APP}.graph.nodes.filter(one => one.type === 'LoadImage').map(one => one.widgets[0].value)"
+    )
+    assert chosen == [f"fox/fox_{number}.png" for number in range(1, 7)]
 
 
 def test_a_failure_is_shown_on_its_node(editor: Editor) -> None:

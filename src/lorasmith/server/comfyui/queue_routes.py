@@ -94,7 +94,11 @@ class QueueRoutes:
             except RefusedError as error:
                 return _refusal(error_entry("invalid_prompt", error.message))
         targets = body.get("partial_execution_targets")
-        arguments = {} if targets is None else {"targets": [str(one) for one in targets]}
+        arguments: dict[str, Any] = {} if targets is None else {"targets": [str(one) for one in targets]}
+        if any(isinstance(one, dict) and one.get("class_type") is None for one in prompt.values()):
+            arguments["workflow"] = workflow or ((body.get("extra_data") or {}).get("extra_pnginfo") or {}).get(
+                "workflow"
+            )
         found = await self._assistant.ask("check_prompt", prompt=prompt, **arguments)
         if found["error"] is not None:
             return _refusal(found["error"], found["node_errors"])

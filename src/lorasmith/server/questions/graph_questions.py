@@ -21,7 +21,7 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lorasmith.core.errors import DataError, LorasmithError, ModelError
+from lorasmith.core.errors import DataError, GraphError, LorasmithError, ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.data.image_files import header_size, one_at_a_time, open_original
@@ -30,6 +30,7 @@ from lorasmith.nodes import load_nodes
 from lorasmith.server.job_reporter import error_entry
 from lorasmith.server.questions.question_registry import question
 from lorasmith.workflow.editor_format import prompt_of_editor
+from lorasmith.workflow.editor_graph import EditorGraph, is_editor_format, read_editor_graph
 from lorasmith.workflow.graph import Examination, GraphFault, Prompt, class_of, examine, is_remark, node_title
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.node_reference import badges, input_facts
@@ -49,9 +50,24 @@ def object_info(folders: Folders, *, node: str | None = None) -> bytes:
 
 
 @question
-def check_prompt(folders: Folders, *, prompt: dict[str, Any], targets: list[str] | None = None) -> PromptAnswer:
-    """Check a prompt, as `answer_to`."""
-    return answer_to(prompt, folders, nodes=load_nodes(), targets=targets)
+def check_prompt(
+    folders: Folders, *, prompt: dict[str, Any], targets: list[str] | None = None, workflow: Any = None
+) -> PromptAnswer:
+    """Check a prompt, as `answer_to`; `workflow` has the classes of its nodes that the editor does not know."""
+    return answer_to(_named(prompt, workflow), folders, nodes=load_nodes(), targets=targets)
+
+
+def _named(prompt: Prompt, workflow: Any) -> Prompt:
+    """A prompt whose nodes without a class have that of the workflow, if it has them."""
+    with contextlib.suppress(GraphError):
+        graph = read_editor_graph(workflow) if is_editor_format(workflow) else EditorGraph({}, {})
+        return {
+            key: {**member, "class_type": node.type}
+            if isinstance(member, dict) and member.get("class_type") is None and (node := graph.inner(key))
+            else member
+            for key, member in prompt.items()
+        }
+    return prompt
 
 
 @question

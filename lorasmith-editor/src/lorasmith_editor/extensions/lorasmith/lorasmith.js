@@ -350,17 +350,49 @@ function isTuned(node) {
   });
 }
 
+// The prompt that is being loaded, if what is loaded is a prompt.
+let loading;
+
+// The editor gives a node of an unknown class no outputs when it loads a prompt, so that what it fed would run without.
+function keepLinksOfUnknownNodes(prompt) {
+  const nodes = new Map((app.rootGraph ?? app.graph).nodes.map((node) => [String(node.id), node]));
+  for (const [id, { inputs }] of Object.entries(prompt)) {
+    for (const [name, value] of Object.entries(inputs ?? {})) {
+      if (!Array.isArray(value)) continue;
+      const [source, target, slot] = [nodes.get(String(value[0])), nodes.get(id), value[1]];
+      const index = target?.inputs?.findIndex((input) => input.name === name) ?? -1;
+      if (!source?.last_serialization || index < 0 || target.inputs[index].link != null) continue;
+      while (source.outputs.length <= slot) source.addOutput("*", "*");
+      source.connect(slot, target, index);
+      source.last_serialization.outputs = source.outputs.map(({ name, type, links }) => ({ name, type, links }));
+    }
+  }
+}
+
 app.registerExtension({
   name: "Lorasmith.Training",
 
   // The graph that the editor opens when it has none, and as "Load default": its own needs models that are not here.
   async init() {
+    const load = app.loadApiJson;
+    app.loadApiJson = async function (prompt, ...rest) {
+      loading = prompt;
+      try {
+        return await load.call(this, prompt, ...rest);
+      } finally {
+        loading = undefined;
+      }
+    };
     try {
       const answer = await fetch(api.fileURL(`/templates/${FIRST_TEMPLATE}.json`));
       if (answer.ok) Object.assign(defaultGraph, await answer.json());
     } catch (error) {
       console.warn("Lorasmith: the first template is not available", error);
     }
+  },
+
+  afterConfigureGraph() {
+    if (loading) keepLinksOfUnknownNodes(loading);
   },
 
   setup() {
