@@ -244,6 +244,9 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
     rank.blur()
     waits(page, "Must be a whole number between 1 and 128.")
     assert rank.get_attribute("aria-invalid") == "true"
+    page.get_by_text("All settings").click()
+    page.get_by_role("button", name="Start training").click()  # waits, and shows the field
+    page.wait_for_function("document.activeElement?.value === '1000'")
     rank.fill("100")  # that the declaration allows, and this model refuses
     rank.blur()
     page.locator(".field .field-error", has_text="Rank must be between 1 and 64, got 100.").wait_for()

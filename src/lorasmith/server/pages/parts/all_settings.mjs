@@ -37,6 +37,14 @@ export function AllSettings({ groups, hidden, base, own, error, onChange }) {
   </details></section>`;
 }
 
+/** Shows the first field whose text is not a value, and gives it the focus; whether there is one. */
+export function shownInvalid() {
+  const field = document.querySelector('.all-settings [aria-invalid="true"]');
+  for (let box = field?.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
+  field?.focus();
+  return field !== null;
+}
+
 function Setting({ setting, preset, value, error, onChange }) {
   const standard = preset ?? setting.default;
   const current = value ?? standard;

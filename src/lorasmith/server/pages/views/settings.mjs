@@ -7,7 +7,7 @@ import { useStore, work } from "../lib/stores.mjs";
 import { bytes, count, duration, slug, whole } from "../lib/words.mjs";
 import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { act } from "../parts/jobs.mjs";
-import { AllSettings } from "../parts/all_settings.mjs";
+import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { TryValues } from "./sweep.mjs";
 
@@ -38,6 +38,7 @@ export function SettingsView({ dataset }) {
     settings: { ...plan?.memory_settings, ...preset.settings, ...own },
   });
   async function start() {
+    if (shownInvalid()) return;
     setFailure(null);
     try {
       await measuring.stop();
