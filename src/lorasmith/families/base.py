@@ -26,6 +26,7 @@ from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
+from lorasmith.families.token_routing import Routing
 from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalName, ProgramLimits
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
@@ -34,7 +35,7 @@ __all__ = [
     "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot",
     "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames",
     "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule",
-    "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even", "collate", "module_paths",
+    "Routing", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even", "collate", "module_paths",
     "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
@@ -502,6 +503,7 @@ class Family(ABC):
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
         image_encoder: its encoder of pictures that the denoiser attends to; see `encoder_slots`.
+        routing: where tokens are in the denoiser, so that some may skip blocks in training; None for no such routing.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         predicts_by_length: whether `predict` runs the denoiser once for each length of context in a batch.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
@@ -545,6 +547,7 @@ class Family(ABC):
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
     image_encoder: EncoderSlot | None = None
+    routing: Routing | None = None
     clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()

@@ -110,6 +110,13 @@ class Flux(Family):
     )
     control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
     autoencoder = FLUX_AUTOENCODER
+    routing = Routing(
+        blocks=dict.fromkeys(
+            ("transformer_blocks", "single_transformer_blocks"),
+            {"hidden_states": "bp.", "image_rotary_emb": "t.", "joint_attention_kwargs": "b..t"},
+        ),
+        text="first",
+    )
     released = {"guidance_embeds": True}
     lora_signatures = (
         Signature(title, r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", order=1),

@@ -38,6 +38,7 @@ from lorasmith.families.files.original_weights import module_paths, weight_shape
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.token_routing import Routing
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
@@ -102,6 +103,7 @@ class Trainable:
     encoders: nn.ModuleDict | None = None
     needs_captions: bool = True  # whether text is encoded ahead, by other encoders than those
     guidance: float | None = None  # see `guided`
+    routing: Routing | None = None  # where tokens are in its blocks; None where none may skip blocks
 
     def __init__(
         self,
@@ -242,6 +244,7 @@ class TrainableDenoiser(Trainable):
         self.denoiser = denoiser
         self.module, self.diffusion, self.patches = denoiser.module, denoiser.diffusion, denoiser.patches
         self.names = base.names
+        self.routing = family.routing
         self.facts = Facts(
             title=base.title,
             defaults=base.defaults,
