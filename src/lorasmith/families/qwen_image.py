@@ -94,9 +94,7 @@ class QwenImage(Family):
     }
     autoencoder = QWEN_AUTOENCODER
     routing = Routing(
-        blocks={
-            "transformer_blocks": {"hidden_states": "bp.", "image_rotary_emb": ("p.", ""), "modulate_index": "bp"}
-        },
+        blocks={"transformer_blocks": {"hidden_states": "bp.", "image_rotary_emb": ("p.", ""), "modulate_index": "bp"}},
         text="first",
     )
     clip_types = ("qwen_image",)

@@ -14,51 +14,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.inject import restore_forward
-
-if TYPE_CHECKING:
-    from lorasmith.families.base import Conditioning
-
-Layout = str | tuple[str, ...]
-"""A letter for each dimension of a tensor: `b` the batch, `p` tokens of pictures, the one that is predicted first, `t`
-the same with those of text, `.` anything else; or the layouts of several tensors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Where tokens are in a denoiser.
-
-    Attributes:
-        blocks: path of each list of blocks, in the order of their computation → the layouts of a block's arguments, by
-            name, that of the states first. Arguments of other dimensions have no tokens.
-        text: where text is among tokens of both: before those of pictures, filled up to the longest of the batch
-            (`first`), or of its own length in each row (`packed`), or after them (`last`).
-        patch: latents of a token, in frames, height and width.
-        states: place of the states where a block returns a pair.
-    """
-
-    blocks: Mapping[str, Mapping[str, Layout]]
-    text: Literal["first", "packed", "last"] = "last"
-    patch: tuple[int, int, int] = (1, 2, 2)
-    states: int = 1
-
-    def listed(self, denoiser: nn.Module) -> list[tuple[nn.Module, Mapping[str, Layout]]]:
-        """All blocks with the layouts of their arguments, in order."""
-        return [
-            (block, layouts)
-            for path, layouts in self.blocks.items()
-            for block in denoiser.get_submodule(path).children()
-        ]
-
-    def grid(self, latents: torch.Size) -> tuple[int, int, int]:
-        """Number of tokens in frames, height and width for latents (channels, [frames,] height, width)."""
-        frames, height, width = (1, *latents[1:])[-3:]
-        return frames // self.patch[0], height // self.patch[1], width // self.patch[2]
+from lorasmith.families.base import Conditioning, Layout, Routing
 
 
 @dataclass(frozen=True)
@@ -97,9 +59,15 @@ def tokens_routed(
         for number, (block, layouts) in enumerate(routing.listed(denoiser)):
             if route.first <= number <= route.last:
                 undo.callback(restore_forward, block, block.__dict__.get("forward"))
-                call = _Call(layouts, tuple(inspect.signature(type(block).forward).parameters)[1:], block.forward)
+                call = _Call(layouts, _names(type(block)), block.forward)
                 block.forward = functools.partial(router.run, call, number)
         yield
+
+
+@functools.cache
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a kind of block."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _text_before(routing: Routing, conditioning: Conditioning) -> int | Tensor:
@@ -220,7 +188,7 @@ class SampleTables:
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
 
-    def __getitem__(self, index: tuple[None | slice, ...]) -> Tensor:
+    def __getitem__(self, index: tuple[slice | None, ...]) -> Tensor:
         return self.rows[(slice(None), *index[1:])]
 
     def unsqueeze(self, dim: int) -> Tensor:

@@ -33,12 +33,20 @@ from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
-from lorasmith.families.base import COMMON_PRESETS, FAMILIES, Conditioning, Defaults, Diffusion, Expert, collate
+from lorasmith.families.base import (
+    COMMON_PRESETS,
+    FAMILIES,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    Expert,
+    Routing,
+    collate,
+)
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.families.token_routing import Routing
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
