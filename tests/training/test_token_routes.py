@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lever_cases import flux_dataset, one_step, planned, rounded
+from lever_cases import flux_dataset, flux_model, one_step, planned, rounded
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -18,7 +19,9 @@ from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
 from lorasmith.families.base import FIRST_FRAME, Conditioning, Routing
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
+from lorasmith.runs.memory_estimate import estimate_of
 from lorasmith.runs.trainer import Trainer
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, prediction_of
 from lorasmith.training.job import engine_of
 from lorasmith.training.joint import check_alike
@@ -235,6 +238,15 @@ def test_plans_of_memory_count_fewer_tokens(flux: Model, data: EncodedDataset) -
         job = planned(flux, **settings)
         with engine_of(job).prepared():
             return next(measured_plans(job.model, data.samples, job.config, job.runtime, 0)).needed_bytes
+
+    assert needed(**TREAD) < needed()
+
+
+def test_a_run_is_planned_without_weights(tmp_path: Path) -> None:
+    def needed(**settings: Any) -> int:
+        model = flux_model(tmp_path)  # which is moved to the meta device
+        found = estimate_of(model, TrainConfig(batch_size=2, **settings), card_bytes=2**34, resolution=256)
+        return found.plans[0].needed_bytes
 
     assert needed(**TREAD) < needed()
 
