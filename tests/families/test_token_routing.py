@@ -98,7 +98,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Conditioning]:
     """Latents, times and captions of different length, with what else the family takes: controls at time 0, frames."""
     model, family = case.ours, case.ours.family
     latent = model.components.latent
-    texts = ["a fox"] * BATCH if family.predicts_by_length else ["a fox", "a long red bus, and a penguin", "b"]
+    texts = ["a fox"] * BATCH if family.predicts_by_length else ["a fox", "a red bus and a penguin, " * 8, "b"]
     latents = models.seeded("latents", (BATCH, *latent.shape(64, 96, 5 if family.draws_clips else 1)), seed=0)
     joined = family.join([model.text_encoder.encode(text) for text in texts])
     tensors, mask = dict(joined.tensors), joined.mask
