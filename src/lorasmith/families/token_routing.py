@@ -59,15 +59,15 @@ def tokens_routed(
         for number, (block, layouts) in enumerate(routing.listed(denoiser)):
             if route.first <= number <= route.last:
                 undo.callback(restore_forward, block, block.__dict__.get("forward"))
-                call = _Call(layouts, _names(type(block)), block.forward)
+                call = _Call(layouts, _names(type(block).forward), block.forward)
                 block.forward = functools.partial(router.run, call, number)
         yield
 
 
 @functools.cache
-def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments of a kind of block."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _text_before(routing: Routing, conditioning: Conditioning) -> int | Tensor:

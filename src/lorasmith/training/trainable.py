@@ -1,10 +1,11 @@
-"""What training asks of a model: `Trainable`, a frozen network with the nine things that a run needs of it.
+"""What training asks of a model: `Trainable`, a frozen network with the ten things that a run needs of it.
 
     module      the network that carries the adapters         names      of its layers in LoRA files
     diffusion   what it predicts, and its noise schedule      facts      for records, metadata and defaults
     frozen      ready on its device inside this context       predict    one evaluation of the network
     join        conditionings of samples as one batch         identity   digests, by which a run is known again
     encoders    text encoders that carry adapters, too; most runs have none
+    routing     where tokens are in its blocks, so that some may skip blocks; UNets have none
 
 No other module of training knows families, files or libraries. `TrainableDenoiser` is a loaded model's denoiser.
 """
