@@ -7,6 +7,7 @@ medians over rounds, so that a busy machine slows all sides. On the CPU the cloc
     python -m benchmarks.step_time --model sd15 --latent 32 --dtype bf16
     python -m benchmarks.step_time --model flux --latent 32 64 --batch 1 4
     python -m benchmarks.step_time --model sd15 --latent 64 --batch 4 --sides floor lorasmith --steps 1 --rounds 1
+    python -m benchmarks.step_time --model flux-deep --latent 64 --sides floor lorasmith tread-0.1 tread-0.25 tread-0.5
     python -m benchmarks.step_time --model tiny --latent 16 --batch 8 --targets all --rank 8 --algorithms
 
 Models are described in `benchmarks.bases`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
@@ -44,18 +45,22 @@ VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALG
 }
 """What is compared by `--algorithms` → settings of the run."""
 
+_TREAD = {f"tread-{rate}": {"tread_rate": rate} for rate in (0.1, 0.25, 0.5)}
+
 OURS: dict[str, dict[str, Any]] = {
     "lorasmith": {},
     "checkpointing": {"gradient_checkpointing": True},
     "lean": {"activations": "lean"},
     "selective": {"activations": "selective"},
     "compile": {"compile": True},
+    **_TREAD,
 }
 """Sides of ours → settings of the run."""
 
 SIDES = ("forward", "floor", *OURS, "peft")
 TITLES = {"checkpointing": "lorasmith, checkpointing", "lean": "lorasmith, lean", "selective": "lorasmith, selective",
-          "compile": "lorasmith, compiled", "peft": "diffusers + PEFT"}  # fmt: skip
+          "compile": "lorasmith, compiled", "peft": "diffusers + PEFT",
+          **{name: f"lorasmith, tread_rate {settings['tread_rate']}" for name, settings in _TREAD.items()}}  # fmt: skip
 
 
 def main() -> None:
@@ -156,7 +161,8 @@ def _arguments() -> argparse.Namespace:
         arguments.sides = list(dict.fromkeys(("forward", "floor", "LoRA", *(arguments.algorithms or VARIANTS))))
     else:
         known = options_of(TrainConfig)
-        usual = [name for name in SIDES if name != "compile" and set(OURS.get(name, ())) <= set(known)]
+        left_out = {"compile", *_TREAD}
+        usual = [name for name in SIDES if name not in left_out and set(OURS.get(name, ())) <= set(known)]
         arguments.sides = [*(arguments.sides or usual), *(["compile"] if arguments.compile else [])]
     return arguments
 

@@ -72,6 +72,15 @@ def test_a_fresh_lora_has_the_loss_of_the_captions_as_they_are_cached(model: Mod
     torch.testing.assert_close(live, cached, rtol=1e-6, atol=0)
 
 
+def test_tokens_are_routed_as_with_cached_captions(model: Model, data: EncodedDataset) -> None:
+    if model.family.routing is None:
+        pytest.skip("a UNet")
+    given = {"tread_rate": 0.5, "tread_first": 0, "tread_last": 1}
+    _, cached = step(model, data, **given)
+    _, live = step(model, data, train_text_encoder=True, **given)
+    torch.testing.assert_close(live, cached, rtol=1e-6, atol=0)
+
+
 def test_every_layer_that_has_an_adapter_learns(model: Model, data: EncodedDataset) -> None:
     engine, _ = step(model, data, fresh=False, train_text_encoder=True)
     norms = {name: float(engine.flat.view(engine.flat.grad, name).norm()) for name in engine.flat.parameters}

@@ -79,10 +79,13 @@ def assert_reached(case: Case, lora: Lora) -> None:
 
 
 @pytest.mark.slow_by_family
-def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset) -> None:
-    together = run(case.ours, four, steps=1, batch_size=4, learning_rate=1e-2)
-    apart = run(case.ours, four, steps=1, batch_size=1, grad_accumulation_steps=4, learning_rate=1e-2)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset, rate: float) -> None:
+    given = {"steps": 1, "learning_rate": 1e-2, "tread_rate": rate, "tread_first": 0, "tread_last": 1}
+    together = run(case.ours, four, batch_size=4, **given)
+    apart = run(case.ours, four, batch_size=1, grad_accumulation_steps=4, **given)
     assert together.losses == pytest.approx(apart.losses, rel=1e-4)
+    assert_reached(case, together.lora)
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ class Anima(Family):
         )
     }
     autoencoder = QWEN_AUTOENCODER
+    routing = Routing(blocks={"transformer_blocks": {"hidden_states": "bp.", "image_rotary_emb": "p."}})
     clip_types = ("stable_diffusion",)  # ComfyUI's template; it goes by the encoder's width
     own_defaults = Defaults(
         learning_rate=1e-4,  # sd-scripts' example

@@ -33,9 +33,9 @@ __all__ = [
     "AT_ZERO", "BY_INDEX", "BY_OFFSET", "BY_UXO", "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable",
     "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot",
     "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames",
-    "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule",
-    "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even", "collate", "module_paths",
-    "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
+    "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift",
+    "Routing", "Rule", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even",
+    "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
 
@@ -435,6 +435,43 @@ def controls_taken(most: int) -> str:
     return f"takes at most {count_text(most, 'control')}" if most else "takes no controls"
 
 
+Layout = str | tuple[str, ...]
+"""A letter for each dimension of a tensor: `b` the batch, `p` tokens of pictures (of the one that is predicted, then of
+controls), `t` those with tokens of text, `.` any other; or the layout of each of several tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Where tokens are in the arguments of a denoiser's blocks; see `token_routing`.
+
+    Attributes:
+        blocks: path of each list of blocks, in the order of their computation → the layouts of a block's arguments by
+            name, the states first. A tensor with another number of dimensions has no tokens.
+        text: where text is among tokens of both kinds: before those of pictures and as long in each row (`first`),
+            before them and of its own length in each row (`packed`), or after them (`last`).
+        patch: latents of a token, in frames, height and width.
+        states: place of the states among what a block returns, where that is a pair.
+    """
+
+    blocks: Mapping[str, Mapping[str, Layout]]
+    text: Literal["first", "packed", "last"] = "last"
+    patch: tuple[int, int, int] = (1, 2, 2)
+    states: int = 1
+
+    def listed(self, denoiser: nn.Module) -> list[tuple[nn.Module, Mapping[str, Layout]]]:
+        """All blocks with the layouts of their arguments, in order."""
+        return [
+            (block, layouts)
+            for path, layouts in self.blocks.items()
+            for block in denoiser.get_submodule(path).children()
+        ]
+
+    def grid(self, latents: torch.Size) -> tuple[int, int, int]:
+        """Number of tokens in frames, height and width for latents (channels, [frames,] height, width)."""
+        frames, height, width = (1, *latents[1:])[-3:]
+        return frames // self.patch[0], height // self.patch[1], width // self.patch[2]
+
+
 NO_EDIT = "none"
 """The choice of an edit variant that is none of them."""
 
@@ -502,6 +539,7 @@ class Family(ABC):
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
         image_encoder: its encoder of pictures that the denoiser attends to; see `encoder_slots`.
+        routing: where tokens are in the denoiser, so that some may skip blocks in training; None for no such routing.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         predicts_by_length: whether `predict` runs the denoiser once for each length of context in a batch.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
@@ -545,6 +583,7 @@ class Family(ABC):
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
     image_encoder: EncoderSlot | None = None
+    routing: Routing | None = None
     clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ _TOP = {path: name for path, name in flux_layout.TOP.items() if path != "norm_ou
 _DOUBLE = {**flux_layout.DOUBLE_ATTENTION, **flux_layout.DOUBLE_FEED_FORWARD}
 _IN_LAYER = {"linear_1": "in_layer", "linear_2": "out_layer"}
 _BLOCKS = r"(^|_)(double|single)_blocks_\d|(^|_)(single_)?transformer_blocks_\d"
+_ROUTED = {"image_rotary_emb": "t.", "attention_mask": "bt"}
 
 
 class Chroma(Family):
@@ -61,6 +62,13 @@ class Chroma(Family):
         "text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))
     }
     autoencoder = FLUX_AUTOENCODER
+    routing = Routing(
+        blocks={
+            "transformer_blocks": {"hidden_states": "bp.", **_ROUTED},
+            "single_transformer_blocks": {"hidden_states": "bt.", **_ROUTED},
+        },
+        text="first",
+    )
     clip_types = ("chroma",)
     own_defaults = Defaults(
         guidance=3.5,  # ComfyUI's template

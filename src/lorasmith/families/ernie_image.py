@@ -47,6 +47,10 @@ class ErnieImage(Family):
         )
     }
     autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
+    routing = Routing(
+        blocks={"layers": {"x": "tb.", "rotary_pos_emb": "bt..", "temb": "tb.", "attention_mask": "b..t"}},
+        patch=(1, 1, 1),
+    )
     clip_types = ("flux2",)  # in ComfyUI's template; its encoder is recognised under any
     own_defaults = Defaults(
         targets="attention+ff",  # OneTrainer's preset: self_attention and mlp

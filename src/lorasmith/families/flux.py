@@ -52,6 +52,7 @@ _DOUBLE = {
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
 }
+_ROUTED = {"hidden_states": "bp.", "image_rotary_emb": "t.", "joint_attention_kwargs": "b..t"}
 # XLabs' trainer puts LoRAs into attention processors; stream 1 of a double block is the picture's, 2 the text's.
 _IMAGE, _TEXT = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 _XLABS = {
@@ -110,6 +111,7 @@ class Flux(Family):
     )
     control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
     autoencoder = FLUX_AUTOENCODER
+    routing = Routing(blocks={"transformer_blocks": _ROUTED, "single_transformer_blocks": _ROUTED}, text="first")
     released = {"guidance_embeds": True}
     lora_signatures = (
         Signature(title, r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", order=1),

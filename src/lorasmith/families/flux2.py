@@ -30,6 +30,7 @@ _SYSTEM = (
 _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
 _SINGLE = ("single_transformer_blocks.*.attn.to_*",)
 _MLP = ("transformer_blocks.*.ff.linear_*", "transformer_blocks.*.ff_context.linear_*")
+_ROUTED = {"image_rotary_emb": "t.", "joint_attention_kwargs": "b..t"}
 
 _READ_BY_KOHYA_NAMES = (
     *("transformer_blocks.*", "single_transformer_blocks.*", "x_embedder", "context_embedder", "proj_out"),
@@ -81,6 +82,14 @@ class Flux2(Family):
         "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
     }
     autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
+    routing = Routing(
+        blocks={
+            "transformer_blocks": {"hidden_states": "bp.", **_ROUTED},
+            "single_transformer_blocks": {"hidden_states": "bt.", **_ROUTED},
+        },
+        text="first",
+        patch=(1, 1, 1),
+    )
     clip_types = ("flux2",)
     controls = (ControlForm(),)
     control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)

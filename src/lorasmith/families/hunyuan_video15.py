@@ -142,6 +142,11 @@ class HunyuanVideo15(Family):
         ),
     )
     clip_types = ("hunyuan_video_15",)
+    routing = Routing(
+        blocks={"transformer_blocks": {"hidden_states": "bp.", "attention_mask": "b..t", "freqs_cis": "p."}},
+        patch=(1, 1, 1),
+        states=0,
+    )
     own_defaults = Defaults(
         resolution=640,  # the area of 480p
         learning_rate=1e-4,  # musubi-tuner's example

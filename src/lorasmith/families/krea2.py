@@ -92,6 +92,10 @@ class Krea2(Family):
         )
     }
     autoencoder = QWEN_AUTOENCODER
+    routing = Routing(
+        blocks={"transformer_blocks": {"hidden_states": "bt.", "image_rotary_emb": "t.", "attention_mask": "b..t"}},
+        text="first",
+    )
     clip_types = ("krea2",)
     own_defaults = Defaults(
         targets="attention+ff",  # OneTrainer's preset: attn and ff

@@ -89,6 +89,9 @@ class Lumina2(Family):
         timestep_distribution="uniform",  # diffusers' script and sd-scripts, which shift by 6
     )
     autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
+    routing = Routing(
+        blocks={"layers": {"hidden_states": "bt.", "attention_mask": "bt", "image_rotary_emb": "bt."}}, text="packed"
+    )
     unused_tensors = ("norm_final.weight",)
     released = {"cap_feat_dim": _WIDTH, "scaling_factor": 1.0}
     lora_signatures = (

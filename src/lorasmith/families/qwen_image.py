@@ -93,6 +93,10 @@ class QwenImage(Family):
         "text_encoder": EncoderSlot("qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",))
     }
     autoencoder = QWEN_AUTOENCODER
+    routing = Routing(
+        blocks={"transformer_blocks": {"hidden_states": "bp.", "image_rotary_emb": ("p.", ""), "modulate_index": "bp"}},
+        text="first",
+    )
     clip_types = ("qwen_image",)
     own_defaults = Defaults(
         pixel_multiple=32,  # an even number of tokens on each side

@@ -93,6 +93,7 @@ class StableDiffusion3(Family):
     }
     needs_each_encoder = False
     clip_types = ("sd3",)
+    routing = Routing(blocks={"transformer_blocks": {"hidden_states": "bp.", "joint_attention_kwargs": "b..t"}})
     own_defaults = Defaults(
         targets="attention+ff",  # sd-scripts' layers but the modulation
         guidance=4.0,  # ComfyUI's template

@@ -112,6 +112,7 @@ class Wan(Family):
         )
     }
     clip_types = ("wan",)
+    routing = Routing(blocks={"blocks": {"hidden_states": "bp.", "temb": "bp..", "rotary_emb": "bp.."}})
     distilled = dict.fromkeys(
         ("lightx2v", "stepdistill", "causvid", "fastwan", "self_forcing", "turbo"), 4
     )  # steps of ComfyUI's templates

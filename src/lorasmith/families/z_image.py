@@ -68,6 +68,7 @@ class ZImage(Family):
         )
     }
     autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
+    routing = Routing(blocks={"layers": {"x": "bt.", "attn_mask": "bt", "freqs_cis": "bt."}})
     clip_types = ("lumina2",)
     own_defaults = Defaults(
         # The layers alone, as in ai-toolkit and musubi-tuner (which excludes refiners and modulation).

@@ -27,10 +27,12 @@ from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
 from lorasmith.data.dataset import Caption, EncodedDataset, Sample, SeenCaption, Variants, places_of
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
+from lorasmith.families.token_routing import Route
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import CaptionsPlanned, EventHandler
 from lorasmith.training.methods.texts import OtherTexts
 from lorasmith.training.runtime import Runtime
+from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable
 
 
@@ -53,6 +55,7 @@ class Batch:
     texts: Mapping[str, Conditioning] = field(default_factory=dict)  # of the samples' further texts, by name
     settings: ResolvedConfig | None = None  # of the run
     of_class: Tensor | None = None  # bool (batch,): whether samples show the subject's class; None for none
+    route: Route | None = None  # of the picture's tokens; None for all through all blocks
 
 
 def sample_index(draw: int, count: int, seed: int) -> int:
@@ -95,6 +98,7 @@ class BatchMaker:
     masks: Callable[[Sequence[int]], Tensor | None] = no_masks  # draw indices → dropout masks, one row each
     lengths_apart: bool = False  # whether contexts of different length are in separate batches
     texts: OtherTexts | None = None  # that the run's methods need
+    routes: TokenRoutes | None = None
 
     @property
     def per_step(self) -> int:
@@ -170,6 +174,7 @@ class BatchMaker:
         places, weights = places_of(samples), [sample.weight for sample in samples]
         others = [self._texts(sample) for sample in samples]
         of_class = [sample.is_class for sample in samples]
+        route = None if self.routes is None else self.routes.route(samples, draws)
         return Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
@@ -186,6 +191,7 @@ class BatchMaker:
             texts={name: self.join([one[name] for one in others]).to(device, dtype) for name in others[0]},
             settings=self.config,
             of_class=torch.tensor(of_class).to(device, non_blocking=True) if any(of_class) else None,
+            route=None if route is None else route.to(device),
         )
 
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:

@@ -509,6 +509,21 @@ class MethodSettings(Section, group="Methods", costs=True):
     guidance_loss_schedule: Literal["constant", "sigma"] = option(
         "constant", help="Guidance of guidance_loss over noise levels: sigma has it fall to 1 towards the clean end."
     )
+    tread_rate: float = option(
+        0.0,
+        min=0.0,
+        max=0.9,
+        help="Share of a picture's tokens that skip the blocks in the middle of a transformer (TREAD, "
+        "arXiv:2501.04765), others in each step, which makes steps faster. Text, controls and, as far as the share "
+        "allows, what is inside of masks go through all blocks. 0 disables it; 0.1 to 0.25 suit LoRAs.",
+    )
+    tread_first: int = option(
+        2,
+        min=-1000,
+        max=1000,
+        help="First block that tokens skip, counted from 0 over all blocks, or from -1 backwards.",
+    )
+    tread_last: int = option(-2, min=-1000, max=1000, help="Last block that tokens skip, counted likewise.")
 
     slider_positive: str | None = option(
         None,
@@ -546,6 +561,9 @@ class MethodSettings(Section, group="Methods", costs=True):
             for name in options_of(MethodSettings):
                 if name.startswith("slider_") and not self.is_default(name):
                     yield f"{name} {getattr(self, name)} has no effect without slider_positive."
+        for name in ("tread_first", "tread_last"):
+            if not self.tread_rate and not self.is_default(name):
+                yield f"{name} {getattr(self, name)} has no effect without tread_rate."
         if self.guidance_loss is None and not self.is_default("guidance_loss_schedule"):
             yield f"guidance_loss_schedule {self.guidance_loss_schedule} has no effect without guidance_loss."
 

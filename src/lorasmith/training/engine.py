@@ -26,6 +26,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
 from lorasmith.families.base import Conditioning
+from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
@@ -35,6 +36,7 @@ from lorasmith.training.methods.method import Goal, Passes
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
+from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable
 
 
@@ -82,12 +84,12 @@ def prediction_of(model: Trainable, batch: Batch, runtime: Runtime, conditioning
 
     `conditioning` replaces the batch's.
     """
-    with activations_packed(runtime.activations, model.module):
-        return model.predict(
-            batch.noised.to(runtime.dtype),
-            batch.level.time,
-            batch.conditioning if conditioning is None else conditioning,
-        )
+    conditioning = batch.conditioning if conditioning is None else conditioning
+    with (
+        activations_packed(runtime.activations, model.module),
+        tokens_routed(model.module, model.routing, batch.route, conditioning),
+    ):
+        return model.predict(batch.noised.to(runtime.dtype), batch.level.time, conditioning)
 
 
 def sample_losses(
@@ -411,15 +413,18 @@ def batch_maker(
     quantiles = quantile_map(config.timesteps, config.timestep_shift, schedule)
     if config.noise_range != WHOLE_RANGE:
         quantiles = range_limited(quantiles, *quantile_range(schedule, *config.noise_range))
+    routes = TokenRoutes.of(model, config)
     return BatchMaker(
         samples=samples.samples if isinstance(samples, EncodedDataset) else samples,
         schedule=schedule,
         quantiles=quantiles,
         join=model.join,
-        lengths_apart=runtime.sharding and model.facts.predicts_by_length,
+        # A route is of one call of the network.
+        lengths_apart=(runtime.sharding or routes is not None) and model.facts.predicts_by_length,
         memory_format=memory_format_for(model.module),
         masks=no_masks if dropout is None else dropout.masks,
         texts=other_texts(samples, config),
+        routes=routes,
         config=config,
         runtime=runtime,
     )

@@ -61,6 +61,7 @@ from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import check_schedule, rule_of
 from lorasmith.training.runtime import Runtime, dtype_on_device
+from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable, trainable
 
 
@@ -164,6 +165,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
         adapters = load_adapters(module, existing.adapters) | _fresh_adapters(module, fresh, requested, config)
     text_adapters = {} if model.encoders is None else _on_text(model.encoders, text_layers, existing, requested, config)
     fresh_text = len(text_adapters) - len(existing.on_text)
+    TokenRoutes.of(model, config)  # raises
     for method in methods_of(config):
         method.check(model.facts, {**adapters, **text_adapters})
     differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)

@@ -52,7 +52,9 @@ SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items
 def check_alike(jobs: Sequence[TrainJob]) -> None:
     """Raise OptionError if jobs, planned on handles of one model, cannot train together over it."""
     first, *others = jobs
-    if others and (method := next((one.name for job in jobs for one in methods_of(job.config)), None)):
+    methods = [one.name for job in jobs for one in methods_of(job.config)]
+    methods += ["tread_rate" for job in jobs if job.config.tread_rate]
+    if others and (method := next(iter(methods), None)):
         raise OptionError(f"runs that train together take plain steps, got {method}; leave it out, or train apart")
     if any(job.text_adapters for job in jobs):
         raise OptionError(

@@ -1,10 +1,11 @@
-"""What training asks of a model: `Trainable`, a frozen network with the nine things that a run needs of it.
+"""What training asks of a model: `Trainable`, a frozen network with the ten things that a run needs of it.
 
     module      the network that carries the adapters         names      of its layers in LoRA files
     diffusion   what it predicts, and its noise schedule      facts      for records, metadata and defaults
     frozen      ready on its device inside this context       predict    one evaluation of the network
     join        conditionings of samples as one batch         identity   digests, by which a run is known again
     encoders    text encoders that carry adapters, too; most runs have none
+    routing     where tokens are in its blocks, so that some may skip blocks; UNets have none
 
 No other module of training knows families, files or libraries. `TrainableDenoiser` is a loaded model's denoiser.
 """
@@ -33,7 +34,16 @@ from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
-from lorasmith.families.base import COMMON_PRESETS, FAMILIES, Conditioning, Defaults, Diffusion, Expert, collate
+from lorasmith.families.base import (
+    COMMON_PRESETS,
+    FAMILIES,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    Expert,
+    Routing,
+    collate,
+)
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
@@ -102,6 +112,7 @@ class Trainable:
     encoders: nn.ModuleDict | None = None
     needs_captions: bool = True  # whether text is encoded ahead, by other encoders than those
     guidance: float | None = None  # see `guided`
+    routing: Routing | None = None  # where tokens are in its blocks; None where none may skip blocks
 
     def __init__(
         self,
@@ -242,6 +253,7 @@ class TrainableDenoiser(Trainable):
         self.denoiser = denoiser
         self.module, self.diffusion, self.patches = denoiser.module, denoiser.diffusion, denoiser.patches
         self.names = base.names
+        self.routing = family.routing
         self.facts = Facts(
             title=base.title,
             defaults=base.defaults,

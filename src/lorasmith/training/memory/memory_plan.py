@@ -31,6 +31,7 @@ from lorasmith.core.choices import Activations
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import ALONE
 from lorasmith.data.dataset import Sample
+from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import Planned, Warned
@@ -115,7 +116,7 @@ def measured_plans(
     noised = batch.noised.to(runtime.dtype)
 
     def run() -> Tensor:
-        with within():
+        with within(), tokens_routed(model.module, model.routing, batch.route, batch.conditioning):
             return model.predict(noised, batch.level.time, batch.conditioning)
 
     return _plans(model.module, run, int(_SHARE * budget_bytes))
