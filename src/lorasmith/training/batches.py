@@ -44,7 +44,7 @@ class Batch:
     level: NoiseLevel
     conditioning: Conditioning
     names: tuple[str, ...]
-    masks: Tensor | None = None  # of rank and module dropout, one row per sample
+    masks: Tensor | None = None  # of the ranks (`RankMasks`), one row per sample
     draws: tuple[int, ...] = ()  # global draw indices
     indices: tuple[int, ...] = ()  # of the samples in the dataset
     quantiles: tuple[float, ...] = ()  # of the noise levels on the model's schedule: 0 is clean, 1 is noise
@@ -76,8 +76,8 @@ def kind_of(conditioning: Conditioning) -> object:
 _PYRAMID = 6  # scales of pyramid noise at most
 
 
-def no_masks(draws: Sequence[int]) -> Tensor | None:
-    """Masks without dropout: None."""
+def no_masks(draws: Sequence[int], share: Tensor) -> Tensor | None:
+    """Masks of no ranks: None."""
     return None
 
 
@@ -92,7 +92,7 @@ class BatchMaker:
     memory_format: torch.memory_format
     config: ResolvedConfig
     runtime: Runtime
-    masks: Callable[[Sequence[int]], Tensor | None] = no_masks  # draw indices → dropout masks, one row each
+    masks: Callable[[Sequence[int], Tensor], Tensor | None] = no_masks  # see `RankMasks.masks`
     lengths_apart: bool = False  # whether contexts of different length are in separate batches
     texts: OtherTexts | None = None  # that the run's methods need
 
@@ -166,7 +166,8 @@ class BatchMaker:
         uniform = uniform_numbers(draws, seed=self.config.seed, stratified=self.config.stratified)
         quantiles = self.quantiles(uniform, (clean.shape[-2], clean.shape[-1]))
         level = self.schedule.at(quantiles)
-        masks, device, dtype = self.masks(draws), self.runtime.device, self.runtime.dtype
+        masks = self.masks(draws, self.schedule.share(level.time))
+        device, dtype = self.runtime.device, self.runtime.dtype
         places, weights = places_of(samples), [sample.weight for sample in samples]
         others = [self._texts(sample) for sample in samples]
         of_class = [sample.is_class for sample in samples]

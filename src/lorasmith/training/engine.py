@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import Attached, Dial, Difference, adapters_attached
-from lorasmith.adapters.variants import Dropout
+from lorasmith.adapters.variants import RankMasks
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -139,7 +139,13 @@ class Engine:
         self.config = config
         self.runtime = runtime
         self.rate_factor = 1.0
-        self.dropout = Dropout(adapters, rank=config.rank_dropout, module=config.module_dropout, seed=config.seed)
+        self.rank_masks = RankMasks(
+            adapters,
+            rank_dropout=config.rank_dropout,
+            module_dropout=config.module_dropout,
+            seed=config.seed,
+            schedule=config.rank_schedule,
+        )
         self.methods = methods_of(config)
         self._dial = Dial()
         self.trained = Attached(adapters, self._dial if self.methods else 1.0, differences or {})
@@ -206,7 +212,7 @@ class Engine:
             is_last, is_only = index == len(batches) - 1, len(batches) == 1
             with (
                 # Until the backward passes end, as they may recompute blocks.
-                self.dropout.masks_applied(batch.masks)
+                self.rank_masks.masks_applied(batch.masks)
             ):
                 goal, loss = self._passes(batch, per_step)
                 with sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext():
@@ -399,9 +405,9 @@ def batch_maker(
     samples: Sequence[Sample] | EncodedDataset,
     config: ResolvedConfig,
     runtime: Runtime,
-    dropout: Dropout | None = None,
+    rank_masks: RankMasks | None = None,
 ) -> BatchMaker:
-    """The `BatchMaker` of a run; `dropout` provides the masks of rank and module dropout.
+    """The `BatchMaker` of a run; `rank_masks` are of its adapters.
 
     Raises OptionError if a method of the settings needs a text encoder, and `samples` are no dataset that has one.
     """
@@ -418,7 +424,7 @@ def batch_maker(
         join=model.join,
         lengths_apart=runtime.sharding and model.facts.predicts_by_length,
         memory_format=memory_format_for(model.module),
-        masks=no_masks if dropout is None else dropout.masks,
+        masks=no_masks if rank_masks is None else rank_masks.masks,
         texts=other_texts(samples, config),
         config=config,
         runtime=runtime,

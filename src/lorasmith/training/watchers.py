@@ -72,7 +72,7 @@ class ValidationWatch(Watcher):
         assert self.history is not None
         with loop.engine.evaluation_weights() as weights:
             try:
-                losses = self._losses()
+                losses = self._losses(loop.engine.rank_masks)
             except TrainingError as error:  # broken weights: the next step will diverge, and the loop roll back
                 loop.emit(Warned(message=f"No validation at step {loop.step}: {error}."))
                 return
