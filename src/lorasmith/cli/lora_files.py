@@ -1,4 +1,4 @@
-"""`lorasmith inspect`, `check`, `convert`, `merge`, `resize`, `extract` and `diff`: LoRA files."""
+"""`lorasmith inspect`, `check`, `convert`, `bands`, `merge`, `resize`, `extract` and `diff`: LoRA files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from lorasmith.core.registry import missing
 
 if TYPE_CHECKING:
     from lorasmith.formats.inspect import FileFault, LoraSummary
+    from lorasmith.formats.metadata import LeveledRanks
     from lorasmith.runs.recorded_run import StateFacts
+    from lorasmith.toolbox.bands import Bands
     from lorasmith.toolbox.check import Checked
     from lorasmith.toolbox.compare import Comparison, Pair
     from lorasmith.toolbox.convert import Converted
@@ -38,6 +40,7 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
     app.command("check")(check)
     app.command("convert")(convert)
+    app.command("bands")(bands)
     app.command("merge")(merge)
     app.command("resize")(resize)
     app.command("extract")(extract)
@@ -66,6 +69,8 @@ def _print_summary(summary: LoraSummary) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from lorasmith.formats.metadata import LeveledRanks
+
     used = recorded_extensions(summary.metadata)
     brought = [f"{one.name} ({one.source}{', missing' if missing([one]) else ''})" for one in used]
     rows = {
@@ -88,6 +93,7 @@ def _print_summary(summary: LoraSummary) -> None:
         "Alpha": _counts({"none" if alpha is None else f"{alpha:g}": n for alpha, n in summary.alphas.items()}),
         "Tensors": f"{summary.tensors} ({_counts(summary.dtypes)}), {summary.parameters:,} parameters",
         "Steps": str(summary.steps or "not recorded"),
+        **({"T-LoRA": _leveled(leveled)} if (leveled := LeveledRanks.of(summary.metadata)) else {}),
         **({"Extends": ", ".join(brought)} if brought else {}),
         **{name.upper(): value for name, value in summary.hashes.items()},
     }
@@ -101,6 +107,14 @@ def _print_summary(summary: LoraSummary) -> None:
     _print_section("Metadata", summary.metadata)
     for finding in summary.findings:
         print_note(f"{finding}; `lorasmith check` shows the remedy", kind="Fault")
+
+
+def _leveled(ranks: LeveledRanks) -> str:
+    schedule = ranks.schedule
+    return (
+        f"{schedule.min_rank * schedule.copies} of the ranks in pure noise, all of them near the clean end (alpha "
+        f"{schedule.alpha:g}); other programs use all, or those of `lorasmith bands`"
+    )
 
 
 def _print_section(title: str, entries: Mapping[str, str]) -> None:
@@ -240,6 +254,41 @@ def _beside(file: Path, layout: str) -> Path:
     name = PORTABLE if layout.casefold() == PORTABLE else LAYOUTS.canonical(layout)
     stem = file.name if file.is_dir() else file.stem
     return file.with_name(f"{stem}-{name}" + ("" if name in LAYOUTS and LAYOUTS[name].in_folder else ".safetensors"))
+
+
+def bands(
+    file: LoraFileArgument,
+    count: Annotated[
+        int | None,
+        typer.Option(help="Number of bands. Default: one for each level at which ranks come in, at most 16."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The new folder. Default: beside FILE, with -bands.")] = None,
+    model: LoraModel = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of bands at --output.")] = False,
+) -> None:
+    """Cut a T-LoRA into LoRAs for ComfyUI, which switches them on as noise falls (Create Hook LoRA).
+
+    The folder goes into models/loras. It has a graph, workflow.json, with the start_percent of each.
+    """
+    from lorasmith.toolbox.bands import cut_into_bands
+
+    with console.status("Cutting"):
+        done = cut_into_bands(
+            file, output or file.with_name(f"{file.stem}-bands"), count=count, model=model, overwrite=overwrite
+        )
+    print_result(lambda: done, lambda: _print_bands(done))
+
+
+def _print_bands(done: Bands) -> None:
+    from rich.table import Table
+
+    table = Table("LoRA", "start_percent", "modules", box=None)
+    for band in done.bands:
+        table.add_row(band.path.name, f"{band.start_percent:.3f}", str(band.modules))
+    console.print(table)
+    if not done.is_exact:
+        print_note("Levels at which ranks come in are joined, at their mean; --count has more bands")
+    echo(done.folder)
 
 
 def merge(

@@ -25,6 +25,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, mu
 from lorasmith.core.errors import LoraError, ModelError, OptionError
 from lorasmith.core.files import atomic_folder
 from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.metadata import RANKS_ENTRY
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by
 from lorasmith.formats.spelling import ModuleTensors, without_core
 from lorasmith.toolbox.changes import (
@@ -106,7 +107,7 @@ def merge_loras(
         modules[ref] = whole
     if not modules:
         raise LoraError("a merge needs at least one LoRA with a strength other than 0, and all of these are 0")
-    save_alike(output, files, modules, _merged_metadata(files, loras), dtype=dtype)
+    save_alike(output, files, modules, _merged_metadata(files, loras, rank), dtype=dtype)
     found = [rank_of(module.adapter) for module in modules.values() if module.adapter is not None]
     return MergeReport(
         output=output,
@@ -220,12 +221,16 @@ def _cannot_stack(ref: ModuleRef, files: Sequence[tuple[LoraFile, float]]) -> st
     )
 
 
-def _merged_metadata(files: Sequence[LoraFile], loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
+def _merged_metadata(
+    files: Sequence[LoraFile], loras: Sequence[tuple[Path, float]], rank: int | None
+) -> dict[str, str]:
     """Entries that are equal in all files, and a note on the merge."""
     first, *others = (file.metadata for file in files)
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     triggers = dict.fromkeys(t for file in files if (t := file.metadata.get("modelspec.trigger_phrase")))
     merged = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in loras)
+    if len(files) > 1 or rank is not None:
+        common.pop(RANKS_ENTRY, None)  # ranks are not those of training
     entries = {"modelspec.trigger_phrase": ", ".join(triggers), "modelspec.merged_from": merged}
     return noted({**common, **{key: value for key, value in entries.items() if value}}, f"merged {merged}")
 

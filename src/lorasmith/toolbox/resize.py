@@ -24,7 +24,7 @@ from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.layouts.peft import ADAPTER_METADATA
-from lorasmith.formats.metadata import sshs_hashes
+from lorasmith.formats.metadata import RANKS_ENTRY, sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
 from lorasmith.formats.spelling import ModuleTensors, grouped
@@ -240,7 +240,7 @@ def _metadata(
     energy: float | None,
 ) -> dict[str, str]:
     bounds = [f"rank {rank}"] * (rank is not None) + [f"energy {energy:g}" if energy is not None else ""]
-    header = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA}
+    header = {key: value for key, value in file.metadata.items() if key not in (ADAPTER_METADATA, RANKS_ENTRY)}
     if "lorasmith.algorithm" in header:
         header["lorasmith.algorithm"] = "lora"
     if header.get("ss_network_module", "").startswith("lycoris"):
