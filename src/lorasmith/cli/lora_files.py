@@ -1,4 +1,4 @@
-"""`lorasmith inspect`, `check`, `convert`, `bands`, `merge`, `resize`, `extract` and `diff`: LoRA files."""
+"""`lorasmith inspect`, `check`, `convert`, `bands`, `average`, `merge`, `resize`, `extract` and `diff`: LoRA files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorasmith.formats.inspect import FileFault, LoraSummary
     from lorasmith.formats.metadata import LeveledRanks
     from lorasmith.runs.recorded_run import StateFacts
+    from lorasmith.toolbox.average import Averaged
     from lorasmith.toolbox.bands import Bands
     from lorasmith.toolbox.check import Checked
     from lorasmith.toolbox.compare import Comparison, Pair
@@ -41,6 +42,7 @@ def register(app: typer.Typer) -> None:
     app.command("check")(check)
     app.command("convert")(convert)
     app.command("bands")(bands)
+    app.command("average")(average)
     app.command("merge")(merge)
     app.command("resize")(resize)
     app.command("extract")(extract)
@@ -289,6 +291,46 @@ def _print_bands(done: Bands) -> None:
     if not done.is_exact:
         print_note("Levels at which ranks come in are joined, at their mean; --count has more bands")
     echo(done.folder)
+
+
+def average(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run that was trained with --post-hoc-ema.")
+    ],
+    ema: Annotated[
+        float,
+        typer.Option(
+            help="Length of the average: standard deviation of the steps' weights, as a part of the run, up to 0.289."
+        ),
+    ] = 0.1,
+    output: Annotated[
+        Path | None, typer.Option(help="The new file. Default: in RUN, with the length in its name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
+) -> None:
+    """Make the moving average of a run's LoRA, of any length, from those that the run has saved.
+
+    The longer it is, the less it follows single steps; 0.05 to 0.2 are usual. The average ends with the last saved one.
+    """
+    from lorasmith.toolbox.average import average_run
+
+    with console.status("Averaging"):
+        target = output or run / f"{run.name}-ema{ema:g}.safetensors"
+        done = average_run(run, target, sigma_rel=ema, overwrite=overwrite)
+    print_result(lambda: done, lambda: _print_averaged(done))
+
+
+def _print_averaged(done: Averaged) -> None:
+    if done.missing:
+        steps = ", ".join(map(str, done.missing))
+        print_note(f"Averages of step {steps} are missing, and the others stand for them")
+    if done.error > _INEXACT:
+        print_note(f"Saved averages give one of that length to {done.error:.0%} alone; choose another length")
+    echo(f"Average up to step {done.step}, of {done.saved} files; the weights of its steps are {done.error:.1%} off")
+    echo(done.output)
+
+
+_INEXACT = 0.1
 
 
 def merge(

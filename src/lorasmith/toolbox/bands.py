@@ -2,7 +2,7 @@
 
 Ranks that come in at the same noise level are a band, a plain LoRA at the scale of the whole. ComfyUI's hooks give each
 a `start_percent`, before which it is off, so that pictures are those of the T-LoRA. With fewer bands than levels at
-which ranks come in, neighbouring levels are one, at their mean. The first band has all that does not depend on the noise.
+which ranks come in, neighbouring levels are one, at their mean. The first band has all that does not depend on noise.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ class Batch:
     masks: Tensor | None = None  # of the ranks (`RankMasks`), one row per sample
     draws: tuple[int, ...] = ()  # global draw indices
     indices: tuple[int, ...] = ()  # of the samples in the dataset
+    share: Tensor | None = None  # of diffusion time, 0 for clean to 1 for noise, fp32 (batch,); None outside of a run
     quantiles: tuple[float, ...] = ()  # of the noise levels on the model's schedule: 0 is clean, 1 is noise
     places: Tensor | None = None  # weights of the loss by pixel, fp32, broadcasting to `clean`; None for 1
     weights: Tensor | None = None  # of the samples in the gradient, fp32 (batch,); None for 1
@@ -166,7 +167,8 @@ class BatchMaker:
         uniform = uniform_numbers(draws, seed=self.config.seed, stratified=self.config.stratified)
         quantiles = self.quantiles(uniform, (clean.shape[-2], clean.shape[-1]))
         level = self.schedule.at(quantiles)
-        masks = self.masks(draws, self.schedule.share(level.time))
+        share = self.schedule.share(level.time)
+        masks = self.masks(draws, share)
         device, dtype = self.runtime.device, self.runtime.dtype
         places, weights = places_of(samples), [sample.weight for sample in samples]
         others = [self._texts(sample) for sample in samples]
@@ -181,6 +183,7 @@ class BatchMaker:
             masks=None if masks is None else masks.to(device, dtype, non_blocking=True),
             draws=tuple(draws),
             indices=tuple(self.index(draw) for draw in draws),
+            share=share.to(device, torch.float32, non_blocking=True),
             quantiles=tuple(quantiles.tolist()),
             places=None if places is None else places.to(device, non_blocking=True),
             weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),

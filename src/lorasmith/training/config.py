@@ -351,6 +351,14 @@ class OptimizerSettings(StepSettings, group="Training"):
         help="Decay of an exponential moving average of the trained weights, which is saved instead of the last "
         "weights. 0 disables it.",
     )
+    post_hoc_ema: int = option(
+        0,
+        min=0,
+        max=100,
+        costs=True,
+        help="Times in a run at which two moving averages of the trained weights are saved, from which `lorasmith "
+        "average` makes that of any length afterwards (arXiv:2312.02696). 8 are usual, 0 saves none.",
+    )
     max_grad_norm: float = option(
         1.0, min=0.0, max=1e6, help="Gradient norm to which larger gradients are clipped. 0 disables it."
     )
@@ -425,7 +433,8 @@ class LossSettings(Section, group="Training"):
         "none",
         choices=WEIGHTINGS,
         help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
-        "soft_min_snr does so smoothly; debiased and p2 lower the weight of the clean end of epsilon models.",
+        "soft_min_snr does so smoothly; debiased and p2 lower the weight of the clean end of epsilon models, "
+        "sigma_sqrt and cosmap are for flows.",
     )
     min_snr_gamma: float = option(
         5.0, min=0.01, max=1000.0, help="Signal-to-noise ratio at which min_snr and soft_min_snr level off."
@@ -462,8 +471,11 @@ class LossSettings(Section, group="Training"):
     huber_c: float = option(
         0.1, min=1e-6, max=100.0, help="Error from which the loss PseudoHuber is linear, so that outliers count less."
     )
-    huber_schedule: Literal["constant", "snr"] = option(
-        "constant", help="huber_c over noise levels: snr raises it to 1 towards the clean end."
+    huber_schedule: Literal["constant", "exponential", "snr"] = option(
+        "constant", help="huber_c over noise levels: exponential and snr raise it to 1 towards the clean end."
+    )
+    huber_scale: float = option(
+        1.0, min=1e-3, max=1000.0, help="Factor of the scheduled huber_c, of constant and exponential."
     )
     zero_terminal_snr: bool = option(
         False,
@@ -479,9 +491,11 @@ class LossSettings(Section, group="Training"):
 
     def idle_settings(self) -> Iterator[str]:
         if self.loss_function != "PseudoHuber":
-            for name in ("huber_c", "huber_schedule"):
+            for name in ("huber_c", "huber_schedule", "huber_scale"):
                 if not self.is_default(name):
                     yield f"{name} {getattr(self, name)} has no effect without loss_function PseudoHuber."
+        elif self.huber_schedule == "snr" and not self.is_default("huber_scale"):
+            yield f"huber_scale {self.huber_scale:g} has no effect with huber_schedule snr."
         if "min_snr" not in self.loss_weighting and not self.is_default("min_snr_gamma"):
             yield f"min_snr_gamma {self.min_snr_gamma:g} has no effect without loss_weighting min_snr or soft_min_snr."
         if self.loss_weighting != "none" and self.objective == "x0" and self.loss_function == "MSE":

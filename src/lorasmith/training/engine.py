@@ -22,6 +22,7 @@ from lorasmith.adapters.inject import Attached, Dial, Difference, adapters_attac
 from lorasmith.adapters.variants import RankMasks
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
+from lorasmith.core.power_average import LENGTHS, exponent, kept_share
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
@@ -163,6 +164,9 @@ class Engine:
         )
         self._scale = LossScale(runtime.device, enabled=runtime.dtype == torch.float16)
         self._average = self.flat.master.clone() if config.ema_decay else None
+        # (lengths, numbers) fp32, see `core.power_average`
+        self.power_averages = self.flat.master.repeat(len(LENGTHS), 1) if config.post_hoc_ema else None
+        self._exponents = [exponent(one) for one in LENGTHS]
         self._sound = torch.ones((), dtype=torch.bool, device=runtime.device)
         self._sums = GradientSums(self.flat, runtime.processes) if runtime.processes.size > 1 else None
 
@@ -333,6 +337,9 @@ class Engine:
             # Early on the decay is smaller, as in torch and timm.
             decay = min(config.ema_decay, (1 + step) / (10 + step))
             self._average.lerp_(self.flat.master, (1 - decay) * proceed)
+        if self.power_averages is not None:
+            for average, gamma in zip(self.power_averages, self._exponents, strict=True):
+                average.lerp_(self.flat.master, 1 - kept_share(step + 1, gamma))
         self.flat.publish()
         return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first)), losses))
 
@@ -397,6 +404,8 @@ class Engine:
 
     def _own_state(self) -> dict[str, Tensor]:
         average = {} if self._average is None else {"average": self._average}
+        if self.power_averages is not None:
+            average["power_averages"] = self.power_averages
         return {"master": self.flat.master, **average, **self._scale.tensors}
 
 

@@ -68,6 +68,7 @@ def notes_on(
         *VariantSettings.idle_settings(config),
         *_on_quantization(config, model),
         *_on_shift(config, model),
+        *_on_weighting(config, model),
         *LossSettings.idle_settings(config),
         *MethodSettings.idle_settings(config),
         *TextEncoderSettings.idle_settings(config),
@@ -198,6 +199,12 @@ def _on_shift(config: TrainConfig, model: Trainable) -> Iterator[str]:
     own = model.diffusion.schedule.shift
     if config.timestep_shift is not None and math.isclose(config.timestep_shift, own) and config.timesteps != "shifted":
         yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
+
+
+def _on_weighting(config: TrainConfig, model: Trainable) -> Iterator[str]:
+    is_flow = model.diffusion.parameterization == "flow"
+    if config.loss_weighting == "sigma_sqrt" and is_flow and config.objective == "native":
+        yield "loss_weighting sigma_sqrt has no effect on a flow with objective native, whose loss it is."
 
 
 def _on_own_values(

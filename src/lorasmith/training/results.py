@@ -9,11 +9,13 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
+
+import torch
 
 from lorasmith.adapters.algorithms import facts_of, format_named, format_of
 from lorasmith.adapters.variants import OrthogonalAdapter, rank_ordered
@@ -22,12 +24,22 @@ from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.extensions import HEADER_ENTRY, as_json
 from lorasmith.core.files import write_atomic
 from lorasmith.core.placement import dtype_from_name, dtype_name
+from lorasmith.core.power_average import AVERAGES, LENGTHS
 from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.diffusion.schedule import DiscreteSchedule
-from lorasmith.formats.metadata import RANKS_ENTRY, RUN_ENTRY, LeveledRanks, autov1, tag_frequency, without_private
+from lorasmith.formats.metadata import (
+    AVERAGE_ENTRY,
+    RANKS_ENTRY,
+    RUN_ENTRY,
+    LeveledRanks,
+    autov1,
+    average_entry,
+    tag_frequency,
+    without_private,
+)
 from lorasmith.formats.names import encoder_module
 from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.config import ResolvedConfig
@@ -154,6 +166,23 @@ class Results:
         if self.folder is not None:
             with loop.engine.exported():
                 self.save(loop, self._path(self.folder, "-best"))
+
+    def save_averages(self, loop: Loop, steps: Sequence[int]) -> None:
+        """Save the averages after this step, one of those after which they are saved; the run must have a folder.
+
+        In 16 bits they are in fp16, as sums of several have to be more exact than bf16.
+        """
+        averages, folder = loop.engine.power_averages, self.folder
+        assert averages is not None and folder is not None
+        for sigma_rel, values in zip(LENGTHS, averages, strict=True):
+            with loop.engine.exported(values):
+                lora = self.lora(loop.step)
+            entry = {AVERAGE_ENTRY: average_entry(sigma_rel, loop.step, steps)}
+            if lora.dtype == torch.bfloat16:
+                lora = replace(lora, dtype=torch.float16)
+            path = folder / AVERAGES / f"{self.title}-step{loop.step:08}-ema{sigma_rel:.2f}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            lora.save(path, metadata=entry)
 
     def collect(
         self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
