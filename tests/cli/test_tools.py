@@ -52,6 +52,9 @@ def files(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path, copy_function=os.link, dirs_exist_ok=True))
 
 
+BANDS = ("dog/dog.safetensors", "--model", "sd15.safetensors")
+
+
 def run_with_averages(folder: Path) -> None:
     """A run of a T-LoRA that has saved averages, in `dog`."""
     model = load_model(built_in_models()["lorasmith-tiny"])
@@ -87,12 +90,14 @@ def test_the_python_of_the_page_runs(
 
 def test_bands_and_average_say_what_they_made(lorasmith: Command, files: Path) -> None:
     run_with_averages(files)
-    ran = lorasmith("bands", "dog/dog.safetensors", "--model", "sd15.safetensors")
+    ran = lorasmith("bands", *BANDS)
     assert ran.code == 0, ran.err
     assert re.search(r"dog-band02\.safetensors +0\.\d+ +\d+", ran.out), ran.out
     assert (files / "dog" / "dog-bands" / "workflow.json").is_file()
-    ran = lorasmith("bands", "dog/dog.safetensors", "--model", "sd15.safetensors", "--count", 2, "--overwrite")
+    ran = lorasmith("bands", *BANDS, "--count", 2, "--overwrite")
     assert "--count has more bands" in ran.out + ran.err
+    assert json.loads(lorasmith("bands", *BANDS, "--json", "--overwrite").out)["is_exact"]
+    assert json.loads(lorasmith("average", "dog", "--json", "--output", "a.safetensors").out)["missing"] == []
     ran = lorasmith("average", "dog", "--ema", 0.1)
     assert ran.code == 0, ran.err
     assert "Average up to step 4, of 4 files; the weights of its steps are 0.0% off" in ran.out

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LowRank
+from lorasmith.adapters.variants import OrthogonalAdapter, gaussian_singular_values
 from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
@@ -25,6 +28,7 @@ from lorasmith.runs.library import train
 from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
+from lorasmith.training.events import Event, StepDone
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult, lora_of
@@ -229,3 +233,74 @@ def test_held_out_losses_use_the_ranks_of_their_level(tiny: Model, dataset: Enco
             )()
         torch.testing.assert_close(found[0, draw], expected[0, draw], rtol=1e-3, atol=1e-5)
     assert ((found - everything).abs() > 1e-4).any()
+
+
+def test_a_run_is_resumed_to_the_bit_with_its_averages(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 4, "tlora": "orthogonal", "rank_dropout": 0.3, "post_hoc_ema": 2}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(dataset, output=whole, **settings)
+    steps: list[Event] = []
+    run(
+        dataset,
+        output=broken,
+        on_event=steps.append,
+        cancelled=lambda: sum(isinstance(one, StepDone) for one in steps) == 3,
+        **settings,
+    )
+    run(dataset, output=broken, **settings)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors") if "states" not in path.parts)
+    assert len(files) == 1 + 2 * 2
+    for name in files:
+        one, other = load_file(whole / name), load_file(broken / name)
+        assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
+
+
+def test_the_orthogonal_start_is_that_of_a_random_matrix() -> None:
+    layer = FrozenLayer(nn.Conv2d(40, 60, 3))
+    adapter = OrthogonalAdapter.create(layer, rank=8, alpha=4.0, seed=0, path="a", zero="up")
+    weights = adapter.to_weights()
+    down, up = weights.tensors["down"].flatten(1), weights.tensors["up"].flatten(1)
+    start = down[1::2], up[:, 0::2]  # of each rank, the trained down is first and still zero
+    assert not down[0::2].any() and not up[:, 1::2].any()
+    values = torch.linalg.svdvals(torch.randn(60, 360, generator=torch.Generator().manual_seed(0)))[-8:] / 8
+    for found in (start[0] @ start[0].T, start[1].T @ start[1]):
+        torch.testing.assert_close(found, torch.diag(found.diag()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.diag() / 2, values, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (200, 50)])
+def test_singular_values_are_those_of_gaussian_matrices(shape: tuple[int, int]) -> None:
+    expected = torch.stack(
+        [torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(seed))) for seed in range(20)]
+    ).mean(0)
+    found = gaussian_singular_values(*shape)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dora": "input"}, "got dora, whose magnitudes are of all of them; leave one of the two out"),
+        ({"tucker": True}, "got tucker, whose core is of all of them"),
+        ({"pissa": True}, "got pissa, whose start is of all of them"),
+        ({"algorithm": "LoKr"}, "tlora is for LoRA, got algorithm LoKr"),
+        ({"tlora_min_rank": 6}, "tlora_min_rank must be below the rank, 6, got 6; raise the rank"),
+    ],
+)
+def test_what_has_no_order_of_ranks_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        TrainConfig(**SETTINGS | settings)
+
+
+def test_a_file_is_continued_with_its_ranks(tiny: Model, dataset: EncodedDataset, run: Run, tmp_path: Path) -> None:
+    first = run(dataset, tlora="orthogonal", targets=LAYERS).lora.save(tmp_path / "first.safetensors")
+    settings: dict[str, Any] = {"existing_lora": str(first), "targets": LAYERS}
+    again = run(dataset, tlora="plain", **settings).lora
+    assert again.rank_schedule == RankSchedule(1, 1.0)
+    assert set(again.ranks) == {8}
+    (note,) = (one for one in planned(tiny, **(settings | {"tlora": "none"})).notes if "is a T-LoRA" in one)
+    assert "all ranks are trained at each noise level here; set tlora" in note
+    with pytest.raises(OptionError, match="tlora orthogonal starts all layers, but"):
+        planned(tiny, **(settings | {"tlora": "orthogonal", "targets": f"{LAYERS}, *.ff.*"}))
+    whole = replace(again, state=replace(again.state, metadata={})).save(tmp_path / "whole.safetensors")
+    assert not any("is a T-LoRA" in one for one in planned(tiny, existing_lora=str(whole), tlora="none").notes)
