@@ -19,6 +19,7 @@ from lorasmith.core.adapter_state import AdapterState, ModuleRef
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
+from lorasmith.formats.metadata import RANKS_ENTRY
 from lorasmith.runs.library import train
 from lorasmith.training.lora_handle import Lora
 from tests.toolbox import cases
@@ -105,6 +106,11 @@ def test_bands_and_average_say_what_they_made(lorasmith: Command, files: Path) -
     ran = lorasmith("average", "dog", "--ema", 0.25, "--output", "long.safetensors")
     assert "Averages of step 2 are missing" in ran.out + ran.err
     assert "choose another length" in ran.out + ran.err
+    ran = lorasmith("merge", "dog/dog.safetensors", "--into", "sd15.safetensors", "--output", "whole.safetensors")
+    assert "is a T-LoRA, of which all ranks are used" in " ".join((ran.out + ran.err).split())
+    ran = lorasmith("resize", "dog/dog.safetensors", "--rank", 2)
+    assert "is a T-LoRA; the new file uses all of its ranks" in " ".join((ran.out + ran.err).split())
+    assert RANKS_ENTRY not in Lora.load(files / "dog" / "dog-rank2.safetensors").metadata
     ran = lorasmith("inspect", "dog/dog.safetensors")
     assert "1 of the ranks in pure noise" in " ".join(ran.out.split())
 

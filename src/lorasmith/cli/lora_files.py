@@ -379,6 +379,7 @@ def merge(
 
 def _print_merged(report: MergeReport) -> None:
     _warn_left_out(report.left_out)
+    _warn_leveled(report.leveled)
     ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
     kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of truncated modules"
     echo(f"{report.modules} modules, rank {ranks or 'none'}: {kept}")
@@ -392,6 +393,11 @@ def _warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
         print_note(text)
 
 
+def _warn_leveled(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print_note(f"{path} is a T-LoRA, of which all ranks are used at each noise level now")
+
+
 def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool) -> None:
     from lorasmith.toolbox.merge import fold_into
     from lorasmith.toolbox.model_files import open_model
@@ -401,6 +407,7 @@ def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, over
 
     def show() -> None:
         _warn_left_out(report.left_out)
+        _warn_leveled(report.leveled)
         for name in report.skipped:
             print_note(f"{name} is not in the new folder, because it holds the same weights without the LoRAs")
         echo(f"{report.modules} modules changed")

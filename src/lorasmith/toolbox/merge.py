@@ -70,6 +70,7 @@ class MergeReport:
     energy: float | None  # share of the squared singular values kept in truncation; None if nothing was truncated
     # by file, modules or keys that do not belong to the model and are not in the new file
     left_out: Mapping[Path, Sequence[str]]
+    leveled: Sequence[Path] = ()  # T-LoRAs, of which all ranks are used at each noise level now
 
 
 def merge_loras(
@@ -115,7 +116,12 @@ def merge_loras(
         ranks={rank: found.count(rank) for rank in found if rank is not None},
         energy=share(kept, total) if total else None,
         left_out={file.path: sorted(file.unknown) for file in files if file.unknown},
+        leveled=_leveled(files) if len(files) > 1 or rank is not None else (),
     )
+
+
+def _leveled(files: Sequence[LoraFile]) -> Sequence[Path]:
+    return tuple(file.path for file in files if RANKS_ENTRY in file.metadata)
 
 
 def _exactly(parts: Sequence[WeightedModule], rank: int | None) -> ModuleTensors | None:
@@ -243,6 +249,7 @@ class FoldReport:
     modules: int  # number of modules that changed
     left_out: Mapping[Path, Sequence[str]]  # by LoRA, its modules or keys that do not belong to the model
     skipped: Sequence[str] = ()  # files of the folder that were not copied because they hold weights without the LoRAs
+    leveled: Sequence[Path] = ()  # T-LoRAs, of which all ranks are used at each noise level now
 
 
 def fold_into(
@@ -273,7 +280,8 @@ def fold_into(
         file.path: sorted([*file.unknown, *(ref.path for ref in file.modules if ref.component not in present)])
         for file, _ in files
     }
-    return FoldReport(output, len(parts), {path: names for path, names in left_out.items() if names}, skipped)
+    found = {path: names for path, names in left_out.items() if names}
+    return FoldReport(output, len(parts), found, skipped, _leveled([file for file, _ in files]))
 
 
 Rewrite = Callable[[Tensor], Tensor]

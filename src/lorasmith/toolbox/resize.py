@@ -229,6 +229,8 @@ def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[Module
             f"{len(unknown)} modules, such as {file.bases[unknown[0]]}, were taken for Linear layers, because the file "
             "does not hold their kernel sizes; if some are convolutions, name the model with --model"
         )
+    if RANKS_ENTRY in file.metadata:
+        warnings.append(f"{file.path.name} is a T-LoRA; the new file uses all of its ranks at each noise level")
     return warnings
 
 
