@@ -115,6 +115,14 @@ def test_bands_and_average_say_what_they_made(lorasmith: Command, files: Path) -
     assert "1 of the ranks in pure noise" in " ".join(ran.out.split())
 
 
+def test_training_says_how_comfyui_has_the_ranks(lorasmith: Command, photos: Path) -> None:
+    quick = ("--model", "lorasmith-tiny", "--steps", 1, "--targets", "*.attn2.to_q", "--no-previews")
+    ran = lorasmith("train", photos, *quick, "--rank", 4, "--tlora", "plain")
+    assert ran.code == 0, ran.err
+    assert re.search(r"For ComfyUI:\s+lorasmith bands \S+\.safetensors", ran.out), ran.out
+    assert "T-LoRA" not in lorasmith("train", photos, *quick, "--fresh").out
+
+
 def test_merge_says_what_it_made(lorasmith: Command, files: Path, tiny: Model) -> None:
     ran = lorasmith("merge", "style.safetensors:0.5", "subject.safetensors:-1", "--output", "out.safetensors")
     assert ran.code == 0, ran.err
