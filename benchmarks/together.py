@@ -269,7 +269,7 @@ def _process(case: Case, arguments: argparse.Namespace) -> None:
 
 def _block(engine: Engine, samples: Sequence[Any], steps: int, first: int) -> dict[str, float]:
     """Medians of the parts of some steps, after one that is not counted."""
-    maker = batch_maker(engine.model, samples, engine.config, engine.runtime, engine.dropout)
+    maker = batch_maker(engine.model, samples, engine.config, engine.runtime, engine.rank_masks)
     found = []
     with engine.prepared(), _backward_timed() as backward:
         for step in range(first, first + steps + 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -14,8 +14,12 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import Dropout, InputDora, OutputDora, PissaAdapter
+from lorasmith.adapters.variants import InputDora, OutputDora, PissaAdapter, RankMasks
 from lorasmith.core.errors import OptionError
+
+
+def masked(adapters: Mapping[str, Adapter], *, rank: float = 0.0, module: float = 0.0, seed: int = 0) -> RankMasks:
+    return RankMasks(adapters, rank_dropout=rank, module_dropout=module, seed=seed, schedule=None)
 
 
 def lora(rank: int = 8, features: int = 12, kind: type[Adapter] = LoraAdapter) -> Adapter:
@@ -24,7 +28,7 @@ def lora(rank: int = 8, features: int = 12, kind: type[Adapter] = LoraAdapter) -
 
 
 def masks(count: int, *, rank: float = 0.0, module: float = 0.0, seed: int = 0, path: str = "a") -> Tensor:
-    made = Dropout({path: lora()}, rank=rank, module=module, seed=seed).masks(range(count))
+    made = masked({path: lora()}, rank=rank, module=module, seed=seed).masks(range(count), torch.zeros(count))
     assert made is not None
     return made
 
@@ -49,7 +53,7 @@ def test_module_dropout_leaves_out_all_or_nothing_and_scales_nothing() -> None:
 
 def test_masks_are_a_function_of_seed_draw_and_path() -> None:
     whole, again = masks(64, rank=0.5), masks(64, rank=0.5)
-    one_by_one = [Dropout({"a": lora()}, rank=0.5, module=0.0, seed=0).masks([draw]) for draw in range(64)]
+    one_by_one = [masked({"a": lora()}, rank=0.5).masks([draw], torch.zeros(1)) for draw in range(64)]
 
     assert torch.equal(whole, again)
     assert torch.equal(whole, torch.cat([mask for mask in one_by_one if mask is not None]))
@@ -58,8 +62,8 @@ def test_masks_are_a_function_of_seed_draw_and_path() -> None:
 
 
 def test_nothing_is_drawn_without_dropout() -> None:
-    assert Dropout({"a": lora()}, rank=0.0, module=0.0, seed=0).masks([0, 1]) is None
-    assert Dropout({"a": FullAdapter(torch.zeros(2, 2))}, rank=0.5, module=0.0, seed=0).masks([0]) is None
+    assert masked({"a": lora()}).masks([0, 1], torch.zeros(2)) is None
+    assert masked({"a": FullAdapter(torch.zeros(2, 2))}, rank=0.5).masks([0], torch.zeros(1)) is None
 
 
 def adapters_for(case: LayerCase) -> Iterator[tuple[nn.Module, Adapter, LoraAdapter]]:
@@ -76,8 +80,8 @@ def adapters_for(case: LayerCase) -> Iterator[tuple[nn.Module, Adapter, LoraAdap
 def test_a_masked_adapter_is_one_with_those_dimensions_scaled(case: LayerCase) -> None:
     for model, adapter, product in adapters_for(case):
         x = case.input()
-        dropout = Dropout({"layer": adapter}, rank=0.5, module=0.2, seed=5)
-        made = dropout.masks(range(len(x)))
+        dropout = masked({"layer": adapter}, rank=0.5, module=0.2, seed=5)
+        made = dropout.masks(range(len(x)), torch.zeros(len(x)))
         assert made is not None
         made[0] = torch.tensor([0.0, 2.0, 1.0])
         with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(made):
@@ -112,7 +116,7 @@ def test_the_mask_multiplies_the_inner_dimension(case: LayerCase) -> None:
         expected = model(x)
     with (
         adapters_attached(model, [Attached({"layer": adapter})]),
-        Dropout({"layer": adapter}, rank=0.5, module=0.0, seed=0).masks_applied(mask.repeat(len(x), 1)),
+        masked({"layer": adapter}, rank=0.5).masks_applied(mask.repeat(len(x), 1)),
     ):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -125,7 +129,7 @@ def test_a_layer_left_out_is_the_frozen_one() -> None:
     )
     randomised(adapter)
     frozen = model(x)
-    dropout = Dropout({"layer": adapter}, rank=0.0, module=0.5, seed=0)
+    dropout = masked({"layer": adapter}, module=0.5)
     with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(torch.zeros(len(x), 3)):
         assert torch.equal(model(x), frozen)
 
@@ -134,10 +138,12 @@ def test_a_layer_whose_input_does_not_begin_with_the_batch_is_refused() -> None:
     case = LAYERS["linear"]
     model = case.model()
     adapter = LoraAdapter(torch.zeros(3, 48), torch.zeros(40, 3), alpha=1.0)
-    dropout = Dropout({"layer": adapter}, rank=0.5, module=0.0, seed=0)
+    dropout = masked({"layer": adapter}, rank=0.5)
     with (
         adapters_attached(model, [Attached({"layer": adapter})]),
         dropout.masks_applied(torch.ones(5, 3)),
-        pytest.raises(OptionError, match=r"^dropout needs layers whose input begins with the batch \(5\), got"),
+        pytest.raises(
+            OptionError, match=r"^ranks of single samples need layers whose input begins with the batch \(5\), got"
+        ),
     ):
         model(case.input())

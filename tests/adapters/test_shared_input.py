@@ -13,7 +13,7 @@ from lorasmith.adapters import inject
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import Dropout
+from lorasmith.adapters.variants import RankMasks
 
 
 class Attention(nn.Module):
@@ -96,8 +96,8 @@ def test_layers_that_turn_out_to_have_other_inputs_are_right_too(monkeypatch: py
 def test_dropout_computes_them_apart(groups: list[int]) -> None:
     net = Attention(32).requires_grad_(False)
     adapters = adapters_of(net)
-    dropout = Dropout(adapters, rank=0.5, module=0.0, seed=0)
-    with dropout.masks_applied(dropout.masks([0, 1])), adapters_attached(net, [Attached(adapters)]):
+    dropout = RankMasks(adapters, rank_dropout=0.5, module_dropout=0.0, seed=0, schedule=None)
+    with dropout.masks_applied(dropout.masks([0, 1], torch.zeros(2))), adapters_attached(net, [Attached(adapters)]):
         dropped = net(torch.ones(2, 5, 32))
     assert not groups
     with adapters_attached(net, [Attached(adapters)]):

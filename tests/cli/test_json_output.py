@@ -45,6 +45,8 @@ FAILING: dict[str, Arguments] = {
     "convert": ("nowhere", "--to", "kohya"),
     "merge": ("nowhere", "--output", "m"),
     "resize": ("nowhere", "--rank", 1),
+    "bands": ("nowhere",),
+    "average": ("nowhere",),
     "extract": ("--base", "nowhere", "--tuned", "nowhere"),
     "diff": ("nowhere", "nowhere"),
     "bench": ("--model", "nowhere"),
@@ -80,8 +82,8 @@ WORKING: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "data cache list": ((), ("folder", "encoders")),
     "data cache clear": ((), ("folder", "files")),
 }
-"""A call of each command that works, and keys of its document. The rest is in `test_stopped_runs`, `test_bench`
-and `test_serve`."""
+"""A call of each command that works, and keys of its document. The rest is in `test_stopped_runs`, `test_tools`,
+`test_bench` and `test_serve`."""
 GRAPH = {
     "1": {"class_type": "PrimitiveString", "inputs": {"value": "a fox"}},
     "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
@@ -99,7 +101,9 @@ def document(text: str) -> Any:
 
 def test_every_command_is_tried() -> None:
     assert FAILING.keys() == LEAVES.keys()
-    assert LEAVES.keys() - WORKING.keys() == {"bench", "demo", "resume", "reproduce", "serve"}
+    assert LEAVES.keys() - WORKING.keys() == {
+        "average", "bands", "bench", "demo", "resume", "reproduce", "serve",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", LEAVES)

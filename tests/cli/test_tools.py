@@ -16,10 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasmith.core.adapter_state import AdapterState, ModuleRef
+from lorasmith.families.loading import load_model
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
+from lorasmith.formats.metadata import RANKS_ENTRY
+from lorasmith.runs.library import train
 from lorasmith.training.lora_handle import Lora
 from tests.toolbox import cases
+from tests.training.random_samples import of_one_size
 
 Command = Callable[..., Any]
 PAGE = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
@@ -49,10 +53,21 @@ def files(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path, copy_function=os.link, dirs_exist_ok=True))
 
 
+BANDS = ("dog/dog.safetensors", "--model", "sd15.safetensors")
+
+
+def run_with_averages(folder: Path) -> None:
+    """A run of a T-LoRA that has saved averages, in `dog`."""
+    model = load_model(built_in_models()["lorasmith-tiny"])
+    settings: dict[str, Any] = {"steps": 4, "rank": 3, "targets": "*.attn2.to_q", "tlora": "plain", "previews": ""}
+    train(model, of_one_size(model), output=folder / "dog", title="dog", post_hoc_ema=2, **settings)
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page_run(lorasmith: Command, files: Path) -> None:
     commands = [shlex.split(line.strip())[1:] for line in re.findall(r"^    (lorasmith .*)$", PAGE, flags=re.MULTILINE)]
-    assert {command[0] for command in commands} == {"merge", "resize", "extract", "diff"}
+    assert {command[0] for command in commands} == {"merge", "resize", "bands", "average", "extract", "diff"}
+    run_with_averages(files)
     for command in commands:
         ran = lorasmith(*command)
         differs = command[0] == "diff" and "--weights-only" not in command
@@ -72,6 +87,40 @@ def test_the_python_of_the_page_runs(
     kept, distance = capsys.readouterr().out.splitlines()
     assert kept.endswith("kept")
     assert 0 < float(distance) < 1
+
+
+def test_bands_and_average_say_what_they_made(lorasmith: Command, files: Path) -> None:
+    run_with_averages(files)
+    ran = lorasmith("bands", *BANDS)
+    assert ran.code == 0, ran.err
+    assert re.search(r"dog-band02\.safetensors +0\.\d+ +\d+", ran.out), ran.out
+    assert (files / "dog" / "dog-bands" / "workflow.json").is_file()
+    ran = lorasmith("bands", *BANDS, "--count", 2, "--overwrite")
+    assert "--count has more bands" in ran.out + ran.err
+    assert json.loads(lorasmith("bands", *BANDS, "--json", "--overwrite").out)["is_exact"]
+    assert json.loads(lorasmith("average", "dog", "--json", "--output", "a.safetensors").out)["missing"] == []
+    ran = lorasmith("average", "dog", "--ema", 0.1)
+    assert ran.code == 0, ran.err
+    assert "Average up to step 4, of 4 files; the weights of its steps are 0.0% off" in ran.out
+    next((files / "dog" / "averages").glob("*step00000002-ema0.10*")).unlink()
+    ran = lorasmith("average", "dog", "--ema", 0.25, "--output", "long.safetensors")
+    assert "Averages of step 2 are missing" in ran.out + ran.err
+    assert "choose another length" in ran.out + ran.err
+    ran = lorasmith("merge", "dog/dog.safetensors", "--into", "sd15.safetensors", "--output", "whole.safetensors")
+    assert "is a T-LoRA, of which all ranks are used" in " ".join((ran.out + ran.err).split())
+    ran = lorasmith("resize", "dog/dog.safetensors", "--rank", 2)
+    assert "is a T-LoRA; the new file uses all of its ranks" in " ".join((ran.out + ran.err).split())
+    assert RANKS_ENTRY not in Lora.load(files / "dog" / "dog-rank2.safetensors").metadata
+    ran = lorasmith("inspect", "dog/dog.safetensors")
+    assert "1 of the ranks in pure noise" in " ".join(ran.out.split())
+
+
+def test_training_says_how_comfyui_has_the_ranks(lorasmith: Command, photos: Path) -> None:
+    quick = ("--model", "lorasmith-tiny", "--steps", 1, "--targets", "*.attn2.to_q", "--no-previews")
+    ran = lorasmith("train", photos, *quick, "--rank", 4, "--tlora", "plain")
+    assert ran.code == 0, ran.err
+    assert re.search(r"For ComfyUI:\s+lorasmith bands \S+\.safetensors", ran.out), ran.out
+    assert "T-LoRA" not in lorasmith("train", photos, *quick, "--fresh").out
 
 
 def test_merge_says_what_it_made(lorasmith: Command, files: Path, tiny: Model) -> None:

@@ -195,21 +195,27 @@ def test_a_loss_takes_three_arguments() -> None:
             check_loss(loss)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "snr"])
-def test_pseudo_huber_is_that_of_sd_scripts(schedule: str) -> None:
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_pseudo_huber_is_that_of_sd_scripts(schedule: str, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     prediction, target = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
     level = SD.at(QUANTILES)
 
     def found(bound: float) -> Tensor:
-        settings: Any = TrainConfig(huber_c=bound, huber_schedule=schedule)
-        batch = Batch(target, target, target, level, Conditioning({}), (), settings=settings)
+        settings: Any = TrainConfig(huber_c=bound, huber_schedule=schedule, huber_scale=scale)
+        share = SD.share(level.time).float()
+        batch = Batch(target, target, target, level, Conditioning({}), (), settings=settings, share=share)
         return LOSSES["PseudoHuber"](prediction, target, batch)
 
     expected = []
     for index in range(4):
         ratio = float(level.sigma[index] / level.alpha[index])
-        bound = 0.1 if schedule == "constant" else (1 - 0.1) / (1 + ratio) ** 2 + 0.1
+        bound = {
+            "constant": 0.1 * scale,
+            "exponential": math.exp(math.log(0.1) / 1000 * float(level.time[index])) * scale,
+            "snr": (1 - 0.1) / (1 + ratio) ** 2 + 0.1,
+        }[schedule]
         errors = (prediction[index] - target[index]).flatten().tolist()
         expected.append(sum(2 * bound * (math.sqrt(error**2 + bound**2) - bound) for error in errors) / len(errors))
     torch.testing.assert_close(found(0.1), torch.tensor(expected))

@@ -138,6 +138,15 @@ def test_an_unknown_weighting_is_named() -> None:
         weights(at_steps(), "min_snr5", "epsilon")
 
 
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 0.5, 0.99])
+def test_weights_of_flows_are_those_of_sd3s_scripts(sigma: float) -> None:
+    level = FlowSchedule().at_sigma(torch.tensor([sigma]))
+    expected = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}
+    for name, weight in expected.items():  # of the clean picture; that of the prediction is sigma² times it
+        assert weights(level, name, "flow", objective="x0").item() == pytest.approx(weight, rel=1e-5)
+        assert weights(level, name, "flow").item() == pytest.approx(weight * sigma**2, rel=1e-5)
+
+
 def test_debiased_and_p2_are_their_papers() -> None:
     level = at_steps()
     snr = (level.alpha / level.sigma) ** 2
@@ -146,5 +155,5 @@ def test_debiased_and_p2_are_their_papers() -> None:
     )
     torch.testing.assert_close(weights(level, "p2", "epsilon"), 1 / (1 + snr))
     ends = FlowSchedule(3.0).at(torch.tensor([0.0, 0.5, 1.0]))
-    for name in ("debiased", "p2"):
+    for name in ("debiased", "p2", "sigma_sqrt", "cosmap"):
         assert bool(weights(ends, name, "flow").isfinite().all())

@@ -201,7 +201,7 @@ def test_a_run_that_stops_early_leaves_no_thread(dataset: EncodedDataset, tiny: 
 
 
 def test_a_batch_that_cannot_be_made_is_the_runs_error(dataset: EncodedDataset, tiny: Model) -> None:
-    def masks(draws: Any) -> None:
+    def masks(draws: Any, share: Any) -> None:
         if 8 in draws:
             raise MemoryError("no room for a mask")
 

@@ -212,7 +212,7 @@ def test_numbers_come_to_the_host_without_anybody_waiting() -> None:
 def test_a_step_waits_for_nothing(tiny: Model, mixed: EncodedDataset, settings: dict[str, Any]) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(rank=4, batch_size=3, **{"training_dtype": "fp32"} | settings), DEVICE)
     engine = engine_of(job)
-    maker = batch_maker(job.model, mixed.samples, job.config, job.runtime, engine.dropout)
+    maker = batch_maker(job.model, mixed.samples, job.config, job.runtime, engine.rank_masks)
     with engine.prepared(lambda: None):
         for step in range(3):  # the optimizer makes its state in the first
             engine.update(step, *engine.gradient(maker.step(step)))

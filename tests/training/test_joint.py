@@ -136,6 +136,7 @@ ALGORITHMS: dict[str, Settings] = {
     "DoRA": {"dora": "output"},
     "input DoRA": {"dora": "input"},
     "PiSSA": {"pissa": True},
+    "T-LoRA": {"tlora": "orthogonal", "rank_dropout": 0.2},
     "Tucker": {"tucker": True, "targets": "all"},
     "rsLoRA": {"rslora": True},
     "differences": {"differences": "norms+biases"},

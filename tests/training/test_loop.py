@@ -71,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"training_dtype": "bf16", "batch_size": 2},
     "accumulated": {"batch_size": 2, "grad_accumulation_steps": 2, "schedule": "cosine", "warmup_steps": 3},
     "averaged": {"ema_decay": 0.9, "optimizer": "RMSprop"},
+    "T-LoRA": {"tlora": "orthogonal", "rank_dropout": 0.3, "post_hoc_ema": 2, "validation_share": 0.3},
     "dropped": {"rank_dropout": 0.3, "module_dropout": 0.2},
     "validated": {"validation_share": 0.3, "validate_every": 2, "validation_draws": 2},
     "schedule-free": {"optimizer": "ScheduleFree", "validation_share": 0.3, "validate_every": 2, "validation_draws": 2},

@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"pissa": True},
     "DoRA of PiSSA": {"dora": "input", "pissa": True},
     "Tucker": {"tucker": True},
+    "T-LoRA": {"tlora": "plain"},
+    "orthogonal T-LoRA": {"tlora": "orthogonal"},
     "LoRA+": {"lora_plus_ratio": 16.0},
     "rank dropout": {"rank_dropout": 0.5},
     "module dropout": {"module_dropout": 0.5},

@@ -35,7 +35,9 @@ class Algorithm:
     learning_rate_factor: float = 1.0
 
 
-_EVERY_VARIANT = frozenset({"dora", "rslora", "pissa", "tucker", "lora_plus_ratio", "rank_dropout", "module_dropout"})
+_EVERY_VARIANT = frozenset(
+    {"dora", "rslora", "pissa", "tucker", "tlora", "lora_plus_ratio", "rank_dropout", "module_dropout"}
+)
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "LoRA": Algorithm(

@@ -33,6 +33,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, unviewed
 from lorasmith.core.adapter_state import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, AdapterWeights, PeftKind, Shapes
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
+from lorasmith.core.rank_schedule import RankSchedule
 
 
 class Factors(NamedTuple):
@@ -49,7 +50,8 @@ class LowRank(Adapter):
 
     compiles = True
     alpha: float  # numerator of the scale alpha / rank
-    mask: Tensor | None = None  # factors of the inner dimension in a training step, (batch, rank); None for no dropout
+    mask: Tensor | None = None  # factors of the inner dimension of each sample, (batch, rank); None for 1
+    ranks: RankSchedule | None = None  # that make the mask of each evaluation; None where it is set otherwise
 
     @property
     @abstractmethod
@@ -108,8 +110,8 @@ class LowRank(Adapter):
             return None
         if len(self.mask) != shape[0]:
             raise OptionError(
-                f"dropout needs layers whose input begins with the batch ({len(self.mask)}), got one of shape "
-                f"{tuple(shape)}; exclude such layers or leave rank_dropout and module_dropout out"
+                f"ranks of single samples need layers whose input begins with the batch ({len(self.mask)}), got one of "
+                f"shape {tuple(shape)}; exclude such layers, or leave out rank_dropout, module_dropout and tlora"
             )
         channels = shape[1] if layer.is_conv else shape[-1]
         mask = self.mask.repeat(1, channels // self.rank)

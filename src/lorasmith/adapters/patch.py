@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers
-from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
+from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on, load_adapters
+from lorasmith.adapters.lora import LowRank
+from lorasmith.adapters.variants import rank_ordered
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, weight_source
+from lorasmith.core.rank_schedule import RankSchedule
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Patch:
     differences: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     strength: float = 1.0  # 1 is the LoRA as trained
     bypass: bool = False  # run adapters in activation space instead of folding them into the weights
+    # of the low-rank adapters, by noise level (`ranks_chosen`), for which `bypass` is on; None for all ranks
+    ranks: RankSchedule | None = None
 
     def __post_init__(self) -> None:
         STRENGTH.check(self.strength)
@@ -118,19 +123,37 @@ def cannot_merge(model: nn.Module) -> str:
 
 def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
     """The adapters of `bypass` patches, frozen, on the device and in the dtype of their layers."""
-    return [
-        Attached(_placed(model, load_adapters(model, weights)), patch.strength)
-        for patch in patches
-        if patch.bypass
-        for weights in (patch.adapters, _weights_beside(model, patch))
-        if weights
-    ]
+    found = []
+    for patch in patches:
+        for weights in (patch.adapters, _weights_beside(model, patch)) if patch.bypass else ():
+            if weights:
+                adapters = _placed(model, load_adapters(model, weights))
+                for adapter in rank_ordered(adapters).values():
+                    adapter.ranks = patch.ranks
+                found.append(Attached(adapters, patch.strength))
+    return found
+
+
+def ranks_chosen(model: nn.Module, share: Tensor) -> None:
+    """Let attached adapters use the ranks of samples at these shares of diffusion time (batch,), until the next call.
+
+    To be called before each evaluation of a model with patches that choose ranks by noise level. They stay chosen for
+    the backward pass, which may recompute.
+    """
+    masks: dict[tuple[RankSchedule, int], Tensor] = {}
+    for layer in model.modules():
+        for adapter in adapters_on(layer):
+            if isinstance(adapter, LowRank) and (ranks := adapter.ranks) is not None:
+                like = adapter.factors().down
+                if (key := (ranks, adapter.rank)) not in masks:
+                    masks[key] = ranks.mask(share, adapter.rank).to(like.device, like.dtype)
+                adapter.mask = masks[key]
 
 
 def patch_tensors(patches: Sequence[Patch]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of patches, under names that say everything else of them."""
     for number, patch in enumerate(patches):
-        place = f"{number} {patch.strength} {patch.bypass}"
+        place = f"{number} {patch.strength} {patch.bypass}" + (f" {patch.ranks}" if patch.ranks else "")
         for path, weights in patch.adapters.items():
             for name, tensor in weights.tensors.items():
                 yield f"{place} {path} {weights.algorithm} {weights.alpha} {name}", tensor

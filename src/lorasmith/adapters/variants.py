@@ -5,6 +5,7 @@
                                    program computes the same
     PiSSA       arXiv:2404.02948   start from the principal components
     Tucker      arXiv:2309.14859   a core between the factors of a convolution (`lora`)
+    T-LoRA      arXiv:2507.05964   fewer ranks the noisier the sample (`core.rank_schedule`), and an orthogonal start
     dropout     kohya's scripts    of inner dimensions, and of whole modules
 
 DoRA (Liu et al. 2024) is
@@ -22,6 +23,7 @@ parameter is the change of m since the start, which half precision can hold wher
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +40,7 @@ from lorasmith.adapters.lora import Factors, LoraAdapter, LowRank
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.random import keyed_generator, keyed_normal
+from lorasmith.core.rank_schedule import RankSchedule
 
 
 class DoraAdapter(Adapter):
@@ -197,6 +200,7 @@ class Variant:
     rslora: bool = False
     pissa: bool = False
     tucker: bool = False
+    orthogonal: bool = False  # T-LoRA's start
 
     def default_alpha(self, algorithm: str, rank: int) -> float:
         """Default of alpha: a scale of 1, no constraint."""
@@ -220,6 +224,8 @@ def fresh_adapter(
     create = ADAPTERS[algorithm].create
     if variant.pissa:
         create = PissaAdapter.create
+    elif variant.orthogonal:
+        create = OrthogonalAdapter.create
     elif variant.tucker:
         create = LoraAdapter.create_tucker
     adapter = create(layer, rank=rank, alpha=alpha, seed=seed, path=path, zero=zero)
@@ -278,6 +284,47 @@ class PissaAdapter(LowRank):
         return AdapterWeights(self.algorithm, tensors, self.alpha * 2)
 
 
+class OrthogonalAdapter(PissaAdapter):
+    """A LoRA's difference from an orthogonal start (T-LoRA, section 3.3).
+
+    That is the last singular vectors and values of a matrix of the weight's shape with entries N(0, 1/rank²). Its
+    vectors are uniform and independent of its values, so they are drawn as such, without a decomposition of that size.
+    """
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> PissaAdapter:
+        outputs, inputs = layer.shape[0], math.prod(layer.shape[1:])
+        left = torch.linalg.qr(keyed_normal((outputs, rank), seed, "init", f"{path}/left")).Q
+        right = torch.linalg.qr(keyed_normal((inputs, rank), seed, "init", f"{path}/right")).Q.T
+        values = gaussian_singular_values(outputs, inputs)[-rank:] / rank
+        root = (values * (rank / alpha if alpha else 0.0)).sqrt()
+        point = (1,) * len(layer.shape[2:])
+        down = (root[:, None] * right).reshape(rank, *layer.shape[1:])
+        return cls(down, (left * root).reshape(outputs, rank, *point), alpha=alpha)
+
+    def to_weights(self) -> AdapterWeights:
+        """The two parts of each rank come one after the other, so that a file begins with the ranks that come first."""
+        weights = super().to_weights()
+        order = torch.arange(2 * self.rank).reshape(2, -1).T.flatten()
+        return replace(weights, tensors={"down": weights.tensors["down"][order], "up": weights.tensors["up"][:, order]})
+
+
+@functools.lru_cache(maxsize=64)  # models repeat few shapes
+def gaussian_singular_values(rows: int, columns: int) -> Tensor:
+    """Typical singular values, fp32 descending, of a matrix (rows, columns) of independent standard normal entries.
+
+    They are quantiles of their limiting density (Marchenko and Pastur 1967), of which the squares are those of
+    eigenvalues between (√columns ± √rows)².
+    """
+    few, many = sorted((rows, columns))
+    low, high = math.sqrt(many) - math.sqrt(few), math.sqrt(many) + math.sqrt(few)
+    grid = torch.linspace(low, high, 4096, dtype=torch.float64)
+    middle = (grid[1:] + grid[:-1]) / 2
+    share = (((high**2 - middle**2) * (middle**2 - low**2)).sqrt() / middle).cumsum(0)
+    wanted = (torch.arange(few, dtype=torch.float64) + 0.5) / few * share[-1]
+    return middle[torch.searchsorted(share, wanted).clamp(max=len(middle) - 1)].flip(0).float()
+
+
 def _principal(weight: Tensor, rank: int, *, seed: int, path: str) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values (rank,) of a matrix (out, in), with left (out, rank) and right (rank, in) vectors."""
     width = min(rank + _OVERSAMPLING, *weight.shape)
@@ -288,25 +335,60 @@ def _principal(weight: Tensor, rank: int, *, seed: int, path: str) -> tuple[Tens
     return (basis @ left)[:, :rank], values[:rank], right[:rank]
 
 
-class Dropout:
-    """Makes the masks of a set of adapters and sets them."""
+def droppable(adapters: Mapping[str, Adapter]) -> dict[str, LowRank]:
+    """The adapters that have dropout. A DoRA has one inside; its magnitude is never dropped."""
+    parts = ((path, part) for path, adapter in adapters.items() for part in adapter.modules())
+    return {path: part for path, part in parts if isinstance(part, LowRank)}
 
-    def __init__(self, adapters: Mapping[str, Adapter], *, rank: float, module: float, seed: int) -> None:
-        self.adapters = {
-            path: part
-            for path, adapter in (adapters.items() if rank or module else ())
-            for part in adapter.modules()  # a DoRA has it inside; its magnitude is never dropped
-            if isinstance(part, LowRank)
-        }
-        self._rank = rank
-        self._module = module
+
+def rank_ordered(adapters: Mapping[str, Adapter]) -> dict[str, LowRank]:
+    """The adapters of which the first ranks can be used alone: plain LoRAs."""
+    plain = ((path, one) for path, one in adapters.items() if isinstance(one, LowRank))
+    return {path: one for path, one in plain if one.factors().mid is None}
+
+
+class RankMasks:
+    """Makes and sets the masks of the inner dimensions of adapters: dropout, and T-LoRA's ranks by noise level."""
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        *,
+        rank_dropout: float,
+        module_dropout: float,
+        seed: int,
+        schedule: RankSchedule | None,
+    ) -> None:
+        leveled = {} if schedule is None else rank_ordered(adapters)
+        self.adapters = (droppable(adapters) if rank_dropout or module_dropout else {}) | leveled
+        self._rank = rank_dropout
+        self._module = module_dropout
         self._seed = seed
+        self._schedule = schedule
+        self._leveled = leveled
 
-    def masks(self, draws: Sequence[int]) -> Tensor | None:
-        """Factors of all inner dimensions, layer after layer, for each draw: (draws, sum of ranks); None for none."""
-        if not self.adapters:
+    def masks(self, draws: Sequence[int], share: Tensor) -> Tensor | None:
+        """Factors of all inner dimensions, layer after layer, for each draw: (draws, sum of ranks); None for none.
+
+        `share` is that of diffusion time of each draw, (draws,).
+        """
+        dropped = None
+        if self.adapters and (self._rank or self._module):
+            dropped = torch.stack([torch.cat([self._mask(path, draw) for path in self.adapters]) for draw in draws])
+        levels = self.at(share)
+        return levels if dropped is None else dropped if levels is None else dropped * levels
+
+    def at(self, share: Tensor) -> Tensor | None:
+        """The same without dropout, for shares of diffusion time (batch,)."""
+        if self._schedule is None or not self._leveled:
             return None
-        return torch.stack([torch.cat([self._mask(path, draw) for path in self.adapters]) for draw in draws])
+        schedule = self._schedule
+        by_rank = {rank: schedule.mask(share, rank) for rank in {one.rank for one in self.adapters.values()}}
+        whole = [
+            by_rank[one.rank] if path in self._leveled else torch.ones(len(share), one.rank)
+            for path, one in self.adapters.items()
+        ]
+        return torch.cat(whole, dim=1)
 
     @contextlib.contextmanager
     def masks_applied(self, masks: Tensor | None) -> Iterator[None]:

@@ -190,7 +190,7 @@ def training_steps(
     """
     with counter or contextlib.nullcontext():
         engine = engine_of(job)
-    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.dropout)
+    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.rank_masks)
     steps = itertools.count()
 
     def once() -> None:
@@ -270,7 +270,7 @@ def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
-    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.dropout)
+    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.rank_masks)
     device = job.runtime.device
     rows = []
     try:

@@ -1,4 +1,4 @@
-"""`lorasmith inspect`, `check`, `convert`, `merge`, `resize`, `extract` and `diff`: LoRA files."""
+"""`lorasmith inspect`, `check`, `convert`, `bands`, `average`, `merge`, `resize`, `extract` and `diff`: LoRA files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from lorasmith.core.registry import missing
 
 if TYPE_CHECKING:
     from lorasmith.formats.inspect import FileFault, LoraSummary
+    from lorasmith.formats.metadata import LeveledRanks
     from lorasmith.runs.recorded_run import StateFacts
+    from lorasmith.toolbox.average import Averaged
+    from lorasmith.toolbox.bands import Bands
     from lorasmith.toolbox.check import Checked
     from lorasmith.toolbox.compare import Comparison, Pair
     from lorasmith.toolbox.convert import Converted
@@ -38,6 +41,8 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
     app.command("check")(check)
     app.command("convert")(convert)
+    app.command("bands")(bands)
+    app.command("average")(average)
     app.command("merge")(merge)
     app.command("resize")(resize)
     app.command("extract")(extract)
@@ -66,6 +71,8 @@ def _print_summary(summary: LoraSummary) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from lorasmith.formats.metadata import LeveledRanks
+
     used = recorded_extensions(summary.metadata)
     brought = [f"{one.name} ({one.source}{', missing' if missing([one]) else ''})" for one in used]
     rows = {
@@ -88,6 +95,7 @@ def _print_summary(summary: LoraSummary) -> None:
         "Alpha": _counts({"none" if alpha is None else f"{alpha:g}": n for alpha, n in summary.alphas.items()}),
         "Tensors": f"{summary.tensors} ({_counts(summary.dtypes)}), {summary.parameters:,} parameters",
         "Steps": str(summary.steps or "not recorded"),
+        **({"T-LoRA": _leveled(leveled)} if (leveled := LeveledRanks.of(summary.metadata)) else {}),
         **({"Extends": ", ".join(brought)} if brought else {}),
         **{name.upper(): value for name, value in summary.hashes.items()},
     }
@@ -101,6 +109,14 @@ def _print_summary(summary: LoraSummary) -> None:
     _print_section("Metadata", summary.metadata)
     for finding in summary.findings:
         print_note(f"{finding}; `lorasmith check` shows the remedy", kind="Fault")
+
+
+def _leveled(ranks: LeveledRanks) -> str:
+    schedule = ranks.schedule
+    return (
+        f"{schedule.min_rank * schedule.copies} of the ranks in pure noise, all of them near the clean end (alpha "
+        f"{schedule.alpha:g}); other programs use all, or those of `lorasmith bands`"
+    )
 
 
 def _print_section(title: str, entries: Mapping[str, str]) -> None:
@@ -242,6 +258,81 @@ def _beside(file: Path, layout: str) -> Path:
     return file.with_name(f"{stem}-{name}" + ("" if name in LAYOUTS and LAYOUTS[name].in_folder else ".safetensors"))
 
 
+def bands(
+    file: LoraFileArgument,
+    count: Annotated[
+        int | None,
+        typer.Option(help="Number of bands. Default: one for each level at which ranks come in, at most 16."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The new folder. Default: beside FILE, with -bands.")] = None,
+    model: LoraModel = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of bands at --output.")] = False,
+) -> None:
+    """Cut a T-LoRA into LoRAs for ComfyUI, which switches them on as noise falls (Create Hook LoRA).
+
+    The folder goes into models/loras. It has a graph, workflow.json, with the start_percent of each.
+    """
+    from lorasmith.toolbox.bands import cut_into_bands
+
+    with console.status("Cutting"):
+        done = cut_into_bands(
+            file, output or file.with_name(f"{file.stem}-bands"), count=count, model=model, overwrite=overwrite
+        )
+    print_result(lambda: done, lambda: _print_bands(done))
+
+
+def _print_bands(done: Bands) -> None:
+    from rich.table import Table
+
+    table = Table("LoRA", "start_percent", "modules", box=None)
+    for band in done.bands:
+        table.add_row(band.path.name, f"{band.start_percent:.3f}", str(band.modules))
+    console.print(table)
+    if not done.is_exact:
+        print_note("Levels at which ranks come in are joined, at their mean; --count has more bands")
+    echo(done.folder)
+
+
+def average(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run that was trained with --post-hoc-ema.")
+    ],
+    ema: Annotated[
+        float,
+        typer.Option(
+            help="Length of the average: standard deviation of the steps' weights, as a part of the run, up to 0.289."
+        ),
+    ] = 0.1,
+    output: Annotated[
+        Path | None, typer.Option(help="The new file. Default: in RUN, with the length in its name.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
+) -> None:
+    """Make the moving average of a run's LoRA, of any length, from those that the run has saved.
+
+    The longer it is, the less it follows single steps; 0.05 to 0.2 are usual. The average ends with the last saved one.
+    """
+    from lorasmith.toolbox.average import average_run
+
+    with console.status("Averaging"):
+        target = output or run / f"{run.name}-ema{ema:g}.safetensors"
+        done = average_run(run, target, sigma_rel=ema, overwrite=overwrite)
+    print_result(lambda: done, lambda: _print_averaged(done))
+
+
+def _print_averaged(done: Averaged) -> None:
+    if done.missing:
+        steps = ", ".join(map(str, done.missing))
+        print_note(f"Averages of step {steps} are missing, and the others stand for them")
+    if done.error > _INEXACT:
+        print_note(f"Saved averages give one of that length to {done.error:.0%} alone; choose another length")
+    echo(f"Average up to step {done.step}, of {done.saved} files; the weights of its steps are {done.error:.1%} off")
+    echo(done.output)
+
+
+_INEXACT = 0.1
+
+
 def merge(
     loras: Annotated[
         list[str], typer.Argument(metavar="FILE[:STRENGTH]", help="LoRAs in any layout, such as my.safetensors:0.8.")
@@ -288,6 +379,7 @@ def merge(
 
 def _print_merged(report: MergeReport) -> None:
     _warn_left_out(report.left_out)
+    _warn_leveled(report.leveled)
     ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
     kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of truncated modules"
     echo(f"{report.modules} modules, rank {ranks or 'none'}: {kept}")
@@ -301,6 +393,11 @@ def _warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
         print_note(text)
 
 
+def _warn_leveled(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print_note(f"{path} is a T-LoRA, of which all ranks are used at each noise level now")
+
+
 def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool) -> None:
     from lorasmith.toolbox.merge import fold_into
     from lorasmith.toolbox.model_files import open_model
@@ -310,6 +407,7 @@ def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, over
 
     def show() -> None:
         _warn_left_out(report.left_out)
+        _warn_leveled(report.leveled)
         for name in report.skipped:
             print_note(f"{name} is not in the new folder, because it holds the same weights without the LoRAs")
         echo(f"{report.modules} modules changed")

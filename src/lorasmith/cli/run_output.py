@@ -27,7 +27,7 @@ from lorasmith.cli.console import (
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.report.loss_plot import recent_loss
-from lorasmith.runs.command_lines import arguments_for, command_line, generate_command, resume_command
+from lorasmith.runs.command_lines import arguments_for, command_line, generate_command, positional, resume_command
 from lorasmith.runs.drawing import EXPERTS
 from lorasmith.runs.expert_runs import ExpertRuns
 from lorasmith.runs.plan import FolderPlan
@@ -297,6 +297,9 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
     for key, path in _files(result).items():
         echo(f"{_TITLES[key]:<11}{path}")
     echo(f"{'Run folder':<11}{folder}")
+    if result.lora.rank_schedule is not None and result.path is not None:
+        echo("Only Lorasmith uses fewer ranks of a T-LoRA where there is more noise. For ComfyUI:")
+        echo(f"  {command_line(['lorasmith', 'bands', positional(result.path)])}")
 
 
 def _print_images(found: ImagesFound) -> None:

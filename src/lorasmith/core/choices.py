@@ -20,7 +20,7 @@ Fix = Literal["sizes", "rotation", "formats", "copies", "look-alikes"]
 WEIGHTINGS: Registry[Any] = Registry(
     "loss weighting",
     group="weightings",
-    names=("none", "min_snr", "soft_min_snr", "debiased", "p2"),
+    names=("none", "min_snr", "soft_min_snr", "debiased", "p2", "sigma_sqrt", "cosmap"),
     home="lorasmith.diffusion.losses",
 )
 """Weight of a noise level in the loss."""

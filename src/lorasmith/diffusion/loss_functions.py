@@ -23,6 +23,7 @@ class LossBatch(Protocol):
         noise: what was added to them.
         noised: what the model saw, before it was cast to the dtype of products.
         level: noise levels: `alpha`, `sigma` and `time`, (batch,) each.
+        share: of diffusion time, 0 for clean to 1 for noise, (batch,); None outside of a run.
         conditioning: the captions, encoded: `conditioning.tensors` by name.
         names: of the samples; empty for a pass that only keeps processes in step, whose loss does not count.
         places: weights of the loss by pixel (masks), fp32, broadcasting to `clean`; None for 1.
@@ -37,6 +38,8 @@ class LossBatch(Protocol):
     def noised(self) -> Tensor: ...
     @property
     def level(self) -> NoiseLevel: ...
+    @property
+    def share(self) -> Tensor | None: ...
     @property
     def conditioning(self) -> Any: ...
     @property
@@ -94,13 +97,18 @@ for _name, _elementwise in {
 
 @LOSSES.register("PseudoHuber")
 def _pseudo_huber(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tensor:
-    """2c (√(d² + c²) − c): quadratic below c and linear above; sd-scripts' `huber`, with its schedule `snr` of c."""
-    bound = batch.settings.huber_c
-    if batch.settings.huber_schedule == "snr":
-        from lorasmith.diffusion.schedule import per_sample
+    """2c (√(d² + c²) − c): quadratic below c and linear above; sd-scripts' `huber`, with its schedules of c."""
+    from lorasmith.diffusion.schedule import per_sample
 
+    bound, schedule = batch.settings.huber_c, batch.settings.huber_schedule
+    if schedule == "snr":
         ratio = batch.level.sigma / batch.level.alpha
         bound = per_sample((1 - bound) / (1 + ratio) ** 2 + bound, prediction)
+    else:
+        if schedule == "exponential":
+            assert batch.share is not None
+            bound = per_sample(bound**batch.share, prediction)
+        bound = bound * batch.settings.huber_scale
     return _mean(2 * bound * (((prediction - target).square() + bound**2).sqrt() - bound), batch)
 
 

@@ -11,12 +11,17 @@ therefore the same for both objectives, except with `none`.
     debiased       √min(SNR, 1000)                (Yu et al. 2023, arXiv:2310.08442)
                                                   sd-scripts has another one for v, 1 / (SNR + 1)
     p2             SNR / (1 + SNR)                (Choi et al. 2022, arXiv:2204.00227, with k = gamma = 1)
+    sigma_sqrt     1 / sigma²                     (Esser et al. 2024, arXiv:2403.03206, as in SD3's scripts)
+    cosmap         2 / (π (alpha² + sigma²))      (the same; alpha = 1 − sigma)
 
 SNR is alpha²/sigma². On predictions, min_snr is the familiar min(SNR, gamma)/SNR of epsilon and min(SNR, gamma)/(SNR+1)
-of v; of a flow it is min(alpha², gamma · sigma²), most where alpha = √gamma · sigma and none at both ends.
+of v; of a flow it is min(alpha², gamma · sigma²), most where alpha = √gamma · sigma and none at both ends, and
+sigma_sqrt is 1.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -101,7 +106,18 @@ def _p2(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
     return scale * signal / (signal + level.sigma**2)
 
 
+@WEIGHTINGS.register("sigma_sqrt")
+def _sigma_sqrt(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    return scale / level.sigma.square().clamp(min=_LEAST_SQUARE)
+
+
+@WEIGHTINGS.register("cosmap")
+def _cosmap(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    return scale * 2 / (math.pi * (level.alpha**2 + level.sigma**2))
+
+
 _MOST_SNR = 1000.0
+_LEAST_SQUARE = 1e-12
 
 
 def loss_weights(

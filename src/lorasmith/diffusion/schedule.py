@@ -100,6 +100,14 @@ class NoiseSchedule(ABC):
     def quantile(self, time: float) -> float:
         """The inverse of `at`: the quantile at a share of diffusion time, 0 for clean to 1 for noise."""
 
+    def share(self, time: Tensor) -> Tensor:
+        """The share of diffusion time, 0 for clean to 1 for noise, of `NoiseLevel.time` (batch,).
+
+        Of a schedule that does not say it, its place in the table.
+        """
+        table = self.timestep(self.sigmas)
+        return torch.searchsorted(table, time.to(table)) / len(table)
+
     @abstractmethod
     def zero_terminal(self) -> NoiseSchedule:
         """The schedule rescaled to pure noise at its noisiest point."""
@@ -174,6 +182,9 @@ class DiscreteSchedule(NoiseSchedule):
 
     def quantile(self, time: float) -> float:
         return time
+
+    def share(self, time: Tensor) -> Tensor:
+        return time.to("cpu", torch.float64) / (self.stride * len(self.sigmas))
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)
@@ -251,6 +262,9 @@ class FlowSchedule(NoiseSchedule):
 
     def quantile(self, time: float) -> float:
         return time / (self.shift - (self.shift - 1) * time)
+
+    def share(self, time: Tensor) -> Tensor:
+        return time.to("cpu", torch.float64) / self.time_scale
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)

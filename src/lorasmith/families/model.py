@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
-from lorasmith.adapters.patch import Patch, patches_applied
+from lorasmith.adapters.patch import Patch, patches_applied, ranks_chosen
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
 from lorasmith.core.printable import count_text, printable
@@ -318,6 +318,8 @@ class Denoiser:
         form, given = self.base.control_form, conditioning.tensors
         if form is not None and form.at_zero and not given.keys() & set(CONTROL_METHODS.values()):
             conditioning = replace(conditioning, tensors={**given, AT_ZERO: time})
+        if any(patch.ranks for patch in self.patches):
+            ranks_chosen(self.module, self.diffusion.schedule.share(time))
         return self.base.family.predict(self.module, latents, time, conditioning)
 
 

@@ -144,7 +144,7 @@ def _written(
         chosen,
         state,
         {
-            key: tensor if key.endswith(_MAGNITUDES) else _cast(tensor, dtype)
+            key: tensor if key.endswith(MAGNITUDES) else _cast(tensor, dtype)
             for key, tensor in chosen.write(state, names).items()
         },
     )
@@ -321,7 +321,7 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
 
 
 # Rounded, they would change whole rows or columns of the base's weights.
-_MAGNITUDES = (".dora_scale", ".lora_magnitude_vector")
+MAGNITUDES = (".dora_scale", ".lora_magnitude_vector")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +33,8 @@ from torch import Tensor
 from lorasmith.core.errors import LoraError, LorasmithError
 from lorasmith.core.extensions import HEADER_ENTRY, recorded_extensions, remedy_for
 from lorasmith.core.files import open_regular
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.core.registry import missing
 from lorasmith.formats.container import LENGTH_BYTES, header_text, serialised
 
@@ -39,6 +43,65 @@ BOUNDS = "lorasmith.oft_bounds"
 
 RUN_ENTRY = "lorasmith.run"
 """Entry with the record to train the file again: request, fingerprint and environment."""
+
+
+RANKS_ENTRY = "lorasmith.tlora"
+"""Entry of a LoRA whose ranks are used by noise level (T-LoRA)."""
+
+
+AVERAGE_ENTRY = "lorasmith.average"
+"""Entry of an average over training (`core.power_average`): its length and step, and all steps with a saved one."""
+
+
+def average_entry(sigma_rel: float, step: int, steps: Sequence[int]) -> str:
+    """The entry of an average of this length after a step, for a run that saves them after `steps`."""
+    return json.dumps({"sigma_rel": sigma_rel, "step": step, "steps": list(steps)})
+
+
+def average_of(metadata: Mapping[str, str]) -> tuple[float, int, tuple[int, ...]] | None:
+    """Length, step and all steps of an average; None for a file that is none."""
+    try:
+        found = parse_foreign_json(metadata[AVERAGE_ENTRY])
+        sigma_rel, step = float(found["sigma_rel"]), int(found["step"])
+        steps = tuple(sorted(int(one) for one in found["steps"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    if not (0 < sigma_rel < 1 and step in steps and steps[0] >= 1 and steps[-1] <= 1_000_000 and len(steps) <= 1000):
+        return None
+    return sigma_rel, step, steps
+
+
+@dataclass(frozen=True)
+class LeveledRanks:
+    """What the entry says, all that is needed to use the ranks of the file as in training.
+
+    Attributes:
+        schedule: the ranks by noise level.
+        total: sum of the ranks of the denoiser's adapters in the file; of another sum they are not those of training.
+        shift: of the noise schedule of a flow; 1 for none.
+        steps: of a discrete noise schedule; 0 for others.
+    """
+
+    schedule: RankSchedule
+    total: int
+    shift: float
+    steps: int
+
+    def to_entry(self) -> str:
+        return json.dumps({**asdict(self.schedule), "total": self.total, "shift": self.shift, "steps": self.steps})
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str]) -> LeveledRanks | None:
+        """The ranks of a file with this metadata; None without, or for an entry that nothing here writes."""
+        try:
+            found = parse_foreign_json(metadata[RANKS_ENTRY])
+            least, alpha, copies = int(found["min_rank"]), float(found["alpha"]), int(found["copies"])
+            total, shift, steps = int(found["total"]), float(found["shift"]), int(found["steps"])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
+        if not (least >= 1 and 0.1 <= alpha <= 10 and copies in (1, 2) and 0.01 <= shift <= 1000 and steps >= 0):
+            return None
+        return cls(RankSchedule(least, alpha, copies), total, shift, steps)
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
@@ -97,7 +160,7 @@ _PUBLIC_WORDS = """
     ss_resolution ss_enable_bucket ss_bucket_no_upscale ss_min_bucket_reso ss_max_bucket_reso ss_bucket_info
     ss_cache_latents ss_lowram ss_color_aug ss_flip_aug ss_random_crop ss_face_crop_aug_range
 """
-_PUBLIC = frozenset((BOUNDS, HEADER_ENTRY, *_PUBLIC_WORDS.split()))
+_PUBLIC = frozenset((AVERAGE_ENTRY, BOUNDS, RANKS_ENTRY, HEADER_ENTRY, *_PUBLIC_WORDS.split()))
 
 
 def sha256_file(path: Path, *, each_block: Callable[[], object] = lambda: None) -> str:

@@ -184,8 +184,16 @@ def estimate_of(
     if card.type == "cuda":
         dtype = dtype_on_device(config, model.denoiser.module, card)
     config = replace(config, training_dtype=dtype, exact_dtype=True)
-    # PiSSA's factors are as large as LoRA's, but computing them decomposes all weights.
-    config = replace(config, pissa=False, gradient_checkpointing=False, activations="keep")
+    # The factors of PiSSA and T-LoRA are as large as LoRA's, but computing them decomposes all weights.
+    config = replace(
+        config,
+        pissa=False,
+        tlora="none",
+        tlora_min_rank=1,
+        tlora_alpha=1.0,
+        gradient_checkpointing=False,
+        activations="keep",
+    )
     side, latent = latent_side(model, resolution), model.components.latent
     model.check_clips("frames", frames)
     frames = latent.whole_frames(frames)

@@ -304,7 +304,7 @@ class Trainer:
         """
         engine, first = self.engine, self.engine.runtime.first_step
         with self:
-            maker = batch_maker(engine.model, self._data, engine.config, engine.runtime, engine.dropout)
+            maker = batch_maker(engine.model, self._data, engine.config, engine.runtime, engine.rank_masks)
             while self.step < self._loop.steps:
                 ahead = range(first + self.step, first + self._loop.steps)
                 with contextlib.closing(prefetched(maker, ahead)) as coming:
@@ -318,12 +318,14 @@ class Trainer:
     def predict(self, batch: Batch) -> Tensor:
         """The model's prediction for a batch of a step, (batch, channels, [frames,] height, width), differentiable.
 
-        Raises OptionError outside of the loop, and with rank or module dropout, which `TrainStep.gradient` applies.
+        Raises OptionError outside of the loop, and with dropout of ranks or T-LoRA, which `TrainStep.gradient` applies.
         """
         self._check_open()
         config = self.job.config
-        if config.rank_dropout or config.module_dropout:
-            raise OptionError("predict applies no rank_dropout or module_dropout; set both to 0, or use gradient()")
+        if config.rank_dropout or config.module_dropout or config.rank_schedule:
+            raise OptionError(
+                "predict applies no rank_dropout, module_dropout or tlora; leave them out, or use gradient()"
+            )
         return prediction_of(self.engine.model, batch, self.engine.runtime)
 
     def target(self, batch: Batch) -> Tensor:

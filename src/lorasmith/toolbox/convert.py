@@ -65,7 +65,7 @@ def convert_lora(
     metadata. Raises LoraError, also if it cannot be converted exactly, ModelError and OutputError.
     """
     source, target = Path(path), free_target(Path(output), overwrite=overwrite)
-    state, names = _loaded(source, model)
+    state, names = named_lora(source, model)
     layout = layout_for(to, names, state)
     is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
@@ -92,7 +92,8 @@ def convert_lora(
     return Converted(target, layout.title, names.family, modules, tuple(lost), notes)
 
 
-def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[AdapterState, ModelNames]:
+def named_lora(source: Path, model: str | os.PathLike[str] | None) -> tuple[AdapterState, ModelNames]:
+    """A LoRA with the names of its model, or of the released model of its family. Raises LoraError and ModelError."""
     if model is not None:
         names = open_model(model).names
         return load_lora(source, names), names

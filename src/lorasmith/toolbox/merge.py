@@ -25,6 +25,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, mu
 from lorasmith.core.errors import LoraError, ModelError, OptionError
 from lorasmith.core.files import atomic_folder
 from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.metadata import RANKS_ENTRY
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by
 from lorasmith.formats.spelling import ModuleTensors, without_core
 from lorasmith.toolbox.changes import (
@@ -69,6 +70,7 @@ class MergeReport:
     energy: float | None  # share of the squared singular values kept in truncation; None if nothing was truncated
     # by file, modules or keys that do not belong to the model and are not in the new file
     left_out: Mapping[Path, Sequence[str]]
+    leveled: Sequence[Path] = ()  # T-LoRAs, of which all ranks are used at each noise level now
 
 
 def merge_loras(
@@ -106,7 +108,7 @@ def merge_loras(
         modules[ref] = whole
     if not modules:
         raise LoraError("a merge needs at least one LoRA with a strength other than 0, and all of these are 0")
-    save_alike(output, files, modules, _merged_metadata(files, loras), dtype=dtype)
+    save_alike(output, files, modules, _merged_metadata(files, loras, rank), dtype=dtype)
     found = [rank_of(module.adapter) for module in modules.values() if module.adapter is not None]
     return MergeReport(
         output=output,
@@ -114,7 +116,12 @@ def merge_loras(
         ranks={rank: found.count(rank) for rank in found if rank is not None},
         energy=share(kept, total) if total else None,
         left_out={file.path: sorted(file.unknown) for file in files if file.unknown},
+        leveled=_leveled(files) if len(files) > 1 or rank is not None else (),
     )
+
+
+def _leveled(files: Sequence[LoraFile]) -> Sequence[Path]:
+    return tuple(file.path for file in files if RANKS_ENTRY in file.metadata)
 
 
 def _exactly(parts: Sequence[WeightedModule], rank: int | None) -> ModuleTensors | None:
@@ -220,12 +227,16 @@ def _cannot_stack(ref: ModuleRef, files: Sequence[tuple[LoraFile, float]]) -> st
     )
 
 
-def _merged_metadata(files: Sequence[LoraFile], loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
+def _merged_metadata(
+    files: Sequence[LoraFile], loras: Sequence[tuple[Path, float]], rank: int | None
+) -> dict[str, str]:
     """Entries that are equal in all files, and a note on the merge."""
     first, *others = (file.metadata for file in files)
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     triggers = dict.fromkeys(t for file in files if (t := file.metadata.get("modelspec.trigger_phrase")))
     merged = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in loras)
+    if len(files) > 1 or rank is not None:
+        common.pop(RANKS_ENTRY, None)  # ranks are not those of training
     entries = {"modelspec.trigger_phrase": ", ".join(triggers), "modelspec.merged_from": merged}
     return noted({**common, **{key: value for key, value in entries.items() if value}}, f"merged {merged}")
 
@@ -238,6 +249,7 @@ class FoldReport:
     modules: int  # number of modules that changed
     left_out: Mapping[Path, Sequence[str]]  # by LoRA, its modules or keys that do not belong to the model
     skipped: Sequence[str] = ()  # files of the folder that were not copied because they hold weights without the LoRAs
+    leveled: Sequence[Path] = ()  # T-LoRAs, of which all ranks are used at each noise level now
 
 
 def fold_into(
@@ -268,7 +280,8 @@ def fold_into(
         file.path: sorted([*file.unknown, *(ref.path for ref in file.modules if ref.component not in present)])
         for file, _ in files
     }
-    return FoldReport(output, len(parts), {path: names for path, names in left_out.items() if names}, skipped)
+    found = {path: names for path, names in left_out.items() if names}
+    return FoldReport(output, len(parts), found, skipped, _leveled([file for file, _ in files]))
 
 
 Rewrite = Callable[[Tensor], Tensor]

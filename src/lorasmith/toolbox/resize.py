@@ -24,7 +24,7 @@ from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.layouts.peft import ADAPTER_METADATA
-from lorasmith.formats.metadata import sshs_hashes
+from lorasmith.formats.metadata import RANKS_ENTRY, sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
 from lorasmith.formats.spelling import ModuleTensors, grouped
@@ -229,6 +229,8 @@ def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[Module
             f"{len(unknown)} modules, such as {file.bases[unknown[0]]}, were taken for Linear layers, because the file "
             "does not hold their kernel sizes; if some are convolutions, name the model with --model"
         )
+    if RANKS_ENTRY in file.metadata:
+        warnings.append(f"{file.path.name} is a T-LoRA; the new file uses all of its ranks at each noise level")
     return warnings
 
 
@@ -240,7 +242,7 @@ def _metadata(
     energy: float | None,
 ) -> dict[str, str]:
     bounds = [f"rank {rank}"] * (rank is not None) + [f"energy {energy:g}" if energy is not None else ""]
-    header = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA}
+    header = {key: value for key, value in file.metadata.items() if key not in (ADAPTER_METADATA, RANKS_ENTRY)}
     if "lorasmith.algorithm" in header:
         header["lorasmith.algorithm"] = "lora"
     if header.get("ss_network_module", "").startswith("lycoris"):

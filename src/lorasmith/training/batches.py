@@ -46,9 +46,10 @@ class Batch:
     level: NoiseLevel
     conditioning: Conditioning
     names: tuple[str, ...]
-    masks: Tensor | None = None  # of rank and module dropout, one row per sample
+    masks: Tensor | None = None  # of the ranks (`RankMasks`), one row per sample
     draws: tuple[int, ...] = ()  # global draw indices
     indices: tuple[int, ...] = ()  # of the samples in the dataset
+    share: Tensor | None = None  # of diffusion time, 0 for clean to 1 for noise, fp32 (batch,); None outside of a run
     quantiles: tuple[float, ...] = ()  # of the noise levels on the model's schedule: 0 is clean, 1 is noise
     places: Tensor | None = None  # weights of the loss by pixel, fp32, broadcasting to `clean`; None for 1
     weights: Tensor | None = None  # of the samples in the gradient, fp32 (batch,); None for 1
@@ -79,8 +80,8 @@ def kind_of(conditioning: Conditioning) -> object:
 _PYRAMID = 6  # scales of pyramid noise at most
 
 
-def no_masks(draws: Sequence[int]) -> Tensor | None:
-    """Masks without dropout: None."""
+def no_masks(draws: Sequence[int], share: Tensor) -> Tensor | None:
+    """Masks of no ranks: None."""
     return None
 
 
@@ -95,7 +96,7 @@ class BatchMaker:
     memory_format: torch.memory_format
     config: ResolvedConfig
     runtime: Runtime
-    masks: Callable[[Sequence[int]], Tensor | None] = no_masks  # draw indices → dropout masks, one row each
+    masks: Callable[[Sequence[int], Tensor], Tensor | None] = no_masks  # see `RankMasks.masks`
     lengths_apart: bool = False  # whether contexts of different length are in separate batches
     texts: OtherTexts | None = None  # that the run's methods need
     routes: TokenRoutes | None = None
@@ -170,7 +171,9 @@ class BatchMaker:
         uniform = uniform_numbers(draws, seed=self.config.seed, stratified=self.config.stratified)
         quantiles = self.quantiles(uniform, (clean.shape[-2], clean.shape[-1]))
         level = self.schedule.at(quantiles)
-        masks, device, dtype = self.masks(draws), self.runtime.device, self.runtime.dtype
+        share = self.schedule.share(level.time)
+        masks = self.masks(draws, share)
+        device, dtype = self.runtime.device, self.runtime.dtype
         places, weights = places_of(samples), [sample.weight for sample in samples]
         others = [self._texts(sample) for sample in samples]
         of_class = [sample.is_class for sample in samples]
@@ -185,6 +188,7 @@ class BatchMaker:
             masks=None if masks is None else masks.to(device, dtype, non_blocking=True),
             draws=tuple(draws),
             indices=tuple(self.index(draw) for draw in draws),
+            share=share.to(device, torch.float32, non_blocking=True),
             quantiles=tuple(quantiles.tolist()),
             places=None if places is None else places.to(device, non_blocking=True),
             weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),

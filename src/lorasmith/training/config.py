@@ -15,6 +15,7 @@ from lorasmith.core.choices import TIMESTEP_DISTRIBUTIONS, WEIGHTINGS, Activatio
 from lorasmith.core.errors import OptionError
 from lorasmith.core.named_code import Code, is_import_path
 from lorasmith.core.options import Option, check_options, config_from, option, options_of, short_repr
+from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.diffusion.loss_functions import LOSSES
 from lorasmith.training.optim.update_rules import OPTIMIZERS, RULES, SCHEDULES, rate_factor, rule_of
 
@@ -244,6 +245,19 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
         help="Decompose convolutions larger than 1×1 into a core between two small matrices, with far fewer "
         "parameters. In the portable layout the core is multiplied in.",
     )
+    tlora: Literal["none", "plain", "orthogonal"] = option(
+        "none",
+        help="T-LoRA: the noisier a sample, the fewer ranks it uses, against overfitting to one or few pictures. "
+        "orthogonal starts from singular vectors of a random matrix, so that ranks differ; the file has twice the "
+        "rank. Other programs use all ranks at each noise level; `lorasmith bands` cuts the file for ComfyUI.",
+    )
+    tlora_min_rank: int = option(1, min=1, max=127, help="Ranks that T-LoRA uses in pure noise; below the rank.")
+    tlora_alpha: float = option(
+        1.0,
+        min=0.1,
+        max=10.0,
+        help="Exponent of T-LoRA's ranks over noise levels: 1 is linear, above 1 uses fewer between the ends.",
+    )
     lora_plus_ratio: float = option(
         1.0, min=0.01, max=1000.0, help="LoRA+: the learning rate of the up matrix as a multiple of the learning rate."
     )
@@ -254,6 +268,11 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
         0.0, min=0.0, max=0.95, help="Probability of dropping a layer's whole LoRA for a sample."
     )
 
+    @property
+    def rank_schedule(self) -> RankSchedule | None:
+        """Ranks by noise level; None for all at every level."""
+        return None if self.tlora == "none" else RankSchedule(self.tlora_min_rank, self.tlora_alpha)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         facts = known_facts(self.algorithm)  # that of an extension is known where it trains; see `plan_job`
@@ -263,13 +282,29 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
                 raise OptionError(f"{name} is for {takers}, got algorithm {self.algorithm}; leave one of the two out")
         if self.pissa and self.tucker:
             raise OptionError("pissa and tucker are two starts of a convolution, got both; leave one of them out")
+        if self.tlora == "none":
+            return
+        mixing = {"dora": "whose magnitudes are", "tucker": "whose core is", "pissa": "whose start is"}
+        for name, what in mixing.items():
+            if not self.is_default(name):
+                raise OptionError(
+                    f"tlora uses some of the ranks, got {name}, {what} of all of them; leave one of the two out"
+                )
+        if self.tlora_min_rank >= self.rank:
+            raise OptionError(
+                f"tlora_min_rank must be below the rank, {self.rank}, got {self.tlora_min_rank}; raise the rank"
+            )
 
     def idle_settings(self) -> Iterator[str]:
-        unused = {"zero_init"} if self.pissa else unused_settings(self.algorithm)
-        for name in sorted(unused):
+        start = "pissa" if self.pissa else "tlora orthogonal" if self.tlora == "orthogonal" else ""
+        for name in sorted({"zero_init"} if start else unused_settings(self.algorithm)):
             if not self.is_default(name):
-                variant = "pissa" if self.pissa else self.algorithm
+                variant = start or self.algorithm
                 yield f"{name} {getattr(self, name)} has no effect with {variant}, which does not use it."
+        if self.tlora == "none":
+            for name in ("tlora_min_rank", "tlora_alpha"):
+                if not self.is_default(name):
+                    yield f"{name} {getattr(self, name):g} has no effect without tlora."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +350,14 @@ class OptimizerSettings(StepSettings, group="Training"):
         costs=True,
         help="Decay of an exponential moving average of the trained weights, which is saved instead of the last "
         "weights. 0 disables it.",
+    )
+    post_hoc_ema: int = option(
+        0,
+        min=0,
+        max=100,
+        costs=True,
+        help="Times in a run at which two moving averages of the trained weights are saved, from which `lorasmith "
+        "average` makes that of any length afterwards (arXiv:2312.02696). 8 are usual, 0 saves none.",
     )
     max_grad_norm: float = option(
         1.0, min=0.0, max=1e6, help="Gradient norm to which larger gradients are clipped. 0 disables it."
@@ -390,7 +433,8 @@ class LossSettings(Section, group="Training"):
         "none",
         choices=WEIGHTINGS,
         help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
-        "soft_min_snr does so smoothly; debiased and p2 lower the weight of the clean end of epsilon models.",
+        "soft_min_snr does so smoothly; debiased and p2 lower the weight of the clean end of epsilon models, "
+        "sigma_sqrt and cosmap are for flows.",
     )
     min_snr_gamma: float = option(
         5.0, min=0.01, max=1000.0, help="Signal-to-noise ratio at which min_snr and soft_min_snr level off."
@@ -427,8 +471,11 @@ class LossSettings(Section, group="Training"):
     huber_c: float = option(
         0.1, min=1e-6, max=100.0, help="Error from which the loss PseudoHuber is linear, so that outliers count less."
     )
-    huber_schedule: Literal["constant", "snr"] = option(
-        "constant", help="huber_c over noise levels: snr raises it to 1 towards the clean end."
+    huber_schedule: Literal["constant", "exponential", "snr"] = option(
+        "constant", help="huber_c over noise levels: exponential and snr raise it to 1 towards the clean end."
+    )
+    huber_scale: float = option(
+        1.0, min=1e-3, max=1000.0, help="Factor of the scheduled huber_c, of constant and exponential."
     )
     zero_terminal_snr: bool = option(
         False,
@@ -444,9 +491,11 @@ class LossSettings(Section, group="Training"):
 
     def idle_settings(self) -> Iterator[str]:
         if self.loss_function != "PseudoHuber":
-            for name in ("huber_c", "huber_schedule"):
+            for name in ("huber_c", "huber_schedule", "huber_scale"):
                 if not self.is_default(name):
                     yield f"{name} {getattr(self, name)} has no effect without loss_function PseudoHuber."
+        elif self.huber_schedule == "snr" and not self.is_default("huber_scale"):
+            yield f"huber_scale {self.huber_scale:g} has no effect with huber_schedule snr."
         if "min_snr" not in self.loss_weighting and not self.is_default("min_snr_gamma"):
             yield f"min_snr_gamma {self.min_snr_gamma:g} has no effect without loss_weighting min_snr or soft_min_snr."
         if self.loss_weighting != "none" and self.objective == "x0" and self.loss_function == "MSE":

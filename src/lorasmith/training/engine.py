@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import Attached, Dial, Difference, adapters_attached
-from lorasmith.adapters.variants import Dropout
+from lorasmith.adapters.variants import RankMasks
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
+from lorasmith.core.power_average import LENGTHS, exponent, kept_share
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
@@ -141,7 +142,13 @@ class Engine:
         self.config = config
         self.runtime = runtime
         self.rate_factor = 1.0
-        self.dropout = Dropout(adapters, rank=config.rank_dropout, module=config.module_dropout, seed=config.seed)
+        self.rank_masks = RankMasks(
+            adapters,
+            rank_dropout=config.rank_dropout,
+            module_dropout=config.module_dropout,
+            seed=config.seed,
+            schedule=config.rank_schedule,
+        )
         self.methods = methods_of(config)
         self._dial = Dial()
         self.trained = Attached(adapters, self._dial if self.methods else 1.0, differences or {})
@@ -159,6 +166,9 @@ class Engine:
         )
         self._scale = LossScale(runtime.device, enabled=runtime.dtype == torch.float16)
         self._average = self.flat.master.clone() if config.ema_decay else None
+        # (lengths, numbers) fp32, see `core.power_average`
+        self.power_averages = self.flat.master.repeat(len(LENGTHS), 1) if config.post_hoc_ema else None
+        self._exponents = [exponent(one) for one in LENGTHS]
         self._sound = torch.ones((), dtype=torch.bool, device=runtime.device)
         self._sums = GradientSums(self.flat, runtime.processes) if runtime.processes.size > 1 else None
 
@@ -208,7 +218,7 @@ class Engine:
             is_last, is_only = index == len(batches) - 1, len(batches) == 1
             with (
                 # Until the backward passes end, as they may recompute blocks.
-                self.dropout.masks_applied(batch.masks)
+                self.rank_masks.masks_applied(batch.masks)
             ):
                 goal, loss = self._passes(batch, per_step)
                 with sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext():
@@ -329,6 +339,9 @@ class Engine:
             # Early on the decay is smaller, as in torch and timm.
             decay = min(config.ema_decay, (1 + step) / (10 + step))
             self._average.lerp_(self.flat.master, (1 - decay) * proceed)
+        if self.power_averages is not None:
+            for average, gamma in zip(self.power_averages, self._exponents, strict=True):
+                average.lerp_(self.flat.master, 1 - kept_share(step + 1, gamma))
         self.flat.publish()
         return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first)), losses))
 
@@ -393,6 +406,8 @@ class Engine:
 
     def _own_state(self) -> dict[str, Tensor]:
         average = {} if self._average is None else {"average": self._average}
+        if self.power_averages is not None:
+            average["power_averages"] = self.power_averages
         return {"master": self.flat.master, **average, **self._scale.tensors}
 
 
@@ -401,9 +416,9 @@ def batch_maker(
     samples: Sequence[Sample] | EncodedDataset,
     config: ResolvedConfig,
     runtime: Runtime,
-    dropout: Dropout | None = None,
+    rank_masks: RankMasks | None = None,
 ) -> BatchMaker:
-    """The `BatchMaker` of a run; `dropout` provides the masks of rank and module dropout.
+    """The `BatchMaker` of a run; `rank_masks` are of its adapters.
 
     Raises OptionError if a method of the settings needs a text encoder, and `samples` are no dataset that has one.
     """
@@ -422,7 +437,7 @@ def batch_maker(
         # A route is of one call of the network.
         lengths_apart=(runtime.sharding or routes is not None) and model.facts.predicts_by_length,
         memory_format=memory_format_for(model.module),
-        masks=no_masks if dropout is None else dropout.masks,
+        masks=no_masks if rank_masks is None else rank_masks.masks,
         texts=other_texts(samples, config),
         routes=routes,
         config=config,

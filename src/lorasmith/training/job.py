@@ -132,7 +132,7 @@ class TrainJob:
 
 def variant_of(config: TrainConfig) -> Variant:
     """The variant of the algorithm that the settings select."""
-    return Variant(config.dora, config.rslora, config.pissa, config.tucker)
+    return Variant(config.dora, config.rslora, config.pissa, config.tucker, config.tlora == "orthogonal")
 
 
 def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> TrainJob:
@@ -163,6 +163,11 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     patches = [replace(patch, bypass=False) for patch in model.patches]
     with patches_merged(module, patches, dtype=torch.float32, unpacking=True):
         adapters = load_adapters(module, existing.adapters) | _fresh_adapters(module, fresh, requested, config)
+    if config.tlora == "orthogonal" and existing.adapters and fresh.adapters:
+        raise OptionError(
+            f"tlora orthogonal starts all layers, but {len(existing.adapters)} of them continue "
+            f"{existing.name}; use tlora plain, or choose targets that it has"
+        )
     text_adapters = {} if model.encoders is None else _on_text(model.encoders, text_layers, existing, requested, config)
     fresh_text = len(text_adapters) - len(existing.on_text)
     TokenRoutes.of(model, config)  # raises
@@ -356,6 +361,7 @@ class _Existing:
     carried: AdapterState = field(default_factory=AdapterState)
     steps: int = 0
     left_out: str = ""
+    leaves_tlora: bool = False  # whether it was trained with ranks by noise level, and is not here
 
     def with_text(self, model: Trainable, layers: Sequence[str]) -> _Existing:
         """The same with its adapters on these layers of text encoders trained, too."""
@@ -381,6 +387,11 @@ class _Existing:
                 f"Continuing {self.name} ({count_text(self.steps, 'step')}): {kept} of its layers{also} "
                 f"keep their algorithm, rank and alpha; {count_text(fresh, 'adapter')} of other targets "
                 f"{'is' if fresh == 1 else 'are'} new."
+            )
+        if self.leaves_tlora:
+            yield (
+                f"{self.name} is a T-LoRA, of which all ranks are trained at each noise level here; set tlora to "
+                "continue it as one."
             )
         if self.left_out:
             yield f"{self.left_out}; they are saved unchanged."
@@ -409,6 +420,7 @@ def _existing(path: Path, model: Trainable, config: TrainConfig) -> _Existing:
         replace(state, adapters=others, differences=carried),
         steps_of(state.metadata, path.name),
         left_out,
+        config.tlora == "none" and lora.rank_schedule is not None,
     )
 
 

@@ -56,6 +56,11 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
     methods += ["tread_rate" for job in jobs if job.config.tread_rate]
     if others and (method := next(iter(methods), None)):
         raise OptionError(f"runs that train together take plain steps, got {method}; leave it out, or train apart")
+    if any(patch.ranks for patch in first.model.patches):
+        raise OptionError(
+            "runs that train together need LoRAs beneath them that use all ranks at each noise level, got a T-LoRA; "
+            "leave it out, or train apart"
+        )
     if any(job.text_adapters for job in jobs):
         raise OptionError(
             "runs that train together share the model's text encoders, got train_text_encoder; leave it out, or train "
@@ -295,7 +300,7 @@ class _Coordinator:
             # Until the backward pass ends, as it may recompute blocks.
             stack.enter_context(model.rows.set(present))
             for share, batch in parts:
-                stack.enter_context(share.engine.dropout.masks_applied(batch.masks))
+                stack.enter_context(share.engine.rank_masks.masks_applied(batch.masks))
             with activations_packed(model.activations, trained.module):
                 prediction = trained.predict(noised, time, conditioning)
             totals = []

@@ -231,7 +231,7 @@ class Loop:
     def _take_steps(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
         engine = self.engine
-        maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.dropout)
+        maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.rank_masks)
         first = engine.runtime.first_step
         with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
             # Several processes agree on it with the sum of the gradient.

@@ -24,6 +24,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import LoraError
 from lorasmith.core.printable import count_text, printable, sentence
+from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.loading import released_names
 from lorasmith.families.model import Denoiser, Model, TextEncoder
@@ -40,7 +41,7 @@ from lorasmith.formats.lora_file import (
     state_from_tensors,
     unapplied,
 )
-from lorasmith.formats.metadata import steps_of
+from lorasmith.formats.metadata import LeveledRanks, steps_of
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import rank_of
 from lorasmith.formats.spelling import ModuleTensors, all_assembled, fits, grouped, guessed_family
@@ -167,6 +168,22 @@ class Lora:
         return steps_of(self.state.metadata, self.name)
 
     @property
+    def rank_schedule(self) -> RankSchedule | None:
+        """How many ranks are used by noise level, of a T-LoRA whose ranks are those of training; None for all."""
+        if self._leveled is None or self._leveled.total != self._total_rank:
+            return None
+        return self._leveled.schedule
+
+    @property
+    def _leveled(self) -> LeveledRanks | None:
+        return LeveledRanks.of(self.state.metadata)
+
+    @property
+    def _total_rank(self) -> int:
+        adapters = [weights for ref, weights in self.state.adapters.items() if ref.component == DENOISER]
+        return sum(rank_of(weights) or 0 for weights in adapters if weights.tensors.keys() == {"down", "up"})
+
+    @property
     def family(self) -> str:
         """Name of the family of its model, such as `sdxl`; empty if unknown."""
         return self.names.family
@@ -239,7 +256,7 @@ class Lora:
             strength: factor of the weight change; 1 is as trained.
             text_strength: factor for the text encoders; `strength` if None.
             bypass: whether it runs beside the denoiser's weights instead of being merged into them; None merges it
-                unless one of those weights is packed.
+                unless one of those weights is packed. A T-LoRA is never merged, as its ranks depend on the noise level.
             strict: whether to refuse a LoRA of which a part does not apply.
 
         Raises:
@@ -268,6 +285,11 @@ class Lora:
         if on_text and not on_denoiser and denoiser is not None:
             left += self._all_elsewhere(for_denoiser=True)
         note = self._sentence(left, title) if left else ""
+        if on_denoiser and not note and self._leveled is not None and self.rank_schedule is None:
+            note = (
+                f"{printable(self.name, limit=60)} used fewer of its ranks where there was more noise, but has other "
+                "ranks since, so that all are used; take the file of the training"
+            )
         if note and strict:
             raise LoraError(f"{note}, or leave strict off to apply the others")
         return Applied(denoiser, encoder, note)
@@ -336,6 +358,8 @@ class Lora:
     def _on_denoiser(self, denoiser: H, strength: float, bypass: bool | None) -> H:
         self._check_fits(denoiser)
         patch: Patch = self._patch(DENOISER, strength=strength, bypass=bool(bypass))
+        if (ranks := self.rank_schedule) is not None:
+            return denoiser.patched(replace(patch, bypass=True, ranks=ranks))
         changed = {*patch.adapters, *(path for path, difference in patch.differences.items() if "weight" in difference)}
         if not bypass and changed & packed_layers(denoiser.module).keys():
             if bypass is not None:

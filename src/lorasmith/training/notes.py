@@ -12,7 +12,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import AdapterPlan, Difference
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import Dropout, OutputDora
+from lorasmith.adapters.variants import OutputDora, droppable, rank_ordered
 from lorasmith.core import quantization
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
@@ -68,6 +68,7 @@ def notes_on(
         *VariantSettings.idle_settings(config),
         *_on_quantization(config, model),
         *_on_shift(config, model),
+        *_on_weighting(config, model),
         *LossSettings.idle_settings(config),
         *MethodSettings.idle_settings(config),
         *TextEncoderSettings.idle_settings(config),
@@ -200,6 +201,12 @@ def _on_shift(config: TrainConfig, model: Trainable) -> Iterator[str]:
         yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
 
 
+def _on_weighting(config: TrainConfig, model: Trainable) -> Iterator[str]:
+    is_flow = model.diffusion.parameterization == "flow"
+    if config.loss_weighting == "sigma_sqrt" and is_flow and config.objective == "native":
+        yield "loss_weighting sigma_sqrt has no effect on a flow with objective native, whose loss it is."
+
+
 def _on_own_values(
     config: TrainConfig, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
 ) -> Iterator[str]:
@@ -223,10 +230,17 @@ def _on_targets(
         layers = (FrozenLayer(model.module.get_submodule(target.path)) for target in plan.adapters)
         if not any(map(LoraAdapter.has_core, layers)):
             yield "tucker has no effect: no target is a convolution larger than 1×1."
-    if config.rank_dropout or config.module_dropout:
-        dropped = Dropout(adapters, rank=0.5, module=0.5, seed=0).adapters
-        if spared := len(adapters) - len(dropped):
-            yield f"Dropout does not apply to {spared} of {len(adapters)} layers, whose algorithm has none."
+    if (config.rank_dropout or config.module_dropout) and (spared := len(adapters) - len(droppable(adapters))):
+        yield f"Dropout does not apply to {spared} of {len(adapters)} layers, whose algorithm has none."
+    if config.tlora != "none":
+        if spared := len(adapters) - len(rank_ordered(adapters)):
+            yield f"tlora does not apply to {spared} of {len(adapters)} layers, which are not plain LoRAs."
+        if config.tlora == "orthogonal" and not plan.adapters:
+            yield "tlora orthogonal is plain here, as every target continues existing_lora with its own values."
+        yield ReportNote(
+            "Only Lorasmith uses fewer ranks where there is more noise, as in training; other programs use all of "
+            "them everywhere, unless they load the parts that `lorasmith bands` cuts the LoRA into."
+        )
     if not config.is_default("differences") and not differences:
         yield f"differences {config.differences} has no effect: the model has none of those parameters."
 

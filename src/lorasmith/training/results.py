@@ -9,23 +9,37 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+import torch
+
 from lorasmith.adapters.algorithms import facts_of, format_named, format_of
+from lorasmith.adapters.variants import OrthogonalAdapter, rank_ordered
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.extensions import HEADER_ENTRY, as_json
 from lorasmith.core.files import write_atomic
 from lorasmith.core.placement import dtype_from_name, dtype_name
+from lorasmith.core.power_average import AVERAGES, LENGTHS
 from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
-from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without_private
+from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.formats.metadata import (
+    AVERAGE_ENTRY,
+    RANKS_ENTRY,
+    RUN_ENTRY,
+    LeveledRanks,
+    autov1,
+    average_entry,
+    tag_frequency,
+    without_private,
+)
 from lorasmith.formats.names import encoder_module
 from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.config import ResolvedConfig
@@ -153,6 +167,23 @@ class Results:
             with loop.engine.exported():
                 self.save(loop, self._path(self.folder, "-best"))
 
+    def save_averages(self, loop: Loop, steps: Sequence[int]) -> None:
+        """Save the averages after this step, one of those after which they are saved; the run must have a folder.
+
+        In 16 bits they are in fp16, as sums of several have to be more exact than bf16.
+        """
+        averages, folder = loop.engine.power_averages, self.folder
+        assert averages is not None and folder is not None
+        for sigma_rel, values in zip(LENGTHS, averages, strict=True):
+            with loop.engine.exported(values):
+                lora = self.lora(loop.step)
+            entry = {AVERAGE_ENTRY: average_entry(sigma_rel, loop.step, steps)}
+            if lora.dtype == torch.bfloat16:
+                lora = replace(lora, dtype=torch.float16)
+            path = folder / AVERAGES / f"{self.title}-step{loop.step:08}-ema{sigma_rel:.2f}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            lora.save(path, metadata=entry)
+
     def collect(
         self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
     ) -> TrainResult:
@@ -240,10 +271,26 @@ def training_metadata(
         "lorasmith.config": asdict(job.config),
         HEADER_ENTRY: as_json(job.extensions) or None,
         "ss_training_comment": f"trigger: {trigger}" if trigger else "",
+        RANKS_ENTRY: _leveled_ranks(job),
         RUN_ENTRY: "" if record is None else record.to_entry(),
     }
     metadata = {key: _text(value) for key, value in sorted(entries.items()) if value is not None and value != ""}
     return without_private(metadata) if job.config.private else metadata
+
+
+def _leveled_ranks(job: TrainJob) -> str:
+    """The entry of a T-LoRA, empty for others."""
+    if job.config.rank_schedule is None:
+        return ""
+    adapters = rank_ordered(job.adapters).values()
+    copies = 2 if any(isinstance(one, OrthogonalAdapter) for one in adapters) else 1
+    schedule = job.model.diffusion.schedule
+    return LeveledRanks(
+        replace(job.config.rank_schedule, copies=copies),
+        total=sum(one.rank * copies for one in adapters),
+        shift=schedule.shift,
+        steps=len(schedule.sigmas) if isinstance(schedule, DiscreteSchedule) else 0,
+    ).to_entry()
 
 
 class BaseHashes:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError, TrainingError
 from lorasmith.core.placement import dtype_from_name, dtype_name
+from lorasmith.core.power_average import LENGTHS
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Split, split
 from lorasmith.data.folder import ImageFile
@@ -50,7 +51,7 @@ from lorasmith.training.storage.run_folder import (
     unfinished_run,
 )
 from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
-from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
+from lorasmith.training.watchers import PREVIEWS, AverageWatch, Draw, LoraWatch, PreviewWatch, ValidationWatch
 
 _STATE_BYTES = 16
 """Bytes of a run state per trained parameter: fp32 weights, their average, and two moments of the optimizer."""
@@ -134,6 +135,8 @@ def run_bytes(job: TrainJob) -> int:
     lora_bytes = job.parameters * dtype_from_name(config.lora_dtype).itemsize
     pictures = len(config.previews.split("|")) * (PREVIEWS + 1) if config.previews else 0
     picture_bytes = _PIXEL_BYTES * job.model.facts.defaults.resolution**2
+    # In more bits than the LoRA's, see `Results.save_averages`.
+    loras += config.post_hoc_ema * len(LENGTHS)
     return loras * lora_bytes + 2 * _STATE_BYTES * job.parameters + pictures * picture_bytes + SPARE_BYTES
 
 
@@ -375,6 +378,9 @@ class _Run:
             if config.save_every:
                 results = self._results
                 watchers.append(LoraWatch(results.save, results.path_at, every=config.save_every))
+            if config.post_hoc_ema:
+                save = self._results.save_averages
+                watchers.append(AverageWatch(save, count=config.post_hoc_ema, steps=config.steps))
             if self._draw is not None:
                 preview = folder.path / "preview.safetensors"
                 watchers.append(PreviewWatch(self._draw, self._results.save, preview, config))
@@ -420,6 +426,8 @@ class _Run:
         if self._parts.held_out:
             yield f"{self._parts.note}." if self._parts.is_note_grave else ReportNote(f"{self._parts.note}.")
         if self._folder is None:
+            if count := self._job.config.post_hoc_ema:
+                yield f"post_hoc_ema {count} has no effect without a folder of the run, in which averages are saved."
             return
         kept = self._job.config.keep_states + 1  # the oldest is removed after the new one is written
         needed, free = kept * _STATE_BYTES * self._job.parameters, free_bytes(self._folder.path)

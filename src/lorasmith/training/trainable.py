@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
 from lorasmith.adapters.inject import Rule, adapters_attached
-from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
+from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
 from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension
@@ -202,6 +202,8 @@ class Trainable:
             time: (batch,) fp32, `NoiseLevel.time`: sigma of a flow, the index of a discrete schedule's step.
             conditioning: joined, on the same device; floats in the dtype of the run.
         """
+        if any(patch.ranks for patch in self.patches):
+            ranks_chosen(self.module, self.diffusion.schedule.share(time))
         if self._predict is not None:
             found: object = self._predict(self.module, latents, time, conditioning)
         else:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorasmith.adapters.variants import RankMasks
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.placement import memory_format_for
@@ -37,6 +38,9 @@ from lorasmith.training.events import Validated
 from lorasmith.training.trainable import Trainable
 
 _SEED = 0  # a constant, so that runs with different seeds can be compared
+
+
+_ALL_RANKS = RankMasks({}, rank_dropout=0, module_dropout=0, seed=0, schedule=None)
 
 
 class Validator:
@@ -84,14 +88,14 @@ class Validator:
         self._padding = batches[:missing] if equal_passes else []
 
     @torch.no_grad()
-    def __call__(self) -> Tensor:
+    def __call__(self, rank_masks: RankMasks = _ALL_RANKS) -> Tensor:
         """Losses (images, draws), fp32 on the CPU. Raises TrainingError if one is not finite.
 
-        The caller has placed the denoiser on the device, attached adapters and disabled dropout. Without adapters,
-        these are the losses of the base model.
+        The caller has placed the denoiser on the device and attached adapters, whose ranks by noise level are those of
+        `rank_masks`. Without adapters, these are the losses of the base model.
         """
         losses = torch.zeros(self.quantiles.shape)
-        measured = self._measured()
+        measured = self._measured(rank_masks)
         for batch, values in zip(self._batches, measured, strict=True):  # synchronizes with a GPU once, not per batch
             rows, draws = zip(*batch, strict=True)
             losses[list(rows), list(draws)] = values.cpu()
@@ -104,17 +108,18 @@ class Validator:
             )
         return losses
 
-    def _measured(self) -> list[Tensor]:
+    def _measured(self, rank_masks: RankMasks) -> list[Tensor]:
         """Losses of the batches; falls back to single images when memory runs out, unless passes must be equal."""
         try:
-            return [self._losses(batch) for batch in [*self._batches, *self._padding]][: len(self._batches)]
+            batches = [*self._batches, *self._padding]
+            return [self._losses(batch, rank_masks) for batch in batches][: len(self._batches)]
         except (RuntimeError, MemoryError) as error:
             if self._equal_passes or not is_out_of_memory(error) or all(len(batch) == 1 for batch in self._batches):
                 raise
         self._batches = [[pair] for batch in self._batches for pair in batch]
-        return self._measured()
+        return self._measured(rank_masks)
 
-    def _losses(self, batch: Sequence[tuple[int, int]]) -> Tensor:
+    def _losses(self, batch: Sequence[tuple[int, int]], rank_masks: RankMasks) -> Tensor:
         """Losses (batch,) of (image, draw) pairs."""
         samples = [self._samples[row] for row, _ in batch]
         clean = torch.stack([sample.latents for sample in samples])
@@ -127,6 +132,7 @@ class Validator:
         diffusion = self._model.diffusion
         level = diffusion.schedule.at(torch.stack([self.quantiles[row, draw] for row, draw in batch]))
         noised = level.noised(clean, noise)
+        masks = rank_masks.at(diffusion.schedule.share(level.time))
         level = level.to(self._device)
         clean, noise, noised = (
             tensor.to(self._device, memory_format=self._memory_format) for tensor in (clean, noise, noised)
@@ -143,8 +149,10 @@ class Validator:
             names=tuple(sample.name for sample in samples),
             places=None if places is None else places.to(self._device),
         )
+        with rank_masks.masks_applied(None if masks is None else masks.to(self._device, self._dtype)):
+            prediction = self._model.predict(noised.to(self._dtype), level.time, conditioning)
         return diffusion_loss(
-            self._model.predict(noised.to(self._dtype), level.time, conditioning),
+            prediction,
             drawn,
             parameterization=diffusion.parameterization,
             objective="native",

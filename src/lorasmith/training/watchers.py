@@ -72,7 +72,7 @@ class ValidationWatch(Watcher):
         assert self.history is not None
         with loop.engine.evaluation_weights() as weights:
             try:
-                losses = self._losses()
+                losses = self._losses(loop.engine.rank_masks)
             except TrainingError as error:  # broken weights: the next step will diverge, and the loop roll back
                 loop.emit(Warned(message=f"No validation at step {loop.step}: {error}."))
                 return
@@ -123,6 +123,20 @@ class LoraWatch(Watcher):
                 self._save(loop, self._path(loop.step))
 
         _warned(loop, f"The LoRA of step {loop.step} is not saved", write)
+
+
+class AverageWatch(Watcher):
+    """Saves the averages over training `count` times in a run, at equal distances, the last at its end."""
+
+    def __init__(self, save: Callable[[Loop, Sequence[int]], None], *, count: int, steps: int) -> None:
+        self._save = save
+        self._steps = sorted({max(1, round(steps * number / count)) for number in range(1, count + 1)})
+
+    def due(self, loop: Loop) -> bool:
+        return loop.step in self._steps
+
+    def __call__(self, loop: Loop) -> None:
+        _warned(loop, f"The averages of step {loop.step} are not saved", lambda: self._save(loop, self._steps))
 
 
 class Draw(Protocol):

@@ -25,7 +25,7 @@ from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, give_source, packable_layers
 from lorasmith.adapters.inject import Attached, Difference, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import Dropout, InputDora, OutputDora
+from lorasmith.adapters.variants import InputDora, OutputDora, RankMasks
 from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS, Packed
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -272,10 +272,10 @@ def test_no_weight_is_kept_for_the_backward_pass(
 @pytest.mark.slow
 def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
     adapters = adapters_for(toy)
-    dropout = Dropout(adapters, rank=0.5, module=0.1, seed=0)
+    dropout = RankMasks(adapters, rank_dropout=0.5, module_dropout=0.1, seed=0, schedule=None)
     with adapters_attached(toy, [Attached(adapters)]):
         for draws in ((0, 1), (2, 3)):
-            with dropout.masks_applied(dropout.masks(draws)):
+            with dropout.masks_applied(dropout.masks(draws, torch.zeros(len(draws)))):
                 plain = gradients(toy, adapters)
                 with blocks_compiled(toy, True):
                     assert_close(gradients(toy, adapters), plain)

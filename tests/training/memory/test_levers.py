@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALG
     "DoRA per input": {"dora": "input"},
     "DoRA per output": {"dora": "output"},
     "PiSSA": {"pissa": True},
+    "T-LoRA": {"tlora": "plain"},
     "Tucker": {"tucker": True},
     "norms and biases": {"differences": "norms+biases"},
 }

@@ -67,7 +67,7 @@ def gradients(job: TrainJob, data: EncodedDataset) -> tuple[Tensor, Tensor]:
         for batch in batches:
             with torch.no_grad():
                 kept = job.model.predict(batch.noised, batch.level.time, batch.texts["preserved"])
-            with adapters_attached(job.model.module, [attached]), engine.dropout.masks_applied(batch.masks):
+            with adapters_attached(job.model.module, [attached]), engine.rank_masks.masks_applied(batch.masks):
                 own = job.model.predict(batch.noised, batch.level.time, batch.texts["preserved"])
                 ((own - kept) ** 2).flatten(1).mean(1).sum().mul(0.7 / job.config.samples_per_step).backward()
             engine.flat.collect()

@@ -4,6 +4,7 @@ run.json        configuration, fingerprint, model, data and environment
 events.jsonl    one event per line
 states/         run states, from which it resumes
 samples/        previews
+averages/       averages over training
 <name>.safetensors, loss.png, report.html    results
 
 Within a named output, only files of runs are replaced or removed. A complete run that is started again with more steps
@@ -25,6 +26,7 @@ from typing import Any, TextIO
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.files import atomic_path, check_parents, check_writable, ensure_folder, locked, write_atomic
+from lorasmith.core.power_average import AVERAGES
 from lorasmith.core.printable import count_text, memory_text
 from lorasmith.training.events import Event, EventHandler, Outcome, RolledBack, RunFinished, StepDone, Warned, encoded
 from lorasmith.training.recovery import RunState
@@ -196,6 +198,7 @@ class RunFolder:
             *self.path.glob(".*.tmp"),
             *(self.path / "states").glob(".*.tmp"),
             *(self.path / "samples").glob(".*.tmp"),
+            *(self.path / AVERAGES).glob(".*.tmp"),
         ]
         if self.outcome() is None:  # otherwise it is a LoRA with that name
             left.append(self.path / "preview.safetensors")
@@ -208,7 +211,8 @@ class RunFolder:
 
     def _check_entries(self) -> None:
         """Raise OutputError if entries of an untrusted folder would redirect writes or block reads (links, pipes)."""
-        for path in [*_entries(self.path), *_entries(self.path / "states"), *_entries(self.path / "samples")]:
+        folders = (self.path, *(self.path / name for name in ("states", "samples", AVERAGES)))
+        for path in [path for folder in folders for path in _entries(folder)]:
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise OutputError(
