@@ -95,7 +95,7 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
 
 def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    usual = STRENGTHS if config.slider_positive is None else _OF_SLIDER
+    usual = _OF_SLIDER if config.is_slider else STRENGTHS
     strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
     steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
     return PreviewProgram(steps, strengths, prompts=parse_prompts(config.previews))

@@ -510,6 +510,18 @@ class MethodSettings(Section, group="Methods", costs=True):
         "constant", help="Guidance of guidance_loss over noise levels: sigma has it fall to 1 towards the clean end."
     )
 
+    pairs: Literal["none", "slider"] = option(
+        "none",
+        help="Train on pairs of pictures: each image, and its control as its opposite, of the same name. slider makes "
+        "the LoRA's strength the amount of what differs, images at 1 and opposites at -1; a step takes twice as long.",
+    )
+    pair_focus: float = option(
+        0.0,
+        min=0.0,
+        max=1.0,
+        help="Share of the loss of pairs slider that follows where the pictures of a pair differ. 0 weighs all places "
+        "alike.",
+    )
     slider_positive: str | None = option(
         None,
         is_prompt=True,
@@ -524,6 +536,11 @@ class MethodSettings(Section, group="Methods", costs=True):
         None, is_prompt=True, help="Prompts that a slider must not change, separated by |."
     )
     slider_guidance: float = option(3.0, min=0.1, max=100.0, help="Distance of a slider's ends at strengths of ±1.")
+
+    @property
+    def is_slider(self) -> bool:
+        """Whether the strength of the LoRA is the amount of an attribute, negative ones included."""
+        return self.slider_positive is not None or self.pairs == "slider"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -546,6 +563,8 @@ class MethodSettings(Section, group="Methods", costs=True):
             for name in options_of(MethodSettings):
                 if name.startswith("slider_") and not self.is_default(name):
                     yield f"{name} {getattr(self, name)} has no effect without slider_positive."
+        if not self.is_default("pair_focus") and self.pairs != "slider":
+            yield f"pair_focus {self.pair_focus:g} has no effect without pairs slider."
         if self.guidance_loss is None and not self.is_default("guidance_loss_schedule"):
             yield f"guidance_loss_schedule {self.guidance_loss_schedule} has no effect without guidance_loss."
 
