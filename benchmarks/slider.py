@@ -34,13 +34,13 @@ FROM_PROMPTS = {
 }
 
 
-def pair_folder(folder: Path, *, count: int = 6) -> Path:
+def pair_folder(folder: Path, *, count: int = 6, first: int = 100) -> Path:
     """A folder with pictures of the positive end, and in `control` those of the negative one, of the same noise."""
     (folder / "control").mkdir(parents=True)
     base = load_model(BUILT_IN)
     for number in range(count):
         for place, prompt in zip((folder, folder / "control"), ENDS, strict=True):
-            generate(base, prompt, seed=100 + number)[0].save(place / f"{number}.png")
+            generate(base, prompt, seed=first + number)[0].save(place / f"{number}.png")
     return folder
 
 
@@ -65,7 +65,7 @@ def brightness(pictures: list[Image.Image]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", action="store_true")
-    parser.add_argument("--focus", type=float, default=0.0, help="pair_focus of --pairs")
+    parser.add_argument("--focus", type=float, default=1.0, help="pair_focus of --pairs")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--picture", type=Path)

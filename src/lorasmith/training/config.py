@@ -510,17 +510,25 @@ class MethodSettings(Section, group="Methods", costs=True):
         "constant", help="Guidance of guidance_loss over noise levels: sigma has it fall to 1 towards the clean end."
     )
 
-    pairs: Literal["none", "slider"] = option(
+    pairs: Literal["none", "slider", "dpo"] = option(
         "none",
         help="Train on pairs of pictures: each image, and its control as its opposite, of the same name. slider makes "
-        "the LoRA's strength the amount of what differs, images at 1 and opposites at -1; a step takes twice as long.",
+        "the LoRA's strength the amount of what differs, images at 1 and opposites at -1; a step takes twice as long. "
+        "dpo has the model prefer images to their opposites (Diffusion-DPO, Flow-DPO); a step takes 3.5 times as long.",
     )
     pair_focus: float = option(
-        0.0,
+        1.0,
         min=0.0,
         max=1.0,
-        help="Share of the loss of pairs slider that follows where the pictures of a pair differ. 0 weighs all places "
-        "alike.",
+        help="Share of the weight of the loss of pairs slider that follows how much the pictures of a pair differ at a "
+        "place; with 0 all places weigh alike.",
+    )
+    dpo_beta: float = option(
+        5000.0,
+        min=0.1,
+        max=1e6,
+        help="Strength with which pairs dpo holds the model to the base model; the paper has 2000 for Stable Diffusion "
+        "1 and 5000 for SDXL.",
     )
     slider_positive: str | None = option(
         None,
@@ -565,6 +573,8 @@ class MethodSettings(Section, group="Methods", costs=True):
                     yield f"{name} {getattr(self, name)} has no effect without slider_positive."
         if not self.is_default("pair_focus") and self.pairs != "slider":
             yield f"pair_focus {self.pair_focus:g} has no effect without pairs slider."
+        if not self.is_default("dpo_beta") and self.pairs != "dpo":
+            yield f"dpo_beta {self.dpo_beta:g} has no effect without pairs dpo."
         if self.guidance_loss is None and not self.is_default("guidance_loss_schedule"):
             yield f"guidance_loss_schedule {self.guidance_loss_schedule} has no effect without guidance_loss."
 

@@ -10,6 +10,7 @@ from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.methods.guidance_loss import GuidanceLoss
 from lorasmith.training.methods.mask_prior import MaskPrior
 from lorasmith.training.methods.method import Method
+from lorasmith.training.methods.preference import Preference
 from lorasmith.training.methods.preservation import Preservation
 from lorasmith.training.methods.prior_prediction import PriorPrediction
 from lorasmith.training.methods.slider import PairSlider, Slider
@@ -23,6 +24,7 @@ _METHODS: tuple[type[Method], ...] = (
     Preservation,
     Slider,
     PairSlider,
+    Preference,
     WeightChange,
 )
 
