@@ -286,7 +286,8 @@ def graph_of_run(record: RunRecord, folders: Folders) -> tuple[PromptJson, list[
     if controls:
         graph["10"] = _node("LoadImagePairDataSetFromFolder", "Pairs and texts", folder=images, control_folder=controls)
         graph["15"] = _scaled(["10", 1], "Scale the controls", side, step)
-        notes.append("Controls are scaled like pictures; those of models that know other sizes differ.")
+        if spec.data.controls != "opposite":
+            notes.append("Controls are scaled like pictures; those of models that know other sizes differ.")
     notes.append("Pictures are scaled to whole sizes without a crop, so that they may differ by some pixels.")
     texts: list[Any] = ["10", 2 if controls else 1]
     if spec.data.trigger:
@@ -377,8 +378,9 @@ def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
     name = _input_folder(Path(spec.folder), folders)
     if len(spec.sources) > 1:
         notes.append(f"It trains on {name} alone, the first of {len(spec.sources)} folders.")
+    followed = (*_FOLLOWED, *(["controls"] if spec.data.controls == "opposite" else []))
     others = [
-        one.replace("_", " ") for one in changed(spec.data) if one not in _FOLLOWED and SETTINGS[one].changes_numbers
+        one.replace("_", " ") for one in changed(spec.data) if one not in followed and SETTINGS[one].changes_numbers
     ]
     if others:
         notes.append(f"Nodes have no {', '.join(others)}.")
