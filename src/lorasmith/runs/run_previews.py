@@ -247,7 +247,7 @@ class RunPreviews:
         self._draw, self._prompts, self._pairs = draw, program.prompts, pairs
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.is_final_only, self._strengths = program.is_final_only, program.strengths
-        self._on_the_way = program.strengths if program.is_strip else ()
+        self._on_the_way = tuple(one for one in program.strengths if one != 1) if program.is_strip else ()
         self._host, self._private = host, plan.job.config.private
         self._base_is_written = False
         self._failures = 0
