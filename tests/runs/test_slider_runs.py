@@ -114,6 +114,7 @@ def test_a_slider_is_drawn_as_a_strip(pairs: Path, tmp_path: Path) -> None:
     labels = ["LoRA at -2", "LoRA at -1", "base model", "LoRA at 1", "LoRA at 2"]
     assert [label for label, _ in table.rows] == labels
     assert [label for label, _ in over_time.rows] == ["base model", "step 2", "step 3"]
+    assert over_time.about == "Pictures by step and prompt, with the LoRA at 1"
     assert whole_program(TrainConfig()).is_strip is False
 
 

@@ -58,7 +58,7 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
 
 def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
     """Raise DataError unless each image has a control, and all as many; `title` is of what needs them."""
-    otherwise = "or leave pairs out" if config.controls == "opposite" else "or choose controls optional"
+    otherwise = "or leave pairs out" if config.controls == "opposite" else _OPTIONAL
     subjects = [one for one in scan.images if not one.is_class]
     paired = [one for one in subjects if one.controls]
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]

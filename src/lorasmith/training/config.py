@@ -514,7 +514,7 @@ class MethodSettings(Section, group="Methods", costs=True):
         "none",
         help="Train on pairs of pictures: each image, and its control as its opposite, of the same name. slider makes "
         "the LoRA's strength the amount of what differs, images at 1 and opposites at -1; a step takes twice as long. "
-        "dpo has the model prefer images to their opposites (Diffusion-DPO, Flow-DPO); a step takes three times as long.",
+        "dpo has the model prefer images to their opposites (Diffusion-DPO, Flow-DPO), three times as long.",
     )
     pair_focus: float = option(
         1.0,
