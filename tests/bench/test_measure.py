@@ -53,6 +53,13 @@ def counts_of(tiny: Model, **settings: Any) -> Counts:
     return counted(lambda counter: training_steps(job, samples, counter), CPU)
 
 
+@pytest.mark.parametrize("kind", ["slider", "dpo"])
+def test_steps_on_pairs_are_measured(tiny: Model, kind: str) -> None:
+    samples = synthetic_samples(tiny, 2, 8, 8, are_pairs=True)
+    with training_steps(planned(tiny, pairs=kind), samples) as step:
+        step()
+
+
 def test_bytes_are_followed_until_they_are_gone() -> None:
     weight = torch.randn(16, 16)
     counter = Counter(CPU)

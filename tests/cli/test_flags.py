@@ -31,7 +31,7 @@ OTHERS: dict[str, Any] = {
     "trigger": "sks dog", "captions": "filename", "prefix": "a photo of", "suffix": "--", "more_resolutions": "256,512",
     "crop": "random", "masks": "alpha", "mask_folder": "/masks", "class_prompt": "a dog|a cat", "class_images": "/dogs",
     "control": ("/before", "/depth"), "controls": "optional",
-    "preserve": "blank", "preserve_class": "dog", "prior_target": "model", "huber_schedule": "snr",
+    "preserve": "blank", "preserve_class": "dog", "prior_target": "model", "huber_schedule": "snr", "pairs": "slider",
     "guidance_loss": "2-4",
     "guidance_loss_schedule": "sigma", "slider_positive": "a|b", "slider_negative": "-c", "slider_neutral": "d",
     "slider_anchors": "e|f", "previews": "-a fox |\nb", "targets": "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,28 @@ def training(*, by: str) -> Prompt:
             shard_size=1000,
         ),
     }
+
+
+def test_a_training_graph_trains_on_opposites(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = predicted_with(monkeypatch)
+    graph = training(by="pairs")
+    graph["low"] = api("ImageScale", image=["after", 1], upscale_method="area", width=64, height=64, crop="disabled")
+    graph["data"]["inputs"]["controls"] = ["low", 0]
+    losses = {}
+    for kind in ("slider", "dpo"):
+        graph["train"]["inputs"]["pairs"] = kind
+        losses[kind] = run(base, graph)["train"][1][0]["loss"]
+    assert [len(one) for one in losses.values()] == [2, 2]
+    assert losses["dpo"][0] == pytest.approx(math.log(2), abs=1e-3)
+    assert seen and not any(one.controls for one in seen)
+    graph["none"] = api(
+        "MakeTrainingDataset", images=["after", 0], vae=["vae", 0], clip=["clip", 0], texts=["after", 2]
+    )
+    graph["train"]["inputs"]["positive"] = ["none", 1]
+    with pytest.raises(
+        NodeError, match=r"pairs are of two pictures, but a caption has 0 controls; make them with Make"
+    ):
+        run(base, graph)
 
 
 @pytest.mark.parametrize("by", ["references", "pairs"])

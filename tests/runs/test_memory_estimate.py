@@ -127,6 +127,12 @@ def test_offloaded_weights_are_a_block_and_the_rest(sd1: Path) -> None:
     assert found.offloaded["nf4"] < found.offloaded["int8"] < found.offloaded["none"]
 
 
+def test_methods_need_the_activations_of_one_pass(sd1: Path) -> None:
+    plain = estimated(sd1, config(), resolution=64).plans
+    for settings in ({"pairs": "dpo"}, {"preserve": "blank"}, {"slider_positive": "old"}):
+        assert estimated(sd1, config(**settings), resolution=64).plans == plain
+
+
 def test_the_cheapest_settings_that_fit_are_proposed(flux: Path) -> None:
     whole = estimated(flux, config())
     needs = {(one.activations, one.checkpoint_depth): one.needed_bytes for one in whole.plans}

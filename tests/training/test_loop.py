@@ -79,6 +79,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "matrices": {"optimizer": "Adafactor"},
     "preserved": {"preserve": "class", "preserve_class": "animal", "weight_change": 0.01, "input_perturbation": 0.1},
     "slider": {"slider_positive": "a red apple", "slider_negative": "a bus", "pyramid_noise": 0.3},
+    "pairs": {"pairs": "slider", "preserve": "blank", "ema_decay": 0.9},
+    "preference": {"pairs": "dpo", "rank_dropout": 0.3, "grad_accumulation_steps": 2},
 }
 
 
@@ -88,6 +90,8 @@ def test_a_run_that_is_broken_off_goes_on_to_the_bit(
     run: Run, tiny: Model, mixed: EncodedDataset, tmp_path: Path, name: str
 ) -> None:
     settings, mixed = SETTINGS[name], replace(mixed, captions=EncodedCaptions(tiny.text_encoder.encode))
+    if "pairs" in settings:
+        mixed = replace(mixed, samples=tuple(replace(one, opposite=one.latents.flip(-1)) for one in mixed.samples))
     whole = run(mixed, steps=5, output=tmp_path / "whole", **settings)
     first = Audience(cancel_at=3)
     broken = run(mixed, steps=5, output=tmp_path / "broken", on_event=first, cancelled=first.cancelled, **settings)

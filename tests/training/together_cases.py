@@ -145,6 +145,8 @@ CASES: dict[str, Case] = {
     ),
     "masks and the base model": _pictures(settings={"mask_prior_weight": 0.5}, masks="files", mask_outside=0.0),
     "slider": _pictures(settings={"slider_positive": "a red apple", "slider_negative": "a bus"}),
+    "pairs": _pictures("pairs", settings={"pairs": "slider", "sharding": True}, controls="opposite", flip=True),
+    "preference": _pictures("pairs", settings={"pairs": "dpo", "learning_rate": 1e-3}, controls="opposite"),
     "wildcards": _pictures(wildcards=True, shuffle_tags=True, tag_dropout=0.2, caption_dropout=0.1, flip=True),
     "captions as drawn": _pictures(wildcards=True, shuffle_tags=True, caption_memory=0.0, cache=False),
     # Other families.
@@ -173,6 +175,8 @@ class Materials:
         _write(folder / "pictures", sizes, captions)
         _write(folder / "more", sizes[:2], ["a red apple", "a bus"], seed=1)
         _write(folder / "class", sizes[:2], ["a dog", "a dog, outside"], seed=2)
+        _write(folder / "pairs", sizes, captions)
+        _write(folder / "pairs" / "control", sizes, captions, seed=3)
         for number in (0, 1, 3):
             mask = np.zeros(sizes[number][::-1], dtype=np.uint8)
             mask[:50, 10:60] = 255

@@ -108,11 +108,12 @@ def synthetic_samples(
     frames: int = 1,
     tokens: int | None = None,
     controls: Sequence[tuple[int, int]] = (),
+    are_pairs: bool = False,
 ) -> tuple[Sample, ...]:
     """Samples with random latents and conditioning in a model's shapes; `height`, `width` are of the latents.
 
     `frames` is 1 for pictures; `tokens` is the length of the context, None for the family's usual one; `controls` are
-    heights and widths of the latents of each.
+    heights and widths of the latents of each. Samples of `are_pairs` have opposites.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
@@ -127,7 +128,8 @@ def synthetic_samples(
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, **given}.items()}
         sizes = [(1, *size) if latent.frames else size for size in controls]
         beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in sizes]
-        return Sample(latents, Conditioning(tensors).with_controls(beside), f"random {index}")
+        opposite = torch.randn(shape, generator=generator) if are_pairs else None
+        return Sample(latents, Conditioning(tensors).with_controls(beside), f"random {index}", opposite=opposite)
 
     return tuple(sample(index) for index in range(count))
 

@@ -27,6 +27,9 @@ _OPTIONAL = "or choose controls optional"
 def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     """Raise DataError if the controls of a folder do not fit a model, or one is missing, or a clip is too short."""
     form, title = model.control_form, f"{model.title} ({model.family.title})"
+    if config.controls == "opposite":
+        _check_opposites(scan, config, form, title)
+        return
     subjects = [one for one in scan.images if not one.is_class]
     paired = [one for one in subjects if one.controls]
     if form is not None and form.source in ("first frame", "first and last frame") and form.is_required:
@@ -55,28 +58,41 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
 
 def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
     """Raise DataError unless each image has a control, and all as many; `title` is of what needs them."""
+    otherwise = "or leave pairs out" if config.controls == "opposite" else _OPTIONAL
     subjects = [one for one in scan.images if not one.is_class]
     paired = [one for one in subjects if one.controls]
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]
     if damaged:
-        raise DataError(f"{damaged[0][0].name} {damaged[0][1]}, {_OPTIONAL}")
+        raise DataError(f"{damaged[0][0].name} {damaged[0][1]}, {otherwise}")
     if not paired:
         where = f"in {', '.join(config.control)}" if config.control else "in a folder control, or named by --control"
         raise DataError(
             f"{title} needs a control for each image, but none of {count_text(len(subjects), 'image')} has a file of "
-            f"its name {where}; add them, {_OPTIONAL}"
+            f"its name {where}; add them, {otherwise}"
         )
     if missing := [one.name for one in subjects if not one.controls]:
         raise DataError(
             f"each image needs a control, but there is none for {_listed(missing)}; add a file of the same name to "
-            f"{paired[0].controls[0].path.parent}, {_OPTIONAL}"
+            f"{paired[0].controls[0].path.parent}, {otherwise}"
         )
     first = paired[0]
     if other := next((one for one in paired if len(one.controls) != len(first.controls)), None):
         raise DataError(
             f"all images need as many controls, but {first.name} has {len(first.controls)} and {other.name} "
-            f"{len(other.controls)}; add or remove some, {_OPTIONAL}"
+            f"{len(other.controls)}; add or remove some, {otherwise}"
         )
+
+
+def _check_opposites(scan: FolderScan, config: DataConfig, form: ControlForm | None, title: str) -> None:
+    """Raise DataError unless each image is a picture with one opposite, and the model draws from text alone."""
+    if form is not None and (form.is_required or form.source != "files"):
+        raise DataError(f"{title} is given pictures beside a caption, and is not trained on pairs; leave pairs out")
+    if clip := next((one for one in scan.images if one.frames), None):
+        raise DataError(f"pairs are of pictures, but {clip.name} is a clip; remove it")
+    check_pairs(scan, config, title="pairs")
+    first = scan.images[0]
+    if len(first.controls) > 1:
+        raise DataError(f"pairs are of two pictures, but {first.name} has {len(first.controls)} controls; remove some")
 
 
 def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
@@ -124,11 +140,12 @@ def has_aspect_of(control: ImageFile, image: ImageFile) -> bool:
 
 
 def control_framings(
-    control: ImageFile, image: ImageFile, framings: Sequence[Framing], form: ControlForm
+    control: ImageFile, image: ImageFile, framings: Sequence[Framing], form: ControlForm | None
 ) -> list[Framing]:
     """The framing of a control for each framing of its image, mirrored and coloured alike.
 
     An aligned control has the image's size and part, or if its aspect ratio is another one, a size of as many pixels.
+    Without a form it is an opposite, which always has the image's size.
     """
     return [_control_framing(control, image, one, form) for one in framings]
 
@@ -154,13 +171,15 @@ def _pixels(control: ImageFile, framing: Framing) -> Tensor:
     return framed(control, control.digest, [framing], DataConfig(), downscale=1)[0].pixels[None]
 
 
-def _control_framing(control: ImageFile, image: ImageFile, framing: Framing, form: ControlForm) -> Framing:
+def _control_framing(control: ImageFile, image: ImageFile, framing: Framing, form: ControlForm | None) -> Framing:
     width, height = control.width, control.height
-    if form.is_aligned and has_aspect_of(control, image):
+    if (form is None or form.is_aligned) and has_aspect_of(control, image):
         x, y = width / image.width, height / image.height
         left, top, right, bottom = framing.box
         return replace(framing, box=(left * x, top * y, right * x, bottom * y))
-    if form.is_aligned:
+    if form is None:
+        columns, rows = framing.width, framing.height
+    elif form.is_aligned:
         edge = math.ceil(math.sqrt(framing.width * framing.height) / form.multiple)  # of the square bucket
         columns, rows = bucket_size(width, height, resolution=edge * form.multiple, multiple=form.multiple)
     else:

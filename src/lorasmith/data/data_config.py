@@ -84,7 +84,7 @@ LARGEST_SIDE = 4096  # pixels of a picture's side; a picture of this size takes 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
 CropMode = Literal["center", "random", "mask"]
 Masks = Literal["none", "alpha", "files"]
-Controls = Literal["required", "optional", "none"]
+Controls = Literal["required", "optional", "opposite", "none"]
 
 _CAPTIONS, _PICTURES, _CLIPS, _VARIANTS = "Captions", "Pictures", "Clips", "Variants of pictures and captions"
 _MASKS, _CONTROLS, _PRIOR, _CACHE = "Masks", "Pictures to edit or refer to", "Prior preservation", "Cached encodings"
@@ -252,7 +252,8 @@ class DataConfig:
     controls: Controls = option(
         "required",
         group=_CONTROLS,
-        help="Whether each image needs its controls. none does not read them, for training without.",
+        help="Whether each image needs its controls. none does not read them, for training without. opposite has each "
+        "image need one, which no model is given: it is the other picture of the pair for pairs, which chooses this.",
     )
     control_dropout: float = option(
         0.0,
@@ -314,6 +315,11 @@ class DataConfig:
             raise OptionError(
                 f"control is for controls required or optional, got controls none and control {self.control[0]}; leave "
                 "one of the two out"
+            )
+        if self.controls == "opposite" and (self.control_dropout or self.class_prompts or self.class_images):
+            raise OptionError(
+                f"controls opposite needs a pair for each draw, got control_dropout {self.control_dropout:g} and "
+                f"pictures of the class {self.class_prompt or self.class_images!r}; leave both out"
             )
         if self.crop == "mask" and self.masks == "none":
             raise OptionError("crop mask needs masks, got masks none; choose masks alpha or files")

@@ -75,6 +75,7 @@ class Picture:
     places: Tensor | None = None
     beside: Mapping[str, Tensor] = field(default_factory=dict)  # `Conditioning.beside` of it
     seen: tuple[SeenPicture, ...] = ()
+    opposite: Tensor | None = None  # latents of the other picture of its pair
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,11 @@ class Sample:
         is_class: whether it shows the subject's class, for prior preservation; such samples are never held out.
         variants: its pictures and captions to draw from; None if every draw is the same.
         seen: what the text encoder sees beside its captions.
+        opposite: latents of the other picture of its pair, as `latents`, for the setting `pairs`: the low end of a
+            slider, or the rejected picture; None without.
 
     Raises:
-        DataError: latents or conditioning are of another type or shape.
+        DataError: latents, conditioning or opposite are of another type or shape.
     """
 
     latents: Tensor
@@ -138,9 +141,10 @@ class Sample:
     is_class: bool = False
     variants: Variants | None = None
     seen: tuple[SeenPicture, ...] = ()
+    opposite: Tensor | None = None
 
     def __post_init__(self) -> None:
-        latents, given = self.latents, self.conditioning
+        latents, given, opposite = self.latents, self.conditioning, self.opposite
         if not isinstance(latents, Tensor) or latents.ndim not in (3, 4) or not latents.is_floating_point():
             raise DataError(
                 "latents of a sample must be a tensor of floats (channels, [frames,] height, width), got "
@@ -148,6 +152,13 @@ class Sample:
             )
         if latents.dtype != torch.float32 or latents.device.type != "cpu" or latents.requires_grad:
             object.__setattr__(self, "latents", latents.detach().to("cpu", torch.float32))
+        if opposite is not None:
+            if not isinstance(opposite, Tensor) or opposite.shape != latents.shape or not opposite.is_floating_point():
+                raise DataError(
+                    f"the opposite of a sample must be a tensor of floats {tuple(latents.shape)} as its latents, got "
+                    f"{_shape_text(opposite)}; scale both pictures to one size and encode them alike"
+                )
+            object.__setattr__(self, "opposite", opposite.detach().to("cpu", torch.float32))
         if not isinstance(given, Conditioning):
             raise DataError(
                 f"the conditioning of a sample must be a Conditioning, got {_shape_text(given)}; make one: "
@@ -178,6 +189,7 @@ class Sample:
             facts.append(f"caption {printable(self.conditioning.text, limit=60)!r}")
         facts += [f"weight {self.weight:g}"] if self.weight != 1 else []
         facts += ["of the class"] if self.is_class else []
+        facts += ["with an opposite"] if self.opposite is not None else []
         facts += ["varies"] if self.variants else []
         return f"Sample({printable(self.name, limit=60)}: {', '.join(facts)})"
 
@@ -221,6 +233,7 @@ class Sample:
             places=picture.places,
             conditioning=conditioning,
             seen=picture.seen,
+            opposite=picture.opposite,
             variants=None,
         )
 
@@ -268,6 +281,8 @@ class EncodedDataset:
         for sample in {id(sample): sample for sample in self.samples}.values():
             for one in sample.sizes():
                 check_latents(one.latents, like=like, name=one.name)
+                if one.opposite is not None:
+                    check_latents(one.opposite, like=like, name=f"the opposite of {one.name}")
 
     def __len__(self) -> int:
         return len(self.samples)

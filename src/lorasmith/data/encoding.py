@@ -190,7 +190,8 @@ def encode_scan(
         scan = scan.of_pictures()
     where = device or best_device()
     cache = default_cache(config.cache_limit) if config.cache else None
-    sight = model.sight if any(image.controls for image in scan.images) else None
+    has_controls = config.controls != "opposite" and any(image.controls for image in scan.images)
+    sight = model.sight if has_controls else None
     text_digest = partial(text_encoder_digest, device=where, sight=sight)
     captions = EncodedCaptions(
         partial(encoder.encode, sight=sight),
@@ -214,7 +215,7 @@ def encode_scan(
         beside_pixels=_BESIDE_PIXELS if where.type == "cpu" and not latent.frames else 0,
         sized=model.family.sized,
         clips=clips,
-        controls=model.control_form,
+        controls=None if config.controls == "opposite" else model.control_form,
         beside=model.beside,
     )
     data = encode_images(
@@ -259,7 +260,7 @@ def encode_images(
         processes.gathered(None)
     captions.encode_ahead(plain, caption_progress)
     encoded = encode_pictures(images, pictures, config, progress)
-    controls = _controls(images, pictures, progress)
+    controls = _controls(images, pictures, config, progress)
     notes = [] if pictures.clips is None else list(_clips_in_part(images, pictures.clips))
     samples: list[Sample] = []
     for image, found, beside, shown in zip(images, encoded, controls, seen, strict=True):
@@ -342,15 +343,16 @@ class _EncodedControls:
 
     keys: list[list[str]]  # of each control, for each framing of the image
     tensors: list[Mapping[str, Tensor]]  # of each framing, by names in a conditioning
+    opposites: list[Tensor | None]  # of each framing, latents of the opposite that the control is
 
 
 def _controls(
-    images: Sequence[FramedImage], pictures: PictureEncoder, progress: EncodingProgress | None
+    images: Sequence[FramedImage], pictures: PictureEncoder, config: DataConfig, progress: EncodingProgress | None
 ) -> list[_EncodedControls]:
     """The controls of each image, each of whose framings is encoded once."""
-    form = pictures.controls
-    if form is None or not any(image.image.controls for image in images):
-        return [_EncodedControls([], [{}] * len(image.framings)) for image in images]
+    form, are_opposites = pictures.controls, config.controls == "opposite"
+    if (form is None and not are_opposites) or not any(image.image.controls for image in images):
+        return [_EncodedControls([], [{}] * len(one.framings), [None] * len(one.framings)) for one in images]
     work, asked = [], []
     for image in images:
         for control in image.image.controls:
@@ -367,7 +369,10 @@ def _controls(
             places = [framed.framings.index(one) for one in framings]
             keys.append([framed.keys()[place] for place in places])
             latents = [(*before, found[place].latents[None]) for before, place in zip(latents, places, strict=True)]
-        result.append(_EncodedControls(keys, [named_controls(one) for one in latents]))
+        if are_opposites:
+            result.append(_EncodedControls(keys, [{}] * len(latents), [one[0] for (one,) in latents]))
+        else:
+            result.append(_EncodedControls(keys, [named_controls(one) for one in latents], [None] * len(latents)))
     return result
 
 
@@ -400,7 +405,9 @@ def _sample(
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
     found, fills = [], pictures.controls is not None and pictures.controls.source == "mask"
-    for framing, one, given, shown in zip(framed.framings, encoded, controls.tensors, seen, strict=True):
+    for framing, one, given, opposite, shown in zip(
+        framed.framings, encoded, controls.tensors, controls.opposites, seen, strict=True
+    ):
         places = place_weights(one.inside, config)
         crop = f"{framing.width}×{framing.height} crop"
         if one.inside is not None and (places is None or (fills and not one.inside.any())):
@@ -415,7 +422,7 @@ def _sample(
             )
         size = framing.picture_size(image.width, image.height)
         own = {} if config.controls == "none" else one.beside
-        found.append(Picture(one.latents, size, places, {**own, **given}, shown))
+        found.append(Picture(one.latents, size, places, {**own, **given}, shown, opposite))
     rules = CaptionRules.of(config, is_class=image.is_class)
     dropout = config.control_dropout if found[0].beside else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0
@@ -430,6 +437,7 @@ def _sample(
         is_class=image.is_class,
         variants=Variants(tuple(found), image.captions, rules, captions, pictures.sized, dropout) if varies else None,
         seen=plain.seen,
+        opposite=plain.opposite,
     )
 
 
@@ -446,4 +454,5 @@ def _digest(
         weight=image.weight,
         is_class=image.is_class,
         **({"controls": controls.keys or given, "control_dropout": config.control_dropout} if given else {}),
+        **({"opposites": controls.keys} if config.controls == "opposite" else {}),
     )

@@ -63,6 +63,7 @@ class PairRules:
 
     are_needed: bool  # by each image
     are_aligned: bool  # with the picture that is made of them
+    are_opposites: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> It
 
 def _pairs(images: Sequence[CheckedImage], rules: PairRules) -> Iterator[Finding]:
     if rules.are_needed and (lacking := _those(images, lambda one: not one.file.controls and not one.file.is_class)):
-        remedy = "add a file of the same name to the folder of controls, or train with --controls optional"
+        otherwise = "leave --pairs out" if rules.are_opposites else "train with --controls optional"
+        remedy = f"add a file of the same name to the folder of controls, or {otherwise}"
         yield _about(images, lacking, "missing controls", f"{_have(lacking)} no control", remedy)
     if equal := _those(images, lambda one: one.file.digest in {control.digest for control in one.file.controls}):
         problem = (

@@ -154,10 +154,12 @@ def preflight(
 def _pair_rules(scan: FolderScan, config: DataConfig, form: ControlForm | None) -> PairRules | None:
     """None where images have no controls and need none."""
     has_some = any(image.controls for image in scan.images) or bool(config.control)
+    are_opposites = config.controls == "opposite"
     is_required = form is not None and form.is_required and form.source == "files" and config.controls == "required"
-    if not has_some and not is_required:
+    if not has_some and not is_required and not are_opposites:
         return None
-    return PairRules(config.controls == "required", form is None or form.is_aligned)
+    are_aligned = are_opposites or form is None or form.is_aligned
+    return PairRules(are_opposites or config.controls == "required", are_aligned, are_opposites)
 
 
 def epoch_of(images: Sequence[ImageFile], batch: int, validation_share: float | None) -> Epoch:

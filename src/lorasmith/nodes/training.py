@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lorasmith.core.errors import CancelledError
+from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Denoiser
 from lorasmith.nodes.loaders import check_part_files
 from lorasmith.nodes.outputs import save_lora
@@ -147,7 +147,16 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
             advanced=True,
             tooltip="Start from scratch instead of resuming a cancelled run.",
         ),
-        _own("exact_dtype"),  # last, as saved workflows have their values by position
+        # New ones are last, as saved workflows have their values by position.
+        _own("exact_dtype"),
+        _own(
+            "pairs",
+            tooltip="Train on the pairs of Make Training Pairs: its images, and its controls as their opposites, which "
+            "the model is not given. slider makes the LoRA's strength the amount of what differs, dpo has the model "
+            "prefer images to opposites.",
+        ),
+        _own("pair_focus"),
+        _own("dpo_beta"),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
@@ -171,7 +180,7 @@ def train_lora(
     values = {name: single(context, name, given) for name, given in settings.items()}
     fresh = values.pop("fresh", False)
     config = settings_of(values, context.folders.find)
-    data = _dataset(denoiser, latents, positive)
+    data = _dataset(denoiser, latents, positive, are_pairs=config.pairs != "none")
     if limited := sum(sample.conditioning.span != (0.0, 1.0) for sample in data.samples):
         context.warn(
             f"{limited} of {len(data)} captions are for a part of sampling (ConditioningSetTimestepRange), but "
@@ -215,14 +224,20 @@ def settings_of(values: Mapping[str, Any], find: Callable[[str, str], Path]) -> 
 
 
 def _dataset(
-    denoiser: Denoiser, latents: Sequence[Latent], positive: Sequence[Sequence[Conditioning]]
+    denoiser: Denoiser, latents: Sequence[Latent], positive: Sequence[Sequence[Conditioning]], *, are_pairs: bool
 ) -> EncodedDataset:
-    """The samples, in order, scaled for the denoiser. Raises DataError if counts or shapes do not fit."""
+    """The samples, in order, scaled for the denoiser; of pairs, the control of each is its opposite. Raises DataError
+    if counts or shapes do not fit.
+    """
     form = denoiser.base.components.latent
     for batch in latents:
         check_latents(with_frames(batch["samples"], form), form)
     images = [with_frames(image, form) for image in flat_latents(latents)]
     captions = one_for_each(flat_conditionings(positive), len(images), name="positive", of="conditioning")
+    opposites: list[Tensor | None] = [None] * len(images)
+    if are_pairs:
+        opposites = [_opposite(one, form) for one in captions]
+        captions = [one.with_controls([]) for one in captions]
     firsts: list[Tensor | None] = []
     for batch in latents:
         given = first_frames(batch, denoiser.base)
@@ -233,10 +248,25 @@ def _dataset(
                 form.to_model(image.float().cpu())[0],
                 for_model(caption, denoiser.base, image, first),
                 f"image {number}",
+                opposite=opposite,
             )
-            for number, (image, caption, first) in enumerate(zip(images, captions, firsts, strict=True), start=1)
+            for number, (image, caption, first, opposite) in enumerate(
+                zip(images, captions, firsts, opposites, strict=True), start=1
+            )
         )
     )
+
+
+def _opposite(caption: Conditioning, form: LatentFormat) -> Tensor:
+    """The latents of the control of a pair, scaled for the denoiser."""
+    if len(caption.controls) != 1:
+        raise DataError(
+            f"pairs are of two pictures, but a caption has {count_text(len(caption.controls), 'control')}; make them "
+            "with Make Training Pairs"
+        )
+    latents = with_frames(caption.controls[0], form)
+    check_latents(latents, form)
+    return form.to_model(latents.float().cpu())[0]
 
 
 def beginning(event: RunStarted) -> str:

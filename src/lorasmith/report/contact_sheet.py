@@ -206,9 +206,11 @@ class PreviewFolder:
         return self._write(f"step-{step:06}", pictures, {"LoRA": lora, "Step": step, "Strength": 1.0})
 
     def write_strength(
-        self, pictures: Sequence[PictureOrClip], strength: float, step: int, lora: str
+        self, pictures: Sequence[PictureOrClip], strength: float, step: int, lora: str, *, final: bool = True
     ) -> tuple[Path, ...]:
-        return self._write(f"strength-{strength:g}", pictures, {"LoRA": lora, "Step": step, "Strength": strength})
+        """Write the pictures at a strength; those of a step on the way are in no sheet."""
+        stem = f"strength-{strength:g}" if final else f"step-{step:06}-at-{strength:g}"
+        return self._write(stem, pictures, {"LoRA": lora, "Step": step, "Strength": strength})
 
     def write_steps_sheet(self) -> Path:
         """Write `steps.png`: rows for the base and the steps, thinned if there are many."""
@@ -218,12 +220,12 @@ class PreviewFolder:
         return self._write_sheet("steps.png", rows, f"{self._title}, step by step")
 
     def write_strengths_sheet(self, strengths: Sequence[float], step: int) -> Path:
-        """Write `strengths.png`: rows for the base and the finished LoRA at each strength."""
-        rows = (
-            self._pairs()
-            | {"base": "base"}
-            | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
-        )
+        """Write `strengths.png`: rows for the base and the finished LoRA at each strength, in ascending order."""
+        found = {strength: f"strength-{strength:g}" for strength in strengths} | {0.0: "base"}
+        labels = {
+            stem: "base" if strength == 0 else f"strength {strength:g}" for strength, stem in sorted(found.items())
+        }
+        rows = self._pairs() | labels
         return self._write_sheet("strengths.png", rows, f"{self._title} after {count_text(step, 'step')}")
 
     def _pairs(self) -> dict[str, str]:

@@ -386,7 +386,12 @@ def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple
                 "make a lorasmith.Sample of each: its latents and what predict gets as conditioning"
             )
         return load_dataset(
-            images, denoiser.base, trigger=given.trigger or "", device=given.device, progress=given.progress
+            images,
+            denoiser.base,
+            trigger=given.trigger or "",
+            controls="required" if config.pairs == "none" else "opposite",
+            device=given.device,
+            progress=given.progress,
         )
 
     samples = samples_of(data, load)

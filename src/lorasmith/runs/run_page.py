@@ -168,8 +168,13 @@ def _use(history: RunHistory, lora: Path) -> LoraUse:
         model_title=model.name or "that of the run",
         family=model.family,
         pipeline=model.pipeline,
-        controls=max((one.controls for one in images_in(record.data)), default=0),
+        controls=0 if is_on_pairs(record) else max((one.controls for one in images_in(record.data)), default=0),
     )
+
+
+def is_on_pairs(record: RunRecord) -> bool:
+    """Whether the controls of a run's images are opposites, which no model is given."""
+    return record.config.get("pairs", "none") != "none"
 
 
 def _trained_on(history: RunHistory) -> list[TrainedImage]:
@@ -292,15 +297,16 @@ def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, Pictu
     base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
     adapted = [(step, strength, paths) for (step, strength), paths in rows.items() if strength != 0]
     last = max((step for step, _, _ in adapted), default=0)
-    final = [(f"LoRA at {strength:g}", paths) for step, strength, paths in adapted if step == last]
-    usual = Counter(strength for _, strength, _ in adapted).most_common(1)
-    over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
-    before_after = PictureTable(
-        prompts, pairs + base + final, "Pictures of the base model and with the LoRA, by prompt"
-    )
+    final = [(strength, f"LoRA at {strength:g}", paths) for step, strength, paths in adapted if step == last]
+    final += [(0.0, label, paths) for label, paths in base]
+    counts = Counter(strength for _, strength, _ in adapted)
+    usual = max(counts, key=lambda one: (counts[one], one == 1), default=1.0)
+    over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual]
+    by_strength = [(label, paths) for _, label, paths in sorted(final, key=lambda one: one[0])]
+    before_after = PictureTable(prompts, pairs + by_strength, "Pictures of the base model and with the LoRA, by prompt")
     if len(over_time) < 2:
         return before_after, None  # the second table would have the same pictures
-    about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
+    about = f"Pictures by step and prompt, with the LoRA at {usual:g}"
     return before_after, PictureTable(prompts, pairs + base + thinned(over_time, _MOST_STEPS), about)
 
 

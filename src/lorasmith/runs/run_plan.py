@@ -83,7 +83,9 @@ class RunPlan:
 
     @property
     def controls(self) -> tuple[Path, ...]:
-        """The controls of the first image that has some, to draw a first picture from."""
+        """The controls of the first image that has some, to draw a first picture from; opposites are not given."""
+        if self.data.get("controls") == "opposite":
+            return ()
         return next((tuple(one.path for one in image.controls) for image in self.scan.images if image.controls), ())
 
 

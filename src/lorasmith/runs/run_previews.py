@@ -4,7 +4,7 @@ Default previews are as many pictures as fit into a tenth of the run, or none; t
 pairs, if these fit, too. The cost of a run and of a picture is counted before the first step, in forward passes of the
 denoiser times the size of the latents, so equal runs draw the same on every machine. The programs, from the most
 expensive: the LoRA over the steps and at all strengths; the finished LoRA alone at all strengths; beside the base model
-alone; with fewer sampling steps.
+alone; with fewer sampling steps. A slider is drawn at all strengths over the steps as well, if that fits.
 
 Drawing combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
 `report` writes the files. A failing preview is a warning and does not end the run.
@@ -71,12 +71,14 @@ class PreviewProgram:
     strengths: tuple[float, ...]  # of the finished LoRA, besides full strength
     is_final_only: bool = False
     prompts: tuple[str, ...] = ()
+    is_strip: bool = False  # previews over the steps are at all strengths, too
 
     @property
     def pictures(self) -> int:
         """Number of pictures for a prompt, that of the base model included."""
         others = sum(one != 1 for one in self.strengths)
-        return 2 + others + (0 if self.is_final_only else _OVER_STEPS)
+        on_the_way = 0 if self.is_final_only else _OVER_STEPS * (1 + others * self.is_strip)
+        return 2 + others + on_the_way
 
     def passes(self, each_step: int) -> int:
         """Forward passes for a prompt, with `each_step` of them in a sampling step."""
@@ -95,10 +97,10 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
 
 def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    usual = STRENGTHS if config.slider_positive is None else _OF_SLIDER
+    usual = _OF_SLIDER if config.is_slider else STRENGTHS
     strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
     steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
-    return PreviewProgram(steps, strengths, prompts=parse_prompts(config.previews))
+    return PreviewProgram(steps, strengths, prompts=parse_prompts(config.previews), is_strip=config.is_slider)
 
 
 def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample], prompt: str) -> PreviewProgram | None:
@@ -131,6 +133,7 @@ def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> P
 
 def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
     yield whole
+    yield replace(whole, is_strip=False)
     last = replace(whole, is_final_only=True)
     yield last
     yield (smallest := replace(last, strengths=()))
@@ -244,6 +247,7 @@ class RunPreviews:
         self._draw, self._prompts, self._pairs = draw, program.prompts, pairs
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.is_final_only, self._strengths = program.is_final_only, program.strengths
+        self._on_the_way = tuple(one for one in program.strengths if one != 1) if program.is_strip else ()
         self._host, self._private = host, plan.job.config.private
         self._base_is_written = False
         self._failures = 0
@@ -271,9 +275,9 @@ class RunPreviews:
         return events
 
     def _previews(self, step: int, lora: Path, final: bool) -> Iterator[Previewed]:
-        files, is_last = self._files, final
-        final = final and bool(self._strengths)
-        rows = (not self._base_is_written) + 1 + (sum(one != 1 for one in self._strengths) if final else 0)
+        files = self._files
+        strengths = self._strengths if final else self._on_the_way
+        rows = (not self._base_is_written) + 1 + sum(one != 1 for one in strengths)
         draw = self._counted(rows)
         if not self._base_is_written:
             for stem, pictures in self._pairs.items():
@@ -284,16 +288,15 @@ class RunPreviews:
         paths = files.write_step(full, step, lora.name)
         yield self._previewed(step, paths, 1.0)
         files.write_steps_sheet()
-        if is_last:
+        if final:
             give_picture(lora, paths[0], private=self._private)
-        if not final:
-            return
-        for strength in self._strengths:
+        for strength in strengths:
             drawn = full if strength == 1 else draw(lora, strength)
-            paths = files.write_strength(drawn, strength, step, lora.name)
+            paths = files.write_strength(drawn, strength, step, lora.name, final=final)
             if strength != 1:  # reported above
                 yield self._previewed(step, paths, strength)
-        files.write_strengths_sheet(self._strengths, step)
+        if final and strengths:
+            files.write_strengths_sheet(strengths, step)
 
     def _counted(self, rows: int) -> Callable[..., Sequence[PictureOrClip]]:
         """Draw, with an event before each row of pictures."""

@@ -70,8 +70,7 @@ class RunSpec:
     @cached_property
     def data(self) -> DataConfig:
         """The settings of data. OptionError if one is out of its range."""
-        own = {name: value for name, value in self.settings.items() if name in options_of(DataConfig)}
-        config: DataConfig = config_from(DataConfig, own)
+        config: DataConfig = config_from(DataConfig, settings_of_data(self.settings))
         return config
 
     @cached_property
@@ -120,6 +119,11 @@ class RunSpec:
             raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
         if not self.model:
             raise OptionError("a run needs a model, got none; name a file, a diffusers folder or a hub id")
+        if (self.data.controls == "opposite") != (self.config.pairs != "none"):
+            raise OptionError(
+                f"pairs and controls opposite belong together, got pairs {self.config.pairs} and controls "
+                f"{self.data.controls}; leave controls out and choose pairs"
+            )
         paths = {name: _each(_resolved, self.settings[name]) for name in options_of(DataConfig) if self._paths_of(name)}
         return replace(
             self.with_files(self.files).with_settings(**paths),
@@ -190,6 +194,12 @@ class RunSpec:
     def _paths_of(self, name: str) -> list[str]:
         value = self.settings.get(name) if name in SETTING_PATHS else None
         return [os.fspath(path) for path in _listed(value) if isinstance(path, str | os.PathLike) and path != NONE_LORA]
+
+
+def settings_of_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of data among those of a run; a run on pairs has opposites in place of controls."""
+    own = {name: value for name, value in settings.items() if name in options_of(DataConfig)}
+    return {"controls": "opposite", **own} if settings.get("pairs", "none") != "none" else own
 
 
 def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:

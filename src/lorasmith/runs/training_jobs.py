@@ -254,7 +254,7 @@ class TrainingJobs:
         config = given.trusted().config
         side = latent_side(base, given.data.resolution)
         planned = plan_job(base.denoiser, config, device)
-        samples = synthetic_samples(base, config.samples_per_step, side, side)
+        samples = synthetic_samples(base, config.samples_per_step, side, side, are_pairs=config.pairs != "none")
 
         def begin(stage: str) -> None:
             if self._work.cancelled.is_set():

@@ -581,6 +581,7 @@ class DrawingFacts:
     """What drawing with the LoRA of a run takes."""
 
     control: Annotated[Literal["none", "optional", "required"], "whether its model takes or needs a picture to edit"]
+    least_strength: Annotated[float, "of the LoRA: 0, or -2 of a slider"] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -595,7 +596,7 @@ class DrawingBody:
     """What is drawn with the LoRA of a run, and without it from the same noise."""
 
     prompt: Annotated[str, "of at most 10,000 characters"]
-    strength: Annotated[float, "of the LoRA, from 0 to 2"] = 1.0
+    strength: Annotated[float, "of the LoRA, from 0, or -2 of a slider, to 2"] = 1.0
     seed: Annotated[int, "of the noise, from 0 to 4294967295"] = 0
     control: Annotated[str, "the picture to edit or to begin with, by its name in `tried`; empty for none"] = ""
 

@@ -57,6 +57,7 @@ class Batch:
     settings: ResolvedConfig | None = None  # of the run
     of_class: Tensor | None = None  # bool (batch,): whether samples show the subject's class; None for none
     route: Route | None = None  # of the picture's tokens; None for all through all blocks
+    opposite: Batch | None = None  # the same with the other pictures of its pairs, on the same noise and level
 
 
 def sample_index(draw: int, count: int, seed: int) -> int:
@@ -178,10 +179,11 @@ class BatchMaker:
         others = [self._texts(sample) for sample in samples]
         of_class = [sample.is_class for sample in samples]
         route = None if self.routes is None else self.routes.route(samples, draws)
-        return Batch(
+        opposites, seen = [one.opposite for one in samples if one.opposite is not None], self._perturbed(noise, draws)
+        batch = Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
-            noised=self._placed(level.noised(clean, self._perturbed(noise, draws))),
+            noised=self._placed(level.noised(clean, seen)),
             level=level.to(device),
             conditioning=self.join([sample.conditioning for sample in samples]).to(device, dtype),
             names=tuple(sample.name for sample in samples),
@@ -197,6 +199,11 @@ class BatchMaker:
             of_class=torch.tensor(of_class).to(device, non_blocking=True) if any(of_class) else None,
             route=None if route is None else route.to(device),
         )
+        if not opposites:
+            return batch
+        clean = torch.stack(opposites)
+        noised = self._placed(level.noised(clean, seen))
+        return replace(batch, opposite=replace(batch, clean=self._placed(clean), noised=noised))
 
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
         noise = keyed_normal(shape, self.config.seed, "noise", draw)

@@ -11,7 +11,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.power_average import LENGTHS, exponent, kept_share
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
 from lorasmith.families.base import Conditioning
 from lorasmith.families.token_routing import tokens_routed
@@ -32,8 +30,8 @@ from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
-from lorasmith.training.methods.all_methods import methods_of, other_texts
-from lorasmith.training.methods.method import Goal, Passes
+from lorasmith.training.methods.all_methods import check_opposites, methods_of, other_texts
+from lorasmith.training.methods.method import Goal, Passes, prediction_losses
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
@@ -99,27 +97,6 @@ def sample_losses(
     """Loss of each sample, (batch,) fp32, differentiable in the parameters of the attached adapters."""
     prediction = prediction_of(model, batch, runtime)
     return prediction_losses(prediction, batch, config, model.diffusion.parameterization, target)
-
-
-def prediction_losses(
-    prediction: Tensor, batch: Batch, config: ResolvedConfig, parameterization: str, target: Tensor | None = None
-) -> Tensor:
-    """Loss of each sample, (batch,) fp32, from a prediction of the latents' shape; `target` replaces the batch's."""
-    losses = diffusion_loss(
-        prediction,
-        batch,
-        parameterization=parameterization,
-        objective=config.objective,
-        loss_function=config.loss_function,
-        target=target,
-    )
-    return losses * loss_weights(
-        batch.level,
-        weighting=config.loss_weighting,
-        gamma=config.min_snr_gamma,
-        parameterization=parameterization,
-        objective=config.objective,
-    )
 
 
 class Engine:
@@ -241,7 +218,10 @@ class Engine:
         goal, replacing = Goal(batch), None
         if not self.methods:
             return goal, replacing
-        predict = partial(prediction_of, self.model, batch, self.runtime)
+
+        def predict(drawn: Batch, conditioning: Conditioning) -> Tensor:
+            return prediction_of(self.model, drawn, self.runtime, conditioning)
+
         passes = Passes(
             batch, self.model.diffusion.parameterization, predict, self._dial, are_equal=self.runtime.sharding
         )
@@ -420,8 +400,10 @@ def batch_maker(
 ) -> BatchMaker:
     """The `BatchMaker` of a run; `rank_masks` are of its adapters.
 
-    Raises OptionError if a method of the settings needs a text encoder, and `samples` are no dataset that has one.
+    Raises OptionError if a method of the settings needs a text encoder, and `samples` are no dataset that has one, or
+    if it needs opposites that samples lack, or the other way round.
     """
+    check_opposites(samples, config)
     schedule = model.diffusion.schedule
     if config.zero_terminal_snr:
         schedule = schedule.zero_terminal()

@@ -56,7 +56,7 @@ from lorasmith.formats.names import encoder_module
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.methods.all_methods import methods_of
+from lorasmith.training.methods.all_methods import check_methods, methods_of
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import check_schedule, rule_of
@@ -171,7 +171,9 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     text_adapters = {} if model.encoders is None else _on_text(model.encoders, text_layers, existing, requested, config)
     fresh_text = len(text_adapters) - len(existing.on_text)
     TokenRoutes.of(model, config)  # raises
-    for method in methods_of(config):
+    methods = methods_of(config)
+    check_methods(methods)
+    for method in methods:
         method.check(model.facts, {**adapters, **text_adapters})
     differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)
     rates = _learning_rates(model, requested, plan, existing.adapters) | dict.fromkeys(

@@ -36,10 +36,11 @@ from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.batches import Batch, drawn_captions, kind_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Engine, prediction_losses
+from lorasmith.training.engine import Engine
 from lorasmith.training.job import TrainJob
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.methods.all_methods import methods_of
+from lorasmith.training.methods.method import prediction_losses
 from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
 

@@ -47,6 +47,8 @@ SETTINGS: dict[str, Any] = {
             "settings": [
                 {"name": "algorithm", "label": "Algorithm", "type": "text", "default": "LoRA", "min": None, "max": None,
                  "step": None, "choices": ["LoRA", "LoHa", "LoKr"], "help": "Kind of adapter.", "main": False},
+                {"name": "pairs", "label": "Pairs", "type": "text", "default": "none", "min": None, "max": None,
+                 "step": None, "choices": ["none", "slider", "dpo"], "help": "Train on pairs.", "main": False},
                 {"name": "flip", "label": "Flip", "type": "boolean", "default": False, "min": None, "max": None,
                  "step": None, "choices": [], "help": "Also train on mirrored pictures.", "main": False},
                 {"name": "trigger", "label": "Trigger", "type": "text", "default": "", "min": None, "max": None,
@@ -126,6 +128,7 @@ class FakeServer:
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
     measured: bool = False
     control: str = "none"  # whether drawings take a picture
+    least_strength: float = 0.0  # of drawings
     is_closing: bool = False
     builtin: frozenset[str] = frozenset()
     _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -172,7 +175,10 @@ class FakeServer:
                 web.get(f"{at}/runs/{{id}}/report", _says(dict)),
                 web.post(f"{at}/runs/{{id}}/install", self._install),
                 web.post(f"{at}/runs/{{id}}/train-on", self._train_on),
-                web.get(f"{at}/runs/{{id}}/drawing", _says(lambda: {"control": self.control})),
+                web.get(
+                    f"{at}/runs/{{id}}/drawing",
+                    _says(self._drawing_facts),
+                ),
                 web.post(f"{at}/runs/{{id}}/controls", self._add_control),
                 web.post(f"{at}/runs/{{id}}/drawing", self._draw),
             ]
@@ -501,6 +507,9 @@ class FakeServer:
     async def _train_on(self, request: web.Request) -> web.Response:
         steps = (await request.json())["steps"]
         return web.json_response(self._train({"name": "fox", "settings": {"steps": steps}, "model": "m"}), status=201)
+
+    def _drawing_facts(self) -> dict[str, Any]:
+        return {"control": self.control, "least_strength": self.least_strength}
 
     async def _add_control(self, request: web.Request) -> web.Response:
         await request.post()

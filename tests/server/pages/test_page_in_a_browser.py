@@ -133,6 +133,57 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     page.get_by_role("link", name="Back").click()
     waits(page, "takes no pictures before an edit")
 
+    page.get_by_label("What they teach").select_option("slider")
+    page.get_by_label("Opposites", exact=True).wait_for(state="attached")
+    expected(before[1]).to_contain_text("No opposite")
+    waits(page, "A photo lacks the opposite")
+    expected(page.get_by_text("takes no pictures before an edit")).to_have_count(0)
+    assert_legible(page, "slider")
+    page.get_by_role("button", name="Next: model").click()
+    page.get_by_role("button", name="Next: settings").click()
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/jobs/**")
+    (body,) = [body for method, path, body in served.server.calls if method == "POST" and path.endswith("/jobs")]
+    assert body["settings"]["pairs"] == "slider"
+
+
+@pytest.mark.slow
+def test_a_slider_is_a_strip_over_its_strengths(served: ServedPage, open_page: Opener) -> None:
+    previews = [
+        {
+            "step": step,
+            "strength": strength,
+            "prompt": "a lion",
+            "number": 1,
+            "file": f"previews/{step}-{strength}-0.png",
+        }
+        for step in (20, 60)
+        for strength in (-2.0, -1.0, 0.0, 1.0, 2.0)
+    ]
+    served.server.add_run("runs/fox-001", previews=previews)
+    served.server.least_strength = -2.0
+    page = open_page("#/runs/runs%2Ffox-001", scheme="dark", width=390)
+    titles = ["Strength -2", "Strength -1", "Base model", "Strength 1", "Strength 2"]
+    strip = page.locator(".pictures thead")
+    expected(strip).to_have_text(re.compile(".*".join(titles)))
+    chosen, picture = page.get_by_label("Strength", exact=True).first, page.locator(".scrubbed img")
+    assert picture.get_attribute("alt") == "Strength 1: a lion"
+    chosen.focus()
+    for strength in (0, -1, -2, -2):
+        page.keyboard.press("ArrowLeft")
+        expected(picture).to_have_attribute("alt", f"Strength {strength}: a lion")
+        expected(chosen).to_have_attribute("aria-valuetext", f"strength {strength}")
+    assert_legible(page)
+    page.locator("#preview-step").press("Home")
+    expected(picture).to_have_attribute("src", re.compile(r"20--2\.0-0\.png"))
+    strength = page.get_by_role("textbox", name="Strength")
+    strength.fill("-2.5")
+    waits(page, "Must be a number from -2 to 2.")
+    strength.fill("-1.5")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expected(page.locator(".try")).to_have_count(1)
+    assert served.server.calls[-1][2]["strength"] == -1.5
+
 
 @pytest.mark.slow
 def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_page: Opener) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
-from lorasmith.core.options import config_from, options_of
+from lorasmith.core.options import config_from
 from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
@@ -27,7 +27,7 @@ from lorasmith.data.preflight import name_in
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs.data_check import DataCheck, check_folder, said_of
-from lorasmith.runs.spec import SETTINGS
+from lorasmith.runs.spec import SETTINGS, settings_of_data
 from lorasmith.server.api_shapes import (
     CheckedPicture,
     ControlRow,
@@ -286,7 +286,8 @@ _REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a
     "cut pictures": "crop them yourself to what matters",
     "copies": "remove all but one of each",
     "look-alikes": "remove all but one of each, as a picture that is there twice is learnt twice",
-    "missing controls": "add a file of the same name to the folder of controls, or choose controls optional",
+    "missing controls": "add a file of the same name to the folder of controls, or choose controls optional or "
+    "no pairs",
     "swapped pairs": "check that the edited pictures are trained on and the controls are those before, or move the "
     "captions",
     "missing captions": "write captions, or give a trigger word that names the subject",
@@ -341,7 +342,7 @@ def split_settings(folders: Folders, settings: Mapping[str, Any], trigger: str =
     for name, value in settings.items():
         if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none", False):
             raise OptionError(f"{name} is not for requests, got {value!r}; type it on the command line")
-    own = {key: value for key, value in settings.items() if key in options_of(DataConfig)}
+    own = settings_of_data(settings)
     others = {key: value for key, value in settings.items() if key not in own}
     named = {"follow_links": folders.follow_links, **({"trigger": trigger} if trigger else {})}
     return config_from(DataConfig, {**own, **named}), settings_from_file(others)

@@ -49,7 +49,7 @@ def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -
     scan = _checked_scan(folders, files, images, data)
     scanned, batch = scan.images, config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
-    controls = max((len(one.controls) for one in scanned), default=0)
+    controls = 0 if data.controls == "opposite" else max((len(one.controls) for one in scanned), default=0)
     found = _estimate(folders, files, config, data.resolution, card_bytes, controls)
     proposal = found.proposal
     return PlanAnswer(

@@ -112,8 +112,12 @@ def drawing_facts(folders: Folders, id: str) -> DrawingFacts:
     """What drawing with the LoRA of a run takes. Raises UnknownFileError, OptionError if it cannot be drawn with here,
     and ModelError.
     """
-    form = _drawn_with(folders, id)[2].control_form
-    return DrawingFacts(control="none" if form is None else "required" if form.is_required else "optional")
+    _, spec, model = _drawn_with(folders, id)
+    form = model.control_form
+    return DrawingFacts(
+        control="none" if form is None else "required" if form.is_required else "optional",
+        least_strength=_least_strength(spec),
+    )
 
 
 @question
@@ -143,11 +147,11 @@ def draw_request(
     """
     if len(prompt) > _MOST_PROMPT:
         raise OptionError(f"a prompt must have at most {_MOST_PROMPT:,} characters, got {len(prompt):,}; shorten it")
-    if not 0 <= strength <= 2:
-        raise OptionError(f"strength must be between 0 and 2, got {strength:g}; choose another")
     if not 0 <= seed < 2**32:
         raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {seed}; choose another")
     folder, spec, model = _drawn_with(folders, id)
+    if not (least := _least_strength(spec)) <= strength <= -_LEAST:
+        raise OptionError(f"strength must be between {least:g} and {-_LEAST:g}, got {strength:g}; choose another")
     form = model.control_form
     if control and form is None:
         raise OptionError(f"{model.title} ({model.family.title}) takes no controls, got one; leave it out")
@@ -170,6 +174,13 @@ def draw_request(
     }
 
 
+def _least_strength(spec: RunSpec) -> float:
+    """The least strength at which the LoRA of a run is tried: the opposite of the greatest for sliders."""
+    return _LEAST if spec.config.is_slider else 0.0
+
+
+_LEAST = -2.0
+_OF_DRAWINGS = ("preview_frames", "pairs", "slider_positive", "slider_negative")  # settings that they depend on
 _MOST_PROMPT = 10_000  # characters
 _LONGEST = 4096  # pixels of a stored picture; models see about a megapixel
 
@@ -185,8 +196,8 @@ def _drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
         spec = RunSpec.from_record(history.record.source, {})
     except ValueError as error:
         raise OptionError(f"{id} was not trained on a folder; draw with its LoRA in a graph") from error
-    frames = history.record.asked.get("preview_frames")
-    spec = spec.with_settings(**({} if frames is None else {"preview_frames": frames}))
+    asked = history.record.asked
+    spec = spec.with_settings(**{name: asked[name] for name in _OF_DRAWINGS if asked.get(name) is not None})
     files = (spec.model, *spec.text_encoders, spec.vae)
     elsewhere = tuple(one for one in files if one and not _is_model(folders, one))
     if rights_needed(RunSpec(text_encoders=elsewhere)):
@@ -275,7 +286,8 @@ def graph_of_run(record: RunRecord, folders: Folders) -> tuple[PromptJson, list[
     if controls:
         graph["10"] = _node("LoadImagePairDataSetFromFolder", "Pairs and texts", folder=images, control_folder=controls)
         graph["15"] = _scaled(["10", 1], "Scale the controls", side, step)
-        notes.append("Controls are scaled like pictures; those of models that know other sizes differ.")
+        if spec.data.controls != "opposite":
+            notes.append("Controls are scaled like pictures; those of models that know other sizes differ.")
     notes.append("Pictures are scaled to whole sizes without a crop, so that they may differ by some pixels.")
     texts: list[Any] = ["10", 2 if controls else 1]
     if spec.data.trigger:
@@ -366,8 +378,9 @@ def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
     name = _input_folder(Path(spec.folder), folders)
     if len(spec.sources) > 1:
         notes.append(f"It trains on {name} alone, the first of {len(spec.sources)} folders.")
+    followed = (*_FOLLOWED, *(["controls"] if spec.data.controls == "opposite" else []))
     others = [
-        one.replace("_", " ") for one in changed(spec.data) if one not in _FOLLOWED and SETTINGS[one].changes_numbers
+        one.replace("_", " ") for one in changed(spec.data) if one not in followed and SETTINGS[one].changes_numbers
     ]
     if others:
         notes.append(f"Nodes have no {', '.join(others)}.")

@@ -28,11 +28,12 @@ from torch.utils._pytree import tree_leaves
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.choices import Activations
+from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import ALONE
 from lorasmith.data.dataset import Sample
 from lorasmith.families.token_routing import tokens_routed
-from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.config import MethodSettings, ResolvedConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory.activations import (
@@ -111,8 +112,11 @@ def measured_plans(
     largest = max(sized, key=lambda one: one.size)
     # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // runtime.processes.size)
-    one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)
-    batch = batch_maker(model, [largest], one_batch, replace(runtime, processes=ALONE)).step(0)[0]
+    # A step with methods needs the memory of one pass, and samples of an estimate have no texts or opposites for them.
+    plain = {name: one.default for name, one in options_of(MethodSettings).items() if one.group != "Speed"}
+    one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1, **plain)
+    maker = batch_maker(model, [replace(largest, opposite=None)], one_batch, replace(runtime, processes=ALONE))
+    [batch] = maker.step(0)
     noised = batch.noised.to(runtime.dtype)
 
     def run() -> Tensor:

@@ -3,7 +3,8 @@
 A plain step is one prediction of the trained model for each batch, and one backward pass. Methods change the goal of
 that prediction, or add terms, each of which is a loss with a backward pass of its own. For both they may ask for more
 predictions on the same noise and level: of the frozen model, whose adapters are turned off, or of the trained one, with
-the conditioning of another text (`Method.texts`), which is cached like the caption's.
+the conditioning of another text (`Method.texts`), which is cached like the caption's, or for the other pictures of its
+pairs (`Passes.opposite`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import Dial
+from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
 from lorasmith.families.base import Conditioning
 from lorasmith.training.methods.texts import TextRule
@@ -34,6 +36,7 @@ class Method(ABC):
 
     name: str  # of the setting that turns it on, for messages
     replaces_goal: bool = False  # whether its terms take the place of the loss of the pictures
+    needs_opposites: bool = False  # whether samples must be pairs
 
     @classmethod
     @abstractmethod
@@ -79,14 +82,20 @@ class Passes:
 
     batch: Batch
     parameterization: str
-    predict: Callable[[Conditioning], Tensor]  # with the adapters as the dial has them
+    predict: Callable[[Batch, Conditioning], Tensor]  # with the adapters as the dial has them
     dial: Dial
     # whether each batch of a step must have as many passes as those of other processes
     are_equal: bool = False
 
+    @property
+    def opposite(self) -> Passes:
+        """The same for the other pictures of the pairs."""
+        assert self.batch.opposite is not None  # see `check_opposites`
+        return replace(self, batch=self.batch.opposite)
+
     def trained(self, text: str | None = None) -> Tensor:
         """Of the trained model, differentiable unless gradients are off."""
-        return self.predict(self.batch.conditioning if text is None else self.batch.texts[text]).float()
+        return self.predict(self.batch, self.batch.conditioning if text is None else self.batch.texts[text]).float()
 
     def frozen(self, text: str | None = None) -> Tensor:
         """Of the frozen model, without a gradient."""
@@ -104,6 +113,32 @@ class Passes:
             return goal.target
         return PARAMETERIZATIONS[self.parameterization].target(self.batch.clean, self.batch.noise, self.batch.level)
 
+    def losses(self, prediction: Tensor) -> Tensor:
+        """Loss of each sample, (batch,) fp32, as a plain step has it."""
+        assert self.batch.settings is not None
+        return prediction_losses(prediction, self.batch, self.batch.settings, self.parameterization)
+
     def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
         """Context in which the trained model's adapters have a strength; a term is yielded inside of it."""
         return self.dial.turned(strength)
+
+
+def prediction_losses(
+    prediction: Tensor, batch: Batch, config: ResolvedConfig, parameterization: str, target: Tensor | None = None
+) -> Tensor:
+    """Loss of each sample, (batch,) fp32, from a prediction of the latents' shape; `target` replaces the batch's."""
+    losses = diffusion_loss(
+        prediction,
+        batch,
+        parameterization=parameterization,
+        objective=config.objective,
+        loss_function=config.loss_function,
+        target=target,
+    )
+    return losses * loss_weights(
+        batch.level,
+        weighting=config.loss_weighting,
+        gamma=config.min_snr_gamma,
+        parameterization=parameterization,
+        objective=config.objective,
+    )

@@ -194,6 +194,8 @@ def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
         yield f"{sample.name} {sample.conditioning.text} {sample.weight} {sample.is_class}", sample.latents
         if sample.places is not None:
             yield "places", sample.places
+        if sample.opposite is not None:
+            yield "opposite", sample.opposite
         for key, tensor in sorted(sample.conditioning.tensors.items()):
             if id(tensor) not in seen:  # images with the same caption share its conditioning
                 seen.add(id(tensor))

@@ -2,6 +2,7 @@
 
 const numbers = new Intl.NumberFormat("en");
 export const count = (number, one, many = `${one}s`) => `${numbers.format(number)} ${number === 1 ? one : many}`;
+export const capital = (text) => text && text[0].toUpperCase() + text.slice(1);
 export const whole = (number) => numbers.format(Math.round(number));
 
 /** A loss or another measured number, in four significant digits. */
@@ -58,7 +59,7 @@ const STATES = {
   failed: ["Failed", "bad"],
 };
 /** The word for a state of a job or a run, and its colour. */
-export const stateWords = (state) => STATES[state] ?? [state ? state[0].toUpperCase() + state.slice(1) : "No end recorded", "fair"];
+export const stateWords = (state) => STATES[state] ?? [capital(state) || "No end recorded", "fair"];
 
 const STANDINGS = { "never fit": "Unlike the others: is its caption right?", memorised: "Learnt by heart" };
 /** What the losses of a picture say to those who took it; nothing where there is nothing to do. */
@@ -85,4 +86,4 @@ export function valueWords(value) {
 }
 
 /** The name of a setting as words: "batch_size" → "Batch size". */
-export const nameWords = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
+export const nameWords = (name) => capital(name).replaceAll("_", " ");

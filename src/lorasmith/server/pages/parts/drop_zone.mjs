@@ -1,12 +1,13 @@
 // A place for pictures: dropped, pasted or chosen, folders too.
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { filesOf, filesOfInput } from "../lib/uploads.mjs";
+import { capital } from "../lib/words.mjs";
 
 /**
  * @param onFiles called with [{file, path}], and with the place that they were dropped on (its `data-before`: "" for the
- *   zone of pictures before an edit, or a picture's name), null for any other: pictures may be dropped anywhere on the page
+ *   zone of the other pictures of pairs, or a picture's name), null for any other: pictures may be dropped anywhere on the page
  *   while this is shown
- * @param pairs whether there are two zones, for the pictures before and after an edit
+ * @param pairs words of `PAIRS` for two zones; null for one
  */
 export function DropZone({ onFiles, big, pairs }) {
   const [over, setOver] = useState(false);
@@ -43,8 +44,8 @@ export function DropZone({ onFiles, big, pairs }) {
       text=${over ? "Let go to add them" : big ? "Drop photos or a folder here" : "Drop more photos anywhere here"} />`;
   }
   return html`<div class="pair-zones">
-    <${Zone} before over=${over} onFiles=${(found) => onFiles(found, "")} what="pictures before" text="Before" help="Drop the pictures before the edit here, named as those after it." />
-    <${Zone} over=${over} onFiles=${(found) => onFiles(found, null)} what="pictures after" text="After" help="Drop the edited pictures here, with their captions: what was asked for." />
+    ${pairs.zones.map(([text, help], index) => html`<${Zone} key=${text} before=${index === 0} over=${over} onFiles=${(found) => onFiles(found, index ? null : "")}
+      what=${index ? pairs.main : pairs.others} text=${text} help=${help} />`)}
   </div>`;
 }
 
@@ -62,7 +63,7 @@ function Zone({ before, big, over, onFiles, text, help, what }) {
       <button type="button" class=${`button ${big ? "primary" : ""}`} aria-label=${help ? `Choose ${what}` : undefined} onClick=${() => files.current.click()}>Choose photos</button>
       <button type="button" class="button" aria-label=${help ? `Choose a folder of ${what}` : undefined} onClick=${() => folder.current.click()}>Choose a folder</button>
     </div>
-    <input ref=${files} type="file" multiple accept="image/*,.heic,.heif,.avif,.jxl,.txt" class="unseen" tabindex="-1" aria-label=${what[0].toUpperCase() + what.slice(1)} onChange=${chosen} />
+    <input ref=${files} type="file" multiple accept="image/*,.heic,.heif,.avif,.jxl,.txt" class="unseen" tabindex="-1" aria-label=${capital(what)} onChange=${chosen} />
     <input ref=${folder} type="file" multiple webkitdirectory class="unseen" tabindex="-1" aria-label=${`A folder of ${what}`} onChange=${chosen} />
   </div>`;
 }

@@ -1,10 +1,11 @@
 // Previews of a run: beside those of the base model, over steps and strengths, and large.
 import { html, useEffect, useMemo, useState } from "../lib/html.mjs";
-import { whole } from "../lib/words.mjs";
+import { capital, whole } from "../lib/words.mjs";
 import { Dialog } from "./basics.mjs";
 
 /**
- * Previews by prompt, with a slider over steps.
+ * Previews by prompt, with a slider over steps. Those of a LoRA that is drawn at negative strengths, a slider itself, are a
+ * strip in the order of strengths, with one over strengths.
  *
  * @param previews [{step, strength, prompt, number, file}], with the place of its prompt
  * @param pairs [{title, number, file}]: what the prompts edit, and what it was edited to in training
@@ -15,20 +16,24 @@ export function Previews({ previews, pairs = [], source, live = false, bestStep 
   const table = useMemo(() => arranged(previews), [previews]);
   const [chosen, setChosen] = useState(null);
   const [large, setLarge] = useState(null);
+  const [amount, setAmount] = useState(1);
   if (!table.steps.length && !table.base.size) return null;
   const at = chosen === null || !table.steps.includes(chosen) ? table.steps.length - 1 : table.steps.indexOf(chosen);
   const step = table.steps[at];
   const strengths = table.strengths(step);
   const pick = (index) => setChosen(live && index === table.steps.length - 1 ? null : table.steps[index]);
   const beside = [...new Set(pairs.map((one) => one.title))];
+  const isStrip = strengths[0] < 0;
+  const inOrder = isStrip ? [...strengths, 0].sort((a, b) => a - b) : strengths;
+  const shotAt = (strength, number) => (strength === 0 ? table.base.get(number) : table.at(step, strength, number));
   const rows = table.prompts.map(([number, prompt]) => ({
     prompt,
     number,
     cells: [
       ...beside.map((title) => [title, pairs.find((one) => one.title === title && one.number === number)]),
-      ["Base model", table.base.get(number)],
-      ...strengths.map((strength) => [titleOf(step, strength, strengths), table.at(step, strength, number)]),
-    ].map(([title, shot]) => [title[0]?.toUpperCase() + title.slice(1), shot && { prompt, ...shot }]),
+      ...(isStrip ? [] : [["Base model", table.base.get(number)]]),
+      ...inOrder.map((strength) => [strength === 0 ? "Base model" : titleOf(step, strength, strengths), shotAt(strength, number)]),
+    ].map(([title, shot]) => [capital(title), shot && { prompt, ...shot }]),
   }));
   const shots = rows.flatMap(({ cells }) => cells.filter(([, shot]) => shot).map(([title, shot]) => ({ ...shot, title })));
   const cell = (shot, title) => shot
@@ -40,6 +45,7 @@ export function Previews({ previews, pairs = [], source, live = false, bestStep 
       <input id="preview-step" type="range" min="0" max=${table.steps.length - 1} value=${at} aria-valuetext=${`step ${step}`}
         onInput=${(event) => pick(Number(event.currentTarget.value))} />
       <output>${whole(step)}${step === bestStep ? " (best)" : ""}</output></div>`}
+    ${isStrip && html`<${Scrubber} strengths=${inOrder} amount=${amount} onAmount=${setAmount} rows=${rows} shotAt=${shotAt} source=${source} />`}
     <div class="scroll" tabindex="0" role="region" aria-label="Previews by prompt"><table class="pictures">
       <thead><tr>${rows[0].cells.map(([title]) => html`<th scope="col" key=${title}>${title}</th>`)}</tr></thead>
       <tbody>${rows.map(({ prompt, number, cells }) => html`
@@ -48,6 +54,17 @@ export function Previews({ previews, pairs = [], source, live = false, bestStep 
     </table></div>
     ${large !== null && large >= 0 && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}
   </div>`;
+}
+
+/** One picture for each prompt, at the strength that is chosen. */
+function Scrubber({ strengths, amount, onAmount, rows, shotAt, source }) {
+  const at = Math.max(0, strengths.indexOf(amount));
+  return html`<div class="slider"><label for="preview-strength">Strength</label>
+      <input id="preview-strength" type="range" min="0" max=${strengths.length - 1} value=${at} aria-valuetext=${`strength ${strengths[at]}`}
+        onInput=${(event) => onAmount(strengths[Number(event.currentTarget.value)])} />
+      <output>${strengths[at]}</output></div>
+    <div class="beside scrubbed">${rows.map(({ prompt, number }) => [prompt, number, shotAt(strengths[at], number)]).map(([prompt, number, shot]) => html`<figure key=${number}>
+      ${shot ? html`<img src=${source(shot.file)} alt=${`Strength ${strengths[at]}: ${prompt}`} />` : html`<span class="missing">Not drawn yet</span>`}</figure>`)}</div>`;
 }
 
 const titleOf = (step, strength, strengths) =>

@@ -22,19 +22,19 @@ export function TryIt({ run }) {
   const [facts, error, reload] = useLoaded((signal) => get(["runs", run.id, "drawing"], {}, signal), [run.id]);
   const refusal = error && !isPassing(error);
   return html`<section aria-labelledby="try"><h2 id="try">Try it</h2>
-    ${facts ? html`<${TryForm} key=${run.id} run=${run} control=${facts.control} />`
+    ${facts ? html`<${TryForm} key=${run.id} run=${run} control=${facts.control} least=${facts.least_strength ?? 0} />`
       : refusal ? html`<p class="faint">${error.message}</p>`
       : error ? html`<${Problem} error=${error} onRetry=${reload} />` : html`<${Loading} what="the model" />`}
     <${Tries} key=${run.id} run=${run} /></section>`;
 }
 
-function TryForm({ run, control }) {
+function TryForm({ run, control, least }) {
   const [prompt, setPrompt] = useState(run.trigger);
   const [strength, setStrength] = useState("1");
   const [seed, setSeed] = useState("0");
   const [picture, setPicture] = useState(null);
   const [error, setError] = useState(null);
-  const hasStrength = strength.trim() !== "" && Number(strength) >= 0 && Number(strength) <= WIDEST_STRENGTH;
+  const hasStrength = strength.trim() !== "" && Number(strength) >= least && Number(strength) <= WIDEST_STRENGTH;
   const hasSeed = /^\d+$/.test(seed.trim()) && Number(seed) <= MOST_SEED;
   const lacksPicture = control === "required" && !picture;
   const draw = async () => {
@@ -51,7 +51,7 @@ function TryForm({ run, control }) {
     <p>One picture without the LoRA and one with it, from the same noise.</p>
     <${Field} label="Prompt">${(attributes) => html`<textarea ...${attributes} rows="2" maxlength="10000" value=${prompt} onInput=${(event) => setPrompt(event.currentTarget.value)}></textarea>`}<//>
     <div class="fields two">
-      <${Field} label="Strength" error=${hasStrength ? null : `Must be a number from 0 to ${WIDEST_STRENGTH}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="decimal" value=${strength} onInput=${(event) => setStrength(event.currentTarget.value)} />`}<//>
+      <${Field} label="Strength" error=${hasStrength ? null : `Must be a number from ${least} to ${WIDEST_STRENGTH}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="decimal" value=${strength} onInput=${(event) => setStrength(event.currentTarget.value)} />`}<//>
       <${Field} label="Seed" error=${hasSeed ? null : `Must be a whole number from 0 to ${MOST_SEED}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${seed} onInput=${(event) => setSeed(event.currentTarget.value)} />`}<//>
     </div>
     ${control !== "none" && html`<${PictureZone} picture=${picture} isNeeded=${control === "required"} onPicture=${setPicture} />`}

@@ -15,14 +15,15 @@ export function ModelView({ dataset }) {
   const models = found?.models ?? [];
   const [tooLarge, setTooLarge] = useState(new Set());
   const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
-  const best = bestOf(models, tooLarge, photos?.images.some((one) => one.controls?.length) ?? false);
+  const { pairs } = draft.settings;
+  const best = bestOf(models, tooLarge, !pairs && (photos?.images.some((one) => one.controls?.length) ?? false));
   const chosen = (draft.isChosen && models.find((one) => one.name === draft.model && one.ready)) || best;
   useEffect(() => {
     if (found && photos && chosen && chosen.name !== draft.model) change({ model: chosen.name, edit: null });
   }, [found, photos, chosen?.name]);
   const plan = async (model) => {
     // What it needs is asked for, whether or not it can train on these photos.
-    const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: { controls: takesControls(model, draft) ? "optional" : "none" } });
+    const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: pairs ? { pairs } : { controls: takesControls(model, draft) ? "optional" : "none" } });
     if (found.fits === false) setTooLarge((names) => new Set([...names, model.name]));
     return found;
   };

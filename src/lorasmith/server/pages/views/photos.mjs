@@ -5,9 +5,9 @@ import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
 import { announcement, say, useStore } from "../lib/stores.mjs";
 import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
-import { count, slug } from "../lib/words.mjs";
+import { capital, count, slug } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
-import { Before, MoveControl } from "../parts/before.mjs";
+import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
 import { PhotoTile, isStale } from "../parts/photo_tile.mjs";
 import { Replace } from "../parts/replace.mjs";
@@ -53,6 +53,7 @@ export function PhotosView({ dataset }) {
   const controls = [...images.flatMap((one) => one.controls ?? []), ...stray];
   const stored = new Set([...images.map((one) => one.file), ...controls.map((one) => `control/${one.file}`)]);
   const isPairs = draft.pairs ?? (controls.length > 0 || (model ? takesControls(model, draft) : false));
+  const words = PAIRS[draft.settings.pairs] ?? PAIRS.none;
   const previews = new Map(sent.filter((one) => one.file).map((one) => [one.file, one]));
   const onTheWay = sent.filter((one) => one.state !== "done" || (!stored.has(one.file) && !gone.has(one.file)));
   const underway = onTheWay.filter((one) => one.state === "waiting" || one.state === "sending").length;
@@ -74,7 +75,7 @@ export function PhotosView({ dataset }) {
   };
   const pair = (control, image) => changeControls(async () => {
     const { changed } = await put(["datasets", dataset, "controls"], { control, image });
-    if (changed) say(changed > 1 ? `The pictures before ${image} and the other one have changed places.` : `${image} has its picture before.`);
+    if (changed) say(changed > 1 ? `The ${words.of} ${image} and the other one have changed places.` : `${image} has its ${words.other}.`);
   });
   const removeControl = (file) => changeControls(async () => {
     await remove(["datasets", dataset, "controls", file]);
@@ -153,13 +154,15 @@ export function PhotosView({ dataset }) {
     <section aria-labelledby="photos">
       <div class="head"><h2 id="photos">${total ? count(total, "photo") : "Photos"}</h2>
         <span class="faint" role="status">${underway ? `${count(underway, "photo")} on the way…` : images.length ? `${captioned} of ${images.length} with a caption` : ""}</span></div>
-      ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} pairs=${isPairs} />
-        <label class="check"><input type="checkbox" checked=${isPairs} onChange=${(event) => change({ pairs: event.currentTarget.checked })} /> These are pairs, to teach an edit model: a picture before and one after each edit</label>`}
+      ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} pairs=${isPairs ? words : null} />
+        <label class="check"><input type="checkbox" checked=${isPairs} onChange=${(event) => change({ pairs: event.currentTarget.checked, settings: taught(draft, "none") })} /> These are pairs: two pictures of each name</label>
+        ${isPairs && html`<${Field} label="What they teach">${(attributes) => html`<select ...${attributes} value=${draft.settings.pairs ?? "none"} onChange=${(event) => change({ pairs: true, settings: taught(draft, event.currentTarget.value) })}>
+          ${Object.entries(PAIRS).map(([name, { title }]) => html`<option key=${name} value=${name}>${capital(title)}</option>`)}</select>`}<//>`}`}
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="photos" />`}
       ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file was", "files were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
         ${others.some(isVideo) && html`<p>Videos are not added here: run <code>lorasmith train</code> on their folder with a model of videos, or add them as animated WebP files.</p>`}<//>`}
-      <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} lacking=${lacking} model=${model} draft=${draft} hasControls=${controls.length > 0} />
+      <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} lacking=${lacking} words=${words} model=${model} draft=${draft} hasControls=${controls.length > 0} />
       ${images.length > 0 && html`<div class="tools">
         ${!found.builtin && html`<${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>`}
         <label class="check"><input type="checkbox" checked=${crops} onChange=${(event) => setCrops(event.currentTarget.checked)} /> Show what is trained</label>
@@ -171,22 +174,25 @@ export function PhotosView({ dataset }) {
         ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
           caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
           isFixed=${found.builtin} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)}
-          before=${isPairs ? html`<${Before} dataset=${dataset} image=${image.file} controls=${image.controls ?? []} version=${version} actions=${actions} />` : null} />`)}
+          before=${isPairs ? html`<${Before} dataset=${dataset} image=${image.file} controls=${image.controls ?? []} version=${version} words=${words} actions=${actions} />` : null} />`)}
       </ul>
-      ${isPairs && stray.length > 0 && html`<h3>Pictures before, without one after</h3>
-        <p class="faint">Drag each onto the picture that was made of it, or press ⇄. What stays here is not trained on.</p>
-        <ul class="tiles">${stray.map((one) => html`<li class="tile" key=${one.file}><${Before} dataset=${dataset} image=${null} controls=${[one]} version=${version} actions=${actions} />
+      ${isPairs && stray.length > 0 && html`<h3>${capital(words.others)}, without ${words === PAIRS.none ? "one after" : "a picture"}</h3>
+        <p class="faint">Drag each onto the picture that it belongs to, or press ⇄. What stays here is not trained on.</p>
+        <ul class="tiles">${stray.map((one) => html`<li class="tile" key=${one.file}><${Before} dataset=${dataset} image=${null} controls=${[one]} version=${version} words=${words} actions=${actions} />
           <p class="tile-name"><span class="clip" title=${one.file}>${one.file}</span></p></li>`)}</ul>`}
     </section>
     ${clearing && html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${() => setClearing(false)} onYes=${removeAll}>
       <p>The folder <b>${dataset}</b> with ${count(images.length, "photo")} and their captions is moved to the removed files of Lorasmith. Nothing is deleted, and runs keep their LoRAs.</p><//>`}
-    ${moving && html`<${MoveControl} dataset=${dataset} control=${moving} images=${images} onMove=${pair} onClose=${() => setMoving(null)} />`}
+    ${moving && html`<${MoveControl} dataset=${dataset} control=${moving} images=${images} words=${words} onMove=${pair} onClose=${() => setMoving(null)} />`}
     ${replacing && html`<${Replace} images=${images} captionOf=${captionOf} onReplace=${replaceAll} onClose=${() => setReplacing(false)} />`}
     <${NextBar} note=${noteOf(total, underway)}>
       <a class="button" href="#/">Back</a>
       <${Button} kind="primary" disabled=${!ready} onClick=${() => go("new", dataset, "model")}>Next: model<//>
     <//>`;
 }
+
+/** The settings of a draft with what its pairs teach. */
+const taught = (draft, pairs) => Object.fromEntries([...Object.entries(draft.settings).filter(([name]) => name !== "pairs"), ...(pairs === "none" ? [] : [["pairs", pairs]])]);
 
 function noteOf(total, underway) {
   if (!total) return "Add photos to go on.";
@@ -224,18 +230,18 @@ function useCheck(dataset, draft, images, captions, controls, version) {
   return result;
 }
 
-function Findings({ check, error, images, trigger, captioned, lacking, model, draft, hasControls }) {
+function Findings({ check, error, images, trigger, captioned, lacking, words, model, draft, hasControls }) {
   if (error) return html`<${Notice} mood="fair"><p>The photos were not checked. ${error.message}</p><//>`;
   if (!images.length) return null;
   const wordless = !captioned && !trigger.trim();
   const skipped = check?.skipped ?? [];
   const findings = check?.findings ?? [];
-  const unused = hasControls && model && !takesControls(model, draft);
+  const unused = hasControls && model && words === PAIRS.none && !takesControls(model, draft);
   if (!wordless && !skipped.length && !findings.length && !lacking && !unused) return check ? html`<p class="all-good"><span aria-hidden="true">✓</span> Nothing to mend in these photos.</p>` : null;
   return html`<ul class="findings">
     ${wordless && html`<li class="fair-item">Give a trigger word above, or captions to the photos, so that the LoRA learns what to call this.</li>`}
-    ${lacking > 0 && html`<li class="fair-item">${lacking === 1 ? "A photo lacks" : `${lacking} photos lack`} the picture before the edit: add it beside it, or choose controls optional in the settings.</li>`}
-    ${unused && html`<li class="fair-item">${model.title} takes no pictures before an edit. Choose an edit model, or controls none in the settings to train without them.</li>`}
+    ${lacking > 0 && html`<li class="fair-item">${lacking === 1 ? "A photo lacks" : `${lacking} photos lack`} ${words.lack}</li>`}
+    ${unused && html`<li class="fair-item">${model.title} takes no pictures before an edit. Choose an edit model, or what else the pairs teach, or controls none in the settings to train without them.</li>`}
     ${skipped.map((one) => html`<li class="bad-item" key=${one.file}>${one.file} cannot be used: ${one.reason}</li>`)}
     ${findings.map((one, index) => html`<li key=${index} class=${one.severity === "error" || one.severity === "bad" ? "bad-item" : "fair-item"}>${one.message}</li>`)}
   </ul>`;
