@@ -22,6 +22,7 @@ from lorasmith.training.events import Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import trainable
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
@@ -154,7 +155,7 @@ def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
     for bypass in (False, True):
         denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser, bypass=bypass)
         with torch.no_grad(), denoiser.active():
-            loss = engine.sample_losses(denoiser, batch, job.config, job.runtime).item()
+            loss = engine.sample_losses(trainable(denoiser), batch, job.config, job.runtime).item()
         assert continued.losses[0] == pytest.approx(loss, rel=2e-5)
     with torch.no_grad():
         plain = engine.sample_losses(job.model, batch, job.config, job.runtime).item()
@@ -216,7 +217,7 @@ def test_a_layer_with_an_adapter_and_differences_keeps_them_all(
     denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser)
     with torch.no_grad(), denoiser.active():
         assert result.losses[0] == pytest.approx(
-            engine.sample_losses(denoiser, batch, job.config, job.runtime).item(), rel=2e-5
+            engine.sample_losses(trainable(denoiser), batch, job.config, job.runtime).item(), rel=2e-5
         )
 
 
@@ -232,9 +233,9 @@ def test_a_dora_on_top_of_a_lora_starts_as_the_model_with_that_lora(
             job = plan_job(below, config)
             (batch,) = engine.batch_maker(below, dataset.samples, job.config, job.runtime).step(0)
             with torch.no_grad(), engine.prepared(below, job.adapters, job.config, job.runtime):
-                fresh = engine.sample_losses(below, batch, job.config, job.runtime).item()
+                fresh = engine.sample_losses(trainable(below), batch, job.config, job.runtime).item()
             with torch.no_grad(), below.active():
-                expected = engine.sample_losses(below, batch, job.config, job.runtime).item()
+                expected = engine.sample_losses(trainable(below), batch, job.config, job.runtime).item()
             assert fresh == pytest.approx(expected, rel=1e-5)
 
 
