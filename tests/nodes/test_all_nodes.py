@@ -131,6 +131,6 @@ def test_file_lists_come_from_the_folders(tmp_path: Path) -> None:
 
     assert choices("TrainLoraNode", "existing_lora") == ["mine.safetensors", "[None]"]
     assert choices("LoraLoader", "lora_name") == ["mine.safetensors"]
-    assert choices("LoadImage", "image") == ["cat.png"]
+    assert choices("LoadImage", "image")[:2] == ["cat.png", "fox/fox_1.png"]
     assert "lorasmith-tiny.safetensors" in choices("CheckpointLoaderSimple", "ckpt_name")
     assert "fox" in choices("LoadImageDataSetFromFolder", "folder")
