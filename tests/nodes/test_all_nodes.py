@@ -19,6 +19,7 @@ OWN = {
         "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init",
         "quantization", "activations", "compile", "schedule", "warmup_steps", "ema_decay", "validation_share",
         "patience", "previews", "preview_every", "private", "training_adapter", "fresh", "exact_dtype",
+        "pairs", "pair_focus", "dpo_beta",
     ],
 }
 # fmt: on

@@ -286,8 +286,7 @@ _REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a
     "cut pictures": "crop them yourself to what matters",
     "copies": "remove all but one of each",
     "look-alikes": "remove all but one of each, as a picture that is there twice is learnt twice",
-    "missing controls": "add a file of the same name to the folder of controls, or choose controls optional or "
-    "no pairs",
+    "missing controls": "add a file of the same name to the folder of controls, or choose controls optional",
     "swapped pairs": "check that the edited pictures are trained on and the controls are those before, or move the "
     "captions",
     "missing captions": "write captions, or give a trigger word that names the subject",

@@ -20,7 +20,8 @@ export function Previews({ previews, pairs = [], source, live = false, bestStep 
   if (!table.steps.length && !table.base.size) return null;
   const at = chosen === null || !table.steps.includes(chosen) ? table.steps.length - 1 : table.steps.indexOf(chosen);
   const step = table.steps[at];
-  const strengths = table.strengths(step);
+  // The strip of a run that is live stays whole while the strengths of its newest step are drawn one by one.
+  const strengths = live && previews.some((one) => one.strength < 0) ? table.strengths(null) : table.strengths(step);
   const pick = (index) => setChosen(live && index === table.steps.length - 1 ? null : table.steps[index]);
   const beside = [...new Set(pairs.map((one) => one.title))];
   const isStrip = strengths[0] < 0;
@@ -81,7 +82,7 @@ function arranged(previews) {
   const steps = [...new Set([...drawn.values()].map((one) => one.step))].sort((a, b) => a - b);
   return {
     prompts, base, steps,
-    strengths: (step) => [...new Set([...drawn.values()].filter((one) => one.step === step).map((one) => one.strength))].sort((a, b) => a - b),
+    strengths: (step) => [...new Set([...drawn.values()].filter((one) => step === null || one.step === step).map((one) => one.strength))].sort((a, b) => a - b),
     at: (step, strength, number) => drawn.get(`${step} ${strength} ${number}`),
   };
 }
