@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_guidance [--quick] [--base FILE]
 
-No such model is small, so one is made, as Flux.1 dev was: a small Flux transformer learns pictures of 16×16 pixels of
+No such model is small, so one is made, as Flux.1 dev was: a small Flux transformer learns pictures of 12×12 pixels of
 coloured shapes, whose captions are wrong now and then, so that guidance matters; then its guidance embedding is
 distilled from classifier-free guidance, `student(g) = u + g (c − u)`. LoRAs are trained on a few pictures of a new subject
 at several training guidances and with the guidance loss. All are drawn at guidance 3.5. Prints, for the base model and
@@ -43,7 +43,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.train import Plan, RunHost, run_job
 from lorasmith.training.trainable import Trainable
 
-SIDE, WIDTH = 16, 48
+SIDE, WIDTH = 12, 48
 SHAPES = ("disc", "square", "cross", "stripes")
 COLOURS = {"red": (0.8, -0.6, -0.6), "green": (-0.6, 0.6, -0.6), "blue": (-0.6, -0.4, 0.8), "yellow": (0.7, 0.6, -0.7)}
 GROUNDS = {"black": -0.8, "grey": -0.1, "white": 0.7}
@@ -75,17 +75,17 @@ def drawn(pictures: Sequence[Picture], draw: torch.Generator) -> Tensor:
     """(pictures, 3, SIDE, SIDE) about −1 to 1: place, size and colours vary."""
     count = len(pictures)
     grid = torch.arange(SIDE) + 0.5
-    centre = SIDE / 2 + (torch.rand(count, 2, generator=draw) - 0.5) * 3
-    radius = (4 + 1.5 * torch.rand(count, generator=draw))[:, None, None]
+    centre = SIDE / 2 + (torch.rand(count, 2, generator=draw) - 0.5) * 2
+    radius = (3.2 + 1.2 * torch.rand(count, generator=draw))[:, None, None]
     x = grid[None, None, :] - centre[:, 0, None, None]
     y = grid[None, :, None] - centre[:, 1, None, None]
     away = (x.square() + y.square()).sqrt()
     inside = {
         "disc": radius - away,
         "square": 0.85 * radius - torch.maximum(x.abs(), y.abs()),
-        "cross": torch.minimum(1.5 - torch.minimum(x.abs(), y.abs()), radius - torch.maximum(x.abs(), y.abs())),
-        "stripes": torch.minimum((y * 1.3).sin() * 1.2, radius - torch.maximum(x.abs(), y.abs())),
-        SUBJECT: torch.maximum(1.2 - (away - radius + 0.7).abs(), 1.4 - away),
+        "cross": torch.minimum(1.1 - torch.minimum(x.abs(), y.abs()), radius - torch.maximum(x.abs(), y.abs())),
+        "stripes": torch.minimum((y * 1.7).sin(), radius - torch.maximum(x.abs(), y.abs())),
+        SUBJECT: torch.maximum(0.9 - (away - radius + 0.6).abs(), 1.1 - away),
     }
     cover = torch.stack([inside[one.shape][index] for index, one in enumerate(pictures)])
     cover = (cover + 0.5).clamp(0, 1)[:, None]
@@ -130,7 +130,7 @@ def network(*, takes_guidance: bool, seed: int = 0) -> Any:
         return FluxTransformer2DModel(
             patch_size=1,
             in_channels=12,
-            num_layers=2,
+            num_layers=1,
             num_single_layers=3,
             attention_head_dim=32,
             num_attention_heads=3,
@@ -214,7 +214,7 @@ def trained_base(steps: int) -> nn.Module:
     module = network(takes_guidance=False)
 
     def loss(draw: torch.Generator) -> Tensor:
-        clean, captions = _captioned(64, draw)
+        clean, captions = _captioned(32, draw)
         noised, time, target = _noised(clean, draw)
         return F.mse_loss(predicted(module, noised, time, batched(captions, 1.0)), target)
 
@@ -228,7 +228,7 @@ def distilled(teacher: Any, steps: int) -> nn.Module:
     student.load_state_dict(teacher.state_dict(), strict=False)
 
     def loss(draw: torch.Generator) -> Tensor:
-        clean, captions = _captioned(32, draw)
+        clean, captions = _captioned(16, draw)
         noised, time, _ = _noised(clean, draw)
         least, greatest = GUIDANCES
         guidance = least + (greatest - least) * torch.rand(len(clean), generator=draw)

@@ -273,6 +273,19 @@ class Denoiser:
         """A handle with one more LoRA."""
         return replace(self, patches=(*self.patches, patch))
 
+    def with_text_encoder(self, encoder: TextEncoder) -> Denoiser:
+        """The denoiser of the same model with these text encoders. Raises ModelError for those of another model."""
+        own, other = self.base.family, encoder.family
+        if own.name != other.name and set(own.clip_types).isdisjoint(other.clip_types):
+            raise ModelError(
+                f"the text encoders must be those of {self.base.title} ({own.title}), got {encoder.title} "
+                f"({other.title}); load the files that belong to it ({own.encoders_text})"
+            )
+        parts = replace(
+            self.base.components, text_encoders=encoder.encoders.modules, tokenizers=encoder.encoders.tokenizers
+        )
+        return replace(self, base=replace(self.base, components=parts))
+
     def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
         """Raise DataError for conditionings that another model's parts made: other widths, other controls."""
         family, latent = self.base.family, self.base.components.latent

@@ -168,7 +168,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
             f"tlora orthogonal starts all layers, but {len(existing.adapters)} of them continue "
             f"{existing.name}; use tlora plain, or choose targets that it has"
         )
-    text_adapters = {} if model.encoders is None else _on_text(model.encoders, text_layers, existing, requested, config)
+    text_adapters = {} if model.encoders is None else _on_text(model, text_layers, existing, requested, config)
     fresh_text = len(text_adapters) - len(existing.on_text)
     TokenRoutes.of(model, config)  # raises
     methods = methods_of(config)
@@ -236,9 +236,11 @@ def _fresh_adapters(
 
 
 def _on_text(
-    encoders: nn.Module, layers: Sequence[str], existing: _Existing, requested: TrainConfig, config: ResolvedConfig
+    model: Trainable, layers: Sequence[str], existing: _Existing, requested: TrainConfig, config: ResolvedConfig
 ) -> dict[str, Adapter]:
     """Adapters on these layers of text encoders, by path; those of a continued LoRA as they are there."""
+    encoders = model.encoders
+    assert encoders is not None
     plan = plan_adapters(
         encoders,
         [Rule(tuple(layers))],
@@ -246,7 +248,8 @@ def _on_text(
         capped=facts_of(config.algorithm).rank_meaning == "rank",
     )
     plan = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.on_text))
-    with patches_merged(encoders, (), dtype=torch.float32, unpacking=True):
+    patches = [replace(patch, bypass=False) for patch in model.text_patches]
+    with patches_merged(encoders, patches, dtype=torch.float32, unpacking=True):
         return load_adapters(encoders, existing.on_text) | _fresh_adapters(encoders, plan, requested, config)
 
 

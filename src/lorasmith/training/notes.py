@@ -149,7 +149,7 @@ def notes_on_products(config: TrainConfig, model: Trainable, device: torch.devic
 def _on_base(config: TrainConfig, model: Trainable) -> Iterator[str]:
     """A warning about base models whose title names a distilled variant."""
     title, facts = model.title, model.facts
-    if config.training_guidance is not None and not facts.takes_guidance:
+    if config.training_guidance and not facts.takes_guidance:
         yield f"training_guidance {config.training_guidance:g} has no effect on {title}, which has no such input."
     if facts.distilled_mark is not None and config.training_adapter is None:
         yield (
