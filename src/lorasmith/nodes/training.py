@@ -250,7 +250,7 @@ def train_lora(
             f"{limited} of {len(data)} captions are for a part of sampling (ConditioningSetTimestepRange), but "
             "training uses each at every noise level"
         )
-    job = plan_job(TrainableDenoiser(denoiser, encoder), config)
+    job = plan_job(TrainableDenoiser(denoiser, encoder), config, folders=context.folders)
     if (needing := texts_needed_by(job.config)) is not None:
         if encoder is None:
             raise OptionError(_WITHOUT_CLIP.format(needing))

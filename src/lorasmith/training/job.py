@@ -41,6 +41,7 @@ from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.extensions import Extension
+from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
 from lorasmith.core.printable import count_text
@@ -49,7 +50,7 @@ from lorasmith.core.registry import Registry, extensions_of, nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.loss_functions import check_loss
 from lorasmith.diffusion.schedule import check_noising
-from lorasmith.families.model import Denoiser
+from lorasmith.families.model import Denoiser, training_adapter_in
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names import encoder_module
@@ -135,8 +136,16 @@ def variant_of(config: TrainConfig) -> Variant:
     return Variant(config.dora, config.rslora, config.pissa, config.tucker, config.tlora == "orthogonal")
 
 
-def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> TrainJob:
+def plan_job(
+    model: Trainable | Denoiser,
+    config: TrainConfig,
+    device: str | torch.device | None = None,
+    *,
+    folders: Folders | None = None,
+) -> TrainJob:
     """Decide everything about a run that does not depend on the data; `device` None is the first GPU, or the CPU.
+
+    Among the LoRAs of `folders` notes name the one that a distilled model is usually trained with.
 
     Raises OptionError or LoraError if the settings or an existing LoRA do not fit the model.
     """
@@ -210,6 +219,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
                 adapters,
                 len(differences),
                 has_fresh_text=fresh_text > 0,
+                adapter=_usual_adapter(model, folders),
             ),
             *notes_on_file(model, adapters, differences, text_adapters),
         ),
@@ -341,6 +351,11 @@ def fresh_differences(model: Trainable, plan: AdapterPlan, config: TrainConfig) 
         layers = {adapter.path: model.module.get_submodule(adapter.path) for adapter in plan.adapters}
         wanted |= {path: layer for path, layer in layers.items() if layer.bias is not None}
     return {path: Difference.create(module) for path, module in wanted.items()}
+
+
+def _usual_adapter(model: Trainable, folders: Folders | None) -> Path | None:
+    name = None if folders is None else training_adapter_in(folders, model.facts.training_adapter)
+    return None if folders is None or name is None else folders.find("loras", name)
 
 
 def _with_adapter(model: Trainable, path: Path, *, strict: bool) -> tuple[Trainable, str]:
