@@ -410,7 +410,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a minute, for the code and not for the numbers")
     parser.add_argument("--base", type=Path)
-    parser.add_argument("--steps", type=int, nargs="+", default=[200])
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 100])
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -427,7 +427,7 @@ def main() -> None:
     for steps in [5] if quick else arguments.steps:
         print(f"{steps} steps")
         shown: list[str] = []
-        for name, numbers in rows(base, judge, steps=steps, seeds=1 if quick else arguments.seeds, count=64 if quick else 256):
+        for name, numbers in rows(base, judge, steps=steps, seeds=1 if quick else arguments.seeds, count=64 if quick else 192):
             if not shown:
                 shown = list(numbers)
                 print(f"{'':<14}" + "".join(f"{key:>14}" for key in shown))

@@ -31,6 +31,12 @@ def texts(tiny: Model, dataset: EncodedDataset) -> EncodedDataset:
     return EncodedDataset(dataset.samples[:4], EncodedCaptions(tiny.text_encoder.encode))
 
 
+@pytest.mark.parametrize("settings", [{"preserve": "blank"}, SLIDER])
+def test_memory_is_planned_without_their_texts(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
+    plain = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "training_dtype": "fp32", **settings}
+    assert train(tiny, texts, **plain, activations="auto").losses == train(tiny, texts, **plain).losses
+
+
 @pytest.fixture
 def flux_texts(flux: Model) -> EncodedDataset:
     """Samples of a model with distilled guidance, whose texts come from a table."""
