@@ -169,7 +169,7 @@ class Guided(Trainable):
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         joined = super().join(conditionings)
-        assert self.guidance is not None
+        assert self.guidance
         guidance = torch.full((len(conditionings),), self.guidance)
         return replace(joined, tensors={**joined.tensors, "guidance": guidance})
 

@@ -54,7 +54,7 @@ from lorasmith.families.model import Denoiser, training_adapter_in
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names import encoder_module
-from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
+from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.methods.all_methods import check_methods, methods_of
@@ -162,7 +162,7 @@ def plan_job(
     beneath = ""
     if config.training_adapter is not None:
         model, beneath = _with_adapter(model, Path(config.training_adapter), strict=config.strict)
-    model, text_layers = model.guided(config.training_guidance), tuple[str, ...]()
+    model, text_layers = model.guided(requested.training_guidance), tuple[str, ...]()
     if config.train_text_encoder:
         model, text_layers = model.with_encoders()
         existing = existing.with_text(model, text_layers)
@@ -286,7 +286,14 @@ def _decided(model: Trainable, config: TrainConfig, device: torch.device) -> Res
         min_noise=expert[0] if config.min_noise is None else config.min_noise,
         max_noise=expert[1] if config.max_noise is None else config.max_noise,
         training_dtype=dtype_on_device(config, model.module, device),
+        training_guidance=_training_guidance(model, config),
     )
+
+
+def _training_guidance(model: Trainable, config: TrainConfig) -> float | None:
+    if config.training_guidance is None and model.facts.takes_guidance:
+        return USUAL_TRAINING_GUIDANCE
+    return config.training_guidance
 
 
 def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> Iterator[str]:

@@ -49,7 +49,7 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
-from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.runtime import Runtime
@@ -113,7 +113,7 @@ class Trainable:
     encoders: nn.ModuleDict | None = None
     text_patches: tuple[Patch, ...] = ()  # LoRAs that are part of these encoders, by path in `encoders`
     needs_captions: bool = True  # whether text is encoded ahead, by other encoders than those
-    guidance: float | None = None  # see `guided`
+    guidance: float | None = 0.0  # see `guided`
     routing: Routing | None = None  # where tokens are in its blocks; None where none may skip blocks
 
     def __init__(
@@ -162,8 +162,12 @@ class Trainable:
         return other
 
     def guided(self, guidance: float | None) -> Self:
-        """The same network with this guidance as its input, where it has one; None or 0 for the conditioning's."""
-        if not guidance or not self.facts.takes_guidance:
+        """The same network with this guidance as its input, where it has one.
+
+        0 leaves that of each conditioning, or what the network draws with; None puts the usual one where a conditioning
+        has none.
+        """
+        if not self.facts.takes_guidance:
             return self
         other = copy.copy(self)
         other.guidance = guidance
@@ -321,9 +325,12 @@ class TrainableDenoiser(Trainable):
         joined = self.denoiser.base.family.join(conditionings)
         if self.encoders is not None:
             joined = replace(joined, texts=tuple(one.text or "" for one in conditionings))
-        if self.guidance is None:
+        value = self.guidance
+        if value is None:
+            value = 0.0 if "guidance" in joined.tensors else USUAL_TRAINING_GUIDANCE
+        if not value:
             return joined
-        guidance = torch.full((len(conditionings),), self.guidance, device=joined.tensors["context"].device)
+        guidance = torch.full((len(conditionings),), value, device=joined.tensors["context"].device)
         return replace(joined, tensors={**joined.tensors, "guidance": guidance})
 
     def identity(self) -> Mapping[str, str]:

@@ -99,6 +99,25 @@ def test_a_range_of_guidance_is_drawn_from(flux: Model, flux_texts: EncodedDatas
     assert results[0] == results[1] != results[2]
 
 
+@pytest.mark.parametrize(("asked", "has_own", "expected"), [
+    (None, False, 1.0), (None, True, 3.5), (0.0, False, None), (0.0, True, 3.5), (2.0, True, 2.0), (2.0, False, 2.0),
+])  # fmt: skip
+def test_pictures_are_trained_at_the_usual_guidance_unless_they_have_their_own(
+    flux: Model, asked: float | None, has_own: bool, expected: float | None
+) -> None:
+    """The default is 1; 0 is the conditioning's, and without one what the network draws with."""
+    job = plan_job(flux.denoiser, TrainConfig(training_guidance=asked, rank=2), "cpu")
+    given = [one.conditioning for one in flux_dataset().samples[:2]]
+    kept = [replace(one, tensors={k: t for k, t in one.tensors.items() if has_own or k != "guidance"}) for one in given]
+    joined = job.model.join(kept).tensors
+    assert joined["guidance"].tolist() == [expected] * 2 if expected else "guidance" not in joined
+    assert job.config.training_guidance == (1.0 if asked is None else asked)
+
+
+def test_other_models_have_no_guidance_of_training(tiny: Model) -> None:
+    assert plan_job(tiny.denoiser, TrainConfig(rank=2), "cpu").config.training_guidance is None
+
+
 def test_the_guidance_of_training_is_the_networks_input(flux: Model, flux_texts: EncodedDataset) -> None:
     def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
         given = torch.full((len(batch.names),), 1.5)
