@@ -4,9 +4,9 @@
 
 No such model is small, so one is made, as Flux.1 dev was: a small Flux transformer learns pictures of 12×12 pixels of
 coloured shapes, whose captions are wrong now and then, so that guidance matters; then its guidance embedding is
-distilled from classifier-free guidance, `student(g) = u + g (c − u)`. LoRAs are trained on a few pictures of a new subject
-at several training guidances and with the guidance loss. All are drawn at guidance 3.5. Prints, for the base model and
-each of them:
+distilled from classifier-free guidance, `student(g) = u + g (c − u)`. LoRAs are trained on a few pictures of a new
+subject at several training guidances and with the guidance loss. All are drawn at guidance 3.5. Prints, for the base
+model and each of them:
 
     subject    share of pictures of the subject's prompt that a classifier takes for it
     follows    share of these whose background is that of the prompt, of backgrounds beside which it was not trained
@@ -91,7 +91,9 @@ def drawn(pictures: Sequence[Picture], draw: torch.Generator) -> Tensor:
     cover = (cover + 0.5).clamp(0, 1)[:, None]
     colours = torch.tensor([SUBJECT_COLOUR if p.shape == SUBJECT else COLOURS[p.colour] for p in pictures])
     colours = colours + 0.12 * torch.randn(count, 3, generator=draw)
-    grounds = torch.tensor([GROUNDS[p.ground] for p in pictures])[:, None] + 0.08 * torch.randn(count, 3, generator=draw)
+    grounds = torch.tensor([GROUNDS[p.ground] for p in pictures])[:, None] + 0.08 * torch.randn(
+        count, 3, generator=draw
+    )
     return cover * colours[:, :, None, None] + (1 - cover) * grounds[:, :, None, None]
 
 
@@ -427,7 +429,9 @@ def main() -> None:
     for steps in [5] if quick else arguments.steps:
         print(f"{steps} steps")
         shown: list[str] = []
-        for name, numbers in rows(base, judge, steps=steps, seeds=1 if quick else arguments.seeds, count=64 if quick else 192):
+        for name, numbers in rows(
+            base, judge, steps=steps, seeds=1 if quick else arguments.seeds, count=64 if quick else 192
+        ):
             if not shown:
                 shown = list(numbers)
                 print(f"{'':<14}" + "".join(f"{key:>14}" for key in shown))

@@ -42,7 +42,10 @@ TEXTS = {
     ),
     "trigger": (
         "STRING",
-        {"default": "", "tooltip": "What stands for the subject in captions, in place of which preserve has the class."},
+        {
+            "default": "",
+            "tooltip": "What stands for the subject in captions, in place of which preserve has the class.",
+        },
     ),
 }
 """Inputs for methods that encode texts."""

@@ -341,9 +341,9 @@ def test_methods_encode_their_texts_with_comfyuis_clip(
 
 
 def test_methods_say_what_they_lack(pack: Any, train: Train) -> None:
-    with pytest.raises(OptionError, match="preserve encodes texts in training, .*; link the CLIP of the captions"):
+    with pytest.raises(OptionError, match=r"preserve encodes texts in training, .*; link the CLIP of the captions"):
         train(settings=further(pack, preserve="blank"))
-    with pytest.raises(OptionError, match="preserve class changes captions, .*; link the texts to captions"):
+    with pytest.raises(OptionError, match=r"preserve class changes captions, .*; link the texts to captions"):
         train(settings=further(pack, **METHODS["class"]), clip=stand_in.CLIP())
     names = set(pack.NODE_CLASS_MAPPINGS["LorasmithLoraSettings"].INPUT_TYPES()["required"])
     assert "preserve" in names and names.isdisjoint({"train_text_encoder", "guidance_loss", "training_guidance"})

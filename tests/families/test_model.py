@@ -173,10 +173,11 @@ def test_a_quantized_model_says_so() -> None:
 
 
 @pytest.mark.parametrize(("name", "mark"), [
-    ("z_image_turbo_bf16", "turbo"), ("Z-Image-Turbo", "turbo"), ("ZImageTurbo_v2", "turbo"), ("zimage_reTurbo", "turbo"),
-    ("model_turbo", "turbo"), ("node-turbo", "turbo"), ("made.TURBO", "turbo"),
+    ("z_image_turbo_bf16", "turbo"), ("Z-Image-Turbo", "turbo"), ("ZImageTurbo_v2", "turbo"),
+    ("zimage_reTurbo", "turbo"), ("model_turbo", "turbo"), ("node-turbo", "turbo"), ("made.TURBO", "turbo"),
     ("z_image_de_turbo_v1_bf16", None), ("Z-Image-De-Turbo", None), ("ZImageDeTurbo", None), ("zimage-deturbo", None),
-    ("Z-Image-Turbo-undistilled", None), ("turbo-dedistilled", None), ("Turbo_De-Distill", None), ("z_image_bf16", None),
+    ("Z-Image-Turbo-undistilled", None), ("turbo-dedistilled", None), ("Turbo_De-Distill", None),
+    ("z_image_bf16", None),
     ("non-turbo", None), ("UnTurbo", None), ("tur bo", None), ("", None),
 ])  # fmt: skip
 def test_a_distilled_model_is_known_by_its_names_unless_they_say_that_it_was_undone(

@@ -55,7 +55,9 @@ def losses(result: Any) -> list[float]:
 
 def weights(result: Any) -> dict[str, Tensor]:
     adapters = result.outputs[0][0].state.adapters.items()
-    return {f"{ref.component} {ref.path} {name}": tensor for ref, one in adapters for name, tensor in one.tensors.items()}
+    return {
+        f"{ref.component} {ref.path} {name}": tensor for ref, one in adapters for name, tensor in one.tensors.items()
+    }
 
 
 def parts(lora: Lora) -> set[str]:
@@ -113,10 +115,10 @@ def test_without_a_clip_the_remedy_is_a_link(train: Make, setting: dict[str, Any
 
 def test_captions_must_be_known_and_of_that_clip(train: Make, tiny: Model, captions: list[Conditioning]) -> None:
     unknown = [captions[0], replace(captions[1], text=None), captions[2]]
-    with pytest.raises(DataError, match="preserve needs the caption .* that of image 2 is unknown; encode captions"):
+    with pytest.raises(DataError, match=r"preserve needs the caption .* that of image 2 is unknown; encode captions"):
         train(preserve="blank", lists={"positive": [unknown]})
     skipping = replace(tiny.text_encoder, encoding=replace(tiny.text_encoder.encoding, skip_layers=1))
-    with pytest.raises(DataError, match="preserve needs captions that clip encodes as they are.*'a fox'; link one"):
+    with pytest.raises(DataError, match=r"preserve needs captions that clip encodes as they are.*'a fox'; link one"):
         train(preserve="blank", clip=skipping)
     with pytest.raises(ModelError, match=r"text encoders must be those of lorasmith-tiny \(Stable Diffusion 1"):
         other = replace(tiny.text_encoder, family=type("Other", (), {"name": "x", "clip_types": (), "title": "X"})())
@@ -178,9 +180,7 @@ def test_the_saved_lora_has_both_parts_and_load_lora_applies_them(bench: Any, ti
     assert not torch.equal(*contexts)
 
 
-@pytest.mark.parametrize(
-    "settings", slow_except([METHODS[0], METHODS[3]], METHODS[3]), ids=lambda one: next(iter(one))
-)
+@pytest.mark.parametrize("settings", slow_except([METHODS[0], METHODS[3]], METHODS[3]), ids=lambda one: next(iter(one)))
 def test_a_cancelled_graph_goes_on(bench: Any, settings: dict[str, Any]) -> None:
     def took(stop_at: int) -> tuple[list[Event], list[float]]:
         events: list[Event] = []
@@ -193,7 +193,7 @@ def test_a_cancelled_graph_goes_on(bench: Any, settings: dict[str, Any]) -> None
 
         outputs: list[float] = []
         with contextlib.suppress(CancelledError):
-            graph = validate(checkpoint_graph(**settings, **{"steps": 4}), bench.folders)
+            graph = validate(checkpoint_graph(**settings, steps=4), bench.folders)
             found = Executor(bench.folders, on_event=on_event).run(graph, cancel=cancel)
             outputs = found["train"].outputs[1][0]["loss"]
         return events, outputs

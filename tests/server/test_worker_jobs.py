@@ -145,7 +145,9 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
 
 def test_methods_and_text_encoders_train_from_the_page(worker: Worker) -> None:
     settings = {"preserve": "class", "preserve_class": "dog", "train_text_encoder": True, "activations": "auto"}
-    asked = JobBody(model="lorasmith-tiny", dataset="fox", trigger="fox", settings={**SETTINGS, **settings}, name="lora")
+    asked = JobBody(
+        model="lorasmith-tiny", dataset="fox", trigger="fox", settings={**SETTINGS, **settings}, name="lora"
+    )
     found = worker.run("train", train_request(Folders(worker.base), asked))
     assert found["outputs"]["reason"] == "finished"
     lora = Lora.load(worker.base / worker.run_id / "lora.safetensors", load_structure("lorasmith-tiny"))

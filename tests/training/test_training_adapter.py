@@ -161,7 +161,9 @@ def test_a_distilled_base_without_it_is_noted_with_the_usual_one(
     (loras.parent / "zimage_turbo_style.safetensors").touch()
     (loras / "pytorch_lora_weights.safetensors").touch()
     (found,) = noted(base, folders=Folders(tmp_path))
-    assert found.endswith(f"made for that, which is there (--training-adapter {loras / 'pytorch_lora_weights'}.safetensors).")
+    assert found.endswith(
+        f"made for that, which is there (--training-adapter {loras / 'pytorch_lora_weights'}.safetensors)."
+    )
 
 
 def test_its_place_is_recorded_and_repeats_the_run(

@@ -549,8 +549,8 @@ class Family(ABC):
         diffusers_start: start of some names in diffusers' own files of the denoiser, for single files that have them.
         distilled: parts of file names of variants that are distilled to few steps without guidance, which training
             undoes, and these steps; they have the same tensors as the variant to train on.
-        training_adapters: the usual LoRA to train such a variant with, `owner/repository/file` on the hub, by the part of
-            its name; ostris', which were trained on pictures of the variant itself, so that training undoes them first.
+        training_adapters: the usual LoRA to train such a variant with, `owner/repository/file` on the hub, by the part
+            of its name; ostris', which have learnt the variant's own pictures, so that training undoes them first.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
         controls: the controls that its models take, those of edit variants before those of all models.
         control_methods: of `CONTROL_METHODS`, those that `predict` knows.

@@ -60,8 +60,8 @@ from lorasmith.workflow.graph import Graph, GraphNode
 
 _OPTIONS = options_of(TrainConfig)
 _WITHOUT_CLIP = (
-    "{} encodes texts in training, for which Train LoRA needs the text encoders; link the CLIP of the captions to clip, "
-    "or leave it out"
+    "{} encodes texts in training, for which Train LoRA needs the text encoders; link the CLIP of the captions to "
+    "clip, or leave it out"
 )
 _ALIKE = 1e-2  # part of the greatest value by which two encodings of a text may differ
 _AUTO = "auto"  # choice of an option for the model's default
@@ -157,9 +157,7 @@ METHODS = (
 """Settings of methods and of text encoders in training."""
 
 _OPEN = tuple(
-    one.name
-    for one in (*SETTINGS, *METHODS[1:])
-    if one.default in ("", 0) and _OPTIONS[one.name].default is None
+    one.name for one in (*SETTINGS, *METHODS[1:]) if one.default in ("", 0) and _OPTIONS[one.name].default is None
 )
 
 
