@@ -413,7 +413,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a minute, for the code and not for the numbers")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 100])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     quick = arguments.quick
     if arguments.base and arguments.base.exists():
@@ -421,8 +421,8 @@ def main() -> None:
         base.load_state_dict(load_file(arguments.base))
         base.eval().requires_grad_(False)
     else:
-        teacher = trained_base(40 if quick else 3000)
-        base = distilled(teacher, 20 if quick else 1500)
+        teacher = trained_base(40 if quick else 4000)
+        base = distilled(teacher, 20 if quick else 2000)
         if arguments.base:
             save_file(base.state_dict(), arguments.base)
     judge = Judge.trained(60 if quick else 600)
