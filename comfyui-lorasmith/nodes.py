@@ -45,9 +45,10 @@ _SWAPPED = 18
 _NOT_HERE = (
     *("previews", "preview_every", "quantization", "compile", "training_adapter"),
     *("training_guidance", "guidance_loss", "guidance_loss_schedule", *options_of(TextEncoderSettings)),
+    *("tread_rate", "tread_first", "tread_last"),
 )
-"""Settings that a MODEL does not follow: ComfyUI holds its weights and text encoders, draws its pictures, and has its
-guidance in the conditioning."""
+"""Settings that a MODEL does not follow: ComfyUI holds its weights and text encoders, draws its pictures, has its guidance
+in the conditioning, and its own networks, of which it is not known where tokens are."""
 
 _log = logging.getLogger("lorasmith")
 
