@@ -47,8 +47,8 @@ _NOT_HERE = (
     *("training_guidance", "guidance_loss", "guidance_loss_schedule", *options_of(TextEncoderSettings)),
     *("tread_rate", "tread_first", "tread_last"),
 )
-"""Settings that a MODEL does not follow: ComfyUI holds its weights and text encoders, draws its pictures, has its guidance
-in the conditioning, and its own networks, of which it is not known where tokens are."""
+"""Settings that a MODEL does not follow: ComfyUI holds its weights and text encoders, draws its pictures, has its
+guidance in the conditioning, and networks of its own, of which it is not known where tokens are."""
 
 _log = logging.getLogger("lorasmith")
 
