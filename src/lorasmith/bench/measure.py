@@ -129,7 +129,9 @@ def synthetic_samples(
         sizes = [(1, *size) if latent.frames else size for size in controls]
         beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in sizes]
         opposite = torch.randn(shape, generator=generator) if are_pairs else None
-        return Sample(latents, Conditioning(tensors, text="").with_controls(beside), f"random {index}", opposite=opposite)
+        return Sample(
+            latents, Conditioning(tensors, text="").with_controls(beside), f"random {index}", opposite=opposite
+        )
 
     return tuple(sample(index) for index in range(count))
 

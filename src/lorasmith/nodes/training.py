@@ -240,9 +240,7 @@ def train_lora(
         raise OptionError(_WITHOUT_CLIP.format("train_text_encoder"))
     if encoder is not None:
         denoiser = denoiser.with_text_encoder(encoder)
-    data = replace(
-        _dataset(denoiser, latents, positive, are_pairs=config.pairs != "none"), trigger=trigger
-    )
+    data = replace(_dataset(denoiser, latents, positive, are_pairs=config.pairs != "none"), trigger=trigger)
     if limited := sum(sample.conditioning.span != (0.0, 1.0) for sample in data.samples):
         context.warn(
             f"{limited} of {len(data)} captions are for a part of sampling (ConditioningSetTimestepRange), but "
