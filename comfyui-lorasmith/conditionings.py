@@ -32,11 +32,16 @@ class ComfyConditioning(Conditioning):
         conds: ComfyUI's COND objects of one image, by argument; empty for a batch.
         lists: number of tensors of arguments that are lists; they are `argument.0` and so on in `tensors`.
         constants: arguments that a batch has once; `control` is a `Control`, whose image has a batch of its own.
+        others: conditionings of the image with further texts, by text.
     """
 
     conds: Mapping[str, Any] = field(default_factory=dict)
     lists: Mapping[str, int] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, ComfyConditioning] = field(default_factory=dict)
+
+    def with_text(self, other: Conditioning) -> ComfyConditioning:
+        return self.others[other.text or ""]
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `apply_model`."""

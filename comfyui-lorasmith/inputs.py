@@ -1,9 +1,11 @@
-"""What several nodes take: their inputs by the engine's declarations, and settings and samples made of these."""
+"""What several nodes take: their inputs by the engine's declarations, and settings, samples and texts made of these."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.printable import count_text
-from lorasmith.data.dataset import Sample
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
 from lorasmith.nodes.training import settings_of
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import ResolvedConfig, TrainConfig
+from lorasmith.training.methods.all_methods import methods_of, texts_needed_by
 from lorasmith.workflow import Input
 
 from .comfy_model import ComfyModel
@@ -29,6 +33,22 @@ TRAINED = {
     "positive": ("CONDITIONING", {"tooltip": "One caption per image, or one for all."}),
 }
 
+
+TEXTS = {
+    "clip": ("CLIP", {"tooltip": "The text encoders of the captions, for preserve and sliders of LoRA Settings."}),
+    "captions": (
+        "STRING",
+        {"forceInput": True, "tooltip": "The captions as text, for preserve class: one per image, or one for all."},
+    ),
+    "trigger": (
+        "STRING",
+        {
+            "default": "",
+            "tooltip": "What stands for the subject in captions, in place of which preserve has the class.",
+        },
+    ),
+}
+"""Inputs for methods that encode texts."""
 
 NODE = {"unique_id": "UNIQUE_ID"}
 """The hidden input of nodes that show text on themselves."""
@@ -82,10 +102,73 @@ def samples_of(
     return tuple(model.samples(images, one_for_each(captions, len(images))))
 
 
-def one_for_each(captions: Sequence[Any], count: int) -> list[Any]:
+@dataclass(frozen=True)
+class Texts:
+    """What methods encode further texts with: ComfyUI's CLIP, and the captions as text."""
+
+    clip: Any = None
+    captions: Sequence[str] = ()
+    trigger: str = ""
+
+    def dataset(
+        self,
+        config: ResolvedConfig,
+        model: ComfyModel,
+        latents: Sequence[Mapping[str, Tensor]],
+        positive: Sequence[Sequence[Any]],
+    ) -> EncodedDataset:
+        """The samples, whose conditionings know those of the texts that the methods of a run need.
+
+        Raises OptionError without a CLIP, or captions, that they need.
+        """
+        samples = samples_of(model, latents, positive)
+        if (setting := texts_needed_by(config)) is None:
+            return EncodedDataset(samples, trigger=self.trigger)
+        if self.clip is None:
+            raise OptionError(
+                f"{setting} encodes texts in training, for which it needs the text encoders; link the CLIP of the "
+                "captions to clip, or leave it out"
+            )
+        if config.preserve == "class" and not self.captions:
+            raise OptionError(
+                "preserve class changes captions, and conditionings do not have them as text; link the texts to "
+                "captions, or use preserve blank"
+            )
+        entries = one_for_each([entry for one in positive for entry in one], len(samples))
+        captions = one_for_each(self.captions or [""], len(samples), name="captions")
+        images = [image[None] for batch in latents for image in batch["samples"]]
+        rules = [rule for method in methods_of(config) for rule in method.texts.values()]
+        texts = [[rule(caption, self.trigger) for rule in rules] for caption in captions]
+        encoded = {
+            text: self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0]
+            for text in dict.fromkeys(itertools.chain(*texts))
+        }
+        # A text has the other options of its caption, such as guidance and sizes.
+        others = [
+            (image, (encoded[text][0], {**entry[1], **encoded[text][1]}))
+            for image, entry, own in zip(images, entries, texts, strict=True)
+            for text in own
+        ]
+        made = iter(model.samples(*map(list, zip(*others, strict=True))))
+        found = []
+        for sample, caption, own in zip(samples, captions, texts, strict=True):
+            found.append(sample_with(sample, caption, {text: next(made).conditioning for text in own}))
+        return EncodedDataset(
+            tuple(found), EncodedCaptions(lambda text: Conditioning({}, text=text)), trigger=self.trigger
+        )
+
+
+def sample_with(sample: Sample, caption: str, others: Mapping[str, Conditioning]) -> Sample:
+    """A sample whose conditioning knows those of further texts, of which a batch has ones of equal shapes."""
+    kinds = [sorted((name, tuple(one.shape)) for name, one in other.tensors.items()) for other in others.values()]
+    tensors = {**sample.conditioning.tensors, f"others#{kinds}": torch.empty(1, 0)}
+    return replace(sample, conditioning=replace(sample.conditioning, tensors=tensors, text=caption, others=others))
+
+
+def one_for_each(captions: Sequence[Any], count: int, name: str = "positive") -> list[Any]:
     if len(captions) not in (1, count):
         raise DataError(
-            f"positive must have one caption for all images or for each, got {count_text(len(captions), 'caption')} "
+            f"{name} must have one caption for all images or for each, got {count_text(len(captions), 'caption')} "
             f"for {count_text(count, 'image')}; leave out what is too much"
         )
     return [*captions] * (count // len(captions))

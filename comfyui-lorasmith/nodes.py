@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
-from lorasmith.data.dataset import EncodedDataset
 from lorasmith.formats.lora_file import lora_tensors
-from lorasmith.nodes.training import SETTINGS, beginning
+from lorasmith.nodes.training import METHODS, SETTINGS, beginning
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames, RunPreviews
 from lorasmith.runs.view import ViewPublisher, note_of
-from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file
+from lorasmith.training.config import NONE_LORA, TextEncoderSettings, TrainConfig, lora_settings, settings_from_file
 from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
@@ -35,15 +35,20 @@ from lorasmith.workflow import Input
 
 from .comfy_model import ComfyModel
 from .comparison import CompareTrainers
-from .inputs import CATEGORY, NODE, SETTINGS_TYPE, TRAINED, config_of, samples_of, show_text, widget
+from .inputs import CATEGORY, NODE, SETTINGS_TYPE, TEXTS, TRAINED, Texts, config_of, show_text, widget
 from .lora_nodes import CheckLora, LoraTensors, SaveLora, ValidateLora
 from .previews import PREVIEWS_TYPE, Previews, PreviewsNode, run_previews
 
 _SWAPPED = 18
 """Inputs of ComfyUI's own Train LoRA after its sockets, with which `SETTINGS` begins."""
 
-_NOT_HERE = ("previews", "preview_every", "quantization", "compile", "training_adapter")
-"""Settings that a MODEL does not follow: ComfyUI holds its weights and draws its pictures."""
+_NOT_HERE = (
+    *("previews", "preview_every", "quantization", "compile", "training_adapter"),
+    *("training_guidance", "guidance_loss", "guidance_loss_schedule", *options_of(TextEncoderSettings)),
+    *("tread_rate", "tread_first", "tread_last"),
+)
+"""Settings that a MODEL does not follow: ComfyUI holds its weights and text encoders, draws its pictures, has its
+guidance in the conditioning, and networks of its own, of which it is not known where tokens are."""
 
 _log = logging.getLogger("lorasmith")
 
@@ -90,7 +95,7 @@ class TrainLora:
         widgets["existing_lora"] = (loras, widgets["existing_lora"][1])
         return {
             "required": {**TRAINED, **widgets},
-            "optional": {"settings": (SETTINGS_TYPE, {"tooltip": "Of LoRA Settings."}), **_DRAWN},
+            "optional": {"settings": (SETTINGS_TYPE, {"tooltip": "Of LoRA Settings."}), **_DRAWN, **TEXTS},
             "hidden": _HIDDEN,
         }
 
@@ -101,6 +106,9 @@ class TrainLora:
         positive: Sequence[Sequence[Any]],
         settings: Sequence[Mapping[str, Any]] = (),
         previews: Sequence[Previews] = (),
+        clip: Sequence[Any] = (),
+        captions: Sequence[str] = (),
+        trigger: Sequence[str] = (),
         prompt: Sequence[Any] = (),
         unique_id: Sequence[str] = (),
         **values: Sequence[Any],
@@ -110,7 +118,8 @@ class TrainLora:
             given = {name: value[0] for name, value in values.items()}
             config = config_of(given, settings, trained)
             host = NodeHost(trained, config.steps, _first(unique_id), _first(previews))
-            return _trained(host, config, latents, positive, prompt=_first(prompt))
+            texts = Texts(_first(clip), captions, _first(trigger) or "")
+            return _trained(host, config, latents, positive, texts, prompt=_first(prompt))
 
 
 class ResumeLora:
@@ -134,7 +143,7 @@ class ResumeLora:
                 "run": (_runs(), {"tooltip": "A folder in output/runs."}),
                 "steps": ("INT", {"default": 0, "min": 0, "max": 10**6, "tooltip": steps}),
             },
-            "optional": dict(_DRAWN),
+            "optional": {**_DRAWN, **TEXTS},
             "hidden": _HIDDEN,
         }
 
@@ -146,6 +155,9 @@ class ResumeLora:
         run: Sequence[str],
         steps: Sequence[int],
         previews: Sequence[Previews] = (),
+        clip: Sequence[Any] = (),
+        captions: Sequence[str] = (),
+        trigger: Sequence[str] = (),
         prompt: Sequence[Any] = (),
         unique_id: Sequence[str] = (),
     ) -> Any:
@@ -156,7 +168,10 @@ class ResumeLora:
             record = read_record(folder)
             config = recorded_settings(record, steps[0])
             host = NodeHost(ComfyModel(model[0]), config.steps, _first(unique_id), _first(previews))
-            return _trained(host, config, latents, positive, title=record.title, output=folder, prompt=_first(prompt))
+            texts = Texts(_first(clip), captions, _first(trigger) or "")
+            return _trained(
+                host, config, latents, positive, texts, title=record.title, output=folder, prompt=_first(prompt)
+            )
 
 
 _DRAWN = {"previews": (PREVIEWS_TYPE, {"tooltip": "Of Previews: pictures while it trains."})}
@@ -168,6 +183,7 @@ def _trained(
     config: TrainConfig,
     latents: Sequence[Mapping[str, Tensor]],
     positive: Sequence[Sequence[Any]],
+    texts: Texts,
     *,
     title: str = "lora",
     output: Path | None = None,
@@ -177,10 +193,12 @@ def _trained(
     model, previews = host.model, host.previews
     if previews is not None:
         config = replace(config, preview_every=previews.every)
+    job = plan_job(model, config, model.device)
     plan = Plan(
-        job=plan_job(model, config, model.device),
-        data=EncodedDataset(samples_of(model, latents, positive)),
+        job=job,
+        data=texts.dataset(job.config, model, latents, positive),
         title=title,
+        trigger=texts.trigger or None,
         output=output,
         source={"command": "ComfyUI", "prompt": prompt},
     )
@@ -240,7 +258,7 @@ def _tensors_of(lora: Lora) -> LoraTensors:
 
 def further_settings() -> list[Input]:
     """The inputs of LoRA Settings."""
-    return [one for one in SETTINGS[_SWAPPED:] if one.name not in _NOT_HERE]
+    return [one for one in (*SETTINGS[_SWAPPED:], *METHODS) if one.name not in _NOT_HERE]
 
 
 @dataclass

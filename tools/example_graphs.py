@@ -280,6 +280,15 @@ def _strengths(strengths: tuple[float, ...]) -> Graph:
     return graph
 
 
+def _with_clip(title: str, prefix: str, prompts: tuple[str, ...], **settings: Any) -> Graph:
+    """Training that encodes texts, with previews of prompts separated by lines, drawn with both parts of the LoRA."""
+    graph = {
+        "20": _train_tiny(title, clip=["1", 1], previews="\n".join(prompts), **settings),
+        "22": _node("LossGraphNode", "Plot the loss", loss=["20", 1], filename_prefix=f"{prefix}_loss"),
+    }
+    return {key: one for key, one in _tiny(graph, prefix).items() if key not in ("30", "31", "50")}
+
+
 _APART = {"model": ["1", 0], "clip": ["2", 0], "vae": ["3", 0]}
 _KLEIN = _loaders("flux-2-klein-base-4b.safetensors", ("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors")
 _EMPTY: Graph = {"31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["2", 0])}
@@ -302,6 +311,20 @@ GRAPHS: dict[str, Graph] = {
         "continued",
     ),
     "strengths": _tiny(_strengths((0.0, 0.5, 1.0, 1.5)), "strengths"),
+    "preserve": _with_clip(
+        "Train LoRA, and keep other animals as they were",
+        "preserved",
+        ("a fox", "a lion"),
+        preserve="class",
+        preserve_class="lion",
+        trigger="fox",
+    ),
+    "text_encoder": _with_clip(
+        "Train LoRA on the text encoder, too; Load LoRA applies both parts",
+        "both_parts",
+        ("a fox",),
+        train_text_encoder=True,
+    ),
     "sd15": _graph(
         {"1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")},
         {

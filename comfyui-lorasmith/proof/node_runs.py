@@ -133,6 +133,64 @@ def others(family: str) -> dict[str, Any]:
     }
 
 
+class _Clip:
+    """Encodes each text as one of a family's conditionings."""
+
+    def __init__(self, family: str) -> None:
+        self._family, self._known = family, dict[str, Any]()
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> Any:
+        if tokens not in self._known:
+            entries = families.data_of(self._family, count=5 + len(self._known))[1]
+            self._known[tokens] = [entries[-1][0], dict(entries[-1][1])]
+        return [self._known[tokens]]
+
+
+def methods(family: str) -> dict[str, Any]:
+    """Methods that encode texts: the first loss is the plain one, and what is learnt another."""
+    pack = checkout.pack()
+    import folder_paths
+
+    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
+    folder_paths.set_output_directory(str(outputs))
+    model, (latents, positive) = families.model_of(family), families.data_of(family)
+    before = pictures(model, positive)
+    further, train = (pack.NODE_CLASS_MAPPINGS[f"Lorasmith{name}"]() for name in ("LoraSettings", "TrainLora"))
+    defaults = {name: kind[1]["default"] for name, kind in further.INPUT_TYPES()["required"].items()}
+    required = train.INPUT_TYPES()["required"]
+    given = {name: kind[1]["default"] for name, kind in required.items() if "default" in kind[1]}
+    given |= {"steps": 3, "training_dtype": "fp32", "lora_dtype": "fp32", "learning_rate": 1e-2, "batch_size": 2}
+
+    def run(**changed: Any) -> Any:
+        lists = {"settings": [further.settings(**{**defaults, **changed})[0]], "clip": [_Clip(family)]}
+        with torch.inference_mode():
+            return train.train(
+                [model],
+                [{"samples": torch.cat(latents).clone()}],
+                [positive],
+                captions=["a sks dog"],
+                trigger=["sks dog"],
+                **{name: [value] for name, value in given.items()},
+                **lists,
+            )
+
+    plain, losses, _ = run()
+    kept, kept_losses, _ = run(preserve="class", preserve_class="dog")
+    slid, slid_losses, _ = run(slider_positive="a red dog", slider_negative="a blue dog")
+
+    def differs(one: Any) -> bool:
+        return not all(torch.equal(one[key], plain[key]) for key in plain)
+
+    return {
+        "ran preserved": kept_losses["loss"][0] == losses["loss"][0] and differs(kept),
+        "ran slider": slid_losses["loss"][0] > 0 and differs(slid),
+        "same bits": torch.equal(before, pictures(model, positive)),
+    }
+
+
 def graph(family: str) -> dict[str, Any]:
     """A workflow by ComfyUI's own executor, in inference mode: stopped, queued again, and a bad one."""
     import execution

@@ -29,7 +29,7 @@ from typing import Any
 import checkout
 import families
 from measuring import WAYS, by_built_in, ours
-from node_runs import graph, node, others
+from node_runs import graph, methods, node, others
 from parity import conditionings, numbers, samplings
 from stored import kinds, memory_modes, stored
 
@@ -167,6 +167,7 @@ PROOFS: dict[str, Callable[[str], dict[str, Any]]] = {
     "numbers": numbers,
     "node": node,
     "others": others,
+    "methods": methods,
     "graph": graph,
     "samplings": samplings,
     "kinds": kinds,

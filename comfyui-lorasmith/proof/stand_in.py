@@ -457,6 +457,18 @@ def sample(
     return noise + strength * sum(float(one.float().abs().sum()) for one in lora.values())
 
 
+class CLIP:
+    """One whose states are functions of the text, with an option of its own."""
+
+    def tokenize(self, text: str, return_word_ids: bool = False) -> Any:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> Any:
+        seed = sum(tokens.encode())
+        states = torch.randn(1, 3, CONTEXT, generator=torch.Generator().manual_seed(seed))
+        return [[states, {"kind": len(tokens) % 2}]]
+
+
 class VAE:
     def decode(self, samples_in: Tensor) -> Tensor:
         return samples_in[:, :3].movedim(1, -1).sigmoid()
@@ -526,7 +538,7 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
     "comfy.conds": (CONDRegular, CONDConstant, CONDList),
     "comfy.sample": (fix_empty_latent_channels, prepare_noise, sample),
     "comfy.samplers": (KSampler,),
-    "comfy.sd": (VAE, load_lora_for_models),
+    "comfy.sd": (CLIP, VAE, load_lora_for_models),
     "comfy.utils": (ProgressBar, load_torch_file),
     "comfy_extras.nodes_train": (TrainLoraNode, ProgressBar),
     "comfy.model_base": (BaseModel,),

@@ -135,6 +135,15 @@ def test_counts_show_what_settings_do(tiny: Model) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"preserve": "blank"}, {"train_text_encoder": True}])
+def test_steps_of_methods_are_measured(tiny: Model, settings: dict[str, Any]) -> None:
+    samples = synthetic_samples(tiny, 2, 8, 8)
+    config = TrainConfig(rank=2, targets="*.attn2.to_q", training_dtype="fp32", batch_size=2, steps=2, **settings)
+    with training_steps(plan_job(tiny.denoiser, config, "cpu"), samples) as step:
+        step()
+    assert measured_steps(plan_job(tiny.denoiser, config, "cpu"), samples).seconds.median > 0
+
+
 def test_the_floor_is_the_frozen_model_and_leaves_it_alone(tiny: Model) -> None:
     samples = synthetic_samples(tiny, 2, 8, 8)
     before = [(p.data_ptr(), p.stride(), p.requires_grad) for p in tiny.denoiser.module.parameters()]

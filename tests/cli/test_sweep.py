@@ -141,6 +141,22 @@ def test_two_runs_and_one_that_fails(lorasmith: Command, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @posix
+def test_methods_and_text_encoders_are_swept(lorasmith: Command, tmp_path: Path) -> None:
+    pictures(tmp_path / "photos", 4)
+    grid = 'preserve = ["class", "blank"]\ntrain_text_encoder = [true]\n'
+    text = (tmp_path / "sweep.toml", sweep_of(tmp_path, "rank = [2]\n"))[0].read_text().replace("rank = [2]\n", grid)
+    text = 'trigger = "fox"\npreserve_class = "lion"\n' + text
+    (tmp_path / "sweep.toml").write_text(text)
+    ran = lorasmith("sweep", "sweep.toml", "--devices", "cpu")
+    assert ran.code == 0, ran.err
+    found = result(tmp_path / "runs" / "sweep")
+    assert len(found) == 2 and {one["state"] for one in found.values()} == {"complete"}
+    together = lorasmith("sweep", "sweep.toml", "--devices", "cpu", "--together", "2", "--output", "runs/together")
+    assert together.code == 1 and "runs that train together take plain steps, got preserve" in together.out
+
+
+@pytest.mark.slow
+@posix
 def test_ctrl_c_stops_and_saves_and_the_same_command_continues_to_the_bit(lorasmith: Command, tmp_path: Path) -> None:
     pictures(tmp_path / "photos", 4)
     sweep = sweep_of(tmp_path, "seed = [3]\n")

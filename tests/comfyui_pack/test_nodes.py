@@ -287,6 +287,68 @@ def test_captions_must_be_as_many_as_images(pack: Any) -> None:
         one_for_each(["a", "b"], 3)
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "blank": {"preserve": "blank"},
+    "class": {"preserve": "class", "preserve_class": "dog"},
+    "slider": {"slider_positive": "red", "slider_negative": "blue"},
+}
+
+
+def further(pack: Any, **changes: Any) -> dict[str, Any]:
+    """What LoRA Settings gives."""
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithLoraSettings"]()
+    defaults = {name: kind[1].get("default") for name, kind in node.INPUT_TYPES()["required"].items()}
+    (chosen,) = node.settings(**{**defaults, **changes})
+    return dict(chosen)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_encode_their_texts_with_comfyuis_clip(
+    pack: Any, train: Train, interrupted: Any, tmp_path: Path, name: str
+) -> None:
+    given = {"clip": stand_in.CLIP(), "trigger": "sks", "batch_size": 3, "learning_rate": 1e-2}
+    lists = {"captions": ["a sks", "sks, far", "one more sks"]}
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithTrainLora"]()
+
+    def run(settings: Any, kind: Any = node, **others: Any) -> Any:
+        required = kind.INPUT_TYPES()["required"]
+        widgets = {key: one[1]["default"] for key, one in required.items() if "default" in one[1]}
+        small = {"steps": 4, "training_dtype": "none", "rank": 2} if kind is node else {}
+        latents, positive = stand_in.data()
+        single = {**widgets, **small, **given, **others} | ({} if settings is None else {"settings": settings})
+        single = single if kind is node else {key: one for key, one in single.items() if key not in small}
+        known = {**required, **kind.INPUT_TYPES()["optional"]}
+        with torch.inference_mode():
+            return getattr(kind, kind.FUNCTION)(
+                model=[stand_in.patcher()],
+                latents=[{"samples": torch.cat(latents)}],
+                positive=[positive],
+                **{key: [value] for key, value in single.items() if key in known},
+                **lists,
+            )
+
+    lora, losses, _ = run(further(pack, **METHODS[name]))
+    plain, *_ = run(None)
+    assert not all(torch.equal(lora[key], plain[key]) for key in plain) and len(losses["loss"]) == 4
+    interrupted(2)
+    with pytest.raises(stand_in.InterruptProcessingException):
+        run(further(pack, **METHODS[name]), seed=2)
+    interrupted(0)
+    newest = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns).name
+    resumed, resumed_losses, _ = run(None, pack.NODE_CLASS_MAPPINGS["LorasmithResumeLora"](), run=newest)
+    whole, whole_losses, _ = run(further(pack, **METHODS[name]), seed=2, steps=4)
+    assert resumed_losses == whole_losses and all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_methods_say_what_they_lack(pack: Any, train: Train) -> None:
+    with pytest.raises(OptionError, match=r"preserve encodes texts in training, .*; link the CLIP of the captions"):
+        train(settings=further(pack, preserve="blank"))
+    with pytest.raises(OptionError, match=r"preserve class changes captions, .*; link the texts to captions"):
+        train(settings=further(pack, **METHODS["class"]), clip=stand_in.CLIP())
+    names = set(pack.NODE_CLASS_MAPPINGS["LorasmithLoraSettings"].INPUT_TYPES()["required"])
+    assert "preserve" in names and names.isdisjoint({"train_text_encoder", "guidance_loss", "training_guidance"})
+
+
 def sd15_lora() -> dict[str, torch.Tensor]:
     base = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
     return {

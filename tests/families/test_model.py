@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,25 @@ def test_a_quantized_model_says_so() -> None:
     packed = load_model(BUILT_IN)
     cast_weights(packed.components.denoiser, torch.float8_e4m3fn)
     assert "layers quantized" in repr(packed)
+
+
+@pytest.mark.parametrize(("name", "mark"), [
+    ("z_image_turbo_bf16", "turbo"), ("Z-Image-Turbo", "turbo"), ("ZImageTurbo_v2", "turbo"),
+    ("zimage_reTurbo", "turbo"), ("model_turbo", "turbo"), ("node-turbo", "turbo"), ("made.TURBO", "turbo"),
+    ("z_image_de_turbo_v1_bf16", None), ("Z-Image-De-Turbo", None), ("ZImageDeTurbo", None), ("zimage-deturbo", None),
+    ("Z-Image-Turbo-undistilled", None), ("turbo-dedistilled", None), ("Turbo_De-Distill", None),
+    ("z_image_bf16", None),
+    ("non-turbo", None), ("UnTurbo", None), ("tur bo", None), ("", None),
+])  # fmt: skip
+def test_a_distilled_model_is_known_by_its_names_unless_they_say_that_it_was_undone(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, name: str, mark: str | None
+) -> None:
+    monkeypatch.setattr(tiny.family, "distilled", {"turbo": 8}, raising=False)
+    plain = replace(tiny, title="mine", path=None)
+    assert replace(plain, title=name).distilled_mark == mark
+    assert replace(plain, path=Path("turbos") / f"{name}.safetensors").distilled_mark == mark
+    assert replace(plain, titles=(name,)).distilled_mark == mark
+    assert replace(plain, titles=("Turbo",), title=f"{name} detURBO").distilled_mark is None
 
 
 def test_a_distilled_model_draws_in_its_own_steps_without_guidance(

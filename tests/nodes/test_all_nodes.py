@@ -16,10 +16,15 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "comfyui
 # fmt: off
 OWN = {
     "TrainLoraNode": [
-        "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init",
+        "clip", "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init",
         "quantization", "activations", "compile", "schedule", "warmup_steps", "ema_decay", "validation_share",
-        "patience", "previews", "preview_every", "private", "training_adapter", "fresh", "exact_dtype",
-        "pairs", "pair_focus", "dpo_beta",
+        "patience", "previews", "preview_every", "private", "training_adapter", "fresh", "exact_dtype", "pairs",
+        "pair_focus", "dpo_beta", "training_guidance", "preserve", "preserve_class", "preserve_weight",
+        "weight_change", "guidance_loss",
+        "guidance_loss_schedule", "tread_rate", "tread_first", "tread_last", "slider_positive", "slider_negative",
+        "slider_neutral", "slider_anchors", "slider_guidance", "train_text_encoder", "text_encoder_rate",
+        "text_encoder_rank", "text_encoder_steps",
+        "trigger",
     ],
 }
 # fmt: on

@@ -33,8 +33,8 @@ def test_every_file_is_listed_with_what_it_needs() -> None:
     needs = {one.name: one.needs for one in listed}
     assert (
         [name for name, files in needs.items() if not files]
-        == list(needs)[:5]
-        == ["single_subject", "style", "folder", "continue", "strengths"]
+        == list(needs)[:7]
+        == ["single_subject", "style", "folder", "continue", "strengths", "preserve", "text_encoder"]
     )
     assert needs["flux1"] == ("flux1-dev.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors")
 
@@ -110,6 +110,18 @@ def test_the_folder_example_trains_on_images_of_several_sizes(tmp_path: Path, ti
     saved = Lora.load(folders.find("loras", "folder_2_steps_00001_.safetensors"), tiny)
     assert saved.state.unknown == {}
     assert any(one.tensors["down"].any() for one in saved.state.adapters.values())
+
+
+@pytest.mark.parametrize("name", ["preserve", "text_encoder"])
+def test_examples_with_a_clip_train(tmp_path: Path, tiny: Model, name: str) -> None:
+    fewer = ["20.steps=2", "20.rank=2", "20.targets=*.attn2.to_q", "20.learning_rate=0.01", "20.previews="]
+    folders = Folders(tmp_path)
+    graph = validate(apply_overrides(prompt_in(EXAMPLES / f"{name}.json"), fewer), folders)
+    assert graph.warnings == ()
+    Executor(folders).run(graph)
+    (saved,) = (tmp_path / "output" / "loras").glob("*.safetensors")
+    components = {ref.component for ref in Lora.load(saved, tiny).state.adapters}
+    assert components == {"denoiser"} | ({"text_encoder"} if name == "text_encoder" else set())
 
 
 @pytest.mark.parametrize("example", ALL, ids=lambda path: path.stem)

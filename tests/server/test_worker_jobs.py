@@ -17,15 +17,20 @@ from PIL import Image
 from transformer_models import TINY
 
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
+from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs import training_jobs
 from lorasmith.runs.drawing import load_with_loras
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
 from lorasmith.sampling.generate import generate
+from lorasmith.server.api_shapes import JobBody
+from lorasmith.server.questions.plan_questions import train_request
 from lorasmith.server.questions.run_results import draw_request, drawing_facts, keep_control
 from lorasmith.server.worker_jobs import job_kinds
 from lorasmith.training import train
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.storage.records import read_record
 
 SETTINGS = {
     "steps": 3,
@@ -136,6 +141,19 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
     again = worker.run("train", TRAINING, run="runs/lora-001")
     assert again["outputs"] == found["outputs"] and worker.sent == []
     assert [path.name for path in (worker.base / "runs").iterdir()] == ["lora-001"]
+
+
+def test_methods_and_text_encoders_train_from_the_page(worker: Worker) -> None:
+    settings = {"preserve": "class", "preserve_class": "dog", "train_text_encoder": True, "activations": "auto"}
+    asked = JobBody(
+        model="lorasmith-tiny", dataset="fox", trigger="fox", settings={**SETTINGS, **settings}, name="lora"
+    )
+    found = worker.run("train", train_request(Folders(worker.base), asked))
+    assert found["outputs"]["reason"] == "finished"
+    lora = Lora.load(worker.base / worker.run_id / "lora.safetensors", load_structure("lorasmith-tiny"))
+    assert {ref.component for ref in lora.state.adapters} == {"denoiser", "text_encoder"}
+    record = read_record(worker.base / worker.run_id)
+    assert {name: record.asked[name] for name in settings} == settings
 
 
 @pytest.mark.parametrize("beside", [None, "", "notes.txt"])

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.core.folders import Folders
+from lorasmith.core.options import config_from
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs import run as running
@@ -23,6 +25,8 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import differences, fingerprint
+from lorasmith.training.storage.records import parsed_record, read_record
+from tests.families.transformer_models import TINY
 
 Run = Callable[..., TrainResult]
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -129,18 +133,73 @@ def test_no_file_is_spelled_as_in_lists() -> None:
     assert TrainConfig(training_adapter=NONE_LORA).training_adapter is None
 
 
-@pytest.mark.parametrize(("title", "with_adapter", "noted"), [
-    ("z_image_TURBO_bf16", False, True), ("z_image_TURBO_bf16", True, False), ("z_image_bf16", False, False),
-])  # fmt: skip
-def test_a_distilled_base_without_it_is_noted(
-    tiny: Model, adapter: Path, monkeypatch: pytest.MonkeyPatch, title: str, with_adapter: bool, noted: bool
+NOTE = (
+    "z_image_TURBO_bf16 is a model distilled to few steps, as turbo in its name says, which training undoes; train "
+    "on the base model of Stable Diffusion 1.x, or set training_adapter to {}."
+)
+
+
+def noted(model: Model, adapter: Path | None = None, folders: Folders | None = None) -> list[str]:
+    config = TrainConfig(targets=LAYER, training_adapter=adapter and str(adapter))
+    return [one for one in plan_job(model.denoiser, config, "cpu", folders=folders).notes if "distilled" in one]
+
+
+def test_a_distilled_base_without_it_is_noted_with_the_usual_one(
+    tiny: Model, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny.family, "distilled", {"turbo": 8}, raising=False)
-    base = replace(tiny, title=title)
-    config = TrainConfig(targets=LAYER, training_adapter=str(adapter) if with_adapter else None)
-    notes = [note for note in plan_job(base.denoiser, config, "cpu").notes if "distilled" in note]
-    sentence = (
-        "z_image_TURBO_bf16 is a model distilled to few steps, as turbo in its name says, which training undoes; train "
-        "on the base model of Stable Diffusion 1.x, or set training_adapter to a LoRA made for that."
+    base = replace(tiny, title="z_image_TURBO_bf16")
+    assert noted(base, adapter) == noted(tiny) == []
+    assert noted(base) == [NOTE.format("a LoRA made for that")]
+    usual = {"turbo": "some/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors"}
+    monkeypatch.setattr(tiny.family, "training_adapters", usual, raising=False)
+    file = "zimage_turbo_training_adapter_v2.safetensors of some/zimage_turbo_training_adapter"
+    there = NOTE.format(f"the LoRA made for that, {file}, in models/loras")
+    assert noted(base) == noted(base, folders=Folders(tmp_path)) == [there]
+    loras = tmp_path / "models" / "loras" / "ZImage-Turbo-Training-Adapter"
+    loras.mkdir(parents=True)
+    (loras.parent / "zimage_turbo_style.safetensors").touch()
+    (loras / "pytorch_lora_weights.safetensors").touch()
+    (found,) = noted(base, folders=Folders(tmp_path))
+    assert found.endswith(
+        f"made for that, which is there (--training-adapter {loras / 'pytorch_lora_weights'}.safetensors)."
     )
-    assert notes == ([sentence] if noted else [])
+
+
+def test_its_place_is_recorded_and_repeats_the_run(
+    dataset: EncodedDataset, tiny: Model, adapter: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"steps": 2, "rank": 2, "targets": LAYER, "training_adapter": str(adapter)}
+    result = train(tiny, dataset, output=tmp_path / "run", **settings)
+    assert result.path is not None
+    record = read_record(tmp_path / "run")
+    assert record.asked["training_adapter"] == str(adapter)
+    inside = parsed_record(result.lora.state.metadata["lorasmith.run"])
+    assert inside.asked["training_adapter"] == str(adapter)
+    again = train(tiny, dataset, config=config_from(TrainConfig, dict(inside.asked)))
+    assert again.losses == result.losses
+
+
+KEYS = {
+    "z-image": ("layers.{n}.attention.{m}", ("to_q", "to_k", "to_v", "to_out.0"), 2),
+    "flux1": ("single_transformer_blocks.{n}.attn.{m}", ("to_q", "to_k", "to_v"), 1),
+}
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("z-image", "diffusion_model."), ("flux1", "transformer.")])
+def test_ostris_keys_apply_completely(family: str, prefix: str, tmp_path: Path) -> None:
+    """Those of the adapters for Z-Image-Turbo and Flux.1 schnell."""
+    model = TINY[family].loaded(TINY[family].saved(tmp_path))
+    pattern, members, blocks = KEYS[family]
+    tensors = {}
+    for n in range(blocks):
+        for m in members:
+            path = pattern.format(n=n, m=m)
+            out, inside = model.components.denoiser.get_submodule(path).weight.shape
+            tensors[f"{prefix}{path}.lora_A.weight"] = torch.ones(2, inside)
+            tensors[f"{prefix}{path}.lora_B.weight"] = torch.ones(out, 2)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    config = TrainConfig(training_adapter=str(tmp_path / "adapter.safetensors"), strict=True, rank=2)
+    job = plan_job(model.denoiser, config, "cpu")
+    (patch,) = job.model.patches
+    assert len(patch.adapters) == blocks * len(members)

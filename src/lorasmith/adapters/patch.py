@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,14 @@ class Patch:
     def __post_init__(self) -> None:
         STRENGTH.check(self.strength)
 
+    def below(self, path: str) -> Patch:
+        """The patch for a module that has the patched one at `path`."""
+        return replace(
+            self,
+            adapters={f"{path}.{own}": weights for own, weights in self.adapters.items()},
+            differences={f"{path}.{own}": changes for own, changes in self.differences.items()},
+        )
+
 
 @contextlib.contextmanager
 def patches_applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
@@ -61,7 +69,7 @@ def patches_merged(
     originals: dict[nn.Parameter, Tensor] = {}
     sources: dict[nn.Module, object] = {}
 
-    def replace(parameter: nn.Parameter, value: Tensor) -> None:
+    def point(parameter: nn.Parameter, value: Tensor) -> None:
         originals.setdefault(parameter, parameter.data)
         parameter.data = value.detach()
 
@@ -76,9 +84,9 @@ def patches_merged(
         if source is not None:
             if not unpacking:
                 raise LoraError(cannot_merge(model))
-            replace(parameter, FrozenLayer(layer).weight)
+            point(parameter, FrozenLayer(layer).weight)
             sources[layer] = layer.__dict__.pop(WEIGHT_SOURCE)
-        replace(parameter, how(parameter.to(dtype or parameter.dtype)))
+        point(parameter, how(parameter.to(dtype or parameter.dtype)))
 
     try:
         for patch in patches:

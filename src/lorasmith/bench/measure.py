@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
-from lorasmith.data.dataset import Sample
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.batches import prefetched
@@ -129,9 +129,17 @@ def synthetic_samples(
         sizes = [(1, *size) if latent.frames else size for size in controls]
         beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in sizes]
         opposite = torch.randn(shape, generator=generator) if are_pairs else None
-        return Sample(latents, Conditioning(tensors).with_controls(beside), f"random {index}", opposite=opposite)
+        return Sample(
+            latents, Conditioning(tensors, text="").with_controls(beside), f"random {index}", opposite=opposite
+        )
 
     return tuple(sample(index) for index in range(count))
+
+
+def _with_texts(samples: Sequence[Sample]) -> EncodedDataset:
+    """The samples with what encodes further texts for methods, each of which is as a sample's caption."""
+    like = samples[0].conditioning
+    return EncodedDataset(tuple(samples), EncodedCaptions(lambda text: replace(like, text=text)))
 
 
 def _shapes_beside(model: Model, height: int, width: int, frames: int) -> dict[str, tuple[int, ...]]:
@@ -192,7 +200,7 @@ def training_steps(
     """
     with counter or contextlib.nullcontext():
         engine = engine_of(job)
-    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.rank_masks)
+    maker = batch_maker(job.model, _with_texts(samples), job.config, job.runtime, engine.rank_masks)
     steps = itertools.count()
 
     def once() -> None:
@@ -260,7 +268,7 @@ def measured_steps(
     """
     ends = _Ends(job.runtime.device, clock)
     engine = engine_of(job)
-    loop = Loop(engine, samples, on_event=on_event, watchers=[ends])
+    loop = Loop(engine, _with_texts(samples), on_event=on_event, watchers=[ends])
     try:
         loop.run()
     finally:
@@ -272,7 +280,7 @@ def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
-    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.rank_masks)
+    maker = batch_maker(job.model, _with_texts(samples), job.config, job.runtime, engine.rank_masks)
     device = job.runtime.device
     rows = []
     try:

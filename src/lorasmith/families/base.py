@@ -353,7 +353,7 @@ class Expert:
 
     def is_named_in(self, file: str) -> bool:
         """Whether a file's name says that it is this expert's, such as `wan2.2_t2v_high_noise_14B` or `HighNoise`."""
-        return _letters(self.name) in _letters(file)
+        return letters(self.name) in letters(file)
 
 
 ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
@@ -476,7 +476,8 @@ NO_EDIT = "none"
 """The choice of an edit variant that is none of them."""
 
 
-def _letters(text: str) -> str:
+def letters(text: str) -> str:
+    """The letters and digits of a name, in lower case, by which spellings of it are compared."""
     return "".join(filter(str.isalnum, text.casefold()))
 
 
@@ -548,6 +549,8 @@ class Family(ABC):
         diffusers_start: start of some names in diffusers' own files of the denoiser, for single files that have them.
         distilled: parts of file names of variants that are distilled to few steps without guidance, which training
             undoes, and these steps; they have the same tensors as the variant to train on.
+        training_adapters: the usual LoRA to train such a variant with, `owner/repository/file` on the hub, by the part
+            of its name; ostris', which have learnt the variant's own pictures, so that training undoes them first.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
         controls: the controls that its models take, those of edit variants before those of all models.
         control_methods: of `CONTROL_METHODS`, those that `predict` knows.
@@ -589,6 +592,7 @@ class Family(ABC):
     unused_tensors: tuple[str, ...] = ()
     diffusers_start: str = "transformer_blocks."
     distilled: Mapping[str, int] = {}
+    training_adapters: Mapping[str, str] = {}
     experts: tuple[Expert, ...] = ()
     controls: tuple[ControlForm, ...] = ()
     control_methods: tuple[str, ...] = ()
@@ -612,9 +616,9 @@ class Family(ABC):
         """
         if edit is not None:
             return next((form for form in self.controls if form.name == edit), None)
-        given = [_letters(name) for name in names]
+        given = [letters(name) for name in names]
         for form in self.controls:
-            if form.pipeline in names or any(_letters(form.name) in name for name in given):
+            if form.pipeline in names or any(letters(form.name) in name for name in given):
                 return form
         return None
 

@@ -104,6 +104,7 @@ class Flux(Family):
         guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
     )
     distilled = {"schnell": 4}  # steps of ComfyUI's templates
+    training_adapters = {"schnell": "ostris/FLUX.1-schnell-training-adapter/pytorch_lora_weights.safetensors"}
     controls = (
         ControlForm(
             name="kontext", pipeline="FluxKontextPipeline", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES

@@ -103,6 +103,7 @@ class Krea2(Family):
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
     distilled = {"turbo": 8}  # steps of ComfyUI's templates
+    training_adapters = {"turbo": "ostris/krea2_turbo_training_adapter/krea2_turbo_training_adapter_v1.safetensors"}
     controls = (ControlForm(at_zero=True, sight=sight_of(pixels=384**2, multiple=32)),)
     control_methods = (BY_INDEX, AT_ZERO)
     released: Mapping[str, Any] = {}  # the class' own defaults

@@ -251,7 +251,12 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
         title=checkpoint.path.stem,
         path=checkpoint.path,
         files=dict.fromkeys(components.modules(), checkpoint.path),
+        titles=tuple(filter(None, map(checkpoint.metadata.get, _TITLES))),
     )
+
+
+_TITLES = ("modelspec.title", "general.name")
+"""Entries of metadata that name a model, in safetensors and GGUF."""
 
 
 def expert_in(path: Path) -> tuple[Path, str | None]:

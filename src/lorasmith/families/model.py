@@ -7,6 +7,7 @@ shared module only inside `active()`.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
 from lorasmith.adapters.patch import Patch, patches_applied, ranks_chosen
 from lorasmith.core.errors import DataError, ModelError, OptionError
+from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
 from lorasmith.core.printable import count_text, printable
 from lorasmith.families.base import (
@@ -41,6 +43,7 @@ from lorasmith.families.base import (
     Sight,
     TextEncoders,
     controls_taken,
+    letters,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
@@ -49,6 +52,10 @@ from lorasmith.report.pictures import card
 
 MAX_PROMPT = 20_000
 """Characters of a prompt."""
+
+
+_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+"""The start of a further word in a name such as ZImageDeTurbo."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,6 +70,7 @@ class Model:
         files: the file or folder of each part, by component name; empty for models made in memory.
         edit: the edit variant that it is, `none` for none; None if the names of its files, or its pipeline, say so.
         made_for: class of the diffusers pipeline that it came with; empty for other files.
+        titles: what its file calls it in its metadata.
     """
 
     family: Family
@@ -72,6 +80,7 @@ class Model:
     files: Mapping[str, Path] = field(default_factory=dict)
     edit: str | None = None
     made_for: str = ""
+    titles: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         parts = [name for name in self.components.modules() if name != "denoiser"]
@@ -118,9 +127,19 @@ class Model:
 
     @property
     def distilled_mark(self) -> str | None:
-        """What in its name says that it is distilled to few steps; None if it is not."""
-        names = [self.title.casefold(), *([self.path.name.casefold()] if self.path else [])]
-        return next((mark for mark in self.family.distilled if any(mark in name for name in names)), None)
+        """What in its names says that it is distilled to few steps; None if it is not, or that was undone."""
+        names = [self.title, *([self.path.name] if self.path else []), *self.titles]
+        mark = next((one for one in self.family.distilled if any(one in name.casefold() for name in names)), None)
+        if mark is None:
+            return None
+        undone = re.compile(rf"(?<![a-z])(de|un|non|not|no)[-_ .]*({re.escape(mark)}|distil)")
+        spelled = (one.casefold() for name in names for one in (name, _CAPITAL.sub("_", name)))
+        return None if any(map(undone.search, spelled)) else mark
+
+    @property
+    def training_adapter(self) -> str:
+        """The usual LoRA to train it with, `owner/repository/file`; empty if it is not distilled, or has none."""
+        return self.family.training_adapters.get(self.distilled_mark or "", "")
 
     @cached_property
     def names(self) -> ModelNames:
@@ -272,6 +291,19 @@ class Denoiser:
     def patched(self, patch: Patch) -> Denoiser:
         """A handle with one more LoRA."""
         return replace(self, patches=(*self.patches, patch))
+
+    def with_text_encoder(self, encoder: TextEncoder) -> Denoiser:
+        """The denoiser of the same model with these text encoders. Raises ModelError for those of another model."""
+        own, other = self.base.family, encoder.family
+        if own.name != other.name and set(own.clip_types).isdisjoint(other.clip_types):
+            raise ModelError(
+                f"the text encoders must be those of {self.base.title} ({own.title}), got {encoder.title} "
+                f"({other.title}); load the files that belong to it ({own.encoders_text})"
+            )
+        parts = replace(
+            self.base.components, text_encoders=encoder.encoders.modules, tokenizers=encoder.encoders.tokenizers
+        )
+        return replace(self, base=replace(self.base, components=parts))
 
     def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
         """Raise DataError for conditionings that another model's parts made: other widths, other controls."""
@@ -506,6 +538,18 @@ def _prompt(text: str) -> str:
 
 def _width(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
+
+
+def training_adapter_in(folders: Folders, usual: str) -> str | None:
+    """Name among the LoRAs of folders of a usual training adapter (`Family.training_adapters`), in its last version.
+
+    It is known by its repository, whose name its own has, or the folder that it is in.
+    """
+    repository = usual.rpartition("/")[0].rpartition("/")[2]
+    if not repository:
+        return None
+    found = [name for name in folders.files("loras") if letters(repository) in letters(name)]
+    return max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)], default=None)
 
 
 def decode_tiled(

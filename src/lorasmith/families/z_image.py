@@ -77,6 +77,7 @@ class ZImage(Family):
     )
     unused_tensors = ("norm_final.weight",)
     distilled = {"turbo": 8}  # steps of ComfyUI's templates
+    training_adapters = {"turbo": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors"}
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (Signature(title, DENOISER_START + r"layers_\d+_(attention|feed_forward)_", 3840, order=5),)
 

@@ -60,6 +60,8 @@ _TITLES = {
     "folder": ("Folder of any sizes", "a folder of images of any sizes, in buckets"),
     "continue": ("Continue a LoRA", "a LoRA further, from a saved file that Train LoRA names as existing_lora"),
     "strengths": ("Compare strengths", "a subject, and draws it at four strengths of the LoRA"),
+    "preserve": ("Keep the class", "a subject, and keeps what the model draws for its class"),
+    "text_encoder": ("Text encoder", "a subject in model and text encoder"),
     "sd15": ("Stable Diffusion 1.5", "Stable Diffusion 1.5" + _ON_A_FOLDER),
     "sdxl": ("Stable Diffusion XL", "Stable Diffusion XL" + _ON_A_FOLDER),
     "flux1": ("Flux.1", "Flux.1 dev" + _ON_A_FOLDER),

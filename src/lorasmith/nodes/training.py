@@ -1,7 +1,8 @@
 """Train LoRA: ComfyUI's training node on this project's engine.
 
 Inputs are declared once, in `TrainConfig`, and overridden by ComfyUI's defaults, so that a graph's learning rate keeps
-its meaning: alpha 1, the down matrix starting at zero, every Linear and convolution trained, no clipping.
+its meaning: alpha 1, the down matrix starting at zero, every Linear and convolution trained, no clipping. With a CLIP
+texts are encoded in training, for methods that compare prompts and for LoRAs on text encoders.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lorasmith.core.errors import CancelledError, DataError
+from lorasmith.core.errors import CancelledError, DataError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
-from lorasmith.core.printable import count_text
-from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.core.printable import count_text, printable
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
 from lorasmith.families.base import Conditioning, LatentFormat
-from lorasmith.families.model import Denoiser
+from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.nodes.loaders import check_part_files
 from lorasmith.nodes.outputs import save_lora
 from lorasmith.nodes.values import (
@@ -37,17 +38,32 @@ from lorasmith.nodes.values import (
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames
 from lorasmith.runs.view import ViewPublisher, note_of
-from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
+from lorasmith.training.config import (
+    NONE_LORA,
+    MethodSettings,
+    TextEncoderSettings,
+    TrainConfig,
+    lora_settings,
+    settings_from_file,
+    unused_settings,
+)
 from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.methods.all_methods import texts_needed_by
 from lorasmith.training.notes import OtherProgram, ReportNote
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import Plan
+from lorasmith.training.trainable import TrainableDenoiser
 from lorasmith.workflow import Input, NodeContext, Output, node, socket
 from lorasmith.workflow.graph import Graph, GraphNode
 
 _OPTIONS = options_of(TrainConfig)
+_WITHOUT_CLIP = (
+    "{} encodes texts in training, for which Train LoRA needs the text encoders; link the CLIP of the captions to "
+    "clip, or leave it out"
+)
+_ALIKE = 1e-2  # part of the greatest value by which two encodings of a text may differ
 _AUTO = "auto"  # choice of an option for the model's default
 _TITLE = "lora"  # title of every LoRA that a graph trains; SaveLoRA sets the file name
 
@@ -59,6 +75,17 @@ def _setting(name: str, **overrides: Any) -> Input:
 def _own(name: str, **overrides: Any) -> Input:
     """A setting that ComfyUI's node does not have; most are advanced, as there are many."""
     return _setting(name, optional=True, **{"advanced": True, **overrides})
+
+
+def _open(name: str, **overrides: Any) -> Input:
+    """One whose default is decided later: editors have no empty value, so an empty text or 0 stands for it."""
+    declared = _OPTIONS[name]
+    if declared.type is str:
+        empty: dict[str, Any] = {"default": "", "multiline": declared.is_prompt}
+    else:
+        empty = {"default": declared.type(0), "min": 0}
+    tooltip = declared.help.replace("Default: ", "Empty: " if declared.type is str else "0: ")
+    return _own(name, **{**empty, "tooltip": tooltip, **overrides})
 
 
 _LORA_FILE: dict[str, Any] = {
@@ -101,22 +128,36 @@ SETTINGS = (
     _own("ema_decay"),
     _own("validation_share", default=0.0, advanced=False),
     _own("patience"),
-    _own(
+    _open(
         "previews",
-        default="",
-        multiline=True,
         advanced=False,
         tooltip="Prompts of previews during training, one per line, drawn with and without the LoRA into the folder of "
         "the run. The model must be from a full checkpoint.",
     ),
-    _own(
+    _open(
         "preview_every",
-        default=0,
-        min=0,
         tooltip="Steps between previews; 0 is a quarter of the run. The finished LoRA is always drawn.",
     ),
     _own("private"),
     _own("training_adapter", **_LORA_FILE),
+)
+
+_PAIRS = ("pairs", "pair_focus", "dpo_beta")
+_NOT_IN_GRAPHS = ("prior_target", "mask_prior_weight")
+"""Methods for pictures of the class and for masks, which graphs have none of."""
+
+METHODS = (
+    _own("training_guidance", default=0.0),  # that of the conditioning, as in ComfyUI
+    *(
+        _own(name) if declared.default is not None else _open(name)
+        for name, declared in {**options_of(MethodSettings), **options_of(TextEncoderSettings)}.items()
+        if name not in (*_NOT_IN_GRAPHS, *_PAIRS)
+    ),
+)
+"""Settings of methods and of text encoders in training."""
+
+_OPEN = tuple(
+    one.name for one in (*SETTINGS, *METHODS[1:]) if one.default in ("", 0) and _OPTIONS[one.name].default is None
 )
 
 
@@ -157,6 +198,15 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
         ),
         _own("pair_focus"),
         _own("dpo_beta"),
+        *METHODS,
+        Input(
+            "trigger",
+            "STRING",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="What stands for the subject in the captions, in place of which preserve class has the class.",
+        ),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
@@ -170,6 +220,11 @@ def train_lora(
     positive: list[list[Conditioning]] = socket(
         "CONDITIONING", tooltip="One caption per image, combined or as a list, or one for all."
     ),
+    clip: list[TextEncoder] | None = socket(
+        "CLIP",
+        optional=True,
+        tooltip="The text encoders of the captions, for preserve, sliders, guidance_loss and train_text_encoder.",
+    ),
     **settings: Sequence[Any],
 ) -> tuple[Lora, LossMap, int]:
     """Train a LoRA on images and their captions.
@@ -177,16 +232,27 @@ def train_lora(
     The run is recorded in a folder in `output/runs`, where the LoRA is saved however the run ends.
     """
     denoiser = single(context, "model", model)
+    encoder = single(context, "clip", clip) if clip else None
     values = {name: single(context, name, given) for name, given in settings.items()}
-    fresh = values.pop("fresh", False)
+    fresh, trigger = values.pop("fresh", False), values.pop("trigger", "")
     config = settings_of(values, context.folders.find)
-    data = _dataset(denoiser, latents, positive, are_pairs=config.pairs != "none")
+    if encoder is None and config.train_text_encoder:
+        raise OptionError(_WITHOUT_CLIP.format("train_text_encoder"))
+    if encoder is not None:
+        denoiser = denoiser.with_text_encoder(encoder)
+    data = replace(_dataset(denoiser, latents, positive, are_pairs=config.pairs != "none"), trigger=trigger)
     if limited := sum(sample.conditioning.span != (0.0, 1.0) for sample in data.samples):
         context.warn(
             f"{limited} of {len(data)} captions are for a part of sampling (ConditioningSetTimestepRange), but "
             "training uses each at every noise level"
         )
-    job = plan_job(denoiser, config)
+    job = plan_job(TrainableDenoiser(denoiser, encoder), config, folders=context.folders)
+    if (needing := texts_needed_by(job.config)) is not None:
+        if encoder is None:
+            raise OptionError(_WITHOUT_CLIP.format(needing))
+        data = replace(data, captions=_texts(data, encoder, needing))
+    elif encoder is not None:
+        context.log("clip has no effect: no setting of this run encodes texts.")
     # A graph's LoRA is for ComfyUI; the report and `lorasmith inspect` have what other programs make of it.
     job = replace(job, notes=tuple(ReportNote(one) if isinstance(one, OtherProgram) else one for one in job.notes))
     plan = Plan(
@@ -194,6 +260,7 @@ def train_lora(
         job=job,
         data=data,
         title=_TITLE,
+        trigger=trigger or None,
         source={"command": "run", "prompt": context.prompt},
         fresh=fresh,
     )
@@ -208,7 +275,7 @@ def settings_of(values: Mapping[str, Any], find: Callable[[str, str], Path]) -> 
 
     `find` finds a file of one of ComfyUI's folders, which is the first argument, by its name there.
     """
-    defaults = {setting.name: setting.default for setting in SETTINGS}
+    defaults = {setting.name: setting.default for setting in (*SETTINGS, *METHODS)}
     chosen = defaults | dict(values)
     for name in unused_settings(chosen["algorithm"]):
         if chosen[name] == defaults[name]:  # a default needs no note that it has no effect
@@ -218,7 +285,7 @@ def settings_of(values: Mapping[str, Any], find: Callable[[str, str], Path]) -> 
             chosen[name] = str(find("loras", chosen[name]))
     if chosen["timesteps"] == _AUTO:
         chosen["timesteps"] = None
-    for name in ("previews", "preview_every"):  # editors have no empty value for text and numbers
+    for name in _OPEN:
         chosen[name] = chosen[name] or None
     return settings_from_file(chosen)
 
@@ -267,6 +334,33 @@ def _opposite(caption: Conditioning, form: LatentFormat) -> Tensor:
     latents = with_frames(caption.controls[0], form)
     check_latents(latents, form)
     return form.to_model(latents.float().cpu())[0]
+
+
+def _texts(data: EncodedDataset, encoder: TextEncoder, setting: str) -> EncodedCaptions:
+    """What encodes the texts of `setting`. Raises DataError for captions that it cannot encode again."""
+    for sample in data.samples:
+        if sample.conditioning.text is None:
+            raise DataError(
+                f"{setting} needs the caption of each image as text, and that of {sample.name} is unknown; encode "
+                "captions with CLIP Text Encode (Prompt) or Make Training Dataset"
+            )
+    captions = EncodedCaptions(
+        encoder.encode,
+        ready=encoder.active,
+        encoder_bytes=sum(one.nbytes for module in encoder.encoders.modules.values() for one in module.parameters()),
+    )
+    first = data.samples[0].conditioning
+    text = first.text or ""
+    captions.encode_ahead([text])
+    for name, tensor in captions[text].tensors.items():
+        given = first.tensors[name].to(tensor)
+        if given.shape != tensor.shape or (given - tensor).abs().max() > _ALIKE * tensor.abs().max():
+            raise DataError(
+                f"{setting} needs captions that clip encodes as they are, and it makes another conditioning of "
+                f"{printable(text, limit=60)!r}; link one CLIP to the captions and to Train LoRA, and encode them with "
+                "CLIP Text Encode (Prompt) or Make Training Dataset"
+            )
+    return captions
 
 
 def beginning(event: RunStarted) -> str:

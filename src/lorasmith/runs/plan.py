@@ -100,7 +100,7 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
         for one in filter(None, (scan, judged)):
             check_controls(one, settings, base)
         config = host.configured(config, base)
-        job = plan_job(base.denoiser, config, device)
+        job = plan_job(base.denoiser, config, device, folders=host.folders)
         if place is not None:
             processes.broadcast_from_rank0(lambda: check_room(place, run_bytes(job)))
         check = check_scan(

@@ -25,6 +25,9 @@ DtypeSetting = Literal["bf16", "fp32", "none"]
 NONE_LORA = "[None]"
 """Value of LoRA file settings for no file, as in ComfyUI's list."""
 
+USUAL_TRAINING_GUIDANCE = 1.0
+"""That of the other trainers: pictures to train on are not guided ones (docs/models.md)."""
+
 _FACTORS = ", ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "factor")
 _BLOCKS = " and ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "block size")
 
@@ -451,8 +454,8 @@ class LossSettings(Section, group="Training"):
         min=0.0,
         max=100.0,
         of_model=True,
-        help="Input of guidance while training, for models with distilled guidance; previews have their own. Default: "
-        "that of the captions' conditioning, or the guidance that the model draws with.",
+        help="Input of guidance while training, for models with distilled guidance; previews have their own. 0 is what "
+        f"the model draws with, or that of a graph's conditioning. Default: {USUAL_TRAINING_GUIDANCE:g}.",
     )
     pyramid_noise: float = option(
         0.0,

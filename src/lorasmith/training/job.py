@@ -41,6 +41,7 @@ from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.extensions import Extension
+from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
 from lorasmith.core.printable import count_text
@@ -49,11 +50,11 @@ from lorasmith.core.registry import Registry, extensions_of, nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.loss_functions import check_loss
 from lorasmith.diffusion.schedule import check_noising
-from lorasmith.families.model import Denoiser
+from lorasmith.families.model import Denoiser, training_adapter_in
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names import encoder_module
-from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
+from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.methods.all_methods import check_methods, methods_of
@@ -135,8 +136,16 @@ def variant_of(config: TrainConfig) -> Variant:
     return Variant(config.dora, config.rslora, config.pissa, config.tucker, config.tlora == "orthogonal")
 
 
-def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> TrainJob:
+def plan_job(
+    model: Trainable | Denoiser,
+    config: TrainConfig,
+    device: str | torch.device | None = None,
+    *,
+    folders: Folders | None = None,
+) -> TrainJob:
     """Decide everything about a run that does not depend on the data; `device` None is the first GPU, or the CPU.
+
+    Among the LoRAs of `folders` notes name the one that a distilled model is usually trained with.
 
     Raises OptionError or LoraError if the settings or an existing LoRA do not fit the model.
     """
@@ -153,7 +162,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     beneath = ""
     if config.training_adapter is not None:
         model, beneath = _with_adapter(model, Path(config.training_adapter), strict=config.strict)
-    model, text_layers = model.guided(config.training_guidance), tuple[str, ...]()
+    model, text_layers = model.guided(requested.training_guidance), tuple[str, ...]()
     if config.train_text_encoder:
         model, text_layers = model.with_encoders()
         existing = existing.with_text(model, text_layers)
@@ -168,7 +177,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
             f"tlora orthogonal starts all layers, but {len(existing.adapters)} of them continue "
             f"{existing.name}; use tlora plain, or choose targets that it has"
         )
-    text_adapters = {} if model.encoders is None else _on_text(model.encoders, text_layers, existing, requested, config)
+    text_adapters = {} if model.encoders is None else _on_text(model, text_layers, existing, requested, config)
     fresh_text = len(text_adapters) - len(existing.on_text)
     TokenRoutes.of(model, config)  # raises
     methods = methods_of(config)
@@ -210,6 +219,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
                 adapters,
                 len(differences),
                 has_fresh_text=fresh_text > 0,
+                adapter=_usual_adapter(model, folders),
             ),
             *notes_on_file(model, adapters, differences, text_adapters),
         ),
@@ -236,9 +246,11 @@ def _fresh_adapters(
 
 
 def _on_text(
-    encoders: nn.Module, layers: Sequence[str], existing: _Existing, requested: TrainConfig, config: ResolvedConfig
+    model: Trainable, layers: Sequence[str], existing: _Existing, requested: TrainConfig, config: ResolvedConfig
 ) -> dict[str, Adapter]:
     """Adapters on these layers of text encoders, by path; those of a continued LoRA as they are there."""
+    encoders = model.encoders
+    assert encoders is not None
     plan = plan_adapters(
         encoders,
         [Rule(tuple(layers))],
@@ -246,7 +258,8 @@ def _on_text(
         capped=facts_of(config.algorithm).rank_meaning == "rank",
     )
     plan = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.on_text))
-    with patches_merged(encoders, (), dtype=torch.float32, unpacking=True):
+    patches = [replace(patch, bypass=False) for patch in model.text_patches]
+    with patches_merged(encoders, patches, dtype=torch.float32, unpacking=True):
         return load_adapters(encoders, existing.on_text) | _fresh_adapters(encoders, plan, requested, config)
 
 
@@ -273,7 +286,14 @@ def _decided(model: Trainable, config: TrainConfig, device: torch.device) -> Res
         min_noise=expert[0] if config.min_noise is None else config.min_noise,
         max_noise=expert[1] if config.max_noise is None else config.max_noise,
         training_dtype=dtype_on_device(config, model.module, device),
+        training_guidance=_training_guidance(model, config),
     )
+
+
+def _training_guidance(model: Trainable, config: TrainConfig) -> float | None:
+    if config.training_guidance is None and model.facts.takes_guidance:
+        return USUAL_TRAINING_GUIDANCE
+    return config.training_guidance
 
 
 def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> Iterator[str]:
@@ -338,6 +358,11 @@ def fresh_differences(model: Trainable, plan: AdapterPlan, config: TrainConfig) 
         layers = {adapter.path: model.module.get_submodule(adapter.path) for adapter in plan.adapters}
         wanted |= {path: layer for path, layer in layers.items() if layer.bias is not None}
     return {path: Difference.create(module) for path, module in wanted.items()}
+
+
+def _usual_adapter(model: Trainable, folders: Folders | None) -> Path | None:
+    name = None if folders is None else training_adapter_in(folders, model.facts.training_adapter)
+    return None if folders is None or name is None else folders.find("loras", name)
 
 
 def _with_adapter(model: Trainable, path: Path, *, strict: bool) -> tuple[Trainable, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -31,7 +32,7 @@ from lorasmith.training.config import (
 )
 from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
-from lorasmith.training.trainable import Trainable
+from lorasmith.training.trainable import Facts, Trainable
 
 
 class ReportNote(str):
@@ -58,10 +59,14 @@ def notes_on(
     differences: int,
     *,
     has_fresh_text: bool,
+    adapter: Path | None,
 ) -> tuple[str, ...]:
-    """Remarks on a planned run, one sentence each; `config` is as requested, `differences` counts modules."""
+    """Remarks on a planned run, one sentence each; `config` is as requested, `differences` counts modules.
+
+    `adapter` is as of `on_distilled`.
+    """
     return (
-        *_on_base(config, model),
+        *_on_base(config, model, adapter),
         *_on_experts(config, model),
         *MemorySettings.idle_settings(config),
         *OptimizerSettings.idle_settings(config),
@@ -146,16 +151,32 @@ def notes_on_products(config: TrainConfig, model: Trainable, device: torch.devic
     )
 
 
-def _on_base(config: TrainConfig, model: Trainable) -> Iterator[str]:
-    """A warning about base models whose title names a distilled variant."""
+def on_distilled(facts: Facts, adapter: Path | None) -> str:
+    """What is said of training a distilled model without a training adapter; empty for other models.
+
+    `adapter` is the file of the usual one, if the user has it.
+    """
+    if facts.distilled_mark is None:
+        return ""
+    repository, _, usual = facts.training_adapter.rpartition("/")
+    remedy = "a LoRA made for that"
+    if adapter is not None:
+        remedy = f"the LoRA made for that, which is there (--training-adapter {adapter})"
+    elif usual:
+        remedy = f"the LoRA made for that, {usual} of {repository}, in models/loras"
+    return (
+        f"{facts.title} is a model distilled to few steps, as {facts.distilled_mark} in its name says, which training "
+        f"undoes; train on the base model of {facts.family_title}, or set training_adapter to {remedy}."
+    )
+
+
+def _on_base(config: TrainConfig, model: Trainable, adapter: Path | None) -> Iterator[str]:
+    """Remarks on what a base model lacks, or is."""
     title, facts = model.title, model.facts
-    if config.training_guidance is not None and not facts.takes_guidance:
+    if config.training_guidance and not facts.takes_guidance:
         yield f"training_guidance {config.training_guidance:g} has no effect on {title}, which has no such input."
-    if facts.distilled_mark is not None and config.training_adapter is None:
-        yield (
-            f"{title} is a model distilled to few steps, as {facts.distilled_mark} in its name says, which training "
-            f"undoes; train on the base model of {facts.family_title}, or set training_adapter to a LoRA made for that."
-        )
+    if config.training_adapter is None and (remark := on_distilled(facts, adapter)):
+        yield remark
 
 
 def _on_quantization(config: TrainConfig, model: Trainable) -> Iterator[str]:

@@ -45,11 +45,11 @@ from lorasmith.families.base import (
     collate,
 )
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
-from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.runtime import Runtime
@@ -77,6 +77,7 @@ class Facts:
     extensions: tuple[Extension, ...] = ()  # of other packages, which bring the model's family and parts
     takes_guidance: bool = False  # whether guidance is an input, which a distillation has added
     distilled_mark: str | None = None  # of its name, if it is distilled to few steps, which training undoes
+    training_adapter: str = ""  # the usual LoRA to train it with then, `owner/repository/file`; empty for none
     # `ss_base_model_version`, `modelspec.architecture` without `/lora`, and `modelspec.implementation`; empty for none
     kohya_version: str = ""
     modelspec_architecture: str = ""
@@ -110,8 +111,9 @@ class Trainable:
     patches: tuple[Patch, ...] = ()  # LoRAs that are part of the frozen network
     # text encoders that are trained as well, by component name, which `predict` has encode `Conditioning.texts`
     encoders: nn.ModuleDict | None = None
+    text_patches: tuple[Patch, ...] = ()  # LoRAs that are part of these encoders, by path in `encoders`
     needs_captions: bool = True  # whether text is encoded ahead, by other encoders than those
-    guidance: float | None = None  # see `guided`
+    guidance: float | None = 0.0  # see `guided`
     routing: Routing | None = None  # where tokens are in its blocks; None where none may skip blocks
 
     def __init__(
@@ -160,8 +162,12 @@ class Trainable:
         return other
 
     def guided(self, guidance: float | None) -> Self:
-        """The same network with this guidance as its input, where it has one; None for that of the conditioning."""
-        if guidance is None or not self.facts.takes_guidance:
+        """The same network with this guidance as its input, where it has one.
+
+        0 leaves that of each conditioning, or what the network draws with; None puts the usual one where a conditioning
+        has none.
+        """
+        if not self.facts.takes_guidance:
             return self
         other = copy.copy(self)
         other.guidance = guidance
@@ -191,7 +197,8 @@ class Trainable:
             stack.enter_context(reproducible(config.deterministic))
             stack.enter_context(_frozen(self.module, self.patches, config, runtime))
             if self.encoders is not None:  # whole in each process
-                stack.enter_context(_frozen(self.encoders, (), config, replace(runtime, sharding=False)))
+                whole = replace(runtime, sharding=False)
+                stack.enter_context(_frozen(self.encoders, self.text_patches, config, whole))
             yield
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -248,11 +255,14 @@ class Trainable:
 
 
 class TrainableDenoiser(Trainable):
-    """A loaded model's denoiser, with the LoRAs on it."""
+    """A loaded model's denoiser, with the LoRAs on it.
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    `text_encoder` has the text encoders that may be trained with it, with their LoRAs; the model's by default.
+    """
+
+    def __init__(self, denoiser: Denoiser, text_encoder: TextEncoder | None = None) -> None:
         base, family, form = denoiser.base, denoiser.base.family, denoiser.base.control_form
-        self.denoiser = denoiser
+        self.denoiser, self.text_encoder = denoiser, text_encoder or base.text_encoder
         self.module, self.diffusion, self.patches = denoiser.module, denoiser.diffusion, denoiser.patches
         self.names = base.names
         self.routing = family.routing
@@ -280,6 +290,7 @@ class TrainableDenoiser(Trainable):
             ),
             takes_guidance=family.takes_guidance(self.module),
             distilled_mark=base.distilled_mark,
+            training_adapter=base.training_adapter,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
             modelspec_architecture=(form.modelspec_name if form is not None else "")
             or family.modelspec_architecture(self.diffusion.parameterization),
@@ -287,23 +298,26 @@ class TrainableDenoiser(Trainable):
         )
 
     def patched(self, patch: Patch) -> Self:
-        return type(self)(self.denoiser.patched(patch))
+        return type(self)(self.denoiser.patched(patch), self.text_encoder)
 
     def with_encoders(self) -> tuple[Self, tuple[str, ...]]:
-        base = self.denoiser.base
-        present = base.components.text_encoders
-        layers = base.family.trained_encoders(present)
+        family, encoders = self.denoiser.base.family, self.text_encoder.encoders
+        present = encoders.modules
+        layers = family.trained_encoders(present)
         if not layers:
             return super().with_encoders()
-        base.family.check_encoders(base.components.encoders)
+        family.check_encoders(encoders)
         other = copy.copy(self)
         other.encoders = nn.ModuleDict({component: present[component] for component in layers})
+        other.text_patches = tuple(
+            patch.below(component) for component, patch in self.text_encoder.patches if component in layers
+        )
         other.needs_captions = len(layers) < len(present)
         return other, tuple(f"{component}.{path}" for component, paths in layers.items() for path in paths)
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         if conditioning.texts:
-            encoded = self.denoiser.base.text_encoder.encode_again(conditioning)
+            encoded = self.text_encoder.encode_again(conditioning)
             conditioning = encoded.to(latents.device, latents.dtype)
         return self.denoiser.predict(latents, time, conditioning)
 
@@ -311,9 +325,12 @@ class TrainableDenoiser(Trainable):
         joined = self.denoiser.base.family.join(conditionings)
         if self.encoders is not None:
             joined = replace(joined, texts=tuple(one.text or "" for one in conditionings))
-        if self.guidance is None:
+        value = self.guidance
+        if value is None:
+            value = 0.0 if "guidance" in joined.tensors else USUAL_TRAINING_GUIDANCE
+        if not value:
             return joined
-        guidance = torch.full((len(conditionings),), self.guidance, device=joined.tensors["context"].device)
+        guidance = torch.full((len(conditionings),), value, device=joined.tensors["context"].device)
         return replace(joined, tensors={**joined.tensors, "guidance": guidance})
 
     def identity(self) -> Mapping[str, str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flux_files import save_flux_files
@@ -10,8 +11,9 @@ from PIL import Image
 
 from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
+from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import built_in_models
-from lorasmith.server.api_shapes import JobBody, PlanBody
+from lorasmith.server.api_shapes import JobBody, PlanAnswer, PlanBody
 from lorasmith.server.questions.plan_questions import known_model, model_name, models, plan, train_request
 
 TINY = built_in_models()["lorasmith-tiny"]
@@ -65,6 +67,40 @@ def test_a_plan_counts_images_epochs_parameters_and_memory(folders: Folders) -> 
     small = plan(folders, PlanBody(model="lorasmith-tiny", dataset="fox", settings=settings), card_bytes=2**20)
     assert small.fits is False and any("more than" in note for note in small.notes)
     assert plan(folders, PlanBody(model="lorasmith-tiny", dataset="fox", settings=settings)).fits is None
+
+
+def test_a_plan_says_what_a_distilled_model_needs(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Folders(tmp_path)
+    for kind in ("checkpoints", "loras"):
+        (tmp_path / "models" / kind).mkdir(parents=True)
+    shutil.copy(TINY, tmp_path / "models" / "checkpoints" / "own_turbo.safetensors")
+    family = load_structure("lorasmith-tiny").family
+    monkeypatch.setattr(family, "distilled", {"turbo": 8}, raising=False)
+    monkeypatch.setattr(family, "training_adapters", {"turbo": "some/sd_turbo_adapter/v1.safetensors"}, raising=False)
+
+    def planned(model: str = "own_turbo.safetensors", **settings: Any) -> PlanAnswer:
+        return plan(own, PlanBody(model=model, dataset="fox", settings={"steps": 9, **settings}))
+
+    assert planned("lorasmith-tiny").distilled == ""
+    found = planned()
+    assert "the LoRA made for that, v1.safetensors of some/sd_turbo_adapter, in models/loras" in found.distilled
+    assert found.training_adapter == ""
+    for name in ("sd_turbo_adapter_v2.safetensors", "SD-Turbo-Adapter_v10.safetensors"):
+        (tmp_path / "models" / "loras" / name).write_bytes(b"x")
+    found = planned()
+    assert found.distilled and found.training_adapter == "SD-Turbo-Adapter_v10.safetensors"
+    assert planned(training_adapter=found.training_adapter).distilled == ""
+
+
+def test_a_plan_takes_methods_and_text_encoders(folders: Folders) -> None:
+    """Their texts are not there while memory is estimated, and need not be."""
+    settings = {"preserve": "class", "preserve_class": "dog", "train_text_encoder": True, "steps": 9}
+    found = plan(folders, PlanBody(model="lorasmith-tiny", dataset="fox", settings=settings), card_bytes=8 * 2**30)
+    assert found.fits and found.memory_bytes
+    slider = {"slider_positive": "a red fox", "steps": 9}
+    assert plan(folders, PlanBody(model="lorasmith-tiny", dataset="fox", settings=slider)).memory_bytes
 
 
 def test_a_plan_sees_new_pictures(folders: Folders) -> None:

@@ -31,6 +31,12 @@ def texts(tiny: Model, dataset: EncodedDataset) -> EncodedDataset:
     return EncodedDataset(dataset.samples[:4], EncodedCaptions(tiny.text_encoder.encode))
 
 
+@pytest.mark.parametrize("settings", [{"preserve": "blank"}, SLIDER])
+def test_memory_is_planned_without_their_texts(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
+    plain = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "training_dtype": "fp32", **settings}
+    assert train(tiny, texts, **plain, activations="auto").losses == train(tiny, texts, **plain).losses
+
+
 @pytest.fixture
 def flux_texts(flux: Model) -> EncodedDataset:
     """Samples of a model with distilled guidance, whose texts come from a table."""
@@ -91,6 +97,25 @@ def test_targets_are_guided_and_the_network_knows_it(flux: Model, flux_texts: En
 def test_a_range_of_guidance_is_drawn_from(flux: Model, flux_texts: EncodedDataset) -> None:
     results = [train(flux, flux_texts, steps=2, rank=2, guidance_loss=text).losses for text in ("2", "2-2", "2-4")]
     assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize(("asked", "has_own", "expected"), [
+    (None, False, 1.0), (None, True, 3.5), (0.0, False, None), (0.0, True, 3.5), (2.0, True, 2.0), (2.0, False, 2.0),
+])  # fmt: skip
+def test_pictures_are_trained_at_the_usual_guidance_unless_they_have_their_own(
+    flux: Model, asked: float | None, has_own: bool, expected: float | None
+) -> None:
+    """The default is 1; 0 is the conditioning's, and without one what the network draws with."""
+    job = plan_job(flux.denoiser, TrainConfig(training_guidance=asked, rank=2), "cpu")
+    given = [one.conditioning for one in flux_dataset().samples[:2]]
+    kept = [replace(one, tensors={k: t for k, t in one.tensors.items() if has_own or k != "guidance"}) for one in given]
+    joined = job.model.join(kept).tensors
+    assert joined["guidance"].tolist() == [expected] * 2 if expected else "guidance" not in joined
+    assert job.config.training_guidance == (1.0 if asked is None else asked)
+
+
+def test_other_models_have_no_guidance_of_training(tiny: Model) -> None:
+    assert plan_job(tiny.denoiser, TrainConfig(rank=2), "cpu").config.training_guidance is None
 
 
 def test_the_guidance_of_training_is_the_networks_input(flux: Model, flux_texts: EncodedDataset) -> None:

@@ -24,7 +24,7 @@ from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.preflight import epoch_of
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models, named_path
-from lorasmith.families.model import Model
+from lorasmith.families.model import Model, training_adapter_in
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
@@ -32,7 +32,9 @@ from lorasmith.server.api_shapes import JobBody, MissingPart, ModelListAnswer, M
 from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
 from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
+from lorasmith.training.notes import on_distilled
 from lorasmith.training.storage.records import check_title
+from lorasmith.training.trainable import TrainableDenoiser
 
 _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300
@@ -52,6 +54,7 @@ def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -
     controls = 0 if data.controls == "opposite" else max((len(one.controls) for one in scanned), default=0)
     found = _estimate(folders, files, config, data.resolution, card_bytes, controls)
     proposal = found.proposal
+    distilled, adapter = ("", "") if config.training_adapter else _distilled(folders, files)
     return PlanAnswer(
         steps=config.steps,
         epochs=round(epoch.epochs(config.steps), 2),
@@ -64,6 +67,8 @@ def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -
         fits=None if card_bytes is None else found.fits and found.encoders_fit,
         memory_settings=proposal.settings,
         notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
+        distilled=distilled,
+        training_adapter=adapter,
     )
 
 
@@ -207,6 +212,12 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
     if found.model == BUILT_IN:
         notes.append("lorasmith-tiny is a small model to try things out; its pictures are icons of 64 pixels.")
     return notes
+
+
+def _distilled(folders: Folders, files: ModelFiles) -> tuple[str, str]:
+    """What is said of a model that is distilled, and the name of the LoRA to train it with; empty for none."""
+    facts = TrainableDenoiser(structure_of(in_folders(files.model, folders, MODEL_FOLDERS)).denoiser).facts
+    return on_distilled(facts, None), training_adapter_in(folders, facts.training_adapter) or ""
 
 
 def _said(value: object) -> str:

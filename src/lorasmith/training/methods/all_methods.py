@@ -61,3 +61,10 @@ def check_opposites(samples: Iterable[Sample], config: ResolvedConfig) -> None:
             else f"{odd} has an opposite, which a run has with pairs slider or dpo alone; choose one of them, or load "
             "the images without controls opposite"
         )
+
+
+def texts_needed_by(config: ResolvedConfig) -> str | None:
+    """Name of a setting for which texts are encoded in training, besides captions ahead of it; None for none."""
+    if config.train_text_encoder:
+        return "train_text_encoder"
+    return next((method.name for method in methods_of(config) if method.texts), None)

@@ -68,7 +68,7 @@ def fingerprint(job: TrainJob, data: EncodedDataset, held_out: EncodedDataset | 
     found: Fingerprint = {
         "config": config,
         "base": dict(job.model.identity()),
-        "patches": digest_of_tensors(patch_tensors(job.model.patches)),
+        "patches": digest_of_tensors(patch_tensors((*job.model.patches, *job.model.text_patches))),
         "data": digest_of_tensors(_data_tensors(data)),
         "held_out": digest_of_tensors(_data_tensors(held_out)) if held_out else "",
         "initial": digest_of_tensors(initial) + ("" if state is None else state_digest(Path(state))),

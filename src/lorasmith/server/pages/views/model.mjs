@@ -21,6 +21,9 @@ export function ModelView({ dataset }) {
   useEffect(() => {
     if (found && photos && chosen && chosen.name !== draft.model) change({ model: chosen.name, edit: null });
   }, [found, photos, chosen?.name]);
+  // A training adapter is for one model.
+  const { training_adapter: adapter = null, ...others } = draft.settings;
+  const choose = (model) => change({ model: model.name, edit: null, isChosen: true, ...(model.name !== draft.model && adapter ? { settings: others } : {}) });
   const plan = async (model) => {
     // What it needs is asked for, whether or not it can train on these photos.
     const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: pairs ? { pairs } : { controls: takesControls(model, draft) ? "optional" : "none" } });
@@ -29,9 +32,9 @@ export function ModelView({ dataset }) {
   };
   const families = [...Map.groupBy(models.filter((one) => !one.builtin), (one) => one.family)];
   const builtin = models.filter((one) => one.builtin);
-  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => change({ model: model.name, edit: null, isChosen: true })}
+  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => choose(model)}
     edit=${draft.edit} onEdit=${(edit) => change({ edit })}
-    plan=${() => plan(model)} />`;
+    plan=${() => plan(model)} adapter=${adapter} onAdapter=${(name) => change({ settings: name ? { ...others, training_adapter: name } : others })} />`;
   return html`
     <${Stepper} at="model" dataset=${dataset} />
     <section>
@@ -71,7 +74,15 @@ export const takesControls = (model, draft) => (draft.edit && draft.model === mo
 const editsBy = (model) =>
   model.edit && model.takes_controls ? `Edits pictures: ${model.edit}, by its ${model.recognised_by}` : model.takes_controls ? "Edits pictures, as all of its family" : null;
 
-function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit }) {
+/** What training a distilled model needs, and a way to train with the LoRA that was made for that, if it is here. */
+export function Distilled({ plan, adapter, onAdapter }) {
+  if (adapter) return html`<p class="faint">Trained with ${adapter} beneath. <${Button} class="small" onClick=${() => onAdapter(null)}>Leave it out<//></p>`;
+  if (!plan?.distilled) return null;
+  return html`<${Notice} mood="fair"><p>${plan.distilled}</p>
+    ${plan.training_adapter && html`<${Button} onClick=${() => onAdapter(plan.training_adapter)}>Train with ${plan.training_adapter}<//>`}<//>`;
+}
+
+function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit, adapter, onAdapter }) {
   const isChosen = model === chosen;
   const [memory, setMemory] = useState(null);
   useEffect(() => {
@@ -90,8 +101,10 @@ function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit }) {
       ${needed && html`<span class=${fits === false ? "fair" : "faint"}>${fits === false ? `Training needs ${bytes(needed)} of memory, more than is there` : `Training needs about ${bytes(needed)} of memory${fits ? ", which fits" : ""}`}</span>`}
       ${!model.ready && html`<span class="fair">Missing: ${model.missing.map((one) => `${one.part.replaceAll("_", " ")}${one.usual_file ? ` (${one.usual_file})` : ""}`).join(", ")}</span>`}
     </span></label>`;
-  if (!isChosen || !model.edits?.length) return row;
-  return html`<div>${row}<${Field} class="kind" label="Does it edit pictures?" help="Its file cannot tell: models that edit pictures have the same tensors.">
+  if (!isChosen) return row;
+  const distilled = html`<${Distilled} plan=${memory} adapter=${adapter} onAdapter=${onAdapter} />`;
+  if (!model.edits?.length) return html`<div>${row}${distilled}</div>`;
+  return html`<div>${row}${distilled}<${Field} class="kind" label="Does it edit pictures?" help="Its file cannot tell: models that edit pictures have the same tensors.">
     ${(attributes) => html`<select ...${attributes} value=${edit ?? ""} onChange=${(event) => onEdit(event.currentTarget.value || null)}>
       <option value="">${model.edit ? `Yes, ${model.edit}, by its ${model.recognised_by}` : "No, by its name"}</option>
       ${model.edits.filter((one) => one !== model.edit).map((one) => html`<option key=${one} value=${one}>Yes, ${one}</option>`)}

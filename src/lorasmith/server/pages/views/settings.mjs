@@ -9,6 +9,7 @@ import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs
 import { act } from "../parts/jobs.mjs";
 import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
+import { Distilled } from "./model.mjs";
 import { TryValues } from "./sweep.mjs";
 
 const PLAN_AFTER_MS = 500;
@@ -69,6 +70,7 @@ export function SettingsView({ dataset }) {
       <${Measure} measuring=${measuring} plan=${plan} />
       ${plan?.fits === false && html`<${Notice} mood="fair"><p>This needs about ${bytes(plan.memory_bytes)} of memory, more than is free. Choose a smaller model, or a lower rank or resolution in all settings.</p><//>`}
       ${plan?.fits !== false && Object.keys(plan?.memory_settings ?? {}).length > 0 && html`<p class="faint">So that it fits into memory, it runs with ${words(plan.memory_settings)}.</p>`}
+      <${Distilled} plan=${plan} adapter=${own.training_adapter} onAdapter=${(name) => change({ settings: { ...draft.settings, training_adapter: name ?? undefined } })} />
       ${plan?.notes?.length > 0 && html`<ul class="findings">${plan.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul>`}
       ${planError && planError.status !== 503 && html`<${Problem} error=${planError} /><p><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>`}
       ${plan && html`<dl class="facts">
