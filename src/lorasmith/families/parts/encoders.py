@@ -54,6 +54,15 @@ class EncoderKind(ABC):
         """The part of an encoder that sees pictures; None without."""
         return None
 
+    def embedding_layer(self, encoder: Any) -> nn.Module:
+        """The layer that makes vectors of token ids."""
+        found: nn.Module = encoder.get_input_embeddings()
+        return found
+
+    def embedding_key(self, encoder: nn.Module) -> str | None:
+        """Key of its vectors in embedding files; None for one whose prompts ComfyUI reads without embeddings."""
+        return None
+
     def width(self, encoder: Any) -> int:
         """Width of its states."""
         return int(encoder.config.hidden_size)
