@@ -20,10 +20,11 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import open_regular
 
 _ALLOWED = re.compile(
-    r"torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|collections OrderedDict|"
-    r"torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
+    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
 )
-"""Globals that a pickle may name: tensors, parameters, and the empty dictionary of hooks that each has."""
+"""Globals that a pickle may name: tensors, and the empty dictionary of hooks that each has."""
+
+_PARAMETER = "torch._utils _rebuild_parameter"
 
 _MOST_PICKLE_BYTES = 64 * 2**20
 _SPARE_OPCODES, _BYTES_PER_OPCODE = 100_000, 16
@@ -36,14 +37,16 @@ _REFUSED = frozenset({
 """Opcodes that import functions and classes, and those of protocols that torch does not write."""
 
 
-def unpickled(path: Path, error: type[LorasmithError], *, what: str, remedy: str) -> Any:
-    """The content of a torch file (a zip archive), tensors mapped from it and plain values.
+def unpickled(
+    path: Path, error: type[LorasmithError], *, what: str, remedy: str, parameters: bool = False
+) -> Any:
+    """The content of a torch file (a zip archive), tensors mapped from it and plain values; `parameters` are tensors too.
 
     `what` it should be and the `remedy` are parts of messages. Raises `error` for a file that cannot be read, is
     damaged, or names anything but tensors.
     """
     try:
-        _check_pickle(path, error, remedy)
+        _check_pickle(path, error, remedy, parameters=parameters)
         # Mapped, a tensor whose size a file exaggerates is refused instead of read from beyond its bytes.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except error:
@@ -54,7 +57,7 @@ def unpickled(path: Path, error: type[LorasmithError], *, what: str, remedy: str
         raise error(f"{path} must be {what} with tensors alone, and cannot be read; {remedy}") from problem
 
 
-def _check_pickle(path: Path, error: type[LorasmithError], remedy: str) -> None:
+def _check_pickle(path: Path, error: type[LorasmithError], remedy: str, *, parameters: bool) -> None:
     """Raise `error` for what is no torch file, or whose pickle refers to more than tensors.
 
     Damaged archives and pickles may raise any other exception.
@@ -75,7 +78,8 @@ def _check_pickle(path: Path, error: type[LorasmithError], remedy: str) -> None:
         if count == most:
             raise error(f"{path} must hold tensors, but its pickle is too long for {beside:,} bytes of them; {remedy}")
         name = opcode.name
-        if name in _REFUSED and not (name == "GLOBAL" and _ALLOWED.fullmatch(str(argument))):
+        is_tensor = name == "GLOBAL" and (_ALLOWED.fullmatch(str(argument)) or (parameters and argument == _PARAMETER))
+        if name in _REFUSED and not is_tensor:
             shown = str(argument).replace(" ", ".") if name == "GLOBAL" else name
             raise error(
                 f"{path} must hold tensors and plain values alone, but refers to {shown!r}, which could run code; "

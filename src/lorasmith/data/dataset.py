@@ -356,8 +356,9 @@ class EncodedCaptions:
     """Captions and their conditionings (batch of 1, on the CPU).
 
     `encode` (text, and pixels of what is seen beside it, if anything) is called inside `ready`, a context in which the
-    encoder is on its device. `vectors` are the digests of the embedding files that a text names, by name. `entries` is a context with the encoder's cache entries, or None. `memory_bytes` is the
-    most that a run's conditionings may take; `encoder_bytes` is the encoder's memory.
+    encoder is on its device. `vectors` are the digests of the embedding files that a text names, by name. `entries` is
+    a context with the encoder's cache entries, or None. `memory_bytes` is the most that a run's conditionings may take;
+    `encoder_bytes` is the encoder's memory.
     """
 
     def __init__(

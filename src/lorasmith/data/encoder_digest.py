@@ -1,8 +1,8 @@
 """Digests of encoders: two with equal digests compute the same latents, or the same conditioning.
 
-A digest covers the tensors of every network (packed weights by their codes), of the LoRAs on it and of their words, its
-configuration and tokenizer, its dtype, the options of encoding, and the versions of the code that computes. Device and thread number,
-which change the last bits, are not covered.
+A digest covers the tensors of every network (packed weights by their codes), of the LoRAs on it and of their words,
+its configuration and tokenizer, its dtype, the options of encoding, and the versions of the code that computes. Device
+and thread number, which change the last bits, are not covered.
 
 Hashing reads all weights. For networks on memory-mapped files the digest is remembered (`encodings/digests/<key>.json`)
 under the files' state when they were mapped (path, size, times, inode), the tensors' offsets and a few values of each.

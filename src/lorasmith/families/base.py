@@ -31,11 +31,11 @@ from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
     "AT_ZERO", "BY_INDEX", "BY_OFFSET", "BY_UXO", "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable",
-    "Collection", "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot",
-    "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames",
-    "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift",
-    "Routing", "Rule", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even",
-    "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
+    "Collection", "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames",
+    "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError",
+    "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits",
+    "ResolutionShift", "Routing", "Rule", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count",
+    "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
 

@@ -406,6 +406,11 @@ class TextEncoder:
             return {}
         return vectors.used([text, *(stretch for stretch, _ in parse_weights(text))])
 
+    def with_words(self, words: Sequence[Word]) -> TextEncoder:
+        """A handle that reads these words as vectors, beside those that it has under other names."""
+        new = {word.text.casefold() for word in words}
+        return replace(self, words=(*(one for one in self.words if one.text.casefold() not in new), *words))
+
     def place_of(self, component: str) -> Place | None:
         """An encoder as embedding files know it; None for one that reads none."""
         kind, module = self.kind_of(component), self.encoders.modules[component]

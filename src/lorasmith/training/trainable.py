@@ -4,7 +4,7 @@
     diffusion   what it predicts, and its noise schedule      facts      for records, metadata and defaults
     frozen      ready on its device inside this context       predict    one evaluation of the network
     join        conditionings of samples as one batch         identity   digests, by which a run is known again
-    encoders    text encoders that carry adapters, too; most runs have none
+    encoders    text encoders that are trained, too; most runs have none
     routing     where tokens are in its blocks, so that some may skip blocks; UNets have none
 
 No other module of training knows families, files or libraries. `TrainableDenoiser` is a loaded model's denoiser.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -47,11 +47,13 @@ from lorasmith.families.base import (
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
+from lorasmith.families.parts.embeddings import has_word
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
+from lorasmith.training.new_word import NewWord, new_word, trained_words
 from lorasmith.training.runtime import Runtime
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
@@ -111,6 +113,7 @@ class Trainable:
     # text encoders that are trained as well, by component name, which `predict` has encode `Conditioning.texts`
     encoders: nn.ModuleDict | None = None
     needs_captions: bool = True  # whether text is encoded ahead, by other encoders than those
+    word: NewWord | None = None  # that they learn
     guidance: float | None = None  # see `guided`
     routing: Routing | None = None  # where tokens are in its blocks; None where none may skip blocks
 
@@ -176,6 +179,21 @@ class Trainable:
             f"train_text_encoder needs a model with text encoders of a kind that LoRAs are trained on (CLIP), got "
             f"{self.title}; load it with its encoders, or leave it out"
         )
+
+    def with_word(self, config: ResolvedConfig, saved: Mapping[str, Mapping[str, Tensor]], name: str) -> Self:
+        """The same network with the new word of the settings in training; `saved` and `name` are as for `new_word`.
+
+        Raises OptionError or ModelError for a model without text encoders that learn words, LoraError as `new_word`.
+        """
+        raise OptionError(
+            f"new_word needs a model with text encoders that learn words (CLIP, or T5 with new_word_t5), got "
+            f"{self.title}; load it with its encoders, or leave it out"
+        )
+
+    @property
+    def words(self) -> dict[str, dict[str, Tensor]]:
+        """The vectors of `word` as in `AdapterState.words`, fp32."""
+        return {}
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """The module has the patches inside."""
@@ -295,15 +313,37 @@ class TrainableDenoiser(Trainable):
         layers = base.family.trained_encoders(present)
         if not layers:
             return super().with_encoders()
+        return self._trained(layers), tuple(f"{name}.{path}" for name, paths in layers.items() for path in paths)
+
+    @property
+    def words(self) -> dict[str, dict[str, Tensor]]:
+        if self.word is None:
+            return {}
+        return {self.word.text: self.word.to_tensors(self.denoiser.base.text_encoder)}
+
+    def with_word(self, config: ResolvedConfig, saved: Mapping[str, Mapping[str, Tensor]], name: str) -> Self:
+        encoder = self.denoiser.base.text_encoder
+        if not (components := trained_words(encoder, with_t5=config.new_word_t5)):
+            return super().with_word(config, saved, name)
+        other = self._trained([*(self.encoders or ()), *components])
+        other.word = new_word(encoder, config, components, saved, name=name)
+        return other
+
+    def _trained(self, components: Collection[str]) -> Self:
+        """The same network with these text encoders in training."""
+        base = self.denoiser.base
         base.family.check_encoders(base.components.encoders)
-        other = copy.copy(self)
-        other.encoders = nn.ModuleDict({component: present[component] for component in layers})
-        other.needs_captions = len(layers) < len(present)
-        return other, tuple(f"{component}.{path}" for component, paths in layers.items() for path in paths)
+        other, present = copy.copy(self), base.components.text_encoders
+        other.encoders = nn.ModuleDict({name: one for name, one in present.items() if name in components})
+        other.needs_captions = len(other.encoders) < len(present)
+        return other
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         if conditioning.texts:
-            encoded = self.denoiser.base.text_encoder.encode_again(conditioning)
+            encoder = self.denoiser.base.text_encoder
+            if self.word is not None:
+                encoder = self.word.read_by(encoder)
+            encoded = encoder.encode_again(conditioning, [*(self.encoders or ())])
             conditioning = encoded.to(latents.device, latents.dtype)
         return self.denoiser.predict(latents, time, conditioning)
 
@@ -329,9 +369,15 @@ class TrainableDenoiser(Trainable):
                 "encode the pictures with this model"
             )
         if self.encoders is not None and (unknown := [one.name for one in samples if one.conditioning.text is None]):
+            setting = "train_text_encoder" if self.word is None else "new_word"
             raise DataError(
-                f"train_text_encoder encodes the caption of each image in every step, and that of {unknown[0]} is "
+                f"{setting} encodes the caption of each image in every step, and that of {unknown[0]} is "
                 "unknown; load the images with load_dataset, or leave it out"
+            )
+        if self.word is not None and not any(has_word(one.conditioning.text or "", self.word.text) for one in samples):
+            raise DataError(
+                f"new_word must be in captions, and {self.word.text} is in none of "
+                f"{count_text(len(samples), 'sample')}; set trigger to it, or write it into captions"
             )
         self.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in samples}.values())
 

@@ -57,7 +57,7 @@ class Place:
 class EmbeddingFiles:
     """The embedding files of an installation.
 
-    Names without a file are refused, or left out as in ComfyUI where `warn` is given, which receives a sentence on each.
+    Names without a file are refused, or left out, as in ComfyUI, where `warn` is given, which receives a sentence.
     """
 
     folders: Folders
@@ -203,7 +203,7 @@ def vectors_read(layer: nn.Module, rows: Sequence[Tensor]) -> Iterator[None]:
         vectors = F.embedding((-1 - ids).clamp(min=0), torch.cat([one.to(states) for one in rows]))
         return torch.where((ids < 0).unsqueeze(-1), vectors, states)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     try:
         yield
     finally:
@@ -263,7 +263,8 @@ def _named(words: Sequence[str], vectors: Vectors) -> tuple[Mapping[str, Tensor]
 def _content(path: Path) -> Mapping[str, Any] | Sequence[Any]:
     if path.suffix.casefold() == ".safetensors":
         return read_safetensors(path, ModelError)[0]
-    content = unpickled(path, ModelError, what="an embedding", remedy="save it as safetensors, or get it again")
+    again = "save it as safetensors, or get it again"
+    content = unpickled(path, ModelError, what="an embedding", remedy=again, parameters=True)
     if not isinstance(content, dict | list):
         raise ModelError(f"{path} must hold tensors by name, and does not; get the embedding again")
     return content
@@ -271,7 +272,7 @@ def _content(path: Path) -> Mapping[str, Any] | Sequence[Any]:
 
 def _chosen(content: Mapping[str, Any] | Sequence[Any], place: Place) -> Tensor | None:
     """The vectors (number, width) for an encoder, found as ComfyUI finds them; None if their width is another."""
-    found: Any = None
+    found: object = None
     if isinstance(content, Sequence):
         rows = [one for entry in content if isinstance(entry, Mapping) for one in entry.values()]
         fitting = [_rows(one) for one in rows if isinstance(one, Tensor) and one.shape[-1:] == (place.width,)]
@@ -284,15 +285,24 @@ def _chosen(content: Mapping[str, Any] | Sequence[Any], place: Place) -> Tensor 
         found = bundled(content, "string_to_param.*")
         found = bundled(content, place.key) if found is None else found
         found = next(iter(content.values()), None) if found is None else found
+    return _checked(found, place)
+
+
+def bundled_vectors(vectors: Mapping[str, Tensor], place: Place) -> Tensor | None:
+    """The vectors (number, width) of a word in a LoRA for an encoder; None without any of its width."""
+    return _checked(vectors.get("string_to_param.*", vectors.get(place.key)), place)
+
+
+def _checked(found: object, place: Place) -> Tensor | None:
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[-1:] != (place.width,):
         return None
-    found = _rows(found)
+    found = _rows(found.detach().float())
     if not 0 < len(found) <= _MOST_VECTORS or count_non_finite(found):
         raise ModelError(
             f"an embedding must have 1 to {_MOST_VECTORS} finite vectors, got {len(found):,} for {place.key}; get its "
             "file again"
         )
-    return found.detach().float()
+    return found
 
 
 def bundled(content: Mapping[str, Any], key: str) -> Tensor | None:
