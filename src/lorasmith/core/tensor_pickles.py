@@ -37,10 +37,8 @@ _REFUSED = frozenset({
 """Opcodes that import functions and classes, and those of protocols that torch does not write."""
 
 
-def unpickled(
-    path: Path, error: type[LorasmithError], *, what: str, remedy: str, parameters: bool = False
-) -> Any:
-    """The content of a torch file (a zip archive), tensors mapped from it and plain values; `parameters` are tensors too.
+def unpickled(path: Path, error: type[LorasmithError], *, what: str, remedy: str, parameters: bool = False) -> Any:
+    """The content of a torch file (a zip archive), tensors mapped from it and plain values, or `parameters` too.
 
     `what` it should be and the `remedy` are parts of messages. Raises `error` for a file that cannot be read, is
     damaged, or names anything but tensors.

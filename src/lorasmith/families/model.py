@@ -426,6 +426,16 @@ class TextEncoder:
         return Vectors(self.words, self.embeddings if places else None, places, quiet=quiet)
 
     @contextlib.contextmanager
+    def reading(self) -> Iterator[tuple[TextEncoder, Vectors]]:
+        """Inside the context the encoders know all embeddings and words, for prompts whose encoding is differentiated.
+
+        Yields a handle for them, and the vectors that it reads.
+        """
+        vectors = self._vectors()
+        with self._reads(vectors) as encoders:
+            yield replace(self, encoders=encoders, embeddings=None, words=()), vectors
+
+    @contextlib.contextmanager
     def _with_vectors(self, texts: Mapping[str, str]) -> Iterator[TextEncoders]:
         """The encoders, which inside the context know the embeddings and words in these prompts."""
         if not self.words and self.embeddings is None:
@@ -435,6 +445,11 @@ class TextEncoder:
         if not any(map(vectors.are_in, texts.values())):
             yield self.encoders
             return
+        with self._reads(vectors) as encoders:
+            yield encoders
+
+    @contextlib.contextmanager
+    def _reads(self, vectors: Vectors) -> Iterator[TextEncoders]:
         tokenizers = dict(self.encoders.tokenizers)
         with contextlib.ExitStack() as stack:
             for name, module in self.encoders.modules.items():

@@ -279,6 +279,7 @@ def _activation_plans(
     with (
         adapters_attached(module, [Attached(job.adapters, differences=job.differences)]),
         adapters_attached(encoders, [Attached(job.text_adapters)]),
+        job.model.texts_read(1.0),
         _autocast_on_meta(),
     ):
         return tuple(measured_plans(job.model, samples, job.config, runtime, 0, within=_FusedAttention))

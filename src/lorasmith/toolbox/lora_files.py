@@ -28,7 +28,7 @@ from lorasmith.families.loading import released_names
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft import ADAPTER_METADATA, stated_alphas
-from lorasmith.formats.lora_file import lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
+from lorasmith.formats.lora_file import bundle_of, lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
 from lorasmith.formats.metadata import RUN_ENTRY, sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by, with_one_alpha
@@ -81,7 +81,9 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
         state = lora_of_tensors(path, tensors, metadata, names)
         refs = dict.fromkeys((*state.adapters, *state.differences))
         found = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
-        return LoraFile(path, layout, family, tensors, found, names, {}, state.unknown, state.metadata)
+        left = sorted(tensors.keys() - bundle_of(tensors)[1].keys())  # words are changed by no tool
+        others = {**state.unknown, **{key: tensors[key] for key in left}}
+        return LoraFile(path, layout, family, tensors, found, names, {}, others, state.metadata)
     by_base, _ = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
     modules: dict[ModuleRef, ModuleTensors] = {}
     bases: dict[ModuleRef, str] = {}

@@ -65,8 +65,7 @@ def prepared(
         first()
         if encoders is not None:
             on_text.enter_context(adapters_attached(encoders, [Attached(text_adapters or {}, strength)]))
-        if model.word is not None:
-            on_text.enter_context(model.word.attached(strength))
+            on_text.enter_context(model.texts_read(strength))
         with adapters_attached(module, [trained]):
             runtime = runtime if planned is None else planned()
             if encoders is not None:

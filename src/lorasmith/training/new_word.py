@@ -7,13 +7,11 @@ this is pivotal tuning (Roich et al. 2021, arXiv:2106.05744).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.inject import Dial, strength_now
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.placement import device_of
 from lorasmith.core.printable import count_text, printable
@@ -33,21 +31,9 @@ class NewWord(nn.Module):
         super().__init__()
         self.text = text
         self.vectors = nn.ParameterDict({component: nn.Parameter(one) for component, one in vectors.items()})
-        self._strength: float | Dial = 0.0
-
-    @contextlib.contextmanager
-    def attached(self, strength: float | Dial = 1.0) -> Iterator[None]:
-        """Inside the context encoders read the vectors, unless the strength is 0, as with adapters."""
-        self._strength = strength
-        try:
-            yield
-        finally:
-            self._strength = 0.0
 
     def read_by(self, encoder: TextEncoder) -> TextEncoder:
-        """The encoders that read the vectors, whose gradient is the parameters', where the word is attached."""
-        if not strength_now(self._strength):
-            return encoder
+        """The encoders that read the vectors, whose gradient is the parameters'."""
         return encoder.with_words([Word(self.text, dict(self.vectors.items()))])
 
     def to_tensors(self, encoder: TextEncoder) -> dict[str, Tensor]:

@@ -72,6 +72,7 @@ def notes_on(
         *LossSettings.idle_settings(config),
         *MethodSettings.idle_settings(config),
         *TextEncoderSettings.idle_settings(config),
+        *_on_word(config, model),
         *notes_on_plan(plan),
         *([] if has_fresh_text else _on_own_values(config, plan, adapters, differences)),
         *_on_targets(config, model, plan, adapters, differences),
@@ -178,6 +179,20 @@ def _on_quantization(config: TrainConfig, model: Trainable) -> Iterator[str]:
         )
     if config.previews:
         yield ReportNote("Previews are drawn with the original base model, not with the quantized one of training.")
+
+
+def _on_word(config: TrainConfig, model: Trainable) -> Iterator[str]:
+    if model.word is None:
+        return
+    yield ReportNote(
+        f"Prompts for ComfyUI name {model.word.text} by its file: put NAME_emb.safetensors into models/embeddings, and "
+        "write embedding:NAME_emb."
+    )
+    if config.new_word_bundle:
+        yield OtherProgram(
+            "diffusers refuses a LoRA that holds a word; with new_word_bundle off it loads both, the LoRA and "
+            "NAME_emb.safetensors."
+        )
 
 
 def _on_experts(config: TrainConfig, model: Trainable) -> Iterator[str]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
-from lorasmith.adapters.inject import Rule, adapters_attached
+from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
 from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
@@ -45,9 +45,9 @@ from lorasmith.families.base import (
     collate,
 )
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
-from lorasmith.families.parts.embeddings import has_word
+from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import ResolvedConfig
@@ -212,6 +212,12 @@ class Trainable:
                 stack.enter_context(_frozen(self.encoders, (), config, replace(runtime, sharding=False)))
             yield
 
+    def texts_read(self, strength: float | Dial) -> contextlib.AbstractContextManager[None]:
+        """Inside the context trained text encoders read embeddings, and `word` unless the strength is 0; it includes
+        the backward pass.
+        """
+        return contextlib.nullcontext()
+
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction, of the shape of `latents`, with the adapters that are attached now.
 
@@ -271,6 +277,7 @@ class TrainableDenoiser(Trainable):
     def __init__(self, denoiser: Denoiser) -> None:
         base, family, form = denoiser.base, denoiser.base.family, denoiser.base.control_form
         self.denoiser = denoiser
+        self._reading: tuple[TextEncoder, Vectors, float | Dial] | None = None  # see `texts_read`
         self.module, self.diffusion, self.patches = denoiser.module, denoiser.diffusion, denoiser.patches
         self.names = base.names
         self.routing = family.routing
@@ -341,11 +348,25 @@ class TrainableDenoiser(Trainable):
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         if conditioning.texts:
             encoder = self.denoiser.base.text_encoder
-            if self.word is not None:
-                encoder = self.word.read_by(encoder)
+            if self._reading is not None:
+                encoder, vectors, strength = self._reading
+                vectors.reads_words = strength_now(strength) != 0
             encoded = encoder.encode_again(conditioning, [*(self.encoders or ())])
             conditioning = encoded.to(latents.device, latents.dtype)
         return self.denoiser.predict(latents, time, conditioning)
+
+    @contextlib.contextmanager
+    def texts_read(self, strength: float | Dial) -> Iterator[None]:
+        if self.encoders is None:
+            yield
+            return
+        encoder = self.denoiser.base.text_encoder
+        with (encoder if self.word is None else self.word.read_by(encoder)).reading() as (reader, vectors):
+            self._reading = reader, vectors, strength
+            try:
+                yield
+            finally:
+                self._reading = None
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         joined = self.denoiser.base.family.join(conditionings)

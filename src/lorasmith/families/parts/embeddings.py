@@ -96,6 +96,7 @@ class Vectors:
         self, words: Sequence[Word], files: EmbeddingFiles | None, places: Mapping[str, Place], *, quiet: bool = False
     ) -> None:
         self.words = {word.text.casefold(): word for word in words}
+        self.reads_words = True  # otherwise they are text
         self._files = files
         self._places = places
         self._found: dict[str, Mapping[str, Tensor] | None] = {}
@@ -108,7 +109,7 @@ class Vectors:
 
     def named(self, name: str) -> Mapping[str, Tensor] | None:
         """The vectors of `embedding:name` by component; None if there are none of that name."""
-        if (word := self.words.get(name.casefold())) is not None:
+        if self.reads_words and (word := self.words.get(name.casefold())) is not None:
             return word.vectors
         if name not in self._found:
             content = None if self._files is None else self._files.find(name)
@@ -153,7 +154,7 @@ class VectorTokenizer:
         return getattr(self._tokenizer, name)
 
     def __call__(self, text: str, add_special_tokens: bool = True, **settings: Any) -> Any:
-        pieces = list(_pieces(text, self._vectors, self._pattern))
+        pieces = self._cut(text)
         if pieces == [text]:
             return self._tokenizer(text, add_special_tokens=add_special_tokens, **settings)
         from transformers import BatchEncoding
@@ -167,7 +168,10 @@ class VectorTokenizer:
 
     def groups(self, text: str) -> list[list[int]]:
         """The ids of each stretch of text and of each file or word."""
-        return [self._ids_of(piece) for piece in _pieces(text, self._vectors, self._pattern)]
+        return [self._ids_of(piece) for piece in self._cut(text)]
+
+    def _cut(self, text: str) -> list[str | Mapping[str, Tensor]]:
+        return list(_pieces(text, self._vectors, self._pattern if self._vectors.reads_words else None))
 
     def _ids_of(self, piece: str | Mapping[str, Tensor]) -> list[int]:
         if isinstance(piece, str):
@@ -192,12 +196,12 @@ def token_groups(tokenizer: Any, text: str) -> list[list[int]]:
 def vectors_read(layer: nn.Module, rows: Sequence[Tensor]) -> Iterator[None]:
     """Inside the context, an embedding layer returns `rows` for ids below zero, differentiable; its table gets none.
 
-    `rows` may grow until the layer is called.
+    `rows` may grow until the layer is called. What computes the layer again must be inside, too.
     """
     own, plain = layer.__dict__.get("forward"), layer.forward
 
     def forward(ids: Tensor) -> Tensor:
-        states: Tensor = plain(ids.clamp(min=0))
+        states: Tensor = plain(ids.clamp(min=0) if rows else ids)
         if not rows:
             return states
         vectors = F.embedding((-1 - ids).clamp(min=0), torch.cat([one.to(states) for one in rows]))
