@@ -432,7 +432,7 @@ class TextEncoder:
         Yields a handle for them, and the vectors that it reads.
         """
         vectors = self._vectors()
-        with self._reads(vectors) as encoders:
+        with self._reads(vectors, always=True) as encoders:
             yield replace(self, encoders=encoders, embeddings=None, words=()), vectors
 
     @contextlib.contextmanager
@@ -449,12 +449,14 @@ class TextEncoder:
             yield encoders
 
     @contextlib.contextmanager
-    def _reads(self, vectors: Vectors) -> Iterator[TextEncoders]:
+    def _reads(self, vectors: Vectors, *, always: bool = False) -> Iterator[TextEncoders]:
         tokenizers = dict(self.encoders.tokenizers)
         with contextlib.ExitStack() as stack:
             for name, module in self.encoders.modules.items():
-                if self.place_of(name) is not None:
+                if (place := self.place_of(name)) is not None:
                     tokenizers[name] = tokenizer = VectorTokenizer(tokenizers[name], name, vectors)
+                    if always:
+                        tokenizer.prepare(place.width)
                     stack.enter_context(vectors_read(self.kind_of(name).embedding_layer(module), tokenizer.rows))
             yield TextEncoders(self.encoders.modules, tokenizers)
 

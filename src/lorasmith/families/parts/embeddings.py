@@ -166,6 +166,12 @@ class VectorTokenizer:
             ids = [*whole[:start], *ids, *whole[start + len(plain) :]]
         return BatchEncoding({"input_ids": ids})
 
+    def prepare(self, width: int) -> None:
+        """Meet all words at once, so that layers do the same when they are recomputed after further prompts."""
+        self.rows.append(torch.zeros(1, width))
+        for word in self._vectors.words.values():
+            self._ids_of(word.vectors)
+
     def groups(self, text: str) -> list[list[int]]:
         """The ids of each stretch of text and of each file or word."""
         return [self._ids_of(piece) for piece in self._cut(text)]
