@@ -40,13 +40,13 @@ def measured(folder: Path, *, steps: int, seeds: int) -> dict[str, float]:
     judge = Judge.load()
     runs: dict[str, dict[str, Any]] = {
         "word": {**ALONE, "new_word_vectors": 1},
-        "word of 4 vectors": {**ALONE, "new_word_vectors": 4},
+        "word of 2 vectors": {**ALONE, "new_word_vectors": 2},
         "LoRA": {},
         "both": {"new_word": WORD},
     }
     found: dict[str, float] = {}
     for name, settings in runs.items():
-        result, base = trained(folder, steps=steps, trigger=WORD, **settings)
+        result, base = trained(folder, steps=steps, trigger=WORD, previews="", **settings)
         if not found:
             found["base"] = score(base, base.base.text_encoder, judge, seeds=seeds)
         found[name] = score(*with_loras(base, base.base.text_encoder, [(result.lora, 1.0)]), judge, seeds=seeds)
@@ -56,7 +56,7 @@ def measured(folder: Path, *, steps: int, seeds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=4)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("LORASMITH_CACHE_DIR", folder)

@@ -100,7 +100,9 @@ KEYS = {
 
 def test_a_new_word_has_vectors_for_each_encoder(model: Model, data: EncodedDataset, tmp_path: Path) -> None:
     word: dict[str, Any] = {"new_word": "fox", "new_word_vectors": 3, "new_word_t5": True}
-    _, live = step(model, data, new_word="fox", new_word_start="fox")  # T5 reads it as text
+    tokens = len(model.components.tokenizers["text_encoder"]("fox", add_special_tokens=False).input_ids)
+    same = {"new_word": "fox", "new_word_start": "fox", "new_word_vectors": tokens}
+    _, live = step(model, data, **same)  # T5 reads it as text
     _, cached = step(model, data)
     torch.testing.assert_close(live, cached, rtol=1e-5, atol=1e-6)
     engine, _ = step(model, data, targets="none", **word)
