@@ -51,7 +51,7 @@ def test_previews_are_drawn_with_the_trained_encoder(images: Path, tmp_path: Pat
 
 def test_previews_are_drawn_with_the_new_word(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "word"
-    first, last, half = drawn(images, folder, targets="none", new_word="cat", new_word_rate=0.05)
+    first, last, half = drawn(images, folder, trigger="cat", targets="none", new_word="cat", new_word_rate=0.05)
     assert min(first, last) > 2 and first != last == half, "a word has no strength"
     assert json.loads((folder / "run.json").read_text())["config"]["new_word_rate"] == 0.05
     bundle, _ = read_safetensors(folder / "cat.safetensors")
@@ -60,7 +60,7 @@ def test_previews_are_drawn_with_the_new_word(images: Path, tmp_path: Path) -> N
 
 
 def test_a_run_with_a_new_word_is_resumed_to_the_bit(images: Path, tmp_path: Path) -> None:
-    word = {"new_word": "cat", "new_word_vectors": 2, "steps": 3}
+    word = {"trigger": "cat", "new_word": "cat", "new_word_vectors": 2, "steps": 3}
     run(planned(images, tmp_path / "whole", **word), Host())
     run(planned(images, tmp_path / "two", **word), Audience(stop_at=1))
     run(planned(images, tmp_path / "two", **word), Host())

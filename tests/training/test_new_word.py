@@ -261,6 +261,13 @@ def test_refusals(tiny: Model, data: EncodedDataset) -> None:
         plan_job(Trainable(torch.nn.Linear(4, 4)), TrainConfig(new_word="sks"), "cpu")
     with pytest.raises(OptionError, match="targets none leaves nothing to train; set new_word"):
         plan_job(tiny.denoiser, TrainConfig(targets="none"), "cpu")
+    alone: dict[str, Any] = {"new_word": "sks", "targets": "none", "steps": 3}
+    with pytest.raises(OptionError, match="new_word_steps 2 leaves nothing to train afterwards with targets none"):
+        plan_job(tiny.denoiser, TrainConfig(new_word_steps=2, **alone), "cpu")
+    with pytest.raises(OptionError, match="weight_change is of the layers of a LoRA, and there are none"):
+        plan_job(tiny.denoiser, TrainConfig(weight_change=0.1, **alone), "cpu")
+    notes = plan_job(tiny.denoiser, TrainConfig(rank=3, new_word_vectors=2, learning_rate=1e-3, **alone), "cpu").notes
+    assert "rank has no effect: there are no targets." in notes and "learning_rate" not in " ".join(notes)
     for word in ("two words", "a.b", "(x)", "--", "x" * 61):
         with pytest.raises(OptionError, match="new_word must be one word of at most 60"):
             TrainConfig(new_word=word)

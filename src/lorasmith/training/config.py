@@ -694,12 +694,11 @@ class TextEncoderSettings(Section, group="Text encoders"):
         "NAME_emb.safetensors.",
     )
     new_word_vectors: int = option(
-        1, min=1, max=64, of_fresh=True, help="Vectors of the new word, each of which takes the place of a token."
+        1, min=1, max=64, help="Vectors of the new word, each of which takes the place of a token."
     )
     new_word_start: str | None = option(
         None,
         is_prompt=True,
-        of_fresh=True,
         help="Text from whose tokens the new word starts, such as the name of the class. Default: random vectors.",
     )
     new_word_rate: float | None = option(

@@ -199,8 +199,14 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     )
     if model.word is not None:
         rates[NEW_WORD] = _word_rate(config)
-    if not (adapters or text_adapters or model.word):
-        raise OptionError(f"targets {NO_TARGETS} leaves nothing to train; set new_word, or choose layers")
+    if not (adapters or text_adapters or differences):
+        if model.word is None:
+            raise OptionError(f"targets {NO_TARGETS} leaves nothing to train; set new_word, or choose layers")
+        if config.new_word_steps is not None and config.new_word_steps < config.steps:
+            raise OptionError(
+                f"new_word_steps {config.new_word_steps} leaves nothing to train afterwards with targets {NO_TARGETS}; "
+                "set steps to it"
+            )
     check_optimizer(
         config.optimizer,
         weight_decay=config.weight_decay,
@@ -222,6 +228,11 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
         existing.carried,
         (
             *existing.notes(len(fresh.adapters) + fresh_text),
+            *(
+                ["new_word_start has no effect: the word continues the vectors of existing_lora."]
+                if config.new_word_start and existing.carried.words
+                else []
+            ),
             *([f"{beneath}."] if beneath else []),
             *_on_device(requested, model.module, device),
             *notes_on_products(requested, model, device),

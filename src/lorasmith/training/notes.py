@@ -229,12 +229,10 @@ def _on_own_values(
         name for name, declared in options_of(TrainConfig).items() if declared.of_fresh and not config.is_default(name)
     ]
     if not plan.adapters and idle:
-        yield (
-            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "
-            "existing_lora with its own values."
-        )
+        why = "every target continues existing_lora with its own values" if adapters else "there are no targets"
+        yield f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: {why}."
     rated = [adapter for adapter in plan.adapters if adapter.learning_rate is not None]
-    if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
+    if config.learning_rate is not None and len(rated) == len(adapters) > 0 and not differences:
         yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
 
 
