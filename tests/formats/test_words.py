@@ -15,6 +15,7 @@ from lorasmith.formats.inspect import describe, faults_of
 from lorasmith.formats.lora_file import bundle_of
 from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.lora_files import read_lora
+from lorasmith.toolbox.merge import merge_loras
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
@@ -61,6 +62,13 @@ def test_they_are_listed_and_no_fault(lora: Lora, tmp_path: Path) -> None:
     faults = faults_of(*read_safetensors(path), None, is_model_sure=True)
     assert not [one for one in (*found.findings, *(fault.problem for fault in faults)) if "bundle" in one]
     assert sorted(read_lora(path, lora.names).unknown) == ["bundle_emb.<s0>.clip_l", "bundle_emb.sks.clip_l"]
+
+
+def test_tools_keep_them(lora: Lora, tmp_path: Path) -> None:
+    path = lora.save(tmp_path / "a.safetensors")
+    report = merge_loras([(path, 1.0)], tmp_path / "merged.safetensors")
+    assert report.left_out == {}
+    assert equal(bundle_of(read_safetensors(tmp_path / "merged.safetensors")[0])[0])
 
 
 def test_diffusers_gets_no_words(lora: Lora, tmp_path: Path) -> None:
