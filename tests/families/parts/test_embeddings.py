@@ -131,6 +131,7 @@ def test_no_file_runs_code_or_breaks_a_prompt(folder: Path, capsys: pytest.Captu
     (folder / "bad.pt").write_bytes(pickle.dumps(_Ran()))
     torch.save({"string_to_param": {"*": vectors(1, 0)}, "other": _Ran()}, folder / "worse.pt")
     torch.save([1, {"a": "text"}], folder / "odd.bin")
+    torch.save({1: 2, "bundle_emb.a.clip_l": torch.tensor(1.0)}, folder / "keys.pt")
     save_file({"clip_l": torch.full((1, WIDTH), float("nan"))}, folder / "nan.safetensors")
     (folder / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     (folder / "a.safetensors").mkdir()
@@ -138,6 +139,6 @@ def test_no_file_runs_code_or_breaks_a_prompt(folder: Path, capsys: pytest.Captu
     for name in ("bad", "worse", "nan", "cut"):
         with pytest.raises(ModelError, match=r"; "):
             reader.groups(f"embedding:{name}")
-    assert reader.groups("embedding:odd") == [[]]
+    assert reader.groups("embedding:odd") == reader.groups("embedding:keys") == [[]]
     assert reader.groups("embedding:a") == reader.groups("embedding:" + "x" * 5000) == []
     assert capsys.readouterr().out == ""

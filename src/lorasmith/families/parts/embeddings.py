@@ -248,9 +248,11 @@ def _pieces(
                 yield found
         end = 0
         for match in pattern.finditer(rest) if pattern is not None else ():
+            if (word := vectors.words.get(match[0].casefold())) is None:  # a letter with several lower cases
+                continue
             if match.start() > end:
                 yield rest[end : match.start()]
-            yield vectors.words[match[0].casefold()].vectors
+            yield word.vectors
             end = match.end()
         if end < len(rest):
             yield rest[end:]
@@ -292,8 +294,8 @@ def _chosen(content: Mapping[str, Any] | Sequence[Any], place: Place) -> Tensor 
     elif place.key in content:
         found = content[place.key]
     else:
-        found = bundled(content, "string_to_param.*")
-        found = bundled(content, place.key) if found is None else found
+        found = _bundled(content, "string_to_param.*", place.width)
+        found = _bundled(content, place.key, place.width) if found is None else found
         found = next(iter(content.values()), None) if found is None else found
     return _checked(found, place)
 
@@ -315,13 +317,10 @@ def _checked(found: object, place: Place) -> Tensor | None:
     return found
 
 
-def bundled(content: Mapping[str, Any], key: str) -> Tensor | None:
-    """The vectors of all words in a LoRA file, one after another, under a key."""
-    found = [
-        _rows(one)
-        for name, one in content.items()
-        if name.startswith(BUNDLE) and name.endswith(f".{key}") and isinstance(one, Tensor)
-    ]
+def _bundled(content: Mapping[Any, Any], key: str, width: int) -> Tensor | None:
+    """The vectors of this width of all words in a LoRA file, one after another, under a key."""
+    named = [one for name, one in content.items() if str(name).startswith(BUNDLE) and str(name).endswith(f".{key}")]
+    found = [_rows(one) for one in named if isinstance(one, Tensor) and one.shape[-1:] == (width,)]
     return torch.cat(found) if found else None
 
 
