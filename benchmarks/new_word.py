@@ -23,7 +23,7 @@ from tools.pretrain.judge import Judge
 
 WORD = "sks"
 PROMPTS = (WORD, f"{WORD}, on a white background", f"{WORD}, noto style")
-ALONE: dict[str, Any] = {"new_word": WORD, "new_word_rate": 0.02, "targets": "none"}
+ALONE: dict[str, Any] = {"new_word": WORD, "targets": "none"}
 
 
 def score(denoiser: Denoiser, encoder: TextEncoder, judge: Judge, *, seeds: int) -> float:

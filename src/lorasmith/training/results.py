@@ -29,8 +29,8 @@ from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
-from lorasmith.formats.container import write_safetensors
 from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.metadata import (
     AVERAGE_ENTRY,
     RANKS_ENTRY,
