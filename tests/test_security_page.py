@@ -28,6 +28,7 @@ from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.saved_samples import read_comfyui_dataset, read_samples
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.families.parts.encoders import folder_tokenizer
 from lorasmith.formats.lora_file import load_lora
 from lorasmith.nodes import load_nodes
@@ -225,6 +226,20 @@ def checkpoint(tmp_path: Path) -> None:
         load_model(tmp_path / "m.gguf")
 
 
+def embedding(tmp_path: Path) -> None:
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    torch.save({"string_to_param": {"*": Ran()}}, folder / "a.pt")
+    (folder / "b.bin").write_bytes(pickle.dumps(Ran()))
+    files = EmbeddingFiles(Folders.of("embeddings", folder))
+    for name in ("a", "b"):
+        with pytest.raises(ModelError):
+            files.find(name)
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    for name in ("../secret", str(tmp_path / "secret"), "x/../../secret", "..\\secret", "\0"):
+        assert files.find(name) is None
+
+
 def diffusers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "raise SystemExit('code of a folder was run')"
     (tmp_path / "evil.py").write_text(code)
@@ -399,6 +414,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "run folder (`resume`)": state,
     "run folder (`report`)": report,
     "checkpoint or GGUF": checkpoint,
+    "embedding (`embedding:name` in prompts)": embedding,
     "diffusers folder": diffusers_folder,
     "workflow": workflow,
     "saved data set (`LoadTrainingDataset`)": dataset,

@@ -34,6 +34,7 @@ OTHERS: dict[str, Any] = {
     "preserve": "blank", "preserve_class": "dog", "prior_target": "model", "huber_schedule": "snr", "pairs": "slider",
     "guidance_loss": "2-4",
     "guidance_loss_schedule": "sigma", "slider_positive": "a|b", "slider_negative": "-c", "slider_neutral": "d",
+    "new_word": "<ohwx>", "new_word_start": "-a dog",
     "slider_anchors": "e|f", "previews": "-a fox |\nb", "targets": "",
     "existing_lora": "gone.safetensors", "existing_state": "/states/1.safetensors",
     "training_adapter": "absent.safetensors", "optimizer_args": "betas=(0.9, 0.99)", "preview_strengths": "",

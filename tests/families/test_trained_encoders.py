@@ -89,6 +89,36 @@ def test_every_layer_that_has_an_adapter_learns(model: Model, data: EncodedDatas
     assert [name for name, norm in of_text.items() if norm == 0] == []
 
 
+KEYS = {
+    "sd1": ["clip_l"],
+    "sdxl": ["clip_l", "clip_g"],
+    "sd3": ["clip_l", "clip_g", "t5xxl"],
+    "flux1": ["clip_l", "t5xxl"],
+}
+"""Of the vectors of a new word."""
+
+
+def test_a_new_word_has_vectors_for_each_encoder(model: Model, data: EncodedDataset, tmp_path: Path) -> None:
+    word: dict[str, Any] = {"new_word": "fox", "new_word_vectors": 3, "new_word_t5": True}
+    tokens = len(model.components.tokenizers["text_encoder"]("fox", add_special_tokens=False).input_ids)
+    same = {"new_word": "fox", "new_word_start": "fox", "new_word_vectors": tokens}
+    _, live = step(model, data, **same)  # T5 reads it as text
+    _, cached = step(model, data)
+    torch.testing.assert_close(live, cached, rtol=1e-5, atol=1e-6)
+    engine, _ = step(model, data, targets="none", **word)
+    norms = {name: float(engine.flat.view(engine.flat.grad, name).norm()) for name in engine.flat.parameters}
+    assert len(norms) == len(KEYS[model.family.name]) and min(norms.values()) > 0
+    result = train(model, data, steps=1, targets="attention", rank=2, training_dtype="fp32", batch_size=4, **word)
+    path = result.lora.save(tmp_path / "a.safetensors")
+    loaded = Lora.load(path, model)
+    assert list(loaded.state.words["fox"]) == sorted(KEYS[model.family.name])
+    for key, one in result.lora.state.words["fox"].items():
+        assert torch.equal(one, loaded.state.words["fox"][key])
+    encoder = loaded.applied(None, model.text_encoder).encoder
+    before, after = (one.encode("a fox").tensors for one in (model.text_encoder, encoder))
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_files_have_the_keys_of_the_field_and_are_applied_as_they_were_trained(
     model: Model, data: EncodedDataset, tmp_path: Path
 ) -> None:
@@ -124,5 +154,6 @@ def test_a_family_without_such_encoders_refuses(tmp_path: Path) -> None:
     from tiny_wan import WAN
 
     wan = WAN.loaded(WAN.saved(tmp_path))
-    with pytest.raises(OptionError, match="train_text_encoder needs a model with text encoders"):
-        plan_job(wan.denoiser, TrainConfig(train_text_encoder=True), "cpu")
+    for setting in ("train_text_encoder", "new_word"):
+        with pytest.raises(OptionError, match=f"{setting} needs a model with text encoders"):
+            plan_job(wan.denoiser, TrainConfig(**{setting: True if setting == "train_text_encoder" else "x"}), "cpu")

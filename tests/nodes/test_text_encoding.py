@@ -7,6 +7,7 @@ import pytest
 import sdxl_models
 import torch
 from flux_files import save_flux_files
+from safetensors.torch import save_file
 
 from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Conditioning
@@ -33,6 +34,25 @@ def test_a_prompt_becomes_one_conditioning_with_its_text(bench: Any, tiny: Model
     assert plain.text == "a fox"
     assert plain.tensors["context"].shape == weighted.tensors["context"].shape
     assert not torch.equal(plain.tensors["context"], weighted.tensors["context"])
+
+
+def test_embeddings_are_read_from_their_folder(bench: Any, tiny: Model) -> None:
+    folder = bench.folders.base / "models" / "embeddings"
+    folder.mkdir(parents=True)
+    width = tiny.text_encoder.place_of("text_encoder").width  # type: ignore[union-attr]
+    save_file({"clip_l": torch.ones(2, width)}, folder / "word.safetensors")
+
+    def context(text: str) -> torch.Tensor:
+        (found,) = bench.one("CLIPTextEncode", text=text, clip=tiny.text_encoder)
+        assert found.text == text
+        tensor: torch.Tensor = found.tensors["context"]
+        return tensor
+
+    assert not torch.equal(context("a embedding:word cat"), context("a cat"))
+    assert bench.messages("warning") == []
+    assert torch.equal(context("a embedding:none cat"), context("a cat"))
+    (warning,) = bench.messages("warning")
+    assert warning.startswith("no 'none' among the embeddings; put its file into")
 
 
 def test_stopping_a_layer_earlier_skips_one(bench: Any, tiny: Model) -> None:

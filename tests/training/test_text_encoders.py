@@ -228,9 +228,9 @@ def test_captions_that_vary_are_not_encoded_ahead(
     texts: list[str] = []
     again = TextEncoder.encode_again
 
-    def encode_again(self: TextEncoder, batch: Conditioning) -> Conditioning:
+    def encode_again(self: TextEncoder, batch: Conditioning, components: list[str]) -> Conditioning:
         texts.extend(batch.texts)
-        return again(self, batch)
+        return again(self, batch, components)
 
     def encode(self: object, *args: object) -> None:
         raise AssertionError("captions are encoded in the step")

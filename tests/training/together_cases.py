@@ -108,7 +108,15 @@ CASES: dict[str, Case] = {
     "differences": _random(differences="norms+biases", learning_rate=1e-3),
     # What is drawn, kept and weighted.
     "dropout": _random(rank_dropout=0.3, module_dropout=0.2, grad_accumulation_steps=2),
-    "text encoders": _random(train_text_encoder=True, text_encoder_rate=0.05, text_encoder_steps=2, sharding=True),
+    "text encoders": _random(
+        train_text_encoder=True,
+        text_encoder_rate=0.05,
+        text_encoder_steps=2,
+        sharding=True,
+        new_word="a",
+        new_word_vectors=2,
+        new_word_steps=3,
+    ),
     "average": _random(ema_decay=0.9, post_hoc_ema=2),
     "recomputed": _random(checkpoint_depth=1),
     "measured memory": _random(batch_size=1, grad_accumulation_steps=4, activations="auto"),

@@ -83,6 +83,7 @@ def _print_summary(summary: LoraSummary) -> None:
         **({"DoRA": f"magnitudes per {_counts(summary.magnitudes)}"} if summary.magnitudes else {}),
         "Modules": _counts(summary.components),
         "Layers": _counts(summary.layers),
+        **({"Words": _words(summary.words)} if summary.words else {}),
         **{
             label: _counts(found)
             for label, found in {
@@ -132,6 +133,14 @@ def _print_section(title: str, entries: Mapping[str, str]) -> None:
     console.print(table)
     if len(entries) > _MOST_ROWS:
         echo(f"  and {len(entries) - _MOST_ROWS:,} more; --json has all")
+
+
+def _words(words: Mapping[str, Mapping[str, int]]) -> str:
+    """`sks (2 for clip_l)`."""
+    return ", ".join(
+        f"{word} ({', '.join(f'{count} for {key}' for key, count in vectors.items())})"
+        for word, vectors in words.items()
+    )
 
 
 def _counts(counted: Mapping[Any, int]) -> str:

@@ -202,7 +202,7 @@ def _number(value: float | None) -> str:
 
 _PLAN_SETTINGS = (
     "batch_size", "algorithm", "rank", "targets", "differences", "dora", "tucker", "training_dtype",
-    "train_text_encoder", "text_encoder_rank",
+    "train_text_encoder", "text_encoder_rank", "new_word", "new_word_t5",
 )  # fmt: skip
 """Options that affect memory and are not proposed by the command itself."""
 

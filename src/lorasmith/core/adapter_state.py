@@ -62,12 +62,15 @@ class AdapterState:
             norm and bias differences of LyCORIS and ComfyUI (`diff`, `diff_b`, `w_norm`, `b_norm`).
         unknown: tensors that no layout could attribute, by their key in the file; kept unchanged.
         metadata: as in a safetensors header.
+        words: words that it was trained with, and their vectors, (number, width), by the text encoder's key in
+            embedding files (`clip_l`).
     """
 
     adapters: dict[ModuleRef, AdapterWeights] = field(default_factory=dict)
     differences: dict[ModuleRef, dict[str, Tensor]] = field(default_factory=dict)
     unknown: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def with_metadata(self, extra: Mapping[str, str]) -> AdapterState:
         return replace(self, metadata={**self.metadata, **extra})

@@ -1,6 +1,6 @@
 """ComfyUI's folder layout for models, inputs and outputs, and finding files in it.
 
-    <base>/models/{checkpoints,loras,vae,diffusion_models,unet,text_encoders,clip,...}
+    <base>/models/{checkpoints,loras,vae,diffusion_models,unet,text_encoders,clip,embeddings,...}
     <base>/{input,output,temp}          output/loras is also searched for LoRAs
     <base>/datasets                     saved training data sets, each a folder of shards
 
@@ -40,6 +40,9 @@ BUILT_IN_BASE = TINY.folder
 
 MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Extensions of model files in lists. Pickled kinds are included so that loading one explains why it is refused."""
+
+EMBEDDING_EXTENSIONS = (".safetensors", ".pt", ".bin")
+"""Extensions of embeddings, in ComfyUI's order."""
 
 MAX_STEM_BYTES = 200
 """Limit for names that users choose; systems allow 255 bytes, and numbers and suffixes are added."""
@@ -97,6 +100,11 @@ class Folders:
         preferred, extra = read_extra_model_paths(file)
         return cls(base, extra=extra, preferred=preferred, follow_links=follow_links)
 
+    @classmethod
+    def of(cls, kind: str, folder: Path) -> Folders:
+        """A folder of models of one kind alone."""
+        return cls(folder, preferred={kind: (folder,)})
+
     @property
     def output(self) -> Path:
         return self.base / "output"
@@ -131,6 +139,21 @@ class Folders:
             f"no {name!r} among {kind}{nearest(name, self.files(kind))}; "
             f"put it into {self.roots(kind)[0]} or choose one that is there"
         )
+
+    def embedding(self, name: str) -> Path | None:
+        """The file of an embedding, whose name may lack its suffix and its subfolder; None without one."""
+        kind = "embeddings"
+        try:
+            relative = _contained(name, "a name of an embedding", ModelError)
+        except ModelError:
+            return None
+        wanted = [relative.as_posix() + suffix for suffix in ("", *EMBEDDING_EXTENSIONS)]
+        direct = (root / one for root in self.roots(kind) for one in wanted)
+        if (found := next(filter(is_regular, direct), None)) is not None:
+            return found
+        files = self.files(kind, EMBEDDING_EXTENSIONS)
+        below = next((file for one in wanted for file in files if file.endswith(f"/{one}")), None)
+        return None if below is None else self.find(kind, below)
 
     def place(self, place: Place) -> Path:
         return self.base / place

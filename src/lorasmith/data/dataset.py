@@ -356,8 +356,9 @@ class EncodedCaptions:
     """Captions and their conditionings (batch of 1, on the CPU).
 
     `encode` (text, and pixels of what is seen beside it, if anything) is called inside `ready`, a context in which the
-    encoder is on its device. `entries` is a context with the encoder's cache entries, or None. `memory_bytes` is the
-    most that a run's conditionings may take; `encoder_bytes` is the encoder's memory.
+    encoder is on its device. `vectors` are the digests of the embedding files that a text names, by name. `entries` is
+    a context with the encoder's cache entries, or None. `memory_bytes` is the most that a run's conditionings may take;
+    `encoder_bytes` is the encoder's memory.
     """
 
     def __init__(
@@ -366,9 +367,11 @@ class EncodedCaptions:
         *,
         ready: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         entries: Callable[[], AbstractContextManager[CacheEntries | None]] = contextlib.nullcontext,
+        vectors: Callable[[str], Mapping[str, str]] = lambda text: {},
         memory_bytes: int = 2**32,
         encoder_bytes: int = 0,
     ) -> None:
+        self.vectors = vectors
         self.memory_bytes = memory_bytes
         self.encoder_bytes = encoder_bytes
         self._encode = encode
@@ -406,7 +409,8 @@ class EncodedCaptions:
             is_ready = False
             for done, caption in enumerate(missing, start=1):
                 text, seen = parts_of(caption)
-                key = key_of(caption=text, **({"pictures": [one.key for one in seen]} if seen else {}))
+                beside = {"pictures": [one.key for one in seen], "embeddings": self.vectors(text)}
+                key = key_of(caption=text, **{name: one for name, one in beside.items() if one})
                 found = None if entries is None else _conditioning(text, entries.get(key))
                 if found is None:
                     if not is_ready:  # where all are in the cache, the encoder is not even read

@@ -1,8 +1,8 @@
 """Digests of encoders: two with equal digests compute the same latents, or the same conditioning.
 
-A digest covers the tensors of every network (packed weights by their codes) and of the LoRAs on it, its configuration
-and tokenizer, its dtype, the options of encoding, and the versions of the code that computes. Device and thread number,
-which change the last bits, are not covered.
+A digest covers the tensors of every network (packed weights by their codes), of the LoRAs on it and of their words,
+its configuration and tokenizer, its dtype, the options of encoding, and the versions of the code that computes. Device
+and thread number, which change the last bits, are not covered.
 
 Hashing reads all weights. For networks on memory-mapped files the digest is remembered (`encodings/digests/<key>.json`)
 under the files' state when they were mapped (path, size, times, inode), the tensors' offsets and a few values of each.
@@ -74,6 +74,8 @@ def text_encoder_digest(
             "patches": digest_of_tensors(patch_tensors(patches)) if patches else "",
             "tokenizer": _tokenizer_digest(encoder.encoders.tokenizers.get(name)),
         }
+        if words := sorted((word.text, word.vectors[name]) for word in encoder.words if name in word.vectors):
+            networks[name] |= {"words": digest_of_tensors(words)}
         if sight is not None and (tower := encoder.tower(name)) is not None:
             networks[name] |= {"tower": network_digest(f"{name} tower", tower, remembered), "sight": asdict(sight)}
     return key_of(

@@ -195,6 +195,7 @@ def encode_scan(
     text_digest = partial(text_encoder_digest, device=where, sight=sight)
     captions = EncodedCaptions(
         partial(encoder.encode, sight=sight),
+        vectors=encoder.vectors_in,
         ready=lambda: encoder.active(where, sees=sight is not None),
         entries=lambda: _entries(cache, text_digest, model, f"text encoders of {model.title}", hash_progress),
         memory_bytes=int(config.caption_memory * 2**30),
@@ -280,6 +281,7 @@ def encoded_texts(
     cache = default_cache()
     captions = EncodedCaptions(
         encoder.encode,
+        vectors=encoder.vectors_in,
         ready=encoder.active,
         entries=lambda: _entries(
             cache, text_encoder_digest, encoder, f"text encoders of {encoder.title}", hash_progress
@@ -431,7 +433,14 @@ def _sample(
         plain.latents,
         pictures.sized(captions[SeenCaption.of(image.caption, plain.seen)], plain.size).with_beside(plain.beside),
         name,
-        _digest(framed, controls, rules, config, given=sorted(plain.beside)),
+        _digest(
+            framed,
+            controls,
+            rules,
+            config,
+            given=sorted(plain.beside),
+            vectors=captions.vectors("\n".join((image.caption, *image.captions))),
+        ),
         weight=image.weight,
         places=plain.places,
         is_class=image.is_class,
@@ -442,7 +451,13 @@ def _sample(
 
 
 def _digest(
-    framed: FramedImage, controls: _EncodedControls, rules: CaptionRules, config: DataConfig, *, given: Sequence[str]
+    framed: FramedImage,
+    controls: _EncodedControls,
+    rules: CaptionRules,
+    config: DataConfig,
+    *,
+    given: Sequence[str],
+    vectors: Mapping[str, str],
 ) -> str:
     """Hash of everything that a sample is made of except the model."""
     image, masks = framed.image, (config.mask_inside, config.mask_outside, config.mask_normalize)
@@ -455,4 +470,5 @@ def _digest(
         is_class=image.is_class,
         **({"controls": controls.keys or given, "control_dropout": config.control_dropout} if given else {}),
         **({"opposites": controls.keys} if config.controls == "opposite" else {}),
+        **({"embeddings": vectors} if vectors else {}),
     )

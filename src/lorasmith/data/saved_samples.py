@@ -8,10 +8,7 @@ was written bit for bit, with its lists and batches. The files are untrusted, so
 
 Folders of ComfyUI's SaveTrainingDataset are read by the same rules. Their shards are torch files (zip archives) with
 `latents`, a list of `{"samples": tensor}`, and `conditioning`, a list of lists of pairs
-`[context, {"pooled_output": tensor, ...}]`. Pickles can run code. torch reads these with `weights_only`, which runs
-none, and memory-mapped, where no tensor reaches beyond the file. Even this reader calls more functions than a dataset
-needs, some of which allocate what a file asks for, so the names in a pickle are checked first, and only those of
-tensors pass.
+`[context, {"pooled_output": tensor, ...}]`, which `core.tensor_pickles` reads without running their code.
 """
 
 from __future__ import annotations
@@ -19,10 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import pickletools
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +26,10 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError, OutputError
-from lorasmith.core.files import atomic_folder, atomic_path, is_folder, open_regular, read_regular, write_atomic
+from lorasmith.core.files import atomic_folder, atomic_path, is_folder, read_regular, write_atomic
 from lorasmith.core.folders import DATASET_SHARD
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.tensor_pickles import unpickled
 from lorasmith.core.typed_json import typed
 from lorasmith.families.base import Conditioning
 from lorasmith.formats.container import count_non_finite, read_safetensors, serialised
@@ -48,16 +43,6 @@ _OWN_FILES = re.compile(rf"{re.escape(INDEX)}|metadata\.json|{DATASET_SHARD}\d+\
 """Files of a saved data set, ours or ComfyUI's: a folder with other files is not overwritten."""
 
 _AGAIN = "get the data set again, or save it again"
-_ALLOWED = re.compile(
-    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
-)
-"""Globals that a shard's pickle may name: tensors, and the empty dictionary of hooks that each has."""
-
-_MOST_PICKLE_BYTES = 64 * 2**20
-_SPARE_OPCODES, _BYTES_PER_OPCODE = 100_000, 16
-"""A latent has some 40 opcodes, and at least 512 bytes. Each opcode may make an object of a hundred bytes."""
-
-_DEEPEST_TUPLE = 10  # that of a tensor has 2
 _MOST_CONDITIONINGS = 100_000
 _IDS, _WEIGHTS = "t5xxl_ids", "t5xxl_weights"
 """Options of a prompt's T5 tokens, without a batch, which a denoiser with a text adapter reads."""
@@ -67,10 +52,6 @@ _OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_perc
 _LATENT_KEYS = frozenset({"samples", "downscale_ratio_spacial"})
 _COMFYUI_AGAIN = "save it again with ComfyUI, or get it again"
 _LISTS = ("latents", "conditioning")
-_REFUSED = frozenset({
-    "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "FROZENSET", "MEMOIZE",
-})  # fmt: skip
-"""Opcodes that import functions and classes, and those of protocols that torch does not write."""
 
 
 class LatentBatch(NamedTuple):
@@ -371,68 +352,6 @@ def _comfyui_shards(folder: Path) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def _unpickled(path: Path) -> Any:
-    try:
-        _check_pickle(path)
-        # Mapped, a tensor whose size a file exaggerates is refused instead of read from beyond its bytes.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or 'damaged'}); {_COMFYUI_AGAIN}") from error
-    except Exception as error:  # torch's reader raises whatever the damage leads to
-        raise DataError(
-            f"{path} must be a shard of ComfyUI's with tensors alone, and cannot be read; {_COMFYUI_AGAIN}"
-        ) from error
-
-
-def _check_pickle(path: Path) -> None:
-    """Raise DataError for a shard that is not a torch file, or whose pickle refers to more than tensors.
-
-    Damaged archives and pickles may raise any other exception.
-    """
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        pickles = [one for one in entries if one.filename.rpartition("/")[2] == "data.pkl"]
-        is_packed = any(one.compress_type or one.file_size != one.compress_size for one in entries)
-        if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE_BYTES or is_packed:
-            raise DataError(f"{path} must be one torch file, and is not; {_COMFYUI_AGAIN}")
-        content = archive.read(pickles[0])
-        beside = os.fstat(file.fileno()).st_size - len(content)
-    most = _SPARE_OPCODES + beside // _BYTES_PER_OPCODE
-    nesting: list[int] = []  # for each value on the stack: 0, or how many tuples are nested in that tuple, itself too
-    marks: list[int] = []
-    memo: dict[Any, int] = {}
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if count == most:
-            raise DataError(
-                f"{path} must hold tensors, but its pickle is too long for {beside:,} bytes of them; {_COMFYUI_AGAIN}"
-            )
-        name = opcode.name
-        if name in _REFUSED and not (name == "GLOBAL" and _ALLOWED.fullmatch(str(argument))):
-            shown = str(argument).replace(" ", ".") if name == "GLOBAL" else name
-            raise DataError(
-                f"{path} must hold tensors and plain values alone, but refers to {shown!r}, which could run code; "
-                "it is not read"
-            )
-        # Tuples of the same tuple twice, a few dozen levels deep, take forever to hash. No pickler writes them.
-        if name == "DUP" or ("GET" in name and memo[argument]):
-            raise DataError(f"{path} must be a pickle as torch writes it, and repeats a tuple; {_COMFYUI_AGAIN}")
-        if "PUT" in name:
-            memo[argument] = nesting[-1]
-        elif name == "MARK":
-            marks.append(len(nesting))
-        else:
-            below = opcode.stack_before
-            marked = pickletools.markobject in below
-            start = marks.pop() if marked else len(nesting) - len(below)
-            level = 1 + max(nesting[start:], default=0) if "TUPLE" in name else 0
-            if level > _DEEPEST_TUPLE:  # hashing one of many levels overflows the stack of the process
-                raise DataError(f"{path} must nest at most {_DEEPEST_TUPLE} tuples, and nests more; {_COMFYUI_AGAIN}")
-            del nesting[start - (below.index(pickletools.markobject) if marked else 0) :]
-            nesting += [level] * len(opcode.stack_after)
-
-
 @dataclass
 class _Shard:
     path: Path
@@ -444,7 +363,7 @@ class _Shard:
 
     @classmethod
     def read(cls, path: Path) -> _Shard:
-        shard = _unpickled(path)
+        shard = unpickled(path, DataError, what="a shard of ComfyUI's", remedy=_COMFYUI_AGAIN)
         if not isinstance(shard, dict) or not all(isinstance(shard.get(key), list) for key in _LISTS):
             raise DataError(f"{path} must hold lists of latents and conditionings, and does not; {_COMFYUI_AGAIN}")
         return cls(path, shard, path.stat().st_size)

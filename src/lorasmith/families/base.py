@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -31,11 +31,11 @@ from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
     "AT_ZERO", "BY_INDEX", "BY_OFFSET", "BY_UXO", "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable",
-    "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot",
-    "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames",
-    "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift",
-    "Routing", "Rule", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even",
-    "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
+    "Collection", "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames",
+    "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError",
+    "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits",
+    "ResolutionShift", "Routing", "Rule", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count",
+    "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
 
@@ -764,11 +764,16 @@ class Family(ABC):
         raise ModelError(f"{self.title} has no pictures in prompts; give the prompt alone")
 
     def encode_again(
-        self, conditioning: Conditioning, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding
+        self,
+        conditioning: Conditioning,
+        encoders: TextEncoders,
+        texts: Mapping[str, str],
+        encoding: Encoding,
+        components: Collection[str],
     ) -> Conditioning:
-        """A prompt's conditioning (batch of 1) with what trained encoders make of it, differentiable.
+        """A prompt's conditioning (batch of 1) with what the encoders of `components` make of it, differentiable.
 
-        By default all of the text is encoded; a family that trains some of its encoders may keep what others made.
+        By default all of the text is encoded; a family may keep what its other encoders made.
         """
         return conditioning.with_text(self.encode_text(encoders, texts, encoding))
 

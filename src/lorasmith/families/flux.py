@@ -189,29 +189,44 @@ class Flux(Family):
         return int(config.pooled_projection_dim if component == "text_encoder" else config.joint_attention_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
-        clip, t5 = (self.text_encoder(encoders, component) for component in self.text_encoders)
-        tokenizer_l, tokenizer_t5 = (encoders.tokenizers[component] for component in self.text_encoders)
-        _, pooled = encode_prompt(texts["text_encoder"], tokenizer_l, clip)
+        pooled = self._pooled(encoders, texts)
+        return Conditioning(
+            {"context": self._context(encoders, texts, encoding), "pooled": pooled}, texts["text_encoder_2"]
+        )
+
+    def _pooled(self, encoders: TextEncoders, texts: Mapping[str, str]) -> Tensor:
+        clip, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
+        return encode_prompt(texts["text_encoder"], tokenizer, clip)[1]
+
+    def _context(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Tensor:
+        t5, tokenizer = self.text_encoder(encoders, "text_encoder_2"), encoders.tokenizers["text_encoder_2"]
         follows_diffusers = encoding.lengths == "diffusers"
-        context = encode_t5(
+        return encode_t5(
             texts["text_encoder_2"],
-            tokenizer_t5,
+            tokenizer,
             t5,
             min_tokens=encoding.min_tokens.get("t5xxl", 512 if follows_diffusers else 256),
             max_tokens=512 if follows_diffusers else None,
             min_padding=encoding.min_padding.get("t5xxl", 0),
         )
-        return Conditioning({"context": context, "pooled": pooled}, texts["text_encoder_2"])
 
     def trained_encoders(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, Sequence[str]]:
         return {name: trained_paths(encoder) for name, encoder in text_encoders.items() if name == "text_encoder"}
 
     def encode_again(
-        self, conditioning: Conditioning, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding
+        self,
+        conditioning: Conditioning,
+        encoders: TextEncoders,
+        texts: Mapping[str, str],
+        encoding: Encoding,
+        components: Collection[str],
     ) -> Conditioning:
-        clip, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
-        _, pooled = encode_prompt(texts["text_encoder"], tokenizer, clip)
-        return replace(conditioning, tensors={**conditioning.tensors, "pooled": pooled})
+        tensors = {**conditioning.tensors, "pooled": self._pooled(encoders, texts)}
+        if "text_encoder_2" not in components:
+            return replace(conditioning, tensors=tensors)
+        return replace(
+            conditioning, tensors={**tensors, "context": self._context(encoders, texts, encoding)}, mask=None
+        )
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
         config = denoiser.config

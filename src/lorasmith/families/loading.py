@@ -27,7 +27,7 @@ from lorasmith.adapters.frozen_layer import CONVOLUTIONS
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import MissingPackageError, model_packages
-from lorasmith.core.folders import pipeline_index
+from lorasmith.core.folders import Folders, pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.printable import described
 from lorasmith.core.quantization import Packed
@@ -57,6 +57,7 @@ from lorasmith.families.part_loading import (
     tokenizer_source,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
+from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.formats.names import ModelNames, OriginalName, matches
 
@@ -87,6 +88,7 @@ def load_model(
     vae: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     edit: str | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a base model.
 
@@ -105,6 +107,7 @@ def load_model(
         vae: the same for the autoencoder.
         dtype: converts the denoiser's weights to this dtype, in memory; None leaves them in the file and its dtype.
         edit: the edit variant that it is, such as `kontext`, or `none`; None if the name of its file or folder says so.
+        embeddings: folder of the embedding files that prompts name by `embedding:NAME`; None reads that as text.
 
     Raises:
         OptionError: an argument is of another type, or the family has no such variant.
@@ -123,6 +126,8 @@ def load_model(
         else:
             model = model_of_checkpoint(OriginalCheckpoint(path))
     model = with_parts(model.as_edit(edit), text_encoders=text_encoders, vae=vae)
+    if embeddings is not None:
+        model = replace(model, embeddings=EmbeddingFiles(Folders.of("embeddings", Path(embeddings))))
     if dtype is not None:
         model.components.denoiser.to(dtype)
     return model

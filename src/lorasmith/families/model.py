@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -46,7 +46,8 @@ from lorasmith.families.base import (
     letters,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
-from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.parts.embeddings import EmbeddingFiles, Place, Vectors, VectorTokenizer, Word, vectors_read
+from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, parse_weights
 from lorasmith.formats.names import ModelNames
 from lorasmith.report.pictures import card
 
@@ -71,6 +72,7 @@ class Model:
         edit: the edit variant that it is, `none` for none; None if the names of its files, or its pipeline, say so.
         made_for: class of the diffusers pipeline that it came with; empty for other files.
         titles: what its file calls it in its metadata.
+        embeddings: the files that prompts name by `embedding:NAME`; None to read that as text.
     """
 
     family: Family
@@ -81,6 +83,7 @@ class Model:
     edit: str | None = None
     made_for: str = ""
     titles: tuple[str, ...] = ()
+    embeddings: EmbeddingFiles | None = None
 
     def __repr__(self) -> str:
         parts = [name for name in self.components.modules() if name != "denoiser"]
@@ -237,7 +240,7 @@ class Model:
     @property
     def text_encoder(self) -> TextEncoder:
         """The handle that encodes prompts."""
-        return TextEncoder(self.family, self.components.encoders, self.title)
+        return TextEncoder(self.family, self.components.encoders, self.title, embeddings=self.embeddings)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -365,6 +368,8 @@ class TextEncoder:
     encoding: Encoding = field(default_factory=Encoding)
     patches: tuple[tuple[str, Patch], ...] = ()  # by component name
     device: torch.device | None = None  # where they run; None for the best one
+    embeddings: EmbeddingFiles | None = None  # that prompts name; None to read the names as text
+    words: tuple[Word, ...] = ()  # of LoRAs, or in training
 
     def __repr__(self) -> str:
         loras = [f"a LoRA on {component} at {patch.strength:g}" for component, patch in self.patches]
@@ -418,12 +423,74 @@ class TextEncoder:
             for name, module in self.encoders.modules.items():
                 self._place(stack, name, device_of(module), sees=bool(pictures))
             texts = self._texts(text)
+            encoders = stack.enter_context(self._with_vectors(texts))
             if not pictures:
-                return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
+                return self.family.encode_text(encoders, texts, self.encoding).to("cpu", torch.float32)
             numbers = range(1, len(pictures) + 1)
             shown = texts if sight is None else {name: sight.prompt(one, numbers) for name, one in texts.items()}
-            found = self.family.encode_seen(self.encoders, shown, self.encoding, pictures).to("cpu", torch.float32)
+            found = self.family.encode_seen(encoders, shown, self.encoding, pictures).to("cpu", torch.float32)
             return replace(found, text=next(iter(texts.values())))
+
+    def vectors_in(self, text: str) -> Mapping[str, str]:
+        """Digests of the embedding files that a prompt names, by name, empty for those that do not exist."""
+        vectors = self._vectors(quiet=True)
+        if not vectors.are_in(text):
+            return {}
+        return vectors.used([text, *(stretch for stretch, _ in parse_weights(text))])
+
+    def with_words(self, words: Sequence[Word]) -> TextEncoder:
+        """A handle that reads these words as vectors, beside those that it has under other names."""
+        new = {word.text.casefold() for word in words}
+        return replace(self, words=(*(one for one in self.words if one.text.casefold() not in new), *words))
+
+    def place_of(self, component: str) -> Place | None:
+        """An encoder as embedding files know it; None for one that reads none."""
+        kind, module = self.kind_of(component), self.encoders.modules[component]
+        key = kind.embedding_key(module)
+        return None if key is None else Place(key, kind.width(module))
+
+    def kind_of(self, component: str) -> EncoderKind:
+        return ENCODERS[self.family.text_encoders[component].kind]
+
+    def _vectors(self, *, quiet: bool = False) -> Vectors:
+        found = {name: self.place_of(name) for name in self.encoders.modules}
+        places = {name: place for name, place in found.items() if place is not None}
+        return Vectors(self.words, self.embeddings if places else None, places, quiet=quiet)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[tuple[TextEncoder, Vectors]]:
+        """Inside the context the encoders know all embeddings and words, for prompts whose encoding is differentiated.
+
+        Yields a handle for them, and the vectors that it reads.
+        """
+        vectors = self._vectors()
+        with self._reads(vectors, always=True) as encoders:
+            yield replace(self, encoders=encoders, embeddings=None, words=()), vectors
+
+    @contextlib.contextmanager
+    def _with_vectors(self, texts: Mapping[str, str]) -> Iterator[TextEncoders]:
+        """The encoders, which inside the context know the embeddings and words in these prompts."""
+        if not self.words and self.embeddings is None:
+            yield self.encoders
+            return
+        vectors = self._vectors()
+        if not any(map(vectors.are_in, texts.values())):
+            yield self.encoders
+            return
+        with self._reads(vectors) as encoders:
+            yield encoders
+
+    @contextlib.contextmanager
+    def _reads(self, vectors: Vectors, *, always: bool = False) -> Iterator[TextEncoders]:
+        tokenizers = dict(self.encoders.tokenizers)
+        with contextlib.ExitStack() as stack:
+            for name, module in self.encoders.modules.items():
+                if (place := self.place_of(name)) is not None:
+                    tokenizers[name] = tokenizer = VectorTokenizer(tokenizers[name], name, vectors)
+                    if always:
+                        tokenizer.prepare(place.width)
+                    stack.enter_context(vectors_read(self.kind_of(name).embedding_layer(module), tokenizer.rows))
+            yield TextEncoders(self.encoders.modules, tokenizers)
 
     def check_sight(self) -> None:
         """Raise ModelError if no text encoder sees pictures."""
@@ -437,7 +504,7 @@ class TextEncoder:
 
     def tower(self, component: str) -> nn.Module | None:
         """The part of an encoder that sees pictures; None without."""
-        return ENCODERS[self.family.text_encoders[component].kind].tower(self.encoders.modules[component])
+        return self.kind_of(component).tower(self.encoders.modules[component])
 
     def networks(self, component: str, *, sees: bool) -> list[nn.Module]:
         """An encoder, and what it sees pictures with if it `sees` any."""
@@ -449,13 +516,14 @@ class TextEncoder:
         for part in self.networks(component, sees=sees):
             stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
 
-    def encode_again(self, batch: Conditioning) -> Conditioning:
-        """A batch's conditioning with its `texts` encoded by the encoders as they are now, differentiable."""
-        family = self.family
-        again = [
-            family.encode_again(row, self.encoders, self._texts(row.text or ""), self.encoding) for row in batch.rows()
-        ]
-        return family.join(again)
+    def encode_again(self, batch: Conditioning, components: Collection[str]) -> Conditioning:
+        """A batch's conditioning with its `texts` encoded by these encoders as they are now, differentiable."""
+        again = []
+        for row in batch.rows():
+            texts = self._texts(row.text or "")
+            with self._with_vectors(texts) as encoders:
+                again.append(self.family.encode_again(row, encoders, texts, self.encoding, components))
+        return self.family.join(again)
 
     def _texts(self, text: str | Mapping[str, str]) -> dict[str, str]:
         """The prompt of each component."""
@@ -464,7 +532,7 @@ class TextEncoder:
 
     def dtype_on(self, component: str, device: torch.device | None = None) -> torch.dtype:
         """The number format in which an encoder runs on `device` (its own if None)."""
-        own = ENCODERS[self.family.text_encoders[component].kind].dtype_of(self.encoders.modules[component])
+        own = self.kind_of(component).dtype_of(self.encoders.modules[component])
         return fast_dtype(own, device or self.device or best_device())
 
 

@@ -21,6 +21,7 @@ from lorasmith.families.loading import family_of, load_model, recognise, with_pa
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
+from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
 
 MODEL_FOLDERS = ("checkpoints", "diffusion_models")
@@ -100,7 +101,8 @@ def load_completed(files: ModelFiles, folders: Folders | None = None) -> Complet
         files.vae and in_folders(files.vae, folders, VAE_FOLDERS),
         files.edit,
     )
-    return completed(_loaded(files), files, folders)
+    found = completed(_loaded(files), files, folders)
+    return replace(found, model=replace(found.model, embeddings=EmbeddingFiles(folders)))
 
 
 def _loaded(files: ModelFiles) -> Model:

@@ -190,10 +190,15 @@ class StableDiffusion3(Family):
         return {name: trained_paths(encoder) for name, encoder in text_encoders.items() if name != _T5}
 
     def encode_again(
-        self, conditioning: Conditioning, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding
+        self,
+        conditioning: Conditioning,
+        encoders: TextEncoders,
+        texts: Mapping[str, str],
+        encoding: Encoding,
+        components: Collection[str],
     ) -> Conditioning:
-        if _T5 not in encoders.modules:
-            return super().encode_again(conditioning, encoders, texts, encoding)
+        if _T5 not in encoders.modules or _T5 in components:
+            return super().encode_again(conditioning, encoders, texts, encoding, components)
         clip, pooled = _clip_states(encoders, texts, encoding)
         context = conditioning.tensors["context"]
         if clip is not None:  # T5's states are behind it

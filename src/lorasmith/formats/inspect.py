@@ -26,7 +26,7 @@ from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfa
 from lorasmith.formats.container import count_non_finite
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft import stated_alphas
-from lorasmith.formats.lora_file import read_lora_tensors, state_from_tensors
+from lorasmith.formats.lora_file import bundle_of, read_lora_tensors, state_from_tensors
 from lorasmith.formats.metadata import autov1, need_of, sha256_body, sha256_file, sshs_model_hash, steps_of
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
@@ -126,7 +126,7 @@ def faults_of(
 ) -> list[FileFault]:
     """All faults of a LoRA file."""
     groups = grouped(tensors)
-    if not groups and not need_of(metadata):
+    if not groups and not bundle_of(tensors)[0] and not need_of(metadata):
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
         return [FileFault(problem, "use a LoRA file; a base model goes to --model", True)]
     modules, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
@@ -181,7 +181,7 @@ def _numbers(tensors: Mapping[str, Tensor], groups: GroupedKeys) -> Iterator[Fil
 
 def _strangers(tensors: Mapping[str, Tensor], groups: GroupedKeys) -> Iterator[FileFault]:
     known = {key for keys in groups.values() for key in keys.values()}
-    unknown = [key for key in tensors if key not in known]
+    unknown = [key for key in bundle_of(tensors)[1] if key not in known]
     if unknown:
         yield FileFault(
             f"{_some(unknown, 'tensors have', 'has')} no name that LoRA files use, so that programs ignore "
@@ -441,6 +441,7 @@ class LoraSummary:
     path: Path
     size_bytes: int
     layouts: Mapping[str, int]  # number of keys by the layout that detects them
+    words: Mapping[str, Mapping[str, int]]  # number of vectors of each word that it holds, by encoder (`clip_l`)
     family: str | None  # title of the family recognised by names and shapes, or None
     components: Mapping[str, int]  # number of modules by component (`denoiser`, `text_encoder`, ...)
     layers: Mapping[str, int]  # number of modules by kind of layer (`attn1_to_q`, `ff_net_2`), in the file's spelling
@@ -469,8 +470,8 @@ def describe(path: Path) -> LoraSummary:
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
-    groups = grouped(tensors)
-    if not groups and not need_of(metadata):
+    groups, words = grouped(tensors), bundle_of(tensors)[0]
+    if not groups and not words and not need_of(metadata):
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
     whole, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
     adapters = {base: module.adapter for base, module in whole.items() if module.adapter is not None}
@@ -481,6 +482,7 @@ def describe(path: Path) -> LoraSummary:
         path=path,
         size_bytes=sum(file.stat().st_size for file in files),
         layouts={name: count for name, count in layouts.items() if count},
+        words={word: {key: len(one) for key, one in vectors.items()} for word, vectors in words.items()},
         family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata),
         components=_counted(component_of(base) for base in groups),
         layers=_counted(kind_of(base) for base in groups),

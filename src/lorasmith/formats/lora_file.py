@@ -36,6 +36,7 @@ from lorasmith.formats.layouts.peft import ADAPTER_METADATA, PEFT_CONFIG, PeftLa
 from lorasmith.formats.metadata import BOUNDS, need_of, sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.spelling import (
+    BUNDLE,
     PEFT_PREFIX,
     UNREADABLE,
     ModuleTensors,
@@ -88,7 +89,8 @@ def lora_of_tensors(
 
 def state_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
     """The LoRA in a file's tensors; those that do not fit the model are in `unknown`."""
-    state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
+    words, others = bundle_of(tensors)
+    state = AdapterState(unknown=others, metadata=dict(metadata))
     for _, layout in LAYOUTS.items():
         found = layout.read(state.unknown, metadata, names)
         if twice := state.adapters.keys() & found.adapters.keys():
@@ -98,8 +100,21 @@ def state_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
             )
         state.adapters.update(found.adapters)
         state.differences.update(found.differences)
-        state = AdapterState(state.adapters, state.differences, found.unknown, state.metadata)
+        state = AdapterState(state.adapters, state.differences, found.unknown, state.metadata, words)
     return state
+
+
+def bundle_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The words in a LoRA file as `AdapterState.words`, and its other tensors."""
+    words: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        word, _, encoder = key.removeprefix(BUNDLE).partition(".")
+        if key.startswith(BUNDLE) and word and encoder and tensor.ndim in (1, 2) and tensor.is_floating_point():
+            words.setdefault(word, {})[encoder] = tensor.reshape(-1, tensor.shape[-1])
+        else:
+            others[key] = tensor
+    return words, others
 
 
 def save_lora(
@@ -121,7 +136,8 @@ def save_lora(
     chosen, state, written = _written(state, names, layout, dtype)
     header = with_header(state.metadata if metadata is None else metadata, chosen, state, names)
     carried = {} if chosen.in_folder else state.unknown  # PEFT has no place for tensors of no module
-    write_lora(path, {**carried, **written}, header, chosen.companions(state, names), hashed=metadata is not None)
+    tensors = {**carried, **written, **_bundle(state, chosen, is_portable=layout.casefold() == PORTABLE)}
+    write_lora(path, tensors, header, chosen.companions(state, names), hashed=metadata is not None)
 
 
 def lora_tensors(
@@ -148,6 +164,13 @@ def _written(
             for key, tensor in chosen.write(state, names).items()
         },
     )
+
+
+def _bundle(state: AdapterState, layout: Layout, *, is_portable: bool) -> dict[str, Tensor]:
+    """The words of a LoRA by key, in their own format; none in a layout that has no place for them."""
+    if not (layout.holds_words or (is_portable and not layout.in_folder)):
+        return {}
+    return {f"{BUNDLE}{word}.{key}": one.contiguous() for word, own in state.words.items() for key, one in own.items()}
 
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
@@ -187,6 +210,7 @@ def without(state: AdapterState, modules: Collection[ModuleRef]) -> AdapterState
         {ref: parameters for ref, parameters in state.differences.items() if ref not in modules},
         state.unknown,
         state.metadata,
+        state.words,
     )
 
 
@@ -297,6 +321,8 @@ def _known_bases(names: ModelNames) -> set[str]:
 
 def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> None:
     groups = grouped(tensors)
+    if not groups and state.words:  # of a word that was trained alone
+        return
     if not groups:
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, state.metadata)
@@ -352,6 +378,7 @@ def save_streamed(
     with spooled(path.parent, mapped) as spool:
         for piece in _pieces(state, names):
             spool.add(layout.write(piece if form is None else form(piece), names))
+        spool.add(_bundle(state, layout, is_portable=form is not None))
         write_lora(path, spool.tensors(), header, companions, hashed=True)
 
 

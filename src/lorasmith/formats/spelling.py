@@ -52,6 +52,10 @@ class ModuleTensors:
     differences: Mapping[str, Tensor] = field(default_factory=dict)  # `weight` and `bias` differences
 
 
+BUNDLE = "bundle_emb."
+"""Start of the keys of a word's vectors in a LoRA file: `bundle_emb.WORD.clip_l` (A1111, Forge, OneTrainer)."""
+
+
 def split_key(key: str) -> tuple[str, str] | None:
     """(base, role) of a tensor's key, or None if the suffix is unknown."""
     if ".processor." in key and (match := _XLABS.fullmatch(key)):

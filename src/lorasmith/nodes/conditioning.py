@@ -13,6 +13,7 @@ from torch.nn import functional
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import CONTROL_METHODS, Conditioning, PictureSize
 from lorasmith.families.model import Autoencoder, TextEncoder
+from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.nodes.values import CONCAT_IMAGE, CONCAT_MASK, Latent, latent_of, pixels_from_image
 from lorasmith.workflow import NodeContext, Output, node, socket
 
@@ -57,7 +58,7 @@ def clip_text_encode(
     clip: TextEncoder = socket("CLIP"),
 ) -> tuple[list[Conditioning]]:
     """Encode a prompt or a caption."""
-    return ([_encoded(clip, text)],)
+    return ([_encoded(context, clip, text)],)
 
 
 @node("CLIPTextEncodeFlux", "CLIPTextEncodeFlux", "model/conditioning/flux", outputs=["CONDITIONING"])
@@ -70,7 +71,7 @@ def clip_text_encode_flux(
     guidance: float = socket("FLOAT", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt."),
 ) -> tuple[list[Conditioning]]:
     """Encode a prompt for each text encoder of Flux.1, with its guidance."""
-    encoded = _encoded_by_kind(clip, {"clip_l": clip_l, "t5xxl": t5xxl}, needed=("t5xxl",))
+    encoded = _encoded_by_kind(context, clip, {"clip_l": clip_l, "t5xxl": t5xxl}, needed=("t5xxl",))
     tensors = {**encoded.tensors, "guidance": torch.tensor([guidance])}
     return ([replace(encoded, tensors=tensors)],)
 
@@ -90,7 +91,7 @@ def clip_text_encode_sdxl(
     text_l: str = _text("Prompt of the small CLIP."),
 ) -> tuple[list[Conditioning]]:
     """Encode a prompt for each text encoder of Stable Diffusion XL, with the sizes that it is conditioned on."""
-    encoded = _encoded_by_kind(clip, {"clip_l": text_l, "clip_g": text_g}, needed=("clip_l", "clip_g"))
+    encoded = _encoded_by_kind(context, clip, {"clip_l": text_l, "clip_g": text_g}, needed=("clip_l", "clip_g"))
     size = PictureSize(original=(height, width), crop=(crop_h, crop_w), target=(target_height, target_width))
     return ([clip.family.sized(encoded, size)],)
 
@@ -117,7 +118,9 @@ def clip_text_encode_sd3(
 ) -> tuple[list[Conditioning]]:
     """Encode a prompt for each text encoder; those that the model lacks are ignored."""
     clip = replace(clip, encoding=replace(clip.encoding, encodes_empty=empty_padding != "none"))
-    return ([_encoded_by_kind(clip, {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}, needed=("clip_l",))],)
+    return (
+        [_encoded_by_kind(context, clip, {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}, needed=("clip_l",))],
+    )
 
 
 @node(
@@ -135,7 +138,7 @@ def clip_text_encode_lumina2(
     clip: TextEncoder = socket("CLIP"),
 ) -> tuple[list[Conditioning]]:
     """Encode a prompt after one of the two instructions that Lumina 2 was trained with."""
-    return ([_encoded(clip, f"{_LUMINA_PROMPTS[system_prompt]} <Prompt Start> {user_prompt}")],)
+    return ([_encoded(context, clip, f"{_LUMINA_PROMPTS[system_prompt]} <Prompt Start> {user_prompt}")],)
 
 
 @node("CLIPSetLastLayer", "CLIP Set Last Layer", "model/conditioning", outputs=["CLIP"], search_aliases=["clip skip"])
@@ -163,13 +166,21 @@ def t5_tokenizer_options(
     return (replace(clip, encoding=replace(clip.encoding, min_padding=padding, min_tokens=tokens)),)
 
 
-def _encoded(clip: TextEncoder, text: str | Mapping[str, str]) -> Conditioning:
+def with_embeddings(context: NodeContext, clip: TextEncoder) -> TextEncoder:
+    """Text encoders that read `embedding:NAME`; names without a file are left out with a warning, as in ComfyUI."""
+    return replace(clip, embeddings=EmbeddingFiles(context.folders, context.warn))
+
+
+def _encoded(context: NodeContext, clip: TextEncoder, text: str | Mapping[str, str]) -> Conditioning:
     check_encoder(clip)
+    clip = with_embeddings(context, clip)
     with clip.active():
         return clip.encode(text)
 
 
-def _encoded_by_kind(clip: TextEncoder, texts: Mapping[str, str], *, needed: tuple[str, ...]) -> Conditioning:
+def _encoded_by_kind(
+    context: NodeContext, clip: TextEncoder, texts: Mapping[str, str], *, needed: tuple[str, ...]
+) -> Conditioning:
     """Conditioning of one text per encoder kind, unknown kinds ignored. ModelError if a `needed` kind is missing."""
     kinds = {component: slot.kind for component, slot in clip.family.text_encoders.items()}
     if lacking := [kind for kind in needed if kind not in kinds.values()]:
@@ -177,7 +188,7 @@ def _encoded_by_kind(clip: TextEncoder, texts: Mapping[str, str], *, needed: tup
             f"this node is for models with the text encoder {' and '.join(lacking)}, but {clip.title} encodes for "
             f"{clip.family.title}, which has {' and '.join(kinds.values())}; use CLIP Text Encode (Prompt)"
         )
-    return _encoded(clip, {component: texts.get(kind, "") for component, kind in kinds.items()})
+    return _encoded(context, clip, {component: texts.get(kind, "") for component, kind in kinds.items()})
 
 
 _ENCODED = ("context", "pooled")  # tensors that encode the prompt; others, such as guidance, are settings

@@ -30,7 +30,7 @@ from lorasmith.data.saved_samples import (
 )
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, TextEncoder
-from lorasmith.nodes.conditioning import check_encoder
+from lorasmith.nodes.conditioning import check_encoder, with_embeddings
 from lorasmith.nodes.picture_prompts import prompt_with, sees_pictures
 from lorasmith.nodes.values import (
     SEED,
@@ -197,7 +197,7 @@ def _encoded(
     controls: Sequence[Sequence[Tensor]] = (),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
     """Latents of the images, and conditionings of their texts with the controls of each, through the user's cache."""
-    encoder, autoencoder = single(context, "clip", clip), single(context, "vae", vae)
+    encoder, autoencoder = with_embeddings(context, single(context, "clip", clip)), single(context, "vae", vae)
     pictures = list(images) if autoencoder.latent.time_downscale else flat_images(images)
     count = len(pictures)
     captions = one_for_each(texts or [""], count, name="texts", of="caption")

@@ -11,7 +11,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Conditioning, ControlForm, Sight
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.families.parts.language_models import sight_of
-from lorasmith.nodes.conditioning import check_encoder
+from lorasmith.nodes.conditioning import check_encoder, with_embeddings
 from lorasmith.nodes.images import resized
 from lorasmith.nodes.values import pixels_from_image
 from lorasmith.workflow import NodeContext, node, socket
@@ -31,6 +31,7 @@ def text_encode_qwen_image_edit(
 ) -> tuple[list[Conditioning]]:
     """Encode an instruction for Qwen-Image-Edit of August 2025 with the picture to edit."""
     if image is None:
+        clip = with_embeddings(context, clip)
         with clip.active():
             return ([clip.encode(prompt)],)
     sight = sight_of(pixels=1024**2, multiple=_own_sight(clip).multiple, is_numbered=False)
@@ -96,6 +97,7 @@ def _seen(
     if any(len(image) > 1 for image in images.values()):
         context.warn("a prompt has one picture of each input, so the first of a batch is used; use a list for several")
     pictures = [image[:1, ..., :3].movedim(-1, 1) for image in images.values()]
+    clip = with_embeddings(context, clip)
     with clip.active(sees=bool(pictures)):
         seen = [_scaled(one, sight.size(one.shape[-1], one.shape[-2])) * 2 - 1 for one in pictures]
         encoded = replace(clip.encode(sight.prompt(prompt, [*images]), seen), text=prompt)

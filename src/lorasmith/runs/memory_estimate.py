@@ -274,11 +274,12 @@ def _activation_plans(
     samples = synthetic_samples(model, 1, side, side, frames=frames, tokens=tokens, controls=beside)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
     encoders = job.model.encoders or nn.ModuleDict()
-    for one in (module, encoders, *job.all_adapters.values(), *job.differences.values()):
+    for one in (module, encoders, *(trained for _, trained in job.trained)):
         _emptied(one, runtime.dtype)
     with (
         adapters_attached(module, [Attached(job.adapters, differences=job.differences)]),
         adapters_attached(encoders, [Attached(job.text_adapters)]),
+        job.model.texts_read(1.0),
         _autocast_on_meta(),
     ):
         return tuple(measured_plans(job.model, samples, job.config, runtime, 0, within=_FusedAttention))

@@ -167,7 +167,7 @@ def previews_of(
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
         trained_encoder=(
             (lambda path, strength: Lora.load(path, base).applied(None, text_encoder, strength=strength).encoder)
-            if plan.job.text_adapters
+            if plan.job.model.encoders is not None
             else None
         ),
         sampling=Sampling(

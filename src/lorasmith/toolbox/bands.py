@@ -89,7 +89,7 @@ def cut_into_bands(
             metadata = {key: value for key, value in state.metadata.items() if key != RANKS_ENTRY}
             note = f"band {number} of {len(groups)} of {path.name}, from start_percent {percent:.4f}"
             name = f"{path.stem}-band{number:02}.safetensors"
-            whole = AdapterState({**kept.adapters, **found}, kept.differences, kept.unknown)
+            whole = AdapterState({**kept.adapters, **found}, kept.differences, kept.unknown, words=kept.words)
             save_lora(folder / name, whole, names, dtype=number_format, metadata=noted(metadata, note))
             bands.append(Band(target / name, percent, len(found)))
         graph = comfyui_graph([(f"{target.name}/{one.path.name}", one.start_percent) for one in bands])

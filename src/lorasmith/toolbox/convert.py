@@ -74,6 +74,8 @@ def convert_lora(
     if strangers := [part.name for part in unapplied(state, names)]:
         first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
         lost.append(f"{first}: the model has no place for it")
+    if state.words and not (layout.holds_words or is_portable):
+        lost.append(f"the word {', '.join(state.words)}: it is an embedding of its own there")
     if lost and not lossy:
         raise LoraError(
             f"{source.name} cannot be converted for {layout.title} without loss ({lost[0]}); "

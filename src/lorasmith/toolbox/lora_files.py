@@ -28,7 +28,7 @@ from lorasmith.families.loading import released_names
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft import ADAPTER_METADATA, stated_alphas
-from lorasmith.formats.lora_file import lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
+from lorasmith.formats.lora_file import bundle_of, lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
 from lorasmith.formats.metadata import RUN_ENTRY, sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by, with_one_alpha
@@ -62,6 +62,12 @@ class LoraFile:
     unknown: Mapping[str, Tensor]  # tensors outside complete adapters and differences, or that do not fit the model
     metadata: Mapping[str, str]
 
+    @property
+    def words(self) -> dict[str, Tensor]:
+        """The vectors of words that it was trained with, by key; they are among `unknown`, too."""
+        others = bundle_of(self.tensors)[1]
+        return {key: one for key, one in self.tensors.items() if key not in others}
+
 
 def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
     """A LoRA file or folder in any layout, its modules identified by `names`, or None for the file's own spelling.
@@ -81,7 +87,9 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
         state = lora_of_tensors(path, tensors, metadata, names)
         refs = dict.fromkeys((*state.adapters, *state.differences))
         found = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
-        return LoraFile(path, layout, family, tensors, found, names, {}, state.unknown, state.metadata)
+        left = sorted(tensors.keys() - bundle_of(tensors)[1].keys())  # words are changed by no tool
+        others = {**state.unknown, **{key: tensors[key] for key in left}}
+        return LoraFile(path, layout, family, tensors, found, names, {}, others, state.metadata)
     by_base, _ = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
     modules: dict[ModuleRef, ModuleTensors] = {}
     bases: dict[ModuleRef, str] = {}
@@ -148,19 +156,20 @@ def save_alike(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write modules of `files` (read together) as a LoRA, atomically and in the layout of the first.
+    """Write modules and words of `files` (read together) as a LoRA, atomically and in the layout of the first.
 
     Rank, alpha and hashes over the content are added to `metadata`; a dtype of None keeps each tensor's own. Raises
     LoraError for NaN or infinity, and OutputError.
     """
     first = files[0]
+    words = {key: one for file in reversed(files) for key, one in file.words.items()}
     adapters = {ref: module.adapter for ref, module in modules.items() if module.adapter is not None}
     if first.layout == "kohya":
         adapters = with_one_alpha(adapters)
     metadata = {**metadata, **rank_entries(adapters.values())}
     if first.names is not None:
         differences = {ref: dict(module.differences) for ref, module in modules.items() if module.differences}
-        state = AdapterState(adapters, differences)
+        state = AdapterState(adapters, differences, words=bundle_of(words)[0])
         save_lora(path, state, first.names, layout=first.layout, dtype=dtype, metadata=metadata)
         return
     bases = {ref: base for file in reversed(files) for ref, base in file.bases.items()}
@@ -168,6 +177,7 @@ def save_alike(
     for ref, module in modules.items():
         written = ModuleTensors(adapters.get(ref), module.differences)
         tensors |= spelled_like(first.layout, bases[ref], written, dtype)
+    tensors |= words
     header = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA}
     write_safetensors(path, tensors, header | sshs_hashes(tensors, header))
 

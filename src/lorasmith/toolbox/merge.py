@@ -115,7 +115,7 @@ def merge_loras(
         modules=len(modules),
         ranks={rank: found.count(rank) for rank in found if rank is not None},
         energy=share(kept, total) if total else None,
-        left_out={file.path: sorted(file.unknown) for file in files if file.unknown},
+        left_out={file.path: left for file in files if (left := sorted(file.unknown.keys() - file.words.keys()))},
         leveled=_leveled(files) if len(files) > 1 or rank is not None else (),
     )
 

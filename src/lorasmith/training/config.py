@@ -6,6 +6,7 @@ keeps its meaning.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -166,7 +167,8 @@ class LoraSettings(Section, group="LoRA and targets"):
         costs=True,
         help="Which layers are trained: attention, attention+ff, transformer, all-linear, all, or patterns on module "
         "paths such as *.attn2.*, separated by commas. A pattern may be followed by its own settings "
-        "(rank=32 alpha=16 lr=2e-4); ! in front excludes. Default: the preset of the model's family.",
+        "(rank=32 alpha=16 lr=2e-4); ! in front excludes. none trains a new_word or text encoders alone. Default: the "
+        "preset of the model's family.",
     )
     algorithm: str = option(
         "LoRA",
@@ -508,6 +510,10 @@ class LossSettings(Section, group="Training"):
             )
 
 
+_WORD = re.compile(r"(?=.*[^\W_])[\w<>-]{1,60}")
+"""What `new_word` may be: no part of the syntax of prompts, and one part of the key of a tensor."""
+
+
 def guidance_range(text: str) -> tuple[float, float]:
     """Least and greatest guidance of `guidance_loss`. Raises OptionError."""
     try:
@@ -681,13 +687,66 @@ class TextEncoderSettings(Section, group="Text encoders"):
         max=100_000,
         help="Steps after which the text encoders keep their weights, as they overfit first. Default: all of the run.",
     )
+    new_word: str | None = option(
+        None,
+        is_prompt=True,
+        costs=True,
+        help="Train a new word (textual inversion): vectors that stand for it in captions, such as the trigger. "
+        "Together with a LoRA this is pivotal tuning; with targets none the word is learnt alone. For CLIP of Stable "
+        "Diffusion 1 and 2, SDXL, SD 3.5 and Flux.1, and T5; captions are encoded in every step. Programs read it from "
+        "NAME_emb.safetensors.",
+    )
+    new_word_vectors: int = option(
+        1, min=1, max=64, help="Vectors of the new word, each of which takes the place of a token."
+    )
+    new_word_start: str | None = option(
+        None,
+        is_prompt=True,
+        help="Text from whose tokens the new word starts, such as the name of the class. Default: random vectors.",
+    )
+    new_word_rate: float | None = option(
+        None,
+        min=1e-8,
+        max=10.0,
+        step=1e-8,
+        help="Learning rate of the new word. Default: ten times the learning rate, or the learning rate with an "
+        "optimizer that estimates rates itself.",
+    )
+    new_word_steps: int | None = option(
+        None,
+        min=1,
+        max=100_000,
+        help="Steps after which the new word keeps its vectors, while the LoRA learns on. Default: all of the run.",
+    )
+    new_word_t5: bool = option(
+        False,
+        costs=True,
+        help="Vectors of the new word for T5, too, which then stays on the device: 9.5 GB. Without, T5 reads the word "
+        "as text.",
+    )
+    new_word_bundle: bool = option(
+        True,
+        help="Hold the new word in the LoRA, too, from which A1111, Forge, SD.Next, OneTrainer and Lorasmith read it. "
+        "ComfyUI and sd-scripts ignore it there, and diffusers refuses such a file.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.new_word is not None and not _WORD.fullmatch(self.new_word):
+            raise OptionError(
+                "new_word must be one word of at most 60 letters, digits and - _ < >, with a letter or digit, got "
+                f"{self.new_word!r}; leave out blanks and other characters"
+            )
 
     def idle_settings(self) -> Iterator[str]:
-        if self.train_text_encoder:
-            return
-        for name in ("text_encoder_rate", "text_encoder_rank", "text_encoder_steps"):
-            if not self.is_default(name):
-                yield f"{name} {getattr(self, name):g} has no effect without train_text_encoder."
+        if not self.train_text_encoder:
+            for name in ("text_encoder_rate", "text_encoder_rank", "text_encoder_steps"):
+                if not self.is_default(name):
+                    yield f"{name} {getattr(self, name):g} has no effect without train_text_encoder."
+        if self.new_word is None:
+            for name in options_of(TextEncoderSettings):
+                if name.startswith("new_word_") and not self.is_default(name):
+                    yield f"{name} {getattr(self, name)} has no effect without new_word."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -959,6 +1018,9 @@ class TrainConfig(
 
     __repr__ = short_repr
 
+
+NO_TARGETS = "none"
+"""Value of `targets` for no layers of the denoiser."""
 
 WHOLE_RANGE = (0.0, 1.0)
 """Noise levels of a model that has no experts."""

@@ -32,6 +32,7 @@ from lorasmith.training.memory.activations import activations_packed, activation
 from lorasmith.training.memory.compilation import blocks_compiled
 from lorasmith.training.methods.all_methods import check_opposites, methods_of, other_texts
 from lorasmith.training.methods.method import Goal, Passes, prediction_losses
+from lorasmith.training.new_word import NEW_WORD, NewWord
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
@@ -64,6 +65,7 @@ def prepared(
         first()
         if encoders is not None:
             on_text.enter_context(adapters_attached(encoders, [Attached(text_adapters or {}, strength)]))
+            on_text.enter_context(model.texts_read(strength))
         with adapters_attached(module, [trained]):
             runtime = runtime if planned is None else planned()
             if encoders is not None:
@@ -130,14 +132,16 @@ class Engine:
         self._dial = Dial()
         self.trained = Attached(adapters, self._dial if self.methods else 1.0, differences or {})
         self.text_adapters = text_adapters or {}
-        named = list(_trained(self._all_adapters, self.trained.differences))
+        named = list(_trained(self._all_adapters, self.trained.differences, model.word))
         self.flat = FlatParameters(
             {name: parameter for _, name, parameter in named},
             device=runtime.device,
             dtype=runtime.dtype,
             rates={name: _rate(path, name, config, runtime) for path, name, _ in named},
         )
-        self._of_text = [name for path, name, _ in named if path in self.text_adapters]
+        # Steps of the run after which parameters keep their values.
+        last = {NEW_WORD: config.new_word_steps, **dict.fromkeys(self.text_adapters, config.text_encoder_steps)}
+        self._last = {name: steps for path, name, _ in named if (steps := last.get(path)) is not None}
         self._optimizer = GatedOptimizer(
             config.optimizer, self.flat.groups, weight_decay=config.weight_decay, arguments=config.optimizer_args
         )
@@ -179,10 +183,10 @@ class Engine:
         """
         flat, sums = self.flat, self._sums
         flat.zero()
-        if self._of_text:
+        if self._last:
             step = batches[0].draws[0] // self.config.samples_per_step - self.runtime.first_step
-            for name in self._of_text:
-                flat.parameters[name].requires_grad_(self._trains_text(step))
+            for name, last in self._last.items():
+                flat.parameters[name].requires_grad_(step < last)
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
         if self.runtime.processes.is_first:
             for method in self.methods:
@@ -309,7 +313,7 @@ class Engine:
         if config.max_grad_norm:
             grad.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         proceed = self._sound & finite
-        stopped = [] if self._trains_text(step) else [self.flat.view(self.flat.master, name) for name in self._of_text]
+        stopped = [self.flat.view(self.flat.master, name) for name, last in self._last.items() if step >= last]
         kept = [one.clone() for one in stopped]
         self._optimizer.step(proceed, self.rate(step))
         for one, before in zip(stopped, kept, strict=True):  # momentum and decay change weights without a gradient
@@ -379,11 +383,6 @@ class Engine:
     def _all_adapters(self) -> Mapping[str, Adapter]:
         return {**self.trained.adapters, **self.text_adapters}
 
-    def _trains_text(self, step: int) -> bool:
-        """Whether the text encoders are trained in a step of the run."""
-        last = self.config.text_encoder_steps
-        return last is None or step < last
-
     def _own_state(self) -> dict[str, Tensor]:
         average = {} if self._average is None else {"average": self._average}
         if self.power_averages is not None:
@@ -428,13 +427,15 @@ def batch_maker(
 
 
 def _trained(
-    adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
+    adapters: Mapping[str, Adapter], differences: Mapping[str, Difference], word: NewWord | None
 ) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
     """Module path, full name and parameter of every trained parameter."""
     for path, adapter in adapters.items():
         yield from ((path, f"{path}.{name}", parameter) for name, parameter in adapter.named_parameters())
     for path, difference in differences.items():
         yield from ((path, f"{path}.difference.{name}", parameter) for name, parameter in difference.named_parameters())
+    if word is not None:
+        yield from ((NEW_WORD, f"{NEW_WORD}.{name}", parameter) for name, parameter in word.vectors.named_parameters())
 
 
 def _rate(path: str, name: str, config: ResolvedConfig, runtime: Runtime) -> float:

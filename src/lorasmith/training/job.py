@@ -16,7 +16,7 @@ the run's own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,11 @@ from lorasmith.families.model import Denoiser, training_adapter_in
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names import encoder_module
-from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, WHOLE_RANGE, ResolvedConfig, TrainConfig
+from lorasmith.training.config import NO_TARGETS, USUAL_TRAINING_GUIDANCE, WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.methods.all_methods import check_methods, methods_of
+from lorasmith.training.new_word import NEW_WORD
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import check_schedule, rule_of
@@ -97,9 +98,14 @@ class TrainJob:
         return {**self.adapters, **self.text_adapters}
 
     @property
+    def trained(self) -> list[tuple[str, nn.Module]]:
+        """All trained modules with their paths."""
+        word = [] if self.model.word is None else [(NEW_WORD, self.model.word)]
+        return [*self.all_adapters.items(), *self.differences.items(), *word]
+
+    @property
     def parameters(self) -> int:
-        trained: list[nn.Module] = [*self.all_adapters.values(), *self.differences.values()]
-        return sum(parameter.numel() for module in trained for parameter in module.parameters())
+        return sum(parameter.numel() for _, module in self.trained for parameter in module.parameters())
 
     @property
     def extensions(self) -> tuple[Extension, ...]:
@@ -128,7 +134,10 @@ class TrainJob:
         also = f" and {count_text(len(self.differences), 'difference')}" if self.differences else ""
         layers = f"{count_text(len(self.all_adapters), 'layer')}{also}, {count_text(self.parameters, 'parameter')}"
         text = " and text encoders" if self.text_adapters else ""
-        return f"{', '.join(words)}, on {config.targets}{text}: {layers}"
+        word = ""
+        if self.model.word is not None:
+            word = f", and {count_text(config.new_word_vectors, 'vector')} of {self.model.word.text}"
+        return f"{', '.join(words)}, on {config.targets}{text}{word}: {layers}"
 
 
 def variant_of(config: TrainConfig) -> Variant:
@@ -166,6 +175,13 @@ def plan_job(
     if config.train_text_encoder:
         model, text_layers = model.with_encoders()
         existing = existing.with_text(model, text_layers)
+    if config.new_word is not None:
+        model = model.with_word(config, existing.carried.words, existing.name)
+    elif existing.carried.words:
+        raise LoraError(
+            f"{existing.name} has the word {' and '.join(existing.carried.words)}, without which it draws something "
+            "else; set new_word to continue it"
+        )
     fresh = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.adapters))
     module = model.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
@@ -177,7 +193,9 @@ def plan_job(
             f"tlora orthogonal starts all layers, but {len(existing.adapters)} of them continue "
             f"{existing.name}; use tlora plain, or choose targets that it has"
         )
-    text_adapters = {} if model.encoders is None else _on_text(model, text_layers, existing, requested, config)
+    text_adapters = dict[str, Adapter]()
+    if model.encoders is not None and text_layers:
+        text_adapters = _on_text(model, text_layers, existing, requested, config)
     fresh_text = len(text_adapters) - len(existing.on_text)
     TokenRoutes.of(model, config)  # raises
     methods = methods_of(config)
@@ -188,11 +206,21 @@ def plan_job(
     rates = _learning_rates(model, requested, plan, existing.adapters) | dict.fromkeys(
         text_adapters, _text_rate(config)
     )
+    if model.word is not None:
+        rates[NEW_WORD] = _word_rate(config)
+    if not (adapters or text_adapters or differences):
+        if model.word is None:
+            raise OptionError(f"targets {NO_TARGETS} leaves nothing to train; set new_word, or choose layers")
+        if config.new_word_steps is not None and config.new_word_steps < config.steps:
+            raise OptionError(
+                f"new_word_steps {config.new_word_steps} leaves nothing to train afterwards with targets {NO_TARGETS}; "
+                "set steps to it"
+            )
     check_optimizer(
         config.optimizer,
         weight_decay=config.weight_decay,
         arguments=config.optimizer_args,
-        rates=_distinct_rates(config, {**adapters, **text_adapters}, rates),
+        rates=_distinct_rates(config, {**adapters, **text_adapters, **({NEW_WORD: None} if model.word else {})}, rates),
         device=device,
     )
     check_loss(config.loss_function)
@@ -209,6 +237,11 @@ def plan_job(
         existing.carried,
         (
             *existing.notes(len(fresh.adapters) + fresh_text),
+            *(
+                ["new_word_start has no effect: the word continues the vectors of existing_lora."]
+                if config.new_word_start and existing.carried.words
+                else []
+            ),
             *([f"{beneath}."] if beneath else []),
             *_on_device(requested, model.module, device),
             *notes_on_products(requested, model, device),
@@ -261,6 +294,12 @@ def _on_text(
     patches = [replace(patch, bypass=False) for patch in model.text_patches]
     with patches_merged(encoders, patches, dtype=torch.float32, unpacking=True):
         return load_adapters(encoders, existing.on_text) | _fresh_adapters(encoders, plan, requested, config)
+
+
+def _word_rate(config: ResolvedConfig) -> float:
+    if config.new_word_rate is not None:
+        return config.new_word_rate
+    return config.learning_rate * (1.0 if rule_of(config.optimizer).own_rate is not None else 10.0)
 
 
 def _text_rate(config: ResolvedConfig) -> float:
@@ -338,9 +377,9 @@ def _learning_rates(
     return {path: _default_rate(model, requested, weights.algorithm) for path, weights in existing.items()} | own
 
 
-def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:
+def _distinct_rates(config: ResolvedConfig, paths: Collection[str], rates: Mapping[str, float]) -> set[float]:
     """All learning rates of the run; each is a parameter group of the optimizer."""
-    found = {rates.get(path, config.learning_rate) for path in adapters} or {config.learning_rate}
+    found = {rates.get(path, config.learning_rate) for path in paths} or {config.learning_rate}
     return found | {rate * config.lora_plus_ratio for rate in found}
 
 
@@ -482,6 +521,8 @@ def resolve_targets(model: Trainable, config: TrainConfig) -> AdapterPlan:
     """The layers that `config.targets` or the model's own preset match. Raises OptionError."""
     presets = model.facts.presets
     text = config.targets or model.facts.defaults.targets
+    if text.strip().casefold() == NO_TARGETS:
+        return AdapterPlan(())
     rules, exclusions = parse_targets(text, presets)
     capped = facts_of(config.algorithm).rank_meaning == "rank"
     try:

@@ -62,10 +62,10 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             "runs that train together need LoRAs beneath them that use all ranks at each noise level, got a T-LoRA; "
             "leave it out, or train apart"
         )
-    if any(job.text_adapters for job in jobs):
+    if found := next((job for job in jobs if job.model.encoders is not None), None):
+        setting = "train_text_encoder" if found.model.word is None else "new_word"
         raise OptionError(
-            "runs that train together share the model's text encoders, got train_text_encoder; leave it out, or train "
-            "apart"
+            f"runs that train together share the model's text encoders, got {setting}; leave it out, or train apart"
         )
     if others and first.config.compile | any(job.config.compile for job in others):
         raise OptionError("runs that train together cannot be compiled, got compile on; leave it out, or train apart")

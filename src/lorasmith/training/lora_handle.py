@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import torch
+from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.adapters.frozen_layer import packed_layers
@@ -28,11 +29,13 @@ from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.loading import released_names
 from lorasmith.families.model import Denoiser, Model, TextEncoder
+from lorasmith.families.parts.embeddings import Word, bundled_vectors
 from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import (
     PORTABLE,
     StrangerReason,
     Unapplied,
+    bundle_of,
     load_lora,
     lora_of_tensors,
     read_lora_tensors,
@@ -44,7 +47,7 @@ from lorasmith.formats.lora_file import (
 from lorasmith.formats.metadata import LeveledRanks, steps_of
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import rank_of
-from lorasmith.formats.spelling import ModuleTensors, all_assembled, fits, grouped, guessed_family
+from lorasmith.formats.spelling import BUNDLE, ModuleTensors, all_assembled, fits, grouped, guessed_family
 from lorasmith.report.pictures import card
 from lorasmith.training.trainable import Trainable
 
@@ -104,7 +107,7 @@ class Lora:
             return cls(load_lora(path, names), names, name=path.name)
         tensors, metadata = read_lora_tensors(path)
         refuse_non_finite(path, tensors)
-        if not grouped(tensors):
+        if not grouped(tensors) and not bundle_of(tensors)[0]:
             raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         assumed = released_names(guessed_family(shapes, metadata) or "")
@@ -205,6 +208,7 @@ class Lora:
             return sum(tensor.numel() for key, tensor in self.given.items() if not key.endswith(".alpha"))
         tensors = [tensor for adapter in self._adapters for tensor in adapter.tensors.values()]
         tensors += [change for changes in self.state.differences.values() for change in changes.values()]
+        tensors += [one for vectors in self.state.words.values() for one in vectors.values()]
         return sum(tensor.numel() for tensor in tensors)
 
     @cached_property
@@ -368,8 +372,12 @@ class Lora:
         return denoiser.patched(patch)
 
     def _on_encoder(self, encoder: TextEncoder, strength: float) -> tuple[TextEncoder, list[Unapplied]]:
-        """The text encoders, and the modules for them that they lack or that do not fit."""
-        left = []
+        """The text encoders, and the modules and words for them that they lack or that do not fit."""
+        words, left = words_for(encoder, self.state.words), list[Unapplied]()
+        fitting = {word.text for word in words}
+        encoder = encoder.with_words(words)
+        for word in self.state.words.keys() - fitting:
+            left.append(Unapplied(f"{BUNDLE}{word}", next(iter(encoder.encoders.modules), ""), StrangerReason.SHAPE))
         for component in dict.fromkeys(ref.component for ref in self._modules if ref.component != DENOISER):
             module = encoder.encoders.modules.get(component)
             shapes = {} if module is None else weight_shapes(module)
@@ -416,11 +424,25 @@ class Lora:
             first = ", ".join(printable(name, limit=width) for name in parts[:shown])
             first += ", ..." if parts[shown:] else ""
             groups.append(f"{len(parts)} {reason.text} ({first})")
-        total = len(self._modules) + len(self._left_over)
+        total = len(self._modules) + len(self._left_over) + len(self.state.words)
         return sentence(
             f"{printable(title, limit=40)} leaves out {len(left)} of {total} parts of "
             f"{printable(self.name, limit=60)}: {', '.join(groups)}; {left[0].reason.remedy}"
         )
+
+
+def words_for(encoder: TextEncoder, words: Mapping[str, Mapping[str, Tensor]]) -> list[Word]:
+    """The words of a LoRA that these text encoders can read, at least one of them each."""
+    places = {component: encoder.place_of(component) for component in encoder.encoders.modules}
+    found = []
+    for word, vectors in words.items():
+        fitting = {
+            component: chosen
+            for component, place in places.items()
+            if place is not None and (chosen := bundled_vectors(vectors, place)) is not None
+        }
+        found += [Word(word, fitting)] if fitting else []
+    return found
 
 
 _UNKNOWN = ModelNames(family="", denoiser={}, peft_prefix="")

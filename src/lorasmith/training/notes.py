@@ -77,6 +77,7 @@ def notes_on(
         *LossSettings.idle_settings(config),
         *MethodSettings.idle_settings(config),
         *TextEncoderSettings.idle_settings(config),
+        *_on_word(config, model),
         *notes_on_plan(plan),
         *([] if has_fresh_text else _on_own_values(config, plan, adapters, differences)),
         *_on_targets(config, model, plan, adapters, differences),
@@ -201,6 +202,20 @@ def _on_quantization(config: TrainConfig, model: Trainable) -> Iterator[str]:
         yield ReportNote("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
+def _on_word(config: TrainConfig, model: Trainable) -> Iterator[str]:
+    if model.word is None:
+        return
+    yield ReportNote(
+        f"Prompts for ComfyUI name {model.word.text} by its file: put NAME_emb.safetensors into models/embeddings, and "
+        "write embedding:NAME_emb."
+    )
+    if config.new_word_bundle:
+        yield OtherProgram(
+            "diffusers refuses a LoRA that holds a word; with new_word_bundle off it loads both, the LoRA and "
+            "NAME_emb.safetensors."
+        )
+
+
 def _on_experts(config: TrainConfig, model: Trainable) -> Iterator[str]:
     facts = model.facts
     named = facts.expert
@@ -235,12 +250,10 @@ def _on_own_values(
         name for name, declared in options_of(TrainConfig).items() if declared.of_fresh and not config.is_default(name)
     ]
     if not plan.adapters and idle:
-        yield (
-            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "
-            "existing_lora with its own values."
-        )
+        why = "every target continues existing_lora with its own values" if adapters else "there are no targets"
+        yield f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: {why}."
     rated = [adapter for adapter in plan.adapters if adapter.learning_rate is not None]
-    if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
+    if config.learning_rate is not None and len(rated) == len(adapters) > 0 and not differences:
         yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
 
 

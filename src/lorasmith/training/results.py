@@ -30,6 +30,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.metadata import (
     AVERAGE_ENTRY,
     RANKS_ENTRY,
@@ -157,6 +158,17 @@ class Results:
     def save(self, loop: Loop, path: Path) -> None:
         self.lora(loop.step).save(path)
 
+    def save_result(self, loop: Loop, path: Path) -> None:
+        self._saved(self.lora(loop.step), path)
+
+    def _saved(self, lora: Lora, path: Path) -> Path:
+        """Save a LoRA as users get it, and its word beside it, as an embedding."""
+        for vectors in lora.state.words.values():
+            write_safetensors(embedding_beside(path), vectors, {"lorasmith.steps": str(lora.steps)})
+        if not self.job.config.new_word_bundle:
+            lora = replace(lora, state=replace(lora.state, words={}))
+        return lora.save(path)
+
     def path_at(self, step: int) -> Path:
         """File of the LoRA of a step, numbered as in sd-scripts; the run must have a folder."""
         assert self.folder is not None
@@ -165,7 +177,7 @@ class Results:
     def save_best(self, loop: Loop) -> None:
         if self.folder is not None:
             with loop.engine.exported():
-                self.save(loop, self._path(self.folder, "-best"))
+                self.save_result(loop, self._path(self.folder, "-best"))
 
     def save_averages(self, loop: Loop, steps: Sequence[int]) -> None:
         """Save the averages after this step, one of those after which they are saved; the run must have a folder.
@@ -194,11 +206,12 @@ class Results:
         step = loop.step if values is None or history is None else history.best_step
         best_path = None
         if self.folder is not None:
-            self._path(self.folder, "-best").unlink(missing_ok=True)
+            for path in (self._path(self.folder, "-best"), embedding_beside(self._path(self.folder, "-best"))):
+                path.unlink(missing_ok=True)
             if history is not None and history.best_step != step:
                 best_path = self._path(self.folder, "-best")
                 with loop.engine.exported(best):
-                    self.lora(history.best_step).save(best_path)
+                    self._saved(self.lora(history.best_step), best_path)
         loop.engine.release(values)
         lora = self.lora(step)
         is_saved = self.folder is not None and bool(loop.losses)
@@ -211,12 +224,17 @@ class Results:
             base_loss=None if history is None else history.base_loss,
             verdict=UNJUDGED if validation is None else TOO_EARLY if history is None else history.verdict,
             folder=self.folder if is_saved else None,
-            path=lora.save(self._path(self.folder)) if self.folder is not None and is_saved else None,
+            path=self._saved(lora, self._path(self.folder)) if self.folder is not None and is_saved else None,
             best_path=best_path if is_saved else None,
         )
 
     def _path(self, folder: Path, suffix: str = "") -> Path:
         return folder / f"{self.title}{suffix}.safetensors"
+
+
+def embedding_beside(lora: Path) -> Path:
+    """The file of the word that a LoRA was trained with."""
+    return lora.with_name(f"{lora.stem}_emb.safetensors")
 
 
 def lora_of(job: TrainJob, metadata: Mapping[str, str]) -> Lora:
@@ -236,6 +254,7 @@ def lora_of(job: TrainJob, metadata: Mapping[str, str]) -> Lora:
         differences=changes,
         unknown=job.carried.unknown,
         metadata=dict(metadata),
+        words=job.model.words,
     )
     return Lora(state, job.model.names, dtype_from_name(job.config.lora_dtype), job.config.private)
 

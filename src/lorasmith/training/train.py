@@ -377,7 +377,7 @@ class _Run:
             )
             if config.save_every:
                 results = self._results
-                watchers.append(LoraWatch(results.save, results.path_at, every=config.save_every))
+                watchers.append(LoraWatch(results.save_result, results.path_at, every=config.save_every))
             if config.post_hoc_ema:
                 save = self._results.save_averages
                 watchers.append(AverageWatch(save, count=config.post_hoc_ema, steps=config.steps))

@@ -4,7 +4,7 @@
     diffusion   what it predicts, and its noise schedule      facts      for records, metadata and defaults
     frozen      ready on its device inside this context       predict    one evaluation of the network
     join        conditionings of samples as one batch         identity   digests, by which a run is known again
-    encoders    text encoders that carry adapters, too; most runs have none
+    encoders    text encoders that are trained, too; most runs have none
     routing     where tokens are in its blocks, so that some may skip blocks; UNets have none
 
 No other module of training knows families, files or libraries. `TrainableDenoiser` is a loaded model's denoiser.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
-from lorasmith.adapters.inject import Rule, adapters_attached
+from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
 from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
@@ -47,11 +47,13 @@ from lorasmith.families.base import (
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
+from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
+from lorasmith.training.new_word import NewWord, new_word, trained_words
 from lorasmith.training.runtime import Runtime
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
@@ -113,6 +115,7 @@ class Trainable:
     encoders: nn.ModuleDict | None = None
     text_patches: tuple[Patch, ...] = ()  # LoRAs that are part of these encoders, by path in `encoders`
     needs_captions: bool = True  # whether text is encoded ahead, by other encoders than those
+    word: NewWord | None = None  # that they learn
     guidance: float | None = 0.0  # see `guided`
     routing: Routing | None = None  # where tokens are in its blocks; None where none may skip blocks
 
@@ -183,6 +186,21 @@ class Trainable:
             f"{self.title}; load it with its encoders, or leave it out"
         )
 
+    def with_word(self, config: ResolvedConfig, saved: Mapping[str, Mapping[str, Tensor]], name: str) -> Self:
+        """The same network with the new word of the settings in training; `saved` and `name` are as for `new_word`.
+
+        Raises OptionError or ModelError for a model without text encoders that learn words, LoraError as `new_word`.
+        """
+        raise OptionError(
+            f"new_word needs a model with text encoders that learn words (CLIP, or T5 with new_word_t5), got "
+            f"{self.title}; load it with its encoders, or leave it out"
+        )
+
+    @property
+    def words(self) -> dict[str, dict[str, Tensor]]:
+        """The vectors of `word` as in `AdapterState.words`, fp32."""
+        return {}
+
     def active(self) -> contextlib.AbstractContextManager[None]:
         """The module has the patches inside."""
         return patches_applied(self.module, self.patches)
@@ -200,6 +218,12 @@ class Trainable:
                 whole = replace(runtime, sharding=False)
                 stack.enter_context(_frozen(self.encoders, self.text_patches, config, whole))
             yield
+
+    def texts_read(self, strength: float | Dial) -> contextlib.AbstractContextManager[None]:
+        """Inside the context trained text encoders read embeddings, and `word` unless the strength is 0; it includes
+        the backward pass.
+        """
+        return contextlib.nullcontext()
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction, of the shape of `latents`, with the adapters that are attached now.
@@ -263,6 +287,7 @@ class TrainableDenoiser(Trainable):
     def __init__(self, denoiser: Denoiser, text_encoder: TextEncoder | None = None) -> None:
         base, family, form = denoiser.base, denoiser.base.family, denoiser.base.control_form
         self.denoiser, self.text_encoder = denoiser, text_encoder or base.text_encoder
+        self._reading: tuple[TextEncoder, Vectors, float | Dial] | None = None  # see `texts_read`
         self.module, self.diffusion, self.patches = denoiser.module, denoiser.diffusion, denoiser.patches
         self.names = base.names
         self.routing = family.routing
@@ -301,25 +326,55 @@ class TrainableDenoiser(Trainable):
         return type(self)(self.denoiser.patched(patch), self.text_encoder)
 
     def with_encoders(self) -> tuple[Self, tuple[str, ...]]:
-        family, encoders = self.denoiser.base.family, self.text_encoder.encoders
-        present = encoders.modules
-        layers = family.trained_encoders(present)
+        layers = self.denoiser.base.family.trained_encoders(self.text_encoder.encoders.modules)
         if not layers:
             return super().with_encoders()
-        family.check_encoders(encoders)
-        other = copy.copy(self)
-        other.encoders = nn.ModuleDict({component: present[component] for component in layers})
-        other.text_patches = tuple(
-            patch.below(component) for component, patch in self.text_encoder.patches if component in layers
-        )
-        other.needs_captions = len(layers) < len(present)
-        return other, tuple(f"{component}.{path}" for component, paths in layers.items() for path in paths)
+        return self._trained(layers), tuple(f"{name}.{path}" for name, paths in layers.items() for path in paths)
+
+    @property
+    def words(self) -> dict[str, dict[str, Tensor]]:
+        return {} if self.word is None else {self.word.text: self.word.to_tensors(self.text_encoder)}
+
+    def with_word(self, config: ResolvedConfig, saved: Mapping[str, Mapping[str, Tensor]], name: str) -> Self:
+        if not (components := trained_words(self.text_encoder, with_t5=config.new_word_t5)):
+            return super().with_word(config, saved, name)
+        other = self._trained([*(self.encoders or ()), *components])
+        other.word = new_word(self.text_encoder, config, components, saved, name=name)
+        return other
+
+    def _trained(self, components: Collection[str]) -> Self:
+        """The same network with these text encoders in training."""
+        encoders = self.text_encoder.encoders
+        self.denoiser.base.family.check_encoders(encoders)
+        other, present = copy.copy(self), encoders.modules
+        other.encoders = nn.ModuleDict({name: one for name, one in present.items() if name in components})
+        patched = ((name, patch) for name, patch in self.text_encoder.patches if name in components)
+        other.text_patches = tuple(patch.below(name) for name, patch in patched)
+        other.needs_captions = len(other.encoders) < len(present)
+        return other
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         if conditioning.texts:
-            encoded = self.text_encoder.encode_again(conditioning)
+            encoder = self.text_encoder
+            if self._reading is not None:
+                encoder, vectors, strength = self._reading
+                vectors.reads_words = strength_now(strength) != 0
+            encoded = encoder.encode_again(conditioning, [*(self.encoders or ())])
             conditioning = encoded.to(latents.device, latents.dtype)
         return self.denoiser.predict(latents, time, conditioning)
+
+    @contextlib.contextmanager
+    def texts_read(self, strength: float | Dial) -> Iterator[None]:
+        if self.encoders is None:
+            yield
+            return
+        encoder = self.text_encoder
+        with (encoder if self.word is None else self.word.read_by(encoder)).reading() as (reader, vectors):
+            self._reading = reader, vectors, strength
+            try:
+                yield
+            finally:
+                self._reading = None
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         joined = self.denoiser.base.family.join(conditionings)
@@ -346,9 +401,15 @@ class TrainableDenoiser(Trainable):
                 "encode the pictures with this model"
             )
         if self.encoders is not None and (unknown := [one.name for one in samples if one.conditioning.text is None]):
+            setting = "train_text_encoder" if self.word is None else "new_word"
             raise DataError(
-                f"train_text_encoder encodes the caption of each image in every step, and that of {unknown[0]} is "
+                f"{setting} encodes the caption of each image in every step, and that of {unknown[0]} is "
                 "unknown; load the images with load_dataset, or leave it out"
+            )
+        if self.word is not None and not any(has_word(one.conditioning.text or "", self.word.text) for one in samples):
+            raise DataError(
+                f"new_word must be in captions, and {self.word.text} is in none of "
+                f"{count_text(len(samples), 'sample')}; set trigger to it, or write it into captions"
             )
         self.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in samples}.values())
 

@@ -1,7 +1,7 @@
 """CLIP and OpenCLIP as text encoders: their two namings in checkpoints, and prompts encoded as ComfyUI does it.
 
 Words have weights, prompts any length, and last layers may be skipped. Prompts have the same meaning as in ComfyUI, so
-that a graph's captions train and sample alike. Textual inversion is not supported: `embedding:name` is read as text.
+that a graph's captions train and sample alike.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.core.quantization import Packed, of_rows
 from lorasmith.families.files.original_weights import PartSource, build, numbered
+from lorasmith.families.parts.embeddings import token_groups
 from lorasmith.families.parts.encoders import (
     ENCODERS,
     EncoderKind,
@@ -220,12 +221,13 @@ def encode_prompts(
 def tokenize_prompt(text: str, tokenizer: Any) -> list[list[Token]]:
     """Chunks of exactly 77 weighted tokens: begin, up to 75 tokens of the prompt, end, padding.
 
-    A stretch of one weight that does not fit is cut, unless it has fewer than 8 tokens: then it starts the next chunk.
+    A stretch of one weight, or an embedding, that does not fit is cut, unless it has fewer than 8 tokens: then it
+    starts the next chunk.
     """
     room = CONTEXT_LENGTH - 2
     chunks: list[list[Token]] = [[]]
-    for stretch, weight in parse_weights(text):
-        ids = tokenizer(stretch, add_special_tokens=False, verbose=False)["input_ids"]
+    groups = ((ids, weight) for stretch, weight in parse_weights(text) for ids in token_groups(tokenizer, stretch))
+    for ids, weight in groups:
         tokens = [(token, weight) for token in ids]
         if len(tokens) < MAX_UNBROKEN and len(chunks[-1]) + len(tokens) > room:
             chunks.append([])
@@ -310,6 +312,9 @@ class ClipEncoder(EncoderKind):
             }
 
         return build(lambda: kind(CLIPTextConfig(**config)), tensors, where=source.where)
+
+    def embedding_key(self, encoder: nn.Module) -> str:
+        return self.name
 
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         return clip_tokenizer(pad_token=self.pad_token, size=rows)

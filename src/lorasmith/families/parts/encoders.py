@@ -54,6 +54,15 @@ class EncoderKind(ABC):
         """The part of an encoder that sees pictures; None without."""
         return None
 
+    def embedding_layer(self, encoder: Any) -> nn.Module:
+        """The layer that makes vectors of token ids."""
+        found: nn.Module = encoder.get_input_embeddings()
+        return found
+
+    def embedding_key(self, encoder: nn.Module) -> str | None:
+        """Key of its vectors in embedding files; None for one whose prompts ComfyUI reads without embeddings."""
+        return None
+
     def width(self, encoder: Any) -> int:
         """Width of its states."""
         return int(encoder.config.hidden_size)
@@ -65,8 +74,13 @@ class EncoderKind(ABC):
 
     def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
         """Its tokenizer. Raises ModelError if there is none at the source."""
-        rows = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        return self.own_tokenizer(source, rows) if source.folder is None else folder_tokenizer(source.folder)
+        if source.folder is None:
+            return self.own_tokenizer(source, self.rows(encoder))
+        return folder_tokenizer(source.folder)
+
+    def rows(self, encoder: Any) -> int:
+        """Number of its embeddings."""
+        return int(encoder.get_input_embeddings().num_embeddings)
 
     @abstractmethod
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:

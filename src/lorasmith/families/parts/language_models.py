@@ -65,6 +65,7 @@ class LanguageModel(EncoderKind):
     settings: Mapping[str, Any]  # of its configuration, for encoders from files
     always: Mapping[str, Any] = field(default_factory=dict)  # for those from folders too
     vision: TowerKind | None = None  # the part that sees pictures
+    embedding_keys: Mapping[int, str] = field(default_factory=dict)  # by width; see `EncoderKind.embedding_key`
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         named = _language_part(shapes, self.prefixes)
@@ -112,6 +113,10 @@ class LanguageModel(EncoderKind):
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         return self.vocabulary(source, rows)
 
+    def embedding_key(self, encoder: nn.Module) -> str | None:
+        keys = self.embedding_keys
+        return keys.get(self.width(encoder), next(iter(keys.values()), None))
+
     def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         vocabulary, width = tensors["embed_tokens.weight"].shape
         head = self.head_width or tensors[_QUERY_NORM].shape[0]
@@ -134,6 +139,7 @@ for _kind in (
         ("Qwen3Config", "Qwen3Model"),
         prefixes=("model.", ""),
         settings={"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960},
+        embedding_keys={2560: "qwen3_4b", 4096: "qwen3_8b", 1024: "qwen3_06b"},
     ),
     # Its text alone is Qwen2's: the axes of its rotary positions differ in pictures only.
     LanguageModel(
@@ -152,6 +158,7 @@ for _kind in (
         prefixes=("model.language_model.", "language_model.model.", "language_model."),
         settings={"rope_theta": 5e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144},
         vision=QWEN3_TOWER,
+        embedding_keys={2560: "qwen3vl_4b", 4096: "qwen3vl_8b"},
     ),
     LanguageModel(
         "mistral",
@@ -161,6 +168,7 @@ for _kind in (
         is_width=lambda width: width != _MINISTRAL_WIDTH,
         vocabulary=lambda source, _rows: tekken_tokenizer(source),
         settings={"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 131072},
+        embedding_keys={5120: "mistral3_24b"},
     ),
     # Files have no configuration, and ComfyUI gives them plain rotary positions. That of diffusers folders asks for
     # YaRN's, by which the states of long prompts differ.
@@ -172,6 +180,7 @@ for _kind in (
         is_width=lambda width: width == _MINISTRAL_WIDTH,
         vocabulary=lambda source, _rows: tekken_tokenizer(source),
         settings={"rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 262144},
+        embedding_keys={_MINISTRAL_WIDTH: "ministral3_3b"},
     ),
     LanguageModel(
         "gemma2",
@@ -361,6 +370,13 @@ class T5Encoder(EncoderKind):
             return ByT5Tokenizer()
         return t5_tokenizer()
 
+    def embedding_layer(self, encoder: Any) -> nn.Module:
+        found: nn.Module = encoder.encoder.get_input_embeddings()  # that of the whole is another with the same table
+        return found
+
+    def embedding_key(self, encoder: nn.Module) -> str | None:
+        return self.name if self.name == "t5xxl" else None
+
 
 for _t5 in map(T5Encoder, ("t5xxl", "umt5xxl", "byt5_small")):
     ENCODERS.register(_t5.name)(_t5)
@@ -392,8 +408,7 @@ def encode_t5(
     if hides_padding:
         last = max(place for place, (token, _) in enumerate(tokens) if token != tokenizer.pad_token_id)
         mask[:, last + 1 :] = 0
-    with torch.no_grad():
-        states: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    states: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     return weighted_states(states[:1], states[1:], [[weight for _, weight in tokens]]) if weighted else states
 
 

@@ -57,6 +57,7 @@ class DiffusersLayout(Layout):
     name = "diffusers"
     title = "diffusers"
     has_diffusers_names = True
+    holds_words = False  # diffusers refuses files with tensors that are of no LoRA
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)

@@ -54,6 +54,7 @@ class Layout(ABC):
         has_alphas: whether a LoRA of it has `.alpha` tensors.
         has_diffusers_names: whether modules and tensors have the names of diffusers and PEFT.
         alphas_misread: whether diffusers reads several alphas as one (`ProgramLimits.diffusers_one_alpha`).
+        holds_words: whether a file of it may hold words, too. Files for all programs do, if they are no folders.
         refused_by: programs that do not open it → why.
     """
 
@@ -64,6 +65,7 @@ class Layout(ABC):
     has_alphas: bool = False
     has_diffusers_names: bool = False
     alphas_misread: bool = False
+    holds_words: bool = True
     refused_by: Mapping[str, str] = MappingProxyType({SD_SCRIPTS: "it reads kohya's layout alone"})
 
     @abstractmethod

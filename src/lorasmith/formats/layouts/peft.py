@@ -58,6 +58,7 @@ class PeftLayout(Layout):
     title = "PEFT"
     in_folder = True
     has_diffusers_names = True
+    holds_words = False
     refused_by = MappingProxyType(
         {
             **Layout.refused_by,

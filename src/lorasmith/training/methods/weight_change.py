@@ -36,6 +36,8 @@ class WeightChange(Method):
         return cls(config.weight_change) if config.weight_change else None
 
     def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
+        if not adapters:
+            raise OptionError("weight_change is of the layers of a LoRA, and there are none; leave it out")
         fit = (isinstance(one, LowRank) and one.factors().mid is None for one in adapters.values())
         if not all(fit):
             raise OptionError("weight_change is of low-rank adapters alone; choose LoRA without DoRA and tucker")

@@ -62,8 +62,7 @@ _UNCOMPARED = {
 def fingerprint(job: TrainJob, data: EncodedDataset, held_out: EncodedDataset | None) -> Fingerprint:
     """The fingerprint for `run.json`, without `files`."""
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
-    trained = [*job.all_adapters.items(), *job.differences.items()]
-    initial = ((f"{path}.{name}", t) for path, module in trained for name, t in module.state_dict().items())
+    initial = ((f"{path}.{name}", t) for path, module in job.trained for name, t in module.state_dict().items())
     noising, state = job.model.facts.noising, job.config.existing_state
     found: Fingerprint = {
         "config": config,
