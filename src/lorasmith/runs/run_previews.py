@@ -230,7 +230,7 @@ class RunPreviews:
     """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
     `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one;
-    `made_with` is that of `PreviewFolder`, `pairs` has what prompts edit, by the stem of their files. The host receives
+    `made_with` is that of `PreviewFolder`, `beside` has what prompts edit, by the stem of their files. The host receives
     a `Drawing` before each row of pictures.
     """
 
@@ -242,9 +242,9 @@ class RunPreviews:
         folder: Path,
         host: RunHost,
         made_with: Mapping[str, Any],
-        pairs: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
+        beside: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
     ) -> None:
-        self._draw, self._prompts, self._pairs = draw, program.prompts, pairs
+        self._draw, self._prompts, self._beside = draw, program.prompts, beside
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.is_final_only, self._strengths = program.is_final_only, program.strengths
         self._on_the_way = tuple(one for one in program.strengths if one != 1) if program.is_strip else ()
@@ -280,7 +280,7 @@ class RunPreviews:
         rows = (not self._base_is_written) + 1 + sum(one != 1 for one in strengths)
         draw = self._counted(rows)
         if not self._base_is_written:
-            for stem, pictures in self._pairs.items():
+            for stem, pictures in self._beside.items():
                 files.write_pair(stem, pictures)
             yield self._previewed(step, files.write_base(draw(None)), 0.0)
             self._base_is_written = True
