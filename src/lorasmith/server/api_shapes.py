@@ -346,7 +346,7 @@ class PlanAnswer:
     )
     notes: Annotated[tuple[str, ...], "remarks, one sentence each"] = ()
     distilled: Annotated[str, "what training a model distilled to few steps needs; empty for others"] = ""
-    training_adapter: Annotated[str, "the LoRA made for that among those here; empty for none"] = ""
+    usual_adapter: Annotated[str, "the LoRA made for that among those here; empty for none"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -400,7 +400,7 @@ def fresh_differences(model: Trainable, plan: AdapterPlan, config: TrainConfig) 
 
 
 def _usual_adapter(model: Trainable, folders: Folders | None) -> Path | None:
-    name = None if folders is None else training_adapter_in(folders, model.facts.training_adapter)
+    name = None if folders is None else training_adapter_in(folders, model.facts.usual_adapter)
     return None if folders is None or name is None else folders.find("loras", name)
 
 

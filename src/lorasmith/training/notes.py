@@ -159,7 +159,7 @@ def on_distilled(facts: Facts, adapter: Path | None) -> str:
     """
     if facts.distilled_mark is None:
         return ""
-    repository, _, usual = facts.training_adapter.rpartition("/")
+    repository, _, usual = facts.usual_adapter.rpartition("/")
     remedy = "a LoRA made for that"
     if adapter is not None:
         remedy = f"the LoRA made for that, which is there (--training-adapter {adapter})"

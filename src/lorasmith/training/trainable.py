@@ -79,7 +79,7 @@ class Facts:
     extensions: tuple[Extension, ...] = ()  # of other packages, which bring the model's family and parts
     takes_guidance: bool = False  # whether guidance is an input, which a distillation has added
     distilled_mark: str | None = None  # of its name, if it is distilled to few steps, which training undoes
-    training_adapter: str = ""  # the usual LoRA to train it with then, `owner/repository/file`; empty for none
+    usual_adapter: str = ""  # the usual LoRA to train it with then, `owner/repository/file`; empty for none
     # `ss_base_model_version`, `modelspec.architecture` without `/lora`, and `modelspec.implementation`; empty for none
     kohya_version: str = ""
     modelspec_architecture: str = ""
@@ -315,7 +315,7 @@ class TrainableDenoiser(Trainable):
             ),
             takes_guidance=family.takes_guidance(self.module),
             distilled_mark=base.distilled_mark,
-            training_adapter=base.training_adapter,
+            usual_adapter=base.training_adapter,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
             modelspec_architecture=(form.modelspec_name if form is not None else "")
             or family.modelspec_architecture(self.diffusion.parameterization),

@@ -86,12 +86,12 @@ def test_a_plan_says_what_a_distilled_model_needs(
     assert planned("lorasmith-tiny").distilled == ""
     found = planned()
     assert "the LoRA made for that, v1.safetensors of some/sd_turbo_adapter, in models/loras" in found.distilled
-    assert found.training_adapter == ""
+    assert found.usual_adapter == ""
     for name in ("sd_turbo_adapter_v2.safetensors", "SD-Turbo-Adapter_v10.safetensors"):
         (tmp_path / "models" / "loras" / name).write_bytes(b"x")
     found = planned()
-    assert found.distilled and found.training_adapter == "SD-Turbo-Adapter_v10.safetensors"
-    assert planned(training_adapter=found.training_adapter).distilled == ""
+    assert found.distilled and found.usual_adapter == "SD-Turbo-Adapter_v10.safetensors"
+    assert planned(training_adapter=found.usual_adapter).distilled == ""
 
 
 def test_a_plan_takes_methods_and_text_encoders(folders: Folders) -> None:

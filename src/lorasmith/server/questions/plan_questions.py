@@ -68,7 +68,7 @@ def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -
         memory_settings=proposal.settings,
         notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
         distilled=distilled,
-        training_adapter=adapter,
+        usual_adapter=adapter,
     )
 
 
@@ -217,7 +217,7 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
 def _distilled(folders: Folders, files: ModelFiles) -> tuple[str, str]:
     """What is said of a model that is distilled, and the name of the LoRA to train it with; empty for none."""
     facts = TrainableDenoiser(structure_of(in_folders(files.model, folders, MODEL_FOLDERS)).denoiser).facts
-    return on_distilled(facts, None), training_adapter_in(folders, facts.training_adapter) or ""
+    return on_distilled(facts, None), training_adapter_in(folders, facts.usual_adapter) or ""
 
 
 def _said(value: object) -> str:

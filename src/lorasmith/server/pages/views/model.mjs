@@ -79,7 +79,7 @@ export function Distilled({ plan, adapter, onAdapter }) {
   if (adapter) return html`<p class="faint">Trained with ${adapter} beneath. <${Button} class="small" onClick=${() => onAdapter(null)}>Leave it out<//></p>`;
   if (!plan?.distilled) return null;
   return html`<${Notice} mood="fair"><p>${plan.distilled}</p>
-    ${plan.training_adapter && html`<${Button} onClick=${() => onAdapter(plan.training_adapter)}>Train with ${plan.training_adapter}<//>`}<//>`;
+    ${plan.usual_adapter && html`<${Button} onClick=${() => onAdapter(plan.usual_adapter)}>Train with ${plan.usual_adapter}<//>`}<//>`;
 }
 
 function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit, adapter, onAdapter }) {
