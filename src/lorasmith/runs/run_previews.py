@@ -230,8 +230,8 @@ class RunPreviews:
     """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
     `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one;
-    `made_with` is that of `PreviewFolder`, `beside` has what prompts edit, by the stem of their files. The host receives
-    a `Drawing` before each row of pictures.
+    `made_with` is that of `PreviewFolder`, `beside` has what prompts edit, by the stem of their files. The host
+    receives a `Drawing` before each row of pictures.
     """
 
     def __init__(
