@@ -77,6 +77,7 @@ TABLES = {
 PASSED_ON = {
     "core/printable.py": "split",
     "data/encoding_cache.py": "fullmatch",
+    "families/parts/embeddings.py": "finditer",
     "formats/inspect.py": "match",
 }
 

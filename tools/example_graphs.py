@@ -564,11 +564,13 @@ def as_editor(graph: Graph) -> dict[str, Any]:
     for order, (member, said) in enumerate(sorted(graph.items(), key=lambda item: (depth(item[0]), int(item[0])))):
         declared = nodes[said["class_type"]]
         sockets, widgets = [], []
-        for name, slot in declared.slots.items():
-            if name not in said["inputs"]:
-                continue
-            value = said["inputs"][name]
+        last = max(place for place, name in enumerate(declared.slots) if name in said["inputs"])
+        for place, (name, slot) in enumerate(declared.slots.items()):
             has_widget = bool(slot.scalar_types) and not slot.force_input
+            # Values are by position, so those that are left out before another one have their defaults.
+            if place > last or (name not in said["inputs"] and not has_widget):
+                continue
+            value = said["inputs"].get(name, slot.default)
             if isinstance(value, list):
                 source, output = value
                 kind = nodes[graph[source]["class_type"]].outputs[output].type

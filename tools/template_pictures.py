@@ -108,6 +108,10 @@ def _drawn(one: Example, folder: Path) -> Image.Image:
         case "strengths":
             labels = ("0", "0.5", "1", "1.5")
             return card([(f"strength {label}", one) for label, one in zip(labels, made("strengths*"), strict=True)], 2)
+        case "preserve" | "text_encoder":
+            drawn = [one for kind in ("base", "strength-1") for one in made(f"runs/*/samples/{kind}-[12].png")]
+            labels = [f"{text}, {when}" for when in ("before", "after") for text in ("fox", "lion")[: len(drawn) // 2]]
+            return card([*zip(labels, drawn, strict=True)], 2)
         case "continue":
             return _whole(made("continued_loss*")[0])
         case other:

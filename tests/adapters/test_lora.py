@@ -184,7 +184,7 @@ def test_lora_plus_takes_pefts_steps() -> None:
         min_noise=0.0, max_noise=1.0, training_dtype="fp32",
     )  # fmt: skip
     runtime = Runtime.of(config, base, torch.device("cpu"))
-    trained = list(_trained(adapters, {}))
+    trained = list(_trained(adapters, {}, None))
     flat = FlatParameters(
         {name: parameter for _, name, parameter in trained},
         device=runtime.device,

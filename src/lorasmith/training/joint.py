@@ -75,6 +75,11 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             "train each run over all processes"
         )
     for job in others:
+        if job.model.module is not first.model.module:
+            raise OptionError(
+                f"runs that train together must have one model, got {first.model.title} and "
+                f"{job.model.title}, loaded one by one; load it once"
+            )
         facts = {name: (getattr(first.config, name), getattr(job.config, name)) for name in SHARED_SETTINGS}
         facts["device"] = str(first.runtime.device), str(job.runtime.device)
         for name, (one, other) in facts.items():
@@ -83,11 +88,6 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
                     f"runs that train together must have the same {name}, got {one!r} and {other!r}; make them equal, "
                     "or train apart"
                 )
-        if job.model.module is not first.model.module:
-            raise OptionError(
-                f"runs that train together must have one model, got {first.model.title} and "
-                f"{job.model.title}, loaded one by one; load it once"
-            )
         if _base_patches_digest(job) != _base_patches_digest(first):
             raise OptionError(
                 "runs that train together must have the same LoRAs beneath them, but training_adapter, existing_lora "
