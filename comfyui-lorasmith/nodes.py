@@ -20,7 +20,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.formats.lora_file import lora_tensors
-from lorasmith.nodes.training import METHODS, SETTINGS, beginning
+from lorasmith.nodes.training import METHODS, SETTINGS, TLORA, beginning
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames, RunPreviews
 from lorasmith.runs.view import ViewPublisher, note_of
@@ -46,9 +46,10 @@ _NOT_HERE = (
     *("previews", "preview_every", "quantization", "compile", "training_adapter"),
     *("training_guidance", "guidance_loss", "guidance_loss_schedule", *options_of(TextEncoderSettings)),
     *("tread_rate", "tread_first", "tread_last"),
+    *TLORA,
 )
-"""Settings that a MODEL does not follow: ComfyUI holds its weights and text encoders, draws its pictures, has its
-guidance in the conditioning, and networks of its own, of which it is not known where tokens are."""
+"""Settings that a MODEL does not follow: ComfyUI holds its weights and text encoders, draws its pictures with all
+ranks, has its guidance in the conditioning, and networks of its own, of which it is not known where tokens are."""
 
 _log = logging.getLogger("lorasmith")
 

@@ -146,15 +146,22 @@ _PAIRS = ("pairs", "pair_focus", "dpo_beta")
 _NOT_IN_GRAPHS = ("prior_target", "mask_prior_weight")
 """Methods for pictures of the class and for masks, which graphs have none of."""
 
+TLORA = ("tlora", "tlora_min_rank", "tlora_alpha")
+_LEVERS = (
+    *TLORA,
+    *("loss_weighting", "min_snr_gamma", "huber_c", "huber_schedule", "huber_scale", "pyramid_noise"),
+    *("input_perturbation", "post_hoc_ema"),
+)
+
 METHODS = (
     _own("training_guidance", default=0.0),  # that of the conditioning, as in ComfyUI
     *(
-        _own(name) if declared.default is not None else _open(name)
-        for name, declared in {**options_of(MethodSettings), **options_of(TextEncoderSettings)}.items()
+        _own(name) if _OPTIONS[name].default is not None else _open(name)
+        for name in (*options_of(MethodSettings), *options_of(TextEncoderSettings), *_LEVERS)
         if name not in (*_NOT_IN_GRAPHS, *_PAIRS)
     ),
 )
-"""Settings of methods and of text encoders in training."""
+"""Settings of methods, of text encoders in training, of losses and of ranks by noise level."""
 
 _OPEN = tuple(
     one.name for one in (*SETTINGS, *METHODS[1:]) if one.default in ("", 0) and _OPTIONS[one.name].default is None
