@@ -122,6 +122,7 @@ def test_what_a_step_keeps_is_what_autograd_saves(tiny: Model) -> None:
 
 @pytest.mark.slow
 def test_counts_show_what_settings_do(tiny: Model) -> None:
+    counts_of(tiny)  # draws the order of samples, which is kept
     plain, again, packed = (
         counts_of(tiny),
         counts_of(tiny, gradient_checkpointing=True),

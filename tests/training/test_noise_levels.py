@@ -38,7 +38,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "debiased": {"loss_weighting": "debiased"},
     "P2": {"loss_weighting": "p2"},
     "pseudo-Huber": {"loss_function": "PseudoHuber"},
-    "sigma_sqrt": {"loss_weighting": "sigma_sqrt"},
     "cosmap": {"loss_weighting": "cosmap"},
     "pseudo-Huber exponential": {"loss_function": "PseudoHuber", "huber_schedule": "exponential"},
     "pseudo-Huber scaled": {"loss_function": "PseudoHuber", "huber_scale": 3.0},

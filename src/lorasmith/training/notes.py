@@ -238,9 +238,9 @@ def _on_shift(config: TrainConfig, model: Trainable) -> Iterator[str]:
 
 
 def _on_weighting(config: TrainConfig, model: Trainable) -> Iterator[str]:
-    is_flow = model.diffusion.parameterization == "flow"
-    if config.loss_weighting == "sigma_sqrt" and is_flow and config.objective == "native":
-        yield "loss_weighting sigma_sqrt has no effect on a flow with objective native, whose loss it is."
+    is_own = model.diffusion.parameterization in ("flow", "v") and config.objective == "native"
+    if config.loss_weighting == "sigma_sqrt" and is_own:
+        yield "loss_weighting sigma_sqrt has no effect on flows and v-prediction with objective native, whose loss it is."
 
 
 def _on_own_values(
