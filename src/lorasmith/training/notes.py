@@ -240,7 +240,7 @@ def _on_shift(config: TrainConfig, model: Trainable) -> Iterator[str]:
 def _on_weighting(config: TrainConfig, model: Trainable) -> Iterator[str]:
     is_own = model.diffusion.parameterization in ("flow", "v") and config.objective == "native"
     if config.loss_weighting == "sigma_sqrt" and is_own:
-        yield "loss_weighting sigma_sqrt has no effect on flows and v-prediction with objective native, whose loss it is."
+        yield "loss_weighting sigma_sqrt has no effect with objective native here, as it is the loss of the prediction."
 
 
 def _on_own_values(
