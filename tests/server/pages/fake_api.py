@@ -49,6 +49,8 @@ SETTINGS: dict[str, Any] = {
                  "step": None, "choices": ["LoRA", "LoHa", "LoKr"], "help": "Kind of adapter.", "main": False},
                 {"name": "pairs", "label": "Pairs", "type": "text", "default": "none", "min": None, "max": None,
                  "step": None, "choices": ["none", "slider", "dpo"], "help": "Train on pairs.", "main": False},
+                {"name": "training_adapter", "label": "Training adapter", "type": "text", "default": None, "min": None,
+                 "max": None, "step": None, "choices": [], "help": "LoRA beneath.", "main": False},
                 {"name": "flip", "label": "Flip", "type": "boolean", "default": False, "min": None, "max": None,
                  "step": None, "choices": [], "help": "Also train on mirrored pictures.", "main": False},
                 {"name": "trigger", "label": "Trigger", "type": "text", "default": "", "min": None, "max": None,
@@ -129,6 +131,7 @@ class FakeServer:
     measured: bool = False
     control: str = "none"  # whether drawings take a picture
     least_strength: float = 0.0  # of drawings
+    distilled: dict[str, str] = field(default_factory=dict)  # what plans say of the model and its usual adapter
     is_closing: bool = False
     builtin: frozenset[str] = frozenset()
     _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -365,7 +368,7 @@ class FakeServer:
              "parameters": rank * 1_450_000, "memory_bytes": int(9.5 * 2**30) + rank * 2**24, "fits": True,
              "memory_settings": {}, "seconds_per_step": seconds,
              "seconds": None if seconds is None else seconds * steps,
-             "measured_at": None, "notes": []}
+             "measured_at": None, "notes": [], **({} if "training_adapter" in settings else self.distilled)}
         )  # fmt: skip
 
     async def _measure(self, request: web.Request) -> web.Response:

@@ -318,6 +318,24 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
 
 
 @pytest.mark.slow
+def test_a_distilled_model_is_trained_with_its_adapter_if_that_is_chosen(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    served.server.distilled = {"distilled": "It is distilled to few steps.", "usual_adapter": "turbo_v2.safetensors"}
+    page = open_page("#/new/fox/model")
+    waits(page, "It is distilled to few steps.")
+    page.get_by_role("button", name="Next: settings").click()
+    page.get_by_role("button", name="Train with turbo_v2.safetensors").click()
+    waits(page, "Trained with turbo_v2.safetensors beneath.")
+    assert_legible(page)
+    page.get_by_role("button", name="Leave it out").click()
+    page.get_by_role("button", name="Train with turbo_v2.safetensors").click()
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/jobs/*")
+    [job] = [body for _, path, body in served.server.calls if path.endswith("/jobs")]
+    assert job["settings"]["training_adapter"] == "turbo_v2.safetensors"
+
+
+@pytest.mark.slow
 def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/model")
