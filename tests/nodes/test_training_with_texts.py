@@ -130,6 +130,14 @@ def test_a_clip_that_nothing_needs_says_so(train: Make, bench: Any) -> None:
     assert "clip has no effect: no setting of this run encodes texts." in bench.messages("info")
 
 
+def test_a_new_word_needs_the_clip(train: Make, bench: Any) -> None:
+    with pytest.raises(OptionError, match=r"new_word encodes texts in training, .*; link the CLIP of the captions to"):
+        train(clip=None, new_word="fox")
+    lora = train(new_word="fox", steps=1).outputs[0][0]
+    assert lora.state.words.keys() == {"fox"}
+    assert not [one for one in bench.messages("info") if "clip has no effect" in one]
+
+
 def test_options_and_loras_of_the_clip_are_kept(train: Make, tiny: Model, tmp_path: Path) -> None:
     """A skipped layer and a LoRA below: a fresh LoRA has the loss of the captions as they were encoded."""
     (lora,) = train(train_text_encoder=True, learning_rate=1e-1).outputs[0]

@@ -9,6 +9,7 @@ reconstructed by least squares.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ LONGEST = 1 / math.sqrt(12)
 """σ_rel of the mean over all steps, γ = 0."""
 
 
+@functools.cache
 def exponent(sigma_rel: float) -> float:
     """γ of a length. Raises OptionError unless it is above 0 and at most that of the mean over all steps."""
     if not 0 < sigma_rel <= LONGEST + 1e-4:

@@ -56,7 +56,7 @@ def unpickled(path: Path, error: type[LorasmithError], *, what: str, remedy: str
 
 
 def _check_pickle(path: Path, error: type[LorasmithError], remedy: str, *, parameters: bool) -> None:
-    """Raise `error` for what is no torch file, or whose pickle refers to more than tensors.
+    """Raise `error` for a file that torch did not write, or whose pickle refers to more than tensors.
 
     Damaged archives and pickles may raise any other exception.
     """

@@ -243,8 +243,8 @@ def train_lora(
     values = {name: single(context, name, given) for name, given in settings.items()}
     fresh, trigger = values.pop("fresh", False), values.pop("trigger", "")
     config = settings_of(values, context.folders.find)
-    if encoder is None and (config.train_text_encoder or config.new_word is not None):
-        raise OptionError(_WITHOUT_CLIP.format("train_text_encoder" if config.train_text_encoder else "new_word"))
+    if encoder is None and config.text_setting is not None:
+        raise OptionError(_WITHOUT_CLIP.format(config.text_setting))
     if encoder is not None:
         denoiser = denoiser.with_text_encoder(encoder)
     data = replace(_dataset(denoiser, latents, positive, are_pairs=config.pairs != "none"), trigger=trigger)
@@ -304,8 +304,9 @@ def _dataset(
     *,
     are_pairs: bool = False,
 ) -> EncodedDataset:
-    """The samples, in order, scaled for the denoiser; of pairs, the control of each is its opposite. Raises DataError
-    if counts or shapes do not fit.
+    """The samples, in order, scaled for the denoiser; of pairs, the control of each is its opposite.
+
+    Raises DataError if counts or shapes do not fit.
     """
     form = denoiser.base.components.latent
     for batch in latents:

@@ -336,10 +336,9 @@ def captions_ready(
         yield
         return
     if model.encoders is not None:
-        setting = "train_text_encoder" if model.word is None else "new_word"
         raise OptionError(
-            f"{setting} needs all captions encoded ahead by the other text encoders, and their variants take "
-            f"more than {memory_text(captions.memory_bytes)}; raise caption_memory, or have fewer variants"
+            f"{model.text_setting} needs all captions encoded ahead by the other text encoders, and their variants "
+            f"take more than {memory_text(captions.memory_bytes)}; raise caption_memory, or have fewer variants"
         )
     with captions.staying():
         start = time.perf_counter()

@@ -730,6 +730,11 @@ class TextEncoderSettings(Section, group="Text encoders"):
         "ComfyUI and sd-scripts ignore it there, and diffusers refuses such a file.",
     )
 
+    @property
+    def text_setting(self) -> str | None:
+        """Name of the setting for which text encoders are in training; None for none."""
+        return "new_word" if self.new_word is not None else "train_text_encoder" if self.train_text_encoder else None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.new_word is not None and not _WORD.fullmatch(self.new_word):

@@ -149,7 +149,6 @@ class Engine:
         self._average = self.flat.master.clone() if config.ema_decay else None
         # (lengths, numbers) fp32, see `core.power_average`
         self.power_averages = self.flat.master.repeat(len(LENGTHS), 1) if config.post_hoc_ema else None
-        self._exponents = [exponent(one) for one in LENGTHS]
         self._sound = torch.ones((), dtype=torch.bool, device=runtime.device)
         self._sums = GradientSums(self.flat, runtime.processes) if runtime.processes.size > 1 else None
 
@@ -324,8 +323,8 @@ class Engine:
             decay = min(config.ema_decay, (1 + step) / (10 + step))
             self._average.lerp_(self.flat.master, (1 - decay) * proceed)
         if self.power_averages is not None:
-            for average, gamma in zip(self.power_averages, self._exponents, strict=True):
-                average.lerp_(self.flat.master, 1 - kept_share(step + 1, gamma))
+            for average, length in zip(self.power_averages, LENGTHS, strict=True):
+                average.lerp_(self.flat.master, 1 - kept_share(step + 1, exponent(length)))
         self.flat.publish()
         return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first)), losses))
 

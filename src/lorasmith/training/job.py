@@ -203,11 +203,10 @@ def plan_job(
     for method in methods:
         method.check(model.facts, {**adapters, **text_adapters})
     differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)
-    rates = _learning_rates(model, requested, plan, existing.adapters) | dict.fromkeys(
-        text_adapters, _text_rate(config)
-    )
+    rates = _learning_rates(model, requested, plan, existing.adapters)
+    rates |= dict.fromkeys(text_adapters, _rate_of(config.text_encoder_rate, config, factor=0.1))
     if model.word is not None:
-        rates[NEW_WORD] = _word_rate(config)
+        rates[NEW_WORD] = _rate_of(config.new_word_rate, config, factor=10.0)
     if not (adapters or text_adapters or differences):
         if model.word is None:
             raise OptionError(f"targets {NO_TARGETS} leaves nothing to train; set new_word, or choose layers")
@@ -220,7 +219,7 @@ def plan_job(
         config.optimizer,
         weight_decay=config.weight_decay,
         arguments=config.optimizer_args,
-        rates=_distinct_rates(config, {**adapters, **text_adapters, **({NEW_WORD: None} if model.word else {})}, rates),
+        rates=_distinct_rates(config, [*adapters, *text_adapters, *([NEW_WORD] if model.word else [])], rates),
         device=device,
     )
     check_loss(config.loss_function)
@@ -296,16 +295,11 @@ def _on_text(
         return load_adapters(encoders, existing.on_text) | _fresh_adapters(encoders, plan, requested, config)
 
 
-def _word_rate(config: ResolvedConfig) -> float:
-    if config.new_word_rate is not None:
-        return config.new_word_rate
-    return config.learning_rate * (1.0 if rule_of(config.optimizer).own_rate is not None else 10.0)
-
-
-def _text_rate(config: ResolvedConfig) -> float:
-    if config.text_encoder_rate is not None:
-        return config.text_encoder_rate
-    return config.learning_rate * (1.0 if rule_of(config.optimizer).own_rate is not None else 0.1)
+def _rate_of(rate: float | None, config: ResolvedConfig, *, factor: float) -> float:
+    """A rate of its own, or the learning rate times a factor, unless the optimizer estimates rates itself."""
+    if rate is not None:
+        return rate
+    return config.learning_rate * (1.0 if rule_of(config.optimizer).own_rate is not None else factor)
 
 
 def _decided(model: Trainable, config: TrainConfig, device: torch.device) -> ResolvedConfig:

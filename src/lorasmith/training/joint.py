@@ -55,17 +55,17 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
     first, *others = jobs
     methods = [one.name for job in jobs for one in methods_of(job.config)]
     methods += ["tread_rate" for job in jobs if job.config.tread_rate]
-    if others and (method := next(iter(methods), None)):
-        raise OptionError(f"runs that train together take plain steps, got {method}; leave it out, or train apart")
+    if others and methods:
+        raise OptionError(f"runs that train together take plain steps, got {methods[0]}; leave it out, or train apart")
     if any(patch.ranks for patch in first.model.patches):
         raise OptionError(
             "runs that train together need LoRAs beneath them that use all ranks at each noise level, got a T-LoRA; "
             "leave it out, or train apart"
         )
     if found := next((job for job in jobs if job.model.encoders is not None), None):
-        setting = "train_text_encoder" if found.model.word is None else "new_word"
         raise OptionError(
-            f"runs that train together share the model's text encoders, got {setting}; leave it out, or train apart"
+            f"runs that train together share the model's text encoders, got {found.model.text_setting}; leave it out, "
+            "or train apart"
         )
     if others and first.config.compile | any(job.config.compile for job in others):
         raise OptionError("runs that train together cannot be compiled, got compile on; leave it out, or train apart")

@@ -61,10 +61,10 @@ def new_word(
     *,
     name: str,
 ) -> NewWord:
-    """The word of the settings for text encoders; its vectors are those that a continued LoRA of a name has `saved`, by
-    word and key, or fresh ones.
+    """The word of the settings for text encoders.
 
-    Raises LoraError if the LoRA has other words or vectors, OptionError for a start without tokens.
+    Its vectors are those that a continued LoRA of this name has `saved`, by word and key, or fresh ones. Raises
+    LoraError if the LoRA has other words or vectors, OptionError for a start without tokens.
     """
     text, count = config.new_word or "", config.new_word_vectors
     if not saved:

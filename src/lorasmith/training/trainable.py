@@ -197,6 +197,11 @@ class Trainable:
         )
 
     @property
+    def text_setting(self) -> str:
+        """Name of the setting for which `encoders` are in training, for messages."""
+        return "train_text_encoder" if self.word is None else "new_word"
+
+    @property
     def words(self) -> dict[str, dict[str, Tensor]]:
         """The vectors of `word` as in `AdapterState.words`, fp32."""
         return {}
@@ -220,9 +225,7 @@ class Trainable:
             yield
 
     def texts_read(self, strength: float | Dial) -> contextlib.AbstractContextManager[None]:
-        """Inside the context trained text encoders read embeddings, and `word` unless the strength is 0; it includes
-        the backward pass.
-        """
+        """Context, backward pass included, in which trained encoders read embeddings, and `word` at strengths but 0."""
         return contextlib.nullcontext()
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -401,9 +404,8 @@ class TrainableDenoiser(Trainable):
                 "encode the pictures with this model"
             )
         if self.encoders is not None and (unknown := [one.name for one in samples if one.conditioning.text is None]):
-            setting = "train_text_encoder" if self.word is None else "new_word"
             raise DataError(
-                f"{setting} encodes the caption of each image in every step, and that of {unknown[0]} is "
+                f"{self.text_setting} encodes the caption of each image in every step, and that of {unknown[0]} is "
                 "unknown; load the images with load_dataset, or leave it out"
             )
         if self.word is not None and not any(has_word(one.conditioning.text or "", self.word.text) for one in samples):

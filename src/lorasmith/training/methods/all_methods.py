@@ -65,6 +65,6 @@ def check_opposites(samples: Iterable[Sample], config: ResolvedConfig) -> None:
 
 def texts_needed_by(config: ResolvedConfig) -> str | None:
     """Name of a setting for which texts are encoded in training, besides captions ahead of it; None for none."""
-    if config.train_text_encoder:
-        return "train_text_encoder"
+    if config.text_setting is not None:
+        return config.text_setting
     return next((method.name for method in methods_of(config) if method.texts), None)
