@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # room → rooms whose modules it may import, besides its own.
 BELOW_FAMILIES = {"adapters", "formats", "diffusion", "report", "core"}
 BELOW_TRAINING = {"data", "families", *BELOW_FAMILIES}
-BELOW_RUNS = {"training", "sampling", "bench", "toolbox", *BELOW_TRAINING}
+BELOW_RUNS = {"training", "sampling", "bench", "toolbox", "evaluation", *BELOW_TRAINING}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "adapters": {"core"},
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "toolbox": {"families", *BELOW_FAMILIES},
     "training": BELOW_TRAINING,
     "sampling": {"families", *BELOW_FAMILIES},
+    "evaluation": {"core"},
     "bench": {"training", *BELOW_TRAINING},
     "runs": BELOW_RUNS,
     "workflow": {"core"},
