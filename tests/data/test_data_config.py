@@ -22,6 +22,8 @@ from lorasmith.training.config import TrainConfig
         ({"masks": "alpha", "mask_inside": 0.0}, "mask_inside or mask_outside must be above 0, got 0 for both"),
         ({"more_resolutions": "512;768"}, "more_resolutions must be numbers between 1 and 4,096.*got '512;768'"),
         ({"more_resolutions": "0"}, "more_resolutions must be numbers between 1 and 4,096"),
+        ({"image_repeats": "dog.png"}, "image_repeats must be names with a factor from 0 to 100.*got 'dog.png'; write"),
+        ({"image_repeats": "a.png=2 | b.png=0.125"}, "at most two decimals, separated by .*got 'b.png=0.125'"),
         ({"caption_dropout": 1.1}, "caption_dropout must be between 0.0 and 1.0, got 1.1"),
         ({"captions": "file"}, "captions must be one of files, filename, folder, none, got 'file'"),
     ],

@@ -393,3 +393,31 @@ def test_remarks_of_a_kind_are_one_sentence() -> None:
         "2,000 caption files have no image of the same name, such as {0}.txt; rename or remove what is not needed",
         "1 file is a link to outside of the folder, such as b.png to /x",
     )
+
+
+def test_repeats_of_single_images(tmp_path: Path) -> None:
+    folder = tmp_path / "10_fox"
+    for name in ("a.png", "b.png"):
+        add_image(tmp_path / name)
+    add_image(folder / "c.png")
+    for rules, expected in {
+        "": {"a.png": 1, "b.png": 1, "c.png": 10},
+        "c.png=0.1": {"a.png": 1, "b.png": 1, "c.png": 1},
+        "b.png = 0.5": {"a.png": 2, "b.png": 1, "c.png": 20},
+        "b.png=0.25|c*=0": {"a.png": 4, "b.png": 1},
+        "[ab].png=3 | a.png=0": {"a.png": 3, "b.png": 3, "c.png": 10},
+    }.items():
+        scan = scan_folder(tmp_path, DataConfig(image_repeats=rules))
+        assert {image.name: image.repeats for image in scan.images} == expected, rules
+        left_out = "1 image is left out by image_repeats, such as c.png"
+        assert (left_out in scan.notes) == ("c*=0" in rules)
+    with pytest.raises(DataError, match="leaves out each of 3 images"):
+        scan_folder(tmp_path, DataConfig(image_repeats="*=0"))
+    with pytest.raises(DataError, match=r"makes c.png occur 100,000 times in an epoch; use factors such as 0.5"):
+        scan_folder(tmp_path, DataConfig(image_repeats="a.png=0.01 | c.png=100"))
+
+
+def test_pictures_of_the_class_keep_their_repeats(tmp_path: Path) -> None:
+    add_image(tmp_path / "a.png")
+    scan = scan_sources([ImageSource(str(tmp_path))], DataConfig(image_repeats="a.png=0"), is_class=True)
+    assert names(scan) == ["a.png"]

@@ -7,7 +7,9 @@ Nothing here needs a model: resolutions and steps that are not set are the model
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from lorasmith.core.errors import OptionError
@@ -108,6 +110,12 @@ class DataConfig:
     prefix: str = option("", group=_CAPTIONS, help="Text in front of every caption, before the trigger.")
     suffix: str = option("", group=_CAPTIONS, help="Text after every caption.")
     recursive: bool = option(False, group=_PICTURES, help="Read all folders inside the folder of images as well.")
+    image_repeats: str = option(
+        "",
+        group=_PICTURES,
+        help="How often single images are drawn, compared with the others, by name and separated by |: "
+        "dog.png=0.5 | blurred*=0 draws dog.png half as often, and leaves out those whose name starts with blurred.",
+    )
     follow_links: bool = option(
         False,
         group=_PICTURES,
@@ -325,7 +333,8 @@ class DataConfig:
             raise OptionError("crop mask needs masks, got masks none; choose masks alpha or files")
         if self.masks != "none" and not self.mask_inside and not self.mask_outside:
             raise OptionError("mask_inside or mask_outside must be above 0, got 0 for both; raise one of them")
-        self.all_resolutions(1)  # raises for text that is not a number
+        self.all_resolutions(1)  # raises for text that is not a number, as does the next one for what is no rule
+        _ = self.repeat_rules
 
     __repr__ = short_repr
 
@@ -342,6 +351,20 @@ class DataConfig:
         return tuple(dict.fromkeys(found))
 
     @property
+    def repeat_rules(self) -> tuple[tuple[str, Fraction], ...]:
+        """Patterns of names, as `fnmatch` has them, with the factor of `image_repeats`; the first that fits counts."""
+        rules = []
+        for text in filter(None, map(str.strip, self.image_repeats.split("|"))):
+            pattern, _, factor = map(str.strip, text.rpartition("="))
+            if not pattern or not _FACTOR.fullmatch(factor):
+                raise OptionError(
+                    "image_repeats must be names with a factor from 0 to 100 of at most two decimals, separated by |, "
+                    f"got {text!r}; write dog.png=0.5"
+                )
+            rules.append((pattern, Fraction(factor)))
+        return tuple(rules)
+
+    @property
     def class_prompts(self) -> tuple[str, ...]:
         return tuple(filter(None, (" ".join(part.split()) for part in (self.class_prompt or "").split("|"))))
 
@@ -355,3 +378,4 @@ class DataConfig:
 
 
 _LONGEST_TRIGGER = 1000
+_FACTOR = re.compile(r"(100|[0-9]{1,2})(\.[0-9]{1,2})?")

@@ -15,16 +15,19 @@ read as well with `recursive`. `folder_listing.py` lists the files, this module 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.captions import CaptionError, CaptionRules, caption_of_file_name, one_line, read_caption_file
 from lorasmith.data.clips import is_video, open_file
-from lorasmith.data.data_config import CaptionOrigin, DataConfig, ImageSource
+from lorasmith.data.data_config import MAX_REPEATS, CaptionOrigin, DataConfig, ImageSource
 from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
 from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes, in_threads
 from lorasmith.data.memory_source import PictureItems, item_candidates
@@ -129,6 +132,13 @@ def scan_sources(
         else:
             found += candidates(source, config, cache=cache, skipped=skipped, notes=notes, unread=unread, clips=clips)
 
+    repeats = () if is_class else config.repeat_rules
+    if left_out := [one for one in found if _factor(one.name, repeats) == 0]:
+        if len(left_out) == len(found):
+            raise DataError(f"image_repeats leaves out each of {len(found):,} images; give one a factor above 0")
+        notes.add(NoteKind.LEFT_OUT, left_out[0].name, len(left_out))
+        found = [one for one in found if _factor(one.name, repeats)]
+
     def check(candidate: Candidate) -> _Checked | Reason:
         return _checked(candidate, config, rules, is_class=is_class)
 
@@ -151,8 +161,31 @@ def scan_sources(
     if len(sources) > 1:
         _note_repetition(found, notes)
     return FolderScan(
-        tuple(scanned), tuple(unusable + skipped), tuple(missing), notes.sentences(), tuple(refused + unread)
+        _repeated(scanned, repeats), tuple(unusable + skipped), tuple(missing), notes.sentences(), tuple(refused + unread)
     )
+
+
+def _repeated(images: Sequence[ImageFile], rules: Sequence[tuple[str, Fraction]]) -> tuple[ImageFile, ...]:
+    """Images with their repeats times the factors of `rules`, all multiplied by the least number that makes them whole.
+
+    Raises DataError if one would occur more than `MAX_REPEATS` times.
+    """
+    if not rules:
+        return tuple(images)
+    wanted = [one.repeats * _factor(one.name, rules) for one in images]
+    scale = math.lcm(*(one.denominator for one in wanted))
+    repeats = [int(one * scale) for one in wanted]
+    if (most := max(repeats)) > MAX_REPEATS:
+        raise DataError(
+            f"an image must occur at most {MAX_REPEATS:,} times in an epoch, but image_repeats makes "
+            f"{images[repeats.index(most)].name} occur {most:,} times; use factors such as 0.5"
+        )
+    return tuple(replace(one, repeats=number) for one, number in zip(images, repeats, strict=True))
+
+
+def _factor(name: str, rules: Sequence[tuple[str, Fraction]]) -> Fraction:
+    """The factor of the first rule whose pattern fits a name, 1 without one."""
+    return next((factor for pattern, factor in rules if fnmatchcase(name, pattern)), Fraction(1))
 
 
 def checked_again(refused: Candidate, config: DataConfig) -> ImageFile | Reason:

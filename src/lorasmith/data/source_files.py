@@ -160,6 +160,7 @@ class NoteKind(Enum):
     MASKS_OFF = ("mask is", "masks are", "not used, such as {}; they are with masks files")
     MASK = ("mask is", "masks are", "not used, such as {}, as there is no image of the name, or another mask")
     CONTROL = ("control is", "controls are", "not used, such as {}, as there is no image of the name")
+    LEFT_OUT = ("image is", "images are", "left out by image_repeats, such as {}")
     TWICE = ("image is", "images are", "in several sources, such as {}, and counted for each")
     CASE = (
         "image has",

@@ -1,8 +1,9 @@
 """Statistics of training losses by noise level over time, and by image; pure functions.
 
 The loss of a draw depends on its noise level by orders of magnitude. Draws are therefore compared within a bin of
-diffusion time, in logarithms: an image's level is the geometric mean over its draws of loss / (geometric mean of all
-losses in that bin). A level of 0.8 is a fifth below the average at these noise levels.
+diffusion time, in logarithms: an image's level is the geometric mean over its draws of loss / (usual loss in that bin),
+which is a geometric mean over all draws of the run in which each image counts once, however often it is drawn. A level
+of 0.8 is a fifth below the usual loss at these noise levels.
 
 The input is `StepDone.draws`, live or from `events.jsonl`.
 """
@@ -13,7 +14,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,11 @@ from numpy.typing import NDArray
 MIN_LOOKS = 12
 """Draws of an image, four in each third, below which it is not judged."""
 
+FEW_IMAGES = 4
+"""Images below which none is compared with the others."""
+
 _CLEAR = 2.0  # standard errors from which a difference is significant
+_SURE = 2.5  # those from which an image stands out, as each of many is looked at
 _FAR = 1.5  # factor from which a level is far from that of others
 
 Standing = Literal["too few looks", "memorised", "never fit", "still learning", "learnt", "unchanged"]
@@ -34,10 +39,10 @@ class ImageLevels:
 
     name: str
     looks: int  # number of its draws
-    # Levels in the first and last third of its draws, relative to all images in the run's first third; may be NaN.
+    # Levels in the first and last third of its draws, relative to the mean over images in the first; may be NaN.
     first: float
     last: float
-    # Level in the last third, relative to all images in the run's last third.
+    # Level in the last third, relative to the mean over the other images; NaN if there are few.
     relative: float
     standing: Standing  # see `Ledger.images`
 
@@ -96,28 +101,54 @@ class Ledger:
     def images(self, *, held_out_fall: float | None = None) -> list[ImageLevels]:
         """Each image's record, in the dataset's order.
 
-        Thirds are compared, and a difference is significant from `_CLEAR` (2) standard errors on. The standing is the
-        first of these that holds:
+        Thirds of its draws are compared. An image stands out from `_SURE` standard errors on, of the standard deviation
+        of all images, and other differences are significant from `_CLEAR` on, of its own. The standing is the first of
+        these that holds:
 
         - *too few looks*: fewer than `MIN_LOOKS`.
-        - *memorised*: its level fell by a factor of `_FAR` (1.5) more than that of the held-out images, whose loss late
-          in the run divided by that early is `held_out_fall`. Without them, more than that of all images, which cannot
-          show that all are memorised equally.
-        - *never fit*: it stays above 1.5 times the level of the others. It is harder, or the caption does not match.
+        - *memorised*: its late level is below that of the other images by a factor of `_FAR` (1.5), and fell more than
+          theirs, and than that of the held-out images, whose loss late in the run divided by that early is
+          `held_out_fall`. Or it fell by that factor more than that of the held-out images, as that of all may.
+        - *never fit*: its late level is above that of the others by that factor, and did not fall more. It is harder,
+          or the caption does not match.
         - *still learning*: its level fell from the second to the last third of its draws.
         - *learnt*: it fell from the first third to the last, and no longer falls.
         - *unchanged*: none of these; few draws at a low learning rate cannot show a change.
         """
-        if not self._step:
-            return [ImageLevels(name, 0, math.nan, math.nan, math.nan, "too few looks") for name in self._images]
-        logs, bins, image = np.log(np.maximum(np.array(self._loss), _TINY)), self._bin(), np.array(self._image)
-        third = max(1, len(logs) // 3)
-        early = logs - _expected(logs[:third], bins[:third], self._bins)[bins]
-        late = logs - _expected(logs[-third:], bins[-third:], self._bins)[bins]
-        usual = float(early[-third:].mean()) if held_out_fall is None else math.log(max(held_out_fall, _TINY))
-        order = np.argsort(image, kind="stable")
-        of_each = np.split(order, np.cumsum(np.bincount(image, minlength=len(self._images)))[:-1])
-        return [_record(name, early[own], late[own], usual) for name, own in zip(self._images, of_each, strict=True)]
+        image = np.array(self._image, dtype=np.int64)
+        looks = np.bincount(image, minlength=len(self._images))
+        judged = [index for index, count in enumerate(looks) if count >= MIN_LOOKS]
+        if not judged:
+            return [_unjudged(name, int(count)) for name, count in zip(self._images, looks, strict=True)]
+        logs, bins = np.log(np.maximum(np.array(self._loss), _TINY)), self._bin()
+        levels = logs - _expected(logs, bins, 1 / looks[image], self._bins)[bins]
+        thirds = {index: _Thirds.of(levels[image == index]) for index in judged}
+        early, late = (float(np.mean([one[part].mean() for one in thirds.values()])) for part in (0, 2))
+        # An image counts in the means, too: that of the others is farther from it by this factor.
+        apart = len(judged) / (len(judged) - 1) if len(judged) >= FEW_IMAGES else math.nan
+        deviation = math.sqrt(sum(one.squares for one in thirds.values()) / sum(one.freedom for one in thirds.values()))
+        held_out = None if held_out_fall is None else math.log(max(held_out_fall, _TINY))
+        found = []
+        for index, name in enumerate(self._images):
+            if (own := thirds.get(index)) is None:
+                found.append(_unjudged(name, int(looks[index])))
+                continue
+            first, last = float(own.first.mean()), float(own.last.mean())
+            relative, further = apart * (last - late), apart * (last - first - late + early)
+            error = deviation / math.sqrt(len(own.last))
+            standing = own.standing
+            fell_further = further < -_SURE * math.sqrt(2) * error
+            if (
+                relative < -math.log(_FAR) - _SURE * error
+                and fell_further
+                and (held_out is None or last - first < held_out)
+            ) or (held_out is not None and last - first < held_out - math.log(_FAR) - _SURE * math.sqrt(2) * error):
+                standing = "memorised"
+            elif relative > math.log(_FAR) + _SURE * error and not fell_further:
+                standing = "never fit"
+            levels_of_it = (math.exp(one) for one in (first - early, last - early, relative))
+            found.append(ImageLevels(name, int(looks[index]), *levels_of_it, standing))
+        return found
 
     def _bin(self) -> NDArray[np.int64]:
         return np.minimum((np.array(self._quantile) * self._bins).astype(np.int64), self._bins - 1)
@@ -126,41 +157,45 @@ class Ledger:
 _TINY = 1e-12  # keeps logarithms finite
 
 
-def _expected(logs: Array, bins: NDArray[np.int64], count: int) -> Array:
-    """Mean logarithm by bin, (bins,), linearly interpolated in bins without draws."""
-    looks = np.bincount(bins, minlength=count)
-    there = np.flatnonzero(looks)
-    means = np.bincount(bins, logs, minlength=count)[there] / looks[there]
+def _expected(logs: Array, bins: NDArray[np.int64], weights: Array, count: int) -> Array:
+    """Weighted mean logarithm by bin, (bins,), linearly interpolated in bins without draws."""
+    total = np.bincount(bins, weights, minlength=count)
+    there = np.flatnonzero(total)
+    means = np.bincount(bins, weights * logs, minlength=count)[there] / total[there]
     return np.interp(np.arange(count), there, means)
 
 
-def _record(name: str, early: Array, late: Array, usual_fall: float) -> ImageLevels:
-    """An image's record from its log losses relative to all images early and late in the run."""
-    looks = len(early)
-    if not looks:
-        return ImageLevels(name, 0, math.nan, math.nan, math.nan, "too few looks")
-    third = max(1, looks // 3)
-    first, middle, last, relative = early[:third], early[third:-third], early[-third:], late[-third:]
-    standing: Standing = "unchanged"
-    if looks < MIN_LOOKS:
-        standing = "too few looks"
-    elif _below(last, first) and _below(last, first + usual_fall - math.log(_FAR)):
-        standing = "memorised"
-    elif _above(relative, math.log(_FAR)):
-        standing = "never fit"
-    elif _below(last, middle):
-        standing = "still learning"
-    elif _below(last, first):
-        standing = "learnt"
-    return ImageLevels(name, looks, _level(first), _level(last), _level(relative), standing)
+class _Thirds(NamedTuple):
+    """Log levels of an image's draws, in order."""
+
+    first: Array
+    middle: Array
+    last: Array
+
+    @classmethod
+    def of(cls, levels: Array) -> _Thirds:
+        third = len(levels) // 3
+        return cls(levels[:third], levels[third:-third], levels[-third:])
+
+    @property
+    def squares(self) -> float:
+        """Sum of squared deviations from the means of the thirds."""
+        return float(sum(((one - one.mean()) ** 2).sum() for one in self))
+
+    @property
+    def freedom(self) -> int:
+        return sum(len(one) - 1 for one in self)
+
+    @property
+    def standing(self) -> Standing:
+        """That of an image which does not stand out."""
+        if _below(self.last, self.middle):
+            return "still learning"
+        return "learnt" if _below(self.last, self.first) else "unchanged"
 
 
-def _level(logs: Array) -> float:
-    return math.exp(float(logs.mean()))
-
-
-def _above(values: Array, bound: float) -> bool:
-    return bool(values.mean() - bound > _CLEAR * values.std(ddof=1) / math.sqrt(len(values)))
+def _unjudged(name: str, looks: int) -> ImageLevels:
+    return ImageLevels(name, looks, math.nan, math.nan, math.nan, "too few looks")
 
 
 def _below(values: Array, others: Array) -> bool:
