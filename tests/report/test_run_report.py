@@ -16,7 +16,7 @@ from PIL import Image
 from lorasmith.report.curves import Curves, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, document, tag
 from lorasmith.report.pictures import PictureTable, data_uri, picture_table, thinned
-from lorasmith.report.run_report import RunReport, Setting, ValidationRow, run_report
+from lorasmith.report.run_report import Advice, ImageAdvice, RunReport, Setting, ValidationRow, run_report
 
 pytestmark = pytest.mark.usefixtures("figures_drawn")
 
@@ -203,12 +203,20 @@ def test_images_that_need_a_look_come_first() -> None:
     images = [Looks(f"good-{index}", 30, 1.0, 0.5, 0.9 + index / 100, "learnt") for index in range(30)]
     images += [Looks("dull", 30, 1, 0.1, 0.2, "memorised"), Looks("odd", 30, 2, 2, 3.0, "never fit")]
     images += [Looks("unseen", 0, NAN, NAN, NAN, "too few looks")]
-    text = page(images=images).text
-    assert "Of 33 images, 1 is never fit and 1 is memorised." in text
+    advice = Advice(
+        (
+            ImageAdvice("odd", "never learnt", "It stays high.", "Look at it."),
+            ImageAdvice("dull", "learnt by heart", "It fell.", "Draw it less.", "dull=0.1"),
+        ),
+        "odd is never learnt",
+    )
+    text = page(images=images, advice=advice).text
+    assert "odd is never learnt. It stays high. Look at it.dull is learnt by heart" in text
+    assert "To draw less: --image-repeats dull=0.1" in text
     order = [text.index(name) for name in ("odd", "dull", "good-29", "good-12", "13 more images", "good-11", "unseen")]
     assert order == sorted(order)
-    assert "None of the 30 images needs attention." in page(images=images[:30]).text
-    assert "No image was drawn often enough" in page(images=images[-1:]).text
+    said = page(images=images[:30], advice=Advice(summary="None of 30 images stands out.")).text
+    assert "None of 30 images stands out." in said and "To draw less" not in said
 
 
 def test_settings_that_were_changed_come_first() -> None:

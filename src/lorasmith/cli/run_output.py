@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from lorasmith.cli.console import (
     result_shown,
     stoppable,
 )
+from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.report.loss_plot import recent_loss
+from lorasmith.report.run_report import Advice
+from lorasmith.runs.advice import advice_of
 from lorasmith.runs.command_lines import arguments_for, command_line, generate_command, positional, resume_command
 from lorasmith.runs.drawing import EXPERTS
 from lorasmith.runs.expert_runs import ExpertRuns
@@ -52,6 +55,7 @@ from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Outcome, RunStarted, StepDone, Warned
 from lorasmith.training.results import TrainResult
+from lorasmith.training.storage.records import read_history
 
 
 class TerminalHost(Host):
@@ -252,12 +256,21 @@ def plain_result(result: TrainResult, **files: Path) -> dict[str, Any]:
         "reason": result.reason,
         "steps": result.steps,
         "verdict": result.verdict,
+        "advice": asdict(_advice(result)),
         "loss": {"mean": recent.mean, "of": recent.label},
         "losses": result.losses,
         "validations": [{"step": step, "loss": loss} for step, loss in result.validations],
         "base_loss": result.base_loss,
         "files": _files(result) | files,
     }
+
+
+def _advice(result: TrainResult) -> Advice:
+    """The advice on single images; none for a run whose folder has gone."""
+    try:
+        return Advice() if result.folder is None else advice_of(read_history(result.folder))
+    except LorasmithError:
+        return Advice()
 
 
 def _files(result: TrainResult) -> dict[str, Path]:
@@ -291,6 +304,8 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
         best = min(result.validations, key=lambda one: one[1])[0]
         echo(f"Stopped early at step {len(result.losses)}; the saved LoRA is that of step {best}, the best one.")
     echo(f"{'Verdict':<11}{result.verdict}")
+    if (advice := _advice(result)).images:
+        echo(f"{'Images':<11}{advice.summary}")
     recent = recent_loss(result.losses)
     if math.isfinite(recent.mean):
         echo(f"{'Loss':<11}{recent.mean:.4g} ({recent.label})")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from lorasmith.core.errors import OptionError
@@ -353,16 +355,11 @@ class DataConfig:
     @property
     def repeat_rules(self) -> tuple[tuple[str, Fraction], ...]:
         """Patterns of names, as `fnmatch` has them, with the factor of `image_repeats`; the first that fits counts."""
-        rules = []
-        for text in filter(None, map(str.strip, self.image_repeats.split("|"))):
-            pattern, _, factor = map(str.strip, text.rpartition("="))
-            if not pattern or not _FACTOR.fullmatch(factor):
-                raise OptionError(
-                    "image_repeats must be names with a factor from 0 to 100 of at most two decimals, separated by |, "
-                    f"got {text!r}; write dog.png=0.5"
-                )
-            rules.append((pattern, Fraction(factor)))
-        return tuple(rules)
+        return _repeat_rules(self.image_repeats)
+
+    def repeat_factor(self, name: str) -> Fraction:
+        """How often an image of this name is drawn, compared with the others."""
+        return next((factor for pattern, factor in self.repeat_rules if fnmatchcase(name, pattern)), Fraction(1))
 
     @property
     def class_prompts(self) -> tuple[str, ...]:
@@ -377,5 +374,20 @@ class DataConfig:
         return bool(getattr(self, name) == options_of(type(self))[name].default)
 
 
+@lru_cache(maxsize=8)  # as each image looks at them
+def _repeat_rules(text: str) -> tuple[tuple[str, Fraction], ...]:
+    rules = []
+    for part in filter(None, map(str.strip, text.split("|"))):
+        pattern, _, factor = map(str.strip, part.rpartition("="))
+        if not pattern or not _FACTOR.fullmatch(factor) or Fraction(factor) > _MOST_FACTOR:
+            raise OptionError(
+                f"image_repeats must be names with a factor from 0 to {_MOST_FACTOR} of at most two decimals, "
+                f"separated by |, got {part!r}; write dog.png=0.5"
+            )
+        rules.append((pattern, Fraction(factor)))
+    return tuple(rules)
+
+
 _LONGEST_TRIGGER = 1000
-_FACTOR = re.compile(r"(100|[0-9]{1,2})(\.[0-9]{1,2})?")
+_FACTOR = re.compile(r"[0-9]{1,3}(\.[0-9]{1,2})?")
+_MOST_FACTOR = 100

@@ -19,8 +19,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -132,12 +130,15 @@ def scan_sources(
         else:
             found += candidates(source, config, cache=cache, skipped=skipped, notes=notes, unread=unread, clips=clips)
 
-    repeats = () if is_class else config.repeat_rules
-    if left_out := [one for one in found if _factor(one.name, repeats) == 0]:
+    if (
+        not is_class
+        and config.image_repeats
+        and (left_out := [one for one in found if not config.repeat_factor(one.name)])
+    ):
         if len(left_out) == len(found):
             raise DataError(f"image_repeats leaves out each of {len(found):,} images; give one a factor above 0")
         notes.add(NoteKind.LEFT_OUT, left_out[0].name, len(left_out))
-        found = [one for one in found if _factor(one.name, repeats)]
+        found = [one for one in found if config.repeat_factor(one.name)]
 
     def check(candidate: Candidate) -> _Checked | Reason:
         return _checked(candidate, config, rules, is_class=is_class)
@@ -161,18 +162,20 @@ def scan_sources(
     if len(sources) > 1:
         _note_repetition(found, notes)
     return FolderScan(
-        _repeated(scanned, repeats), tuple(unusable + skipped), tuple(missing), notes.sentences(), tuple(refused + unread)
+        tuple(scanned) if is_class or not config.image_repeats else _repeated(scanned, config),
+        tuple(unusable + skipped),
+        tuple(missing),
+        notes.sentences(),
+        tuple(refused + unread),
     )
 
 
-def _repeated(images: Sequence[ImageFile], rules: Sequence[tuple[str, Fraction]]) -> tuple[ImageFile, ...]:
-    """Images with their repeats times the factors of `rules`, all multiplied by the least number that makes them whole.
+def _repeated(images: Sequence[ImageFile], config: DataConfig) -> tuple[ImageFile, ...]:
+    """Images with their repeats times `repeat_factor`, all multiplied by the least number that makes them whole.
 
     Raises DataError if one would occur more than `MAX_REPEATS` times.
     """
-    if not rules:
-        return tuple(images)
-    wanted = [one.repeats * _factor(one.name, rules) for one in images]
+    wanted = [one.repeats * config.repeat_factor(one.name) for one in images]
     scale = math.lcm(*(one.denominator for one in wanted))
     repeats = [int(one * scale) for one in wanted]
     if (most := max(repeats)) > MAX_REPEATS:
@@ -181,11 +184,6 @@ def _repeated(images: Sequence[ImageFile], rules: Sequence[tuple[str, Fraction]]
             f"{images[repeats.index(most)].name} occur {most:,} times; use factors such as 0.5"
         )
     return tuple(replace(one, repeats=number) for one, number in zip(images, repeats, strict=True))
-
-
-def _factor(name: str, rules: Sequence[tuple[str, Fraction]]) -> Fraction:
-    """The factor of the first rule whose pattern fits a name, 1 without one."""
-    return next((factor for pattern, factor in rules if fnmatchcase(name, pattern)), Fraction(1))
 
 
 def checked_again(refused: Candidate, config: DataConfig) -> ImageFile | Reason:

@@ -7,11 +7,12 @@ The page is self-contained: no scripts, no network, embedded pictures and curves
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from lorasmith.core.printable import count_text
 from lorasmith.report.curves import Curves, QuantileLosses, loss_figure, quantile_figure
@@ -31,7 +32,8 @@ class ImageRecord(Protocol):
     """Training losses of one image; levels are losses relative to the average at the same noise levels.
 
     `looks` is its number of draws. `first` and `last` are levels early and late in the run, relative to all images
-    early; `relative` is the late one relative to all images then. `standing` is an interpretation in a word or two.
+    early; `relative` is the late one relative to all images then. `standing` is an interpretation in a word or
+    two.
     """
 
     @property
@@ -46,6 +48,25 @@ class ImageRecord(Protocol):
     def relative(self) -> float: ...
     @property
     def standing(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class ImageAdvice:
+    """What to do about an image of a run."""
+
+    name: str
+    finding: Literal["never learnt", "learnt by heart"]
+    reason: str  # a sentence with numbers
+    remedy: str  # a sentence
+    drawn_less: str = ""  # rule of the setting `image_repeats` that draws it less often; empty where that is no remedy
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about single images of a run, the most important first."""
+
+    images: tuple[ImageAdvice, ...] = ()
+    summary: str = ""  # in a line, also why there is none; empty for runs whose losses say nothing of single images
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,7 @@ class RunReport:
     before_after: PictureTable | None = None  # base model and finished LoRA
     progress: PictureTable | None = None  # previews over the steps
     images: Sequence[ImageRecord] = ()  # losses of the training images
+    advice: Advice = field(default_factory=Advice)
     trained_on: Sequence[TrainedImage] = ()
     left_out: Sequence[tuple[str, str]] = ()  # name and reason of each file that was not used
     use: Mapping[str, str] = field(default_factory=dict)  # facts for using the LoRA
@@ -121,7 +143,7 @@ def run_report(report: RunReport) -> str:
         section("Loss by noise level", *_quantiles(report.quantiles)),
         section("Previews during training", report.progress and picture_table(report.progress)),
         section("Trained on", *_trained_on(report)),
-        section("Training images", *_images(report.images)),
+        section("Training images", *_images(report.images, report.advice)),
         section("Notes", _notes(report.notes), id="notes"),
         section("Settings", *_settings(report.settings)),
         section("Data", definitions(report.data), None if report.trained_on else _captions(report.captions)),
@@ -215,19 +237,22 @@ def _quantiles(curve: QuantileLosses | None) -> list[Html]:
     ]
 
 
-def _images(images: Sequence[ImageRecord]) -> list[Html]:
+def _images(images: Sequence[ImageRecord], advice: Advice) -> list[Html]:
     if not images:
         return []
     rank = {standing: index for index, standing in enumerate(STANDINGS)}
     ordered = sorted(images, key=lambda one: (rank.get(one.standing, len(rank)), -_finite(one.relative), one.name))
     odd = [image for image in ordered if image.standing in rank]
     shown = max(len(odd), min(len(ordered), _IMAGES_SHOWN))
-    says = (
-        f"{_standings(ordered)} An image that is never fit often has a wrong caption or does not belong; one "
-        "that is memorised is drawn too often. Levels are losses relative to the average of all images at the same "
-        "noise levels at first."
-    )
-    parts = [tag("p", says), _image_table(ordered[:shown])]
+    rules = " | ".join(filter(None, (one.drawn_less for one in advice.images)))
+    says = "Levels are losses relative to the median of all images at the same noise levels at first."
+    listed = [tag("li", tag("b", one.name), f" is {one.finding}. {one.reason} {one.remedy}") for one in advice.images]
+    parts = [
+        tag("ul", listed) if listed else tag("p", advice.summary) if advice.summary else Html(""),
+        *([tag("p", "To draw less: ", tag("code", f"--image-repeats {shlex.quote(rules)}"))] if rules else []),
+        tag("p", says),
+        _image_table(ordered[:shown]),
+    ]
     if rest := ordered[shown:]:
         parts.append(folded(f"{len(rest):,} more images", _image_table(rest)))
     return parts
@@ -266,14 +291,6 @@ def _shot(image: TrainedImage) -> Html:
         ),
         class_="shot",
     )
-
-
-def _standings(images: Sequence[ImageRecord]) -> str:
-    if all(image.standing == UNJUDGED for image in images):
-        return "No image was drawn often enough to judge it."
-    counts = {word: sum(image.standing == word for image in images) for word in STANDINGS}
-    found = " and ".join(f"{count:,} {'is' if count == 1 else 'are'} {word}" for word, count in counts.items() if count)
-    return f"Of {len(images):,} images, {found}." if found else f"None of the {len(images):,} images needs attention."
 
 
 def _image_table(images: Sequence[ImageRecord]) -> Html:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError
@@ -23,14 +22,14 @@ from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.curves import Curves
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import RunReport, Setting, TrainedImage, ValidationRow, number, run_report
+from lorasmith.runs.advice import advice_on, losses_by_image
 from lorasmith.runs.command_lines import command_line, generate_command, resume_command
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.runs.sidecars import LoraUse, use_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Outcome, Previewed, RunFinished, RunStarted, Validated
-from lorasmith.training.storage.ledger import ImageLevels, Ledger, QuantileCurve
+from lorasmith.training.events import Outcome, Previewed, RunFinished, RunStarted
 from lorasmith.training.storage.records import RunHistory, RunRecord, read_history
 
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
@@ -40,7 +39,6 @@ _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FAILED: ("Failed", "bad"),
     None: ("No end recorded", "fair"),
 }
-_QUANTILES = 5  # more lines cannot be distinguished
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, to limit its size
 
 
@@ -62,7 +60,7 @@ def report_of(history: RunHistory) -> RunReport:
     view = RunView.of(history.events)
     status, mood = _ENDS[view.outcome]
     before_after, progress = previews_of(history.folder, view)
-    quantiles, images = _ledger(history, view)
+    quantiles, images = losses_by_image(history, view)
     lora = lora_of_run(history)
     use = None if lora is None else _use(history, lora)
     return RunReport(
@@ -78,6 +76,7 @@ def report_of(history: RunHistory) -> RunReport:
         validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in view.validations],
         quantiles=quantiles,
         images=images,
+        advice=advice_on(history.record, images),
         trained_on=_trained_on(history),
         left_out=[(one.name, one.reason) for one in left_out_in(history.record.data)],
         use={} if use is None else use.facts,
@@ -254,28 +253,6 @@ def _curves(view: RunView) -> Curves:
         base_loss=None if view.validation is None else view.validation.base_loss,
         faults=view.faults,
     )
-
-
-def _ledger(history: RunHistory, view: RunView) -> tuple[QuantileCurve | None, list[ImageLevels]]:
-    """Loss by noise level, and records by image; None and empty if the log has no draws."""
-    names = [one.name for one in history.record.samples]
-    curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
-    has_draws = False
-    for step, logged in history.draws():
-        draws = [draw for draw in logged if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
-        has_draws = has_draws or bool(draws)
-        for ledger in (curve, images):
-            ledger.add(step, draws)
-    for ledger in (curve, images):
-        ledger.add(view.step + 1 if view.points else 0, ())  # leaves out what was rolled back at the end
-    return (curve.curve(), images.images(held_out_fall=_fall(view.validations))) if has_draws else (None, [])
-
-
-def _fall(validations: Sequence[Validated]) -> float | None:
-    """Held-out loss late in the run divided by that early; None below three validations."""
-    losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
-    third = len(losses) // 3
-    return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
 
 
 def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, PictureTable | None]:

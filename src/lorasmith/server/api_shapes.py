@@ -192,6 +192,13 @@ class RemovedAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestoreBody:
+    """What is moved back into a dataset."""
+
+    removed: Annotated[str, "where it was moved to, as the answer to its removal says"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Changed:
     """Number of files that were changed."""
 
@@ -488,6 +495,17 @@ class RunPicture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PictureAdvice:
+    """What to do about a picture of a run, from its training losses."""
+
+    file: Annotated[str, "name of the picture"]
+    finding: Annotated[Literal["never learnt", "learnt by heart"], "what its losses say"]
+    reason: Annotated[str, "why, in a sentence with numbers"]
+    remedy: Annotated[str, "what to do, in a sentence"]
+    drawn_less: Annotated[str, "rule of image_repeats that draws it less often; empty where that is no remedy"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraFacts:
     """A LoRA file: its path among the run's files, its size, and its name in models/loras if it was copied there."""
 
@@ -545,6 +563,8 @@ class RunAnswer(RunRow):
     previews: Annotated[tuple[PreviewFacts, ...], "pictures that were drawn"]
     pairs: Annotated[tuple[PairFacts, ...], "what they were drawn from, of edit models"]
     images: Annotated[tuple[RunPicture, ...], "that were trained on"]
+    advice: Annotated[tuple[PictureAdvice, ...], "what to do about single pictures"]
+    advice_summary: Annotated[str, "the same in a line, or why there is none; empty where losses do not say"]
     left_out: Annotated[tuple[SkippedFile, ...], "files that were not used"]
     lora: Annotated[LoraFacts | None, "the LoRA; null if none was saved"]
     saves: Annotated[tuple[SavedLora, ...], "all LoRAs that were saved"]

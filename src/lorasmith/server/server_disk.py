@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from lorasmith.core.errors import OutputError
-from lorasmith.core.files import ensure_folder
+from lorasmith.core.files import ensure_folder, is_regular
 from lorasmith.core.folders import safe_name
 from lorasmith.server.server_config import FOLDER
 
@@ -63,6 +65,31 @@ def set_aside(base: Path, paths: Iterable[Path], name: str) -> Path:
                 f"{path.name} cannot be moved away ({error.strerror or error}); close programs that use it"
             ) from error
     return target
+
+
+def put_back(base: Path, removed: str, folder: Path) -> int:
+    """Move the files that `set_aside` put into `removed`, relative to `base`, back into a folder; returns how many.
+
+    Raises FileNotFoundError if that holds no files of this folder, FileExistsError with a name that is in use, and
+    OutputError.
+    """
+    place = base / removed
+    wanted = re.compile(rf"[0-9]{{8}}-[0-9]{{6}}-{re.escape(safe_name(folder.name))}(-[0-9]+)?")
+    if place.parent != base / _REMOVED or not wanted.fullmatch(place.name) or not place.is_dir():
+        raise FileNotFoundError(removed)
+    files = [one for one in sorted(place.iterdir()) if is_regular(one)]
+    if not files:
+        raise FileNotFoundError(removed)
+    if taken := next((one.name for one in files if os.path.lexists(folder / one.name)), None):
+        raise FileExistsError(taken)
+    for one in files:
+        try:
+            shutil.move(one, folder / one.name)
+        except OSError as error:
+            raise OutputError(
+                f"{one.name} cannot be moved back ({error.strerror or error}); close programs that use it"
+            ) from error
+    return len(files)
 
 
 def keep_captions(base: Path, dataset: str, captions: Mapping[str, str]) -> None:

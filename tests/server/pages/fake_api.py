@@ -120,6 +120,7 @@ class FakeServer:
     ready: bool = True
     datasets: dict[str, dict[str, tuple[bytes, str]]] = field(default_factory=dict)
     controls: dict[str, dict[str, bytes]] = field(default_factory=dict)  # of datasets
+    removed: dict[str, tuple[bytes, str]] = field(default_factory=dict)  # pictures
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(MODELS)))
@@ -153,6 +154,7 @@ class FakeServer:
                 web.post(f"{at}/datasets/{{name}}/images", self._upload),
                 web.get(f"{at}/datasets/{{name}}/images/{{file}}", self._picture),
                 web.delete(f"{at}/datasets/{{name}}/images/{{file}}", self._remove_picture),
+                web.post(f"{at}/datasets/{{name}}/restore", self._restore),
                 web.get(f"{at}/datasets/{{name}}/controls/{{file}}", self._control),
                 web.put(f"{at}/datasets/{{name}}/controls", self._pair),
                 web.delete(f"{at}/datasets/{{name}}/controls/{{file}}", self._remove_control),
@@ -205,6 +207,20 @@ class FakeServer:
 
     def add_run(self, id: str, **changes: Any) -> None:
         self.runs[id] = {**_run_facts(id), **changes}
+
+    def add_advised_run(self, id: str) -> None:
+        """A run on four pictures, two of which stand out."""
+        images = [{"file": f"fox_{n}.png", "caption": "a red fox", "use": "trained", "thumbnail": f"pictures/{n}.png",
+                   "standing": "", "controls": 0} for n in range(1, 5)]  # fmt: skip
+        advice = [
+            {"file": "fox_2.png", "finding": "never learnt", "drawn_less": "",
+             "reason": "Its loss stays 2.6 times that of the others at the same noise levels.",
+             "remedy": "Look at its caption, or leave it out if it does not belong here."},
+            {"file": "fox_3.png", "finding": "learnt by heart", "drawn_less": "fox_3.png=0.1",
+             "reason": "Its loss fell to 31 % of that of the others at the same noise levels, and it was drawn "
+             "10 times as often.", "remedy": "Draw it less often, or leave it out."},
+        ]  # fmt: skip
+        self.add_run(id, images=images, advice=advice, advice_summary="fox_2.png is never learnt.")
 
     def add_job(self, state: str, **changes: Any) -> dict[str, Any]:
         id = str(uuid.uuid4())
@@ -318,8 +334,14 @@ class FakeServer:
         return web.Response(body=content, content_type="image/png")
 
     async def _remove_picture(self, request: web.Request) -> web.Response:
-        del self.datasets[request.match_info["name"]][request.match_info["file"]]
-        return web.json_response({"removed": "user/lorasmith/removed/1"})
+        file = request.match_info["file"]
+        self.removed[file] = self.datasets[request.match_info["name"]].pop(file)
+        return web.json_response({"removed": f"user/lorasmith/removed/{file}"})
+
+    async def _restore(self, request: web.Request) -> web.Response:
+        file = (await request.json())["removed"].rpartition("/")[2]
+        self.datasets[request.match_info["name"]][file] = self.removed.pop(file)
+        return web.json_response({"changed": 1})
 
     async def _remove_dataset(self, request: web.Request) -> web.Response:
         del self.datasets[request.match_info["name"]]
@@ -608,7 +630,7 @@ def _run_facts(id: str) -> dict[str, Any]:
         "settings": settings, "changed": {"steps": STEPS}, "trigger": "foxy", "losses": losses, "smooth": smooth,
         "rates": [], "validations": [_validation(step, factor) for step in range(10, STEPS + 1, 10)],
         "base_loss": 0.45,
-        "previews": previews, "pairs": [], "left_out": [],
+        "previews": previews, "pairs": [], "left_out": [], "advice": [], "advice_summary": "",
         "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",
                     "thumbnail": f"pictures/{n}.png", "standing": "never fit" if n == 1 else "", "controls": 0}
                    for n in range(4)],

@@ -210,6 +210,53 @@ def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_p
 
 
 @pytest.mark.slow
+def test_advice_on_pictures_is_followed_and_undone(served: ServedPage, open_page: Opener) -> None:
+    server = served.server
+    server.add_dataset("fox")
+    server.add_advised_run("runs/fox-001")
+    page = open_page("#/runs/runs%2Ffox-001")
+    assert page.locator(".thumbs .faint").all_inner_texts() == ["Never learnt", "Learnt by heart"]
+    assert page.get_by_role("button", name="Repeat less").count() == 1
+
+    page.get_by_role("button", name="Leave out: fox_2.png").click()
+    waits(page, "fox_2.png was moved to the removed files.")
+    assert set(server.datasets["fox"]) == {"fox_1.png", "fox_3.png", "fox_4.png"}
+    page.get_by_role("button", name="Undo: fox_2.png").click()
+    page.get_by_role("button", name="Leave out: fox_2.png").wait_for()
+    assert server.datasets["fox"]["fox_2.png"][0]
+
+    page.get_by_role("button", name="Repeat less: fox_3.png").click()
+    page.get_by_role("button", name="Undo: fox_3.png").click()
+    page.get_by_role("button", name="Repeat less: fox_3.png").click()
+    waits(page, "It will be drawn less often.")
+    page.reload()
+    waits(page, "It will be drawn less often.")
+
+    page.get_by_role("button", name="Edit the caption: fox_2.png").click()
+    caption = page.get_by_label("Caption of fox_2.png")
+    expected(caption).to_be_focused()
+    page.keyboard.type("a grey fox")
+    page.get_by_role("button", name="Next: model").click()
+    page.get_by_role("button", name="Next: settings").click()
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/jobs/*")
+    assert server.datasets["fox"]["fox_2.png"][1] == "a grey fox"
+    [job] = [body for _, path, body in server.calls if path.endswith("/jobs")]
+    assert job["settings"]["image_repeats"] == "fox_3.png=0.1"
+
+
+@pytest.mark.slow
+def test_a_removed_photo_comes_back(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/photos")
+    page.get_by_role("button", name="Remove fox_1.png").click()
+    waits(page, "3 photos")
+    page.get_by_role("button", name="Undo").click()
+    waits(page, "4 photos")
+    assert "fox_1.png" in served.server.datasets["fox"]
+
+
+@pytest.mark.slow
 def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/photos")
@@ -433,7 +480,7 @@ def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: O
         "Strength 1.5",
     ]
     remarks = page.locator(".thumbs .faint").all_inner_texts()  # nothing that asks for nothing
-    assert remarks == ["Held out.", "Unlike the others: is its caption right?"]
+    assert remarks == ["Held out."]
     page.get_by_label("Step", exact=True).fill("0")
     assert page.locator(".pictures thead th").all_inner_texts() == ["Base model", "Step 20"]
     page.get_by_role("button", name="Copy to ComfyUI").click()

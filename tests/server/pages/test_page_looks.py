@@ -15,6 +15,7 @@ VIEWS = {
     "model": ("#/new/fox/model", ".choice"),
     "settings": ("#/new/fox/settings", ".choice"),
     "run": ("#/runs/runs%2Ffox-001", ".plot canvas"),
+    "advice": ("#/runs/runs%2Ffox-004", "text=Repeat less"),
     "runs": ("#/runs", ".run-rows li"),
     "sweep": ("#/sweeps/fox-sweep-001", "table.sweep td"),
     "compare": ("#/compare/runs%2Ffox-001/runs%2Ffox-002", ".plot canvas"),
@@ -32,6 +33,7 @@ def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
     served.server.sweeps.append({"id": "fox-sweep-001", "runs": 2, "states": {"completed": 1, "failed": 1}})
     for number in (1, 2, 3):
         served.server.add_run(f"runs/fox-00{number}", state="failed" if number == 3 else "finished")
+    served.server.add_advised_run("runs/fox-004")
     page = open_page(scheme=scheme, width=width)
     for name, (view, ready) in VIEWS.items():
         page.goto(served.address + view)

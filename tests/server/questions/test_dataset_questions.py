@@ -343,6 +343,22 @@ def test_a_caption_file_that_cannot_be_read_is_set_aside(folders: Folders, dog: 
     assert aside.read_bytes() == b"zero\x00byte"
 
 
+def test_what_is_removed_comes_back(folders: Folders, dog: Path) -> None:
+    before = {one.name: one.read_bytes() for one in dog.iterdir()}
+    removed = dataset_changes.remove_image(folders, "dog", "1.png").removed
+    for elsewhere in ("user/lorasmith/removed", "input/dog", f"{removed}/..", removed.replace("-dog", "-cat"), "/etc"):
+        with pytest.raises(UnknownFileError, match="there is nothing in"):
+            dataset_changes.restore_removed(folders, "dog", removed=elsewhere)
+    (dog / "1.txt").write_text("another one")
+    with pytest.raises(dataset_changes.TakenNameError, match=r"there is a file 1\.txt in dog again"):
+        dataset_changes.restore_removed(folders, "dog", removed=removed)
+    (dog / "1.txt").unlink()
+    assert dataset_changes.restore_removed(folders, "dog", removed=removed).changed == 2
+    assert {one.name: one.read_bytes() for one in dog.iterdir()} == before
+    with pytest.raises(UnknownFileError):
+        dataset_changes.restore_removed(folders, "dog", removed=removed)
+
+
 def test_what_is_removed_is_moved(folders: Folders, dog: Path) -> None:
     removed = folders.base / dataset_changes.remove_image(folders, "dog", "1.png").removed
     assert {path.name for path in removed.iterdir()} == {"1.png", "1.txt"}

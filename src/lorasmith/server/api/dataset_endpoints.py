@@ -35,6 +35,7 @@ from lorasmith.server.api_shapes import (
     NameBody,
     PairBody,
     RemovedAnswer,
+    RestoreBody,
     SkippedFile,
     UploadAnswer,
 )
@@ -239,6 +240,14 @@ DATASET_ENDPOINTS = (
         "Move a picture, its caption and its mask to the removed things.",
         question="remove_image",
         answer=RemovedAnswer,
+    ),
+    Endpoint(
+        "POST",
+        "/datasets/{name}/restore",
+        "Move removed files back into the dataset that they were removed from.",
+        question="restore_removed",
+        body=RestoreBody,
+        answer=Changed,
     ),
     Endpoint(
         "GET",

@@ -52,9 +52,9 @@ function viewOf([name, ...rest]) {
     case undefined:
       return [html`<${HomeView} />`, "Photos to LoRA"];
     case "new": {
-      const [dataset, step = "photos"] = rest;
+      const [dataset, step = "photos", file] = rest;
       const props = { dataset, key: `${dataset} ${step}` };
-      if (dataset && step === "photos") return [html`<${PhotosView} ...${props} />`, "Photos"];
+      if (dataset && step === "photos") return [html`<${PhotosView} ...${props} edited=${file} />`, "Photos"];
       if (dataset && step === "model") return [html`<${ModelView} ...${props} />`, "Model"];
       if (dataset && step === "settings") return [html`<${SettingsView} ...${props} />`, "Settings"];
       break;

@@ -29,7 +29,7 @@ from lorasmith.server.questions.dataset_questions import (
     stays_in,
 )
 from lorasmith.server.questions.question_registry import question
-from lorasmith.server.server_disk import disk_space, keep_captions, set_aside
+from lorasmith.server.server_disk import disk_space, keep_captions, put_back, set_aside
 
 MOST_IMAGES = 2000  # in a dataset filled by the page
 
@@ -196,6 +196,23 @@ def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
     beside += [one for one in folder.glob("*.mask.*") if one.name.startswith(f"{stem}.mask.")]
     with _CHANGING:
         return _removed(folders, [path, *(one for one in beside if is_regular(one))], name)
+
+
+@question
+def restore_removed(folders: Folders, name: str, *, removed: str) -> Changed:
+    """Move files that were removed from a dataset back into it. Raises UnknownFileError, TakenNameError if one of their
+    names is in use again, and OutputError.
+    """
+    folder = dataset_folder(folders, name, to_change=True)
+    with _CHANGING:
+        try:
+            return Changed(changed=put_back(folders.base, removed, folder))
+        except FileNotFoundError:
+            raise UnknownFileError(
+                f"there is nothing in {removed!r} that was removed from {name}; look for it in the removed files"
+            ) from None
+        except FileExistsError as error:
+            raise TakenNameError(f"there is a file {error} in {name} again; rename it first") from None
 
 
 @question

@@ -33,6 +33,7 @@ from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.api_shapes import (
     LoraFacts,
     PairFacts,
+    PictureAdvice,
     PreviewFacts,
     RunAnswer,
     RunList,
@@ -100,6 +101,13 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         previews=tuple(_previews(folder, view)),
         pairs=tuple(_pairs(folder, max((len(one.prompts) for one in view.previews.values()), default=0))),
         images=tuple(_pictures(history, report)),
+        advice=tuple(
+            PictureAdvice(
+                file=one.name, finding=one.finding, reason=one.reason, remedy=one.remedy, drawn_less=one.drawn_less
+            )
+            for one in report.advice.images
+        ),
+        advice_summary=report.advice.summary,
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
         lora=_lora(folders, history),
         saves=tuple(saves),

@@ -25,9 +25,11 @@ MIN_LOOKS = 12
 FEW_IMAGES = 4
 """Images below which none is compared with the others."""
 
+FAR = 1.5
+"""Factor from which a level is far from that of others."""
+
 _CLEAR = 2.0  # standard errors from which a difference is significant
-_SURE = 2.5  # those from which an image stands out, as each of many is looked at
-_FAR = 1.5  # factor from which a level is far from that of others
+_SURE = 3.0  # those from which an image stands out, as each of many is looked at
 
 Standing = Literal["too few looks", "memorised", "never fit", "still learning", "learnt", "unchanged"]
 Array = NDArray[np.float64]
@@ -39,12 +41,13 @@ class ImageLevels:
 
     name: str
     looks: int  # number of its draws
-    # Levels in the first and last third of its draws, relative to the mean over images in the first; may be NaN.
+    # Levels in the first and last third of its draws, relative to the median of all images in the first; may be NaN.
     first: float
     last: float
-    # Level in the last third, relative to the mean over the other images; NaN if there are few.
+    # Level in the last third, relative to the median of all images; NaN if there are few.
     relative: float
     standing: Standing  # see `Ledger.images`
+    stands_out: bool = False  # whether it is memorised or never fit compared with the other images
 
 
 @dataclass(frozen=True)
@@ -101,54 +104,32 @@ class Ledger:
     def images(self, *, held_out_fall: float | None = None) -> list[ImageLevels]:
         """Each image's record, in the dataset's order.
 
-        Thirds of its draws are compared. An image stands out from `_SURE` standard errors on, of the standard deviation
-        of all images, and other differences are significant from `_CLEAR` on, of its own. The standing is the first of
-        these that holds:
+        Thirds of its draws are compared. An image stands out where its level after the first third is far from the
+        median, by a factor of `FAR` (1.5), from `_SURE` standard errors on, and in the last third as well; of its own
+        standard deviation or that of all images, whichever is greater. Other differences are significant from `_CLEAR`
+        standard errors on. The standing is the first of these that holds:
 
         - *too few looks*: fewer than `MIN_LOOKS`.
-        - *memorised*: its late level is below that of the other images by a factor of `_FAR` (1.5), and fell more than
-          theirs, and than that of the held-out images, whose loss late in the run divided by that early is
-          `held_out_fall`. Or it fell by that factor more than that of the held-out images, as that of all may.
-        - *never fit*: its late level is above that of the others by that factor, and did not fall more. It is harder,
-          or the caption does not match.
+        - *memorised*: it is far below, and fell more than the median, and than the held-out images, whose loss late in
+          the run divided by that early is `held_out_fall`. Or it fell by `FAR` more than those, as all images may.
+        - *never fit*: it is far above, and did not fall more. It is harder, or the caption does not match.
         - *still learning*: its level fell from the second to the last third of its draws.
         - *learnt*: it fell from the first third to the last, and no longer falls.
         - *unchanged*: none of these; few draws at a low learning rate cannot show a change.
         """
         image = np.array(self._image, dtype=np.int64)
         looks = np.bincount(image, minlength=len(self._images))
-        judged = [index for index, count in enumerate(looks) if count >= MIN_LOOKS]
-        if not judged:
+        judged = looks >= MIN_LOOKS
+        if not judged.any():
             return [_unjudged(name, int(count)) for name, count in zip(self._images, looks, strict=True)]
         logs, bins = np.log(np.maximum(np.array(self._loss), _TINY)), self._bin()
-        levels = logs - _expected(logs, bins, 1 / looks[image], self._bins)[bins]
-        thirds = {index: _Thirds.of(levels[image == index]) for index in judged}
-        early, late = (float(np.mean([one[part].mean() for one in thirds.values()])) for part in (0, 2))
-        # An image counts in the means, too: that of the others is farther from it by this factor.
-        apart = len(judged) / (len(judged) - 1) if len(judged) >= FEW_IMAGES else math.nan
-        deviation = math.sqrt(sum(one.squares for one in thirds.values()) / sum(one.freedom for one in thirds.values()))
-        held_out = None if held_out_fall is None else math.log(max(held_out_fall, _TINY))
-        found = []
-        for index, name in enumerate(self._images):
-            if (own := thirds.get(index)) is None:
-                found.append(_unjudged(name, int(looks[index])))
-                continue
-            first, last = float(own.first.mean()), float(own.last.mean())
-            relative, further = apart * (last - late), apart * (last - first - late + early)
-            error = deviation / math.sqrt(len(own.last))
-            standing = own.standing
-            fell_further = further < -_SURE * math.sqrt(2) * error
-            if (
-                relative < -math.log(_FAR) - _SURE * error
-                and fell_further
-                and (held_out is None or last - first < held_out)
-            ) or (held_out is not None and last - first < held_out - math.log(_FAR) - _SURE * math.sqrt(2) * error):
-                standing = "memorised"
-            elif relative > math.log(_FAR) + _SURE * error and not fell_further:
-                standing = "never fit"
-            levels_of_it = (math.exp(one) for one in (first - early, last - early, relative))
-            found.append(ImageLevels(name, int(looks[index]), *levels_of_it, standing))
-        return found
+        levels = logs - _expected(logs, bins, (judged / np.maximum(looks, 1))[image], self._bins)[bins]
+        thirds = {index: _Thirds.of(levels[image == index]) for index in map(int, np.flatnonzero(judged))}
+        usual = _Usual.of(list(thirds.values()), None if held_out_fall is None else math.log(max(held_out_fall, _TINY)))
+        return [
+            usual.record(name, int(count), thirds[index]) if index in thirds else _unjudged(name, int(count))
+            for index, (name, count) in enumerate(zip(self._images, looks, strict=True))
+        ]
 
     def _bin(self) -> NDArray[np.int64]:
         return np.minimum((np.array(self._quantile) * self._bins).astype(np.int64), self._bins - 1)
@@ -178,6 +159,11 @@ class _Thirds(NamedTuple):
         return cls(levels[:third], levels[third:-third], levels[-third:])
 
     @property
+    def since(self) -> Array:
+        """Those after the first third."""
+        return np.concatenate([self.middle, self.last])
+
+    @property
     def squares(self) -> float:
         """Sum of squared deviations from the means of the thirds."""
         return float(sum(((one - one.mean()) ** 2).sum() for one in self))
@@ -192,6 +178,55 @@ class _Thirds(NamedTuple):
         if _below(self.last, self.middle):
             return "still learning"
         return "learnt" if _below(self.last, self.first) else "unchanged"
+
+
+@dataclass(frozen=True)
+class _Usual:
+    """What is usual of the judged images, in logarithms."""
+
+    # Medians of their levels in the first third, after it, and in the last, and of the falls of each.
+    early: float
+    since: float  # NaN for few images
+    late: float
+    fall: float
+    deviation: float  # standard deviation of single draws
+    held_out_fall: float | None
+
+    @classmethod
+    def of(cls, images: Sequence[_Thirds], held_out_fall: float | None) -> _Usual:
+        early, late = (np.array([one[part].mean() for one in images]) for part in (0, 2))
+        return cls(
+            early=float(np.median(early)),
+            since=float(np.median([one.since.mean() for one in images])) if len(images) >= FEW_IMAGES else math.nan,
+            late=float(np.median(late)) if len(images) >= FEW_IMAGES else math.nan,
+            fall=float(np.median(late - early)),
+            deviation=math.sqrt(sum(one.squares for one in images) / sum(one.freedom for one in images)),
+            held_out_fall=held_out_fall,
+        )
+
+    def record(self, name: str, looks: int, own: _Thirds) -> ImageLevels:
+        first, last = float(own.first.mean()), float(own.last.mean())
+        fall, relative, since = last - first, last - self.late, float(own.since.mean()) - self.since
+        deviation = max(self.deviation, math.sqrt(own.squares / own.freedom))
+        margin, error_of_fall = _SURE * deviation / math.sqrt(len(own.since)), deviation * math.sqrt(2 / len(own.last))
+        fell_more = fall < self.fall - _CLEAR * error_of_fall
+        held_out, far = self.held_out_fall, math.log(FAR)
+        is_below = max(since + margin, relative) < -far and fell_more and (held_out is None or fall < held_out)
+        is_above = min(since - margin, relative) > far and not fell_more
+        standing = own.standing
+        if is_below or (held_out is not None and fall < held_out - far - _SURE * error_of_fall):
+            standing = "memorised"
+        elif is_above:
+            standing = "never fit"
+        return ImageLevels(
+            name,
+            looks,
+            first=math.exp(first - self.early),
+            last=math.exp(last - self.early),
+            relative=math.exp(relative),
+            standing=standing,
+            stands_out=is_below or is_above,
+        )
 
 
 def _unjudged(name: str, looks: int) -> ImageLevels:

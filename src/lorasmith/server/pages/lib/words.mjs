@@ -61,10 +61,6 @@ const STATES = {
 /** The word for a state of a job or a run, and its colour. */
 export const stateWords = (state) => STATES[state] ?? [capital(state) || "No end recorded", "fair"];
 
-const STANDINGS = { "never fit": "Unlike the others: is its caption right?", memorised: "Learnt by heart" };
-/** What the losses of a picture say to those who took it; nothing where there is nothing to do. */
-export const standingWords = (standing) => STANDINGS[standing] ?? "";
-
 /** A name that folders and files may have. */
 export function slug(text) {
   return text

@@ -12,7 +12,7 @@ const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
  * @param facts {crop, trained} of the check; null to draw none
  * @param before its pictures before an edit, drawn beside it; null for photos that are no pairs
  */
-export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, onCaption, onRemove, before }) {
+export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, isEdited, onCaption, onRemove, before }) {
   const [unseen, setUnseen] = useState(false);
   const name = image?.file ?? upload.name;
   const source = upload ? upload.preview : preview ?? address(["datasets", dataset, "images", image.file], { width: THUMBNAIL });
@@ -30,7 +30,7 @@ export function PhotoTile({ dataset, image, upload, preview, caption, problems =
     ${before ? html`<div class="pair">${before}${photo}</div>` : photo}
     <p class="tile-name"><span class="clip" title=${name}>${upload?.isBefore ? `Before: ${name}` : name}</span>${image?.width ? html`<span class="faint nowrap">${image.width} × ${image.height}</span>` : upload && html`<span class="faint nowrap">${bytes(upload.picture.size)}</span>`}</p>
     ${image && isFixed && html`<p class="said faint">${caption}</p>`}
-    ${image && !isFixed && html`<${Caption} name=${name} caption=${caption} trigger=${trigger} onCaption=${onCaption} />`}
+    ${image && !isFixed && html`<${Caption} name=${name} caption=${caption} trigger=${trigger} isEdited=${isEdited} onCaption=${onCaption} />`}
   </li>`;
 }
 
@@ -45,7 +45,7 @@ function Crop({ crop }) {
 export const isStale = (failure) => failure.kind === "StaleCaptionError";
 
 /** A caption that is stored a moment after typing, and when the field is left; one that was changed elsewhere waits for a choice. */
-function Caption({ name, caption, trigger, onCaption }) {
+function Caption({ name, caption, trigger, isEdited, onCaption }) {
   const [text, setText] = useState(null); // null: as stored
   const [failed, setFailed] = useState(false);
   const [other, setOther] = useState(null); // what was stored elsewhere meanwhile
@@ -53,6 +53,12 @@ function Caption({ name, caption, trigger, onCaption }) {
   const id = useId();
   const timer = useRef(0);
   const latest = useRef(null);
+  const field = useRef(null);
+  useEffect(() => {
+    if (!isEdited) return;
+    field.current.focus({ preventScroll: true });
+    field.current.scrollIntoView({ block: "center" });
+  }, [isEdited]);
   latest.current = text;
   const store = async () => {
     clearTimeout(timer.current);
@@ -82,7 +88,7 @@ function Caption({ name, caption, trigger, onCaption }) {
     timer.current = setTimeout(store, STORE_AFTER_MS);
   };
   return html`<label class="unseen" for=${id}>Caption of ${name}</label>
-    <textarea id=${id} rows="2" class="caption" maxlength="4000" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
+    <textarea ref=${field} id=${id} rows="2" class="caption" maxlength="4000" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
       onInput=${type} onBlur=${store} aria-invalid=${failed ? "true" : undefined}></textarea>
     ${other !== null && html`<div class="conflict" role="alert">
       <p>It was changed elsewhere, so your text is not stored. The caption is now:</p>

@@ -1,5 +1,5 @@
 // The photos of a LoRA: what they show, their captions, what is wrong with them, and what of them is trained.
-import { get, put, remove } from "../lib/api.mjs";
+import { get, post, put, remove } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
@@ -18,7 +18,8 @@ const CHECK_AFTER_MS = 700;
 const RELOAD_AFTER_MS = 400;
 const FEW = 5;
 
-export function PhotosView({ dataset }) {
+/** @param edited the picture whose caption has the focus at first */
+export function PhotosView({ dataset, edited }) {
   const [draft, change] = useDraft(dataset);
   const [found, error, reload] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
   const [captions, setCaptions] = useState({}); // typed here, not yet in `found`
@@ -114,12 +115,22 @@ export function PhotosView({ dataset }) {
   async function drop(image) {
     setGone((all) => new Set([...all, image.file]));
     try {
-      await remove(["datasets", dataset, "images", image.file]);
+      const { removed } = await remove(["datasets", dataset, "images", image.file]);
       const entry = previews.get(image.file);
       if (entry) forget(dataset, entry.key);
-      say(`${image.file} was moved to the removed files.`);
+      say(`${image.file} was moved to the removed files.`, { undo: () => restore(image.file, removed) });
     } catch (failure) {
       setGone((all) => new Set([...all].filter((file) => file !== image.file)));
+      say(failure.message, { mood: "bad" });
+    }
+  }
+
+  async function restore(file, removed) {
+    try {
+      await post(["datasets", dataset, "restore"], { removed });
+      setGone((all) => new Set([...all].filter((one) => one !== file)));
+      reload();
+    } catch (failure) {
       say(failure.message, { mood: "bad" });
     }
   }
@@ -173,7 +184,7 @@ export function PhotosView({ dataset }) {
         ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
         ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
           caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
-          isFixed=${found.builtin} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)}
+          isFixed=${found.builtin} isEdited=${image.file === edited} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)}
           before=${isPairs ? html`<${Before} dataset=${dataset} image=${image.file} controls=${image.controls ?? []} version=${version} words=${words} actions=${actions} />` : null} />`)}
       </ul>
       ${isPairs && stray.length > 0 && html`<h3>${capital(words.others)}, without ${words === PAIRS.none ? "one after" : "a picture"}</h3>

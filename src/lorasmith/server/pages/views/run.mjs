@@ -1,10 +1,10 @@
 // A run and what came of it; one that is still running is shown live.
 import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
-import { readDraft, writeDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
-import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
+import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
+import { Advice, findingOf, trainAgain } from "../parts/advice.mjs";
 import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
 import { act } from "../parts/jobs.mjs";
 import { LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
@@ -55,17 +55,12 @@ function Actions({ run, job, reload }) {
   const [dialog, setDialog] = useState(null);
   const close = () => setDialog(null);
   const canContinue = job && ["paused", "interrupted", "cancelled", "failed"].includes(job.state);
-  const again = () => {
-    const settings = Object.fromEntries(Object.entries(run.changed).filter(([name]) => name !== "trigger"));
-    writeDraft(run.dataset, { ...readDraft(run.dataset), name: run.name, trigger: run.trigger, model: run.model, isChosen: true, settings });
-    go("new", run.dataset, "settings");
-  };
   return html`<div class="actions">
       ${run.lora && html`<a class="button primary" href=${fileOfRun(run.id, run.lora.file)} download>Download (${bytes(run.lora.bytes)})</a>
         <${Button} onClick=${() => setDialog("install")}>${run.lora.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}<//>`}
       ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue it<//>`}
       ${run.is_trainable_on && html`<${Button} onClick=${() => setDialog("on")}>Train it further<//>`}
-      ${run.dataset && html`<${Button} onClick=${again}>Train again with changes<//>`}
+      ${run.dataset && html`<${Button} onClick=${() => trainAgain(run)}>Train again with changes<//>`}
       <a class="button" href=${address(["runs", run.id, "report"])} target="_blank" rel="noopener">Report</a>
     </div>
     ${dialog === "install" && html`<${Install} run=${run} onClose=${close} onDone=${reload} />`}
@@ -119,7 +114,7 @@ function TrainOn({ run, onClose }) {
     <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" disabled=${!isGood} onClick=${start}>Train ${isGood ? whole(more) : ""} more steps<//></div><//>`;
 }
 
-const remark = (picture) => [picture.use === "trained" ? "" : sentence(picture.use), standingWords(picture.standing)].filter(Boolean).join(" ");
+const remark = (run, picture) => [picture.use === "trained" ? "" : sentence(picture.use), findingOf(run, picture.file)].filter(Boolean).join(" ");
 
 function Results({ run }) {
   const [large, setLarge] = useState(null);
@@ -136,9 +131,10 @@ function Results({ run }) {
     ${saves.length > 1 && html`<section aria-labelledby="saves"><h2 id="saves">LoRAs of single steps</h2>
       <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">best on held-out photos</span>`}</div>
         <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
+    <${Advice} run=${run} />
     ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
       ${pictures.map((one, index) => html`<li key=${one.file} class=${one.controls ? "pair-thumb" : ""}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
-        ${remark(one) && html`<span class="faint">${remark(one)}</span>`}</li>`)}</ul></section>
+        ${remark(run, one) && html`<span class="faint">${remark(run, one)}</span>`}</li>`)}</ul></section>
       ${large !== null && html`<${Lightbox} start=${large} source=${source} onClose=${() => setLarge(null)} shots=${pictures.map((one) => ({ file: one.thumbnail, title: one.file, prompt: one.caption }))} />`}`}`;
 }
 

@@ -1,0 +1,120 @@
+"""Advice on single images of a run, from the training losses of each: leave it out, draw it less, look at its caption.
+
+What losses say of an image is decided in `training.storage.ledger`; this module chooses what is worth a user's while.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from statistics import geometric_mean, median
+
+from lorasmith.core.printable import count_text
+from lorasmith.report.run_report import UNJUDGED, Advice, ImageAdvice
+from lorasmith.runs.run_images import images_in
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView
+from lorasmith.training.events import Validated
+from lorasmith.training.storage.ledger import FAR, FEW_IMAGES, MIN_LOOKS, ImageLevels, Ledger, QuantileCurve
+from lorasmith.training.storage.records import RunHistory, RunRecord
+
+_QUANTILES = 5  # more lines cannot be distinguished
+_LEAST_FACTOR, _MOST_FACTOR = Fraction(1, 10), Fraction(1, 2)  # of how often a memorised image is drawn
+
+
+def losses_by_image(history: RunHistory, view: RunView) -> tuple[QuantileCurve | None, list[ImageLevels]]:
+    """Loss by noise level, and records by image without those of the class; None and empty if the log has no draws."""
+    names = [one.name for one in history.record.samples]
+    of_class = {one.name for one in images_in(history.record.data) if one.use == "class"}
+    curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
+    has_draws = False
+    for step, logged in history.draws():
+        draws = [draw for draw in logged if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
+        has_draws = has_draws or bool(draws)
+        curve.add(step, draws)
+        # Pictures of the class, which the model knows, are no measure of those of the subject.
+        images.add(step, [draw for draw in draws if names[int(draw[0])] not in of_class])
+    for ledger in (curve, images):
+        ledger.add(view.step + 1 if view.points else 0, ())  # leaves out what was rolled back at the end
+    if not has_draws:
+        return None, []
+    found = images.images(held_out_fall=_fall(view.validations))
+    return curve.curve(), [one for one in found if one.name not in of_class]
+
+
+def advice_of(history: RunHistory) -> Advice:
+    """The advice on the images of a run, read from its folder."""
+    return advice_on(history.record, losses_by_image(history, RunView.of(history.events))[1])
+
+
+def advice_on(record: RunRecord, images: Sequence[ImageLevels]) -> Advice:
+    """The advice on images with these losses; none where a method's loss is not that of a picture and its caption."""
+    if not images or record.config.get("pairs", "none") != "none" or record.config.get("slider_positive") is not None:
+        return Advice()
+    judged = [one for one in images if one.standing != UNJUDGED]
+    if len(judged) < FEW_IMAGES:
+        most = max(one.looks for one in images)
+        few = f"at least {FEW_IMAGES} images that were drawn {MIN_LOOKS} times each"
+        there = f"got {len(judged)} of {len(images):,}, and the one drawn most was drawn {count_text(most, 'time')}"
+        return Advice(summary=f"Advice on single images needs {few}, {there}.")
+    never = [_never(one) for one in judged if one.standing == "never fit"]
+    memorised = [one for one in judged if one.standing == "memorised"]
+    found = [*never, *(_by_heart(one, judged, record) for one in memorised if one.stands_out)]
+    said = [_summary(found)] if found else []
+    if 2 * len(memorised) > len(judged):
+        said.insert(0, f"{len(memorised):,} of {len(judged):,} images are learnt by heart: train for fewer steps.")
+    return Advice(tuple(found), " ".join(said) or f"None of {len(judged):,} images stands out by its losses.")
+
+
+def _never(image: ImageLevels) -> ImageAdvice:
+    return ImageAdvice(
+        image.name,
+        "never learnt",
+        f"Its loss stays {image.relative:.1f} times that of the others at the same noise levels.",
+        "Look at its caption, or leave it out if it does not belong here.",
+    )
+
+
+def _by_heart(image: ImageLevels, judged: Sequence[ImageLevels], record: RunRecord) -> ImageAdvice:
+    usual = median(one.looks for one in judged if one is not image)
+    below = f"Its loss fell to {image.relative:.0%} of that of the others at the same noise levels"
+    often = image.looks / usual
+    seen = f", and it was drawn {often:.0f} times as often" if often >= FAR else ""
+    return ImageAdvice(
+        image.name,
+        "learnt by heart",
+        f"{below}{seen}.".replace("%", " %"),
+        "Draw it less often, or leave it out.",
+        _drawn_less(image.name, Fraction(round(usual), image.looks), record),
+    )
+
+
+def _drawn_less(name: str, factor: Fraction, record: RunRecord) -> str:
+    """The rule of `image_repeats` that draws an image less often; empty for a run that was not on a folder."""
+    try:
+        before = RunSpec.from_record(record.source, {}).data.repeat_factor(name)
+    except ValueError:
+        return ""
+    wanted = before * max(_LEAST_FACTOR, min(_MOST_FACTOR, factor))
+    pattern = glob.escape(name).replace("|", "?")  # which separates rules
+    return f"{pattern}={max(0.01, math.floor(100 * wanted) / 100):g}"
+
+
+def _summary(found: Sequence[ImageAdvice]) -> str:
+    """A line on the first images."""
+    parts = [f"{one.name} is {one.finding}" for one in found[:_NAMED]]
+    more = f", and {len(found) - _NAMED:,} more stand out" if len(found) > _NAMED else ""
+    remedies = " ".join(dict.fromkeys(one.remedy for one in found)) if len(found) <= _NAMED else "The report has all."
+    return f"{', '.join(parts)}{more}. {remedies}"
+
+
+_NAMED = 3
+
+
+def _fall(validations: Sequence[Validated]) -> float | None:
+    """Held-out loss late in the run divided by that early; None below three validations."""
+    losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
+    third = len(losses) // 3
+    return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
