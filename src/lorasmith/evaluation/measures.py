@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,3 +33,25 @@ def nearest(drawn: Tensor, others: Tensor) -> float:
 def drift(before: Tensor, after: Tensor) -> float:
     """Mean distance of pictures of the same noise and text, drawn without and with a LoRA."""
     return float(1 - (before * after).sum(1).mean())
+
+
+def adherence(asked: Tensor, base_asked: Tensor) -> float | None:
+    """Mean cosine, at least 0, of what each wish changes with a LoRA and without; None for fewer than two wishes.
+
+    Rows are pictures of one noise, of the trigger with a wish each: (wishes, features) with the LoRA, and of the base
+    model. A wish changes the features by their difference from the mean over the wishes. 1 is as the base model follows
+    prompts, 0 not at all.
+    """
+    if len(asked) < 2:
+        return None
+    with_lora, without = (F.normalize(one - one.mean(0), dim=1) for one in (asked, base_asked))
+    return max(0.0, float((with_lora * without).sum(1).mean()))
+
+
+def learnt(likeness: float, base_likeness: float, own: float | None) -> float:
+    """Share of the way from the base model's likeness to that of the training pictures to one another, from 0 to 1.
+
+    `own` is None for a single training picture, whose likeness to itself is 1.
+    """
+    whole = (1.0 if own is None else own) - base_likeness
+    return min(1.0, max(0.0, (likeness - base_likeness) / max(whole, 1e-6)))

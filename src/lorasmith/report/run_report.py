@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lorasmith.core.printable import count_text
-from lorasmith.report.curves import Curves, QuantileLosses, loss_figure, quantile_figure
+from lorasmith.report.curves import Curves, QuantileLosses, likeness_figure, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture, picture_table
 
@@ -141,6 +141,7 @@ def run_report(report: RunReport) -> str:
         section("Use it", *_use(report)),
         section("Loss", *_loss(report)),
         section("Loss by noise level", *_quantiles(report.quantiles)),
+        section("Likeness of previews", *_likeness(report.curves)),
         section("Previews during training", report.progress and picture_table(report.progress)),
         section("Trained on", *_trained_on(report)),
         section("Training images", *_images(report.images, report.advice)),
@@ -235,6 +236,19 @@ def _quantiles(curve: QuantileLosses | None) -> list[Html]:
         tag("p", says),
         quantile_figure(curve, label="Training loss over the steps, for each range of noise levels"),
     ]
+
+
+def _likeness(curves: Curves) -> list[Html]:
+    if len(curves.likenesses) < 2:
+        return []
+    says = (
+        "Mean cosine of image features of previews with those of the training images: 1 is equal. Prompts are followed "
+        "like by the base model at 1, and not at all at 0."
+        if any(adherence is not None for _, _, adherence in curves.likenesses)
+        else "Mean cosine of image features of previews with those of the training images: 1 is equal."
+    )
+    label = f"Likeness of previews to the training images, {curves.likenesses[-1][1]:.2f} at last"
+    return [tag("p", says), likeness_figure(curves, label=label)]
 
 
 def _images(images: Sequence[ImageRecord], advice: Advice) -> list[Html]:

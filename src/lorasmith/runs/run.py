@@ -20,7 +20,7 @@ from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.runs.run_images import keep_thumbnails
 from lorasmith.runs.run_page import write_report
-from lorasmith.runs.run_previews import RunPreviews, preview_program, previews_of, whole_program
+from lorasmith.runs.run_previews import RunPreviews, check_likeness_stop, preview_program, previews_of, whole_program
 from lorasmith.runs.sidecars import check_sidecars, write_sidecars
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.previews import Partner
@@ -90,8 +90,9 @@ def run(plan: Plan, host: Host, engine: EngineMaker = engine_of) -> TrainResult:
         )
     if whole_program(config).prompts and not has_folder:
         raise OptionError("previews need a folder of the run, got no output; set output, such as runs/dog")
+    check_likeness_stop(plan, has_folder=has_folder)
     if config.sidecars:
         check_sidecars(plan.title, has_folder=has_folder)
-    if config.previews is None and plan.prompt and preview_program(plan) is None:
+    if config.previews is None and plan.prompt and not config.stops_by_likeness and preview_program(plan) is None:
         plan = replace(plan, job=replace(plan.job, notes=(*plan.job.notes, _NO_PREVIEWS)))
     return run_job(plan, host, engine=engine)

@@ -252,6 +252,8 @@ def _curves(view: RunView) -> Curves:
         validations=[(one.step, one.loss) for one in view.validations],
         base_loss=None if view.validation is None else view.validation.base_loss,
         faults=view.faults,
+        likenesses=[(one.step, one.likeness, one.adherence) for one in view.likenesses],
+        own_likeness=None if view.likeness is None else view.likeness.own,
     )
 
 

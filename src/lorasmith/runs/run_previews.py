@@ -27,12 +27,16 @@ from PIL import Image
 from torch.nn import functional
 
 from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.errors import LorasmithError
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.placement import chosen_dtype
 from lorasmith.data.dataset import Sample
+from lorasmith.evaluation.likeness import check_installed, is_installed
+from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
+from lorasmith.runs.preview_likeness import PreviewLikeness, trained_pictures
 from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling, clip_of, to_images
 from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
@@ -72,6 +76,7 @@ class PreviewProgram:
     is_final_only: bool = False
     prompts: tuple[str, ...] = ()
     is_strip: bool = False  # previews over the steps are at all strengths, too
+    wishes: int = 0  # the last prompts, by which a run is stopped early: the trigger with a wish each
 
     @property
     def pictures(self) -> int:
@@ -88,11 +93,53 @@ class PreviewProgram:
 def preview_program(plan: Plan) -> PreviewProgram | None:
     """The pictures of a run; where its settings have none, those of its prompt, if they fit into a tenth of the run."""
     config = plan.job.config
+    if config.stops_by_likeness:
+        return _watched_program(plan)
     if config.previews is None and plan.prompt and plan.denoiser is not None:
         prompt = config.slider_neutral or plan.prompt
         return unasked_program(config, plan.denoiser.base, plan.data.samples, prompt)
     whole = whole_program(config, None if plan.denoiser is None else plan.denoiser.base)
     return whole if whole.prompts else None
+
+
+def check_likeness_stop(plan: Plan, *, has_folder: bool) -> None:
+    """Raise OptionError where `early_stop likeness` cannot work: without a model that draws, a prompt or a folder."""
+    config = plan.job.config
+    if not config.stops_by_likeness:
+        return
+    check_installed("early_stop likeness")
+    reason = None
+    if plan.denoiser is None:
+        reason = f"a model of a known family, got {plan.job.model.title}"
+    elif not has_folder:
+        reason = "a folder of the run for its previews, got no output"
+    elif config.previews is not None and not parse_prompts(config.previews):
+        reason = "previews, which are turned off"
+    elif config.is_slider or config.pairs != "none":
+        reason = "images that are to be alike, which a slider or preference has not"
+    elif _different_pairs(plan.data.samples):
+        reason = "a model that draws from a prompt alone, got pairs"
+    elif not _subject(plan):
+        reason = "a prompt to draw, got neither a trigger nor previews"
+    if reason is not None:
+        raise OptionError(f"early_stop likeness needs {reason}; change that, or use early_stop validation")
+
+
+def _watched_program(plan: Plan) -> PreviewProgram:
+    """The prompts of the settings, or the run's own, and those by which it is stopped early."""
+    assert plan.denoiser is not None
+    base, subject = plan.denoiser.base, _subject(plan)
+    program = whole_program(plan.job.config, base)
+    path = plan.job.model.facts.path
+    is_built_in = path is not None and path.is_relative_to(BUILT_IN_BASE)
+    wishes = (BUILT_IN_WISHES if is_built_in else WISHES)[::2]  # half of them, as they are drawn many times
+    prompts = dict.fromkeys((*program.prompts, subject))
+    asked = tuple(f"{subject}, {wish}" for wish in wishes)
+    return replace(program, prompts=(*(one for one in prompts if one not in asked), *asked), wishes=len(asked))
+
+
+def _subject(plan: Plan) -> str:
+    return plan.trigger or plan.prompt or next(iter(parse_prompts(plan.job.config.previews)), "")
 
 
 def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
@@ -188,7 +235,11 @@ def previews_of(
         "Seed": sampling.seed,
         "Model": base.title,
     }
-    return RunPreviews(previewer.draw, plan, program, folder, host, made_with, _decoded(base, pairs, device))
+    measuring = None
+    if is_installed() and not config.is_slider and config.pairs == "none":
+        measuring = PreviewLikeness(trained_pictures(plan), wishes=program.wishes)
+    beside = _decoded(base, pairs, device)
+    return RunPreviews(previewer.draw, plan, program, folder, host, made_with, beside, measuring)
 
 
 def _pairs(plan: Plan, count: int) -> list[Sample]:
@@ -229,7 +280,8 @@ def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict
 class RunPreviews:
     """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
-    `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one;
+    `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one (the
+    same each time); those at full strength are measured by `likeness`.
     `made_with` is that of `PreviewFolder`, `beside` has what prompts edit, by the stem of their files. The host
     receives a `Drawing` before each row of pictures.
     """
@@ -243,6 +295,7 @@ class RunPreviews:
         host: RunHost,
         made_with: Mapping[str, Any],
         beside: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
+        likeness: PreviewLikeness | None = None,
     ) -> None:
         self._draw, self._prompts, self._beside = draw, program.prompts, beside
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
@@ -251,19 +304,21 @@ class RunPreviews:
         self._host, self._private = host, plan.job.config.private
         self._base_is_written = False
         self._failures = 0
+        self._likeness = likeness
 
     def __call__(self, step: int, lora: Path, *, final: bool = False) -> list[Event]:
         """Draw the LoRA saved at `lora` after `step` updates, without the adapters attached to the model.
 
-        Returns a `Previewed` per row, the first time also for the base model, and a `Warned` on failure; after the
+        Returns a `Previewed` per row, the first time also for the base model, what was measured, and a `Warned` on
+        failure; after the
         second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so far.
         """
         events: list[Event] = []
         if self._failures == _MOST_FAILURES:
             return events
         try:
-            for previewed in self._previews(step, lora, final):
-                events.append(previewed)
+            for event in self._previews(step, lora, final):
+                events.append(event)
             self._failures = 0
         except SamplingCancelledError:
             pass
@@ -274,7 +329,7 @@ class RunPreviews:
         torch.cuda.empty_cache()
         return events
 
-    def _previews(self, step: int, lora: Path, final: bool) -> Iterator[Previewed]:
+    def _previews(self, step: int, lora: Path, final: bool) -> Iterator[Event]:
         files = self._files
         strengths = self._strengths if final else self._on_the_way
         rows = (not self._base_is_written) + 1 + sum(one != 1 for one in strengths)
@@ -287,6 +342,8 @@ class RunPreviews:
         full = draw(lora)
         paths = files.write_step(full, step, lora.name)
         yield self._previewed(step, paths, 1.0)
+        if self._likeness is not None:
+            yield self._likeness.measured(step, full, self._draw(None, 0.0))
         files.write_steps_sheet()
         if final:
             give_picture(lora, paths[0], private=self._private)

@@ -30,6 +30,7 @@ from lorasmith.training.events import (
     Drawing,
     EarlierEvents,
     Event,
+    LikenessMeasured,
     Outcome,
     Planned,
     Previewed,
@@ -95,9 +96,11 @@ class RunView:
         self.outcome: Outcome | None = None
         self.notes: dict[Note, float] = {}  # with the time of each; a resumed run repeats some
         self.previews: dict[tuple[int, float], Previewed] = {}  # by step and strength
+        self.likeness: LikenessMeasured | None = None
         self.faults: list[int] = []  # steps that were rolled back
         self._preparation: dict[str, str] = {}
         self._validations: dict[int, Validated] = {}  # by step: a resumed run may repeat some
+        self._likenesses: dict[int, LikenessMeasured] = {}
         self._losses = RecentLosses()
         self._status = "Waiting for the model and the images."
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
@@ -138,6 +141,8 @@ class RunView:
                 self._take_step(event)
             case Validated():
                 self.validation = self._validations[event.step] = event
+            case LikenessMeasured():
+                self.likeness = self._likenesses[event.step] = event
             case Previewed():
                 self.previews[event.step, event.strength] = event
                 _limit(self.previews, _MOST_PREVIEWS)
@@ -157,6 +162,11 @@ class RunView:
     def validations(self) -> list[Validated]:
         """The last validation of each step, in order."""
         return [self._validations[step] for step in sorted(self._validations)]
+
+    @property
+    def likenesses(self) -> list[LikenessMeasured]:
+        """The last comparison of previews with the training images of each step, in order."""
+        return [self._likenesses[step] for step in sorted(self._likenesses)]
 
     @property
     def best(self) -> Validated | None:
@@ -229,6 +239,15 @@ class RunView:
                 }
                 for one in _thinned(self.validations)
             ],
+            "likenesses": [
+                {
+                    "step": one.step,
+                    "likeness": _finite(one.likeness),
+                    "own": None if one.own is None else _finite(one.own),
+                    "adherence": None if one.adherence is None else _finite(one.adherence),
+                }
+                for one in _thinned(self.likenesses)
+            ],
             "best_step": None if best is None else best.step,
             "verdict": self.verdict,
             "previews": [
@@ -300,6 +319,16 @@ def _held_out(view: RunView) -> Metric | None:
     return Metric("held_out", "held-out loss", last.loss, f"{text} ({change})", "", f"held out {change}")
 
 
+def _likeness(view: RunView) -> Metric | None:
+    last = view.likeness
+    if last is None or not math.isfinite(last.likeness):
+        return None
+    own = "" if last.own is None else f" ({last.own:.2f} of the images to one another)"
+    follows = "" if last.adherence is None else f", prompts followed {last.adherence:.2f}"
+    text, line = f"{last.likeness:.2f}{own}{follows}", f"likeness {last.likeness:.2f}{follows}"
+    return Metric("likeness", "likeness of previews", last.likeness, text, "", line)
+
+
 def _speed(view: RunView) -> Metric | None:
     seconds = view.seconds_per_step
     if not seconds:
@@ -317,7 +346,7 @@ def _time_left(view: RunView) -> Metric | None:
     return Metric("time_left", "time left", left, text, "s", f"{text} left")
 
 
-METRICS: Sequence[Callable[[RunView], Metric | None]] = (_loss, _held_out, _speed, _time_left)
+METRICS: Sequence[Callable[[RunView], Metric | None]] = (_loss, _held_out, _likeness, _speed, _time_left)
 """What is shown of a run in numbers, in this order; each gives None while it is unknown."""
 
 

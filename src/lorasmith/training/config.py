@@ -900,14 +900,39 @@ class ValidationSettings(Section, group="Validation and previews"):
         None, min=1, max=100_000, help="Steps between validations. Default: a tenth of the run."
     )
     validation_draws: int = option(8, min=2, max=1000, help="Noise levels at which each held-out image is evaluated.")
-    patience: int = option(
-        0,
+    early_stop: Literal["validation", "likeness"] = option(
+        "validation",
+        changes_numbers=False,
+        help="What ends a run before its steps: validation, where the loss of held-out images no longer falls; "
+        "likeness, where previews look no more like the images than before and follow prompts less. likeness needs the "
+        "extra likeness, and draws the trigger with four wishes, ten times in a run.",
+    )
+    patience: int | None = option(
+        None,
         min=0,
         max=1000,
         changes_numbers=False,
-        help="Stop after this many validations without improvement. 0 disables early stopping; the best LoRA is "
-        "saved either way.",
+        help="Stop after this many validations, or previews with early_stop likeness, without improvement; the best "
+        "LoRA is saved either way. Default: 0, which disables early stopping, and 2 with early_stop likeness.",
     )
+
+    @property
+    def stop_patience(self) -> int:
+        """`patience`, or its default."""
+        if self.patience is not None:
+            return self.patience
+        return _LIKENESS_PATIENCE if self.early_stop == "likeness" else 0
+
+    @property
+    def stops_by_likeness(self) -> bool:
+        return self.early_stop == "likeness" and self.stop_patience > 0
+
+    def idle_settings(self) -> Iterator[str]:
+        if self.early_stop == "likeness" and not self.stop_patience:
+            yield "early_stop likeness has no effect with patience 0."
+
+
+_LIKENESS_PATIENCE = 2  # previews
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ class Outcome(StrEnum):
     FINISHED = "finished"
     """All steps were taken."""
     STOPPED = "stopped"
-    """Early stopping: no improvement for `patience` validations."""
+    """Early stopping: no improvement for `patience` validations or previews."""
     CANCELLED = "cancelled"
     """The user ended it."""
     FAILED = "failed"
@@ -107,6 +107,22 @@ class Previewed(Event):
     prompts: Annotated[tuple[str, ...], "one for each picture"]
     paths: Annotated[tuple[str, ...], "PNG files, one for each picture"]
     strength: Annotated[float, "of the LoRA, 0 for the base model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikenessMeasured(Event):
+    """A preview was compared with the training images, by image features."""
+
+    step: Annotated[int, "updates taken"]
+    likeness: Annotated[float, "mean cosine of the pictures with the training images, 1 for equal ones"]
+    own: Annotated[float | None, "mean cosine of two of the training images; null for a single one"]
+    adherence: Annotated[
+        float | None,
+        "how well prompts are followed: 1 as by the base model, 0 not at all; null where it is not watched",
+    ] = None
+    score: Annotated[
+        float, "likeness, from that of the base model at 0 to that of the training images at 1, times adherence"
+    ] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

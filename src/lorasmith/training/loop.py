@@ -52,9 +52,11 @@ class Watcher:
     Attributes:
         name: key of its part of a run state.
         needs_bare_model: whether it must run without adapters attached and weights placed.
+        is_optional: whether a run state may lack its part.
     """
 
     name: str = ""
+    is_optional: bool = False
     needs_bare_model: bool = False
 
     def begin(self, engine: Engine) -> None:
@@ -62,6 +64,10 @@ class Watcher:
 
     def due(self, loop: Loop) -> bool:
         """Whether to call it after this step; it is called once all losses up to here are known."""
+        return False
+
+    def missed(self, loop: Loop) -> bool:
+        """Whether to call it before the first step, as a run state is saved before others are called after its step."""
         return False
 
     def __call__(self, loop: Loop) -> None:
@@ -135,6 +141,9 @@ class Loop:
             self._recovery.good = self._snapshot()
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                for watcher in self._watchers:
+                    if self.outcome is None and watcher.missed(self):
+                        watcher(self)
                 while self.outcome is None:
                     try:
                         with shared(), self.engine.prepared(self._begin, self.planned):
@@ -219,7 +228,8 @@ class Loop:
         if numbers.eager:
             self._recovery.stop_compiling()
         for watcher in self._watchers:
-            if watcher.name:
+            # Early stopping changes no number of a step, so that a run may be resumed with another kind of it.
+            if watcher.name and (watcher.name in state.numbers or not watcher.is_optional):
                 watcher.load(parts[watcher.name], state.numbers[watcher.name])
         # Last, as a run that ends in an error saves the LoRA of its steps, of which a refused state leaves none.
         self._progress.step = state.step

@@ -28,6 +28,7 @@ from lorasmith.training.config import (
     OptimizerSettings,
     TextEncoderSettings,
     TrainConfig,
+    ValidationSettings,
     VariantSettings,
 )
 from lorasmith.training.memory.compilation import compilable, units
@@ -77,6 +78,7 @@ def notes_on(
         *LossSettings.idle_settings(config),
         *MethodSettings.idle_settings(config),
         *TextEncoderSettings.idle_settings(config),
+        *ValidationSettings.idle_settings(config),
         *_on_word(config, model),
         *notes_on_plan(plan),
         *([] if has_fresh_text else _on_own_values(config, plan, adapters, differences)),

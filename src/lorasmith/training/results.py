@@ -50,7 +50,7 @@ from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RunRecord
 from lorasmith.training.validation import TOO_EARLY, UNJUDGED
-from lorasmith.training.watchers import ValidationWatch
+from lorasmith.training.watchers import LikenessWatch, ValidationWatch
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,17 +58,17 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        lora: the LoRA after the last good step; for a run that stopped early or failed, the best one on the held-out
-            images.
+        lora: the LoRA after the last good step; for a run that stopped early or failed, the best one.
         losses: loss of each step, those before a resumption included; NaN for a skipped step.
         steps: all steps, those of a continued LoRA included.
         reason: why the run ended.
+        best_step: step of the run with the best LoRA, on held-out images or by early_stop likeness; None without both.
         validations: (step, loss) on the held-out images.
         base_loss: loss of the base model on the held-out images, None if none are held out.
         verdict: interpretation of the validations, in a sentence.
         folder: the run's folder, None without output.
         path: the LoRA in it.
-        best_path: the best LoRA on the held-out images, if it is another one.
+        best_path: the LoRA of `best_step`, if that is another one.
     """
 
     lora: Lora
@@ -81,6 +81,7 @@ class TrainResult:
     folder: Path | None = None
     path: Path | None = None
     best_path: Path | None = None
+    best_step: int | None = None
 
     @typed_arguments
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -197,21 +198,28 @@ class Results:
             lora.save(path, metadata=entry)
 
     def collect(
-        self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
+        self,
+        loop: Loop,
+        reason: Outcome,
+        validation: ValidationWatch | None,
+        kept: ValidationWatch | LikenessWatch | None,
+        *,
+        prefer_best: bool,
     ) -> TrainResult:
-        """Release the weights of an ended loop, the best on held-out images if `prefer_best`, and save them."""
-        best = None if validation is None else validation.best
-        history = None if validation is None or best is None else validation.history
+        """Release the weights of an ended loop, the best that were `kept` if `prefer_best`, and save them."""
+        best = None if kept is None else kept.best
+        best_step = None if kept is None or best is None else kept.best_step
+        history = None if validation is None or validation.best is None else validation.history
         values = best if prefer_best else None
-        step = loop.step if values is None or history is None else history.best_step
+        step = loop.step if values is None or best_step is None else best_step
         best_path = None
         if self.folder is not None:
             for path in (self._path(self.folder, "-best"), embedding_beside(self._path(self.folder, "-best"))):
                 path.unlink(missing_ok=True)
-            if history is not None and history.best_step != step:
+            if best_step is not None and best_step != step:
                 best_path = self._path(self.folder, "-best")
                 with loop.engine.exported(best):
-                    self._saved(self.lora(history.best_step), best_path)
+                    self._saved(self.lora(best_step), best_path)
         loop.engine.release(values)
         lora = self.lora(step)
         is_saved = self.folder is not None and bool(loop.losses)
@@ -226,6 +234,7 @@ class Results:
             folder=self.folder if is_saved else None,
             path=self._saved(lora, self._path(self.folder)) if self.folder is not None and is_saved else None,
             best_path=best_path if is_saved else None,
+            best_step=best_step,
         )
 
     def _path(self, folder: Path, suffix: str = "") -> Path:

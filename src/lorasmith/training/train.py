@@ -51,7 +51,15 @@ from lorasmith.training.storage.run_folder import (
     unfinished_run,
 )
 from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
-from lorasmith.training.watchers import PREVIEWS, AverageWatch, Draw, LoraWatch, PreviewWatch, ValidationWatch
+from lorasmith.training.watchers import (
+    PREVIEWS,
+    AverageWatch,
+    Draw,
+    LikenessWatch,
+    LoraWatch,
+    PreviewWatch,
+    ValidationWatch,
+)
 
 _STATE_BYTES = 16
 """Bytes of a run state per trained parameter: fp32 weights, their average, and two moments of the optimizer."""
@@ -251,10 +259,18 @@ class _Run:
             hashes=self._hashes,
         )
         self._validation: ValidationWatch | None = None
+        by_likeness = job.config.stops_by_likeness
         if parts.held_out:
-            self._validation = ValidationWatch(
-                job.model, parts.held_out.samples, job.config, job.runtime, self._results.save_best
-            )
+            on_best = (lambda loop: None) if by_likeness else self._results.save_best
+            self._validation = ValidationWatch(job.model, parts.held_out.samples, job.config, job.runtime, on_best)
+        self._previews: PreviewWatch | None = None
+        if folder is not None and self._draw is not None:
+            preview = folder.path / "preview.safetensors"
+            self._previews = PreviewWatch(self._draw, self._results.save, preview, job.config)
+        self._likeness: LikenessWatch | None = None
+        if by_likeness:
+            processes = job.runtime.processes
+            self._likeness = LikenessWatch(self._previews, job.config, processes, self._results.save_best)
 
     def train(self, engine: Engine, start: RunState | None) -> TrainResult:
         job, host = self._job, self._host
@@ -290,7 +306,9 @@ class _Run:
                     raise type(error)(f"{error}; {kept}") from error
                 error.add_note(kept)
             raise
-        result = self._results.collect(loop, reason, self._validation, prefer_best=reason is Outcome.STOPPED)
+        result = self._results.collect(
+            loop, reason, self._validation, self._kept, prefer_best=reason is Outcome.STOPPED
+        )
         end = RunFinished(step=loop.step, reason=reason)
         try:
             if result.path is not None and self._draw is not None:
@@ -308,7 +326,7 @@ class _Run:
     def _salvaged(self, loop: Loop, end: RunFinished, *, with_extras: bool) -> str:
         """Save the result of a failed run; returns a clause for its error, empty if no step was taken."""
         try:
-            result = self._results.collect(loop, Outcome.FAILED, self._validation, prefer_best=True)
+            result = self._results.collect(loop, Outcome.FAILED, self._validation, self._kept, prefer_best=True)
         except Exception as error:  # such as a full disk or a lost device; the first error is the one to raise
             return f"the LoRA could not be saved ({error})"
         if result.path is None:
@@ -316,6 +334,11 @@ class _Run:
         if with_extras:
             self._write_extras(result, end)
         return _kept(result)
+
+    @property
+    def _kept(self) -> ValidationWatch | LikenessWatch | None:
+        """The watch that decides which LoRA is the best."""
+        return self._likeness or self._validation
 
     def _emit(self, event: Event) -> None:
         for handler in self._handlers:
@@ -381,10 +404,9 @@ class _Run:
             if config.post_hoc_ema:
                 save = self._results.save_averages
                 watchers.append(AverageWatch(save, count=config.post_hoc_ema, steps=config.steps))
-            if self._draw is not None:
-                preview = folder.path / "preview.safetensors"
-                watchers.append(PreviewWatch(self._draw, self._results.save, preview, config))
-        return watchers
+            if self._previews is not None and self._likeness is None:
+                watchers.append(self._previews)
+        return [*watchers, *([self._likeness] if self._likeness else [])]
 
     def _announce(self, start: RunState | None) -> None:
         """Emit the start of the run with the job's notes, or its resumption with what is not bit-identical."""

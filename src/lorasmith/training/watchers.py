@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import LorasmithError, TrainingError
+from lorasmith.core.processes import Processes
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import Sample
 from lorasmith.training.config import ResolvedConfig, TrainConfig
+from lorasmith.training.early_stopping import LikenessHistory
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import Event, Warned
+from lorasmith.training.events import Event, LikenessMeasured, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.optim.optimizers import check_alike
 from lorasmith.training.runtime import Runtime
@@ -45,7 +48,7 @@ class ValidationWatch(Watcher):
         # Flat fp32 buffer of the best weights, on the CPU.
         self.best: Tensor | None = None
         self._every = config.validate_every or max(1, config.steps // _VALIDATIONS)
-        self._patience = config.patience
+        self._patience = 0 if config.stops_by_likeness else config.stop_patience
         self._on_best = on_best
         self._losses = Validator(
             model,
@@ -58,6 +61,11 @@ class ValidationWatch(Watcher):
             equal_passes=runtime.sharding,
             noise_range=config.noise_range,
         )
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best weights, None before the first validation."""
+        return self.history.best_step if self.history is not None and self.history.steps else None
 
     def begin(self, engine: Engine) -> None:
         if self.best is not None:
@@ -166,16 +174,81 @@ class PreviewWatch(Watcher):
         return is_due and not self._draw.is_final_only
 
     def __call__(self, loop: Loop) -> None:
-        _warned(loop, f"No preview at step {loop.step}", lambda: self._drawn(loop))
+        self.drawn(loop)
 
-    def _drawn(self, loop: Loop) -> None:
+    def drawn(self, loop: Loop) -> list[Event]:
+        """Draw and report; returns the events, none if the LoRA could not be saved."""
+        events: list[Event] = []
+        _warned(loop, f"No preview at step {loop.step}", lambda: events.extend(self._drawn(loop)))
+        for event in events:
+            loop.emit(event)
+        return events
+
+    def _drawn(self, loop: Loop) -> Sequence[Event]:
         try:
             with loop.engine.exported():
                 self._save(loop, self._path)
-            for event in self._draw(loop.step, self._path, final=False):
-                loop.emit(event)
+            return self._draw(loop.step, self._path, final=False)
         finally:
             self._path.unlink(missing_ok=True)
+
+
+class LikenessWatch(Watcher):
+    """Ends a run by the likeness of its previews, keeps the best weights, and calls `on_best` for each new best.
+
+    Rank 0 draws, by `previews`, which is None elsewhere; all processes have the result.
+    """
+
+    name = "likeness"
+    needs_bare_model = True
+    is_optional = True
+
+    def __init__(
+        self,
+        previews: PreviewWatch | None,
+        config: TrainConfig,
+        processes: Processes,
+        on_best: Callable[[Loop], None] = lambda loop: None,
+    ) -> None:
+        self.history = LikenessHistory()
+        self.best: Tensor | None = None  # flat fp32 buffer of the best weights, on the CPU
+        self._previews, self._processes, self._on_best = previews, processes, on_best
+        self._every = config.preview_every or max(1, config.steps // _VALIDATIONS)
+        self._patience = config.stop_patience
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best weights, None before the first preview."""
+        return self.history.best_step if self.history.measured else None
+
+    def due(self, loop: Loop) -> bool:
+        return loop.step % self._every == 0 and 0 < loop.step < loop.steps
+
+    def missed(self, loop: Loop) -> bool:
+        return self.due(loop) and not self.history.is_at(loop.step)
+
+    def __call__(self, loop: Loop) -> None:
+        events = [] if self._previews is None else self._previews.drawn(loop)
+        found = self._processes.broadcast_from_rank0(
+            lambda: next((one for one in events if isinstance(one, LikenessMeasured)), None)
+        )
+        if found is None:  # a preview that failed, which was reported
+            return
+        self.history.add(found)
+        if self.history.best_step == loop.step:
+            with loop.engine.evaluation_weights() as weights:
+                self.best = weights.to("cpu", copy=True)
+            _warned(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
+        if self.history.should_stop(self._patience):
+            loop.stop()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {} if self.best is None else {"best": self.best}
+        return tensors, {"measured": [asdict(one) for one in self.history.measured]}
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self.best = tensors.get("best")
+        self.history = LikenessHistory(typed(numbers["measured"], list[LikenessMeasured]))
 
 
 def _warned(loop: Loop, trouble: str, write: Callable[[], None]) -> None:

@@ -53,6 +53,8 @@ SETTINGS: dict[str, Any] = {
                  "max": None, "step": None, "choices": [], "help": "LoRA beneath.", "main": False},
                 {"name": "flip", "label": "Flip", "type": "boolean", "default": False, "min": None, "max": None,
                  "step": None, "choices": [], "help": "Also train on mirrored pictures.", "main": False},
+                {"name": "image_repeats", "label": "Image repeats", "type": "text", "default": "", "min": None,
+                 "max": None, "step": None, "choices": [], "help": "How often single images are drawn.", "main": False},
                 {"name": "trigger", "label": "Trigger", "type": "text", "default": "", "min": None, "max": None,
                  "step": None, "choices": [], "help": "Phrase of the subject.", "main": True},
             ],

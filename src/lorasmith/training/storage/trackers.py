@@ -18,7 +18,7 @@ from lorasmith.core.files import ensure_folder, write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import first_line, printable
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, EventHandler, StepDone, Validated, Warned
+from lorasmith.training.events import Event, EventHandler, LikenessMeasured, StepDone, Validated, Warned
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
@@ -58,6 +58,9 @@ class Tracker:
             self._log(numbers, event.step)
         elif isinstance(event, Validated):
             self._log({"validation/loss": event.loss, "validation/base_loss": event.base_loss}, event.step)
+        elif isinstance(event, LikenessMeasured):
+            numbers = {"likeness/previews": event.likeness, "likeness/adherence": event.adherence}
+            self._log({name: value for name, value in numbers.items() if value is not None}, event.step)
 
     def close(self) -> None:
         """Send the remaining numbers; a second call does nothing."""

@@ -1,0 +1,68 @@
+"""Previews compared with the training images, by image features (`evaluation.likeness`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from PIL import Image
+from torch import Tensor
+
+from lorasmith.data.clips import open_still
+from lorasmith.evaluation import likeness, measures
+from lorasmith.report.pictures import Clip, PictureOrClip
+from lorasmith.sampling.generate import clip_of
+from lorasmith.training.events import LikenessMeasured
+from lorasmith.training.train import Plan
+
+_MOST_IMAGES, _MOST_DECODED = 24, 8  # that previews are compared with, from files and from latents
+
+Features = Callable[[Sequence[Image.Image]], Tensor]
+
+
+class PreviewLikeness:
+    """Measures the pictures of a preview; the last `wishes` of its prompts are the trigger with a wish each.
+
+    Likeness is that of the other prompts' pictures, adherence that of the wishes; of clips, the first frames count.
+    """
+
+    def __init__(
+        self, trained: Sequence[Image.Image], *, wishes: int = 0, features: Features = likeness.features
+    ) -> None:
+        self._features, self._wishes = features, wishes
+        self._trained = features(trained)
+        self._own = measures.self_likeness(self._trained)
+        self._base: tuple[float, Tensor] | None = None  # likeness and wishes of the base model
+
+    def measured(self, step: int, drawn: Sequence[PictureOrClip], base: Sequence[PictureOrClip]) -> LikenessMeasured:
+        """The measures of the pictures of a LoRA after `step` updates, and of the base model's from the same noise."""
+        if self._base is None:
+            self._base = self._measured(base)
+        (alike, asked), (base_alike, base_asked) = self._measured(drawn), self._base
+        adherence = measures.adherence(asked, base_asked)
+        learnt = measures.learnt(alike, base_alike, self._own)
+        score = learnt if adherence is None else learnt * adherence
+        return LikenessMeasured(step=step, likeness=alike, own=self._own, adherence=adherence, score=score)
+
+    def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, Tensor]:
+        found = self._features([one.frames[0] if isinstance(one, Clip) else one for one in drawn])
+        plain = len(found) - self._wishes
+        return measures.likeness(found[:plain], self._trained), found[plain:]
+
+
+def trained_pictures(plan: Plan) -> list[Image.Image]:
+    """Some of a run's images, evenly spaced, without those of the class: from their files, else from their latents."""
+    if files := [one.path for one in plan.images if not one.is_class]:
+        return [open_still(path, 2 * likeness.EDGE) for path in _spread(files, _MOST_IMAGES)]
+    assert plan.denoiser is not None
+    base, device = plan.denoiser.base, plan.job.runtime.device
+    samples = list({one.name: one for one in plan.data.samples if not one.is_class}.values())
+    with base.autoencoder.active(device):
+        return [clip_of(base, one.latents[None]).frames[0] for one in _spread(samples, _MOST_DECODED)]
+
+
+_T = TypeVar("_T")
+
+
+def _spread(items: Sequence[_T], most: int) -> list[_T]:
+    return [items[index * len(items) // most] for index in range(most)] if len(items) > most else list(items)

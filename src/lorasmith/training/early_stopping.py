@@ -1,0 +1,54 @@
+"""When a run ends by what its previews show: pictures that no longer get more alike, and follow prompts less.
+
+What is measured, and the score, are those of the evaluation of LoRAs (`LikenessMeasured`). Held-out losses have a
+history of their own (`validation.History`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from lorasmith.training.events import LikenessMeasured
+
+_NOISE = 0.05
+"""Difference of two previews' adherence, and of their likeness, that says nothing."""
+
+
+class LikenessHistory:
+    """The measured previews of a run, by step."""
+
+    def __init__(self, measured: Iterable[LikenessMeasured] = ()) -> None:
+        self.measured: list[LikenessMeasured] = []
+        for one in measured:
+            self.add(one)
+
+    def add(self, measured: LikenessMeasured) -> None:
+        """Add a measured preview; those from its step on are replaced."""
+        self.measured = [one for one in self.measured if one.step < measured.step] + [measured]
+
+    @property
+    def best_step(self) -> int:
+        """Step of the highest score, the earliest on ties."""
+        return self.measured[self._best].step
+
+    def is_at(self, step: int) -> bool:
+        """Whether the last measured preview is of this step."""
+        return bool(self.measured) and self.measured[-1].step == step
+
+    def should_stop(self, patience: int) -> bool:
+        """Whether likeness has not risen above that of the best preview, and adherence was below its, for the last
+        `patience` previews; 0 never stops.
+        """
+        since = self.measured[self._best + 1 :] if self.measured else []
+        return 0 < patience <= len(since) and all(self._is_worse(one) for one in since[-patience:])
+
+    @property
+    def _best(self) -> int:
+        return int(np.argmax([one.score for one in self.measured]))
+
+    def _is_worse(self, measured: LikenessMeasured) -> bool:
+        best = self.measured[self._best]
+        follows = (measured.adherence or 0.0) < (best.adherence or 0.0) - _NOISE
+        return follows and measured.likeness <= best.likeness + _NOISE
