@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lorasmith.core.extras import TINY
+from lorasmith.evaluation import likeness
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
@@ -34,6 +35,20 @@ EXAMPLES: dict[str, Any] = {
 }
 settings.register_profile("default run", max_examples=30, **EXAMPLES)
 settings.register_profile("all tests", max_examples=100, **EXAMPLES)
+
+
+@pytest.fixture(autouse=True)
+def previews_unmeasured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs do not compare their previews with the images, which takes a second, unless a test asks for it."""
+    if "previews_measured" not in request.fixturenames:
+        monkeypatch.setattr(likeness, "is_installed", lambda: False)
+
+
+@pytest.fixture
+def previews_measured() -> None:
+    """Runs compare their previews with the images; skips where the extra `likeness` is missing."""
+    if not likeness.is_installed():
+        pytest.skip("the extra likeness is not installed")
 
 
 def slow_wanted(config: pytest.Config) -> bool:

@@ -301,8 +301,8 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
         if resumable:
             echo(f"  {resume_command(folder, rights)}")
     if result.reason is Outcome.STOPPED:
-        best = min(result.validations, key=lambda one: one[1])[0]
-        echo(f"Stopped early at step {len(result.losses)}; the saved LoRA is that of step {best}, the best one.")
+        kept = f"the saved LoRA is that of step {result.best_step}, the best one"
+        echo(f"Stopped early at step {len(result.losses)}; {kept}.")
     echo(f"{'Verdict':<11}{result.verdict}")
     if (advice := _advice(result)).images:
         echo(f"{'Images':<11}{advice.summary}")

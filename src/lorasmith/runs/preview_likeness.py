@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from PIL import Image
@@ -17,8 +17,6 @@ from lorasmith.training.train import Plan
 
 _MOST_IMAGES, _MOST_DECODED = 24, 8  # that previews are compared with, from files and from latents
 
-Features = Callable[[Sequence[Image.Image]], Tensor]
-
 
 class PreviewLikeness:
     """Measures the pictures of a preview; the last `wishes` of its prompts are the trigger with a wish each.
@@ -26,11 +24,9 @@ class PreviewLikeness:
     Likeness is that of the other prompts' pictures, adherence that of the wishes; of clips, the first frames count.
     """
 
-    def __init__(
-        self, trained: Sequence[Image.Image], *, wishes: int = 0, features: Features = likeness.features
-    ) -> None:
-        self._features, self._wishes = features, wishes
-        self._trained = features(trained)
+    def __init__(self, trained: Sequence[Image.Image], *, wishes: int = 0) -> None:
+        self._wishes = wishes
+        self._trained = likeness.features(trained)
         self._own = measures.self_likeness(self._trained)
         self._base: tuple[float, Tensor] | None = None  # likeness and wishes of the base model
 
@@ -45,7 +41,7 @@ class PreviewLikeness:
         return LikenessMeasured(step=step, likeness=alike, own=self._own, adherence=adherence, score=score)
 
     def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, Tensor]:
-        found = self._features([one.frames[0] if isinstance(one, Clip) else one for one in drawn])
+        found = likeness.features([one.frames[0] if isinstance(one, Clip) else one for one in drawn])
         plain = len(found) - self._wishes
         return measures.likeness(found[:plain], self._trained), found[plain:]
 

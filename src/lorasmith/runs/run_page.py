@@ -70,7 +70,7 @@ def report_of(history: RunHistory) -> RunReport:
         verdict=_verdict(history, view),
         summary=_summary(history, view),
         facts=_facts(history, view, lora),
-        files=_files(history.folder, lora),
+        files=_files(history.folder, lora, by_likeness=history.record.config.get("early_stop") == "likeness"),
         commands=_commands(history, view, lora),
         curves=_curves(view),
         validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in view.validations],
@@ -142,15 +142,15 @@ def lora_of_run(history: RunHistory) -> Path | None:
 
 
 def best_lora_of_run(lora: Path) -> Path | None:
-    """The LoRA of the lowest held-out loss, beside that of the last step; None if it was not saved apart."""
+    """The best LoRA, by held-out loss or likeness, beside that of the last step; None if it was not saved apart."""
     best = lora.with_stem(f"{lora.stem}-best")
     return best if best.is_file() else None
 
 
-def _files(folder: Path, lora: Path | None) -> dict[str, str]:
+def _files(folder: Path, lora: Path | None, *, by_likeness: bool) -> dict[str, str]:
     files = {"LoRA": "none was saved" if lora is None else _described(lora)}
     if lora is not None and (best := best_lora_of_run(lora)) is not None:
-        files["Best on held-out images"] = _described(best)
+        files[f"Best {'by likeness' if by_likeness else 'on held-out images'}"] = _described(best)
     return {**files, "Folder of the run": str(folder.resolve())}
 
 

@@ -31,7 +31,7 @@ from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.placement import chosen_dtype
 from lorasmith.data.dataset import Sample
-from lorasmith.evaluation.likeness import check_installed, is_installed
+from lorasmith.evaluation import likeness
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
@@ -107,7 +107,7 @@ def check_likeness_stop(plan: Plan, *, has_folder: bool) -> None:
     config = plan.job.config
     if not config.stops_by_likeness:
         return
-    check_installed("early_stop likeness")
+    likeness.check_installed("early_stop likeness")
     reason = None
     if plan.denoiser is None:
         reason = f"a model of a known family, got {plan.job.model.title}"
@@ -236,7 +236,7 @@ def previews_of(
         "Model": base.title,
     }
     measuring = None
-    if is_installed() and not config.is_slider and config.pairs == "none":
+    if likeness.is_installed() and not config.is_slider and config.pairs == "none":
         measuring = PreviewLikeness(trained_pictures(plan), wishes=program.wishes)
     beside = _decoded(base, pairs, device)
     return RunPreviews(previewer.draw, plan, program, folder, host, made_with, beside, measuring)
@@ -281,7 +281,7 @@ class RunPreviews:
     """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
     `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one (the
-    same each time); those at full strength are measured by `likeness`.
+    same each time); those at full strength are measured by `measuring`.
     `made_with` is that of `PreviewFolder`, `beside` has what prompts edit, by the stem of their files. The host
     receives a `Drawing` before each row of pictures.
     """
@@ -295,7 +295,7 @@ class RunPreviews:
         host: RunHost,
         made_with: Mapping[str, Any],
         beside: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
-        likeness: PreviewLikeness | None = None,
+        measuring: PreviewLikeness | None = None,
     ) -> None:
         self._draw, self._prompts, self._beside = draw, program.prompts, beside
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
@@ -304,7 +304,7 @@ class RunPreviews:
         self._host, self._private = host, plan.job.config.private
         self._base_is_written = False
         self._failures = 0
-        self._likeness = likeness
+        self._measuring = measuring
 
     def __call__(self, step: int, lora: Path, *, final: bool = False) -> list[Event]:
         """Draw the LoRA saved at `lora` after `step` updates, without the adapters attached to the model.
@@ -342,8 +342,8 @@ class RunPreviews:
         full = draw(lora)
         paths = files.write_step(full, step, lora.name)
         yield self._previewed(step, paths, 1.0)
-        if self._likeness is not None:
-            yield self._likeness.measured(step, full, self._draw(None, 0.0))
+        if self._measuring is not None:
+            yield self._measuring.measured(step, full, self._draw(None, 0.0))
         files.write_steps_sheet()
         if final:
             give_picture(lora, paths[0], private=self._private)

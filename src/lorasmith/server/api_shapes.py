@@ -461,6 +461,16 @@ class ValidationFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LikenessFacts:
+    """A preview compared with the training pictures, by image features."""
+
+    step: Annotated[int, "updates taken"]
+    likeness: Annotated[float, "mean cosine of the previews with the training pictures"]
+    own: Annotated[float | None, "mean cosine of two of the training pictures; null for a single one"]
+    adherence: Annotated[float | None, "how well prompts are followed, from 0 to 1; null where it is not watched"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreviewFacts:
     """A picture of a preview: the step and strength of the LoRA, its prompt with its place among them (from 1), and its
     path among the run's files.
@@ -521,7 +531,7 @@ class SavedLora:
     step: Annotated[int, "updates taken"]
     file: Annotated[str, "its path among the run's files"]
     bytes: Annotated[int, "its size"]
-    best: Annotated[bool, "whether it is the best one on held-out images"] = False
+    best: Annotated[bool, "whether it is the best one, on held-out images or by likeness"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -560,6 +570,7 @@ class RunAnswer(RunRow):
     rates: Annotated[tuple[tuple[int, float | None], ...], "step and learning rate"]
     validations: Annotated[tuple[ValidationFacts, ...], "all of them"]
     base_loss: Annotated[float | None, "of the held-out images without the LoRA"]
+    likenesses: Annotated[tuple[LikenessFacts, ...], "of all previews that were measured"]
     previews: Annotated[tuple[PreviewFacts, ...], "pictures that were drawn"]
     pairs: Annotated[tuple[PairFacts, ...], "what they were drawn from, of edit models"]
     images: Annotated[tuple[RunPicture, ...], "that were trained on"]

@@ -632,6 +632,8 @@ def _run_facts(id: str) -> dict[str, Any]:
         "settings": settings, "changed": {"steps": STEPS}, "trigger": "foxy", "losses": losses, "smooth": smooth,
         "rates": [], "validations": [_validation(step, factor) for step in range(10, STEPS + 1, 10)],
         "base_loss": 0.45,
+        "likenesses": [{"step": step, "likeness": 0.6 - 0.3 * math.exp(-step / 20), "own": 0.64,
+                        "adherence": 0.9 - step / 120} for step in (20, 40, 60)],
         "previews": previews, "pairs": [], "left_out": [], "advice": [], "advice_summary": "",
         "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",
                     "thumbnail": f"pictures/{n}.png", "standing": "never fit" if n == 1 else "", "controls": 0}

@@ -31,6 +31,7 @@ from lorasmith.runs.run_page import is_own, lora_of_run, report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.api_shapes import (
+    LikenessFacts,
     LoraFacts,
     PairFacts,
     PictureAdvice,
@@ -98,6 +99,10 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
             for one in view.validations
         ),
         base_loss=report.curves.base_loss,
+        likenesses=tuple(
+            LikenessFacts(step=one.step, likeness=one.likeness, own=one.own, adherence=one.adherence)
+            for one in view.likenesses
+        ),
         previews=tuple(_previews(folder, view)),
         pairs=tuple(_pairs(folder, max((len(one.prompts) for one in view.previews.values()), default=0))),
         images=tuple(_pictures(history, report)),

@@ -45,7 +45,7 @@ export function LiveRun({ view, run, isRunning, head }) {
       </dl>
       ${isRunning && html`<p class="faint">${view.status}</p>`}
     </section>
-    ${done > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${view.curve} validations=${view.validations} best=${view.best_step} verdict=${view.verdict} /></section>`}
+    ${done > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${view.curve} validations=${view.validations} best=${view.best_step} verdict=${view.verdict} /><${LikenessCurves} points=${view.likenesses} /></section>`}
     ${view.previews.length > 0 && run && html`<section aria-labelledby="previews"><h2 id="previews">Previews</h2>
       <${Previews} previews=${view.previews} source=${(file) => fileOfRun(run, file)} live=${isRunning} bestStep=${view.best_step} /></section>`}
     ${view.notes.length > 0 && html`<section aria-labelledby="remarks"><h2 id="remarks">Remarks</h2><ul class="remarks">
@@ -70,4 +70,18 @@ export function LossCurves({ points, validations, best, verdict = "" }) {
   return html`<h2 id="curves">Loss</h2>
     <${Curves} lines=${lines} marks=${best ? [{ x: best }] : []} label=${`Training loss over ${xs.at(-1) ?? 0} steps, last ${measured(means.at(-1) ?? NaN)}${held.length ? `; held-out loss ${measured(held.at(-1).loss)}, lowest at step ${best}` : ""}`} />
     ${verdict && html`<p class="verdict-line">${sentence(verdict)}</p>`}`;
+}
+
+/** How alike previews are to the training pictures, and how well they follow prompts where that is watched. */
+export function LikenessCurves({ points }) {
+  if (points.length < 2) return null;
+  const xs = points.map((one) => one.step);
+  const { own, likeness } = points.at(-1);
+  const lines = [
+    { label: "Previews", xs, ys: points.map((one) => one.likeness), color: "--smooth", width: 2, points: true },
+    ...(Number.isFinite(own) ? [{ label: "Photos to one another", xs: [0, xs.at(-1)], ys: [own, own], color: "--smooth", width: 1, dash: [4, 4] }] : []),
+    ...(points.some((one) => Number.isFinite(one.adherence)) ? [{ label: "Prompts followed", xs, ys: points.map((one) => one.adherence), color: "--held-out", width: 2, points: true }] : []),
+  ];
+  return html`<h3>Likeness to the photos</h3>
+    <${Curves} lines=${lines} label=${`Likeness of previews to the training photos, ${measured(likeness)} at step ${xs.at(-1)}`} />`;
 }

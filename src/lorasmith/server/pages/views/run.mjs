@@ -7,7 +7,7 @@ import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
 import { Advice, findingOf, trainAgain } from "../parts/advice.mjs";
 import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
 import { act } from "../parts/jobs.mjs";
-import { LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
+import { LikenessCurves, LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
 import { Lightbox, Previews } from "../parts/pictures.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { Stepper } from "../parts/stepper.mjs";
@@ -86,7 +86,7 @@ function Install({ run, onClose, onDone }) {
   return html`<${Dialog} title="Copy to ComfyUI" onClose=${onClose}>
     <p>The LoRA is copied into <code>models/loras</code>, where ComfyUI finds it.${run.lora.installed ? html` It is there already as <b>${run.lora.installed}</b>.` : ""}</p>
     ${choices.length > 0 && html`<${Field} label="Which one">${(attributes) => html`<select ...${attributes} value=${step} onChange=${(event) => setStep(event.currentTarget.value)}>
-      <option value="">The last one</option>${choices.map((one) => html`<option key=${one.step} value=${one.step}>Step ${whole(one.step)}${one.best ? " (best on held-out photos)" : ""}</option>`)}</select>`}<//>`}
+      <option value="">The last one</option>${choices.map((one) => html`<option key=${one.step} value=${one.step}>Step ${whole(one.step)}${one.best ? " (the best)" : ""}</option>`)}</select>`}<//>`}
     <${Field} label="Name" optional>${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${name} placeholder=${run.lora.file.split("/").pop()} onInput=${(event) => setName(event.currentTarget.value)} />`}<//>
     <${Problem} error=${error} />
     <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" onClick=${install}>Copy<//></div><//>`;
@@ -125,11 +125,11 @@ function Results({ run }) {
   return html`
     ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2><${Previews} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.best_step} /></section>`}
     ${run.lora && html`<${TryIt} run=${run} />`}
-    ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /></section>`}
+    ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /><${LikenessCurves} points=${run.likenesses} /></section>`}
     ${Object.keys(run.use).length > 0 && html`<section aria-labelledby="use"><h2 id="use">How to use it</h2>
       ${Object.entries(run.use).map(([program, [what, text]]) => html`<div class="program" key=${program}><h3>${program}</h3><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}</div>`)}</section>`}
     ${saves.length > 1 && html`<section aria-labelledby="saves"><h2 id="saves">LoRAs of single steps</h2>
-      <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">best on held-out photos</span>`}</div>
+      <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">the best</span>`}</div>
         <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
     <${Advice} run=${run} />
     ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
