@@ -2,9 +2,9 @@
 
     python -m benchmarks.advice
 
-Ten pictures are of four drawings on backgrounds of several colours. One of another drawing is drawn ten times as often,
-and one is a drawing of something else with the caption of a fox. The advice is to name these two, the first as learnt by
-heart, the second as never learnt, and nothing else. With `--plain` neither is there, and it is to name none.
+Ten pictures are of four drawings on backgrounds of several colours. One of another drawing is drawn ten times as
+often, and one is a drawing of something else with the caption of a fox. The advice is to name these two, the first as
+learnt by heart, the second as never learnt, and nothing else. With `--plain` neither is there, and it is to name none.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ SETTINGS = (
     _own("warmup_steps"),
     _own("ema_decay"),
     _own("validation_share", default=0.0, advanced=False),
-    _own("patience"),
+    _open("patience"),
     _open(
         "previews",
         advanced=False,
@@ -150,7 +150,7 @@ TLORA = ("tlora", "tlora_min_rank", "tlora_alpha")
 _LEVERS = (
     *TLORA,
     *("loss_weighting", "min_snr_gamma", "huber_c", "huber_schedule", "huber_scale", "pyramid_noise"),
-    *("input_perturbation", "post_hoc_ema"),
+    *("input_perturbation", "post_hoc_ema", "early_stop"),
 )
 
 METHODS = (
@@ -161,7 +161,7 @@ METHODS = (
         if name not in (*_NOT_IN_GRAPHS, *_PAIRS)
     ),
 )
-"""Settings of methods, of text encoders in training, of losses and of ranks by noise level."""
+"""Settings of methods, of text encoders in training, of losses, of ranks by noise level, and of an early end."""
 
 _OPEN = tuple(
     one.name for one in (*SETTINGS, *METHODS[1:]) if one.default in ("", 0) and _OPTIONS[one.name].default is None

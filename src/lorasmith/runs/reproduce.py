@@ -119,7 +119,7 @@ class Reproduction(Host):
         self.folders = host.folders
         self.runs = None if dry_run else host.runs  # so that a dry run needs no room there
         # Previews and early stopping change no tensor of a run that ends at a given step.
-        self.plan = plan(spec.with_settings(previews="", patience=0), self)
+        self.plan = plan(spec.with_settings(previews="", early_stop="validation", patience=0), self)
         self.runs = host.runs
         self.steps = steps_of(metadata, lora.name) - self.plan.job.steps_before  # after which training ends
         if not 0 < self.steps <= spec.config.steps:

@@ -45,6 +45,17 @@ class LikenessHistory:
         return 0 < patience <= len(since) and all(self._is_worse(one) for one in since[-patience:])
 
     @property
+    def reason(self) -> str:
+        """Why the run stops, in a sentence."""
+        best, last = self.measured[self._best], self.measured[-1]
+        alike = f"{best.likeness:.2f} then, {last.likeness:.2f} now"
+        follows = f"{best.adherence or 0:.2f} then, {last.adherence or 0:.2f} now"
+        return (
+            f"The run stops early: since step {best.step} previews look no more like the images ({alike}), and follow "
+            f"prompts less ({follows})."
+        )
+
+    @property
     def _best(self) -> int:
         return int(np.argmax([one.score for one in self.measured]))
 

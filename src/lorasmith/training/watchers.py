@@ -240,6 +240,7 @@ class LikenessWatch(Watcher):
                 self.best = weights.to("cpu", copy=True)
             _warned(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
         if self.history.should_stop(self._patience):
+            loop.emit(Warned(message=self.history.reason, is_remark=True))
             loop.stop()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
