@@ -74,18 +74,22 @@ def test_it_stops_with_the_best_lora_and_resumes_to_the_bit(told: None, tiny: Mo
     # Cancelled after a step whose preview follows its run state.
     for until in (2, 3):
         folder = tmp_path / f"cancelled-{until}"
-        done = 0
-
-        def cancelled(event: Event, until: int = until) -> None:
-            nonlocal done
-            done = max(done, getattr(event, "step", 0)) if isinstance(event, LikenessMeasured) else done
-
-        part = go(tiny, folder, on_event=cancelled, cancelled=lambda until=until: done >= until)
+        part = cancelled_after(until, tiny, folder)
         assert (part.reason, len(part.losses)) == (Outcome.CANCELLED, until)
         rest = go(tiny, folder)
         assert (rest.reason, rest.best_step, rest.losses) == (whole.reason, 2, whole.losses)
-        assert rest.path is not None
-        assert _same(rest.path, whole.path)
+        assert rest.path is not None and _same(rest.path, whole.path)
+
+
+def cancelled_after(step: int, tiny: Model, folder: Path) -> TrainResult:
+    """A run that is cancelled when the preview of a step has been measured."""
+    measured: list[int] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, LikenessMeasured):
+            measured.append(event.step)
+
+    return go(tiny, folder, on_event=listen, cancelled=lambda: step in measured)
 
 
 def test_a_preview_that_a_kill_has_cost_is_drawn_before_the_next_step(told: None, tiny: Model, tmp_path: Path) -> None:
