@@ -31,6 +31,7 @@ OTHERS: dict[str, Any] = {
     "trigger": "sks dog", "captions": "filename", "prefix": "a photo of", "suffix": "--", "more_resolutions": "256,512",
     "crop": "random", "masks": "alpha", "mask_folder": "/masks", "class_prompt": "a dog|a cat", "class_images": "/dogs",
     "control": ("/before", "/depth"), "controls": "optional",
+    "early_stop": "likeness", "image_repeats": "a.png=0.5 | -b*=0",
     "preserve": "blank", "preserve_class": "dog", "prior_target": "model", "huber_schedule": "snr", "pairs": "slider",
     "guidance_loss": "2-4",
     "guidance_loss_schedule": "sigma", "slider_positive": "a|b", "slider_negative": "-c", "slider_neutral": "d",
