@@ -67,7 +67,9 @@ class Watcher:
         return False
 
     def missed(self, loop: Loop) -> bool:
-        """Whether to call it before the first step, as a run state is saved before others are called after its step."""
+        """Whether to call it before the first step, outside of the prepared model: one that is called after the run
+        state of its step was saved may have been left out by a kill.
+        """
         return False
 
     def __call__(self, loop: Loop) -> None:
@@ -141,9 +143,11 @@ class Loop:
             self._recovery.good = self._snapshot()
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                for watcher in self._watchers:
-                    if self.outcome is None and watcher.missed(self):
-                        watcher(self)
+                missed = [one for one in self._watchers if self.outcome is None and one.missed(self)]
+                if missed:
+                    self.engine.restore_base_model()
+                for watcher in missed:
+                    watcher(self)
                 while self.outcome is None:
                     try:
                         with shared(), self.engine.prepared(self._begin, self.planned):
