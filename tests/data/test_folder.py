@@ -413,7 +413,7 @@ def test_repeats_of_single_images(tmp_path: Path) -> None:
         assert (left_out in scan.notes) == ("c*=0" in rules)
     with pytest.raises(DataError, match="leaves out each of 3 images"):
         scan_folder(tmp_path, DataConfig(image_repeats="*=0"))
-    with pytest.raises(DataError, match=r"makes c.png occur 100,000 times in an epoch; use factors such as 0.5"):
+    with pytest.raises(DataError, match=r"image_repeats makes c\.png occur 100,000 times; use factors such as 0\.5"):
         scan_folder(tmp_path, DataConfig(image_repeats="a.png=0.01 | c.png=100"))
 
 
