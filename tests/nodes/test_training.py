@@ -95,7 +95,7 @@ def test_only_defaults_that_differ_are_said_again() -> None:
     slots = load_nodes()["TrainLoraNode"].slots
     differing = {"steps", "learning_rate", "rank", "training_dtype", "gradient_checkpointing", "existing_lora", "alpha"}
     differing |= {"targets", "timesteps", "max_grad_norm", "zero_init", "schedule", "validation_share"}
-    differing |= {"previews", "preview_every", "training_adapter", "training_guidance"}
+    differing |= {"previews", "preview_every", "patience", "training_adapter", "training_guidance"}
     differing |= {one.name for one in training.METHODS if options[one.name].default is None}  # empty in editors
     assert {name for name in slots if name in options and slots[name].default != options[name].default} == differing
 
