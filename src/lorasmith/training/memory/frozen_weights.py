@@ -119,12 +119,13 @@ def frozen_bytes(
 
 
 @contextlib.contextmanager
-def fp8_products_enabled(module: nn.Module) -> Iterator[None]:
+def fp8_products_enabled(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the context, layers for which `takes_fp8_products` holds multiply in fp8, forward and backward."""
-    chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, code_in_model(layer))]
+    codes = {layer: code_in_model(layer) for layer in packable_layers(module)}
+    chosen = {layer: code for layer, code in codes.items() if code is not None and takes_fp8_products(layer, code)}
     try:
-        for layer in chosen:
-            setattr(layer, PRODUCTS, Fp8Products())
+        for layer, code in chosen.items():
+            setattr(layer, PRODUCTS, Fp8Products(code, layer.get_parameter("weight").shape, device))
         yield
     finally:
         for layer in chosen:
