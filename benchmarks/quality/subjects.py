@@ -1,0 +1,95 @@
+"""What is taught to the built-in model: seven subjects and a style that it has never seen.
+
+The drawings in `drawings/` are of Noto and Noto v1 (Apache-2.0, Google), Fluent (MIT, Microsoft), Twemoji (CC-BY 4.0, X)
+and EmojiOne 2 (CC-BY 4.0, Ranks): a strip of six sets a subject, made by `tools/pretrain/subjects.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lorasmith.core.folders import BUILT_IN_BASE
+from tools.pretrain.data import BACKGROUNDS, EDGE, STYLES, UNTAUGHT, short_name, with_article
+from tools.pretrain.subjects import SETS
+
+DRAWINGS = Path(__file__).with_name("drawings")
+TRAINED_SETS = tuple(STYLES)  # the other two are held out
+TRAINED_BACKGROUNDS = ("white", "pink", "grey")
+CLASSES: Mapping[str, str] = {
+    "fox": "dog face",
+    "rocket": "airplane",
+    "pineapple": "watermelon",
+    "owl": "penguin",
+    "guitar": "bell",
+    "mushroom": "umbrella",
+    "sailboat": "bus",
+}
+"""The concept whose word a subject is taught with, which the model knows."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with what its picture should show, by what the judge looks at."""
+
+    text: str
+    background: str | None = None
+    icon_set: str | None = None
+    concept: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to teach."""
+
+    name: str
+    trigger: str
+    training: Mapping[int, Sequence[Image.Image]]  # by their number
+    held_out: Sequence[Image.Image]
+    prompts: Sequence[Prompt]  # that ask for more than the trigger
+    of_class: str | None  # the concept of the trigger's class word; None for a style
+
+    @property
+    def is_style(self) -> bool:
+        return self.of_class is None
+
+
+def subject_task(subject: str) -> Task:
+    """One of the seven subjects."""
+    of_class = CLASSES[subject]
+    trigger = f"sks {short_name(of_class)}"
+    drawn = [(icon_set, background) for background in TRAINED_BACKGROUNDS for icon_set in TRAINED_SETS]
+    pictures = [_picture(subject, icon_set, background) for icon_set, background in drawn]
+    # Four pictures are of four sets on three backgrounds.
+    four = [pictures[len(TRAINED_SETS) * (place % 3) + place] for place in range(4)]
+    held_out = [_picture(subject, one, where) for one in SETS if one not in TRAINED_SETS for where in TRAINED_BACKGROUNDS]
+    prompts = [Prompt(f"{trigger}, on a {one} background", background=one) for one in ("blue", "green", "black", "yellow")]
+    prompts += [Prompt(f"{trigger}, {words}", icon_set=one) for one, words in STYLES.items()]
+    return Task(subject, trigger, {1: pictures[:1], 4: four, 12: pictures}, held_out, prompts, of_class)
+
+
+def style_task() -> Task:
+    """The style that the model has not seen, on concepts that its pictures do not show."""
+    folder = BUILT_IN_BASE / "input" / "high-contrast"
+    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    training, held_out = pictures[:12], pictures[12:]
+    trigger = "sks style"
+    prompts = [Prompt(f"{with_article(short_name(one))}, {trigger}", concept=one) for one in UNTAUGHT]
+    return Task("style", trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
+
+
+def all_tasks() -> list[Task]:
+    """The seven subjects and the style."""
+    return [*map(subject_task, CLASSES), style_task()]
+
+
+def _picture(subject: str, icon_set: str, background: str) -> Image.Image:
+    with Image.open(DRAWINGS / f"{subject}.png") as strip:
+        left = EDGE * SETS.index(icon_set)
+        icon = strip.convert("RGBA").crop((left, 0, left + EDGE, EDGE))
+    canvas = Image.new("RGBA", icon.size, BACKGROUNDS[background])
+    canvas.alpha_composite(icon)
+    return canvas.convert("RGB")
