@@ -104,9 +104,7 @@ class Bench:
             seconds = time.process_time() - began
             files = {look: Path(folder) / f"one-step{look // batch:08}.safetensors" for look in looks}
             files[looks[-1]] = result.path if result.path is not None else files[looks[-1]]
-            found = [
-                self._measured(task, job, files[look], look, seconds * look / looks[-1]) for look in looks
-            ]
+            found = [self._measured(task, job, files[look], look, seconds * look / looks[-1]) for look in looks]
             return Outcome(job, tuple(one for one, _ in found), self._strengths(task, files[looks[-1]]), found[-1][1])
 
     def _encoded(self, task: Task, number: int) -> EncodedDataset:
@@ -154,9 +152,7 @@ class Bench:
         ), (*plain, *asked)
 
     def _strengths(self, task: Task, lora: Path) -> tuple[float, ...]:
-        return tuple(
-            self._fidelity(task, self._drawn([task.trigger], lora, 1, strength)) for strength in STRENGTHS
-        )
+        return tuple(self._fidelity(task, self._drawn([task.trigger], lora, 1, strength)) for strength in STRENGTHS)
 
     def _fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
         """Mean probability of the subject, or of the style."""

@@ -1,7 +1,7 @@
 """What is taught to the built-in model: seven subjects and a style that it has never seen.
 
-The drawings in `drawings/` are of Noto and Noto v1 (Apache-2.0, Google), Fluent (MIT, Microsoft), Twemoji (CC-BY 4.0, X)
-and EmojiOne 2 (CC-BY 4.0, Ranks): a strip of six sets a subject, made by `tools/pretrain/subjects.py`.
+The drawings in `drawings/` are of Noto and Noto v1 (Apache-2.0, Google), Fluent (MIT, Microsoft), Twemoji (CC-BY 4.0,
+X) and EmojiOne 2 (CC-BY 4.0, Ranks): a strip of six sets a subject, made by `tools/pretrain/subjects.py`.
 """
 
 from __future__ import annotations
@@ -62,11 +62,15 @@ def subject_task(subject: str) -> Task:
     of_class = CLASSES[subject]
     trigger = f"sks {short_name(of_class)}"
     drawn = [(icon_set, background) for background in TRAINED_BACKGROUNDS for icon_set in TRAINED_SETS]
-    pictures = [_picture(subject, icon_set, background) for icon_set, background in drawn]
+    pictures = [drawing(subject, icon_set, background) for icon_set, background in drawn]
     # Four pictures are of four sets on three backgrounds.
     four = [pictures[len(TRAINED_SETS) * (place % 3) + place] for place in range(4)]
-    held_out = [_picture(subject, one, where) for one in SETS if one not in TRAINED_SETS for where in TRAINED_BACKGROUNDS]
-    prompts = [Prompt(f"{trigger}, on a {one} background", background=one) for one in ("blue", "green", "black", "yellow")]
+    held_out = [
+        drawing(subject, one, where) for one in SETS if one not in TRAINED_SETS for where in TRAINED_BACKGROUNDS
+    ]
+    prompts = [
+        Prompt(f"{trigger}, on a {one} background", background=one) for one in ("blue", "green", "black", "yellow")
+    ]
     prompts += [Prompt(f"{trigger}, {words}", icon_set=one) for one, words in STYLES.items()]
     return Task(subject, trigger, {1: pictures[:1], 4: four, 12: pictures}, held_out, prompts, of_class)
 
@@ -86,7 +90,8 @@ def all_tasks() -> list[Task]:
     return [*map(subject_task, CLASSES), style_task()]
 
 
-def _picture(subject: str, icon_set: str, background: str) -> Image.Image:
+def drawing(subject: str, icon_set: str, background: str) -> Image.Image:
+    """A subject as a set draws it, on a plain background."""
     with Image.open(DRAWINGS / f"{subject}.png") as strip:
         left = EDGE * SETS.index(icon_set)
         icon = strip.convert("RGBA").crop((left, 0, left + EDGE, EDGE))
