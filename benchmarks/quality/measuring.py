@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
-import statistics
+import json
+import multiprocessing
+import os
+import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
-from benchmarks.quality.recipes import RECIPES
-from benchmarks.quality.subjects import Prompt, Task
+from benchmarks.quality.recipes import AVERAGE, RECIPES
+from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, features_of
+from benchmarks.quality.subjects import BUILT_IN, Task, folder_tasks
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.evaluation import measures
 from lorasmith.evaluation.likeness import features
 from lorasmith.families.loading import load_model
-from lorasmith.families.model import Model
 from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.library import load_dataset, train
 from lorasmith.sampling.generate import generate
-from tools.pretrain.data import CONCEPTS, HELD_OUT_STYLE, short_name, with_article
-from tools.pretrain.judge import SETS, SUBJECTS, Judge, tensors
-from tools.pretrain.quality import background_of
+from lorasmith.toolbox.average import average_run
+from tools.pretrain.data import CONCEPTS, short_name, with_article
 
-DRAWN_SEEDS = (1, 2, 3, 4)  # of the trigger alone
-SAMPLING_STEPS = 8
+DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-KEPT_CONCEPTS = CONCEPTS[::5]
-"""Concepts whose pictures without the trigger should stay as they were; the first seed draws all sixty."""
+TINY = "lorasmith-tiny"
+_KEPT_EACH = 10  # each seed draws every tenth of the sixty concepts without the trigger, so that ten have drawn all
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs have in common: `subjects`, `clip` and `dino` are folders; `comfyui` a checkout and its Python."""
+
+    looks: tuple[int, ...]  # pictures seen at each checkpoint
+    model: str = TINY
+    subjects: Path | None = None
+    clip: Path | None = None
+    dino: Path | None = None
+    comfyui: tuple[Path, Path] | None = None
+
+    def tasks(self) -> Mapping[str, Task]:
+        """What is taught."""
+        return BUILT_IN if self.subjects is None else folder_tasks(self.subjects)
+
+    def sight(self) -> Sight:
+        """What looks at the pictures."""
+        if self.subjects is None:
+            return JudgeSight()
+        return FeatureSight(features if self.dino is None else features_of(self.dino), self.clip)
 
 
 @dataclass(frozen=True)
@@ -42,23 +68,24 @@ class Job:
     task: str
     pictures: int
     seed: int
-    factor: float = 10.0
+    factor: float
     changes: Mapping[str, Any] = field(default_factory=dict)
+    in_comfyui: bool = False
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was measured of a LoRA; shares and cosines are from 0 to 1."""
+    """What was measured of a LoRA, each from 0 to 1 but memorisation."""
 
     looks: int  # pictures seen
     seconds: float  # of training, processor time
-    fidelity: float  # probability of the subject, by the judge
-    likeness: float  # to held-out drawings
-    adherence: float  # share of the prompts whose further wish is fulfilled
+    fidelity: float  # of the subject, by the sight
+    likeness: float  # to held-out pictures
+    adherence: float | None  # to what prompts ask for besides the subject, by the sight
     diversity: float
     memorisation: float  # how much nearer the nearest trained picture is than the nearest held-out one
     drift: float  # of pictures without the trigger
-    bleed: float  # share of pictures of the class, without the trigger, in which the class is not seen any more
+    bleed: float  # of the class without the trigger, by the sight
 
 
 @dataclass(frozen=True)
@@ -68,44 +95,101 @@ class Outcome:
     job: Job
     checkpoints: tuple[Checkpoint, ...]
     strengths: tuple[float, ...]  # fidelity of the last one at each of STRENGTHS
-    pictures: tuple[Image.Image, ...] = ()  # of the last one: the trigger, and the prompts
+    pictures: tuple[Image.Image, ...]  # of the last one: the trigger, and the prompts
+
+
+def outcomes_of(jobs: Sequence[Job], setting: Setting, workers: int) -> Iterator[Outcome]:
+    """The outcome of each job in order, of as many processes with a thread each."""
+    with multiprocessing.get_context("spawn").Pool(workers, _prepare, (setting,)) as pool:
+        yield from pool.imap(_run, jobs)
+
+
+def _prepare(setting: Setting) -> None:
+    global _bench  # noqa: PLW0603 - of a worker process
+    torch.set_num_threads(1)
+    os.environ["LORASMITH_CACHE_DIR"] = tempfile.mkdtemp()
+    _bench = Bench(setting)
+
+
+def _run(job: Job) -> Outcome:
+    return _bench.run(job)
 
 
 class Bench:
-    """The built-in model, the judge, and what the base draws."""
+    """A model, what looks at its pictures, and what the base draws."""
 
-    def __init__(self) -> None:
-        self.model: Model = load_model("lorasmith-tiny")
-        self.judge = Judge.load()
+    def __init__(self, setting: Setting) -> None:
+        self.model, self.sight = load_model(setting.model), setting.sight()
+        self._setting, self._tasks = setting, setting.tasks()
+        # The judge sees as much in pictures of four steps as in those of twenty.
+        self._steps = 4 if setting.model == TINY else None
         self._data: dict[tuple[str, int], EncodedDataset] = {}
         self._base: dict[str, Image.Image] = {}
+        self._features: dict[tuple[str, int], Tensor] = {}
 
-    def run(self, job: Job, task: Task, looks: Sequence[int]) -> Outcome:
+    def run(self, job: Job) -> Outcome:
         """Train, and measure after each number of looks."""
-        settings = {"rank": 16, **RECIPES[job.recipe].at(job.factor), **job.changes}
-        batch = int(settings["batch_size"])
-        data = self._encoded(task, job.pictures)
+        task, looks = self._tasks[job.task], self._setting.looks
         with tempfile.TemporaryDirectory() as folder:
             began = time.process_time()
-            result = train(
-                self.model,
-                data,
-                output=folder,
-                title="one",
-                trigger=task.trigger,
-                steps=looks[-1] // batch,
-                save_every=looks[0] // batch,
-                validation_share=0.0,
-                previews="",
-                seed=job.seed,
-                save_state_every=0,
-                **settings,
-            )
+            files = (self._trained_in_comfyui if job.in_comfyui else self._trained)(job, task, Path(folder))
             seconds = time.process_time() - began
-            files = {look: Path(folder) / f"one-step{look // batch:08}.safetensors" for look in looks}
-            files[looks[-1]] = result.path if result.path is not None else files[looks[-1]]
-            found = [self._measured(task, job, files[look], look, seconds * look / looks[-1]) for look in looks]
-            return Outcome(job, tuple(one for one, _ in found), self._strengths(task, files[looks[-1]]), found[-1][1])
+            found = [
+                self._measured(task, job, file, look, seconds * look / looks[-1])
+                for look, file in zip(looks, files, strict=True)
+            ]
+            strengths = self._strengths(task, files[-1])
+        return Outcome(job, tuple(one for one, _ in found), strengths, found[-1][1])
+
+    def _trained(self, job: Job, task: Task, folder: Path) -> list[Path]:
+        """The file of each checkpoint."""
+        settings = {"rank": 16, **RECIPES[job.recipe].at(job.factor), **job.changes}
+        length = settings.pop(AVERAGE, None)
+        steps = [look // int(settings["batch_size"]) for look in self._setting.looks]
+        result = train(
+            self.model,
+            self._encoded(task, job.pictures),
+            output=folder,
+            title="one",
+            trigger=task.trigger,
+            steps=steps[-1],
+            save_every=steps[0],
+            validation_share=0.0,
+            previews="",
+            seed=job.seed,
+            save_state_every=0,
+            **settings,
+        )
+        assert result.path is not None
+        last = result.path
+        if length is not None:
+            last = average_run(folder, folder / "average.safetensors", sigma_rel=length).output
+        return [*(folder / f"one-step{step:08}.safetensors" for step in steps[:-1]), last]
+
+    def _trained_in_comfyui(self, job: Job, task: Task, folder: Path) -> list[Path]:
+        """The same of ComfyUI's own node, in a process of its own."""
+        assert self._setting.comfyui is not None
+        checkout, python = self._setting.comfyui
+        data = self._encoded(task, job.pictures)
+        inputs = {
+            "latents": torch.stack([one.latents for one in data]),
+            "context": torch.cat([one.conditioning.tensors["context"] for one in data]),
+        }
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
+        files = [folder / f"{look}.safetensors" for look in self._setting.looks]
+        request = {
+            "checkout": str(checkout),
+            "model": str(BUILT_IN_BASE / "models" / "checkpoints" / f"{TINY}.safetensors"),
+            "inputs": str(folder / "inputs.safetensors"),
+            "settings": {"learning_rate": RECIPES[job.recipe].at(job.factor)["learning_rate"], "seed": job.seed},
+            "files": dict(zip(self._setting.looks, map(str, files), strict=True)),
+        }
+        command = [str(python), str(Path(__file__).with_name("in_comfyui.py"))]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(
+            command, input=json.dumps(request), text=True, env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+        return files
 
     def _encoded(self, task: Task, number: int) -> EncodedDataset:
         key = (task.name, number)
@@ -118,7 +202,7 @@ class Bench:
         base = self.model
         loras = [] if lora is None else [(lora, strength)]
         denoiser, encoder = with_loras(base.denoiser, base.text_encoder, loras)
-        return generate(denoiser, prompts, text_encoder=encoder, seed=seed, steps=SAMPLING_STEPS)
+        return generate(denoiser, prompts, text_encoder=encoder, seed=seed, steps=self._steps)
 
     def _from_base(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
         missing = [one for one in prompts if f"{seed} {one}" not in self._base]
@@ -132,53 +216,32 @@ class Bench:
     ) -> tuple[Checkpoint, tuple[Image.Image, ...]]:
         plain = [self._drawn([task.trigger], lora, seed)[0] for seed in DRAWN_SEEDS]
         asked = self._drawn([one.text for one in task.prompts], lora, 1)
-        kept = [with_article(short_name(one)) for one in KEPT_CONCEPTS]
+        kept = [with_article(short_name(one)) for one in CONCEPTS[job.seed % _KEPT_EACH :: _KEPT_EACH]]
         of_class = [] if task.of_class is None else [with_article(short_name(task.of_class))]
         without = self._drawn([*kept, *of_class], lora, 1)
         base = self._from_base([*kept, *of_class], 1)
-        drawn, training = features(plain), _features_of(task.name, job.pictures)
-        held_out = _features_of(task.name, 0)
-        class_seen = self.judge.subjects(without[len(kept) :])
+        drawn, held_out = features(plain), self._features_of(task, 0)
         return Checkpoint(
             looks=looks,
             seconds=seconds,
-            fidelity=self._fidelity(task, [*plain, *asked]),
+            fidelity=self.sight.fidelity(task, [*plain, *asked]),
             likeness=measures.likeness(drawn, held_out),
-            adherence=statistics.mean(self._fulfilled(task, asked)),
+            adherence=self.sight.adherence(task, asked),
             diversity=measures.diversity(drawn) or 0.0,
-            memorisation=measures.nearest(drawn, training) - measures.nearest(drawn, held_out),
+            memorisation=measures.nearest(drawn, self._features_of(task, job.pictures))
+            - measures.nearest(drawn, held_out),
             drift=measures.drift(features(base[: len(kept)]), features(without[: len(kept)])),
-            bleed=sum(one != task.of_class for one in class_seen) / max(1, len(class_seen)),
+            bleed=self.sight.bleed(task, base[len(kept) :], without[len(kept) :]),
         ), (*plain, *asked)
 
     def _strengths(self, task: Task, lora: Path) -> tuple[float, ...]:
-        return tuple(self._fidelity(task, self._drawn([task.trigger], lora, 1, strength)) for strength in STRENGTHS)
+        return tuple(
+            self.sight.fidelity(task, self._drawn([task.trigger], lora, 1, strength)) for strength in STRENGTHS
+        )
 
-    def _fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
-        """Mean probability of the subject, or of the style."""
-        subjects, styles = self.judge(tensors(pictures))
-        if task.is_style:
-            return float(styles.softmax(1)[:, SETS.index(HELD_OUT_STYLE)].mean())
-        return float(subjects.softmax(1)[:, SUBJECTS.index(task.name)].mean())
-
-    def _fulfilled(self, task: Task, pictures: Sequence[Image.Image]) -> list[bool]:
-        subjects, styles = self.judge.subjects(pictures), self.judge.styles(pictures)
-        return [
-            _is_fulfilled(prompt, picture, subject, style)
-            for prompt, picture, subject, style in zip(task.prompts, pictures, subjects, styles, strict=True)
-        ]
-
-
-def _is_fulfilled(prompt: Prompt, picture: Image.Image, subject: str, style: str) -> bool:
-    if prompt.background is not None:
-        return background_of(picture) == prompt.background
-    return style == prompt.icon_set if prompt.icon_set is not None else subject == prompt.concept
-
-
-@cache
-def _features_of(task: str, pictures: int) -> Any:
-    """Features of so many pictures for training, or of the held-out ones for 0."""
-    from benchmarks.quality.subjects import all_tasks
-
-    [found] = [one for one in all_tasks() if one.name == task]
-    return features(found.training[pictures] if pictures else found.held_out)
+    def _features_of(self, task: Task, pictures: int) -> Tensor:
+        """Features of so many pictures for training, or of the held-out ones for 0."""
+        key = (task.name, pictures)
+        if key not in self._features:
+            self._features[key] = features(task.training[pictures] if pictures else task.held_out)
+        return self._features[key]

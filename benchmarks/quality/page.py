@@ -9,20 +9,26 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.quality.measuring import Outcome
+from benchmarks.results import Results
 from lorasmith.report.contact_sheet import contact_sheet
 
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 PICTURES = "images/quality.webp"
-_SHOWN = (0, 4, 6, 8)  # the trigger, and prompts
+_SHOWN = (0, 3, 5, 7)  # the trigger, and prompts
 
 
-def write_page(page: Path, tables: str, outcomes: Sequence[Outcome]) -> None:
-    """Put the tables between the marks of a page, and the pictures into its folder."""
-    text = page.read_text("utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", "utf-8")
-    shown = [one for one in outcomes if one.pictures and not one.job.changes]
+def write_page(page: Path, results: Results, outcomes: Sequence[Outcome], part: str) -> None:
+    """Put the tables between the marks of a part of a page, and the recipes' pictures into its folder."""
+    begin, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
+    before, _, rest = page.read_text("utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{results.markdown(after=1)}\n\n{end}{after}", "utf-8")
+    if part == "recipes":
+        _sheet(outcomes).save(page.parent / PICTURES, quality=85)
+
+
+def _sheet(outcomes: Sequence[Outcome]) -> Image.Image:
+    """A row a subject and a column a recipe, of the runs with four pictures."""
+    shown = [one for one in outcomes if one.job.pictures == 4 and not one.job.changes and not one.job.in_comfyui]
     recipes = list(dict.fromkeys(one.job.recipe for one in shown))
     tasks = list(dict.fromkeys(one.job.task for one in shown))
     rows = [
@@ -32,8 +38,7 @@ def write_page(page: Path, tables: str, outcomes: Sequence[Outcome]) -> None:
         ]
         for task in tasks
     ]
-    sheet = contact_sheet(rows, tasks, recipes)
-    sheet.save(page.parent / PICTURES, quality=85)
+    return contact_sheet(rows, tasks, recipes)
 
 
 def _median(runs: Sequence[Outcome]) -> Outcome:

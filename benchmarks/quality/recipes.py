@@ -6,11 +6,13 @@ multiplied by one factor for the built-in model of five million; `--factors` tri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.learning import COMFYUI
+
+AVERAGE = "average"  # no setting: the length of the average that is made of a run's averages and measured last
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,29 @@ RECIPES: Mapping[str, Recipe] = {
         1e-4,
     ),
 }
+
+METHODS: Sequence[Mapping[str, Any]] = (
+    {"tlora": "plain"},
+    {"tlora": "orthogonal"},
+    {"preserve": "class"},
+    {"preserve": "blank"},
+    {"weight_change": 0.01},
+    {"noise_offset": 0.05},
+    {"pyramid_noise": 0.3},
+    {"input_perturbation": 0.1},
+    {"loss_weighting": "min_snr"},
+    {"loss_weighting": "debiased"},
+    {"loss_weighting": "p2"},
+    {"ema_decay": 0.9},
+    {"post_hoc_ema": 8, AVERAGE: 0.1},
+    {"learning_rate": 3.5e-4, "schedule": "linear"},
+    {"learning_rate": 2.8e-3, "schedule": "linear"},
+    {"rank": 4},
+    {"rank": 64},
+    {"alpha": 1.0},
+    {"targets": "attention"},
+    {"timesteps": "logit_normal"},
+    {"batch_size": 1},
+    {"batch_size": 2},
+)
+"""What is tried in place of our defaults, each alone."""

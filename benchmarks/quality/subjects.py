@@ -6,6 +6,7 @@ X) and EmojiOne 2 (CC-BY 4.0, Ranks): a strip of six sets a subject, made by `to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.data.image_files import open_image
 from tools.pretrain.data import BACKGROUNDS, EDGE, STYLES, UNTAUGHT, short_name, with_article
 from tools.pretrain.subjects import SETS
 
@@ -52,10 +54,6 @@ class Task:
     prompts: Sequence[Prompt]  # that ask for more than the trigger
     of_class: str | None  # the concept of the trigger's class word; None for a style
 
-    @property
-    def is_style(self) -> bool:
-        return self.of_class is None
-
 
 def subject_task(subject: str) -> Task:
     """One of the seven subjects."""
@@ -85,11 +83,6 @@ def style_task() -> Task:
     return Task("style", trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
 
 
-def all_tasks() -> list[Task]:
-    """The seven subjects and the style."""
-    return [*map(subject_task, CLASSES), style_task()]
-
-
 def drawing(subject: str, icon_set: str, background: str) -> Image.Image:
     """A subject as a set draws it, on a plain background."""
     with Image.open(DRAWINGS / f"{subject}.png") as strip:
@@ -98,3 +91,41 @@ def drawing(subject: str, icon_set: str, background: str) -> Image.Image:
     canvas = Image.new("RGBA", icon.size, BACKGROUNDS[background])
     canvas.alpha_composite(icon)
     return canvas.convert("RGB")
+
+
+BUILT_IN: Mapping[str, Task] = {task.name: task for task in (*map(subject_task, CLASSES), style_task())}
+"""The seven subjects and the style."""
+
+
+def folder_tasks(folder: Path) -> dict[str, Task]:
+    """Tasks of a folder like DreamBooth's `dataset`: a folder of pictures a subject, and `prompts_and_classes.txt`.
+
+    Four pictures of a subject are trained on, or all but one if there are no more; the others are held out.
+    """
+    lists, text = folder / "prompts_and_classes.txt", ""
+    if lists.is_file():
+        text = lists.read_text("utf-8")
+    classes = dict(re.findall(r"^(\w+),(?!class$)([\w ]+)$", text, re.MULTILINE))
+    _, *prompts = (re.findall(r"'([^']*)'\.format", part) for part in text.split("prompt_list"))
+    if not classes or len(prompts) != 2:
+        raise SystemExit(
+            f"{lists} must list subjects with their classes and two lists of prompts, as DreamBooth's does"
+        )
+    tasks = {}
+    for name, of_class in classes.items():
+        pictures = [open_image(path) for path in pictures_in(folder / name)]
+        if len(pictures) < 2:
+            raise SystemExit(f"{folder / name} must have at least two pictures, one of them held out")
+        number = min(4, len(pictures) - 1)
+        asked = [Prompt(one.format("sks", of_class)) for one in prompts[of_class in _LIVE]]
+        training = {1: pictures[:1], 4: pictures[:number]}
+        tasks[name] = Task(name, f"sks {of_class}", training, pictures[number:], asked, of_class)
+    return tasks
+
+
+_LIVE = ("cat", "dog")  # classes of the second list of prompts
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files of pictures in a folder, in order."""
+    return [path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]

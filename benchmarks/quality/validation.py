@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,19 +20,17 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.bases import machine
-from benchmarks.quality.subjects import CLASSES, drawing
+from benchmarks.quality.sights import Features, features_of
+from benchmarks.quality.subjects import CLASSES, drawing, pictures_in
 from benchmarks.results import Results, add_json
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation.likeness import features
 from tools.pretrain.judge import Judge, tensors
 from tools.pretrain.subjects import SETS
 
-Features = Callable[[Sequence[Image.Image]], Tensor]
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
 
 def area(found: Tensor, subjects: Sequence[str], groups: Sequence[str]) -> float:
-    """Probability that two pictures of one subject are more alike than two of different ones; pairs of a group apart."""
+    """Probability that two pictures of one subject are more alike than two of different ones, each of two groups."""
     alike = found @ found.T
     same, other = [], []
     for one, two in itertools.combinations(range(len(subjects)), 2):
@@ -48,24 +46,6 @@ def judged(pictures: Sequence[Image.Image]) -> Tensor:
         return F.normalize(Judge.load()(tensors(pictures))[0].softmax(1), dim=1)
 
 
-def of_folder(folder: Path) -> Features:
-    """Features of a model of transformers in a folder: CLIP's of pictures, or the class token, as of DINO."""
-    from transformers import AutoImageProcessor, AutoModel
-
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-
-    def found(pictures: Sequence[Image.Image]) -> Tensor:
-        inputs = processor(images=[one.convert("RGB") for one in pictures], return_tensors="pt")
-        with torch.no_grad():
-            if hasattr(model, "visual_projection"):
-                vision = model.vision_model(**inputs).pooler_output
-                return F.normalize(model.visual_projection(vision), dim=1)
-            return F.normalize(model(**inputs).last_hidden_state[:, 0], dim=1)
-
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path)
@@ -77,8 +57,8 @@ def main() -> None:
     kinds: Mapping[str, Features | None] = {
         "EfficientNet-Lite0": features,
         "the judge": judged if arguments.photos is None else None,
-        "CLIP": of_folder(arguments.clip) if arguments.clip else None,
-        "DINO": of_folder(arguments.dino) if arguments.dino else None,
+        "CLIP": features_of(arguments.clip) if arguments.clip else None,
+        "DINO": features_of(arguments.dino) if arguments.dino else None,
     }
     pictures, subjects, groups = _photos(arguments.photos) if arguments.photos else _drawings()
     results.table({"measure": "", "pictures": "d", "subjects": "d", "area under the curve": ".3f"})
@@ -95,7 +75,7 @@ def _drawings() -> tuple[list[Image.Image], list[str], list[str]]:
 
 
 def _photos(folder: Path) -> tuple[list[Image.Image], list[str], list[str]]:
-    paths = [path for path in sorted(folder.glob("*/*")) if path.suffix.lower() in _SUFFIXES]
+    paths = [path for subject in sorted(folder.iterdir()) for path in pictures_in(subject)]
     return [open_image(path) for path in paths], [path.parent.name for path in paths], [str(path) for path in paths]
 
 
