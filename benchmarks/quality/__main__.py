@@ -9,9 +9,9 @@
         --pictures 4 --factors 1 --looks 400 800 1600 --workers 1
 
 Seven subjects and a style that the built-in model has never seen are taught with each recipe, and the pictures that
-each checkpoint draws are judged. All subjects are taught with four pictures and each seed; those of the first three recipes
-with one and with twelve as well, with the first seed (`--full`: with every seed, and of every recipe). With another
-model, subjects come from a folder like that of DreamBooth's photos, and image features take the judge's place.
+each checkpoint draws are judged. All subjects are taught with four pictures and each seed; those of the first three
+recipes with one and with twelve as well, with the first seed (`--full`: with every seed, and of every recipe). With
+another model, subjects come from a folder like that of DreamBooth's photos, and image features take the judge's place.
 
 `--page` puts the tables between the marks of a page, and the pictures beside it.
 """

@@ -108,9 +108,7 @@ def folder_tasks(folder: Path) -> dict[str, Task]:
     classes = dict(re.findall(r"^(\w+),(?!class$)([\w ]+)$", text, re.MULTILINE))
     _, *prompts = (re.findall(r"'([^']*)'\.format", part) for part in text.split("prompt_list"))
     if not classes or len(prompts) != 2:
-        raise SystemExit(
-            f"{lists} must list subjects with their classes and two lists of prompts, as DreamBooth's does"
-        )
+        raise SystemExit(f"{lists} must list subjects, their classes and two lists of prompts, as DreamBooth's does")
     tasks = {}
     for name, of_class in classes.items():
         pictures = [open_image(path) for path in pictures_in(folder / name)]

@@ -54,24 +54,12 @@ def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
     for (name, *_), runs in others:
         gains = _by_subject(runs, lambda one: _hypervolume(one) - _hypervolume(before[_pair(one)]))
         mean, low, high = interval(gains)
-        seconds = [
-            sum(one.checkpoints[-1].seconds for one in side) for side in (runs, map(before.get, map(_pair, runs)))
-        ]
-        measured = [
-            _mean([one.checkpoints[-1] for one in runs], measure)
-            - _mean([before[_pair(one)].checkpoints[-1] for one in runs], measure)
-            for measure in MEASURES
-        ]
-        total = statistics.mean(map(_hypervolume, runs))
-        results.add(
-            name.partition(" ")[2],
-            len(runs),
-            total,
-            mean,
-            f"{low:+.3f} to {high:+.3f}",
-            seconds[0] / seconds[1],
-            *measured,
-        )
+        ends = [one.checkpoints[-1] for one in runs]
+        ends_before = [before[_pair(one)].checkpoints[-1] for one in runs]
+        time = sum(one.seconds for one in ends) / sum(one.seconds for one in ends_before)
+        measured = [_mean(ends, measure) - _mean(ends_before, measure) for measure in MEASURES]
+        total, name = statistics.mean(map(_hypervolume, runs)), name.partition(" ")[2]
+        results.add(name, len(runs), total, mean, f"{low:+.3f} to {high:+.3f}", time, *measured)
 
 
 def _by_kind(outcomes: Sequence[Outcome]) -> dict[tuple[str, float, int], list[Outcome]]:
