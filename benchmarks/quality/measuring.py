@@ -145,7 +145,9 @@ class Bench:
         """The file of each checkpoint."""
         settings = {"rank": 16, **RECIPES[job.recipe].at(job.factor), **job.changes}
         length = settings.pop(AVERAGE, None)
-        steps = [look // int(settings["batch_size"]) for look in self._setting.looks]
+        if settings.get("preserve") == "class":
+            settings["preserve_class"] = task.trigger.removeprefix("sks ")
+        steps = [look // int(settings.get("batch_size", 1)) for look in self._setting.looks]
         result = train(
             self.model,
             self._encoded(task, job.pictures),

@@ -30,21 +30,20 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "lorasmith": Recipe("the defaults of `lorasmith train`", {"batch_size": 4}),
+    "lorasmith": Recipe("the defaults of `lorasmith train`", {}),
     "comfyui": Recipe(
         "defaults of the node Train LoRA (0.33)",
-        {**COMFYUI, "batch_size": 1, "rank": 8},
+        {**COMFYUI, "rank": 8},
         COMFYUI["learning_rate"],
     ),
     "diffusers": Recipe(
         "examples/dreambooth/README.md, train_dreambooth_lora.py",
-        {"batch_size": 1, "rank": 4, "targets": "attention", "schedule": "constant", "stratified": False},
+        {"rank": 4, "targets": "attention", "schedule": "constant", "stratified": False},
         1e-4,
     ),
     "sd-scripts": Recipe(
         "docs/train_network.md",
         {
-            "batch_size": 1,
             "rank": 16,
             "alpha": 1.0,
             "targets": "attention+ff",
@@ -73,7 +72,6 @@ RECIPES: Mapping[str, Recipe] = {
     "ai-toolkit": Recipe(
         "config/examples/train_lora_sd35_large_24gb.yaml",
         {
-            "batch_size": 1,
             "rank": 16,
             "targets": "transformer",
             "schedule": "constant",
@@ -106,7 +104,6 @@ METHODS: Sequence[Mapping[str, Any]] = (
     {"alpha": 1.0},
     {"targets": "attention"},
     {"timesteps": "logit_normal"},
-    {"batch_size": 1},
-    {"batch_size": 2},
+    {"batch_size": 4},
 )
 """What is tried in place of our defaults, each alone."""
