@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.quality.recipes import AVERAGE, RECIPES
 from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, features_of
-from benchmarks.quality.subjects import BUILT_IN, Task, folder_tasks
+from benchmarks.quality.subjects import BUILT_IN, Prompt, Task, folder_tasks
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.evaluation import measures
@@ -33,6 +33,7 @@ from lorasmith.toolbox.average import average_run
 from tools.pretrain.data import CONCEPTS, short_name, with_article
 
 DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
+ASKED_SEEDS = range(1, 7)  # of which the first is used from which the base model draws the wish
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 TINY = "lorasmith-tiny"
 _KEPT_EACH = 10  # each seed draws every tenth of the sixty concepts without the trigger, so that ten have drawn all
@@ -125,6 +126,7 @@ class Bench:
         self._steps = 4 if setting.model == TINY else None
         self._data: dict[tuple[str, int], EncodedDataset] = {}
         self._base: dict[str, Image.Image] = {}
+        self._seeds: dict[str, list[tuple[Prompt, int]]] = {}
         self._features: dict[tuple[str, int], Tensor] = {}
 
     def run(self, job: Job) -> Outcome:
@@ -213,11 +215,23 @@ class Bench:
             self._base |= {f"{seed} {one}": picture for one, picture in zip(missing, drawn, strict=True)}
         return [self._base[f"{seed} {one}"] for one in prompts]
 
+    def _asked(self, task: Task) -> list[tuple[Prompt, int]]:
+        """Prompts, each with the first noise from which the base model draws what it asks for."""
+        if task.name not in self._seeds:
+            firsts = [(one, self._first_seed(one)) for one in task.prompts]
+            self._seeds[task.name] = [(one, seed) for one, seed in firsts if seed is not None]
+        return self._seeds[task.name]
+
+    def _first_seed(self, prompt: Prompt) -> int | None:
+        pictures = ((seed, self._from_base([prompt.plain], seed)[0]) for seed in ASKED_SEEDS)
+        return next((seed for seed, picture in pictures if self.sight.shows(prompt, picture)), None)
+
     def _measured(
         self, task: Task, job: Job, lora: Path, looks: int, seconds: float
     ) -> tuple[Checkpoint, tuple[Image.Image, ...]]:
         plain = [self._drawn([task.trigger], lora, seed)[0] for seed in DRAWN_SEEDS]
-        asked = self._drawn([one.text for one in task.prompts], lora, 1)
+        prompts, seeds = zip(*self._asked(task), strict=True)
+        asked = [self._drawn([one.text], lora, seed)[0] for one, seed in zip(prompts, seeds, strict=True)]
         kept = [with_article(short_name(one)) for one in CONCEPTS[job.seed % _KEPT_EACH :: _KEPT_EACH]]
         of_class = [] if task.of_class is None else [with_article(short_name(task.of_class))]
         without = self._drawn([*kept, *of_class], lora, 1)
@@ -228,7 +242,7 @@ class Bench:
             seconds=seconds,
             fidelity=self.sight.fidelity(task, [*plain, *asked]),
             likeness=measures.likeness(drawn, held_out),
-            adherence=self.sight.adherence(task, asked),
+            adherence=self.sight.adherence(prompts, asked),
             diversity=measures.diversity(drawn) or 0.0,
             memorisation=measures.nearest(drawn, self._features_of(task, job.pictures))
             - measures.nearest(drawn, held_out),

@@ -28,8 +28,11 @@ class Sight(Protocol):
     def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
         """How much pictures show the subject or style, from 0 to 1."""
 
-    def adherence(self, task: Task, pictures: Sequence[Image.Image]) -> float | None:
-        """How much a picture of each of the task's prompts shows what the prompt asks for; None if unknown."""
+    def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
+        """Whether a picture of the base model shows what a prompt asks for besides the subject."""
+
+    def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
+        """How much the picture of each prompt shows what it asks for; None if unknown."""
 
     def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
         """How much pictures of the class have become the subject."""
@@ -47,12 +50,15 @@ class JudgeSight:
             return float(styles.softmax(1)[:, SETS.index(HELD_OUT_STYLE)].mean())
         return float(subjects.softmax(1)[:, SUBJECTS.index(task.name)].mean())
 
-    def adherence(self, task: Task, pictures: Sequence[Image.Image]) -> float | None:
-        subjects, styles = self._judge.subjects(pictures), self._judge.styles(pictures)
-        return statistics.mean(
-            _is_fulfilled(prompt, picture, subject, style)
-            for prompt, picture, subject, style in zip(task.prompts, pictures, subjects, styles, strict=True)
-        )
+    def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
+        if prompt.background is not None:
+            return background_of(picture) == prompt.background
+        if prompt.icon_set is not None:
+            return self._judge.styles([picture]) == [prompt.icon_set]
+        return self._judge.subjects([picture]) == [prompt.concept]
+
+    def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
+        return statistics.mean(map(self.shows, prompts, pictures))
 
     def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
         return sum(one != task.of_class for one in self._judge.subjects(after)) / len(after) if after else 0.0
@@ -67,9 +73,11 @@ class FeatureSight:
     def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
         return measures.likeness(self._features(pictures), self._features(task.held_out))
 
-    def adherence(self, task: Task, pictures: Sequence[Image.Image]) -> float | None:
-        plain = [one.text.replace("sks ", "") for one in task.prompts]
-        return None if self._text is None else self._text(pictures, plain)
+    def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
+        return True  # there is no threshold
+
+    def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
+        return None if self._text is None else self._text(pictures, [one.plain for one in prompts])
 
     def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
         return max(0.0, self.fidelity(task, after) - self.fidelity(task, before)) if after else 0.0
@@ -108,9 +116,3 @@ def clip_alike(folder: Path) -> Callable[[Sequence[Image.Image], Sequence[str]],
         return float((pictures_of(pictures) * F.normalize(text, dim=1)).sum(1).mean())
 
     return alike
-
-
-def _is_fulfilled(prompt: Prompt, picture: Image.Image, subject: str, style: str) -> bool:
-    if prompt.background is not None:
-        return background_of(picture) == prompt.background
-    return style == prompt.icon_set if prompt.icon_set is not None else subject == prompt.concept

@@ -38,6 +38,7 @@ class Prompt:
     """A text with what its picture should show, by what the judge looks at."""
 
     text: str
+    plain: str  # the same for the base model: without what is taught
     background: str | None = None
     icon_set: str | None = None
     concept: str | None = None
@@ -67,10 +68,15 @@ def subject_task(subject: str) -> Task:
         drawing(subject, one, where) for one in SETS if one not in TRAINED_SETS for where in TRAINED_BACKGROUNDS
     ]
     prompts = [
-        Prompt(f"{trigger}, on a {one} background", background=one) for one in ("blue", "green", "black", "yellow")
+        _wish(of_class, f"on a {one} background", background=one) for one in ("blue", "green", "black", "yellow")
     ]
-    prompts += [Prompt(f"{trigger}, {words}", icon_set=one) for one, words in STYLES.items()]
+    prompts += [_wish(of_class, words, icon_set=one) for one, words in STYLES.items()]
     return Task(subject, trigger, {1: pictures[:1], 4: four, 12: pictures}, held_out, prompts, of_class)
+
+
+def _wish(of_class: str, wish: str, **shown: str) -> Prompt:
+    word = short_name(of_class)
+    return Prompt(f"sks {word}, {wish}", f"{with_article(word)}, {wish}", **shown)
 
 
 def style_task() -> Task:
@@ -79,7 +85,8 @@ def style_task() -> Task:
     pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
     training, held_out = pictures[:12], pictures[12:]
     trigger = "sks style"
-    prompts = [Prompt(f"{with_article(short_name(one))}, {trigger}", concept=one) for one in UNTAUGHT]
+    things = {one: with_article(short_name(one)) for one in UNTAUGHT}
+    prompts = [Prompt(f"{thing}, {trigger}", thing, concept=one) for one, thing in things.items()]
     return Task("style", trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
 
 
@@ -115,7 +122,10 @@ def folder_tasks(folder: Path) -> dict[str, Task]:
         if len(pictures) < 2:
             raise SystemExit(f"{folder / name} must have at least two pictures, one of them held out")
         number = min(4, len(pictures) - 1)
-        asked = [Prompt(one.format("sks", of_class)) for one in prompts[of_class in _LIVE]]
+        asked = [
+            Prompt(one.format("sks", of_class), one.format("", of_class).replace("  ", " "))
+            for one in prompts[of_class in _LIVE]
+        ]
         training = {1: pictures[:1], 4: pictures[:number]}
         tasks[name] = Task(name, f"sks {of_class}", training, pictures[number:], asked, of_class)
     return tasks
