@@ -9,9 +9,9 @@
         --pictures 4 --factors 1 --looks 400 800 1600 --workers 1
 
 Seven subjects and a style that the built-in model has never seen are taught with each recipe, and the pictures that
-each checkpoint draws are judged. All subjects are taught with four pictures and each seed; those of the first three
-recipes with one and with twelve as well, with the first seed (`--full`: with every seed, and of every recipe). With
-another model, subjects come from a folder like that of DreamBooth's photos, and image features take the judge's place.
+each checkpoint draws are judged. The first three recipes teach each with four pictures and every seed, and with one and
+twelve and the first seed; the others with four and two seeds (`--full`: everything with every seed, for several hours).
+With another model, subjects come from a folder like DreamBooth's, and image features take the judge's place.
 
 `--page` puts the tables between the marks of a page, and the pictures beside it.
 """
@@ -33,7 +33,7 @@ from benchmarks.quality.recipes import METHODS, RECIPES
 from benchmarks.quality.tables import MEASURES, methods_table, name_of, recipe_tables
 from benchmarks.results import Results, add_json
 
-_SIZES_OF = 3  # recipes that are also run with one and twelve pictures
+_FIRST = 3  # recipes that are run with every seed, and with one and twelve pictures
 
 
 def main() -> None:
@@ -64,9 +64,10 @@ def main() -> None:
 
 def _jobs(arguments: argparse.Namespace, tasks: list[str]) -> list[Job]:
     def seeds(recipe: str, pictures: int) -> list[int]:
-        if pictures == 4 or arguments.full:
+        if arguments.full:
             return list(arguments.seeds)
-        return list(arguments.seeds[:1]) if recipe in [*RECIPES][:_SIZES_OF] else []
+        few, many = (1, len(arguments.seeds)) if recipe in [*RECIPES][:_FIRST] else (0, 2)
+        return list(arguments.seeds[: many if pictures == 4 else few])
 
     first = arguments.recipes[0]
     kinds: list[tuple[str, dict[str, Any]]] = [(one, {}) for one in arguments.recipes]
@@ -108,7 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", nargs="+", type=int, default=[1, 4, 12], choices=[1, 4, 12])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--looks", nargs="+", type=int, default=[40, 80, 160], help="pictures seen at each checkpoint")
-    parser.add_argument("--full", action="store_true", help="every seed with one and with twelve pictures, too")
+    parser.add_argument("--full", action="store_true", help="every recipe with every seed and number of pictures")
     parser.add_argument("--quick", action="store_true", help="three subjects, one seed, four pictures, three recipes")
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--subjects", type=Path, help="a folder like DreamBooth's dataset")

@@ -36,7 +36,7 @@ DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
 ASKED_SEEDS = range(1, 7)  # of which the first is used from which the base model draws the wish
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 TINY = "lorasmith-tiny"
-_KEPT_EACH = 10  # each seed draws every tenth of the sixty concepts without the trigger, so that ten have drawn all
+_KEPT_EACH = 20  # each run draws three of the sixty concepts without the trigger; runs share them out
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Outcome:
 
     job: Job
     checkpoints: tuple[Checkpoint, ...]
-    strengths: tuple[float, ...]  # fidelity of the last one at each of STRENGTHS
+    strengths: tuple[float, ...]  # fidelity of the last one at each of STRENGTHS, of the first seed
     pictures: tuple[Image.Image, ...]  # of the last one: the trigger, and the prompts
 
 
@@ -140,7 +140,7 @@ class Bench:
                 self._measured(task, job, file, look, seconds * look / looks[-1])
                 for look, file in zip(looks, files, strict=True)
             ]
-            strengths = self._strengths(task, files[-1])
+            strengths = self._strengths(task, files[-1]) if job.seed == 0 else ()
         return Outcome(job, tuple(one for one, _ in found), strengths, found[-1][1])
 
     def _trained(self, job: Job, task: Task, folder: Path) -> list[Path]:
@@ -215,6 +215,10 @@ class Bench:
             self._base |= {f"{seed} {one}": picture for one, picture in zip(missing, drawn, strict=True)}
         return [self._base[f"{seed} {one}"] for one in prompts]
 
+    def _place(self, job: Job) -> int:
+        """Number of a subject and seed, the same for all recipes."""
+        return [*self._tasks].index(job.task) + len(self._tasks) * job.seed
+
     def _asked(self, task: Task) -> list[tuple[Prompt, int]]:
         """Prompts, each with the first noise from which the base model draws what it asks for."""
         if task.name not in self._seeds:
@@ -232,7 +236,7 @@ class Bench:
         plain = [self._drawn([task.trigger], lora, seed)[0] for seed in DRAWN_SEEDS]
         prompts, seeds = zip(*self._asked(task), strict=True)
         asked = [self._drawn([one.text], lora, seed)[0] for one, seed in zip(prompts, seeds, strict=True)]
-        kept = [with_article(short_name(one)) for one in CONCEPTS[job.seed % _KEPT_EACH :: _KEPT_EACH]]
+        kept = [with_article(short_name(one)) for one in CONCEPTS[self._place(job) % _KEPT_EACH :: _KEPT_EACH]]
         of_class = [] if task.of_class is None else [with_article(short_name(task.of_class))]
         without = self._drawn([*kept, *of_class], lora, 1)
         base = self._from_base([*kept, *of_class], 1)

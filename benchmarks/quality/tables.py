@@ -37,10 +37,13 @@ def recipe_tables(outcomes: Sequence[Outcome], results: Results) -> None:
         for checkpoints in zip(*(one.checkpoints for one in runs), strict=True):
             results.add(*kind, checkpoints[0].looks, *(_mean(checkpoints, measure) for measure in MEASURES))
     columns = {"recipe": "", "rate ×": "g", "pictures": "d", **dict.fromkeys(map(str, STRENGTHS), ".2f")}
-    results.table({**columns, "monotone up to 1": ".2f"}, "Fidelity of the last checkpoint by strength")
+    results.table(
+        {**columns, "monotone up to 1": ".2f"}, "Fidelity of the last checkpoint by strength, of the first seed"
+    )
     for kind, runs in kinds.items():
-        means = [statistics.mean(values) for values in zip(*(one.strengths for one in runs), strict=True)]
-        results.add(*kind, *means, statistics.mean(_is_monotone(one.strengths) for one in runs))
+        if firsts := [one.strengths for one in runs if one.strengths]:
+            means = map(statistics.mean, zip(*firsts, strict=True))
+            results.add(*kind, *means, statistics.mean(map(_is_monotone, firsts)))
 
 
 def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
