@@ -37,6 +37,11 @@ def _network() -> Callable[[Tensor], Tensor]:
     return maps
 
 
+def check_installed() -> None:
+    """Raise OptionError where the extra `likeness` is missing."""
+    _network()
+
+
 def features(pictures: Sequence[Image.Image]) -> Tensor:
     """Features of pictures, (N, 1280) fp32 of length 1. Raises OptionError where the extra `likeness` is missing."""
     network = _network()

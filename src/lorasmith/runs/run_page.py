@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -140,6 +142,32 @@ def lora_of_run(history: RunHistory) -> Path | None:
     """The LoRA in the folder of a run; None if none was saved."""
     path = history.folder / f"{history.record.title}.safetensors"
     return path if is_own(path, history.folder) else None
+
+
+def loras_of_run(folder: Path, title: str) -> list[tuple[Path, int]]:
+    """All LoRAs that a run has saved, those of steps and the best included, with their steps, in this order."""
+    own = re.compile(rf"{re.escape(title)}(-best|-step\d+)?")
+    paths = [path for path in folder.glob("*.safetensors") if own.fullmatch(path.stem) and is_own(path, folder)]
+    found = [(path, step) for path in paths if (step := _steps(str(path), stamp_of(path))) is not None]
+    return sorted(found, key=lambda one: (one[1], one[0].name))
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Time of change and size of a file, as a cache key; zeros if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=5000)
+def _steps(path: str, stamp: tuple[int, int]) -> int | None:
+    """Steps of a LoRA; None if it cannot be read."""
+    try:
+        return steps_of(check_safetensors(Path(path)).metadata, Path(path).name)
+    except LorasmithError:
+        return None
 
 
 def best_lora_of_run(lora: Path) -> Path | None:
