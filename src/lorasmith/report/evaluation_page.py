@@ -119,8 +119,8 @@ def _curves(page: EvaluationPage) -> list[Html]:
     if len(steps) < 2 or len(set(steps)) < len(page.rows):
         return []
     says = (
-        "Likeness is to the training pictures; adherence is 1 where wishes change the picture as in the base model, and 0 "
-        "where they are ignored."
+        "Likeness is to the training pictures; adherence is 1 where all wishes are followed, and 0 where "
+        "they are ignored."
     )
     best = None if page.best is None else steps[page.best]
     lines = [

@@ -105,7 +105,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is evaluated: LoRAs in the order of their training, their trigger, and pictures that they were trained on."""
+    """What is evaluated: LoRAs in the order of their training, their trigger, and the training pictures."""
 
     title: str
     candidates: tuple[Candidate, ...]
@@ -324,8 +324,8 @@ def sentence_of(chosen: Verdict, loras: Sequence[EvaluatedLora], training: Train
     if chosen.outcome == "nothing learnt":
         return (
             "Nothing was learnt: what is drawn is no more like the training pictures than what the base model draws "
-            f"({_best_likeness(loras):.2f}, and {training.base_likeness or 0:.2f} without a LoRA); train longer or with "
-            "a higher rate."
+            f"({_best_likeness(loras):.2f}, and {training.base_likeness or 0:.2f} without a LoRA); train longer or "
+            "with a higher rate."
         )
     if chosen.outcome == "ignores prompts":
         return "None can be recommended: all of them ignore prompts; train shorter or with a lower rate."
@@ -416,9 +416,7 @@ class _Artist:
             for strength in STRENGTHS
         ]
 
-    def _with(
-        self, lora: Path | None, strength: float, notes: list[str] | None = None
-    ) -> tuple[Denoiser, TextEncoder]:
+    def _with(self, lora: Path | None, strength: float, notes: list[str] | None = None) -> tuple[Denoiser, TextEncoder]:
         denoiser, encoder = self._base.denoiser, self._base.text_encoder
         if lora is None:
             return denoiser, encoder
@@ -479,9 +477,7 @@ def _candidates(run: Path, title: str, prefix: str) -> list[Candidate]:
 def _thumbnails(run: Path, data: Mapping[str, object]) -> list[Image.Image]:
     """The trained pictures that the folder of a run has small versions of; none of a run on pairs."""
     images = images_in(data)
-    paths = [
-        thumbnail_of(run, index) for index, one in enumerate(images) if one.use == "trained" and one.controls == 0
-    ]
+    paths = [thumbnail_of(run, index) for index, one in enumerate(images) if one.use == "trained" and one.controls == 0]
     return [open_still(path, EDGE) for path in paths if is_own(path, run)]
 
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
