@@ -69,9 +69,10 @@ def evaluate(
     from dataclasses import asdict
 
     from lorasmith.evaluation.likeness import check_installed
+    from lorasmith.evaluation.records import EVALUATION_PAGE
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model_search import load_completed
-    from lorasmith.runs.evaluate import PAGE, Drawing, check_evaluation_folder, subject_of
+    from lorasmith.runs.evaluate import DrawingSettings, check_evaluation_folder, subject_of
     from lorasmith.runs.evaluate import evaluate as evaluated
 
     check_installed()
@@ -85,7 +86,7 @@ def evaluate(
         print_note(note)
     for part in loaded.found:
         echo(part.line)
-    drawing = Drawing(
+    drawing = DrawingSettings(
         prompts=tuple(prompt or ()), class_word=class_word, seed=seed, steps=steps, width=width, height=height
     )
     with stoppable() as stop, progress_shown("Drawing") as progress:
@@ -97,6 +98,6 @@ def evaluate(
         for lora in found.loras:
             echo(lora.line)
         echo(found.sentence)
-        heading("Page", folder / PAGE)
+        heading("Page", folder / EVALUATION_PAGE)
 
     print_result(lambda: {**asdict(found), "folder": folder}, show)

@@ -1,22 +1,22 @@
 """Which of several LoRAs is good: measures of what each of them draws, and a recommendation with its reason.
 
 All pictures are compared by features (`likeness`), rows of length 1, with those that the base model draws of the same
-prompts and noise. Adherence is measured without a judge: a wish, such as `on a beach`, changes the features of the base
-model's picture, and those of a LoRA that still follows prompts change in the same direction. From both the mean over
-the wishes is taken, so that only what tells wishes apart counts.
+prompts and noise. Adherence is measured without a judge: a wish, such as `on a beach`, changes features and colours of
+the base model's picture, and those of a LoRA that still follows prompts change in the same direction. It is the
+probability by which each wish is recognised among all of them, by the directions of their changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.evaluation import measures
+from lorasmith.evaluation.records import Measures, Training, Verdict
 
 LEAST_SELF_LIKENESS = 0.59
 """Of the training pictures with which the recommendation was validated (`benchmarks.quality.choice`), the least mean
@@ -24,10 +24,10 @@ cosine of two of them; those of pictures that differ more are not compared."""
 
 _UNCHANGED = 1e-3  # distance of pictures that are the same but for rounding
 _LEARNT = 0.1  # share of the way from the base model's likeness to that of the training pictures to one another
-_IGNORED = 0.5  # of the base-relative adherence of the recommended LoRA, below which prompts are ignored
+_ENOUGH = 0.2  # of the same: half of the value of likeness; more of it counts less and less
+_SHARPNESS = 20.0  # of the softmax by which wishes are recognised
+_IGNORED = 0.5  # share of the recommended LoRA's adherence, below which prompts are ignored
 _COPIED = 0.05  # cosine by which drawn pictures are nearer to a training picture than those to one another
-
-Outcome = Literal["use", "no pictures", "not comparable", "changes nothing", "nothing learnt", "ignores prompts"]
 
 
 @dataclass(frozen=True)
@@ -36,47 +36,9 @@ class Drawn:
 
     plain: Tensor  # (seeds, features), the trigger alone
     asked: Tensor  # (wishes, features), the trigger with a wish each, of the first seed
+    colours: Tensor  # (wishes, colours) of these
     others: Tensor  # (prompts, features), without the trigger
     of_class: Tensor  # (0 or 1, features), the class word alone
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measures:
-    """What the pictures of a LoRA show. Null is what could not be measured."""
-
-    likeness: Annotated[float | None, "mean cosine of the pictures of the trigger with the training pictures"]
-    adherence: Annotated[float | None, "how well prompts are followed: 1 as by the base model, 0 not at all"]
-    diversity: Annotated[float | None, "mean distance of two pictures of the trigger"]
-    memorisation: Annotated[
-        float | None, "how much nearer a training picture is than the nearest other one of a training picture"
-    ]
-    drift: Annotated[float | None, "mean distance of pictures without the trigger from the base model's"]
-    bleed: Annotated[float | None, "distance of the picture of the class from the base model's"]
-    change: Annotated[float, "mean distance of pictures of the trigger from the base model's"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What is known of the training pictures."""
-
-    count: int
-    self_likeness: Annotated[float | None, "mean cosine of two of them; null for fewer than two"]
-    base_likeness: Annotated[float | None, "of what the base model draws for the trigger"]
-
-    @property
-    def is_comparable(self) -> bool:
-        """Whether the measure was validated on pictures that are as alike."""
-        return self.self_likeness is not None and self.self_likeness >= LEAST_SELF_LIKENESS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Which LoRA to use."""
-
-    outcome: Outcome
-    best: Annotated[int | None, "place of the recommended one, from 0; null if none is"] = None
-    ignored_from: Annotated[int | None, "place of the first one after it, from which on prompts are ignored"] = None
-    copied: Annotated[bool, "whether the recommended one draws copies of training pictures"] = False
 
 
 def training_facts(pictures: Tensor | None, base: Drawn) -> Training:
@@ -86,7 +48,7 @@ def training_facts(pictures: Tensor | None, base: Drawn) -> Training:
     return Training(
         count=len(pictures),
         self_likeness=measures.self_likeness(pictures),
-        base_likeness=measures.likeness(base.plain, pictures),
+        base_likeness=measures.likeness(_of_trigger(base), pictures),
     )
 
 
@@ -96,7 +58,7 @@ def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
     if pictures is not None and len(pictures) > 1:
         copies = measures.nearest(drawn.plain, pictures) - _nearest_other(pictures)
     return Measures(
-        likeness=None if pictures is None else measures.likeness(drawn.plain, pictures),
+        likeness=None if pictures is None else measures.likeness(_of_trigger(drawn), pictures),
         adherence=adherence(drawn, base),
         diversity=measures.diversity(drawn.plain),
         memorisation=copies,
@@ -107,20 +69,29 @@ def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
 
 
 def adherence(drawn: Drawn, base: Drawn) -> float | None:
-    """Mean cosine, at least 0, of what each wish changes with the LoRA and without; None for fewer than two wishes.
+    """How surely the wishes are recognised, from 0 for chance to 1 as with the base model; None for fewer than two.
 
-    A wish changes the features by their difference from the mean over the wishes.
+    The pictures of a LoRA are compared with those of the base model by the cosine of what each wish changes, in
+    features and in colours, relative to the mean over all wishes.
     """
-    if len(base.asked) < 2:
+    count = len(base.asked)
+    if count < 2:
         return None
-    with_lora, without = (F.normalize(one.asked - one.asked.mean(0), dim=1) for one in (drawn, base))
-    return max(0.0, float((with_lora * without).sum(1).mean()))
+    chance = 1 / count
+    found, best = (_recognised(one, base) - chance for one in (drawn, base))
+    return min(1.0, max(0.0, found / best)) if best > 0 else 0.0
 
 
-def score(found: Measures, training: Training) -> float:
-    """What the recommendation maximises: likeness, from that of the base model to that of the training pictures to one
-    another, times adherence."""
-    return _learnt(found, training) * (found.adherence or 0.0)
+def scores(found: Sequence[Measures], training: Training) -> list[float]:
+    """What the recommendation maximises, for each LoRA in the order of training: likeness times adherence, smoothed
+    over neighbours, as both are measured with few pictures.
+
+    Likeness counts from that of the base model to that of the training pictures to one another, saturating.
+    """
+    learnt = [_learnt(one, training) for one in found]
+    raw = [share / (share + _ENOUGH) * (one.adherence or 0.0) for share, one in zip(learnt, found, strict=True)]
+    around = [raw[0], *raw, raw[-1]]
+    return [(before + 2 * here + after) / 4 for before, here, after in zip(around, raw, around[2:], strict=False)]
 
 
 def verdict(found: Sequence[Measures], training: Training) -> Verdict:
@@ -129,12 +100,12 @@ def verdict(found: Sequence[Measures], training: Training) -> Verdict:
         return Verdict(outcome="changes nothing")
     if training.count == 0:
         return Verdict(outcome="no pictures")
-    if not training.is_comparable:
+    if training.self_likeness is None or training.self_likeness < LEAST_SELF_LIKENESS:
         return Verdict(outcome="not comparable")
     if max(_learnt(one, training) for one in found) < _LEARNT:
         return Verdict(outcome="nothing learnt")
-    scores = [score(one, training) for one in found]
-    best = max(range(len(found)), key=scores.__getitem__)
+    values = scores(found, training)
+    best = max(range(len(found)), key=values.__getitem__)
     follows = found[best].adherence
     if follows is not None and follows == 0:
         return Verdict(outcome="ignores prompts")
@@ -152,6 +123,22 @@ def _learnt(found: Measures, training: Training) -> float:
     if likeness is None or base is None or own is None:
         return 0.0
     return min(1.0, max(0.0, (likeness - base) / max(own - base, 1e-6)))
+
+
+def _of_trigger(drawn: Drawn) -> Tensor:
+    """All pictures with the trigger."""
+    return torch.cat((drawn.plain, drawn.asked))
+
+
+def _recognised(drawn: Drawn, base: Drawn) -> float:
+    """Mean probability of each wish among all, by what it changes in the pictures of both."""
+    alike = (_changes(drawn.asked) @ _changes(base.asked).T + _changes(drawn.colours) @ _changes(base.colours).T) / 2
+    return float((_SHARPNESS * alike).softmax(1).diagonal().mean())
+
+
+def _changes(found: Tensor) -> Tensor:
+    """Directions of the differences from the mean, rows of length 1."""
+    return F.normalize(found - found.mean(0), dim=1)
 
 
 def _nearest_other(pictures: Tensor) -> float:

@@ -160,6 +160,7 @@ def measure_figure(
         if best is not None:
             axes.axvline(best, color=TEXT, linewidth=1.2, label="recommended", zorder=1)
         style_axes(axes)
+        axes.set_ylabel("")
         axes.set_ylim(bottom=min(0.0, *(level for _, level in levels)) if levels else 0.0)
         axes.set_xlabel("step", color=TEXT)
         _legend(axes, columns=3 if figure.get_figwidth() > 6 else 1)

@@ -17,30 +17,29 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from PIL import Image
 
 from lorasmith.core.errors import OptionError, OutputError
-from lorasmith.core.files import atomic_folder, atomic_path, read_regular, write_atomic
-from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.files import atomic_folder, atomic_path, write_atomic
 from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.core.printable import count_text
-from lorasmith.core.typed_json import typed
 from lorasmith.data.clips import open_still
 from lorasmith.data.folder import scan_folder
-from lorasmith.evaluation.likeness import EDGE, check_installed, features
-from lorasmith.evaluation.verdict import (
-    LEAST_SELF_LIKENESS,
-    Drawn,
+from lorasmith.evaluation.likeness import EDGE, check_installed, colours, features
+from lorasmith.evaluation.records import (
+    EVALUATION,
+    EVALUATION_PAGE,
+    EVALUATION_RECORD,
+    EvaluatedLora,
+    Evaluation,
     Measures,
+    StrengthRow,
     Training,
     Verdict,
-    measured,
-    training_facts,
-    verdict,
 )
+from lorasmith.evaluation.verdict import LEAST_SELF_LIKENESS, Drawn, measured, training_facts, verdict
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.container import check_safetensors
@@ -54,16 +53,13 @@ from lorasmith.sampling.generate import Sampling, clips
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RECORD, read_record
 
-EVALUATION = "evaluation"  # folder of it in that of a run
-_RECORD = "evaluation.json"
-PAGE = "evaluation.html"
 SHEET = "contact sheet.png"
 
 MOST_LORAS = 10
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the recommended LoRA
 
-_SEEDS = 4  # pictures of the trigger alone
-_STRIP = 2  # prompts at each strength
+SEEDS = 4  # pictures of the trigger alone
+STRIP = 2  # prompts at each strength
 _KEPT_EDGE = 512  # pixels of the longer edge of a stored picture
 _LARGEST_SHEET = 4096  # pixels in either direction, labels aside
 
@@ -91,7 +87,7 @@ BUILT_IN_WISHES = (
 )
 """Those that the built-in model knows."""
 
-_WITHOUT = ("a cat", "a bus", "a red apple", "a house")  # without the trigger
+WITHOUT = ("a cat", "a bus", "a red apple", "a house")  # without the trigger
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class DrawingSettings:
     """How it is drawn."""
 
     prompts: tuple[str, ...] = ()  # wishes; those with the trigger are whole prompts. Empty for the default ones
@@ -125,51 +121,6 @@ class Drawing:
     steps: int | None = None  # of sampling; None for the model's own
     width: int | None = None
     height: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluatedLora:
-    """A LoRA, what was measured, and its picture of each prompt."""
-
-    file: Annotated[str, "name of the file"]
-    label: str
-    step: Annotated[int | None, "updates; null if the file does not say"]
-    measures: Measures
-    pictures: Annotated[tuple[str, ...], "names of files in the folder"]
-
-    @property
-    def line(self) -> str:
-        """Its measures, for a terminal."""
-        shown = {"likeness": self.measures.likeness, "adherence": self.measures.adherence}
-        found = [f"{name} {value:.2f}" for name, value in shown.items() if value is not None]
-        return f"{self.label}: {', '.join(found) or 'not measured'}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrengthRow:
-    """Pictures of the recommended LoRA at a strength, of the first prompts."""
-
-    strength: float
-    pictures: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """An evaluation, as it is stored."""
-
-    title: str
-    model: Annotated[str, "title of the base model"]
-    trigger: str
-    seed: int
-    sampling_steps: int
-    prompts: Annotated[tuple[str, ...], "of the pictures, the trigger alone first"]
-    base: Annotated[tuple[str, ...], "pictures of the base model"]
-    loras: Annotated[tuple[EvaluatedLora, ...], "in the order of their training"]
-    training: Training
-    verdict: Verdict
-    sentence: Annotated[str, "the recommendation and its reason, or why there is none"]
-    strengths: tuple[StrengthRow, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def subject_of(
@@ -217,10 +168,16 @@ def subject_of(
     )
 
 
+def loras_within(pictures: float) -> int:
+    """How many LoRAs can be evaluated with so many pictures, by the default wishes."""
+    each = 1 + len(WISHES) + 1 + len(WITHOUT) + SEEDS - 1
+    return max(0, int((pictures - STRIP * len(STRENGTHS)) / each - 1))
+
+
 def evaluate(
     base: Model,
     subject: Subject,
-    drawing: Drawing = Drawing(),
+    drawing: DrawingSettings = DrawingSettings(),
     output: Path | None = None,
     *,
     device: torch.device | None = None,
@@ -285,25 +242,17 @@ def evaluate(
             strengths=tuple(rows),
             notes=tuple(dict.fromkeys(notes)),
         )
-        write_atomic(temporary / _RECORD, json.dumps(asdict(evaluation), indent=1) + "\n")
-        write_atomic(temporary / PAGE, evaluation_page(_page(evaluation, temporary)))
+        write_atomic(temporary / EVALUATION_RECORD, json.dumps(asdict(evaluation), indent=1) + "\n")
+        write_atomic(temporary / EVALUATION_PAGE, evaluation_page(_page(evaluation, temporary)))
         _write_sheet(temporary, evaluation)
     return evaluation
-
-
-def read_evaluation(folder: Path) -> Evaluation | None:
-    """The evaluation in a folder; None if there is none, or its record is damaged or of another version."""
-    try:
-        return typed(parse_foreign_json(read_regular(folder / _RECORD)), Evaluation)
-    except (OSError, ValueError):
-        return None
 
 
 def check_evaluation_folder(folder: Path) -> None:
     """Raise OutputError if a folder holds anything but an evaluation, which would be replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} must be a folder, but is a link or a file; name another output")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _RECORD).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EVALUATION_RECORD).is_file():
         raise OutputError(f"{folder} holds other files than an evaluation; name another output")
 
 
@@ -354,14 +303,14 @@ class Prompts:
     others: tuple[str, ...]
 
     @classmethod
-    def of(cls, trigger: str, drawing: Drawing, *, is_built_in: bool) -> Prompts:
+    def of(cls, trigger: str, drawing: DrawingSettings, *, is_built_in: bool) -> Prompts:
         wishes = drawing.prompts or (BUILT_IN_WISHES if is_built_in else WISHES)
         word = trigger.partition(" ")[2] if drawing.class_word is None else drawing.class_word
         return cls(
             trigger,
             tuple(one if trigger in one else f"{trigger}, {one}" for one in wishes),
             (word,) if word else (),
-            _WITHOUT,
+            WITHOUT,
         )
 
     @property
@@ -382,7 +331,7 @@ class _Artist:
         self,
         base: Model,
         prompts: Prompts,
-        drawing: Drawing,
+        drawing: DrawingSettings,
         device: torch.device,
         loras: int,
         progress: Callable[[int, int], None] | None,
@@ -397,20 +346,20 @@ class _Artist:
             height=drawing.height,
             dtype=sampling_dtype(base.components.denoiser, device),
         )
-        each = len(prompts.shown) + _SEEDS - 1
-        self._total = self.sampling.steps * (each * (loras + 1) + _STRIP * len(STRENGTHS))
+        each = len(prompts.shown) + SEEDS - 1
+        self._total = self.sampling.steps * (each * (loras + 1) + STRIP * len(STRENGTHS))
         self._done = 0
 
     def drawn(self, lora: Path | None, notes: list[str] | None = None) -> list[Image.Image]:
         """Pictures of the columns, and of the trigger on further seeds."""
         shown = self._prompts.shown
-        texts = (*shown, *[self._prompts.trigger] * (_SEEDS - 1))
-        seeds = [self._seed] * len(shown) + [self._seed + more for more in range(1, _SEEDS)]
+        texts = (*shown, *[self._prompts.trigger] * (SEEDS - 1))
+        seeds = [self._seed] * len(shown) + [self._seed + more for more in range(1, SEEDS)]
         return self._draw(*self._with(lora, 1.0, notes), texts, seeds)
 
     def strip(self, lora: Path) -> list[tuple[float, list[Image.Image]]]:
         """The first prompts at each strength."""
-        texts = self._prompts.shown[:_STRIP]
+        texts = self._prompts.shown[:STRIP]
         return [
             (strength, self._draw(*self._with(lora, strength), texts, [self._seed] * len(texts)))
             for strength in STRENGTHS
@@ -485,7 +434,13 @@ def _features(pictures: Sequence[Image.Image], prompts: Prompts) -> Drawn:
     found = features(pictures)
     counts = (1, len(prompts.asked), len(prompts.of_class), len(prompts.others), len(pictures) - len(prompts.shown))
     first, asked, of_class, others, more = found.split(counts)
-    return Drawn(torch.cat((first, more)), asked, others, of_class)
+    return Drawn(
+        plain=torch.cat((first, more)),
+        asked=asked,
+        colours=colours(pictures[1 : 1 + len(asked)]),
+        others=others,
+        of_class=of_class,
+    )
 
 
 def _kept(folder: Path, stem: str, pictures: Sequence[Image.Image], prompts: Prompts) -> list[str]:
@@ -544,7 +499,7 @@ def _page(one: Evaluation, folder: Path) -> EvaluationPage:
         ],
         strengths=PictureTable(
             [f"{strength:g}" for strength, _ in strip],
-            [(prompt, [paths[place] for _, paths in strip]) for place, prompt in enumerate(one.prompts[:_STRIP])],
+            [(prompt, [paths[place] for _, paths in strip]) for place, prompt in enumerate(one.prompts[:STRIP])],
             f"{one.loras[best].label} at several strengths",
         )
         if best is not None

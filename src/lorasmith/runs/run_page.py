@@ -18,6 +18,7 @@ from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import open_file
+from lorasmith.evaluation.records import EVALUATION, EVALUATION_PAGE, read_evaluation
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
@@ -84,6 +85,7 @@ def report_of(history: RunHistory) -> RunReport:
         left_out=[(one.name, one.reason) for one in left_out_in(history.record.data)],
         use={} if use is None else use.facts,
         programs={} if use is None else use.programs,
+        evaluation=_evaluation(history.folder),
         before_after=before_after,
         progress=progress,
         settings=_settings(history.record.config),
@@ -92,6 +94,12 @@ def report_of(history: RunHistory) -> RunReport:
         environment=_environment(history.record),
         notes=_notes(history, view),
     )
+
+
+def _evaluation(folder: Path) -> tuple[str, str] | None:
+    """The recommendation in the folder of a run, and the address of its page from there."""
+    found = read_evaluation(folder / EVALUATION)
+    return None if found is None else (found.sentence, f"{EVALUATION}/{EVALUATION_PAGE}")
 
 
 def _verdict(history: RunHistory, view: RunView) -> str:
