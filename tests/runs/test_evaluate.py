@@ -23,7 +23,6 @@ from lorasmith.runs import evaluate as evaluating
 from lorasmith.runs.evaluate import DrawingSettings, EvaluatedLora, Subject, evaluate, sentence_of, subject_of
 from lorasmith.runs.library import train
 from lorasmith.sampling.sample import SamplingCancelledError
-from tests.cli.conftest import Ran
 
 QUICK = DrawingSettings(prompts=("on a red background", "on a blue background"), steps=1)
 LINES = {"rank": 2, "targets": "*.attn2.to_q", "learning_rate": 0.02, "previews": "", "validation_share": 0.0}
@@ -83,6 +82,11 @@ def test_a_run_is_evaluated(
     assert all(one.measures.change > 0 for one in found.loras)
     page = (folder / "evaluation.html").read_text()
     assert found.sentence in page and page.count('type="radio"') == 3 and "<script" not in page
+    record = json.loads((folder / "evaluation.json").read_text())
+    for wrong in ({"prompts": ["sks dog"]}, {"verdict": {"outcome": "use", "best": 2}}):
+        (tmp_path / "evaluation.json").write_text(json.dumps({**record, **wrong}))
+        assert read_evaluation(tmp_path) is None, "what does not fit together is not shown"
+    (tmp_path / "evaluation.json").unlink()
     before = (folder / "evaluation.json").read_bytes()
     with pytest.raises(SamplingCancelledError):
         evaluate(tiny, subject, QUICK, folder, cancelled=lambda: True)
@@ -164,15 +168,3 @@ def test_loras_are_thinned_and_named_by_run(run: Path) -> None:
     again = subject_of([run, run], most=3)
     assert [one.label for one in again.candidates] == ["dog, step 1", "dog, step 2", "dog, step 2"]
     assert isinstance(again, Subject)
-
-
-@pytest.mark.slow
-def test_the_command_writes_a_page(lorasmith: object, run: Path, photos: Path, tmp_path: Path) -> None:
-    assert callable(lorasmith)
-    ran: Ran = lorasmith(
-        "evaluate", run, "--model", "lorasmith-tiny", "--images", photos, "--steps", 2, "--output", tmp_path / "out",
-        "--json",
-    )  # fmt: skip
-    found = json.loads(ran.out)
-    assert ran.code == 0 and len(found["loras"]) == 2 and found["prompts"][5] == "sks dog, noto style"
-    assert found["folder"] == str(tmp_path / "out") and (tmp_path / "out" / "evaluation.html").is_file()
