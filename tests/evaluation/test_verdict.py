@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorasmith.evaluation.records import Measures, Training
+from lorasmith.evaluation.evaluation_record import Measures, Training
 from lorasmith.evaluation.verdict import Drawn, adherence, measured, scores, training_facts, verdict
 
 TRAINING = Training(count=4, self_likeness=0.7, base_likeness=0.4)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.evaluation import likeness
-from lorasmith.evaluation.records import Measures, Training, Verdict, read_evaluation
+from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict, read_evaluation
 from lorasmith.families.model import Model
 from lorasmith.formats.container import write_safetensors
 from lorasmith.runs import evaluate as evaluating
@@ -25,7 +25,7 @@ from lorasmith.runs.library import train
 from lorasmith.sampling.sample import SamplingCancelledError
 
 QUICK = DrawingSettings(prompts=("on a red background", "on a blue background"), steps=1)
-LINES = {"rank": 2, "targets": "*.attn2.to_q", "learning_rate": 0.02, "previews": "", "validation_share": 0.0}
+LINES = {"rank": 2, "targets": "*.attn2.to_q", "learning_rate": 0.5, "previews": "", "validation_share": 0.0}
 
 
 def picture(seed: int) -> Image.Image:
@@ -166,5 +166,5 @@ def test_the_verdict_is_a_sentence_with_its_reason(verdict: Verdict, said: str) 
 
 def test_loras_are_thinned_and_named_by_run(run: Path) -> None:
     again = subject_of([run, run], most=3)
-    assert [one.label for one in again.candidates] == ["dog, step 1", "dog, step 2", "dog, step 2"]
+    assert [one.label for one in again.candidates] == ["dog, step 1", "dog, step 1", "dog, step 2"]
     assert isinstance(again, Subject)

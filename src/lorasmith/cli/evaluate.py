@@ -68,8 +68,8 @@ def evaluate(
     """
     from dataclasses import asdict
 
+    from lorasmith.evaluation.evaluation_record import EVALUATION_PAGE
     from lorasmith.evaluation.likeness import check_installed
-    from lorasmith.evaluation.records import EVALUATION_PAGE
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model_search import load_completed
     from lorasmith.runs.evaluate import DrawingSettings, check_evaluation_folder, subject_of

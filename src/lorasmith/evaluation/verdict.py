@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.evaluation import measures
-from lorasmith.evaluation.records import Measures, Training, Verdict
+from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict
 
 LEAST_SELF_LIKENESS = 0.59
 """Of the training pictures with which the recommendation was validated (`benchmarks.quality.choice`), the least mean
 cosine of two of them; those of pictures that differ more are not compared."""
 
 _UNCHANGED = 1e-3  # distance of pictures that are the same but for rounding
-_LEARNT = 0.1  # share of the way from the base model's likeness to that of the training pictures to one another
-_ENOUGH = 0.2  # of the same: half of the value of likeness; more of it counts less and less
-_SHARPNESS = 20.0  # of the softmax by which wishes are recognised
+_LEARNT = 0.05  # share of the way from the base model's likeness to that of the training pictures to one another
+_ENOUGH = 0.1  # of the same: half of the value of likeness; more of it counts less and less
+_SHARPNESS = 5.0  # of the softmax by which wishes are recognised
 _IGNORED = 0.5  # share of the recommended LoRA's adherence, below which prompts are ignored
 _COPIED = 0.05  # cosine by which drawn pictures are nearer to a training picture than those to one another
 
@@ -83,13 +83,13 @@ def adherence(drawn: Drawn, base: Drawn) -> float | None:
 
 
 def scores(found: Sequence[Measures], training: Training) -> list[float]:
-    """What the recommendation maximises, for each LoRA in the order of training: likeness times adherence, smoothed
-    over neighbours, as both are measured with few pictures.
+    """What the recommendation maximises, for each LoRA in the order of training: likeness times the root of adherence,
+    smoothed over neighbours, as both are measured with few pictures.
 
     Likeness counts from that of the base model to that of the training pictures to one another, saturating.
     """
     learnt = [_learnt(one, training) for one in found]
-    raw = [share / (share + _ENOUGH) * (one.adherence or 0.0) for share, one in zip(learnt, found, strict=True)]
+    raw = [share / (share + _ENOUGH) * (one.adherence or 0.0) ** 0.5 for share, one in zip(learnt, found, strict=True)]
     around = [raw[0], *raw, raw[-1]]
     return [(before + 2 * here + after) / 4 for before, here, after in zip(around, raw, around[2:], strict=False)]
 

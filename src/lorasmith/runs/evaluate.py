@@ -27,8 +27,7 @@ from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import open_still
 from lorasmith.data.folder import scan_folder
-from lorasmith.evaluation.likeness import EDGE, check_installed, colours, features
-from lorasmith.evaluation.records import (
+from lorasmith.evaluation.evaluation_record import (
     EVALUATION,
     EVALUATION_PAGE,
     EVALUATION_RECORD,
@@ -39,6 +38,7 @@ from lorasmith.evaluation.records import (
     Training,
     Verdict,
 )
+from lorasmith.evaluation.likeness import EDGE, check_installed, colours, features
 from lorasmith.evaluation.verdict import LEAST_SELF_LIKENESS, Drawn, measured, training_facts, verdict
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model, TextEncoder

@@ -18,7 +18,7 @@ from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import open_file
-from lorasmith.evaluation.records import EVALUATION, EVALUATION_PAGE, read_evaluation
+from lorasmith.evaluation.evaluation_record import EVALUATION, EVALUATION_PAGE, read_evaluation
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of

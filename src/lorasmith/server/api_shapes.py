@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lorasmith.evaluation.records import Evaluation
+from lorasmith.evaluation.evaluation_record import Evaluation
 from lorasmith.runs.presets import Preset
 
 Severity = Literal["problem", "warning", "remark"]

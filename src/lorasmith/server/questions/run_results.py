@@ -21,8 +21,8 @@ from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.image_files import ImageError, open_reduced
+from lorasmith.evaluation.evaluation_record import EVALUATION, read_evaluation
 from lorasmith.evaluation.likeness import check_installed
-from lorasmith.evaluation.records import EVALUATION, read_evaluation
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import named_path
