@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.bases import machine
-from benchmarks.quality.measuring import _is_fulfilled
 from benchmarks.quality.subjects import Task, subject_task
 from benchmarks.results import Results, add_json
 from lorasmith.evaluation.likeness import colours, features
@@ -35,6 +34,7 @@ from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.library import load_dataset, train
 from lorasmith.sampling.generate import generate
 from tools.pretrain.judge import SUBJECTS, Judge, tensors
+from tools.pretrain.quality import background_of
 
 STEPS, EVERY = 80, 8
 SEEDS = (11, 12, 13)  # the first is seen by the evaluation, the others by the judge
@@ -162,8 +162,10 @@ class Bench:
         """Fidelity of the trigger and all prompts, and adherence to the prompts."""
         fidelity = self._judge(tensors(pictures))[0].softmax(1)[:, SUBJECTS.index(task.name)].mean()
         asked = pictures[1:]
-        subjects, styles = self._judge.subjects(asked), self._judge.styles(asked)
-        fulfilled = [_is_fulfilled(*one) for one in zip(task.prompts, asked, subjects, styles, strict=True)]
+        fulfilled = [
+            style == prompt.icon_set if prompt.background is None else background_of(picture) == prompt.background
+            for prompt, picture, style in zip(task.prompts, asked, self._judge.styles(asked), strict=True)
+        ]
         return float(fidelity), statistics.mean(fulfilled)
 
 
