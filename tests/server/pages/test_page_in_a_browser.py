@@ -499,7 +499,9 @@ def test_a_run_is_evaluated(served: ServedPage, open_page: Opener, scheme: str, 
     waits(page, "foxy, <b>on</b> a beach")  # as text
     slider = which.get_by_label("LoRA", exact=True)
     expected(which.locator("output")).to_have_text("Step 50 (recommended)")
-    expected(which.get_by_role("link", name="Use this one")).to_have_attribute("download", "")
+    expected(which.get_by_role("link", name="Use this one")).to_have_attribute(
+        "href", re.compile(r"fox-50\.safetensors$")
+    )
     slider.press("ArrowRight")
     expected(which.locator("output")).to_have_text("Step 100")
     expected(which.locator(".thumbs img").first).to_have_attribute("alt", "Step 100: foxy")
