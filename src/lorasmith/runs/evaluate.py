@@ -287,7 +287,11 @@ def sentence_of(chosen: Verdict, loras: Sequence[EvaluatedLora], training: Train
     )
     if found.adherence is not None:
         reason += f" and still follows prompts ({found.adherence:.2f})"
-    text = f"Use {best.label}: {reason}" if len(loras) > 1 else f"{best.label.capitalize()} is good: {reason}"
+    text = (
+        f"Use {best.label}: {reason}"
+        if len(loras) > 1
+        else f"{best.label[:1].upper()}{best.label[1:]} is good: {reason}"
+    )
     if chosen.ignored_from is not None:
         text += f"; from {loras[chosen.ignored_from].label} on prompts are ignored"
     return f"{text}{'; it draws near copies of training pictures' if chosen.copied else ''}."
