@@ -40,6 +40,7 @@ FAILING: dict[str, Arguments] = {
     "run": ("nowhere.json",),
     "nodes": ("Nope",),
     "generate": (*TINY, "--prompt", "x", "--sampler", "no"),
+    "evaluate": ("nowhere", *TINY),
     "inspect": ("nowhere",),
     "check": ("nowhere",),
     "convert": ("nowhere", "--to", "kohya"),
@@ -102,7 +103,7 @@ def document(text: str) -> Any:
 def test_every_command_is_tried() -> None:
     assert FAILING.keys() == LEAVES.keys()
     assert LEAVES.keys() - WORKING.keys() == {
-        "average", "bands", "bench", "demo", "resume", "reproduce", "serve",
+        "average", "bands", "bench", "demo", "evaluate", "resume", "reproduce", "serve",
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core import quantization
-from lorasmith.core.quantization import PACKINGS, Fp8Products, has_fp8_products, packed
+from lorasmith.core.quantization import PACKINGS, Fp8Products, Packed, has_fp8_products, packed
 
 try:
     torch._scaled_mm(*torch.zeros(2, 16, 16, dtype=torch.float8_e4m3fn), torch.ones(()), torch.ones(()))
@@ -25,7 +25,7 @@ OUT, IN = 48, 64
 def scales_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both ways to come by the product: with scales inside, and multiplied with them afterwards."""
     if not request.param:
-        monkeypatch.setattr(quantization, "_scales_rows", lambda *_: False)
+        monkeypatch.setattr(quantization, "_dtypes_scaled_by_row", lambda *_: ())
     return request.param
 
 
@@ -35,6 +35,11 @@ def numbers(*shape: int, seed: int) -> Tensor:
     sizes = 10 ** torch.linspace(-1, 1, shape[-1])[torch.randperm(shape[-1], generator=g)]
     rows = 10 ** torch.linspace(-1, 1, shape[-2])[torch.randperm(shape[-2], generator=g)]
     return torch.randn(shape, generator=g) * sizes * rows.unsqueeze(-1)
+
+
+def products(weight: Packed) -> Fp8Products:
+    codes = weight.tensors[0]
+    return Fp8Products(codes.dtype, codes.shape, codes.device)
 
 
 def row_error(found: Tensor, expected: Tensor) -> float:
@@ -47,7 +52,7 @@ def row_error(found: Tensor, expected: Tensor) -> float:
 def test_forward_is_the_product_with_the_weight(kind: str, dtype: torch.dtype, scales_rows: bool) -> None:
     weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
     x, bias = numbers(2, 9, IN, seed=1).to(dtype), torch.arange(OUT).to(dtype)
-    y = Fp8Products().forward(weight, x, bias)
+    y = products(weight).forward(weight, x, bias)
     assert y.dtype == dtype
     assert y.shape == (2, 9, OUT)
     # A number in e4m3 is off by a sixteenth of itself at most.
@@ -59,7 +64,7 @@ def test_forward_is_the_product_with_the_weight(kind: str, dtype: torch.dtype, s
 def test_backward_is_the_product_with_the_weight_untransposed(kind: str, dtype: torch.dtype, scales_rows: bool) -> None:
     weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
     grad = (1e-3 * numbers(2, 9, OUT, seed=2)).to(dtype)
-    found = Fp8Products().backward(weight, grad)
+    found = products(weight).backward(weight, grad)
     assert found.dtype == dtype
     assert found.shape == (2, 9, IN)
     tolerance = 1 / 16 if "e5m2" in kind else 1 / 8  # the gradient has the format that the weight has not
@@ -75,22 +80,22 @@ def test_numbers_that_fp8_holds_come_out_exactly(kind: str, scales_rows: bool) -
     x[:, 0] = 448.0
     codes = packed(weight, kind, torch.float32)
     assert torch.equal(codes.weight(), weight)
-    torch.testing.assert_close(Fp8Products().forward(codes, x, None), x @ weight.t(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(products(codes).forward(codes, x, None), x @ weight.t(), rtol=1e-5, atol=1e-3)
     largest = 448.0 if "e5m2" in kind else 57344.0
     grad[:, 0] = largest / 64
-    torch.testing.assert_close(Fp8Products().backward(codes, grad), grad @ weight, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(products(codes).backward(codes, grad), grad @ weight, rtol=1e-5, atol=1e-3)
 
 
 def test_zeros_and_faults_come_through() -> None:
     weight = packed(numbers(OUT, IN, seed=0), "fp8_e4m3", torch.float32)
     rows = torch.zeros(3, IN)
     rows[1, 2], rows[2, 5] = torch.nan, torch.inf
-    y = Fp8Products().forward(weight, rows, None)
+    y = products(weight).forward(weight, rows, None)
     assert not y[0].any()
     assert not y[1:].isfinite().any()
 
 
-def test_e5m2_never_meets_e5m2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_e5m2_never_meets_e5m2_and_rows_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hardware lacks, and torch on the CPU has."""
     seen: list[tuple[torch.dtype, ...]] = []
     original: Callable[..., Tensor] = torch._scaled_mm
@@ -104,8 +109,9 @@ def test_e5m2_never_meets_e5m2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_scaled_mm", recorded)
     for kind in KINDS:
         weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
-        Fp8Products().forward(weight, torch.ones(1, IN), None)
-        Fp8Products().backward(weight, torch.ones(1, OUT))
+        for rows in (1, 5):  # and channels-last activations, whose rows are columns
+            products(weight).forward(weight, torch.ones(IN, rows).t(), None)
+            products(weight).backward(weight, torch.ones(OUT, rows).t())
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     assert set(seen) == {(e4m3, e4m3), (e5m2, e4m3), (e4m3, e5m2)}
 
@@ -115,3 +121,15 @@ def test_capability_decides(monkeypatch: pytest.MonkeyPatch, capability: tuple[i
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert has_fp8_products(torch.device("cuda")) is there
     assert not has_fp8_products(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_they_are_one_graph(kind: str) -> None:
+    from torch._dynamo.utils import counters
+
+    weight, x = packed(numbers(OUT, IN, seed=0), kind, torch.float32), numbers(9, IN, seed=1)
+    own = products(weight)
+    counters.clear()
+    compiled = torch.compile(lambda x: own.backward(weight, own.forward(weight, x, None)), backend="aot_eager")
+    torch.testing.assert_close(compiled(x), own.backward(weight, own.forward(weight, x, None)))
+    assert not counters["graph_break"]

@@ -14,7 +14,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.run import run
-from lorasmith.runs.run_previews import PreviewProgram, program_within, unasked_program
+from lorasmith.runs.run_previews import PreviewProgram, loras_evaluated, previews_of, program_within, unasked_program
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, Warned
 from lorasmith.training.job import plan_job
@@ -52,6 +52,36 @@ def test_fewer_sampling_steps_than_asked_for_stay_fewer() -> None:
 
 def samples(side: int) -> list[Sample]:
     return [Sample(torch.zeros(4, side, side), Conditioning({}), "a.png")]
+
+
+def planned(tiny: Model, steps: int, trigger: str | None = "sks dog") -> Plan:
+    side = tiny.defaults.resolution // tiny.components.latent.downscale
+    config = TrainConfig(steps=steps, rank=2, targets="attention", previews="a lion", preview_strengths="")
+    job = plan_job(tiny.denoiser, config, "cpu")
+    return Plan(
+        denoiser=tiny.denoiser, job=job, data=EncodedDataset(tuple(samples(side))), title="pets", trigger=trigger
+    )
+
+
+def test_what_previews_leave_evaluates_loras(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = PreviewProgram(8, (), prompts=("a lion",))
+    counts = [loras_evaluated(planned(tiny, steps), program) for steps in (100, 5000, 10_000, 100_000)]
+    assert counts[0] == 0 and 0 < counts[1] < counts[2] <= counts[3] == 10
+    left = 0.1 * 10_000 * 2 - program.passes(2)
+    assert (17 * (counts[2] + 1) + 10) * (8 * 2 + 4) <= left < (17 * (counts[2] + 2) + 10) * (8 * 2 + 4)
+    assert loras_evaluated(planned(tiny, 100_000, None), program) == 0, "there is no trigger to draw"
+    monkeypatch.setattr("lorasmith.evaluation.likeness._PACKAGES", ("not_there",))
+    assert loras_evaluated(planned(tiny, 100_000), program) == 0
+
+
+def test_an_evaluation_that_fails_is_a_warning(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder holds no run, so that there is nothing to evaluate."""
+    program = PreviewProgram(1, (), prompts=("a lion",))
+    draw = previews_of(planned(tiny, 100_000), program, tmp_path, Audience())
+    monkeypatch.setattr(draw, "_previews", lambda *_: iter(()))
+    assert draw(10, tmp_path / "pets.safetensors", final=False) == []
+    (event,) = draw(20, tmp_path / "pets.safetensors", final=True)
+    assert isinstance(event, Warned) and event.message.startswith("the LoRAs could not be evaluated (")
 
 
 def test_the_sizes_of_latents_count_on_both_sides(tiny: Model) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from transformer_models import TINY
 
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
+from lorasmith.evaluation.evaluation_record import read_evaluation
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs import training_jobs
@@ -321,6 +322,23 @@ def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
     worker.cancel_if = lambda head: False
     Image.new("RGB", (64, 64)).save(worker.base / "runs/lora-001/tried/photo.png")
     assert "takes no controls" in worker.refused("draw", {**request, "control": "photo.png"})
+
+
+@pytest.mark.slow
+def test_the_loras_of_a_run_are_evaluated(worker: Worker) -> None:
+    settings = {**SETTINGS, "trigger": "sks dog", "save_every": 1, "steps": 2, "validation_share": 0.0}
+    worker.run("train", {**TRAINING, "settings": settings})
+    request = {"run": "runs/lora-001", "model": "lorasmith-tiny", "files": {"model": "lorasmith-tiny"}}
+    worker.cancel_if = lambda head: head.get("kind") == "progress"
+    assert "cancelled" in worker.refused("evaluate", request, state="cancelled").lower()
+    folder = worker.base / "runs/lora-001/evaluation"
+    assert not folder.exists(), "nothing is left of it"
+    worker.cancel_if = lambda head: False
+    said = worker.run("evaluate", request)["outputs"]["sentence"]
+    found = read_evaluation(folder)
+    assert found is not None and found.sentence == said and [one.step for one in found.loras] == [1, 2]
+    progress = [one["data"] for one in worker.sent if one.get("kind") == "progress"]
+    assert 0 < progress[-1]["value"] <= progress[-1]["maximum"]
 
 
 def pixels_of(file: Path) -> Any:

@@ -123,10 +123,11 @@ def test_a_product_in_fp8_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) 
     generator = torch.Generator().manual_seed(0)
     weight = packed(torch.randn(320, 768, generator=generator), kind, dtype)
     x, grad = (torch.randn(rows, size, generator=generator).to(dtype) for size in (768, 320))
-    products, there = Fp8Products(), weight.to(device, dtype)
+    codes, there = weight.tensors[0], weight.to(device, dtype)
+    products, here = (Fp8Products(codes.dtype, codes.shape, one) for one in (device, codes.device))
     for found, expected in (
-        (products.forward(there, x.to(device), None), products.forward(weight, x, None)),
-        (products.backward(there, grad.to(device)), products.backward(weight, grad)),
+        (products.forward(there, x.to(device), None), here.forward(weight, x, None)),
+        (products.backward(there, grad.to(device)), here.backward(weight, grad)),
     ):
         assert found.dtype == dtype
         assert (found.cpu().float() - expected.float()).norm() <= 0.02 * expected.float().norm()

@@ -131,14 +131,14 @@ def _judged(asked: Sequence[Question], answers: Sequence[Sequence[Image.Image]],
     concept = [seen == one.concept for seen, one in zip(subjects, expected, strict=True)]
     style = [seen == one.icon_set for seen, one in zip(styles, expected, strict=True) if one.icon_set]
     ground = [
-        _background(picture) == one.background
+        background_of(picture) == one.background
         for picture, one in zip(pictures, expected, strict=True)
         if one.background
     ]
     return {"concept score": np.mean(concept), "style score": np.mean(style), "background score": np.mean(ground)}
 
 
-def _background(picture: Image.Image) -> str:
+def background_of(picture: Image.Image) -> str:
     """The named colour nearest to the picture's corners."""
     pixels = np.asarray(picture.convert("RGB"), np.float32)
     corners = pixels[[2, 2, -3, -3], [2, -3, 2, -3]]

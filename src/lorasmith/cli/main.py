@@ -14,6 +14,7 @@ import typer
 from lorasmith.cli import (
     bench,
     data,
+    evaluate,
     generate,
     lora_files,
     models,
@@ -88,7 +89,7 @@ def _common(
     pass
 
 
-for command in (train, sweep, recorded_runs, models, workflow, generate, lora_files, bench, serve, data):
+for command in (train, sweep, recorded_runs, models, workflow, generate, evaluate, lora_files, bench, serve, data):
     command.register(app)
 with_general_flags(app)
 with_readable_help(app)

@@ -33,11 +33,39 @@ def release_freed_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device or the machine is out of memory."""
-    text = str(error).lower()  # matched by text, as torch's class would require importing torch
-    phrases = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
-    )
+    return isinstance(error, MemoryError) or _says(error, _OUT_OF_MEMORY)
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """Whether an error means that a GPU does nothing more for this process, as after an illegal access."""
+    return _says(error, _DEVICE_LOST)
+
+
+# Matched by text, as torch's classes would require importing torch, and its libraries have none. In order: torch and
+# CUDA, the C library, oneDNN; cuBLAS for its workspace; cuDNN with and without a choice of engines; NCCL.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "unable to find an engine to execute",
+    "failed to cuda calloc",
+)
+_DEVICE_LOST = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert triggered",
+    "unspecified launch failure",
+    "launch timed out",
+    "uncorrectable ecc error",
+    "has fallen off the bus",
+)
+
+
+def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
 
 
 def memory_missed(error: BaseException) -> str:

@@ -209,6 +209,14 @@ def _reason(error: BaseException) -> str:
     return next(found, type(error).__name__)
 
 
+def _backend(gpu: int | None) -> str:
+    from torch import distributed
+
+    if gpu is None:
+        return "gloo"
+    return f"cpu:gloo,cuda:{'nccl' if distributed.is_nccl_available() else 'gloo'}"  # Windows has no NCCL
+
+
 _joined: list[Processes] = []
 
 
@@ -252,7 +260,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                 store = store_of_this_start(starts, launched, _MEETING)
                 interface = stack.enter_context(interface_towards_others(store, launched))
                 distributed.init_process_group(
-                    "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
+                    _backend(gpu),
                     store=store,
                     rank=launched.rank,
                     world_size=launched.size,

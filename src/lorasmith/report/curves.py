@@ -165,6 +165,35 @@ def comparison_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]],
     return _figure("comparison", draw, label=label)
 
 
+def measure_figure(
+    steps: Sequence[int],
+    lines: Sequence[tuple[str, Sequence[float | None]]],
+    *,
+    levels: Sequence[tuple[str, float]] = (),
+    best: int | None = None,
+    label: str,
+) -> Html:
+    """Measures from 0 to 1 over the steps, by name; `levels` are horizontal lines, `best` is the recommended step."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for (name, values), colour in zip(lines, (SMOOTH, HELD_OUT), strict=False):
+            known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+            if known:
+                axes.plot(*zip(*known, strict=True), color=colour, linewidth=1.8, marker=".", label=name)
+        for (name, level), look in zip(levels, ((0, (4, 3)), (0, (1, 2))), strict=False):
+            axes.axhline(level, color=RAW, linewidth=1.2, linestyle=look, label=name)
+        if best is not None:
+            axes.axvline(best, color=TEXT, linewidth=1.2, label="recommended", zorder=1)
+        style_axes(axes)
+        axes.set_ylabel("")
+        axes.set_ylim(bottom=min(0.0, *(level for _, level in levels)) if levels else 0.0)
+        axes.set_xlabel("step", color=TEXT)
+        _legend(axes, columns=3 if figure.get_figwidth() > 6 else 1)
+
+    return _figure("measures", draw, label=label)
+
+
 def _draw_rates(axes: Any, rates: Sequence[float]) -> None:
     axes.plot(range(1, len(rates) + 1), rates, color=TEXT, linewidth=1.4)
     axes.set_ylim(bottom=0)

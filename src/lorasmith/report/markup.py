@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from lorasmith.core.printable import printable
 
-_VOID = frozenset({"br", "col", "hr", "img", "meta"})
+_VOID = frozenset({"br", "col", "hr", "img", "input", "meta"})
 
 
 class Html(str):
@@ -86,9 +86,12 @@ def command(line: str, purpose: str) -> Html:
     return tag("figure", tag("figcaption", purpose), tag("pre", tag("code", line), tabindex=0), class_="command")
 
 
-def document(title: str, *children: object) -> str:
-    """A self-contained page, whose content security policy forbids scripts and network access."""
-    style = files("lorasmith.report").joinpath("report.css").read_text(encoding="utf-8")
+def document(title: str, *children: object, rules: str = "") -> str:
+    """A self-contained page, whose content security policy forbids scripts and network access.
+
+    `rules` is CSS for this page alone.
+    """
+    style = files("lorasmith.report").joinpath("report.css").read_text(encoding="utf-8") + rules
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -150,10 +150,18 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
 
 def picture_uri(picture: Image.Image) -> tuple[str, int, int]:
     """An RGB picture as a WebP data URI with width and height."""
+    return _uri(webp(picture)), picture.width, picture.height
+
+
+def webp(picture: Image.Image, longest: int | None = None) -> bytes:
+    """An RGB picture as a WebP file, its longest edge at most `longest` pixels; small ones are lossless."""
+    if longest is not None and max(picture.size) > longest:
+        picture = picture.copy()
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     lossless = max(picture.size) <= _TINY
     picture.save(buffer, format="webp", lossless=lossless, quality=100 if lossless else _QUALITY)
-    return _uri(buffer.getvalue()), picture.width, picture.height
+    return buffer.getvalue()
 
 
 def _uri(webp: bytes) -> str:

@@ -122,6 +122,7 @@ class RunReport:
     advice: Advice = field(default_factory=Advice)
     trained_on: Sequence[TrainedImage] = ()
     left_out: Sequence[tuple[str, str]] = ()  # name and reason of each file that was not used
+    evaluation: tuple[str, str] | None = None  # which LoRA is recommended and why, and the address of its page
     use: Mapping[str, str] = field(default_factory=dict)  # facts for using the LoRA
     programs: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # by program, an instruction and text to copy
     settings: Sequence[Setting] = ()
@@ -138,6 +139,7 @@ def run_report(report: RunReport) -> str:
         _header(report),
         section("The LoRA", definitions(report.files), [command(line, what) for what, line in report.commands.items()]),
         section("Before and after", report.before_after and picture_table(report.before_after)),
+        section("Which step?", *_evaluation(report)),
         section("Use it", *_use(report)),
         section("Loss", *_loss(report)),
         section("Loss by noise level", *_quantiles(report.quantiles)),
@@ -270,6 +272,13 @@ def _images(images: Sequence[ImageRecord], advice: Advice) -> list[Html]:
     if rest := ordered[shown:]:
         parts.append(folded(f"{len(rest):,} more images", _image_table(rest)))
     return parts
+
+
+def _evaluation(report: RunReport) -> list[Html]:
+    if report.evaluation is None:
+        return []
+    sentence, address = report.evaluation
+    return [tag("p", sentence), tag("p", tag("a", "Pictures and measures of each step", href=address))]
 
 
 def _use(report: RunReport) -> list[Html]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import open_file
+from lorasmith.evaluation.evaluation_record import EVALUATION, EVALUATION_PAGE, read_evaluation
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
@@ -81,6 +84,7 @@ def report_of(history: RunHistory) -> RunReport:
         left_out=[(one.name, one.reason) for one in left_out_in(history.record.data)],
         use={} if use is None else use.facts,
         programs={} if use is None else use.programs,
+        evaluation=_evaluation(history.folder),
         before_after=before_after,
         progress=progress,
         settings=_settings(history.record.config),
@@ -89,6 +93,12 @@ def report_of(history: RunHistory) -> RunReport:
         environment=_environment(history.record),
         notes=_notes(history, view),
     )
+
+
+def _evaluation(folder: Path) -> tuple[str, str] | None:
+    """The recommendation in the folder of a run, and the address of its page from there."""
+    found = read_evaluation(folder / EVALUATION)
+    return None if found is None else (found.sentence, f"{EVALUATION}/{EVALUATION_PAGE}")
 
 
 def _verdict(history: RunHistory, view: RunView) -> str:
@@ -139,6 +149,32 @@ def lora_of_run(history: RunHistory) -> Path | None:
     """The LoRA in the folder of a run; None if none was saved."""
     path = history.folder / f"{history.record.title}.safetensors"
     return path if is_own(path, history.folder) else None
+
+
+def loras_of_run(folder: Path, title: str) -> list[tuple[Path, int]]:
+    """All LoRAs that a run has saved, those of steps and the best included, with their steps, in this order."""
+    own = re.compile(rf"{re.escape(title)}(-best|-step\d+)?")
+    paths = [path for path in folder.glob("*.safetensors") if own.fullmatch(path.stem) and is_own(path, folder)]
+    found = [(path, step) for path in paths if (step := _steps(str(path), stamp_of(path))) is not None]
+    return sorted(found, key=lambda one: (one[1], one[0].name))
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Time of change and size of a file, as a cache key; zeros if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=5000)
+def _steps(path: str, stamp: tuple[int, int]) -> int | None:
+    """Steps of a LoRA; None if it cannot be read."""
+    try:
+        return steps_of(check_safetensors(Path(path)).metadata, Path(path).name)
+    except LorasmithError:
+        return None
 
 
 def best_lora_of_run(lora: Path) -> Path | None:

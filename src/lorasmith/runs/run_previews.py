@@ -4,7 +4,8 @@ Default previews are as many pictures as fit into a tenth of the run, or none; t
 pairs, if these fit, too. The cost of a run and of a picture is counted before the first step, in forward passes of the
 denoiser times the size of the latents, so equal runs draw the same on every machine. The programs, from the most
 expensive: the LoRA over the steps and at all strengths; the finished LoRA alone at all strengths; beside the base model
-alone; with fewer sampling steps. A slider is drawn at all strengths over the steps as well, if that fits.
+alone; with fewer sampling steps. A slider is drawn at all strengths over the steps as well, if that fits. What is
+left of the tenth evaluates the saved LoRAs in the end (`evaluate`), as many of them as fit.
 
 Drawing combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
 `report` writes the files. A failing preview is a warning and does not end the run.
@@ -36,6 +37,7 @@ from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
+from lorasmith.runs.evaluate import MOST_LORAS, DrawingSettings, evaluate, loras_within, subject_of
 from lorasmith.runs.preview_likeness import PreviewLikeness, trained_pictures
 from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling, clip_of, to_images
@@ -163,14 +165,38 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample],
             [control.numel() for control in one.conditioning.controls] for one in pairs if one.conditioning.controls
         ]
         size = statistics.fmean(sizes[0] + sum(sizes) for sizes in given)
-    trained = statistics.fmean(one.size for one in samples)
-    budget = _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
-    each_step = 1 if base.defaults.guidance == 1 else 2
+    budget = _budget(config, samples, size)
+    each_step = _each_step(base)
     found = program_within(budget, whole_program(config, base), each_step=each_step)
     if found is None or not pairs:
         return None if found is None else replace(found, prompts=(prompt,))
     fitting = min(_MOST_PAIRS, len(pairs), int(budget / found.passes(each_step)))
     return replace(found, prompts=tuple(one.conditioning.text or prompt for one in pairs[:fitting]))
+
+
+def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
+    """How many LoRAs of a run are evaluated in its end: those that fit into what previews leave of the tenth; 0 without
+    a trigger or the extra `likeness`, and for models that draw from pictures or in two parts.
+    """
+    if plan.denoiser is None or not (plan.trigger or plan.data.trigger) or not likeness.is_installed():
+        return 0
+    base, config = plan.denoiser.base, plan.job.config
+    if base.named_expert is not None or base.control_form is not None or config.is_slider:
+        return 0
+    side = base.defaults.resolution
+    budget = _budget(config, plan.data.samples, math.prod(base.components.latent.shape(side, side, 1)))
+    left = budget - program.passes(_each_step(base)) * len(program.prompts)
+    return min(MOST_LORAS, loras_within(left / (program.sampling_steps * _each_step(base) + _OTHER_PASSES)))
+
+
+def _budget(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:
+    """Forward passes that previews of a run may take, of latents of a size."""
+    trained = statistics.fmean(one.size for one in samples)
+    return _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
+
+
+def _each_step(base: Model) -> int:
+    return 1 if base.defaults.guidance == 1 else 2
 
 
 def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> PreviewProgram | None:
@@ -235,11 +261,25 @@ def previews_of(
         "Seed": sampling.seed,
         "Model": base.title,
     }
+    most = loras_evaluated(plan, program)
+
+    def evaluated() -> None:
+        drawing = DrawingSettings(seed=config.seed, steps=program.sampling_steps)
+        evaluate(
+            base,
+            subject_of([folder], most=most),
+            drawing,
+            device=device,
+            progress=lambda done, total: host.on_event(Drawing(done=done, total=total)),
+            cancelled=host.cancelled,
+        )
+
+    decoded = _decoded(base, pairs, device)
     measuring = None
     if likeness.is_installed() and not config.is_slider and config.pairs == "none":
         measuring = PreviewLikeness(trained_pictures(plan), wishes=program.wishes)
-    beside = _decoded(base, pairs, device)
-    return RunPreviews(previewer.draw, plan, program, folder, host, made_with, beside, measuring)
+    last = evaluated if most else None
+    return RunPreviews(previewer.draw, plan, program, folder, host, made_with, decoded, last, measuring)
 
 
 def _pairs(plan: Plan, count: int) -> list[Sample]:
@@ -281,8 +321,8 @@ class RunPreviews:
     """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
     `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one (the
-    same each time); those at full strength are measured by `measuring`.
-    `made_with` is that of `PreviewFolder`, `beside` has what prompts edit, by the stem of their files. The host
+    same each time); those at full strength are measured by `measuring`. `made_with` is that of `PreviewFolder`,
+    `beside` has what prompts edit, by the stem of their files; `evaluate` is called after the last preview. The host
     receives a `Drawing` before each row of pictures.
     """
 
@@ -295,12 +335,14 @@ class RunPreviews:
         host: RunHost,
         made_with: Mapping[str, Any],
         beside: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
+        evaluate: Callable[[], object] | None = None,
         measuring: PreviewLikeness | None = None,
     ) -> None:
         self._draw, self._prompts, self._beside = draw, program.prompts, beside
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.is_final_only, self._strengths = program.is_final_only, program.strengths
         self._on_the_way = tuple(one for one in program.strengths if one != 1) if program.is_strip else ()
+        self._evaluate = evaluate
         self._host, self._private = host, plan.job.config.private
         self._base_is_written = False
         self._failures = 0
@@ -325,6 +367,13 @@ class RunPreviews:
         except Exception as error:  # any: a preview must not end training
             self._failures += 1
             events.append(Warned(message=self._complaint(step, error)))
+        if final and self._evaluate is not None and not self._host.cancelled():
+            try:
+                self._evaluate()
+            except SamplingCancelledError:
+                pass
+            except Exception as error:  # any: the LoRA is saved
+                events.append(Warned(message=f"the LoRAs could not be evaluated ({_reason(error)})"))
         # The allocator caches blocks in sampling's sizes, and after a failure training needs all memory.
         torch.cuda.empty_cache()
         return events

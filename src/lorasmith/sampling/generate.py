@@ -135,14 +135,15 @@ def clips(
     negatives: Sequence[Conditioning],
     sampling: Sampling,
     *,
+    seeds: Sequence[int] = (),
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
     """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
 
-    `negatives` are those of each prompt, whose controls are theirs, too. Arguments and errors are as for
-    `generate_clips`.
+    `negatives` are those of each prompt, whose controls are theirs, too; `seeds` are those of each prompt, all that of
+    `sampling` if empty. Other arguments and errors are as for `generate_clips`.
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
@@ -152,7 +153,8 @@ def clips(
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
     parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
     latents = [torch.zeros(shape, device=device) for shape in shapes]
-    noise = [prepare_noise(sampling.seed, shape) for shape in shapes]
+    seeds = seeds or [sampling.seed] * len(positives)
+    noise = [prepare_noise(seed, shape) for seed, shape in zip(seeds, shapes, strict=True)]
     done, total = 0, sampling.steps * len(positives)
     for one, some in parts:
         # Placed first and patched second: adapters are created on their layers' device.
@@ -169,7 +171,7 @@ def clips(
                     sigmas=some,
                     sampler=sampling.sampler,
                     cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
-                    seed=sampling.seed,
+                    seed=seeds[index],
                     dtype=sampling.dtype,
                     callback=progress and _counter(progress, done, total),
                     cancelled=cancelled,

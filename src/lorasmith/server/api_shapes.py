@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from lorasmith.evaluation.evaluation_record import Evaluation
 from lorasmith.runs.presets import Preset
 
 Severity = Literal["problem", "warning", "remark"]
@@ -615,6 +616,14 @@ class DrawingFacts:
 
     control: Annotated[Literal["none", "optional", "required"], "whether its model takes or needs a picture to edit"]
     least_strength: Annotated[float, "of the LoRA: 0, or -2 of a slider"] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationAnswer:
+    """What was found out about the LoRAs of a run."""
+
+    evaluation: Annotated[Evaluation | None, "null if they were not evaluated yet"]
+    folder: Annotated[str, "of its pictures, among the files of the run"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from lorasmith.families.locating import ModelFiles
 from lorasmith.nodes import load_nodes
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.runs.drawing import save_pictures
+from lorasmith.runs.evaluate import evaluate, subject_of
 from lorasmith.runs.training_jobs import TrainingJobs, WarmModel
 from lorasmith.runs.worker import Ended, JobKind, Work, folders_of_start, how_it_ended
 from lorasmith.sampling.generate import Sampling, generate_clips
@@ -39,7 +40,8 @@ def job_kinds(work: Work) -> Mapping[str, JobKind]:
     """The kinds of jobs of a server."""
     base = Path(work.start["base"]).resolve()
     training = TrainingJobs(work, lambda job: JobReporter(work.channel, base))
-    return {"train": training, "measure": training, "graph": GraphJobs(work), "draw": DrawJobs(work)}
+    drawing = DrawJobs(work)
+    return {"train": training, "measure": training, "graph": GraphJobs(work), "draw": drawing, "evaluate": drawing}
 
 
 def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]:
@@ -51,7 +53,9 @@ def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]
 
 
 class DrawJobs:
-    """Draws a prompt without and with the LoRA of a run, from the same noise, and keeps the model."""
+    """Draws a prompt without and with the LoRA of a run, from the same noise, or evaluates the LoRAs of one, and keeps
+    the model.
+    """
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -59,10 +63,25 @@ class DrawJobs:
 
     def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
         (job,) = jobs
-        ended(job["id"], how_it_ended(partial(self._draw, job["request"]), job=job["id"], log=self._work.start["log"]))
+        work = self._evaluate if job["kind"] == "evaluate" else self._draw
+        ended(job["id"], how_it_ended(partial(work, job["request"]), job=job["id"], log=self._work.start["log"]))
 
     def free(self) -> None:
         self._model.release()
+
+    def _evaluate(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        folders, cancelled = self._work.folders(), self._work.cancelled.is_set
+        if cancelled():
+            raise CancelledError("the job was cancelled before it began")
+        reporter = JobReporter(self._work.channel, folders.base)
+
+        def tell(done: int, total: int) -> None:
+            reporter.notice("progress", {"value": done, "maximum": total}, droppable=True)
+
+        subject = subject_of([folders.base / request["run"]])
+        model = self._model.load(typed(request["files"], ModelFiles), folders).model
+        found = evaluate(model, subject, progress=tell, cancelled=cancelled)
+        return {"outputs": {"sentence": found.sentence}}
 
     def _draw(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.allocator import is_out_of_memory, memory_missed
+from lorasmith.core.allocator import has_lost_device, is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
+from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.engine import Engine, batch_maker
@@ -271,6 +272,11 @@ class Loop:
             self.waited_s.append(time.perf_counter() - began)
             own = self.engine.gradient(batches)
         except Exception as error:
+            if has_lost_device(error):
+                raise TrainingError(
+                    f"the GPU must finish step {self.step + 1}, but failed ({first_line(error)}), after which this "
+                    "process cannot use it; run the same command again, which continues from the last run state"
+                ) from error
             if self.engine.runtime.sharding:
                 raise  # the others wait in the same pass
             if is_out_of_memory(error):

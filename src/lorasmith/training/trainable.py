@@ -444,7 +444,7 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
             stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
         if runtime.quantized_backward:
-            stack.enter_context(fp8_products_enabled(module))
+            stack.enter_context(fp8_products_enabled(module, device))
         stack.enter_context(adapters_attached(module, attachments(module, patches)))
         yield
 

@@ -114,6 +114,27 @@ def test_a_prompt_is_drawn_with_the_lora_of_a_run(tmp_path: Path) -> None:
     with_api(tmp_path, test)
 
 
+def test_the_loras_of_a_run_are_evaluated(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+
+    async def test(client: Client) -> None:
+        found = {"evaluation": {"sentence": "Use step 10."}, "folder": "evaluation"}
+        made_up(client).update(run_evaluation=found, evaluation_request={"run": "runs/dog-001", "model": "m"})
+        assert await client.ask("GET", f"/runs/{RUN}/evaluation") == found
+        job = await client.ask("POST", f"/runs/{RUN}/evaluation", {}, status=201)
+        assert (job["kind"], job["title"], job["state"]) == ("evaluate", "Evaluation", "pending")
+        asked = dict(client.context.assistant.asked)  # type: ignore[attr-defined]
+        assert asked["evaluation_request"] == {"id": "runs/dog-001"}
+        made_up(client)["evaluation_request"] = RefusedError("OptionError", "must have one trigger, got none")
+        assert "one trigger" in await client.error("POST", f"/runs/{RUN}/evaluation", {})
+        (folder / "evaluation").mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "evaluation" / "base-1.webp")
+        async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/evaluation/base-1.webp") as response:
+            assert (response.status, response.content_type) == (200, "image/webp"), "to look at"
+
+    with_api(tmp_path, test)
+
+
 def test_a_picture_to_edit_is_stored_by_its_content(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
 

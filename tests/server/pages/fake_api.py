@@ -95,6 +95,34 @@ MODELS = {
 }  # fmt: skip
 
 
+EVALUATED: dict[str, Any] = {
+    "title": "fox-001",
+    "model": "SD 1.5",
+    "trigger": "foxy",
+    "seed": 0,
+    "sampling_steps": 20,
+    "prompts": ["foxy", "foxy, <b>on</b> a beach"],
+    "base": ["base-1.png", "base-2.png"],
+    "loras": [
+        {
+            "file": f"fox-{step}.safetensors",
+            "label": f"step {step}",
+            "step": step,
+            "measures": {
+                "likeness": 0.6, "adherence": 0.9, "diversity": 0.1, "memorisation": 0.0, "drift": 0.1, "bleed": None,
+                "change": 0.2,
+            },
+            "pictures": [f"lora-{step}-1.png", f"lora-{step}-2.png"],
+        }
+        for step in (50, 100)
+    ],
+    "training": {"count": 4, "self_likeness": 0.6, "base_likeness": 0.4},
+    "verdict": {"outcome": "use", "best": 0, "ignored_from": 1, "copied": False},
+    "sentence": "Use step 50: it looks like your pictures; from step 100 on prompts are ignored.",
+    "strengths": [],
+    "notes": ["A note."],
+}  # fmt: skip
+
 SWEEP = {
     "id": "fox-sweep-001",
     "comparable": True,
@@ -134,6 +162,7 @@ class FakeServer:
     measured: bool = False
     control: str = "none"  # whether drawings take a picture
     least_strength: float = 0.0  # of drawings
+    evaluation: dict[str, Any] = field(default_factory=lambda: {"evaluation": None, "folder": "evaluation"})
     distilled: dict[str, str] = field(default_factory=dict)  # what plans say of the model and its usual adapter
     is_closing: bool = False
     builtin: frozenset[str] = frozenset()
@@ -188,6 +217,8 @@ class FakeServer:
                 ),
                 web.post(f"{at}/runs/{{id}}/controls", self._add_control),
                 web.post(f"{at}/runs/{{id}}/drawing", self._draw),
+                web.get(f"{at}/runs/{{id}}/evaluation", _says(lambda: self.evaluation)),
+                web.post(f"{at}/runs/{{id}}/evaluation", self._evaluate),
             ]
         )
         return app
@@ -541,6 +572,21 @@ class FakeServer:
     async def _add_control(self, request: web.Request) -> web.Response:
         await request.post()
         return web.json_response({"control": "control-1.png"}, status=201)
+
+    async def _evaluate(self, request: web.Request) -> web.Response:
+        job = self.add_job("pending", kind="evaluate", name=None, title="Evaluation", request={})
+        self._publish(job)
+
+        async def evaluate() -> None:
+            self._publish(job, state="running")
+            for value in range(9):
+                self._tell(job["id"], "progress", {"value": value, "maximum": 8})
+                await asyncio.sleep(self.step_seconds)
+            self.evaluation = {"evaluation": EVALUATED, "folder": "evaluation"}
+            self._publish(job, state="completed", outputs={"sentence": EVALUATED["sentence"]})
+
+        self._tasks[job["id"]] = asyncio.create_task(evaluate())
+        return web.json_response(job, status=201)
 
     async def _draw(self, request: web.Request) -> web.Response:
         job = self.add_job("pending", kind="draw", name=None, title="Drawing", request=await request.json())

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lorasmith.training.events import StepDone
 from tests.server.pages.conftest import ServedPage, assert_legible, expected
-from tests.server.pages.fake_api import started
+from tests.server.pages.fake_api import EVALUATED, started
 
 Opener = Callable[..., Any]
 
@@ -532,6 +532,33 @@ def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Op
     expected(page.locator(".try img")).to_have_count(4)
     bodies = [body for _, path, body in served.server.calls if path.endswith("drawing")]
     assert bodies[0] == {"prompt": "foxy <i>in</i> snow", "strength": 0.8, "seed": 7, "control": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_a_run_is_evaluated(served: ServedPage, open_page: Opener, scheme: str, width: int) -> None:
+    served.server.add_run("runs/fox-001")
+    page = open_page("#/runs/runs%2Ffox-001", scheme=scheme, width=width)
+    page.get_by_role("button", name="Evaluate the LoRAs").click()
+    which = page.get_by_role("region", name="Which step?")
+    expected(which.locator(".verdict")).to_have_text(EVALUATED["sentence"])
+    expected(which.locator(".thumbs img")).to_have_count(2)
+    waits(page, "foxy, <b>on</b> a beach")  # as text
+    slider = which.get_by_label("LoRA", exact=True)
+    expected(which.locator("output")).to_have_text("Step 50 (recommended)")
+    expected(which.get_by_role("link", name="Use this one")).to_have_attribute(
+        "href", re.compile(r"fox-50\.safetensors$")
+    )
+    slider.press("ArrowRight")
+    expected(which.locator("output")).to_have_text("Step 100")
+    expected(which.locator(".thumbs img").first).to_have_attribute("alt", "Step 100: foxy")
+    slider.press("Home")
+    expected(which.locator("output")).to_have_text("Base model")
+    which.get_by_role("button", name="Base model: foxy").first.click()
+    waits(page, "1 of 2")
+    page.keyboard.press("Escape")
+    expected(which.get_by_role("button", name="Evaluate again")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.slow

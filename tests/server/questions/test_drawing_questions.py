@@ -14,7 +14,13 @@ from lorasmith.core.folders import Folders
 from lorasmith.families.base import ControlForm
 from lorasmith.families.model import Model
 from lorasmith.server.questions.dataset_questions import UnknownFileError
-from lorasmith.server.questions.run_results import draw_request, drawing_facts, keep_control
+from lorasmith.server.questions.run_results import (
+    draw_request,
+    drawing_facts,
+    evaluation_request,
+    keep_control,
+    run_evaluation,
+)
 
 RUN = "runs/dog-001"
 
@@ -112,3 +118,20 @@ def test_what_is_no_picture_and_a_folder_elsewhere_are_refused(
     with pytest.raises(OutputError, match="is a link to somewhere else"):
         draw_request(installation, RUN, prompt="")
     assert [*(tmp_path / "elsewhere").iterdir()] == []
+
+
+def test_the_loras_of_a_run_are_evaluated(
+    installation: Folders, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_evaluation(installation, RUN)
+    assert (found.evaluation, found.folder) == (None, "evaluation")
+    request = evaluation_request(installation, RUN)
+    assert (request["run"], request["files"]["vae"]) == (RUN, None)
+    as_edit_model(monkeypatch, is_required=True)
+    with pytest.raises(OptionError, match="cannot be evaluated"):
+        evaluation_request(installation, RUN)
+    monkeypatch.setattr("lorasmith.evaluation.likeness._PACKAGES", ("not_there",))
+    with pytest.raises(OptionError, match="not_there, which is not installed"):
+        evaluation_request(installation, RUN)
+    (base / RUN / "evaluation").symlink_to(tmp_path)
+    assert run_evaluation(installation, RUN).evaluation is None, "where a link leads is not read"

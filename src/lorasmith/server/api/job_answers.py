@@ -11,7 +11,13 @@ from typing import Any
 from lorasmith.runs.queue import Job
 from lorasmith.server.api_shapes import JobAnswer
 
-_TITLES = {"draw": "Drawing", "graph": "Workflow", "measure": "Measurement", "train": "Training"}
+_TITLES = {
+    "draw": "Drawing",
+    "evaluate": "Evaluation",
+    "graph": "Workflow",
+    "measure": "Measurement",
+    "train": "Training",
+}
 _LARGE = ("prompt", "workflow", "extra_data")  # left out of lists
 
 

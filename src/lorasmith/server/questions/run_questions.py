@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,14 +19,13 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.options import options_of
-from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.metadata import sha256_file, steps_of
+from lorasmith.formats.metadata import sha256_file
 from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.runs.drawing import EXPERTS
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
-from lorasmith.runs.run_page import is_own, lora_of_run, report_of
+from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of, stamp_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.api_shapes import (
@@ -317,13 +315,9 @@ def all_runs(folders: Folders) -> Iterator[tuple[str, Path]]:
 
 def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
     """The saved LoRAs of a run, ordered by step."""
-    own = re.compile(rf"{re.escape(record.title)}(-best|-step\d+)?")
-    found = []
-    for path in folder.glob("*.safetensors"):
-        match = own.fullmatch(path.stem)
-        if match and is_own(path, folder) and (step := _steps(str(path), stamp_of(path))) is not None:
-            found.append(SavedLora(step=step, file=path.name, bytes=path.stat().st_size, best=match[1] == "-best"))
-    yield from sorted(found, key=lambda one: (one.step, one.file))
+    for path, step in loras_of_run(folder, record.title):
+        best = path.stem == f"{record.title}-best"
+        yield SavedLora(step=step, file=path.name, bytes=path.stat().st_size, best=best)
 
 
 def is_trainable_on(history: RunHistory) -> bool:
@@ -336,27 +330,9 @@ def is_trainable_on(history: RunHistory) -> bool:
     )
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Time of change and size of a file, as a cache key; zeros if it does not exist."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
-
-
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, cached until it changes."""
     return _digest_once(str(path), stamp_of(path))
-
-
-@functools.lru_cache(maxsize=5000)
-def _steps(path: str, stamp: tuple[int, int]) -> int | None:
-    """Steps of a LoRA; None if it cannot be read."""
-    try:
-        return steps_of(check_safetensors(Path(path)).metadata, Path(path).name)
-    except LorasmithError:
-        return None
 
 
 @functools.lru_cache(maxsize=1000)

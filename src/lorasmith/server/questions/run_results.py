@@ -21,16 +21,19 @@ from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.image_files import ImageError, open_reduced
+from lorasmith.evaluation.evaluation_record import EVALUATION, read_evaluation
+from lorasmith.evaluation.likeness import check_installed
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import named_path
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
+from lorasmith.runs.evaluate import subject_of
 from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
 from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
-from lorasmith.server.api_shapes import DrawingFacts, InstalledLora, KeptControl
+from lorasmith.server.api_shapes import DrawingFacts, EvaluationAnswer, InstalledLora, KeptControl
 from lorasmith.server.questions.dataset_questions import CONTROL, UnknownFileError, is_name, stays_in
 from lorasmith.server.questions.plan_questions import check_steps, structure_of
 from lorasmith.server.questions.question_registry import question
@@ -172,6 +175,28 @@ def draw_request(
         "seed": seed,
         "control": control,
     }
+
+
+@question
+def run_evaluation(folders: Folders, id: str) -> EvaluationAnswer:
+    """The stored evaluation of the LoRAs of a run. Raises UnknownFileError."""
+    folder = run_folder_of(folders, id) / EVALUATION
+    return EvaluationAnswer(
+        evaluation=read_evaluation(folder) if stays_in(folder, folder.parent.resolve()) else None, folder=EVALUATION
+    )
+
+
+@question
+def evaluation_request(folders: Folders, id: str) -> dict[str, Any]:
+    """The request of a job that evaluates the LoRAs of a run. Raises as `drawing_facts`, and OptionError if its LoRAs
+    have no trigger, or the extra `likeness` is missing.
+    """
+    check_installed()
+    folder, spec, model = _drawn_with(folders, id)
+    if model.control_form is not None and model.control_form.is_required:
+        raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
+    subject_of([folder])
+    return {"run": id, "model": spec.model, "files": asdict(spec.files)}
 
 
 def _least_strength(spec: RunSpec) -> float:

@@ -33,6 +33,7 @@ from lorasmith.core.quantization import (
     weight_source,
 )
 from lorasmith.training.memory.activations import blocks_at_depth
+from lorasmith.training.memory.pinned_memory import PinnedMemory
 
 
 @contextlib.contextmanager
@@ -119,12 +120,13 @@ def frozen_bytes(
 
 
 @contextlib.contextmanager
-def fp8_products_enabled(module: nn.Module) -> Iterator[None]:
+def fp8_products_enabled(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the context, layers for which `takes_fp8_products` holds multiply in fp8, forward and backward."""
-    chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, code_in_model(layer))]
+    codes = {layer: code_in_model(layer) for layer in packable_layers(module)}
+    chosen = {layer: code for layer, code in codes.items() if code is not None and takes_fp8_products(layer, code)}
     try:
-        for layer in chosen:
-            setattr(layer, PRODUCTS, Fp8Products())
+        for layer, code in chosen.items():
+            setattr(layer, PRODUCTS, Fp8Products(code, layer.get_parameter("weight").shape, device))
         yield
     finally:
         for layer in chosen:
@@ -199,13 +201,14 @@ class WeightStream:
         self._last = (-1, -1)
         self._on_gpu = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if self._on_gpu else None
+        self._pinned = PinnedMemory(device)
         self._in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def add(self, weight: Packed) -> int:
         """Add a packed weight; returns its number."""
         tensors = tuple(tensor.cpu() for tensor in weight.tensors)
         if self._on_gpu:
-            tensors = tuple(tensor.pin_memory() for tensor in tensors)
+            tensors = self._pinned.copies(tensors)
         self._weights.append(replace(weight, tensors=tensors))
         return len(self._weights) - 1
 
@@ -242,6 +245,7 @@ class WeightStream:
         self._in_flight.clear()
         self._following.clear()
         self._last = (-1, -1)
+        self._pinned.free()
 
     def _foreseen(self) -> list[int]:
         found: list[int] = []

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -189,7 +190,7 @@ class RunFolder:
                 os.fsync(self._log.fileno())
 
     def _tidy(self) -> None:
-        """Remove temporary files of a killed process; without a run, only those of `run.json`."""
+        """Remove temporary files and folders of a killed process; without a run, only those of `run.json`."""
         if not self.exists:
             for path in self.path.glob(f".{RECORD}.*.tmp"):
                 path.unlink(missing_ok=True)
@@ -203,7 +204,10 @@ class RunFolder:
         if self.outcome() is None:  # otherwise it is a LoRA with that name
             left.append(self.path / "preview.safetensors")
         for path in left:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         self._check_entries()

@@ -8,9 +8,9 @@ import { Button, State } from "./basics.mjs";
 
 export const titleOf = (job) =>
   job.title || job.name || job.request?.name || job.run?.split("/").pop() ||
-  ({ train: "Training", measure: "Measuring a step", graph: "Workflow", draw: "Drawing" }[job.kind] ?? "Job");
+  ({ train: "Training", measure: "Measuring a step", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation" }[job.kind] ?? "Job");
 
-const WORK = { train: "Training", measure: "Measurement", graph: "Workflow", draw: "Drawing" };
+const WORK = { train: "Training", measure: "Measurement", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation" };
 
 /** Runs an action on a job; its failure is said at the edge of the page. */
 export async function act(job, action, body) {

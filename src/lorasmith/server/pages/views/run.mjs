@@ -12,6 +12,7 @@ import { Lightbox, Previews } from "../parts/pictures.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { Stepper } from "../parts/stepper.mjs";
 import { TryIt } from "../parts/try_it.mjs";
+import { WhichStep } from "../parts/which_step.mjs";
 
 const SAID_ELSEWHERE = new Set(["LoRA file"]); // its size stands on the button that downloads it
 const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
@@ -124,6 +125,7 @@ function Results({ run }) {
   const pictures = run.images.filter((one) => one.thumbnail);
   return html`
     ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2><${Previews} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.best_step} /></section>`}
+    ${run.lora && html`<${WhichStep} key=${run.id} run=${run} />`}
     ${run.lora && html`<${TryIt} run=${run} />`}
     ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /><${LikenessCurves} points=${run.likenesses} /></section>`}
     ${Object.keys(run.use).length > 0 && html`<section aria-labelledby="use"><h2 id="use">How to use it</h2>

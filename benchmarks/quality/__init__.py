@@ -1,0 +1,1 @@
+"""What LoRAs learn, by recipe: see `benchmarks.quality.__main__`."""

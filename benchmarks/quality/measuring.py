@@ -1,0 +1,267 @@
+"""Runs of a recipe on a task, and what the pictures of each checkpoint show."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.quality.recipes import AVERAGE, RECIPES
+from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, features_of
+from benchmarks.quality.subjects import BUILT_IN, Prompt, Task, folder_tasks
+from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.evaluation import measures
+from lorasmith.evaluation.likeness import features
+from lorasmith.families.loading import load_model
+from lorasmith.runs.drawing import with_loras
+from lorasmith.runs.library import load_dataset, train
+from lorasmith.sampling.generate import generate
+from lorasmith.toolbox.average import average_run
+from tools.pretrain.data import CONCEPTS, short_name, with_article
+
+DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
+ASKED_SEEDS = range(1, 7)  # of which the first is used from which the base model draws the wish
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+TINY = "lorasmith-tiny"
+_KEPT_EACH = 20  # each run draws three of the sixty concepts without the trigger; runs share them out
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs have in common: `subjects`, `clip` and `dino` are folders; `comfyui` a checkout and its Python."""
+
+    looks: tuple[int, ...]  # pictures seen at each checkpoint
+    model: str = TINY
+    subjects: Path | None = None
+    clip: Path | None = None
+    dino: Path | None = None
+    comfyui: tuple[Path, Path] | None = None
+
+    def tasks(self) -> Mapping[str, Task]:
+        """What is taught."""
+        return BUILT_IN if self.subjects is None else folder_tasks(self.subjects)
+
+    def sight(self) -> Sight:
+        """What looks at the pictures."""
+        if self.subjects is None:
+            return JudgeSight()
+        return FeatureSight(features if self.dino is None else features_of(self.dino), self.clip)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: a recipe on so many pictures of a task."""
+
+    recipe: str
+    task: str
+    pictures: int
+    seed: int
+    factor: float
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    in_comfyui: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was measured of a LoRA, each from 0 to 1 but memorisation."""
+
+    looks: int  # pictures seen
+    seconds: float  # of training, processor time
+    fidelity: float  # of the subject, by the sight
+    likeness: float  # to held-out pictures
+    adherence: float | None  # to what prompts ask for besides the subject, by the sight
+    diversity: float
+    memorisation: float  # how much nearer the nearest trained picture is than the nearest held-out one
+    drift: float  # of pictures without the trigger
+    bleed: float  # of the class without the trigger, by the sight
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave."""
+
+    job: Job
+    checkpoints: tuple[Checkpoint, ...]
+    strengths: tuple[float, ...]  # fidelity of the last one at each of STRENGTHS, of the first seed
+    pictures: tuple[Image.Image, ...]  # of the last one: the trigger, and the prompts
+
+
+def outcomes_of(jobs: Sequence[Job], setting: Setting, workers: int) -> Iterator[Outcome]:
+    """The outcome of each job in order, of as many processes with a thread each."""
+    with multiprocessing.get_context("spawn").Pool(workers, _prepare, (setting,)) as pool:
+        yield from pool.imap(_run, jobs)
+
+
+def _prepare(setting: Setting) -> None:
+    global _bench  # noqa: PLW0603 - of a worker process
+    torch.set_num_threads(1)
+    os.environ["LORASMITH_CACHE_DIR"] = tempfile.mkdtemp()
+    _bench = Bench(setting)
+
+
+def _run(job: Job) -> Outcome:
+    return _bench.run(job)
+
+
+class Bench:
+    """A model, what looks at its pictures, and what the base draws."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.model, self.sight = load_model(setting.model), setting.sight()
+        self._setting, self._tasks = setting, setting.tasks()
+        # The judge sees as much in pictures of four steps as in those of twenty.
+        self._steps = 4 if setting.model == TINY else None
+        self._data: dict[tuple[str, int], EncodedDataset] = {}
+        self._base: dict[str, Image.Image] = {}
+        self._seeds: dict[str, list[tuple[Prompt, int]]] = {}
+        self._features: dict[tuple[str, int], Tensor] = {}
+
+    def run(self, job: Job) -> Outcome:
+        """Train, and measure after each number of looks."""
+        task, looks = self._tasks[job.task], self._setting.looks
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.process_time()
+            files = (self._trained_in_comfyui if job.in_comfyui else self._trained)(job, task, Path(folder))
+            seconds = time.process_time() - began
+            found = [
+                self._measured(task, job, file, look, seconds * look / looks[-1])
+                for look, file in zip(looks, files, strict=True)
+            ]
+            strengths = self._strengths(task, files[-1]) if job.seed == 0 else ()
+        return Outcome(job, tuple(one for one, _ in found), strengths, found[-1][1])
+
+    def _trained(self, job: Job, task: Task, folder: Path) -> list[Path]:
+        """The file of each checkpoint."""
+        settings = {"rank": 16, **RECIPES[job.recipe].at(job.factor), **job.changes}
+        length = settings.pop(AVERAGE, None)
+        if settings.get("preserve") == "class":
+            settings["preserve_class"] = task.trigger.removeprefix("sks ")
+        steps = [look // int(settings.get("batch_size", 1)) for look in self._setting.looks]
+        result = train(
+            self.model,
+            self._encoded(task, job.pictures),
+            output=folder,
+            title="one",
+            trigger=task.trigger,
+            steps=steps[-1],
+            save_every=steps[0],
+            validation_share=0.0,
+            previews="",
+            seed=job.seed,
+            save_state_every=0,
+            **settings,
+        )
+        assert result.path is not None
+        last = result.path
+        if length is not None:
+            last = average_run(folder, folder / "average.safetensors", sigma_rel=length).output
+        return [*(folder / f"one-step{step:08}.safetensors" for step in steps[:-1]), last]
+
+    def _trained_in_comfyui(self, job: Job, task: Task, folder: Path) -> list[Path]:
+        """The same of ComfyUI's own node, in a process of its own."""
+        assert self._setting.comfyui is not None
+        checkout, python = self._setting.comfyui
+        data = self._encoded(task, job.pictures)
+        inputs = {
+            "latents": torch.stack([one.latents for one in data]),
+            "context": torch.cat([one.conditioning.tensors["context"] for one in data]),
+        }
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
+        files = [folder / f"{look}.safetensors" for look in self._setting.looks]
+        request = {
+            "checkout": str(checkout),
+            "model": str(BUILT_IN_BASE / "models" / "checkpoints" / f"{TINY}.safetensors"),
+            "inputs": str(folder / "inputs.safetensors"),
+            "settings": {"learning_rate": RECIPES[job.recipe].at(job.factor)["learning_rate"], "seed": job.seed},
+            "files": dict(zip(self._setting.looks, map(str, files), strict=True)),
+        }
+        command = [str(python), str(Path(__file__).with_name("in_comfyui.py"))]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(
+            command, input=json.dumps(request), text=True, env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+        return files
+
+    def _encoded(self, task: Task, number: int) -> EncodedDataset:
+        key = (task.name, number)
+        if key not in self._data:
+            pairs = [(picture, task.trigger) for picture in task.training[number]]
+            self._data[key] = load_dataset(pairs, self.model, progress=False)
+        return self._data[key]
+
+    def _drawn(self, prompts: Sequence[str], lora: Path | None, seed: int, strength: float = 1.0) -> list[Image.Image]:
+        base = self.model
+        loras = [] if lora is None else [(lora, strength)]
+        denoiser, encoder = with_loras(base.denoiser, base.text_encoder, loras)
+        return generate(denoiser, prompts, text_encoder=encoder, seed=seed, steps=self._steps)
+
+    def _from_base(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+        missing = [one for one in prompts if f"{seed} {one}" not in self._base]
+        if missing:
+            drawn = self._drawn(missing, None, seed)
+            self._base |= {f"{seed} {one}": picture for one, picture in zip(missing, drawn, strict=True)}
+        return [self._base[f"{seed} {one}"] for one in prompts]
+
+    def _place(self, job: Job) -> int:
+        """Number of a subject and seed, the same for all recipes."""
+        return [*self._tasks].index(job.task) + len(self._tasks) * job.seed
+
+    def _asked(self, task: Task) -> list[tuple[Prompt, int]]:
+        """Prompts, each with the first noise from which the base model draws what it asks for."""
+        if task.name not in self._seeds:
+            firsts = [(one, self._first_seed(one)) for one in task.prompts]
+            self._seeds[task.name] = [(one, seed) for one, seed in firsts if seed is not None]
+        return self._seeds[task.name]
+
+    def _first_seed(self, prompt: Prompt) -> int | None:
+        pictures = ((seed, self._from_base([prompt.plain], seed)[0]) for seed in ASKED_SEEDS)
+        return next((seed for seed, picture in pictures if self.sight.shows(prompt, picture)), None)
+
+    def _measured(
+        self, task: Task, job: Job, lora: Path, looks: int, seconds: float
+    ) -> tuple[Checkpoint, tuple[Image.Image, ...]]:
+        plain = [self._drawn([task.trigger], lora, seed)[0] for seed in DRAWN_SEEDS]
+        prompts, seeds = zip(*self._asked(task), strict=True)
+        asked = [self._drawn([one.text], lora, seed)[0] for one, seed in zip(prompts, seeds, strict=True)]
+        kept = [with_article(short_name(one)) for one in CONCEPTS[self._place(job) % _KEPT_EACH :: _KEPT_EACH]]
+        of_class = [] if task.of_class is None else [with_article(short_name(task.of_class))]
+        without = self._drawn([*kept, *of_class], lora, 1)
+        base = self._from_base([*kept, *of_class], 1)
+        drawn, held_out = features(plain), self._features_of(task, 0)
+        return Checkpoint(
+            looks=looks,
+            seconds=seconds,
+            fidelity=self.sight.fidelity(task, [*plain, *asked]),
+            likeness=measures.likeness(drawn, held_out),
+            adherence=self.sight.adherence(prompts, asked),
+            diversity=measures.diversity(drawn) or 0.0,
+            memorisation=measures.nearest(drawn, self._features_of(task, job.pictures))
+            - measures.nearest(drawn, held_out),
+            drift=measures.drift(features(base[: len(kept)]), features(without[: len(kept)])),
+            bleed=self.sight.bleed(task, base[len(kept) :], without[len(kept) :]),
+        ), (*plain, *asked)
+
+    def _strengths(self, task: Task, lora: Path) -> tuple[float, ...]:
+        return tuple(
+            self.sight.fidelity(task, self._drawn([task.trigger], lora, 1, strength)) for strength in STRENGTHS
+        )
+
+    def _features_of(self, task: Task, pictures: int) -> Tensor:
+        """Features of so many pictures for training, or of the held-out ones for 0."""
+        key = (task.name, pictures)
+        if key not in self._features:
+            self._features[key] = features(task.training[pictures] if pictures else task.held_out)
+        return self._features[key]

@@ -1,0 +1,118 @@
+"""What looks at pictures: the judge of the built-in model's drawings, or image features for any other model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.quality.subjects import Prompt, Task
+from lorasmith.evaluation import measures
+from tools.pretrain.data import HELD_OUT_STYLE
+from tools.pretrain.judge import SETS, SUBJECTS, Judge, tensors
+from tools.pretrain.quality import background_of
+
+Features = Callable[[Sequence[Image.Image]], Tensor]
+"""Pictures → their features (N, width), rows of length 1."""
+
+
+class Sight(Protocol):
+    """Whether pictures show the subject, what the prompt asks for, and still their class."""
+
+    def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
+        """How much pictures show the subject or style, from 0 to 1."""
+
+    def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
+        """Whether a picture of the base model shows what a prompt asks for besides the subject."""
+
+    def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
+        """How much the picture of each prompt shows what it asks for; None if unknown."""
+
+    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
+        """How much pictures of the class have become the subject."""
+
+
+class JudgeSight:
+    """The judge: probability of the subject, share of wishes fulfilled, share of pictures that lost their class."""
+
+    def __init__(self) -> None:
+        self._judge = Judge.load()
+
+    def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
+        subjects, styles = self._judge(tensors(pictures))
+        if task.of_class is None:
+            return float(styles.softmax(1)[:, SETS.index(HELD_OUT_STYLE)].mean())
+        return float(subjects.softmax(1)[:, SUBJECTS.index(task.name)].mean())
+
+    def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
+        if prompt.background is not None:
+            return background_of(picture) == prompt.background
+        if prompt.icon_set is not None:
+            return self._judge.styles([picture]) == [prompt.icon_set]
+        return self._judge.subjects([picture]) == [prompt.concept]
+
+    def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
+        return statistics.mean(map(self.shows, prompts, pictures))
+
+    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
+        return sum(one != task.of_class for one in self._judge.subjects(after)) / len(after) if after else 0.0
+
+
+class FeatureSight:
+    """Likeness to held-out pictures, likeness to the text where there is a CLIP, and growth of the class's likeness."""
+
+    def __init__(self, features: Features, clip: Path | None) -> None:
+        self._features, self._text = features, None if clip is None else clip_alike(clip)
+
+    def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
+        return measures.likeness(self._features(pictures), self._features(task.held_out))
+
+    def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
+        return True  # there is no threshold
+
+    def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
+        return None if self._text is None else self._text(pictures, [one.plain for one in prompts])
+
+    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
+        return max(0.0, self.fidelity(task, after) - self.fidelity(task, before)) if after else 0.0
+
+
+def features_of(folder: Path) -> Features:
+    """Features of a model of transformers in a folder: CLIP's of pictures, or the class token, as of DINO."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+    def found(pictures: Sequence[Image.Image]) -> Tensor:
+        inputs = processor(images=[one.convert("RGB") for one in pictures], return_tensors="pt")
+        with torch.no_grad():
+            if hasattr(model, "visual_projection"):
+                vision = model.vision_model(**inputs).pooler_output
+                return F.normalize(model.visual_projection(vision), dim=1)
+            return F.normalize(model(**inputs).last_hidden_state[:, 0], dim=1)
+
+    return found
+
+
+def clip_alike(folder: Path) -> Callable[[Sequence[Image.Image], Sequence[str]], float]:
+    """CLIP-T: pictures and as many texts → the mean cosine of their features, by a CLIP of transformers in a folder."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    pictures_of = features_of(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+    def alike(pictures: Sequence[Image.Image], texts: Sequence[str]) -> float:
+        tokens = tokenizer([*texts], padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            text = model.text_projection(model.text_model(**tokens).pooler_output)
+        return float((pictures_of(pictures) * F.normalize(text, dim=1)).sum(1).mean())
+
+    return alike

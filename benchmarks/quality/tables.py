@@ -1,0 +1,98 @@
+"""The tables of `benchmarks.quality`."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.quality.measuring import STRENGTHS, Checkpoint, Job, Outcome
+from benchmarks.quality.scores import hypervolume, interval
+from benchmarks.results import Results
+
+MEASURES = ("fidelity", "likeness", "adherence", "diversity", "memorisation", "drift", "bleed")
+
+
+def name_of(job: Job) -> str:
+    """The recipe with what was changed of it."""
+    changes = "".join(f" {name}={value}" for name, value in job.changes.items())
+    return f"{job.recipe}{', in ComfyUI' if job.in_comfyui else ''}{changes}"
+
+
+def recipe_tables(outcomes: Sequence[Outcome], results: Results) -> None:
+    """A row for each recipe and number of pictures: hypervolume, measures by checkpoint, and by strength."""
+    kinds = _by_kind(outcomes)
+    columns = {"recipe": "", "rate ×": "g", "pictures": "d", "runs": "d", "hypervolume": ".3f", "95 % interval": ""}
+    results.table(
+        {**columns, "per minute of training": ".3f"},
+        "Area under the curve of fidelity against adherence over the checkpoints",
+    )
+    for kind, runs in kinds.items():
+        mean, low, high = interval(_by_subject(runs, _hypervolume))
+        minutes = statistics.mean(one.checkpoints[-1].seconds for one in runs) / 60
+        results.add(*kind, len(runs), mean, f"{low:.3f} to {high:.3f}", mean / minutes)
+    columns = {"recipe": "", "rate ×": "g", "pictures": "d", "seen": "d"}
+    results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Means by checkpoint")
+    for kind, runs in kinds.items():
+        for checkpoints in zip(*(one.checkpoints for one in runs), strict=True):
+            results.add(*kind, checkpoints[0].looks, *(_mean(checkpoints, measure) for measure in MEASURES))
+    columns = {"recipe": "", "rate ×": "g", "pictures": "d", **dict.fromkeys(map(str, STRENGTHS), ".2f")}
+    results.table(
+        {**columns, "monotone up to 1": ".2f"}, "Fidelity of the last checkpoint by strength, of the first seed"
+    )
+    for kind, runs in kinds.items():
+        if firsts := [one.strengths for one in runs if one.strengths]:
+            means = map(statistics.mean, zip(*firsts, strict=True))
+            results.add(*kind, *means, statistics.mean(map(_is_monotone, firsts)))
+
+
+def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
+    """A row for each method: what it changes against the first rows' runs of the same subject and seed."""
+    (_, plain), *others = _by_kind(outcomes).items()
+    before = {_pair(one): one for one in plain}
+    columns = {"method": "", "runs": "d", "hypervolume": ".3f", "difference": "+.3f", "95 % interval": ""}
+    columns |= {"time of training": ".2f", **dict.fromkeys(MEASURES, "+.3f")}
+    results.table(columns, "Difference of each method from the defaults, subject by subject and seed by seed")
+    results.add("defaults", len(plain), statistics.mean(map(_hypervolume, plain)), None, None, 1.0, *[None] * 7)
+    for (name, *_), runs in others:
+        gains = _by_subject(runs, lambda one: _hypervolume(one) - _hypervolume(before[_pair(one)]))
+        mean, low, high = interval(gains)
+        ends = [one.checkpoints[-1] for one in runs]
+        ends_before = [before[_pair(one)].checkpoints[-1] for one in runs]
+        time = sum(one.seconds for one in ends) / sum(one.seconds for one in ends_before)
+        measured = [_mean(ends, measure) - _mean(ends_before, measure) for measure in MEASURES]
+        total, name = statistics.mean(map(_hypervolume, runs)), name.partition(" ")[2]
+        results.add(name, len(runs), total, mean, f"{low:+.3f} to {high:+.3f}", time, *measured)
+
+
+def _by_kind(outcomes: Sequence[Outcome]) -> dict[tuple[str, float, int], list[Outcome]]:
+    kinds: dict[tuple[str, float, int], list[Outcome]] = {}
+    for one in outcomes:
+        kinds.setdefault((name_of(one.job), one.job.factor, one.job.pictures), []).append(one)
+    return kinds
+
+
+def _pair(outcome: Outcome) -> tuple[str, int, int]:
+    return outcome.job.task, outcome.job.pictures, outcome.job.seed
+
+
+def _hypervolume(outcome: Outcome) -> float:
+    return hypervolume([(one.fidelity, one.adherence or 0.0) for one in outcome.checkpoints])
+
+
+def _by_subject(runs: Iterable[Outcome], value: Callable[[Outcome], float]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for one in runs:
+        found.setdefault(one.job.task, []).append(value(one))
+    return found
+
+
+def _mean(checkpoints: Iterable[Checkpoint], measure: str) -> float:
+    values = [getattr(one, measure) for one in checkpoints]
+    return float("nan") if None in values else statistics.mean(values)
+
+
+def _is_monotone(strengths: Sequence[float]) -> bool:
+    """Whether a stronger LoRA shows the subject no less, up to a strength of 1."""
+    up_to_one = strengths[: STRENGTHS.index(1.0) + 1]
+    return all(after >= before - 0.05 for before, after in itertools.pairwise(up_to_one))

@@ -1,0 +1,83 @@
+"""Whether the measure of likeness tells subjects apart: the area under the curve of same against different subject.
+
+    python -m benchmarks.quality.validation
+    python -m benchmarks.quality.validation --photos dreambooth/dataset --clip clip-vit-base-patch32 --dino dinov2-small
+
+Without photos, the drawings of the seven subjects in six sets are compared, no two of one set; with them, a folder that
+has a folder of pictures for each subject, as DreamBooth's. A measure below 0.8 is not to be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.bases import machine
+from benchmarks.quality.sights import Features, features_of
+from benchmarks.quality.subjects import CLASSES, drawing, pictures_in
+from benchmarks.results import Results, add_json
+from lorasmith.data.image_files import open_image
+from lorasmith.evaluation.likeness import features
+from tools.pretrain.judge import Judge, tensors
+from tools.pretrain.subjects import SETS
+
+
+def area(found: Tensor, subjects: Sequence[str], groups: Sequence[str]) -> float:
+    """Probability that two pictures of one subject are more alike than two of different ones, each of two groups."""
+    alike = found @ found.T
+    same, other = [], []
+    for one, two in itertools.combinations(range(len(subjects)), 2):
+        if groups[one] != groups[two]:
+            (same if subjects[one] == subjects[two] else other).append(float(alike[one, two]))
+    ahead = torch.tensor(same)[:, None] - torch.tensor(other)[None]
+    return float((ahead > 0).float().mean() + (ahead == 0).float().mean() / 2)
+
+
+def judged(pictures: Sequence[Image.Image]) -> Tensor:
+    """The judge's probabilities of subjects, of length 1."""
+    with torch.no_grad():
+        return F.normalize(Judge.load()(tensors(pictures))[0].softmax(1), dim=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--clip", type=Path, help="folder of a CLIP of transformers")
+    parser.add_argument("--dino", type=Path, help="folder of a DINO of transformers")
+    add_json(parser)
+    arguments = parser.parse_args()
+    results = Results(arguments, torch=torch.__version__, machine=machine(torch.device("cpu")))
+    kinds: Mapping[str, Features | None] = {
+        "EfficientNet-Lite0": features,
+        "the judge": judged if arguments.photos is None else None,
+        "CLIP": features_of(arguments.clip) if arguments.clip else None,
+        "DINO": features_of(arguments.dino) if arguments.dino else None,
+    }
+    pictures, subjects, groups = _photos(arguments.photos) if arguments.photos else _drawings()
+    results.table({"measure": "", "pictures": "d", "subjects": "d", "area under the curve": ".3f"})
+    for name, kind in kinds.items():
+        if kind is not None:
+            results.add(name, len(pictures), len(set(subjects)), area(kind(pictures), subjects, groups))
+
+
+def _drawings() -> tuple[list[Image.Image], list[str], list[str]]:
+    backgrounds = itertools.cycle(("white", "pink", "grey", "blue", "black"))
+    drawn = [(drawing(one, icon_set, next(backgrounds)), one, icon_set) for one in CLASSES for icon_set in SETS]
+    pictures, subjects, groups = zip(*drawn, strict=True)
+    return [*pictures], [*subjects], [*groups]
+
+
+def _photos(folder: Path) -> tuple[list[Image.Image], list[str], list[str]]:
+    paths = [path for subject in sorted(folder.iterdir()) for path in pictures_in(subject)]
+    return [open_image(path) for path in paths], [path.parent.name for path in paths], [str(path) for path in paths]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Which of several LoRAs is good: measures of what each of them draws, and a recommendation with its reason.
+
+All pictures are compared by features (`likeness`), rows of length 1, with those that the base model draws of the same
+prompts and noise. Adherence is measured without a judge: a wish, such as `on a beach`, changes features and colours of
+the base model's picture, and those of a LoRA that still follows prompts change in the same direction. It is the
+probability by which each wish is recognised among all of them, by the directions of their changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorasmith.evaluation import measures
+from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict
+
+LEAST_SELF_LIKENESS = 0.59
+"""Of the training pictures with which the recommendation was validated (`benchmarks.quality.choice`), the least mean
+cosine of two of them; those of pictures that differ more are not compared."""
+
+_UNCHANGED = 1e-3  # distance of pictures that are the same but for rounding
+_LEARNT = 0.05  # share of the way from the base model's likeness to that of the training pictures to one another
+_ENOUGH = 0.1  # of the same: half of the value of likeness; more of it counts less and less
+_SHARPNESS = 5.0  # of the softmax by which wishes are recognised
+_IGNORED = 0.5  # share of the recommended LoRA's adherence, below which prompts are ignored
+_COPIED = 0.05  # cosine by which drawn pictures are nearer to a training picture than those to one another
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Features of the pictures of one LoRA, or of the base model without one."""
+
+    plain: Tensor  # (seeds, features), the trigger alone
+    asked: Tensor  # (wishes, features), the trigger with a wish each, of the first seed
+    colours: Tensor  # (wishes, colours) of these
+    others: Tensor  # (prompts, features), without the trigger
+    of_class: Tensor  # (0 or 1, features), the class word alone
+
+
+def training_facts(pictures: Tensor | None, base: Drawn) -> Training:
+    """The facts of the training pictures, (N, features); None where there are none."""
+    if pictures is None:
+        return Training(count=0, self_likeness=None, base_likeness=None)
+    return Training(
+        count=len(pictures),
+        self_likeness=measures.self_likeness(pictures),
+        base_likeness=measures.likeness(_of_trigger(base), pictures),
+    )
+
+
+def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
+    """The measures of a LoRA; `pictures` are the features of the training pictures, (N, features)."""
+    copies = None
+    if pictures is not None and len(pictures) > 1:
+        copies = measures.nearest(drawn.plain, pictures) - _nearest_other(pictures)
+    return Measures(
+        likeness=None if pictures is None else measures.likeness(_of_trigger(drawn), pictures),
+        adherence=adherence(drawn, base),
+        diversity=measures.diversity(drawn.plain),
+        memorisation=copies,
+        drift=measures.drift(base.others, drawn.others) if len(base.others) else None,
+        bleed=measures.drift(base.of_class, drawn.of_class) if len(base.of_class) else None,
+        change=measures.drift(base.plain, drawn.plain),
+    )
+
+
+def adherence(drawn: Drawn, base: Drawn) -> float | None:
+    """How surely the wishes are recognised, from 0 for chance to 1 as with the base model; None for fewer than two.
+
+    The pictures of a LoRA are compared with those of the base model by the cosine of what each wish changes, in
+    features and in colours, relative to the mean over all wishes.
+    """
+    count = len(base.asked)
+    if count < 2:
+        return None
+    chance = 1 / count
+    found, best = (_recognised(one, base) - chance for one in (drawn, base))
+    return min(1.0, max(0.0, found / best)) if best > 0 else 0.0
+
+
+def scores(found: Sequence[Measures], training: Training) -> list[float]:
+    """What the recommendation maximises, for each LoRA in the order of training: likeness times the root of adherence,
+    smoothed over neighbours, as both are measured with few pictures.
+
+    Likeness counts from that of the base model to that of the training pictures to one another, saturating.
+    """
+    learnt = [_learnt(one, training) for one in found]
+    raw = [share / (share + _ENOUGH) * (one.adherence or 0.0) ** 0.5 for share, one in zip(learnt, found, strict=True)]
+    around = [raw[0], *raw, raw[-1]]
+    return [(before + 2 * here + after) / 4 for before, here, after in zip(around, raw, around[2:], strict=False)]
+
+
+def verdict(found: Sequence[Measures], training: Training) -> Verdict:
+    """Which of the LoRAs to use, in the order of their training."""
+    if all(one.change < _UNCHANGED for one in found):
+        return Verdict(outcome="changes nothing")
+    if training.count == 0:
+        return Verdict(outcome="no pictures")
+    if training.self_likeness is None or training.self_likeness < LEAST_SELF_LIKENESS:
+        return Verdict(outcome="not comparable")
+    if max(_learnt(one, training) for one in found) < _LEARNT:
+        return Verdict(outcome="nothing learnt")
+    values = scores(found, training)
+    best = max(range(len(found)), key=values.__getitem__)
+    follows = found[best].adherence
+    if follows is not None and follows == 0:
+        return Verdict(outcome="ignores prompts")
+    ignored = None
+    if follows is not None:
+        below = [place for place in range(best + 1, len(found)) if (found[place].adherence or 0) < _IGNORED * follows]
+        ignored = next((place for place in below if all(later in below for later in range(place, len(found)))), None)
+    copies = found[best].memorisation
+    return Verdict(outcome="use", best=best, ignored_from=ignored, copied=copies is not None and copies > _COPIED)
+
+
+def _learnt(found: Measures, training: Training) -> float:
+    """Share of the way from the base model's likeness to that of the training pictures to one another, 0 to 1."""
+    likeness, base, own = found.likeness, training.base_likeness, training.self_likeness
+    if likeness is None or base is None or own is None:
+        return 0.0
+    return min(1.0, max(0.0, (likeness - base) / max(own - base, 1e-6)))
+
+
+def _of_trigger(drawn: Drawn) -> Tensor:
+    """All pictures with the trigger."""
+    return torch.cat((drawn.plain, drawn.asked))
+
+
+def _recognised(drawn: Drawn, base: Drawn) -> float:
+    """Mean probability of each wish among all, by what it changes in the pictures of both."""
+    alike = (_changes(drawn.asked) @ _changes(base.asked).T + _changes(drawn.colours) @ _changes(base.colours).T) / 2
+    return float((_SHARPNESS * alike).softmax(1).diagonal().mean())
+
+
+def _changes(found: Tensor) -> Tensor:
+    """Directions of the differences from the mean, rows of length 1."""
+    return F.normalize(found - found.mean(0), dim=1)
+
+
+def _nearest_other(pictures: Tensor) -> float:
+    """Mean cosine of each picture with the one that is most alike."""
+    alike = pictures @ pictures.T
+    return float(alike.masked_fill(torch.eye(len(pictures), dtype=torch.bool), -1).amax(1).mean())

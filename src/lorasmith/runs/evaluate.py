@@ -1,0 +1,498 @@
+"""Which LoRA is good: LoRAs of runs and of files, drawn on one seed, measured, and compared in a folder.
+
+    evaluation.json          the `Evaluation`: prompts, measures, pictures, and the recommendation
+    evaluation.html          the page about it, self-contained
+    contact sheet.png        a row for each LoRA, a column for each prompt
+    base-1.webp              what the base model draws for the first prompt
+    lora-03-1.webp           what the third LoRA draws for it
+    strength-0.4-1.webp      the recommended LoRA at a strength
+
+The rules are in `evaluation.verdict`. A run's record is untrusted and names no file here: its training pictures are the
+small versions in its folder, and its trigger is that of its LoRAs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.files import atomic_folder, atomic_path, write_atomic
+from lorasmith.core.placement import best_device, sampling_dtype
+from lorasmith.core.printable import count_text
+from lorasmith.data.clips import open_still
+from lorasmith.data.folder import scan_folder
+from lorasmith.evaluation.evaluation_record import (
+    EVALUATION,
+    EVALUATION_PAGE,
+    EVALUATION_RECORD,
+    EvaluatedLora,
+    Evaluation,
+    Measures,
+    StrengthRow,
+    Training,
+    Verdict,
+)
+from lorasmith.evaluation.likeness import EDGE, check_installed, colours, features
+from lorasmith.evaluation.verdict import LEAST_SELF_LIKENESS, Drawn, measured, training_facts, verdict
+from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model import Denoiser, Model, TextEncoder
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.metadata import steps_of
+from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.report.evaluation_page import EvaluationPage, EvaluationRow, evaluation_page
+from lorasmith.report.pictures import PictureTable, thinned, webp
+from lorasmith.runs.run_images import images_in, thumbnail_of
+from lorasmith.runs.run_page import is_own, loras_of_run
+from lorasmith.sampling.generate import Sampling, clips
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.storage.records import RECORD, read_record
+
+SHEET = "contact sheet.png"
+
+MOST_LORAS = 10
+STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the recommended LoRA
+
+SEEDS = 4  # pictures of the trigger alone
+STRIP = 2  # prompts at each strength
+_KEPT_EDGE = 512  # pixels of the longer edge of a stored picture
+_LARGEST_SHEET = 4096  # pixels in either direction, labels aside
+
+WITHOUT = ("a cat", "a bus", "a red apple", "a house")  # without the trigger
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A LoRA to evaluate."""
+
+    path: Path
+    label: str
+    step: int | None = None  # None if the file does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is evaluated: LoRAs in the order of their training, their trigger, and the training pictures."""
+
+    title: str
+    candidates: tuple[Candidate, ...]
+    trigger: str
+    pictures: tuple[Image.Image, ...] = ()
+    folder: Path  # where the result goes if no other is named
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingSettings:
+    """How it is drawn."""
+
+    prompts: tuple[str, ...] = ()  # wishes; those with the trigger are whole prompts. Empty for the default ones
+    class_word: str | None = None  # None for the trigger without its first word
+    seed: int = 0
+    steps: int | None = None  # of sampling; None for the model's own
+    width: int | None = None
+    height: int | None = None
+
+
+def subject_of(
+    paths: Sequence[Path], *, trigger: str | None = None, images: Path | None = None, most: int = MOST_LORAS
+) -> Subject:
+    """What is evaluated of folders of runs and LoRA files of any trainer, at most `most` LoRAs, evenly spaced.
+
+    Raises OptionError if a folder holds no run, or one without LoRAs, or there is no trigger, or several; LoraError if
+    a file is no safetensors file; DataError if the images cannot be read.
+    """
+    found: list[Candidate] = []
+    triggers: dict[str, None] = {}
+    pictures: list[Image.Image] = []
+    notes: list[str] = []
+    for path in paths:
+        several = len(paths) > 1
+        if path.is_dir() and (path / RECORD).exists():
+            record = read_record(path)
+            mine = _candidates(path, record.title, f"{path.name}, " if several else "")
+            if not mine:
+                raise OptionError(f"{path} has saved no LoRA yet; train it, or name another run")
+            found += mine
+            triggers |= _trigger(mine[-1].path)
+            pictures += _thumbnails(path, record.data)
+        else:
+            found.append(Candidate(path, path.stem, steps_of(check_safetensors(path).metadata, path.name) or None))
+            triggers |= _trigger(path)
+    if trigger is not None:
+        triggers = {trigger: None}
+    if len(triggers) != 1:
+        known = "none" if not triggers else "several, " + ", ".join(map(repr, triggers))
+        raise OptionError(f"the LoRAs must have one trigger, got {known}; give it as trigger, such as 'sks dog'")
+    if images is not None:
+        pictures = [open_still(one.path, EDGE) for one in scan_folder(images).images]
+    if not pictures:
+        notes.append("There are no training pictures, so likeness is not measured; name their folder as images.")
+    first = paths[0]
+    return Subject(
+        title=first.stem if first.suffix else first.name,
+        candidates=tuple(thinned(found, most)),
+        trigger=next(iter(triggers)),
+        pictures=tuple(pictures),
+        folder=first / EVALUATION if first.is_dir() else Path(f"{first.stem}-{EVALUATION}"),
+        notes=tuple(notes),
+    )
+
+
+def loras_within(pictures: float) -> int:
+    """How many LoRAs can be evaluated with so many pictures, by the default wishes."""
+    each = 1 + len(WISHES) + 1 + len(WITHOUT) + SEEDS - 1
+    return max(0, int((pictures - STRIP * len(STRENGTHS)) / each - 1))
+
+
+def evaluate(
+    base: Model,
+    subject: Subject,
+    drawing: DrawingSettings = DrawingSettings(),
+    output: Path | None = None,
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Evaluation:
+    """Draw and measure each LoRA, and write the folder `output`, or that of the subject, in place of an earlier one.
+
+    `progress` receives (sampling steps done, total). Raises OptionError if the model cannot draw from prompts alone or
+    the extra `likeness` is missing, ModelError if it lacks a text encoder or an autoencoder, LoraError for a LoRA of
+    another model, OutputError, and SamplingCancelledError, after which an earlier evaluation stays.
+    """
+    folder = output or subject.folder
+    check_evaluation_folder(folder)
+    check_installed()
+    _check_draws(base)
+    training = features(subject.pictures) if subject.pictures else None
+    prompts = Prompts.of(subject.trigger, drawing, is_built_in=base.title == BUILT_IN)
+    artist = _Artist(base, prompts, drawing, device or best_device(), len(subject.candidates), progress, cancelled)
+    with atomic_folder(folder) as temporary:
+        notes = list(subject.notes)
+        without = artist.drawn(None)
+        before = _features(without, prompts)
+        base_names = _kept(temporary, "base", without, prompts)
+        found: list[Measures] = []
+        kept: list[list[str]] = []
+        for place, one in enumerate(subject.candidates, 1):
+            pictures = artist.drawn(one.path, notes)
+            found.append(measured(_features(pictures, prompts), before, training))
+            kept.append(_kept(temporary, f"lora-{place:02}", pictures, prompts))
+        facts = training_facts(training, before)
+        chosen = verdict(found, facts)
+        strip = () if chosen.best is None else artist.strip(subject.candidates[chosen.best].path)
+        rows = [
+            StrengthRow(strength=strength, pictures=tuple(_saved(temporary, f"strength-{strength:g}", pictures)))
+            for strength, pictures in strip
+        ]
+        loras = tuple(
+            EvaluatedLora(
+                file=one.path.name,
+                label=one.label,
+                step=one.step,
+                measures=measures,
+                pictures=tuple(names),
+            )
+            for one, measures, names in zip(subject.candidates, found, kept, strict=True)
+        )
+        if base.title != BUILT_IN:
+            notes.append(_VALIDATED)
+        evaluation = Evaluation(
+            title=subject.title,
+            model=base.title,
+            trigger=subject.trigger,
+            seed=drawing.seed,
+            sampling_steps=artist.sampling.steps,
+            prompts=prompts.shown,
+            base=tuple(base_names),
+            loras=loras,
+            training=facts,
+            verdict=chosen,
+            sentence=sentence_of(chosen, loras, facts),
+            strengths=tuple(rows),
+            notes=tuple(dict.fromkeys(notes)),
+        )
+        write_atomic(temporary / EVALUATION_RECORD, json.dumps(asdict(evaluation), indent=1) + "\n")
+        write_atomic(temporary / EVALUATION_PAGE, evaluation_page(_page(evaluation, temporary)))
+        _write_sheet(temporary, evaluation)
+    return evaluation
+
+
+def check_evaluation_folder(folder: Path) -> None:
+    """Raise OutputError if a folder holds anything but an evaluation, which would be replaced."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} must be a folder, but is a link or a file; name another output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EVALUATION_RECORD).is_file():
+        raise OutputError(f"{folder} holds other files than an evaluation; name another output")
+
+
+def sentence_of(chosen: Verdict, loras: Sequence[EvaluatedLora], training: Training) -> str:
+    """The verdict as a sentence with its reason."""
+    if chosen.outcome == "changes nothing":
+        subject = "This LoRA changes" if len(loras) == 1 else "These LoRAs change"
+        return f"{subject} nothing: every picture is that of the base model; check that the file is for this model."
+    if chosen.outcome == "no pictures":
+        return "There is no recommendation, as there are no training pictures to compare with; look at the pictures."
+    if chosen.outcome == "not comparable":
+        if training.self_likeness is None:
+            return "There is no recommendation, as a single training picture says too little; look at the pictures."
+        return (
+            f"There is no recommendation: two training pictures are alike by {training.self_likeness:.2f}, and the "
+            f"measure was validated from {LEAST_SELF_LIKENESS:.2f} on; look at the pictures."
+        )
+    if chosen.outcome == "nothing learnt":
+        return (
+            "Nothing was learnt: what is drawn is no more like the training pictures than what the base model draws "
+            f"({_best_likeness(loras):.2f}, and {training.base_likeness or 0:.2f} without a LoRA); train longer or "
+            "with a higher rate."
+        )
+    if chosen.outcome == "ignores prompts":
+        return "None can be recommended: all of them ignore prompts; train shorter or with a lower rate."
+    assert chosen.best is not None
+    best = loras[chosen.best]
+    found = best.measures
+    reason = (
+        f"it looks like your pictures ({found.likeness or 0:.2f}, and {training.self_likeness or 0:.2f} among "
+        "themselves)"
+    )
+    if found.adherence is not None:
+        reason += f" and still follows prompts ({found.adherence:.2f})"
+    text = (
+        f"Use {best.label}: {reason}"
+        if len(loras) > 1
+        else f"{best.label[:1].upper()}{best.label[1:]} is good: {reason}"
+    )
+    if chosen.ignored_from is not None:
+        text += f"; from {loras[chosen.ignored_from].label} on prompts are ignored"
+    return f"{text}{'; it draws near copies of training pictures' if chosen.copied else ''}."
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of an evaluation."""
+
+    trigger: str
+    asked: tuple[str, ...]  # the trigger with a wish each
+    of_class: tuple[str, ...]  # the class word, if there is one
+    others: tuple[str, ...]
+
+    @classmethod
+    def of(cls, trigger: str, drawing: DrawingSettings, *, is_built_in: bool) -> Prompts:
+        wishes = drawing.prompts or (BUILT_IN_WISHES if is_built_in else WISHES)
+        word = trigger.partition(" ")[2] if drawing.class_word is None else drawing.class_word
+        return cls(
+            trigger,
+            tuple(one if trigger in one else f"{trigger}, {one}" for one in wishes),
+            (word,) if word else (),
+            WITHOUT,
+        )
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The columns: those of which there is one picture."""
+        return (self.trigger, *self.asked, *self.of_class, *self.others)
+
+
+_VALIDATED = (
+    "The rule of the recommendation was validated on drawings of the built-in model; look at the pictures as well."
+)
+
+
+class _Artist:
+    """Draws all prompts of an evaluation with a LoRA: the columns on one seed, then the trigger on others."""
+
+    def __init__(
+        self,
+        base: Model,
+        prompts: Prompts,
+        drawing: DrawingSettings,
+        device: torch.device,
+        loras: int,
+        progress: Callable[[int, int], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self._base, self._prompts, self._seed = base, prompts, drawing.seed
+        self._device, self._progress, self._cancelled = device, progress, cancelled
+        self.sampling = Sampling(
+            seed=drawing.seed,
+            steps=drawing.steps or base.defaults.steps,
+            width=drawing.width,
+            height=drawing.height,
+            dtype=sampling_dtype(base.components.denoiser, device),
+        )
+        each = len(prompts.shown) + SEEDS - 1
+        self._total = self.sampling.steps * (each * (loras + 1) + STRIP * len(STRENGTHS))
+        self._done = 0
+
+    def drawn(self, lora: Path | None, notes: list[str] | None = None) -> list[Image.Image]:
+        """Pictures of the columns, and of the trigger on further seeds."""
+        shown = self._prompts.shown
+        texts = (*shown, *[self._prompts.trigger] * (SEEDS - 1))
+        seeds = [self._seed] * len(shown) + [self._seed + more for more in range(1, SEEDS)]
+        return self._draw(*self._with(lora, 1.0, notes), texts, seeds)
+
+    def strip(self, lora: Path) -> list[tuple[float, list[Image.Image]]]:
+        """The first prompts at each strength."""
+        texts = self._prompts.shown[:STRIP]
+        return [
+            (strength, self._draw(*self._with(lora, strength), texts, [self._seed] * len(texts)))
+            for strength in STRENGTHS
+        ]
+
+    def _with(self, lora: Path | None, strength: float, notes: list[str] | None = None) -> tuple[Denoiser, TextEncoder]:
+        denoiser, encoder = self._base.denoiser, self._base.text_encoder
+        if lora is None:
+            return denoiser, encoder
+        applied = Lora.load(lora, self._base).applied(denoiser, encoder, strength=strength)
+        if applied.note and notes is not None:
+            notes.append(applied.note)
+        return applied.denoiser, applied.encoder
+
+    def _draw(
+        self, denoiser: Denoiser, encoder: TextEncoder, texts: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image]:
+        with encoder.active(self._device):
+            known = {text: encoder.encode(text) for text in dict.fromkeys((*texts, ""))}
+        before = self._done
+
+        def tell(done: int, _: int) -> None:
+            self._done = before + done
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+        drawn = clips(
+            denoiser,
+            [known[text] for text in texts],
+            [known[""]] * len(texts),
+            self.sampling,
+            seeds=seeds,
+            device=self._device,
+            progress=tell,
+            cancelled=self._cancelled,
+        )
+        return [clip.frames[0] for clip in drawn]
+
+
+def _check_draws(base: Model) -> None:
+    base.family.check_parts(base.components, text=True, images=True)
+    form = base.control_form
+    if base.named_expert is not None or (form is not None and form.is_required):
+        raise OptionError(
+            f"{base.title} ({base.family.title}) needs more than a prompt to draw; evaluate LoRAs of models that draw "
+            "from prompts alone"
+        )
+
+
+def _trigger(lora: Path) -> dict[str, None]:
+    """The trigger in a file's metadata, if there is one."""
+    named = check_safetensors(lora).metadata.get("modelspec.trigger_phrase")
+    return {named: None} if named else {}
+
+
+def _candidates(run: Path, title: str, prefix: str) -> list[Candidate]:
+    """The LoRAs of a run in the order of their steps, one of each step."""
+    found: dict[int, Candidate] = {}
+    for path, step in loras_of_run(run, title):
+        found.setdefault(step, Candidate(path, f"{prefix}step {step:,}", step))
+    return [found[step] for step in sorted(found)]
+
+
+def _thumbnails(run: Path, data: Mapping[str, object]) -> list[Image.Image]:
+    """The trained pictures that the folder of a run has small versions of; none of a run on pairs."""
+    images = images_in(data)
+    paths = [thumbnail_of(run, index) for index, one in enumerate(images) if one.use == "trained" and one.controls == 0]
+    return [open_still(path, EDGE) for path in paths if is_own(path, run)]
+
+
+def _features(pictures: Sequence[Image.Image], prompts: Prompts) -> Drawn:
+    found = features(pictures)
+    counts = (1, len(prompts.asked), len(prompts.of_class), len(prompts.others), len(pictures) - len(prompts.shown))
+    first, asked, of_class, others, more = found.split(counts)
+    return Drawn(
+        plain=torch.cat((first, more)),
+        asked=asked,
+        colours=colours(pictures[1 : 1 + len(asked)]),
+        others=others,
+        of_class=of_class,
+    )
+
+
+def _kept(folder: Path, stem: str, pictures: Sequence[Image.Image], prompts: Prompts) -> list[str]:
+    return _saved(folder, stem, pictures[: len(prompts.shown)])
+
+
+def _saved(folder: Path, stem: str, pictures: Sequence[Image.Image]) -> list[str]:
+    names = [f"{stem}-{number}.webp" for number in range(1, len(pictures) + 1)]
+    for name, picture in zip(names, pictures, strict=True):
+        (folder / name).write_bytes(webp(picture, _KEPT_EDGE))
+    return names
+
+
+def _best_likeness(loras: Sequence[EvaluatedLora]) -> float:
+    return max(one.measures.likeness or 0.0 for one in loras)
+
+
+def _page(one: Evaluation, folder: Path) -> EvaluationPage:
+    """The content of the page, with pictures in a folder."""
+    own, base = one.training.self_likeness, one.training.base_likeness
+    best = one.verdict.best
+    measured = None if best is None else one.loras[best].measures
+    facts = {
+        "likeness": None if measured is None else measured.likeness,
+        "of the training pictures to one another": own,
+        "of the base model's pictures": base,
+        "adherence": None if measured is None else measured.adherence,
+    }
+    strip = [(row.strength, [folder / name for name in row.pictures]) for row in one.strengths]
+    return EvaluationPage(
+        title=one.title,
+        sentence=one.sentence,
+        is_recommended=best is not None,
+        summary=f"{one.model} · “{one.trigger}” · seed {one.seed}, {count_text(one.sampling_steps, 'sampling step')}",
+        facts={name: f"{value:.2f}" for name, value in facts.items() if value is not None},
+        prompts=one.prompts,
+        base=[folder / name for name in one.base],
+        rows=[
+            EvaluationRow(
+                label=lora.label,
+                step=lora.step,
+                likeness=lora.measures.likeness,
+                adherence=lora.measures.adherence,
+                numbers={
+                    name: getattr(lora.measures, name) for name in ("diversity", "memorisation", "drift", "bleed")
+                },
+                pictures=[folder / name for name in lora.pictures],
+            )
+            for lora in one.loras
+        ],
+        best=best,
+        levels=[
+            (name, value)
+            for name, value in (("training pictures to one another", own), ("base model", base))
+            if value is not None
+        ],
+        strengths=PictureTable(
+            [f"{strength:g}" for strength, _ in strip],
+            [(prompt, [paths[place] for _, paths in strip]) for place, prompt in enumerate(one.prompts[:STRIP])],
+            f"{one.loras[best].label} at several strengths",
+        )
+        if best is not None
+        else None,
+        notes=one.notes,
+    )
+
+
+def _write_sheet(folder: Path, one: Evaluation) -> None:
+    rows = {"base model": one.base} | {lora.label: lora.pictures for lora in one.loras}
+    cell = max(64, min(256, _LARGEST_SHEET // max(len(rows), len(one.prompts))))
+    opened = [[Image.open(folder / name) for name in names] for names in rows.values()]
+    sheet = contact_sheet(opened, list(rows), one.prompts, title=one.sentence, min_cell=min(128, cell), max_cell=cell)
+    with atomic_path(folder / SHEET) as temporary:
+        sheet.save(temporary, format="png")

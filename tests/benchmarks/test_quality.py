@@ -1,0 +1,171 @@
+"""The benchmark of what LoRAs learn: its measures, its recipes, its page, and bounds on our own figures."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from benchmarks.quality.measuring import Checkpoint, Job, Outcome, Setting, outcomes_of
+from benchmarks.quality.page import write_page
+from benchmarks.quality.recipes import AVERAGE, METHODS, RECIPES
+from benchmarks.quality.scores import hypervolume, interval
+from benchmarks.quality.subjects import BUILT_IN, CLASSES, drawing, folder_tasks
+from benchmarks.quality.tables import methods_table, recipe_tables
+from benchmarks.quality.validation import area
+from benchmarks.results import Results
+from lorasmith.training.config import config_over
+
+_SHARES = st.floats(0, 1)
+
+
+@given(st.lists(st.tuples(_SHARES, _SHARES), max_size=6))
+def test_hypervolume_is_the_share_of_a_grid_that_is_dominated(points: list[tuple[float, float]]) -> None:
+    grid = [((one + 0.5) / 40, (other + 0.5) / 40) for one in range(40) for other in range(40)]
+    below = statistics.mean(any(x <= a and y <= b for a, b in points) for x, y in grid)
+    assert hypervolume(points) == pytest.approx(below, abs=0.1)
+
+
+def test_an_interval_holds_the_mean_and_is_wide_where_subjects_differ() -> None:
+    assert interval({"fox": [0.5, 0.5], "owl": [0.5]}) == (0.5, 0.5, 0.5)
+    mean, low, high = interval({"fox": [0.1, 0.2], "owl": [0.8, 0.9], "bell": [0.5, 0.4]})
+    assert mean == pytest.approx(0.4833, abs=1e-4)
+    assert low < mean < high
+    assert high - low > 0.3
+
+
+def test_area_under_the_curve_of_same_and_different_subjects() -> None:
+    found = torch.eye(4)[[0, 0, 1, 1]]
+    assert area(found, ["a", "a", "b", "b"], ["x", "y", "x", "y"]) == 1
+    assert area(found, ["a", "b", "a", "b"], ["x", "y", "z", "w"]) < 0.5
+    assert area(torch.ones(4, 1), ["a", "a", "b", "b"], ["x", "y", "z", "w"]) == 0.5
+
+
+def test_recipes_and_methods_are_settings() -> None:
+    for settings in [one.at(10.0) for one in RECIPES.values()] + [*METHODS]:
+        given = {name: value for name, value in settings.items() if name != AVERAGE}
+        assert config_over(None, {"preserve_class": "dog", **given}).preserve_class == "dog"
+
+
+def test_tasks_hold_out_what_they_do_not_train_on() -> None:
+    assert len(BUILT_IN) == 8
+    for task in BUILT_IN.values():
+        trained = {one.tobytes() for one in task.training[12]}
+        assert len(trained) == 12
+        assert {one.tobytes() for one in task.training[4]} <= trained
+        assert trained.isdisjoint(one.tobytes() for one in task.held_out)
+
+
+_LISTS = """subject_name,class
+{names}
+prompt_list = [
+'a {{0}} {{1}} on the beach'.format(unique_token, class_token),
+'a red {{0}} {{1}}'.format(unique_token, class_token)
+]
+prompt_list = [
+'a {{0}} {{1}} in a chef outfit'.format(unique_token, class_token)
+]
+"""
+
+
+def photos(folder: Path) -> Path:
+    """A folder like DreamBooth's, of drawings."""
+    for subject in ("fox", "rocket"):
+        (folder / subject).mkdir(parents=True)
+        for icon_set in ("noto", "fluent-emoji-flat", "twemoji"):
+            drawing(subject, icon_set, "white").save(folder / subject / f"{icon_set}.png")
+    (folder / "prompts_and_classes.txt").write_text(_LISTS.format(names="fox,dog\nrocket,rocket ship"), "utf-8")
+    return folder
+
+
+def test_a_folder_like_dreambooths(tmp_path: Path) -> None:
+    tasks = folder_tasks(photos(tmp_path))
+    assert [one.text for one in tasks["fox"].prompts] == ["a sks dog in a chef outfit"]
+    assert [one.text for one in tasks["rocket"].prompts] == ["a sks rocket ship on the beach", "a red sks rocket ship"]
+    assert [len(tasks["fox"].training[4]), len(tasks["fox"].held_out)] == [2, 1]
+    (tmp_path / "prompts_and_classes.txt").unlink()
+    with pytest.raises(SystemExit, match="must list subjects"):
+        folder_tasks(tmp_path)
+
+
+def outcome(recipe: str, task: str, fidelity: float, **changes: object) -> Outcome:
+    checkpoints = tuple(
+        Checkpoint(looks, looks / 4, fidelity * share, 0.5, 1 - share / 2, 0.2, 0.1, 0.1, 0.0)
+        for looks, share in ((40, 0.5), (80, 1.0))
+    )
+    picture = Image.new("RGB", (8, 8))
+    strengths = (0.0, 0.2, 0.5, fidelity, 1.0, 1.0)
+    return Outcome(Job(recipe, task, 4, 0, 10.0, changes), checkpoints, strengths, (picture,) * 11)
+
+
+def test_tables_and_page(tmp_path: Path) -> None:
+    page = tmp_path / "quality.md"
+    (tmp_path / "images").mkdir()
+    marks = "<!-- recipes -->", "old", "<!-- end of recipes -->", "<!-- methods -->", "<!-- end of methods -->"
+    page.write_text("\n".join(["a", *marks, "c\n"]), "utf-8")
+    nothing = argparse.Namespace(json=None)
+    results = Results(nothing)
+    results.table({"run": ""}, "Checkpoints")
+    runs = [outcome("lorasmith", one, 0.9) for one in CLASSES] + [outcome("comfyui", one, 0.6) for one in CLASSES]
+    recipe_tables(runs, results)
+    write_page(page, results, runs, "recipes")
+    # Corners at (fidelity, adherence) = (0.45, 0.75) and (0.9, 0.5).
+    expected = 0.9 * 0.5 + 0.45 * 0.25
+    assert f"| lorasmith | 10 | 4 | 7 | {expected:.3f} | {expected:.3f} to {expected:.3f} |" in page.read_text("utf-8")
+    assert (tmp_path / "images" / "quality.webp").is_file()
+    results = Results(nothing)
+    results.table({"run": ""}, "Checkpoints")
+    methods_table(runs[:7] + [outcome("lorasmith", one, 0.8, ema_decay=0.9) for one in CLASSES], results)
+    write_page(page, results, runs, "methods")
+    text = page.read_text("utf-8")
+    gain = 0.8 * 0.5 + 0.4 * 0.25 - expected
+    assert f"| ema_decay=0.9 | 7 | {expected + gain:.3f} | {gain:+.3f} | {gain:+.3f} to {gain:+.3f} | 1.00 |" in text
+    assert "old" not in text
+    assert text.startswith("a\n<!-- recipes -->")
+    assert text.endswith("<!-- end of methods -->\nc\n")
+
+
+@pytest.mark.slow
+def test_our_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick run: three subjects, one seed."""
+    jobs = [Job(recipe, one, 4, 0, 10.0) for recipe in [*RECIPES][:3] for one in ("fox", "rocket", "owl")]
+    found = list(outcomes_of(jobs, Setting((40, 80, 160)), 2))
+    volumes = [hypervolume([(one.fidelity, one.adherence or 0) for one in run.checkpoints]) for run in found]
+    ours, comfyui, diffusers = (statistics.mean(volumes[start : start + 3]) for start in (0, 3, 6))
+    assert ours > 0.65
+    assert ours > comfyui
+    assert ours > diffusers
+    last = [run.checkpoints[-1] for run in found[:3]]
+    assert statistics.mean(one.fidelity for one in last) > 0.7
+    assert statistics.mean(one.drift for one in last) < 0.2
+
+
+@pytest.mark.slow
+def test_with_a_folder_of_photos_and_a_clip(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    from lorasmith.families.loading import load_model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(**sizes).to_dict(),
+        vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=16).to_dict(),
+        projection_dim=16,
+    )
+    clip = tmp_path / "clip"
+    CLIPModel(config).save_pretrained(clip)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(clip)
+    load_model("lorasmith-tiny").components.tokenizers[0].save_pretrained(clip)
+    command = [sys.executable, "-m", "benchmarks.quality", "--model", "lorasmith-tiny", "--clip", str(clip)]
+    command += ["--subjects", str(photos(tmp_path / "photos")), "--recipes", "lorasmith", "--pictures", "4"]
+    command += ["--seeds", "0", "--looks", "4", "8"]
+    said = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=True).stdout
+    assert "| 2/2 | lorasmith | 4 | rocket | 0 | 8 |" in said
