@@ -1,4 +1,4 @@
-"""The queue of jobs, its history and what was measured, in SQLite, which survive crashes.
+"""The queue of jobs, its history, what was measured, and drafts of jobs, in SQLite, which survive crashes.
 
 A server has `<base>/user/lorasmith/jobs.sqlite3`, a sweep of the command line `queue.sqlite3` in its folder (WAL). Only
 one process writes it, from the thread of its event loop; each call is one short transaction, durable when it returns.
@@ -167,6 +167,11 @@ CREATE TABLE IF NOT EXISTS measurements (
     subject TEXT PRIMARY KEY,
     found TEXT NOT NULL,
     measured REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS drafts (
+    dataset TEXT PRIMARY KEY,
+    draft TEXT NOT NULL,
+    version INTEGER NOT NULL DEFAULT 1
 );
 """
 
@@ -462,6 +467,25 @@ class JobStore:
                 "SELECT found, measured FROM measurements WHERE subject = ?", (subject,)
             ).fetchone()
         return None if row is None else {**json.loads(row["found"]), "measured_at": row["measured"]}
+
+    def draft(self, dataset: str) -> tuple[dict[str, Any], int]:
+        """What is chosen for a training on a dataset that is not queued yet, and how often it was stored: 0 if never."""
+        with self._explained():
+            row = self._database.execute("SELECT draft, version FROM drafts WHERE dataset = ?", (dataset,)).fetchone()
+        return ({}, 0) if row is None else (json.loads(row["draft"]), row["version"])
+
+    def set_draft(self, dataset: str, draft: Mapping[str, Any] | None) -> int:
+        """Store the draft of a dataset, and return its version, from 1; None removes it."""
+        with self._writing() as database:
+            if draft is None:
+                database.execute("DELETE FROM drafts WHERE dataset = ?", (dataset,))
+            else:
+                database.execute(
+                    "INSERT INTO drafts (dataset, draft) VALUES (?, ?) "
+                    "ON CONFLICT (dataset) DO UPDATE SET draft = excluded.draft, version = version + 1",
+                    (dataset, json.dumps(draft)),
+                )
+        return self.draft(dataset)[1]
 
     def _select(self, rest: str, values: Sequence[Any] = (), *, columns: str = _COLUMNS) -> list[Job]:
         with self._explained():

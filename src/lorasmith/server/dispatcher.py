@@ -206,6 +206,13 @@ class Dispatcher:
         self._publish_queue()
         return removed
 
+    def set_draft(self, dataset: str, draft: Mapping[str, Any] | None) -> int:
+        """Store what is chosen for a training on a dataset, None to forget it, and publish it; returns its version."""
+        with disk_space(self._config.folder, 0 if draft is None else len(json.dumps(draft))):
+            version = self._store.set_draft(dataset, draft)
+        self._hub.publish(Notice(kind="draft", data={"dataset": dataset, "draft": draft, "version": version}))
+        return version
+
     def interrupt(self) -> bool:
         """Cancel every running job; returns whether there is one."""
         stopped = [self.cancel(next(iter(worker.jobs))) for worker in self._supervisor.workers if worker.jobs]

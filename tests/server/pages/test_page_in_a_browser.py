@@ -344,7 +344,7 @@ def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open
     page.get_by_role("button", name="Start training").click()
     page.get_by_role("alert").get_by_text("10,000 jobs wait already; let some of them end first.").wait_for()
     page.goto(served.address + "#/new/absent/photos")
-    page.get_by_role("alert").get_by_text("There is no dataset 'absent'; choose another one.").wait_for()
+    waits(page, "There is no folder of photos that is called “absent”.")
     page.goto(served.address + "#/jobs/absent")
     page.get_by_role("alert").get_by_text("There is no such job; it may have been removed.").wait_for()
 
@@ -426,6 +426,7 @@ def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
 def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: Opener) -> None:
     served.server.add_run("runs/fox-001")
     page = open_page("#/runs/runs%2Ffox-001")
+    page.wait_for_selector(".pictures thead th")
     assert page.locator(".pictures thead th").all_inner_texts() == [
         "Base model",
         "Strength 0.5",

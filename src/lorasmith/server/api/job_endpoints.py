@@ -186,7 +186,12 @@ JOB_ENDPOINTS = (
         answer=JobAnswer,
     ),
     Endpoint(
-        "GET", "/events", "Every change of a job, and of the queue.", handler=all_events, content="text/event-stream"
+        "GET",
+        "/events",
+        "Every change of a job, of the queue, of datasets and of drafts, and the events of single jobs and runs.",
+        handler=all_events,
+        query=(Query("topic", "jobs/ID or runs/ID, whose events come too; may be given several times."),),
+        content="text/event-stream",
     ),
     Endpoint(
         "GET",

@@ -53,6 +53,14 @@ export function Field({ label, help, error, optional, class: extra = "", childre
   </div>`;
 }
 
+/** What was changed elsewhere while something else was typed here: `there` is the text that is stored. */
+export const Elsewhere = ({ there, onChoose, what }) => html`<div class="conflict" role="alert">
+  <p>It was changed elsewhere, so your text is not stored. The ${what} is now:</p>
+  <p class="there">${there || `(no ${what})`}</p>
+  <div class="actions"><button type="button" class="button small" onClick=${() => onChoose(true)}>Keep mine</button>
+    <button type="button" class="button small" onClick=${() => onChoose(false)}>Use that one</button></div>
+</div>`;
+
 /** A progress bar with a name. */
 export const Progress = ({ value, max, label }) =>
   html`<progress value=${value ?? undefined} max=${max || 1} aria-label=${label}></progress>`;

@@ -11,12 +11,12 @@ import { Previews } from "./pictures.mjs";
 const SPOKEN_SHARES = 10; // progress is read out this often
 
 /** What is shown of a run as a stream sends it; null before that. A stream sends the whole at first, then changes. */
-export function useView(url) {
+export function useView(topic) {
   const [view, setView] = useState(null);
-  useEffect(() => setView(null), [url]);
-  useEvents(url, {
+  useEffect(() => setView(null), [topic]);
+  useEvents(topic, {
     view: ({ view: changes }) => setView((before) => ({ ...before, ...changes })),
-    fault: (error) => say(sentence(error.message), { mood: "bad" }),
+    fault: ({ kind, message }) => kind.startsWith("Unknown") || say(sentence(message), { mood: "bad" }), // the view itself says what is not there
     job: (event) => work.set((all) => ({ queue: { pending: 0, running: 0 }, ...all, jobs: new Map(all?.jobs ?? []).set(event.id, { ...all?.jobs.get(event.id), ...event }) })),
   });
   return view;

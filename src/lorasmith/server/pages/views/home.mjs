@@ -1,6 +1,7 @@
 // The first view: a place for photos, the folders of photos that exist, and the latest runs.
 import { address, get, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { useEvents } from "../lib/live.mjs";
 import { go, link } from "../lib/router.mjs";
 import { isPicture, upload } from "../lib/uploads.mjs";
 import { count, slug } from "../lib/words.mjs";
@@ -15,6 +16,7 @@ export function HomeView() {
   const [datasets, datasetsError, reloadDatasets] = useLoaded((signal) => get(["datasets"], {}, signal), []);
   const [runs] = useLoaded((signal) => get(["runs"], {}, signal), []);
   const [error, setError] = useState(null);
+  useEvents("", { dataset: reloadDatasets });
 
   async function take(files) {
     setError(null);

@@ -1,5 +1,5 @@
 // A job while it waits and trains: its progress, losses, previews, and what can be done with it.
-import { address, get, post } from "../lib/api.mjs";
+import { get, post } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { link, replace } from "../lib/router.mjs";
 import { announcement, useStore, work } from "../lib/stores.mjs";
@@ -14,7 +14,7 @@ export function JobView({ id }) {
   const [loaded, error, reload] = useLoaded((signal) => get(["jobs", id], {}, signal), [id]);
   const known = useStore(work);
   const job = loaded || known?.jobs.get(id) ? { ...loaded, ...known?.jobs.get(id) } : null;
-  const view = useView(address(["jobs", id, "events"]));
+  const view = useView(`jobs/${id}`);
   const [asking, setAsking] = useState(false);
   const before = useRef(null);
 

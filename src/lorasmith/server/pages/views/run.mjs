@@ -1,6 +1,6 @@
 // A run and what came of it; one that is still running is shown live.
 import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
-import { readDraft, writeDraft } from "../lib/drafts.mjs";
+import { changeDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
@@ -43,7 +43,7 @@ export function RunView({ id }) {
 }
 
 function Watched({ run, onEnd }) {
-  const view = useView(address(["runs", run.id, "events"]));
+  const view = useView(`runs/${run.id}`);
   useEffect(() => {
     if (!view?.outcome) return undefined;
     const timer = setTimeout(onEnd, 1500); // the files of the end are written after its event
@@ -56,10 +56,15 @@ function Actions({ run, job, reload }) {
   const [dialog, setDialog] = useState(null);
   const close = () => setDialog(null);
   const canContinue = job && ["paused", "interrupted", "cancelled", "failed"].includes(job.state);
-  const again = () => {
-    const settings = Object.fromEntries(Object.entries(run.changed).filter(([name]) => name !== "trigger"));
-    writeDraft(run.dataset, { ...readDraft(run.dataset), name: run.name, trigger: run.trigger, model: run.model, isChosen: true, settings });
-    go("new", run.dataset, "settings");
+  const again = async () => {
+    try {
+      const { presets } = await get(["settings"], { images: run.images.length });
+      const { trigger, ...changed } = run.changed;
+      await changeDraft(run.dataset, { name: run.name, trigger: run.trigger, model: run.model, is_chosen: true, ...asPreset(changed, presets) });
+      go("new", run.dataset, "settings");
+    } catch (failure) {
+      say(failure.message, { mood: "bad" });
+    }
   };
   return html`<div class="actions">
       ${run.lora && html`<a class="button primary" href=${fileOfRun(run.id, run.lora.file)} download>Download (${bytes(run.lora.bytes)})</a>
@@ -71,6 +76,14 @@ function Actions({ run, job, reload }) {
     </div>
     ${dialog === "install" && html`<${Install} run=${run} onClose=${close} onDone=${reload} />`}
     ${dialog === "on" && html`<${TrainOn} run=${run} onClose=${close} />`}`;
+}
+
+/** Settings as those of the preset that most of them are, and what differs from it: {preset, settings}. */
+export function asPreset(changed, presets) {
+  const apart = (preset) => Object.entries(changed).filter(([name, value]) => preset.settings[name] !== value);
+  const whole = presets.filter((one) => Object.keys(one.settings).every((name) => name in changed));
+  const [best] = [...whole, ...presets.filter((one) => one.name === "balanced")].sort((a, b) => apart(a).length - apart(b).length);
+  return { preset: best.name, settings: Object.fromEntries(apart(best)) };
 }
 
 function Install({ run, onClose, onDone }) {
