@@ -232,7 +232,7 @@ class FakeServer:
         if is_change and request.content_type == "application/json":
             self.calls.append((request.method, request.path, await request.json()))
         answer = await handler(request)
-        if is_change and (name := request.match_info.get("name")):
+        if is_change and answer.status < 400 and (name := request.match_info.get("name")):
             self._all_events.append(("dataset", {"name": name}))
         return answer
 

@@ -232,10 +232,13 @@ def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: Serve
         field.blur()
         assert files["fox_1.png"][1] == theirs and field.input_value() == mine
         assert_legible(page, "conflict")
-        conflict.get_by_role("button", name=choice).click()
+        if choice == "Use that one":
+            conflict.get_by_role("button", name=choice).click()
+        else:  # it is stored, and shown as it is stored
+            with page.expect_response(lambda answer: answer.url.endswith("/datasets/fox")):
+                conflict.get_by_role("button", name=choice).click()
         expected(conflict).to_have_count(0)
         expected(field).to_have_value(theirs if choice == "Use that one" else mine)
-    page.wait_for_timeout(300)
     assert files["fox_1.png"][1] == "again mine"
     elsewhere("theirs, a third time")
     page.get_by_role("button", name="Find and replace in captions").click()
@@ -267,6 +270,7 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     assert page.locator(".crop").count() == 0
     page.get_by_role("button", name="Remove fox_3.png").click()
     expected(page.locator(".tile")).to_have_count(1)
+    waits(page, "fox_3.png was moved to the removed files.")
     assert "fox_3.png" not in served.server.datasets["fox"]
     page.get_by_role("button", name="Remove all").click()
     page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
@@ -297,7 +301,8 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
     assert rank.get_attribute("aria-invalid") == "true"
     page.get_by_text("All settings").click()
     page.get_by_role("button", name="Start training").click()  # waits, and shows the field
-    page.wait_for_function("document.activeElement?.value === '1000'")
+    expected(rank).to_be_focused()
+    assert rank.input_value() == "1000"
     rank.fill("100")  # that the declaration allows, and this model refuses
     rank.blur()
     page.locator(".field .field-error", has_text="Rank must be between 1 and 64, got 100.").wait_for()

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError
-from lorasmith.core.typed_json import typed
 from lorasmith.server.api.endpoint import Call, Endpoint
 from lorasmith.server.api_shapes import Draft, DraftAnswer, DraftBody
 from lorasmith.server.request_handling import ServerContext
@@ -55,7 +54,7 @@ async def _draft(context: ServerContext, call: Call) -> DraftAnswer:
     name = call.path("name")
     await context.assistant.ask("is_dataset", name=name)
     stored, version = context.store.draft(name)
-    return DraftAnswer(draft=typed(stored, Draft), version=version)
+    return DraftAnswer(draft=Draft(**stored), version=version)
 
 
 async def _set_draft(context: ServerContext, call: Call) -> DraftAnswer:
@@ -71,7 +70,7 @@ async def _set_draft(context: ServerContext, call: Call) -> DraftAnswer:
         raise StaleDraftError(conflicts, {"draft": there, "version": version})
     if found != there:
         version = context.dispatcher.set_draft(name, found)
-    return DraftAnswer(draft=typed(found, Draft), version=version)
+    return DraftAnswer(draft=Draft(**found), version=version)
 
 
 DRAFT_ENDPOINTS = (

@@ -82,7 +82,7 @@ class Endpoint:
     query: Sequence[Query] = ()
     content: str = ""  # media type of a body or response that is not JSON
     upload: bool = False  # the body is multipart/form-data
-    changes_dataset: bool = False  # that of the path's `name`, or of the answer's; pages that show it load it again
+    changes_dataset: bool = False  # that of the path's `name`, or of the body's; pages that show it load it again
 
     @property
     def plain_path(self) -> str:
@@ -102,7 +102,8 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
         else:
             answer = await endpoint.handler(context, call)
         if endpoint.changes_dataset:
-            context.hub.publish(Notice(kind="dataset", data={"name": call.arguments["name"]}))
+            name = call.request.match_info.get("name") or call.body.name
+            context.hub.publish(Notice(kind="dataset", data={"name": name}))
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
 
     # A HEAD request would leave a stream open that nobody reads.

@@ -1,5 +1,5 @@
 // Every setting, made from its declaration: a control that fits its type, its help, and whether it was changed.
-import { html, useState } from "../lib/html.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
 import { count, nameWords, valueWords } from "../lib/words.mjs";
 import { Field } from "./basics.mjs";
 
@@ -54,6 +54,7 @@ function Setting({ setting, preset, value, error, onChange }) {
   const problem = isWrong ? rangeOf(setting) : isChanged && error?.message?.toLowerCase().startsWith(setting.name) ? error.message : null;
   const label = html`${setting.label || nameWords(setting.name)}${isChanged && html` <span class="tag">changed</span>`}`;
   const choose = (next) => onChange(next === standard ? undefined : next);
+  useEffect(() => void (isWrong || setTyped(null)), [value]); // chosen elsewhere, too
   const back = () => {
     setTyped(null);
     setIsWrong(false);
@@ -87,7 +88,7 @@ function Setting({ setting, preset, value, error, onChange }) {
   return html`<${Field} label=${label} help=${help} error=${problem}>${(attributes) =>
     html`<input ...${attributes} type="text" inputmode=${{ integer: "numeric", number: "decimal" }[setting.type]} autocomplete="off" spellcheck=${false}
       value=${typed ?? (isChanged ? value : standard ?? "")} placeholder=${standard === null || standard === undefined ? "automatic" : ""}
-      onInput=${(event) => setTyped(event.currentTarget.value)} onChange=${type} onBlur=${() => isWrong || setTyped(null)} />`}<//>`;
+      onInput=${(event) => setTyped(event.currentTarget.value)} onChange=${type} />`}<//>`;
 }
 
 function rangeOf({ type, min, max }) {
