@@ -367,10 +367,13 @@ class JobStore:
         return {state: counts[state] for state in ACTIVE}
 
     def claim(self, device: str) -> list[Job]:
-        """Start the next waiting job on a device, and those that train together with it; empty if there is none."""
+        """Start the next waiting job on a device, and those that train together with it; empty if there is none.
+        Measurements come after all others.
+        """
         with self._writing() as database:
             found = database.execute(
-                "SELECT id, together FROM jobs WHERE state = 'pending' ORDER BY number, sequence LIMIT 1"
+                "SELECT id, together FROM jobs WHERE state = 'pending' "
+                "ORDER BY kind = 'measure', number, sequence LIMIT 1"
             ).fetchone()
             if found is None:
                 return []

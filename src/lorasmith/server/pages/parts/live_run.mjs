@@ -2,8 +2,8 @@
 import { fileOfRun, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
-import { announcement, say, status, useStore, work } from "../lib/stores.mjs";
-import { bytes, measured, moment, whole } from "../lib/words.mjs";
+import { announcement, say, work } from "../lib/stores.mjs";
+import { measured, moment, whole } from "../lib/words.mjs";
 import { Progress } from "./basics.mjs";
 import { Curves } from "./curves.mjs";
 import { Previews } from "./pictures.mjs";
@@ -25,7 +25,6 @@ export function useView(topic) {
 /** @param head what stands above the progress, in the same card */
 export function LiveRun({ view, run, isRunning, head }) {
   const { step: done, steps: planned } = view ?? { step: 0, steps: 0 };
-  const device = useStore(status)?.devices?.[0];
   const spoken = useRef(0);
   useEffect(() => {
     const share = planned ? Math.floor((SPOKEN_SHARES * done) / planned) : 0;
@@ -41,7 +40,6 @@ export function LiveRun({ view, run, isRunning, head }) {
         <span><b>${whole(done)}</b> of ${whole(planned)} steps</span></div>`}
       <dl class="facts">
         ${view.metrics.map((one) => html`<div key=${one.name}><dt>${one.label}</dt><dd>${one.text}</dd></div>`)}
-        ${isRunning && Number.isFinite(device?.memory_bytes) && Number.isFinite(device.free_bytes) && html`<div><dt>memory used</dt><dd>${bytes(device.memory_bytes - device.free_bytes)} of ${bytes(device.memory_bytes)}</dd></div>`}
       </dl>
       ${isRunning && html`<p class="faint">${view.status}</p>`}
     </section>
