@@ -326,6 +326,10 @@ class JobStore:
         """The runs of a sweep, in its order."""
         return self._select("WHERE sweep = ? ORDER BY sequence", (sweep,))
 
+    def of_run(self, run: str) -> list[Job]:
+        """The jobs that train a run or have trained it, oldest first."""
+        return self._select("WHERE run = ? ORDER BY sequence", (run,))
+
     def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
         """Running jobs, oldest first, then waiting ones in queue order, without the graphs of requests."""
         return self._select(

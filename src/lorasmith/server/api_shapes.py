@@ -448,6 +448,31 @@ class MoveBody:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunMarks:
+    """What somebody keeps of a run, in marks.json of its folder."""
+
+    title: Annotated[str, "what it is called; empty for the name of its folder"] = ""
+    starred: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarksBody:
+    """What to change of a run's marks; null leaves each as it is."""
+
+    title: Annotated[str | None, "of at most 100 characters; empty for the name of its folder"] = None
+    starred: bool | None = None
+    note: Annotated[str | None, "of at most 4,000 characters"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreBody:
+    """Where a removed run is."""
+
+    removed: Annotated[str, "as the answer to its removal says"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRow:
     """A run."""
 
@@ -467,6 +492,9 @@ class RunRow:
     held_out: Annotated[float | None, "lowest loss on held-out images; null without them"]
     cover: Annotated[str | None, "picture of it, a path among its files"]
     job: Annotated[str | None, "id of the job that trains it"] = None
+    label: Annotated[str, "what it is called: the title that somebody gave it, or its folder's name"] = ""
+    starred: Annotated[bool, "whether somebody starred it"] = False
+    note: Annotated[str, "what somebody wrote about it"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,7 @@ class FakeServer:
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
     drafts: dict[str, tuple[dict[str, Any], int]] = field(default_factory=dict)  # with their versions
     streams: int = 0
+    removed: dict[str, dict[str, Any]] = field(default_factory=dict)  # runs
     measured: bool = False
     control: str = "none"  # whether drawings take a picture
     least_strength: float = 0.0  # of drawings
@@ -207,6 +208,9 @@ class FakeServer:
                 web.post(f"{at}/sweeps", self._new_sweep),
                 web.get(f"{at}/sweeps/{{id}}", _says(lambda: SWEEP)),
                 web.get(f"{at}/runs/{{id}}", self._run),
+                web.put(f"{at}/runs/{{id}}/marks", self._mark),
+                web.delete(f"{at}/runs/{{id}}", self._remove_run),
+                web.post(f"{at}/runs/{{id}}/restore", self._restore_run),
                 web.get(f"{at}/runs/{{id}}/files/{{file:.+}}", self._run_file),
                 web.get(f"{at}/runs/{{id}}/graph", _says(lambda: {"1": {"class_type": "TrainLoraNode"}})),
                 web.get(f"{at}/runs/{{id}}/report", _says(dict)),
@@ -561,6 +565,21 @@ class FakeServer:
     async def _run(self, request: web.Request) -> web.Response:
         run = self.runs.get(request.match_info["id"])
         return web.json_response(run) if run else _error(404, "there is no such run; it may have been removed")
+
+    async def _mark(self, request: web.Request) -> web.Response:
+        run, marks = self.runs[request.match_info["id"]], await request.json()
+        run.update({{"title": "label"}.get(name, name): value for name, value in marks.items()})
+        return web.json_response({})
+
+    async def _remove_run(self, request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        self.removed[id] = self.runs.pop(id)
+        return web.json_response({"removed": f"user/lorasmith/removed/{id}"})
+
+    async def _restore_run(self, request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        self.runs[id] = self.removed.pop(id)
+        return web.json_response({})
 
     async def _run_file(self, request: web.Request) -> web.Response:
         file = request.match_info["file"]

@@ -366,7 +366,7 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     page.get_by_text("It is paused.").wait_for()
     page.reload()  # its address and its history survive
     page.wait_for_selector(".plot canvas")
-    page.get_by_role("button", name="Resume").click()
+    page.get_by_role("button", name="Continue", exact=True).click()
     page.get_by_role("button", name="Stop and keep").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(re.compile(r"What was learnt in \d+ steps is kept")).wait_for()
@@ -586,3 +586,52 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPa
         "Caption of fox_2.png",
     }
     assert wanted | {"Trigger word (optional)", "Show what is trained", "Next: model", "Model"} <= reached
+
+
+@pytest.mark.slow
+def test_runs_are_told_apart_named_starred_deleted_and_brought_back(served: ServedPage, open_page: Opener) -> None:
+    for number in (1, 2):
+        served.server.add_run(f"runs/fox-00{number}", label=f"fox-00{number}", starred=False, note="")
+    job = served.server.add_job("paused", run="runs/fox-001")
+    page = open_page("#/runs")
+    row = page.get_by_role("listitem", name="fox-001")
+    expected(row.locator(".status")).to_have_text("Paused")  # that of its job, which is no row of its own
+    expected(page.get_by_role("heading", name="Queue")).to_have_count(0)
+    row.get_by_role("button", name="Star").click()
+    expected(row.get_by_role("button", name="Star")).to_have_attribute("aria-pressed", "true")
+    expected(page.locator(".run-rows b").first).to_have_text("fox-001")  # above the newer one
+    row.get_by_role("button", name="Continue").click()
+    expected(page.locator(".status").first).not_to_have_text("Paused")
+    assert served.server.jobs[job["id"]]["state"] != "paused"
+
+    page.get_by_role("link", name="fox-002", exact=True).click()
+    page.get_by_role("button", name="Name and note").click()
+    page.get_by_label("Name (optional)").fill("the good one")
+    page.get_by_label("Note (optional)").fill("for mum")
+    page.get_by_role("button", name="Store").click()
+    expected(page.get_by_role("heading", name="the good one")).to_have_count(1)
+    assert_legible(page, "run with a note")
+    page.get_by_role("button", name="Delete").click()
+    page.wait_for_url("**/#/runs")
+    expected(page.locator(".run-rows li")).to_have_count(1)
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_url("**/#/runs/runs%2Ffox-002")
+    expected(page.get_by_text("for mum")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_training_again_keeps_what_was_chosen_as_a_choice(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    quick = {"steps": 40, "rank": 8}
+    served.server.add_run("runs/fox-001", dataset="fox", changed={**quick, "trigger": "foxy"})
+    served.server.add_run("runs/fox-002", dataset="fox", changed={**quick, "algorithm": "LoKr"})
+    page = open_page("#/runs/runs%2Ffox-001")
+    page.get_by_role("button", name="Train again with changes").click()
+    page.wait_for_url("**/settings")
+    expected(page.locator("input[name=preset]:checked")).to_have_value("quick")
+    expected(page.get_by_text("1 change")).to_have_count(0)
+    page.goto(served.address + "#/runs/runs%2Ffox-002")
+    page.get_by_role("button", name="Train again with changes").click()
+    page.wait_for_url("**/settings")
+    expected(page.locator("input[name=preset]:checked")).to_have_value("quick")
+    expected(page.locator(".all-settings > details > summary .tag")).to_have_text("1 change")

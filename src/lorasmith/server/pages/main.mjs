@@ -42,7 +42,7 @@ function Page() {
     <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current?.focus(); }}>Skip to the content</a>
     <${Bar} at=${parts[0] ?? ""} />
     <main id="main" ref=${main} tabindex="-1">
-      <${Offers} hidden=${parts[0] === "jobs"} />
+      <${Offers} hidden=${[undefined, "jobs", "runs"].includes(parts[0])} />
       ${view}
     </main>
     <${Messages} />`;

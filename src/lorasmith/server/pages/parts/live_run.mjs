@@ -66,6 +66,6 @@ export function LossCurves({ points, validations, best, verdict = "" }) {
     ...(Number.isFinite(base) ? [{ label: "Held out, base model", xs: [0, Math.max(xs.at(-1) ?? 1, held.at(-1)?.step ?? 1)], ys: [base, base], color: "--held-out", width: 1, dash: [4, 4] }] : []),
   ];
   return html`<h2 id="curves">Loss</h2>
-    <${Curves} lines=${lines} marks=${best ? [{ x: best }] : []} label=${`Training loss over ${xs.at(-1) ?? 0} steps, last ${measured(means.at(-1) ?? NaN)}${held.length ? `; held-out loss ${measured(held.at(-1).loss)}, lowest at step ${best}` : ""}`} />
+    <${Curves} lines=${lines} marks=${best ? [{ x: best, label: `lowest held-out loss, step ${whole(best)}` }] : []} label=${`Training loss over ${xs.at(-1) ?? 0} steps, last ${measured(means.at(-1) ?? NaN)}${held.length ? `; held-out loss ${measured(held.at(-1).loss)}, lowest at step ${best}` : ""}`} />
     ${verdict && html`<p class="verdict-line">${sentence(verdict)}</p>`}`;
 }

@@ -6,8 +6,9 @@ import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
 import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
 import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
-import { act } from "../parts/jobs.mjs";
+import { CONTINUED, act } from "../parts/jobs.mjs";
 import { LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
+import { EditMarks, Star, removeRun } from "../parts/marks.mjs";
 import { Lightbox, Previews } from "../parts/pictures.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { Stepper } from "../parts/stepper.mjs";
@@ -31,8 +32,9 @@ export function RunView({ id }) {
     <${Stepper} at=${isRunning ? "training" : "result"} dataset=${run.dataset} addresses=${isRunning && run.job ? { training: link("jobs", run.job) } : {}} />
     <section aria-labelledby="run">
       <p class="kicker"><a href=${link("runs")}>Runs</a> / ${id}</p>
-      <div class="head"><h1 id="run">${nameOfRun(run)}</h1><span class=${`status ${run.mood}`}>${run.status}</span></div>
+      <div class="head"><h1 id="run">${nameOfRun(run)} <${Star} run=${run} onChange=${reload} /></h1><span class=${`status ${run.mood}`}>${run.status}</span></div>
       <p class="verdict">${sentence(run.verdict)}</p>
+      ${run.note && html`<p class="note">${run.note}</p>`}
       <p class="summary">${[run.model, run.trigger && `“${run.trigger}”`, moment(run.started)].filter(Boolean).join(" · ")}</p>
       ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).filter(([name]) => !SAID_ELSEWHERE.has(name)).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
       ${!isRunning && html`<${Actions} run=${run} job=${job} reload=${reload} />`}
@@ -55,7 +57,7 @@ function Watched({ run, onEnd }) {
 function Actions({ run, job, reload }) {
   const [dialog, setDialog] = useState(null);
   const close = () => setDialog(null);
-  const canContinue = job && ["paused", "interrupted", "cancelled", "failed"].includes(job.state);
+  const canContinue = job && CONTINUED.includes(job.state);
   const again = async () => {
     try {
       const { presets } = await get(["settings"], { images: run.images.length });
@@ -69,11 +71,14 @@ function Actions({ run, job, reload }) {
   return html`<div class="actions">
       ${run.lora && html`<a class="button primary" href=${fileOfRun(run.id, run.lora.file)} download>Download (${bytes(run.lora.bytes)})</a>
         <${Button} onClick=${() => setDialog("install")}>${run.lora.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}<//>`}
-      ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue it<//>`}
+      ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue<//>`}
       ${run.is_trainable_on && html`<${Button} onClick=${() => setDialog("on")}>Train it further<//>`}
       ${run.dataset && html`<${Button} onClick=${again}>Train again with changes<//>`}
       <a class="button" href=${address(["runs", run.id, "report"])} target="_blank" rel="noopener">Report</a>
+      <${Button} onClick=${() => setDialog("marks")}>Name and note<//>
+      <${Button} kind="danger" onClick=${() => removeRun(run, (isBack) => go(...(isBack ? ["runs", run.id] : ["runs"])))}>Delete<//>
     </div>
+    ${dialog === "marks" && html`<${EditMarks} run=${run} onClose=${close} onDone=${reload} />`}
     ${dialog === "install" && html`<${Install} run=${run} onClose=${close} onDone=${reload} />`}
     ${dialog === "on" && html`<${TrainOn} run=${run} onClose=${close} />`}`;
 }
