@@ -163,9 +163,7 @@ class _Floor:
         )
 
 
-def _steps(
-    job: TrainJob, samples: Sequence[Sample], on_event: EventHandler
-) -> tuple[Steps, int, int | None]:
+def _steps(job: TrainJob, samples: Sequence[Sample], on_event: EventHandler) -> tuple[Steps, int, int | None]:
     """The steps after the warm-up, bytes of the frozen weights, and peak of allocated GPU memory."""
     weights, device = 0, job.runtime.device
 

@@ -30,7 +30,9 @@ class StaleDraftError(LorasmithError):
         self.details = details
 
 
-def merged(seen: Mapping[str, Any], mine: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def merged(
+    seen: Mapping[str, Any], mine: Mapping[str, Any], there: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """`there` with what `mine` changes of `seen`, and the names that both have changed otherwise. Mappings in them are
     merged by name, a missing name is None.
     """

@@ -66,7 +66,9 @@ def restore_run(folders: Folders, id: str, *, removed: str) -> RunMarks:
     place, _, name = id.rpartition("/")
     outer, _, _ = place.rpartition("/")
     is_place = is_name(name) and (place in PLACES or (outer in PLACES and is_folder(target.parent)))
-    is_removed = source.parent.parent == parent and is_folder(source) and source.resolve().is_relative_to(parent.resolve())
+    is_removed = (
+        source.parent.parent == parent and is_folder(source) and source.resolve().is_relative_to(parent.resolve())
+    )
     if not is_place or not is_removed or source.name != name:
         raise UnknownFileError(f"there is no removed run {removed!r} of {id!r}; look into {parent}")
     with _CHANGING:

@@ -5,8 +5,8 @@ import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
 import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
-import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
-import { CONTINUED, act } from "../parts/jobs.mjs";
+import { Button, Command, Dialog, Field, Loading, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { CONTINUED, act, jobsOfRuns } from "../parts/jobs.mjs";
 import { LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
 import { EditMarks, Star, removeRun } from "../parts/marks.mjs";
 import { Lightbox, Previews } from "../parts/pictures.mjs";
@@ -20,8 +20,8 @@ const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
 
 export function RunView({ id }) {
   const [run, error, reload] = useLoaded((signal) => get(["runs", id], {}, signal), [id]);
-  const jobs = useStore(work)?.jobs;
-  const job = jobs?.get(run?.job) ?? [...(jobs?.values() ?? [])].filter((one) => one.run === id).sort((a, b) => b.created - a.created)[0];
+  const known = useStore(work);
+  const job = jobsOfRuns(known).get(id) ?? [...(known?.jobs.values() ?? [])].filter((one) => one.run === id).sort((a, b) => b.created - a.created)[0];
   const isRunning = run?.state === "running";
   if (error && !run) {
     return html`<section><h1>${id.split("/").pop()}</h1><${Problem} error=${error} onRetry=${reload} />
@@ -32,7 +32,8 @@ export function RunView({ id }) {
     <${Stepper} at=${isRunning ? "training" : "result"} dataset=${run.dataset} addresses=${isRunning && run.job ? { training: link("jobs", run.job) } : {}} />
     <section aria-labelledby="run">
       <p class="kicker"><a href=${link("runs")}>Runs</a> / ${id}</p>
-      <div class="head"><h1 id="run">${nameOfRun(run)} <${Star} run=${run} onChange=${reload} /></h1><span class=${`status ${run.mood}`}>${run.status}</span></div>
+      <div class="head"><h1 id="run">${nameOfRun(run)}</h1><div class="actions"><${Star} run=${run} onChange=${reload} />
+        ${jobsOfRuns(known).has(id) && !isRunning ? html`<${State} state=${job.state} />` : html`<span class=${`status ${run.mood}`}>${run.status}</span>`}</div></div>
       <p class="verdict">${sentence(run.verdict)}</p>
       ${run.note && html`<p class="note">${run.note}</p>`}
       <p class="summary">${[run.model, run.trigger && `“${run.trigger}”`, moment(run.started)].filter(Boolean).join(" · ")}</p>
@@ -75,6 +76,7 @@ function Actions({ run, job, reload }) {
       ${run.is_trainable_on && html`<${Button} onClick=${() => setDialog("on")}>Train it further<//>`}
       ${run.dataset && html`<${Button} onClick=${again}>Train again with changes<//>`}
       <a class="button" href=${address(["runs", run.id, "report"])} target="_blank" rel="noopener">Report</a>
+      <a class="button" href=${`editor/?run=${encodeURIComponent(run.id)}`}>Open in editor</a>
       <${Button} onClick=${() => setDialog("marks")}>Name and note<//>
       <${Button} kind="danger" onClick=${() => removeRun(run, (isBack) => go(...(isBack ? ["runs", run.id] : ["runs"])))}>Delete<//>
     </div>
