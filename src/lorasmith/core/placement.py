@@ -46,8 +46,8 @@ def best_device() -> torch.device:
 
 
 def memory_used(device: torch.device) -> int:
-    """Bytes that this process has: allocated on a GPU, at the peak since `reset_peak_memory_stats`, or resident on the CPU;
-    0 if the system does not say.
+    """Bytes that this process has: allocated on a GPU, at the peak since `reset_peak_memory_stats`, or resident on the
+    CPU; 0 if the system does not say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

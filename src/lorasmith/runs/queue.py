@@ -476,7 +476,7 @@ class JobStore:
         return None if row is None else {**json.loads(row["found"]), "measured_at": row["measured"]}
 
     def draft(self, dataset: str) -> tuple[dict[str, Any], int]:
-        """What is chosen for a training on a dataset that is not queued yet, and how often it was stored: 0 if never."""
+        """What is chosen for a training on a dataset that is not queued yet, and how often it was stored."""
         with self._explained():
             row = self._database.execute("SELECT draft, version FROM drafts WHERE dataset = ?", (dataset,)).fetchone()
         return ({}, 0) if row is None else (json.loads(row["draft"]), row["version"])

@@ -99,9 +99,8 @@ def test_what_two_pages_type_at_once_is_lost_in_neither(served: ServedPage, open
 def test_drafts_of_earlier_pages_are_taken_over(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("pages/icon.svg")
-    page.evaluate(
-        """localStorage.setItem("lorasmith.draft.fox", JSON.stringify({ name: "old", trigger: "foxy", isChosen: true }))"""
-    )
+    stored = '{"name": "old", "trigger": "foxy", "isChosen": true}'
+    page.evaluate("text => localStorage.setItem('lorasmith.draft.fox', text)", stored)
     page.goto(f"{served.address}#/new/fox/photos")
     expected(page.get_by_label("Trigger word")).to_have_value("foxy")
     page.get_by_role("link", name="Runs").click()

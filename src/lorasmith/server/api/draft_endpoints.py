@@ -1,7 +1,7 @@
 """Endpoints about drafts: what is chosen for a training that is not queued yet, which all pages share.
 
-A page sends the draft that it has with the one that it has seen, so that what two pages change apart is merged, and what both
-change is refused to the second one, which keeps its own.
+A page sends the draft that it has with the one that it has seen, so that what two pages change apart is merged, and
+what both change is refused to the second one, which keeps its own.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ _open: set[object] = set()
 
 
 async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
-    """`queue`, `job`, `dataset` and `draft` events: first the waiting and running jobs, then every change; and the events of
-    each `topic`, `jobs/ID` or `runs/ID`, as in its own stream, with that topic in their data.
+    """`queue`, `job`, `dataset` and `draft` events: first the waiting and running jobs, then every change; and the
+    events of each `topic`, `jobs/ID` or `runs/ID`, as in its own stream, with that topic in their data.
     """
     topics = sorted(set(call.request.query.getall("topic", [])))
     if len(topics) > MOST_TOPICS:

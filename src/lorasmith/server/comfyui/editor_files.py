@@ -120,9 +120,11 @@ _WORDS = {
             "missingNodePacks": {
                 "title": "Nodes that are not here",
                 "unknownPack": "Not a node of Lorasmith",
-                "ossManagerDisabledHint": "Lorasmith has ComfyUI's nodes that train, load, encode, sample and save, and no custom "
-                "nodes. Put one of its own in their place (double-click the canvas for a list), or run this workflow in "
-                "ComfyUI and train here.",
+                "ossManagerDisabledHint": (
+                    "Lorasmith has ComfyUI's nodes that train, load, encode, sample and save, and no custom nodes. Put "
+                    "one of its own in their place (double-click the canvas for a list), or run this workflow in "
+                    "ComfyUI and train here."
+                ),
             }
         },
         "errorCatalog": {
@@ -132,7 +134,7 @@ _WORDS = {
         },
     }
 }
-"""The editor's own texts that would name what is not here, by their places in its catalogue, which are replaced by these."""
+"""Texts of the editor that would name what is not here, by their places in its catalogue, and what they are here."""
 
 
 def _sent(path: Path | None) -> web.StreamResponse:

@@ -1,4 +1,6 @@
-"""Changes of runs by hand: what they are called, starred and noted, in `marks.json` of their folder; their removal and return."""
+"""Changes of runs by hand: what they are called, starred and noted, in `marks.json` of their folder; their removal and
+return.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import json
 import shutil
 import threading
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import is_folder, write_atomic
@@ -27,8 +28,8 @@ _CHANGING = threading.Lock()
 def mark_run(
     folders: Folders, id: str, *, title: str | None = None, starred: bool | None = None, note: str | None = None
 ) -> RunMarks:
-    """Store what a run is called (empty: its folder's name), whether it is starred, and a note; None leaves each as it is.
-    Raises UnknownFileError, OptionError for long texts, and OutputError.
+    """Store what a run is called (empty: its folder's name), whether it is starred, and a note; None leaves each as it
+    is. Raises UnknownFileError, OptionError for long texts, and OutputError.
     """
     folder = run_folder_of(folders, id)
     for name, text, most in (("title", title, _MOST_TITLE), ("note", note, _MOST_NOTE)):
