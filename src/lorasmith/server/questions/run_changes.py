@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import is_folder, write_atomic
@@ -36,12 +36,12 @@ def mark_run(
         if text is not None and len(text) > most:
             raise OptionError(f"a {name} must have at most {most:,} characters, got {len(text):,}; shorten it")
     with _CHANGING:
-        given = {
-            "title": None if title is None else one_line(title),
-            "starred": starred,
-            "note": None if note is None else note.strip(),
-        }
-        found = replace(marks_of(folder), **{name: value for name, value in given.items() if value is not None})
+        there = marks_of(folder)
+        found = RunMarks(
+            title=there.title if title is None else one_line(title),
+            starred=there.starred if starred is None else starred,
+            note=there.note if note is None else note.strip(),
+        )
         text = json.dumps(asdict(found), ensure_ascii=False)
         with disk_space(folder, len(text)):
             write_atomic(folder / MARKS, text + "\n")
