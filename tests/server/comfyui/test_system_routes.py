@@ -35,7 +35,7 @@ def test_the_editor_gets_an_answer_to_all_that_it_asks(tmp_path: Path) -> None:
         async with serving(tmp_path) as server:
             for prefix in PREFIXES:
                 words = await server.get(f"{prefix}/i18n")
-                assert "Manager" not in str(words) and "missingNodePacks" in words["en"]["rightSidePanel"]
+                assert "Lorasmith" in words["en"]["rightSidePanel"]["missingNodePacks"]["ossManagerDisabledHint"]
                 for path in ("workflow_templates", "global_subgraphs", "node_replacements"):
                     assert await server.get(f"{prefix}/{path}") == {}
                 assert (await server.get(f"{prefix}/features"))["supports_preview_metadata"] is True
