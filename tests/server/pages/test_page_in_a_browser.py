@@ -383,8 +383,19 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
     served.stop()
     lost = page.get_by_text("The connection to the server is lost.")
     lost.wait_for()
+    page.get_by_role("link", name="New LoRA").click()
+    page.get_by_role("link", name="Runs", exact=True).click()
+    expected(page.get_by_text("lorasmith serve")).to_have_count(1)  # said once, and in full
+    expected(page.get_by_text("Waiting for the server…")).to_have_count(1)
     served.start()
     lost.wait_for(state="detached")
+    waits(page, "runs/fox-001")
+    page.context.set_offline(True)
+    page.get_by_role("link", name="fox-001").first.click()
+    lost.wait_for()
+    page.context.set_offline(False)
+    lost.wait_for(state="detached")
+    expected(page.get_by_role("heading", name="fox-001")).to_have_count(1)
 
 
 @pytest.mark.slow

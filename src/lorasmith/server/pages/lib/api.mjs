@@ -45,6 +45,7 @@ async function request(method, url, { body, signal, keepalive }) {
     connection.set({ lost: true });
     throw new ApiError("offline", "The server does not answer. If it was stopped, start it again with: lorasmith serve");
   }
+  if (connection.get().lost) connection.set({ lost: false });
   if (response.ok) return response.status === 204 ? null : response.json();
   let found = null;
   try {

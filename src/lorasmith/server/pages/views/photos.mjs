@@ -7,7 +7,7 @@ import { go } from "../lib/router.mjs";
 import { announcement, say, useStore } from "../lib/stores.mjs";
 import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { capital, count, slug } from "../lib/words.mjs";
-import { Button, Elsewhere, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
+import { Button, Elsewhere, Field, Loading, Notice, Problem, Question, isPassing, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
 import { PhotoTile, isStale } from "../parts/photo_tile.mjs";
@@ -217,7 +217,7 @@ function useCheck(dataset, draft, images, captions, controls, version) {
         setResult([await get(["datasets", dataset, "check"], query, stop.signal), null]);
       } catch (error) {
         if (stop.signal.aborted) return;
-        if (error.status === 503) timer = setTimeout(ask, 2000);
+        if (isPassing(error)) timer = setTimeout(ask, 2000);
         else setResult(([before]) => [before, error]);
       }
     };
