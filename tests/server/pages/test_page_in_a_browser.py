@@ -404,6 +404,11 @@ def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_
         "interrupted", run=None, request={"name": "fox", "settings": {"steps": 3}, "model": "m"}
     )
     page = open_page()
+    row = page.get_by_role("listitem").filter(has_text="Interrupted")  # in the queue, and only there
+    expected(row.get_by_role("button", name="Continue")).to_have_count(1)
+    expected(page.get_by_text("was interrupted")).to_have_count(0)
+    served.server.add_dataset("fox")
+    page.goto(served.address + "#/new/fox/photos")
     waits(page, "was interrupted")
     page.get_by_role("group", name="Interrupted training").get_by_role("button", name="Continue").click()
     page.wait_for_url(f"**/#/jobs/{job['id']}")
@@ -569,7 +574,7 @@ def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: 
         assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")
-    assert page.evaluate("document.activeElement.textContent") == "Find and replace in captions"
+    expected(page.get_by_role("button", name="Find and replace in captions")).to_be_focused()
 
 
 @pytest.mark.slow
