@@ -28,7 +28,7 @@ function Evaluate({ run, again, onDone }) {
   const [done, setDone] = useState(null);
   const job = queued && (known?.jobs.get(queued.id) ?? queued);
   const isActive = job !== null && !ENDS.has(job.state);
-  useEvents(job?.state === "running" ? address(["jobs", job.id, "events"]) : null, { progress: setDone });
+  useEvents(job?.state === "running" ? `jobs/${job.id}` : null, { progress: setDone });
   useEffect(() => {
     if (job?.state !== "completed") return;
     announcement.set("The LoRAs are evaluated.");
