@@ -54,7 +54,7 @@ def test_the_bar_fits_into_80_columns_and_counts_steps_alone(
     events = [RunStarted(steps=10_000, at=0.0, **STARTED), *steps(1, 10, 0.0), judged, drawn, *steps(11, 20, 1000.0)]
     line = last_line(events, shown, monkeypatch)
     assert "20/10000" in line and "loss 0.4200" in line and "held out -14.3 %" in line
-    assert "2.00 steps/s" in line, "neither validation nor drawing counts"
+    assert "0.5 s/step" in line, "neither validation nor drawing counts"
     assert "1:23:10 left" in line
 
 
@@ -80,7 +80,7 @@ def test_without_a_terminal_lines_take_the_place_of_the_bar(
             show(event)
     assert capsys.readouterr().out.splitlines() == [
         "Step 1 of 10,000, loss 0.4200",
-        "Step 2 of 10,000, loss 0.4200 · 2.00 steps/s · 1:23:19 left",
+        "Step 2 of 10,000, loss 0.4200 · 0.5 s/step · 1:23:19 left",
         "Drawing previews: 1 of 4",
     ]
 

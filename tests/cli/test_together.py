@@ -140,7 +140,7 @@ def test_the_run_folder_is_that_of_a_run_alone(mixed: Path, tmp_path: Path) -> N
         )
         assert ran.returncode == 0, ran.stderr
         counts[size] = Counter(encoded.read_text().splitlines())
-        told[size] = [line for line in ran.stdout.splitlines() if "steps/s" not in line]
+        told[size] = [line for line in ran.stdout.splitlines() if "s/step" not in line]
     run = tmp_path / "run1"
     assert {"report.html", "events.jsonl", "photos-step00000004.safetensors", "photos.json"} <= files_of(run)
     assert any(name.startswith("samples/") for name in files_of(run))

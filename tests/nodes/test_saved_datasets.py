@@ -72,7 +72,7 @@ def test_what_is_no_data_set_is_said(bench: Any, tmp_path: Path) -> None:
         bench.call("LoadTrainingDataset", folder_name="empty")
     with pytest.raises(DataError, match=r"no folder 'absent' in .*datasets"):
         bench.call("LoadTrainingDataset", folder_name="absent")
-    with pytest.raises(OptionError, match="nothing to choose from"):
+    with pytest.raises(OptionError, match=r"nothing to choose from: no folder 'absent' in .*datasets"):
         load_nodes()["LoadTrainingDataset"].slots["folder_name"].check("absent", bench.folders)
 
 

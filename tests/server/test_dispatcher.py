@@ -92,6 +92,27 @@ def test_stopping_pausing_and_continuing(tmp_path: Path) -> None:
     run(tmp_path, check)
 
 
+def test_a_measurement_makes_room_for_whatever_else_is_queued(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        dispatcher = context.dispatcher
+        measured = dispatcher.submit("measure", {"do": "wait"})
+        await started(context, measured)
+        waiting = dispatcher.submit("measure", {"do": "wait"})
+        assert context.store.get(measured.id).state == "running"  # it makes none for another one
+        training = dispatcher.submit("train", {"do": "wait"})
+        await started(context, training)
+        assert context.store.get(measured.id).state == "cancelled"
+        assert context.store.get(waiting.id).state == "pending"  # it came first, and waits for the training
+        dispatcher.cancel(training.id)
+        await started(context, waiting)
+        dispatcher.proceed(training.id)
+        await started(context, training)
+        dispatcher.cancel(training.id)
+        await ended(context, training)
+
+    run(tmp_path, check)
+
+
 def test_a_run_of_a_sweep_is_repeated_in_it_unless_it_is_complete(tmp_path: Path) -> None:
     async def check(context: ServerContext) -> None:
         request, states = {"name": "x", "output": "runs/s/rank-2"}, ("failed", "completed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +123,8 @@ def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
     return lambda head: head.get("kind") == "view" and head["data"]["view"]["step"] == step
 
 
-def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) -> None:
+def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.runs.training_jobs._TIMED_STEPS", 2)
     worker.cancel_if = at_step(1)
     assert "cancelled after 1 step" in worker.refused("train", TRAINING, state="cancelled")
     assert worker.run_id == "runs/lora-001"
@@ -135,6 +137,11 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
     last = worker.views()[-1]
     assert (last["run"], last["outcome"], last["step"], last["steps"]) == ("runs/lora-001", "finished", 3, 3)
     assert [step for step, _, _ in last["curve"]] == [1, 2, 3], "with the step before it was cancelled"
+    speed = next(one["value"] for one in last["metrics"] if one["name"] == "speed")
+    subject = measurement_subject(TRAINING["model"], TRAINING["settings"], "cpu")
+    assert found["found"] == {"subject": subject, "values": {"seconds_per_step": speed}}, "for the next plan"
+    if sys.platform == "linux":
+        assert next(one["value"] for one in last["metrics"] if one["name"] == "memory") > 2**20
     assert "Resumed" in {one["kind"] for one in last["notes"]}
     assert worker.kinds["train"].model._kept is loaded, "the model was kept"
     # The end of a complete run did not reach the server: it is not trained again.

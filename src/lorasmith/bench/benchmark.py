@@ -36,6 +36,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
 from lorasmith.training.engine import prepared
+from lorasmith.training.events import EventHandler
 from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.memory.memory_plan import MemoryPlan, plan_for
 from lorasmith.training.runtime import Runtime
@@ -65,7 +66,7 @@ def measured(
 
     `steps` is the number of timed steps and passes, by default as many as take some seconds; the job's own is not used.
     With `floor` the frozen model is measured too, on one batch. `on_stage` receives the name of each stage, such as
-    `steps`.
+    `steps`, before it and during it; what it raises ends the measurement.
     """
     config, device = job.config, job.runtime.device
     plan = None
@@ -80,10 +81,11 @@ def measured(
     if frozen is not None:
         on_stage("the floor")
         steps = frozen.measure(steps and -(-steps // 2)) * 2
-    on_stage("steps")
-    steady, weights, allocated = _steps(replace(job, config=replace(config, steps=_WARMUP + (steps or 5))), samples)
+    timed = replace(job, config=replace(config, steps=_WARMUP + (steps or 5)))
+    steady, weights, allocated = _steps(timed, samples, lambda event: on_stage("steps"))
     on_stage("the parts of a step")
     parts = measured_parts(job, samples)
+    on_stage("the operations of a step")
     counts = counted(lambda counter: training_steps(job, samples, counter), device)
     with training_steps(job, samples) as once:
         once()
@@ -161,7 +163,7 @@ class _Floor:
         )
 
 
-def _steps(job: TrainJob, samples: Sequence[Sample]) -> tuple[Steps, int, int | None]:
+def _steps(job: TrainJob, samples: Sequence[Sample], on_event: EventHandler) -> tuple[Steps, int, int | None]:
     """The steps after the warm-up, bytes of the frozen weights, and peak of allocated GPU memory."""
     weights, device = 0, job.runtime.device
 
@@ -172,9 +174,9 @@ def _steps(job: TrainJob, samples: Sequence[Sample]) -> tuple[Steps, int, int | 
     with prepared(job.model, job.adapters, job.config, job.runtime, job.differences, first=look):
         pass
     if device.type != "cuda":
-        return measured_steps(job, samples, warmup=_WARMUP), weights, None
+        return measured_steps(job, samples, warmup=_WARMUP, on_event=on_event), weights, None
     torch.cuda.reset_peak_memory_stats(device)
-    steps = measured_steps(job, samples, warmup=_WARMUP)
+    steps = measured_steps(job, samples, warmup=_WARMUP, on_event=on_event)
     return steps, weights, torch.cuda.max_memory_allocated(device)
 
 

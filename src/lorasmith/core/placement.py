@@ -45,6 +45,19 @@ def best_device() -> torch.device:
     return torch.device("cuda") if current().size == 1 else torch.device("cuda", current().gpu)
 
 
+def memory_used(device: torch.device) -> int:
+    """Bytes that this process has: allocated on a GPU, at the peak since `reset_peak_memory_stats`, or resident on the
+    CPU; 0 if the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - in every step
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter."""
     return next(module.parameters()).device

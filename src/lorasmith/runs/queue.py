@@ -1,4 +1,4 @@
-"""The queue of jobs, its history and what was measured, in SQLite, which survive crashes.
+"""The queue of jobs, its history, what was measured, and drafts of jobs, in SQLite, which survive crashes.
 
 A server has `<base>/user/lorasmith/jobs.sqlite3`, a sweep of the command line `queue.sqlite3` in its folder (WAL). Only
 one process writes it, from the thread of its event loop; each call is one short transaction, durable when it returns.
@@ -168,6 +168,11 @@ CREATE TABLE IF NOT EXISTS measurements (
     found TEXT NOT NULL,
     measured REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS drafts (
+    dataset TEXT PRIMARY KEY,
+    draft TEXT NOT NULL,
+    version INTEGER NOT NULL DEFAULT 1
+);
 """
 
 _ADDED = {"sweep": "TEXT", "varied": "TEXT NOT NULL DEFAULT '{}'", "together": "TEXT"}
@@ -321,6 +326,10 @@ class JobStore:
         """The runs of a sweep, in its order."""
         return self._select("WHERE sweep = ? ORDER BY sequence", (sweep,))
 
+    def of_run(self, run: str) -> list[Job]:
+        """The jobs that train a run or have trained it, oldest first."""
+        return self._select("WHERE run = ? ORDER BY sequence", (run,))
+
     def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
         """Running jobs, oldest first, then waiting ones in queue order, without the graphs of requests."""
         return self._select(
@@ -362,10 +371,13 @@ class JobStore:
         return {state: counts[state] for state in ACTIVE}
 
     def claim(self, device: str) -> list[Job]:
-        """Start the next waiting job on a device, and those that train together with it; empty if there is none."""
+        """Start the next waiting job on a device, and those that train together with it; empty if there is none.
+        Measurements come after all others.
+        """
         with self._writing() as database:
             found = database.execute(
-                "SELECT id, together FROM jobs WHERE state = 'pending' ORDER BY number, sequence LIMIT 1"
+                "SELECT id, together FROM jobs WHERE state = 'pending' "
+                "ORDER BY kind = 'measure', number, sequence LIMIT 1"
             ).fetchone()
             if found is None:
                 return []
@@ -462,6 +474,25 @@ class JobStore:
                 "SELECT found, measured FROM measurements WHERE subject = ?", (subject,)
             ).fetchone()
         return None if row is None else {**json.loads(row["found"]), "measured_at": row["measured"]}
+
+    def draft(self, dataset: str) -> tuple[dict[str, Any], int]:
+        """What is chosen for a training on a dataset that is not queued yet, and how often it was stored."""
+        with self._explained():
+            row = self._database.execute("SELECT draft, version FROM drafts WHERE dataset = ?", (dataset,)).fetchone()
+        return ({}, 0) if row is None else (json.loads(row["draft"]), row["version"])
+
+    def set_draft(self, dataset: str, draft: Mapping[str, Any] | None) -> int:
+        """Store the draft of a dataset, and return its version, from 1; None removes it."""
+        with self._writing() as database:
+            if draft is None:
+                database.execute("DELETE FROM drafts WHERE dataset = ?", (dataset,))
+            else:
+                database.execute(
+                    "INSERT INTO drafts (dataset, draft) VALUES (?, ?) "
+                    "ON CONFLICT (dataset) DO UPDATE SET draft = excluded.draft, version = version + 1",
+                    (dataset, json.dumps(draft)),
+                )
+        return self.draft(dataset)[1]
 
     def _select(self, rest: str, values: Sequence[Any] = (), *, columns: str = _COLUMNS) -> list[Job]:
         with self._explained():

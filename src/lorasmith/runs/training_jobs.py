@@ -116,8 +116,10 @@ class _JobHost(Host):
         self._model, self._reporter, self._cancelled = model, reporter, cancelled
         self._before, self._encoded = before, encoded
         self._is_begun = False
+        self.view = RunView()
 
     def on_event(self, event: Event) -> None:
+        self.view.take(event)
         self._reporter.event(event)
         if not self._is_begun:
             self._end_if_cancelled()
@@ -191,7 +193,11 @@ class TrainingJobs:
         with contextlib.ExitStack() as released:
             planned, host = self._planned(job, before, {})
             released.callback(_release, planned)
-            return _trained(planned, host, self._work.cancelled.is_set)
+            end = _trained(planned, host, self._work.cancelled.is_set)
+            seconds = host.view.seconds_per_step
+            if seconds is None or host.view.step < _TIMED_STEPS:
+                return end
+            return {**end, **_measurement(spec_of(job["request"]), device_of(self._work.start), seconds)}
 
     def _train_together(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
         """If the jobs are cancelled, all runs end after the same step and save; one that fails ends alone."""
@@ -270,10 +276,13 @@ class TrainingJobs:
             "resolution": side * base.components.latent.downscale,
             "at": time.time(),
         }
-        return {
-            "outputs": values,
-            "found": {"subject": measurement_subject(given.model, given.settings, str(device)), "values": values},
-        }
+        return {"outputs": values, **_measurement(given, device, **values)}
+
+
+def _measurement(spec: RunSpec, device: torch.device, seconds_per_step: float, **more: Any) -> dict[str, Any]:
+    """The `found` of a job's end, from which later plans of the same model and settings have their time."""
+    subject = measurement_subject(spec.model, spec.settings, str(device))
+    return {"found": {"subject": subject, "values": {"seconds_per_step": seconds_per_step, **more}}}
 
 
 def _release(planned: FolderPlan) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PureWindowsPath
 from typing import Any, NamedTuple
 
-from lorasmith.core.printable import count_text
+from lorasmith.core.printable import count_text, memory_text
 from lorasmith.report.loss_plot import RecentLoss, RecentLosses
 from lorasmith.runs.run_plan import (
     ClassImageDrawn,
@@ -333,7 +333,7 @@ def _speed(view: RunView) -> Metric | None:
     seconds = view.seconds_per_step
     if not seconds:
         return None
-    text = f"{1 / seconds:.2f} steps/s" if seconds <= 1 else f"{seconds:.3g} s/step"
+    text = f"{seconds:.3g} s/step"
     return Metric("speed", "speed", seconds, text, "s/step", text)
 
 
@@ -346,7 +346,14 @@ def _time_left(view: RunView) -> Metric | None:
     return Metric("time_left", "time left", left, text, "s", f"{text} left")
 
 
-METRICS: Sequence[Callable[[RunView], Metric | None]] = (_loss, _held_out, _likeness, _speed, _time_left)
+def _memory(view: RunView) -> Metric | None:
+    if view.last is None or not view.last.memory_bytes:
+        return None
+    text = memory_text(view.last.memory_bytes)
+    return Metric("memory", "memory", view.last.memory_bytes, text, "bytes", text)
+
+
+METRICS: Sequence[Callable[[RunView], Metric | None]] = (_loss, _held_out, _likeness, _speed, _time_left, _memory)
 """What is shown of a run in numbers, in this order; each gives None while it is unknown."""
 
 

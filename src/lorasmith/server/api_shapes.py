@@ -222,6 +222,41 @@ CaptionBody = dict[str, str | CaptionEdit]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What is chosen for a training on a dataset that is not queued yet. All pages share it."""
+
+    name: Annotated[str, "of the LoRA"] = ""
+    trigger: Annotated[str, "phrase for the subject or style"] = ""
+    model: Annotated[str | None, "its name in the list of models"] = None
+    edit: Annotated[str | None, "edit variant that the model is, or none; null if its name says so"] = None
+    is_chosen: Annotated[bool, "whether somebody chose the model, so that no other is suggested"] = False
+    pairs: Annotated[bool | None, "whether it trains on pairs; null if the pictures say so"] = None
+    preset: Annotated[str, "name of a preset"] = "balanced"
+    settings: Annotated[dict[str, Any], "those that differ from the preset's, by name"] = field(default_factory=dict)
+    measurement: Annotated[str | None, "id of the job that measures a step for it"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftBody:
+    """A draft to store."""
+
+    draft: Draft
+    seen: Annotated[
+        Draft | None,
+        "the draft that it was made from. What others changed since then stays, and 409 where both changed the same. "
+        "Null to replace all.",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftAnswer:
+    """The draft of a dataset."""
+
+    draft: Draft
+    version: Annotated[int, "how often it was stored; 0 for one that nobody has stored"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FindingFacts:
     """Something to look at before training."""
 
@@ -420,6 +455,31 @@ class MoveBody:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunMarks:
+    """What somebody keeps of a run, in marks.json of its folder."""
+
+    title: Annotated[str, "what it is called; empty for the name of its folder"] = ""
+    starred: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarksBody:
+    """What to change of a run's marks; null leaves each as it is."""
+
+    title: Annotated[str | None, "of at most 100 characters; empty for the name of its folder"] = None
+    starred: bool | None = None
+    note: Annotated[str | None, "of at most 4,000 characters"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreBody:
+    """Where a removed run is."""
+
+    removed: Annotated[str, "as the answer to its removal says"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRow:
     """A run."""
 
@@ -439,6 +499,9 @@ class RunRow:
     held_out: Annotated[float | None, "lowest loss on held-out images; null without them"]
     cover: Annotated[str | None, "picture of it, a path among its files"]
     job: Annotated[str | None, "id of the job that trains it"] = None
+    label: Annotated[str, "what it is called: the title that somebody gave it, or its folder's name"] = ""
+    starred: Annotated[bool, "whether somebody starred it"] = False
+    note: Annotated[str, "what somebody wrote about it"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

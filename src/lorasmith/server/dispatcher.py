@@ -140,9 +140,19 @@ class Dispatcher:
         """Queue a job, as `JobStore.add`. Raises QueueFullError, DuplicateJobError, DiskFullError and StoreError."""
         with disk_space(self._config.folder, len(json.dumps(request))):
             job = self._store.add(kind, request, **more)
+        return self._queued(job)
+
+    def _queued(self, job: Job) -> Job:
+        """Start a job that waits now, if a device is free; where only measurements run, one makes room."""
         self.changed(job)
         self._supervisor.dispatch()
-        return self._store.get(job.id)
+        job = self._store.get(job.id)
+        if job.state == "pending" and job.kind != "measure":
+            for other in self._store.running():
+                if other.kind == "measure":
+                    self.cancel(other.id)
+                    break
+        return job
 
     def cancel(self, id: str, *, pause: bool = False) -> bool:
         """Stop a waiting or running job, or give up a paused or interrupted one; returns whether there is one. A
@@ -175,10 +185,7 @@ class Dispatcher:
         states = None if job.run is None else self._config.base / job.run / "states"
         if job.state == "failed" and not (states and states.is_dir() and any(states.iterdir())):
             raise JobStateError("a job that failed can be continued from a run state, and this one has none; repeat it")
-        job = self._store.requeue(id)
-        self.changed(job)
-        self._supervisor.dispatch()
-        return self._store.get(id)
+        return self._queued(self._store.requeue(id))
 
     def retry(self, id: str) -> Job:
         """Queue a new job with the request of an ended one, outside of the sweep if that run of it is complete. Raises
@@ -205,6 +212,13 @@ class Dispatcher:
             self._hub.publish(Notice(kind="job", job_id=id, data={"id": id, "removed": True}, droppable=True))
         self._publish_queue()
         return removed
+
+    def set_draft(self, dataset: str, draft: Mapping[str, Any] | None) -> int:
+        """Store what is chosen for a training on a dataset, None to forget it, and publish it; returns its version."""
+        with disk_space(self._config.folder, 0 if draft is None else len(json.dumps(draft))):
+            version = self._store.set_draft(dataset, draft)
+        self._hub.publish(Notice(kind="draft", data={"dataset": dataset, "draft": draft, "version": version}))
+        return version
 
     def interrupt(self) -> bool:
         """Cancel every running job; returns whether there is one."""

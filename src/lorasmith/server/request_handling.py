@@ -59,6 +59,7 @@ _STATUS = {
     "OutsideError": 403,
     "QueueFullError": 429,
     "StaleCaptionError": 409,
+    "StaleDraftError": 409,
     "TakenNameError": 409,
     "SlowClientError": 408,
     "TooLargeError": 413,
@@ -103,7 +104,7 @@ async def errors_answered(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except LorasmithError as error:
-        details = error.details if isinstance(error, RefusedError) else None
+        details = getattr(error, "details", None)
         return error_response(status_of(error), _kind(error), str(error), details)
     except (web.HTTPException, ConnectionError):  # responses of aiohttp; client disconnected
         raise

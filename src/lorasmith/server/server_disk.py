@@ -46,6 +46,11 @@ def disk_space(folder: Path, size: int = 0) -> Iterator[None]:
 _REMOVED = FOLDER / "removed"
 
 
+def removed_folder(base: Path) -> Path:
+    """The folder with what was removed."""
+    return base / _REMOVED
+
+
 def set_aside(base: Path, paths: Iterable[Path], name: str) -> Path:
     """Move files or folders to a new folder among the removed ones, and return it. Raises OutputError."""
     parent = ensure_folder(base / _REMOVED)

@@ -76,6 +76,9 @@ class StepDone(Event):
         "is clean, 1 noisy) and its loss",
     ] = ()
     noise_scale: Annotated[float, "gradient noise scale in samples; 0 if unknown, as with one batch per step"] = 0.0
+    memory_bytes: Annotated[
+        int, "memory of the process: allocated on its GPU at the peak of the run, or resident on the CPU; 0 if unknown"
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorasmith.core.allocator import has_lost_device, is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
+from lorasmith.core.placement import memory_used
 from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
@@ -142,6 +143,8 @@ class Loop:
         shared = partial(ending_together, processes, agreed=StepFault) if self.engine.runtime.sharding else nullcontext
         if self._recovery.good is None:
             self._recovery.good = self._snapshot()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 missed = [one for one in self._watchers if self.outcome is None and one.missed(self)]
@@ -351,6 +354,7 @@ class Loop:
                     learning_rate=self.engine.config.learning_rate * self.engine.rate(step),
                     draws=tuple(zip(taken.indices, taken.quantiles, losses, strict=True)),
                     noise_scale=self._noise.value or 0.0,
+                    memory_bytes=memory_used(self.engine.runtime.device),
                 )
             )
 

@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import Option
 from lorasmith.core.registry import nearest
@@ -188,7 +188,12 @@ class Input:
         if found is not None:
             return found
         if not choices:
-            raise OptionError(f"{self.name} has nothing to choose from, got {value!r}; add a file to its folder")
+            try:
+                if self.file is not None:
+                    self.file(folders, value)
+            except LorasmithError as error:  # it names the folder
+                raise OptionError(f"{self.name} has nothing to choose from: {error}") from error
+            raise OptionError(f"{self.name} has nothing to choose from, got {value!r}; unlink it or leave it out")
         shown = ", ".join(choices[:_MAX_SHOWN]) + (", ..." if len(choices) > _MAX_SHOWN else "")
         # Choices that depend on the folders are files there, and their names.
         remedy = "; add it to the base folder, or name the folder that has it with --base-dir"

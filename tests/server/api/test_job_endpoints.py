@@ -136,14 +136,14 @@ def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
 
 
 def test_a_plan_has_the_time_of_a_measured_step(tmp_path: Path) -> None:
-    plan = {"steps": 50, "memory_bytes": 1}
+    plan = {"steps": 50, "memory_bytes": 1, "memory_settings": {"quantization": "int8"}}
 
     async def test(client: Client) -> None:
         made_up(client)["plan"] = plan
         assert await client.ask("POST", "/plans", RUN) == plan
         job = await client.ask("POST", "/measurements", {"model": RUN["model"], "settings": {"rank": 8}}, status=201)
         assert (job["kind"], job["title"], job["request"]["settings"]) == ("measure", "Measurement", {"rank": 8})
-        subject = measurement_subject("lorasmith-tiny", {"rank": 8}, "cpu")
+        subject = measurement_subject("lorasmith-tiny", {"rank": 8, "quantization": "int8"}, "cpu")  # as it is trained
         client.context.store.set_measurement(subject, {"seconds_per_step": 0.5})
         found = await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 8, "steps": 50}})
         assert (found["seconds_per_step"], found["seconds"]) == (0.5, 25.0) and found["measured_at"] > 0

@@ -185,3 +185,45 @@ def test_the_view_of_a_run_follows_its_log(tmp_path: Path, monkeypatch: pytest.M
             assert (await stream.next())[1]["view"].keys() == whole.keys(), "who connects again gets the whole"
 
     with_api(tmp_path, test)
+
+
+def test_a_run_is_named_starred_noted_removed_and_brought_back(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+    second = tmp_path / "runs" / "dog-002"
+
+    async def test(client: Client) -> None:
+        async def row() -> dict[str, Any]:
+            return next(one for one in (await client.ask("GET", "/runs"))["runs"] if one["id"] == "runs/dog-001")
+
+        assert [(await row())[name] for name in ("label", "starred", "note")] == ["dog-001", False, ""]
+        await client.ask("PUT", f"/runs/{RUN}/marks", {"title": " the  good\none ", "note": "for mum"})
+        await client.ask("PUT", f"/runs/{RUN}/marks", {"starred": True})
+        assert [(await row())[name] for name in ("label", "starred", "note")] == ["the good one", True, "for mum"]
+        await client.error("PUT", f"/runs/{RUN}/marks", {"title": "x" * 101})
+
+        store = client.context.store
+        job = store.add("train", {"name": "dog"})
+        store.claim("cpu")
+        store.set_run(job.id, "runs/dog-001")
+        assert "stop that job first" in await client.error("DELETE", f"/runs/{RUN}", status=409)
+        store.finish(job.id, "paused")
+        removed = (await client.ask("DELETE", f"/runs/{RUN}"))["removed"]
+        assert (tmp_path / removed / "marks.json").is_file() and not folder.exists()
+        assert store.get(job.id).state == "cancelled"  # it has nothing to continue
+        for path in ("user/lorasmith/removed", f"{removed}/../..", "runs", "/etc", f"{removed}/states"):
+            await client.error("POST", f"/runs/{RUN}/restore", {"removed": path}, status=404)
+        await client.error("POST", "/runs/elsewhere%2Fdog-001/restore", {"removed": removed}, status=404)
+        await client.error("POST", "/runs/runs%2Fdog-002/restore", {"removed": removed}, status=404)
+        marks = await client.ask("POST", f"/runs/{RUN}/restore", {"removed": removed})
+        assert marks == {"title": "the good one", "starred": True, "note": "for mum"}
+        assert (await row())["label"] == "the good one"
+
+        removed = (await client.ask("DELETE", f"/runs/{RUN}"))["removed"]
+        a_run(tmp_path)
+        assert "another run" in await client.error("POST", f"/runs/{RUN}/restore", {"removed": removed})
+        folder.rename(second)
+        (second / "marks.json").write_text('{"title": 3}')  # a stranger's
+        found = (await client.ask("GET", "/runs"))["runs"]
+        assert [one["label"] for one in found] == ["dog-002"]
+
+    with_api(tmp_path, test)

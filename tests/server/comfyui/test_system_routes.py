@@ -34,7 +34,9 @@ def test_the_editor_gets_an_answer_to_all_that_it_asks(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
             for prefix in PREFIXES:
-                for path in ("i18n", "workflow_templates", "global_subgraphs", "node_replacements"):
+                words = await server.get(f"{prefix}/i18n")
+                assert "Lorasmith" in words["en"]["rightSidePanel"]["missingNodePacks"]["ossManagerDisabledHint"]
+                for path in ("workflow_templates", "global_subgraphs", "node_replacements"):
                     assert await server.get(f"{prefix}/{path}") == {}
                 assert (await server.get(f"{prefix}/features"))["supports_preview_metadata"] is True
                 assert await server.get(f"{prefix}/internal/files/input") == []

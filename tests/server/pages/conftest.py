@@ -53,6 +53,14 @@ class ServedPage:
         """As a server that is killed: connections break."""
         self._call(self._stopped())
 
+    def publish(self, job: dict[str, Any], **changes: Any) -> None:
+        """Change a job, and send it to all pages."""
+        self._loop.call_soon_threadsafe(lambda: self.server.publish(job, **changes))
+
+    def change_draft(self, dataset: str, /, **changes: Any) -> None:
+        """As another page does."""
+        self._loop.call_soon_threadsafe(lambda: self.server.change_draft(dataset, **changes))
+
     def close(self) -> None:
         self.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)

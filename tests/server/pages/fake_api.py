@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from PIL import Image, ImageDraw
 
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.runs.view import RunView
+from lorasmith.server.api.draft_endpoints import merged
+from lorasmith.server.api_shapes import Draft
 from lorasmith.server.page_routes import routes
 from lorasmith.training.events import Event, Outcome, Previewed, RunFinished, RunStarted, StepDone, Validated, Warned
 
@@ -143,7 +145,8 @@ class FakeServer:
         step_seconds: pause between the steps of a made-up training.
         refusals: by "METHOD path", the status and message to answer with.
         is_closing: whether streams of events end.
-        calls: requests that change something, as (method, path, body).
+        calls: requests that change something, as (method, path, body); not of drafts.
+        streams: number of streams that are open.
     """
 
     step_seconds: float = 0.05
@@ -159,6 +162,9 @@ class FakeServer:
     views: dict[str, RunView] = field(default_factory=dict)
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
+    drafts: dict[str, tuple[dict[str, Any], int]] = field(default_factory=dict)  # with their versions
+    streams: int = 0
+    removed: dict[str, dict[str, Any]] = field(default_factory=dict)  # runs
     measured: bool = False
     control: str = "none"  # whether drawings take a picture
     least_strength: float = 0.0  # of drawings
@@ -190,6 +196,8 @@ class FakeServer:
                 web.put(f"{at}/datasets/{{name}}/controls", self._pair),
                 web.delete(f"{at}/datasets/{{name}}/controls/{{file}}", self._remove_control),
                 web.put(f"{at}/datasets/{{name}}/captions", self._captions),
+                web.get(f"{at}/datasets/{{name}}/draft", self._draft),
+                web.put(f"{at}/datasets/{{name}}/draft", self._set_draft),
                 web.get(f"{at}/datasets/{{name}}/check", self._check),
                 web.post(f"{at}/plans", self._plan),
                 web.post(f"{at}/measurements", self._measure),
@@ -197,7 +205,6 @@ class FakeServer:
                 web.post(f"{at}/jobs", self._new_job),
                 web.get(f"{at}/jobs/{{id}}", self._job),
                 web.delete(f"{at}/jobs/{{id}}", self._remove_job),
-                web.get(f"{at}/jobs/{{id}}/events", self._job_events),
                 web.post(f"{at}/jobs/{{id}}/{{action}}", self._act),
                 web.get(f"{at}/events", self._events),
                 web.get(f"{at}/runs", self._list_runs),
@@ -205,7 +212,9 @@ class FakeServer:
                 web.post(f"{at}/sweeps", self._new_sweep),
                 web.get(f"{at}/sweeps/{{id}}", _says(lambda: SWEEP)),
                 web.get(f"{at}/runs/{{id}}", self._run),
-                web.get(f"{at}/runs/{{id}}/events", self._job_events),
+                web.put(f"{at}/runs/{{id}}/marks", self._mark),
+                web.delete(f"{at}/runs/{{id}}", self._remove_run),
+                web.post(f"{at}/runs/{{id}}/restore", self._restore_run),
                 web.get(f"{at}/runs/{{id}}/files/{{file:.+}}", self._run_file),
                 web.get(f"{at}/runs/{{id}}/graph", _says(lambda: {"1": {"class_type": "TrainLoraNode"}})),
                 web.get(f"{at}/runs/{{id}}/report", _says(dict)),
@@ -227,9 +236,13 @@ class FakeServer:
     async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if refusal := self.refusals.get(f"{request.method} {request.path}"):
             return _error(*refusal)
-        if request.method in ("POST", "PUT", "DELETE") and request.content_type == "application/json":
+        is_change = request.method in ("POST", "PUT", "DELETE") and not request.path.endswith("/draft")
+        if is_change and request.content_type == "application/json":
             self.calls.append((request.method, request.path, await request.json()))
-        return await handler(request)
+        answer = await handler(request)
+        if is_change and answer.status < 400 and (name := request.match_info.get("name")):
+            self._all_events.append(("dataset", {"name": name}))
+        return answer
 
     def add_dataset(self, name: str, number: int = 4, captions: bool = True) -> None:
         files = sorted(PICTURES.glob("*.png"))[:number]
@@ -318,6 +331,34 @@ class FakeServer:
                 "controls": controls.get("", []),
             }
         )
+
+    async def _draft(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name not in self.datasets:
+            return _error(404, f"there is no dataset {name!r}; choose another one")
+        draft, version = self.drafts.get(name, ({}, 0))
+        return web.json_response({"draft": {**asdict(Draft()), **draft}, "version": version})
+
+    async def _set_draft(self, request: web.Request) -> web.Response:
+        name, body = request.match_info["name"], await request.json()
+        draft, version = self.drafts.get(name, ({}, 0))
+        there = {**asdict(Draft()), **draft}
+        found, conflicts = merged(body["seen"], body["draft"], there)
+        if conflicts:
+            details = {"draft": there, "version": version}
+            message = f"{', '.join(conflicts)} was changed elsewhere"
+            return web.json_response(
+                {"error": {"kind": "StaleDraftError", "message": message, "details": details}}, status=409
+            )
+        return web.json_response(self.change_draft(name, **found))
+
+    def change_draft(self, name: str, /, **changes: Any) -> dict[str, Any]:
+        """Store and send the draft of a dataset."""
+        draft, version = self.drafts.get(name, ({}, 0))
+        self.drafts[name] = {**asdict(Draft()), **draft, **changes}, version + 1
+        answer = {"draft": self.drafts[name][0], "version": version + 1}
+        self._all_events.append(("draft", {"dataset": name, **answer}))
+        return answer
 
     async def _control(self, request: web.Request) -> web.Response:
         content = self.controls[request.match_info["name"]][request.match_info["file"]]
@@ -428,13 +469,13 @@ class FakeServer:
 
     async def _measure(self, request: web.Request) -> web.Response:
         job = self.add_job("pending", kind="measure", name=None)
-        self._publish(job)
+        self.publish(job)
 
         async def measure() -> None:
-            self._publish(job, state="running")
+            self.publish(job, state="running")
             await asyncio.sleep(4 * self.step_seconds)
             self.measured = True
-            self._publish(job, state="completed")
+            self.publish(job, state="completed")
 
         self._tasks[job["id"]] = asyncio.create_task(measure())
         return web.json_response(job, status=201)
@@ -454,19 +495,19 @@ class FakeServer:
 
     def _train(self, body: dict[str, Any]) -> dict[str, Any]:
         job = self.add_job("pending", name=body["name"], request=body)
-        self._publish(job)
+        self.publish(job)
         self._tasks[job["id"]] = asyncio.create_task(self._training(job))
         return job
 
     async def _training(self, job: dict[str, Any]) -> None:
         id, steps = job["id"], job["request"]["settings"].get("steps", STEPS)
         run = job["run"] or f"runs/{job['name']}-{1 + len(self.runs):03d}"
-        self._publish(job, state="running", started=time.time())
+        self.publish(job, state="running", started=time.time())
         view = self.views.setdefault(id, RunView())
         for count in range(1, len(PREPARATION) + 1):
             self._tell(id, "view", {"view": {**view.to_json(), "preparation": PREPARATION[:count]}})
             await asyncio.sleep(4 * self.step_seconds)
-        self._publish(job, run=run)
+        self.publish(job, run=run)
         self.add_run(
             run,
             state="running",
@@ -486,7 +527,7 @@ class FakeServer:
                 self.show(id, event)
         self.show(id, RunFinished(step=steps, reason=Outcome.FINISHED))
         self.runs[run] = {**_run_facts(run), "job": id, "name": job["name"]}
-        self._publish(job, state="completed", ended=time.time())
+        self.publish(job, state="completed", ended=time.time())
 
     async def _job(self, request: web.Request) -> web.Response:
         job = self.jobs.get(request.match_info["id"])
@@ -509,39 +550,37 @@ class FakeServer:
                     "status": "Stopped early",
                     "state": "stopped",
                 }
-            self._publish(job, state="paused" if (await request.json()).get("pause") else "cancelled")
+            self.publish(job, state="paused" if (await request.json()).get("pause") else "cancelled")
         elif action == "continue":
-            self._publish(job, state="pending")
+            self.publish(job, state="pending")
             self._tasks[id] = asyncio.create_task(self._training(job))
         elif action == "retry":
             return web.json_response(self._train(job["request"]), status=201)
         return web.json_response(job)
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        return await self._stream(request, self._all_events, len(self._all_events))
-
-    async def _job_events(self, request: web.Request) -> web.StreamResponse:
-        id = request.match_info["id"]
-        if id in self.runs:
-            id = self.runs[id]["job"] or id
-        return await self._stream(request, self.events.setdefault(id, []), 0)
-
-    async def _stream(
-        self, request: web.Request, events: list[tuple[str, dict[str, Any]]], start: int
-    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         await response.write(b"retry: 300\n\n")
-        at = int(request.headers.get("Last-Event-ID", start))
+        self.streams += 1
+        sources = [("", self._all_events)]
+        for topic in request.query.getall("topic", []):
+            id = topic.partition("/")[2]
+            job = self.runs[id]["job"] if id in self.runs else None
+            sources.append((topic, self.events.setdefault(job or id, [])))
+        at = {"": len(self._all_events)}
         try:
             while not self.is_closing:
-                while at < len(events):
-                    kind, data = events[at]
-                    at += 1
-                    await response.write(f"id: {at}\nevent: {kind}\ndata: {json.dumps(data)}\n\n".encode())
+                for topic, events in sources:
+                    for kind, data in events[at.get(topic, 0) :]:
+                        sent = {**data, "topic": topic} if topic else data
+                        await response.write(f"event: {kind}\ndata: {json.dumps(sent)}\n\n".encode())
+                    at[topic] = len(events)
                 await asyncio.sleep(0.02)
         except ConnectionResetError:
             pass
+        finally:
+            self.streams -= 1
         return response
 
     async def _list_runs(self, request: web.Request) -> web.Response:
@@ -550,6 +589,21 @@ class FakeServer:
     async def _run(self, request: web.Request) -> web.Response:
         run = self.runs.get(request.match_info["id"])
         return web.json_response(run) if run else _error(404, "there is no such run; it may have been removed")
+
+    async def _mark(self, request: web.Request) -> web.Response:
+        run, marks = self.runs[request.match_info["id"]], await request.json()
+        run.update({{"title": "label"}.get(name, name): value for name, value in marks.items()})
+        return web.json_response({})
+
+    async def _remove_run(self, request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        self.removed[id] = self.runs.pop(id)
+        return web.json_response({"removed": f"user/lorasmith/removed/{id}"})
+
+    async def _restore_run(self, request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        self.runs[id] = self.removed.pop(id)
+        return web.json_response({})
 
     async def _run_file(self, request: web.Request) -> web.Response:
         file = request.match_info["file"]
@@ -590,17 +644,17 @@ class FakeServer:
 
     async def _draw(self, request: web.Request) -> web.Response:
         job = self.add_job("pending", kind="draw", name=None, title="Drawing", request=await request.json())
-        self._publish(job)
+        self.publish(job)
 
         async def draw() -> None:
             while any(one["state"] == "running" for one in self.jobs.values()):
                 await asyncio.sleep(self.step_seconds)
-            self._publish(job, state="running")
+            self.publish(job, state="running")
             for value in range(9):
                 self._tell(job["id"], "progress", {"value": value, "maximum": 8})
                 await asyncio.sleep(4 * self.step_seconds)
             pictures = [f"tried/{job['id']}-{number}.png" for number in range(2)]
-            self._publish(job, state="completed", outputs={"pictures": pictures, "notes": []})
+            self.publish(job, state="completed", outputs={"pictures": pictures, "notes": []})
 
         self._tasks[job["id"]] = asyncio.create_task(draw())
         return web.json_response(job, status=201)
@@ -608,7 +662,7 @@ class FakeServer:
     def _counts(self) -> dict[str, int]:
         return {state: sum(job["state"] == state for job in self.jobs.values()) for state in ("pending", "running")}
 
-    def _publish(self, job: dict[str, Any], **changes: Any) -> None:
+    def publish(self, job: dict[str, Any], **changes: Any) -> None:
         job.update(changes)
         summary = {key: value for key, value in job.items() if key not in ("request", "outputs")}
         self._all_events += [("job", summary), ("queue", self._counts())]

@@ -279,10 +279,13 @@ def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: Serve
         field.blur()
         assert files["fox_1.png"][1] == theirs and field.input_value() == mine
         assert_legible(page, "conflict")
-        conflict.get_by_role("button", name=choice).click()
+        if choice == "Use that one":
+            conflict.get_by_role("button", name=choice).click()
+        else:  # it is stored, and shown as it is stored
+            with page.expect_response(lambda answer: answer.url.endswith("/datasets/fox")):
+                conflict.get_by_role("button", name=choice).click()
         expected(conflict).to_have_count(0)
         expected(field).to_have_value(theirs if choice == "Use that one" else mine)
-    page.wait_for_timeout(300)
     assert files["fox_1.png"][1] == "again mine"
     elsewhere("theirs, a third time")
     page.get_by_role("button", name="Find and replace in captions").click()
@@ -314,6 +317,7 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     assert page.locator(".crop").count() == 0
     page.get_by_role("button", name="Remove fox_3.png").click()
     expected(page.locator(".tile")).to_have_count(1)
+    waits(page, "fox_3.png was moved to the removed files.")
     assert "fox_3.png" not in served.server.datasets["fox"]
     page.get_by_role("button", name="Remove all").click()
     page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
@@ -344,7 +348,8 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
     assert rank.get_attribute("aria-invalid") == "true"
     page.get_by_text("All settings").click()
     page.get_by_role("button", name="Start training").click()  # waits, and shows the field
-    page.wait_for_function("document.activeElement?.value === '1000'")
+    expected(rank).to_be_focused()
+    assert rank.input_value() == "1000"
     rank.fill("100")  # that the declaration allows, and this model refuses
     rank.blur()
     page.locator(".field .field-error", has_text="Rank must be between 1 and 64, got 100.").wait_for()
@@ -391,7 +396,7 @@ def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open
     page.get_by_role("button", name="Start training").click()
     page.get_by_role("alert").get_by_text("10,000 jobs wait already; let some of them end first.").wait_for()
     page.goto(served.address + "#/new/absent/photos")
-    page.get_by_role("alert").get_by_text("There is no dataset 'absent'; choose another one.").wait_for()
+    waits(page, "There is no folder of photos that is called “absent”.")
     page.goto(served.address + "#/jobs/absent")
     page.get_by_role("alert").get_by_text("There is no such job; it may have been removed.").wait_for()
 
@@ -408,7 +413,7 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     page.get_by_text("It is paused.").wait_for()
     page.reload()  # its address and its history survive
     page.wait_for_selector(".plot canvas")
-    page.get_by_role("button", name="Resume").click()
+    page.get_by_role("button", name="Continue", exact=True).click()
     page.get_by_role("button", name="Stop and keep").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(re.compile(r"What was learnt in \d+ steps is kept")).wait_for()
@@ -425,8 +430,19 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
     served.stop()
     lost = page.get_by_text("The connection to the server is lost.")
     lost.wait_for()
+    page.get_by_role("link", name="New LoRA").click()
+    page.get_by_role("link", name="Runs", exact=True).click()
+    expected(page.get_by_text("lorasmith serve")).to_have_count(1)  # said once, and in full
+    expected(page.get_by_text("Waiting for the server…")).to_have_count(1)
     served.start()
     lost.wait_for(state="detached")
+    waits(page, "runs/fox-001")
+    page.context.set_offline(True)
+    page.get_by_role("link", name="fox-001").first.click()
+    lost.wait_for()
+    page.context.set_offline(False)
+    lost.wait_for(state="detached")
+    expected(page.get_by_role("heading", name="fox-001")).to_have_count(1)
 
 
 @pytest.mark.slow
@@ -435,6 +451,11 @@ def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_
         "interrupted", run=None, request={"name": "fox", "settings": {"steps": 3}, "model": "m"}
     )
     page = open_page()
+    row = page.get_by_role("listitem").filter(has_text="Interrupted")  # in the queue, and only there
+    expected(row.get_by_role("button", name="Continue")).to_have_count(1)
+    expected(page.get_by_text("was interrupted")).to_have_count(0)
+    served.server.add_dataset("fox")
+    page.goto(served.address + "#/new/fox/photos")
     waits(page, "was interrupted")
     page.get_by_role("group", name="Interrupted training").get_by_role("button", name="Continue").click()
     page.wait_for_url(f"**/#/jobs/{job['id']}")
@@ -473,6 +494,7 @@ def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
 def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: Opener) -> None:
     served.server.add_run("runs/fox-001")
     page = open_page("#/runs/runs%2Ffox-001")
+    page.wait_for_selector(".pictures thead th")
     assert page.locator(".pictures thead th").all_inner_texts() == [
         "Base model",
         "Strength 0.5",
@@ -599,7 +621,7 @@ def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: 
         assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")
-    assert page.evaluate("document.activeElement.textContent") == "Find and replace in captions"
+    expected(page.get_by_role("button", name="Find and replace in captions")).to_be_focused()
 
 
 @pytest.mark.slow
@@ -627,3 +649,52 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPa
         "Caption of fox_2.png",
     }
     assert wanted | {"Trigger word (optional)", "Show what is trained", "Next: model", "Model"} <= reached
+
+
+@pytest.mark.slow
+def test_runs_are_told_apart_named_starred_deleted_and_brought_back(served: ServedPage, open_page: Opener) -> None:
+    for number in (1, 2):
+        served.server.add_run(f"runs/fox-00{number}", label=f"fox-00{number}", starred=False, note="")
+    job = served.server.add_job("paused", run="runs/fox-001")
+    page = open_page("#/runs")
+    row = page.get_by_role("listitem", name="fox-001")
+    expected(row.locator(".status")).to_have_text("Paused")  # that of its job, which is no row of its own
+    expected(page.get_by_role("heading", name="Queue")).to_have_count(0)
+    row.get_by_role("button", name="Star").click()
+    expected(row.get_by_role("button", name="Star")).to_have_attribute("aria-pressed", "true")
+    expected(page.locator(".run-rows b").first).to_have_text("fox-001")  # above the newer one
+    row.get_by_role("button", name="Continue").click()
+    expected(page.locator(".status").first).not_to_have_text("Paused")
+    assert served.server.jobs[job["id"]]["state"] != "paused"
+
+    page.get_by_role("link", name="fox-002", exact=True).click()
+    page.get_by_role("button", name="Name and note").click()
+    page.get_by_label("Name (optional)").fill("the good one")
+    page.get_by_label("Note (optional)").fill("for mum")
+    page.get_by_role("button", name="Store").click()
+    expected(page.get_by_role("heading", name="the good one")).to_have_count(1)
+    assert_legible(page, "run with a note")
+    page.get_by_role("button", name="Delete").click()
+    page.wait_for_url("**/#/runs")
+    expected(page.locator(".run-rows li")).to_have_count(1)
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_url("**/#/runs/runs%2Ffox-002")
+    expected(page.get_by_text("for mum")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_training_again_keeps_what_was_chosen_as_a_choice(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    quick = {"steps": 40, "rank": 8}
+    served.server.add_run("runs/fox-001", dataset="fox", changed={**quick, "trigger": "foxy"})
+    served.server.add_run("runs/fox-002", dataset="fox", changed={**quick, "algorithm": "LoKr"})
+    page = open_page("#/runs/runs%2Ffox-001")
+    page.get_by_role("button", name="Train again with changes").click()
+    page.wait_for_url("**/settings")
+    expected(page.locator("input[name=preset]:checked")).to_have_value("quick")
+    expected(page.get_by_text("1 change")).to_have_count(0)
+    page.goto(served.address + "#/runs/runs%2Ffox-002")
+    page.get_by_role("button", name="Train again with changes").click()
+    page.wait_for_url("**/settings")
+    expected(page.locator("input[name=preset]:checked")).to_have_value("quick")
+    expected(page.locator(".all-settings > details > summary .tag")).to_have_text("1 change")

@@ -12,6 +12,7 @@ from tests.server.pages.conftest import ServedPage, assert_legible
 VIEWS = {
     "home": ("", ".card"),
     "photos": ("#/new/fox/photos", ".crop"),
+    "no photos": ("#/new/none", ".button.primary"),
     "model": ("#/new/fox/model", ".choice"),
     "settings": ("#/new/fox/settings", ".choice"),
     "run": ("#/runs/runs%2Ffox-001", ".plot canvas"),
@@ -32,7 +33,8 @@ def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
     served.server.add_job("interrupted")
     served.server.sweeps.append({"id": "fox-sweep-001", "runs": 2, "states": {"completed": 1, "failed": 1}})
     for number in (1, 2, 3):
-        served.server.add_run(f"runs/fox-00{number}", state="failed" if number == 3 else "finished")
+        marks = {"label": f"fox {number}", "starred": number == 2, "note": "for mum"}
+        served.server.add_run(f"runs/fox-00{number}", state="failed" if number == 3 else "finished", **marks)
     served.server.add_advised_run("runs/fox-004")
     page = open_page(scheme=scheme, width=width)
     for name, (view, ready) in VIEWS.items():

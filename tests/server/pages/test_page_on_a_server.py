@@ -69,7 +69,7 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     page.reload()
     curve.wait_for()
     wait_until(lambda: points(page) == paused_at)  # all of it is there again
-    page.get_by_role("button", name="Resume").click()
+    page.get_by_role("button", name="Continue", exact=True).click()
     page.wait_for_url("**/#/runs/*")
     assert points(page) == STEPS
     loaded(page, ".previews img", 3)  # the base model, and two strengths

@@ -14,6 +14,7 @@ from lorasmith.core.printable import sentence
 from lorasmith.core.typed_json import typed
 from lorasmith.runs.presets import PRESETS, setting_groups
 from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
+from lorasmith.server.api.draft_endpoints import DRAFT_ENDPOINTS
 from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
@@ -91,6 +92,7 @@ async def _document(context: ServerContext, call: Call) -> dict[str, Any]:
 ENDPOINTS: tuple[Endpoint, ...] = (
     *SERVER_ENDPOINTS,
     *DATASET_ENDPOINTS,
+    *DRAFT_ENDPOINTS,
     *JOB_ENDPOINTS,
     *RUN_ENDPOINTS,
     *SWEEP_ENDPOINTS,

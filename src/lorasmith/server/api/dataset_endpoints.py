@@ -142,7 +142,9 @@ async def _remove(context: ServerContext, call: Call) -> Any:
             f"{name} is the dataset of {job.request.get('name') or 'a graph'}, a job that is {job.state}; cancel that "
             "job first"
         )
-    return await context.assistant.ask("remove_dataset", name=name)
+    removed = await context.assistant.ask("remove_dataset", name=name)
+    context.dispatcher.set_draft(name, None)  # a later dataset of this name begins without it
+    return removed
 
 
 async def _captions(context: ServerContext, call: Call) -> Any:
@@ -206,6 +208,7 @@ DATASET_ENDPOINTS = (
         body=NameBody,
         answer=DatasetRow,
         status=201,
+        changes_dataset=True,
     ),
     Endpoint(
         "GET",
@@ -215,7 +218,12 @@ DATASET_ENDPOINTS = (
         answer=DatasetAnswer,
     ),
     Endpoint(
-        "DELETE", "/datasets/{name}", "Move a dataset to the removed things.", handler=_remove, answer=RemovedAnswer
+        "DELETE",
+        "/datasets/{name}",
+        "Move a dataset to the removed things.",
+        handler=_remove,
+        answer=RemovedAnswer,
+        changes_dataset=True,
     ),
     Endpoint(
         "POST",
@@ -225,6 +233,7 @@ DATASET_ENDPOINTS = (
         handler=add_files,
         upload=True,
         answer=UploadAnswer,
+        changes_dataset=True,
     ),
     Endpoint(
         "GET",
@@ -240,6 +249,7 @@ DATASET_ENDPOINTS = (
         "Move a picture, its caption and its mask to the removed things.",
         question="remove_image",
         answer=RemovedAnswer,
+        changes_dataset=True,
     ),
     Endpoint(
         "POST",
@@ -264,6 +274,7 @@ DATASET_ENDPOINTS = (
         question="pair_control",
         body=PairBody,
         answer=Changed,
+        changes_dataset=True,
     ),
     Endpoint(
         "DELETE",
@@ -271,6 +282,7 @@ DATASET_ENDPOINTS = (
         "Move a picture before an edit to the removed things.",
         question="remove_control",
         answer=RemovedAnswer,
+        changes_dataset=True,
     ),
     Endpoint(
         "PUT",
@@ -279,6 +291,7 @@ DATASET_ENDPOINTS = (
         handler=_captions,
         body=CaptionBody,
         answer=Changed,
+        changes_dataset=True,
     ),
     Endpoint(
         "GET",

@@ -23,6 +23,7 @@ from lorasmith.core.typed_json import DIALECT, json_schemas, typed
 from lorasmith.runs.queue import JobKind
 from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import ErrorAnswer
+from lorasmith.server.hub import Notice
 from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
 
 PREFIX = "/lorasmith/v1"
@@ -81,6 +82,7 @@ class Endpoint:
     query: Sequence[Query] = ()
     content: str = ""  # media type of a body or response that is not JSON
     upload: bool = False  # the body is multipart/form-data
+    changes_dataset: bool = False  # that of the path's `name`, or of the body's; pages that show it load it again
 
     @property
     def plain_path(self) -> str:
@@ -99,6 +101,9 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
                 answer = job_answer(context.dispatcher.submit(endpoint.queues, answer))
         else:
             answer = await endpoint.handler(context, call)
+        if endpoint.changes_dataset:
+            name = call.request.match_info.get("name") or call.body.name
+            context.hub.publish(Notice(kind="dataset", data={"name": name}))
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
 
     # A HEAD request would leave a stream open that nobody reads.

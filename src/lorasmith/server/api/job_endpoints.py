@@ -34,7 +34,8 @@ async def _plan(context: ServerContext, call: Call) -> Any:
     device = next(iter(context.dispatcher.devices()), {})
     wanted = wanted_run(context, call)
     plan = await context.assistant.ask("plan", wanted=wanted, card_bytes=device.get("memory_bytes"))
-    subject = measurement_subject(wanted["model"], wanted["settings"], str(device.get("name", "cpu")))
+    settings = {**plan["memory_settings"], **wanted["settings"]}  # as it is trained, and was measured
+    subject = measurement_subject(wanted["model"], settings, str(device.get("name", "cpu")))
     found = context.store.measurement(subject)
     if found is None:
         return plan
@@ -186,7 +187,12 @@ JOB_ENDPOINTS = (
         answer=JobAnswer,
     ),
     Endpoint(
-        "GET", "/events", "Every change of a job, and of the queue.", handler=all_events, content="text/event-stream"
+        "GET",
+        "/events",
+        "Every change of a job, of the queue, of datasets and of drafts, and the events of single jobs and runs.",
+        handler=all_events,
+        query=(Query("topic", "jobs/ID or runs/ID, whose events come too; may be given several times."),),
+        content="text/event-stream",
     ),
     Endpoint(
         "GET",

@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
+from lorasmith.runs.queue import ACTIVE, JobStateError
 from lorasmith.server.api.dataset_endpoints import MOST_FILE_BYTES
 from lorasmith.server.api.endpoint import Call, Endpoint, Query, json_response
 from lorasmith.server.api.event_streams import run_events
@@ -19,8 +20,12 @@ from lorasmith.server.api_shapes import (
     InstalledLora,
     JobAnswer,
     KeptControl,
+    MarksBody,
+    RemovedAnswer,
+    RestoreBody,
     RunAnswer,
     RunList,
+    RunMarks,
     TrainOnBody,
 )
 from lorasmith.server.contained_files import UNTRUSTED, send_file
@@ -38,6 +43,18 @@ async def _runs(context: ServerContext, call: Call) -> Any:
 
 async def _run(context: ServerContext, call: Call) -> Any:
     return await context.assistant.ask("run", id=call.path("id"), jobs=_jobs(context))
+
+
+async def _remove(context: ServerContext, call: Call) -> Any:
+    """Move a run to the removed things; a job that could continue it is given up."""
+    id = call.path("id")
+    jobs = context.store.of_run(id)
+    if (job := next((job for job in jobs if job.state in ACTIVE), None)) is not None:
+        raise JobStateError(f"{id} is trained by a job that is {job.state}; stop that job first")
+    answer = await context.assistant.ask("remove_run", id=id)
+    for job in jobs:
+        context.dispatcher.cancel(job.id)  # if it is paused or interrupted
+    return answer
 
 
 async def _file(context: ServerContext, call: Call) -> web.StreamResponse:
@@ -79,6 +96,23 @@ RUN_ENDPOINTS = (
         "A run with all that its report says; its id is percent-encoded, such as runs%2Fdog-001.",
         handler=_run,
         answer=RunAnswer,
+    ),
+    Endpoint(
+        "PUT",
+        "/runs/{id}/marks",
+        "Change what a run is called, whether it is starred, and a note.",
+        question="mark_run",
+        body=MarksBody,
+        answer=RunMarks,
+    ),
+    Endpoint("DELETE", "/runs/{id}", "Move a run to the removed things.", handler=_remove, answer=RemovedAnswer),
+    Endpoint(
+        "POST",
+        "/runs/{id}/restore",
+        "Move a removed run back.",
+        question="restore_run",
+        body=RestoreBody,
+        answer=RunMarks,
     ),
     Endpoint(
         "GET",

@@ -56,7 +56,7 @@ class SystemRoutes:
         self._sockets = Sockets(context)
 
     def routes(self) -> list[web.RouteDef]:
-        empty = ("/i18n", "/workflow_templates", "/global_subgraphs", "/node_replacements")
+        empty = ("/workflow_templates", "/global_subgraphs", "/node_replacements")
         return table(
             [
                 ("GET", "/ws", self._sockets.connect),

@@ -80,6 +80,7 @@ class EditorFiles:
                 ("GET", "/extensions/{path:.+}", self._extension),
                 ("GET", "/templates/{path:.+}", self._template),
                 ("GET", "/docs/{node}/{locale}.md", self._documentation),
+                ("GET", "/i18n", self._words),
             ]
         )
 
@@ -108,6 +109,32 @@ class EditorFiles:
         if text is None:
             return refused(404, "there is no such node")
         return web.Response(text=text, content_type="text/markdown")
+
+    async def _words(self, request: web.Request) -> web.Response:
+        return web.json_response(_WORDS)
+
+
+_WORDS = {
+    "en": {
+        "rightSidePanel": {
+            "missingNodePacks": {
+                "title": "Nodes that are not here",
+                "unknownPack": "Not a node of Lorasmith",
+                "ossManagerDisabledHint": (
+                    "Lorasmith has ComfyUI's nodes that train, load, encode, sample and save, and no custom nodes. Put "
+                    "one of its own in their place (double-click the canvas for a list), or run this workflow in "
+                    "ComfyUI and train here."
+                ),
+            }
+        },
+        "errorCatalog": {
+            "missingErrors": {
+                "missing_node": {"displayMessageOss": "Replace or remove these nodes to run this workflow here."}
+            }
+        },
+    }
+}
+"""Texts of the editor that would name what is not here, by their places in its catalogue, and what they are here."""
 
 
 def _sent(path: Path | None) -> web.StreamResponse:

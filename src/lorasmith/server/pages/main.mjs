@@ -4,9 +4,10 @@ import { html, render, useEffect, useRef } from "./lib/html.mjs";
 import { listen } from "./lib/live.mjs";
 import { link, useRoute } from "./lib/router.mjs";
 import { announcement, status, useStore, work } from "./lib/stores.mjs";
-import { bytes } from "./lib/words.mjs";
+import { bytes, capital } from "./lib/words.mjs";
 import { Messages } from "./parts/basics.mjs";
 import { Offers } from "./parts/jobs.mjs";
+import { WithDraft } from "./parts/with_draft.mjs";
 import { CompareView } from "./views/compare.mjs";
 import { HomeView } from "./views/home.mjs";
 import { JobView } from "./views/job.mjs";
@@ -41,7 +42,7 @@ function Page() {
     <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current?.focus(); }}>Skip to the content</a>
     <${Bar} at=${parts[0] ?? ""} />
     <main id="main" ref=${main} tabindex="-1">
-      <${Offers} hidden=${parts[0] === "jobs"} />
+      <${Offers} hidden=${[undefined, "jobs", "runs"].includes(parts[0])} />
       ${view}
     </main>
     <${Messages} />`;
@@ -53,10 +54,8 @@ function viewOf([name, ...rest]) {
       return [html`<${HomeView} />`, "Photos to LoRA"];
     case "new": {
       const [dataset, step = "photos", file] = rest;
-      const props = { dataset, key: `${dataset} ${step}` };
-      if (dataset && step === "photos") return [html`<${PhotosView} ...${props} edited=${file} />`, "Photos"];
-      if (dataset && step === "model") return [html`<${ModelView} ...${props} />`, "Model"];
-      if (dataset && step === "settings") return [html`<${SettingsView} ...${props} />`, "Settings"];
+      const view = { photos: PhotosView, model: ModelView, settings: SettingsView }[step];
+      if (dataset && view) return [html`<${WithDraft} dataset=${dataset} view=${view} edited=${file} key=${`${dataset} ${step}`} />`, capital(step)];
       break;
     }
     case "jobs":
@@ -132,7 +131,7 @@ function watchServer() {
   const counted = (queue) => work.set((before) => ({ jobs: before?.jobs ?? new Map(), queue }));
   look();
   load();
-  const stop = listen(new URL("lorasmith/v1/events", document.baseURI).href, { job: changed, queue: counted }, {
+  const stop = listen("", { job: changed, queue: counted }, {
     onOpen: () => {
       look();
       load();

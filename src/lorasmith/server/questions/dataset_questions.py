@@ -77,6 +77,12 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
 
 
 @question
+def is_dataset(folders: Folders, name: str) -> bool:
+    """True. Raises UnknownFileError."""
+    return dataset_folder(folders, name).is_dir()
+
+
+@question
 def thumbnail(folders: Folders, name: str, file: str, width: int = 256, *, control: bool = False) -> bytes:
     """A picture or control as WebP, upright, its longest edge at most `width` pixels. Raises UnknownFileError and
     ImageError.

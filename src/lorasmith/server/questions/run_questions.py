@@ -12,13 +12,16 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import options_of
+from lorasmith.core.typed_json import typed
 from lorasmith.formats.metadata import sha256_file
 from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
@@ -36,6 +39,7 @@ from lorasmith.server.api_shapes import (
     PreviewFacts,
     RunAnswer,
     RunList,
+    RunMarks,
     RunNote,
     RunPhase,
     RunPicture,
@@ -53,6 +57,7 @@ from lorasmith.training.events import RunStarted
 from lorasmith.training.storage.records import EVENTS, RECORD, RunHistory, RunRecord, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
+MARKS = "marks.json"
 _POINTS, _FILES = 2000, 2000
 
 
@@ -158,7 +163,30 @@ def _row(id: str, folder: Path, jobs: Mapping[str, str]) -> RunRow:
     outcome: str | None = facts["outcome"]
     is_running = job is not None or (outcome is None and RunFolder(folder).is_busy)
     state = cast(RunPhase, "running" if is_running else outcome or "interrupted")
-    return RunRow(id=id, state=state, job=job, cover=_cover(folder, facts), **{key: facts[key] for key in _FACTS})
+    marks = marks_of(folder)
+    return RunRow(
+        id=id,
+        state=state,
+        job=job,
+        cover=_cover(folder, facts),
+        label=marks.title or next(id.removeprefix(f"{one}/") for one in PLACES if id.startswith(f"{one}/")),
+        starred=marks.starred,
+        note=marks.note,
+        **{key: facts[key] for key in _FACTS},
+    )
+
+
+def marks_of(folder: Path) -> RunMarks:
+    """What somebody keeps of a run; a file that is damaged or a link counts as none."""
+    return _marks_once(str(folder), stamp_of(folder / MARKS)) if is_own(folder / MARKS, folder) else RunMarks()
+
+
+@functools.lru_cache(maxsize=2000)
+def _marks_once(folder: str, stamp: tuple[int, int]) -> RunMarks:
+    try:
+        return replace(RunMarks(), **vars(typed(parse_foreign_json((Path(folder) / MARKS).read_bytes()), RunMarks)))
+    except (OSError, ValueError):
+        return RunMarks()
 
 
 _FACTS = ("name", "started", "seconds", "step", "steps", "model", "family", "loss", "loss_label", "held_out")

@@ -22,7 +22,7 @@ from lorasmith.training.events import Event, EventHandler, LikenessMeasured, Ste
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
-_NO_METRICS = frozenset({"at", "step", "draws", "noise_scale"})  # fields of `StepDone`
+_NO_METRICS = frozenset({"at", "step", "draws", "noise_scale", "memory_bytes"})  # fields of `StepDone`
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:

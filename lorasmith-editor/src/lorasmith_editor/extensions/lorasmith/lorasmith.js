@@ -369,6 +369,29 @@ function keepLinksOfUnknownNodes(prompt) {
   }
 }
 
+// The run that the page's "Open in editor" names in the address: its graph is opened once, in place of the last one.
+async function openRun() {
+  const address = new URL(location.href);
+  const run = address.searchParams.get("run");
+  if (!run) return;
+  address.searchParams.delete("run");
+  history.replaceState(history.state, "", address);
+  try {
+    const answer = await fetch(`/lorasmith/v1/runs/${encodeURIComponent(run)}/graph`);
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error.message);
+    await app.loadApiJson(found, run.split("/").pop());
+  } catch (error) {
+    app.extensionManager.toast.add({ severity: "error", summary: "The graph of this run cannot be opened", detail: error.message });
+  }
+}
+
+// The editor opens its last graph after extensions are set up.
+function whenGraphIsOpen(then) {
+  if (app.vueAppReady && app.extensionManager?.workflow?.activeWorkflow) then();
+  else setTimeout(() => whenGraphIsOpen(then), 200);
+}
+
 app.registerExtension({
   name: "Lorasmith.Training",
 
@@ -383,6 +406,9 @@ app.registerExtension({
         loading = undefined;
       }
     };
+    if (new URL(location.href).searchParams.has("run")) {
+      await app.extensionManager?.setting?.set("Comfy.TutorialCompleted", true); // no list of templates above the graph
+    }
     try {
       const answer = await fetch(api.fileURL(`/templates/${FIRST_TEMPLATE}.json`));
       if (answer.ok) Object.assign(defaultGraph, await answer.json());
@@ -396,6 +422,7 @@ app.registerExtension({
   },
 
   setup() {
+    whenGraphIsOpen(openRun);
     api.addEventListener(MESSAGE, onTraining);
     api.addEventListener("execution_error", ({ detail }) => endAll(detail.prompt_id, "Failed."));
     api.addEventListener("execution_interrupted", ({ detail }) =>

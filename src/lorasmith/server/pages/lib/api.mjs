@@ -27,11 +27,11 @@ export const fileOfRun = (run, file) =>
 
 export const get = (segments, query, signal) => request("GET", address(segments, query), { signal });
 export const post = (segments, body = {}) => request("POST", address(segments), { body });
-export const put = (segments, body) => request("PUT", address(segments), { body });
+export const put = (segments, body, { keepalive } = {}) => request("PUT", address(segments), { body, keepalive });
 export const remove = (segments) => request("DELETE", address(segments), {});
 
-async function request(method, url, { body, signal }) {
-  const options = { method, signal, headers: { Accept: "application/json" } };
+async function request(method, url, { body, signal, keepalive }) {
+  const options = { method, signal, keepalive, headers: { Accept: "application/json" } };
   if (body instanceof FormData) options.body = body;
   else if (body !== undefined) {
     options.body = JSON.stringify(body);
@@ -45,6 +45,7 @@ async function request(method, url, { body, signal }) {
     connection.set({ lost: true });
     throw new ApiError("offline", "The server does not answer. If it was stopped, start it again with: lorasmith serve");
   }
+  if (connection.get().lost) connection.set({ lost: false });
   if (response.ok) return response.status === 204 ? null : response.json();
   let found = null;
   try {

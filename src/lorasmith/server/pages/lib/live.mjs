@@ -1,83 +1,96 @@
-// Events of the server (EventSource): the connection is watched, and closed while nobody looks.
-import { useEffect } from "./html.mjs";
+// Events of the server, by topic. Hidden pages listen to nothing, and load again when they are seen.
+import { EventHub } from "./event_hub.mjs";
+import { useEffect, useRef } from "./html.mjs";
 import { connection } from "./stores.mjs";
 
-const open = new Set();
-const broken = new Set();
-const FIRST_WAIT_MS = 1000;
-const LONGEST_WAIT_MS = 10000;
+const READY_WITHIN_MS = 10000;
+const readers = new Set(); // {topic, handlers, onOpen}
+let hub = null; // {watch(topics)}: the shared worker, or the page's own connection
 
 /**
- * Listens to a stream of events until the returned function is called.
- *
- * The browser reconnects by itself after a lost connection; after an answer with an error, or while the page was
- * hidden, the stream is opened again here, from its start, so readers must accept an event twice.
+ * Listens to a topic until the returned function is called: "" for all jobs, the queue, datasets and drafts, jobs/ID or
+ * runs/ID for what is shown of one. `onOpen` is called when the stream has begun: at first, and after a lost connection
+ * or a hidden page. Readers must accept an event twice.
  */
-export function listen(url, handlers, { onOpen, onRefused } = {}) {
-  const key = {};
-  let source = null;
-  let timer = 0;
-  let wait = FIRST_WAIT_MS;
-  let ended = false;
-
-  function start() {
-    clearTimeout(timer);
-    if (ended || source || document.hidden) return;
-    source = new EventSource(url);
-    source.onopen = () => {
-      wait = FIRST_WAIT_MS;
-      mark(key, false);
-      onOpen?.();
-    };
-    source.onerror = () => {
-      mark(key, true);
-      if (source?.readyState !== EventSource.CLOSED) return;
-      source = null;
-      onRefused?.();
-      timer = setTimeout(start, wait);
-      wait = Math.min(wait * 2, LONGEST_WAIT_MS);
-    };
-    for (const [name, handler] of Object.entries(handlers)) {
-      source.addEventListener(name, (event) => {
-        if (typeof event.data !== "string") return; // an error of the connection, not an event of that name
-        let data;
-        try {
-          data = JSON.parse(event.data);
-        } catch {
-          return;
-        }
-        handler(data, event.lastEventId);
-      });
-    }
-  }
-  function pause() {
-    clearTimeout(timer);
-    source?.close();
-    source = null;
-  }
-  // A browser has six connections to a server, all tabs together: hidden ones leave theirs to others.
-  const seen = () => (document.hidden ? pause() : start());
-
-  document.addEventListener("visibilitychange", seen);
-  open.add(key);
-  start();
+export function listen(topic, handlers, { onOpen } = {}) {
+  const reader = { topic, handlers, onOpen };
+  readers.add(reader);
+  update();
   return () => {
-    ended = true;
-    pause();
-    document.removeEventListener("visibilitychange", seen);
-    open.delete(key);
-    mark(key, false);
+    readers.delete(reader);
+    update();
   };
 }
 
-function mark(key, isBroken) {
-  if (isBroken && open.has(key)) broken.add(key);
-  else broken.delete(key);
-  const lost = broken.size > 0;
-  if (lost !== connection.get().lost) connection.set({ lost });
+/** Listens while the component is shown; `topic` null listens to nothing. */
+export function useEvents(topic, handlers, { onOpen } = {}) {
+  const reader = useRef({}).current;
+  Object.assign(reader, { topic, handlers, onOpen });
+  useEffect(() => {
+    if (topic === null) return undefined;
+    readers.add(reader);
+    update();
+    return () => {
+      readers.delete(reader);
+      update();
+    };
+  }, [topic]);
 }
 
-/** Listens while the component is shown; `url` null listens to nothing. */
-export function useEvents(url, handlers, options) {
-  useEffect(() => (url ? listen(url, handlers, options) : undefined), [url]);
+let timer = 0;
+let sent = "";
+function update() {
+  clearTimeout(timer);
+  timer = setTimeout(() => {
+    hub ??= connected();
+    const topics = document.hidden ? null : [...new Set([...readers].map((one) => one.topic))].filter(Boolean).sort();
+    // A new reader of a topic that is watched already needs its start, too: one view has one reader of each.
+    if (JSON.stringify(topics) === sent) return;
+    sent = JSON.stringify(topics);
+    hub.watch(topics);
+  });
 }
+
+function receive({ type, name, data }) {
+  if (type === "event") {
+    for (const { topic, handlers } of [...readers]) if (topic === (data.topic ?? "")) handlers[name]?.(data);
+  } else if (type !== "ready") {
+    connection.set({ lost: type === "lost" });
+    if (type === "open") for (const { onOpen } of [...readers]) onOpen?.();
+  }
+}
+
+/** The shared worker, or a connection of this page where there is none: browsers of phones, or an error in it. */
+function connected() {
+  const own = () => {
+    const client = { send: receive };
+    const alone = new EventHub(new URL("lorasmith/v1/events", document.baseURI).href);
+    return { watch: (topics) => alone.watch(client, topics) };
+  };
+  if (!globalThis.SharedWorker) return own();
+  const worker = new SharedWorker(new URL("./shared_events.mjs", import.meta.url), { type: "module", name: "lorasmith 1" });
+  const shared = { watch: (topics) => worker.port.postMessage({ topics }) };
+  const failed = () => {
+    clearTimeout(late);
+    worker.port.postMessage({ isLeaving: true });
+    worker.port.close();
+    hub = own();
+    sent = "";
+    update();
+  };
+  const late = setTimeout(failed, READY_WITHIN_MS);
+  worker.onerror = failed;
+  worker.port.onmessage = ({ data }) => {
+    clearTimeout(late);
+    receive(data);
+  };
+  addEventListener("pagehide", () => worker.port.postMessage({ isLeaving: true }));
+  addEventListener("pageshow", ({ persisted }) => {
+    if (!persisted) return;
+    sent = "";
+    update();
+  });
+  return shared;
+}
+
+document.addEventListener("visibilitychange", update);

@@ -1,6 +1,6 @@
 // What to do about single pictures of a run: leave one out, draw it less often, edit its caption; and train again so.
 import { fileOfRun, get, post, remove } from "../lib/api.mjs";
-import { readDraft, useDraft, writeDraft } from "../lib/drafts.mjs";
+import { changeDraft, currentDraft, useDraft } from "../lib/drafts.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
 import { say } from "../lib/stores.mjs";
@@ -8,50 +8,64 @@ import { capital } from "../lib/words.mjs";
 import { Button, useLoaded } from "./basics.mjs";
 
 /** Chooses for the photos of a run what it was trained with, and what was chosen for single pictures since. */
-function choose(run) {
-  const draft = readDraft(run.dataset);
-  const { trigger: _, ...settings } = run.changed;
-  const repeats = draft.settings.image_repeats;
-  writeDraft(run.dataset, { ...draft, name: run.name, trigger: run.trigger, model: run.model, isChosen: true,
-    settings: repeats === undefined ? settings : { ...settings, image_repeats: repeats } });
+async function choose(run) {
+  const { presets } = await get(["settings"], { images: run.images.length });
+  const { trigger: _, ...changed } = run.changed;
+  const { settings: before } = await currentDraft(run.dataset);
+  const chosen = asPreset(changed, presets);
+  if (before.image_repeats !== undefined) chosen.settings = { ...chosen.settings, image_repeats: before.image_repeats };
+  await changeDraft(run.dataset, { name: run.name, trigger: run.trigger, model: run.model, is_chosen: true, ...chosen });
 }
 
+const shown = (work) => async () => {
+  try {
+    await work();
+  } catch (failure) {
+    say(failure.message, { mood: "bad" });
+  }
+};
+
 /** Leads to the settings for training a run again. */
-export function trainAgain(run) {
-  choose(run);
+export const trainAgain = (run) => shown(async () => {
+  await choose(run);
   go("new", run.dataset, "settings");
+})();
+
+/** Settings as those of the preset that most of them are, and what differs from it: {preset, settings}. */
+export function asPreset(changed, presets) {
+  const apart = (preset) => Object.entries(changed).filter(([name, value]) => preset.settings[name] !== value);
+  const whole = presets.filter((one) => Object.keys(one.settings).every((name) => name in changed));
+  const [best] = [...whole, ...presets.filter((one) => one.name === "balanced")].sort((a, b) => apart(a).length - apart(b).length);
+  return { preset: best.name, settings: Object.fromEntries(apart(best)) };
 }
 
 /** What the losses of a picture say, in words. */
 export const findingOf = (run, file) => capital(run.advice.find((one) => one.file === file)?.finding ?? "");
 
 export function Advice({ run }) {
-  const [photos, , reload] = useLoaded(async (signal) => (run.dataset && run.advice.length ? get(["datasets", run.dataset], {}, signal) : null), [run.id]);
+  const [photos, , reload] = useLoaded(async (signal) => {
+    if (!run.dataset || !run.advice.length) return null;
+    await currentDraft(run.dataset); // which the actions change
+    return get(["datasets", run.dataset], {}, signal);
+  }, [run.id]);
   const [away, setAway] = useState({}); // where pictures were moved to that were left out here
   if (!run.advice_summary) return null;
   const pictures = new Map(run.images.map((one) => [one.file, one]));
-  const act = (work) => async () => {
-    try {
-      await work();
-    } catch (failure) {
-      say(failure.message, { mood: "bad" });
-    }
-  };
-  const restore = (file, removed) => act(async () => {
+  const restore = (file, removed) => shown(async () => {
     await post(["datasets", run.dataset, "restore"], { removed });
     setAway(({ [file]: _, ...others }) => others);
     reload();
   });
-  const leaveOut = (file) => act(async () => {
+  const leaveOut = (file) => shown(async () => {
     const { removed } = await remove(["datasets", run.dataset, "images", file]);
     setAway((all) => ({ ...all, [file]: removed }));
     reload();
     say(`${file} was moved to the removed files.`, { undo: restore(file, removed) });
   });
-  const edit = (file) => {
-    choose(run);
+  const edit = (file) => shown(async () => {
+    await choose(run);
     go("new", run.dataset, "photos", file);
-  };
+  })();
   return html`<section aria-labelledby="advice"><h2 id="advice">Picture by picture</h2>
     ${run.advice.length === 0 && html`<p>${run.advice_summary}</p>`}
     <ul class="rows">${run.advice.map((one) => html`<li class="row" key=${one.file}>

@@ -1,5 +1,5 @@
 // Every setting, made from its declaration: a control that fits its type, its help, and whether it was changed.
-import { html, useState } from "../lib/html.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
 import { count, nameWords, valueWords } from "../lib/words.mjs";
 import { Field } from "./basics.mjs";
 
@@ -49,24 +49,31 @@ function Setting({ setting, preset, value, error, onChange }) {
   const standard = preset ?? setting.default;
   const current = value ?? standard;
   const isChanged = value !== undefined;
-  const [typed, setTyped] = useState(null); // what stands in the field while it is not a valid value
-  const problem = typed !== null ? rangeOf(setting) : isChanged && error?.message?.toLowerCase().startsWith(setting.name) ? error.message : null;
+  const [typed, setTyped] = useState(null); // what stands in the field while it is typed, or is not a valid value
+  const [isWrong, setIsWrong] = useState(false);
+  const problem = isWrong ? rangeOf(setting) : isChanged && error?.message?.toLowerCase().startsWith(setting.name) ? error.message : null;
   const label = html`${setting.label || nameWords(setting.name)}${isChanged && html` <span class="tag">changed</span>`}`;
   const choose = (next) => onChange(next === standard ? undefined : next);
+  useEffect(() => void (isWrong || setTyped(null)), [value]); // chosen elsewhere, too
+  const back = () => {
+    setTyped(null);
+    setIsWrong(false);
+    onChange(undefined);
+  };
   const type = (event) => {
     const text = event.currentTarget.value;
     if (text.trim() === "") {
-      setTyped(null);
-      onChange(undefined);
+      back();
       return;
     }
     const found = setting.type === "text" ? text : Number(text);
     const valid = setting.type === "text" || (Number.isFinite(found) && (setting.type !== "integer" || Number.isInteger(found)) &&
       (setting.min === null || found >= setting.min) && (setting.max === null || found <= setting.max));
     setTyped(valid ? null : text);
+    setIsWrong(!valid);
     if (valid) choose(found);
   };
-  const reset = isChanged && html`<button type="button" class="as-link" onClick=${() => { setTyped(null); onChange(undefined); }}>Back to ${valueWords(standard)}</button>`;
+  const reset = isChanged && html`<button type="button" class="as-link" onClick=${back}>Back to ${valueWords(standard)}</button>`;
   const help = html`${setting.help} ${reset}`;
   if (setting.type === "boolean") {
     return html`<${Field} label=${label} help=${help} error=${problem} class="switch">${(attributes) =>
@@ -80,7 +87,8 @@ function Setting({ setting, preset, value, error, onChange }) {
   }
   return html`<${Field} label=${label} help=${help} error=${problem}>${(attributes) =>
     html`<input ...${attributes} type="text" inputmode=${{ integer: "numeric", number: "decimal" }[setting.type]} autocomplete="off" spellcheck=${false}
-      value=${typed ?? (isChanged ? value : standard ?? "")} placeholder=${standard === null || standard === undefined ? "automatic" : ""} onChange=${type} />`}<//>`;
+      value=${typed ?? (isChanged ? value : standard ?? "")} placeholder=${standard === null || standard === undefined ? "automatic" : ""}
+      onInput=${(event) => setTyped(event.currentTarget.value)} onChange=${type} />`}<//>`;
 }
 
 function rangeOf({ type, min, max }) {

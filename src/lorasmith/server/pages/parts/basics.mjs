@@ -27,6 +27,7 @@ export function Button({ kind = "plain", onClick, children, disabled, busyText, 
 /** A failure as its sentence, with a button to try again where that can help. */
 export function Problem({ error, onRetry }) {
   if (!error) return null;
+  if (error.kind === "offline") return html`<p class="faint loading" role="status">Waiting for the server…</p>`; // the page says why, once
   if (error.status === 503) return html`<p class="faint loading" role="status">${error.message} Trying again…</p>`;
   return html`<div class="notice bad-notice" role="alert">
     <p>${error.message ?? String(error)}</p>
@@ -52,6 +53,14 @@ export function Field({ label, help, error, optional, class: extra = "", childre
     ${help && html`<p class="help" id=${`${id}h`}>${help}</p>`}
   </div>`;
 }
+
+/** What was changed elsewhere while something else was typed here: `there` is the text that is stored. */
+export const Elsewhere = ({ there, onChoose, what }) => html`<div class="conflict" role="alert">
+  <p>It was changed elsewhere, so your text is not stored. The ${what} is now:</p>
+  <p class="there">${there || `(no ${what})`}</p>
+  <div class="actions"><button type="button" class="button small" onClick=${() => onChoose(true)}>Keep mine</button>
+    <button type="button" class="button small" onClick=${() => onChoose(false)}>Use that one</button></div>
+</div>`;
 
 /** A progress bar with a name. */
 export const Progress = ({ value, max, label }) =>
@@ -134,7 +143,7 @@ export function Messages() {
   const spoken = useStore(announcement);
   return html`
     <div class="messages">
-      <div role="alert">${lost && html`<div class="toast fair-toast"><span class="dot"></span>The connection to the server is lost. Trying to reach it again…</div>`}</div>
+      <div role="alert">${lost && html`<div class="toast fair-toast"><span class="dot"></span>The connection to the server is lost. If it was stopped, start it again with: lorasmith serve. Trying to reach it again…</div>`}</div>
       <div role="status">${message && html`<div class=${`toast ${message.mood}-toast`}>${message.text}
         ${message.undo && html`<button type="button" class="button small" onClick=${() => { message.undo(); toast.set(null); }}>Undo</button>`}</div>`}</div>
     </div>

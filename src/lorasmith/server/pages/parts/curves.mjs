@@ -62,8 +62,8 @@ function options(host, lines, marks) {
     padding: [10, 12, 0, 0],
     scales: { x: { time: false, range: (_, low, high) => [Math.min(low ?? 0, 0), Math.max(high ?? 1, 1)] } },
     axes: [
-      { ...axis, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")), size: 32 },
-      { ...axis, size: 54, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toPrecision(6)))) },
+      { ...axis, label: "Step", labelFont: font, labelSize: 18, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")), size: 32 },
+      { ...axis, label: "Loss", labelFont: font, labelSize: 18, size: 54, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toPrecision(6)))) },
     ],
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     legend: { live: true },
@@ -91,6 +91,13 @@ function options(host, lines, marks) {
             plot.ctx.moveTo(x, plot.bbox.top);
             plot.ctx.lineTo(x, plot.bbox.top + plot.bbox.height);
             plot.ctx.stroke();
+            if (mark.label) {
+              const isLeft = x > plot.bbox.left + plot.bbox.width / 2;
+              plot.ctx.fillStyle = color("--good");
+              plot.ctx.font = `${12 * devicePixelRatio}px ${style.fontFamily}`;
+              plot.ctx.textAlign = isLeft ? "right" : "left";
+              plot.ctx.fillText(mark.label, x + (isLeft ? -6 : 6) * devicePixelRatio, plot.bbox.top + 12 * devicePixelRatio);
+            }
             plot.ctx.restore();
           }
         },

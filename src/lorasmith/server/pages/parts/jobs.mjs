@@ -1,5 +1,5 @@
 // Jobs: what one is called, the queue, and what can be done with each.
-import { post, remove } from "../lib/api.mjs";
+import { post, remove, sentence } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
@@ -7,7 +7,7 @@ import { moment } from "../lib/words.mjs";
 import { Button, State } from "./basics.mjs";
 
 export const titleOf = (job) =>
-  job.title || job.name || job.request?.name || job.run?.split("/").pop() ||
+  (job.kind === "train" && job.run?.split("/").pop()) || job.title || job.name || job.request?.name ||
   ({ train: "Training", measure: "Measuring a step", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation" }[job.kind] ?? "Job");
 
 const WORK = { train: "Training", measure: "Measurement", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation" };
@@ -29,6 +29,13 @@ export async function act(job, action, body) {
   }
 }
 
+/** The job of a run that runs, waits or stands still, by the run's id: their state is that of the run. */
+export const jobsOfRuns = (known) =>
+  new Map([...(known?.jobs.values() ?? [])].filter((job) => job.run && job.kind === "train" && job.state in ORDER).map((job) => [job.run, job]));
+
+/** What is done with a training that does not run: the one thing, by its state. */
+export const CONTINUED = ["paused", "interrupted", "cancelled", "failed"];
+
 /** Trainings that stand still and can continue. */
 export function Offers({ hidden }) {
   const known = useStore(work);
@@ -41,25 +48,27 @@ export function Offers({ hidden }) {
     sessionStorage.setItem("lorasmith.later", JSON.stringify([...next]));
   };
   return waiting.slice(0, 3).map((job) => html`<div class="notice fair-notice offer" key=${job.id} role="group" aria-label="Interrupted training">
-    <p><b>${titleOf(job)}</b> was interrupted${job.step ? ` at step ${job.step}` : ""}. It continues where it stopped.</p>
+    <p><b>${titleOf(job)}</b> was interrupted${job.error ? `: ${sentence(job.error.message)}` : ". It continues where it stopped."}</p>
     <div class="actions"><${Button} onClick=${() => postpone(job)}>Not now<//>
       <${Button} kind="primary" onClick=${() => act(job, "continue").then((done) => done && (location.hash = link("jobs", job.id)))}>Continue<//></div>
   </div>`);
 }
 
-/** The jobs that run or wait, in order. */
-export function Queue({ except }) {
+const ORDER = { running: 0, pending: 1, paused: 2, interrupted: 3 };
+
+/** The jobs that run or wait, in order, except one, and except those of `runs`, which are rows of their own. */
+export function Queue({ except, runs }) {
   const known = useStore(work);
   if (!known) return null;
-  const order = { running: 0, pending: 1, paused: 2, interrupted: 3 };
   const jobs = [...known.jobs.values()]
-    .filter((job) => job.state in order && job.id !== except)
-    .sort((a, b) => order[a.state] - order[b.state] || (a.number ?? 0) - (b.number ?? 0));
+    .filter((job) => job.state in ORDER && job.id !== except && !(job.kind === "train" && runs?.has(job.run)))
+    .sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.number ?? 0) - (b.number ?? 0));
   if (!jobs.length) return null;
   return html`<section aria-labelledby="queue"><h2 id="queue">Queue</h2><ul class="rows">
     ${jobs.map((job) => html`<li key=${job.id} class="row">
       <div class="row-text">${job.kind === "train" ? html`<a href=${link("jobs", job.id)}>${titleOf(job)}</a>` : html`<b>${titleOf(job)}</b>`}
-        <span class="faint">${WORK[job.kind] ?? job.kind} · ${moment(job.started ?? job.created)}</span></div>
+        <span class="faint">${WORK[job.kind] ?? job.kind} · ${moment(job.started ?? job.created)}</span>
+        ${job.state === "interrupted" && job.error && html`<span>${sentence(job.error.message)}</span>`}</div>
       <${State} state=${job.state} />
       <div class="actions">
         ${job.state === "pending" && html`<${Button} class="small" onClick=${() => act(job, "move", { front: true })}>To the front<//>`}

@@ -2,8 +2,8 @@
 import { fileOfRun, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
-import { announcement, say, status, useStore, work } from "../lib/stores.mjs";
-import { bytes, measured, moment, whole } from "../lib/words.mjs";
+import { announcement, say, work } from "../lib/stores.mjs";
+import { measured, moment, whole } from "../lib/words.mjs";
 import { Progress } from "./basics.mjs";
 import { Curves } from "./curves.mjs";
 import { Previews } from "./pictures.mjs";
@@ -11,12 +11,12 @@ import { Previews } from "./pictures.mjs";
 const SPOKEN_SHARES = 10; // progress is read out this often
 
 /** What is shown of a run as a stream sends it; null before that. A stream sends the whole at first, then changes. */
-export function useView(url) {
+export function useView(topic) {
   const [view, setView] = useState(null);
-  useEffect(() => setView(null), [url]);
-  useEvents(url, {
+  useEffect(() => setView(null), [topic]);
+  useEvents(topic, {
     view: ({ view: changes }) => setView((before) => ({ ...before, ...changes })),
-    fault: (error) => say(sentence(error.message), { mood: "bad" }),
+    fault: ({ kind, message }) => kind.startsWith("Unknown") || say(sentence(message), { mood: "bad" }), // the view itself says what is not there
     job: (event) => work.set((all) => ({ queue: { pending: 0, running: 0 }, ...all, jobs: new Map(all?.jobs ?? []).set(event.id, { ...all?.jobs.get(event.id), ...event }) })),
   });
   return view;
@@ -25,7 +25,6 @@ export function useView(url) {
 /** @param head what stands above the progress, in the same card */
 export function LiveRun({ view, run, isRunning, head }) {
   const { step: done, steps: planned } = view ?? { step: 0, steps: 0 };
-  const device = useStore(status)?.devices?.[0];
   const spoken = useRef(0);
   useEffect(() => {
     const share = planned ? Math.floor((SPOKEN_SHARES * done) / planned) : 0;
@@ -41,7 +40,6 @@ export function LiveRun({ view, run, isRunning, head }) {
         <span><b>${whole(done)}</b> of ${whole(planned)} steps</span></div>`}
       <dl class="facts">
         ${view.metrics.map((one) => html`<div key=${one.name}><dt>${one.label}</dt><dd>${one.text}</dd></div>`)}
-        ${isRunning && Number.isFinite(device?.memory_bytes) && Number.isFinite(device.free_bytes) && html`<div><dt>memory used</dt><dd>${bytes(device.memory_bytes - device.free_bytes)} of ${bytes(device.memory_bytes)}</dd></div>`}
       </dl>
       ${isRunning && html`<p class="faint">${view.status}</p>`}
     </section>
@@ -68,7 +66,7 @@ export function LossCurves({ points, validations, best, verdict = "" }) {
     ...(Number.isFinite(base) ? [{ label: "Held out, base model", xs: [0, Math.max(xs.at(-1) ?? 1, held.at(-1)?.step ?? 1)], ys: [base, base], color: "--held-out", width: 1, dash: [4, 4] }] : []),
   ];
   return html`<h2 id="curves">Loss</h2>
-    <${Curves} lines=${lines} marks=${best ? [{ x: best }] : []} label=${`Training loss over ${xs.at(-1) ?? 0} steps, last ${measured(means.at(-1) ?? NaN)}${held.length ? `; held-out loss ${measured(held.at(-1).loss)}, lowest at step ${best}` : ""}`} />
+    <${Curves} lines=${lines} marks=${best ? [{ x: best, label: `lowest held-out loss, step ${whole(best)}` }] : []} label=${`Training loss over ${xs.at(-1) ?? 0} steps, last ${measured(means.at(-1) ?? NaN)}${held.length ? `; held-out loss ${measured(held.at(-1).loss)}, lowest at step ${best}` : ""}`} />
     ${verdict && html`<p class="verdict-line">${sentence(verdict)}</p>`}`;
 }
 

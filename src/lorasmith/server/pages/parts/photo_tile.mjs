@@ -2,6 +2,7 @@
 import { address } from "../lib/api.mjs";
 import { html, useEffect, useId, useRef, useState } from "../lib/html.mjs";
 import { bytes } from "../lib/words.mjs";
+import { Elsewhere } from "./basics.mjs";
 
 const STORE_AFTER_MS = 900;
 const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
@@ -59,18 +60,21 @@ function Caption({ name, caption, trigger, isEdited, onCaption }) {
     field.current.focus({ preventScroll: true });
     field.current.scrollIntoView({ block: "center" });
   }, [isEdited]);
+  const begun = useRef(null); // the caption that was there when typing began, whatever arrives meanwhile
   latest.current = text;
+  if (text === null) begun.current = caption;
   const store = async () => {
     clearTimeout(timer.current);
     const typed = latest.current;
-    if (typed === null || typed === caption || waits.current) return;
+    if (typed === null || typed === begun.current || waits.current) return;
     try {
-      await onCaption(typed);
+      await onCaption(typed, begun.current);
+      begun.current = typed;
       setFailed(false);
       if (latest.current === typed) setText(null);
     } catch (failure) {
       waits.current = isStale(failure);
-      if (waits.current) setOther(Object.values(failure.details)[0]);
+      if (waits.current) setOther((begun.current = Object.values(failure.details)[0]));
       else setFailed(true);
     }
   };
@@ -90,11 +94,6 @@ function Caption({ name, caption, trigger, isEdited, onCaption }) {
   return html`<label class="unseen" for=${id}>Caption of ${name}</label>
     <textarea ref=${field} id=${id} rows="2" class="caption" maxlength="4000" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
       onInput=${type} onBlur=${store} aria-invalid=${failed ? "true" : undefined}></textarea>
-    ${other !== null && html`<div class="conflict" role="alert">
-      <p>It was changed elsewhere, so your text is not stored. The caption is now:</p>
-      <p class="there">${other || "(no caption)"}</p>
-      <div class="actions"><button type="button" class="button small" onClick=${() => choose(true)}>Keep mine</button>
-        <button type="button" class="button small" onClick=${() => choose(false)}>Use that one</button></div>
-    </div>`}
+    ${other !== null && html`<${Elsewhere} there=${other} onChoose=${choose} what="caption" />`}
     ${failed && html`<p class="field-error">This caption is not stored yet. <button type="button" class="as-link" onClick=${store}>Try again</button></p>`}`;
 }

@@ -104,7 +104,7 @@ export function Lightbox({ shots, start, source, onClose }) {
     <img class="large" src=${source(shot.file)} alt=${shot.prompt || shot.title} />
     <p class="faint" aria-live="polite">${shot.prompt}</p>
     ${shots.length > 1 && html`<div class="actions spread">
-      <button type="button" class="button" onClick=${() => turn(-1)}>← Before</button>
+      <button type="button" class="button" onClick=${() => turn(-1)}>← Previous</button>
       <span class="faint">${at + 1} of ${shots.length}</span>
       <button type="button" class="button" onClick=${() => turn(1)}>Next →</button></div>`}
   <//>`;

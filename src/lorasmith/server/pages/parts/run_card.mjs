@@ -5,12 +5,13 @@ import { link } from "../lib/router.mjs";
 import { moment, whole } from "../lib/words.mjs";
 import { State } from "./basics.mjs";
 
-export const nameOfRun = (run) => run.name || run.id.split("/").pop();
+/** What a run is called, other than all others: the title that it was given, or its folder's name. */
+export const nameOfRun = (run) => run.label || run.id.split("/").pop();
 
 export function RunCard({ run }) {
   return html`<a class="card" href=${link("runs", run.id)}>
     <span class="card-picture">${run.cover && html`<img src=${fileOfRun(run.id, run.cover)} alt="" loading="lazy" />`}</span>
-    <b>${nameOfRun(run)}</b>
+    <b>${run.starred && html`<span class="star" role="img" aria-label="Starred">★</span> `}${nameOfRun(run)}</b>
     <span class="card-state"><${State} state=${run.state} /> <span class="faint">${stepsOf(run)}</span></span>
     <span class="faint">${run.model ? `${run.model} · ` : ""}${moment(run.started)}</span></a>`;
 }

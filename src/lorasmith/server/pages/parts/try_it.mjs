@@ -1,5 +1,5 @@
 // Prompts drawn with the LoRA of a run beside its base model. The page keeps them until it is loaded again.
-import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
+import { fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, createStore, useStore, work } from "../lib/stores.mjs";
@@ -106,7 +106,7 @@ function Try({ run, one }) {
   const [outputs, setOutputs] = useState(one.outputs ?? null);
   const [error, setError] = useState(null);
   const [large, setLarge] = useState(null);
-  useEvents(state === "running" ? address(["jobs", one.id, "events"]) : null, { progress: setDone });
+  useEvents(state === "running" ? `jobs/${one.id}` : null, { progress: setDone });
   useEffect(() => {
     if (state !== "completed" || one.outputs) return;
     get(["jobs", one.id]).then((found) => {

@@ -1,5 +1,5 @@
 // Which LoRA of a run is good: its evaluation, with a slider over the LoRAs, and the job that makes it.
-import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
+import { fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, useStore, work } from "../lib/stores.mjs";
@@ -28,7 +28,7 @@ function Evaluate({ run, again, onDone }) {
   const [done, setDone] = useState(null);
   const job = queued && (known?.jobs.get(queued.id) ?? queued);
   const isActive = job !== null && !ENDS.has(job.state);
-  useEvents(job?.state === "running" ? address(["jobs", job.id, "events"]) : null, { progress: setDone });
+  useEvents(job?.state === "running" ? `jobs/${job.id}` : null, { progress: setDone });
   useEffect(() => {
     if (job?.state !== "completed") return;
     announcement.set("The LoRAs are evaluated.");

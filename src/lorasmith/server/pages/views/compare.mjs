@@ -15,7 +15,7 @@ export function CompareView({ ids }) {
   const [runs, error, reload] = useLoaded((signal) => Promise.all(wanted.map((id) => get(["runs", id], {}, signal))), [wanted.join("\n")]);
   if (error && !runs) return html`<section><h1>Comparison</h1><${Problem} error=${error} onRetry=${reload} /><a href=${link("runs")}>All runs</a></section>`;
   if (!runs) return html`<section><${Loading} what="runs" /></section>`;
-  const names = titles(runs);
+  const names = runs.map(nameOfRun);
   return html`
     <section><p class="kicker"><a href=${link("runs")}>Runs</a> / comparison</p><h1>${names.length} runs compared</h1>
       <ul class="legend">${runs.map((run, index) => html`<li key=${run.id}><span class=${`swatch line-${index + 1}`}></span><a href=${link("runs", run.id)}>${names[index]}</a> <span class="faint">${run.id}</span></li>`)}</ul></section>
@@ -23,12 +23,6 @@ export function CompareView({ ids }) {
     <${ComparedPictures} runs=${runs} names=${names} />
     <${Table} title="What came of them" runs=${runs} names=${names} rows=${outcomes(runs)} />
     <${Table} title="Settings that differ" runs=${runs} names=${names} rows=${different(runs)} none="All settings are the same." />`;
-}
-
-/** Names of runs; those of the same LoRA are told apart by their folders. */
-function titles(runs) {
-  const names = runs.map(nameOfRun);
-  return names.map((name, index) => (names.filter((one) => one === name).length > 1 ? runs[index].id.split("/").pop() : name));
 }
 
 function ComparedCurves({ runs, names }) {

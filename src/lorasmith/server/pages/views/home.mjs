@@ -1,12 +1,14 @@
 // The first view: a place for photos, the folders of photos that exist, and the latest runs.
 import { address, get, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { useEvents } from "../lib/live.mjs";
 import { go, link } from "../lib/router.mjs";
+import { useStore, work } from "../lib/stores.mjs";
 import { isPicture, upload } from "../lib/uploads.mjs";
 import { count, slug } from "../lib/words.mjs";
 import { Loading, Problem, useLoaded } from "../parts/basics.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
-import { Queue } from "../parts/jobs.mjs";
+import { Queue, jobsOfRuns } from "../parts/jobs.mjs";
 import { RunCard } from "../parts/run_card.mjs";
 
 const LATEST = 4;
@@ -15,6 +17,7 @@ export function HomeView() {
   const [datasets, datasetsError, reloadDatasets] = useLoaded((signal) => get(["datasets"], {}, signal), []);
   const [runs] = useLoaded((signal) => get(["runs"], {}, signal), []);
   const [error, setError] = useState(null);
+  useEvents("", { dataset: reloadDatasets });
 
   async function take(files) {
     setError(null);
@@ -31,6 +34,8 @@ export function HomeView() {
     }
   }
 
+  const queued = jobsOfRuns(useStore(work)); // these are in the queue above
+  const latest = (runs?.runs ?? []).filter((run) => !queued.has(run.id)).slice(0, LATEST);
   const known = (datasets?.datasets ?? []).filter((one) => !one.builtin);
   const examples = (datasets?.datasets ?? []).filter((one) => one.builtin);
   return html`
@@ -45,8 +50,8 @@ export function HomeView() {
       : !datasets ? html`<section><h2>Your photos</h2><${Loading} what="folders of photos" /></section>`
       : known.length > 0 && html`<section aria-labelledby="known"><h2 id="known">Your photos</h2>
         <ul class="cards">${known.map(card)}</ul></section>`}
-    ${runs?.runs?.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2><a href=${link("runs")}>All ${count(runs.runs.length, "run")}</a></div>
-      <ul class="cards">${runs.runs.slice(0, LATEST).map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul></section>`}
+    ${latest.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2><a href=${link("runs")}>All ${count(runs.runs.length, "run")}</a></div>
+      <ul class="cards">${latest.map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul></section>`}
     ${examples.length > 0 && html`<section aria-labelledby="examples"><h2 id="examples">No photos at hand?</h2><ul class="cards">${examples.map(card)}</ul></section>`}`;
 }
 

@@ -1,5 +1,5 @@
 // A job while it waits and trains: its progress, losses, previews, and what can be done with it.
-import { address, get, post } from "../lib/api.mjs";
+import { get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { link, replace } from "../lib/router.mjs";
 import { announcement, useStore, work } from "../lib/stores.mjs";
@@ -14,7 +14,7 @@ export function JobView({ id }) {
   const [loaded, error, reload] = useLoaded((signal) => get(["jobs", id], {}, signal), [id]);
   const known = useStore(work);
   const job = loaded || known?.jobs.get(id) ? { ...loaded, ...known?.jobs.get(id) } : null;
-  const view = useView(address(["jobs", id, "events"]));
+  const view = useView(`jobs/${id}`);
   const [asking, setAsking] = useState(false);
   const before = useRef(null);
 
@@ -39,16 +39,15 @@ export function JobView({ id }) {
       <div class="head"><h1 id="job">${titleOf(job)}</h1><${State} state=${state} /></div>
       <p class="faint">${[job.request?.model, job.request?.trigger && `“${job.request.trigger}”`].filter(Boolean).join(" · ")}</p>
       <${Standing} job=${job} view=${view} known=${known} />
-      ${job.error && html`<${Problem} error=${{ message: job.error.message }} />`}
+      ${job.error && html`<${Problem} error=${{ message: sentence(job.error.message) }} />`}
       <div class="actions">
         ${state === "running" && html`<${Button} onClick=${() => act(job, "cancel", { pause: true })} busyText="Pausing…">Pause<//>
           <${Button} onClick=${() => setAsking(true)}>Stop and keep<//>`}
         ${state === "pending" && html`<${Button} onClick=${() => act(job, "move", { front: true })}>To the front<//>
           <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Do not train<//>`}
-        ${(state === "paused" || state === "interrupted") && html`<${Button} kind="primary" onClick=${() => act(job, "continue")}>Resume<//>
+        ${(state === "paused" || state === "interrupted") && html`<${Button} kind="primary" onClick=${() => act(job, "continue")}>Continue<//>
           <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Stop here<//>`}
-        ${state === "cancelled" && html`<${Button} onClick=${() => act(job, "continue")}>Continue it<//>`}
-        ${state === "failed" && job.run && html`<${Button} onClick=${() => act(job, "continue")}>Continue it<//>`}
+        ${(state === "cancelled" || (state === "failed" && job.run)) && html`<${Button} onClick=${() => act(job, "continue")}>Continue<//>`}
         ${state === "failed" && html`<${Button} kind="primary" onClick=${() => act(job, "retry").then((next) => next?.id && (location.hash = link("jobs", next.id)))}>Try again<//>`}
         ${job.run && ENDED.includes(state) && html`<a class="button primary" href=${link("runs", job.run)}>See the result</a>`}
       </div>`} />
@@ -65,7 +64,7 @@ function Standing({ job, view, known }) {
     return html`<p role="status">${ahead ? `It starts after ${ahead === 1 ? "one other job" : `${ahead} other jobs`}.` : "It starts in a moment."}</p>`;
   }
   if (job.state === "paused") return html`<p>It is paused. Everything so far is stored, also when the server is stopped.</p>`;
-  if (job.state === "interrupted") return html`<p>It was interrupted. It continues where it stopped.</p>`;
+  if (job.state === "interrupted") return job.error ? null : html`<p>It was interrupted. It continues where it stopped.</p>`; // or its error says so
   if (job.state !== "running" || view?.step) return null;
   const lines = view?.preparation ?? [];
   return html`<ol class="preparing" role="status">

@@ -17,13 +17,13 @@ export function ModelView({ dataset }) {
   const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
   const { pairs } = draft.settings;
   const best = bestOf(models, tooLarge, !pairs && (photos?.images.some((one) => one.controls?.length) ?? false));
-  const chosen = (draft.isChosen && models.find((one) => one.name === draft.model && one.ready)) || best;
+  const chosen = (draft.is_chosen && models.find((one) => one.name === draft.model && one.ready)) || best;
   useEffect(() => {
     if (found && photos && chosen && chosen.name !== draft.model) change({ model: chosen.name, edit: null });
   }, [found, photos, chosen?.name]);
   // A training adapter is for one model.
   const { training_adapter: adapter = null, ...others } = draft.settings;
-  const choose = (model) => change({ model: model.name, edit: null, isChosen: true, ...(model.name !== draft.model && adapter ? { settings: others } : {}) });
+  const choose = (model) => change({ model: model.name, edit: null, is_chosen: true, ...(model.name !== draft.model && adapter ? { settings: others } : {}) });
   const plan = async (model) => {
     // What it needs is asked for, whether or not it can train on these photos.
     const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: pairs ? { pairs } : { controls: takesControls(model, draft) ? "optional" : "none" } });

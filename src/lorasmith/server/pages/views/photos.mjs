@@ -1,12 +1,13 @@
 // The photos of a LoRA: what they show, their captions, what is wrong with them, and what of them is trained.
 import { get, post, put, remove } from "../lib/api.mjs";
-import { useDraft } from "../lib/drafts.mjs";
+import { useConflicts, useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
+import { useEvents } from "../lib/live.mjs";
 import { go } from "../lib/router.mjs";
 import { announcement, say, useStore } from "../lib/stores.mjs";
 import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { capital, count, slug } from "../lib/words.mjs";
-import { Button, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
+import { Button, Elsewhere, Field, Loading, Notice, Problem, Question, isPassing, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
 import { PhotoTile, isStale } from "../parts/photo_tile.mjs";
@@ -21,8 +22,9 @@ const FEW = 5;
 /** @param edited the picture whose caption has the focus at first */
 export function PhotosView({ dataset, edited }) {
   const [draft, change] = useDraft(dataset);
+  const [theirs, choose] = useConflicts(dataset);
   const [found, error, reload] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
-  const [captions, setCaptions] = useState({}); // typed here, not yet in `found`
+  const [captions, setCaptions] = useState({}); // sent or stored since `found` was loaded
   const [gone, setGone] = useState(new Set());
   const [crops, setCrops] = useState(true);
   const [onlyOdd, setOnlyOdd] = useState(false);
@@ -35,19 +37,18 @@ export function PhotosView({ dataset, edited }) {
   const others = useStore(leftOut)[dataset] ?? [];
   const sent = useStore(uploadsOf(dataset));
   const timer = useRef(0);
-  const seen = useRef({}); // captions as the server has them, where that is later than `found`
+  const underWay = useRef({}); // captions that are being stored
   const sending = useRef(Promise.resolve());
 
-  useEffect(() => {
-    setCaptions({});
-    seen.current = {};
-  }, [dataset]);
+  useEffect(() => setCaptions(underWay.current), [found]);
   useEffect(() => () => clearTimeout(timer.current), []);
-  const arrived = sent.filter((one) => one.state === "done").length;
-  useEffect(() => {
+  const changed = () => {
     clearTimeout(timer.current);
-    if (arrived) timer.current = setTimeout(reload, RELOAD_AFTER_MS);
-  }, [arrived]);
+    timer.current = setTimeout(reload, RELOAD_AFTER_MS);
+  };
+  const arrived = sent.filter((one) => one.state === "done").length;
+  useEffect(() => void (arrived && changed()), [arrived]);
+  useEvents("", { dataset: ({ name }) => name === dataset && changed() }, { onOpen: () => found && changed() });
 
   const images = useMemo(() => (found?.images ?? []).filter((one) => !gone.has(one.file)), [found, gone]);
   const stray = found?.controls ?? [];
@@ -84,32 +85,29 @@ export function PhotosView({ dataset, edited }) {
   });
   const actions = found?.builtin ? null : { pair, remove: removeControl, move: setMoving, choose: (files, image) => take(files, image) };
 
-  /** Stores captions where they are still those that this page has seen; otherwise it shows the others from then on. */
-  function store(changed) {
-    setCaptions((all) => ({ ...all, ...changed }));
+  /** Stores captions where they are still those that were `seen`, by file; otherwise it shows the others from then on. */
+  function store(texts, seen) {
+    underWay.current = { ...underWay.current, ...texts };
+    setCaptions((all) => ({ ...all, ...texts }));
     const send = async () => {
-      const before = Object.fromEntries(images.filter((one) => one.file in changed).map((one) => [one.file, seen.current[one.file] ?? one.caption ?? ""]));
-      const show = (all) => {
-        seen.current = { ...seen.current, ...all };
-        setCaptions((shown) => ({ ...shown, ...all }));
-      };
       try {
-        await put(["datasets", dataset, "captions"], Object.fromEntries(Object.entries(before).map(([file, text]) => [file, { caption: changed[file], seen: text }])));
-        seen.current = { ...seen.current, ...changed };
+        await put(["datasets", dataset, "captions"], Object.fromEntries(Object.entries(texts).map(([file, caption]) => [file, { caption, seen: seen[file] }])));
       } catch (failure) {
-        show({ ...before, ...(isStale(failure) ? failure.details : {}) });
+        setCaptions((all) => ({ ...all, ...seen, ...(isStale(failure) ? failure.details : {}) }));
         if (!isStale(failure)) say(failure.message, { mood: "bad" });
         throw failure;
+      } finally {
+        underWay.current = Object.fromEntries(Object.entries(underWay.current).filter(([file, text]) => texts[file] !== text));
       }
-      return before;
     };
     return (sending.current = sending.current.then(send, send)); // one after the other: each has seen what came before
   }
 
-  async function replaceAll(changed) {
-    const before = await store(changed);
-    const number = Object.keys(changed).length;
-    say(`${count(number, "caption")} changed.`, { undo: () => store(before).catch((failure) => isStale(failure) && say(failure.message, { mood: "bad" })) });
+  async function replaceAll(texts) {
+    const before = Object.fromEntries(images.filter((one) => one.file in texts).map((one) => [one.file, captionOf(one)]));
+    await store(texts, before);
+    const undo = () => store(before, texts).catch((failure) => isStale(failure) && say(failure.message, { mood: "bad" }));
+    say(`${count(Object.keys(texts).length, "caption")} changed.`, { undo });
   }
 
   async function drop(image) {
@@ -156,10 +154,12 @@ export function PhotosView({ dataset, edited }) {
       <div class="fields two">
         <${Field} label="Name of the LoRA" help="The file and its folder are called so.">
           ${(attributes) => html`<input ...${attributes} type="text" maxlength="64" value=${draft.name} placeholder=${slug(draft.trigger) || dataset}
-            onInput=${(event) => change({ name: event.currentTarget.value })} />`}<//>
+            onInput=${(event) => change({ name: event.currentTarget.value })} />
+            ${"name" in theirs && html`<${Elsewhere} there=${theirs.name} what="name" onChoose=${(isMine) => choose("name", isMine)} />`}`}<//>
         <${Field} label="Trigger word" optional help="Words that will call up what the photos show, such as “milo cat”. Put them into your prompts later.">
           ${(attributes) => html`<input ...${attributes} type="text" maxlength="200" value=${draft.trigger} autocapitalize="off"
-            onInput=${(event) => change({ trigger: event.currentTarget.value })} />`}<//>
+            onInput=${(event) => change({ trigger: event.currentTarget.value })} />
+            ${"trigger" in theirs && html`<${Elsewhere} there=${theirs.trigger} what="trigger word" onChoose=${(isMine) => choose("trigger", isMine)} />`}`}<//>
       </div>
     </section>
     <section aria-labelledby="photos">
@@ -184,7 +184,7 @@ export function PhotosView({ dataset, edited }) {
         ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
         ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
           caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
-          isFixed=${found.builtin} isEdited=${image.file === edited} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)}
+          isFixed=${found.builtin} isEdited=${image.file === edited} onCaption=${(caption, seen) => store({ [image.file]: caption }, { [image.file]: seen })} onRemove=${() => drop(image)}
           before=${isPairs ? html`<${Before} dataset=${dataset} image=${image.file} controls=${image.controls ?? []} version=${version} words=${words} actions=${actions} />` : null} />`)}
       </ul>
       ${isPairs && stray.length > 0 && html`<h3>${capital(words.others)}, without ${words === PAIRS.none ? "one after" : "a picture"}</h3>
@@ -228,7 +228,7 @@ function useCheck(dataset, draft, images, captions, controls, version) {
         setResult([await get(["datasets", dataset, "check"], query, stop.signal), null]);
       } catch (error) {
         if (stop.signal.aborted) return;
-        if (error.status === 503) timer = setTimeout(ask, 2000);
+        if (isPassing(error)) timer = setTimeout(ask, 2000);
         else setResult(([before]) => [before, error]);
       }
     };

@@ -3,11 +3,12 @@ import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
-import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
+import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
 import { Advice, findingOf, trainAgain } from "../parts/advice.mjs";
-import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
-import { act } from "../parts/jobs.mjs";
+import { Button, Command, Dialog, Field, Loading, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { CONTINUED, act, jobsOfRuns } from "../parts/jobs.mjs";
 import { LikenessCurves, LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
+import { EditMarks, Star, removeRun } from "../parts/marks.mjs";
 import { Lightbox, Previews } from "../parts/pictures.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { Stepper } from "../parts/stepper.mjs";
@@ -19,8 +20,8 @@ const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
 
 export function RunView({ id }) {
   const [run, error, reload] = useLoaded((signal) => get(["runs", id], {}, signal), [id]);
-  const jobs = useStore(work)?.jobs;
-  const job = jobs?.get(run?.job) ?? [...(jobs?.values() ?? [])].filter((one) => one.run === id).sort((a, b) => b.created - a.created)[0];
+  const known = useStore(work);
+  const job = jobsOfRuns(known).get(id) ?? [...(known?.jobs.values() ?? [])].filter((one) => one.run === id).sort((a, b) => b.created - a.created)[0];
   const isRunning = run?.state === "running";
   if (error && !run) {
     return html`<section><h1>${id.split("/").pop()}</h1><${Problem} error=${error} onRetry=${reload} />
@@ -31,8 +32,10 @@ export function RunView({ id }) {
     <${Stepper} at=${isRunning ? "training" : "result"} dataset=${run.dataset} addresses=${isRunning && run.job ? { training: link("jobs", run.job) } : {}} />
     <section aria-labelledby="run">
       <p class="kicker"><a href=${link("runs")}>Runs</a> / ${id}</p>
-      <div class="head"><h1 id="run">${nameOfRun(run)}</h1><span class=${`status ${run.mood}`}>${run.status}</span></div>
+      <div class="head"><h1 id="run">${nameOfRun(run)}</h1><div class="actions"><${Star} run=${run} onChange=${reload} />
+        ${jobsOfRuns(known).has(id) && !isRunning ? html`<${State} state=${job.state} />` : html`<span class=${`status ${run.mood}`}>${run.status}</span>`}</div></div>
       <p class="verdict">${sentence(run.verdict)}</p>
+      ${run.note && html`<p class="note">${run.note}</p>`}
       <p class="summary">${[run.model, run.trigger && `“${run.trigger}”`, moment(run.started)].filter(Boolean).join(" · ")}</p>
       ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).filter(([name]) => !SAID_ELSEWHERE.has(name)).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
       ${!isRunning && html`<${Actions} run=${run} job=${job} reload=${reload} />`}
@@ -43,7 +46,7 @@ export function RunView({ id }) {
 }
 
 function Watched({ run, onEnd }) {
-  const view = useView(address(["runs", run.id, "events"]));
+  const view = useView(`runs/${run.id}`);
   useEffect(() => {
     if (!view?.outcome) return undefined;
     const timer = setTimeout(onEnd, 1500); // the files of the end are written after its event
@@ -55,15 +58,19 @@ function Watched({ run, onEnd }) {
 function Actions({ run, job, reload }) {
   const [dialog, setDialog] = useState(null);
   const close = () => setDialog(null);
-  const canContinue = job && ["paused", "interrupted", "cancelled", "failed"].includes(job.state);
+  const canContinue = job && CONTINUED.includes(job.state);
   return html`<div class="actions">
       ${run.lora && html`<a class="button primary" href=${fileOfRun(run.id, run.lora.file)} download>Download (${bytes(run.lora.bytes)})</a>
         <${Button} onClick=${() => setDialog("install")}>${run.lora.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}<//>`}
-      ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue it<//>`}
+      ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue<//>`}
       ${run.is_trainable_on && html`<${Button} onClick=${() => setDialog("on")}>Train it further<//>`}
       ${run.dataset && html`<${Button} onClick=${() => trainAgain(run)}>Train again with changes<//>`}
       <a class="button" href=${address(["runs", run.id, "report"])} target="_blank" rel="noopener">Report</a>
+      <a class="button" href=${`editor/?run=${encodeURIComponent(run.id)}`}>Open in editor</a>
+      <${Button} onClick=${() => setDialog("marks")}>Name and note<//>
+      <${Button} kind="danger" onClick=${() => removeRun(run, (isBack) => go(...(isBack ? ["runs", run.id] : ["runs"])))}>Delete<//>
     </div>
+    ${dialog === "marks" && html`<${EditMarks} run=${run} onClose=${close} onDone=${reload} />`}
     ${dialog === "install" && html`<${Install} run=${run} onClose=${close} onDone=${reload} />`}
     ${dialog === "on" && html`<${TrainOn} run=${run} onClose=${close} />`}`;
 }

@@ -1,12 +1,11 @@
 // How thoroughly to train: three choices with their time and memory, and every setting for those who want them.
 import { get, post } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
-import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { bytes, count, duration, slug, whole } from "../lib/words.mjs";
 import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
-import { act } from "../parts/jobs.mjs";
 import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { Distilled } from "./model.mjs";
@@ -42,12 +41,10 @@ export function SettingsView({ dataset }) {
     if (shownInvalid()) return;
     setFailure(null);
     try {
-      await measuring.stop();
       const job = await post(["jobs"], { kind: "train", ...body() });
       change({ measurement: null });
       go("jobs", job.id);
     } catch (problem) {
-      measuring.allow();
       setFailure(problem);
     }
   }
@@ -147,32 +144,25 @@ function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
   const job = draft.measurement ? known?.jobs.get(draft.measurement) : null;
   const idle = known && known.queue.pending + known.queue.running === 0;
   const needed = plan && stepSeconds === null;
-  const stopped = useRef(false); // a training does not wait for a measurement, not even for one that is just being queued
-  const stop = async () => {
-    stopped.current = true;
-    if (job && ["pending", "running"].includes(job.state)) await act(job, "cancel", { pause: false });
-  };
-  const allow = () => (stopped.current = false);
   const measure = async () => {
     setError(null);
     try {
       const added = await post(["measurements"], { model: draft.model, settings: { ...plan?.memory_settings, ...preset.settings, ...own } });
-      if (stopped.current) await act(added, "cancel", { pause: false });
-      else change({ measurement: added.id });
+      change({ measurement: added.id });
     } catch (failure) {
       setError(failure);
     }
   };
   const [tried, setTried] = useState("");
   useEffect(() => {
-    if (!needed || !idle || stopped.current || tried === draft.model || (job && job.state !== "completed")) return;
+    if (!needed || !idle || tried === draft.model || (job && job.state !== "completed")) return;
     setTried(draft.model);
     measure();
   }, [needed, idle, draft.model]);
   useEffect(() => {
     if (job?.state === "completed") replan();
   }, [job?.state, draft.measurement]);
-  return { job, error, needed, measure, stop, allow };
+  return { job, error, needed, measure };
 }
 
 function Measure({ measuring, plan }) {

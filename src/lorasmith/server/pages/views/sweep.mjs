@@ -13,7 +13,7 @@ const AGAIN_MS = 10000; // a sweep of the command line sends no events
 export function Sweeps() {
   const [found, error, reload] = useLoaded((signal) => get(["sweeps"], {}, signal), []);
   useAgain(found?.sweeps.some((one) => one.states.running || one.states.pending), reload);
-  if (!found?.sweeps.length && !found?.damaged?.length) return html`<${Problem} error=${error} onRetry=${reload} />`;
+  if (!found?.sweeps.length && !found?.damaged?.length) return error?.kind === "offline" ? null : html`<${Problem} error=${error} onRetry=${reload} />`;
   return html`<section aria-labelledby="sweeps"><h2 id="sweeps">Sweeps</h2>
     <ul class="rows">${found.sweeps.map((one) => html`<li class="row" key=${one.id}>
       <div class="row-text"><a href=${link("sweeps", one.id)}><b>${one.id}</b></a>

@@ -1,0 +1,81 @@
+"""Changes of runs by hand: what they are called, starred and noted, in `marks.json` of their folder; their removal and
+return.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from dataclasses import asdict
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.files import is_folder, write_atomic
+from lorasmith.core.folders import Folders
+from lorasmith.data.captions import one_line
+from lorasmith.server.api_shapes import RemovedAnswer, RunMarks
+from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
+from lorasmith.server.questions.question_registry import question
+from lorasmith.server.questions.run_questions import MARKS, PLACES, marks_of, run_folder_of
+from lorasmith.server.server_disk import disk_space, removed_folder, set_aside
+from lorasmith.training.storage.run_folder import RunFolder
+
+_MOST_TITLE, _MOST_NOTE = 100, 4_000  # characters
+_CHANGING = threading.Lock()
+
+
+@question
+def mark_run(
+    folders: Folders, id: str, *, title: str | None = None, starred: bool | None = None, note: str | None = None
+) -> RunMarks:
+    """Store what a run is called (empty: its folder's name), whether it is starred, and a note; None leaves each as it
+    is. Raises UnknownFileError, OptionError for long texts, and OutputError.
+    """
+    folder = run_folder_of(folders, id)
+    for name, text, most in (("title", title, _MOST_TITLE), ("note", note, _MOST_NOTE)):
+        if text is not None and len(text) > most:
+            raise OptionError(f"a {name} must have at most {most:,} characters, got {len(text):,}; shorten it")
+    with _CHANGING:
+        there = marks_of(folder)
+        found = RunMarks(
+            title=there.title if title is None else one_line(title),
+            starred=there.starred if starred is None else starred,
+            note=there.note if note is None else note.strip(),
+        )
+        text = json.dumps(asdict(found), ensure_ascii=False)
+        with disk_space(folder, len(text)):
+            write_atomic(folder / MARKS, text + "\n")
+    return found
+
+
+@question
+def remove_run(folders: Folders, id: str) -> RemovedAnswer:
+    """Move a run to the removed things. Raises UnknownFileError, and OutputError while a process trains it."""
+    folder = run_folder_of(folders, id)
+    if RunFolder(folder).is_busy:
+        raise OutputError(f"{id} is being trained; stop it first")
+    with _CHANGING:
+        removed = set_aside(folders.base, [folder], folder.name)
+    return RemovedAnswer(removed=(removed / folder.name).relative_to(folders.base).as_posix())
+
+
+@question
+def restore_run(folders: Folders, id: str, *, removed: str) -> RunMarks:
+    """Move a removed run back to its place. Raises UnknownFileError, and OutputError if another run is there now."""
+    parent = removed_folder(folders.base)
+    source, target = folders.base / removed, folders.base / id
+    place, _, name = id.rpartition("/")
+    outer, _, _ = place.rpartition("/")
+    is_place = is_name(name) and (place in PLACES or (outer in PLACES and is_folder(target.parent)))
+    is_removed = (
+        source.parent.parent == parent and is_folder(source) and source.resolve().is_relative_to(parent.resolve())
+    )
+    if not is_place or not is_removed or source.name != name:
+        raise UnknownFileError(f"there is no removed run {removed!r} of {id!r}; look into {parent}")
+    with _CHANGING:
+        if target.exists():
+            raise OutputError(f"there is another run {id} now; move the removed one back by hand, from {source}")
+        shutil.move(source, target)
+        if not any(source.parent.iterdir()):
+            source.parent.rmdir()
+    return marks_of(target)

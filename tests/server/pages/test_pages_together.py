@@ -1,0 +1,110 @@
+"""Several pages of one browser: they have one connection to the server, and agree on what is chosen and typed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.launched import LONG_S
+from tests.server.pages.conftest import ServedPage, expected
+
+Opener = Callable[..., Any]
+
+TABS = 8
+"""Two more than the connections of a browser to a server."""
+
+
+def beside(page: Any, address: str) -> Any:
+    """Another tab of the same browser."""
+    other = page.context.new_page()
+    other.set_default_timeout(1000 * LONG_S)
+    other.goto(address)
+    return other
+
+
+def test_eight_tabs_work_over_one_connection(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    jobs = [served.server.add_job("running", name=f"fox-{number}") for number in range(TABS)]
+    first = open_page(f"#/jobs/{jobs[0]['id']}")
+    pages = [first, *(beside(first, f"{served.address}#/jobs/{job['id']}") for job in jobs[1:])]
+    for page, job in zip(pages, jobs, strict=True):
+        expected(page.get_by_role("heading", name=job["name"], exact=True)).to_have_count(1)
+    for page, job in zip(pages, jobs, strict=True):
+        served.publish(job, state="paused")
+        expected(page.get_by_text("It is paused.")).to_have_count(1)
+    expected(pages[0].get_by_text("It is paused.")).to_have_count(1)
+    assert served.server.streams == 1
+    for page in pages[1:]:
+        page.close()
+    served.publish(jobs[0], state="running")
+    expected(first.get_by_role("button", name="Pause")).to_have_count(1)
+
+
+def test_without_shared_workers_a_page_has_its_own_connection(served: ServedPage, open_page: Opener) -> None:
+    page = open_page("pages/icon.svg")
+    page.context.add_init_script("delete window.SharedWorker")
+    job = served.server.add_job("running")
+    page.goto(f"{served.address}#/jobs/{job['id']}")
+    expected(page.get_by_role("button", name="Pause")).to_have_count(1)
+    served.publish(job, state="paused")
+    expected(page.get_by_text("It is paused.")).to_have_count(1)
+
+
+def test_name_trigger_captions_and_photos_are_those_of_the_server(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    one = open_page("#/new/fox/photos")
+    two = beside(one, f"{served.address}#/new/fox/photos")
+    one.get_by_label("Trigger word").fill("bello")
+    expected(two.get_by_label("Trigger word")).to_have_value("bello")
+    two.get_by_label("Name of the LoRA").fill("my dog")
+    expected(one.get_by_label("Name of the LoRA")).to_have_value("my dog")
+    caption = one.get_by_label("Caption of fox_1.png")
+    caption.fill("a fox asleep")
+    caption.blur()
+    expected(two.get_by_label("Caption of fox_1.png")).to_have_value("a fox asleep")
+    two.get_by_role("button", name="Remove fox_3.png").click()
+    expected(one.locator(".tile")).to_have_count(3)
+
+    elsewhere = one.context.browser.new_page()  # another browser, as of a phone
+    elsewhere.goto(f"{served.address}#/new/fox/photos")
+    expected(elsewhere.get_by_label("Trigger word")).to_have_value("bello")
+    elsewhere.close()
+
+
+def test_what_two_pages_type_at_once_is_lost_in_neither(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    one = open_page("#/new/fox/photos")
+    two = beside(one, f"{served.address}#/new/fox/photos")
+    trigger, others = one.get_by_label("Trigger word"), two.get_by_label("Trigger word")
+    trigger.fill("bello")
+    expected(others).to_have_value("bello")
+    one.context.set_offline(True)
+    trigger.fill("bello one")
+    one.get_by_label("Name of the LoRA").fill("of one")
+    served.change_draft("fox", trigger="bello two")
+    one.context.set_offline(False)
+    conflict = one.get_by_role("alert").filter(has_text="It was changed elsewhere")
+    expected(conflict).to_contain_text("bello two")
+    assert trigger.input_value() == "bello one"
+    expected(two.get_by_label("Name of the LoRA")).to_have_value("of one")  # what only one has changed is merged
+    expected(others).to_have_value("bello two")
+    conflict.get_by_role("button", name="Keep mine").click()
+    expected(others).to_have_value("bello one")
+    expected(conflict).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_drafts_of_earlier_pages_are_taken_over(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("pages/icon.svg")
+    stored = '{"name": "old", "trigger": "foxy", "isChosen": true}'
+    page.evaluate("text => localStorage.setItem('lorasmith.draft.fox', text)", stored)
+    page.goto(f"{served.address}#/new/fox/photos")
+    expected(page.get_by_label("Trigger word")).to_have_value("foxy")
+    page.get_by_role("link", name="Runs").click()
+    page.go_back()
+    expected(page.get_by_label("Name of the LoRA")).to_have_value("old")
+    draft, _ = served.server.drafts["fox"]
+    assert (draft["name"], draft["trigger"], draft["is_chosen"]) == ("old", "foxy", True)
