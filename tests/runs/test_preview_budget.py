@@ -63,7 +63,9 @@ def planned(tiny: Model, steps: int, trigger: str | None = "sks dog") -> Plan:
     )
 
 
-def test_what_previews_leave_evaluates_loras(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_previews_leave_evaluates_loras(
+    previews_measured: None, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = PreviewProgram(8, (), prompts=("a lion",))
     counts = [loras_evaluated(planned(tiny, steps), program) for steps in (100, 5000, 10_000, 100_000)]
     assert counts[0] == 0 and 0 < counts[1] < counts[2] <= counts[3] == 10
@@ -74,7 +76,9 @@ def test_what_previews_leave_evaluates_loras(tiny: Model, monkeypatch: pytest.Mo
     assert loras_evaluated(planned(tiny, 100_000), program) == 0
 
 
-def test_an_evaluation_that_fails_is_a_warning(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_fails_is_a_warning(
+    previews_measured: None, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder holds no run, so that there is nothing to evaluate."""
     program = PreviewProgram(1, (), prompts=("a lion",))
     draw = previews_of(planned(tiny, 100_000), program, tmp_path, Audience())

@@ -194,7 +194,7 @@ class RemovedAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreBody:
-    """What is moved back into a dataset."""
+    """What is moved back."""
 
     removed: Annotated[str, "where it was moved to, as the answer to its removal says"]
 
@@ -470,13 +470,6 @@ class MarksBody:
     title: Annotated[str | None, "of at most 100 characters; empty for the name of its folder"] = None
     starred: bool | None = None
     note: Annotated[str | None, "of at most 4,000 characters"] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestoreBody:
-    """Where a removed run is."""
-
-    removed: Annotated[str, "as the answer to its removal says"]
 
 
 @dataclass(frozen=True, kw_only=True)

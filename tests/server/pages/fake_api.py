@@ -164,7 +164,7 @@ class FakeServer:
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
     drafts: dict[str, tuple[dict[str, Any], int]] = field(default_factory=dict)  # with their versions
     streams: int = 0
-    removed: dict[str, dict[str, Any]] = field(default_factory=dict)  # runs
+    removed_runs: dict[str, dict[str, Any]] = field(default_factory=dict)  # runs
     measured: bool = False
     control: str = "none"  # whether drawings take a picture
     least_strength: float = 0.0  # of drawings
@@ -597,12 +597,12 @@ class FakeServer:
 
     async def _remove_run(self, request: web.Request) -> web.Response:
         id = request.match_info["id"]
-        self.removed[id] = self.runs.pop(id)
+        self.removed_runs[id] = self.runs.pop(id)
         return web.json_response({"removed": f"user/lorasmith/removed/{id}"})
 
     async def _restore_run(self, request: web.Request) -> web.Response:
         id = request.match_info["id"]
-        self.runs[id] = self.removed.pop(id)
+        self.runs[id] = self.removed_runs.pop(id)
         return web.json_response({})
 
     async def _run_file(self, request: web.Request) -> web.Response:

@@ -3,7 +3,7 @@ import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
-import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
+import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
 import { Advice, findingOf, trainAgain } from "../parts/advice.mjs";
 import { Button, Command, Dialog, Field, Loading, Problem, State, useLoaded } from "../parts/basics.mjs";
 import { CONTINUED, act, jobsOfRuns } from "../parts/jobs.mjs";
