@@ -20,6 +20,7 @@ from tools.pretrain.subjects import SETS
 
 DRAWINGS = Path(__file__).with_name("drawings")
 TRAINED_SETS = tuple(STYLES)  # the other two are held out
+STYLE = "style"  # name of its task
 TRAINED_BACKGROUNDS = ("white", "pink", "grey")
 CLASSES: Mapping[str, str] = {
     "fox": "dog face",
@@ -87,7 +88,7 @@ def style_task() -> Task:
     trigger = "sks style"
     things = {one: with_article(short_name(one)) for one in UNTAUGHT}
     prompts = [Prompt(f"{thing}, {trigger}", thing, concept=one) for one, thing in things.items()]
-    return Task("style", trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
+    return Task(STYLE, trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
 
 
 def drawing(subject: str, icon_set: str, background: str) -> Image.Image:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from benchmarks.quality.measuring import STRENGTHS, Checkpoint, Job, Outcome
 from benchmarks.quality.scores import hypervolume, interval
+from benchmarks.quality.subjects import STYLE
 from benchmarks.results import Results
 
 MEASURES = ("fidelity", "likeness", "adherence", "diversity", "memorisation", "drift", "bleed")
@@ -23,14 +24,22 @@ def recipe_tables(outcomes: Sequence[Outcome], results: Results) -> None:
     """A row for each recipe and number of pictures: hypervolume, measures by checkpoint, and by strength."""
     kinds = _by_kind(outcomes)
     columns = {"recipe": "", "rate ×": "g", "pictures": "d", "runs": "d", "hypervolume": ".3f", "95 % interval": ""}
-    results.table(
-        {**columns, "per minute of training": ".3f"},
-        "Area under the curve of fidelity against adherence over the checkpoints",
-    )
+    columns |= {
+        "less than the first": "+.3f",
+        "95 % interval of it": "",
+        "style": ".3f",
+        "per minute of training": ".3f",
+    }
+    results.table(columns, "Area under the curve of fidelity against adherence over the checkpoints, of the subjects")
+    firsts: dict[int, dict[tuple[str, int, int], Outcome]] = {}
     for kind, runs in kinds.items():
-        mean, low, high = interval(_by_subject(runs, _hypervolume))
-        minutes = statistics.mean(one.checkpoints[-1].seconds for one in runs) / 60
-        results.add(*kind, len(runs), mean, f"{low:.3f} to {high:.3f}", mean / minutes)
+        subjects, styles = ([one for one in runs if (one.job.task == STYLE) is is_style] for is_style in (False, True))
+        first = firsts.setdefault(kind[-1], {_pair(one): one for one in subjects})
+        mean, low, high = interval(_by_subject(subjects, _hypervolume))
+        behind = _behind([one for one in subjects if _pair(one) in first], first)
+        style = statistics.mean(map(_hypervolume, styles)) if styles else None
+        minutes = statistics.mean(one.checkpoints[-1].seconds for one in subjects) / 60
+        results.add(*kind, len(subjects), mean, f"{low:.3f} to {high:.3f}", *behind, style, mean / minutes)
     columns = {"recipe": "", "rate ×": "g", "pictures": "d", "seen": "d"}
     results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Means by checkpoint")
     for kind, runs in kinds.items():
@@ -63,6 +72,14 @@ def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
         measured = [_mean(ends, measure) - _mean(ends_before, measure) for measure in MEASURES]
         total, name = statistics.mean(map(_hypervolume, runs)), name.partition(" ")[2]
         results.add(name, len(runs), total, mean, f"{low:+.3f} to {high:+.3f}", time, *measured)
+
+
+def _behind(runs: Sequence[Outcome], first: Mapping[tuple[str, int, int], Outcome]) -> tuple[float | None, str | None]:
+    """How much hypervolume runs lack of the first ones with the same subject and seed, with the interval."""
+    if all(first[_pair(one)] is one for one in runs):
+        return None, None
+    mean, low, high = interval(_by_subject(runs, lambda one: _hypervolume(first[_pair(one)]) - _hypervolume(one)))
+    return mean, f"{low:+.3f} to {high:+.3f}"
 
 
 def _by_kind(outcomes: Sequence[Outcome]) -> dict[tuple[str, float, int], list[Outcome]]:

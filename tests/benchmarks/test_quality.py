@@ -120,6 +120,8 @@ def test_tables_and_page(tmp_path: Path) -> None:
     # Corners at (fidelity, adherence) = (0.45, 0.75) and (0.9, 0.5).
     expected = 0.9 * 0.5 + 0.45 * 0.25
     assert f"| lorasmith | 10 | 4 | 7 | {expected:.3f} | {expected:.3f} to {expected:.3f} |" in page.read_text("utf-8")
+    less = expected - (0.6 * 0.5 + 0.3 * 0.25)
+    assert f"| {less:+.3f} | {less:+.3f} to {less:+.3f} |" in page.read_text("utf-8")
     assert (tmp_path / "images" / "quality.webp").is_file()
     results = Results(nothing)
     results.table({"run": ""}, "Checkpoints")
