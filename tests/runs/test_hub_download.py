@@ -158,7 +158,9 @@ def test_without_a_network_or_with_it_forbidden(
                 constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(served.address, nowhere),
             )
             context.setattr(constants, "ENDPOINT", nowhere)
-            with pytest.raises(HubError, match=r"cannot be reached.*check the network, or put weights.safetensors into"):
+            with pytest.raises(
+                HubError, match=r"cannot be reached.*check the network, or put weights.safetensors into"
+            ):
                 download([wanted])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, so nothing is downloaded; unset it"):
@@ -169,7 +171,7 @@ def test_nothing_is_downloaded_that_does_not_fit_the_disk(
     served: FakeHub, wanted: HubFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=6000))
-    with pytest.raises(OutputError, match="must fit on the disk of .*; free some space"):
+    with pytest.raises(OutputError, match=r"must fit on the disk of .*; free some space"):
         download([wanted], spare_bytes=2000)
     assert served.bytes_asked == [] and not wanted.part.exists()
     download([wanted], spare_bytes=500)

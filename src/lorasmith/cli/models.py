@@ -101,7 +101,7 @@ def _get(name: str, folders: Folders) -> None:
 
         download(files, on_progress=show)
     got = {one.component: str(one.found or one.hub.path) for one in wanted.files}
-    print_result(lambda: got, lambda: [echo(f"{part:<16}{path}") for part, path in got.items()])
+    print_result(lambda: got, lambda: echo("\n".join(f"{part:<16}{path}" for part, path in got.items())))
 
 
 def _print_known() -> None:

@@ -1,9 +1,9 @@
-"""Files from the hub: what it says of them, and their download, by the command line or by a child process of the server.
+"""Files from the hub: what it says of them, and their download, by the command line or by a child process of a server.
 
-A download goes to a file `.part` beside its place, continues there after whatever stopped it, and gets its name when its
-SHA-256 is that of the hub. Requests, redirects, retries and tokens are huggingface_hub's, with its environment variables
-(`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`); nothing else here uses the network. `python -m lorasmith.runs.hub_download`
-is the child process.
+A download goes to a file `.part` beside its place, continues there after whatever stopped it, and gets its name when
+its SHA-256 is that of the hub. Requests, redirects, retries and tokens are huggingface_hub's, with its environment
+variables (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`); nothing else here uses the network. The child process is
+`python -m lorasmith.runs.hub_download`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def facts_of(file: HubFile) -> HubFacts:
         found = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=_token())
     if found.size is None or not re.fullmatch("[0-9a-f]{64}", found.etag or "") or found.commit_hash is None:
         raise HubError(
-            f"{constants.ENDPOINT} names no size and SHA-256 of {file.file}, so it cannot be verified; get it from there "
-            f"and put it into {file.path.parent}"
+            f"{constants.ENDPOINT} names no size and SHA-256 of {file.file}, so it cannot be verified; get it from "
+            f"there and put it into {file.path.parent}"
         )
     return HubFacts(found.size, str(found.etag), found.commit_hash)
 
@@ -127,23 +127,23 @@ def download(
 ) -> None:
     """Download files that are not there, one after another.
 
-    Nothing is downloaded if not all of them can be had and fit on the disk, with `spare_bytes` to spare. Raises HubError,
-    OutputError, and CancelledError soon after `cancelled` is set.
+    Nothing is downloaded if not all of them can be had and fit on the disk, with `spare_bytes` to spare. Raises
+    HubError, OutputError, and CancelledError soon after `cancelled` is set.
     """
     cancelled = cancelled or threading.Event()
     facts = {file: facts_of(file) for file in files if not file.path.exists()}
     check_space(facts, spare_bytes)
     total, rate = sum(one.size_bytes for one in facts.values()), _Rate(clock)
-    before = 0
+    before, name = 0, ""
+
+    def report(size: int, *, is_checking: bool = False) -> None:
+        if cancelled.is_set():
+            raise CancelledError(f"the download of {name} was stopped; get it again to continue")
+        done = before + size
+        on_progress(Progress(name, done, total, 0.0 if is_checking else rate.after(done), is_checking))
+
     for file, one in facts.items():
-
-        def report(size: int, is_checking: bool = False, *, file: HubFile = file, before: int = before) -> None:
-            if cancelled.is_set():
-                raise CancelledError(f"the download of {file.path.name} was stopped; get it again to continue")
-            done = before + (one.size_bytes if is_checking else size)
-            speed = 0.0 if is_checking else rate.after(done)
-            on_progress(Progress(file.path.name, done, total, speed, is_checking))
-
+        name = file.path.name
         ensure_folder(file.path.parent)
         with locked(Path(f"{file.part}.lock"), f"{file.path.name} is being downloaded by another process"):
             _fetch(file, one, report)
@@ -152,7 +152,7 @@ def download(
 
 
 def store_token(token: str) -> None:
-    """Store an access token where huggingface_hub keeps it, after asking the hub whether it is valid. Raises HubError."""
+    """Store an access token where huggingface_hub keeps it, if the hub knows it. Raises HubError."""
     with model_packages("a token of the hub"):
         from huggingface_hub import constants, login
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
@@ -170,7 +170,10 @@ def _fetch(file: HubFile, facts: HubFacts, report: Callable[..., None]) -> None:
     """Bring the part to its full size."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # names that its lazy import hides
+        build_hf_headers,
+        disable_progress_bars,
+    )
 
     disable_progress_bars()
     kept = file.kept_bytes
@@ -215,8 +218,8 @@ def _verify(file: HubFile, facts: HubFacts, report: Callable[..., None]) -> None
     if digest.hexdigest() != facts.sha256:
         file.part.unlink()
         raise HubError(
-            f"what arrived of {file.path.name} is not what the hub describes (its SHA-256 differs), so it was deleted; get "
-            "it again"
+            f"what arrived of {file.path.name} is not what the hub describes (its SHA-256 differs), so it was deleted; "
+            "get it again"
         )
     try:
         file.part.rename(file.path)

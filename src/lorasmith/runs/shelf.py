@@ -1,5 +1,5 @@
-"""Released models to begin with (`Family.releases`): what of them is in the model folders, where the hub has the rest, and
-what memory training needs, before anything is downloaded.
+"""Released models to begin with (`Family.releases`): what of them is in the model folders, where the hub has the rest,
+and what memory training needs, before anything is downloaded.
 """
 
 from __future__ import annotations
