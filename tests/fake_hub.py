@@ -24,7 +24,8 @@ class FakeHub:
         cut_after: bytes after which each of the next connections breaks, one after another.
         corrupted: whether the first byte that is sent of a file is another one.
         ignores_ranges: whether it sends whole files to requests for their rest.
-        gate: bytes are sent while this is set.
+        gate: bytes from `held_after` on are sent while this is set.
+        held_after: place in a file.
         requests: method, path, first byte of the wanted range, and token of each.
     """
 
@@ -35,6 +36,7 @@ class FakeHub:
     corrupted: bool = False
     ignores_ranges: bool = False
     gate: threading.Event = field(default_factory=threading.Event)
+    held_after: int = 0
     requests: list[tuple[str, str, int, str]] = field(default_factory=list)
     address: str = ""
 
@@ -107,17 +109,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self._send(content[first:])
+            self._send(content, first)
         return None
 
-    def _send(self, content: bytes) -> None:
+    def _send(self, content: bytes, first: int) -> None:
         if self.state.corrupted:
             content = bytes([content[0] ^ 1]) + content[1:]
-        most = self.state.cut_after.pop(0) if self.state.cut_after else len(content)
+        most = first + self.state.cut_after.pop(0) if self.state.cut_after else len(content)
         step = 64 * 1024
         try:
-            for start in range(0, min(most, len(content)), step):
-                self.state.gate.wait()
+            for start in range(first, min(most, len(content)), step):
+                if start + step > self.state.held_after:
+                    self.state.gate.wait()
                 self.wfile.write(content[start : min(start + step, most)])
         except OSError:  # the client has gone
             most = 0

@@ -387,6 +387,7 @@ class ReleaseMemory:
 
     memory_bytes: int
     fits: Annotated[bool | None, "on this device; null if its memory is not known"]
+    encoders_fit: Annotated[bool | None, "whether its text encoders do, which are used before training"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -314,7 +314,7 @@ class FakeServer:
 
     async def _shelf_memory(self, request: web.Request) -> web.Response:
         fits = request.match_info["name"] != "flux.1-dev"
-        return web.json_response({"memory_bytes": (10 if fits else 90) * 2**30, "fits": fits})
+        return web.json_response({"memory_bytes": (10 if fits else 90) * 2**30, "fits": fits, "encoders_fit": True})
 
     async def _check_download(self, request: web.Request) -> web.Response:
         name = (await request.json())["name"]

@@ -49,9 +49,9 @@ def shelf_memory(folders: Folders, *, name: str, card_bytes: int | None = None) 
     """The memory of training a released model. Raises OptionError for an unknown one."""
     found = memory_of(name)
     if card_bytes is None:
-        return ReleaseMemory(memory_bytes=found.proposal.needed_bytes, fits=None)
+        return ReleaseMemory(memory_bytes=found.proposal.needed_bytes, fits=None, encoders_fit=None)
     found = replace(found, card_bytes=card_bytes)
-    return ReleaseMemory(memory_bytes=found.proposal.needed_bytes, fits=found.fits and found.encoders_fit)
+    return ReleaseMemory(memory_bytes=found.proposal.needed_bytes, fits=found.fits, encoders_fit=found.encoders_fit)
 
 
 @question

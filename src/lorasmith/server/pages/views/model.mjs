@@ -22,6 +22,7 @@ export function ModelView({ dataset }) {
   };
   const [downloads, lookAtDownloads] = useDownloads(lookAgain);
   const [wanted, setWanted] = useState(null);
+  const [isOpen, setOpen] = useState(null); // whether the shelf is; null until it was opened or closed
   const [tooLarge, setTooLarge] = useState(new Set());
   const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
   const { pairs } = draft.settings;
@@ -59,7 +60,7 @@ export function ModelView({ dataset }) {
         ${builtin.length > 0 && html`<div class="family"><h2>To try it out</h2>${builtin.map(row)}
           <p class="faint">It draws icons of 64 × 64 pixels, on any machine and without a download. What it learns shows how everything here works; its LoRAs fit no other model.</p></div>`}
       </div>
-      ${found && html`<details class="get-models" open=${!families.length || downloads.some(isOnItsWay)}><summary><h2>Get a model</h2></summary>
+      ${found && html`<details class="get-models" open=${isOpen ?? (!families.length || downloads.some((one) => isOnItsWay(one) || one.error))} onToggle=${(event) => setOpen(event.currentTarget.open)}><summary><h2>Get a model</h2></summary>
         <p>Models to begin with, the smallest first. Nothing is downloaded before you have seen what, how much and from where.</p>
         <${Shelf} downloads=${downloads} round=${arrivals} onGet=${setWanted} onChange=${lookAtDownloads} />
         <${OwnFile} place=${joined(server?.base_dir, "models/checkpoints")} onAdded=${lookAgain} />
