@@ -77,7 +77,7 @@ class Chroma(Family):
         Release(
             name="chroma1-hd",
             title="Chroma1-HD",
-            about="Flux.1 without its restrictions: photographs, drawings, prompts to leave things out.",
+            about="Photographs and drawings, with negative prompts; made from Flux.1 schnell by its community.",
             file="Chroma1-HD.safetensors",
             hub=HubFolder("lodestones/Chroma1-HD", 17.8),
             licence="Apache 2.0",

@@ -117,7 +117,7 @@ class Flux(Family):
         Release(
             name="flux.1-dev",
             title="Flux.1 dev",
-            about="Photographs and long prompts; most LoRAs of its generation are for it.",
+            about="Photographs and long prompts; many LoRAs are for it.",
             file="flux1-dev.safetensors",
             hub=HubFolder("black-forest-labs/FLUX.1-dev", 23.8),
             licence="FLUX.1 [dev] Non-Commercial License",

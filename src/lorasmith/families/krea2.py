@@ -113,7 +113,7 @@ class Krea2(Family):
         Release(
             name="krea-2",
             title="Krea 2 Raw",
-            about="Photographs and many styles; the variant that was made to be trained.",
+            about="Photographs and many styles; the base of the distilled Turbo.",
             file="krea2_raw_bf16.safetensors",
             hub=HubFolder("Comfy-Org/Krea-2/diffusion_models", 26.28),
             licence="Krea 2 Community License",

@@ -47,7 +47,7 @@ class StableDiffusionXL(unet_layout.UNetFamily):
         Release(
             name="sdxl",
             title="Stable Diffusion XL 1.0",
-            about="Everything by short prompts; the most LoRAs and fine-tunes, quick to train on a card of 8 GB.",
+            about="Many styles by short prompts; quick to train on a card of 8 GB, with many LoRAs and fine-tunes.",
             file="sd_xl_base_1.0.safetensors",
             hub=HubFolder("stabilityai/stable-diffusion-xl-base-1.0", 6.94),
             licence="CreativeML Open RAIL++-M",

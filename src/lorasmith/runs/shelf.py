@@ -18,7 +18,7 @@ import torch
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import nearest
-from lorasmith.families.base import FAMILIES, EncoderSlot, Family, HubFolder, Release
+from lorasmith.families.base import FAMILIES, AutoencoderSlot, EncoderSlot, Family, HubFolder, Release
 from lorasmith.families.loading import original_shapes
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import (
@@ -60,9 +60,19 @@ class ShelfModel:
 
 
 def releases() -> dict[str, tuple[Family, Release]]:
-    """Every released model to begin with, by its name; the smallest first."""
+    """Every released model to begin with, by its name; the smallest first, with its encoders and autoencoder."""
     found = [(family, one) for _, family in FAMILIES.items() for one in family.releases]
-    return {one.name: (family, one) for family, one in sorted(found, key=lambda pair: pair[1].hub.gigabytes)}
+    return {one.name: (family, one) for family, one in sorted(found, key=lambda pair: gigabytes_of(*pair))}
+
+
+def gigabytes_of(family: Family, release: Release) -> float:
+    """The size of all files of a release, about."""
+    return release.hub.gigabytes + sum(slot.hub.gigabytes for slot in _slots(family, release).values() if slot.hub)
+
+
+def _slots(family: Family, release: Release) -> dict[str, EncoderSlot | AutoencoderSlot]:
+    """The parts that its own file does not hold, by component name."""
+    return {name: release.encoders.get(name, slot) for name, slot in family.slots.items() if name not in release.holds}
 
 
 def shelf(folders: Folders) -> list[ShelfModel]:
@@ -93,16 +103,17 @@ def _on_shelf(folders: Folders, files: Sequence[FoundFile], family: Family, rele
     repository, path = release.hub.file(release.file)
     own = HubFile(repository, path, folders.roots(place)[0] / release.file)
     listed = [ShelfFile("denoiser", own, release.hub.gigabytes, here)]
-    for component, slot in family.slots.items():
-        slot = release.encoders.get(component, slot)
-        if component in release.holds or slot.hub is None:
+    for component, slot in _slots(family, release).items():
+        if slot.hub is None:
             continue
         hub = _hub_file(folders, component, slot.usual_file, slot.hub)
         listed.append(ShelfFile(component, hub, slot.hub.gigabytes, _found(files, family, release, component, slot)))
     return ShelfModel(release, family, tuple(listed))
 
 
-def _found(files: Sequence[FoundFile], family: Family, release: Release, component: str, slot: Any) -> Path | None:
+def _found(
+    files: Sequence[FoundFile], family: Family, release: Release, component: str, slot: EncoderSlot | AutoencoderSlot
+) -> Path | None:
     """The file that training would take for a part."""
     if not isinstance(slot, EncoderSlot):
         found = best_autoencoder(files, slot)
@@ -139,8 +150,8 @@ def memory_of(name: str) -> MemoryEstimate:
         path = Path(folder) / release.file
         write_header(path, denoiser_shapes(family, release.config), torch.bfloat16)
         found = estimate_memory(ModelFiles(str(path)), TrainConfig(), card_bytes=2**50)
-    slots = {name: release.encoders.get(name, slot) for name, slot in family.text_encoders.items()}
-    encoders = {name: int(slot.hub.gigabytes * 1e9) for name, slot in slots.items() if slot.hub is not None}
+    slots = _slots(family, release)
+    encoders = {name: int(slot.hub.gigabytes * 1e9) for name, slot in slots.items() if name != "vae" and slot.hub}
     return replace(found, text_encoders=encoders)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_nothing_is_asked_of_the_hub_before_it_is_wanted(tmp_path: Path) -> None
             "z_image_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"
         ]  # fmt: skip
         assert not any(file["found"] for row in rows.values() for file in row["files"])
-        sizes = [row["files"][0]["size_bytes"] for row in found["models"]]
+        sizes = [sum(file["size_bytes"] for file in row["files"]) for row in found["models"]]
         assert sizes == sorted(sizes)
         assert "did you mean 'sdxl'" in await client.error("POST", "/downloads", {"kind": "release", "name": "sdxxl"})
         assert "no model 'x'" in await client.error("POST", "/downloads", {"kind": "model", "name": "x"})
@@ -144,9 +145,9 @@ def test_a_model_file_that_is_sent_goes_where_it_belongs(tmp_path: Path) -> None
     async def test(client: Client) -> None:
         added = await client.ask("POST", "/models", status=201, data=sent("My model.safetensors", model))
         assert added == {
-            "file": "My model.safetensors", "place": "models/checkpoints", "model": "My model.safetensors"
+            "file": "My_model.safetensors", "place": "models/checkpoints", "model": "My_model.safetensors"
         }  # fmt: skip
-        again = await client.error("POST", "/models", status=409, data=sent("my MODEL.safetensors", model))
+        again = await client.error("POST", "/models", status=409, data=sent("my_MODEL.safetensors", model))
         assert "already; rename the other one" in again
         assert "a model must be a file" in await client.error("POST", "/models", data=sent("model.ckpt", b"x"))
         assert "cannot be used" in await client.error("POST", "/models", data=sent("broken.safetensors", b"x"))
@@ -154,12 +155,18 @@ def test_a_model_file_that_is_sent_goes_where_it_belongs(tmp_path: Path) -> None
         assert "holds no file" in await client.error("POST", "/models", data=nothing)
 
     with_api(tmp_path, test)
-    assert (tmp_path / "models" / "checkpoints" / "My model.safetensors").read_bytes() == model
+    assert (tmp_path / "models" / "checkpoints" / "My_model.safetensors").read_bytes() == model
     uploads = tmp_path / "user" / "lorasmith" / "uploads"
     assert [one for one in uploads.rglob("*") if one.is_file()] == []
 
 
 def test_what_a_release_needs_is_on_the_hub_or_in_its_file() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([\d.]+) \| \[", page, flags=re.MULTILINE)
+    assert rows == [
+        (name, release.title, f"{shelf.gigabytes_of(family, release):.1f}")
+        for name, (family, release) in shelf.releases().items()
+    ]
     for family, release in shelf.releases().values():
         for component, slot in family.slots.items():
             slot = release.encoders.get(component, slot)
