@@ -89,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
         self.state.requests.append((self.command, self.path, first, token))
+        if "/resolve/" not in self.path:
+            return self._refuse(404)
         owner, name, _, _, *rest = self.path.strip("/").split("/")
         repository, content = f"{owner}/{name}", self.state.files.get("/".join((owner, name, *rest)))
         if (status := self.state.refused.get(repository)) is not None:

@@ -24,7 +24,7 @@ NAME = "maker/model/files/weights.safetensors"
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     constants = pytest.importorskip("huggingface_hub.constants")
-    from huggingface_hub import file_download
+    from huggingface_hub import file_download, hf_api
 
     with hub({NAME: CONTENT, "maker/model/small.safetensors": b"small"}) as found:
         for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_HOME"):
@@ -32,6 +32,8 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.address + template[template.index("/{") :])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+        monkeypatch.setattr(hf_api.api, "endpoint", found.address)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "tokens"))
@@ -55,6 +57,7 @@ def test_files_are_downloaded_verified_and_named(served: FakeHub, wanted: HubFil
     sizes = [one.done_bytes for one in seen]
     assert sizes == sorted(sizes) and sizes[-1] == seen[0].total_bytes == 5005
     assert {one.file for one in seen if one.is_checking} == {"weights.safetensors", "small.safetensors"}
+    assert all("/resolve/" in path for _, path, _, _ in served.requests)  # nothing else is sent to the hub
     served.requests.clear()
     download([wanted, other])
     assert served.requests == []  # they are there

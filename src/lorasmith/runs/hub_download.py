@@ -87,13 +87,13 @@ class GatedError(HubError):
 @model_packages("a download from the hub")
 def facts_of(file: HubFile) -> HubFacts:
     """Ask the hub for the size and the digest of a file. Raises HubError."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     with _explained(file):
         found = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=_token())
     if found.size is None or not re.fullmatch("[0-9a-f]{64}", found.etag or "") or found.commit_hash is None:
         raise HubError(
-            f"{constants.ENDPOINT} names no size and SHA-256 of {file.file}, so it cannot be verified; get it from "
+            f"{_hub().ENDPOINT} names no size and SHA-256 of {file.file}, so it cannot be verified; get it from "
             f"there and put it into {file.path.parent}"
         )
     return HubFacts(found.size, str(found.etag), found.commit_hash)
@@ -154,8 +154,9 @@ def download(
 def store_token(token: str) -> None:
     """Store an access token where huggingface_hub keeps it, if the hub knows it. Raises HubError."""
     with model_packages("a token of the hub"):
-        from huggingface_hub import constants, login
+        from huggingface_hub import login
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
+    constants = _hub()
     try:
         login(token=token.strip())
     except (HTTPError, OSError, ValueError) as error:
@@ -249,6 +250,14 @@ class _Rate:
         return (size - first) / (now - since) if now > since else 0.0
 
 
+def _hub() -> Any:
+    """huggingface_hub's constants. Its telemetry is off: it would look up what program it is used by."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    return constants
+
+
 def _token() -> str | bool:
     from huggingface_hub import get_token
 
@@ -258,7 +267,7 @@ def _token() -> str | bool:
 @contextlib.contextmanager
 def _explained(file: HubFile) -> Iterator[None]:
     """Errors of the hub and of the connection become sentences."""
-    from huggingface_hub import constants
+    constants = _hub()
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     page, by_hand = f"{constants.ENDPOINT}/{file.repository}", f"put {file.path.name} into {file.path.parent} yourself"

@@ -143,11 +143,11 @@ def test_a_model_file_that_is_sent_goes_where_it_belongs(tmp_path: Path) -> None
     model = (BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors").read_bytes()
 
     async def test(client: Client) -> None:
-        added = await client.ask("POST", "/models", status=201, data=sent("My model.safetensors", model))
+        added = await client.ask("POST", "/models", status=201, data=sent("My-model.safetensors", model))
         assert added == {
-            "file": "My_model.safetensors", "place": "models/checkpoints", "model": "My_model.safetensors"
+            "file": "My-model.safetensors", "place": "models/checkpoints", "model": "My-model.safetensors"
         }  # fmt: skip
-        again = await client.error("POST", "/models", status=409, data=sent("my_MODEL.safetensors", model))
+        again = await client.error("POST", "/models", status=409, data=sent("my-MODEL.safetensors", model))
         assert "already; rename the other one" in again
         assert "a model must be a file" in await client.error("POST", "/models", data=sent("model.ckpt", b"x"))
         assert "cannot be used" in await client.error("POST", "/models", data=sent("broken.safetensors", b"x"))
@@ -155,7 +155,7 @@ def test_a_model_file_that_is_sent_goes_where_it_belongs(tmp_path: Path) -> None
         assert "holds no file" in await client.error("POST", "/models", data=nothing)
 
     with_api(tmp_path, test)
-    assert (tmp_path / "models" / "checkpoints" / "My_model.safetensors").read_bytes() == model
+    assert (tmp_path / "models" / "checkpoints" / "My-model.safetensors").read_bytes() == model
     uploads = tmp_path / "user" / "lorasmith" / "uploads"
     assert [one for one in uploads.rglob("*") if one.is_file()] == []
 
