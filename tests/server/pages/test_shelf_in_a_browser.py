@@ -34,7 +34,7 @@ def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, open_
     assert "3.9 GiB are here" in kept.inner_text()
     assert served.server.calls == [] or all("/downloads" not in path for _, path, _ in served.server.calls)
 
-    card.get_by_role("button", name="Get Stable Diffusion XL 1.0").click()
+    card.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("maker/model → models/checkpoints").wait_for()
     assert_legible(page, "dialog")
@@ -53,11 +53,11 @@ def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, open_
 
 def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, open_page: Opener) -> None:
     page = shelf_of(open_page, served)
-    page.get_by_role("button", name="Continue Z-Image").click()
+    page.get_by_role("button", name="Continue: Z-Image").click()
     page.get_by_role("button", name="Download").click()
     card = page.locator(".release").nth(1)
     card.get_by_role("button", name="Cancel the download").click()
-    card.get_by_role("button", name="Continue Z-Image").click()
+    card.get_by_role("button", name="Continue: Z-Image").click()
     page.get_by_role("button", name="Download").click()
     served.server.downloads[0].update(state="failed", error="the connection broke; get it again to continue")
     card.get_by_text("The connection broke; get it again to continue").wait_for()
@@ -68,7 +68,7 @@ def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, op
 
 def test_a_gated_model_says_where_to_accept_and_takes_a_token(served: ServedPage, open_page: Opener) -> None:
     page = shelf_of(open_page, served, width=390, scheme="dark")
-    page.get_by_role("button", name="Get Flux.1 dev").click()
+    page.get_by_role("button", name="Get it: Flux.1 dev").click()
     dialog = page.get_by_role("dialog")
     assert dialog.get_by_role("link").get_attribute("href") == "https://huggingface.co/black-forest-labs/FLUX.1-dev"
     assert_legible(page, "gated")
@@ -81,7 +81,7 @@ def test_a_gated_model_says_where_to_accept_and_takes_a_token(served: ServedPage
 def test_a_full_disk_is_said_before_the_first_byte(served: ServedPage, open_page: Opener) -> None:
     served.server.disk_free_bytes = 10**9
     page = shelf_of(open_page, served)
-    page.get_by_role("button", name="Get Stable Diffusion XL 1.0").click()
+    page.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
     page.get_by_text("6.5 GiB do not fit: the disk has 954 MiB free.").wait_for()
     page.get_by_role("button", name="Download").click(force=True)
     assert served.server.downloads == []
@@ -89,7 +89,7 @@ def test_a_full_disk_is_said_before_the_first_byte(served: ServedPage, open_page
 
 def test_missing_parts_of_a_model_are_one_press_away(served: ServedPage, open_page: Opener) -> None:
     page = shelf_of(open_page, served)
-    page.get_by_role("button", name="Get what flux1-dev.safetensors lacks").click()
+    page.get_by_role("button", name="Get what is missing of flux1-dev.safetensors").click()
     page.get_by_role("button", name="Download").click()
     page.get_by_text("2 GiB of 6 GiB").wait_for()
     assert served.server.downloads[0]["subject"] == "model:diffusion_models/flux1-dev.safetensors"

@@ -59,7 +59,7 @@ def test_a_model_comes_from_the_hub(
         with served(base) as running:
             page = shelf_of(open_pages, running.address)
             assert asked(found) == 0  # not a byte before it is wanted
-            dialog = get(page, "Get Stable Diffusion XL 1.0")
+            dialog = get(page, "Get it: Stable Diffusion XL 1.0")
             dialog.get_by_text("stabilityai/stable-diffusion-xl-base-1.0 → models/checkpoints").wait_for()
             assert found.bytes_asked == []
 
@@ -77,7 +77,7 @@ def test_a_model_comes_from_the_hub(
         assert part.stat().st_size == 20 * 2**20 and not target.exists()
         with served(base) as running:
             page = shelf_of(open_pages, running.address)
-            get(page, "Continue Stable Diffusion XL 1.0").get_by_role("button", name="Download 2.8 MiB").click()
+            get(page, "Continue: Stable Diffusion XL 1.0").get_by_role("button", name="Download 2.8 MiB").click()
             page.get_by_role("radio", name="sd_xl_base_1.0").wait_for()
             assert target.read_bytes() == MODEL and not part.exists()
             assert found.bytes_asked[-1] == 20 * 2**20
@@ -86,13 +86,13 @@ def test_a_model_comes_from_the_hub(
             target.unlink()
             page.get_by_role("button", name="Look again").click()
             found.corrupted = True
-            get(page, "Get Stable Diffusion XL 1.0").get_by_role("button", name="Download").click()
+            get(page, "Get it: Stable Diffusion XL 1.0").get_by_role("button", name="Download").click()
             page.get_by_text("its SHA-256 differs), so it was deleted; get it again").wait_for()
             assert not target.exists() and not part.exists()
             found.corrupted = False
 
             # A licence is to be accepted: where, and the token that is stored is huggingface_hub's.
-            dialog = get(page, "Get Flux.1 dev")
+            dialog = get(page, "Get it: Flux.1 dev")
             link = dialog.get_by_role("link", name=f"{found.address}/black-forest-labs/FLUX.1-dev")
             link.wait_for()
             dialog.get_by_label("Access token").fill("hf_" + "y" * 34)

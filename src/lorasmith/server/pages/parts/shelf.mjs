@@ -58,7 +58,7 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
     <p class=${memory && (memory.fits === false || memory.encoders_fit === false) ? "fair" : "faint"}>${memoryWords(memory)}</p>
     ${download && (isOnItsWay(download) || download.error) && html`<${DownloadState} download=${download} onChange=${onChange} />`}
     ${!isOnItsWay(download) && html`<div class="actions">
-      <${Button} onClick=${() => onGet({ kind: "release", name: release.name })} aria-label=${`${kept ? "Continue" : "Get"} ${release.title}`}>${kept ? "Continue" : "Get it"}<//>
+      <${Button} onClick=${() => onGet({ kind: "release", name: release.name })} aria-label=${`${kept ? "Continue" : "Get it"}: ${release.title}`}>${kept ? "Continue" : "Get it"}<//>
       ${kept > 0 && html`<span class="faint">${bytes(kept)} are here</span>`}</div>`}
   </li>`;
 }

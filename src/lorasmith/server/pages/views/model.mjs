@@ -120,7 +120,7 @@ function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit, adapter
     </span></label>`;
   if (!model.ready && model.missing.some((one) => one.on_hub)) {
     return html`<div>${row}${download && (isOnItsWay(download) || download.error) && html`<${DownloadState} download=${download} onChange=${onDownload} />`}
-      ${!isOnItsWay(download) && html`<div class="actions below"><${Button} onClick=${onGet} aria-label=${`Get what ${model.title} lacks`}>Get what is missing<//></div>`}</div>`;
+      ${!isOnItsWay(download) && html`<div class="actions below"><${Button} onClick=${onGet} aria-label=${`Get what is missing of ${model.title}`}>Get what is missing<//></div>`}</div>`;
   }
   if (!isChosen) return row;
   const distilled = html`<${Distilled} plan=${memory} adapter=${adapter} onAdapter=${onAdapter} />`;
