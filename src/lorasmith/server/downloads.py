@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ COMMAND = (sys.executable, "-P", "-m", "lorasmith.runs.hub_download")
 _MOST_KEPT = 20  # downloads that have ended
 _GRACE_S = 2.0
 _SILENCE_S = 60.0
+_STALLED_S = 5.0  # without progress, after which the speed is 0
 
 
 class DownloadStateError(LorasmithError):
@@ -44,6 +46,7 @@ class _Download:
     files: Sequence[Mapping[str, str]]
     state: str = "waiting"
     progress: dict[str, Any] = field(default_factory=dict)
+    heard: float = 0.0  # when it last reported progress, by `time.monotonic`
     error: dict[str, Any] | None = None
     child: ChildProcess | None = None
 
@@ -149,6 +152,7 @@ class Downloads:
         """A message of its process."""
         if head["type"] == "progress":
             download.progress = {key: value for key, value in head.items() if key != "type"}
+            download.heard = time.monotonic()
         elif head["type"] == "ended" and not download.has_ended:
             download.state, download.error = head["state"], head.get("error")
 
@@ -191,7 +195,7 @@ def _answer(one: _Download) -> DownloadAnswer:
         file=one.progress.get("file", ""),
         done_bytes=one.progress.get("done_bytes", 0),
         total_bytes=one.progress.get("total_bytes", 0),
-        bytes_per_s=one.progress.get("bytes_per_s", 0.0),
+        bytes_per_s=one.progress.get("bytes_per_s", 0.0) if time.monotonic() - one.heard < _STALLED_S else 0.0,
         is_checking=one.progress.get("is_checking", False),
         error=error.get("message", ""),
         accept=(error.get("details") or {}).get("accept", ""),
