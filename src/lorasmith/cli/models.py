@@ -124,7 +124,7 @@ def _table(families: list[KnownModel]) -> Table:
     return table
 
 
-_COLUMNS = {"Model": 14, "Weights": 7, "Text encoders": 20, "Autoencoder": 12, "Side": 7, "--get": 10}
+_COLUMNS = {"Model": 13, "Weights": 7, "Text encoders": 18, "Autoencoder": 11, "Side": 7, "--get": 14}
 
 
 def _stem(usual_file: str) -> str:
