@@ -317,27 +317,28 @@ def main() -> None:
                 pass
         cancelled.set()
 
-    def beat() -> None:
-        while not ended.wait(start["beat_s"]):
-            with contextlib.suppress(OSError):
-                channel.send({"type": "beat"})
+    latest: list[Progress] = []  # what is not sent yet: at most the last one
 
-    reported = 0.0
+    def send() -> None:
+        with contextlib.suppress(OSError):  # the parent has exited
+            channel.send({"type": "progress", **vars(latest.pop())} if latest else {"type": "beat"})
+
+    def report_regularly() -> None:
+        while not ended.wait(_REPORT_S):
+            send()
 
     def report(progress: Progress) -> None:
-        nonlocal reported
-        if time.monotonic() - reported > _REPORT_S:
-            reported = time.monotonic()
-            channel.send({"type": "progress", **vars(progress)})
+        latest[:] = [progress]
 
     def run() -> Mapping[str, Any]:
         download(files, on_progress=report, cancelled=cancelled, spare_bytes=start["spare_bytes"])
         return {}
 
-    for work in (listen, beat):
+    for work in (listen, report_regularly):
         threading.Thread(target=work, daemon=True).start()
     end = how_it_ended(run, job="download", log=start["log"])
     ended.set()
+    send()
     with contextlib.suppress(OSError):  # the parent has exited
         channel.send({"type": "ended", **end})
     os._exit(0)  # the normal exit would wait for connections

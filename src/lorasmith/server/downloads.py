@@ -132,7 +132,6 @@ class Downloads:
             "type": "start",
             "files": list(download.files),
             "spare_bytes": SPARE_BYTES,
-            "beat_s": _SILENCE_S / 6,
             "log": str(self._config.log),
         }
         try:
