@@ -460,6 +460,18 @@ REQUESTS = {
         "server/api/test_dataset_endpoints.py test_what_cannot_be_done_is_said"
     ),
     "graph": "test_security_page.py workflow",
+    "download of a model (`POST /downloads`)": (
+        "server/api/test_shelf_endpoints.py test_nothing_is_asked_of_the_hub_before_it_is_wanted, "
+        "runs/test_hub_download.py test_damaged_bytes_are_deleted_and_get_no_name "
+        "test_nothing_is_downloaded_that_does_not_fit_the_disk test_files_are_downloaded_verified_and_named"
+    ),
+    "token of the hub (`PUT /hub-token`)": (
+        "server/api/test_shelf_endpoints.py test_a_token_is_stored_by_pages_of_this_machine_alone, "
+        "server/pages/test_shelf_on_a_server.py test_a_model_comes_from_the_hub"
+    ),
+    "model file that is sent": (
+        "server/api/test_shelf_endpoints.py test_a_model_file_that_is_sent_goes_where_it_belongs"
+    ),
     "upload of photos and captions": (
         "server/questions/test_dataset_questions.py test_an_upload_is_kept_under_a_safe_free_name "
         "test_what_is_no_picture_is_not_kept test_an_uploaded_text_is_a_caption"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,15 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.families.base import FAMILIES, Family
-from lorasmith.families.loading import original_shapes
+from lorasmith.families.base import FAMILIES
 from lorasmith.families.model_search import ModelFiles
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
+from lorasmith.runs.shelf import denoiser_shapes, write_header
 from lorasmith.training.config import TrainConfig
 
 CARDS = (8, 12, 16, 24)
-_SPELLED = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -143,11 +140,11 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
     """
     family = FAMILIES[row.family]
     denoiser = folder / f"{row.title}.safetensors"
-    header_only(denoiser, denoiser_shapes(family, row.config), dtype)
+    write_header(denoiser, denoiser_shapes(family, row.config), dtype)
     encoders = []
     for kind, config in row.encoders:
         path = folder / f"{kind}.safetensors"
-        header_only(path, dict(_encoder_shapes(kind, config, row.prefix)), dtype)
+        write_header(path, dict(_encoder_shapes(kind, config, row.prefix)), dtype)
         encoders.append(str(path))
         if kind == "MistralModel":  # its vocabulary is not in the package
             (folder / "tekken.json").write_text(json.dumps(_BYTES_ALONE))
@@ -157,15 +154,6 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
     cards = [card * 2**30 for card in CARDS]
     found = estimate_memory(files, TrainConfig(rank=16), card_bytes=cards[0], resolution=row.resolution)
     return [replace(found, card_bytes=card) for card in cards]
-
-
-def denoiser_shapes(family: Family, changes: Mapping[str, Any]) -> Shapes:
-    """Shapes of the tensors of a family's released denoiser by their original names, with some settings changed."""
-    denoiser = family.released_denoiser(**changes)
-    shapes = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    found = original_shapes(family.table(denoiser), shapes)
-    assert found is not None
-    return found
 
 
 def _vocabulary(path: Path) -> None:
@@ -198,26 +186,6 @@ def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterat
             continue
         spelled = f"text_model.{name.removeprefix('text_model.')}" if kind.startswith("CLIP") else name
         yield prefix + (name if name.startswith("text_projection") else spelled), tuple(tensor.shape)
-
-
-def header_only(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:
-    """A safetensors file with a header and a hole in place of its data.
-
-    Args:
-        path: of the file.
-        shapes: of its tensors by name.
-        dtype: of its matrices; vectors are in bf16.
-    """
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        kind = dtype if len(shape) == 2 else torch.bfloat16
-        begin, end = end, end + kind.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": _SPELLED[kind], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
 
 
 def _cell(found: MemoryEstimate) -> str:

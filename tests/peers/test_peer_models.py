@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lorasmith.families import loading  # noqa: F401  (registers the families)
 from lorasmith.families.base import FAMILIES
-from tools.memory_table import denoiser_shapes
+from lorasmith.runs.shelf import denoiser_shapes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -21,6 +21,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.runs.queue import Job, JobState, JobStore
 from lorasmith.server.dispatcher import Dispatcher, RefusedError
+from lorasmith.server.downloads import Downloads
 from lorasmith.server.http_server import make_app
 from lorasmith.server.hub import Hub, LogBook, Notice
 from lorasmith.server.questions.graph_questions import answer_to
@@ -172,7 +173,8 @@ async def serving(base: Path, *, token: str | None = None, names: Sequence[str] 
     assistant = FakeAssistant(folders)
     parts: dict[str, Any] = {"store": store, "hub": hub, "log": log, "assistant": assistant}
     dispatcher = Dispatcher(config, **parts)
-    context = ServerContext(config=config, folders=folders, dispatcher=dispatcher, **parts)
+    downloads = Downloads(config, log)
+    context = ServerContext(config=config, folders=folders, dispatcher=dispatcher, downloads=downloads, **parts)
     app = make_app(context)
     server = TestServer(app, host="127.0.0.1")
     try:

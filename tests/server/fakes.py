@@ -13,6 +13,7 @@ from typing import Any
 from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import Job, JobStore
 from lorasmith.server.dispatcher import Assistant, Dispatcher
+from lorasmith.server.downloads import Downloads
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
@@ -46,6 +47,7 @@ def fake_context(base: Path, **settings: Any) -> ServerContext:
         folders=Folders(base),
         store=store,
         dispatcher=Dispatcher(config, store, hub, assistant, log),
+        downloads=Downloads(config, log),
         hub=hub,
         assistant=assistant,
         log=log,

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from lorasmith.adapters.catalogue import facts_of
-from lorasmith.cli.console import console, echo, heading, print_note, print_result
+from lorasmith.cli.console import console, echo, heading, print_note, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import (
     BaseDir,
     BaseModel,
@@ -21,11 +21,13 @@ from lorasmith.cli.flags import (
     folders_of,
     with_flags,
 )
+from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from lorasmith.core.folders import Folders
     from lorasmith.runs.memory_estimate import MemoryEstimate
     from lorasmith.runs.model_list import KnownModel, ListedFile, ListedModel, ModelList
     from lorasmith.training.targets_summary import TargetGroup, TargetSummary
@@ -51,6 +53,14 @@ def models(
     known: Annotated[
         bool, typer.Option("--known", help="List the model families that can be trained instead, with their files.")
     ] = False,
+    get: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Download a released model from the hub into the model folders instead; --known lists the names. What "
+            "is there already stays, and an interrupted download continues.",
+        ),
+    ] = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
@@ -59,8 +69,13 @@ def models(
     Files are recognised by their tensors; only their headers are read. `lorasmith train` and `generate` take the parts
     that are listed here if none are given.
     """
+    if known and get is not None:
+        raise OptionError("--known and --get do different things; give one of them")
     if known:
         _print_known()
+        return
+    if get is not None:
+        _get(get, folders_of(base_dir, extra_model_paths))
         return
     from lorasmith.runs.model_list import list_models
 
@@ -68,6 +83,25 @@ def models(
         found = list_models(folders_of(base_dir, extra_model_paths))
     whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
     print_result(lambda: {**dataclasses.asdict(found), "models": whole}, lambda: _print_models(found))
+
+
+def _get(name: str, folders: Folders) -> None:
+    from lorasmith.runs.hub_download import Progress, download
+    from lorasmith.runs.shelf import wanted_files
+
+    with console.status("Reading headers"):
+        wanted = wanted_files(folders, name)
+    release, files = wanted.release, [one.hub for one in wanted.missing]
+    print_note(f"{release.title} is under the {release.licence} (https://huggingface.co/{release.card}).")
+    with stoppable(at_once=True), progress_shown(f"MB of {release.title}") as progress:
+
+        def show(one: Progress) -> None:
+            doing = f", checking {one.file}" if one.is_checking else f", {one.bytes_per_s / 1e6:.1f} MB/s, {one.file}"
+            progress(one.done_bytes // 10**6, one.total_bytes // 10**6, more=doing)
+
+        download(files, on_progress=show)
+    got = {one.component: str(one.found or one.hub.path) for one in wanted.files}
+    print_result(lambda: got, lambda: echo("\n".join(f"{part:<16}{path}" for part, path in got.items())))
 
 
 def _print_known() -> None:
@@ -80,13 +114,17 @@ def _print_known() -> None:
 
 def _table(families: list[KnownModel]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title, width in {"Model": 16, "Weights": 7, "Text encoders": 26, "Autoencoder": 14, "Side": 7}.items():
+    for title, width in _COLUMNS.items():
         table.add_column(title, width=width, overflow="fold")
     for family in families:
         encoders = ", ".join(_stem(part.usual_file) for part in family.text_encoders)
         weights, side = f"{family.parameters / 1e9:.1f} B", f"{family.defaults.resolution} px"
-        table.add_row(family.title, weights, encoders, _stem(family.autoencoder.usual_file), side)
+        autoencoder, names = _stem(family.autoencoder.usual_file), ", ".join(family.releases)
+        table.add_row(family.title, weights, encoders, autoencoder, side, names)
     return table
+
+
+_COLUMNS = {"Model": 13, "Weights": 7, "Text encoders": 18, "Autoencoder": 11, "Side": 7, "--get": 14}
 
 
 def _stem(usual_file: str) -> str:

@@ -86,7 +86,11 @@ class Anima(Family):
     signs = ("llm_adapter.blocks.0.cross_attn.q_proj.weight", "blocks.0.mlp.layer1.weight")
     text_encoders = {
         "text_encoder": EncoderSlot(
-            "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
+            "qwen3",
+            "qwen_3_06b_base.safetensors",
+            ("text_encoders.qwen3_06b.transformer.",),
+            widths=(1024,),
+            hub=HubFolder("circlestone-labs/Anima/split_files/text_encoders", 1.19),
         )
     }
     autoencoder = QWEN_AUTOENCODER
@@ -99,6 +103,17 @@ class Anima(Family):
         timestep_distribution="logit_normal",  # OneTrainer's preset, and sd-scripts' `sigmoid`
     )
     unused_tensors = ("pos_embedder.*", "accum_*", "*_extra_state")  # of Cosmos' training
+    releases = (
+        Release(
+            name="anima",
+            title="Anima",
+            about="Anime and illustrations, in little memory.",
+            file="anima-base-v1.0.safetensors",
+            hub=HubFolder("circlestone-labs/Anima/split_files/diffusion_models", 4.18),
+            licence="CircleStone Labs Non-Commercial License",
+            card="circlestone-labs/Anima",
+        ),
+    )
     released = {"num_attention_heads": 16, **_FIXED}
     lora_signatures = (
         Signature(title, r"(^|_)(llm_adapter|text_conditioner)_(blocks_\d|embed|out_proj|norm)"),

@@ -32,8 +32,8 @@ from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 __all__ = [
     "AT_ZERO", "BY_INDEX", "BY_OFFSET", "BY_UXO", "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable",
     "Collection", "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames",
-    "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError",
-    "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits",
+    "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "HubFolder", "LatentFormat", "Mapping", "ModelError",
+    "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "Release",
     "ResolutionShift", "Routing", "Rule", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count",
     "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
@@ -285,6 +285,36 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
+class HubFolder:
+    """Where the hub has a file."""
+
+    path: str  # `owner/repository`, with the folder in it if it is in one
+    gigabytes: float  # about, of the file; exactly the hub says
+
+    def file(self, name: str) -> tuple[str, str]:
+        """The repository, and the path in it of the file of this name."""
+        owner, repository, *folders = self.path.split("/")
+        return f"{owner}/{repository}", "/".join((*folders, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A released model to begin with, which pages offer to download."""
+
+    name: str  # of `lorasmith models --get`
+    title: str
+    about: str  # what it is good for, in a sentence
+    file: str  # of its denoiser, or of the whole checkpoint
+    hub: HubFolder  # where that file is
+    licence: str
+    card: str  # `owner/repository` whose page on the hub has the licence
+    is_gated: bool = False  # whether the licence is to be accepted on that page first
+    holds: tuple[str, ...] = ()  # component names of the parts besides the denoiser that the file holds
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the denoiser where it differs from `Family.released`
+    encoders: Mapping[str, EncoderSlot] = field(default_factory=dict)  # where sizes of the family have different ones
+
+
+@dataclass(frozen=True)
 class EncoderSlot:
     """A text encoder of a family."""
 
@@ -295,6 +325,7 @@ class EncoderSlot:
     # of its states in the released sizes, where sizes of one kind belong to different families. A file of such a width
     # is for these families, whatever type a node asks for
     widths: tuple[int, ...] = ()
+    hub: HubFolder | None = None  # where that file is
 
 
 @dataclass(frozen=True)
@@ -331,6 +362,7 @@ class AutoencoderSlot:
     # of its tensors' names in a full checkpoint; the first one found is used
     prefixes: tuple[str, ...] = ("first_stage_model.", "vae.")
     settings: Mapping[str, Any] = field(default_factory=dict)  # of its configuration that shapes leave open
+    hub: HubFolder | None = None  # where that file is
 
     downscale: int = 8  # pixels per latent
     latent: LatentFormat | None = None  # in which denoisers take its latents, if not by the constants in `settings`
@@ -556,6 +588,7 @@ class Family(ABC):
         control_methods: of `CONTROL_METHODS`, those that `predict` knows.
         lora_signatures: how its LoRA files are recognised without a model.
         released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
+        releases: the released models to begin with, those to train on.
     """
 
     name: str
@@ -598,6 +631,7 @@ class Family(ABC):
     control_methods: tuple[str, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
+    releases: tuple[Release, ...] = ()
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether an original-layout checkpoint with these denoiser tensors (prefix cut off) is of this family."""

@@ -23,7 +23,7 @@ from lorasmith.families.parts.flux_layout import (
     packed_latents,
     unpacked_latents,
 )
-from lorasmith.families.parts.language_models import encode_t5
+from lorasmith.families.parts.language_models import T5XXL_SLOT, encode_t5
 
 _TOKENS = 512  # ChromaPipeline's longest prompt
 _APPROXIMATOR = "distilled_guidance_layer."
@@ -58,9 +58,7 @@ class Chroma(Family):
         "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
         "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
     }
-    text_encoders = {
-        "text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))
-    }
+    text_encoders = {"text_encoder": T5XXL_SLOT}
     autoencoder = FLUX_AUTOENCODER
     routing = Routing(
         blocks={
@@ -75,6 +73,17 @@ class Chroma(Family):
         timestep_distribution="logit_normal",  # ai-toolkit's and sd-scripts' `sigmoid`
     )
     distilled = {"flash": 8}  # steps of ComfyUI's templates
+    releases = (
+        Release(
+            name="chroma1-hd",
+            title="Chroma1-HD",
+            about="Photographs and drawings, with negative prompts; made from Flux.1 schnell by its community.",
+            file="Chroma1-HD.safetensors",
+            hub=HubFolder("lodestones/Chroma1-HD", 17.8),
+            licence="Apache 2.0",
+            card="lodestones/Chroma1-HD",
+        ),
+    )
     released: Mapping[str, Any] = {}  # the class' own defaults
     # Its blocks have the names and widths of Flux.1's.
     lora_signatures = (

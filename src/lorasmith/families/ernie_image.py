@@ -8,6 +8,7 @@ tensors of the base model; LoRAs are trained on the base.
 from __future__ import annotations
 
 from lorasmith.families.base import *
+from lorasmith.families.parts.autoencoders import FLUX2_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
 
@@ -46,7 +47,7 @@ class ErnieImage(Family):
             "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
         )
     }
-    autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
+    autoencoder = FLUX2_AUTOENCODER
     routing = Routing(
         blocks={"layers": {"x": "tb.", "rotary_pos_emb": "bt..", "temb": "tb.", "attention_mask": "b..t"}},
         patch=(1, 1, 1),

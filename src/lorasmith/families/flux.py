@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
-from lorasmith.families.parts.clip import encode_prompt, released_paths, trained_paths
+from lorasmith.families.parts.clip import CLIP_L_SLOT, encode_prompt, released_paths, trained_paths
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
@@ -29,7 +29,7 @@ from lorasmith.families.parts.flux_layout import (
     packed_latents,
     unpacked_latents,
 )
-from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
+from lorasmith.families.parts.language_models import RELEASED_PATHS, T5XXL_SLOT, encode_t5
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _CHANNELS, _FILL_CHANNELS = 64, 384  # of a token; Fill has 64 of the given picture and 256 of the mask, too
@@ -96,8 +96,8 @@ class Flux(Family):
         "transformer": Rule((*ATTENTION, *FEED_FORWARD, *_MODULATION)),
     }
     text_encoders = {
-        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
-        "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
+        "text_encoder": CLIP_L_SLOT,
+        "text_encoder_2": T5XXL_SLOT,
     }
     clip_types = ("flux",)
     own_defaults = Defaults(
@@ -113,6 +113,18 @@ class Flux(Family):
     control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
     autoencoder = FLUX_AUTOENCODER
     routing = Routing(blocks={"transformer_blocks": _ROUTED, "single_transformer_blocks": _ROUTED}, text="first")
+    releases = (
+        Release(
+            name="flux.1-dev",
+            title="Flux.1 dev",
+            about="Photographs and long prompts; many LoRAs are for it.",
+            file="flux1-dev.safetensors",
+            hub=HubFolder("black-forest-labs/FLUX.1-dev", 23.8),
+            licence="FLUX.1 [dev] Non-Commercial License",
+            card="black-forest-labs/FLUX.1-dev",
+            is_gated=True,
+        ),
+    )
     released = {"guidance_embeds": True}
     lora_signatures = (
         Signature(title, r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", order=1),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
+from lorasmith.families.parts.autoencoders import FLUX2_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import attention_arguments, control_corners, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
@@ -57,6 +58,18 @@ _DOUBLE_PARTS = {
 _SINGLE_PARTS = {**flux_layout.SINGLE_NORMS, "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
 
 
+_KLEIN_4B = Release(
+    name="flux.2-klein-4b",
+    title="Flux.2 klein base 4B",
+    about="Photographs, lettering, and pictures to edit or refer to; small for its generation.",
+    file="flux-2-klein-base-4b.safetensors",
+    hub=HubFolder("Comfy-Org/Flux-2-Klein-4B/split_files/diffusion_models", 7.75),
+    licence="Apache 2.0",
+    card="black-forest-labs/FLUX.2-klein-base-4B",
+    config={"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+)
+
+
 class Flux2(Family):
     """Flux.2 dev or klein."""
 
@@ -81,7 +94,7 @@ class Flux2(Family):
         "attention+ff": Rule((*_ATTENTION, *_SINGLE, *_MLP)),
         "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
     }
-    autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
+    autoencoder = FLUX2_AUTOENCODER
     routing = Routing(
         blocks={
             "transformer_blocks": {"hidden_states": "bp.", **_ROUTED},
@@ -112,7 +125,12 @@ class Flux2(Family):
             f"text_encoders.{encoder}.transformer." for encoder in ("qwen3_4b", "qwen3_8b", "mistral3_24b")
         )
         widths = (2560, 4096) if is_klein else ()
-        self.text_encoders = {"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)}
+        slot = EncoderSlot(kind, usual_file, prefixes, widths=widths)
+        self.text_encoders = {"text_encoder": slot}
+        if is_klein:
+            folder = HubFolder("Comfy-Org/Flux-2-Klein-4B/split_files/text_encoders", 8.04)
+            small = replace(slot, usual_file="qwen_3_4b.safetensors", hub=folder)
+            self.releases = (replace(_KLEIN_4B, encoders={"text_encoder": small}),)
         blocks, width, text_width = ((8, 24), 4096, 12288) if is_klein else ((8, 48), 6144, 15360)
         self.released = {
             "num_layers": blocks[0],

@@ -88,7 +88,10 @@ class Krea2(Family):
     signs = ("txtfusion.projector.weight", "blocks.0.attn.gate.weight")
     text_encoders = {
         "text_encoder": EncoderSlot(
-            "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
+            "qwen3vl",
+            "qwen3vl_4b_bf16.safetensors",
+            ("text_encoders.qwen3vl_4b.transformer.",),
+            hub=HubFolder("Comfy-Org/Krea-2/text_encoders", 8.88),
         )
     }
     autoencoder = QWEN_AUTOENCODER
@@ -106,6 +109,17 @@ class Krea2(Family):
     training_adapters = {"turbo": "ostris/krea2_turbo_training_adapter/krea2_turbo_training_adapter_v1.safetensors"}
     controls = (ControlForm(at_zero=True, sight=sight_of(pixels=384**2, multiple=32)),)
     control_methods = (BY_INDEX, AT_ZERO)
+    releases = (
+        Release(
+            name="krea-2",
+            title="Krea 2 Raw",
+            about="Photographs and many styles; the base of the distilled Turbo.",
+            file="krea2_raw_bf16.safetensors",
+            hub=HubFolder("Comfy-Org/Krea-2/diffusion_models", 26.28),
+            licence="Krea 2 Community License",
+            card="krea/Krea-2-Raw",
+        ),
+    )
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(

@@ -79,7 +79,12 @@ class Lumina2(Family):
         "cap_embedder.1.weight",
     )
     text_encoders = {
-        "text_encoder": EncoderSlot("gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",))
+        "text_encoder": EncoderSlot(
+            "gemma2",
+            "gemma_2_2b_fp16.safetensors",
+            ("text_encoders.gemma2_2b.transformer.",),
+            hub=HubFolder("Comfy-Org/Lumina_Image_2.0_Repackaged/split_files/text_encoders", 5.23),
+        )
     }
     clip_types = ("lumina2",)
     own_defaults = Defaults(

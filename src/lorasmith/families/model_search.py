@@ -174,7 +174,7 @@ def scanned(folders: Folders, kinds: Sequence[str]) -> Iterator[FoundFile]:
                 continue
             if path.resolve() not in seen:
                 seen.add(path.resolve())
-                yield _recognised(path, _place(path, folders))
+                yield recognised_file(path, _place(path, folders))
 
 
 def _preferred(fitting: Sequence[FoundFile], component: str, usual_file: str) -> FoundPart | None:
@@ -192,7 +192,7 @@ def _place(path: Path, folders: Folders) -> str:
     return path.parent.relative_to(base).as_posix() if path.is_relative_to(base) else str(path.parent)
 
 
-def _recognised(path: Path, place: str) -> FoundFile:
+def recognised_file(path: Path, place: str) -> FoundFile:
     """A file or diffusers folder with what it is."""
     size = 0
     try:

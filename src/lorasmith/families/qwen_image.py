@@ -90,7 +90,12 @@ class QwenImage(Family):
     }
     signs = ("txt_norm.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight")
     text_encoders = {
-        "text_encoder": EncoderSlot("qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",))
+        "text_encoder": EncoderSlot(
+            "qwen25vl",
+            "qwen_2.5_vl_7b.safetensors",
+            ("text_encoders.qwen25_7b.transformer.",),
+            hub=HubFolder("Comfy-Org/Qwen-Image/split_files/text_encoders", 16.58),
+        )
     }
     autoencoder = QWEN_AUTOENCODER
     routing = Routing(
@@ -109,6 +114,17 @@ class QwenImage(Family):
     controls = (_EDIT_2511, _EDIT_2509, _EDIT)
     control_methods = (BY_INDEX, AT_ZERO)
     unused_tensors = (_MARK_2511,)
+    releases = (
+        Release(
+            name="qwen-image",
+            title="Qwen-Image",
+            about="Long prompts and lettering, also in Chinese; for large cards.",
+            file="qwen_image_bf16.safetensors",
+            hub=HubFolder("Comfy-Org/Qwen-Image/split_files/diffusion_models", 40.86),
+            licence="Apache 2.0",
+            card="Qwen/Qwen-Image",
+        ),
+    )
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(title, r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)_", order=2),

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
-from lorasmith.families.parts.clip import CONTEXT_LENGTH, encode_prompts, released_paths, trained_paths
-from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
+from lorasmith.families.parts.clip import CLIP_L_SLOT, CONTEXT_LENGTH, encode_prompts, released_paths, trained_paths
+from lorasmith.families.parts.language_models import RELEASED_PATHS, T5XXL_SLOT, encode_t5
 
 _HEAD_WIDTH = 64
 _CHANNELS = 16
@@ -87,9 +87,14 @@ class StableDiffusion3(Family):
     }
     signs = ("joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight")
     text_encoders = {
-        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
-        "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("text_encoders.clip_g.transformer.",)),
-        _T5: EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
+        "text_encoder": CLIP_L_SLOT,
+        "text_encoder_2": EncoderSlot(
+            "clip_g",
+            "clip_g.safetensors",
+            ("text_encoders.clip_g.transformer.",),
+            hub=HubFolder("Comfy-Org/stable-diffusion-3.5-fp8/text_encoders", 1.39),
+        ),
+        _T5: T5XXL_SLOT,
     }
     needs_each_encoder = False
     clip_types = ("sd3",)
@@ -105,6 +110,25 @@ class StableDiffusion3(Family):
         channels=_CHANNELS,
         usual_file="sd3_vae.safetensors",
         settings={"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    )
+    releases = (
+        Release(
+            name="sd3.5-medium",
+            title="Stable Diffusion 3.5 medium",
+            about="Many styles and sizes of pictures, in little memory.",
+            file="sd3.5_medium.safetensors",
+            hub=HubFolder("stabilityai/stable-diffusion-3.5-medium", 5.11),
+            licence="Stability AI Community License",
+            card="stabilityai/stable-diffusion-3.5-medium",
+            is_gated=True,
+            holds=("vae",),
+            config={
+                "num_layers": 24,
+                "num_attention_heads": 24,
+                "caption_projection_dim": 24 * _HEAD_WIDTH,
+                "pos_embed_max_size": 384,
+            },
+        ),
     )
     # The blocks of large and the second attentions of medium, so that names of either are known.
     released = {

@@ -43,6 +43,18 @@ class StableDiffusionXL(unet_layout.UNetFamily):
     )
     clip_types = ("sdxl",)
     guidance = 5.0
+    releases = (
+        Release(
+            name="sdxl",
+            title="Stable Diffusion XL 1.0",
+            about="Many styles by short prompts; quick to train on a card of 8 GB, with many LoRAs and fine-tunes.",
+            file="sd_xl_base_1.0.safetensors",
+            hub=HubFolder("stabilityai/stable-diffusion-xl-base-1.0", 6.94),
+            licence="CreativeML Open RAIL++-M",
+            card="stabilityai/stable-diffusion-xl-base-1.0",
+            holds=("text_encoder", "text_encoder_2", "vae"),
+        ),
+    )
     released = {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280),

@@ -25,6 +25,20 @@ _RELEASED_OF = {
 }
 
 
+_RELEASES = (
+    Release(
+        name="sd1.5",
+        title="Stable Diffusion 1.5",
+        about="Small pictures by short prompts; trains on almost any card, and on a processor if it must.",
+        file="v1-5-pruned-emaonly-fp16.safetensors",
+        hub=HubFolder("Comfy-Org/stable-diffusion-v1-5-archive", 2.13),
+        licence="CreativeML Open RAIL-M",
+        card="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        holds=("text_encoder", "vae"),
+    ),
+)
+
+
 class StableDiffusion(unet_layout.UNetFamily):
     """One version of Stable Diffusion before XL."""
 
@@ -45,6 +59,7 @@ class StableDiffusion(unet_layout.UNetFamily):
         self.a1111_version = f"SD{version}"
         self.text_encoders = {"text_encoder": _ENCODER[version]}
         self.released = _RELEASED_OF[version]
+        self.releases = _RELEASES if version == 1 else ()
         self.lora_signatures = (Signature(self.title, unet_layout.CROSS_ATTENTION, _CONTEXT_WIDTH[version], order=6),)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -85,6 +85,18 @@ _KNOWN, _FUN_CONTROL = 20, 32
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
+_SMALL = Release(
+    name="wan-2.1-1.3b",
+    title="Wan 2.1 1.3B",
+    about="Short clips; the small one of its family, trained on pictures or clips.",
+    file="wan2.1_t2v_1.3B_bf16.safetensors",
+    hub=HubFolder("Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/diffusion_models", 2.84),
+    licence="Apache 2.0",
+    card="Wan-AI/Wan2.1-T2V-1.3B",
+    config={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+)
+
+
 class Wan(Family):
     """Wan 2.1 and 2.2 A14B from text, or from a picture, or 2.2 5B."""
 
@@ -108,7 +120,10 @@ class Wan(Family):
     targets = _TARGETS
     text_encoders = {
         "text_encoder": EncoderSlot(
-            "umt5xxl", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", ("text_encoders.umt5xxl.transformer.",)
+            "umt5xxl",
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+            ("text_encoders.umt5xxl.transformer.",),
+            hub=HubFolder("Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/text_encoders", 6.74),
         )
     }
     clip_types = ("wan",)
@@ -138,7 +153,12 @@ class Wan(Family):
                 latent=wan_latents(LATENT_MEAN_22, LATENT_STD_22, downscale=16, time_downscale=4),
             )
             if is_5b
-            else replace(QWEN_AUTOENCODER, usual_file="wan_2.1_vae.safetensors", latent=wan_latents(time_downscale=4))
+            else replace(
+                QWEN_AUTOENCODER,
+                usual_file="wan_2.1_vae.safetensors",
+                latent=wan_latents(time_downscale=4),
+                hub=HubFolder("Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/vae", 0.25),
+            )
         )
         # The pipelines' boundary of A14B.
         border = 0.9 if has_known_frames else 0.875
@@ -157,6 +177,8 @@ class Wan(Family):
             )
             self.controls = (given,)
         heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
+        if not (is_5b or has_known_frames):
+            self.releases = (_SMALL,)
         channels = self.autoencoder.channels
         self.released = {
             "num_attention_heads": heads,

@@ -64,7 +64,11 @@ class ZImage(Family):
     }
     text_encoders = {
         "text_encoder": EncoderSlot(
-            "qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",), widths=(2560,)
+            "qwen3",
+            "qwen_3_4b.safetensors",
+            ("text_encoders.qwen3_4b.transformer.",),
+            widths=(2560,),
+            hub=HubFolder("Comfy-Org/Z-Image/split_files/text_encoders", 8.04),
         )
     }
     autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
@@ -78,6 +82,17 @@ class ZImage(Family):
     unused_tensors = ("norm_final.weight",)
     distilled = {"turbo": 8}  # steps of ComfyUI's templates
     training_adapters = {"turbo": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors"}
+    releases = (
+        Release(
+            name="z-image",
+            title="Z-Image",
+            about="Photographs and lettering; a good first choice for a card of 12 GB and more.",
+            file="z_image_bf16.safetensors",
+            hub=HubFolder("Comfy-Org/Z-Image/split_files/diffusion_models", 12.31),
+            licence="Apache 2.0",
+            card="Tongyi-MAI/Z-Image",
+        ),
+    )
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (Signature(title, DENOISER_START + r"layers_\d+_(attention|feed_forward)_", 3840, order=5),)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.families import loading  # noqa: F401  registers the families
-from lorasmith.families.base import FAMILIES, ControlSource, Defaults, Family
+from lorasmith.families.base import FAMILIES, ControlSource, Defaults, Family, HubFolder
 from lorasmith.families.files.checkpoint import PipelineConfigs
 from lorasmith.families.loading import load_structure
 from lorasmith.families.model_search import (
@@ -45,6 +45,7 @@ class ListedPart:
     kind: str  # registered kind of encoder or autoencoder
     path: Path | None  # of the file that would be used, which may be the model's own
     usual_file: str  # common name of the file to get
+    hub: HubFolder | None = None  # where that file is, if that is known
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,11 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     }
     for name, slot in slots.items():
         found = None if name in file.parts else best_encoder(files, name, slot, widths[name])
-        parts.append(ListedPart(name, slot.kind, _path(file, name, found), slot.usual_file))
+        parts.append(ListedPart(name, slot.kind, _path(file, name, found), slot.usual_file, slot.hub))
     vae = family.autoencoder
     fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
     found = None if "vae" in file.parts else best_autoencoder(files, vae)
-    parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file))
+    parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file, vae.hub))
     of_frames = {one.name: one.source for one in family.controls if one.name and "frame" in one.source}
     listed = ListedModel(
         file.path,
@@ -191,6 +192,7 @@ class KnownModel:
     lora_layout: str  # in which its LoRAs are written
     distilled_names: tuple[str, ...]  # parts of file names of distilled variants, not to be trained on
     clip_types: tuple[str, ...]  # its names in ComfyUI's nodes that load text encoders
+    releases: tuple[str, ...]  # names of the released models that `lorasmith models --get` downloads
 
 
 def known_models() -> list[KnownModel]:
@@ -214,4 +216,5 @@ def _known(name: str, family: Family) -> KnownModel:
         lora_layout=family.names(denoiser, {}).portable,
         distilled_names=tuple(family.distilled),
         clip_types=family.clip_types,
+        releases=tuple(one.name for one in family.releases),
     )

@@ -82,7 +82,8 @@ def how_it_ended(run: Callable[[], Mapping[str, Any]], *, job: str, log: str) ->
     except CancelledError as error:
         return {"state": "cancelled", "error": {"kind": "CancelledError", "message": str(error)}}
     except LorasmithError as error:
-        return {"state": "failed", "error": {"kind": type(error).__name__, "message": str(error)}}
+        found = {"kind": type(error).__name__, "message": str(error), "details": getattr(error, "details", None)}
+        return {"state": "failed", "error": {key: value for key, value in found.items() if value is not None}}
     except BaseException as error:
         logging.getLogger("lorasmith").error("job %s failed:\n%s", job, traceback.format_exc())
         kind = "InternalError"

@@ -308,6 +308,7 @@ class MissingPart:
 
     part: str
     usual_file: str
+    on_hub: Annotated[bool, "whether the server can download it"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +347,129 @@ class ModelListAnswer:
     models: tuple[ModelRow, ...]
     other: tuple[OtherFile, ...]
     notes: Annotated[tuple[str, ...], "what is not installed, with the command that installs it"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShelfFileRow:
+    """A file of a released model."""
+
+    part: Annotated[str, "denoiser, or the part that it is"]
+    file: str
+    size_bytes: Annotated[int, "about; exactly the hub says"]
+    kept_bytes: Annotated[int, "that an earlier download left"]
+    found: Annotated[bool, "whether this file, or one that does the same, is in the model folders"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShelfRow:
+    """A released model to begin with."""
+
+    name: Annotated[str, "by which it is downloaded"]
+    title: Annotated[str, "for people"]
+    family: Annotated[str, "its architecture"]
+    about: Annotated[str, "what it is good for"]
+    licence: str
+    card: Annotated[str, "address of the page with the licence"]
+    gated: Annotated[bool, "whether the licence is to be accepted there first"]
+    files: tuple[ShelfFileRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShelfAnswer:
+    """Released models to begin with."""
+
+    models: Annotated[tuple[ShelfRow, ...], "the smallest first"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseMemory:
+    """The memory of training a released model at the defaults."""
+
+    memory_bytes: int
+    fits: Annotated[bool | None, "on this device; null if its memory is not known"]
+    encoders_fit: Annotated[bool | None, "whether its text encoders do, which are used before training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadBody:
+    """What to download: a released model, or what a model in the folders lacks."""
+
+    kind: Literal["release", "model"]
+    name: Annotated[str, "on the shelf, or in the list of models"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileToGet:
+    """A file on the hub."""
+
+    file: str
+    repository: Annotated[str, "owner/name"]
+    folder: Annotated[str, "where it goes"]
+    size_bytes: int
+    kept_bytes: Annotated[int, "that an earlier download left"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadCheck:
+    """What the hub says of a download."""
+
+    title: str
+    files: tuple[FileToGet, ...]
+    free_bytes: Annotated[int, "on the disk of the model folder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadAnswer:
+    """A download since the server started."""
+
+    id: str
+    subject: Annotated[str, "kind and name of what is downloaded, with a colon between them"]
+    title: str
+    state: Annotated[str, "waiting, running, completed, cancelled or failed"]
+    file: Annotated[str, "that is downloaded now"]
+    done_bytes: int
+    total_bytes: Annotated[int, "0 before the hub has answered"]
+    bytes_per_s: Annotated[float, "of the last seconds"]
+    is_checking: Annotated[bool, "whether the digest of the file is computed"]
+    error: Annotated[str, "why it failed"] = ""
+    accept: Annotated[str, "address where a licence is to be accepted first"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadList:
+    """All downloads since the server started, the last first."""
+
+    downloads: tuple[DownloadAnswer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubTokenBody:
+    """An access token of the hub."""
+
+    token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredToken:
+    """A token is stored."""
+
+    stored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedModel:
+    """A model file that was sent."""
+
+    file: str
+    place: Annotated[str, "its folder"]
+    model: Annotated[str, "its name in the list of models; empty for a part"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovedDownload:
+    """A download that was removed from the list."""
+
+    id: str
 
 
 @dataclass(frozen=True, kw_only=True)

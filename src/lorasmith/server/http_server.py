@@ -19,6 +19,7 @@ from lorasmith.server import access, api, comfyui, page_routes
 from lorasmith.server.comfyui import editor_files
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Assistant, Dispatcher
+from lorasmith.server.downloads import Downloads
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
@@ -62,6 +63,7 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
             dispatcher=dispatcher,
             hub=hub,
             assistant=assistant,
+            downloads=Downloads(config, log),
             log=log,
         )
         parts.enter_context(log.receiving("aiohttp", "asyncio"))
@@ -80,6 +82,7 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
                 try:
                     yield context, address
                 finally:
+                    await context.downloads.stop()
                     await dispatcher.stop()
                     await assistant.stop()
             finally:

@@ -30,6 +30,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.runs.queue import JobStore, StoreError
 from lorasmith.server.dispatcher import Assistant, Dispatcher, RefusedError
+from lorasmith.server.downloads import Downloads
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.server_config import FOLDER, ServerConfig
 from lorasmith.server.server_disk import disk_space
@@ -44,6 +45,7 @@ class ServerContext:
     store: JobStore  # read only; the dispatcher changes jobs
     dispatcher: Dispatcher
     hub: Hub
+    downloads: Downloads
     assistant: Assistant  # answers what needs torch, numpy, PIL, `runs` or `nodes`
     log: LogBook  # lines of the child processes
 
@@ -53,7 +55,9 @@ CONTEXT: web.AppKey[ServerContext] = web.AppKey("context", ServerContext)
 
 _STATUS = {
     "DiskFullError": 507,
+    "DownloadStateError": 409,
     "DuplicateJobError": 409,
+    "GatedError": 403,
     "InternalError": 500,
     "JobStateError": 409,
     "OutsideError": 403,
@@ -65,6 +69,7 @@ _STATUS = {
     "TooLargeError": 413,
     "TooManyError": 429,
     "UnavailableError": 503,
+    "UnknownDownloadError": 404,
     "UnknownFileError": 404,
     "UnknownJobError": 404,
 }

@@ -18,6 +18,7 @@ from lorasmith.runs.queue import JobStore
 from lorasmith.server.access import add_headers
 from lorasmith.server.api import routes
 from lorasmith.server.dispatcher import Assistant, Dispatcher, RefusedError
+from lorasmith.server.downloads import Downloads
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.request_handling import CONTEXT, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
@@ -94,7 +95,14 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     log = LogBook(None, hub)
     dispatcher = Dispatcher(settings, store, hub, assistant, log)
     context = ServerContext(
-        config=settings, folders=folders, store=store, dispatcher=dispatcher, hub=hub, assistant=assistant, log=log
+        config=settings,
+        folders=folders,
+        store=store,
+        dispatcher=dispatcher,
+        downloads=Downloads(settings, log),
+        hub=hub,
+        assistant=assistant,
+        log=log,
     )
     app = web.Application(middlewares=[errors_answered])
     app[CONTEXT] = context

@@ -86,7 +86,8 @@ MODELS = {
          "takes_controls": True},
         {"name": "diffusion_models/flux1-dev.safetensors", "title": "flux1-dev.safetensors", "family": "Flux.1",
          "place": "models/diffusion_models", "size_bytes": 23_802_932_552, "precision": "bf16", "builtin": False,
-         "ready": False, "missing": [{"part": "text_encoder_2", "usual_file": "t5xxl_fp16.safetensors"},
+         "ready": False, "missing": [{"part": "text_encoder_2", "usual_file": "t5xxl_fp16.safetensors",
+                                      "on_hub": True},
                                      {"part": "vae", "usual_file": "ae.safetensors"}]},
         {"name": "lorasmith-tiny", "title": "lorasmith-tiny", "family": "Lorasmith Tiny", "place": "",
          "precision": "bf16", "size_bytes": 31_000_000, "builtin": True, "ready": True, "missing": []},
@@ -124,6 +125,26 @@ EVALUATED: dict[str, Any] = {
     "strengths": [],
     "notes": ["A note."],
 }  # fmt: skip
+
+
+SHELF = [
+    {"name": "sdxl", "title": "Stable Diffusion XL 1.0", "family": "Stable Diffusion XL", "gated": False,
+     "about": "Everything by short prompts; the most LoRAs and fine-tunes.", "licence": "CreativeML Open RAIL++-M",
+     "card": "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0",
+     "files": [{"part": "denoiser", "file": "sd_xl_base_1.0.safetensors", "size_bytes": 6_940_000_000,
+                "kept_bytes": 0, "found": False}]},
+    {"name": "z-image", "title": "Z-Image", "family": "Z-Image", "about": "Photographs and lettering.", "gated": False,
+     "licence": "Apache 2.0", "card": "https://huggingface.co/Tongyi-MAI/Z-Image",
+     "files": [{"part": "denoiser", "file": "z_image_bf16.safetensors", "size_bytes": 12_310_000_000,
+                "kept_bytes": 4_200_000_000, "found": False},
+               {"part": "vae", "file": "ae.safetensors", "size_bytes": 340_000_000, "kept_bytes": 0, "found": True}]},
+    {"name": "flux.1-dev", "title": "Flux.1 dev", "family": "Flux.1", "about": "Photographs, long prompts.",
+     "gated": True, "licence": "FLUX.1 [dev] Non-Commercial License",
+     "card": "https://huggingface.co/black-forest-labs/FLUX.1-dev",
+     "files": [{"part": "denoiser", "file": "flux1-dev.safetensors", "size_bytes": 23_800_000_000, "kept_bytes": 0,
+                "found": False}]},
+]  # fmt: skip
+
 
 SWEEP = {
     "id": "fox-sweep-001",
@@ -170,6 +191,9 @@ class FakeServer:
     least_strength: float = 0.0  # of drawings
     evaluation: dict[str, Any] = field(default_factory=lambda: {"evaluation": None, "folder": "evaluation"})
     distilled: dict[str, str] = field(default_factory=dict)  # what plans say of the model and its usual adapter
+    downloads: list[dict[str, Any]] = field(default_factory=list)
+    has_token: bool = False  # whether the hub gives the gated model
+    disk_free_bytes: int = 10**11
     is_closing: bool = False
     builtin: frozenset[str] = frozenset()
     _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -199,6 +223,15 @@ class FakeServer:
                 web.get(f"{at}/datasets/{{name}}/draft", self._draft),
                 web.put(f"{at}/datasets/{{name}}/draft", self._set_draft),
                 web.get(f"{at}/datasets/{{name}}/check", self._check),
+                web.get(f"{at}/shelf", _says(lambda: {"models": SHELF})),
+                web.get(f"{at}/shelf/{{name}}/memory", self._shelf_memory),
+                web.get(f"{at}/downloads", _says(lambda: {"downloads": self.downloads})),
+                web.post(f"{at}/downloads", self._download),
+                web.post(f"{at}/downloads/check", self._check_download),
+                web.post(f"{at}/downloads/{{id}}/cancel", self._end_download),
+                web.delete(f"{at}/downloads/{{id}}", self._end_download),
+                web.put(f"{at}/hub-token", self._store_token),
+                web.post(f"{at}/models", self._add_model),
                 web.post(f"{at}/plans", self._plan),
                 web.post(f"{at}/measurements", self._measure),
                 web.get(f"{at}/jobs", self._list_jobs),
@@ -278,6 +311,51 @@ class FakeServer:
         self.jobs[id] = job
         self.events[id] = []
         return job
+
+    async def _shelf_memory(self, request: web.Request) -> web.Response:
+        fits = request.match_info["name"] != "flux.1-dev"
+        return web.json_response({"memory_bytes": (10 if fits else 90) * 2**30, "fits": fits, "encoders_fit": True})
+
+    async def _check_download(self, request: web.Request) -> web.Response:
+        name = (await request.json())["name"]
+        if name == "flux.1-dev" and not self.has_token:
+            page = "https://huggingface.co/black-forest-labs/FLUX.1-dev"
+            error = {"kind": "GatedError", "message": "accept it", "details": {"accept": page, "has_token": False}}
+            return web.json_response({"error": error}, status=403)
+        file = {"file": "model.safetensors", "repository": "maker/model", "folder": "models/checkpoints",
+                "size_bytes": 6_938_040_682, "kept_bytes": 0}  # fmt: skip
+        return web.json_response({"title": name, "files": [file], "free_bytes": self.disk_free_bytes})
+
+    async def _download(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        added = {"id": str(len(self.downloads) + 1), "subject": f"{body['kind']}:{body['name']}", "title": body["name"],
+                 "state": "running", "file": "model.safetensors", "done_bytes": 2 * 2**30, "total_bytes": 6 * 2**30,
+                 "bytes_per_s": 50.0 * 2**20, "is_checking": False, "error": "", "accept": ""}  # fmt: skip
+        self.downloads.insert(0, added)
+        return web.json_response(added, status=201)
+
+    async def _end_download(self, request: web.Request) -> web.Response:
+        one = next(one for one in self.downloads if one["id"] == request.match_info["id"])
+        if request.method == "DELETE":
+            self.downloads.remove(one)
+        else:
+            one["state"] = "cancelled"
+        return web.json_response(one)
+
+    async def _store_token(self, request: web.Request) -> web.Response:
+        self.has_token = True
+        return web.json_response({"stored": True})
+
+    async def _add_model(self, request: web.Request) -> web.Response:
+        async for part in await request.multipart():
+            await part.read()
+            if part.filename == "odd.safetensors":
+                return _error(400, "odd.safetensors cannot be used; send a checkpoint")
+            row = {**MODELS["models"][1], "name": part.filename, "title": part.filename, "family": "Sent"}
+            self.models["models"].append(row)
+            return web.json_response({"file": part.filename, "place": "models/checkpoints", "model": part.filename},
+                                     status=201)  # fmt: skip
+        return _error(400, "no file")
 
     async def _status(self, request: web.Request) -> web.Response:
         free = 40 * 2**30

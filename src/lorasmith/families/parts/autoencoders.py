@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import plain_weights
 from lorasmith.core.registry import Registry, instance_of
-from lorasmith.families.base import AutoencoderSlot, LatentFormat
+from lorasmith.families.base import AutoencoderSlot, HubFolder, LatentFormat
 from lorasmith.families.files.checkpoint import CheckpointShapes
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 
@@ -94,12 +94,23 @@ def _up_block(match: re.Match[str], levels: int) -> str:
     return f"decoder.up_blocks.{block}.{inside}."
 
 
+FLUX2_AUTOENCODER = AutoencoderSlot(
+    "flux2",
+    channels=128,
+    usual_file="flux2-vae.safetensors",
+    prefixes=("vae.",),
+    downscale=16,
+    hub=HubFolder("Comfy-Org/Flux-2-Klein-4B/split_files/vae", 0.34),
+)
+"""Flux.2's autoencoder, which ERNIE-Image has too."""
+
 FLUX_AUTOENCODER = AutoencoderSlot(
     "kl",
     channels=16,
     usual_file="ae.safetensors",
     prefixes=("vae.", "first_stage_model."),
     settings={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    hub=HubFolder("Comfy-Org/Z-Image/split_files/vae", 0.34),
 )
 """Flux.1's autoencoder, which Chroma, Lumina 2 and Z-Image have too."""
 
@@ -282,7 +293,12 @@ def wan_latents(
 
 
 QWEN_AUTOENCODER = AutoencoderSlot(
-    "wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",), latent=wan_latents()
+    "wan21",
+    channels=16,
+    usual_file="qwen_image_vae.safetensors",
+    prefixes=("vae.",),
+    latent=wan_latents(),
+    hub=HubFolder("Comfy-Org/Qwen-Image/split_files/vae", 0.25),
 )
 """Wan 2.1's autoencoder, as models of pictures have it."""
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.core.quantization import Packed, of_rows
+from lorasmith.families.base import EncoderSlot, HubFolder
 from lorasmith.families.files.original_weights import PartSource, build, numbered
 from lorasmith.families.parts.embeddings import token_groups
 from lorasmith.families.parts.encoders import (
@@ -139,6 +140,14 @@ def trained_paths(encoder: nn.Module, *, unused_layers: int = 0) -> tuple[str, .
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the colours of pixels in [0, 1], in training CLIP's encoders of pictures."""
+
+CLIP_L_SLOT = EncoderSlot(
+    "clip_l",
+    "clip_l.safetensors",
+    ("text_encoders.clip_l.transformer.",),
+    hub=HubFolder("comfyanonymous/flux_text_encoders", 0.25),
+)
+"""CLIP-L, as Flux.1 and Stable Diffusion 3.5 have it."""
 
 CONTEXT_LENGTH = 77
 """Positions of a CLIP text encoder: begin, 75 tokens, end."""

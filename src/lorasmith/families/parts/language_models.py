@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.core.printable import count_text
-from lorasmith.families.base import Sight
+from lorasmith.families.base import EncoderSlot, HubFolder, Sight
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 from lorasmith.families.parts.encoders import (
     ENCODERS,
@@ -38,6 +38,14 @@ from lorasmith.families.parts.encoders import (
     weighted_states,
 )
 from lorasmith.families.parts.vision_towers import PICTURE, QWEN3_TOWER, QWEN25_TOWER, TowerKind, VisionTower
+
+T5XXL_SLOT = EncoderSlot(
+    "t5xxl",
+    "t5xxl_fp16.safetensors",
+    ("text_encoders.t5xxl.transformer.",),
+    hub=HubFolder("comfyanonymous/flux_text_encoders", 9.79),
+)
+"""T5-XXL, as Flux.1, Chroma and Stable Diffusion 3.5 have it."""
 
 _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 _AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"

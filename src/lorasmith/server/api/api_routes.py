@@ -18,6 +18,7 @@ from lorasmith.server.api.draft_endpoints import DRAFT_ENDPOINTS
 from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
+from lorasmith.server.api.shelf_endpoints import SHELF_ENDPOINTS
 from lorasmith.server.api.sweep_endpoints import SWEEP_ENDPOINTS
 from lorasmith.server.api_shapes import (
     ModelListAnswer,
@@ -91,6 +92,7 @@ async def _document(context: ServerContext, call: Call) -> dict[str, Any]:
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *SERVER_ENDPOINTS,
+    *SHELF_ENDPOINTS,
     *DATASET_ENDPOINTS,
     *DRAFT_ENDPOINTS,
     *JOB_ENDPOINTS,

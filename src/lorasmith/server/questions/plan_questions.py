@@ -176,13 +176,13 @@ def _estimate(
     plain = replace(config, steps=500, seed=0, existing_lora=None, training_adapter=None, previews=None)
     path = Path(in_folders(files.model, folders, MODEL_FOLDERS))
     state = repr(fingerprint(path)) if path.exists() else ""
-    found = _estimated(_Hashable(folders), files, plain, resolution, controls, state)
+    found = _estimated(HashableFolders(folders), files, plain, resolution, controls, state)
     return replace(found, card_bytes=card_bytes or _ENDLESS)  # only the proposal depends on it
 
 
 @functools.lru_cache(maxsize=64)
 def _estimated(
-    folders: _Hashable, files: ModelFiles, config: TrainConfig, resolution: int | None, controls: int, state: str
+    folders: HashableFolders, files: ModelFiles, config: TrainConfig, resolution: int | None, controls: int, state: str
 ) -> MemoryEstimate:
     return estimate_memory(
         files, config, card_bytes=_ENDLESS, resolution=resolution, controls=controls, folders=folders.folders
@@ -230,7 +230,7 @@ _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 @question
 def models(folders: Folders) -> ModelListAnswer:
     """The models in the model folders, built-in ones last, and the other files there."""
-    found = _listed(folders)
+    found = listed_models(folders)
     rows = [_row(folders, one) for one in found.models]
     return ModelListAnswer(
         models=tuple(sorted(rows, key=lambda row: row.builtin)),
@@ -274,13 +274,18 @@ def _is_in_folders(folders: Folders, path: Path) -> bool:
     return any(plain.is_relative_to(root) for kind in MODEL_FOLDERS for root in folders.roots(kind)) and plain.exists()
 
 
-def _listed(folders: Folders) -> ModelList:
+def listed_models(folders: Folders) -> ModelList:
     """The list, cached until a file changes."""
+    return _listed_once(*state_of_models(folders))
+
+
+def state_of_models(folders: Folders) -> tuple[HashableFolders, str]:
+    """The folders and the state of the files of models in them, for caches."""
     roots = sorted({root for kind in _KINDS for root in folders.roots(kind) if root.is_dir()})
-    return _listed_once(_Hashable(folders), repr([fingerprint(root) for root in roots]))
+    return HashableFolders(folders), repr([fingerprint(root) for root in roots])
 
 
-class _Hashable:
+class HashableFolders:
     """Folders as a cache key: equal if they search the same places."""
 
     def __init__(self, folders: Folders) -> None:
@@ -291,11 +296,11 @@ class _Hashable:
         return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self._key == other._key
+        return isinstance(other, HashableFolders) and self._key == other._key
 
 
 @functools.lru_cache(maxsize=4)
-def _listed_once(folders: _Hashable, state: str) -> ModelList:
+def _listed_once(folders: HashableFolders, state: str) -> ModelList:
     return list_models(folders.folders)
 
 
@@ -309,7 +314,10 @@ def _row(folders: Folders, one: ListedModel) -> ModelRow:
         precision=one.precision,
         builtin=one.path.is_relative_to(BUILT_IN_BASE),
         ready=one.is_whole,
-        missing=tuple(MissingPart(part=part.component, usual_file=part.usual_file) for part in one.missing),
+        missing=tuple(
+            MissingPart(part=part.component, usual_file=part.usual_file, on_hub=part.hub is not None)
+            for part in one.missing
+        ),
         edits=one.edits,
         edit=one.edit,
         recognised_by=one.edit_recognised_by,

@@ -1,11 +1,13 @@
 // The model that the LoRA is for: what is in the model folders, what each lacks, and whether it fits.
 import { get, post } from "../lib/api.mjs";
+import { isOnItsWay, useDownloads } from "../lib/downloads.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { status, useStore } from "../lib/stores.mjs";
 import { bytes, count } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { DownloadState, GetDialog, OwnFile, Shelf } from "../parts/shelf.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 
 export function ModelView({ dataset }) {
@@ -13,6 +15,14 @@ export function ModelView({ dataset }) {
   const [found, error, reload] = useLoaded((signal) => get(["models"], {}, signal), []);
   const server = useStore(status);
   const models = found?.models ?? [];
+  const [arrivals, setArrivals] = useState(0); // of files in the model folders
+  const lookAgain = () => {
+    setArrivals((number) => number + 1);
+    reload();
+  };
+  const [downloads, lookAtDownloads] = useDownloads(lookAgain);
+  const [wanted, setWanted] = useState(null);
+  const [isOpen, setOpen] = useState(null); // whether the shelf is; null until it was opened or closed
   const [tooLarge, setTooLarge] = useState(new Set());
   const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
   const { pairs } = draft.settings;
@@ -34,6 +44,7 @@ export function ModelView({ dataset }) {
   const builtin = models.filter((one) => one.builtin);
   const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => choose(model)}
     edit=${draft.edit} onEdit=${(edit) => change({ edit })}
+    onGet=${() => setWanted({ kind: "model", name: model.name })} download=${downloads.find((one) => one.subject === `model:${model.name}`)} onDownload=${lookAtDownloads}
     plan=${() => plan(model)} adapter=${adapter} onAdapter=${(name) => change({ settings: name ? { ...others, training_adapter: name } : others })} />`;
   return html`
     <${Stepper} at="model" dataset=${dataset} />
@@ -42,13 +53,19 @@ export function ModelView({ dataset }) {
       <p>The LoRA will work with this model, and mostly with others of its family.</p>
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="models" />`}
-      ${found && !families.length && html`<${Notice} mood="fair"><p>There is no model of your own yet. Put one, such as a checkpoint of SDXL, into <code>${joined(server?.base_dir, "models/checkpoints")}</code> and look again${builtin.length ? "; or try everything with the small one that is built in" : ""}.</p>
-        ${found.notes.map((one) => html`<p key=${one}>Also, ${one}.</p>`)}
-        <${Button} onClick=${reload}>Look again<//><//>`}
+      ${found && !families.length && html`<${Notice} mood="fair"><p>There is no model of your own yet. Get one below${builtin.length ? ", or try everything with the small one that is built in" : ""}.</p>
+        ${found.notes.map((one) => html`<p key=${one}>Also, ${one}.</p>`)}<//>`}
       <div role="radiogroup" aria-label="Model" class="choices">
         ${families.map(([family, members]) => html`<div class="family" key=${family}><h2>${family}</h2>${members.map(row)}</div>`)}
-        ${builtin.length > 0 && html`<div class="family"><h2>To try it out</h2>${builtin.map(row)}</div>`}
+        ${builtin.length > 0 && html`<div class="family"><h2>To try it out</h2>${builtin.map(row)}
+          <p class="faint">It draws icons of 64 × 64 pixels, on any machine and without a download. What it learns shows how everything here works; its LoRAs fit no other model.</p></div>`}
       </div>
+      ${found && html`<details class="get-models" open=${isOpen ?? (!families.length || downloads.some((one) => isOnItsWay(one) || one.error))} onToggle=${(event) => setOpen(event.currentTarget.open)}><summary><h2>Get a model</h2></summary>
+        <p>Models to begin with, the smallest first. Nothing is downloaded before you have seen what, how much and from where.</p>
+        <${Shelf} downloads=${downloads} round=${arrivals} onGet=${setWanted} onChange=${lookAtDownloads} />
+        <${OwnFile} place=${joined(server?.base_dir, "models/checkpoints")} onAdded=${lookAgain} />
+        <div class="actions"><${Button} onClick=${lookAgain}>Look again<//></div></details>`}
+      ${wanted && html`<${GetDialog} wanted=${wanted} onStarted=${lookAtDownloads} onClose=${() => setWanted(null)} />`}
       ${found?.other?.length > 0 && html`<details><summary>${count(found.other.length, "file")} in the model folders that cannot be trained</summary>
         <ul>${found.other.map((one) => html`<li key=${`${one.place}/${one.name}`}><b>${one.name}</b> <span class="faint">in ${one.place}: ${one.what}</span></li>`)}</ul></details>`}
     </section>
@@ -82,7 +99,7 @@ export function Distilled({ plan, adapter, onAdapter }) {
     ${plan.usual_adapter && html`<${Button} onClick=${() => onAdapter(plan.usual_adapter)}>Train with ${plan.usual_adapter}<//>`}<//>`;
 }
 
-function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit, adapter, onAdapter }) {
+function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit, adapter, onAdapter, onGet, download, onDownload }) {
   const isChosen = model === chosen;
   const [memory, setMemory] = useState(null);
   useEffect(() => {
@@ -101,6 +118,10 @@ function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit, adapter
       ${needed && html`<span class=${fits === false ? "fair" : "faint"}>${fits === false ? `Training needs ${bytes(needed)} of memory, more than is there` : `Training needs about ${bytes(needed)} of memory${fits ? ", which fits" : ""}`}</span>`}
       ${!model.ready && html`<span class="fair">Missing: ${model.missing.map((one) => `${one.part.replaceAll("_", " ")}${one.usual_file ? ` (${one.usual_file})` : ""}`).join(", ")}</span>`}
     </span></label>`;
+  if (!model.ready && model.missing.some((one) => one.on_hub)) {
+    return html`<div>${row}${download && (isOnItsWay(download) || download.error) && html`<${DownloadState} download=${download} onChange=${onDownload} />`}
+      ${!isOnItsWay(download) && html`<div class="actions below"><${Button} onClick=${onGet} aria-label=${`Get what is missing of ${model.title}`}>Get what is missing<//></div>`}</div>`;
+  }
   if (!isChosen) return row;
   const distilled = html`<${Distilled} plan=${memory} adapter=${adapter} onAdapter=${onAdapter} />`;
   if (!model.edits?.length) return html`<div>${row}${distilled}</div>`;

@@ -1,0 +1,150 @@
+"""A hub of models on the loopback: its answers about files, their bytes, and everything that can go wrong with both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TOKEN = "hf_" + "x" * 34
+
+
+@dataclass
+class FakeHub:
+    """What a hub has, and how it behaves.
+
+    Attributes:
+        files: contents by `owner/name/path`.
+        refused: status of the answers about a repository.
+        gated: repositories that only requests with the token may read.
+        cut_after: bytes after which each of the next connections breaks, one after another.
+        corrupted: whether the first byte that is sent of a file is another one.
+        ignores_ranges: whether it sends whole files to requests for their rest.
+        gate: bytes from `held_after` on are sent while this is set.
+        held_after: place in a file.
+        requests: method, path, first byte of the wanted range, and token of each.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    cut_after: list[int] = field(default_factory=list)
+    corrupted: bool = False
+    ignores_ranges: bool = False
+    gate: threading.Event = field(default_factory=threading.Event)
+    held_after: int = 0
+    requests: list[tuple[str, str, int, str]] = field(default_factory=list)
+    address: str = ""
+
+    @property
+    def bytes_asked(self) -> list[int]:
+        """First byte of each request for a content."""
+        return [first for method, _, first, _ in self.requests if method == "GET"]
+
+
+@contextmanager
+def hub(files: Mapping[str, bytes]) -> Iterator[FakeHub]:
+    """A hub that has these files by `owner/name/path`."""
+    found = FakeHub(dict(files))
+    found.gate.set()
+
+    class Handler(_Handler):
+        state = found
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    found.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield found
+    finally:
+        found.gate.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: FakeHub
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        if self.path == "/api/whoami-v2":
+            self._whoami()
+        else:
+            self._answer()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        self.state.requests.append((self.command, self.path, first, token))
+        if "/resolve/" not in self.path:
+            return self._refuse(404)
+        owner, name, _, _, *rest = self.path.strip("/").split("/")
+        repository, content = f"{owner}/{name}", self.state.files.get("/".join((owner, name, *rest)))
+        if (status := self.state.refused.get(repository)) is not None:
+            return self._refuse(status)
+        if repository in self.state.gated and token != TOKEN:
+            return self._refuse(403 if token else 401, "GatedRepo")
+        if content is None:
+            return self._refuse(404, "EntryNotFound")
+        first = 0 if self.state.ignores_ranges else first
+        self.send_response(206 if first else 200)
+        digest = hashlib.sha256(content).hexdigest()
+        self.send_header("Content-Length", str(len(content) - first))
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        for key, value in {
+            "X-Repo-Commit": "c" * 40, "X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{digest}"', "ETag": '"x"'
+        }.items():  # fmt: skip
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self._send(content, first)
+        return None
+
+    def _send(self, content: bytes, first: int) -> None:
+        if self.state.corrupted:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        most = first + self.state.cut_after.pop(0) if self.state.cut_after else len(content)
+        step = 64 * 1024
+        try:
+            for start in range(first, min(most, len(content)), step):
+                if start + step > self.state.held_after:
+                    self.state.gate.wait()
+                self.wfile.write(content[start : min(start + step, most)])
+        except OSError:  # the client has gone
+            most = 0
+        if most < len(content):
+            self.close_connection = True
+
+    def _refuse(self, status: int, code: str = "") -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _whoami(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._refuse(401)
+        content = json.dumps(
+            {"name": "somebody", "type": "user", "auth": {"accessToken": {"displayName": "shelf", "role": "read"}}}
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        return None
