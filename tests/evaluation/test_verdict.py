@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasmith.evaluation.evaluation_record import Measures, Training
-from lorasmith.evaluation.verdict import Drawn, adherence, measured, scores, training_facts, verdict
+from lorasmith.evaluation.verdict import Drawn, measured, scores, training_facts, verdict
 
 TRAINING = Training(count=4, self_likeness=0.7, base_likeness=0.4)
 
@@ -100,6 +100,10 @@ def test_the_base_model_itself_follows_prompts_and_changes_nothing(seed: int) ->
     other = measured(drawn(seed + 500), base, pictures)
     assert same.adherence is not None and other.adherence is not None
     assert same.adherence >= other.adherence
+
+
+def adherence(drawn: Drawn, base: Drawn) -> float | None:
+    return measured(drawn, base, None).adherence
 
 
 def test_a_lora_that_ignores_wishes_has_no_adherence() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,17 +38,32 @@ def drift(before: Tensor, after: Tensor) -> float:
     return float(1 - (before * after).sum(1).mean())
 
 
-def adherence(asked: Tensor, base_asked: Tensor) -> float | None:
-    """Mean cosine, at least 0, of what each wish changes with a LoRA and without; None for fewer than two wishes.
+def adherence(drawn: Sequence[Tensor], base: Sequence[Tensor]) -> float | None:
+    """How surely wishes are recognised, from 0 for chance to 1 as with the base model; None for fewer than two.
 
-    Rows are pictures of one noise, of the trigger with a wish each: (wishes, features) with the LoRA, and of the base
-    model. A wish changes the features by their difference from the mean over the wishes. 1 is as the base model follows
-    prompts, 0 not at all.
+    Each tensor is (wishes, width): features, colours and the like of pictures of one noise, of the trigger with a wish
+    each, drawn with the LoRA and by the base model. A wish changes them by the difference from the mean over all
+    wishes; it is recognised by the directions of these changes.
     """
-    if len(asked) < 2:
+    count = len(base[0])
+    if count < 2:
         return None
-    with_lora, without = (F.normalize(one - one.mean(0), dim=1) for one in (asked, base_asked))
-    return max(0.0, float((with_lora * without).sum(1).mean()))
+    found, best = (_recognised(one, base) - 1 / count for one in (drawn, base))
+    return min(1.0, max(0.0, found / best)) if best > 0 else 0.0
+
+
+_SHARPNESS = 5.0  # of the softmax by which wishes are recognised
+
+
+def _recognised(drawn: Sequence[Tensor], base: Sequence[Tensor]) -> float:
+    """Mean probability of each wish among all."""
+    alike = [_changes(one) @ _changes(other).T for one, other in zip(drawn, base, strict=True)]
+    return float((_SHARPNESS * torch.stack(alike).mean(0)).softmax(1).diagonal().mean())
+
+
+def _changes(found: Tensor) -> Tensor:
+    """Directions of the differences from the mean, rows of length 1."""
+    return F.normalize(found - found.mean(0), dim=1)
 
 
 def learnt(likeness: float, base_likeness: float, own: float | None) -> float:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.evaluation import measures
@@ -25,7 +24,6 @@ cosine of two of them; those of pictures that differ more are not compared."""
 _UNCHANGED = 1e-3  # distance of pictures that are the same but for rounding
 _LEARNT = 0.05  # share of the way from the base model's likeness to that of the training pictures to one another
 _ENOUGH = 0.1  # of the same: half of the value of likeness; more of it counts less and less
-_SHARPNESS = 5.0  # of the softmax by which wishes are recognised
 _IGNORED = 0.5  # share of the recommended LoRA's adherence, below which prompts are ignored
 _COPIED = 0.05  # cosine by which drawn pictures are nearer to a training picture than those to one another
 
@@ -59,27 +57,13 @@ def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
         copies = measures.nearest(drawn.plain, pictures) - _nearest_other(pictures)
     return Measures(
         likeness=None if pictures is None else measures.likeness(_of_trigger(drawn), pictures),
-        adherence=adherence(drawn, base),
+        adherence=measures.adherence((drawn.asked, drawn.colours), (base.asked, base.colours)),
         diversity=measures.diversity(drawn.plain),
         memorisation=copies,
         drift=measures.drift(base.others, drawn.others) if len(base.others) else None,
         bleed=measures.drift(base.of_class, drawn.of_class) if len(base.of_class) else None,
         change=measures.drift(base.plain, drawn.plain),
     )
-
-
-def adherence(drawn: Drawn, base: Drawn) -> float | None:
-    """How surely the wishes are recognised, from 0 for chance to 1 as with the base model; None for fewer than two.
-
-    The pictures of a LoRA are compared with those of the base model by the cosine of what each wish changes, in
-    features and in colours, relative to the mean over all wishes.
-    """
-    count = len(base.asked)
-    if count < 2:
-        return None
-    chance = 1 / count
-    found, best = (_recognised(one, base) - chance for one in (drawn, base))
-    return min(1.0, max(0.0, found / best)) if best > 0 else 0.0
 
 
 def scores(found: Sequence[Measures], training: Training) -> list[float]:
@@ -122,23 +106,12 @@ def _learnt(found: Measures, training: Training) -> float:
     likeness, base, own = found.likeness, training.base_likeness, training.self_likeness
     if likeness is None or base is None or own is None:
         return 0.0
-    return min(1.0, max(0.0, (likeness - base) / max(own - base, 1e-6)))
+    return measures.learnt(likeness, base, own)
 
 
 def _of_trigger(drawn: Drawn) -> Tensor:
     """All pictures with the trigger."""
     return torch.cat((drawn.plain, drawn.asked))
-
-
-def _recognised(drawn: Drawn, base: Drawn) -> float:
-    """Mean probability of each wish among all, by what it changes in the pictures of both."""
-    alike = (_changes(drawn.asked) @ _changes(base.asked).T + _changes(drawn.colours) @ _changes(base.colours).T) / 2
-    return float((_SHARPNESS * alike).softmax(1).diagonal().mean())
-
-
-def _changes(found: Tensor) -> Tensor:
-    """Directions of the differences from the mean, rows of length 1."""
-    return F.normalize(found - found.mean(0), dim=1)
 
 
 def _nearest_other(pictures: Tensor) -> float:

@@ -15,6 +15,7 @@ from lorasmith.sampling.generate import clip_of
 from lorasmith.training.events import LikenessMeasured
 from lorasmith.training.train import Plan
 
+_Asked = tuple[Tensor, Tensor]
 _MOST_IMAGES, _MOST_DECODED = 24, 8  # that previews are compared with, from files and from latents
 
 
@@ -28,7 +29,7 @@ class PreviewLikeness:
         self._wishes = wishes
         self._trained = likeness.features(trained)
         self._own = measures.self_likeness(self._trained)
-        self._base: tuple[float, Tensor] | None = None  # likeness and wishes of the base model
+        self._base: tuple[float, _Asked] | None = None  # of the base model
 
     def measured(self, step: int, drawn: Sequence[PictureOrClip], base: Sequence[PictureOrClip]) -> LikenessMeasured:
         """The measures of the pictures of a LoRA after `step` updates, and of the base model's from the same noise."""
@@ -40,10 +41,12 @@ class PreviewLikeness:
         score = learnt if adherence is None else learnt * adherence
         return LikenessMeasured(step=step, likeness=alike, own=self._own, adherence=adherence, score=score)
 
-    def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, Tensor]:
-        found = likeness.features([one.frames[0] if isinstance(one, Clip) else one for one in drawn])
-        plain = len(found) - self._wishes
-        return measures.likeness(found[:plain], self._trained), found[plain:]
+    def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, _Asked]:
+        """Likeness, and the features and colours of the wishes."""
+        pictures = [one.frames[0] if isinstance(one, Clip) else one for one in drawn]
+        found, plain = likeness.features(pictures), len(pictures) - self._wishes
+        colours = likeness.colours(pictures)
+        return measures.likeness(found[:plain], self._trained), (found[plain:], colours[plain:])
 
 
 def trained_pictures(plan: Plan) -> list[Image.Image]:
