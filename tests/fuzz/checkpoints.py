@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import recognise
 from lorasmith.families.locating import BUILT_IN, located
-from lorasmith.families.model_search import _recognised
+from lorasmith.families.model_search import recognised_file
 from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.toolbox.model_files import open_model
@@ -40,7 +40,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         _write_header(rng, path)
     else:
         _write_part(rng, path)
-    listed: Door = ("list", lambda: _recognised(path, "").fault)
+    listed: Door = ("list", lambda: recognised_file(path, "").fault)
     loaded: list[Door] = [
         ("recognise", lambda: recognise(OriginalCheckpoint(path)).title),
         ("read", functools.partial(_read, path)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.gguf import GgufFile
-from lorasmith.families.model_search import _recognised
+from lorasmith.families.model_search import recognised_file
 from tests.fuzz.engine import Door
 from tests.fuzz.mutators import damaged_bytes
 from tests.peers.gguf_files import write
@@ -38,7 +38,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     if rng.random() < 0.5:
         found.append(("recognise", lambda: str(OriginalCheckpoint(path).shapes)[:0]))
     else:
-        found.append(("list", lambda: _recognised(path, "").fault))
+        found.append(("list", lambda: recognised_file(path, "").fault))
     announcing = folder / "announcing.gguf"
     announcing.write_bytes(_announcing(rng))
     return [*found, ("announced", functools.partial(_read, announcing))]

@@ -94,7 +94,7 @@ class DrawingSettings:
 
     prompts: tuple[str, ...] = ()  # wishes; those with the trigger are whole prompts. Empty for the default ones
     class_word: str | None = None  # None for the trigger without its first word
-    seed: int = 0
+    seed: int = Sampling.seed
     steps: int | None = None  # of sampling; None for the model's own
     width: int | None = None
     height: int | None = None
