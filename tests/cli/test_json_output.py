@@ -193,11 +193,9 @@ def test_what_is_no_terminal_gets_lines(
     ran = lorasmith("train", "photos", *QUICK, *flags)
     shown = ran.err if flags else ran.out
     assert re.search(r"\nEncoding captions: \d of \d\n", shown) and "\nEncoding: 4 of 4\n" in shown
-    assert re.search(
     memory = r"( · \d\S* [KMG]iB)?"  # where the system says it
     second = r"Step 2 of 2, loss \d\.\d+ · \d\S* s\S+ · 0:00:00 left"
     assert re.search(rf"\nStep 1 of 2, loss \d\.\d+{memory}\n{second}{memory}\n", shown)
-    )
     assert "\x1b[1m" in shown and not re.search(r"\x1b(?!\[[\d;]*m)|\r", shown)
     assert not flags or document(ran.out)["steps"] == 2
     again = lorasmith("train", "photos", *QUICK, "--fresh", *flags)
