@@ -707,15 +707,15 @@ class FakeServer:
 
     async def _evaluate(self, request: web.Request) -> web.Response:
         job = self.add_job("pending", kind="evaluate", name=None, title="Evaluation", request={})
-        self._publish(job)
+        self.publish(job)
 
         async def evaluate() -> None:
-            self._publish(job, state="running")
+            self.publish(job, state="running")
             for value in range(9):
                 self._tell(job["id"], "progress", {"value": value, "maximum": 8})
                 await asyncio.sleep(self.step_seconds)
             self.evaluation = {"evaluation": EVALUATED, "folder": "evaluation"}
-            self._publish(job, state="completed", outputs={"sentence": EVALUATED["sentence"]})
+            self.publish(job, state="completed", outputs={"sentence": EVALUATED["sentence"]})
 
         self._tasks[job["id"]] = asyncio.create_task(evaluate())
         return web.json_response(job, status=201)
