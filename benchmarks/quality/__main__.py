@@ -120,8 +120,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path)
     add_json(parser)
     arguments = parser.parse_args()
-    if (arguments.model == TINY) != (arguments.subjects is None):
-        parser.error("--model and --subjects go together: the judge knows the built-in model's drawings alone")
+    if arguments.model != TINY and arguments.subjects is None:
+        parser.error("--model needs --subjects, as the judge knows the built-in model's drawings alone")
     if arguments.quick:
         arguments.recipes, arguments.pictures, arguments.seeds = [*RECIPES][:3], [4], [0]
         arguments.tasks = ["fox", "rocket", "owl"]
