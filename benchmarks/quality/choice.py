@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.bases import machine
+from benchmarks.quality.measuring import TINY, checkpoints, encoded
+from benchmarks.quality.sights import JudgeSight
 from benchmarks.quality.subjects import Task, subject_task
 from benchmarks.results import Results, add_json
 from lorasmith.evaluation.likeness import colours, features
@@ -31,10 +32,7 @@ from lorasmith.evaluation.verdict import Drawn, measured, training_facts, verdic
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.runs.drawing import with_loras
-from lorasmith.runs.library import load_dataset, train
 from lorasmith.sampling.generate import generate
-from tools.pretrain.judge import SUBJECTS, Judge, tensors
-from tools.pretrain.quality import background_of
 
 STEPS, EVERY = 80, 8
 SEEDS = (11, 12, 13)  # the first is seen by the evaluation, the others by the judge
@@ -122,7 +120,7 @@ class Bench:
     """The built-in model, and the judge."""
 
     def __init__(self) -> None:
-        self._model, self._judge = load_model("lorasmith-tiny"), Judge.load()
+        self._model, self._judge = load_model(TINY), JudgeSight()
 
     def run(self, run: Run, folder: Path) -> tuple[int | None, list[float], tuple[float, ...]]:
         """The place of the recommended checkpoint, the score of each, and by how much each of `WHO` falls short."""
@@ -148,25 +146,14 @@ class Bench:
             denoiser, encoder = with_loras(self._model.denoiser, self._model.text_encoder, loras)
             texts = [task.trigger, *(one.text for one in task.prompts)]
             rows = [generate(denoiser, texts, text_encoder=encoder, seed=seed, steps=SAMPLING_STEPS) for seed in SEEDS]
-            judged = [self._judged(task, row) for row in rows]
             looks = {
                 "features": torch.stack([features(row) for row in rows]),
                 "colours": torch.stack([colours(row) for row in rows]),
-                "fidelity": torch.tensor([one for one, _ in judged]),
-                "adherence": torch.tensor([one for _, one in judged]),
+                "fidelity": torch.tensor([self._judge.fidelity(task, row) for row in rows]),
+                "adherence": torch.tensor([self._judge.adherence(task.prompts, row[1:]) for row in rows]),
             }
             save_file(looks, known)
         return load_file(known)
-
-    def _judged(self, task: Task, pictures: Sequence[Image.Image]) -> tuple[float, float]:
-        """Fidelity of the trigger and all prompts, and adherence to the prompts."""
-        fidelity = self._judge(tensors(pictures))[0].softmax(1)[:, SUBJECTS.index(task.name)].mean()
-        asked = pictures[1:]
-        fulfilled = [
-            style == prompt.icon_set if prompt.background is None else background_of(picture) == prompt.background
-            for prompt, picture, style in zip(task.prompts, asked, self._judge.styles(asked), strict=True)
-        ]
-        return float(fidelity), statistics.mean(fulfilled)
 
 
 def _drawn(looks: Mapping[str, Tensor]) -> Drawn:
@@ -179,24 +166,10 @@ def _trained(run: Run, model: Model, folder: Path) -> list[Path]:
     files = [folder / f"one-step{step:08}.safetensors" for step in range(EVERY, STEPS, EVERY)]
     files.append(folder / "one.safetensors")
     if not all(file.exists() for file in files):
-        task = subject_task(run.subject)
-        data = load_dataset([(one, task.trigger) for one in task.training[run.pictures]], model, progress=False)
-        train(
-            model,
-            data,
-            output=folder,
-            title="one",
-            trigger=task.trigger,
-            steps=STEPS,
-            save_every=EVERY,
-            validation_share=0.0,
-            previews="",
-            seed=run.seed,
-            save_state_every=0,
-            rank=16,
-            batch_size=4,
-            **({} if run.rate is None else {"learning_rate": run.rate}),
-        )
+        task, rates = subject_task(run.subject), {} if run.rate is None else {"learning_rate": run.rate}
+        steps = range(EVERY, STEPS + 1, EVERY)
+        data = encoded(model, task, run.pictures)
+        checkpoints(model, data, task, folder, steps=steps, seed=run.seed, batch_size=4, **rates)
     return files
 
 

@@ -26,6 +26,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.evaluation import measures
 from lorasmith.evaluation.likeness import features
 from lorasmith.families.loading import load_model
+from lorasmith.families.model import Model
 from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.library import load_dataset, train
 from lorasmith.sampling.generate import generate
@@ -105,6 +106,32 @@ def outcomes_of(jobs: Sequence[Job], setting: Setting, workers: int) -> Iterator
         yield from pool.imap(_run, jobs)
 
 
+def encoded(model: Model, task: Task, pictures: int) -> EncodedDataset:
+    """So many pictures of a task, with its trigger as their caption."""
+    return load_dataset([(one, task.trigger) for one in task.training[pictures]], model, progress=False)
+
+
+def checkpoints(
+    model: Model, data: EncodedDataset, task: Task, folder: Path, *, steps: Sequence[int], seed: int, **settings: Any
+) -> list[Path]:
+    """Train in a folder; returns the LoRA after each of `steps`, multiples of the first."""
+    train(
+        model,
+        data,
+        output=folder,
+        title="one",
+        trigger=task.trigger,
+        steps=steps[-1],
+        save_every=steps[0],
+        validation_share=0.0,
+        previews="",
+        seed=seed,
+        save_state_every=0,
+        **settings,
+    )
+    return [*(folder / f"one-step{step:08}.safetensors" for step in steps[:-1]), folder / "one.safetensors"]
+
+
 def _prepare(setting: Setting) -> None:
     global _bench  # noqa: PLW0603 - of a worker process
     torch.set_num_threads(1)
@@ -145,30 +172,16 @@ class Bench:
 
     def _trained(self, job: Job, task: Task, folder: Path) -> list[Path]:
         """The file of each checkpoint."""
-        settings = {"rank": 16, **RECIPES[job.recipe].at(job.factor), **job.changes}
+        settings = {**RECIPES[job.recipe].at(job.factor), **job.changes}
         length = settings.pop(AVERAGE, None)
         if settings.get("preserve") == "class":
             settings["preserve_class"] = task.trigger.removeprefix("sks ")
         steps = [look // int(settings.get("batch_size", 1)) for look in self._setting.looks]
-        result = train(
-            self.model,
-            self._encoded(task, job.pictures),
-            output=folder,
-            title="one",
-            trigger=task.trigger,
-            steps=steps[-1],
-            save_every=steps[0],
-            validation_share=0.0,
-            previews="",
-            seed=job.seed,
-            save_state_every=0,
-            **settings,
-        )
-        assert result.path is not None
-        last = result.path
+        data = self._encoded(task, job.pictures)
+        files = checkpoints(self.model, data, task, folder, steps=steps, seed=job.seed, **settings)
         if length is not None:
-            last = average_run(folder, folder / "average.safetensors", sigma_rel=length).output
-        return [*(folder / f"one-step{step:08}.safetensors" for step in steps[:-1]), last]
+            files[-1] = average_run(folder, folder / "average.safetensors", sigma_rel=length).output
+        return files
 
     def _trained_in_comfyui(self, job: Job, task: Task, folder: Path) -> list[Path]:
         """The same of ComfyUI's own node, in a process of its own."""
@@ -198,8 +211,7 @@ class Bench:
     def _encoded(self, task: Task, number: int) -> EncodedDataset:
         key = (task.name, number)
         if key not in self._data:
-            pairs = [(picture, task.trigger) for picture in task.training[number]]
-            self._data[key] = load_dataset(pairs, self.model, progress=False)
+            self._data[key] = encoded(self.model, task, number)
         return self._data[key]
 
     def _drawn(self, prompts: Sequence[str], lora: Path | None, seed: int, strength: float = 1.0) -> list[Image.Image]:

@@ -9,6 +9,7 @@ import typer
 
 from lorasmith.cli.console import console, echo, heading, print_note, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of
+from lorasmith.evaluation.evaluation_record import EVALUATION_PAGE, MOST_LORAS
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +40,7 @@ def evaluate(
         str | None,
         typer.Option("--class", help="What the subject is, such as dog. Default: the trigger without its first word."),
     ] = None,
-    most: Annotated[int, typer.Option(min=1, help="LoRAs to draw; of more, evenly spaced ones.")] = 10,
+    most: Annotated[int, typer.Option(min=1, help="LoRAs to draw; of more, evenly spaced ones.")] = MOST_LORAS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps. Default: 20, and fewer of a distilled model.")
@@ -68,7 +69,6 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from lorasmith.evaluation.evaluation_record import EVALUATION_PAGE
     from lorasmith.evaluation.likeness import check_installed
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model_search import load_completed

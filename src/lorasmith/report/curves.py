@@ -115,30 +115,6 @@ def quantile_figure(curve: QuantileLosses, *, label: str) -> Html:
     return _figure("quantiles", draw, label=label)
 
 
-def likeness_figure(curves: Curves, *, label: str) -> Html:
-    """Likeness of previews to the training images over the steps, and how well prompts are followed.
-
-    At least one preview must be measured.
-    """
-
-    def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        steps, likenesses, adherences = zip(*curves.likenesses, strict=True)
-        axes.plot(steps, likenesses, ".-", color=SMOOTH, linewidth=1.8, label="likeness of previews")
-        if curves.own_likeness is not None:
-            style: dict[str, Any] = {"color": SMOOTH, "linewidth": 1.1, "linestyle": (0, (4, 3))}
-            axes.axhline(curves.own_likeness, label="of the images to one another", **style)
-        if any(one is not None for one in adherences):
-            values = [math.nan if one is None else one for one in adherences]
-            axes.plot(steps, values, ".-", color=HELD_OUT, linewidth=1.8, label="prompts followed")
-        style_axes(axes)
-        axes.set_ylabel("")
-        axes.set_xlabel("step", color=TEXT)
-        _legend(axes)
-
-    return _figure("likeness", draw, label=label)
-
-
 def comparison_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], *, label: str) -> Html:
     """Held-out losses of several runs, in percent of the base model's.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lorasmith.core.printable import count_text
-from lorasmith.report.curves import Curves, QuantileLosses, likeness_figure, loss_figure, quantile_figure
+from lorasmith.report.curves import Curves, QuantileLosses, loss_figure, measure_figure, quantile_figure
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture, picture_table
 
@@ -32,8 +32,7 @@ class ImageRecord(Protocol):
     """Training losses of one image; levels are losses relative to the average at the same noise levels.
 
     `looks` is its number of draws. `first` and `last` are levels early and late in the run, relative to all images
-    early; `relative` is the late one relative to all images then. `standing` is an interpretation in a word or
-    two.
+    early; `relative` is the late one relative to all images then. `standing` is an interpretation in a word or two.
     """
 
     @property
@@ -250,7 +249,10 @@ def _likeness(curves: Curves) -> list[Html]:
         else "Mean cosine of image features of previews with those of the training images: 1 is equal."
     )
     label = f"Likeness of previews to the training images, {curves.likenesses[-1][1]:.2f} at last"
-    return [tag("p", says), likeness_figure(curves, label=label)]
+    steps, likenesses, adherences = zip(*curves.likenesses, strict=True)
+    lines = [("likeness of previews", likenesses), ("prompts followed", adherences)]
+    levels = [] if curves.own_likeness is None else [("of the images to one another", curves.own_likeness)]
+    return [tag("p", says), measure_figure(steps, lines, levels=levels, label=label)]
 
 
 def _images(images: Sequence[ImageRecord], advice: Advice) -> list[Html]:

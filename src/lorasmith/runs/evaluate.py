@@ -31,6 +31,7 @@ from lorasmith.evaluation.evaluation_record import (
     EVALUATION,
     EVALUATION_PAGE,
     EVALUATION_RECORD,
+    MOST_LORAS,
     EvaluatedLora,
     Evaluation,
     Measures,
@@ -56,7 +57,6 @@ from lorasmith.training.storage.records import RECORD, read_record
 
 SHEET = "contact sheet.png"
 
-MOST_LORAS = 10
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the recommended LoRA
 
 SEEDS = 4  # pictures of the trigger alone
@@ -178,13 +178,13 @@ def evaluate(
         notes = list(subject.notes)
         without = artist.drawn(None)
         before = _features(without, prompts)
-        base_names = _kept(temporary, "base", without, prompts)
+        base_names = _saved(temporary, "base", without[: len(prompts.shown)])
         found: list[Measures] = []
         kept: list[list[str]] = []
         for place, one in enumerate(subject.candidates, 1):
             pictures = artist.drawn(one.path, notes)
             found.append(measured(_features(pictures, prompts), before, training))
-            kept.append(_kept(temporary, f"lora-{place:02}", pictures, prompts))
+            kept.append(_saved(temporary, f"lora-{place:02}", pictures[: len(prompts.shown)]))
         facts = training_facts(training, before)
         chosen = verdict(found, facts)
         strip = () if chosen.best is None else artist.strip(subject.candidates[chosen.best].path)
@@ -422,10 +422,6 @@ def _features(pictures: Sequence[Image.Image], prompts: Prompts) -> Drawn:
         others=others,
         of_class=of_class,
     )
-
-
-def _kept(folder: Path, stem: str, pictures: Sequence[Image.Image], prompts: Prompts) -> list[str]:
-    return _saved(folder, stem, pictures[: len(prompts.shown)])
 
 
 def _saved(folder: Path, stem: str, pictures: Sequence[Image.Image]) -> list[str]:

@@ -33,11 +33,12 @@ from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.placement import chosen_dtype
 from lorasmith.data.dataset import Sample
 from lorasmith.evaluation import likeness
+from lorasmith.evaluation.evaluation_record import MOST_LORAS
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
-from lorasmith.runs.evaluate import MOST_LORAS, DrawingSettings, evaluate, loras_within, subject_of
+from lorasmith.runs.evaluate import DrawingSettings, evaluate, loras_within, subject_of
 from lorasmith.runs.preview_likeness import PreviewLikeness, trained_pictures
 from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling, clip_of, to_images
@@ -352,8 +353,8 @@ class RunPreviews:
         """Draw the LoRA saved at `lora` after `step` updates, without the adapters attached to the model.
 
         Returns a `Previewed` per row, the first time also for the base model, what was measured, and a `Warned` on
-        failure; after the
-        second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so far.
+        failure; after the second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so
+        far.
         """
         events: list[Event] = []
         if self._failures == _MOST_FAILURES:

@@ -83,10 +83,15 @@ def shelf(folders: Folders) -> list[ShelfModel]:
 
 def wanted_files(folders: Folders, name: str) -> ShelfModel:
     """The released model of a name. Raises OptionError for an unknown one."""
+    _released(name)
+    return next(one for one in shelf(folders) if one.release.name == name)
+
+
+def _released(name: str) -> tuple[Family, Release]:
     known = releases()
     if name not in known:
         raise OptionError(f"there is no model {name!r} to get{nearest(name, known)}; known are {', '.join(known)}")
-    return next(one for one in shelf(folders) if one.release.name == name)
+    return known[name]
 
 
 def parts_on_hub(folders: Folders, model: ListedModel) -> list[HubFile]:
@@ -133,7 +138,7 @@ def _hub_file(folders: Folders, component: str, name: str, hub: HubFolder) -> Hu
 
 @functools.cache
 def _denoiser(name: str) -> torch.nn.Module:
-    family, release = releases()[name]
+    family, release = _released(name)
     return family.released_denoiser(**release.config)
 
 
@@ -142,10 +147,7 @@ def memory_of(name: str) -> MemoryEstimate:
     """The memory of training a released model at the defaults, on a card of any size; some seconds the first time.
     Raises OptionError for an unknown name.
     """
-    known = releases()
-    if name not in known:
-        raise OptionError(f"there is no model {name!r} on the shelf{nearest(name, known)}; choose one of it")
-    family, release = known[name]
+    family, release = _released(name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / release.file
         write_header(path, denoiser_shapes(family, release.config), torch.bfloat16)

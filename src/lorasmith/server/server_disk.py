@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder, is_regular
@@ -63,13 +64,18 @@ def set_aside(base: Path, paths: Iterable[Path], name: str) -> Path:
         except FileExistsError:
             continue
     for path in paths:
-        try:
-            shutil.move(path, target / path.name)
-        except OSError as error:
-            raise OutputError(
-                f"{path.name} cannot be moved away ({error.strerror or error}); close programs that use it"
-            ) from error
+        move(path, target / path.name, "away")
     return target
+
+
+def move(path: Path, target: Path, where: Literal["away", "back"]) -> None:
+    """Move a file or folder. Raises OutputError."""
+    try:
+        shutil.move(path, target)
+    except OSError as error:
+        raise OutputError(
+            f"{path.name} cannot be moved {where} ({error.strerror or error}); close programs that use it"
+        ) from error
 
 
 def put_back(base: Path, removed: str, folder: Path) -> int:
@@ -88,12 +94,7 @@ def put_back(base: Path, removed: str, folder: Path) -> int:
     if taken := next((one.name for one in files if os.path.lexists(folder / one.name)), None):
         raise FileExistsError(taken)
     for one in files:
-        try:
-            shutil.move(one, folder / one.name)
-        except OSError as error:
-            raise OutputError(
-                f"{one.name} cannot be moved back ({error.strerror or error}); close programs that use it"
-            ) from error
+        move(one, folder / one.name, "back")
     return len(files)
 
 

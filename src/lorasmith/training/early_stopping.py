@@ -1,7 +1,7 @@
 """When a run ends by what its previews show: pictures that no longer get more alike, and follow prompts less.
 
-What is measured, and the score, are those of the evaluation of LoRAs (`LikenessMeasured`). Held-out losses have a
-history of their own (`validation.History`).
+Previews are measured as LoRAs are in an evaluation (`evaluation.measures`); the score is a product of two of these
+(`LikenessMeasured`). Held-out losses have a history of their own (`validation.History`).
 """
 
 from __future__ import annotations

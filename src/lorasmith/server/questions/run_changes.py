@@ -5,7 +5,6 @@ return.
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from dataclasses import asdict
 
@@ -17,7 +16,7 @@ from lorasmith.server.api_shapes import RemovedAnswer, RunMarks
 from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
 from lorasmith.server.questions.question_registry import question
 from lorasmith.server.questions.run_questions import MARKS, PLACES, marks_of, run_folder_of
-from lorasmith.server.server_disk import disk_space, removed_folder, set_aside
+from lorasmith.server.server_disk import disk_space, move, removed_folder, set_aside
 from lorasmith.training.storage.run_folder import RunFolder
 
 _MOST_TITLE, _MOST_NOTE = 100, 4_000  # characters
@@ -75,7 +74,7 @@ def restore_run(folders: Folders, id: str, *, removed: str) -> RunMarks:
     with _CHANGING:
         if target.exists():
             raise OutputError(f"there is another run {id} now; move the removed one back by hand, from {source}")
-        shutil.move(source, target)
+        move(source, target, "back")
         if not any(source.parent.iterdir()):
             source.parent.rmdir()
     return marks_of(target)
