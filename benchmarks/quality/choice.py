@@ -4,17 +4,18 @@
     python -m benchmarks.quality.choice --folder /tmp/choice --runs fox/0 owl/3
 
 Each run saves ten checkpoints, which draw the trigger and the benchmark's prompts. The evaluation sees the pictures of
-one seed, and recommends one. The judge scores all by fidelity times adherence with the pictures of two other seeds. By
-that score, the recommended checkpoint falls short of the best one; so do the last one, and the one that the judge finds
-best by the seed that the evaluation sees. The rule was chosen with the first ten runs; the others were not looked at
-before. What is in the folder already is not made again.
+as many seeds as it draws by default, and recommends one. The judge scores all by fidelity times adherence with the
+pictures of four other seeds; of the wishes those count which the base model fulfils for the class from the same noise.
+By that score, the recommended checkpoint falls short of the best one; so do the last one, and the one that the judge
+finds best by the seeds that the evaluation sees. The rule was chosen with the first ten runs. Runs whose rate is so low
+that nothing is learnt must get no recommendation. What is in the folder already is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from benchmarks.quality.measuring import TINY, checkpoints, encoded
 from benchmarks.quality.sights import JudgeSight
 from benchmarks.quality.subjects import Task, subject_task
 from benchmarks.results import Results, add_json
+from lorasmith.evaluation.evaluation_record import NOISES
 from lorasmith.evaluation.likeness import colours, features
 from lorasmith.evaluation.verdict import Drawn, measured, training_facts, verdict
 from lorasmith.families.loading import load_model
@@ -35,8 +37,8 @@ from lorasmith.runs.drawing import with_loras
 from lorasmith.sampling.generate import generate
 
 STEPS, EVERY = 80, 8
-SEEDS = (11, 12, 13)  # the first is seen by the evaluation, the others by the judge
-WHO = ("evaluate", "the last one", "the judge by one seed")
+SEEDS = range(11, 11 + NOISES + 4)  # the first ones are seen by the evaluation, the others by the judge
+WHO = ("evaluate", "the last one", "the judge by the same seeds")
 SAMPLING_STEPS = 4
 NEAR = 0.05  # of the best score, within which a choice is good
 
@@ -126,40 +128,50 @@ class Bench:
         """The place of the recommended checkpoint, the score of each, and by how much each of `WHO` falls short."""
         task = subject_task(run.subject)
         loras = _trained(run, self._model, folder)
-        found = {name: self._looked_at(task, folder, name) for name in ("base", *(one.name for one in loras))}
-        base, *drawn = [_drawn(one) for one in found.values()]
+        texts = [task.trigger, *(one.text for one in task.prompts)]
+        plain = [task.trigger.removeprefix("sks "), *(one.plain for one in task.prompts)]
+        fulfilled = self._looked_at(task, plain, folder, "class")["shows"]
+        base, *looks = (self._looked_at(task, texts, folder, one) for one in ("base", *(one.name for one in loras)))
         pictures = features(list(task.training[run.pictures]))
-        chosen = verdict([measured(one, base, pictures) for one in drawn], training_facts(pictures, base)).best
-        rows = [found[one.name] for one in loras]
-        seen = [float(one["fidelity"][0] * one["adherence"][0]) for one in rows]
-        values = [float(one["fidelity"][1:].mean() * one["adherence"][1:].mean()) for one in rows]
+        found = [measured(_drawn(one), _drawn(base), pictures) for one in looks]
+        chosen = verdict(found, training_facts(pictures, _drawn(base))).best
+        seen, values = (
+            [_score(one, fulfilled, some) for one in looks] for some in (slice(NOISES), slice(NOISES, None))
+        )
         picked = (chosen, len(values) - 1, seen.index(max(seen)))
         return chosen, values, tuple(1.0 if one is None else 1 - values[one] / max(values) for one in picked)
 
-    def _looked_at(self, task: Task, folder: Path, name: str) -> dict[str, Tensor]:
-        """Of a LoRA's pictures, or the base model's: features and colours by seed and prompt, fidelity and adherence by
-        seed.
+    def _looked_at(self, task: Task, texts: Sequence[str], folder: Path, name: str) -> dict[str, Tensor]:
+        """Of pictures of a LoRA, or of the base model: features, colours, probability of the subject, all by seed and
+        prompt, and whether wishes are fulfilled.
         """
         known = folder / f"{name}.looks.safetensors"
         if not known.exists():
-            loras = [] if name == "base" else [(folder / name, 1.0)]
+            loras = [(folder / name, 1.0)] if (folder / name).exists() else []
             denoiser, encoder = with_loras(self._model.denoiser, self._model.text_encoder, loras)
-            texts = [task.trigger, *(one.text for one in task.prompts)]
             rows = [generate(denoiser, texts, text_encoder=encoder, seed=seed, steps=SAMPLING_STEPS) for seed in SEEDS]
+            shows = [[self._judge.shows(*one) for one in zip(task.prompts, row[1:], strict=True)] for row in rows]
             looks = {
                 "features": torch.stack([features(row) for row in rows]),
                 "colours": torch.stack([colours(row) for row in rows]),
-                "fidelity": torch.tensor([self._judge.fidelity(task, row) for row in rows]),
-                "adherence": torch.tensor([self._judge.adherence(task.prompts, row[1:]) for row in rows]),
+                "fidelity": torch.tensor([[self._judge.fidelity(task, [one]) for one in row] for row in rows]),
+                "shows": torch.tensor(shows),
             }
             save_file(looks, known)
         return load_file(known)
 
 
+def _score(looks: Mapping[str, Tensor], fulfilled: Tensor, seeds: slice) -> float:
+    """Fidelity times adherence, of some seeds."""
+    follows = looks["shows"][seeds][fulfilled[seeds]].float().mean()
+    return float(looks["fidelity"][seeds].mean() * follows)
+
+
 def _drawn(looks: Mapping[str, Tensor]) -> Drawn:
-    """What the evaluation sees: the pictures of the first seed."""
-    found, none = looks["features"][0], torch.zeros(0, looks["features"].shape[-1])
-    return Drawn(plain=found[:1], asked=found[1:], colours=looks["colours"][0, 1:], others=none, of_class=none)
+    """What the evaluation sees."""
+    found, none = looks["features"][:NOISES], torch.zeros(0, looks["features"].shape[-1])
+    wishes = looks["colours"][:NOISES, 1:]
+    return Drawn(plain=found[:, 0], asked=found[:, 1:], colours=wishes, others=none, of_class=none)
 
 
 def _trained(run: Run, model: Model, folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from lorasmith.toolbox.average import average_run
 from tools.pretrain.data import CONCEPTS, short_name, with_article
 
 DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
-ASKED_SEEDS = range(1, 7)  # of which the first is used from which the base model draws the wish
+ASKED_SEEDS = range(1, 7)  # of which the first ones are used from which the base model draws the wish
+ASKED_EACH = 2
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 TINY = "lorasmith-tiny"
 _KEPT_EACH = 20  # each run draws three of the sixty concepts without the trigger; runs share them out
@@ -97,7 +99,7 @@ class Outcome:
     job: Job
     checkpoints: tuple[Checkpoint, ...]
     strengths: tuple[float, ...]  # fidelity of the last one at each of STRENGTHS, of the first seed
-    pictures: tuple[Image.Image, ...]  # of the last one: the trigger, and the prompts
+    pictures: tuple[Image.Image, ...]  # of the last one: the trigger, and each prompt
 
 
 def outcomes_of(jobs: Sequence[Job], setting: Setting, workers: int) -> Iterator[Outcome]:
@@ -152,7 +154,7 @@ class Bench:
         # The judge sees as much in pictures of four steps as in those of twenty.
         self._steps = 4 if setting.model == TINY else None
         self._data: dict[tuple[str, int], EncodedDataset] = {}
-        self._base: dict[str, Image.Image] = {}
+        self._base: dict[tuple[str, int], Image.Image] = {}
         self._seeds: dict[str, list[tuple[Prompt, int]]] = {}
         self._features: dict[tuple[str, int], Tensor] = {}
 
@@ -214,61 +216,63 @@ class Bench:
             self._data[key] = encoded(self.model, task, number)
         return self._data[key]
 
-    def _drawn(self, prompts: Sequence[str], lora: Path | None, seed: int, strength: float = 1.0) -> list[Image.Image]:
+    def _drawn(self, asked: Sequence[tuple[str, int]], lora: Path | None, strength: float = 1.0) -> list[Image.Image]:
+        """A picture of each prompt and seed."""
         base = self.model
         loras = [] if lora is None else [(lora, strength)]
         denoiser, encoder = with_loras(base.denoiser, base.text_encoder, loras)
-        return generate(denoiser, prompts, text_encoder=encoder, seed=seed, steps=self._steps)
+        prompts, seeds = zip(*asked, strict=True)
+        return generate(denoiser, prompts, text_encoder=encoder, seed=seeds, steps=self._steps)
 
-    def _from_base(self, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-        missing = [one for one in prompts if f"{seed} {one}" not in self._base]
-        if missing:
-            drawn = self._drawn(missing, None, seed)
-            self._base |= {f"{seed} {one}": picture for one, picture in zip(missing, drawn, strict=True)}
-        return [self._base[f"{seed} {one}"] for one in prompts]
+    def _from_base(self, asked: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        if missing := [one for one in asked if one not in self._base]:
+            self._base |= zip(missing, self._drawn(missing, None), strict=True)
+        return [self._base[one] for one in asked]
 
     def _place(self, job: Job) -> int:
         """Number of a subject and seed, the same for all recipes."""
         return [*self._tasks].index(job.task) + len(self._tasks) * job.seed
 
     def _asked(self, task: Task) -> list[tuple[Prompt, int]]:
-        """Prompts, each with the first noise from which the base model draws what it asks for."""
+        """Prompts, each with the first noises from which the base model draws what it asks for."""
         if task.name not in self._seeds:
-            firsts = [(one, self._first_seed(one)) for one in task.prompts]
-            self._seeds[task.name] = [(one, seed) for one, seed in firsts if seed is not None]
+            self._seeds[task.name] = [(one, seed) for one in task.prompts for seed in self._fulfilled(one)]
         return self._seeds[task.name]
 
-    def _first_seed(self, prompt: Prompt) -> int | None:
-        pictures = ((seed, self._from_base([prompt.plain], seed)[0]) for seed in ASKED_SEEDS)
-        return next((seed for seed, picture in pictures if self.sight.shows(prompt, picture)), None)
+    def _fulfilled(self, prompt: Prompt) -> Iterator[int]:
+        pictures = ((seed, *self._from_base([(prompt.plain, seed)])) for seed in ASKED_SEEDS)
+        return islice((seed for seed, one in pictures if self.sight.shows(prompt, one)), ASKED_EACH)
 
     def _measured(
         self, task: Task, job: Job, lora: Path, looks: int, seconds: float
     ) -> tuple[Checkpoint, tuple[Image.Image, ...]]:
-        plain = [self._drawn([task.trigger], lora, seed)[0] for seed in DRAWN_SEEDS]
-        prompts, seeds = zip(*self._asked(task), strict=True)
-        asked = [self._drawn([one.text], lora, seed)[0] for one, seed in zip(prompts, seeds, strict=True)]
+        pairs = self._asked(task)
+        prompts = [one for one, _ in pairs]
         kept = [with_article(short_name(one)) for one in CONCEPTS[self._place(job) % _KEPT_EACH :: _KEPT_EACH]]
         of_class = [] if task.of_class is None else [with_article(short_name(task.of_class))]
-        without = self._drawn([*kept, *of_class], lora, 1)
-        base = self._from_base([*kept, *of_class], 1)
-        drawn, held_out = features(plain), self._features_of(task, 0)
+        untaught = [(one, 1) for one in (*kept, *of_class)]
+        texts = [(task.trigger, seed) for seed in DRAWN_SEEDS] + [(one.text, seed) for one, seed in pairs]
+        drawn = iter(self._drawn([*texts, *untaught], lora))
+        plain, asked, without = [*islice(drawn, len(DRAWN_SEEDS))], [*islice(drawn, len(pairs))], [*drawn]
+        base = self._from_base(untaught)
+        firsts = dict(reversed([*zip(prompts, asked, strict=True)]))
+        found, held_out = features(plain), self._features_of(task, 0)
         return Checkpoint(
             looks=looks,
             seconds=seconds,
             fidelity=self.sight.fidelity(task, [*plain, *asked]),
-            likeness=measures.likeness(drawn, held_out),
+            likeness=measures.likeness(found, held_out),
             adherence=self.sight.adherence(prompts, asked),
-            diversity=measures.diversity(drawn) or 0.0,
-            memorisation=measures.nearest(drawn, self._features_of(task, job.pictures))
-            - measures.nearest(drawn, held_out),
+            diversity=measures.diversity(found) or 0.0,
+            memorisation=measures.nearest(found, self._features_of(task, job.pictures))
+            - measures.nearest(found, held_out),
             drift=measures.drift(features(base[: len(kept)]), features(without[: len(kept)])),
             bleed=self.sight.bleed(task, base[len(kept) :], without[len(kept) :]),
-        ), (*plain, *asked)
+        ), (plain[0], *(firsts[one] for one in task.prompts if one in firsts))
 
     def _strengths(self, task: Task, lora: Path) -> tuple[float, ...]:
         return tuple(
-            self.sight.fidelity(task, self._drawn([task.trigger], lora, 1, strength)) for strength in STRENGTHS
+            self.sight.fidelity(task, self._drawn([(task.trigger, 1)], lora, strength)) for strength in STRENGTHS
         )
 
     def _features_of(self, task: Task, pictures: int) -> Tensor:

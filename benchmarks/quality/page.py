@@ -13,7 +13,7 @@ from benchmarks.results import Results
 from lorasmith.report.contact_sheet import contact_sheet
 
 PICTURES = "images/quality.webp"
-_SHOWN = (0, 3, 5, 7)  # the trigger, and prompts
+_SHOWN = (0, 1, 3, 5)  # the trigger, and prompts
 
 
 def write_page(page: Path, results: Results, outcomes: Sequence[Outcome], part: str) -> None:

@@ -35,9 +35,9 @@ def rows(count: int, seed: int) -> Tensor:
 
 def drawn(seed: int, wishes: int = 5) -> Drawn:
     return Drawn(
-        plain=rows(4, seed),
-        asked=rows(wishes, seed + 1),
-        colours=rows(wishes, seed + 4),
+        plain=rows(2, seed),
+        asked=rows(2 * wishes, seed + 1).unflatten(0, (2, wishes)),
+        colours=rows(2 * wishes, seed + 4).unflatten(0, (2, wishes)),
         others=rows(3, seed + 2),
         of_class=rows(1, seed + 3),
     )
@@ -109,9 +109,9 @@ def adherence(drawn: Drawn, base: Drawn) -> float | None:
 def test_a_lora_that_ignores_wishes_has_no_adherence() -> None:
     base = drawn(3)
     assert adherence(base, base) == pytest.approx(1)
-    stuck = replace(base, asked=base.plain[:1].repeat(5, 1), colours=base.colours[:1].repeat(5, 1))
+    stuck = replace(base, asked=base.plain[:, None].repeat(1, 5, 1), colours=base.colours[:, :1].repeat(1, 5, 1))
     assert adherence(stuck, base) == pytest.approx(0, abs=1e-3)
-    others = replace(base, asked=base.asked.roll(1, 0), colours=base.colours.roll(1, 0))
+    others = replace(base, asked=base.asked.roll(1, 1), colours=base.colours.roll(1, 1))
     assert adherence(others, base) == pytest.approx(0, abs=1e-3), "it draws other wishes than it is asked for"
     assert adherence(drawn(3, wishes=1), drawn(3, wishes=1)) is None, "one wish cannot be told from another"
 

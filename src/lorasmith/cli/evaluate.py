@@ -9,7 +9,7 @@ import typer
 
 from lorasmith.cli.console import console, echo, heading, print_note, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of
-from lorasmith.evaluation.evaluation_record import EVALUATION_PAGE, MOST_LORAS
+from lorasmith.evaluation.evaluation_record import EVALUATION_PAGE, MOST_LORAS, NOISES
 
 
 def register(app: typer.Typer) -> None:
@@ -42,6 +42,9 @@ def evaluate(
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="LoRAs to draw; of more, evenly spaced ones.")] = MOST_LORAS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
+    noises: Annotated[
+        int, typer.Option(min=1, max=16, help="Noises from which the trigger and each wish are drawn: more are surer.")
+    ] = NOISES,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps. Default: 20, and fewer of a distilled model.")
     ] = None,
@@ -87,7 +90,13 @@ def evaluate(
     for part in loaded.found:
         echo(part.line)
     drawing = DrawingSettings(
-        prompts=tuple(prompt or ()), class_word=class_word, seed=seed, steps=steps, width=width, height=height
+        prompts=tuple(prompt or ()),
+        class_word=class_word,
+        seed=seed,
+        noises=noises,
+        steps=steps,
+        width=width,
+        height=height,
     )
     with stoppable() as stop, progress_shown("Drawing") as progress:
         found = evaluated(loaded.model, subject, drawing, folder, progress=progress, cancelled=stop.is_set)

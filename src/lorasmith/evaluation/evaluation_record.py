@@ -11,6 +11,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import typed
 
 MOST_LORAS = 10  # that are drawn if no other number is asked for
+NOISES = 3  # from which the trigger and each wish are drawn, likewise; one says too little
 EVALUATION = "evaluation"  # folder of it in that of a run
 EVALUATION_RECORD, EVALUATION_PAGE = "evaluation.json", "evaluation.html"
 

@@ -8,6 +8,7 @@ probability by which each wish is recognised among all of them, by the direction
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,9 @@ _COPIED = 0.05  # cosine by which drawn pictures are nearer to a training pictur
 class Drawn:
     """Features of the pictures of one LoRA, or of the base model without one."""
 
-    plain: Tensor  # (seeds, features), the trigger alone
-    asked: Tensor  # (wishes, features), the trigger with a wish each, of the first seed
-    colours: Tensor  # (wishes, colours) of these
+    plain: Tensor  # (noises, features), the trigger alone
+    asked: Tensor  # (noises, wishes, features), the trigger with a wish each
+    colours: Tensor  # (noises, wishes, colours) of these
     others: Tensor  # (prompts, features), without the trigger
     of_class: Tensor  # (0 or 1, features), the class word alone
 
@@ -57,7 +58,7 @@ def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
         copies = measures.nearest(drawn.plain, pictures) - _nearest_other(pictures)
     return Measures(
         likeness=None if pictures is None else measures.likeness(_of_trigger(drawn), pictures),
-        adherence=measures.adherence((drawn.asked, drawn.colours), (base.asked, base.colours)),
+        adherence=_adherence(drawn, base),
         diversity=measures.diversity(drawn.plain),
         memorisation=copies,
         drift=measures.drift(base.others, drawn.others) if len(base.others) else None,
@@ -111,7 +112,14 @@ def _learnt(found: Measures, training: Training) -> float:
 
 def _of_trigger(drawn: Drawn) -> Tensor:
     """All pictures with the trigger."""
-    return torch.cat((drawn.plain, drawn.asked))
+    return torch.cat((drawn.plain, drawn.asked.flatten(0, 1)))
+
+
+def _adherence(drawn: Drawn, base: Drawn) -> float | None:
+    """Mean over the noises."""
+    sides = ([*zip(one.asked, one.colours, strict=True)] for one in (drawn, base))
+    found = [measures.adherence(*pair) for pair in zip(*sides, strict=True)]
+    return statistics.fmean(one or 0.0 for one in found) if found[0] is not None else None
 
 
 def _nearest_other(pictures: Tensor) -> float:

@@ -32,6 +32,7 @@ from lorasmith.evaluation.evaluation_record import (
     EVALUATION_PAGE,
     EVALUATION_RECORD,
     MOST_LORAS,
+    NOISES,
     EvaluatedLora,
     Evaluation,
     Measures,
@@ -51,7 +52,7 @@ from lorasmith.report.evaluation_page import EvaluationPage, EvaluationRow, eval
 from lorasmith.report.pictures import PictureTable, thinned, webp
 from lorasmith.runs.run_images import images_in, thumbnail_of
 from lorasmith.runs.run_page import is_own, loras_of_run
-from lorasmith.sampling.generate import Sampling, clips
+from lorasmith.sampling.generate import Sampling, generate
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RECORD, read_record
 
@@ -59,7 +60,6 @@ SHEET = "contact sheet.png"
 
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the recommended LoRA
 
-SEEDS = 4  # pictures of the trigger alone
 STRIP = 2  # prompts at each strength
 _KEPT_EDGE = 512  # pixels of the longer edge of a stored picture
 _LARGEST_SHEET = 4096  # pixels in either direction, labels aside
@@ -95,6 +95,7 @@ class DrawingSettings:
     prompts: tuple[str, ...] = ()  # wishes; those with the trigger are whole prompts. Empty for the default ones
     class_word: str | None = None  # None for the trigger without its first word
     seed: int = Sampling.seed
+    noises: int = NOISES  # from which the trigger and each wish are drawn
     steps: int | None = None  # of sampling; None for the model's own
     width: int | None = None
     height: int | None = None
@@ -147,7 +148,7 @@ def subject_of(
 
 def loras_within(pictures: float) -> int:
     """How many LoRAs can be evaluated with so many pictures, by the default wishes."""
-    each = 1 + len(WISHES) + 1 + len(WITHOUT) + SEEDS - 1
+    each = NOISES * (1 + len(WISHES)) + 1 + len(WITHOUT)
     return max(0, int((pictures - STRIP * len(STRENGTHS)) / each - 1))
 
 
@@ -296,8 +297,13 @@ class Prompts:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The columns: those of which there is one picture."""
-        return (self.trigger, *self.asked, *self.of_class, *self.others)
+        """The columns."""
+        return (*self.with_trigger, *self.of_class, *self.others)
+
+    @property
+    def with_trigger(self) -> tuple[str, ...]:
+        """Those that are drawn from several noises."""
+        return (self.trigger, *self.asked)
 
 
 _VALIDATED = (
@@ -306,7 +312,7 @@ _VALIDATED = (
 
 
 class _Artist:
-    """Draws all prompts of an evaluation with a LoRA: the columns on one seed, then the trigger on others."""
+    """Draws all prompts of an evaluation with a LoRA: the columns on one seed, then the trigger's on others."""
 
     def __init__(
         self,
@@ -321,21 +327,19 @@ class _Artist:
         self._base, self._prompts, self._seed = base, prompts, drawing.seed
         self._device, self._progress, self._cancelled = device, progress, cancelled
         self.sampling = Sampling(
-            seed=drawing.seed,
             steps=drawing.steps or base.defaults.steps,
             width=drawing.width,
             height=drawing.height,
             dtype=sampling_dtype(base.components.denoiser, device),
         )
-        each = len(prompts.shown) + SEEDS - 1
-        self._total = self.sampling.steps * (each * (loras + 1) + STRIP * len(STRENGTHS))
+        again = [(text, drawing.seed + more) for more in range(1, drawing.noises) for text in prompts.with_trigger]
+        self._pictures = [*((text, drawing.seed) for text in prompts.shown), *again]
+        self._total = self.sampling.steps * (len(self._pictures) * (loras + 1) + STRIP * len(STRENGTHS))
         self._done = 0
 
     def drawn(self, lora: Path | None, notes: list[str] | None = None) -> list[Image.Image]:
-        """Pictures of the columns, and of the trigger on further seeds."""
-        shown = self._prompts.shown
-        texts = (*shown, *[self._prompts.trigger] * (SEEDS - 1))
-        seeds = [self._seed] * len(shown) + [self._seed + more for more in range(1, SEEDS)]
+        """Pictures of the columns, and of those with the trigger on further seeds."""
+        texts, seeds = zip(*self._pictures, strict=True)
         return self._draw(*self._with(lora, 1.0, notes), texts, seeds)
 
     def strip(self, lora: Path) -> list[tuple[float, list[Image.Image]]]:
@@ -358,26 +362,26 @@ class _Artist:
     def _draw(
         self, denoiser: Denoiser, encoder: TextEncoder, texts: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image]:
-        with encoder.active(self._device):
-            known = {text: encoder.encode(text) for text in dict.fromkeys((*texts, ""))}
-        before = self._done
+        before, sampling = self._done, self.sampling
 
         def tell(done: int, _: int) -> None:
             self._done = before + done
             if self._progress is not None:
                 self._progress(self._done, self._total)
 
-        drawn = clips(
+        return generate(
             denoiser,
-            [known[text] for text in texts],
-            [known[""]] * len(texts),
-            self.sampling,
-            seeds=seeds,
+            texts,
+            text_encoder=encoder,
+            seed=seeds,
+            steps=sampling.steps,
+            width=sampling.width,
+            height=sampling.height,
+            dtype=sampling.dtype,
             device=self._device,
             progress=tell,
             cancelled=self._cancelled,
         )
-        return [clip.frames[0] for clip in drawn]
 
 
 def _check_draws(base: Model) -> None:
@@ -412,13 +416,17 @@ def _thumbnails(run: Path, data: Mapping[str, object]) -> list[Image.Image]:
 
 
 def _features(pictures: Sequence[Image.Image], prompts: Prompts) -> Drawn:
-    found = features(pictures)
-    counts = (1, len(prompts.asked), len(prompts.of_class), len(prompts.others), len(pictures) - len(prompts.shown))
-    first, asked, of_class, others, more = found.split(counts)
+    count = len(prompts.with_trigger)
+    more = len(prompts.shown)
+    kept = [*pictures[:count], *pictures[more:]]  # with the trigger, noise by noise
+    found, of_class, others = features([*kept, *pictures[count:more]]).split(
+        (len(kept), len(prompts.of_class), len(prompts.others))
+    )
+    with_trigger = found.unflatten(0, (-1, count))
     return Drawn(
-        plain=torch.cat((first, more)),
-        asked=asked,
-        colours=colours(pictures[1 : 1 + len(asked)]),
+        plain=with_trigger[:, 0],
+        asked=with_trigger[:, 1:],
+        colours=colours(kept).unflatten(0, (-1, count))[:, 1:],
         others=others,
         of_class=of_class,
     )

@@ -72,7 +72,7 @@ def generate(
     negative: str = "",
     controls: Sequence[Image.Image] = (),
     mask: Image.Image | None = None,
-    seed: int = Sampling.seed,
+    seed: int | Sequence[int] = Sampling.seed,
     steps: int | None = None,
     cfg: float | None = Sampling.cfg,
     sampler: str = Sampling.sampler,
@@ -84,7 +84,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
-    """Generate one picture per prompt (`(word:1.2)` weights included), all from noise of the same seed.
+    """Generate one picture per prompt (`(word:1.2)` weights included), from noise of one seed, or of a seed each.
 
     `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; `controls` are the pictures that
     an edit model edits or refers to, for all prompts, and `mask` is white where a model that fills masks paints; other
@@ -93,8 +93,8 @@ def generate(
     the model lacks a text encoder or an autoencoder, and SamplingCancelledError.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    seeds = [seed] * (1 if isinstance(prompts, str) else len(prompts)) if isinstance(seed, int) else seed
     sampling = Sampling(
-        seed=seed,
         steps=steps or denoiser.base.defaults.steps,
         cfg=cfg,
         sampler=sampler,
@@ -104,7 +104,9 @@ def generate(
         dtype=dtype,
     )
     positives, away = _encoded(denoiser, prompts, negative, controls, mask, sampling, text_encoder, device)
-    drawn = clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+    drawn = clips(
+        denoiser, positives, away, sampling, seeds=seeds, device=device, progress=progress, cancelled=cancelled
+    )
     return [clip.frames[0] for clip in drawn]
 
 
