@@ -1,7 +1,7 @@
 """What LoRAs learn, by recipe: like the subject, obedient to the prompt, harmless to the rest.
 
     python -m benchmarks.quality --page docs/quality.md --json quality.json
-    python -m benchmarks.quality --methods --page docs/quality.md
+    python -m benchmarks.quality --instead methods --page docs/quality.md
     python -m benchmarks.quality --quick
     python -m benchmarks.quality --recipes lorasmith --change preserve=blank --change ema_decay=0.99
     python -m benchmarks.quality --recipes comfyui --comfyui PATH/TO/ComfyUI PATH/TO/ITS/VENV/bin/python
@@ -11,6 +11,7 @@
 Seven subjects and a style that the built-in model has never seen are taught with each recipe, and the pictures that
 each checkpoint draws are judged. The first three recipes teach each with four pictures and every seed, and with one and
 twelve and the first seed; the others with four and two seeds (`--full`: everything with every seed, for several hours).
+`--instead` has rows of methods, or of other values of our defaults, of the subjects and the first seed.
 With another model, subjects come from a folder like DreamBooth's, and image features take the judge's place.
 
 `--page` puts the tables between the marks of a page, and the pictures beside it.
@@ -29,10 +30,12 @@ import torch
 from benchmarks.bases import machine
 from benchmarks.quality.measuring import TINY, Job, Setting, outcomes_of
 from benchmarks.quality.page import write_page
-from benchmarks.quality.recipes import METHODS, RECIPES
+from benchmarks.quality.recipes import ALTERNATIVES, METHODS, RECIPES
+from benchmarks.quality.subjects import STYLE
 from benchmarks.quality.tables import MEASURES, methods_table, name_of, recipe_tables
 from benchmarks.results import Results, add_json
 
+INSTEAD = {"methods": METHODS, "alternatives": ALTERNATIVES}
 _FIRST = 3  # recipes that are run with every seed, and with one and twelve pictures
 
 
@@ -57,9 +60,9 @@ def main() -> None:
             values = [getattr(one, measure) for measure in MEASURES]
             run = f"{number}/{len(jobs)}", name_of(outcome.job), outcome.job.pictures, outcome.job.task
             results.add(*run, outcome.job.seed, one.looks, one.seconds, *values)
-    (methods_table if arguments.methods else recipe_tables)(outcomes, results)
+    (methods_table if arguments.instead else recipe_tables)(outcomes, results)
     if arguments.page:
-        write_page(arguments.page, results, outcomes, "methods" if arguments.methods else "recipes")
+        write_page(arguments.page, results, outcomes, arguments.instead or "recipes")
 
 
 def _jobs(arguments: argparse.Namespace, tasks: list[str]) -> list[Job]:
@@ -72,8 +75,9 @@ def _jobs(arguments: argparse.Namespace, tasks: list[str]) -> list[Job]:
     first = arguments.recipes[0]
     kinds: list[tuple[str, dict[str, Any]]] = [(one, {}) for one in arguments.recipes]
     kinds += [(first, dict(map(_change, one.split(",")))) for one in arguments.change]
-    if arguments.methods:
-        kinds = [(first, {}), *((first, dict(one)) for one in METHODS)]
+    if arguments.instead:
+        kinds = [(first, {}), *((first, dict(one)) for one in INSTEAD[arguments.instead])]
+        tasks = [one for one in tasks if one != STYLE]
     return [
         Job(recipe, task, pictures, seed, factor, changes, in_comfyui)
         for recipe, changes in kinds
@@ -103,7 +107,7 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME=VALUE[,NAME=VALUE]",
         help="a row of the first recipe with other settings",
     )
-    parser.add_argument("--methods", action="store_true", help="rows of the first recipe with each method instead")
+    parser.add_argument("--instead", choices=[*INSTEAD], help="rows of the first recipe with each of these instead")
     parser.add_argument("--factors", nargs="+", type=float, default=[10.0], help="of the documents' rates")
     parser.add_argument("--tasks", nargs="+", default=[], help="subjects; all by default")
     parser.add_argument("--pictures", nargs="+", type=int, default=[1, 4, 12], choices=[1, 4, 12])
@@ -125,8 +129,8 @@ def _arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.recipes, arguments.pictures, arguments.seeds = [*RECIPES][:3], [4], [0]
         arguments.tasks = ["fox", "rocket", "owl"]
-    if arguments.methods:
-        arguments.pictures, arguments.seeds = [4], arguments.seeds[:2]
+    if arguments.instead:
+        arguments.pictures, arguments.seeds = [4], arguments.seeds[:1]
     return arguments
 
 

@@ -5,7 +5,7 @@
 
 Each run saves ten checkpoints, which draw the trigger and the benchmark's prompts. The evaluation sees the pictures of
 as many seeds as it draws by default, and recommends one. The judge scores all by fidelity times adherence with the
-pictures of four other seeds; of the wishes those count which the base model fulfils for the class from the same noise.
+pictures of four other seeds; of the wishes those count which the base model itself fulfils from the same noise.
 By that score, the recommended checkpoint falls short of the best one; so do the last one, and the one that the judge
 finds best by the seeds that the evaluation sees. The rule was chosen with the first ten runs. Runs whose rate is so low
 that nothing is learnt must get no recommendation. What is in the folder already is not made again.
@@ -76,10 +76,11 @@ OTHERS = [
     Run("mushroom", 4, 12, 0.008),
     Run("pineapple", 3, 4, 0.006),
 ]
+NOTHING = [Run("fox", 5, 4, 1e-6), Run("rocket", 5, 4, 1e-5), Run("owl", 5, 4, 2e-5)]
 
 
 def main() -> None:
-    known = {run.name: run for run in (*TUNED, *OTHERS)}
+    known = {run.name: run for run in (*TUNED, *OTHERS, *NOTHING)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of LoRAs, and of what is known of their pictures")
     parser.add_argument("--runs", nargs="+", default=[*known], choices=[*known], metavar="SUBJECT/SEED")
@@ -94,9 +95,13 @@ def main() -> None:
         "The recommended checkpoint, and the best one by the judge",
     )
     short: dict[str, list[tuple[float, ...]]] = {"tuned": [], "others": []}
+    refused: list[bool] = []
     for run in (known[name] for name in arguments.runs):
         chosen, values, by = bench.run(run, arguments.folder / run.name)
-        short["tuned" if run in TUNED else "others"].append(by)
+        if run in NOTHING:
+            refused.append(chosen is None)
+        else:
+            short["tuned" if run in TUNED else "others"].append(by)
         best = values.index(max(values))
         results.add(
             run.name,
@@ -106,16 +111,18 @@ def main() -> None:
             None if chosen is None else values[chosen],
             (best + 1) * EVERY,
             values[best],
-            *by,
+            *([None] * len(WHO) if run in NOTHING else by),
         )
     results.table(
-        {"runs": "", "number": "d", "who chooses": "", f"within {NEAR:.0%}": "d", "mean short by": ".0%"},
-        "How far the choice is from the best checkpoint",
+        {"runs": "", "number": "d", "who chooses": "", "well": "d", "mean short by": ".0%"},
+        f"Chosen well: within {NEAR:.0%} of the best checkpoint; none if nothing was learnt",
     )
     for name, rows in short.items():
         for place, who in enumerate(WHO if rows else ()):
             by_run = [row[place] for row in rows]
             results.add(name, len(rows), who, sum(one <= NEAR for one in by_run), statistics.mean(by_run))
+    if refused:
+        results.add("nothing learnt", len(refused), WHO[0], sum(refused), None)
 
 
 class Bench:
@@ -129,14 +136,12 @@ class Bench:
         task = subject_task(run.subject)
         loras = _trained(run, self._model, folder)
         texts = [task.trigger, *(one.text for one in task.prompts)]
-        plain = [task.trigger.removeprefix("sks "), *(one.plain for one in task.prompts)]
-        fulfilled = self._looked_at(task, plain, folder, "class")["shows"]
         base, *looks = (self._looked_at(task, texts, folder, one) for one in ("base", *(one.name for one in loras)))
         pictures = features(list(task.training[run.pictures]))
         found = [measured(_drawn(one), _drawn(base), pictures) for one in looks]
         chosen = verdict(found, training_facts(pictures, _drawn(base))).best
         seen, values = (
-            [_score(one, fulfilled, some) for one in looks] for some in (slice(NOISES), slice(NOISES, None))
+            [_score(one, base["shows"], some) for one in looks] for some in (slice(NOISES), slice(NOISES, None))
         )
         picked = (chosen, len(values) - 1, seen.index(max(seen)))
         return chosen, values, tuple(1.0 if one is None else 1 - values[one] / max(values) for one in picked)

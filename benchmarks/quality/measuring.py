@@ -234,13 +234,13 @@ class Bench:
         return [*self._tasks].index(job.task) + len(self._tasks) * job.seed
 
     def _asked(self, task: Task) -> list[tuple[Prompt, int]]:
-        """Prompts, each with the first noises from which the base model draws what it asks for."""
+        """Prompts, each with the first noises from which the base model itself draws what they ask for."""
         if task.name not in self._seeds:
             self._seeds[task.name] = [(one, seed) for one in task.prompts for seed in self._fulfilled(one)]
         return self._seeds[task.name]
 
     def _fulfilled(self, prompt: Prompt) -> Iterator[int]:
-        pictures = ((seed, *self._from_base([(prompt.plain, seed)])) for seed in ASKED_SEEDS)
+        pictures = ((seed, *self._from_base([(prompt.text, seed)])) for seed in ASKED_SEEDS)
         return islice((seed for seed, one in pictures if self.sight.shows(prompt, one)), ASKED_EACH)
 
     def _measured(

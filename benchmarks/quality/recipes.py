@@ -97,13 +97,20 @@ METHODS: Sequence[Mapping[str, Any]] = (
     {"loss_weighting": "p2"},
     {"ema_decay": 0.9},
     {"post_hoc_ema": 8, AVERAGE: 0.1},
+)
+"""What is added to our defaults, each alone."""
+
+ALTERNATIVES: Sequence[Mapping[str, Any]] = (
     {"learning_rate": 3.5e-4, "schedule": "linear"},
     {"learning_rate": 2.8e-3, "schedule": "linear"},
+    {"learning_rate": 4.2e-3, "schedule": "linear"},
     {"rank": 4},
     {"rank": 64},
     {"alpha": 1.0},
     {"targets": "attention"},
     {"timesteps": "logit_normal"},
+    {"timesteps": "shifted", "timestep_shift": 3.0},
+    {"objective": "x0"},
     {"batch_size": 4},
 )
 """What is tried in place of our defaults, each alone."""
