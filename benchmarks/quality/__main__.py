@@ -48,11 +48,14 @@ def main() -> None:
         arguments.clip,
         arguments.dino,
         tuple(arguments.comfyui) if arguments.comfyui else None,
+        arguments.folder,
     )
     jobs = _jobs(arguments, [one for one in setting.tasks() if one in arguments.tasks or not arguments.tasks])
     results = Results(arguments, torch=torch.__version__, machine=machine(torch.device("cpu")))
     columns = {"run": "", "recipe": "", "pictures": "d", "subject": "", "seed": "d", "seen": "d", "s": ".1f"}
     results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Checkpoints")
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for number, outcome in enumerate(outcomes_of(jobs, setting, arguments.workers), 1):
         outcomes.append(outcome)
@@ -120,6 +123,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clip", type=Path, help="folder of a CLIP of transformers, for adherence")
     parser.add_argument("--dino", type=Path, help="folder of a DINO of transformers, for fidelity")
     parser.add_argument("--comfyui", nargs=2, type=Path, metavar=("CHECKOUT", "PYTHON"), help="its recipe there, too")
+    parser.add_argument("--folder", type=Path, help="keep each run's outcome here, and make none again that is there")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--page", type=Path)
     add_json(parser)

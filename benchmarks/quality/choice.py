@@ -3,11 +3,12 @@
     python -m benchmarks.quality.choice --folder /tmp/choice --json choice.json
     python -m benchmarks.quality.choice --folder /tmp/choice --runs fox/0 owl/3
 
-Each run saves ten checkpoints, which draw the trigger and the benchmark's prompts. The evaluation sees the pictures of
-as many seeds as it draws by default, and recommends one. The judge scores all by fidelity times adherence with the
-pictures of four other seeds; of the wishes those count which the base model itself fulfils from the same noise.
+Each run saves ten checkpoints, which draw the trigger and the benchmark's prompts. Long runs have the default rate and
+see six times as many pictures as the benchmark's; fast ones have four to six times that rate. The evaluation sees the
+pictures of as many seeds as it draws by default, and recommends one. The judge scores all by fidelity times adherence
+with the pictures of four other seeds; of wishes those count which the base model itself fulfils from the same noise.
 By that score, the recommended checkpoint falls short of the best one; so do the last one, and the one that the judge
-finds best by the seeds that the evaluation sees. The rule was chosen with the first ten runs. Runs whose rate is so low
+finds best by the seeds that the evaluation sees. The rule was chosen with the fast runs. Runs whose rate is so low
 that nothing is learnt must get no recommendation. What is in the folder already is not made again.
 """
 
@@ -19,14 +20,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.bases import machine
 from benchmarks.quality.measuring import TINY, checkpoints, encoded
 from benchmarks.quality.sights import JudgeSight
-from benchmarks.quality.subjects import Task, subject_task
+from benchmarks.quality.subjects import CLASSES, Task, subject_task
 from benchmarks.results import Results, add_json
 from lorasmith.evaluation.evaluation_record import NOISES
 from lorasmith.evaluation.likeness import colours, features
@@ -36,7 +39,7 @@ from lorasmith.families.model import Model
 from lorasmith.runs.drawing import with_loras
 from lorasmith.sampling.generate import generate
 
-STEPS, EVERY = 80, 8
+CHECKPOINTS = 10  # of each run
 SEEDS = range(11, 11 + NOISES + 4)  # the first ones are seen by the evaluation, the others by the judge
 WHO = ("evaluate", "the last one", "the judge by the same seeds")
 SAMPLING_STEPS = 4
@@ -45,12 +48,12 @@ NEAR = 0.05  # of the best score, within which a choice is good
 
 @dataclass(frozen=True)
 class Run:
-    """A run on pictures of a subject."""
+    """A run on four pictures of a subject."""
 
     subject: str
     seed: int
-    pictures: int
-    rate: float | None  # None for the default, which is 0.0014 here
+    rate: float | None = None  # None for the default, which is 0.0014 here, falling to 0
+    every: int = 8  # steps of a checkpoint
 
     @property
     def name(self) -> str:
@@ -59,28 +62,17 @@ class Run:
 
 _RATES = (0.005, 0.006, 0.007, 0.008)
 _SUBJECTS = ("fox", "rocket", "pineapple", "owl", "guitar")
-TUNED = [
-    Run(subject, seed, 4, _RATES[(seed * len(_SUBJECTS) + place) % 4])
+FAST = [
+    Run(subject, seed, _RATES[(seed * len(_SUBJECTS) + place) % 4])
     for seed in (0, 1)
     for place, subject in enumerate(_SUBJECTS)
 ]
-OTHERS = [
-    Run("mushroom", 2, 4, 0.006),
-    Run("sailboat", 2, 4, 0.008),
-    Run("fox", 3, 12, 0.007),
-    Run("mushroom", 3, 4, 0.007),
-    Run("rocket", 3, 4, None),
-    Run("sailboat", 3, 4, 0.005),
-    Run("owl", 3, 12, 0.005),
-    Run("guitar", 3, 4, 0.007),
-    Run("mushroom", 4, 12, 0.008),
-    Run("pineapple", 3, 4, 0.006),
-]
-NOTHING = [Run("fox", 5, 4, 1e-6), Run("rocket", 5, 4, 1e-5), Run("owl", 5, 4, 2e-5)]
+LONG = [Run(subject, 2, every=24) for subject in CLASSES] + [Run(one, 3, every=24) for one in ("fox", "owl", "guitar")]
+NOTHING = [Run("fox", 5, 1e-6), Run("rocket", 5, 1e-5), Run("owl", 5, 2e-5)]
 
 
 def main() -> None:
-    known = {run.name: run for run in (*TUNED, *OTHERS, *NOTHING)}
+    known = {run.name: run for run in (*FAST, *LONG, *NOTHING)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of LoRAs, and of what is known of their pictures")
     parser.add_argument("--runs", nargs="+", default=[*known], choices=[*known], metavar="SUBJECT/SEED")
@@ -89,27 +81,26 @@ def main() -> None:
     torch.set_num_threads(1)
     results = Results(arguments, torch=torch.__version__, machine=machine(torch.device("cpu")))
     bench = Bench()
-    columns = {"run": "", "pictures": "d", "rate": "", "recommended step": "", "its score": ".2f", "best step": "d"}
+    columns = {"run": "", "rate": "", "recommended step": "", "its score": ".2f", "best step": "d"}
     results.table(
         {**columns, "best score": ".2f", **{f"{who} short by": ".0%" for who in WHO}},
         "The recommended checkpoint, and the best one by the judge",
     )
-    short: dict[str, list[tuple[float, ...]]] = {"tuned": [], "others": []}
+    short: dict[str, list[tuple[float, ...]]] = {"fast": [], "long": []}
     refused: list[bool] = []
     for run in (known[name] for name in arguments.runs):
         chosen, values, by = bench.run(run, arguments.folder / run.name)
         if run in NOTHING:
             refused.append(chosen is None)
         else:
-            short["tuned" if run in TUNED else "others"].append(by)
+            short["fast" if run in FAST else "long"].append(by)
         best = values.index(max(values))
         results.add(
             run.name,
-            run.pictures,
             "default" if run.rate is None else f"{run.rate:g}",
-            "none" if chosen is None else str((chosen + 1) * EVERY),
+            "none" if chosen is None else str((chosen + 1) * run.every),
             None if chosen is None else values[chosen],
-            (best + 1) * EVERY,
+            (best + 1) * run.every,
             values[best],
             *([None] * len(WHO) if run in NOTHING else by),
         )
@@ -137,7 +128,7 @@ class Bench:
         loras = _trained(run, self._model, folder)
         texts = [task.trigger, *(one.text for one in task.prompts)]
         base, *looks = (self._looked_at(task, texts, folder, one) for one in ("base", *(one.name for one in loras)))
-        pictures = features(list(task.training[run.pictures]))
+        pictures = features(list(task.training[4]))
         found = [measured(_drawn(one), _drawn(base), pictures) for one in looks]
         chosen = verdict(found, training_facts(pictures, _drawn(base))).best
         seen, values = (
@@ -150,20 +141,26 @@ class Bench:
         """Of pictures of a LoRA, or of the base model: features, colours, probability of the subject, all by seed and
         prompt, and whether wishes are fulfilled.
         """
-        known = folder / f"{name}.looks.safetensors"
+        rows = self._drawn(texts, folder, name)
+        return {
+            "features": torch.stack([features(row) for row in rows]),
+            "colours": torch.stack([colours(row) for row in rows]),
+            "fidelity": torch.tensor([[self._judge.fidelity(task, [one]) for one in row] for row in rows]),
+            "shows": torch.tensor([[*map(self._judge.shows, task.prompts, row[1:])] for row in rows]),
+        }
+
+    def _drawn(self, texts: Sequence[str], folder: Path, name: str) -> list[list[Image.Image]]:
+        """Pictures of a LoRA, or of the base model, by seed and prompt."""
+        known = folder / f"{name}.pictures.safetensors"
         if not known.exists():
             loras = [(folder / name, 1.0)] if (folder / name).exists() else []
             denoiser, encoder = with_loras(self._model.denoiser, self._model.text_encoder, loras)
-            rows = [generate(denoiser, texts, text_encoder=encoder, seed=seed, steps=SAMPLING_STEPS) for seed in SEEDS]
-            shows = [[self._judge.shows(*one) for one in zip(task.prompts, row[1:], strict=True)] for row in rows]
-            looks = {
-                "features": torch.stack([features(row) for row in rows]),
-                "colours": torch.stack([colours(row) for row in rows]),
-                "fidelity": torch.tensor([[self._judge.fidelity(task, [one]) for one in row] for row in rows]),
-                "shows": torch.tensor(shows),
-            }
-            save_file(looks, known)
-        return load_file(known)
+            asked = [(text, seed) for seed in SEEDS for text in texts]
+            prompts, seeds = zip(*asked, strict=True)
+            drawn = generate(denoiser, prompts, text_encoder=encoder, seed=seeds, steps=SAMPLING_STEPS)
+            pixels = torch.stack([torch.from_numpy(np.array(one)) for one in drawn])
+            save_file({"pictures": pixels.unflatten(0, (len(SEEDS), -1))}, known)
+        return [[Image.fromarray(one.numpy()) for one in row] for row in load_file(known)["pictures"]]
 
 
 def _score(looks: Mapping[str, Tensor], fulfilled: Tensor, seeds: slice) -> float:
@@ -180,13 +177,11 @@ def _drawn(looks: Mapping[str, Tensor]) -> Drawn:
 
 
 def _trained(run: Run, model: Model, folder: Path) -> list[Path]:
-    files = [folder / f"one-step{step:08}.safetensors" for step in range(EVERY, STEPS, EVERY)]
-    files.append(folder / "one.safetensors")
+    steps = range(run.every, run.every * CHECKPOINTS + 1, run.every)
+    files = [*(folder / f"one-step{step:08}.safetensors" for step in steps[:-1]), folder / "one.safetensors"]
     if not all(file.exists() for file in files):
         task, rates = subject_task(run.subject), {} if run.rate is None else {"learning_rate": run.rate}
-        steps = range(EVERY, STEPS + 1, EVERY)
-        data = encoded(model, task, run.pictures)
-        checkpoints(model, data, task, folder, steps=steps, seed=run.seed, batch_size=4, **rates)
+        checkpoints(model, encoded(model, task, 4), task, folder, steps=steps, seed=run.seed, batch_size=4, **rates)
     return files
 
 

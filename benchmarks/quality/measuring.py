@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Setting:
     clip: Path | None = None
     dino: Path | None = None
     comfyui: tuple[Path, Path] | None = None
+    folder: Path | None = None  # where outcomes are kept
 
     def tasks(self) -> Mapping[str, Task]:
         """What is taught."""
@@ -142,7 +144,33 @@ def _prepare(setting: Setting) -> None:
 
 
 def _run(job: Job) -> Outcome:
-    return _bench.run(job)
+    """The outcome of a job, from the folder of outcomes if it is there."""
+    if _bench.setting.folder is None:
+        return _bench.run(job)
+    name = hashlib.sha256(repr((replace(_bench.setting, folder=None), job)).encode()).hexdigest()[:16]
+    numbers, strip = (_bench.setting.folder / f"{name}.{kind}" for kind in ("json", "png"))
+    if numbers.exists():
+        known = json.loads(numbers.read_text("utf-8"))
+        with Image.open(strip) as opened:
+            edge = opened.height
+            pictures = [opened.crop((left, 0, left + edge, edge)) for left in range(0, opened.width, edge)]
+        checkpoints = tuple(Checkpoint(**one) for one in known["checkpoints"])
+        return Outcome(job, checkpoints, tuple(known["strengths"]), tuple(pictures))
+    outcome = _bench.run(job)
+    joined([one.resize((one.height, one.height)) for one in outcome.pictures]).save(strip)
+    kept = {"checkpoints": [asdict(one) for one in outcome.checkpoints], "strengths": outcome.strengths}
+    numbers.write_text(json.dumps(kept), "utf-8")
+    return outcome
+
+
+def joined(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one height side by side."""
+    strip = Image.new("RGB", (sum(one.width for one in pictures), pictures[0].height))
+    left = 0
+    for one in pictures:
+        strip.paste(one, (left, 0))
+        left += one.width
+    return strip
 
 
 class Bench:
@@ -150,7 +178,7 @@ class Bench:
 
     def __init__(self, setting: Setting) -> None:
         self.model, self.sight = load_model(setting.model), setting.sight()
-        self._setting, self._tasks = setting, setting.tasks()
+        self.setting, self._tasks = setting, setting.tasks()
         # The judge sees as much in pictures of four steps as in those of twenty.
         self._steps = 4 if setting.model == TINY else None
         self._data: dict[tuple[str, int], EncodedDataset] = {}
@@ -160,7 +188,7 @@ class Bench:
 
     def run(self, job: Job) -> Outcome:
         """Train, and measure after each number of looks."""
-        task, looks = self._tasks[job.task], self._setting.looks
+        task, looks = self._tasks[job.task], self.setting.looks
         with tempfile.TemporaryDirectory() as folder:
             began = time.process_time()
             files = (self._trained_in_comfyui if job.in_comfyui else self._trained)(job, task, Path(folder))
@@ -178,7 +206,7 @@ class Bench:
         length = settings.pop(AVERAGE, None)
         if settings.get("preserve") == "class":
             settings["preserve_class"] = task.trigger.removeprefix("sks ")
-        steps = [look // int(settings.get("batch_size", 1)) for look in self._setting.looks]
+        steps = [look // int(settings.get("batch_size", 1)) for look in self.setting.looks]
         data = self._encoded(task, job.pictures)
         files = checkpoints(self.model, data, task, folder, steps=steps, seed=job.seed, **settings)
         if length is not None:
@@ -187,21 +215,21 @@ class Bench:
 
     def _trained_in_comfyui(self, job: Job, task: Task, folder: Path) -> list[Path]:
         """The same of ComfyUI's own node, in a process of its own."""
-        assert self._setting.comfyui is not None
-        checkout, python = self._setting.comfyui
+        assert self.setting.comfyui is not None
+        checkout, python = self.setting.comfyui
         data = self._encoded(task, job.pictures)
         inputs = {
             "latents": torch.stack([one.latents for one in data]),
             "context": torch.cat([one.conditioning.tensors["context"] for one in data]),
         }
         save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
-        files = [folder / f"{look}.safetensors" for look in self._setting.looks]
+        files = [folder / f"{look}.safetensors" for look in self.setting.looks]
         request = {
             "checkout": str(checkout),
             "model": str(BUILT_IN_BASE / "models" / "checkpoints" / f"{TINY}.safetensors"),
             "inputs": str(folder / "inputs.safetensors"),
             "settings": {"learning_rate": RECIPES[job.recipe].at(job.factor)["learning_rate"], "seed": job.seed},
-            "files": dict(zip(self._setting.looks, map(str, files), strict=True)),
+            "files": dict(zip(self.setting.looks, map(str, files), strict=True)),
         }
         command = [str(python), str(Path(__file__).with_name("in_comfyui.py"))]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

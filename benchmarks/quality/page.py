@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.quality.measuring import Outcome
+from benchmarks.quality.measuring import Outcome, joined
 from benchmarks.results import Results
 from lorasmith.report.contact_sheet import contact_sheet
 
@@ -48,10 +48,4 @@ def _median(runs: Sequence[Outcome]) -> Outcome:
 
 
 def _strip(outcome: Outcome) -> Image.Image:
-    pictures = [outcome.pictures[place] for place in _SHOWN]
-    strip = Image.new("RGB", (sum(one.width for one in pictures), pictures[0].height))
-    left = 0
-    for one in pictures:
-        strip.paste(one, (left, 0))
-        left += one.width
-    return strip
+    return joined([outcome.pictures[place] for place in _SHOWN])
