@@ -13,41 +13,73 @@ from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
+from lorasmith.runs.presets import PRESETS, Preset
 from lorasmith.runs.run import run
 from lorasmith.runs.run_previews import PreviewProgram, loras_evaluated, previews_of, program_within, unasked_program
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.train import Plan
+from lorasmith.training.watchers import preview_steps
 from tests.hosts import Audience
 
-WHOLE = PreviewProgram(20, (0.5, 1.0))
+WHOLE = PreviewProgram(20, (0.5, 1.0), (30, 100, 250, 500, 750))
 
 
 @pytest.mark.parametrize(
-    ("budget", "pictures", "steps", "is_final_only"),
+    ("budget", "pictures", "sampling_steps", "steps"),
     [
-        (264, 6, 20, False),  # 44 passes for a picture of 20 steps
-        (263, 3, 20, True),
-        (131, 2, 20, True),
-        (87, 2, 12, True),
-        (55, 2, 8, True),
+        (352, 8, 20, [30, 100, 250, 500, 750]),  # 44 passes for a picture of 20 steps
+        (351, 7, 20, [30, 100, 250, 500, 750]),
+        (307, 4, 20, [30, 500]),
+        (175, 4, 12, [30, 500]),
+        (111, 4, 8, [30, 500]),
+        (79, 3, 8, [30]),
+        (59, 2, 12, []),
+        (55, 2, 8, []),
     ],
 )
-def test_what_fits_into_a_number_of_passes(budget: float, pictures: int, steps: int, is_final_only: bool) -> None:
+def test_what_fits_into_a_number_of_passes(
+    budget: float, pictures: int, sampling_steps: int, steps: list[int]
+) -> None:
     program = program_within(budget, WHOLE, each_step=2)
     assert program is not None
-    assert (program.pictures, program.sampling_steps, program.is_final_only) == (pictures, steps, is_final_only)
+    assert (program.pictures, program.sampling_steps, list(program.steps)) == (pictures, sampling_steps, steps)
     assert program.passes(2) <= budget
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"steps": 2000}, [30, 200, 500, 1000, 1500]),
+        ({"steps": 150}, [15, 37, 75, 112]),
+        ({"steps": 3}, [1, 2]),
+        ({"steps": 1}, []),
+        ({"steps": 100, "preview_every": 30}, [30, 60, 90]),
+    ],
+)
+def test_the_first_preview_is_early_in_a_run(settings: dict[str, int], steps: list[int]) -> None:
+    assert list(preview_steps(TrainConfig(**settings))) == steps
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("images", [1, 20, 100])
+def test_the_presets_draw_along_the_way(tiny: Model, preset: Preset, images: int) -> None:
+    """A sampling step is twice a pass of the denoiser, as of most models."""
+    config = TrainConfig(**preset.settings_for(images))
+    side = tiny.defaults.resolution // tiny.components.latent.downscale
+    program = unasked_program(config, tiny, samples(side), "a fox")
+    assert program is not None and program.steps[0] <= config.steps / 10
 
 
 def test_where_nothing_fits_nothing_is_drawn() -> None:
     assert program_within(39, WHOLE, each_step=2) is None
-    assert program_within(39, WHOLE, each_step=1) == PreviewProgram(12, (), is_final_only=True)
+    assert program_within(39, WHOLE, each_step=1) == PreviewProgram(8, (), (30,))
+    assert program_within(35, WHOLE, each_step=1) == PreviewProgram(12, ())
 
 
 def test_fewer_sampling_steps_than_asked_for_stay_fewer() -> None:
-    assert program_within(24, PreviewProgram(4, ()), each_step=2) == PreviewProgram(4, (), is_final_only=True)
+    assert program_within(24, PreviewProgram(4, (), [9]), each_step=2) == PreviewProgram(4, ())
 
 
 def samples(side: int) -> list[Sample]:
@@ -89,13 +121,18 @@ def test_an_evaluation_that_fails_is_a_warning(
 
 
 def test_the_sizes_of_latents_count_on_both_sides(tiny: Model) -> None:
-    """Latents of half the side cost a quarter, so four times the steps have the same program."""
+    """Latents of half the side cost a quarter, so four times the steps have the same program, later in the run."""
     side = tiny.defaults.resolution // tiny.components.latent.downscale
-    for steps in (100, 200, 400, 800, 3200):
+
+    def facts(config: TrainConfig, side: int) -> tuple[int, int] | None:
+        program = unasked_program(config, tiny, samples(side), "a fox")
+        return None if program is None else (program.pictures, program.sampling_steps)
+
+    for steps in (100, 240, 400, 3200):
         config = TrainConfig(steps=steps)
-        quarter = unasked_program(replace(config, steps=4 * steps), tiny, samples(side // 2), "a fox")
-        assert unasked_program(config, tiny, samples(side), "a fox") == quarter
-        assert unasked_program(replace(config, steps=steps // 4, batch_size=4), tiny, samples(side), "a fox") == quarter
+        quarter = facts(replace(config, steps=4 * steps), side // 2)
+        assert facts(config, side) == quarter
+        assert facts(replace(config, steps=steps // 4, batch_size=4), side) == quarter
 
 
 def test_the_program_of_a_run_is_at_most_a_tenth_of_its_passes(tiny: Model) -> None:
@@ -126,8 +163,8 @@ def test_a_short_run_draws_what_was_asked_for_alone(
         []
         if drawn
         else [
-            "No previews are drawn, as two pictures would take more than a tenth of this run; prompts in previews are "
-            "drawn in any case."
+            "No previews are drawn, as two pictures would take more than preview_share of this run; prompts in previews "
+            "are drawn in any case."
         ]
     )
 
@@ -140,8 +177,8 @@ def test_a_run_on_pairs_draws_several_of_them(tiny: Model) -> None:
         Sample(torch.zeros(4, side, side), Conditioning({}, f"edit {n}").with_controls([control]), f"{n % 6}.png")
         for n in range(8)
     ]
-    plain = unasked_program(TrainConfig(steps=6000), tiny, samples(side), "a fox")
-    several = unasked_program(TrainConfig(steps=6000), tiny, pairs, "a fox")
+    plain = unasked_program(TrainConfig(steps=8000), tiny, samples(side), "a fox")
+    several = unasked_program(TrainConfig(steps=8000), tiny, pairs, "a fox")
     assert plain is not None and several is not None
     assert plain.prompts == ("a fox",) and len(several.prompts) == 4
     assert several.prompts == ("edit 6", "edit 7", "edit 2", "edit 3"), "as they are drawn"

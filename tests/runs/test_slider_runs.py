@@ -104,7 +104,7 @@ def test_a_slider_is_drawn_as_a_strip(pairs: Path, tmp_path: Path) -> None:
     assert result.folder is not None
     events = [one for one in audience.events if isinstance(one, Previewed)]
     assert [(one.step, one.strength) for one in events] == [
-        (2, 0.0), (2, 1.0), (2, -2.0), (2, -1.0), (2, 2.0), (3, 1.0), (3, -2.0), (3, -1.0), (3, 2.0),
+        (0, 0.0), (2, 1.0), (2, -2.0), (2, -1.0), (2, 2.0), (3, 1.0), (3, -2.0), (3, -1.0), (3, 2.0),
     ]  # fmt: skip
     names = {one.name for one in (result.folder / "samples").iterdir()}
     assert {"step-000002-at--2-1.png", "strength--2-1.png", "strengths.png"} <= names

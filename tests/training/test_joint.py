@@ -414,11 +414,14 @@ def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: Enc
 class Looks:
     """In place of previews: looks whether the model is bare, as for users who load it."""
 
-    is_final_only = False
+    steps = (2,)
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module, self.seen = module, []  # type: ignore[var-annotated]
         self._whole = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    def draw_base(self, step: int) -> Sequence[Event]:
+        return self(step, Path(), final=False)
 
     def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]:
         now = self._module.state_dict()
@@ -441,7 +444,7 @@ def test_previews_find_the_bare_model_and_the_other_runs_wait(
 
     plans = Around(output=tmp_path / "run").plan(flux, jobs[0], flux_data), Around().plan(flux, jobs[1], flux_data)
     results = train_jointly(jobs, [partial(run_job, plans[0], Looking()), partial(run_job, plans[1], RunHost())])
-    assert looks.seen == [(2, False), (4, True)]
+    assert looks.seen == [(0, False), (2, False), (4, True)]
     for result, settings in zip(results, runs, strict=True):
         assert_alike(result, alone(flux, flux_data, settings))
 

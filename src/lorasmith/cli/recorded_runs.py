@@ -1,9 +1,10 @@
-"""`lorasmith resume`, `reproduce` and `report`: a run again, from its folder or its LoRA."""
+"""`lorasmith resume`, `reproduce`, `request` and `report`: a run again, from its folder or its LoRA, and while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,11 @@ from lorasmith.cli.flags import (
 from lorasmith.cli.together import check_alone, together
 from lorasmith.data.data_config import ImageSource
 
+class _Request(StrEnum):
+    PREVIEW = "preview"
+    SAVE = "save"
+
+
 if TYPE_CHECKING:
     from lorasmith.runs.recorded_run import Typed
     from lorasmith.runs.reproduce import Reproduced
@@ -33,6 +39,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("resume")(resume)
     app.command("reproduce")(reproduce)
+    app.command("request")(request)
     app.command("report")(report)
 
 
@@ -97,6 +104,22 @@ def _typed(
         device=device,
     )
     return Typed(spec=spec, files=files, imports=tuple(imports or ()), track=track)
+
+
+def request(
+    what: Annotated[_Request, typer.Argument(metavar="preview|save", help="Previews, or the LoRA as it is.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run that is being trained, such as runs/dog-001.")],
+) -> None:
+    """Have a run that is being trained draw previews, or save its LoRA, after the step that it takes.
+
+    It may be trained by any process: a command, the server, a notebook or ComfyUI. Neither changes the run. Previews are
+    in samples/, the LoRA is NAME-step00000120.safetensors.
+    """
+    from lorasmith.training.run_requests import request as make_request
+
+    make_request(run, what.value)
+    done = "draws previews" if what is _Request.PREVIEW else "saves its LoRA"
+    print_result(lambda: {"run": run, "request": what.value}, lambda: echo(f"{run} {done} after the step it takes."))
 
 
 def reproduce(

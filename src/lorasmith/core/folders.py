@@ -51,6 +51,7 @@ DATASET_SHARD = "shard_"
 """Prefix of a saved data set's files, by which its folder is recognised."""
 
 RUN_RECORD, RUN_LOG = "run.json", "events.jsonl"
+TRIED = "tried"  # folder of a run for what is drawn with its LoRA, and the pictures that this was given
 """Files by which a run's folder is recognised: its record and its events."""
 
 _INDEXES = frozenset({"model_index.json", "modular_model_index.json"})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.core.errors import OptionError
@@ -18,7 +20,7 @@ from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.model_search import FoundPart, load_completed
 from lorasmith.report.pictures import Clip, PictureOrClip, animation, parameters_entry
-from lorasmith.sampling.generate import Experts
+from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 from lorasmith.training.lora_handle import Lora
 
 EXPERTS = ("high_noise", "low_noise")
@@ -108,6 +110,56 @@ def _with_loras(
         denoiser, encoder = applied.denoiser, applied.encoder
         notes += [applied.note] if applied.note else []
     return denoiser, encoder, notes
+
+
+def draw_beside(
+    denoiser: Denoiser,
+    lora: Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    strength: float,
+    folder: Path,
+    name: str = "",
+    controls: Sequence[Image.Image] = (),
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> tuple[list[Path], str]:
+    """Draw a prompt without and with a LoRA file, from the same noise, and save both as `save_pictures`.
+
+    `name` is the LoRA's in the pictures' parameters. Returns the paths, and a note on what of the LoRA does not apply.
+    Raises as `generate_clips`, after which nothing is left.
+    """
+    base = denoiser.base
+    applied = Lora.load(lora, base).applied(denoiser, base.text_encoder, strength=strength)
+    sides = {
+        "none": (denoiser, base.text_encoder),
+        f"{name or lora.name}:{strength:g}": (applied.denoiser, applied.encoder),
+    }
+    drawn: list[tuple[str, PictureOrClip]] = []
+    for number, (used, (one, encoder)) in enumerate(sides.items()):
+
+        def tell(done: int, total: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * total + done, len(sides) * total)
+
+        (clip,) = generate_clips(
+            one,
+            prompt,
+            sampling,
+            text_encoder=encoder,
+            controls=controls,
+            device=device,
+            progress=tell,
+            cancelled=cancelled,
+        )
+        drawn.append((used, clip if sampling.frames > 1 else clip.frames[0]))
+    paths = []
+    for used, picture in drawn:
+        made_with = f"Steps: {sampling.steps}, Seed: {sampling.seed}, Model: {base.title}, LoRA: {used}"
+        paths += save_pictures([picture], [prompt], folder, made_with=made_with)
+    return paths, applied.note
 
 
 def save_pictures(

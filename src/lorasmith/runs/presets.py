@@ -1,8 +1,8 @@
 """The three choices for users who set nothing: quick, balanced, thorough.
 
 They are declared here alone, for the page and the documents. Steps follow the number of images: each is seen about as
-often, within bounds below which nothing is learnt and above which a LoRA overfits to few pictures. Everything else has
-its default, which model and algorithm decide.
+often, within bounds below which nothing is learnt and above which a LoRA overfits to few pictures. LoRAs are kept on the
+way, so that an evaluation can recommend one. Everything else has its default, which model and algorithm decide.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ USUAL_IMAGES = 20  # images for which the steps of a preset are given where thei
 
 _ROUND = 50  # steps are multiples of it
 
+_LORAS = 5  # that are kept, the finished one included
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -27,7 +29,7 @@ class Preset:
     name: str
     title: Annotated[str, "in words"]
     summary: Annotated[str, "its trade-off, in a sentence"]
-    settings: Annotated[Mapping[str, Any], "by name; in responses also the steps for the number of images"]
+    settings: Annotated[Mapping[str, Any], "by name; in responses also those that follow the number of images"]
     steps_per_image: Annotated[int, "how often each image is seen, within the following bounds"]
     least_steps: int
     most_steps: int
@@ -36,7 +38,8 @@ class Preset:
         """All settings for a number of images; that of `USUAL_IMAGES` if it is unknown."""
         wanted = self.steps_per_image * (USUAL_IMAGES if images is None else images)
         rounded = _ROUND * round(wanted / _ROUND)
-        return {"steps": max(self.least_steps, min(self.most_steps, rounded)), **self.settings}
+        steps = max(self.least_steps, min(self.most_steps, rounded))
+        return {"steps": steps, "save_every": steps // _LORAS, **self.settings}
 
 
 PRESETS: dict[str, Preset] = {
@@ -49,7 +52,7 @@ PRESETS: dict[str, Preset] = {
             steps_per_image=15,
             least_steps=150,
             most_steps=500,
-            settings={"rank": 8},
+            settings={"rank": 8, "preview_share": 0.25},
         ),
         Preset(
             name="balanced",

@@ -9,6 +9,7 @@ in `Host`, which each door inherits from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.runs.run_images import keep_thumbnails
 from lorasmith.runs.run_page import write_report
-from lorasmith.runs.run_previews import RunPreviews, check_likeness_stop, preview_program, previews_of, whole_program
+from lorasmith.runs.run_previews import (
+    RunPreviews,
+    check_likeness_stop,
+    draw_requested,
+    preview_program,
+    previews_of,
+    whole_program,
+)
 from lorasmith.runs.sidecars import check_sidecars, write_sidecars
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.previews import Partner
@@ -29,13 +37,14 @@ from lorasmith.training.events import RunFinished
 from lorasmith.training.job import engine_of
 from lorasmith.training.joint import EngineMaker
 from lorasmith.training.results import TrainResult
+from lorasmith.training.run_requests import DrawRequest
 from lorasmith.training.train import Plan, RunHost, run_job
 
 RUNS = Path("runs")  # default parent folder of runs
 
 _NO_PREVIEWS = (
-    "No previews are drawn, as two pictures would take more than a tenth of this run; prompts in previews are drawn in "
-    "any case."
+    "No previews are drawn, as two pictures would take more than preview_share of this run; prompts in previews are "
+    "drawn in any case."
 )
 
 
@@ -67,6 +76,9 @@ class Host(RunHost):
         keep_thumbnails(folder, plan.images)
         return previews
 
+    def draw(self, plan: Plan, folder: Path, request: DrawRequest, lora: Path | None) -> tuple[Sequence[Path], str]:
+        return draw_requested(plan, folder, request, lora, self)
+
     def write_beside(self, plan: Plan, lora: Path) -> None:
         if plan.job.config.sidecars:
             assert plan.denoiser is not None
@@ -79,7 +91,7 @@ class Host(RunHost):
 def run(plan: Plan, host: Host, engine: EngineMaker = engine_of) -> TrainResult:
     """Train a planned run, with the previews of its settings.
 
-    Where these have none, the plan's prompt is drawn, in at most a tenth of the run. Errors are those of
+    Where these have none, the plan's prompt is drawn, in at most `preview_share` of the run. Errors are those of
     `library.train`; OptionError also if sidecars would replace the record.
     """
     config, has_folder = plan.job.config, plan.output is not None or host.runs is not None

@@ -1,11 +1,12 @@
 """Previews of a run: which pictures it draws, drawn during training, written to its folder and reported as events.
 
-Default previews are as many pictures as fit into a tenth of the run, or none; those of an edit model are of several
-pairs, if these fit, too. The cost of a run and of a picture is counted before the first step, in forward passes of the
-denoiser times the size of the latents, so equal runs draw the same on every machine. The programs, from the most
-expensive: the LoRA over the steps and at all strengths; the finished LoRA alone at all strengths; beside the base model
-alone; with fewer sampling steps. A slider is drawn at all strengths over the steps as well, if that fits. What is
-left of the tenth evaluates the saved LoRAs in the end (`evaluate`), as many of them as fit.
+Default previews are as many pictures as fit into a share of the run (`preview_share`, a tenth), or none; those of an
+edit model are of several pairs, if these fit, too. The cost of a run and of a picture is counted before the first step,
+in forward passes of the denoiser times the size of the latents, so equal runs draw the same on every machine. All begin
+with the base model, before the first step. The programs, from the most expensive: the LoRA over the steps, and at all
+strengths in the end; at full strength alone; near the start and in the middle of the run; with fewer sampling steps;
+near the start alone; only in the end. A slider is drawn at all strengths over the steps as well, if that fits. What is
+left of the share evaluates the saved LoRAs in the end (`evaluate`), as many of them as fit.
 
 Drawing combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
 `report` writes the files. A failing preview is a warning and does not end the run.
@@ -29,17 +30,20 @@ from torch.nn import functional
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LorasmithError, OptionError
-from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.core.folders import BUILT_IN_BASE, TRIED
 from lorasmith.core.placement import chosen_dtype
 from lorasmith.data.dataset import Sample
+from lorasmith.data.image_files import open_image
 from lorasmith.evaluation import likeness
 from lorasmith.evaluation.evaluation_record import MOST_LORAS
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
+from lorasmith.runs.drawing import draw_beside
 from lorasmith.runs.evaluate import DrawingSettings, evaluate, loras_within, subject_of
 from lorasmith.runs.preview_likeness import PreviewLikeness, trained_pictures
+from lorasmith.runs.run_page import loras_of_run
 from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling, clip_of, to_images
 from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
@@ -47,12 +51,12 @@ from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Drawing, Event, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.run_requests import DrawRequest
 from lorasmith.training.runtime import dtype_on_device
 from lorasmith.training.train import Plan, RunHost
+from lorasmith.training.watchers import likeness_steps, preview_steps
 
 _MOST_FAILURES = 2  # consecutive failures after which a run draws no more previews
-
-_SHARE = 0.1  # of the training steps, for all previews
 
 _STEP_PASSES = 2
 """Forward passes that a training step of one sample costs at least: a backward pass without gradients of weights is as
@@ -63,9 +67,7 @@ _OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing th
 STRENGTHS, _OF_SLIDER = "0.5,1", "-2,-1,1,2"
 """Strengths at which finished LoRAs are drawn, where the settings have none, and those of sliders."""
 
-_OVER_STEPS = 3  # rows of pictures before the end: a preview every quarter of the run
-
-_FEWER_STEPS = (12, 8)  # sampling steps of the last resort
+_FEWER_STEPS = (12, 8)  # sampling steps where the usual ones do not fit
 
 _MOST_PAIRS = 4  # that previews are drawn from unasked
 
@@ -76,7 +78,7 @@ class PreviewProgram:
 
     sampling_steps: int
     strengths: tuple[float, ...]  # of the finished LoRA, besides full strength
-    is_final_only: bool = False
+    steps: Sequence[int] = ()  # of the run, after which the LoRA is drawn before it is finished
     prompts: tuple[str, ...] = ()
     is_strip: bool = False  # previews over the steps are at all strengths, too
     wishes: int = 0  # the last prompts, by which a run is stopped early: the trigger with a wish each
@@ -85,8 +87,7 @@ class PreviewProgram:
     def pictures(self) -> int:
         """Number of pictures for a prompt, that of the base model included."""
         others = sum(one != 1 for one in self.strengths)
-        on_the_way = 0 if self.is_final_only else _OVER_STEPS * (1 + others * self.is_strip)
-        return 2 + others + on_the_way
+        return 2 + others + len(self.steps) * (1 + others * self.is_strip)
 
     def passes(self, each_step: int) -> int:
         """Forward passes for a prompt, with `each_step` of them in a sampling step."""
@@ -94,7 +95,7 @@ class PreviewProgram:
 
 
 def preview_program(plan: Plan) -> PreviewProgram | None:
-    """The pictures of a run; where its settings have none, those of its prompt, if they fit into a tenth of the run."""
+    """The pictures of a run; where its settings have none, those of its prompt, if they fit into its share."""
     config = plan.job.config
     if config.stops_by_likeness:
         return _watched_program(plan)
@@ -138,7 +139,8 @@ def _watched_program(plan: Plan) -> PreviewProgram:
     wishes = (BUILT_IN_WISHES if is_built_in else WISHES)[::2]  # half of them, as they are drawn many times
     prompts = dict.fromkeys((*program.prompts, subject))
     asked = tuple(f"{subject}, {wish}" for wish in wishes)
-    return replace(program, prompts=(*(one for one in prompts if one not in asked), *asked), wishes=len(asked))
+    shown = (*(one for one in prompts if one not in asked), *asked)
+    return replace(program, steps=likeness_steps(plan.job.config), prompts=shown, wishes=len(asked))
 
 
 def _subject(plan: Plan) -> str:
@@ -150,11 +152,13 @@ def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProg
     usual = _OF_SLIDER if config.is_slider else STRENGTHS
     strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
     steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
-    return PreviewProgram(steps, strengths, prompts=parse_prompts(config.previews), is_strip=config.is_slider)
+    return PreviewProgram(
+        steps, strengths, preview_steps(config), prompts=parse_prompts(config.previews), is_strip=config.is_slider
+    )
 
 
 def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample], prompt: str) -> PreviewProgram | None:
-    """The program that fits into a tenth of a run on these samples; None if none does.
+    """The program that fits into the share of a run on these samples; None if none does.
 
     It has one prompt, or where samples have controls, the captions of as many of them as fit.
     """
@@ -176,7 +180,7 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample],
 
 
 def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
-    """How many LoRAs of a run are evaluated in its end: those that fit into what previews leave of the tenth; 0 without
+    """How many LoRAs of a run are evaluated in its end: those that fit into what previews leave of the share; 0 without
     a trigger or the extra `likeness`, and for models that draw from pictures or in two parts.
     """
     if plan.denoiser is None or not (plan.trigger or plan.data.trigger) or not likeness.is_installed():
@@ -193,7 +197,7 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
 def _budget(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:
     """Forward passes that previews of a run may take, of latents of a size."""
     trained = statistics.fmean(one.size for one in samples)
-    return _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
+    return config.preview_share * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
 
 
 def _each_step(base: Model) -> int:
@@ -208,10 +212,16 @@ def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> P
 def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
     yield whole
     yield replace(whole, is_strip=False)
-    last = replace(whole, is_final_only=True)
-    yield last
-    yield (smallest := replace(last, strengths=()))
-    yield from (replace(smallest, sampling_steps=min(steps, whole.sampling_steps)) for steps in _FEWER_STEPS)
+    yield (plain := replace(whole, is_strip=False, strengths=()))
+    usual, (fewer, least) = whole.sampling_steps, _FEWER_STEPS
+    first = whole.steps[:1]
+    middle = sorted(whole.steps, key=lambda step: abs(2 * step - whole.steps[0] - whole.steps[-1]))[:1]
+    for steps, sampling in (
+        (sorted({*first, *middle}), (usual, fewer, least)),
+        (first, (least,)),
+        ((), (fewer, least)),
+    ):
+        yield from (replace(plain, steps=tuple(steps), sampling_steps=min(one, usual)) for one in sampling)
 
 
 def previews_of(
@@ -341,13 +351,19 @@ class RunPreviews:
     ) -> None:
         self._draw, self._prompts, self._beside = draw, program.prompts, beside
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
-        self.is_final_only, self._strengths = program.is_final_only, program.strengths
+        self.steps, self._strengths = program.steps, program.strengths
         self._on_the_way = tuple(one for one in program.strengths if one != 1) if program.is_strip else ()
         self._evaluate = evaluate
         self._host, self._private = host, plan.job.config.private
         self._base_is_written = False
         self._failures = 0
         self._measuring = measuring
+
+    def draw_base(self, step: int) -> list[Event]:
+        """Draw the model without the LoRA, before the first step; returns events as a call does."""
+        events = self._drawn(step, self._base(step, self._counted(1)))
+        torch.cuda.empty_cache()  # which training needs
+        return events
 
     def __call__(self, step: int, lora: Path, *, final: bool = False) -> list[Event]:
         """Draw the LoRA saved at `lora` after `step` updates, without the adapters attached to the model.
@@ -356,18 +372,9 @@ class RunPreviews:
         failure; after the second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so
         far.
         """
-        events: list[Event] = []
         if self._failures == _MOST_FAILURES:
-            return events
-        try:
-            for event in self._previews(step, lora, final):
-                events.append(event)
-            self._failures = 0
-        except SamplingCancelledError:
-            pass
-        except Exception as error:  # any: a preview must not end training
-            self._failures += 1
-            events.append(Warned(message=self._complaint(step, error)))
+            return []
+        events = self._drawn(step, self._previews(step, lora, final))
         if final and self._evaluate is not None and not self._host.cancelled():
             try:
                 self._evaluate()
@@ -379,16 +386,32 @@ class RunPreviews:
         torch.cuda.empty_cache()
         return events
 
+    def _drawn(self, step: int, rows: Iterator[Event]) -> list[Event]:
+        events: list[Event] = []
+        try:
+            for event in rows:
+                events.append(event)
+            self._failures = 0
+        except SamplingCancelledError:
+            pass
+        except Exception as error:  # any: a preview must not end training
+            self._failures += 1
+            events.append(Warned(message=self._complaint(step, error)))
+        return events
+
+    def _base(self, step: int, draw: Callable[[Path | None], Sequence[PictureOrClip]]) -> Iterator[Event]:
+        for stem, pictures in self._beside.items():
+            self._files.write_pair(stem, pictures)
+        yield self._previewed(step, self._files.write_base(draw(None)), 0.0)
+        self._base_is_written = True
+
     def _previews(self, step: int, lora: Path, final: bool) -> Iterator[Event]:
         files = self._files
         strengths = self._strengths if final else self._on_the_way
         rows = (not self._base_is_written) + 1 + sum(one != 1 for one in strengths)
         draw = self._counted(rows)
         if not self._base_is_written:
-            for stem, pictures in self._beside.items():
-                files.write_pair(stem, pictures)
-            yield self._previewed(step, files.write_base(draw(None)), 0.0)
-            self._base_is_written = True
+            yield from self._base(step, draw)
         full = draw(lora)
         paths = files.write_step(full, step, lora.name)
         yield self._previewed(step, paths, 1.0)
@@ -423,6 +446,46 @@ class RunPreviews:
         if self._failures < _MOST_FAILURES:
             return f"{what}; training continues"
         return f"{what}, nor could the one before; training continues without previews"
+
+
+def draw_requested(
+    plan: Plan, folder: Path, request: DrawRequest, lora: Path | None, host: RunHost
+) -> tuple[Sequence[Path], str]:
+    """Draw a prompt without and with the LoRA at `lora`, or the saved one that the request names, into the folder of
+    what is tried; returns the files and a note. The request is untrusted. Raises LorasmithError.
+    """
+    denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
+    if denoiser is None:
+        raise OptionError(f"drawing needs a model of a known family, got {plan.job.model.title}; draw with code of yours")
+    base = denoiser.base
+    if base.named_expert is not None:
+        raise OptionError(f"{base.title} needs its other expert to draw; draw with lorasmith generate")
+    saved = {path.name: path for path, _ in loras_of_run(folder, plan.title)}
+    if lora is None and (lora := saved.get(request.lora)) is None:
+        raise OptionError(f"the run has saved {', '.join(saved) or 'no LoRA'}, got {request.lora}; choose one of these")
+    control = folder / TRIED / Path(request.control).name
+    sampling = Sampling(
+        seed=request.seed,
+        steps=base.defaults.steps,
+        frames=_frames(config, base),
+        dtype=_sampling_dtype(denoiser, config, device),
+    )
+    try:
+        return draw_beside(
+            denoiser,
+            lora,
+            request.prompt,
+            sampling,
+            strength=request.strength,
+            folder=folder / TRIED,
+            name=request.lora or f"{plan.title}, while it was trained",
+            controls=[open_image(control)] if request.control else [],
+            device=device,
+            progress=lambda done, total: host.on_event(Drawing(done=2 * done // total, total=2)),
+            cancelled=host.cancelled,
+        )
+    finally:
+        torch.cuda.empty_cache()  # which training needs
 
 
 class PreviewFrames:

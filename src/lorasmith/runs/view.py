@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PureWindowsPath
 from typing import Any, NamedTuple
 
+from lorasmith.core.folders import TRIED
 from lorasmith.core.printable import count_text, memory_text
 from lorasmith.report.loss_plot import RecentLoss, RecentLosses
 from lorasmith.runs.run_plan import (
@@ -31,9 +32,11 @@ from lorasmith.training.events import (
     EarlierEvents,
     Event,
     LikenessMeasured,
+    LoraSaved,
     Outcome,
     Planned,
     Previewed,
+    PromptDrawn,
     Resumed,
     RolledBack,
     RunFinished,
@@ -96,6 +99,8 @@ class RunView:
         self.outcome: Outcome | None = None
         self.notes: dict[Note, float] = {}  # with the time of each; a resumed run repeats some
         self.previews: dict[tuple[int, float], Previewed] = {}  # by step and strength
+        self.saves: dict[int, LoraSaved] = {}  # LoRAs that are kept, by step
+        self.drawn: dict[str, PromptDrawn] = {}  # what was asked for while it trains, by request
         self.likeness: LikenessMeasured | None = None
         self.faults: list[int] = []  # steps that were rolled back
         self._preparation: dict[str, str] = {}
@@ -146,6 +151,12 @@ class RunView:
             case Previewed():
                 self.previews[event.step, event.strength] = event
                 _limit(self.previews, _MOST_PREVIEWS)
+            case LoraSaved():
+                self.saves[event.step] = event
+                _limit(self.saves, _MOST_PREVIEWS)
+            case PromptDrawn():
+                self.drawn[event.id] = event
+                _limit(self.drawn, _SENT_NOTES)
             case RunFinished():
                 self.outcome = event.reason
         self._status = self._status_after(event, note)
@@ -261,6 +272,17 @@ class RunView:
                 for one in self.previews.values()
                 for number, (prompt, path) in enumerate(zip(one.prompts, one.paths, strict=False), start=1)
             ][-_MOST_PREVIEWS:],
+            "saves": [{"step": step, "file": _name(one.path)} for step, one in sorted(self.saves.items())],
+            "drawn": [
+                {
+                    "id": one.id,
+                    "pictures": [f"{TRIED}/{_name(path)}" for path in one.paths],
+                    "step": one.step,
+                    "note": one.note[:_MOST_LETTERS],
+                    "error": one.error[:_MOST_LETTERS],
+                }
+                for one in self.drawn.values()
+            ],
             "notes": [
                 {**asdict(note), "text": note.text[:_MOST_LETTERS], "at": at}
                 for note, at in sorted(self.notes.items(), key=lambda one: one[1])[-_SENT_NOTES:]
@@ -395,7 +417,11 @@ def note_of(event: Event) -> Note | None:
 
 def preview_file(path: str) -> str:
     """The path of a preview in its run's folder. Only its name is taken from the log, as the folder may have moved."""
-    return f"samples/{PureWindowsPath(path).name}"
+    return f"samples/{_name(path)}"
+
+
+def _name(path: str) -> str:
+    return PureWindowsPath(path).name
 
 
 _ENDS = {

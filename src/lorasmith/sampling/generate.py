@@ -119,6 +119,7 @@ def generate_clips(
     negative: str = "",
     controls: Sequence[Image.Image] = (),
     mask: Image.Image | None = None,
+    device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
@@ -127,8 +128,8 @@ def generate_clips(
     Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
-    positives, away = _encoded(denoiser, prompts, negative, controls, mask, sampling, text_encoder, None)
-    return clips(denoiser, positives, away, sampling, progress=progress, cancelled=cancelled)
+    positives, away = _encoded(denoiser, prompts, negative, controls, mask, sampling, text_encoder, device)
+    return clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
 def clips(

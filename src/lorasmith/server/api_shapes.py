@@ -821,6 +821,22 @@ class DrawingBody:
     strength: Annotated[float, "of the LoRA, from 0, or -2 of a slider, to 2"] = 1.0
     seed: Annotated[int, "of the noise, from 0 to 4294967295"] = 0
     control: Annotated[str, "the picture to edit or to begin with, by its name in `tried`; empty for none"] = ""
+    lora: Annotated[str, "a file among the `saves` of the run; empty for the last one, or the weights as they are"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestBody:
+    """What is asked of a run that trains: previews, its LoRA as it is, or a drawing."""
+
+    what: Literal["preview", "save", "drawing"]
+    drawing: DrawingBody | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestAnswer:
+    """The id of a request, by which the view of the run names what was drawn."""
+
+    id: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ class JobReporter:
         with contextlib.suppress(OSError):
             self._channel.send(head, picture)
 
+    def progress(self, done: int, total: int) -> None:
+        self.notice("progress", {"value": done, "maximum": total}, droppable=True)
+
     def run(self, folder: Path) -> None:
         folder = folder.resolve()
         is_inside = folder.is_relative_to(self._base)

@@ -12,7 +12,6 @@ from lorasmith.runs.supervisor import WORKER_COMMAND, WorkerConfig
 LOOPBACK = "127.0.0.1"
 
 FOLDER = Path("user", "lorasmith")  # the server's own folder, relative to the base folder
-TRIED = "tried"  # folder of a run for what is drawn with its LoRA, and the pictures that this was given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,21 +16,18 @@ from typing import Any
 import torch
 
 from lorasmith.core.errors import CancelledError
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import TRIED, Folders
 from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.core.typed_json import typed
 from lorasmith.data.image_files import open_image
 from lorasmith.families.locating import ModelFiles
 from lorasmith.nodes import load_nodes
-from lorasmith.report.pictures import PictureOrClip
-from lorasmith.runs.drawing import save_pictures
+from lorasmith.runs.drawing import draw_beside
 from lorasmith.runs.evaluate import evaluate, subject_of
 from lorasmith.runs.training_jobs import TrainingJobs, WarmModel
 from lorasmith.runs.worker import Ended, JobKind, Work, folders_of_start, how_it_ended
-from lorasmith.sampling.generate import Sampling, generate_clips
+from lorasmith.sampling.generate import Sampling
 from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
-from lorasmith.server.server_config import TRIED
-from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
@@ -75,12 +72,9 @@ class DrawJobs:
             raise CancelledError("the job was cancelled before it began")
         reporter = JobReporter(self._work.channel, folders.base)
 
-        def tell(done: int, total: int) -> None:
-            reporter.notice("progress", {"value": done, "maximum": total}, droppable=True)
-
         subject = subject_of([folders.base / request["run"]])
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
-        found = evaluate(model, subject, progress=tell, cancelled=cancelled)
+        found = evaluate(model, subject, progress=reporter.progress, cancelled=cancelled)
         return {"outputs": {"sentence": found.sentence}}
 
     def _draw(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,40 +85,25 @@ class DrawJobs:
         run, title = folders.base / request["run"], Path(request["lora"]).name
         controls = [open_image(run / TRIED / request["control"])] if request["control"] else []
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
-        applied = Lora.load(run / title, model).applied(
-            model.denoiser, model.text_encoder, strength=request["strength"]
-        )
         sampling = Sampling(
             seed=request["seed"],
             steps=model.defaults.steps,
             dtype=sampling_dtype(model.components.denoiser, best_device()),
             frames=request["frames"],
         )
-        drawn: list[tuple[str, PictureOrClip]] = []  # saved together, so that nothing is left of a cancelled job
-        sides = {"none": (model.denoiser, model.text_encoder), title: (applied.denoiser, applied.encoder)}
-        for number, (lora, (denoiser, encoder)) in enumerate(sides.items()):
-
-            def tell(done: int, total: int, before: int = number) -> None:
-                data = {"value": before * total + done, "maximum": len(sides) * total}
-                reporter.notice("progress", data, droppable=True)
-
-            (clip,) = generate_clips(
-                denoiser,
-                request["text"],
-                sampling,
-                text_encoder=encoder,
-                controls=controls,
-                progress=tell,
-                cancelled=cancelled,
-            )
-            drawn.append((lora, clip if sampling.frames > 1 else clip.frames[0]))
-        paths = []
-        for lora, picture in drawn:
-            used = lora if lora == "none" else f"{lora}:{request['strength']:g}"
-            made_with = f"Steps: {sampling.steps}, Seed: {sampling.seed}, Model: {model.title}, LoRA: {used}"
-            paths += save_pictures([picture], [request["text"]], run / TRIED, made_with=made_with)
-        notes = [applied.note] if applied.note else []
-        return {"outputs": {"pictures": [path.relative_to(run).as_posix() for path in paths], "notes": notes}}
+        paths, note = draw_beside(
+            model.denoiser,
+            run / title,
+            request["text"],
+            sampling,
+            strength=request["strength"],
+            folder=run / TRIED,
+            controls=controls,
+            progress=reporter.progress,
+            cancelled=cancelled,
+        )
+        pictures = [path.relative_to(run).as_posix() for path in paths]
+        return {"outputs": {"pictures": pictures, "notes": [note] if note else []}}
 
 
 _LINES = 20  # entries of a traceback that are kept

@@ -137,6 +137,29 @@ class Drawing(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptDrawn(Event):
+    """A prompt that was asked for while the run trains was drawn, without and with the LoRA."""
+
+    id: Annotated[str, "of the request"]
+    step: Annotated[int, "updates taken"]
+    lora: Annotated[str, "name of the file that was drawn with; empty for the weights after this step"]
+    prompt: Annotated[str, "as it was asked for"]
+    strength: Annotated[float, "of the LoRA"]
+    seed: Annotated[int, "of the noise"]
+    paths: Annotated[tuple[str, ...], "the picture without the LoRA, and that with it; empty if it failed"]
+    note: Annotated[str, "parts of the LoRA that do not apply, in a sentence"] = ""
+    error: Annotated[str, "why it failed, in a sentence"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSaved(Event):
+    """A LoRA was saved on the way, in a file that is kept."""
+
+    step: Annotated[int, "updates taken"]
+    path: Annotated[str, "the file"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StateSaved(Event):
     """A run state was written."""
 

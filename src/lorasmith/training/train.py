@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, Results, TrainResult
+from lorasmith.training.run_requests import DrawRequest, RequestWatch
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
 from lorasmith.training.storage.records import RunRecord, check_title, read_history, run_record
 from lorasmith.training.storage.run_folder import (
+    PREVIEW_LORA,
     RunFolder,
     check_room,
     claimed_run,
@@ -52,13 +55,13 @@ from lorasmith.training.storage.run_folder import (
 )
 from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import (
-    PREVIEWS,
     AverageWatch,
     Draw,
     LikenessWatch,
     LoraWatch,
     PreviewWatch,
     ValidationWatch,
+    preview_steps,
 )
 
 _STATE_BYTES = 16
@@ -129,6 +132,12 @@ class RunHost:
         """Called with the folder before the first step; returns what draws previews."""
         return None
 
+    def draw(self, plan: Plan, folder: Path, request: DrawRequest, lora: Path | None) -> tuple[Sequence[Path], str]:
+        """Draw a prompt that was requested while the run trains, without and with the LoRA at `lora`, or the saved one
+        that it names; returns the files, and a note. Raises LorasmithError.
+        """
+        raise OptionError("drawing needs a run that a door of Lorasmith surrounds; draw with its saved LoRA")
+
     def write_beside(self, plan: Plan, lora: Path) -> None:
         """Write files beside the finished LoRA."""
 
@@ -141,7 +150,7 @@ def run_bytes(job: TrainJob) -> int:
     config = job.config
     loras = 1 + (config.steps // config.save_every if config.save_every else 0)
     lora_bytes = job.parameters * dtype_from_name(config.lora_dtype).itemsize
-    pictures = len(config.previews.split("|")) * (PREVIEWS + 1) if config.previews else 0
+    pictures = len(config.previews.split("|")) * (len(preview_steps(config)) + 2) if config.previews else 0
     picture_bytes = _PIXEL_BYTES * job.model.facts.defaults.resolution**2
     # In more bits than the LoRA's, see `Results.save_averages`.
     loras += config.post_hoc_ema * len(LENGTHS)
@@ -265,8 +274,7 @@ class _Run:
             self._validation = ValidationWatch(job.model, parts.held_out.samples, job.config, job.runtime, on_best)
         self._previews: PreviewWatch | None = None
         if folder is not None and self._draw is not None:
-            preview = folder.path / "preview.safetensors"
-            self._previews = PreviewWatch(self._draw, self._results.save, preview, job.config)
+            self._previews = PreviewWatch(self._draw, self._results.save, folder.path / PREVIEW_LORA)
         self._likeness: LikenessWatch | None = None
         if by_likeness:
             processes = job.runtime.processes
@@ -293,10 +301,15 @@ class _Run:
             self._announce(start)
             if start is None and loop.step:
                 self._emit(Resumed(step=loop.step, message=self._how_it_continues(loop)))
-            with self._tracked(), self._captions(), self._hashes:
-                outcome = loop.run()
-                self._hashes.wait(host.cancelled)
-                reason = outcome
+            with self._tracked():
+                if start is None and self._draw is not None:
+                    loop.engine.restore_base_model()
+                    for event in self._draw.draw_base(loop.step):
+                        self._emit(event)
+                with self._captions(), self._hashes:
+                    outcome = loop.run()
+                    self._hashes.wait(host.cancelled)
+                    reason = outcome
         except BaseException as error:
             # Save the steps taken, whatever the error is, then raise it.
             end = RunFinished(step=loop.step, reason=reason)
@@ -398,15 +411,23 @@ class _Run:
                     before=folder.flush,
                 )
             )
+            results = self._results
+            saves = LoraWatch(results.save_result, results.path_at, every=config.save_every)
             if config.save_every:
-                results = self._results
-                watchers.append(LoraWatch(results.save_result, results.path_at, every=config.save_every))
+                watchers.append(saves)
             if config.post_hoc_ema:
                 save = self._results.save_averages
                 watchers.append(AverageWatch(save, count=config.post_hoc_ema, steps=config.steps))
             if self._previews is not None and self._likeness is None:
                 watchers.append(self._previews)
-        return [*watchers, *([self._likeness] if self._likeness else [])]
+        if self._likeness is not None:
+            watchers.append(self._likeness)
+        if folder is not None:
+            draw = partial(self._host.draw, self._plan, folder.path)
+            watchers.append(
+                RequestWatch(folder.path, folder.path / PREVIEW_LORA, saves, results.save, self._previews, draw)
+            )
+        return watchers
 
     def _announce(self, start: RunState | None) -> None:
         """Emit the start of the run with the job's notes, or its resumption with what is not bit-identical."""

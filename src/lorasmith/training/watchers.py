@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,16 +18,31 @@ from lorasmith.data.dataset import Sample
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.early_stopping import LikenessHistory
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import Event, LikenessMeasured, Warned
+from lorasmith.training.events import Event, LikenessMeasured, LoraSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.optim.optimizers import check_alike
 from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable
 from lorasmith.training.validation import History, Validator
 
-_VALIDATIONS = 10
-PREVIEWS = 4
-"""Default number of validations or previews in a run."""
+_VALIDATIONS = 10  # in a run, and previews by which it is stopped
+
+_FIRST_PREVIEW = 30  # steps: half a minute, where one takes a second
+_PREVIEWS = (0.1, 0.25, 0.5, 0.75)  # shares of a run
+
+
+def preview_steps(config: TrainConfig) -> Sequence[int]:
+    """The steps after which previews are drawn on the way, ascending."""
+    if config.preview_every:
+        return range(config.preview_every, config.steps, config.preview_every)
+    shares = {max(1, int(share * config.steps)) for share in _PREVIEWS}
+    return tuple(sorted(step for step in {min(_FIRST_PREVIEW, *shares), *shares} if step < config.steps))
+
+
+def likeness_steps(config: TrainConfig) -> Sequence[int]:
+    """The same where previews stop the run."""
+    every = config.preview_every or max(1, config.steps // _VALIDATIONS)
+    return range(every, config.steps, every)
 
 
 class ValidationWatch(Watcher):
@@ -127,8 +142,10 @@ class LoraWatch(Watcher):
 
     def __call__(self, loop: Loop) -> None:
         def write() -> None:
+            path = self._path(loop.step)
             with loop.engine.exported():
-                self._save(loop, self._path(loop.step))
+                self._save(loop, path)
+            loop.emit(LoraSaved(step=loop.step, path=str(path)))
 
         _warned(loop, f"The LoRA of step {loop.step} is not saved", write)
 
@@ -151,8 +168,12 @@ class Draw(Protocol):
     """Draws previews of the LoRA saved at `lora` after `step` updates; returns the events to emit."""
 
     @property
-    def is_final_only(self) -> bool:
-        """Whether only the finished LoRA is drawn from now on."""
+    def steps(self) -> Collection[int]:
+        """Those after which it is to be called on the way."""
+        ...
+
+    def draw_base(self, step: int) -> Sequence[Event]:
+        """Draw the model without the LoRA, before the first step; `step` are the updates that a state brought."""
         ...
 
     def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]: ...
@@ -163,15 +184,13 @@ class PreviewWatch(Watcher):
 
     needs_bare_model = True  # a preview loads the file onto the unmodified model, as users do
 
-    def __init__(self, draw: Draw, save: Callable[[Loop, Path], None], path: Path, config: TrainConfig) -> None:
+    def __init__(self, draw: Draw, save: Callable[[Loop, Path], None], path: Path) -> None:
         self._draw = draw
         self._save = save
         self._path = path
-        self._every = config.preview_every or max(1, config.steps // PREVIEWS)
 
     def due(self, loop: Loop) -> bool:
-        is_due = loop.step % self._every == 0 and loop.step < loop.steps  # the last preview uses the final file
-        return is_due and not self._draw.is_final_only
+        return loop.step in self._draw.steps  # the last preview uses the final file
 
     def __call__(self, loop: Loop) -> None:
         self.drawn(loop)
@@ -213,7 +232,7 @@ class LikenessWatch(Watcher):
         self.history = LikenessHistory()
         self.best: Tensor | None = None  # flat fp32 buffer of the best weights, on the CPU
         self._previews, self._processes, self._on_best = previews, processes, on_best
-        self._every = config.preview_every or max(1, config.steps // _VALIDATIONS)
+        self._steps = likeness_steps(config)
         self._patience = config.stop_patience
 
     @property
@@ -222,7 +241,7 @@ class LikenessWatch(Watcher):
         return self.history.best_step if self.history.measured else None
 
     def due(self, loop: Loop) -> bool:
-        return loop.step % self._every == 0 and 0 < loop.step < loop.steps
+        return loop.step in self._steps
 
     def missed(self, loop: Loop) -> bool:
         return self.due(loop) and not self.history.is_at(loop.step)

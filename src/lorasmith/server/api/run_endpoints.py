@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from lorasmith.server.api_shapes import (
     KeptControl,
     MarksBody,
     RemovedAnswer,
+    RequestAnswer,
+    RequestBody,
     RestoreBody,
     RunAnswer,
     RunList,
@@ -74,6 +77,10 @@ async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
 async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
     found = await context.assistant.ask("run_graph", id=call.path("id"))
     return json_response(found if call.text("notes") in ("1", "true") else found["prompt"])
+
+
+async def _request(context: ServerContext, call: Call) -> Any:
+    return await context.assistant.ask("request_of_run", id=call.path("id"), **asdict(call.body))
 
 
 async def _add_control(context: ServerContext, call: Call) -> Any:
@@ -172,6 +179,15 @@ RUN_ENDPOINTS = (
         body=DrawingBody,
         answer=JobAnswer,
         status=201,
+    ),
+    Endpoint(
+        "POST",
+        "/runs/{id}/requests",
+        "Have a run that trains draw previews, save its LoRA, or draw a prompt, after the step that it takes.",
+        handler=_request,
+        body=RequestBody,
+        answer=RequestAnswer,
+        status=202,
     ),
     Endpoint(
         "GET",

@@ -13,11 +13,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorasmith.core.errors import DataError, ModelError, OptionError, OutputError, TrainingError
 from lorasmith.core.files import atomic_path, ensure_folder, write_atomic
-from lorasmith.core.folders import Folders, safe_name
+from lorasmith.core.folders import TRIED, Folders, safe_name
 from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.image_files import ImageError, open_reduced
@@ -33,14 +33,21 @@ from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
 from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
-from lorasmith.server.api_shapes import DrawingFacts, EvaluationAnswer, InstalledLora, KeptControl
+from lorasmith.server.api_shapes import (
+    DrawingBody,
+    DrawingFacts,
+    EvaluationAnswer,
+    InstalledLora,
+    KeptControl,
+    RequestAnswer,
+)
 from lorasmith.server.questions.dataset_questions import CONTROL, UnknownFileError, is_name, stays_in
 from lorasmith.server.questions.plan_questions import check_steps, structure_of
 from lorasmith.server.questions.question_registry import question
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
-from lorasmith.server.server_config import TRIED
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
+from lorasmith.training.run_requests import DrawRequest, request
 from lorasmith.training.storage.records import RECORD, RunHistory, RunRecord, read_history, read_record
 from lorasmith.training.storage.run_folder import RunFolder
 
@@ -111,6 +118,24 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> RunSpec:
 
 
 @question
+def request_of_run(
+    folders: Folders, id: str, *, what: Literal["preview", "save", "drawing"], drawing: DrawingBody | None = None
+) -> RequestAnswer:
+    """Ask a run that trains, in whatever process, for previews, its LoRA or a drawing. Raises UnknownFileError,
+    OptionError if it does not train, or as `draw_request`, and OutputError.
+    """
+    folder = run_folder_of(folders, id)
+    if what != "drawing":
+        return RequestAnswer(id=request(folder, what))
+    if drawing is None:
+        raise OptionError("a drawing must say what is drawn, got none; give drawing")
+    _check_drawing(folders, id, drawing)
+    if drawing.lora:
+        _lora_named(read_history(folder), drawing.lora)
+    return RequestAnswer(id=request(folder, DrawRequest(**asdict(drawing))))
+
+
+@question
 def drawing_facts(folders: Folders, id: str) -> DrawingFacts:
     """What drawing with the LoRA of a run takes. Raises UnknownFileError, OptionError if it cannot be drawn with here,
     and ModelError.
@@ -143,19 +168,56 @@ def keep_control(folders: Folders, id: str, *, temporary: str) -> KeptControl:
 
 @question
 def draw_request(
-    folders: Folders, id: str, *, prompt: str, strength: float = 1.0, seed: int = 0, control: str = ""
+    folders: Folders,
+    id: str,
+    *,
+    prompt: str,
+    strength: float = 1.0,
+    seed: int = 0,
+    control: str = "",
+    lora: str = "",
 ) -> dict[str, Any]:
-    """The request of a job that draws a prompt without and with the LoRA of a run. Raises as `drawing_facts`, and
-    OptionError for a value out of its range and for a picture that is missing or not taken.
+    """The request of a job that draws a prompt without and with a LoRA of a run. Raises as `drawing_facts`, and
+    OptionError for a value out of its range, for a LoRA that there is not, and for a picture that is missing or not
+    taken.
     """
-    if len(prompt) > _MOST_PROMPT:
-        raise OptionError(f"a prompt must have at most {_MOST_PROMPT:,} characters, got {len(prompt):,}; shorten it")
-    if not 0 <= seed < 2**32:
-        raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {seed}; choose another")
+    asked = DrawingBody(prompt=prompt, strength=strength, seed=seed, control=control, lora=lora)
+    folder, spec, model = _check_drawing(folders, id, asked)
+    return {
+        **_drawing_of(id, spec, model),
+        "lora": _lora_named(read_history(folder), lora).name,
+        "text": prompt,
+        "strength": strength,
+        "seed": seed,
+        "control": control,
+    }
+
+
+def _drawing_of(id: str, spec: RunSpec, model: Model) -> dict[str, Any]:
+    """What all drawings with a run's model take."""
+    frames = spec.config.preview_frames or model.defaults.frames
+    return {
+        "run": id,
+        "model": spec.model,
+        "files": asdict(spec.files),
+        "frames": model.components.latent.whole_frames(frames),
+    }
+
+
+def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path, RunSpec, Model]:
+    """As `_drawn_with`, of what can be drawn."""
+    if len(asked.prompt) > _MOST_PROMPT:
+        raise OptionError(
+            f"a prompt must have at most {_MOST_PROMPT:,} characters, got {len(asked.prompt):,}; shorten it"
+        )
+    if not 0 <= asked.seed < 2**32:
+        raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {asked.seed}; choose another")
     folder, spec, model = _drawn_with(folders, id)
-    if not (least := _least_strength(spec)) <= strength <= -_LEAST:
-        raise OptionError(f"strength must be between {least:g} and {-_LEAST:g}, got {strength:g}; choose another")
-    form = model.control_form
+    if not (least := _least_strength(spec)) <= asked.strength <= -_LEAST:
+        raise OptionError(
+            f"strength must be between {least:g} and {-_LEAST:g}, got {asked.strength:g}; choose another"
+        )
+    form, control = model.control_form, asked.control
     if control and form is None:
         raise OptionError(f"{model.title} ({model.family.title}) takes no controls, got one; leave it out")
     if not control and form is not None and form.is_required:
@@ -163,18 +225,7 @@ def draw_request(
     place = _tried(folder)
     if control and not (is_name(control) and is_own(place / control, place)):
         raise UnknownFileError(f"there is no picture {control!r} in {TRIED} of {id}; send it first")
-    frames = spec.config.preview_frames or model.defaults.frames
-    return {
-        "run": id,
-        "lora": _lora_at(read_history(folder), None).name,
-        "model": spec.model,
-        "files": asdict(spec.files),
-        "frames": model.components.latent.whole_frames(frames),
-        "text": prompt,
-        "strength": strength,
-        "seed": seed,
-        "control": control,
-    }
+    return folder, spec, model
 
 
 @question
@@ -216,7 +267,8 @@ def _drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
     """
     folder = run_folder_of(folders, id)
     history = read_history(folder)
-    _lora_at(history, None)
+    if not RunFolder(folder).is_busy:
+        _lora_at(history, None)
     try:
         spec = RunSpec.from_record(history.record.source, {})
     except ValueError as error:
@@ -262,6 +314,16 @@ def _lora_at(history: RunHistory, step: int | None) -> Path:
         known = ", ".join(sorted({f"{one.step:,}" for one in saves})) or "none"
         raise OptionError(f"{history.folder.name} has LoRAs of the steps {known}, got {step:,}; choose one of these")
     return history.folder / found.file
+
+
+def _lora_named(history: RunHistory, name: str) -> Path:
+    """A LoRA of a run by its file's name, that of its end for none."""
+    if not name:
+        return _lora_at(history, None)
+    known = [one.file for one in saves_of(history.folder, history.record)]
+    if name not in known:
+        raise OptionError(f"{history.folder.name} has saved {', '.join(known) or 'no LoRA'}, got {name}; choose one")
+    return history.folder / name
 
 
 def _copy(source: Path, target: Path) -> None:

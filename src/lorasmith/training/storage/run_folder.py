@@ -4,6 +4,7 @@ run.json        configuration, fingerprint, model, data and environment
 events.jsonl    one event per line
 states/         run states, from which it resumes
 samples/        previews
+requests/       what is asked of the run while it trains (`run_requests`)
 averages/       averages over training
 <name>.safetensors, loss.png, report.html    results
 
@@ -34,6 +35,10 @@ from lorasmith.training.recovery import RunState
 from lorasmith.training.storage.fingerprint import Fingerprint, differences, state_digest
 from lorasmith.training.storage.records import EVENTS, RECORD, RunRecord, logged, logged_outcome, read_record
 from lorasmith.training.storage.run_states import RunStates, free_bytes, load_state
+
+
+PREVIEW_LORA = "preview.safetensors"
+"""The LoRA that is drawn while a run trains; it is there for that time."""
 
 
 class RunFolder:
@@ -202,7 +207,7 @@ class RunFolder:
             *(self.path / AVERAGES).glob(".*.tmp"),
         ]
         if self.outcome() is None:  # otherwise it is a LoRA with that name
-            left.append(self.path / "preview.safetensors")
+            left.append(self.path / PREVIEW_LORA)
         for path in left:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
