@@ -33,6 +33,7 @@ FAILING: dict[str, Arguments] = {
     "sweep": ("nowhere.toml",),
     "resume": ("nowhere",),
     "reproduce": ("nowhere.safetensors",),
+    "request": ("save", "nowhere"),
     "report": ("nowhere",),
     "targets": (*TINY, "--targets", "*.nope"),
     "models": ("--base-dir", "nowhere"),
@@ -103,7 +104,7 @@ def document(text: str) -> Any:
 def test_every_command_is_tried() -> None:
     assert FAILING.keys() == LEAVES.keys()
     assert LEAVES.keys() - WORKING.keys() == {
-        "average", "bands", "bench", "demo", "evaluate", "resume", "reproduce", "serve",
+        "average", "bands", "bench", "demo", "evaluate", "request", "resume", "reproduce", "serve",
     }  # fmt: skip
 
 

@@ -39,9 +39,7 @@ WHOLE = PreviewProgram(20, (0.5, 1.0), (30, 100, 250, 500, 750))
         (55, 2, 8, []),
     ],
 )
-def test_what_fits_into_a_number_of_passes(
-    budget: float, pictures: int, sampling_steps: int, steps: list[int]
-) -> None:
+def test_what_fits_into_a_number_of_passes(budget: float, pictures: int, sampling_steps: int, steps: list[int]) -> None:
     program = program_within(budget, WHOLE, each_step=2)
     assert program is not None
     assert (program.pictures, program.sampling_steps, list(program.steps)) == (pictures, sampling_steps, steps)
@@ -163,8 +161,8 @@ def test_a_short_run_draws_what_was_asked_for_alone(
         []
         if drawn
         else [
-            "No previews are drawn, as two pictures would take more than preview_share of this run; prompts in previews "
-            "are drawn in any case."
+            "No previews are drawn, as two pictures would take more than preview_share of this run; prompts in "
+            "previews are drawn in any case."
         ]
     )
 

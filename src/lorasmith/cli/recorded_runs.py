@@ -1,4 +1,4 @@
-"""`lorasmith resume`, `reproduce`, `request` and `report`: a run again, from its folder or its LoRA, and while it trains."""
+"""`lorasmith resume`, `reproduce`, `request` and `report`: a run, from its folder or its LoRA."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lorasmith.cli.flags import (
 )
 from lorasmith.cli.together import check_alone, together
 from lorasmith.data.data_config import ImageSource
+
 
 class _Request(StrEnum):
     PREVIEW = "preview"
@@ -112,8 +113,8 @@ def request(
 ) -> None:
     """Have a run that is being trained draw previews, or save its LoRA, after the step that it takes.
 
-    It may be trained by any process: a command, the server, a notebook or ComfyUI. Neither changes the run. Previews are
-    in samples/, the LoRA is NAME-step00000120.safetensors.
+    It may be trained by any process: a command, the server, a notebook or ComfyUI. Neither changes the run. Previews
+    are in samples/, the LoRA is NAME-step00000120.safetensors.
     """
     from lorasmith.training.run_requests import request as make_request
 

@@ -1,4 +1,7 @@
-"""What is stored of an evaluation: measures of each LoRA, and the recommendation. Nothing here imports torch."""
+"""What is stored of an evaluation: measures of each LoRA, and the recommendation; and of a gallery.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +98,26 @@ class Evaluation:
     sentence: Annotated[str, "the recommendation and its reason, or why there is none"]
     strengths: tuple[StrengthRow, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridCell:
+    """A picture with a LoRA at a strength."""
+
+    step: int
+    strength: float
+    file: Annotated[str, "its path among the files of the run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Pictures of a prompt in a gallery, by step and strength."""
+
+    wish: Annotated[str, "what was asked for beside the trigger"]
+    prompt: str
+    seed: int
+    base: Annotated[str, "picture of the base model"]
+    cells: tuple[GridCell, ...]
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:

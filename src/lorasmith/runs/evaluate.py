@@ -42,7 +42,7 @@ from lorasmith.evaluation.evaluation_record import (
 )
 from lorasmith.evaluation.likeness import EDGE, check_installed, colours, features
 from lorasmith.evaluation.verdict import LEAST_SELF_LIKENESS, Drawn, measured, training_facts, verdict
-from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
+from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES, asked_with
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.container import check_safetensors
@@ -117,7 +117,7 @@ def subject_of(
         several = len(paths) > 1
         if path.is_dir() and (path / RECORD).exists():
             record = read_record(path)
-            mine = _candidates(path, record.title, f"{path.name}, " if several else "")
+            mine = candidates_of(path, record.title, f"{path.name}, " if several else "")
             if not mine:
                 raise OptionError(f"{path} has saved no LoRA yet; train it, or name another run")
             found += mine
@@ -275,6 +275,27 @@ def sentence_of(chosen: Verdict, loras: Sequence[EvaluatedLora], training: Train
     return f"{text}{'; it draws near copies of training pictures' if chosen.copied else ''}."
 
 
+def plain_sentence(one: Evaluation) -> str:
+    """The recommendation without its numbers, for who wants the file."""
+    word = class_word(one.trigger)
+    subject, best = f"your {word}" if word else "your photos", one.verdict.best
+    if best is not None:
+        but = ", and near copies of your photos" if one.verdict.copied else ""
+        return f"Looks like {subject}{but}; use {one.loras[best].label}."
+    if one.verdict.outcome == "nothing learnt":
+        return f"Does not look like {subject} yet; train longer."
+    if one.verdict.outcome == "ignores prompts":
+        return "Ignores what prompts ask for; train shorter."
+    if one.verdict.outcome == "changes nothing":
+        return "Changes nothing; is the file for this model?"
+    return "Look at the pictures and choose; the photos are too few or too different to be compared."
+
+
+def class_word(trigger: str) -> str:
+    """What the subject is: the trigger without its first word."""
+    return trigger.partition(" ")[2]
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The prompts of an evaluation."""
@@ -287,10 +308,10 @@ class Prompts:
     @classmethod
     def of(cls, trigger: str, drawing: DrawingSettings, *, is_built_in: bool) -> Prompts:
         wishes = drawing.prompts or (BUILT_IN_WISHES if is_built_in else WISHES)
-        word = trigger.partition(" ")[2] if drawing.class_word is None else drawing.class_word
+        word = class_word(trigger) if drawing.class_word is None else drawing.class_word
         return cls(
             trigger,
-            tuple(one if trigger in one else f"{trigger}, {one}" for one in wishes),
+            tuple(asked_with(trigger, one) for one in wishes),
             (word,) if word else (),
             WITHOUT,
         )
@@ -400,7 +421,7 @@ def _trigger(lora: Path) -> dict[str, None]:
     return {named: None} if named else {}
 
 
-def _candidates(run: Path, title: str, prefix: str) -> list[Candidate]:
+def candidates_of(run: Path, title: str, prefix: str = "") -> list[Candidate]:
     """The LoRAs of a run in the order of their steps, one of each step."""
     found: dict[int, Candidate] = {}
     for path, step in loras_of_run(run, title):

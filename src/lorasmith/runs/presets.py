@@ -1,8 +1,8 @@
 """The three choices for users who set nothing: quick, balanced, thorough.
 
 They are declared here alone, for the page and the documents. Steps follow the number of images: each is seen about as
-often, within bounds below which nothing is learnt and above which a LoRA overfits to few pictures. LoRAs are kept on the
-way, so that an evaluation can recommend one. Everything else has its default, which model and algorithm decide.
+often, within bounds below which nothing is learnt and above which a LoRA overfits to few pictures. LoRAs are kept on
+the way, so that an evaluation can recommend one. Everything else has its default, which model and algorithm decide.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
 
 _OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
 
-STRENGTHS, _OF_SLIDER = "0.5,1", "-2,-1,1,2"
+STRENGTHS, OF_SLIDER = "0.5,1", "-2,-1,1,2"
 """Strengths at which finished LoRAs are drawn, where the settings have none, and those of sliders."""
 
 _FEWER_STEPS = (12, 8)  # sampling steps where the usual ones do not fit
@@ -149,7 +149,7 @@ def _subject(plan: Plan) -> str:
 
 def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    usual = _OF_SLIDER if config.is_slider else STRENGTHS
+    usual = OF_SLIDER if config.is_slider else STRENGTHS
     strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
     steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
     return PreviewProgram(
@@ -456,7 +456,9 @@ def draw_requested(
     """
     denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
     if denoiser is None:
-        raise OptionError(f"drawing needs a model of a known family, got {plan.job.model.title}; draw with code of yours")
+        raise OptionError(
+            f"drawing needs a model of a known family, got {plan.job.model.title}; draw with code of yours"
+        )
     base = denoiser.base
     if base.named_expert is not None:
         raise OptionError(f"{base.title} needs its other expert to draw; draw with lorasmith generate")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from lorasmith.evaluation.evaluation_record import Evaluation
+from lorasmith.evaluation.evaluation_record import Evaluation, Grid
 from lorasmith.runs.presets import Preset
 
 Severity = Literal["problem", "warning", "remark"]
@@ -716,6 +716,17 @@ class SavedLora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecommendedLora:
+    """The LoRA to use."""
+
+    sentence: Annotated[str, "the recommendation in plain words"]
+    is_judged: Annotated[bool, "whether it is that of an evaluation; otherwise it is the last one"]
+    step: Annotated[int | None, "updates taken; null if the file does not say"]
+    file: Annotated[str, "its path among the run's files"]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSetting:
     """A setting of a run: its value, its default, its meaning and its heading."""
 
@@ -760,6 +771,7 @@ class RunAnswer(RunRow):
     left_out: Annotated[tuple[SkippedFile, ...], "files that were not used"]
     lora: Annotated[LoraFacts | None, "the LoRA; null if none was saved"]
     saves: Annotated[tuple[SavedLora, ...], "all LoRAs that were saved"]
+    recommended: Annotated[RecommendedLora | None, "the one to use; null if none was saved"]
     best_step: Annotated[int | None, "of the lowest loss on held-out images; null without them"]
     verdict: Annotated[str, "interpretation of the run, in a sentence"]
     facts: Annotated[dict[str, str], "the most important numbers, by their names"]
@@ -804,6 +816,23 @@ class EvaluationAnswer:
 
     evaluation: Annotated[Evaluation | None, "null if they were not evaluated yet"]
     folder: Annotated[str, "of its pictures, among the files of the run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryAnswer:
+    """What there is of a run's gallery, and what can be drawn for it."""
+
+    kinds: Annotated[dict[str, tuple[str, ...]], "what may be asked for beside the trigger, by kind"]
+    steps: Annotated[tuple[int, ...], "of the LoRAs that are drawn"]
+    strengths: Annotated[tuple[float, ...], "at which they are drawn"]
+    grids: tuple[Grid, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryBody:
+    """What is asked for beside the trigger; with the trigger in it, it is the whole prompt."""
+
+    wish: Annotated[str, "of at most 1,000 characters"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,11 @@ from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.core.typed_json import typed
 from lorasmith.data.image_files import open_image
 from lorasmith.families.locating import ModelFiles
+from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.drawing import draw_beside
 from lorasmith.runs.evaluate import evaluate, subject_of
+from lorasmith.runs.gallery import draw_grid
 from lorasmith.runs.training_jobs import TrainingJobs, WarmModel
 from lorasmith.runs.worker import Ended, JobKind, Work, folders_of_start, how_it_ended
 from lorasmith.sampling.generate import Sampling
@@ -60,7 +62,8 @@ class DrawJobs:
 
     def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
         (job,) = jobs
-        work = self._evaluate if job["kind"] == "evaluate" else self._draw
+        is_grid = job["kind"] == "draw" and "wish" in job["request"]
+        work = self._evaluate if job["kind"] == "evaluate" else self._draw_grid if is_grid else self._draw
         ended(job["id"], how_it_ended(partial(work, job["request"]), job=job["id"], log=self._work.start["log"]))
 
     def free(self) -> None:
@@ -77,6 +80,33 @@ class DrawJobs:
         found = evaluate(model, subject, progress=reporter.progress, cancelled=cancelled)
         return {"outputs": {"sentence": found.sentence}}
 
+    def _draw_grid(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        folders, cancelled = self._work.folders(), self._work.cancelled.is_set
+        if cancelled():
+            raise CancelledError("the job was cancelled before it began")
+        run = folders.base / request["run"]
+        model = self._model.load(typed(request["files"], ModelFiles), folders).model
+        grid = draw_grid(
+            model,
+            run,
+            [(step, run / Path(name).name) for step, name in request["loras"]],
+            request["strengths"],
+            wish=request["wish"],
+            prompt=request["text"],
+            sampling=self._sampling(model, request),
+            progress=JobReporter(self._work.channel, folders.base).progress,
+            cancelled=cancelled,
+        )
+        return {"outputs": {"prompt": grid.prompt}}
+
+    def _sampling(self, model: Model, request: Mapping[str, Any]) -> Sampling:
+        return Sampling(
+            seed=request.get("seed", 0),
+            steps=model.defaults.steps,
+            dtype=sampling_dtype(model.components.denoiser, best_device()),
+            frames=request["frames"],
+        )
+
     def _draw(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set
         if cancelled():
@@ -85,17 +115,11 @@ class DrawJobs:
         run, title = folders.base / request["run"], Path(request["lora"]).name
         controls = [open_image(run / TRIED / request["control"])] if request["control"] else []
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
-        sampling = Sampling(
-            seed=request["seed"],
-            steps=model.defaults.steps,
-            dtype=sampling_dtype(model.components.denoiser, best_device()),
-            frames=request["frames"],
-        )
         paths, note = draw_beside(
             model.denoiser,
             run / title,
             request["text"],
-            sampling,
+            self._sampling(model, request),
             strength=request["strength"],
             folder=run / TRIED,
             controls=controls,

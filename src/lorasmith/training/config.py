@@ -944,8 +944,8 @@ class PreviewSettings(Section, group="Validation and previews", changes_numbers=
         is_main=True,
         is_prompt=True,
         help="Prompts of previews during training, separated by |, drawn with and without the LoRA. Default: the "
-        "trigger or a caption on a folder of images, in at most preview_share of the run; none in workflows and in runs "
-        "too short for that. An empty text is none.",
+        "trigger or a caption on a folder of images, in at most preview_share of the run; none in workflows and in "
+        "runs too short for that. An empty text is none.",
     )
     preview_share: float = option(
         0.1,
@@ -958,8 +958,8 @@ class PreviewSettings(Section, group="Validation and previews", changes_numbers=
         None,
         min=1,
         max=100_000,
-        help="Steps between previews. Default: after 30 steps, a tenth, a quarter, a half and three quarters of the run. "
-        "The base model is drawn before the first step, and the finished LoRA always.",
+        help="Steps between previews. Default: after 30 steps, a tenth, a quarter, a half and three quarters of the "
+        "run. The base model is drawn before the first step, and the finished LoRA always.",
     )
     preview_strengths: str | None = option(
         None,

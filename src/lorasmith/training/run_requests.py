@@ -70,8 +70,8 @@ def request(run: Path, what: Request | DrawRequest) -> str:
 class RequestWatch(Watcher):
     """Carries out the requests in the folder of a run.
 
-    `previews` is None for a run that draws none. `save` saves the LoRA at `lora`, from which `draw` draws; without it, it
-    draws with the saved LoRA that the request names. It returns the files, and a note.
+    `previews` is None for a run that draws none. `save` saves the LoRA at `lora`, from which `draw` draws; without it,
+    it draws with the saved LoRA that the request names. It returns the files, and a note.
     """
 
     def __init__(

@@ -17,6 +17,8 @@ from lorasmith.server.api_shapes import (
     DrawingBody,
     DrawingFacts,
     EvaluationAnswer,
+    GalleryAnswer,
+    GalleryBody,
     InstallBody,
     InstalledLora,
     JobAnswer,
@@ -81,6 +83,11 @@ async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
 
 async def _request(context: ServerContext, call: Call) -> Any:
     return await context.assistant.ask("request_of_run", id=call.path("id"), **asdict(call.body))
+
+
+async def _card(context: ServerContext, call: Call) -> web.StreamResponse:
+    card = await context.assistant.ask("run_card", id=call.path("id"))
+    return web.Response(body=card, content_type="image/png", headers={"Cache-Control": "no-store"})
 
 
 async def _add_control(context: ServerContext, call: Call) -> Any:
@@ -204,6 +211,30 @@ RUN_ENDPOINTS = (
         queues="evaluate",
         answer=JobAnswer,
         status=201,
+    ),
+    Endpoint(
+        "GET",
+        "/runs/{id}/gallery",
+        "Grids of pictures of a run, a prompt each, by step and strength.",
+        question="run_gallery",
+        answer=GalleryAnswer,
+    ),
+    Endpoint(
+        "POST",
+        "/runs/{id}/gallery",
+        "Queue a job that draws a grid: a prompt with the LoRAs of a run at several strengths, and without one.",
+        question="grid_request",
+        queues="draw",
+        body=GalleryBody,
+        answer=JobAnswer,
+        status=201,
+    ),
+    Endpoint(
+        "GET",
+        "/runs/{id}/card",
+        "A picture to share: what the base model draws, what the LoRA draws, trigger, strength and model.",
+        handler=_card,
+        content="image/png",
     ),
     Endpoint(
         "POST",

@@ -21,12 +21,15 @@ from lorasmith.core.files import is_regular
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import options_of
+from lorasmith.core.printable import count_text
 from lorasmith.core.typed_json import typed
+from lorasmith.evaluation.evaluation_record import EVALUATION, Evaluation, read_evaluation
 from lorasmith.formats.metadata import sha256_file
 from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.runs.drawing import EXPERTS
+from lorasmith.runs.evaluate import candidates_of, plain_sentence
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of, stamp_of
 from lorasmith.runs.spec import RunSpec
@@ -37,6 +40,7 @@ from lorasmith.server.api_shapes import (
     PairFacts,
     PictureAdvice,
     PreviewFacts,
+    RecommendedLora,
     RunAnswer,
     RunList,
     RunMarks,
@@ -50,10 +54,10 @@ from lorasmith.server.api_shapes import (
     ValidationFacts,
 )
 from lorasmith.server.log_tail import view_of_log
-from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
+from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name, stays_in
 from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import RunStarted
+from lorasmith.training.events import Outcome, RunStarted
 from lorasmith.training.storage.records import EVENTS, RECORD, RunHistory, RunRecord, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
@@ -119,6 +123,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
         lora=_lora(folders, history),
         saves=tuple(saves),
+        recommended=_recommended(history, view),
         best_step=None if best is None else best.step,
         verdict=report.verdict,
         facts=dict(report.facts),
@@ -258,6 +263,42 @@ def _lora(folders: Folders, history: RunHistory) -> LoraFacts | None:
     if path is None:
         return None
     return LoraFacts(file=path.name, bytes=path.stat().st_size, installed=_installed(folders, path))
+
+
+def _recommended(history: RunHistory, view: RunView) -> RecommendedLora | None:
+    """The LoRA that an evaluation recommends, else the last one."""
+    if (path := lora_of_run(history)) is None:
+        return None
+    saves = candidates_of(history.folder, history.record.title)
+    found = evaluation_of(history.folder)
+    best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best].file
+    chosen = next((one for one in saves if one.path.name == best), None)
+    if found is None:
+        sentence = f"{_ENDS[view.outcome]} after {count_text(view.step, 'step')}; use the last one."
+    else:
+        sentence = plain_sentence(found)
+    return RecommendedLora(
+        sentence=sentence,
+        is_judged=chosen is not None,
+        step=view.step if chosen is None else chosen.step,
+        file=path.name if chosen is None else chosen.path.name,
+        bytes=(path if chosen is None else chosen.path).stat().st_size,
+    )
+
+
+_ENDS = {
+    None: "Interrupted",
+    Outcome.FINISHED: "Finished",
+    Outcome.STOPPED: "Stopped early",
+    Outcome.CANCELLED: "Stopped",
+    Outcome.FAILED: "Failed",
+}
+
+
+def evaluation_of(run: Path) -> Evaluation | None:
+    """The stored evaluation of a run's LoRAs."""
+    folder = run / EVALUATION
+    return read_evaluation(folder) if stays_in(folder, run.resolve()) else None
 
 
 def _installed(folders: Folders, lora: Path) -> str | None:

@@ -21,14 +21,11 @@ from lorasmith.core.folders import TRIED, Folders, safe_name
 from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.image_files import ImageError, open_reduced
-from lorasmith.evaluation.evaluation_record import EVALUATION, read_evaluation
-from lorasmith.evaluation.likeness import check_installed
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import named_path
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
-from lorasmith.runs.evaluate import subject_of
 from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
 from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_page import is_own, lora_of_run
@@ -36,7 +33,6 @@ from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.api_shapes import (
     DrawingBody,
     DrawingFacts,
-    EvaluationAnswer,
     InstalledLora,
     KeptControl,
     RequestAnswer,
@@ -140,7 +136,7 @@ def drawing_facts(folders: Folders, id: str) -> DrawingFacts:
     """What drawing with the LoRA of a run takes. Raises UnknownFileError, OptionError if it cannot be drawn with here,
     and ModelError.
     """
-    _, spec, model = _drawn_with(folders, id)
+    _, spec, model = drawn_with(folders, id)
     form = model.control_form
     return DrawingFacts(
         control="none" if form is None else "required" if form.is_required else "optional",
@@ -184,7 +180,7 @@ def draw_request(
     asked = DrawingBody(prompt=prompt, strength=strength, seed=seed, control=control, lora=lora)
     folder, spec, model = _check_drawing(folders, id, asked)
     return {
-        **_drawing_of(id, spec, model),
+        **drawing_of(id, spec, model),
         "lora": _lora_named(read_history(folder), lora).name,
         "text": prompt,
         "strength": strength,
@@ -193,7 +189,7 @@ def draw_request(
     }
 
 
-def _drawing_of(id: str, spec: RunSpec, model: Model) -> dict[str, Any]:
+def drawing_of(id: str, spec: RunSpec, model: Model) -> dict[str, Any]:
     """What all drawings with a run's model take."""
     frames = spec.config.preview_frames or model.defaults.frames
     return {
@@ -205,18 +201,16 @@ def _drawing_of(id: str, spec: RunSpec, model: Model) -> dict[str, Any]:
 
 
 def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path, RunSpec, Model]:
-    """As `_drawn_with`, of what can be drawn."""
+    """As `drawn_with`, of what can be drawn."""
     if len(asked.prompt) > _MOST_PROMPT:
         raise OptionError(
             f"a prompt must have at most {_MOST_PROMPT:,} characters, got {len(asked.prompt):,}; shorten it"
         )
     if not 0 <= asked.seed < 2**32:
         raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {asked.seed}; choose another")
-    folder, spec, model = _drawn_with(folders, id)
+    folder, spec, model = drawn_with(folders, id)
     if not (least := _least_strength(spec)) <= asked.strength <= -_LEAST:
-        raise OptionError(
-            f"strength must be between {least:g} and {-_LEAST:g}, got {asked.strength:g}; choose another"
-        )
+        raise OptionError(f"strength must be between {least:g} and {-_LEAST:g}, got {asked.strength:g}; choose another")
     form, control = model.control_form, asked.control
     if control and form is None:
         raise OptionError(f"{model.title} ({model.family.title}) takes no controls, got one; leave it out")
@@ -226,28 +220,6 @@ def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path,
     if control and not (is_name(control) and is_own(place / control, place)):
         raise UnknownFileError(f"there is no picture {control!r} in {TRIED} of {id}; send it first")
     return folder, spec, model
-
-
-@question
-def run_evaluation(folders: Folders, id: str) -> EvaluationAnswer:
-    """The stored evaluation of the LoRAs of a run. Raises UnknownFileError."""
-    folder = run_folder_of(folders, id) / EVALUATION
-    return EvaluationAnswer(
-        evaluation=read_evaluation(folder) if stays_in(folder, folder.parent.resolve()) else None, folder=EVALUATION
-    )
-
-
-@question
-def evaluation_request(folders: Folders, id: str) -> dict[str, Any]:
-    """The request of a job that evaluates the LoRAs of a run. Raises as `drawing_facts`, and OptionError if its LoRAs
-    have no trigger, or the extra `likeness` is missing.
-    """
-    check_installed()
-    folder, spec, model = _drawn_with(folders, id)
-    if model.control_form is not None and model.control_form.is_required:
-        raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
-    subject_of([folder])
-    return {"run": id, "model": spec.model, "files": asdict(spec.files)}
 
 
 def _least_strength(spec: RunSpec) -> float:
@@ -261,7 +233,7 @@ _MOST_PROMPT = 10_000  # characters
 _LONGEST = 4096  # pixels of a stored picture; models see about a megapixel
 
 
-def _drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
+def drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
     """The folder of a run with a LoRA, its spec, and its model without weights. The record is untrusted: the model must
     be in the model folders or below the base folder.
     """

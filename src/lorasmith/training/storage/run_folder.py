@@ -36,7 +36,6 @@ from lorasmith.training.storage.fingerprint import Fingerprint, differences, sta
 from lorasmith.training.storage.records import EVENTS, RECORD, RunRecord, logged, logged_outcome, read_record
 from lorasmith.training.storage.run_states import RunStates, free_bytes, load_state
 
-
 PREVIEW_LORA = "preview.safetensors"
 """The LoRA that is drawn while a run trains; it is there for that time."""
 

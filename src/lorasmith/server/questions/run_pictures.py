@@ -1,0 +1,138 @@
+"""What is drawn with the LoRAs of a run: its evaluation, its gallery, a card to share; and the LoRA to use."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import Folders
+from lorasmith.data.clips import open_still
+from lorasmith.evaluation.evaluation_record import EVALUATION
+from lorasmith.evaluation.likeness import check_installed
+from lorasmith.evaluation.wishes import BUILT_IN_KINDS, KINDS, asked_with
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.report.pictures import thinned
+from lorasmith.report.share_card import MOST_PROMPTS, WIDTH, share_card
+from lorasmith.runs.evaluate import STRENGTHS, candidates_of, subject_of
+from lorasmith.runs.gallery import MOST_STEPS, read_grids
+from lorasmith.runs.run_page import is_own
+from lorasmith.runs.run_previews import OF_SLIDER
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView, preview_file
+from lorasmith.sampling.previews import parse_strengths
+from lorasmith.server.api_shapes import EvaluationAnswer, GalleryAnswer
+from lorasmith.server.questions.question_registry import question
+from lorasmith.server.questions.run_questions import evaluation_of, run_folder_of
+from lorasmith.server.questions.run_results import drawing_of, drawn_with
+from lorasmith.training.storage.records import RunHistory, read_history
+
+_MOST_WISH = 1_000  # characters
+
+
+@question
+def run_evaluation(folders: Folders, id: str) -> EvaluationAnswer:
+    """The stored evaluation of the LoRAs of a run. Raises UnknownFileError."""
+    return EvaluationAnswer(evaluation=evaluation_of(run_folder_of(folders, id)), folder=EVALUATION)
+
+
+@question
+def evaluation_request(folders: Folders, id: str) -> dict[str, Any]:
+    """The request of a job that evaluates the LoRAs of a run. Raises as `drawing_facts`, and OptionError if its LoRAs
+    have no trigger, or the extra `likeness` is missing.
+    """
+    check_installed()
+    folder, spec, model = drawn_with(folders, id)
+    if model.control_form is not None and model.control_form.is_required:
+        raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
+    subject_of([folder])
+    return {"run": id, "model": spec.model, "files": asdict(spec.files)}
+
+
+@question
+def run_gallery(folders: Folders, id: str) -> GalleryAnswer:
+    """The gallery of a run. Raises UnknownFileError, and as `drawing_facts`."""
+    folder, spec, _ = drawn_with(folders, id)
+    steps = tuple(step for step, _ in _drawn_steps(read_history(folder)))
+    return GalleryAnswer(
+        kinds=dict(BUILT_IN_KINDS if spec.model == BUILT_IN else KINDS),
+        steps=steps,
+        strengths=_strengths(spec),
+        grids=read_grids(folder),
+    )
+
+
+@question
+def grid_request(folders: Folders, id: str, *, wish: str) -> dict[str, Any]:
+    """The request of a job that draws a grid. Raises as `drawing_facts`, and OptionError for a wish that is empty or
+    too long, and for models that draw from pictures.
+    """
+    if not 0 < len(wish.strip()) <= _MOST_WISH:
+        raise OptionError(f"a wish must have between 1 and {_MOST_WISH:,} characters, got {len(wish):,}; change it")
+    folder, spec, model = drawn_with(folders, id)
+    if model.control_form is not None and model.control_form.is_required:
+        raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; try its LoRA on one of them")
+    history = read_history(folder)
+    trigger = spec.data.trigger or ""
+    return {
+        **drawing_of(id, spec, model),
+        "wish": wish.strip(),
+        "text": asked_with(trigger, wish.strip()) if trigger else wish.strip(),
+        "loras": [[step, name] for step, name in _drawn_steps(history)],
+        "strengths": list(_strengths(spec)),
+    }
+
+
+@question
+def run_card(folders: Folders, id: str) -> bytes:
+    """A PNG file to share, with pictures of the recommended LoRA, else with the last previews. It names no path.
+
+    Raises UnknownFileError, and OptionError if nothing was drawn.
+    """
+    folder = run_folder_of(folders, id)
+    history = read_history(folder)
+    step, rows = _shown(folder, history)
+    if not rows:
+        raise OptionError(f"{id} has no pictures with its LoRA and without it; draw previews or evaluate it")
+    trigger = history.record.source.get("trigger")
+    title = trigger if isinstance(trigger, str) and trigger else history.record.title or folder.name
+    model = history.record.model.name.replace("\\", "/").rsplit("/", 1)[-1]
+    facts = ["Strength 1", *([f"step {step:,}"] if step else []), *([model] if model else [])]
+    return share_card(rows, title=title, facts=" · ".join(facts))
+
+
+def _drawn_steps(history: RunHistory) -> list[tuple[int, str]]:
+    """Steps and files of the LoRAs that are drawn in a grid."""
+    saves = [one for one in candidates_of(history.folder, history.record.title) if one.step is not None]
+    return [(one.step or 0, one.path.name) for one in thinned(saves, MOST_STEPS)]
+
+
+def _strengths(spec: RunSpec) -> tuple[float, ...]:
+    return parse_strengths(OF_SLIDER) if spec.config.is_slider else STRENGTHS
+
+
+def _shown(folder: Path, history: RunHistory) -> tuple[int | None, list[tuple[str, Image.Image, Image.Image]]]:
+    """The step of the LoRA that is shown, and its pictures beside those of the base model, by prompt."""
+    found = evaluation_of(folder)
+    best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best]
+    if found is not None and best is not None:
+        step, files = best.step, list(zip(found.prompts, found.base, best.pictures, strict=True))
+        named = [(prompt, f"{EVALUATION}/{base}", f"{EVALUATION}/{tuned}") for prompt, base, tuned in files]
+    else:
+        previews = sorted(RunView.of(history.events).previews.items())
+        bases = [event for (_, strength), event in previews if strength == 0]
+        tuned_events = [event for (_, strength), event in previews if strength == 1]
+        if not bases or not tuned_events:
+            return None, []
+        step, prompts = tuned_events[-1].step, tuned_events[-1].prompts
+        rows = zip(prompts, bases[-1].paths, tuned_events[-1].paths, strict=False)
+        named = [(prompt, preview_file(base), preview_file(tuned)) for prompt, base, tuned in rows]
+    own = [one for one in named if is_own(folder / one[1], folder) and is_own(folder / one[2], folder)][:MOST_PROMPTS]
+    return step, [(prompt, _opened(folder / base), _opened(folder / tuned)) for prompt, base, tuned in own]
+
+
+def _opened(path: Path) -> Image.Image:
+    return open_still(path, WIDTH)
