@@ -28,6 +28,7 @@ from lorasmith.runs.worker import Work
 from lorasmith.sampling.generate import generate
 from lorasmith.server.api_shapes import JobBody
 from lorasmith.server.questions.plan_questions import train_request
+from lorasmith.server.questions.run_pictures import grid_request, run_gallery
 from lorasmith.server.questions.run_results import draw_request, drawing_facts, keep_control
 from lorasmith.server.worker_jobs import job_kinds
 from lorasmith.training import train
@@ -329,6 +330,26 @@ def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
     worker.cancel_if = lambda head: False
     Image.new("RGB", (64, 64)).save(worker.base / "runs/lora-001/tried/photo.png")
     assert "takes no controls" in worker.refused("draw", {**request, "control": "photo.png"})
+
+
+def test_a_grid_is_drawn_by_step_and_strength(worker: Worker) -> None:
+    settings = {**SETTINGS, "trigger": "sks fox", "save_every": 1, "steps": 2, "learning_rate": 0.1}
+    worker.run("train", {**TRAINING, "settings": settings})
+    folders = Folders(worker.base)
+    request = {**grid_request(folders, "runs/lora-001", wish="in the snow"), "strengths": [0.5, 1.0]}
+    worker.cancel_if = lambda head: head.get("kind") == "progress"
+    assert "cancelled" in worker.refused("draw", request, state="cancelled").lower()
+    assert run_gallery(folders, "runs/lora-001").grids == (), "nothing is left of it"
+    worker.cancel_if = lambda head: False
+    assert worker.run("draw", request)["outputs"] == {"prompt": "sks fox, in the snow"}
+    (grid,) = run_gallery(folders, "runs/lora-001").grids
+    assert [(one.step, one.strength) for one in grid.cells] == [(1, 0.5), (1, 1.0), (2, 0.5), (2, 1.0)]
+    files = [worker.base / "runs/lora-001" / file for file in (grid.base, *(one.file for one in grid.cells))]
+    assert len({file.read_bytes() for file in files}) == 5, "all differ"
+    progress = [one["data"] for one in worker.sent if one.get("kind") == "progress"]
+    assert progress[-1] == {"value": progress[-1]["maximum"], "maximum": progress[-1]["maximum"]}
+    worker.run("draw", request)
+    assert len(run_gallery(folders, "runs/lora-001").grids) == 1, "in place of the earlier one"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from lorasmith.core.errors import DataError, LorasmithError, OptionError, Output
 from lorasmith.core.folders import Folders
 from lorasmith.families.base import ControlForm
 from lorasmith.families.model import Model
+from lorasmith.server.api_shapes import DrawingBody
 from lorasmith.server.questions.dataset_questions import UnknownFileError
-from lorasmith.server.questions.run_results import (
-    draw_request,
-    drawing_facts,
+from lorasmith.server.questions.run_pictures import (
     evaluation_request,
-    keep_control,
+    grid_request,
+    run_card,
     run_evaluation,
+    run_gallery,
 )
+from lorasmith.server.questions.run_questions import run
+from lorasmith.server.questions.run_results import draw_request, drawing_facts, keep_control, request_of_run
+from lorasmith.training.run_requests import REQUESTS
+from lorasmith.training.storage.run_folder import RunFolder
 
 RUN = "runs/dog-001"
 
@@ -135,3 +141,100 @@ def test_the_loras_of_a_run_are_evaluated(
         evaluation_request(installation, RUN)
     (base / RUN / "evaluation").symlink_to(tmp_path)
     assert run_evaluation(installation, RUN).evaluation is None, "where a link leads is not read"
+
+
+def test_a_drawing_is_with_any_saved_lora(installation: Folders, base: Path) -> None:
+    saves = [one.file for one in run(installation, RUN).saves]
+    assert len(saves) > 1
+    for file in saves:
+        assert draw_request(installation, RUN, prompt="", lora=file)["lora"] == file
+    for name in ("gone.safetensors", "../dog-001/dog.safetensors", "run.json"):
+        with pytest.raises(OptionError, match="has saved .*dog.safetensors.*; choose one"):
+            draw_request(installation, RUN, prompt="", lora=name)
+
+
+def test_a_run_that_trains_is_asked_for_a_drawing(
+    installation: Folders, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = DrawingBody(prompt="sks dog", strength=0.5)
+    with pytest.raises(OptionError, match="a request is for a run that is being trained"):
+        request_of_run(installation, RUN, what="drawing", drawing=drawing)
+    monkeypatch.setattr(RunFolder, "is_busy", True)
+    asked = request_of_run(installation, RUN, what="drawing", drawing=drawing)
+    stored = json.loads((base / RUN / REQUESTS / f"draw-{asked.id}.json").read_text())
+    assert stored == {"prompt": "sks dog", "strength": 0.5, "seed": 0, "control": "", "lora": ""}
+    assert request_of_run(installation, RUN, what="save").id == "save"
+    assert {one.name for one in (base / RUN / REQUESTS).iterdir()} == {"save", f"draw-{asked.id}.json"}
+    with pytest.raises(OptionError, match="strength must be between"):
+        request_of_run(installation, RUN, what="drawing", drawing=DrawingBody(prompt="", strength=9))
+    with pytest.raises(OptionError, match="got gone; choose one"):
+        request_of_run(installation, RUN, what="drawing", drawing=DrawingBody(prompt="", lora="gone"))
+    with pytest.raises(OptionError, match="got none; give drawing"):
+        request_of_run(installation, RUN, what="drawing")
+    (base / RUN / "dog.safetensors").unlink()  # not there before its end
+    assert drawing_facts(installation, RUN).control == "none"
+
+
+def test_a_gallery_has_prompts_by_kind_steps_and_strengths(
+    installation: Folders, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_gallery(installation, RUN)
+    assert found.kinds["Style"] and found.steps == (2, 4) and 1.0 in found.strengths and found.grids == ()
+    asked = grid_request(installation, RUN, wish=" noto style ")
+    assert (asked["wish"], asked["text"]) == ("noto style", "sks dog, noto style")
+    assert [step for step, _ in asked["loras"]] == [2, 4] and asked["strengths"] == list(found.strengths)
+    for wish in ("", " ", "a" * 1001):
+        with pytest.raises(OptionError, match="a wish must have between 1 and 1,000 characters"):
+            grid_request(installation, RUN, wish=wish)
+    (base / RUN / "gallery").mkdir()
+    (base / RUN / "gallery" / "grid-1.json").write_text("{}")
+    outside = {"wish": "", "prompt": "", "seed": 0, "base": "../../input/dog/0.png", "cells": []}
+    (base / RUN / "gallery" / "grid-2.json").write_text(json.dumps(outside))
+    assert run_gallery(installation, RUN).grids == (), "what is damaged, or leads elsewhere, is left out"
+    as_edit_model(monkeypatch, is_required=True)
+    with pytest.raises(OptionError, match="draws from pictures"):
+        grid_request(installation, RUN, wish="blue")
+
+
+def test_a_card_has_pictures_and_no_path(installation: Folders, base: Path) -> None:
+    card = Image.open(io.BytesIO(run_card(installation, RUN)))
+    assert card.size[0] == 1200 and card.format == "PNG" and card.info == {}
+    for file in (base / RUN / "samples").iterdir():
+        file.unlink()
+    with pytest.raises(OptionError, match="has no pictures with its LoRA"):
+        run_card(installation, RUN)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "sentence", "step"),
+    [
+        ({"outcome": "use", "best": 0}, "Looks like your dog; use step 2.", 2),
+        ({"outcome": "use", "best": 0, "copied": True}, "Looks like your dog, and near copies of your photos; use", 2),
+        ({"outcome": "nothing learnt"}, "Does not look like your dog yet; train longer.", 4),
+        ({"outcome": "ignores prompts"}, "Ignores what prompts ask for; train shorter.", 4),
+        ({"outcome": "not comparable"}, "Look at the pictures and choose;", 4),
+        (None, "Finished after 4 steps; use the last one.", 4),
+    ],
+)
+def test_one_lora_is_recommended(
+    installation: Folders, base: Path, verdict: dict[str, Any] | None, sentence: str, step: int
+) -> None:
+    saves = {one.step: one.file for one in run(installation, RUN).saves if not one.best}
+    if verdict is not None:
+        measures = dict.fromkeys(("likeness", "adherence", "diversity", "memorisation", "drift", "bleed"))
+        loras = [
+            {"file": saves[one], "label": f"step {one}", "step": one, "measures": {**measures, "change": 0.1},
+             "pictures": ["lora.webp"]}
+            for one in (2, 4)
+        ]  # fmt: skip
+        record = {
+            "title": "dog", "model": "m", "trigger": "sks dog", "seed": 0, "sampling_steps": 1, "prompts": ["sks dog"],
+            "base": ["base.webp"], "loras": loras, "verdict": verdict, "sentence": "Why.",
+            "training": {"count": 4, "self_likeness": None, "base_likeness": None},
+        }  # fmt: skip
+        (base / RUN / "evaluation").mkdir()
+        (base / RUN / "evaluation" / "evaluation.json").write_text(json.dumps(record))
+    found = run(installation, RUN).recommended
+    assert found is not None and found.sentence.startswith(sentence)
+    assert (found.step, found.is_judged, found.bytes > 0) == (step, step == 2, True)
+    assert found.file == (saves[2] if step == 2 else "dog.safetensors")
