@@ -25,7 +25,18 @@ from lorasmith.runs.view import RunView
 from lorasmith.server.api.draft_endpoints import merged
 from lorasmith.server.api_shapes import Draft
 from lorasmith.server.page_routes import routes
-from lorasmith.training.events import Event, Outcome, Previewed, RunFinished, RunStarted, StepDone, Validated, Warned
+from lorasmith.training.events import (
+    Event,
+    LoraSaved,
+    Outcome,
+    Previewed,
+    PromptDrawn,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Validated,
+    Warned,
+)
 
 PICTURES = BUILT_IN_BASE / "input" / "fox"
 NOW = 1_795_760_000.0
@@ -127,6 +138,14 @@ EVALUATED: dict[str, Any] = {
 }  # fmt: skip
 
 
+GALLERY: dict[str, Any] = {
+    "kinds": {"Place": ["on a beach", "in a city street at night"], "Style": ["as a pencil drawing"]},
+    "steps": [20, 40, 60],
+    "strengths": [0.4, 0.8, 1.2],
+    "grids": [],
+}
+
+
 SHELF = [
     {"name": "sdxl", "title": "Stable Diffusion XL 1.0", "family": "Stable Diffusion XL", "gated": False,
      "about": "Everything by short prompts; the most LoRAs and fine-tunes.", "licence": "CreativeML Open RAIL++-M",
@@ -190,6 +209,7 @@ class FakeServer:
     control: str = "none"  # whether drawings take a picture
     least_strength: float = 0.0  # of drawings
     evaluation: dict[str, Any] = field(default_factory=lambda: {"evaluation": None, "folder": "evaluation"})
+    gallery: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(GALLERY)))
     distilled: dict[str, str] = field(default_factory=dict)  # what plans say of the model and its usual adapter
     downloads: list[dict[str, Any]] = field(default_factory=list)
     has_token: bool = False  # whether the hub gives the gated model
@@ -259,6 +279,10 @@ class FakeServer:
                 ),
                 web.post(f"{at}/runs/{{id}}/controls", self._add_control),
                 web.post(f"{at}/runs/{{id}}/drawing", self._draw),
+                web.post(f"{at}/runs/{{id}}/requests", self._request),
+                web.get(f"{at}/runs/{{id}}/gallery", _says(lambda: self.gallery)),
+                web.post(f"{at}/runs/{{id}}/gallery", self._draw_grid),
+                web.get(f"{at}/runs/{{id}}/card", self._card),
                 web.get(f"{at}/runs/{{id}}/evaluation", _says(lambda: self.evaluation)),
                 web.post(f"{at}/runs/{{id}}/evaluation", self._evaluate),
             ]
@@ -599,6 +623,8 @@ class FakeServer:
         )
         self.show(id, started(steps))
         self.show(id, Warned(message="rank 16 exceeds the size of 1 of 133 layers"))
+        base = tuple(f"base-{index}.png" for index in range(2))
+        self.show(id, Previewed(step=0, prompts=PROMPTS, paths=base, strength=0.0))
         for step in range(view.step + 1, steps + 1):
             await asyncio.sleep(self.step_seconds)
             for event in made_up_events(step):
@@ -705,6 +731,46 @@ class FakeServer:
         await request.post()
         return web.json_response({"control": "control-1.png"}, status=201)
 
+    async def _request(self, request: web.Request) -> web.Response:
+        """What a run that trains is asked for, which it does at once."""
+        id, asked = request.match_info["id"], await request.json()
+        job = self.runs[id]["job"] or id
+        step = self.views[job].step
+        if asked["what"] == "save":
+            self.show(job, LoraSaved(step=step, path=f"fox-step{step:08}.safetensors"))
+        elif asked["what"] == "preview":
+            paths = tuple(f"{step}-1.0-{index}.png" for index in range(2))
+            self.show(job, Previewed(step=step, prompts=PROMPTS, paths=paths, strength=1.0))
+        else:
+            number, drawing = uuid.uuid4().hex, asked["drawing"]
+            given = {name: drawing[name] for name in ("prompt", "strength", "seed", "lora")}
+            paths = (f"{number}-1.png", f"{number}-2.png")
+            self.show(job, PromptDrawn(id=number, step=step, paths=paths, **given))
+            return web.json_response({"id": number}, status=202)
+        return web.json_response({"id": asked["what"]}, status=202)
+
+    async def _draw_grid(self, request: web.Request) -> web.Response:
+        wish = (await request.json())["wish"]
+        job = self.add_job("pending", kind="draw", name=None, title="Drawing", request={"wish": wish})
+        self.publish(job)
+
+        async def draw() -> None:
+            self.publish(job, state="running")
+            for value in range(9):
+                self._tell(job["id"], "progress", {"value": value, "maximum": 8})
+                await asyncio.sleep(self.step_seconds)
+            cells = [{"step": step, "strength": strength, "file": f"gallery/{wish}-{step}-{strength}.png"}
+                     for step in self.gallery["steps"] for strength in self.gallery["strengths"]]  # fmt: skip
+            grid = {"wish": wish, "prompt": f"foxy, {wish}", "seed": 0, "base": f"gallery/{wish}.png", "cells": cells}
+            self.gallery["grids"].append(grid)
+            self.publish(job, state="completed", outputs={"prompt": grid["prompt"]})
+
+        self._tasks[job["id"]] = asyncio.create_task(draw())
+        return web.json_response(job, status=201)
+
+    async def _card(self, request: web.Request) -> web.Response:
+        return web.Response(body=_drawn("card"), content_type="image/png")
+
     async def _evaluate(self, request: web.Request) -> web.Response:
         job = self.add_job("pending", kind="evaluate", name=None, title="Evaluation", request={})
         self.publish(job)
@@ -766,10 +832,9 @@ def made_up_events(step: int) -> list[Event]:
     events: list[Event] = [StepDone(step=step, loss=loss, grad_norm=0.1, learning_rate=1e-4)]
     if step % 10 == 0:
         events.append(Validated(**_validation(step), verdict="it still improves on held-out images"))
-    if step % 20 == 0 or step == 1:
-        for strength in (0.0, 1.0) if step == 1 else (1.0,):
-            paths = tuple(f"{step}-{strength}-{index}.png" for index in range(2))
-            events.append(Previewed(step=step, prompts=PROMPTS, paths=paths, strength=strength))
+    if step % 20 == 0 or step == 2:
+        paths = tuple(f"{step}-1.0-{index}.png" for index in range(2))
+        events.append(Previewed(step=step, prompts=PROMPTS, paths=paths, strength=1.0))
     return events
 
 
@@ -819,6 +884,8 @@ def _run_facts(id: str) -> dict[str, Any]:
         "lora": {"file": "fox.safetensors", "bytes": 45_000_000, "installed": None},
         "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50}
                   for step in (40, 50, 60)],
+        "recommended": {"sentence": "Finished after 60 steps; use the last one.", "is_judged": False, "step": 60,
+                        "file": "fox.safetensors", "bytes": 45_000_000},
         "best_step": 50,
         "verdict": "the LoRA improves on held-out images, most at step 50; a little overfitting after that",
         "facts": {"Steps": "60 of 60", "Time": "1 min 35 s", "Held-out loss": "0.2205 (base 0.45)", "LoRA": "43 MiB"},

@@ -15,7 +15,7 @@ VIEWS = {
     "no photos": ("#/new/none", ".button.primary"),
     "model": ("#/new/fox/model", ".choice"),
     "settings": ("#/new/fox/settings", ".choice"),
-    "run": ("#/runs/runs%2Ffox-001", ".plot canvas"),
+    "run": ("#/runs/runs%2Ffox-001", ".wipe img"),
     "advice": ("#/runs/runs%2Ffox-004", "text=Repeat less"),
     "runs": ("#/runs", ".run-rows li"),
     "sweep": ("#/sweeps/fox-sweep-001", "table.sweep td"),
@@ -43,6 +43,10 @@ def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
         if name == "settings":
             page.get_by_text("All settings").click()
             page.get_by_text("Try several values").click()
+        if name == "run":
+            page.get_by_text("More", exact=True).click()
+            page.get_by_role("heading", name="Details").click()
+            page.wait_for_selector(".plot canvas")
         if name == "model":
             page.get_by_text("Get a model").click()
             page.get_by_text("Too large for this machine").wait_for()

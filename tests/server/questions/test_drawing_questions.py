@@ -149,7 +149,7 @@ def test_a_drawing_is_with_any_saved_lora(installation: Folders, base: Path) -> 
     for file in saves:
         assert draw_request(installation, RUN, prompt="", lora=file)["lora"] == file
     for name in ("gone.safetensors", "../dog-001/dog.safetensors", "run.json"):
-        with pytest.raises(OptionError, match="has saved .*dog.safetensors.*; choose one"):
+        with pytest.raises(OptionError, match=r"has saved .*dog\.safetensors.*; choose one"):
             draw_request(installation, RUN, prompt="", lora=name)
 
 

@@ -35,6 +35,13 @@ export function Problem({ error, onRetry }) {
   </div>`;
 }
 
+/** A part that is folded up until it is opened, and made then. */
+export function Fold({ title, children, id }) {
+  const [isOpen, setOpen] = useState(false);
+  return html`<details class="fold" onToggle=${(event) => event.currentTarget === event.target && setOpen(event.currentTarget.open)}>
+    <summary><h2 id=${id}>${title}</h2></summary>${isOpen && children}</details>`;
+}
+
 export const Notice = ({ mood = "faint", children }) => html`<div class=${`notice ${mood}-notice`}>${children}</div>`;
 
 export function State({ state }) {

@@ -1,9 +1,11 @@
-// Prompts drawn with the LoRA of a run beside its base model. The page keeps them until it is loaded again.
+// Prompts drawn with a LoRA of a run beside its base model, also while it trains. The page keeps them until it is loaded
+// again.
 import { fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, createStore, useStore, work } from "../lib/stores.mjs";
 import { filesOf, filesOfInput } from "../lib/uploads.mjs";
+import { whole } from "../lib/words.mjs";
 import { Button, Field, Loading, Problem, Progress, State, isPassing, useLoaded } from "./basics.mjs";
 import { act } from "./jobs.mjs";
 import { Lightbox } from "./pictures.mjs";
@@ -17,40 +19,49 @@ function triesOf(run) {
   return stores.get(run);
 }
 
-/** @param run a run with a LoRA */
-export function TryIt({ run }) {
+/**
+ * @param run {id, trigger, saves: [{step, file}], recommended}
+ * @param view of a run that trains, which then draws; null for one that has ended, with whose LoRA a job draws
+ */
+export function TryIt({ run, view = null }) {
   const [facts, error, reload] = useLoaded((signal) => get(["runs", run.id, "drawing"], {}, signal), [run.id]);
   const refusal = error && !isPassing(error);
   return html`<section aria-labelledby="try"><h2 id="try">Try it</h2>
-    ${facts ? html`<${TryForm} key=${run.id} run=${run} control=${facts.control} least=${facts.least_strength ?? 0} />`
+    ${facts ? html`<${TryForm} key=${run.id} run=${run} isTraining=${view !== null} control=${facts.control} least=${facts.least_strength ?? 0} />`
       : refusal ? html`<p class="faint">${error.message}</p>`
       : error ? html`<${Problem} error=${error} onRetry=${reload} />` : html`<${Loading} what="the model" />`}
-    <${Tries} key=${run.id} run=${run} /></section>`;
+    <${Tries} key=${run.id} run=${run} view=${view} /></section>`;
 }
 
-function TryForm({ run, control, least }) {
+function TryForm({ run, isTraining, control, least }) {
   const [prompt, setPrompt] = useState(run.trigger);
   const [strength, setStrength] = useState("1");
   const [seed, setSeed] = useState("0");
+  const [lora, setLora] = useState(run.recommended?.file ?? "");
   const [picture, setPicture] = useState(null);
   const [error, setError] = useState(null);
+  const saves = run.saves.filter((one, index, all) => all.findIndex((other) => other.step === one.step) === index);
   const hasStrength = strength.trim() !== "" && Number(strength) >= least && Number(strength) <= WIDEST_STRENGTH;
   const hasSeed = /^\d+$/.test(seed.trim()) && Number(seed) <= MOST_SEED;
   const lacksPicture = control === "required" && !picture;
   const draw = async () => {
     setError(null);
     try {
-      const body = { prompt, strength: Number(strength), seed: Number(seed), control: picture ? await stored(run, picture) : "" };
-      const job = await post(["runs", run.id, "drawing"], body);
-      triesOf(run.id).set((before) => [{ id: job.id, job, ...body }, ...before]);
+      const body = { prompt, strength: Number(strength), seed: Number(seed), control: picture ? await stored(run, picture) : "", lora };
+      const step = saves.find((one) => one.file === lora)?.step;
+      const sent = isTraining ? await post(["runs", run.id, "requests"], { what: "drawing", drawing: body }) : await post(["runs", run.id, "drawing"], body);
+      triesOf(run.id).set((before) => [{ ...body, id: sent.id, job: isTraining ? null : sent, step }, ...before]);
     } catch (failure) {
       setError(failure);
     }
   };
   return html`
-    <p>One picture without the LoRA and one with it, from the same noise.</p>
+    <p>One picture without the LoRA and one with it, from the same noise.${isTraining ? " They are drawn after the step that runs; the training waits for them, and stays the same." : ""}</p>
     <${Field} label="Prompt">${(attributes) => html`<textarea ...${attributes} rows="2" maxlength="10000" value=${prompt} onInput=${(event) => setPrompt(event.currentTarget.value)}></textarea>`}<//>
-    <div class="fields two">
+    <div class="fields three">
+      ${(isTraining || saves.length > 1) && html`<${Field} label="LoRA">${(attributes) => html`<select ...${attributes} value=${lora} onChange=${(event) => setLora(event.currentTarget.value)}>
+        ${isTraining ? html`<option value="">As it is now</option>` : !saves.some((one) => one.file === lora) && html`<option value=${lora}>The last one</option>`}
+        ${saves.map((one) => html`<option key=${one.file} value=${one.file}>Step ${whole(one.step)}${one.file === run.recommended?.file ? " (recommended)" : ""}</option>`)}</select>`}<//>`}
       <${Field} label="Strength" error=${hasStrength ? null : `Must be a number from ${least} to ${WIDEST_STRENGTH}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="decimal" value=${strength} onInput=${(event) => setStrength(event.currentTarget.value)} />`}<//>
       <${Field} label="Seed" error=${hasSeed ? null : `Must be a whole number from 0 to ${MOST_SEED}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${seed} onInput=${(event) => setSeed(event.currentTarget.value)} />`}<//>
     </div>
@@ -92,10 +103,41 @@ function PictureZone({ picture, isNeeded, onPicture }) {
   </div>`;
 }
 
-function Tries({ run }) {
+function Tries({ run, view }) {
   const tries = useStore(triesOf(run.id));
   if (!tries.length) return null;
-  return html`<ul class="rows">${tries.map((one) => html`<${Try} key=${one.id} run=${run} one=${one} />`)}</ul>`;
+  return html`<ul class="rows">${tries.map((one) => html`<${one.job ? Try : Requested} key=${one.id} run=${run} one=${one} view=${view} />`)}</ul>`;
+}
+
+/** What the training itself draws. */
+function Requested({ run, one, view }) {
+  const found = view?.drawn?.find((other) => other.id === one.id);
+  if (found) one.found = found; // the view ends with the training
+  useEffect(() => {
+    if (found?.pictures.length) announcement.set("The pictures are drawn.");
+  }, [Boolean(found)]);
+  const { pictures = [], note, error, step } = one.found ?? {};
+  const isOver = !view || view.outcome;
+  return html`<li class="try"><${TryHead} one=${{ ...one, step: one.lora ? one.step : step }} />
+    ${!one.found && (isOver ? html`<p class="faint">The training ended before it was drawn. Draw it again.</p>` : html`<p class="faint" role="status">${view.status.startsWith("Drawing") ? view.status : "It is drawn after the step that runs."}</p>`)}
+    <${Problem} error=${error ? { message: sentence(error) } : null} />
+    <${Drawn} run=${run} one=${one} pictures=${pictures} notes=${note ? [note] : []} /></li>`;
+}
+
+const TryHead = ({ one, children }) => html`<div class="head"><p><b>${one.prompt || "No prompt"}</b> <span class="faint">${one.step ? `step ${whole(one.step)}, ` : ""}strength ${one.strength}, seed ${one.seed}</span></p>${children}</div>`;
+
+/** The picture without the LoRA and that with it. */
+function Drawn({ run, one, pictures, notes }) {
+  const [large, setLarge] = useState(null);
+  const titles = ["Base model", `Strength ${one.strength}`];
+  const shots = pictures.map((file, index) => ({ file, title: titles[index], prompt: one.prompt }));
+  const source = (file) => fileOfRun(run.id, file);
+  return html`
+    ${shots.length > 0 && html`<div class="beside">
+      ${one.control && html`<figure><img src=${source(`tried/${one.control}`)} alt="The picture to edit" /><figcaption>Picture to edit</figcaption></figure>`}
+      ${shots.map((shot, index) => html`<figure key=${shot.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} /></button><figcaption>${shot.title}</figcaption></figure>`)}</div>`}
+    ${notes.map((note) => html`<p class="faint" key=${note}>${sentence(note)}</p>`)}
+    ${large !== null && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}`;
 }
 
 function Try({ run, one }) {
@@ -105,7 +147,6 @@ function Try({ run, one }) {
   const [done, setDone] = useState(null);
   const [outputs, setOutputs] = useState(one.outputs ?? null);
   const [error, setError] = useState(null);
-  const [large, setLarge] = useState(null);
   useEvents(state === "running" ? `jobs/${one.id}` : null, { progress: setDone });
   useEffect(() => {
     if (state !== "completed" || one.outputs) return;
@@ -119,20 +160,13 @@ function Try({ run, one }) {
   useEffect(() => {
     if (known && !isKnown) get(["jobs", one.id]).catch(setError); // removed from the queue, unless it is about to be announced
   }, [isKnown]);
-  const titles = ["Base model", `Strength ${one.strength}`];
-  const shots = (outputs?.pictures ?? []).map((file, index) => ({ file, title: titles[index], prompt: one.prompt }));
-  const source = (file) => fileOfRun(run.id, file);
+  const pictures = outputs?.pictures ?? [];
   return html`<li class="try">
-    <div class="head"><p><b>${one.prompt || "No prompt"}</b> <span class="faint">strength ${one.strength}, seed ${one.seed}</span></p>${!shots.length && !error && html`<${State} state=${state} />`}</div>
+    <${TryHead} one=${one}>${!pictures.length && !error && html`<${State} state=${state} />`}<//>
     ${state === "pending" && !error && html`<p class="faint" role="status">${isWaitingForOther ? "It waits for the training that runs." : "It waits for its turn."}</p>`}
     ${state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
     ${(state === "pending" || state === "running") && !error && html`<div class="actions"><${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//></div>`}
     ${state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
     <${Problem} error=${error} />
-    ${shots.length > 0 && html`<div class="beside">
-      ${one.control && html`<figure><img src=${source(`tried/${one.control}`)} alt="The picture to edit" /><figcaption>Picture to edit</figcaption></figure>`}
-      ${shots.map((shot, index) => html`<figure key=${shot.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} /></button><figcaption>${shot.title}</figcaption></figure>`)}</div>`}
-    ${(outputs?.notes ?? []).map((note) => html`<p class="faint" key=${note}>${sentence(note)}</p>`)}
-    ${large !== null && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}
-  </li>`;
+    <${Drawn} run=${run} one=${one} pictures=${pictures} notes=${outputs?.notes ?? []} /></li>`;
 }

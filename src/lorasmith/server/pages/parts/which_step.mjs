@@ -1,58 +1,20 @@
 // Which LoRA of a run is good: its evaluation, with a slider over the LoRAs, and the job that makes it.
-import { fileOfRun, get, post, sentence } from "../lib/api.mjs";
-import { html, useEffect, useState } from "../lib/html.mjs";
-import { useEvents } from "../lib/live.mjs";
-import { announcement, useStore, work } from "../lib/stores.mjs";
+import { fileOfRun, get, post } from "../lib/api.mjs";
+import { html, useState } from "../lib/html.mjs";
 import { capital } from "../lib/words.mjs";
-import { Button, Loading, Problem, Progress, useLoaded } from "./basics.mjs";
-import { act } from "./jobs.mjs";
+import { Loading, Problem, useLoaded } from "./basics.mjs";
 import { Lightbox } from "./pictures.mjs";
+import { Queued } from "./queued.mjs";
 
-const ENDS = new Set(["completed", "failed", "cancelled", "interrupted", "paused"]);
-
-/** @param run a run with a LoRA */
-export function WhichStep({ run }) {
+/** @param run a run with a LoRA; `onDone` is called when there is another recommendation */
+export function WhichStep({ run, onDone }) {
   const [found, error, reload] = useLoaded((signal) => get(["runs", run.id, "evaluation"], {}, signal), [run.id]);
   return html`<section aria-labelledby="which"><h2 id="which">Which step?</h2>
     ${error && html`<${Problem} error=${error} onRetry=${reload} />`}
     ${!found && !error && html`<${Loading} what="the evaluation" />`}
     ${found?.evaluation && html`<${Evaluated} key=${found.evaluation.sentence} run=${run} evaluation=${found.evaluation} folder=${found.folder} />`}
-    ${found && html`<${Evaluate} run=${run} again=${Boolean(found.evaluation)} onDone=${reload} />`}</section>`;
-}
-
-/** The button that evaluates, and the job. */
-function Evaluate({ run, again, onDone }) {
-  const known = useStore(work);
-  const [queued, setQueued] = useState(null);
-  const [error, setError] = useState(null);
-  const [done, setDone] = useState(null);
-  const job = queued && (known?.jobs.get(queued.id) ?? queued);
-  const isActive = job !== null && !ENDS.has(job.state);
-  useEvents(job?.state === "running" ? `jobs/${job.id}` : null, { progress: setDone });
-  useEffect(() => {
-    if (job?.state !== "completed") return;
-    announcement.set("The LoRAs are evaluated.");
-    setQueued(null);
-    onDone();
-  }, [job?.state]);
-  const start = async () => {
-    setError(null);
-    setDone(null);
-    try {
-      setQueued(await post(["runs", run.id, "evaluation"], {}));
-    } catch (failure) {
-      setError(failure);
-    }
-  };
-  return html`
-    ${!again && !isActive && html`<p>Draws with each LoRA that was saved, measures whether it looks like your photos and still does what prompts say, and recommends one.</p>`}
-    ${job?.state === "pending" && html`<p class="faint" role="status">It waits for its turn.</p>`}
-    ${job?.state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
-    ${job?.state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
-    <${Problem} error=${error} />
-    <div class="actions">${isActive
-      ? html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//>`
-      : html`<${Button} onClick=${start}>${again ? "Evaluate again" : "Evaluate the LoRAs"}<//>`}</div>`;
+    ${found && html`<${Queued} label=${found.evaluation ? "Evaluate again" : "Evaluate the LoRAs"} said="The LoRAs are evaluated." onDone=${() => { reload(); onDone(); }} start=${() => post(["runs", run.id, "evaluation"], {})}>
+      ${!found.evaluation && html`<p>Draws with each LoRA that was saved, measures whether it looks like your photos and still does what prompts say, and recommends one.</p>`}<//>`}</section>`;
 }
 
 function Evaluated({ run, evaluation, folder }) {
@@ -68,14 +30,14 @@ function Evaluated({ run, evaluation, folder }) {
   const shots = row.pictures.map((file, index) => ({ file, title: capital(row.label), prompt: prompts[index] }));
   const isThere = run.saves.some((one) => one.file === row.file);
   return html`
-    <p class="verdict">${evaluation.sentence}</p>
+    <p>${evaluation.sentence}</p>
     <div class="slider"><label for="which-lora">LoRA</label>
       <input id="which-lora" type="range" min="0" max=${rows.length - 1} value=${at} aria-valuetext=${row.label} onInput=${(event) => setAt(Number(event.currentTarget.value))} />
       <output>${capital(row.label)}${at === best ? " (recommended)" : ""}</output></div>
     ${shown.length > 0 && html`<p class="faint">${capital(shown.map(([name, value]) => `${name} ${value.toFixed(2)}`).join(", "))}</p>`}
     <ul class="thumbs">${shots.map((shot, index) => html`<li key=${prompts[index]}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} loading="lazy" /></button>
       <span class="faint">${shot.prompt}</span></li>`)}</ul>
-    <div class="actions">${isThere && html`<a class=${`button ${at === best ? "primary" : ""}`} href=${fileOfRun(run.id, row.file)} download>${at === best ? "Use this one" : "Download this one"}</a>`}
+    <div class="actions">${isThere && html`<a class="button" href=${fileOfRun(run.id, row.file)} download>${at === best ? "Use this one" : "Download this one"}</a>`}
       <a class="button" href=${source("contact sheet.png")} target="_blank" rel="noopener">Contact sheet</a></div>
     ${evaluation.notes.map((note) => html`<p class="faint" key=${note}>${note}</p>`)}
     ${large !== null && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}`;

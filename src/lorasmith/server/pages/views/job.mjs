@@ -31,16 +31,16 @@ export function JobView({ id }) {
   if (error && !job) return html`<section><h1>Training</h1><${Problem} error=${error} onRetry=${reload} /><a href="#/">Start a new one</a></section>`;
   if (!job) return html`<section><${Loading} what="the training" /></section>`;
   const { state } = job;
+  const trigger = job.request?.trigger ?? job.request?.settings?.trigger;
   const steps = view?.step ?? 0;
   return html`
     <${Stepper} at=${ENDED.includes(state) ? "result" : "training"} dataset=${job.request?.dataset ?? undefined}
       addresses=${job.run && ENDED.includes(state) ? { training: link("jobs", id), result: link("runs", job.run) } : {}} />
-    <${LiveRun} view=${view} run=${job.run} isRunning=${state === "running"} head=${html`
+    <${LiveRun} view=${view} run=${job.run ? { id: job.run, trigger: trigger ?? "" } : null} isRunning=${state === "running"} head=${html`
       <div class="head"><h1 id="job">${titleOf(job)}</h1><${State} state=${state} /></div>
-      <p class="faint">${[job.request?.model, job.request?.trigger && `“${job.request.trigger}”`].filter(Boolean).join(" · ")}</p>
+      <p class="faint">${[job.request?.model, trigger && `“${trigger}”`].filter(Boolean).join(" · ")}</p>
       <${Standing} job=${job} view=${view} known=${known} />
-      ${job.error && html`<${Problem} error=${{ message: sentence(job.error.message) }} />`}
-      <div class="actions">
+      ${job.error && html`<${Problem} error=${{ message: sentence(job.error.message) }} />`}`} controls=${html`
         ${state === "running" && html`<${Button} onClick=${() => act(job, "cancel", { pause: true })} busyText="Pausing…">Pause<//>
           <${Button} onClick=${() => setAsking(true)}>Stop and keep<//>`}
         ${state === "pending" && html`<${Button} onClick=${() => act(job, "move", { front: true })}>To the front<//>
@@ -49,8 +49,7 @@ export function JobView({ id }) {
           <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Stop here<//>`}
         ${(state === "cancelled" || (state === "failed" && job.run)) && html`<${Button} onClick=${() => act(job, "continue")}>Continue<//>`}
         ${state === "failed" && html`<${Button} kind="primary" onClick=${() => act(job, "retry").then((next) => next?.id && (location.hash = link("jobs", next.id)))}>Try again<//>`}
-        ${job.run && ENDED.includes(state) && html`<a class="button primary" href=${link("runs", job.run)}>See the result</a>`}
-      </div>`} />
+        ${job.run && ENDED.includes(state) && html`<a class="button primary" href=${link("runs", job.run)}>See the result</a>`}`} />
     <${Queue} except=${id} />
     ${asking && html`<${Question} title="Stop the training?" yes="Stop and keep" onClose=${() => setAsking(false)}
       onYes=${() => post(["jobs", id, "cancel"], { pause: false })}>

@@ -5,7 +5,9 @@ import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
 import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
 import { Advice, findingOf, trainAgain } from "../parts/advice.mjs";
-import { Button, Command, Dialog, Field, Loading, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { Button, Command, Dialog, Field, Fold, Loading, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { Film } from "../parts/film.mjs";
+import { Gallery } from "../parts/gallery.mjs";
 import { CONTINUED, act, jobsOfRuns } from "../parts/jobs.mjs";
 import { LikenessCurves, LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
 import { EditMarks, Star, removeRun } from "../parts/marks.mjs";
@@ -34,15 +36,14 @@ export function RunView({ id }) {
       <p class="kicker"><a href=${link("runs")}>Runs</a> / ${id}</p>
       <div class="head"><h1 id="run">${nameOfRun(run)}</h1><div class="actions"><${Star} run=${run} onChange=${reload} />
         ${jobsOfRuns(known).has(id) && !isRunning ? html`<${State} state=${job.state} />` : html`<span class=${`status ${run.mood}`}>${run.status}</span>`}</div></div>
-      <p class="verdict">${sentence(run.verdict)}</p>
+      ${!isRunning && html`<p class="verdict plain">${run.recommended?.sentence ?? sentence(run.verdict)}</p>`}
       ${run.note && html`<p class="note">${run.note}</p>`}
-      <p class="summary">${[run.model, run.trigger && `“${run.trigger}”`, moment(run.started)].filter(Boolean).join(" · ")}</p>
-      ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).filter(([name]) => !SAID_ELSEWHERE.has(name)).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
+      <p class="summary">${[run.trigger && `Write “${run.trigger}” in prompts`, run.model, moment(run.started)].filter(Boolean).join(" · ")}</p>
       ${!isRunning && html`<${Actions} run=${run} job=${job} reload=${reload} />`}
       ${isRunning && run.job && html`<div class="actions"><a class="button primary" href=${link("jobs", run.job)}>Watch and control it</a></div>`}
     </section>
-    ${isRunning ? html`<${Watched} run=${run} onEnd=${reload} />` : html`<${Results} run=${run} />`}
-    <${Details} run=${run} />`;
+    ${isRunning ? html`<${Watched} run=${run} onEnd=${reload} />` : html`<${Results} run=${run} reload=${reload} />`}
+    <section><${Fold} title=${isRunning ? "Settings and files" : "Details"}>${!isRunning && html`<${Numbers} run=${run} />`}<${Details} run=${run} /><//></section>`;
 }
 
 function Watched({ run, onEnd }) {
@@ -52,24 +53,28 @@ function Watched({ run, onEnd }) {
     const timer = setTimeout(onEnd, 1500); // the files of the end are written after its event
     return () => clearTimeout(timer);
   }, [view?.outcome]);
-  return html`<${LiveRun} view=${view} run=${run.id} isRunning />`;
+  return html`<${LiveRun} view=${view} run=${run} isRunning />`;
 }
 
 function Actions({ run, job, reload }) {
   const [dialog, setDialog] = useState(null);
   const close = () => setDialog(null);
   const canContinue = job && CONTINUED.includes(job.state);
+  const { recommended: best } = run;
   return html`<div class="actions">
-      ${run.lora && html`<a class="button primary" href=${fileOfRun(run.id, run.lora.file)} download>Download (${bytes(run.lora.bytes)})</a>
+      ${best && html`<a class="button primary large-button" href=${fileOfRun(run.id, best.file)} download>${best.step ? `Download step ${whole(best.step)}` : "Download"} (${bytes(best.bytes)})</a>
         <${Button} onClick=${() => setDialog("install")}>${run.lora.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}<//>`}
+      ${best && run.previews.length > 0 && html`<a class="button" href=${address(["runs", run.id, "card"])} download=${`${nameOfRun(run)}.png`}>Share card</a>`}
       ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue<//>`}
-      ${run.is_trainable_on && html`<${Button} onClick=${() => setDialog("on")}>Train it further<//>`}
       ${run.dataset && html`<${Button} onClick=${() => trainAgain(run)}>Train again with changes<//>`}
+    </div>
+    <details class="more"><summary>More</summary><div class="actions">
+      ${run.is_trainable_on && html`<${Button} onClick=${() => setDialog("on")}>Train it further<//>`}
       <a class="button" href=${address(["runs", run.id, "report"])} target="_blank" rel="noopener">Report</a>
       <a class="button" href=${`editor/?run=${encodeURIComponent(run.id)}`}>Open in editor</a>
       <${Button} onClick=${() => setDialog("marks")}>Name and note<//>
       <${Button} kind="danger" onClick=${() => removeRun(run, (isBack) => go(...(isBack ? ["runs", run.id] : ["runs"])))}>Delete<//>
-    </div>
+    </div></details>
     ${dialog === "marks" && html`<${EditMarks} run=${run} onClose=${close} onDone=${reload} />`}
     ${dialog === "install" && html`<${Install} run=${run} onClose=${close} onDone=${reload} />`}
     ${dialog === "on" && html`<${TrainOn} run=${run} onClose=${close} />`}`;
@@ -124,27 +129,38 @@ function TrainOn({ run, onClose }) {
 
 const remark = (run, picture) => [picture.use === "trained" ? "" : sentence(picture.use), findingOf(run, picture.file)].filter(Boolean).join(" ");
 
-function Results({ run }) {
+function Results({ run, reload }) {
   const [large, setLarge] = useState(null);
   const source = (file) => fileOfRun(run.id, file);
-  const points = run.losses.map(([step, loss], index) => [step, loss, run.smooth[index][1]]);
-  const saves = [...run.saves].sort((a, b) => a.step - b.step);
   const pictures = run.images.filter((one) => one.thumbnail);
+  const isStrip = run.previews.some((one) => one.strength < 0);
   return html`
-    ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2><${Previews} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.best_step} /></section>`}
-    ${run.lora && html`<${WhichStep} key=${run.id} run=${run} />`}
-    ${run.lora && html`<${TryIt} run=${run} />`}
-    ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /><${LikenessCurves} points=${run.likenesses} /></section>`}
-    ${Object.keys(run.use).length > 0 && html`<section aria-labelledby="use"><h2 id="use">How to use it</h2>
-      ${Object.entries(run.use).map(([program, [what, text]]) => html`<div class="program" key=${program}><h3>${program}</h3><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}</div>`)}</section>`}
-    ${saves.length > 1 && html`<section aria-labelledby="saves"><h2 id="saves">LoRAs of single steps</h2>
-      <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">the best</span>`}</div>
-        <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
+    ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2>
+      ${isStrip ? html`<${Previews} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.best_step} />`
+        : html`<${Film} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.recommended?.is_judged ? run.recommended.step : null} />`}</section>`}
+    ${run.lora && html`<${TryIt} run=${run} /><${Gallery} run=${run} /><${WhichStep} key=${run.id} run=${run} onDone=${reload} />`}
     <${Advice} run=${run} />
     ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
       ${pictures.map((one, index) => html`<li key=${one.file} class=${one.controls ? "pair-thumb" : ""}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
         ${remark(run, one) && html`<span class="faint">${remark(run, one)}</span>`}</li>`)}</ul></section>
       ${large !== null && html`<${Lightbox} start=${large} source=${source} onClose=${() => setLarge(null)} shots=${pictures.map((one) => ({ file: one.thumbnail, title: one.file, prompt: one.caption }))} />`}`}`;
+}
+
+/** What was measured, all pictures of the training, which programs apply what, and the LoRAs of single steps. */
+function Numbers({ run }) {
+  const source = (file) => fileOfRun(run.id, file);
+  const points = run.losses.map(([step, loss], index) => [step, loss, run.smooth[index][1]]);
+  const saves = [...run.saves].sort((a, b) => a.step - b.step);
+  return html`
+    <p>${sentence(run.verdict)}</p>
+    ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).filter(([name]) => !SAID_ELSEWHERE.has(name)).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
+    ${run.losses.length > 0 && html`<${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /><${LikenessCurves} points=${run.likenesses} />`}
+    ${run.previews.length > 0 && !run.previews.some((one) => one.strength < 0) && html`<h3>All pictures</h3><${Previews} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.best_step} />`}
+    ${Object.keys(run.use).length > 0 && html`<h3 id="use">How to use it</h3>
+      ${Object.entries(run.use).map(([program, [what, text]]) => html`<div class="program" key=${program}><h4>${program}</h4><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}</div>`)}`}
+    ${saves.length > 1 && html`<h3 id="saves">LoRAs of single steps</h3>
+      <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">the best</span>`}</div>
+        <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul>`}`;
 }
 
 function Details({ run }) {
@@ -160,15 +176,12 @@ function Details({ run }) {
       say(error.message, { mood: "bad" });
     }
   };
-  return html`<section aria-labelledby="same"><h2 id="same">The same by other ways</h2>
+  return html`<h3 id="same">The same by other ways</h3>
       ${commands.length ? commands.map(([purpose, text]) => html`<${Command} key=${purpose} label=${purpose} text=${text} />`) : run.command && html`<${Command} label="The command that does the same" text=${run.command} />`}
       ${graph ? html`<${Command} label="The graph for ComfyUI (API format)" text=${graph} />` : html`<div class="actions"><${Button} onClick=${show}>Show the graph for ComfyUI<//><a class="button" href=${address(["runs", run.id, "graph"])} download=${`${nameOfRun(run)}.json`}>Download the graph</a></div>`}
-    </section>
-    <section><h2>Details</h2>
       ${sentences.length > 0 && html`<ul>${sentences.map((text) => html`<li key=${text}>${sentence(text)}</li>`)}</ul>`}
       ${changed.length > 0 && html`<h3>Settings that were changed</h3><dl>${changed.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${valueWords(value)}</dd></div>`)}</dl>`}
       ${groups.length > 0 && html`<details><summary>All settings of this run</summary>${groups.map(([group, settings]) => html`<h3 key=${group}>${group}</h3><dl>${settings.map((one) => html`<div key=${one.name}><dt>${one.name}</dt><dd>${valueWords(one.value)}</dd></div>`)}</dl>`)}</details>`}
       ${run.left_out?.length > 0 && html`<details><summary>Files that were left out</summary><ul>${run.left_out.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul></details>`}
-      ${run.files?.length > 0 && html`<details><summary>Files in ${run.folder}</summary><ul>${run.files.map((file) => html`<li key=${file}><a href=${fileOfRun(run.id, file)}>${file}</a></li>`)}</ul></details>`}
-    </section>`;
+      ${run.files?.length > 0 && html`<details><summary>Files in ${run.folder}</summary><ul>${run.files.map((file) => html`<li key=${file}><a href=${fileOfRun(run.id, file)}>${file}</a></li>`)}</ul></details>`}`;
 }

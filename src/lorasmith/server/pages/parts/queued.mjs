@@ -1,0 +1,48 @@
+// A job that this page starts and waits for: its button, its progress, its end.
+import { sentence } from "../lib/api.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
+import { useEvents } from "../lib/live.mjs";
+import { announcement, useStore, work } from "../lib/stores.mjs";
+import { Button, Problem, Progress } from "./basics.mjs";
+import { act } from "./jobs.mjs";
+
+const ENDS = new Set(["completed", "failed", "cancelled", "interrupted", "paused"]);
+
+/**
+ * @param label of the button
+ * @param start queues the job, which it returns
+ * @param said what is announced when it is done
+ */
+export function Queued({ label, start, said, onDone, disabled, children }) {
+  const known = useStore(work);
+  const [queued, setQueued] = useState(null);
+  const [error, setError] = useState(null);
+  const [done, setDone] = useState(null);
+  const job = queued && (known?.jobs.get(queued.id) ?? queued);
+  const isActive = job !== null && !ENDS.has(job.state);
+  useEvents(job?.state === "running" ? `jobs/${job.id}` : null, { progress: setDone });
+  useEffect(() => {
+    if (job?.state !== "completed") return;
+    announcement.set(said);
+    setQueued(null);
+    onDone();
+  }, [job?.state]);
+  const begin = async () => {
+    setError(null);
+    setDone(null);
+    try {
+      setQueued(await start());
+    } catch (failure) {
+      setError(failure);
+    }
+  };
+  return html`
+    ${!isActive && children}
+    ${job?.state === "pending" && html`<p class="faint" role="status">It waits for its turn.</p>`}
+    ${job?.state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
+    ${job?.state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
+    <${Problem} error=${error} />
+    <div class="actions">${isActive
+      ? html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//>`
+      : html`<${Button} disabled=${disabled} onClick=${begin}>${label}<//>`}</div>`;
+}
