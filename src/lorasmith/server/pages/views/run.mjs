@@ -37,9 +37,9 @@ export function RunView({ id }) {
       <div class="head"><h1 id="run">${nameOfRun(run)}</h1><div class="actions"><${Star} run=${run} onChange=${reload} />
         ${jobsOfRuns(known).has(id) && !isRunning ? html`<${State} state=${job.state} />` : html`<span class=${`status ${run.mood}`}>${run.status}</span>`}</div></div>
       ${!isRunning && html`<p class="verdict plain">${run.recommended?.sentence ?? sentence(run.verdict)}</p>`}
-      ${run.note && html`<p class="note">${run.note}</p>`}
+      ${run.note && html`<p key="note" class="note">${run.note}</p>`}
       <p class="summary">${[run.trigger && `Write “${run.trigger}” in prompts`, run.model, moment(run.started)].filter(Boolean).join(" · ")}</p>
-      ${!isRunning && html`<${Actions} run=${run} job=${job} reload=${reload} />`}
+      ${!isRunning && html`<${Actions} key="actions" run=${run} job=${job} reload=${reload} />`}
       ${isRunning && run.job && html`<div class="actions"><a class="button primary" href=${link("jobs", run.job)}>Watch and control it</a></div>`}
     </section>
     ${isRunning ? html`<${Watched} run=${run} onEnd=${reload} />` : html`<${Results} run=${run} reload=${reload} />`}
