@@ -56,26 +56,36 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     page.get_by_role("button", name="Next: settings").click()
     start_with(page, {"Steps": STEPS, "Previews": "sks fox"})
 
-    # The curve grows while the previews come; then pause, reload, resume.
+    # The base model's picture is first. The curve grows while the previews come; what is asked for comes in between.
+    page.get_by_role("img", name="Base model: sks fox").wait_for()
+    details = page.get_by_role("heading", name="Details")
+    details.click()
     curve = page.get_by_role("img", name=re.compile("Training loss over"))
     curve.wait_for()
     first, drawn = points(page), picture_of(page)
     wait_until(lambda: points(page) > first and picture_of(page) != drawn)
-    loaded(page, ".previews img", 2)
+    page.get_by_role("button", name="Save now").click()
+    page.get_by_label("Prompt", exact=True).fill("sks fox that runs")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    loaded(page, ".try img", 2)
+    page.get_by_role("link", name=re.compile(r"^step \d+$")).wait_for()
+    loaded(page, ".wipe img", 2)
     page.get_by_role("button", name="Pause").click()
     page.get_by_text("It is paused.").wait_for()
     paused_at = points(page)
     assert 0 < paused_at < STEPS
     page.reload()
+    details.click()
     curve.wait_for()
     wait_until(lambda: points(page) == paused_at)  # all of it is there again
     page.get_by_role("button", name="Continue", exact=True).click()
     page.wait_for_url("**/#/runs/*")
+    details.click()
     assert points(page) == STEPS
     loaded(page, ".previews img", 3)  # the base model, and two strengths
 
     with page.expect_download() as download:
-        page.get_by_role("link", name=re.compile(r"^Download \(")).first.click()
+        page.get_by_role("link", name=re.compile(rf"^Download step {STEPS} \(")).first.click()
     assert download.value.suggested_filename == "sks-fox.safetensors"
     download.value.save_as(tmp_path / "sks-fox.safetensors")
     assert change_in_diffusers(tmp_path / "sks-fox.safetensors") > 1e-3
@@ -83,8 +93,15 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     page.get_by_label("Prompt", exact=True).fill("sks fox that sits")
     page.get_by_role("button", name="Draw", exact=True).click()
     loaded(page, ".try img", 2)
-    plain, tuned = sorted((base / "runs").glob("*/tried/*.png"))
+    *_, plain, tuned = sorted((base / "runs").glob("*/tried/*.png"))
     assert plain.read_bytes() != tuned.read_bytes()
+
+    page.locator(".chip", has_text="noto style").click()
+    page.get_by_role("button", name=re.compile(r"^Draw \d+ pictures$")).click()
+    loaded(page, "table.grid img", 11)  # the base model, and two steps at five strengths
+    with page.expect_download() as card:
+        page.get_by_role("link", name="Share card").click()
+    assert Path(card.value.path()).read_bytes().startswith(b"\x89PNG")
 
     page.get_by_role("button", name="Copy to ComfyUI").click()
     page.get_by_role("button", name="Copy", exact=True).click()
@@ -92,11 +109,13 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     copied = base / "models/loras/sks-fox.safetensors"
     assert copied.read_bytes() == (tmp_path / "sks-fox.safetensors").read_bytes()
 
+    page.get_by_text("More", exact=True).click()
     page.get_by_role("button", name="Train it further").click()
     page.get_by_label("More steps").fill("5")
     page.get_by_role("button", name="Train 5 more steps").click()
     page.wait_for_url("**/#/jobs/*")
     page.wait_for_url("**/#/runs/*")
+    details.click()
     assert points(page) == STEPS + 5
 
     # Another one, and both side by side.
@@ -105,6 +124,7 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     start_with(page, {"Steps": 10, "Rank": 4})
     page.wait_for_url("**/#/jobs/*")
     page.wait_for_url("**/#/runs/*")
+    details.click()
     assert points(page) == 10
     page.get_by_role("link", name="Runs").first.click()
     expected(page.get_by_role("checkbox")).not_to_have_count(0)
