@@ -25,6 +25,7 @@ from lorasmith.sampling.previews import parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.train import Plan, RunHost
+from lorasmith.training.watchers import preview_steps
 from lorasmith.workflow import Input
 
 from .comfy_model import ComfyModel
@@ -69,7 +70,8 @@ class PreviewsNode:
             _OPTIONS["preview_every"],
             default=0,
             min=0,
-            tooltip="Steps of training between pictures; 0 is a quarter of the run. The finished LoRA is always drawn.",
+            tooltip="Steps of training between pictures; 0 is after 30, a tenth, a quarter, a half and three quarters of "
+            "the run. The model without the LoRA is drawn before the first step, and the finished LoRA always.",
         )
         samplers = comfy.samplers.KSampler
         return {
@@ -170,5 +172,5 @@ def run_previews(model: ComfyModel, previews: Previews, plan: Plan, folder: Path
         "Seed": sampling["seed"],
         "Model": model.title,
     }
-    program = PreviewProgram(sampling["steps"], previews.strengths, prompts=prompts)
+    program = PreviewProgram(sampling["steps"], previews.strengths, preview_steps(plan.job.config), prompts=prompts)
     return RunPreviews(Drawing(model, previews), plan, program, folder, host, made_with)
