@@ -480,6 +480,15 @@ REQUESTS = {
         "server/questions/test_drawing_questions.py test_a_record_chooses_among_the_models_of_the_server "
         "test_what_is_no_picture_and_a_folder_elsewhere_are_refused test_values_out_of_range_are_refused"
     ),
+    "what is asked of a run that trains (its `requests/`, too)": (
+        "runs/test_run_requests.py test_a_prompt_is_drawn_while_the_run_trains "
+        "test_a_requested_preview_and_lora_change_no_number, "
+        "server/questions/test_drawing_questions.py test_a_run_that_trains_is_asked_for_a_drawing"
+    ),
+    "gallery and card of a run": (
+        "server/questions/test_drawing_questions.py test_a_gallery_has_prompts_by_kind_steps_and_strengths "
+        "test_a_card_has_pictures_and_no_path"
+    ),
     "name of a file": (
         "server/test_contained_files.py test_names_outside test_links_are_followed_to_where_they_lead, "
         "server/comfyui/test_file_routes.py test_no_name_leads_out_of_its_folder, "

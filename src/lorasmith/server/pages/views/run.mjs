@@ -64,7 +64,7 @@ function Actions({ run, job, reload }) {
   return html`<div class="actions">
       ${best && html`<a class="button primary large-button" href=${fileOfRun(run.id, best.file)} download>${best.step ? `Download step ${whole(best.step)}` : "Download"} (${bytes(best.bytes)})</a>
         <${Button} onClick=${() => setDialog("install")}>${run.lora.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}<//>`}
-      ${best && run.previews.length > 0 && html`<a class="button" href=${address(["runs", run.id, "card"])} download=${`${nameOfRun(run)}.png`}>Share card</a>`}
+      ${best && (best.is_judged || run.previews.length > 0) && html`<a class="button" href=${address(["runs", run.id, "card"])} download=${`${nameOfRun(run)}.png`}>Share card</a>`}
       ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue<//>`}
       ${run.dataset && html`<${Button} onClick=${() => trainAgain(run)}>Train again with changes<//>`}
     </div>
