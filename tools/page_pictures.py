@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -108,17 +109,28 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
         page.get_by_label(label, exact=True).press("Tab")
     camera.every_look("4-all-settings", page)
     page.get_by_role("button", name="Start training").click()
-    page.wait_for_selector(".plot canvas")
-    page.locator(".previews td:nth-child(2) img").first.wait_for()
+    page.locator(".alone img").wait_for()
+    camera.every_look("5-base", page)
+    page.locator(".wipe img").first.wait_for()
     while page.locator("progress").first.evaluate("bar => bar.value") < 0.62 * _STEPS:
         time.sleep(0.5)
     camera.document("serve-training", page, scheme="dark", height=1330)
     camera.every_look("5-training", page)
     page.wait_for_url("**/#/runs/*")
-    page.get_by_role("link", name="Download (").first.wait_for()
+    page.get_by_role("link", name="Download step").wait_for()
+    page.locator(".wipe img").first.wait_for()
     page.wait_for_timeout(1000)
-    camera.document("serve-result", page, scheme="light", height=1190)
+    camera.document("serve-result", page, scheme="light", height=1330)
+    if camera.wants_all:
+        page.locator(".chip", has_text="noto style").click()
+        page.get_by_role("button", name=re.compile(r"^Draw \d+ pictures$")).click()
+        page.locator("table.grid img").first.wait_for()
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.locator(".try img").first.wait_for()
     camera.every_look("6-result", page)
+    page.get_by_role("heading", name="Details").click()
+    page.wait_for_selector(".plot canvas")
+    camera.every_look("6-details", page)
     page.get_by_role("link", name="Runs").first.click()
     page.wait_for_selector(".run-rows li")
     camera.every_look("7-runs", page)
