@@ -38,16 +38,16 @@ export function Film({ previews, pairs = [], source, live = false, bestStep = nu
   const given = pairs.filter((one) => one.number === shown);
   const beside = given.find((one) => one.title === other);
   const without = beside?.file ?? table.base.get(shown)?.file;
-  const without_title = beside ? capital(beside.title) : "Base model";
+  const withoutTitle = beside ? capital(beside.title) : "Base model";
   const withIt = table.at(at, shown)?.file;
-  const shots = [without && { file: without, title: without_title, prompt }, withIt && { file: withIt, title: stepTitle(at), prompt }].filter(Boolean);
+  const shots = [without && { file: without, title: withoutTitle, prompt }, withIt && { file: withIt, title: stepTitle(at), prompt }].filter(Boolean);
   const pick = (index) => setChosen(live && index === steps.length - 1 ? null : steps[index]);
   return html`<div class="film">
     ${prompts.length > 1 && html`<div class="chips" role="group" aria-label="Prompts">${prompts.map(([one, text]) => html`<button type="button" key=${one} class="chip" aria-pressed=${one === shown} onClick=${() => setNumber(one)}>${text || "No prompt"}</button>`)}</div>`}
     ${without && withIt
-      ? html`<${Wipe} key=${shown} before=${source(without)} after=${source(withIt)} titles=${[without_title, stepTitle(at)]} prompt=${prompt} />`
-      : html`<figure class="alone"><img src=${source(without ?? withIt)} alt=${`${without ? without_title : stepTitle(at)}: ${prompt}`} />
-          <figcaption>${without ? `${without_title}.` : `${stepTitle(at)}.`}${live && !withIt ? " Pictures with the LoRA follow." : ""}</figcaption></figure>`}
+      ? html`<${Wipe} key=${shown} before=${source(without)} after=${source(withIt)} titles=${[withoutTitle, stepTitle(at)]} prompt=${prompt} />`
+      : html`<figure class="alone"><img src=${source(without ?? withIt)} alt=${`${without ? withoutTitle : stepTitle(at)}: ${prompt}`} />
+          <figcaption>${without ? `${withoutTitle}.` : `${stepTitle(at)}.`}${live && !withIt ? " Pictures with the LoRA follow." : ""}</figcaption></figure>`}
     <div class="film-line"><p class="faint">${prompts.length > 1 ? "" : prompt}</p>
       ${given.length > 0 && html`<label class="short">Beside <select value=${other} onChange=${(event) => setOther(event.currentTarget.value)}>
         <option value="base">Base model</option>${given.map((one) => html`<option key=${one.title} value=${one.title}>${capital(one.title)}</option>`)}</select></label>`}
