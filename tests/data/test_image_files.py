@@ -21,6 +21,7 @@ from lorasmith.data import image_files
 from lorasmith.data.image_files import (
     ImageError,
     ImageHeader,
+    header_size,
     image_header,
     image_size,
     image_suffixes,
@@ -337,6 +338,21 @@ def test_other_formats_are_read_where_they_are_converted_alone(tmp_path: Path) -
     picture().save(tmp_path / "a.eps")
     with pytest.raises(ImageError, match="is not an image"):
         open_original(tmp_path / "a.eps", any_format=True)
+
+
+def test_heic_is_read(tmp_path: Path) -> None:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False)
+    shown = Image.linear_gradient("L").convert("RGB").resize((96, 64))
+    shown.save(tmp_path / "a.heic", quality=95)
+    assert image_size(tmp_path / "a.heic") == header_size(tmp_path / "a.heic") == (96, 64)
+    found = np.asarray(open_image(tmp_path / "a.heic"), np.float32)
+    assert np.abs(found - np.asarray(shown, np.float32)).mean() < 3
+    content = (tmp_path / "a.heic").read_bytes()
+    (tmp_path / "cut.heic").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ImageError, match="is damaged or cut short"):
+        open_image(tmp_path / "cut.heic")
 
 
 def test_heic_is_read_where_the_plug_in_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

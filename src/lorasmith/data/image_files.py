@@ -284,7 +284,7 @@ def _readable_formats() -> list[str]:
 
 @functools.cache
 def _register_heif() -> None:
-    """Register Pillow's plug-in for HEIC and HEIF, if installed (`lorasmith[heic]`)."""
+    """Register Pillow's plug-in for HEIC and HEIF, without which everything else works."""
     with contextlib.suppress(ImportError):
         pillow_heif = importlib.import_module("pillow_heif")
         pillow_heif.register_heif_opener(thumbnails=False)
