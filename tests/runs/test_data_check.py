@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from spiece_models import spiece_model
 from transformers import ByT5Tokenizer
 
@@ -132,3 +133,19 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
 def test_the_event_carries_the_check() -> None:
     check = check_folder(FOX, DataConfig())
     assert ImagesChecked(check=check).check is check
+
+
+@pytest.mark.usefixtures("previews_measured")
+def test_photos_of_something_else_and_mirrored_ones_are_named(tmp_path: Path) -> None:
+    for path in sorted(FOX.glob("*.png")):
+        add(tmp_path / path.name, Image.open(path), "a drawing of a fox")
+    others = sorted(FOX.with_name("high-contrast").glob("*.png"))[:2]
+    for path in others:
+        add(tmp_path / f"x_{path.name}", Image.open(path), "a drawing")
+    add(tmp_path / "y.png", ImageOps.mirror(Image.open(FOX / "fox_1.png")), "a drawing of a fox")
+    check = check_folder(tmp_path, DataConfig())
+    found = {one.kind: one for one in check.preflight.findings}
+    names = {kind: [check.preflight.images[index].name for index in one.images] for kind, one in found.items()}
+    assert names["odd ones out"] == [f"x_{path.name}" for path in others]
+    assert "7 images show much the same (fox), and 2 others show something else" in found["odd ones out"].problem
+    assert names["much alike"] == ["y.png"] and "y.png (like fox_1.png)" in found["much alike"].sentence

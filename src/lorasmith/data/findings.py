@@ -30,6 +30,8 @@ FindingKind = Literal[
     "cut pictures",
     "copies",
     "look-alikes",
+    "much alike",
+    "odd ones out",
     "missing controls",
     "unchanged pairs",
     "swapped pairs",
@@ -166,6 +168,14 @@ def found_in(
 def tags_of(caption: str) -> list[str]:
     """The comma-separated parts of a caption, without empty ones."""
     return [tag for part in caption.split(",") if (tag := one_line(part))]
+
+
+def listed(
+    images: Sequence[CheckedImage], found: Collection[int], detail: Callable[[CheckedImage], str] | None = None
+) -> str:
+    """The names of some images, with a detail of each."""
+    shown = [images[index] for index in islice(found, _LISTED + 1)]
+    return _joined([f"{one.name} ({detail(one)})" if detail else one.name for one in shown], of=len(found))
 
 
 _UNUSED: dict[ReasonKind, str] = {
@@ -308,7 +318,7 @@ def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: 
         yield Finding(
             "missing captions",
             "no image has a caption, and there is no trigger" if is_all else f"{_have(lacking)} no caption",
-            "" if is_all else _listed(images, lacking),
+            "" if is_all else listed(images, lacking),
             "write captions into text files of the same name, or name the subject with --trigger",
             lacking,
         )
@@ -339,7 +349,7 @@ def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) ->
         yield Finding(
             "equal captions",
             f"{len(found):,} images share their captions with others",
-            f"{_listed(images, found)} ({_quoted(images[odd[0][0]].file.caption)})",
+            f"{listed(images, found)} ({_quoted(images[odd[0][0]].file.caption)})",
             "say in each what only that picture shows",
             found,
         )
@@ -384,7 +394,7 @@ def _about(
     detail: Callable[[CheckedImage], str] | None = None,
 ) -> Finding:
     """A finding about some of the images, with a detail of each of the first ones."""
-    return Finding(kind, problem, _listed(images, found, detail), remedy, tuple(found))
+    return Finding(kind, problem, listed(images, found, detail), remedy, tuple(found))
 
 
 def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) -> tuple[int, ...]:
@@ -393,14 +403,6 @@ def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) 
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
-
-
-def _listed(
-    images: Sequence[CheckedImage], found: Collection[int], detail: Callable[[CheckedImage], str] | None = None
-) -> str:
-    """The names of some images, with a detail of each."""
-    shown = [images[index] for index in islice(found, _LISTED + 1)]
-    return _joined([f"{one.name} ({detail(one)})" if detail else one.name for one in shown], of=len(found))
 
 
 def _joined(texts: Sequence[str], *, of: int | None = None) -> str:

@@ -29,6 +29,7 @@ from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.report.data_page import DataReport, PictureCard, SizeRow, Trouble, data_page
 from lorasmith.report.pictures import picture_uri, side_by_side
 from lorasmith.runs.command_lines import arguments_for, command_line, positional
+from lorasmith.runs.photo_likeness import with_likeness
 
 _MULTIPLE = 16  # step of sides where no model decides it: that of most families
 
@@ -59,9 +60,10 @@ def check_folder(
     model = None if files is None else load_completed(files, folders).model
     scan = scan_folder(folder, config, clips=model is None or clip_form(model, config) is not None)
     folder = folder if is_folder(folder) else folder.parent  # a metadata file is beside its images
-    return check_scan(
+    check = check_scan(
         scan, config, folder=folder, model=model, batch=batch, validation_share=validation_share, progress=progress
     )
+    return replace(check, preflight=with_likeness(check.preflight))
 
 
 def check_scan(
@@ -190,6 +192,8 @@ _TITLES: dict[FindingKind, str] = {
     "cut pictures": "Pictures that lose much to the crop",
     "copies": "Copies",
     "look-alikes": "Nearly identical pictures",
+    "much alike": "Pictures that are much alike",
+    "odd ones out": "Odd ones out",
     "missing controls": "Missing controls",
     "unchanged pairs": "Pairs that are the same picture",
     "swapped pairs": "Pairs that may be swapped",
@@ -208,6 +212,8 @@ _MARKS: dict[FindingKind, str] = {
     "cut pictures": "cut",
     "copies": "copy",
     "look-alikes": "look-alike",
+    "much alike": "much alike",
+    "odd ones out": "something else?",
     "missing controls": "no control",
     "unchanged pairs": "same as its control",
     "swapped pairs": "swapped?",
