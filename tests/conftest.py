@@ -39,7 +39,7 @@ settings.register_profile("all tests", max_examples=100, **EXAMPLES)
 
 @pytest.fixture(autouse=True)
 def previews_unmeasured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs compare no previews with the images, and checks no photos, which takes a second, unless a test asks for it."""
+    """Neither previews nor photos are compared by their features, which takes a second, unless a test asks for it."""
     if "previews_measured" not in request.fixturenames:
         monkeypatch.setattr(likeness, "is_installed", lambda: False)
 

@@ -183,7 +183,7 @@ _WHOLE = 0.97  # share from which a crop is not drawn
 _TAGS, _FILES = 12, 200
 
 _GROUPED: frozenset[FindingKind] = frozenset(("copies", "look-alikes"))
-_TITLES: dict[FindingKind, str] = {
+TITLES: dict[FindingKind, str] = {
     "unused files": "Files that cannot be used",
     "empty pictures": "Pictures that show nothing",
     "tiny pictures": "Pictures that are far too small",
@@ -246,7 +246,7 @@ def data_report(check: DataCheck, config: DataConfig, *, model: str | None = Non
         groups, more = _groups(found, finding)
         is_grouped = finding.kind in _GROUPED
         return Trouble(
-            title=_TITLES[finding.kind],
+            title=TITLES[finding.kind],
             problem=finding.problem,
             remedy=finding.remedy,
             groups=[shots(group, kept=group[0] if is_grouped else None) for group in groups],

@@ -140,6 +140,16 @@ class ControlRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Crop:
+    """A part of an upright picture, as shares of its width and height."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PictureRow:
     """A picture of a dataset."""
 
@@ -151,6 +161,14 @@ class PictureRow:
     has_caption: Annotated[bool, "whether it has a text of its own"]
     problem: Annotated[str, "why picture or caption cannot be read; empty if they can"] = ""
     controls: Annotated[tuple[ControlRow, ...], "pictures before the edit, for edit models"] = ()
+    crop: Annotated[Crop | None, "the part of its original that it is, if it was cropped; null if it was not"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CroppedAnswer:
+    """A picture that was cropped."""
+
+    file: Annotated[str, "its name, whose suffix may be another one now"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +189,15 @@ class PairBody:
     """Which picture a control belongs to; the controls of both change places if that one has one."""
 
     control: Annotated[str, "its name in the folder control"]
-    image: Annotated[str, "name of the picture"]
+    image: Annotated[str, "name of the picture"] = ""
+    former: Annotated[str, "in place of a picture: the name that the control had before, which it gets back"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesBody:
+    """Pictures of a dataset."""
+
+    files: Annotated[tuple[str, ...], "their names"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +207,9 @@ class UploadAnswer:
     added: Annotated[tuple[str, ...], "names of the new files, pictures and captions"]
     skipped: Annotated[tuple[SkippedFile, ...], "files that were not kept"] = ()
     renamed: Annotated[dict[str, str], "names of new files by those that they were sent under, where they differ"] = (
+        field(default_factory=dict)
+    )
+    replaced: Annotated[dict[str, str], "where files were moved to that new ones replaced, by the names of these"] = (
         field(default_factory=dict)
     )
 
@@ -197,6 +226,7 @@ class RestoreBody:
     """What is moved back."""
 
     removed: Annotated[str, "where it was moved to, as the answer to its removal says"]
+    control: Annotated[bool, "whether it was in the folder control"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,16 +296,8 @@ class FindingFacts:
     severity: Annotated[
         Severity, "problem: it costs pictures or spoils the LoRA; warning: better mended; remark: worth knowing"
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crop:
-    """The part of an upright picture that is trained, as shares of its width and height."""
-
-    x: float
-    y: float
-    width: float
-    height: float
+    title: Annotated[str, "what it is, for people"] = ""
+    removes: Annotated[tuple[str, ...], "pictures that mend it when they are removed, such as copies"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +305,7 @@ class CheckedPicture:
     """A picture that was checked."""
 
     problems: Annotated[tuple[str, ...], "about it, in a word or a sentence each"]
-    crop: Annotated[Crop, "the part that is trained"]
+    crop: Annotated[Crop, "the part that is trained, of what the picture is now"]
     trained: Annotated[tuple[int, int], "width and height at which it is trained"]
     tokens: Annotated[int | None, "of its caption; null if they were not counted"] = None
 

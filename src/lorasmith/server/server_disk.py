@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.core.errors import OutputError
-from lorasmith.core.files import ensure_folder, is_regular
+from lorasmith.core.files import ensure_folder, is_folder, is_regular
 from lorasmith.core.folders import safe_name
 from lorasmith.server.server_config import FOLDER
 
@@ -78,17 +78,14 @@ def move(path: Path, target: Path, where: Literal["away", "back"]) -> None:
         ) from error
 
 
-def put_back(base: Path, removed: str, folder: Path) -> int:
-    """Move the files that `set_aside` put into `removed`, relative to `base`, back into a folder; returns how many.
+def put_back(base: Path, removed: str, name: str, folder: Path) -> int:
+    """Move the files that `set_aside` put into `removed`, relative to `base`, under `name`, back into a folder; returns
+    how many.
 
-    Raises FileNotFoundError if that holds no files of this folder, FileExistsError with a name that is in use, and
+    Raises FileNotFoundError if that holds no files of this name, FileExistsError with a name that is in use, and
     OutputError.
     """
-    place = base / removed
-    wanted = re.compile(rf"[0-9]{{8}}-[0-9]{{6}}-{re.escape(safe_name(folder.name))}(-[0-9]+)?")
-    if place.parent != base / _REMOVED or not wanted.fullmatch(place.name) or not place.is_dir():
-        raise FileNotFoundError(removed)
-    files = [one for one in sorted(place.iterdir()) if is_regular(one)]
+    files = [one for one in sorted(_removed(base, removed, name).iterdir()) if is_regular(one)]
     if not files:
         raise FileNotFoundError(removed)
     if taken := next((one.name for one in files if os.path.lexists(folder / one.name)), None):
@@ -96,6 +93,25 @@ def put_back(base: Path, removed: str, folder: Path) -> int:
     for one in files:
         move(one, folder / one.name, "back")
     return len(files)
+
+
+def put_folder_back(base: Path, removed: str, folder: Path) -> None:
+    """Move a folder that `set_aside` put into `removed` back to its place. Raises FileNotFoundError if it is not there,
+    and OutputError.
+    """
+    source = _removed(base, removed, folder.name) / folder.name
+    if not is_folder(source):
+        raise FileNotFoundError(removed)
+    move(source, folder, "back")
+
+
+def _removed(base: Path, removed: str, name: str) -> Path:
+    """The folder that `set_aside` made for a name. Raises FileNotFoundError for any other."""
+    place = base / removed
+    wanted = re.compile(rf"[0-9]{{8}}-[0-9]{{6}}-{re.escape(safe_name(name))}(-[0-9]+)?")
+    if place.parent != base / _REMOVED or not wanted.fullmatch(place.name) or not place.is_dir():
+        raise FileNotFoundError(removed)
+    return place
 
 
 def keep_captions(base: Path, dataset: str, captions: Mapping[str, str]) -> None:

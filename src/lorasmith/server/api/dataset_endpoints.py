@@ -28,10 +28,13 @@ from lorasmith.server.api_shapes import (
     CaptionBody,
     CaptionEdit,
     Changed,
+    Crop,
+    CroppedAnswer,
     DataCheckAnswer,
     DatasetAnswer,
     DatasetList,
     DatasetRow,
+    FilesBody,
     NameBody,
     PairBody,
     RemovedAnswer,
@@ -59,6 +62,7 @@ class _Received:
     added: list[str] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)  # new names by the names as sent
+    replaced: dict[str, str] = field(default_factory=dict)  # where files were moved to, by the names of the new ones
     pictures: dict[str, str] = field(default_factory=dict)  # names in the dataset by sent stem in lower case
     # names and paths of captions, which wait for all pictures
     texts: list[tuple[str, Path]] = field(default_factory=list)
@@ -89,7 +93,12 @@ async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
             image = received.pictures.get(file.stem.casefold(), "")
             answer = await _asked(context, "add_caption", name=name, file=sent, temporary=str(path), image=image)
             _note(received, file.name, answer)
-    return UploadAnswer(added=tuple(received.added), skipped=tuple(received.skipped), renamed=received.renamed)
+    return UploadAnswer(
+        added=tuple(received.added),
+        skipped=tuple(received.skipped),
+        renamed=received.renamed,
+        replaced=received.replaced,
+    )
 
 
 def _note(received: _Received, sent: str, answer: dict[str, str]) -> None:
@@ -97,6 +106,8 @@ def _note(received: _Received, sent: str, answer: dict[str, str]) -> None:
         received.skipped.append(SkippedFile(file=sent, reason=answer["skipped"]))
         return
     received.added.append(added)
+    if "replaced" in answer:
+        received.replaced[added] = answer["replaced"]
     if added != sent:
         received.renamed[sent] = added
 
@@ -158,6 +169,8 @@ async def _captions(context: ServerContext, call: Call) -> Any:
 async def _image(context: ServerContext, call: Call, *, control: bool = False) -> web.StreamResponse:
     """The picture or control, or a thumbnail, which is made again only when the file has changed."""
     named = {"name": call.path("name"), "file": call.path("file"), **({"control": True} if control else {})}
+    if call.text("original") == "true":
+        named["original"] = True
     width = call.number("width", 0, most=_WIDTH)
     path = Path(await context.assistant.ask("picture_file", **named))
     if not width:
@@ -240,7 +253,7 @@ DATASET_ENDPOINTS = (
         "/datasets/{name}/images/{file}",
         "A picture, or a small upright version of it.",
         handler=_image,
-        query=(_WIDTH_QUERY,),
+        query=(_WIDTH_QUERY, Query("original", "Whether a cropped picture is shown as it was before.", "boolean")),
         content="image/*",
     ),
     Endpoint(
@@ -252,12 +265,31 @@ DATASET_ENDPOINTS = (
         changes_dataset=True,
     ),
     Endpoint(
+        "PUT",
+        "/datasets/{name}/images/{file}/crop",
+        "Crop a picture to a part of its original, which is kept; all of it brings the original back.",
+        question="crop_image",
+        body=Crop,
+        answer=CroppedAnswer,
+        changes_dataset=True,
+    ),
+    Endpoint(
+        "POST",
+        "/datasets/{name}/remove",
+        "Move pictures, their captions and their masks to the removed things, from where they return together.",
+        question="remove_images",
+        body=FilesBody,
+        answer=RemovedAnswer,
+        changes_dataset=True,
+    ),
+    Endpoint(
         "POST",
         "/datasets/{name}/restore",
-        "Move removed files back into the dataset that they were removed from.",
+        "Move removed files back into the dataset that they were removed from, or the dataset itself.",
         question="restore_removed",
         body=RestoreBody,
         answer=Changed,
+        changes_dataset=True,
     ),
     Endpoint(
         "GET",

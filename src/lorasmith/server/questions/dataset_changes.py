@@ -6,17 +6,29 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, one_line, read_caption_file
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
-from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
-from lorasmith.server.api_shapes import CaptionEdit, Changed, DatasetRow, RemovedAnswer
+from lorasmith.data.image_files import (
+    MAX_ASPECT,
+    ImageError,
+    ImageHeader,
+    file_digest,
+    image_header,
+    image_size,
+    image_suffixes,
+    open_original,
+)
+from lorasmith.server.api_shapes import CaptionEdit, Changed, Crop, CroppedAnswer, DatasetRow, RemovedAnswer
+from lorasmith.server.dataset_originals import forget_original, keep_original, original_of, originals_folder
 from lorasmith.server.questions.dataset_questions import (
     CONTROL,
     UnknownFileError,
@@ -24,12 +36,14 @@ from lorasmith.server.questions.dataset_questions import (
     caption_of,
     controls_in,
     dataset_folder,
+    is_name,
+    masks_beside,
     picture_of,
     pictures_in,
     stays_in,
 )
 from lorasmith.server.questions.question_registry import question
-from lorasmith.server.server_disk import disk_space, keep_captions, put_back, set_aside
+from lorasmith.server.server_disk import disk_space, keep_captions, put_back, put_folder_back, set_aside
 
 MOST_IMAGES = 2000  # in a dataset filled by the page
 
@@ -86,7 +100,8 @@ def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
 def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict[str, str]:
     """Move an uploaded picture from `temporary` into a dataset, renamed if its name is taken. Returns `added` with its
     name, or `skipped` with the reason, and for a duplicate `same`, the existing picture. A `file` in a folder `control`
-    is a control, `added` as `control/1.png`; one of its name is replaced. Raises UnknownFileError and OutputError.
+    is a control, `added` as `control/1.png`; one of its name is moved to `replaced`. Raises UnknownFileError and
+    OutputError.
     """
     folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
     suffix = Path(file).suffix.lower()
@@ -125,19 +140,19 @@ def _added_control(folders: Folders, name: str, folder: Path, source: Path, file
         replaced = [one for one in there if stem_of(one.name).casefold() == stem_of(file).casefold()]
         if len(there) - len(replaced) >= MOST_IMAGES:
             return {"skipped": f"is one too many: a dataset has at most {MOST_IMAGES:,} controls"}
-        if replaced:
-            set_aside(folders.base, replaced, name)
+        aside = {"replaced": _removed(folders, replaced, name).removed} if replaced else {}
         _move(source, place / file)
-    return {"added": f"{CONTROL}/{file}"}
+    return {"added": f"{CONTROL}/{file}", **aside}
 
 
 @question
-def pair_control(folders: Folders, name: str, control: str, image: str) -> Changed:
-    """Give a control to a picture, by its name; if that has one in the folder of controls, both change places. Raises
-    UnknownFileError and OutputError.
+def pair_control(folders: Folders, name: str, control: str, image: str = "", former: str = "") -> Changed:
+    """Give a control to a picture, by its name, or back its `former` name; if that has one in the folder of controls,
+    both change places. Raises UnknownFileError and OutputError.
     """
     folder = dataset_folder(folders, name, to_change=True)
-    moved, stem = picture_of(folder, control, control=True), stem_of(picture_of(folder, image).name)
+    moved = picture_of(folder, control, control=True)
+    stem = stem_of(safe_name(_file_name(former)) if former else picture_of(folder, image).name)
     with _CHANGING:
         there = [one for one in controls_in(folder) if stem_of(one.name).casefold() == stem.casefold()]
         if moved in there:
@@ -189,24 +204,129 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
 @question
 def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
     """Move a picture, its caption and its mask to the removed files. Raises UnknownFileError and OutputError."""
-    folder = dataset_folder(folders, name, to_change=True)
-    path = picture_of(folder, file)
-    stem = stem_of(path.name)
-    beside = [folder / f"{stem}{suffix}" for suffix in CAPTION_SUFFIXES]
-    beside += [one for one in folder.glob("*.mask.*") if one.name.startswith(f"{stem}.mask.")]
-    with _CHANGING:
-        return _removed(folders, [path, *(one for one in beside if is_regular(one))], name)
+    return remove_images(folders, name, files=(file,))
 
 
 @question
-def restore_removed(folders: Folders, name: str, *, removed: str) -> Changed:
-    """Move files that were removed from a dataset back into it. Raises UnknownFileError, TakenNameError if one of their
-    names is in use again, and OutputError.
+def remove_images(folders: Folders, name: str, files: Sequence[str]) -> RemovedAnswer:
+    """Move pictures with their captions and masks to the removed files, all or none, from where they return together.
+    Raises UnknownFileError and OutputError.
     """
     folder = dataset_folder(folders, name, to_change=True)
     with _CHANGING:
+        paths = [picture_of(folder, file) for file in dict.fromkeys(files)]
+        beside = [one for path in paths for one in (*_captions_beside(path), *masks_beside(path))]
+        return _removed(folders, [*paths, *dict.fromkeys(beside)], name)
+
+
+def _captions_beside(picture: Path) -> list[Path]:
+    found = (picture.with_name(f"{stem_of(picture.name)}{suffix}") for suffix in CAPTION_SUFFIXES)
+    return [one for one in found if is_regular(one)]
+
+
+@question
+def crop_image(
+    folders: Folders, name: str, file: str, *, x: float, y: float, width: float, height: float
+) -> CroppedAnswer:
+    """Replace a picture by a part of its original, in shares of that; by the original itself if the part is all of it.
+    Its suffix is `.png` then, unless it is a JPEG file. Raises UnknownFileError, ImageError, OptionError for a part
+    that cannot be trained on and for pictures of more than one file, and OutputError.
+    """
+    folder, part = dataset_folder(folders, name, to_change=True), Crop(x=x, y=y, width=width, height=height)
+    if not (0 <= x < x + width <= 1.001 and 0 <= y < y + height <= 1.001):
+        raise OptionError(f"a crop must be a part of the picture, got {asdict(part)}; draw it again")
+    with _CHANGING:
+        path = picture_of(folder, file)
+        known = original_of(path)
+        source = path if known is None else known.path
+        if min(width, height) > _WHOLE:
+            return CroppedAnswer(file=path.name if known is None else _uncropped(folder, path, source))
+        _check_alone(folders, folder, path, image_header(source))
+        picture, profile = open_original(source)
+        box = _pixels_of(part, picture.size)
+        is_jpeg = image_header(source).format == "JPEG"
+        target = _free(folder / (source.name if is_jpeg else f"{stem_of(source.name)}.png"), path)
+        with disk_space(folder, _CROP_BYTES * picture.width * picture.height), atomic_path(target) as temporary:
+            options: dict[str, Any] = {"quality": 95, "subsampling": 0} if is_jpeg else {}
+            cut = picture.convert("RGB") if is_jpeg else picture
+            cut.crop(box).save(temporary, "JPEG" if is_jpeg else "PNG", icc_profile=profile, **options)
+            if known is None:
+                source = originals_folder(folder) / path.name
+                if not stays_in(source.parent, folder.resolve()):
+                    raise OutputError(f"the folder {source.parent.name} of {name} is a link; replace it by a folder")
+                if source.exists():  # of another picture, which had the name before
+                    set_aside(folders.base, [source], name)
+                shutil.copy2(path, source)
+            keep_original(source, target, part, file_digest(temporary))
+        if target != path:
+            path.unlink()
+            forget_original(path)
+    return CroppedAnswer(file=target.name)
+
+
+_WHOLE = 0.9995  # share of both sides from which nothing is cut
+_CROP_BYTES = 8  # reserved for a pixel: the part as PNG, and its original
+_LEAST_SIDE = 16  # pixels: narrower pictures are not trained on
+
+
+def _check_alone(folders: Folders, folder: Path, path: Path, header: ImageHeader) -> None:
+    """Raise OptionError for a picture that is not cropped by itself."""
+    found = next((one for one in pictures_in(folders, folder)[0] if one.name == path.name), None)
+    others = [*masks_beside(path), *(found.controls if found else ())]
+    if others:
+        raise OptionError(
+            f"{path.name} belongs to {others[0].name}, which would have to be cropped alike; crop both files yourself"
+        )
+    if header.is_animated:
+        raise OptionError(f"{path.name} is an animation, which is not cropped here; crop the file yourself")
+
+
+def _pixels_of(part: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part in pixels: left, top, right, bottom. Raises OptionError if it is too narrow."""
+    shares = (part.x, part.y, part.x + part.width, part.y + part.height)
+    left, top, right, bottom = (
+        min(round(share * side), side) for share, side in zip(shares, (*size, *size), strict=True)
+    )
+    width, height = right - left, bottom - top
+    if min(width, height) < _LEAST_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise OptionError(
+            f"a crop must have sides of at least {_LEAST_SIDE} pixels and be at most {MAX_ASPECT} times as long as "
+            f"wide, got {width}×{height}; draw a larger one"
+        )
+    return left, top, right, bottom
+
+
+def _free(target: Path, picture: Path) -> Path:
+    """The path, which no other file but this picture may have. Raises OptionError."""
+    if target.name != picture.name and os.path.lexists(target):
+        raise TakenNameError(f"there is a file {target.name} in {target.parent.name} already; rename one of them")
+    return target
+
+
+def _uncropped(folder: Path, path: Path, original: Path) -> str:
+    """Put an original back in place of its part; returns its name."""
+    target = _free(folder / original.name, path)
+    original.replace(target)
+    if target != path:
+        path.unlink()
+    forget_original(path)
+    return target.name
+
+
+@question
+def restore_removed(folders: Folders, name: str, *, removed: str, control: bool = False) -> Changed:
+    """Move files that were removed from a dataset back into it, with `control` into its folder of controls; or all of
+    the dataset, if there is none. Raises UnknownFileError, TakenNameError if one of their names is in use again, and
+    OutputError.
+    """
+    is_whole = is_name(name) and not os.path.lexists(folders.place("input") / name)
+    folder = folders.place("input") / name if is_whole else dataset_folder(folders, name, to_change=True)
+    with _CHANGING:
         try:
-            return Changed(changed=put_back(folders.base, removed, folder))
+            if is_whole:
+                put_folder_back(folders.base, removed, folder)
+                return Changed(changed=1)
+            return Changed(changed=put_back(folders.base, removed, name, folder / CONTROL if control else folder))
         except FileNotFoundError:
             raise UnknownFileError(
                 f"there is nothing in {removed!r} that was removed from {name}; look for it in the removed files"

@@ -23,10 +23,10 @@ from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.folder_listing import ListedFolder, Skipped, control_folder, list_folders, stem_of
 from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
-from lorasmith.data.preflight import name_in
+from lorasmith.data.preflight import Preflight, name_in
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
-from lorasmith.runs.data_check import DataCheck, check_folder, said_of
+from lorasmith.runs.data_check import TITLES, DataCheck, check_folder, said_of
 from lorasmith.runs.spec import SETTINGS, settings_of_data
 from lorasmith.server.api_shapes import (
     CheckedPicture,
@@ -41,6 +41,7 @@ from lorasmith.server.api_shapes import (
     Severity,
     SkippedFile,
 )
+from lorasmith.server.dataset_originals import original_of
 from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import TrainConfig, settings_from_file
 
@@ -83,27 +84,36 @@ def is_dataset(folders: Folders, name: str) -> bool:
 
 
 @question
-def thumbnail(folders: Folders, name: str, file: str, width: int = 256, *, control: bool = False) -> bytes:
-    """A picture or control as WebP, upright, its longest edge at most `width` pixels. Raises UnknownFileError and
-    ImageError.
+def thumbnail(
+    folders: Folders, name: str, file: str, width: int = 256, *, control: bool = False, original: bool = False
+) -> bytes:
+    """A picture or control as WebP, upright, its longest edge at most `width` pixels; of a cropped one its `original`.
+    Raises UnknownFileError and ImageError.
     """
-    path = picture_of(dataset_folder(folders, name), file, control=control)
+    path = _shown_file(folders, name, file, control=control, original=original)
     buffer = io.BytesIO()
     open_reduced(path, max(16, min(width, MOST_THUMBNAIL))).save(buffer, format="webp", quality=82, method=2)
     return buffer.getvalue()
 
 
 @question
-def picture_file(folders: Folders, name: str, file: str, *, control: bool = False) -> str:
-    """The path of a picture or control. Raises UnknownFileError."""
-    return str(picture_of(dataset_folder(folders, name), file, control=control).resolve())
+def picture_file(folders: Folders, name: str, file: str, *, control: bool = False, original: bool = False) -> str:
+    """The path of a picture or control, of a cropped one that of its `original`. Raises UnknownFileError."""
+    return str(_shown_file(folders, name, file, control=control, original=original).resolve())
+
+
+def _shown_file(folders: Folders, name: str, file: str, *, control: bool, original: bool) -> Path:
+    folder = dataset_folder(folders, name)
+    path = picture_of(folder, file, control=control)
+    found = original_of(path) if original else None
+    return path if found is None or not stays_in(found.path, folder.resolve()) else found.path
 
 
 def _row(folder: Path) -> DatasetRow | None:
     """A folder as a dataset; None if it has only other files."""
     try:
         listed = next(list_folders(str(folder)))
-        is_empty = not listed.images and all(one.name == CONTROL for one in folder.iterdir())
+        is_empty = not listed.images and all(one.name.startswith((".", CONTROL)) for one in folder.iterdir())
     except (DataError, OSError):
         return None
     inner = [] if listed.images else [one for one in _inner(folder) if one.images]
@@ -141,6 +151,7 @@ def picture_row(one: Candidate) -> PictureRow:
         has_caption=bool(caption),
         problem=problem or fault,
         controls=tuple(_control_row(path, Path(one.folder.path)) for path in one.controls),
+        crop=None if (original := original_of(one.path)) is None else original.crop,
     )
 
 
@@ -268,6 +279,12 @@ def caption_of(one: Candidate) -> tuple[str, str]:
     return "\n".join(one.entry), ""
 
 
+def masks_beside(picture: Path) -> list[Path]:
+    """The masks of a picture, by its name."""
+    stem = f"{stem_of(picture.name)}.mask."
+    return [one for one in picture.parent.glob("*.mask.*") if one.name.startswith(stem) and is_regular(one)]
+
+
 def caption_file(one: Candidate) -> Path:
     """The path of a picture's caption file, which need not exist."""
     return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")
@@ -283,7 +300,11 @@ _SEVERITIES: dict[FindingKind, Severity] = {
     "other aspects": "remark",
     "missing captions": "problem",
     "shared tags": "remark",
+    "much alike": "remark",
 }
+
+_REMOVED: tuple[FindingKind, ...] = ("empty pictures", "copies", "look-alikes")
+"""Findings that are mended by removing their pictures; of copies and look-alikes the one to keep is not among them."""
 
 _REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a flag
     "unused files": "replace or remove what cannot be used",
@@ -292,6 +313,7 @@ _REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a
     "cut pictures": "crop them yourself to what matters",
     "copies": "remove all but one of each",
     "look-alikes": "remove all but one of each, as a picture that is there twice is learnt twice",
+    "empty pictures": "remove them, unless that is the subject",
     "missing controls": "add a file of the same name to the folder of controls, or choose controls optional",
     "swapped pairs": "check that the edited pictures are trained on and the controls are those before, or move the "
     "captions",
@@ -356,7 +378,7 @@ def split_settings(folders: Folders, settings: Mapping[str, Any], trigger: str =
 def _check_answer(checked: DataCheck) -> DataCheckAnswer:
     found = checked.preflight
     return DataCheckAnswer(
-        findings=tuple(_finding(one, [image.name for image in found.images]) for one in found.findings),
+        findings=tuple(_finding(one, found) for one in found.findings),
         images={
             one.name: CheckedPicture(
                 problems=tuple(text for said in said_of(found, index) for text in said),
@@ -375,14 +397,23 @@ def _check_answer(checked: DataCheck) -> DataCheckAnswer:
     )
 
 
-def _finding(one: Finding, names: list[str]) -> FindingFacts:
+def _finding(one: Finding, found: Preflight) -> FindingFacts:
     said = replace(one, remedy=_REMEDIES.get(one.kind, one.remedy)).sentence
+    files = tuple(found.images[index].name for index in one.images)
     return FindingFacts(
         kind=one.kind,
+        title=TITLES[one.kind],
         message=f"{said[:1].upper()}{said[1:]}.",
-        files=tuple(names[index] for index in one.images),
+        files=files,
         severity=_SEVERITIES.get(one.kind, "warning"),
+        removes=_unreadable(found) if one.kind == "unused files" else files if one.kind in _REMOVED else (),
     )
+
+
+def _unreadable(found: Preflight) -> tuple[str, ...]:
+    """The pictures of the folder that are damaged or hold no picture."""
+    paths = (path for path, reason in found.skipped if reason.kind == "unreadable" and path.parent == found.folder)
+    return tuple(path.name for path in paths if path.suffix.lower() in image_suffixes())
 
 
 def _crop(box: tuple[float, float, float, float], width: int, height: int) -> Crop:
