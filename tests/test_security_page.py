@@ -354,7 +354,7 @@ def yaml_file(tmp_path: Path) -> None:
 def captioning_model(tmp_path: Path) -> None:
     for damage in (code_of_its_own, pickled_weights, adapter_elsewhere):
         folder = tmp_path / damage.__name__
-        MODELS["blip"](folder)
+        MODELS["git"](folder)
         damage(folder)
         with pytest.raises(ModelError, match=r"without code of its own|is an adapter on another one"):
             transformers_captioner(str(folder), torch.device("cpu"))

@@ -45,9 +45,9 @@ def captions(photos: Path) -> dict[str, str]:
 
 
 def test_a_model_captions_the_images_that_have_none(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
-    MODELS["blip"](tmp_path / "blip")
+    MODELS["git"](tmp_path / "git")
     before = captions(photos)
-    ran = lorasmith("data", "caption", photos, "--with", tmp_path / "blip", "--trigger", "sks cat", "--device", "cpu")
+    ran = lorasmith("data", "caption", photos, "--with", tmp_path / "git", "--trigger", "sks cat", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "2 images have a caption, which is kept" in ran.out and "2 captions are written" in ran.out
     after = captions(photos)

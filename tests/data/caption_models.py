@@ -168,6 +168,7 @@ class _Ran:
 
 _BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
 _SIZE = {"height": 32, "width": 32}
+ENDS = (8, 4.0)  # after some words
 
 
 def _saved(folder: Path, model: Any, *others: Any) -> None:
@@ -175,7 +176,8 @@ def _saved(folder: Path, model: Any, *others: Any) -> None:
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter)
         if name.endswith("predictions.bias"):
-            parameter.data[:5] = -1000.0  # no special tokens, which would end the text
+            parameter.data[:5] = -1000.0  # no special tokens, which would end the text at once
+    model.generation_config.exponential_decay_length_penalty = ENDS
     for one in (model, *others):
         one.save_pretrained(folder)
 

@@ -6,35 +6,50 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from lorasmith.core.errors import ModelError
+from lorasmith.data import captioners
 from lorasmith.data.captioners import transformers_captioner
 from tests.covering import slow_except
-from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
+from tests.data.caption_models import ENDS, MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 
 CPU = torch.device("cpu")
 PICTURES = [Image.new("RGB", size, colour) for size, colour in (((50, 40), "red"), ((31, 64), "blue"))]
 
 
 @pytest.fixture
-def blip(tmp_path: Path) -> Path:
-    MODELS["blip"](tmp_path / "blip")
-    return tmp_path / "blip"
+def model(tmp_path: Path) -> Path:
+    MODELS["git"](tmp_path / "git")
+    return tmp_path / "git"
 
 
-@pytest.mark.parametrize("kind", slow_except(MODELS, "blip"))
+def captioner(folder: Path) -> Any:
+    found = transformers_captioner(str(folder), CPU)
+    if folder.name == "blip":  # whose decoder has settings of its own, which are not saved
+        found._network.text_decoder.generation_config.exponential_decay_length_penalty = ENDS  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("kind", slow_except(MODELS, "git"))
 def test_every_kind_says_words_of_its_vocabulary(tmp_path: Path, kind: str) -> None:
     MODELS[kind](tmp_path / kind)
-    said = [transformers_captioner(str(tmp_path / kind), CPU)(one) for one in PICTURES]
+    said = [captioner(tmp_path / kind)(one) for one in PICTURES]
     assert all(
         set(one.split()) <= {"a", "cat", "dog", "red", "apple", "on", "mat", "of", "the", "picture"} for one in said
     )
     assert all(said), "and no prompt, padding or special token"
-    assert said == [transformers_captioner(str(tmp_path / kind), CPU)(one) for one in PICTURES], "nothing is drawn"
+    assert said == [captioner(tmp_path / kind)(one) for one in PICTURES], "nothing is drawn"
+
+
+def test_a_caption_without_an_end_is_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captioners, "_MAX_NEW_TOKENS", 6)
+    with pytest.raises(ValueError, match="does not end within 6 tokens"):
+        transformers_captioner(str(model), CPU)(PICTURES[0])
 
 
 def torn(folder: Path) -> None:
@@ -53,39 +68,39 @@ def language_model(folder: Path) -> None:
     "damage", [code_of_its_own, pickled_weights, adapter_elsewhere, torn, no_config, language_model]
 )
 def test_what_is_no_such_model_is_a_sentence(
-    blip: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+    model: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # nor is it asked whether to run code
-    damage(blip)
+    damage(model)
     with pytest.raises(ModelError, match=r"without code of its own|is an adapter on another one"):
-        transformers_captioner(str(blip), CPU)
+        transformers_captioner(str(model), CPU)
     assert "evil" not in sys.modules
 
 
-def test_code_beside_a_known_kind_is_not_run(blip: Path) -> None:
-    config = json.loads((blip / "config.json").read_text())
-    code_of_its_own(blip)
-    changed = json.loads((blip / "config.json").read_text())
-    (blip / "config.json").write_text(json.dumps({**changed, "model_type": config["model_type"]}))
-    (blip / "custom_generate").mkdir()
-    (blip / "custom_generate" / "generate.py").write_text("raise SystemExit('code of a folder was run')")
+def test_code_beside_a_known_kind_is_not_run(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    code_of_its_own(model)
+    changed = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**changed, "model_type": config["model_type"]}))
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate" / "generate.py").write_text("raise SystemExit('code of a folder was run')")
     try:
-        said = transformers_captioner(str(blip), CPU)(PICTURES[0])
+        said = transformers_captioner(str(model), CPU)(PICTURES[0])
     except ModelError:
         return
     assert said
 
 
-def test_kernels_that_a_configuration_names_are_not_fetched(blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_a_configuration_names_are_not_fetched(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         pytest.fail("a file reached out")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    config = json.loads((blip / "config.json").read_text())
-    for part in (config, config["text_config"], config["vision_config"]):
+    config = json.loads((model / "config.json").read_text())
+    for part in (config, config["vision_config"]):
         part["attn_implementation"] = part["_attn_implementation"] = "somebody/kernel"
-    (blip / "config.json").write_text(json.dumps(config))
-    assert transformers_captioner(str(blip), CPU)(PICTURES[0])
+    (model / "config.json").write_text(json.dumps(config))
+    assert transformers_captioner(str(model), CPU)(PICTURES[0])
 
 
 @pytest.mark.parametrize("name", ["owner/name-that-is-nowhere", "owner/../name", "nowhere"])

@@ -60,7 +60,7 @@ def load_captioner(wanted: str, device: torch.device) -> Captioner:
 
 REQUEST = "Describe this image in one sentence."  # prompt of chat models
 
-_MAX_NEW_TOKENS = 128
+_MAX_NEW_TOKENS = 512  # some models repeat themselves without an end
 _TASK = "<DETAILED_CAPTION>"  # of Florence-2
 _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -111,6 +111,8 @@ class _Captioner:
         # Decoders repeat their prompt.
         if given is not None and len(made) >= given.shape[1] and torch.equal(made[: given.shape[1]], given[0]):
             made = made[given.shape[1] :]
+        if len(made) >= _MAX_NEW_TOKENS:  # a caption is whole, or there is none
+            raise ValueError(f"its caption does not end within {_MAX_NEW_TOKENS} tokens")
         decoder = processor.tokenizer if isinstance(processor, _ImageAndTokenizer) else processor
         return one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
 

@@ -81,21 +81,28 @@ def caption_images(
         if cancelled():
             done -= 1
             break
-        try:
-            caption = _caption(image, captioner)
-        except ImageError as error:
-            failed.append((image, error.reason))
-        except Exception as error:  # of the captioner, which is third-party code
-            failed.append((image, sentence(f"makes the captioner fail ({type(error).__name__}: {error})")))
+        caption, fault = made_caption(image, captioner, trigger)
+        if fault:
+            failed.append((image, fault))
+        elif caption:
+            write_atomic(_caption_file(image), f"{caption}\n")
+            written.append(_caption_file(image))
         else:
-            if caption:
-                write_atomic(_caption_file(image), f"{with_trigger(caption, trigger)}\n")
-                written.append(_caption_file(image))
-            else:
-                empty.append(image)
+            empty.append(image)
         if progress:
             progress(done, len(images), image.name)
     return Captioned(tuple(written), tuple(empty), tuple(failed), len(images) - done)
+
+
+def made_caption(image: Path, captioner: Callable[[Image.Image], str], trigger: str = "") -> tuple[str, str]:
+    """What a captioner says of an image, with a trigger in front that it lacks, or nothing; and why it failed."""
+    try:
+        caption = _caption(image, captioner)
+    except ImageError as error:
+        return "", error.reason
+    except Exception as error:  # of the captioner, which is third-party code
+        return "", sentence(f"makes the captioner fail ({type(error).__name__}: {error})")
+    return with_trigger(caption, trigger) if caption else "", ""
 
 
 def _caption(image: Path, captioner: Callable[[Image.Image], str]) -> str:

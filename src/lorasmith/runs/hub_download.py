@@ -1,9 +1,9 @@
 """Files from the hub: what it says of them, and their download, by the command line or by a child process of a server.
 
 A download goes to a file `.part` beside its place, continues there after whatever stopped it, and gets its name when
-its SHA-256 is that of the hub. Requests, redirects, retries and tokens are huggingface_hub's, with its environment
-variables (`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`); nothing else here uses the network. The child process is
-`python -m lorasmith.runs.hub_download`.
+its digest is that of the hub: SHA-256, or of small files, which are in git itself, the SHA-1 of git's object. Requests,
+redirects, retries and tokens are huggingface_hub's, with its environment variables (`HF_ENDPOINT`, `HF_TOKEN`,
+`HF_HUB_OFFLINE`); nothing else here uses the network. The child process is `python -m lorasmith.runs.hub_download`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HubFacts:
     """What the hub says of a file."""
 
     size_bytes: int
-    sha256: str
+    digest: str  # SHA-256, or SHA-1 of git's object; hexadecimal
     commit: str  # whose file it is
 
 
@@ -91,12 +91,32 @@ def facts_of(file: HubFile) -> HubFacts:
 
     with _explained(file):
         found = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=_token())
-    if found.size is None or not re.fullmatch("[0-9a-f]{64}", found.etag or "") or found.commit_hash is None:
+    is_digest = re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", found.etag or "")
+    if found.size is None or not is_digest or found.commit_hash is None:
         raise HubError(
-            f"{_hub().ENDPOINT} names no size and SHA-256 of {file.file}, so it cannot be verified; get it from "
+            f"{_hub().ENDPOINT} names no size and digest of {file.file}, so it cannot be verified; get it from "
             f"there and put it into {file.path.parent}"
         )
     return HubFacts(found.size, str(found.etag), found.commit_hash)
+
+
+@model_packages("a download from the hub")
+def files_of(repository: str, folder: Path) -> list[HubFile]:
+    """Ask the hub for the files of a model of transformers, and where they go: weights as safetensors, and what its
+    configuration and tokenizers are in, `config.json` last, so that a folder with it is whole. Raises HubError.
+    """
+    from huggingface_hub import HfApi
+
+    with _explained(HubFile(repository, "config.json", folder / "config.json")):
+        found = HfApi(endpoint=_hub().ENDPOINT, token=_token()).model_info(repository)
+    names = [one.rfilename for one in found.siblings or () if re.fullmatch(_WANTED, one.rfilename)]
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise HubError(f"{repository} has no model in safetensors any more; look for another one at {_hub().ENDPOINT}")
+    names.sort(key=lambda name: (name == "config.json", not name.endswith(".safetensors"), name))
+    return [HubFile(repository, name, folder / name) for name in names]
+
+
+_WANTED = r"[\w.\-]+\.(safetensors|json|txt|model|jinja)"  # no folders, and no other formats of the same weights
 
 
 def check_space(files: Mapping[HubFile, HubFacts], spare_bytes: int = 0) -> None:
@@ -211,15 +231,16 @@ class _Part:
 
 def _verify(file: HubFile, facts: HubFacts, report: Callable[..., None]) -> None:
     """Give the part its name if it is what the hub describes, else delete it."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256() if len(facts.digest) == 64 else hashlib.sha1(b"blob %d\0" % facts.size_bytes)
     with file.part.open("rb") as opened:
         while block := opened.read(_BLOCK):
             digest.update(block)
             report(facts.size_bytes, is_checking=True)
-    if digest.hexdigest() != facts.sha256:
+    if digest.hexdigest() != facts.digest:
         file.part.unlink()
+        kind = "SHA-256" if len(facts.digest) == 64 else "SHA-1"
         raise HubError(
-            f"what arrived of {file.path.name} is not what the hub describes (its SHA-256 differs), so it was deleted; "
+            f"what arrived of {file.path.name} is not what the hub describes (its {kind} differs), so it was deleted; "
             "get it again"
         )
     try:

@@ -500,7 +500,8 @@ def test_controls_are_given_to_other_pictures(folders: Folders, pairs: Path) -> 
 def test_a_control_is_replaced_and_removed(folders: Folders, pairs: Path, tmp_path: Path) -> None:
     before = (pairs / "1.png").read_bytes()
     file = sent(tmp_path, noise(seed=9), "jpeg")
-    assert dataset_changes.add_image(folders, "dog", file="control/1.jpg", temporary=file) == {"added": "control/1.jpg"}
+    added = dataset_changes.add_image(folders, "dog", file="control/1.jpg", temporary=file)
+    assert added["added"] == "control/1.jpg" and (folders.base / added["replaced"] / "1.png").exists()
     assert controls(folders)["1.png"] == ["1.jpg"]
     removed = folders.base / "user" / "lorasmith" / "removed"
     assert [one.read_bytes() for one in removed.rglob("1.png")] == [before]
