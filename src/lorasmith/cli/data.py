@@ -75,8 +75,9 @@ def caption(
         typer.Option(
             "--with",
             metavar="MODEL",
-            help="Captioner: the folder or hub id of an image-to-text model of transformers, or NAME:ARGUMENT for one "
-            "that another package brings.",
+            help="Captioner: one of the model folders, such as florence-2-base (lorasmith models --get gets it), the "
+            "folder or hub id of an image-to-text model of transformers, or NAME:ARGUMENT for one that another package "
+            "brings.",
         ),
     ],
     trigger: Annotated[str, typer.Option(help="Phrase that is put in front of captions that lack it.")] = "",
@@ -86,6 +87,8 @@ def caption(
     device: Annotated[
         str | None, typer.Option(help="Device to run on, such as cuda or cpu. Default: the first GPU, or the CPU.")
     ] = None,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
 ) -> None:
     """Write a caption in a .txt file beside each image that has none.
 
@@ -94,8 +97,10 @@ def caption(
     """
     from lorasmith.core.placement import chosen_device
     from lorasmith.data.captioners import load_captioner
+    from lorasmith.runs.captioner_shelf import named_captioner
     from lorasmith.runs.captioning import caption_images, images_to_caption
 
+    captioner = named_captioner(folders_of(base_dir, extra_model_paths), captioner)
     place = chosen_device(device)
     check_writable(folder)
     found = images_to_caption(folder, overwrite=overwrite, recursive=recursive, follow_links=follow_links)

@@ -28,6 +28,7 @@ from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lorasmith.core.folders import Folders
+    from lorasmith.runs.hub_download import HubFile
     from lorasmith.runs.memory_estimate import MemoryEstimate
     from lorasmith.runs.model_list import KnownModel, ListedFile, ListedModel, ModelList
     from lorasmith.training.targets_summary import TargetGroup, TargetSummary
@@ -57,8 +58,8 @@ def models(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Download a released model from the hub into the model folders instead; --known lists the names. What "
-            "is there already stays, and an interrupted download continues.",
+            help="Download a released model or captioner from the hub into the model folders instead; --known lists "
+            "the names. What is there already stays, and an interrupted download continues.",
         ),
     ] = None,
     base_dir: BaseDir = None,
@@ -86,22 +87,38 @@ def models(
 
 
 def _get(name: str, folders: Folders) -> None:
-    from lorasmith.runs.hub_download import Progress, download
+    from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES, captioner_files, captioner_place
     from lorasmith.runs.shelf import wanted_files
 
+    if (captioner := CAPTIONER_RELEASES.get(name)) is not None:
+        print_note(
+            f"{captioner.title} is under the {captioner.licence} (https://huggingface.co/{captioner.repository})."
+        )
+        with console.status("Asking the hub"):
+            files = captioner_files(folders, name)
+        _download(captioner.title, files)
+        place = captioner_place(folders, name)
+        print_result(lambda: {"captioner": str(place)}, lambda: echo(f"{'captioner':<16}{place}"))
+        return
     with console.status("Reading headers"):
         wanted = wanted_files(folders, name)
-    release, files = wanted.release, [one.hub for one in wanted.missing]
+    release = wanted.release
     print_note(f"{release.title} is under the {release.licence} (https://huggingface.co/{release.card}).")
-    with stoppable(at_once=True), progress_shown(f"MB of {release.title}") as progress:
+    _download(release.title, [one.hub for one in wanted.missing])
+    got = {one.component: str(one.found or one.hub.path) for one in wanted.files}
+    print_result(lambda: got, lambda: echo("\n".join(f"{part:<16}{path}" for part, path in got.items())))
+
+
+def _download(title: str, files: list[HubFile]) -> None:
+    from lorasmith.runs.hub_download import Progress, download
+
+    with stoppable(at_once=True), progress_shown(f"MB of {title}") as progress:
 
         def show(one: Progress) -> None:
             doing = f", checking {one.file}" if one.is_checking else f", {one.bytes_per_s / 1e6:.1f} MB/s, {one.file}"
             progress(one.done_bytes // 10**6, one.total_bytes // 10**6, more=doing)
 
         download(files, on_progress=show)
-    got = {one.component: str(one.found or one.hub.path) for one in wanted.files}
-    print_result(lambda: got, lambda: echo("\n".join(f"{part:<16}{path}" for part, path in got.items())))
 
 
 def _print_known() -> None:
@@ -109,7 +126,14 @@ def _print_known() -> None:
 
     with console.status("Reading the families"):
         families = known_models()
-    print_result(lambda: [dataclasses.asdict(family) for family in families], lambda: console.print(_table(families)))
+    print_result(lambda: [dataclasses.asdict(family) for family in families], lambda: _print_families(families))
+
+
+def _print_families(families: list[KnownModel]) -> None:
+    from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES
+
+    console.print(_table(families))
+    echo(f"Captioners for --get: {', '.join(CAPTIONER_RELEASES)}")
 
 
 def _table(families: list[KnownModel]) -> Table:

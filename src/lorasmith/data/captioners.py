@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -28,9 +28,9 @@ from lorasmith.families.part_loading import quieten
 if TYPE_CHECKING:
     from PIL import Image
 
-    Captioner = Callable[[Image.Image], str]
+Captioner: TypeAlias = "Callable[[Image.Image], str]"
 
-_OWN = "transformers"
+TRANSFORMERS = "transformers"  # the captioner of Lorasmith's own
 
 CAPTIONERS: Registry[Callable[[str, torch.device], Captioner]] = Registry("captioner", ModelError, group="captioners")
 
@@ -47,7 +47,7 @@ def load_captioner(wanted: str, device: torch.device) -> Captioner:
                 f"no captioner and no model's folder is called {wanted!r}; name one of {', '.join(CAPTIONERS)}, "
                 "as NAME:MODEL, or give the folder of a model"
             )
-        name, argument = _OWN, wanted
+        name, argument = TRANSFORMERS, wanted
     try:
         return CAPTIONERS[name](argument, device)
     except LorasmithError:
@@ -65,7 +65,7 @@ _TASK = "<DETAILED_CAPTION>"  # of Florence-2
 _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-@CAPTIONERS.register(_OWN)
+@CAPTIONERS.register(TRANSFORMERS)
 def transformers_captioner(model: str, device: torch.device) -> Captioner:
     """A captioner on a transformers model (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
     dtype.

@@ -60,7 +60,7 @@ CAPTIONER_RELEASES = {
 
 def captioner_folders(folders: Folders) -> dict[str, Path]:
     """The captioners in the model folders by name. `config.json` is the last file of a download."""
-    found = {}
+    found: dict[str, Path] = {}
     for root in reversed(folders.roots(KIND)):
         if root.is_dir():
             found |= {one.name: one for one in sorted(root.iterdir()) if (one / "config.json").is_file()}
@@ -71,14 +71,12 @@ def named_captioner(folders: Folders, wanted: str) -> str:
     """What `load_captioner` takes: the folder of a captioner in the model folders, or `wanted` as it is."""
     found = captioner_folders(folders).get(wanted)
     if found is None and wanted in CAPTIONER_RELEASES and not Path(wanted).exists():
-        raise OptionError(
-            f"the captioner {wanted} is not here yet; get it with: lorasmith models --get {wanted}"
-        )
+        raise OptionError(f"the captioner {wanted} is not here yet; get it with: lorasmith models --get {wanted}")
     return wanted if found is None else str(found)
 
 
 def captioner_files(folders: Folders, name: str) -> list[HubFile]:
-    """The files of a released captioner that are missing, for which the hub is asked. Raises OptionError and HubError."""
+    """The files of a released captioner that are missing; asks the hub. Raises OptionError and HubError."""
     if name not in CAPTIONER_RELEASES:
         raise OptionError(
             f"there is no captioner {name!r} to get{nearest(name, CAPTIONER_RELEASES)}; known are "

@@ -26,7 +26,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
 from lorasmith.training.config import cost_options
 
-JobKind: TypeAlias = Literal["graph", "train", "measure", "draw", "evaluate"]
+JobKind: TypeAlias = Literal["graph", "train", "measure", "draw", "evaluate", "caption"]
 JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled", "paused", "interrupted"]
 STATES: tuple[JobState, ...] = get_args(JobState)
 ACTIVE: tuple[JobState, ...] = ("running", "pending")

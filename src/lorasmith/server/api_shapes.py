@@ -414,10 +414,42 @@ class ReleaseMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadBody:
-    """What to download: a released model, or what a model in the folders lacks."""
+    """What to download: a released model, what a model in the folders lacks, or a captioner."""
 
-    kind: Literal["release", "model"]
-    name: Annotated[str, "on the shelf, or in the list of models"]
+    kind: Literal["release", "model", "captioner"]
+    name: Annotated[str, "on the shelf, in the list of models, or in that of captioners"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerRow:
+    """Something that writes captions: in the model folders, of another package, or to be downloaded."""
+
+    name: Annotated[str, "by which jobs name it"]
+    title: Annotated[str, "for people"]
+    found: Annotated[bool, "whether it is here; otherwise it can be downloaded"]
+    about: Annotated[str, "what it says of a picture"] = ""
+    licence: str = ""
+    card: Annotated[str, "address of its page"] = ""
+    size_bytes: Annotated[int, "about; exactly the hub says"] = 0
+    kept_bytes: Annotated[int, "that an earlier download left"] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerList:
+    """Captioners, those that are here first."""
+
+    captioners: tuple[CaptionerRow, ...]
+    notes: Annotated[tuple[str, ...], "what is not installed, with the command that installs it"] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningBody:
+    """Which photos a captioner describes."""
+
+    captioner: Annotated[str, "its name"]
+    files: Annotated[tuple[str, ...], "names of the pictures; all of the dataset if it is empty"] = ()
+    overwrite: Annotated[bool, "whether captions that are there are replaced; they can be brought back"] = False
+    trigger: Annotated[str, "phrase that is put in front of captions that lack it"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,17 +19,22 @@ from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import TRIED, Folders
 from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.core.typed_json import typed
+from lorasmith.data.captioners import Captioner, load_captioner
 from lorasmith.data.image_files import open_image
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
+from lorasmith.runs.captioning import made_caption
 from lorasmith.runs.drawing import draw_beside
 from lorasmith.runs.evaluate import evaluate, subject_of
 from lorasmith.runs.gallery import draw_grid
 from lorasmith.runs.training_jobs import TrainingJobs, WarmModel
-from lorasmith.runs.worker import Ended, JobKind, Work, folders_of_start, how_it_ended
+from lorasmith.runs.worker import Ended, JobKind, Work, device_of, folders_of_start, how_it_ended
 from lorasmith.sampling.generate import Sampling
+from lorasmith.server.api_shapes import CaptionEdit
 from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
+from lorasmith.server.questions.dataset_changes import StaleCaptionError, set_captions
+from lorasmith.server.questions.dataset_questions import UnknownFileError, dataset, dataset_folder, picture_of
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
@@ -40,7 +45,14 @@ def job_kinds(work: Work) -> Mapping[str, JobKind]:
     base = Path(work.start["base"]).resolve()
     training = TrainingJobs(work, lambda job: JobReporter(work.channel, base))
     drawing = DrawJobs(work)
-    return {"train": training, "measure": training, "graph": GraphJobs(work), "draw": drawing, "evaluate": drawing}
+    return {
+        "train": training,
+        "measure": training,
+        "graph": GraphJobs(work),
+        "draw": drawing,
+        "evaluate": drawing,
+        "caption": CaptionJobs(work),
+    }
 
 
 def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]:
@@ -128,6 +140,71 @@ class DrawJobs:
         )
         pictures = [path.relative_to(run).as_posix() for path in paths]
         return {"outputs": {"pictures": pictures, "notes": [note] if note else []}}
+
+
+class CaptionJobs:
+    """Writes captions of a dataset, one by one, where the caption is still the one that was there when the job was
+    queued; and keeps the captioner.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._captioner: tuple[str, Captioner] | None = None
+
+    def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
+        (job,) = jobs
+        ended(job["id"], how_it_ended(partial(self._run, job["request"]), job=job["id"], log=self._work.start["log"]))
+
+    def free(self) -> None:
+        self._captioner = None
+        gc.collect()
+
+    def _run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        folders, cancelled = self._work.folders(), self._work.cancelled.is_set
+        reporter = JobReporter(self._work.channel, folders.base)
+        name, model, photos = request["name"], request["captioner"], request["photos"]
+        if self._captioner is None or self._captioner[0] != model:
+            self._captioner = None
+            self._captioner = model, load_captioner(model, device_of(self._work.start))
+        captioner = self._captioner[1]
+        there = {one.file: one.caption for one in dataset(folders, name).images}
+        written: dict[str, dict[str, str]] = {}
+        changed: list[str] = []
+        empty: list[str] = []
+        failed: dict[str, str] = {}
+        for done, (file, seen) in enumerate(photos.items()):
+            reporter.notice("progress", {"value": done, "maximum": len(photos), "text": file}, droppable=True)
+            if cancelled():
+                break
+            if there.get(file) != seen:  # changed since, or by this job before it was interrupted
+                changed.append(file)
+                continue
+            caption, fault = self._caption(folders, name, file, captioner, request["trigger"])
+            if fault:
+                failed[file] = fault
+            elif not caption:
+                empty.append(file)
+            elif self._is_stored(folders, name, file, CaptionEdit(caption=caption, seen=seen)):
+                written[file] = {"before": seen, "caption": caption}
+                reporter.notice("dataset", {"name": name})
+            else:
+                changed.append(file)
+        outputs = {"written": written, "changed": changed, "empty": empty, "failed": failed}
+        return {"state": "cancelled" if cancelled() else "completed", "outputs": outputs}
+
+    def _caption(self, folders: Folders, name: str, file: str, captioner: Captioner, trigger: str) -> tuple[str, str]:
+        try:
+            picture = picture_of(dataset_folder(folders, name, to_change=True), file)
+        except UnknownFileError:
+            return "", "was removed"
+        return made_caption(picture, captioner, trigger)
+
+    def _is_stored(self, folders: Folders, name: str, file: str, edit: CaptionEdit) -> bool:
+        try:
+            set_captions(folders, name, {file: edit})
+        except StaleCaptionError:
+            return False
+        return True
 
 
 _LINES = 20  # entries of a traceback that are kept

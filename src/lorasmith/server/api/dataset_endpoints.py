@@ -27,6 +27,7 @@ from lorasmith.server.api.job_answers import uses_dataset
 from lorasmith.server.api_shapes import (
     CaptionBody,
     CaptionEdit,
+    CaptioningBody,
     Changed,
     Crop,
     CroppedAnswer,
@@ -35,6 +36,7 @@ from lorasmith.server.api_shapes import (
     DatasetList,
     DatasetRow,
     FilesBody,
+    JobAnswer,
     NameBody,
     PairBody,
     RemovedAnswer,
@@ -324,6 +326,16 @@ DATASET_ENDPOINTS = (
         body=CaptionBody,
         answer=Changed,
         changes_dataset=True,
+    ),
+    Endpoint(
+        "POST",
+        "/datasets/{name}/captioning",
+        "Queue a job that writes captions. Its outputs have each that it wrote, and the one that was there before.",
+        question="captioning_request",
+        queues="caption",
+        body=CaptioningBody,
+        answer=JobAnswer,
+        status=201,
     ),
     Endpoint(
         "GET",

@@ -12,6 +12,7 @@ from lorasmith.runs.queue import Job
 from lorasmith.server.api_shapes import JobAnswer
 
 _TITLES = {
+    "caption": "Captions",
     "draw": "Drawing",
     "evaluate": "Evaluation",
     "graph": "Workflow",

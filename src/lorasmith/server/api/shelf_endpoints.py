@@ -13,6 +13,7 @@ from lorasmith.server.access import is_loopback
 from lorasmith.server.api.endpoint import Call, Endpoint
 from lorasmith.server.api_shapes import (
     AddedModel,
+    CaptionerList,
     DownloadAnswer,
     DownloadBody,
     DownloadCheck,
@@ -73,6 +74,13 @@ async def _add_model(context: ServerContext, call: Call) -> Any:
 
 SHELF_ENDPOINTS = (
     Endpoint("GET", "/shelf", "Released models to begin with.", question="shelf", answer=ShelfAnswer),
+    Endpoint(
+        "GET",
+        "/captioners",
+        "What writes captions: what is here, and what can be downloaded.",
+        question="captioners",
+        answer=CaptionerList,
+    ),
     Endpoint(
         "GET",
         "/shelf/{name}/memory",

@@ -15,6 +15,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, plain_name, safe_name
+from lorasmith.data.captioners import CAPTIONERS
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, one_line, read_caption_file
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import (
@@ -27,6 +28,7 @@ from lorasmith.data.image_files import (
     image_suffixes,
     open_original,
 )
+from lorasmith.runs.captioner_shelf import captioner_folders, named_captioner
 from lorasmith.server.api_shapes import CaptionEdit, Changed, Crop, CroppedAnswer, DatasetRow, RemovedAnswer
 from lorasmith.server.dataset_originals import forget_original, keep_original, original_of, originals_folder
 from lorasmith.server.questions.dataset_questions import (
@@ -371,6 +373,35 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, CaptionEdit
             if new[file]:
                 write_atomic(caption_file(found[file]), f"{new[file]}\n")
     return Changed(changed=len(changed))
+
+
+@question
+def captioning_request(
+    folders: Folders,
+    name: str,
+    *,
+    captioner: str,
+    files: Sequence[str] = (),
+    overwrite: bool = False,
+    trigger: str = "",
+) -> dict[str, Any]:
+    """The request of a job that writes captions: of photos without one, of all with `overwrite`, with the captions that
+    are there now. Raises UnknownFileError, and OptionError if the captioner is not here, or there is nothing to do.
+    """
+    folder = dataset_folder(folders, name, to_change=True)
+    found = {one.name: one for one in pictures_in(folders, folder)[0]}
+    if unknown := next((file for file in files if file not in found), None):
+        raise UnknownFileError(f"there is no picture {unknown!r} in {name}; load the page again")
+    there = {file: caption_of(found[file]) for file in files or found}
+    photos = {file: text for file, (text, fault) in there.items() if not fault and (overwrite or not text)}
+    if not photos:
+        raise OptionError(f"no photo of {name} lacks a caption; choose to replace those that are there")
+    model = named_captioner(folders, captioner)
+    if model == captioner and captioner.partition(":")[0] not in CAPTIONERS:
+        known = ", ".join(captioner_folders(folders)) or "none"
+        raise OptionError(f"there is no captioner {captioner!r} here, known are {known}; choose another one")
+    sources = [{"path": str(folder)}]  # by which the dataset of a job is known
+    return {"name": name, "captioner": model, "photos": photos, "trigger": one_line(trigger), "sources": sources}
 
 
 def _as_stored(text: str) -> str:

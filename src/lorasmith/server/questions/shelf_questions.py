@@ -1,6 +1,6 @@
 """Questions about models to begin with: the shelf, what the hub says of them, and model files that are sent.
 
-Only `check_download` and `store_token` use the network.
+Only `check_download`, `download_files` of a captioner and `store_token` use the network.
 """
 
 from __future__ import annotations
@@ -8,19 +8,24 @@ from __future__ import annotations
 import functools
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import Folders, safe_name
+from lorasmith.data.captioners import CAPTIONERS, TRANSFORMERS
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, FoundFile, recognised_file
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.runs import shelf as models_to_get
+from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES, captioner_files, captioner_folders, kept_bytes
 from lorasmith.runs.hub_download import HubFile, facts_of, store_token
 from lorasmith.runs.shelf import ShelfModel, memory_of, parts_on_hub, wanted_files
 from lorasmith.server.api_shapes import (
     AddedModel,
+    CaptionerList,
+    CaptionerRow,
     DownloadCheck,
     FileToGet,
     ReleaseMemory,
@@ -31,6 +36,40 @@ from lorasmith.server.api_shapes import (
 from lorasmith.server.questions.dataset_changes import TakenNameError
 from lorasmith.server.questions.plan_questions import HashableFolders, listed_models, model_name, state_of_models
 from lorasmith.server.questions.question_registry import question
+
+DownloadKind = Literal["release", "model", "captioner"]
+
+
+@question
+def captioners(folders: Folders) -> CaptionerList:
+    """What writes captions: in the model folders, of other packages, and released ones to download."""
+    here = captioner_folders(folders)
+    own = [CaptionerRow(name=name, title=_title(name), about=_about(name), found=True) for name in here]
+    others = [CaptionerRow(name=name, title=name, found=True) for name in CAPTIONERS if name != TRANSFORMERS]
+    offered = [
+        CaptionerRow(
+            name=one.name,
+            title=one.title,
+            about=one.about,
+            licence=one.licence,
+            card=f"https://huggingface.co/{one.repository}",
+            size_bytes=int(one.gigabytes * 1e9),
+            kept_bytes=kept_bytes(folders, one.name),
+            found=False,
+        )
+        for one in CAPTIONER_RELEASES.values()
+        if one.name not in here
+    ]
+    missing = "" if find_spec("transformers") else 'captioners need transformers: pip install "lorasmith[models]"'
+    return CaptionerList(captioners=(*own, *others, *offered), notes=(missing,) if missing else ())
+
+
+def _title(name: str) -> str:
+    return CAPTIONER_RELEASES[name].title if name in CAPTIONER_RELEASES else name
+
+
+def _about(name: str) -> str:
+    return CAPTIONER_RELEASES[name].about if name in CAPTIONER_RELEASES else ""
 
 
 @question
@@ -55,9 +94,9 @@ def shelf_memory(folders: Folders, *, name: str, card_bytes: int | None = None) 
 
 
 @question
-def download_files(folders: Folders, *, kind: Literal["release", "model"], name: str) -> dict[str, Any]:
-    """What to download for a released model, or for one in the folders that lacks parts: `title` and `files`. Raises
-    OptionError and ModelError.
+def download_files(folders: Folders, *, kind: DownloadKind, name: str) -> dict[str, Any]:
+    """What to download for a released model, for one in the folders that lacks parts, or of a captioner: `title` and
+    `files`. Raises OptionError and ModelError.
     """
     title, files = _wanted(folders, kind, name)
     return {
@@ -67,7 +106,7 @@ def download_files(folders: Folders, *, kind: Literal["release", "model"], name:
 
 
 @question
-def check_download(folders: Folders, *, kind: Literal["release", "model"], name: str) -> DownloadCheck:
+def check_download(folders: Folders, *, kind: DownloadKind, name: str) -> DownloadCheck:
     """What the hub says of the files to download. Raises HubError, GatedError, and as `download_files`."""
     title, files = _wanted(folders, kind, name)
     facts = {one: facts_of(one) for one in files}
@@ -150,6 +189,9 @@ def _wanted(folders: Folders, kind: str, name: str) -> tuple[str, list[HubFile]]
     if kind == "release":
         found = wanted_files(folders, name)
         title, files = found.release.title, [one.hub for one in found.missing]
+    elif kind == "captioner":
+        files = captioner_files(folders, name)
+        title = CAPTIONER_RELEASES[name].title
     else:
         model = next((one for one in listed_models(folders).models if model_name(folders, one.path) == name), None)
         if model is None:
