@@ -24,6 +24,7 @@ class FakeHub:
         cut_after: bytes after which each of the next connections breaks, one after another.
         corrupted: whether the first byte that is sent of a file is another one.
         ignores_ranges: whether it sends whole files to requests for their rest.
+        in_git: files that are small enough for git itself, whose digest is that of git's object.
         gate: bytes from `held_after` on are sent while this is set.
         held_after: place in a file.
         requests: method, path, first byte of the wanted range, and token of each.
@@ -35,6 +36,7 @@ class FakeHub:
     cut_after: list[int] = field(default_factory=list)
     corrupted: bool = False
     ignores_ranges: bool = False
+    in_git: set[str] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
     held_after: int = 0
     requests: list[tuple[str, str, int, str]] = field(default_factory=list)
@@ -89,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
         self.state.requests.append((self.command, self.path, first, token))
+        if self.path.startswith("/api/models/"):
+            return self._list(self.path.removeprefix("/api/models/"), token)
         if "/resolve/" not in self.path:
             return self._refuse(404)
         owner, name, _, _, *rest = self.path.strip("/").split("/")
@@ -105,13 +109,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - first))
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
-        for key, value in {
-            "X-Repo-Commit": "c" * 40, "X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{digest}"', "ETag": '"x"'
-        }.items():  # fmt: skip
-            self.send_header(key, value)
+        self.send_header("X-Repo-Commit", "c" * 40)
+        if "/".join((owner, name, *rest)) in self.state.in_git:
+            self.send_header("ETag", f'"{hashlib.sha1(b"blob %d" % len(content) + bytes(1) + content).hexdigest()}"')
+        else:
+            self.send_header("X-Linked-Size", str(len(content)))
+            self.send_header("X-Linked-ETag", f'"{digest}"')
+            self.send_header("ETag", '"x"')
         self.end_headers()
         if self.command == "GET":
             self._send(content, first)
+        return None
+
+    def _list(self, repository: str, token: str) -> None:
+        """The files of a repository."""
+        files = [path.removeprefix(f"{repository}/") for path in self.state.files if path.startswith(f"{repository}/")]
+        if not files or (repository in self.state.gated and token != TOKEN):
+            return self._refuse(404 if not files else 401, "RepoNotFound" if not files else "GatedRepo")
+        content = json.dumps({"id": repository, "sha": "c" * 40, "siblings": [{"rfilename": one} for one in files]})
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content.encode())
         return None
 
     def _send(self, content: bytes, first: int) -> None:

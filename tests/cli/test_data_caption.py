@@ -45,9 +45,10 @@ def captions(photos: Path) -> dict[str, str]:
 
 
 def test_a_model_captions_the_images_that_have_none(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
-    MODELS["git"](tmp_path / "git")
+    MODELS["git"](tmp_path / "models" / "captioners" / "mine")
     before = captions(photos)
-    ran = lorasmith("data", "caption", photos, "--with", tmp_path / "git", "--trigger", "sks cat", "--device", "cpu")
+    named = ("--with", "mine", "--base-dir", tmp_path)
+    ran = lorasmith("data", "caption", photos, *named, "--trigger", "sks cat", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "2 images have a caption, which is kept" in ran.out and "2 captions are written" in ran.out
     after = captions(photos)

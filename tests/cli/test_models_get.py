@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorasmith.cli.main import app
-from lorasmith.runs import hub_download
+from lorasmith.runs import captioner_shelf, hub_download
 from lorasmith.runs.hub_download import HubFile, Progress
 
 
@@ -42,3 +42,16 @@ def test_what_is_missing_is_downloaded_to_its_folders(tmp_path: Path, monkeypatc
 def test_mistakes_are_sentences(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["models", *arguments, "--base-dir", str(tmp_path)])
     assert done.exit_code == 1 and message in " ".join(done.output.split())
+
+
+def test_a_captioner_is_asked_for_and_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[HubFile] = []
+    place = tmp_path / "models" / "captioners" / "florence-2-base"
+    files = [HubFile("florence-community/Florence-2-base", name, place / name) for name in ("a.txt", "config.json")]
+    place.mkdir(parents=True)
+    (place / "a.txt").touch()
+    monkeypatch.setattr(captioner_shelf, "files_of", lambda repository, folder: files)
+    monkeypatch.setattr(hub_download, "download", lambda files, *, on_progress: got.extend(files))
+    done = CliRunner().invoke(app, ["models", "--get", "florence-2-base", "--base-dir", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert got == files[1:] and json.loads(done.stdout) == {"captioner": str(place)}

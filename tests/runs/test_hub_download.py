@@ -14,7 +14,16 @@ import pytest
 
 from lorasmith.core.errors import CancelledError, OutputError
 from lorasmith.runs import hub_download
-from lorasmith.runs.hub_download import GatedError, HubError, HubFile, Progress, download, facts_of, store_token
+from lorasmith.runs.hub_download import (
+    GatedError,
+    HubError,
+    HubFile,
+    Progress,
+    download,
+    facts_of,
+    files_of,
+    store_token,
+)
 from tests.fake_hub import TOKEN, FakeHub, hub
 
 CONTENT = random.Random(0).randbytes(5000)
@@ -61,6 +70,39 @@ def test_files_are_downloaded_verified_and_named(served: FakeHub, wanted: HubFil
     served.requests.clear()
     download([wanted, other])
     assert served.requests == []  # they are there
+
+
+def test_the_files_of_a_captioner_are_listed_and_small_ones_verified(served: FakeHub, tmp_path: Path) -> None:
+    served.files |= {
+        f"maker/says/{name}": name.encode()
+        for name in (
+            "README.md",
+            "a.py",
+            "config.json",
+            "model.safetensors",
+            "onnx/a.json",
+            "pytorch_model.bin",
+            "vocab.txt",
+        )
+    }
+    served.in_git = {"maker/says/config.json", "maker/says/vocab.txt"}
+    files = files_of("maker/says", tmp_path / "says")
+    assert [one.file for one in files] == [
+        "model.safetensors",
+        "vocab.txt",
+        "config.json",
+    ]  # which says that it is whole
+    download(files)
+    assert {one.name: one.read_text() for one in (tmp_path / "says").iterdir()} == {one.file: one.file for one in files}
+    (tmp_path / "says" / "config.json").unlink()
+    served.corrupted = True
+    with pytest.raises(HubError, match=r"its SHA-1 differs\), so it was deleted"):
+        download(files)
+    assert not list((tmp_path / "says").glob("config.json*"))
+    with pytest.raises(HubError, match="has no model in safetensors any more"):
+        files_of("maker/model", tmp_path)
+    with pytest.raises(HubError, match="does not have config.json any more"):
+        files_of("maker/none", tmp_path)
 
 
 def test_a_broken_connection_is_continued(served: FakeHub, wanted: HubFile) -> None:

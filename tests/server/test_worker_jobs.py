@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from transformer_models import TINY
 
+from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.evaluation.evaluation_record import read_evaluation
 from lorasmith.families.loading import load_structure
@@ -27,6 +28,7 @@ from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
 from lorasmith.sampling.generate import generate
 from lorasmith.server.api_shapes import JobBody
+from lorasmith.server.questions.dataset_changes import captioning_request
 from lorasmith.server.questions.plan_questions import train_request
 from lorasmith.server.questions.run_pictures import grid_request, run_gallery
 from lorasmith.server.questions.run_results import draw_request, drawing_facts, keep_control
@@ -34,6 +36,7 @@ from lorasmith.server.worker_jobs import job_kinds
 from lorasmith.training import train
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import read_record
+from tests.data.caption_models import MODELS
 
 SETTINGS = {
     "steps": 3,
@@ -372,6 +375,48 @@ def test_the_loras_of_a_run_are_evaluated(worker: Worker) -> None:
 def pixels_of(file: Path) -> Any:
     with Image.open(file) as picture:
         return np.asarray(picture, dtype=float)
+
+
+def test_captions_are_written_where_nobody_wrote_meanwhile(worker: Worker, tmp_path: Path) -> None:
+    folder = worker.base / "input" / "fox"
+    for number, text in ((1, "mine"), (2, "old"), (3, "")):
+        (folder / f"fox_{number}.txt").write_text(text)
+    (folder / "fox_4.png").write_bytes(b"no picture")
+    (folder / "fox_5.txt").unlink()
+    MODELS["git"](worker.base / "models" / "captioners" / "says")
+    folders = Folders(worker.base)
+    files = [f"fox_{number}.png" for number in range(1, 6)]
+    request = captioning_request(folders, "fox", captioner="says", files=files, overwrite=True, trigger="sks")
+    assert request["photos"] == {file: read_caption_text(folder / file) for file in files}
+    (folder / "fox_1.txt").write_text("changed since")
+    (folder / "fox_5.png").unlink()
+    end = worker.run("caption", request)
+    assert end["state"] == "completed"
+    outputs = end["outputs"]
+    assert set(outputs["written"]) == {"fox_2.png", "fox_3.png"} and outputs["changed"] == ["fox_1.png", "fox_5.png"]
+    assert "is not an image" in outputs["failed"]["fox_4.png"] and outputs["empty"] == []
+    assert outputs["written"]["fox_2.png"]["before"] == "old"
+    assert (folder / "fox_2.txt").read_text() == f"{outputs['written']['fox_2.png']['caption']}\n"
+    assert (folder / "fox_2.txt").read_text().startswith("sks, ") and (
+        folder / "fox_1.txt"
+    ).read_text() == "changed since"
+    assert [one["data"] for one in worker.sent if one.get("kind") == "dataset"] == [{"name": "fox"}] * 2
+
+    worker.cancel_if = lambda head: head.get("kind") == "dataset"
+    again = captioning_request(folders, "fox", captioner="says", files=["fox_2.png", "fox_3.png"], overwrite=True)
+    end = worker.run("caption", again)
+    assert end["state"] == "cancelled" and set(end["outputs"]["written"]) == {"fox_2.png"}  # to be undone
+    with pytest.raises(OptionError, match="no photo of fox lacks a caption"):
+        captioning_request(folders, "fox", captioner="says", files=["fox_2.png"])
+    with pytest.raises(OptionError, match="florence-2-base is not here yet; get it with"):
+        captioning_request(folders, "fox", captioner="florence-2-base")
+    for elsewhere in (str(worker.base / "models" / "captioners" / "says"), "owner/name", "../x"):
+        with pytest.raises(OptionError, match="there is no captioner"):
+            captioning_request(folders, "fox", captioner=elsewhere)
+
+
+def read_caption_text(image: Path) -> str:
+    return image.with_suffix(".txt").read_text().strip() if image.with_suffix(".txt").exists() else ""
 
 
 def test_an_edit_model_draws_from_the_picture_that_was_sent(worker: Worker) -> None:

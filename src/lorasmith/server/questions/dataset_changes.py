@@ -15,7 +15,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, plain_name, safe_name
-from lorasmith.data.captioners import CAPTIONERS
+from lorasmith.data.captioners import CAPTIONERS, TRANSFORMERS
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, one_line, read_caption_file
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import (
@@ -389,6 +389,11 @@ def captioning_request(
     are there now. Raises UnknownFileError, and OptionError if the captioner is not here, or there is nothing to do.
     """
     folder = dataset_folder(folders, name, to_change=True)
+    model = named_captioner(folders, captioner)
+    # Requests name neither folders nor models of the hub, which only who types on this machine may.
+    if model == captioner and (captioner == TRANSFORMERS or captioner not in CAPTIONERS):
+        known = ", ".join(captioner_folders(folders)) or "none"
+        raise OptionError(f"there is no captioner {captioner!r} here, known are {known}; choose another one")
     found = {one.name: one for one in pictures_in(folders, folder)[0]}
     if unknown := next((file for file in files if file not in found), None):
         raise UnknownFileError(f"there is no picture {unknown!r} in {name}; load the page again")
@@ -396,10 +401,6 @@ def captioning_request(
     photos = {file: text for file, (text, fault) in there.items() if not fault and (overwrite or not text)}
     if not photos:
         raise OptionError(f"no photo of {name} lacks a caption; choose to replace those that are there")
-    model = named_captioner(folders, captioner)
-    if model == captioner and captioner.partition(":")[0] not in CAPTIONERS:
-        known = ", ".join(captioner_folders(folders)) or "none"
-        raise OptionError(f"there is no captioner {captioner!r} here, known are {known}; choose another one")
     sources = [{"path": str(folder)}]  # by which the dataset of a job is known
     return {"name": name, "captioner": model, "photos": photos, "trigger": one_line(trigger), "sources": sources}
 
