@@ -51,7 +51,7 @@ def test_a_captioner_is_asked_for_and_downloaded(tmp_path: Path, monkeypatch: py
     place.mkdir(parents=True)
     (place / "a.txt").touch()
     monkeypatch.setattr(captioner_shelf, "files_of", lambda repository, folder: files)
-    monkeypatch.setattr(hub_download, "download", lambda files, *, on_progress: got.extend(files))
+    monkeypatch.setattr(hub_download, "download", lambda files, **_: got.extend(files))
     done = CliRunner().invoke(app, ["models", "--get", "florence-2-base", "--base-dir", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     assert got == files[1:] and json.loads(done.stdout) == {"captioner": str(place)}

@@ -165,6 +165,16 @@ SHELF = [
 ]  # fmt: skip
 
 
+CAPTIONERS = [
+    {"name": "florence-2-base", "title": "Florence-2 base", "found": False, "licence": "MIT", "kept_bytes": 0,
+     "about": "A sentence or two on what a picture shows; small enough for a processor.", "size_bytes": 500_000_000,
+     "card": "https://huggingface.co/florence-community/Florence-2-base"},
+    {"name": "blip-large", "title": "BLIP large", "found": False, "licence": "BSD 3-Clause", "kept_bytes": 0,
+     "about": "One short and plain sentence.", "size_bytes": 1_900_000_000,
+     "card": "https://huggingface.co/Salesforce/blip-image-captioning-large"},
+]  # fmt: skip
+
+
 SWEEP = {
     "id": "fox-sweep-001",
     "comparable": True,
@@ -193,7 +203,10 @@ class FakeServer:
     ready: bool = True
     datasets: dict[str, dict[str, tuple[bytes, str]]] = field(default_factory=dict)
     controls: dict[str, dict[str, bytes]] = field(default_factory=dict)  # of datasets
-    removed: dict[str, tuple[bytes, str]] = field(default_factory=dict)  # pictures
+    removed: dict[str, Any] = field(default_factory=dict)  # by where it was moved to
+    crops: dict[str, dict[str, float]] = field(default_factory=dict)  # of pictures
+    captioners: list[dict[str, Any]] = field(default_factory=lambda: json.loads(json.dumps(CAPTIONERS)))
+    findings: list[dict[str, Any]] = field(default_factory=list)  # of checks, besides copies
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(MODELS)))
@@ -214,6 +227,7 @@ class FakeServer:
     downloads: list[dict[str, Any]] = field(default_factory=list)
     has_token: bool = False  # whether the hub gives the gated model
     disk_free_bytes: int = 10**11
+    fails: bool = False  # whether a captioner fails on one photo
     is_closing: bool = False
     builtin: frozenset[str] = frozenset()
     _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -235,7 +249,11 @@ class FakeServer:
                 web.post(f"{at}/datasets/{{name}}/images", self._upload),
                 web.get(f"{at}/datasets/{{name}}/images/{{file}}", self._picture),
                 web.delete(f"{at}/datasets/{{name}}/images/{{file}}", self._remove_picture),
+                web.put(f"{at}/datasets/{{name}}/images/{{file}}/crop", self._crop),
+                web.post(f"{at}/datasets/{{name}}/remove", self._remove_pictures),
                 web.post(f"{at}/datasets/{{name}}/restore", self._restore),
+                web.post(f"{at}/datasets/{{name}}/captioning", self._write_captions),
+                web.get(f"{at}/captioners", _says(lambda: {"captioners": self.captioners, "notes": []})),
                 web.get(f"{at}/datasets/{{name}}/controls/{{file}}", self._control),
                 web.put(f"{at}/datasets/{{name}}/controls", self._pair),
                 web.delete(f"{at}/datasets/{{name}}/controls/{{file}}", self._remove_control),
@@ -419,8 +437,11 @@ class FakeServer:
                 width, height = Image.open(io.BytesIO(content)).size
             except OSError:
                 width = height = None  # type: ignore[assignment]
+            if width and (part := self.crops.get(file)):
+                width, height = round(part["width"] * width), round(part["height"] * height)
             images.append({"file": file, "width": width, "height": height, "bytes": len(content), "caption": caption,
                            "has_caption": bool(caption), "problem": "" if width else "cannot be read",
+                           "crop": self.crops.get(file),
                            "controls": controls.get(Path(file).stem, [])})  # fmt: skip
         return web.json_response(
             {
@@ -468,7 +489,7 @@ class FakeServer:
 
     async def _pair(self, request: web.Request) -> web.Response:
         controls, body = self.controls[request.match_info["name"]], await request.json()
-        moved, stem = controls.pop(body["control"]), Path(body["image"]).stem
+        moved, stem = controls.pop(body["control"]), Path(body.get("image") or body["former"]).stem
         there = {file: controls.pop(file) for file in list(controls) if Path(file).stem == stem}
         controls[f"{stem}.png"] = moved
         for content in there.values():
@@ -476,8 +497,9 @@ class FakeServer:
         return web.json_response({"changed": 1 + len(there)})
 
     async def _remove_control(self, request: web.Request) -> web.Response:
-        del self.controls[request.match_info["name"]][request.match_info["file"]]
-        return web.json_response({"removed": "user/lorasmith/removed/1"})
+        place, file = f"user/lorasmith/removed/{len(self.removed)}", request.match_info["file"]
+        self.removed[place] = {file: self.controls[request.match_info["name"]].pop(file)}
+        return web.json_response({"removed": place})
 
     async def _upload(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.step_seconds)
@@ -507,21 +529,66 @@ class FakeServer:
 
     async def _picture(self, request: web.Request) -> web.Response:
         content, _ = self.datasets[request.match_info["name"]][request.match_info["file"]]
+        if (part := self.crops.get(request.match_info["file"])) and request.query.get("original") != "true":
+            whole, buffer = Image.open(io.BytesIO(content)), io.BytesIO()
+            left, top = part["x"] * whole.width, part["y"] * whole.height
+            box = (left, top, left + part["width"] * whole.width, top + part["height"] * whole.height)
+            whole.crop(tuple(map(round, box))).save(buffer, "PNG")
+            content = buffer.getvalue()
         return web.Response(body=content, content_type="image/png")
 
     async def _remove_picture(self, request: web.Request) -> web.Response:
-        file = request.match_info["file"]
-        self.removed[file] = self.datasets[request.match_info["name"]].pop(file)
-        return web.json_response({"removed": f"user/lorasmith/removed/{file}"})
+        return self._set_aside(request.match_info["name"], [request.match_info["file"]])
+
+    async def _remove_pictures(self, request: web.Request) -> web.Response:
+        return self._set_aside(request.match_info["name"], (await request.json())["files"])
+
+    def _set_aside(self, name: str, files: list[str]) -> web.Response:
+        place = f"user/lorasmith/removed/{len(self.removed)}"
+        self.removed[place] = {file: self.datasets[name].pop(file) for file in files}
+        return web.json_response({"removed": place})
 
     async def _restore(self, request: web.Request) -> web.Response:
-        file = (await request.json())["removed"].rpartition("/")[2]
-        self.datasets[request.match_info["name"]][file] = self.removed.pop(file)
-        return web.json_response({"changed": 1})
+        name, body = request.match_info["name"], await request.json()
+        files = self.removed.pop(body["removed"])
+        found = self.controls if body.get("control") else self.datasets
+        found[name] = dict(sorted({**found.get(name, {}), **files}.items()))
+        return web.json_response({"changed": len(files)})
 
     async def _remove_dataset(self, request: web.Request) -> web.Response:
-        del self.datasets[request.match_info["name"]]
-        return web.json_response({"removed": "user/lorasmith/removed/fox"})
+        place = f"user/lorasmith/removed/{len(self.removed)}"
+        self.removed[place] = self.datasets.pop(request.match_info["name"])
+        return web.json_response({"removed": place})
+
+    async def _crop(self, request: web.Request) -> web.Response:
+        file, part = request.match_info["file"], await request.json()
+        self.crops.pop(file, None)
+        if part["width"] < 1 or part["height"] < 1:
+            self.crops[file] = part
+        return web.json_response({"file": file})
+
+    async def _write_captions(self, request: web.Request) -> web.Response:
+        name, body = request.match_info["name"], await request.json()
+        job = self.add_job("pending", kind="caption", name=name, title="Captions", dataset=name, request={})
+        self.publish(job)
+        files = {file: one for file, one in self.datasets[name].items() if body["overwrite"] or not one[1]}
+
+        async def write() -> None:
+            self.publish(job, state="running")
+            written = {}
+            for done, (file, (content, before)) in enumerate(files.items()):
+                self._tell(job["id"], "progress", {"value": done, "maximum": len(files)})
+                await asyncio.sleep(4 * self.step_seconds)
+                caption = f"{body['trigger']}, written" if body["trigger"] else "written"
+                self.datasets[name][file] = (content, caption)
+                written[file] = {"before": before, "caption": caption}
+                self._all_events.append(("dataset", {"name": name}))
+            failed = {"odd.png": "makes the captioner fail"} if self.fails else {}
+            outputs = {"written": written, "changed": [], "empty": [], "failed": failed}
+            self.publish(job, state="completed", outputs=outputs)
+
+        self._tasks[job["id"]] = asyncio.create_task(write())
+        return web.json_response(job, status=201)
 
     async def _captions(self, request: web.Request) -> web.Response:
         files = self.datasets[request.match_info["name"]]
@@ -547,12 +614,16 @@ class FakeServer:
         findings = [
             {
                 "kind": "copies",
+                "title": "Copies",
                 "message": "2 pictures are copies of each other; keep one.",
-                "files": [],
+                "files": list(files)[2:3],
+                "removes": list(files)[2:3],
                 "severity": "warning",
             }
         ]
-        return web.json_response({"findings": findings if len(files) > 2 else [], "images": images, "skipped": []})
+        there = [one for one in self.findings if set(one["files"]) & files.keys()]
+        found = [*there, *(findings if len(files) > 2 else [])]
+        return web.json_response({"findings": found, "images": images, "skipped": []})
 
     async def _plan(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -23,7 +23,7 @@ const suffix = (path) => path.slice(stem(path).length);
 
 export const isVideo = (path) => VIDEO.test(path);
 
-/** Uploads of a dataset: a store of [{key, name, preview, isBefore, state: "waiting"|"sending"|"done"|"skipped", reason, file}]. */
+/** Uploads of a dataset: a store of [{key, name, preview, isBefore, state: "waiting"|"sending"|"done"|"skipped", reason, file, captionFault, replaced}]. */
 export function uploadsOf(dataset) {
   if (!stores.has(dataset)) stores.set(dataset, createStore([]));
   return stores.get(dataset);
@@ -35,7 +35,7 @@ export function uploadsOf(dataset) {
  * @param files [{file, path}], with the path inside the dropped folder
  * @param before null for pictures to train on; "" for pictures before an edit, by their names; or the picture that the
  *   first of them is before
- * @returns number of pictures
+ * @returns the uploads, as of `uploadsOf`
  */
 export function upload(dataset, files, before = null) {
   const captions = new Map(files.filter(({ path }) => /\.txt$/i.test(path)).map((one) => [stem(one.path), one.file]));
@@ -63,7 +63,7 @@ export function upload(dataset, files, before = null) {
   for (let worker = 0; worker < AT_ONCE; worker += 1) work();
   const used = new Set([...pictures, ...files.filter(({ path }) => /\.txt$/i.test(path))]);
   leftOut.set((before) => ({ ...before, [dataset]: files.filter((one) => !used.has(one)).map(({ path }) => path) }));
-  return pictures.length;
+  return entries;
 }
 
 async function send(dataset, store, entry) {
@@ -76,7 +76,8 @@ async function send(dataset, store, entry) {
     const answer = await post(["datasets", dataset, "images"], body);
     const skipped = answer.skipped?.find((one) => !/\.txt$/i.test(one.file)) ?? answer.skipped?.[0];
     const added = answer.added?.find((file) => !/\.txt$/i.test(file));
-    if (added) change({ state: "done", file: added });
+    const captionFault = answer.skipped?.find((one) => /\.txt$/i.test(one.file))?.reason ?? "";
+    if (added) change({ state: "done", file: added, captionFault, replaced: answer.replaced?.[added] ?? null });
     else change({ state: "skipped", reason: skipped?.reason ?? "The server did not take this file." });
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;

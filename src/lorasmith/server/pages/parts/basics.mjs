@@ -73,7 +73,7 @@ export const Elsewhere = ({ there, onChoose, what }) => html`<div class="conflic
 export const Progress = ({ value, max, label }) =>
   html`<progress value=${value ?? undefined} max=${max || 1} aria-label=${label}></progress>`;
 
-/** A dialog that holds the focus until it is closed (Escape, its cross, or `onClose`). */
+/** A dialog that holds the focus until it is closed (Escape, its cross, or `onClose`); `wide` may be the class of a wider one. */
 export function Dialog({ title, onClose, children, wide }) {
   const box = useRef(null);
   const id = useId();
@@ -82,7 +82,7 @@ export function Dialog({ title, onClose, children, wide }) {
     box.current.showModal();
     return () => before?.isConnected && before.focus();
   }, []);
-  return html`<dialog ref=${box} class=${wide ? "wide-dialog" : ""} aria-labelledby=${id}
+  return html`<dialog ref=${box} class=${wide === true ? "wide-dialog" : wide || ""} aria-labelledby=${id}
     onCancel=${(event) => { event.preventDefault(); onClose(); }}
     onClick=${(event) => event.target === box.current && onClose()}>
     <div class="dialog-body">

@@ -8,9 +8,9 @@ import { Button, State } from "./basics.mjs";
 
 export const titleOf = (job) =>
   (job.kind === "train" && job.run?.split("/").pop()) || job.title || job.name || job.request?.name ||
-  ({ train: "Training", measure: "Measuring a step", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation" }[job.kind] ?? "Job");
+  ({ train: "Training", measure: "Measuring a step", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation", caption: "Captions" }[job.kind] ?? "Job");
 
-const WORK = { train: "Training", measure: "Measurement", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation" };
+const WORK = { train: "Training", measure: "Measurement", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation", caption: "Captions" };
 
 /** Runs an action on a job; its failure is said at the edge of the page. */
 export async function act(job, action, body) {

@@ -12,17 +12,20 @@ const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
  * @param isFixed whether it can neither be changed nor removed
  * @param facts {crop, trained} of the check; null to draw none
  * @param before its pictures before an edit, drawn beside it; null for photos that are no pairs
+ * @param onOpen shows it large
  */
-export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, isEdited, onCaption, onRemove, before }) {
+export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, isEdited, onCaption, onRemove, onOpen, before }) {
   const [unseen, setUnseen] = useState(false);
   const name = image?.file ?? upload.name;
-  const source = upload ? upload.preview : preview ?? address(["datasets", dataset, "images", image.file], { width: THUMBNAIL });
+  const source = upload ? upload.preview : (!image.crop && preview) || sourceOf(dataset, image, THUMBNAIL);
+  useEffect(() => setUnseen(false), [source]);
   const state = upload?.state;
   const marks = [...(state === "skipped" ? [upload.reason] : []), ...problems];
   const photo = html`<div class="frame">
       ${unseen ? html`<span class="missing">${upload && state !== "skipped" ? "No preview yet" : "No preview"}</span>`
         : html`<div class="whole"><img src=${source} alt=${caption || name} loading="lazy" onError=${() => setUnseen(true)} />
           ${facts?.crop && html`<${Crop} crop=${facts.crop} />`}</div>`}
+      ${onOpen && html`<button type="button" class="open" aria-label=${`Show ${name} large`} onClick=${onOpen}></button>`}
       ${(state === "waiting" || state === "sending") && html`<span class="sending">${state === "sending" ? "Sending…" : "Waiting…"}</span>`}
       ${marks.length > 0 && html`<ul class="marks">${marks.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
       ${!isFixed && html`<button type="button" class="icon-button corner" aria-label=${`Remove ${name}`} title="Remove" onClick=${onRemove}>✕</button>`}
@@ -35,7 +38,10 @@ export function PhotoTile({ dataset, image, upload, preview, caption, problems =
   </li>`;
 }
 
-function Crop({ crop }) {
+/** The address of a photo, reduced; another one when it was cropped, as its name may stay. */
+export const sourceOf = (dataset, image, width) => address(["datasets", dataset, "images", image.file], { width, v: image.crop ? Object.values(image.crop).map((one) => one.toFixed(4)).join(" ") : image.bytes });
+
+export function Crop({ crop }) {
   const whole = crop.width > 0.995 && crop.height > 0.995;
   if (whole) return null;
   const share = (number) => `${(100 * number).toFixed(2)}%`;
@@ -46,9 +52,9 @@ function Crop({ crop }) {
 export const isStale = (failure) => failure.kind === "StaleCaptionError";
 
 /** A caption that is stored a moment after typing, and when the field is left; one that was changed elsewhere waits for a choice. */
-function Caption({ name, caption, trigger, isEdited, onCaption }) {
+export function Caption({ name, caption, trigger, isEdited, onCaption, rows = 2 }) {
   const [text, setText] = useState(null); // null: as stored
-  const [failed, setFailed] = useState(false);
+  const [failed, setFailed] = useState(null); // why it was not stored
   const [other, setOther] = useState(null); // what was stored elsewhere meanwhile
   const waits = useRef(false);
   const id = useId();
@@ -70,12 +76,12 @@ function Caption({ name, caption, trigger, isEdited, onCaption }) {
     try {
       await onCaption(typed, begun.current);
       begun.current = typed;
-      setFailed(false);
+      setFailed(null);
       if (latest.current === typed) setText(null);
     } catch (failure) {
       waits.current = isStale(failure);
       if (waits.current) setOther((begun.current = Object.values(failure.details)[0]));
-      else setFailed(true);
+      else setFailed(failure);
     }
   };
   const choose = (mine) => {
@@ -92,8 +98,8 @@ function Caption({ name, caption, trigger, isEdited, onCaption }) {
     timer.current = setTimeout(store, STORE_AFTER_MS);
   };
   return html`<label class="unseen" for=${id}>Caption of ${name}</label>
-    <textarea ref=${field} id=${id} rows="2" class="caption" maxlength="4000" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
+    <textarea ref=${field} id=${id} rows=${rows} class="caption" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
       onInput=${type} onBlur=${store} aria-invalid=${failed ? "true" : undefined}></textarea>
     ${other !== null && html`<${Elsewhere} there=${other} onChoose=${choose} what="caption" />`}
-    ${failed && html`<p class="field-error">This caption is not stored yet. <button type="button" class="as-link" onClick=${store}>Try again</button></p>`}`;
+    ${failed && html`<p class="field-error" role="alert">This caption is not stored. ${failed.message} <button type="button" class="as-link" onClick=${store}>Try again</button></p>`}`;
 }

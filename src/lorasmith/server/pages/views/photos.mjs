@@ -1,18 +1,24 @@
 // The photos of a LoRA: what they show, their captions, what is wrong with them, and what of them is trained.
 import { get, post, put, remove } from "../lib/api.mjs";
-import { useConflicts, useDraft } from "../lib/drafts.mjs";
+import { changeDraft, useConflicts, useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { go } from "../lib/router.mjs";
-import { announcement, say, useStore } from "../lib/stores.mjs";
+import { say, useStore } from "../lib/stores.mjs";
+import { counted, hasTag } from "../lib/tags.mjs";
+import { did, doneTo, undoLast } from "../lib/undo.mjs";
 import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { capital, count, slug } from "../lib/words.mjs";
 import { Button, Elsewhere, Field, Loading, Notice, Problem, Question, isPassing, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
+import { CaptionDialog, CaptioningState } from "../parts/captioning.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
+import { PhotoEditor } from "../parts/photo_editor.mjs";
 import { PhotoTile, isStale } from "../parts/photo_tile.mjs";
+import { Remarks, remarksOf, removedBy } from "../parts/remarks.mjs";
 import { Replace } from "../parts/replace.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
+import { TagList } from "../parts/tags.mjs";
 import { takesControls } from "./model.mjs";
 
 const CHECK_AFTER_MS = 700;
@@ -28,6 +34,10 @@ export function PhotosView({ dataset, edited }) {
   const [gone, setGone] = useState(new Set());
   const [crops, setCrops] = useState(true);
   const [onlyOdd, setOnlyOdd] = useState(false);
+  const [only, setOnly] = useState(null); // the remark whose photos are shown alone
+  const [tag, setTag] = useState(null); // the tag whose photos are shown alone
+  const [large, setLarge] = useState(null); // the photo that is shown large
+  const [captioning, setCaptioning] = useState(false);
   const [replacing, setReplacing] = useState(false);
   const [clearing, setClearing] = useState(false);
   const [moving, setMoving] = useState(null); // the picture before an edit that is to have another picture
@@ -36,6 +46,7 @@ export function PhotosView({ dataset, edited }) {
   const model = listed?.models.find((one) => one.name === draft.model);
   const others = useStore(leftOut)[dataset] ?? [];
   const sent = useStore(uploadsOf(dataset));
+  const done = useStore(doneTo(dataset));
   const timer = useRef(0);
   const underWay = useRef({}); // captions that are being stored
   const sending = useRef(Promise.resolve());
@@ -62,9 +73,34 @@ export function PhotosView({ dataset, edited }) {
   const captionOf = (image) => captions[image.file] ?? image.caption ?? "";
   const [check, checkError] = useCheck(dataset, draft, images, captions, controls, version);
 
+  useEffect(() => {
+    const pressed = (event) => {
+      if (event.key !== "z" || !(event.ctrlKey || event.metaKey) || event.shiftKey || event.target.closest?.("input:not([type=checkbox], [type=radio]), textarea, select, dialog:not(.photo-dialog)")) return;
+      event.preventDefault();
+      undoLast(dataset);
+    };
+    addEventListener("keydown", pressed);
+    return () => removeEventListener("keydown", pressed);
+  }, [dataset]);
+
   const take = (files, before) => {
-    announcement.set(`${count(upload(dataset, files, before), "photo")} added.`);
+    const added = upload(dataset, files, before);
+    if (added.length) did(dataset, `${count(added.length, "photo")} added.`, () => withdraw(added.map((one) => one.key)));
     if (before) setVersion((number) => number + 1);
+  };
+  const withdraw = async (keys) => {
+    const entries = uploadsOf(dataset).get().filter((one) => keys.includes(one.key));
+    for (const one of entries) forget(dataset, one.key); // those that are not sent yet are not sent
+    const files = entries.filter((one) => one.state === "done").map((one) => one.file);
+    const photos = files.filter((file) => !file.startsWith("control/"));
+    setGone((all) => new Set([...all, ...photos]));
+    if (photos.length) await post(["datasets", dataset, "remove"], { files: photos });
+    for (const one of entries.filter(({ file }) => file?.startsWith("control/"))) {
+      await remove(["datasets", dataset, "controls", one.file.slice("control/".length)]);
+      if (one.replaced) await post(["datasets", dataset, "restore"], { removed: one.replaced, control: true });
+    }
+    setVersion((number) => number + 1);
+    reload();
   };
   const changeControls = async (change) => {
     try {
@@ -75,13 +111,20 @@ export function PhotosView({ dataset, edited }) {
     setVersion((number) => number + 1);
     await reload();
   };
+  const taken = (undo) => async () => {
+    await undo();
+    setVersion((number) => number + 1);
+    reload();
+  };
   const pair = (control, image) => changeControls(async () => {
     const { changed } = await put(["datasets", dataset, "controls"], { control, image });
-    if (changed) say(changed > 1 ? `The ${words.of} ${image} and the other one have changed places.` : `${image} has its ${words.other}.`);
+    const now = `${image.replace(/\.[^.]*$/, "")}${control.replace(/^.*(?=\.)/, "")}`; // the name that it has now
+    const undo = taken(() => put(["datasets", dataset, "controls"], { control: now, former: control }));
+    if (changed) did(dataset, changed > 1 ? `The ${words.of} ${image} and the other one have changed places.` : `${image} has its ${words.other}.`, undo);
   });
   const removeControl = (file) => changeControls(async () => {
-    await remove(["datasets", dataset, "controls", file]);
-    say(`${file} was moved to the removed files.`);
+    const { removed } = await remove(["datasets", dataset, "controls", file]);
+    did(dataset, `${file} was moved to the removed files.`, taken(() => post(["datasets", dataset, "restore"], { removed, control: true })));
   });
   const actions = found?.builtin ? null : { pair, remove: removeControl, move: setMoving, choose: (files, image) => take(files, image) };
 
@@ -103,49 +146,104 @@ export function PhotosView({ dataset, edited }) {
     return (sending.current = sending.current.then(send, send)); // one after the other: each has seen what came before
   }
 
-  async function replaceAll(texts) {
+  async function replaceAll(texts, said = `${count(Object.keys(texts).length, "caption")} changed.`) {
     const before = Object.fromEntries(images.filter((one) => one.file in texts).map((one) => [one.file, captionOf(one)]));
     await store(texts, before);
-    const undo = () => store(before, texts).catch((failure) => isStale(failure) && say(failure.message, { mood: "bad" }));
-    say(`${count(Object.keys(texts).length, "caption")} changed.`, { undo });
+    did(dataset, said, () => store(before, texts));
   }
 
-  async function drop(image) {
-    setGone((all) => new Set([...all, image.file]));
+  /** What was typed: one entry for each caption that is typed into at a stretch. */
+  async function storeTyped(image, caption, seen) {
+    await store({ [image.file]: caption }, { [image.file]: seen });
+    const last = doneTo(dataset).get().at(-1);
+    const key = `caption ${image.file}`;
+    const first = last?.key === key ? last.before : seen;
+    did(dataset, `The caption of ${image.file} was changed.`, () => store({ [image.file]: first }, { [image.file]: caption }), { key, before: first, quiet: true });
+  }
+
+  const changeTags = async (texts, said) => {
     try {
-      const { removed } = await remove(["datasets", dataset, "images", image.file]);
-      const entry = previews.get(image.file);
-      if (entry) forget(dataset, entry.key);
-      say(`${image.file} was moved to the removed files.`, { undo: () => restore(image.file, removed) });
+      await replaceAll(texts, said);
     } catch (failure) {
-      setGone((all) => new Set([...all].filter((file) => file !== image.file)));
+      say(failure.message, { mood: "bad" });
+    }
+  };
+
+  /** Moves photos to the removed files, all at once; they come back together. */
+  async function drop(files, said) {
+    setGone((all) => new Set([...all, ...files]));
+    const back = () => setGone((all) => new Set([...all].filter((file) => !files.includes(file))));
+    try {
+      const { removed } = files.length === 1 ? await remove(["datasets", dataset, "images", files[0]]) : await post(["datasets", dataset, "remove"], { files });
+      for (const file of files) if (previews.has(file)) forget(dataset, previews.get(file).key);
+      did(dataset, said, async () => {
+        await post(["datasets", dataset, "restore"], { removed });
+        back();
+        reload();
+      });
+    } catch (failure) {
+      back();
       say(failure.message, { mood: "bad" });
     }
   }
+  const dropOne = (image) => drop([image.file], `${image.file} was moved to the removed files.`);
 
-  async function restore(file, removed) {
-    try {
-      await post(["datasets", dataset, "restore"], { removed });
-      setGone((all) => new Set([...all].filter((one) => one !== file)));
+  /** Removes what remarks say should be: everything that they name, in one step. */
+  function fix(some) {
+    const there = new Set(images.map((one) => one.file));
+    const kinds = some.map((one) => [one.title, (one.removes ?? []).filter((file) => there.has(file)).length]).filter(([, number]) => number);
+    const files = removedBy(some).filter((file) => there.has(file));
+    if (!files.length) return say("These photos are not here any more.");
+    setOnly(null);
+    return drop(files, `${count(files.length, "photo was", "photos were")} moved to the removed files: ${kinds.map(([title, number]) => `${title.toLowerCase()} (${number})`).join(", ")}.`);
+  }
+
+  async function crop(image, box) {
+    const whole = { x: 0, y: 0, width: 1, height: 1 };
+    const cropped = async (file, part) => {
+      const answer = await put(["datasets", dataset, "images", file, "crop"], part);
+      const entry = previews.get(file);
+      if (entry) forget(dataset, entry.key); // its preview is that of the whole photo
       reload();
-    } catch (failure) {
-      say(failure.message, { mood: "bad" });
-    }
+      return answer.file;
+    };
+    const file = await cropped(image.file, box);
+    if (large === image.file) setLarge(file);
+    did(dataset, `${image.file} was cropped.`, async () => {
+      const now = await cropped(file, image.crop ?? whole);
+      setLarge((shown) => (shown === file ? now : shown));
+    });
   }
 
   async function removeAll() {
     const { removed } = await remove(["datasets", dataset]);
-    say(`The photos were moved to ${removed}.`);
+    const { name, trigger, ...chosen } = draft;
+    did(dataset, `The photos were moved to ${removed}.`, async () => {
+      await post(["datasets", dataset, "restore"], { removed });
+      await changeDraft(dataset, { name, trigger, ...chosen });
+      go("new", dataset);
+    });
     go();
   }
 
   const problemsOf = (image) => check?.images?.[image.file]?.problems ?? [];
-  const lacking = isPairs ? images.filter((one) => !one.controls?.length).length : 0;
   const odd = images.filter((one) => problemsOf(one).length);
-  const shown = onlyOdd && odd.length ? odd : images;
+  const shown = images
+    .filter((one) => !onlyOdd || !odd.length || problemsOf(one).length)
+    .filter((one) => !only?.files.some((file) => images.some((each) => each.file === file)) || only.files.includes(one.file))
+    .filter((one) => tag === null || hasTag(captionOf(one), tag));
   const total = images.length + onTheWay.filter((one) => one.state !== "skipped").length;
   const captioned = images.filter((one) => captionOf(one).trim()).length;
   const ready = images.length > 0 && underway === 0;
+  const canChange = Boolean(found) && !found.builtin;
+  const remarks = !images.length ? [] : remarksOf({
+    check, isNameless: !captioned && !draft.trigger.trim(), lack: words.lack,
+    lacking: isPairs ? images.filter((one) => !one.controls?.length).map((one) => one.file) : [],
+    taker: controls.length > 0 && model && words === PAIRS.none && !takesControls(model, draft) ? model.title : "",
+  });
+  const refused = sent.filter((one) => one.captionFault);
+  const tags = useMemo(() => counted(images.map(captionOf)).map(([name]) => name), [images, captions]);
+  const last = done.at(-1);
 
   return html`
     <${Stepper} at="photos" dataset=${dataset} />
@@ -173,18 +271,26 @@ export function PhotosView({ dataset, edited }) {
       ${!found && !error && html`<${Loading} what="photos" />`}
       ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file was", "files were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
         ${others.some(isVideo) && html`<p>Videos are not added here: run <code>lorasmith train</code> on their folder with a model of videos, or add them as animated WebP files.</p>`}<//>`}
-      <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} lacking=${lacking} words=${words} model=${model} draft=${draft} hasControls=${controls.length > 0} />
+      ${refused.length > 0 && html`<${Notice} mood="fair">${refused.slice(0, 4).map((one) => html`<p key=${one.key}>The caption of ${one.file} was not kept: the file ${one.captionFault}.</p>`)}
+        ${refused.length > 4 && html`<p>And those of ${refused.length - 4} more.</p>`}<//>`}
+      <${CaptioningState} dataset=${dataset} onUndo=${(written) => store(Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one.before])), Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one.caption])))} />
+      <${Remarks} dataset=${dataset} remarks=${remarks} images=${images} isChecked=${Boolean(check)} error=${checkError} onFix=${canChange ? fix : null} onShow=${setOnly} onCaption=${canChange ? () => setCaptioning(true) : null} />
       ${images.length > 0 && html`<div class="tools">
-        ${!found.builtin && html`<${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>`}
+        ${canChange && html`<${Button} class="small" onClick=${() => setCaptioning(true)}>Write captions<//>
+          <${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>
+          <${Button} class="small" onClick=${() => setClearing(true)}>Remove all<//>
+          <${Button} class="small" disabled=${!last} title=${last?.text} aria-label=${last ? `Undo: ${last.text}` : "Undo"} onClick=${() => undoLast(dataset)}>Undo<//>`}
         <label class="check"><input type="checkbox" checked=${crops} onChange=${(event) => setCrops(event.currentTarget.checked)} /> Show what is trained</label>
         ${odd.length > 0 && html`<label class="check"><input type="checkbox" checked=${onlyOdd} onChange=${(event) => setOnlyOdd(event.currentTarget.checked)} /> Only the ${count(odd.length, "photo")} with remarks</label>`}
-        ${!found.builtin && html`<${Button} class="small" onClick=${() => setClearing(true)}>Remove all<//>`}
-      </div>`}
+      </div>
+      <${TagList} images=${images} captionOf=${captionOf} chosen=${tag} onChoose=${setTag} onChange=${canChange ? changeTags : null} />
+      ${(only || tag !== null) && html`<p class="filtered" role="status">Shown: ${count(shown.length, "photo")}${only ? ` of “${only.title}”` : ""}${tag !== null ? ` with the tag “${tag}”` : ""}.
+        <button type="button" class="as-link" onClick=${() => { setOnly(null); setTag(null); }}>Show all</button></p>`}`}
       <ul class=${`tiles ${isPairs ? "pairs" : ""}`}>
         ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
         ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
           caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
-          isFixed=${found.builtin} isEdited=${image.file === edited} onCaption=${(caption, seen) => store({ [image.file]: caption }, { [image.file]: seen })} onRemove=${() => drop(image)}
+          isFixed=${found.builtin} isEdited=${image.file === edited} onCaption=${(caption, seen) => storeTyped(image, caption, seen)} onRemove=${() => dropOne(image)} onOpen=${() => setLarge(image.file)}
           before=${isPairs ? html`<${Before} dataset=${dataset} image=${image.file} controls=${image.controls ?? []} version=${version} words=${words} actions=${actions} />` : null} />`)}
       </ul>
       ${isPairs && stray.length > 0 && html`<h3>${capital(words.others)}, without ${words === PAIRS.none ? "one after" : "a picture"}</h3>
@@ -192,6 +298,9 @@ export function PhotosView({ dataset, edited }) {
         <ul class="tiles">${stray.map((one) => html`<li class="tile" key=${one.file}><${Before} dataset=${dataset} image=${null} controls=${[one]} version=${version} words=${words} actions=${actions} />
           <p class="tile-name"><span class="clip" title=${one.file}>${one.file}</span></p></li>`)}</ul>`}
     </section>
+    ${large !== null && html`<${PhotoEditor} dataset=${dataset} images=${shown.some((one) => one.file === large) ? shown : images} file=${large} captionOf=${captionOf} facts=${check?.images ?? {}} problemsOf=${problemsOf} trigger=${draft.trigger} known=${tags} undo=${last} onClose=${() => setLarge(null)}
+      actions=${{ show: setLarge, ...(canChange ? { caption: storeTyped, crop, remove: dropOne, undo: () => undoLast(dataset), tags: (image, text) => changeTags({ [image.file]: text }, `The tags of ${image.file} were changed.`) } : {}) }} />`}
+    ${captioning && html`<${CaptionDialog} dataset=${dataset} number=${images.length} lacking=${images.length - captioned} trigger=${draft.trigger} onClose=${() => setCaptioning(false)} />`}
     ${clearing && html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${() => setClearing(false)} onYes=${removeAll}>
       <p>The folder <b>${dataset}</b> with ${count(images.length, "photo")} and their captions is moved to the removed files of Lorasmith. Nothing is deleted, and runs keep their LoRAs.</p><//>`}
     ${moving && html`<${MoveControl} dataset=${dataset} control=${moving} images=${images} words=${words} onMove=${pair} onClose=${() => setMoving(null)} />`}
@@ -239,21 +348,4 @@ function useCheck(dataset, draft, images, captions, controls, version) {
     };
   }, [dataset, files, words, draft.trigger, draft.model, draft.edit, draft.settings.resolution, version, controls.length]);
   return result;
-}
-
-function Findings({ check, error, images, trigger, captioned, lacking, words, model, draft, hasControls }) {
-  if (error) return html`<${Notice} mood="fair"><p>The photos were not checked. ${error.message}</p><//>`;
-  if (!images.length) return null;
-  const wordless = !captioned && !trigger.trim();
-  const skipped = check?.skipped ?? [];
-  const findings = check?.findings ?? [];
-  const unused = hasControls && model && words === PAIRS.none && !takesControls(model, draft);
-  if (!wordless && !skipped.length && !findings.length && !lacking && !unused) return check ? html`<p class="all-good"><span aria-hidden="true">✓</span> Nothing to mend in these photos.</p>` : null;
-  return html`<ul class="findings">
-    ${wordless && html`<li class="fair-item">Give a trigger word above, or captions to the photos, so that the LoRA learns what to call this.</li>`}
-    ${lacking > 0 && html`<li class="fair-item">${lacking === 1 ? "A photo lacks" : `${lacking} photos lack`} ${words.lack}</li>`}
-    ${unused && html`<li class="fair-item">${model.title} takes no pictures before an edit. Choose an edit model, or what else the pairs teach, or controls none in the settings to train without them.</li>`}
-    ${skipped.map((one) => html`<li class="bad-item" key=${one.file}>${one.file} cannot be used: ${one.reason}</li>`)}
-    ${findings.map((one, index) => html`<li key=${index} class=${one.severity === "error" || one.severity === "bad" ? "bad-item" : "fair-item"}>${one.message}</li>`)}
-  </ul>`;
 }

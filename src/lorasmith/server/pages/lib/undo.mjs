@@ -1,0 +1,41 @@
+// What was done to the photos of a folder on this page, and how each of it is taken back.
+import { createStore, say, toast } from "./stores.mjs";
+
+const MOST = 100;
+const stores = new Map();
+
+/** What can be undone of a folder, the last one at the end: a store of [{text, undo, key, before}]. */
+export function doneTo(dataset) {
+  if (!stores.has(dataset)) stores.set(dataset, createStore([]));
+  return stores.get(dataset);
+}
+
+/**
+ * Notes what was done, and says it with a button that takes it back.
+ *
+ * @param undo takes it back; may return a promise, whose failure is said
+ * @param key of changes that are one if they follow each other, such as typing; `before` is what the first of them replaced
+ * @param quiet whether nothing is said
+ */
+export function did(dataset, text, undo, { key = null, before = null, quiet = false } = {}) {
+  const entry = { text, undo, key, before };
+  doneTo(dataset).set((all) => [...(key !== null && all.at(-1)?.key === key ? all.slice(0, -1) : all), entry].slice(-MOST));
+  if (!quiet) say(text, { undo: () => takeBack(dataset, entry) });
+}
+
+/** Takes back the last thing that was done to a folder. */
+export function undoLast(dataset) {
+  const last = doneTo(dataset).get().at(-1);
+  return last && takeBack(dataset, last);
+}
+
+async function takeBack(dataset, entry) {
+  doneTo(dataset).set((all) => all.filter((one) => one !== entry));
+  toast.set(null);
+  try {
+    await entry.undo();
+    say(`Undone: ${entry.text}`);
+  } catch (failure) {
+    say(failure.message, { mood: "bad" });
+  }
+}
