@@ -228,6 +228,7 @@ class FakeServer:
     has_token: bool = False  # whether the hub gives the gated model
     disk_free_bytes: int = 10**11
     fails: bool = False  # whether a captioner fails on one photo
+    is_held: bool = False  # whether a captioner waits after its first caption
     is_closing: bool = False
     builtin: frozenset[str] = frozenset()
     _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -578,7 +579,8 @@ class FakeServer:
             written = {}
             for done, (file, (content, before)) in enumerate(files.items()):
                 self._tell(job["id"], "progress", {"value": done, "maximum": len(files)})
-                await asyncio.sleep(4 * self.step_seconds)
+                while self.is_held and done:
+                    await asyncio.sleep(0.02)
                 caption = f"{body['trigger']}, written" if body["trigger"] else "written"
                 self.datasets[name][file] = (content, caption)
                 written[file] = {"before": before, "caption": caption}

@@ -203,7 +203,7 @@ def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_p
     captions = lambda: [caption for _, caption in served.server.datasets["fox"].values()]  # noqa: E731
     assert captions() == ["a cat <b>asleep</b>", "", "a red cat, picture 2", "a red cat, picture 3"]
     assert first.input_value() == "a cat <b>asleep</b>"
-    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo", exact=True).click()
     expected(first).to_have_value("a fox <b>asleep</b>")
     page.reload()
     page.wait_for_selector("textarea")
@@ -253,7 +253,7 @@ def test_a_removed_photo_comes_back(served: ServedPage, open_page: Opener) -> No
     page = open_page("#/new/fox/photos")
     page.get_by_role("button", name="Remove fox_1.png").click()
     waits(page, "3 photos")
-    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo", exact=True).click()
     waits(page, "4 photos")
     assert "fox_1.png" in served.server.datasets["fox"]
 
@@ -692,7 +692,7 @@ def test_runs_are_told_apart_named_starred_deleted_and_brought_back(served: Serv
     page.get_by_role("button", name="Delete").click()
     page.wait_for_url("**/#/runs")
     expected(page.locator(".run-rows li")).to_have_count(1)
-    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo", exact=True).click()
     page.wait_for_url("**/#/runs/runs%2Ffox-002")
     expected(page.get_by_text("for mum")).to_have_count(1)
 

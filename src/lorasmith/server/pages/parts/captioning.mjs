@@ -106,7 +106,7 @@ export function CaptioningState({ dataset, onUndo }) {
     ${ended.error && html`<p role="alert">${sentence(ended.error)}</p>`}
     ${ended.changed.length > 0 && html`<p>${count(ended.changed.length, "caption was", "captions were")} changed meanwhile and kept: ${named(ended.changed)}</p>`}
     ${ended.empty.length > 0 && html`<p>The captioner said nothing of ${named(ended.empty)}</p>`}
-    ${ended.failed.slice(0, 4).map(([file, why]) => html`<p key=${file}>${sentence(`${file} ${why}`)}</p>`)}
+    ${ended.failed.slice(0, 4).map(([file, why]) => html`<p key=${file}>${file} ${why.replace(/\.?$/, ".")}</p>`)}
     ${ended.failed.length > 4 && html`<p>And ${count(ended.failed.length - 4, "other")} failed.</p>`}
     <${Button} class="small" onClick=${() => setEnded(null)}>Close<//><//>`;
 }

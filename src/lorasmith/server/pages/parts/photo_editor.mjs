@@ -1,6 +1,6 @@
 // One photo, large, beside its caption, its tags, and what is remarked about it; and its crop.
 import { address } from "../lib/api.mjs";
-import { html, useEffect, useState } from "../lib/html.mjs";
+import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { bytes } from "../lib/words.mjs";
 import { Button, Dialog, Problem } from "./basics.mjs";
 import { Cropper } from "./cropper.mjs";
@@ -29,6 +29,12 @@ export function PhotoEditor({ dataset, images, file, captionOf, facts, problemsO
   useEffect(() => {
     if (!image) onClose(); // it was removed, here or elsewhere
   }, [image]);
+  const press = useRef(null);
+  useEffect(() => {
+    const pressed = (event) => press.current?.(event); // wherever the focus is
+    addEventListener("keydown", pressed);
+    return () => removeEventListener("keydown", pressed);
+  }, []);
   if (!image) return null;
   const go = (step) => {
     const next = images[at + step];
@@ -36,7 +42,7 @@ export function PhotoEditor({ dataset, images, file, captionOf, facts, problemsO
     setWriting(document.activeElement?.tagName === "TEXTAREA");
     actions.show(next.file);
   };
-  const press = (event) => {
+  press.current = (event) => {
     const step = { PageDown: 1, PageUp: -1, ...(event.target.closest?.("input, textarea, select, .cropper") ? {} : { ArrowRight: 1, ArrowLeft: -1 }) }[event.key];
     if (!step || event.ctrlKey || event.metaKey || event.altKey || isCropping) return;
     event.preventDefault();
@@ -56,11 +62,11 @@ export function PhotoEditor({ dataset, images, file, captionOf, facts, problemsO
       setError(failure);
     }
   };
-  const whole = image.crop ? { width: image.width / image.crop.width, height: image.height / image.crop.height } : image;
+  const whole = image.crop ? { width: Math.round(image.width / image.crop.width), height: Math.round(image.height / image.crop.height) } : image;
   const { trained, tokens } = facts[image.file] ?? {};
   const caption = captionOf(image);
   return html`<${Dialog} title=${image.file} onClose=${onClose} wide="photo-dialog">
-    <div class="photo-editor" onKeyDown=${press}>
+    <div class="photo-editor">
       <div class="photo-large">
         ${isCropping
           ? html`<${Cropper} name=${image.file} size=${whole} crop=${image.crop} onCrop=${crop} onCancel=${() => setCropping(false)}
@@ -82,7 +88,7 @@ export function PhotoEditor({ dataset, images, file, captionOf, facts, problemsO
       <div class="actions"><${Button} disabled=${at === 0 || isCropping} onClick=${() => go(-1)} aria-label="Previous photo">←<//>
         <span class="faint nowrap">${at + 1} of ${images.length}</span>
         <${Button} disabled=${at === images.length - 1 || isCropping} onClick=${() => go(1)} aria-label="Next photo">→<//></div>
-      ${actions.remove && !isCropping && html`<div class="actions">${undo && html`<${Button} title=${undo.text} aria-label=${`Undo: ${undo.text}`} onClick=${actions.undo}>Undo<//>`}
+      ${actions.remove && !isCropping && html`<div class="actions">${undo && html`<${Button} title=${undo.text} aria-label="Undo the last change" onClick=${actions.undo}>Undo<//>`}
         ${image.width && html`<${Button} onClick=${() => setCropping(true)}>Crop<//>`}
         <${Button} onClick=${remove}>Leave out<//></div>`}
     </div>

@@ -279,7 +279,7 @@ export function PhotosView({ dataset, edited }) {
         ${canChange && html`<${Button} class="small" onClick=${() => setCaptioning(true)}>Write captions<//>
           <${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>
           <${Button} class="small" onClick=${() => setClearing(true)}>Remove all<//>
-          <${Button} class="small" disabled=${!last} title=${last?.text} aria-label=${last ? `Undo: ${last.text}` : "Undo"} onClick=${() => undoLast(dataset)}>Undo<//>`}
+          <${Button} class="small" disabled=${!last} title=${last?.text} aria-label="Undo the last change" onClick=${() => undoLast(dataset)}>Undo<//>`}
         <label class="check"><input type="checkbox" checked=${crops} onChange=${(event) => setCrops(event.currentTarget.checked)} /> Show what is trained</label>
         ${odd.length > 0 && html`<label class="check"><input type="checkbox" checked=${onlyOdd} onChange=${(event) => setOnlyOdd(event.currentTarget.checked)} /> Only the ${count(odd.length, "photo")} with remarks</label>`}
       </div>

@@ -1,0 +1,229 @@
+"""Photos and captions in a browser, on made-up answers: large, cropped, tagged, captioned, mended, and undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.server.pages.conftest import ServedPage, assert_legible, expected
+
+Opener = Callable[..., Any]
+PHOTOS = "#/new/fox/photos"
+
+
+def captions(served: ServedPage) -> list[str]:
+    return [caption for _, caption in served.server.datasets["fox"].values()]
+
+
+def open_large(page: Any, file: str) -> Any:
+    page.get_by_role("button", name=f"Show {file} large").click()
+    return page.get_by_role("dialog")
+
+
+def test_remarks_are_one_card_and_what_mends_them_is_undone(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox", 5)
+    served.server.findings = [
+        {"kind": "odd ones out", "title": "Odd ones out", "message": "One shows something else.",
+         "files": ["fox_5.png"], "severity": "warning", "removes": []},
+        {"kind": "empty pictures", "title": "Pictures that show nothing", "message": "One is of one colour.",
+         "files": ["fox_4.png"], "severity": "problem", "removes": ["fox_4.png"]},
+    ]  # fmt: skip
+    page = open_page(PHOTOS)
+    card = page.locator(".remarks-card")
+    expected(card.get_by_role("heading")).to_have_text("3 remarks")
+    assert card.locator("b").all_inner_texts() == ["Pictures that show nothing", "Odd ones out", "Copies"]
+    card.get_by_role("button", name="Show only: Odd ones out").click()
+    expected(page.locator(".tile")).to_have_count(1)
+    page.get_by_role("button", name="Show all").click()
+    expected(page.locator(".tile")).to_have_count(5)
+
+    card.get_by_role("button", name="Fix all: leave out 2 photos").click()
+    page.get_by_text("2 photos were moved to the removed files: pictures that show nothing (1), copies (1).").wait_for()
+    assert list(served.server.datasets["fox"]) == ["fox_1.png", "fox_2.png", "fox_5.png"]  # not the odd one
+    assert_legible(page)
+    page.get_by_role("button", name="Undo", exact=True).click()
+    expected(page.locator(".tile")).to_have_count(5)
+    assert len(served.server.datasets["fox"]) == 5
+    card.get_by_role("button", name="Leave out: Odd ones out").press("Enter")
+    expected(page.locator(".tile")).to_have_count(4)
+    page.get_by_text("fox_1.png").first.click()
+    page.keyboard.press("Control+z")
+    expected(page.locator(".tile")).to_have_count(5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
+def test_a_photo_is_large_beside_its_caption(served: ServedPage, open_page: Opener, scheme: str, width: int) -> None:
+    served.server.add_dataset("fox")
+    page = open_page(PHOTOS, scheme=scheme, width=width)
+    dialog = open_large(page, "fox_1.png")
+    dialog.get_by_text("1 of 4").wait_for()
+    assert_legible(page, "large")
+    words = dialog.get_by_label("Caption of fox_1.png")
+    words.fill("a fox")
+    words.press("PageDown")  # it goes on writing in the next one
+    words = dialog.get_by_label("Caption of fox_2.png")
+    expected(words).to_be_focused()
+    expected(dialog.get_by_text("2 of 4")).to_have_count(1)
+    page.keyboard.insert_text("b" * 30_000)  # nothing is cut
+
+    assert len(words.input_value()) == 30_000
+    words.fill("another fox, asleep")
+    words.blur()
+    expected(dialog.get_by_label("Tags of fox_2.png").locator("li")).to_have_count(2)
+    page.keyboard.press("ArrowLeft")
+    expected(dialog.get_by_text("1 of 4")).to_have_count(1)
+    assert captions(served)[:2] == ["a fox", "another fox, asleep"]
+    dialog.get_by_role("button", name="Undo the last change").click()
+    expected(page.get_by_text("Undone: The caption of fox_2.png was changed.")).to_have_count(1)
+    assert captions(served)[:2] == ["a fox", ""]
+
+    dialog.get_by_role("button", name="Leave out").click()
+    expected(dialog.get_by_text("1 of 3")).to_have_count(1)
+    dialog.get_by_role("button", name="Undo the last change").click()
+    expected(dialog.get_by_text("2 of 4")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expected(page.get_by_role("dialog")).to_have_count(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_photo_is_cropped_by_keys_and_by_the_pointer(served: ServedPage, open_page: Opener, width: int) -> None:
+    served.server.add_dataset("fox")
+    page = open_page(PHOTOS, width=width)
+    dialog = open_large(page, "fox_1.png")
+    dialog.get_by_role("button", name="Crop").click()
+    corner = dialog.get_by_role("button", name="Corner bottom right")
+    corner.focus()
+    for _ in range(5):
+        page.keyboard.press("Shift+ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    assert_legible(page, "cropper")
+    dialog.locator(".cropper").get_by_role("button", name="Crop").click()
+    dialog.get_by_text("· cropped").wait_for()
+    part = served.server.crops["fox_1.png"]
+    assert (part["x"], part["y"]) == (0, 0)
+    assert part["width"] == pytest.approx(0.75) and part["height"] == pytest.approx(0.99)
+
+    dialog.get_by_role("button", name="Crop").click()  # from the frame that there is
+    assert dialog.locator(".cropper img").get_attribute("src").endswith("original=true")
+    image, handle = dialog.locator(".cropper img").bounding_box(), dialog.get_by_role("button", name="Corner top left")
+    box = handle.bounding_box()
+    start = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(start[0] + 0.25 * image["width"], start[1] + 0.5 * image["height"], steps=4)
+    page.mouse.up()
+    dialog.locator(".cropper").get_by_role("button", name="Crop").click()
+    expected(dialog.locator(".cropper")).to_have_count(0)
+    part = served.server.crops["fox_1.png"]
+    assert part["x"] == pytest.approx(0.25, abs=0.02) and part["width"] == pytest.approx(0.5, abs=0.02)
+    assert part["y"] == pytest.approx(0.5, abs=0.02) and part["height"] == pytest.approx(0.49, abs=0.02)
+
+    dialog.get_by_role("button", name="Crop").click()
+    dialog.get_by_label("Shape").select_option("square")
+    dialog.locator(".cropper").get_by_role("button", name="Crop").click()
+    expected(dialog.locator(".cropper")).to_have_count(0)
+    part = served.server.crops["fox_1.png"]
+    assert part["width"] == pytest.approx(part["height"], abs=0.01)  # the photo is square
+    for _ in range(3):
+        dialog.get_by_role("button", name="Undo the last change").click()
+        page.get_by_text("Undone: fox_1.png was cropped.").wait_for()
+        page.wait_for_timeout(50)
+    assert served.server.crops == {}
+
+
+@pytest.mark.slow
+def test_tags_are_chips_of_one_caption_and_of_all(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page(PHOTOS)
+    dialog = open_large(page, "fox_1.png")
+    assert dialog.get_by_label("Tags of fox_1.png").locator("li span").all_inner_texts() == ["a red fox", "picture 0"]
+    dialog.get_by_label("Add a tag").fill("snow")
+    dialog.get_by_label("Add a tag").press("Enter")
+    expected(dialog.get_by_label("Caption of fox_1.png")).to_have_value("a red fox, picture 0, snow")
+    dialog.get_by_role("button", name="Remove the tag picture 0").click()
+    expected(dialog.get_by_label("Caption of fox_1.png")).to_have_value("a red fox, snow")
+    page.keyboard.press("Escape")
+
+    page.get_by_text("4 tags in the captions").click()
+    page.get_by_role("button", name="a red fox 3").click()
+    expected(page.locator(".tile")).to_have_count(3)
+    assert_legible(page)
+    page.get_by_role("button", name="Add it to the other 1").click()
+    expected(page.locator(".tile")).to_have_count(4)
+    assert captions(served)[1] == "a red fox"
+    page.get_by_role("button", name="Remove it from 4 captions").click()
+    page.get_by_text("“a red fox” was removed from 4 captions.").wait_for()
+    assert captions(served) == ["snow", "", "picture 2", "picture 3"]
+    for _ in range(2):
+        page.get_by_role("button", name="Undo the last change").click()
+        page.get_by_text("Undone:").wait_for()
+        page.wait_for_timeout(50)
+    assert captions(served) == ["a red fox, snow", "", "a red fox, picture 2", "a red fox, picture 3"]
+
+
+@pytest.mark.slow
+def test_a_captioner_is_got_and_writes_what_can_be_undone(served: ServedPage, open_page: Opener) -> None:
+    server = served.server
+    server.add_dataset("fox")
+    server.drafts["fox"] = ({"trigger": "foxy"}, 1)
+    page = open_page(PHOTOS, width=390, scheme="dark")
+    page.get_by_role("button", name="Write captions").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("button", name="Get it: Florence-2 base").click()
+    assert_legible(page, "question")
+    assert server.downloads == []
+    page.get_by_role("button", name="Download 6.5 GiB").click()
+    dialog.get_by_text("2 GiB of 6 GiB").wait_for()
+    assert server.downloads[0]["subject"] == "captioner:florence-2-base"
+    server.captioners[0]["found"] = True
+    server.downloads[0]["state"] = "completed"
+    dialog.get_by_role("radio", name="Florence-2 base").wait_for()
+    assert_legible(page, "captioners")
+    server.fails = True
+    dialog.get_by_role("button", name="Write 1 caption").click()
+    page.get_by_text("1 caption was written.").wait_for()
+    page.get_by_text("odd.png makes the captioner fail.").wait_for()
+    assert captions(served)[1] == "foxy, written"
+    [body] = [body for _, path, body in server.calls if path.endswith("/captioning")]
+    assert body == {"captioner": "florence-2-base", "overwrite": False, "trigger": "foxy"}
+    page.get_by_role("button", name="Undo", exact=True).click()
+    expected(page.get_by_text("3 of 4 with a caption")).to_have_count(1)
+    assert captions(served)[1] == ""
+
+    page.get_by_role("button", name="Write captions").first.click()
+    dialog.get_by_label("All 4 photos").check()
+    server.is_held = True
+    dialog.get_by_role("button", name="Write 4 captions").click()
+    page.get_by_role("button", name="Stop writing captions").wait_for()
+    expected(page.get_by_label("Caption of fox_1.png")).to_have_value("foxy, written")  # as they are written
+    assert_legible(page, "captioning")
+    page.reload()  # it goes on
+    page.get_by_role("button", name="Stop writing captions").wait_for()
+    server.is_held = False
+    page.get_by_text("4 captions were written.").wait_for()
+    assert set(captions(served)) == {"foxy, written"}
+
+
+@pytest.mark.slow
+def test_photos_that_were_added_and_removed_come_and_go(
+    served: ServedPage, open_page: Opener, photos: Any, tmp_path: Any
+) -> None:
+    served.server.add_dataset("fox", 2)
+    page = open_page(PHOTOS)
+    page.locator("input[type=file]").first.set_input_files([photos / "dog 0.jpg", photos / "dog 1.jpg"])
+    expected(page.locator(".tile")).to_have_count(4)
+    page.get_by_text("of 4 with a caption").wait_for()
+    page.get_by_role("button", name="Undo", exact=True).click()
+    expected(page.locator(".tile")).to_have_count(2)
+    assert list(served.server.datasets["fox"]) == ["fox_1.png", "fox_2.png"]
+
+    page.get_by_role("button", name="Remove all").click()
+    page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
+    page.get_by_text("The photos were moved to").wait_for()
+    assert "fox" not in served.server.datasets
+    page.get_by_role("button", name="Undo", exact=True).click()
+    expected(page.locator(".tile")).to_have_count(2)
