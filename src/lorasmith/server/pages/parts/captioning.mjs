@@ -1,7 +1,7 @@
 // Captions by a captioner: which one, for which photos; how far it is; and what it wrote, which can be undone.
 import { get, post, sentence } from "../lib/api.mjs";
 import { isOnItsWay, useDownloads } from "../lib/downloads.mjs";
-import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, say, useStore, work } from "../lib/stores.mjs";
 import { did } from "../lib/undo.mjs";
@@ -27,7 +27,9 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
     setFailure(null);
     try {
       const job = await post(["datasets", dataset, "captioning"], { captioner: name, overwrite, trigger: isNamed ? trigger : "" });
-      work.set((before) => ({ queue: { pending: 0, running: 0 }, ...before, jobs: new Map([...(before?.jobs ?? []), [job.id, job]]) }));
+      awaited.add(job.id);
+      // What was heard of it since is newer than the answer.
+      work.set((before) => ({ queue: { pending: 0, running: 0 }, ...before, jobs: new Map([[job.id, job], ...(before?.jobs ?? [])]) }));
       announcement.set("The captions are being written.");
       onClose();
     } catch (refused) {
@@ -63,7 +65,7 @@ function Offer({ captioner, download, onGet, onChange }) {
   </li>`;
 }
 
-const seen = new Set(); // jobs whose end was shown
+const awaited = new Set(); // jobs that this page has started or seen at work, and whose end it has not shown
 
 /**
  * How far the captions of a folder are.
@@ -74,16 +76,17 @@ export function CaptioningState({ dataset, onUndo }) {
   const known = useStore(work);
   const [done, setDone] = useState(null);
   const [ended, setEnded] = useState(null); // outputs of the last one
-  const watched = useRef(null); // the job that was seen at work
-  const job = [...(known?.jobs.values() ?? [])].filter((one) => one.kind === "caption" && (one.dataset === dataset || one.id === watched.current)).sort((a, b) => (b.created ?? 0) - (a.created ?? 0))[0];
-  const isActive = job?.state === "pending" || job?.state === "running";
-  if (isActive) watched.current = job.id;
+  const own = [...(known?.jobs.values() ?? [])].filter((one) => one.kind === "caption" && (one.dataset ?? one.name) === dataset);
+  const active = own.find((one) => one.state === "pending" || one.state === "running");
+  const job = active ?? own.find((one) => awaited.has(one.id));
+  const isActive = Boolean(active);
+  if (isActive) awaited.add(job.id);
   useEvents(job?.state === "running" ? `jobs/${job.id}` : null, { progress: setDone });
   useEffect(() => {
     setDone(null);
     if (isActive) setEnded(null);
-    if (!job || isActive || watched.current !== job.id || seen.has(job.id)) return;
-    seen.add(job.id);
+    if (!job || isActive) return;
+    awaited.delete(job.id);
     get(["jobs", job.id]).then(
       ({ outputs, state, error }) => {
         const { written = {}, changed = [], empty = [], failed = {} } = outputs;
