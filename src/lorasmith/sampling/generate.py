@@ -93,7 +93,7 @@ def generate(
     the model lacks a text encoder or an autoencoder, and SamplingCancelledError.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    seeds = [seed] * (1 if isinstance(prompts, str) else len(prompts)) if isinstance(seed, int) else seed
+    seeds = seed if isinstance(seed, Sequence) else [seed] * (1 if isinstance(prompts, str) else len(prompts))
     sampling = Sampling(
         steps=steps or denoiser.base.defaults.steps,
         cfg=cfg,
