@@ -199,10 +199,12 @@ def test_an_interrupt_while_drawing_ends_the_run_and_keeps_the_lora(
     pack: Any, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawing = sys.modules["lorasmith_pack.previews"].Drawing
-    picture = drawing._picture
+    picture, drawn = drawing._picture, []
 
     def stopping(self: Any, patcher: Any, positive: Any) -> Any:
-        stand_in.interrupt_current_processing()
+        drawn.append(patcher)
+        if len(drawn) == 3:  # the base model draws both prompts before the first step
+            stand_in.interrupt_current_processing()
         return picture(self, patcher, positive)
 
     monkeypatch.setattr(drawing, "_picture", stopping)
@@ -216,7 +218,10 @@ def test_an_interrupted_run_draws_nothing_more(pack: Any, train: Train, interrup
     interrupted(1)
     with pytest.raises(stand_in.InterruptProcessingException):
         train(previews=previews(pack))
-    assert not (tmp_path / "runs" / "lora_00001" / "samples").exists()
+    assert {one.name for one in (tmp_path / "runs" / "lora_00001" / "samples").iterdir()} == {
+        "base-1.png",
+        "base-2.png",
+    }
 
 
 def test_a_preview_that_fails_costs_no_training(

@@ -25,6 +25,7 @@ SETTINGS = options_of(TrainConfig)
 OTHER_CONCEPTS = {
     "families.base.Defaults": "of a model, where the setting is open",
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
+    "runs.run_previews.PreviewProgram": "steps after which previews are drawn",
     "runs.sweep_results.SweepEntry": "steps that a run has made so far",
     "report.sweep_page.ApartRun": "steps that a run has made so far",
     "server.api_shapes.SweepRunRow": "steps that a run has made so far",
@@ -49,6 +50,7 @@ OTHER_CONCEPTS = {
     "toolbox.extract.extract": "whether differences are extracted",
     "training.events.StepDone": "the rate that a step was taken at",
     "training.job._Existing": "steps of a LoRA that is continued",
+    "training.run_requests.DrawRequest": "the seed of a picture",
     "training.lora_handle.Lora": "whether a graph keeps itself out of the file",
     "training.lora_handle.Lora.applied": "one LoRA, wherever it is applied",
     "training.lora_handle.Lora.applied_to": "one LoRA, wherever it is applied",
