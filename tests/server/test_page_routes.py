@@ -63,6 +63,11 @@ def test_every_file_of_the_page_is_served_with_its_type_and_nothing_else() -> No
     assert found["report.css"] == found["page.css"] == (200, "text/css; charset=utf-8")
 
 
+def test_no_block_of_a_style_sheet_is_left_open() -> None:
+    sheets = [file.content.decode() for name, file in page_files().items() if name.endswith(".css")]
+    assert sheets and all(one.count("{") == one.count("}") for one in sheets)
+
+
 def test_an_unchanged_file_is_not_sent_again() -> None:
     async def main(client: TestClient[Any, Any]) -> tuple[int, bytes]:
         first = await client.get("/pages/main.mjs")
