@@ -60,7 +60,7 @@ def test_adherence_is_how_surely_wishes_are_recognised() -> None:
                 for place in range(4):
                     changes = one[wish] - one.mean(0), other[place] - other.mean(0)
                     alike[place] += float(torch.cosine_similarity(*changes, dim=0)) / 2
-            sure.append(math.exp(10 * alike[wish]) / sum(math.exp(10 * one) for one in alike))
+            sure.append(math.exp(5 * alike[wish]) / sum(math.exp(5 * one) for one in alike))
         return sum(sure) / 4 - 1 / 4
 
     expected = min(1.0, max(0.0, certainty(drawn) / certainty(base)))

@@ -52,7 +52,7 @@ def adherence(drawn: Sequence[Tensor], base: Sequence[Tensor]) -> float | None:
     return min(1.0, max(0.0, found / best)) if best > 0 else 0.0
 
 
-_SHARPNESS = 10.0  # of the softmax by which wishes are recognised
+_SHARPNESS = 5.0  # of the softmax by which wishes are recognised
 
 
 def _recognised(drawn: Sequence[Tensor], base: Sequence[Tensor]) -> float:

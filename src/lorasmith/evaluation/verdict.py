@@ -24,7 +24,7 @@ cosine of two of them; those of pictures that differ more are not compared."""
 
 _UNCHANGED = 1e-3  # distance of pictures that are the same but for rounding
 _LEARNT = 0.05  # share of the way from the base model's likeness to that of the training pictures to one another
-_ENOUGH = 0.3  # of the same: half of the value of likeness; more of it counts less and less
+_ENOUGH = 0.1  # of the same: half of the value of likeness; more of it counts less and less
 _IGNORED = 0.5  # share of the recommended LoRA's adherence, below which prompts are ignored
 _COPIED = 0.05  # cosine by which drawn pictures are nearer to a training picture than those to one another
 
