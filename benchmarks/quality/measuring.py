@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.quality.recipes import AVERAGE, RECIPES
 from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, features_of
 from benchmarks.quality.subjects import BUILT_IN, Prompt, Task, folder_tasks
+from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.evaluation import measures
@@ -159,7 +160,7 @@ def _run(job: Job) -> Outcome:
     outcome = _bench.run(job)
     joined([one.resize((one.height, one.height)) for one in outcome.pictures]).save(strip)
     kept = {"checkpoints": [asdict(one) for one in outcome.checkpoints], "strengths": outcome.strengths}
-    numbers.write_text(json.dumps(kept), "utf-8")
+    write_atomic(numbers, json.dumps(kept))
     return outcome
 
 

@@ -6,7 +6,9 @@ import argparse
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.quality import measuring
 from benchmarks.quality.measuring import Checkpoint, Job, Outcome, Setting, outcomes_of
 from benchmarks.quality.page import write_page
 from benchmarks.quality.recipes import ALTERNATIVES, AVERAGE, METHODS, RECIPES
@@ -104,6 +107,26 @@ def outcome(recipe: str, task: str, fidelity: float, **changes: object) -> Outco
     picture = Image.new("RGB", (8, 8))
     strengths = (0.0, 0.2, 0.5, fidelity, 1.0, 1.0)
     return Outcome(Job(recipe, task, 4, 0, 10.0, changes), checkpoints, strengths, (picture,) * 11)
+
+
+def test_an_outcome_that_is_kept_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = outcome("lorasmith", "fox", 0.9, ema_decay=0.9)
+
+    class Bench:
+        setting = Setting((40, 80), folder=tmp_path)
+        jobs: ClassVar[list[Job]] = []
+
+        def run(self, job: Job) -> Outcome:
+            self.jobs.append(job)
+            return made
+
+    monkeypatch.setattr(measuring, "_bench", Bench(), raising=False)
+    first, again = measuring._run(made.job), measuring._run(made.job)
+    assert first is made
+    assert (again.job, again.checkpoints, again.strengths) == (made.job, made.checkpoints, made.strengths)
+    assert [one.tobytes() for one in again.pictures] == [one.tobytes() for one in made.pictures]
+    measuring._run(replace(made.job, seed=1))
+    assert Bench.jobs == [made.job, replace(made.job, seed=1)]
 
 
 def test_tables_and_page(tmp_path: Path) -> None:

@@ -51,8 +51,10 @@ DATASET_SHARD = "shard_"
 """Prefix of a saved data set's files, by which its folder is recognised."""
 
 RUN_RECORD, RUN_LOG = "run.json", "events.jsonl"
-TRIED = "tried"  # folder of a run for what is drawn with its LoRA, and the pictures that this was given
 """Files by which a run's folder is recognised: its record and its events."""
+
+TRIED = "tried"
+"""Folder of a run for what is drawn with its LoRA, and the pictures that this was given."""
 
 _INDEXES = frozenset({"model_index.json", "modular_model_index.json"})
 """Files by which the folder of a diffusers pipeline is recognised; the second is that of modular pipelines."""

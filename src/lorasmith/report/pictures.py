@@ -153,6 +153,10 @@ def picture_uri(picture: Image.Image) -> tuple[str, int, int]:
     return _uri(webp(picture)), picture.width, picture.height
 
 
+KEPT_EDGE = 512
+"""Pixels of the longer edge of pictures that are kept in a run's folder to be compared."""
+
+
 def webp(picture: Image.Image, longest: int | None = None) -> bytes:
     """An RGB picture as a WebP file, its longest edge at most `longest` pixels; small ones are lossless."""
     if longest is not None and max(picture.size) > longest:

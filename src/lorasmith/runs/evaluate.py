@@ -49,7 +49,7 @@ from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.evaluation_page import EvaluationPage, EvaluationRow, evaluation_page
-from lorasmith.report.pictures import PictureTable, thinned, webp
+from lorasmith.report.pictures import KEPT_EDGE, PictureTable, thinned, webp
 from lorasmith.runs.run_images import images_in, thumbnail_of
 from lorasmith.runs.run_page import is_own, loras_of_run
 from lorasmith.sampling.generate import Sampling, generate
@@ -61,7 +61,6 @@ SHEET = "contact sheet.png"
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the recommended LoRA
 
 STRIP = 2  # prompts at each strength
-_KEPT_EDGE = 512  # pixels of the longer edge of a stored picture
 _LARGEST_SHEET = 4096  # pixels in either direction, labels aside
 
 WITHOUT = ("a cat", "a bus", "a red apple", "a house")  # without the trigger
@@ -456,7 +455,7 @@ def _features(pictures: Sequence[Image.Image], prompts: Prompts) -> Drawn:
 def _saved(folder: Path, stem: str, pictures: Sequence[Image.Image]) -> list[str]:
     names = [f"{stem}-{number}.webp" for number in range(1, len(pictures) + 1)]
     for name, picture in zip(names, pictures, strict=True):
-        (folder / name).write_bytes(webp(picture, _KEPT_EDGE))
+        (folder / name).write_bytes(webp(picture, KEPT_EDGE))
     return names
 
 

@@ -21,7 +21,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import typed
 from lorasmith.evaluation.evaluation_record import Grid, GridCell
 from lorasmith.families.model import Model
-from lorasmith.report.pictures import webp
+from lorasmith.report.pictures import KEPT_EDGE, webp
 from lorasmith.runs.run_page import is_own
 from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.training.lora_handle import Lora
@@ -30,7 +30,6 @@ GALLERY = "gallery"  # folder in that of a run
 
 MOST_STEPS = 4  # columns
 _MOST_GRIDS = 200
-_KEPT_EDGE = 512  # pixels of the longer edge of a stored picture
 
 
 def read_grids(folder: Path) -> tuple[Grid, ...]:
@@ -91,7 +90,7 @@ def draw_grid(
     folder = ensure_folder(run / GALLERY)
     files = [f"{GALLERY}/{stem}-{number:02}.webp" for number in range(len(pictures))]
     for file, picture in zip(files, pictures, strict=True):
-        write_atomic(run / file, webp(picture, _KEPT_EDGE))
+        write_atomic(run / file, webp(picture, KEPT_EDGE))
     grid = Grid(
         wish=wish,
         prompt=prompt,

@@ -206,8 +206,8 @@ def _encoded(
     seen = [] if sight is None else [_fitted(one, sight.size(*one.size)) for one in controls]
     with encoder.active(device, sees=bool(seen)):
         texts = [prompts] if isinstance(prompts, str) else prompts
-        positives = [encoder.encode(prompt, seen, sight=sight).with_beside(beside) for prompt in texts]
-        return positives, [encoder.encode(negative, seen, sight=sight)] * len(positives)
+        known = {text: encoder.encode(text, seen, sight=sight) for text in dict.fromkeys((*texts, negative))}
+        return [known[text].with_beside(beside) for text in texts], [known[negative]] * len(texts)
 
 
 def encoded_controls(

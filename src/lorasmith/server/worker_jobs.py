@@ -75,18 +75,21 @@ class DrawJobs:
     def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
         (job,) = jobs
         is_grid = job["kind"] == "draw" and "wish" in job["request"]
-        work = self._evaluate if job["kind"] == "evaluate" else self._draw_grid if is_grid else self._draw
-        ended(job["id"], how_it_ended(partial(work, job["request"]), job=job["id"], log=self._work.start["log"]))
+        draw = self._evaluate if job["kind"] == "evaluate" else self._draw_grid if is_grid else self._draw
+
+        def work() -> dict[str, Any]:
+            if self._work.cancelled.is_set():
+                raise CancelledError("the job was cancelled before it began")
+            return draw(job["request"])
+
+        ended(job["id"], how_it_ended(work, job=job["id"], log=self._work.start["log"]))
 
     def free(self) -> None:
         self._model.release()
 
     def _evaluate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set
-        if cancelled():
-            raise CancelledError("the job was cancelled before it began")
         reporter = JobReporter(self._work.channel, folders.base)
-
         subject = subject_of([folders.base / request["run"]])
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
         found = evaluate(model, subject, progress=reporter.progress, cancelled=cancelled)
@@ -94,8 +97,6 @@ class DrawJobs:
 
     def _draw_grid(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set
-        if cancelled():
-            raise CancelledError("the job was cancelled before it began")
         run = folders.base / request["run"]
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
         grid = draw_grid(
@@ -121,8 +122,6 @@ class DrawJobs:
 
     def _draw(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set
-        if cancelled():
-            raise CancelledError("the job was cancelled before it began")
         reporter = JobReporter(self._work.channel, folders.base)
         run, title = folders.base / request["run"], Path(request["lora"]).name
         controls = [open_image(run / TRIED / request["control"])] if request["control"] else []

@@ -243,10 +243,11 @@ def crop_image(
         source = path if known is None else known.path
         if min(width, height) > _WHOLE:
             return CroppedAnswer(file=path.name if known is None else _uncropped(folder, path, source))
-        _check_alone(folders, folder, path, image_header(source))
+        header = image_header(source)
+        _check_alone(folders, folder, path, header)
         picture, profile = open_original(source)
         box = _pixels_of(part, picture.size)
-        is_jpeg = image_header(source).format == "JPEG"
+        is_jpeg = header.format == "JPEG"
         target = _free(folder / (source.name if is_jpeg else f"{stem_of(source.name)}.png"), path)
         with disk_space(folder, _CROP_BYTES * picture.width * picture.height), atomic_path(target) as temporary:
             options: dict[str, Any] = {"quality": 95, "subsampling": 0} if is_jpeg else {}

@@ -135,7 +135,7 @@ def store_hub_token(folders: Folders, *, token: str) -> dict[str, Any]:
 
 @question
 def check_model_name(folders: Folders, *, file: str) -> str:
-    """The name that a sent model file gets. Raises OptionError for what is no model, and TakenNameError."""
+    """The name that a sent model file gets. Raises OptionError for a file that is not a model, and TakenNameError."""
     name = PurePosixPath(file.replace("\\", "/")).name
     stem, suffix = name.rpartition(".")[0], name.rpartition(".")[2].lower()
     if suffix not in _SENT:
@@ -156,7 +156,7 @@ def add_model(folders: Folders, *, file: str, temporary: str) -> AddedModel:
     `check_model_name`.
     """
     name, path = check_model_name(folders, file=file), Path(temporary)
-    named = path.with_name(name)  # by which formats are told apart
+    named = path.with_name(name)  # its suffix names the format
     path.rename(named)
     try:
         found = recognised_file(named, "uploads")
