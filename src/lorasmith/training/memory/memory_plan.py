@@ -144,7 +144,8 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
     # One plan for all processes, as sharded weights are gathered in the same order by all.
-    free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget)))
+    limits = [limit for limit in (runtime.memory_budget, runtime.memory_cap) if limit is not None]
+    free = min(runtime.processes.gathered(free_memory(runtime.device, min(limits, default=None))))
     free = int(runtime.memory_share * free) - optimizer
     return chosen_plan(engine.model, samples, engine.config, runtime, free)
 
