@@ -28,9 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
 from lorasmith.bench.measure import pass_seconds
+from lorasmith.core.pinned_memory import PinnedMemory
 from lorasmith.core.printable import first_line
 from lorasmith.core.quantization import packed
-from lorasmith.training.memory.pinned_memory import PinnedMemory
 
 _LAUNCHES = 200
 """Operations between two readings of the clock."""

@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bases import MODELS, machine, structural_copy
 from benchmarks.results import Results, add_json
 from benchmarks.sides import MIB, Frozen, Once, Ours, Peft, Side, Work, compared, resident_peak, trouble_of
+from lorasmith.adapters import frozen_weights
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.bench.measure import Counter, synthetic_samples
 from lorasmith.core import placement
@@ -43,7 +44,7 @@ from lorasmith.core.options import options_of
 from lorasmith.core.placement import dtype_from_name, placed
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.memory import compilation, frozen_weights
+from lorasmith.training.memory import compilation
 
 VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "DoRA-input": {"dora": "input"},
