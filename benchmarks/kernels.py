@@ -212,7 +212,7 @@ def norms(sizes: Sizes, device: torch.device) -> Rows:
         return Measured(f"{name} {shape}", form if kept else f"{form}, result in the other", once)
 
     for form in formats:
-        yield lambda form=form: row("GroupNorm", torch.nn.GroupNorm(sizes.channels // 4, sizes.channels), form)
+        yield lambda form=form: row("GroupNorm", torch.nn.GroupNorm(min(32, sizes.channels // 4), sizes.channels), form)
         yield lambda form=form: row("Conv2d 3×3", torch.nn.Conv2d(sizes.channels, sizes.channels, 3, padding=1), form)
 
 
