@@ -107,7 +107,8 @@ class Benchmark:
         name: of the part.
         module: in `benchmarks`.
         minutes: share of the time.
-        full, rehearsed: options at full size, and without a GPU; `{batches}` stands for those of a family.
+        full, rehearsed: options at full size, and without a GPU; `{batches}` stands for those of a family, `{traces}`
+            for the folder of profiles.
         group: of the part.
         models: the one model that it runs for, and that of a rehearsal; None if there are several or none.
     """
@@ -291,15 +292,16 @@ def parts(models: dict[str, Any], arguments: argparse.Namespace, *, rehearsed: b
 
     Args:
         models: name → side of the latents, batch sizes, and name of the model for rehearsal.
-        arguments: of the command line: path of the tests, and checkouts of peers.
+        arguments: of the command line: path of the tests, folder of the results, and checkouts of peers.
         rehearsed: whether models are small, steps few, and the device the CPU.
     """
 
     slower = 4 if rehearsed else 1  # rehearsals run beside other work
-    traces = (arguments.output / "traces").resolve()
+    traces = str((arguments.output / "traces").resolve())
 
-    def part(one: Benchmark, name: str, *more: str, **fields: object) -> Part:
-        options = (one.rehearsed if rehearsed else one.full).format(traces=traces, **fields).split()
+    def part(one: Benchmark, name: str, *more: str, batches: str = "") -> Part:
+        words = (one.rehearsed if rehearsed else one.full).replace("{batches}", batches).split()
+        options = [traces if word == "{traces}" else word for word in words]
         device = ("--device", "cpu" if rehearsed else "cuda")
         model = () if one.models is None else ("--model", one.models[rehearsed])
         command = ("-m", f"benchmarks.{one.module}", *model, *more, *options, *device)
@@ -369,8 +371,9 @@ class Run:
         print(f"{part.name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
         if result["outcome"] not in ("passed", "not run"):
             print(*(f"    {line}" for line in result["last_lines"]), sep="\n", flush=True)
-        self.results = [one for one in self.results if one["part"] != part.name] + [result]
         self.ran.append(result)
+        if result["outcome"] != "not run" or part.name not in (one["part"] for one in self.results):
+            self.results = [one for one in self.results if one["part"] != part.name] + [result]
         self.finish()
 
     def finish(self) -> None:

@@ -65,6 +65,8 @@ def test_results_of_earlier_commands_stay_on_the_same_machine(tmp_path: Path) ->
 
     assert command("A", "first", "second") == ["first", "second"]
     assert command("A", "third", "first") == ["second", "third", "first"]
+    Run(tmp_path, seconds=1).part(Part("first", ("-c", "pass"), 3))  # not run
+    assert written(tmp_path)["first"]["outcome"] == "passed"
     assert command("B", "fourth") == ["fourth"]
 
 
