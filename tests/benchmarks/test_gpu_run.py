@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.bases import MODELS
 from benchmarks.gpu import PLANNED, ROOT, Part, Run, parts
+from tests.launched import LONG_S
 
 ROWS = """
 import argparse, sys, time
@@ -57,10 +59,10 @@ def test_each_part_has_an_outcome_and_what_it_found(tmp_path: Path) -> None:
 
 def test_results_of_earlier_commands_stay_on_the_same_machine(tmp_path: Path) -> None:
     def command(card: str, *names: str) -> list[str]:
-        run = Run(tmp_path, seconds=60)
+        run = Run(tmp_path, seconds=LONG_S)
         run.on_machine({"card": card})
         for name in names:
-            run.part(Part(name, ("-c", ROWS if card == "A" else "pass"), 0.5))
+            run.part(Part(name, ("-c", ROWS if card == "A" else "pass"), LONG_S / 60))
         return list(written(tmp_path))
 
     assert command("A", "first", "second") == ["first", "second"]
@@ -141,10 +143,10 @@ def test_a_first_day_is_three_commands_of_less_than_ten_minutes(tmp_path: Path) 
 
 
 def test_cheap_parts_are_rehearsed(tmp_path: Path) -> None:
-    run = Run(tmp_path, seconds=600)
+    run = Run(tmp_path, seconds=2 * LONG_S)
     for part in parts(known_models(), arguments(tmp_path), rehearsed=True):
         if part.is_named(["kernels"]):
-            run.part(part)
+            run.part(replace(part, minutes=LONG_S / 60))
     rows = written(tmp_path)["kernels"]["tables"][0]["rows"]  # type: ignore[index]
     assert {row[0].split()[0] for row in rows} == {
         "launch",
