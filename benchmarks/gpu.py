@@ -1,21 +1,31 @@
-"""The GPU tests and every benchmark, one part after the other, within a time limit: what `make gpu` runs.
+"""A first day on a GPU, within a time limit: the GPU tests and benchmarks, one part after the other (`make gpu`).
 
-    python -m benchmarks.gpu --minutes 25 --output gpu-results --wheels wheels
-    python -m benchmarks.gpu --parts tests step_time levers --minutes 9
+    python -m benchmarks.gpu --parts first --output gpu-results --wheels wheels
+    python -m benchmarks.gpu --parts second --minutes 9
+    python -m benchmarks.gpu --parts levers:flux-12b algorithms
     python -m benchmarks.gpu --rehearse
 
+The parts are in four groups, the most informative first. Each of the first three fits into ten minutes, so that a
+machine that is lent by the command can run them one by one:
+
+    first     what the card does by itself, `pytest -m gpu`, the loop with Flux.1 at two sizes, with traces
+    second    the same compiled, with and without activation checkpointing; settings for memory at 1024 pixels
+    third     SDXL in both memory formats and compiled; mixed sizes compiled; files and previews; a killed run
+    further   every other benchmark, for one model family after the other (`benchmarks.bases.MODELS`)
+
 A part is a process of its own with a share of the time. It is killed when that is over, keeps its rows, and does not
-stop the others; a part with less than half of its share left is listed as not run. The most informative parts run
-first, each for one model family after the other (`benchmarks.bases.MODELS`). Without a GPU everything is rehearsed: on
-the CPU, with small models and few steps. The output folder contains
+stop the others; a part with less than half of its share left is listed as not run. Without a GPU everything is
+rehearsed: on the CPU, with small models and few steps. The output folder contains
 
     results.json     machine, versions, and the outcome, settings and tables of each part
     tables.md        the tables, in the form of docs/benchmarks.md
+    traces/          profiles of single steps, for Perfetto
     log.txt          the output of the parts
 
-written after each part. The exit status is 0 if every part passed. The machine needs no network: wheels of packages
-that it lacks are read from a folder and unpacked beside the project, so that installed packages do not change. This
-module imports the standard library alone.
+written after each part. Results of an earlier command on the same machine stay, unless their part runs again. The exit
+status is 0 if every part passed. The machine needs no network: wheels of packages that it lacks are read from a folder
+and unpacked beside the project, so that installed packages do not change. This module imports the standard library
+alone.
 """
 
 from __future__ import annotations
@@ -30,7 +40,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +85,18 @@ class Part:
         command: arguments of Python.
         minutes: its share of the time.
         report: option for the file of its tables, `--json` or pytest's; None if it writes none.
+        group: of the parts that one command runs.
     """
 
     name: str
     command: tuple[str, ...]
     minutes: float
     report: str | None = "--json"
+    group: str = "further"
+
+    def is_named(self, names: Collection[str]) -> bool:
+        """Whether these names of parts, benchmarks and groups include it."""
+        return bool({self.name, self.name.partition(":")[0], self.group} & set(names))
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,10 @@ class Benchmark:
         name: of the part.
         module: in `benchmarks`.
         minutes: share of the time.
-        full, rehearsed: options at full size, and without a GPU; `{batches}` stands for those of a family.
+        full, rehearsed: options at full size, and without a GPU; `{batches}` stands for those of a family, `{traces}`
+            for the folder of profiles.
+        group: of the part.
+        models: the one model that it runs for, and that of a rehearsal; None if there are several or none.
     """
 
     name: str
@@ -99,7 +118,78 @@ class Benchmark:
     minutes: float
     full: str = ""
     rehearsed: str = ""
+    group: str = "further"
+    models: tuple[str, str] | None = None
 
+
+_SIDES = "--sides floor lorasmith checkpointing --rounds 1"
+_COMPILED = "--sides lorasmith compile compile-checkpointing --rounds 1"
+_LAYOUTS = "--sides floor lorasmith contiguous compile --rounds 1"
+_EAGER = "--backend aot_eager"  # needs no compiler
+
+KERNELS = Benchmark("kernels", "kernels", 1.5, "", "--small --steps 2", group="first")
+
+TESTS_MINUTES = 4.0
+
+PLANNED = (
+    Benchmark(
+        "loop",
+        "step_time",
+        3.5,
+        f"--latent 64 128 {_SIDES} --steps 4 --traces {{traces}}",
+        f"--latent 8 10 {_SIDES} --steps 1 --traces {{traces}}",
+        group="first",
+        models=("flux-12b", "flux-tiny"),
+    ),
+    Benchmark(
+        "compiled",
+        "step_time",
+        4,
+        f"--latent 128 {_COMPILED} --steps 4",
+        f"--latent 10 {_COMPILED} --steps 1 {_EAGER}",
+        group="second",
+        models=("flux-12b", "flux-tiny"),
+    ),
+    Benchmark(
+        "compiled_512",
+        "step_time",
+        2,
+        f"--latent 64 {_COMPILED} --steps 4",
+        f"--latent 8 {_COMPILED} --steps 1 {_EAGER}",
+        group="second",
+        models=("flux-12b", "flux-tiny"),
+    ),
+    Benchmark(
+        "levers_1024",
+        "levers",
+        3.5,
+        "--latent 128 --steps 3 --levers none checkpointing int8 fp8 fp8-products nf4 offloading lean host",
+        "--latent 8 --steps 1 --levers none checkpointing fp8-products offloading",
+        group="second",
+        models=("flux-12b", "flux-tiny"),
+    ),
+    Benchmark(
+        "layouts",
+        "step_time",
+        3,
+        f"--latent 128 {_LAYOUTS} --steps 4",
+        f"--latent 8 {_LAYOUTS} --steps 1 {_EAGER}",
+        group="third",
+        models=("sdxl", "sdxl-tiny"),
+    ),
+    Benchmark(
+        "mixed_sizes",
+        "mixed_sizes",
+        2,
+        "--latent 64 --rounds 3",
+        f"--latent 8 --rounds 1 {_EAGER}",
+        group="third",
+        models=("flux", "flux-tiny"),
+    ),
+    Benchmark("transfer", "transfer", 2.5, "--gib 24", "--gib 0.06", group="third", models=("flux-12b", "tiny")),
+    Benchmark("whole_run", "whole_run", 2, "--steps 200", "--steps 8 --preview-steps 2", group="third"),
+)
+"""The plan of a first day, in order; tests run after `KERNELS`, before these."""
 
 FOR_EACH_FAMILY = (
     Benchmark("step_time", "step_time", 2.5, "--batch {batches} --rounds 3 --steps 2", "--rounds 1 --steps 1"),
@@ -110,7 +200,13 @@ FOR_EACH_FAMILY = (
         "--steps 4 --levers none host int8 nf4 fp8 fp8-products offloading",
         "--steps 1 --levers none nf4 offloading",
     ),
-    Benchmark("compile", "step_time", 2.5, "--sides floor lorasmith compile", "--sides floor --rounds 1 --steps 1"),
+    Benchmark(
+        "compile",
+        "step_time",
+        2.5,
+        "--sides floor lorasmith compile",
+        f"--sides floor compile --rounds 1 --steps 1 {_EAGER}",
+    ),
     Benchmark(
         "algorithms",
         "step_time",
@@ -179,16 +275,16 @@ def main() -> int:
     )
     if described.returncode:
         print(described.stderr, file=sys.stderr)
-        run.facts = {"error": described.stderr.strip().splitlines()[-1]}
+        run.facts |= {"error": described.stderr.strip().splitlines()[-1]}
         run.finish()
         return 1
     found = json.loads(described.stdout.splitlines()[-1])
     rehearsed = arguments.rehearse or "card" not in found["machine"]
-    run.facts = {**found["machine"], "rehearsed": rehearsed, "minutes": arguments.minutes}
+    run.on_machine({**found["machine"], "rehearsed": rehearsed})
     for part in parts(found["models"], arguments, rehearsed=rehearsed):
-        if not arguments.parts or {part.name, part.name.partition(":")[0]} & set(arguments.parts):
+        if not arguments.parts or part.is_named(arguments.parts):
             run.part(part)
-    return 0 if all(one["outcome"] == "passed" for one in run.results) else 1
+    return 0 if all(one["outcome"] == "passed" for one in run.ran) else 1
 
 
 def parts(models: dict[str, Any], arguments: argparse.Namespace, *, rehearsed: bool) -> Iterator[Part]:
@@ -196,18 +292,26 @@ def parts(models: dict[str, Any], arguments: argparse.Namespace, *, rehearsed: b
 
     Args:
         models: name → side of the latents, batch sizes, and name of the model for rehearsal.
-        arguments: of the command line: path of the tests, and checkouts of peers.
+        arguments: of the command line: path of the tests, folder of the results, and checkouts of peers.
         rehearsed: whether models are small, steps few, and the device the CPU.
     """
 
-    def part(one: Benchmark, name: str, *more: str, **fields: object) -> Part:
-        options = (one.rehearsed if rehearsed else one.full).format(**fields).split()
-        device = ("--device", "cpu" if rehearsed else "cuda")
-        minutes = one.minutes * (4 if rehearsed else 1)  # rehearsals run beside other work
-        return Part(name, ("-m", f"benchmarks.{one.module}", *more, *options, *device), minutes)
+    slower = 4 if rehearsed else 1  # rehearsals run beside other work
+    traces = str((arguments.output / "traces").resolve())
 
+    def part(one: Benchmark, name: str, *more: str, batches: str = "") -> Part:
+        words = (one.rehearsed if rehearsed else one.full).replace("{batches}", batches).split()
+        options = [traces if word == "{traces}" else word for word in words]
+        device = ("--device", "cpu" if rehearsed else "cuda")
+        model = () if one.models is None else ("--model", one.models[rehearsed])
+        command = ("-m", f"benchmarks.{one.module}", *model, *more, *options, *device)
+        return Part(name, command, one.minutes * slower, group=one.group)
+
+    yield part(KERNELS, KERNELS.name)
     tests = ("-m", "pytest", "-m", "gpu", "-v", "-rfE", "--color=no", *arguments.tests)
-    yield Part("tests", tests, 6, report="--junit-xml")
+    yield Part("tests", tests, TESTS_MINUTES * slower, "--junit-xml", "first")
+    for one in PLANNED:
+        yield part(one, one.name if one.models is None else f"{one.name}:{one.models[0]}")
     for one in FOR_EACH_FAMILY:
         for model, (latent, batches, rehearsal) in models.items():
             base = ("--model", rehearsal, "--latent", "8") if rehearsed else ("--model", model, "--latent", str(latent))
@@ -230,17 +334,26 @@ class Run:
 
     Attributes:
         facts: machine and versions.
-        results: of each part so far.
+        results: of each part so far, and of earlier commands.
+        ran: of the parts of this command.
     """
 
     def __init__(self, output: Path, *, seconds: float) -> None:
-        self.facts: dict[str, Any] = {}
-        self.results: list[dict[str, Any]] = []
+        before: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads((output / "results.json").read_text(encoding="utf-8"))
+        self.facts: dict[str, Any] = before.get("machine", {})
+        self.results: list[dict[str, Any]] = before.get("parts", [])
+        self.ran: list[dict[str, Any]] = []
         self._output = output
         self._log = output / "log.txt"
         self._end = time.monotonic() + seconds
         output.mkdir(parents=True, exist_ok=True)
-        self._log.write_text("", encoding="utf-8")
+
+    def on_machine(self, facts: dict[str, Any]) -> None:
+        """Set the facts; results of an earlier command on another machine are dropped."""
+        if facts != self.facts:
+            self.facts, self.results = facts, list(self.ran)
 
     def part(self, part: Part) -> None:
         """Run a part, unless too little time is left.
@@ -258,7 +371,9 @@ class Run:
         print(f"{part.name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
         if result["outcome"] not in ("passed", "not run"):
             print(*(f"    {line}" for line in result["last_lines"]), sep="\n", flush=True)
-        self.results.append(result)
+        self.ran.append(result)
+        if result["outcome"] != "not run" or part.name not in (one["part"] for one in self.results):
+            self.results = [one for one in self.results if one["part"] != part.name] + [result]
         self.finish()
 
     def finish(self) -> None:
@@ -360,7 +475,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=25, help="for all parts together")
     parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder of results, tables and log")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of packages that are not installed")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, such as tests, levers or levers:sd15")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        metavar="NAME",
+        help="only these: groups (first, second, third, further) or parts such as tests, levers or algorithms:sd15",
+    )
     parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="where GPU tests are looked for")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU, even where there is a GPU")
     parser.add_argument("--comfyui", type=Path, help="folder of a ComfyUI checkout, to be measured as well")

@@ -27,10 +27,10 @@ from benchmarks.bases import MODELS, structural_copy
 from benchmarks.results import Results
 from benchmarks.sides import MIB, Found, Ours, Work, compared
 from benchmarks.step_time import add_common, begin
+from lorasmith.adapters.frozen_weights import WeightStream
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.placement import dtype_from_name, placed
 from lorasmith.training import engine
-from lorasmith.training.memory.frozen_weights import WeightStream
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.bases import MODELS, machine
 from benchmarks.results import Results, add_json
+from lorasmith.adapters.frozen_weights import frozen_bytes
 from lorasmith.bench.measure import synthetic_samples, weight_bytes
 from lorasmith.core.choices import Quantization
 from lorasmith.core.processes import Processes
@@ -39,7 +40,6 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.memory import sharding
-from lorasmith.training.memory.frozen_weights import frozen_bytes
 from tests.training.processes_together import processes_together
 
 MIB = 2**20

@@ -261,11 +261,11 @@ def compared(makers: Mapping[Name, Callable[[], Side]], device: torch.device, ro
 
     names = list(makers)
     for name in names:  # memory first: what is too large for the device shows at once
-        found[name].trouble = _trouble(measure_memory, name)
+        found[name].trouble = trouble_of(measure_memory, name)
     for round_ in range(rounds + 1):
         turn = round_ % len(names)  # the first side after another one starts with that one's caches
         for name in names[turn:] + names[:turn]:
-            found[name].trouble = found[name].trouble or _trouble(measure_time, name)
+            found[name].trouble = found[name].trouble or trouble_of(measure_time, name)
     for side in sides.values():
         side.close()
     for one in found.values():
@@ -273,7 +273,7 @@ def compared(makers: Mapping[Name, Callable[[], Side]], device: torch.device, ro
     return found
 
 
-def _trouble(measure: Callable[[Any], None], name: object) -> str:
+def trouble_of(measure: Callable[[Any], None], name: object) -> str:
     """Measure; returns the reason if memory or a compiler is missing, else an empty string."""
     try:
         measure(name)

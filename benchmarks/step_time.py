@@ -23,21 +23,28 @@ import argparse
 import contextlib
 import functools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bases import MODELS, machine, structural_copy
 from benchmarks.results import Results, add_json
-from benchmarks.sides import MIB, Frozen, Ours, Peft, Side, Work, compared, resident_peak
+from benchmarks.sides import MIB, Frozen, Once, Ours, Peft, Side, Work, compared, resident_peak, trouble_of
+from lorasmith.adapters import frozen_weights
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.bench.measure import synthetic_samples
+from lorasmith.bench.measure import Counter, synthetic_samples
+from lorasmith.core import placement
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import dtype_from_name, placed
+from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.memory import compilation
 
 VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "DoRA-input": {"dora": "input"},
@@ -53,13 +60,19 @@ OURS: dict[str, dict[str, Any]] = {
     "lean": {"activations": "lean"},
     "selective": {"activations": "selective"},
     "compile": {"compile": True},
+    "compile-checkpointing": {"compile": True, "gradient_checkpointing": True},
+    "contiguous": {},
     **_TREAD,
 }
-"""Sides of ours → settings of the run."""
+"""Sides of ours → settings of the run. The tensors of `contiguous` are NCHW where a run has them channels-last."""
+
+_LEFT_OUT = {"compile", "compile-checkpointing", "contiguous", *_TREAD}
+"""Sides that are measured only if they are named."""
 
 SIDES = ("forward", "floor", *OURS, "peft")
 TITLES = {"checkpointing": "lorasmith, checkpointing", "lean": "lorasmith, lean", "selective": "lorasmith, selective",
-          "compile": "lorasmith, compiled", "peft": "diffusers + PEFT",
+          "compile": "lorasmith, compiled", "compile-checkpointing": "lorasmith, compiled, checkpointing",
+          "contiguous": "lorasmith, NCHW", "peft": "diffusers + PEFT",
           **{name: f"lorasmith, tread_rate {settings['tread_rate']}" for name, settings in _TREAD.items()}}  # fmt: skip
 
 
@@ -91,6 +104,9 @@ def main() -> None:
                         *one.mib,
                         *resident,
                     )
+                for name in OURS if arguments.traces is not None else ():
+                    if name in arguments.sides:
+                        trace(name, work, arguments.traces / f"{arguments.model}-{latent}-{batch}-{name}.json.gz")
 
 
 def side_of(name: str, work: Work) -> Side:
@@ -99,7 +115,51 @@ def side_of(name: str, work: Work) -> Side:
         return Frozen(work, backward=name == "floor")
     if name == "peft":
         return Peft(work)
+    if name == "contiguous":
+        return InNchw(work)
     return Ours(work, **(OURS[name] if name in OURS else VARIANTS[name]))
+
+
+class InNchw(Ours):
+    """Ours, with the memory format that convolutional models have in diffusers."""
+
+    def seconds(self) -> Sequence[float]:
+        with _contiguous():
+            return super().seconds()
+
+    @contextlib.contextmanager
+    def opened(self, counter: Counter | None = None) -> Iterator[Once]:
+        with _contiguous(), super().opened(counter) as once:
+            yield once
+
+
+@contextlib.contextmanager
+def _contiguous() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module in (placement, engine, frozen_weights):
+            stack.enter_context(mock.patch.object(module, "memory_format_for", lambda network: torch.contiguous_format))
+        yield
+
+
+def trace(name: str, work: Work, path: Path) -> None:
+    """Save the third step of a side as the profiler sees it, for `chrome://tracing` and Perfetto."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if work.device.type == "cuda" else [])]
+
+    def save(_: object) -> None:
+        side = side_of(name, work)
+        with side.opened() as once:
+            once()
+            once()
+            with profile(activities=kinds) as seen:
+                once()
+                if work.device.type == "cuda":
+                    torch.cuda.synchronize(work.device)
+        side.close()
+        seen.export_chrome_trace(str(path))
+
+    if trouble := trouble_of(save, name):
+        print(f"{path.name}: {trouble}", flush=True)
 
 
 @contextlib.contextmanager
@@ -141,6 +201,7 @@ def _resident(arguments: argparse.Namespace, name: str, latent: int, batch: int)
 def _set_up(arguments: argparse.Namespace) -> None:
     if arguments.keep_memory:
         keep_freed_memory()
+    compilation.BACKEND = arguments.backend
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
 
@@ -153,6 +214,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help=f"of {', '.join(SIDES)}")
     parser.add_argument("--compile", action="store_true", help="the compiled side as well")
     parser.add_argument("--memory", action="store_true", help="resident memory too, in a process for each side")
+    parser.add_argument("--traces", type=Path, metavar="FOLDER", help="save a profile of a step of our sides there")
     parser.add_argument(
         "--algorithms", nargs="*", choices=VARIANTS, metavar="NAME", help="compare these, or all if none is named"
     )
@@ -161,8 +223,7 @@ def _arguments() -> argparse.Namespace:
         arguments.sides = list(dict.fromkeys(("forward", "floor", "LoRA", *(arguments.algorithms or VARIANTS))))
     else:
         known = options_of(TrainConfig)
-        left_out = {"compile", *_TREAD}
-        usual = [name for name in SIDES if name not in left_out and set(OURS.get(name, ())) <= set(known)]
+        usual = [name for name in SIDES if name not in _LEFT_OUT and set(OURS.get(name, ())) <= set(known)]
         arguments.sides = [*(arguments.sides or usual), *(["compile"] if arguments.compile else [])]
     return arguments
 
@@ -182,6 +243,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", default="attention+ff")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", default=compilation.BACKEND, help="of torch.compile; aot_eager needs no compiler")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed of each side in each round")
     parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's own choice")

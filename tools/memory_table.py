@@ -193,7 +193,7 @@ def _cell(found: MemoryEstimate) -> str:
     if not found.fits:
         return f"{proposal.short_bytes / 2**30:.1f} GB short"
     flags = " ".join(f"`{flag}`" for flag in _joined(proposal.flags)) or "as it is"
-    held = "" if found.encoders_fit else "; text encoders do not fit in this precision"
+    held = "" if found.encoders_fit else "; text encoders streamed"
     return f"{proposal.needed_bytes / 2**30:.1f} GB: {flags}{held}"
 
 

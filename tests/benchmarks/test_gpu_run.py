@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.bases import MODELS
-from benchmarks.gpu import ROOT, Part, Run, parts
+from benchmarks.gpu import PLANNED, ROOT, Part, Run, parts
+from tests.launched import LONG_S
 
 ROWS = """
 import argparse, sys, time
@@ -23,6 +25,10 @@ results = Results(argparse.Namespace(json=Path(sys.argv[-1]), batch=4), machine=
 results.table({"side": "", "step, s": ".3f", "kept": ".1f"}, "A title")
 results.add("one", 0.5, None)
 """
+
+
+def known_models() -> dict[str, tuple[int, tuple[int, ...], str]]:
+    return {name: (one.latent, one.batches, one.rehearsal) for name, one in MODELS.items() if one.rehearsal}
 
 
 def written(folder: Path) -> dict[str, dict[str, object]]:
@@ -49,6 +55,21 @@ def test_each_part_has_an_outcome_and_what_it_found(tmp_path: Path) -> None:
     assert page.count("A title\n\n| side | step, s | kept |\n|---|---|---|\n| one | 0.500 |  |") == 2
     assert "and then 42" in page
     assert "and then 42" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def test_results_of_earlier_commands_stay_on_the_same_machine(tmp_path: Path) -> None:
+    def command(card: str, *names: str) -> list[str]:
+        run = Run(tmp_path, seconds=LONG_S)
+        run.on_machine({"card": card})
+        for name in names:
+            run.part(Part(name, ("-c", ROWS if card == "A" else "pass"), LONG_S / 60))
+        return list(written(tmp_path))
+
+    assert command("A", "first", "second") == ["first", "second"]
+    assert command("A", "third", "first") == ["second", "third", "first"]
+    Run(tmp_path, seconds=1).part(Part("first", ("-c", "pass"), 3))  # not run
+    assert written(tmp_path)["first"]["outcome"] == "passed"
+    assert command("B", "fourth") == ["fourth"]
 
 
 @pytest.mark.slow
@@ -83,28 +104,65 @@ def test_tests_are_counted(tmp_path: Path) -> None:
     assert "assert 1 == 2" in failures["rows"][0][1]
 
 
+def arguments(folder: Path) -> argparse.Namespace:
+    return argparse.Namespace(
+        tests=["tests"],
+        comfyui=Path("comfyui"),
+        comfyui_python=None,
+        sd_scripts=Path("sd-scripts"),
+        output=folder,
+    )
+
+
 @pytest.mark.parametrize("rehearsed", [False, True])
-def test_every_part_has_options_that_its_benchmark_knows(rehearsed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_has_options_that_its_benchmark_knows(
+    rehearsed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "peers"))
-    models = {name: (one.latent, one.batches, one.rehearsal) for name, one in MODELS.items() if one.rehearsal}
+    models = known_models()
     assert models
     assert {rehearsal for *_, rehearsal in models.values()} <= MODELS.keys()
-    peers = argparse.Namespace(
-        tests=["tests"], comfyui=Path("comfyui"), comfyui_python=None, sd_scripts=Path("sd-scripts")
-    )
-    found = list(parts(models, peers, rehearsed=rehearsed))
-    assert len({one.name for one in found}) == len(found) == 1 + 5 * len(models) + 5 + 2
-    for part in found[1:]:
+    found = list(parts(models, arguments(tmp_path), rehearsed=rehearsed))
+    assert len({one.name for one in found}) == len(found) == 2 + len(PLANNED) + 5 * len(models) + 5 + 2
+    for part in found:
+        if part.name == "tests":
+            continue
         _, module, *options = part.command
         monkeypatch.setattr(sys, "argv", [module, *options, str(part.report), "results.json"])
-        arguments = importlib.import_module(module)._arguments()
-        assert arguments.device == ("cpu" if rehearsed else "cuda")
-        assert arguments.json == Path("results.json")
+        parsed = importlib.import_module(module)._arguments()
+        assert parsed.device == ("cpu" if rehearsed else "cuda")
+        assert parsed.json == Path("results.json")
+
+
+def test_a_first_day_is_three_commands_of_less_than_ten_minutes(tmp_path: Path) -> None:
+    found = list(parts(known_models(), arguments(tmp_path), rehearsed=False))
+    for group in ("first", "second", "third"):
+        chosen = [one for one in found if one.is_named([group])]
+        assert 0 < sum(one.minutes for one in chosen) < 10
+    assert [one.name for one in found if one.is_named(["tests", "levers:sd15"])] == ["tests", "levers:sd15"]
+
+
+def test_cheap_parts_are_rehearsed(tmp_path: Path) -> None:
+    run = Run(tmp_path, seconds=2 * LONG_S)
+    for part in parts(known_models(), arguments(tmp_path), rehearsed=True):
+        if part.is_named(["kernels"]):
+            run.part(replace(part, minutes=LONG_S / 60))
+    rows = written(tmp_path)["kernels"]["tables"][0]["rows"]  # type: ignore[index]
+    assert {row[0].split()[0] for row in rows} == {
+        "launch",
+        "copy",
+        "attention",
+        "product",
+        "GroupNorm",
+        "Conv2d",
+        "dequantization",
+    }
+    assert all(row[2] is not None for row in rows if row[0].startswith(("launch", "copy", "dequantization")))
 
 
 @pytest.mark.slow
 def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
-    command = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path}", "MINUTES=25"]
+    command = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path}", "MINUTES=90"]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False)
     found = written(tmp_path)
     assert {one["outcome"] for one in found.values()} == {"passed"}, found

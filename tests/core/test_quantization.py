@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.quantization import BLOCK, NF4_LEVELS, PACKINGS, packed
+from lorasmith.core.quantization import BLOCK, FP8_CODES, NF4_LEVELS, PACKINGS, packed, scaled_at_once
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(96, 80),
@@ -121,3 +121,19 @@ def test_int8_is_that_of_torchao() -> None:
     # Their scale divides by 127.5, so that codes reach from −128 to 127.
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((packed(weight, "int8", torch.float32).weight() - theirs).abs() <= step).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("code", [torch.int8, *FP8_CODES], ids=str)
+def test_scales_are_multiplied_without_fp32_tensors_to_the_same_bits(code: torch.dtype, dtype: torch.dtype) -> None:
+    """All 256 codes, with scales over many magnitudes, in each layout of a weight."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.exp(4 * torch.randn(64, 1, generator=generator))
+    linear = torch.arange(256, dtype=torch.uint8).view(code).expand(64, 256).contiguous()
+    kernel = linear.view(64, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    for codes, factor in ((linear, scale), (kernel, scale.view(64, 1, 1, 1)), (linear, scale[:1])):
+        expected = codes.float().mul_(factor).to(dtype)
+        found = scaled_at_once(codes, factor, dtype)
+        assert found.dtype == dtype and found.stride() == expected.stride()
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -105,6 +105,16 @@ def test_captions_are_encoded_with_the_pictures_of_each_draw(pairs: Path, edit: 
         assert len(drawn) == 6
 
 
+def test_streamed_encoders_see_what_placed_ones_see(pairs: Path, edit: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, seen, found = edit.text_encoder, seen_of(edit, pairs, "a.png"), []
+    for names in (set(), {*encoder.encoders.modules}):
+        monkeypatch.setattr(handles.TextEncoder, "_streamed", lambda self, device, *, sees, names=names: names)
+        with encoder.active(sees=True):
+            found.append(encoder.encode("blue", seen, sight=edit.sight).tensors)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+
+
 def test_captions_with_pictures_are_cached_by_what_is_seen(pairs: Path, edit: Model) -> None:
     found = [load_dataset(pairs, edit, resolution=64).captions for _ in range(2)]
     assert [one.encoded for one in found if one is not None] == [2, 0]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from lorasmith.families import model
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Denoiser, Model, TextEncoder, left_out
 from lorasmith.runs.run_previews import whole_program
 from lorasmith.sampling import generate as generating
 from lorasmith.sampling.generate import Sampling
@@ -80,6 +81,49 @@ def test_a_patched_text_encoder_encodes_otherwise_while_active(tiny: Model) -> N
     assert torch.equal(base.encode("a fox").tensors["context"], plain)
 
 
+@pytest.mark.parametrize("bypass", [False, True])
+def test_streamed_text_encoders_have_their_patches(tiny: Model, bypass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny.components.text_encoders["text_encoder"]
+    patch = patch_for(module, FC1, bypass=bypass)
+    [path] = patch.adapters
+    changed = {"weight": torch.full_like(module.get_parameter(f"{path}.weight"), 0.01)}
+    encoder = tiny.text_encoder.patched("text_encoder", replace(patch, differences={path: changed}))
+    before = module.get_parameter(f"{path}.weight").clone()
+    with encoder.active():
+        placed = encoder.encode("a fox").tensors["context"]
+    monkeypatch.setattr(TextEncoder, "_streamed", lambda self, device, *, sees: {"text_encoder"})
+    with encoder.active():
+        assert torch.equal(encoder.encode("a fox").tensors["context"], placed)
+    assert torch.equal(module.get_parameter(f"{path}.weight"), before)
+
+
+def test_the_largest_text_encoders_that_fit_are_placed() -> None:
+    sizes = {"clip_l": 1, "clip_g": 3, "t5": 10}
+    for free, left in {
+        14: set(),
+        13: {"clip_l"},
+        11: {"clip_g"},
+        10: {"clip_g", "clip_l"},
+        9: {"t5"},
+        0: {*sizes},
+    }.items():
+        assert left_out(sizes, free) == left
+
+
+def test_a_gpu_without_room_streams_what_is_not_there_already(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, gpu = tiny.text_encoder, torch.device("cuda", 0)
+    size = sum(one.nbytes for one in encoder.encoders.modules["text_encoder"].parameters())
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=device))
+    monkeypatch.setattr(TextEncoder, "dtype_on", lambda self, component, device=None: torch.float32)
+    for free, left in ((size, {"text_encoder"}), (2 * size, set())):
+        monkeypatch.setattr(model, "free_memory", lambda device, free=free: free)
+        assert encoder._streamed(gpu, sees=False) == left
+    monkeypatch.setattr(model, "free_memory", lambda device: 0)
+    monkeypatch.setattr(model, "device_of", lambda module: gpu)
+    assert encoder._streamed(gpu, sees=False) == set()
+    assert encoder._streamed(torch.device("cpu"), sees=False) == ()
+
+
 def test_a_patch_for_another_component_is_not_applied(tiny: Model) -> None:
     encoder = tiny.text_encoder.patched("text_encoder_2", patch_for(tiny.components.text_encoders["text_encoder"], FC1))
     plain = tiny.text_encoder.encode("a fox").tensors["context"]
@@ -137,6 +181,7 @@ def test_encoders_run_where_they_are_told_to(tiny: Model, monkeypatch: pytest.Mo
         yield
 
     monkeypatch.setattr(model, "placed_for_products", record)
+    monkeypatch.setattr(TextEncoder, "_streamed", lambda self, device, *, sees: ())
     monkeypatch.setattr(model, "best_device", lambda: torch.device("cuda"))
     for encoder in (tiny.text_encoder, replace(tiny.text_encoder, device=torch.device("cpu"))):
         with encoder.active():

@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformer_models import TINY, Case
 
-from lorasmith.adapters.frozen_layer import packed_layers
+from lorasmith.adapters.frozen_layer import packable_layers, packed_layers
+from lorasmith.adapters.frozen_weights import StreamedWeight
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
+from lorasmith.core.quantization import weight_source
 from lorasmith.families.base import FAMILIES, Conditioning, Encoding
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import load_model
-from lorasmith.families.model import Model
+from lorasmith.families.model import Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import EMBEDDED, ENCODERS
 from lorasmith.sampling.generate import generate
@@ -55,6 +57,21 @@ def test_diffusers_reads_the_same_file(case: Case, tmp_path: Path) -> None:
     )
     state = case.ours.components.denoiser.state_dict()
     assert [name for name, tensor in theirs.state_dict().items() if not torch.equal(state[name], tensor)] == []
+
+
+def test_streamed_text_encoders_give_the_same_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = case.ours.text_encoder
+    modules = encoder.encoders.modules.values()
+    with encoder.active():
+        placed = encoder.encode("a fox, 日本語")
+    monkeypatch.setattr(TextEncoder, "_streamed", lambda self, device, *, sees: {*self.encoders.modules})
+    with encoder.active():
+        sources = [weight_source(layer) for one in modules for layer in packable_layers(one)]
+        assert sources and all(isinstance(source, StreamedWeight) for source in sources)
+        streamed = encoder.encode("a fox, 日本語")
+    assert not any(weight_source(layer) for one in modules for layer in one.modules())
+    assert streamed.tensors.keys() == placed.tensors.keys()
+    assert all(torch.equal(streamed.tensors[name], tensor) for name, tensor in placed.tensors.items())
 
 
 @pytest.mark.slow

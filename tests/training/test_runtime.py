@@ -36,6 +36,8 @@ def test_depth_is_for_checkpointing_and_budgets_are_bytes(tiny: Model) -> None:
     assert runtime(tiny, "cpu", checkpoint_depth=3, gradient_checkpointing=True).checkpoint_depth == 3
     assert runtime(tiny, "cpu", memory_budget=1.5).memory_budget == 3 * 2**29
     assert runtime(tiny, "cpu").memory_budget is None
+    assert runtime(tiny, "cuda", memory_cap=1.5).memory_cap == 3 * 2**29
+    assert runtime(tiny, "cpu", memory_cap=1.5).memory_cap is None
 
 
 def test_pieces_are_whole_batches_and_the_dtype_may_be_the_models_own(tiny: Model) -> None:

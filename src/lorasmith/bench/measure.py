@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from lorasmith.adapters.frozen_weights import StreamedWeight, WeightStream
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
@@ -37,7 +38,6 @@ from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
-from lorasmith.training.memory.frozen_weights import StreamedWeight, WeightStream
 from lorasmith.training.trainable import Trainable
 
 Clock = Callable[[], float]

@@ -316,7 +316,7 @@ def plan(
             folders=folders_of(base_dir, extra_model_paths),
         )
     print_result(lambda: _plain_plan(found), lambda: _print_plan(found))
-    if not (found.fits and found.encoders_fit):
+    if not found.fits:
         raise typer.Exit(1)
 
 
@@ -371,7 +371,10 @@ def _print_plan(found: MemoryEstimate) -> None:
         )
     if not found.encoders_fit:
         size = memory_text(sum(found.text_encoders.values()))
-        print_note(f"The text encoders need {size} at once, more than {card} has free; give them in fp8 or GGUF.")
+        print_note(
+            f"The text encoders need {size} at once, more than {card} has free: their weights are copied from host "
+            "memory for each caption, which takes seconds; files in fp8 or GGUF are smaller."
+        )
 
 
 def _by_kind(sizes: Any) -> str:

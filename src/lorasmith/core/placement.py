@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +57,17 @@ def memory_used(device: torch.device) -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):
         return 0
+
+
+def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
+    """Free memory in bytes of a CUDA device or the CPU; `limit_bytes` limits what the whole process may use."""
+    if device.type == "cuda":
+        taken = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
+    else:
+        taken = psutil.Process().memory_info().rss
+        free = psutil.virtual_memory().available
+    return int(free if limit_bytes is None else min(free, limit_bytes - taken))
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
-from lorasmith.adapters.patch import Patch, patches_applied, ranks_chosen
+from lorasmith.adapters.frozen_weights import StreamedWeight, frozen_bytes, weights_streamed
+from lorasmith.adapters.inject import adapters_attached
+from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
+from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype, free_memory
 from lorasmith.core.printable import count_text, printable
+from lorasmith.core.quantization import weight_source
 from lorasmith.families.base import (
     AT_ZERO,
     CLIP_VISION,
@@ -54,6 +57,8 @@ from lorasmith.report.pictures import card
 MAX_PROMPT = 20_000
 """Characters of a prompt."""
 
+
+_PLACED_SHARE = 0.9  # of a GPU's free memory for text encoders; the rest is for their activations
 
 _CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 """The start of a further word in a name such as ZImageDeTurbo."""
@@ -394,15 +399,19 @@ class TextEncoder:
     def active(self, device: torch.device | None = None, *, sees: bool = False) -> Iterator[None]:
         """The encoders are on `device` (their own if None) with their patches inside, for many prompts in a row.
 
-        `sees` is whether prompts have pictures.
+        `sees` is whether prompts have pictures. Encoders that a GPU has no memory for are streamed: their weights stay
+        in host memory and are copied for each prompt, with the same results.
         """
         where = device or self.device or best_device()
         with contextlib.ExitStack() as stack:
+            streamed = self._streamed(where, sees=sees)
             for name, module in self.encoders.modules.items():
-                self._place(stack, name, where, sees=sees)
-                stack.enter_context(
-                    patches_applied(module, [patch for target, patch in self.patches if target == name])
-                )
+                patches = [patch for target, patch in self.patches if target == name]
+                if name in streamed:
+                    self._stream(stack, name, patches, where, sees=sees)
+                else:
+                    self._place(stack, name, where, sees=sees)
+                    stack.enter_context(patches_applied(module, patches))
             yield
 
     @torch.no_grad()
@@ -512,9 +521,47 @@ class TextEncoder:
         return [self.encoders.modules[component], *([] if tower is None else [tower])]
 
     def _place(self, stack: contextlib.ExitStack, component: str, device: torch.device, *, sees: bool) -> None:
-        """Place the networks of an encoder until the stack is closed."""
+        """Place the networks of an encoder until the stack is closed, but for those that are streamed already."""
         for part in self.networks(component, sees=sees):
+            if any(isinstance(weight_source(layer), StreamedWeight) for layer in part.modules()):
+                continue
             stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
+
+    def _streamed(self, device: torch.device, *, sees: bool) -> Collection[str]:
+        """The encoders that a GPU has no memory for."""
+        if device.type != "cuda":
+            return ()
+        here = torch.empty(0, device=device).device
+        sizes = {
+            name: sum(
+                frozen_bytes(part, kind="none", dtype=self.dtype_on(name, device), offloading=False)
+                for part in self.networks(name, sees=sees)
+                if device_of(part) != here
+            )
+            for name in self.encoders.modules
+        }
+        return left_out(sizes, int(_PLACED_SHARE * free_memory(here)))
+
+    def _stream(
+        self,
+        stack: contextlib.ExitStack,
+        component: str,
+        patches: Sequence[Patch],
+        device: torch.device,
+        *,
+        sees: bool,
+    ) -> None:
+        """Stream the networks of an encoder, with patches, until the stack is closed."""
+        module, dtype = self.encoders.modules[component], self.dtype_on(component, device)
+        stack.enter_context(patches_merged(module, patches, dtype=dtype))
+        # Before weights are packed, which is how patches know that differences are not folded in.
+        attached = attachments(module, patches)
+        for part in self.networks(component, sees=sees):
+            stack.enter_context(weights_streamed(part, device=device, dtype=dtype))
+        for one in attached:
+            for adapter in one.adapters.values():
+                adapter.to(device, dtype)
+        stack.enter_context(adapters_attached(module, attached))
 
     def encode_again(self, batch: Conditioning, components: Collection[str]) -> Conditioning:
         """A batch's conditioning with its `texts` encoded by these encoders as they are now, differentiable."""
@@ -595,6 +642,17 @@ class Autoencoder:
         device = device_of(self.module)
         with placed_for_products(self.module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
+
+
+def left_out(sizes: Mapping[str, int], free_bytes: int) -> set[str]:
+    """The names whose sizes do not fit together, where the largest that fits comes first: the least is left out."""
+    left: set[str] = set()
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sizes[name] <= free_bytes:
+            free_bytes -= sizes[name]
+        else:
+            left.add(name)
+    return left
 
 
 def _prompt(text: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorasmith.adapters.frozen_layer import packable_layers
+from lorasmith.adapters.frozen_weights import frozen_bytes
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.bench.benchmark import latent_side
 from lorasmith.bench.measure import synthetic_samples
@@ -34,7 +35,6 @@ from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.runs.command_lines import arguments_for
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
-from lorasmith.training.memory.frozen_weights import frozen_bytes
 from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, optimizer_bytes
 from lorasmith.training.optim.flat import buffer_bytes
 from lorasmith.training.runtime import dtype_on_device
@@ -115,12 +115,12 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether training fits; see `encoders_fit`."""
+        """Whether training fits."""
         return self.proposal.plan.fits
 
     @property
     def encoders_fit(self) -> bool:
-        """Whether all text encoders fit at once, as they are used before training."""
+        """Whether all text encoders fit at once, as they are used before training; otherwise some are streamed."""
         return sum(self.text_encoders.values()) <= self.card_bytes - _DRIVER_BYTES
 
     def _proposals(self) -> Iterator[Proposal]:

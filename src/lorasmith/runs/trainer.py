@@ -35,6 +35,7 @@ from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.compilation import sizes_vary
+from lorasmith.training.memory.spilling import memory_capped
 from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
@@ -274,6 +275,7 @@ class Trainer:
             device = self.engine.runtime.device
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
+                stack.enter_context(memory_capped(device, self.engine.runtime.memory_cap))
                 stack.enter_context(
                     captions_ready(
                         self._data,

@@ -409,7 +409,9 @@ class ReleaseMemory:
 
     memory_bytes: int
     fits: Annotated[bool | None, "on this device; null if its memory is not known"]
-    encoders_fit: Annotated[bool | None, "whether its text encoders do, which are used before training"]
+    encoders_fit: Annotated[
+        bool | None, "whether its text encoders do at once, before training; if not, captions take seconds each"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -811,6 +811,15 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         changes_numbers=False,
         help="Device memory in GiB that activations auto may use, weights included. Default: all free memory.",
     )
+    memory_cap: float | None = option(
+        None,
+        min=0.1,
+        max=10_000.0,
+        changes_numbers=False,
+        help="GPU memory in GiB that the run may take at all. A step that needs more is repeated in smaller "
+        "micro-batches; without a cap, Windows gives it host memory instead, and steps take many times as long. "
+        "Default: none.",
+    )
     quantization: Quantization = option(
         "none",
         help="Quantize the frozen weights of Linear layers and convolutions during training; each is dequantized where "

@@ -342,6 +342,8 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
             )
     if config.activations == "host" and device.type == "cpu":
         yield "activations host has no effect on the CPU, whose memory is the host's; use lean or selective."
+    if config.memory_cap is not None and device.type == "cpu":
+        yield f"memory_cap {config.memory_cap:g} has no effect on the CPU; memory_budget bounds activations auto there."
     if config.offloading and device.type == "cpu":
         yield "offloading has no effect on the CPU, whose memory is the host's; use quantization to save memory."
     elif config.offloading and config.compile:

@@ -27,9 +27,10 @@ from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import EventHandler, Outcome, StepDone
+from lorasmith.training.events import EventHandler, Outcome, StepDone, Warned
 from lorasmith.training.memory.memory_plan import plan_activations
 from lorasmith.training.memory.sharding import ending_together
+from lorasmith.training.memory.spilling import SpillCheck, memory_capped
 from lorasmith.training.recovery import (
     CompileFailed,
     Diverged,
@@ -116,6 +117,7 @@ class Loop:
         self._cancelled = cancelled
         self._watchers = watchers
         self._mailbox = Mailbox(engine.runtime.device)
+        self._spilling = SpillCheck(engine.runtime.device)
         self._noise = NoiseScale()
         self._taken: dict[int, _Taken] = {}
         self._begun = False
@@ -146,7 +148,10 @@ class Loop:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            with (
+                torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+                memory_capped(device, self.engine.runtime.memory_cap),
+            ):
                 missed = [one for one in self._watchers if self.outcome is None and one.missed(self)]
                 if missed:
                     self.engine.restore_base_model()
@@ -273,6 +278,7 @@ class Loop:
             began = time.perf_counter()
             _, batches = next(coming)
             self.waited_s.append(time.perf_counter() - began)
+            self._mailbox.begin()
             own = self.engine.gradient(batches)
         except Exception as error:
             if has_lost_device(error):
@@ -336,7 +342,7 @@ class Loop:
 
     def _collect(self, *, wait: bool = False, before: int | None = None) -> None:
         """Process the results that have arrived from the device, as `Mailbox.collect`. Raises Diverged."""
-        for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait, before=before):
+        for step, (sound, norm, first, *losses), seconds in self._mailbox.collect(wait=wait, before=before):
             taken = self._taken.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
             if not sound or exploded(self.losses):
@@ -357,6 +363,8 @@ class Loop:
                     memory_bytes=memory_used(self.engine.runtime.device),
                 )
             )
+            if warning := self._spilling.warning(step + 1, taken.shapes, seconds):
+                self.emit(Warned(message=warning))
 
     def _settle(self) -> None:
         """Process the results still in transit after an error."""
@@ -388,6 +396,7 @@ class _Taken:
     indices: tuple[int, ...]
     quantiles: tuple[float, ...]
     first: int  # samples of its first batch
+    shapes: tuple[torch.Size, ...]  # of the latents of this process's batches
 
     @classmethod
     def of(cls, batches: Sequence[Batch], drawn: Sequence[tuple[str, int, float]] | None) -> _Taken:
@@ -396,7 +405,7 @@ class _Taken:
             facts = [zip(batch.names, batch.indices, batch.quantiles, strict=True) for batch in batches]
             drawn = list(itertools.chain(*facts))
         names, indices, quantiles = zip(*drawn, strict=True)
-        return cls(names, indices, quantiles, len(batches[0].names))
+        return cls(names, indices, quantiles, len(batches[0].names), tuple(batch.noised.shape for batch in batches))
 
 
 class Mailbox:
@@ -404,24 +413,30 @@ class Mailbox:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._waiting: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+        self._waiting: deque[tuple[int, Tensor, torch.Event | None, torch.Event | None]] = deque()
+        self._began: torch.Event | None = None
+
+    def begin(self) -> None:
+        """Start the time of a step, on a GPU when it has done what is queued before."""
+        self._began = self._recorded() if self._device.type == "cuda" else None
 
     def post(self, step: int, values: Tensor) -> None:
-        """Send the values (1-d) of a step."""
+        """Send the values (1-d) of a step, whose work is queued."""
         if self._device.type != "cuda":
-            self._waiting.append((step, values.detach().clone(), None))
+            self._waiting.append((step, values.detach().clone(), None, None))
             return
         landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         landed.copy_(values.detach(), non_blocking=True)
-        arrived = torch.Event(self._device)
-        arrived.record(torch.cuda.current_stream(self._device))  # not that of the current device
-        self._waiting.append((step, landed, arrived))
+        self._waiting.append((step, landed, self._began, self._recorded()))
 
-    def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float]]]:
-        """(step, values) that have arrived since the last call; can wait for all, or for the steps below `before`."""
+    def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float], float]]:
+        """(step, values, seconds) that have arrived since the last call; can wait for all, or for those below `before`.
+
+        The seconds are the device's since `begin`, 0 where they are not measured.
+        """
         ready = []
         while self._waiting:
-            step, values, arrived = self._waiting[0]
+            step, values, began, arrived = self._waiting[0]
             if before is not None and step >= before:
                 break
             if arrived is not None:
@@ -429,6 +444,12 @@ class Mailbox:
                     arrived.synchronize()
                 elif not arrived.query():
                     break
-            ready.append((step, values.tolist()))
+            seconds = 0.0 if began is None or arrived is None else began.elapsed_time(arrived) / 1000
+            ready.append((step, values.tolist(), seconds))
             self._waiting.popleft()
         return ready
+
+    def _recorded(self) -> torch.Event:
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))  # not that of the current device
+        return event

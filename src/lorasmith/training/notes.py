@@ -10,6 +10,7 @@ import torch
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
+from lorasmith.adapters.frozen_weights import code_in_model, takes_fp8_products
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import AdapterPlan, Difference
 from lorasmith.adapters.lora import LoraAdapter
@@ -32,7 +33,6 @@ from lorasmith.training.config import (
     VariantSettings,
 )
 from lorasmith.training.memory.compilation import compilable, units
-from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
 from lorasmith.training.trainable import Facts, Trainable
 
 

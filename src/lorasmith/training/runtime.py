@@ -37,6 +37,7 @@ class Runtime:
     checkpoint_depth: int  # of activation checkpointing, 0 for none
     activations: ActivationPlan  # how the others are kept; `auto` is resolved before the first step
     memory_budget: int | None  # device memory in bytes, weights included; None for all free memory
+    memory_cap: int | None  # bytes of GPU memory beyond which allocations fail; None for no cap
     offloading: bool
     sharding: bool
     quantized_backward: bool
@@ -67,10 +68,15 @@ class Runtime:
             micro_batch=config.batch_size,
             checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
             activations="keep" if is_idle else config.activations,
-            memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
+            memory_budget=_bytes(config.memory_budget),
+            memory_cap=None if on_cpu else _bytes(config.memory_cap),
             offloading=config.offloading and not on_cpu,
             quantized_backward=config.quantized_backward and quantization.has_fp8_products(device),
             compile=config.compile,
             processes=current(),
             sharding=config.sharding and current().size > 1,
         )
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)

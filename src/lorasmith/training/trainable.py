@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
+from lorasmith.adapters.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
 from lorasmith.core.arguments import check_arguments
@@ -51,7 +52,6 @@ from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
-from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.new_word import NewWord, new_word, trained_words
 from lorasmith.training.runtime import Runtime

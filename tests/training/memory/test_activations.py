@@ -13,6 +13,7 @@ from test_engine import assert_same
 from torch import Tensor, nn
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import Activations
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
@@ -22,7 +23,6 @@ from lorasmith.training.memory import activations
 from lorasmith.training.memory.activations import (
     activations_packed,
     activations_reduced,
-    blocks_at_depth,
     held_by,
     recipes_recorded,
 )

@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, give_source, packable_layers
+from lorasmith.adapters.frozen_weights import weights_packed
 from lorasmith.adapters.inject import Attached, Difference, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import InputDora, OutputDora, RankMasks
@@ -39,7 +40,6 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled, compilable, compiler, sizes_vary, units
-from lorasmith.training.memory.frozen_weights import weights_packed
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import environment
 from tests.covering import slow_except

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import frozen_layer
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable, packable_layers
+from lorasmith.adapters.frozen_weights import WeightStream, frozen_bytes, takes_fp8_products, weights_packed
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.patch import Patch
@@ -34,7 +35,6 @@ from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activations import blocks_checkpointed
-from lorasmith.training.memory.frozen_weights import WeightStream, frozen_bytes, takes_fp8_products, weights_packed
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 

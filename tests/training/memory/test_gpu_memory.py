@@ -11,6 +11,7 @@ import torch
 from lever_cases import flux_dataset
 from torch import nn
 
+from lorasmith.adapters.frozen_weights import WeightStream, weights_packed
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -18,7 +19,6 @@ from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training.events import Event, Planned, Shrunk
 from lorasmith.training.memory import activations
-from lorasmith.training.memory.frozen_weights import WeightStream, weights_packed
 from lorasmith.training.results import TrainResult
 
 pytestmark = [

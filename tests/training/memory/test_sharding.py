@@ -22,6 +22,7 @@ from torch import Tensor
 from transformer_models import TINY, Case
 
 from lorasmith.adapters.frozen_layer import cast_weights, packable_layers
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.processes import Processes, current
 from lorasmith.core.quantization import packed
@@ -37,7 +38,6 @@ from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Planned, Validated, Warned
 from lorasmith.training.job import engine_of
 from lorasmith.training.memory import compilation, memory_plan, sharding
-from lorasmith.training.memory.activations import blocks_at_depth
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 from tests.training.processes_together import outcomes_together, processes_together

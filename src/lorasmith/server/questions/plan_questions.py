@@ -64,7 +64,7 @@ def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -
         held_out=len(epoch.held_out),
         parameters=found.parameters,
         memory_bytes=proposal.needed_bytes,
-        fits=None if card_bytes is None else found.fits and found.encoders_fit,
+        fits=None if card_bytes is None else found.fits,
         memory_settings=proposal.settings,
         notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
         distilled=distilled,
@@ -201,7 +201,10 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
             "smaller batch or fewer targets."
         )
     elif is_known and not found.encoders_fit:
-        notes.append(f"The text encoders do not fit into {card} at once; use their files in fp8 or GGUF.")
+        notes.append(
+            f"The text encoders do not fit into {card} at once, so that a caption takes seconds to encode; their files "
+            "in fp8 or GGUF are smaller."
+        )
     elif is_known and found.proposal.settings:
         named = ", ".join(f"{key.replace('_', ' ')} {_said(one)}" for key, one in found.proposal.settings.items())
         notes.append(f"To fit into {card} it should train with {named}.")

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
 from lorasmith.adapters.inject import restore_forward
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import ActivationPlan
 
 _SMALL = 1 << 16
@@ -232,14 +233,6 @@ def _storage(tensor: Tensor) -> int:
     return address
 
 
-def blocks_at_depth(model: nn.Module, depth: int) -> list[nn.Module]:
-    """The blocks that are recomputed at a depth (1 is outermost)."""
-    blocks = _inner_blocks(model)
-    for _ in range(depth - 1):
-        blocks = [inner for block in blocks for inner in _inner_blocks(block) or [block]]
-    return blocks
-
-
 @contextlib.contextmanager
 def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
     """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing."""
@@ -261,17 +254,6 @@ def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     # Random numbers of adapters are keyed, so no generator state has to be restored for the second pass.
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _inner_blocks(module: nn.Module) -> list[nn.Module]:
-    """The next level of blocks: elements of lists, and children that hold such lists deeper down."""
-    blocks: list[nn.Module] = []
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            blocks += [element for element in child if next(element.children(), None) is not None]
-        elif _inner_blocks(child):
-            blocks.append(child)
-    return blocks
 
 
 _WORTH_MOVING = 1 << 20

@@ -27,9 +27,9 @@ from torch import nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
-from lorasmith.training.memory.activations import blocks_at_depth
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,8 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import Activations
 from lorasmith.core.options import options_of
+from lorasmith.core.placement import free_memory
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import ALONE
 from lorasmith.data.dataset import Sample
@@ -39,7 +40,6 @@ from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory.activations import (
     Recipe,
     activations_reduced,
-    blocks_at_depth,
     held_by,
     recipes_recorded,
 )
@@ -144,7 +144,8 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
     # One plan for all processes, as sharded weights are gathered in the same order by all.
-    free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget)))
+    limits = [limit for limit in (runtime.memory_budget, runtime.memory_cap) if limit is not None]
+    free = min(runtime.processes.gathered(free_memory(runtime.device, min(limits, default=None))))
     free = int(runtime.memory_share * free) - optimizer
     return chosen_plan(engine.model, samples, engine.config, runtime, free)
 
@@ -152,17 +153,6 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
 def optimizer_bytes(master_bytes: int) -> int:
     """Bytes of the optimizer's state for a master buffer of that size: at most the two moments of AdamW."""
     return 2 * master_bytes
-
-
-def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
-    """Free memory in bytes of a CUDA device or the CPU; `limit_bytes` limits what the whole process may use."""
-    if device.type == "cuda":
-        taken = torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
-    else:
-        taken = psutil.Process().memory_info().rss
-        free = psutil.virtual_memory().available
-    return int(free if limit_bytes is None else min(free, limit_bytes - taken))
 
 
 def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> Iterator[MemoryPlan]:

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import packable_layers, weight_source_set
+from lorasmith.adapters.frozen_weights import packed_weight
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.mapped_files import release_pages
@@ -35,8 +37,6 @@ from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
 from lorasmith.core.quantization import AlwaysHere, Packed, WeightSource
-from lorasmith.training.memory.activations import blocks_at_depth
-from lorasmith.training.memory.frozen_weights import packed_weight
 
 _ALIGNED = 64
 """Alignment of tensors in bytes, as kernels require."""

@@ -55,7 +55,7 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
     <p>${release.about}</p>
     <p class="faint">${bytes(sum(missing.map((one) => one.size_bytes)))} to download · <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>${release.gated ? ", to be accepted first" : ""}</p>
     ${here.length > 0 && html`<p class="faint">Here already: ${here.map((one) => partWords(one.part)).join(", ")}. Missing: ${missing.map((one) => partWords(one.part)).join(", ")}.</p>`}
-    <p class=${memory && (memory.fits === false || memory.encoders_fit === false) ? "fair" : "faint"}>${memoryWords(memory)}</p>
+    <p class=${memory && memory.fits === false ? "fair" : "faint"}>${memoryWords(memory)}</p>
     ${download && (isOnItsWay(download) || download.error) && html`<${DownloadState} download=${download} onChange=${onChange} />`}
     ${!isOnItsWay(download) && html`<div class="actions">
       <${Button} onClick=${() => onGet({ kind: "release", name: release.name })} aria-label=${`${kept ? "Continue" : "Get it"}: ${release.title}`}>${kept ? "Continue" : "Get it"}<//>
@@ -71,7 +71,7 @@ function memoryWords(memory) {
   const needed = bytes(memory.memory_bytes);
   if (memory.fits === null) return `Training needs about ${needed} of memory`;
   if (!memory.fits) return `Too large for this machine: training needs ${needed} of memory`;
-  return memory.encoders_fit ? `Fits this machine: training needs about ${needed} of memory` : `Training needs about ${needed} of memory, which fits; its text encoders do not`;
+  return memory.encoders_fit ? `Fits this machine: training needs about ${needed} of memory` : `Training needs about ${needed} of memory, which fits; captions take seconds each to encode`;
 }
 
 /** How far a download is, or why it ended. */

@@ -1,4 +1,4 @@
-"""Frozen weights during training: quantized, offloaded to host memory, or both.
+"""Frozen weights of a run or of encoders: quantized, offloaded to host memory, or both.
 
 The weights of Linear layers and convolutions, nearly all of a denoiser, are kept packed (`core.quantization`), on the
 device or in host memory (`WeightStream`). `FrozenLayer` unpacks each for the forward pass and again for the backward
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, layers_as_stored, packable_layers, weight_source_set
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import Quantization
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.placement import full_precision, memory_format_for
+from lorasmith.core.pinned_memory import PinnedMemory
+from lorasmith.core.placement import free_memory, full_precision, memory_format_for, placed
 from lorasmith.core.quantization import (
     FP8_CODES,
     FP8_MULTIPLE,
@@ -32,8 +34,6 @@ from lorasmith.core.quantization import (
     packed,
     weight_source,
 )
-from lorasmith.training.memory.activations import blocks_at_depth
-from lorasmith.training.memory.pinned_memory import PinnedMemory
 
 
 @contextlib.contextmanager
@@ -68,6 +68,22 @@ def weights_packed(
         if stream is not None:
             stream.ahead_bytes = _largest_block(module, sizes)
         yield [layer.get_parameter("weight") for layer in layers]
+
+
+@contextlib.contextmanager
+def weights_streamed(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the context, a module is placed but for the weights of its layers, which are copied as they are used.
+
+    They are in pinned memory, or where they were if that would take more than half of the free host memory. Results
+    are those of the module placed as a whole.
+    """
+    needed = frozen_bytes(module, kind="none", dtype=dtype, offloading=False)
+    stream = WeightStream(device, is_pinned=2 * needed <= free_memory(torch.device("cpu")))
+    with (
+        weights_packed(module, kind="none", device=device, dtype=dtype, stream=stream) as weights,
+        placed(module, device=device, dtype=dtype, without=weights),
+    ):
+        yield
 
 
 def packed_weight(
@@ -189,9 +205,12 @@ class WeightStream:
     They never change, so they are copied one way and freed after use. The next weight is predicted from the last two,
     as layers run in the same order in every pass. One block of the model is prefetched on a separate stream while the
     device computes. A wrong prediction costs one transfer. On the CPU they are copied too, for tests.
+
+    Without `is_pinned` they stay where they are in host memory, such as on a mapped file; copies are slower then, and
+    the host waits for them.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_pinned: bool = True) -> None:
         self.ahead_bytes = 0  # size of the prefetched weights
         self.resident = Resident()  # weights on the device: at most `ahead_bytes` and the weight in use
         self._device = device
@@ -200,6 +219,7 @@ class WeightStream:
         self._following: dict[tuple[int, int], int] = {}
         self._last = (-1, -1)
         self._on_gpu = device.type == "cuda"
+        self._is_pinned = is_pinned and self._on_gpu
         self._side = torch.cuda.Stream(device) if self._on_gpu else None
         self._pinned = PinnedMemory(device)
         self._in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
@@ -207,7 +227,7 @@ class WeightStream:
     def add(self, weight: Packed) -> int:
         """Add a packed weight; returns its number."""
         tensors = tuple(tensor.cpu() for tensor in weight.tensors)
-        if self._on_gpu:
+        if self._is_pinned:
             tensors = self._pinned.copies(tensors)
         self._weights.append(replace(weight, tensors=tensors))
         return len(self._weights) - 1

@@ -7,7 +7,7 @@ import mmap
 import pytest
 import torch
 
-from lorasmith.training.memory.pinned_memory import PinnedMemory
+from lorasmith.core.pinned_memory import PinnedMemory
 
 
 class FakeRuntime:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from lorasmith.adapters.frozen_weights import WeightStream
 from lorasmith.core.quantization import packed
-from lorasmith.training.memory.frozen_weights import WeightStream
 
 SIZE = 16 * 4
 
