@@ -1,0 +1,327 @@
+"""Whole steps of the engine on fake tensors of a CUDA device, and what they ask of it.
+
+`FakeTensorMode` computes shapes, strides, dtypes and devices of every operation, and no numbers. A step is the engine's
+own: batches, preparation of the model, forward and backward pass, clipping, optimizer. A `Watch` lists what a GPU
+would wait for: copies from memory that is not pinned, copies to the host, values that the host reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from lorasmith.core import quantization
+from lorasmith.data.dataset import Sample
+from lorasmith.families.model import Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.job import plan_job
+from lorasmith.training.memory import activations
+from lorasmith.training.memory.pinned_memory import PinnedMemory
+from tests.cuda.streams import Streams
+
+DEVICE = torch.device("cuda:0")
+
+_STAGED_BYTES = 1 << 16
+"""Size up to which CUDA copies from pageable memory without a wait, through a buffer of its own."""
+
+_PINNED = "_is_pinned"
+
+_aten = torch.ops.aten
+
+
+class Devices(TorchFunctionMode):
+    """What fake tensors do not have: pinned memory, devices of `tensor.data = other`, and copies of real tensors.
+
+    A batch is made of real numbers, as much of it depends on them, and becomes fake where it is copied to the device.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()  # of copies of real tensors, as `Watch.waits`
+        self._mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == _SET_DATA:
+            target, value = args
+            assert isinstance(target, FakeTensor) == isinstance(value, FakeTensor), "a real tensor beside fake ones"
+            func(target, value)
+            if isinstance(target, FakeTensor):
+                target.fake_device = value.fake_device
+            return None
+        if func is Tensor.pin_memory:
+            return _as_pinned(args[0].clone())
+        if func is Tensor.to and not isinstance(args[0], FakeTensor) and _names_device(args[1:], kwargs):
+            source = args[0]
+            with self._mode, torch._C.DisableTorchFunction():
+                copy = self._mode.from_tensor(source).to(*args[1:], **kwargs)
+            # Within a step, a `Watch` counts it.
+            if (wait := _wait(source, copy, is_async=kwargs.get("non_blocking", False))) is not None:
+                self.waits[wait] += 1
+            return copy
+        if kwargs.get("pin_memory"):
+            return _as_pinned(func(*args, **{**kwargs, "pin_memory": False}))
+        return func(*args, **kwargs)
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _names_device(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    named = [one for one in (*args, *kwargs.values()) if isinstance(one, str | torch.device)]
+    return any(torch.device(one).type == "cuda" for one in named)
+
+
+def _as_pinned(tensor: Tensor) -> Tensor:
+    setattr(tensor, _PINNED, True)
+    return tensor
+
+
+def _wait(source: Tensor, target: Tensor, *, is_async: bool) -> str | None:
+    """What is waited for by a copy from one device to another; None for nothing."""
+    if source.device.type == target.device.type or not source.numel():
+        return None
+    to_device = target.device.type == "cuda"
+    # A conversion goes through pageable memory.
+    is_pinned = hasattr(source if to_device else target, _PINNED) and source.dtype == target.dtype
+    if is_async and (is_pinned or (to_device and source.nbytes <= _STAGED_BYTES)):
+        return None
+    how = "a copy of pageable memory" if is_async else "a blocking copy"
+    return f"{how} to the {'device' if to_device else 'host'}: {_place()}"
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and what the device or the host waits for, by place in the source.
+
+    Attributes:
+        operations: number of each operation.
+        waits: number of each kind of wait by its place, such as `families/wan.py:374 in predict`.
+        refused: products that CUDA refuses, by place.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._streams = streams
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_of_host(args, kwargs):  # such as lengths of texts, whose numbers are known
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        self.operations[func._opname] += 1
+        if func is _aten._local_scalar_dense.default and args[0].device.type == "cuda":
+            self.waits[f"reads a value: {_place()}"] += 1
+            return args[0].dtype == torch.bool or 1
+        if func in _SHAPED_BY_VALUES and args[0].device.type == "cuda":
+            self.waits[f"has a shape that depends on values ({func._opname}): {_place()}"] += 1
+        if func in _PRODUCTS and (why := _PRODUCTS[func](*args, **kwargs)):
+            self.refused[f"{why}: {_place()}"] += 1
+        result = func(*args, **kwargs)
+        if func._opname == "set_":  # the storage of a fake tensor says that it is on the meta device
+            result.fake_device = DEVICE
+        if self._streams.are_several:
+            self._streams.operation(*_uses(func, args, kwargs, result), _place)
+        if func is _aten._to_copy.default:
+            wait = _wait(args[0], result, is_async=kwargs.get("non_blocking", False))
+        elif func is _aten.copy_.default:
+            wait = _wait(args[1], args[0], is_async=(*args, *kwargs.values(), False)[2])
+        else:
+            return result
+        if wait is not None:
+            self.waits[wait] += 1
+        return result
+
+
+def _uses(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of the device that an operation reads, and that it writes; views are neither."""
+    given, made = (
+        [one for one in tree_leaves(tree) if isinstance(one, Tensor) and one.device.type == "cuda"]
+        for tree in ((args, kwargs), result)
+    )
+    known = {one.untyped_storage()._cdata for one in given}
+    new = [one for one in made if one.untyped_storage()._cdata not in known]
+    changed = [
+        one
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for one in tree_leaves(value)
+        if isinstance(one, Tensor) and one.device.type == "cuda"
+    ]
+    is_view = bool(made) and not new and not changed
+    return [] if is_view else given, [*new, *changed]
+
+
+def _scaled_mm_refused(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *_: Any, **settings: Any) -> str:
+    """Why CUDA refuses a product in fp8 (`_scaled_mm`, compute capability 8.9); empty if it takes it."""
+    if a.dtype == b.dtype == torch.float8_e5m2:
+        return "e5m2 times e5m2"
+    if a.stride(1) != 1 or a.stride(0) < a.shape[1]:
+        return f"the first matrix must have rows in memory, has strides {a.stride()}"
+    if b.stride(0) != 1 or b.stride(1) < b.shape[0]:
+        return f"the second matrix must have columns in memory, has strides {b.stride()}"
+    if a.shape[1] % 16 or b.shape[1] % 16:
+        return f"sizes must be multiples of 16, are {tuple(a.shape)} and {tuple(b.shape)}"
+    by_row = scale_a.numel() > 1 or scale_b.numel() > 1
+    if by_row and (scale_a.shape, scale_b.shape) != ((a.shape[0], 1), (1, b.shape[1])):
+        return f"scales by row must be (rows, 1) and (1, columns), are {scale_a.shape} and {scale_b.shape}"
+    if not scale_a.is_contiguous() or not scale_b.is_contiguous():
+        return "scales must be contiguous"
+    if scale_a.dtype != torch.float32 or scale_b.dtype != torch.float32:
+        return "scales must be in fp32"
+    return ""
+
+
+def _int_mm_refused(a: Tensor, b: Tensor, **_: Any) -> str:
+    """Why CUDA refuses a product in int8 (`_int_mm`); empty if it takes it."""
+    if a.shape[0] <= 16:
+        return f"there must be more than 16 rows, are {a.shape[0]}"
+    if a.shape[1] % 8 or b.shape[1] % 8:
+        return f"sizes must be multiples of 8, are {tuple(a.shape)} and {tuple(b.shape)}"
+    if a.stride(1) != 1:
+        return f"the first matrix must have rows in memory, has strides {a.stride()}"
+    if 1 not in b.stride():
+        return f"the second matrix must have rows or columns in memory, has strides {b.stride()}"
+    return ""
+
+
+_PRODUCTS = {_aten._scaled_mm.default: _scaled_mm_refused, _aten._int_mm.default: _int_mm_refused}
+
+
+def _is_of_host(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation has to do with real tensors of the CPU alone."""
+    leaves = tree_leaves((args, kwargs))
+    if any(isinstance(one, torch.device) and one.type == "cuda" for one in leaves):
+        return False
+    return not any(isinstance(one, FakeTensor) for one in leaves)
+
+
+_SHAPED_BY_VALUES = (
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten.unique_consecutive.default,
+    _aten._unique2.default,
+    _aten.repeat_interleave.Tensor,
+)
+
+
+def _place() -> str:
+    """The innermost line of the package, or of a library of models, that is being run."""
+    for frame in reversed(traceback.extract_stack()):
+        name = frame.filename.replace("\\", "/")
+        for root in ("/src/lorasmith/", "/site-packages/diffusers/", "/site-packages/transformers/"):
+            if root in name:
+                return f"{name.partition(root)[2]}:{frame.lineno} in {frame.name}"
+    return "?"
+
+
+def faked(module: nn.Module) -> None:
+    """Replace the tensors of a module by fake ones on the CPU."""
+    known: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fake = known.get(id(parameter)) or nn.Parameter(
+                    MODE.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad
+                )
+                known[id(parameter)] = fake
+                part._parameters[name] = fake
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = MODE.from_tensor(buffer)
+
+
+@dataclass
+class Traced:
+    """What steps asked of the device.
+
+    Attributes:
+        waits: of the steps after the first, by place; `first` has those of the first.
+        batches: of making batches.
+        refused: products that CUDA refuses.
+        races: uses on several streams that may come too early.
+        operations: number of operations of the last step.
+        layers: adapted layers.
+    """
+
+    waits: Counter[str] = field(default_factory=Counter)
+    first: Counter[str] = field(default_factory=Counter)
+    batches: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    races: Counter[str] = field(default_factory=Counter)
+    operations: int = 0
+    layers: int = 0
+
+
+MODE = FakeTensorMode(allow_non_fake_inputs=True)
+"""One for all steps of a process: what they cache outlives them."""
+
+
+def traced(
+    model: Model,
+    samples: Sequence[Sample],
+    changes: Mapping[str, Any] | None = None,
+    *,
+    steps: int = 2,
+    scales_by_row: bool = True,
+    **settings: Any,
+) -> Traced:
+    """Steps on the fake device; `model` cannot be used afterwards.
+
+    Args:
+        changes: to the runtime, behind the plan.
+        scales_by_row: whether the device multiplies with a scale for each row.
+    """
+    given = {"rank": 4, "training_dtype": "bf16", "exact_dtype": True, "learning_rate": 1e-3, **settings}
+    # Planned on the CPU: some algorithms compute their first weights.
+    job = plan_job(model.denoiser, TrainConfig(**given), torch.device("cpu"))
+    runtime = replace(job.runtime, device=DEVICE, **(changes or {}))
+    found, streams = Traced(layers=len(job.adapters)), Streams()
+    dtypes = (torch.float32, torch.bfloat16) if scales_by_row else ()
+    with (
+        contextlib.ExitStack() as prepared,
+        streams.in_place(),
+        Devices(MODE) as devices,
+        mock.patch.object(PinnedMemory, "copies", lambda _, tensors: tuple(one.pin_memory() for one in tensors)),
+        mock.patch.object(quantization, "_dtypes_scaled_by_row", lambda *_: dtypes),
+        # The tiny models' activations are below the sizes from which anything is done about them.
+        mock.patch.object(activations, "_SMALL", 256),
+        mock.patch.object(activations, "_WORTH_MOVING", 256),
+    ):
+        with MODE:
+            for module in (model.components.denoiser, *job.adapters.values(), *job.differences.values()):
+                faked(module)
+            engine = Engine(job.model, job.adapters, job.config, runtime, job.differences)
+            prepared.enter_context(engine.prepared())
+        maker = batch_maker(job.model, samples, job.config, runtime, engine.rank_masks)
+        for step in range(steps):
+            devices.waits.clear()
+            batches = maker.step(step)
+            found.batches += devices.waits
+            with MODE, Watch(streams) as watch:
+                engine.update(step, *engine.gradient(batches))
+            if step:
+                found.waits += watch.waits
+            else:
+                found.first = watch.waits
+            found.refused += watch.refused
+            found.operations = watch.operations.total()
+        found.races = streams.races
+        with MODE:
+            prepared.close()
+    return found
