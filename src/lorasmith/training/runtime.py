@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorasmith.core import quantization
-from lorasmith.core.choices import ActivationPlan
+from lorasmith.core import quantized_products
+from lorasmith.core.choices import ActivationPlan, ProductFormat
 from lorasmith.core.placement import chosen_dtype, multiplies
 from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
@@ -39,7 +39,7 @@ class Runtime:
     memory_budget: int | None  # device memory in bytes, weights included; None for all free memory
     offloading: bool
     sharding: bool
-    quantized_backward: bool
+    products: ProductFormat  # with frozen weights whose codes and sizes fit
     compile: bool
     processes: Processes = ALONE
     memory_share: float = 1.0  # part of the free memory that `auto` may use
@@ -69,7 +69,7 @@ class Runtime:
             activations="keep" if is_idle else config.activations,
             memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
             offloading=config.offloading and not on_cpu,
-            quantized_backward=config.quantized_backward and quantization.has_fp8_products(device),
+            products=config.products if quantized_products.has_products(config.products, device) else "training_dtype",
             compile=config.compile,
             processes=current(),
             sharding=config.sharding and current().size > 1,

@@ -51,7 +51,7 @@ from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
-from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
+from lorasmith.training.memory.frozen_weights import WeightStream, products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.new_word import NewWord, new_word, trained_words
 from lorasmith.training.runtime import Runtime
@@ -443,8 +443,8 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
         if kind == "none" and stream is None:
             stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
-        if runtime.quantized_backward:
-            stack.enter_context(fp8_products_enabled(module, device))
+        if runtime.products != "training_dtype":
+            stack.enter_context(products_enabled(module, runtime.products, device))
         stack.enter_context(adapters_attached(module, attachments(module, patches)))
         yield
 
