@@ -107,7 +107,7 @@ FOR_EACH_FAMILY = (
         "levers",
         "levers",
         3,
-        "--steps 4 --levers none host int8 nf4 fp8 fp8-products offloading",
+        "--steps 4 --levers none host int8 int8-products nf4 fp8 fp8-products offloading",
         "--steps 1 --levers none nf4 offloading",
     ),
     Benchmark("compile", "step_time", 2.5, "--sides floor lorasmith compile", "--sides floor --rounds 1 --steps 1"),

@@ -38,7 +38,7 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
     ran = lorasmith(*arguments, *short)
 
     assert ran.code == 0, ran.err
-    for_gpus = "--offloading" in command or "--quantized-backward" in command
+    for_gpus = "--offloading" in command or "--products fp8" in command
     assert ("has no effect" in ran.out) == (for_gpus and not torch.cuda.is_available())
 
 

@@ -13,11 +13,10 @@ NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, a
 quantization of its scales; codes are ordered as in bitsandbytes, the first of a pair in the upper half. A row is the
 weights of one output of a Linear or convolution; blocks are consecutive in the weight's memory.
 
-ConvRot (Huang et al. 2025, arXiv:2512.03673) rotates each group of G inputs of a matrix W by an orthogonal matrix R, which
-spreads outliers over the group:
-the codes are those of W R, and W is (W R) R. R is H / √G, where H is the Kronecker power of a Hadamard matrix of order 4,
-which is symmetric, so that R is its own inverse. G is the largest of 256, 64, 16 and 4 that divides the inputs; without
-one, and of convolutions, weights are as in `int8`.
+ConvRot (Huang et al. 2025, arXiv:2512.03673) rotates each group of G inputs of a matrix W by an orthogonal matrix R,
+which spreads outliers over the group: the codes are those of W R, and W is (W R) R. R is H / √G, where H is the
+Kronecker power of a Hadamard matrix of order 4, which is symmetric, so that R is its own inverse. G is the largest of
+256, 64, 16 and 4 that divides the inputs; without one, and of convolutions, weights are as in `int8`.
 
 Checkpoints with quantized weights of other formats (`families.files`) give `Packed` weights too. A layer whose weight
 is packed has it, or another `WeightSource`, under `WEIGHT_SOURCE`, and a `placeholder` as its parameter.
@@ -75,6 +74,11 @@ class WeightSource(ABC):
     def code(self) -> torch.dtype:
         """dtype of the codes."""
 
+    @property
+    def rotated_by(self) -> int | None:
+        """Size of the groups of inputs by which the codes are rotated (ConvRot); None for none."""
+        return None
+
     @abstractmethod
     def use(self) -> AbstractContextManager[Packed]:
         """The packed weight on the device of its use, acquired on entry and released on exit.
@@ -113,7 +117,7 @@ class Packed(WeightSource):
 
     @property
     def rotated_by(self) -> int | None:
-        """Size of the groups of inputs by which its codes are rotated (ConvRot); None for none."""
+        """See `WeightSource.rotated_by`."""
         return self.unpack.group if isinstance(self.unpack, _FromRotated) else None
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
@@ -211,7 +215,7 @@ def _rotated_int8(weight: Tensor, dtype: torch.dtype) -> Packed:
     group = next((size for size in _GROUPS if weight.shape[-1] % size == 0), None) if weight.ndim == 2 else None
     if group is None:
         return _scaled_int8(weight, dtype)
-    codes, scale = _scaled(rotated(weight.float(), group), 127.0)
+    codes, scale = _scaled(rotated(weight.float(), rotation(group, weight.device)), 127.0)
     return rotated_codes(codes.round_().to(torch.int8), scale, dtype, group=group)
 
 
@@ -234,10 +238,14 @@ def rotated_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype, *, group: in
     return Packed((codes, scale), _FromRotated(group), dtype, codes.shape)
 
 
-def rotated(rows: Tensor, group: int) -> Tensor:
-    """`rows R` for rows (..., in), in their dtype."""
-    rotation = _hadamard(group, rows.device).to(rows.dtype) / math.sqrt(group)  # exact in every format
-    return (rows.reshape(-1, group) @ rotation).view(rows.shape)
+def rotated(rows: Tensor, by: Tensor) -> Tensor:
+    """`rows R` for rows (..., in), in their dtype; `by` is the `rotation` of a group."""
+    return (rows.reshape(-1, len(by)) @ by.to(rows.dtype)).view(rows.shape)
+
+
+def rotation(group: int, device: torch.device) -> Tensor:
+    """R of a group, (group, group) in fp32; its numbers are exact in all formats."""
+    return _hadamard(group, device) / math.sqrt(group)
 
 
 @dataclass(frozen=True)

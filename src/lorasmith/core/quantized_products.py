@@ -1,13 +1,13 @@
 """Products with quantized frozen weights in the format of their codes: fp8 and int8.
 
-For codes C (out, in) with scales s, one for each output or one for all, activations x and gradients g are rounded row by
-row to the same format, each row scaled so that its maximum is the format's:
+For codes C (out, in) with scales s, one for each output or one for all, activations x and gradients g are rounded row
+by row to the same format, each row scaled so that its maximum is the format's:
 
     forward     x Wᵀ = sx · (x / sx) Cᵀ · s            one sx for each row of x
     backward    g W  = sg · ((g ∘ s) / sg) C           one sg for each row of g ∘ s
 
-In the backward product s is along the summed dimension, so it is multiplied into the gradient first. Weights rotated by
-R (ConvRot) are (C · s) R with R = Rᵀ = R⁻¹, so that `x R` is rounded in place of x, and the backward product is rotated.
+In the backward product s is along the summed dimension, so it is multiplied into the gradient first. Weights rotated
+by R (ConvRot) are (C · s) R with R = Rᵀ = R⁻¹: `x R` is rounded in place of x, and the backward product is rotated.
 
     format    device                                                            product
     fp8       NVIDIA, compute capability 8.9 (Ada) or later                     `torch._scaled_mm`
@@ -18,9 +18,9 @@ Both need a Linear layer whose sizes are multiples of 16; the others are dequant
 
 fp8: activations and gradients are in e4m3. Gradients are often in e5m2 for its range (Micikevicius et al. 2022,
 arXiv:2209.05433), but rows with scales of their own need none, and its error is one and a half times as large
-(docs/lab-log.md). `torch._scaled_mm` needs the second matrix in column order, so the backward product makes a temporary
-copy of the codes. Support of scales per row depends on GPU and version (often only with results in bf16), so it is tried
-once for each shape; without it the scales are multiplied afterwards.
+(docs/lab-log.md). `torch._scaled_mm` needs the second matrix in column order, so the backward product makes a
+temporary copy of the codes. Support of scales per row depends on GPU and version (often only with results in bf16), so
+it is tried once for each shape; without it the scales are multiplied afterwards.
 
 int8: sums are exact, so that all ways to compute them give the same ones, except on processors without VNNI, whose
 products saturate in pairs: there is none there.
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.choices import ProductFormat
-from lorasmith.core.quantization import FP8_CODES, Packed, rotated
+from lorasmith.core.quantization import FP8_CODES, Packed, WeightSource, rotated, rotation
 
 MULTIPLE = 16
 """Of which the sizes of a weight must be multiples."""
@@ -68,16 +68,16 @@ def _sums_exactly() -> bool:
 class Fp8Products:
     """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale, on a device."""
 
-    def __init__(self, code: torch.dtype, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, source: WeightSource, shape: torch.Size, device: torch.device) -> None:
         # Decided here, outside of compiled code, for which a probe is neither a constant nor an operation.
-        out, inside = shape
-        self._forward = _dtypes_scaled_by_row(device, _ROUNDED, code, inside, out)
-        self._backward = _dtypes_scaled_by_row(device, _ROUNDED, code, out, inside)
+        code, (out, inside) = source.code, shape
+        self._forward = _dtypes_scaled_by_row(device, ACTIVATION, code, inside, out)
+        self._backward = _dtypes_scaled_by_row(device, GRADIENT, code, out, inside)
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         codes, scale = weight.tensors
-        rows, row_scale = _rounded(x.reshape(-1, x.shape[-1]), _ROUNDED)
+        rows, row_scale = _rounded(x.reshape(-1, x.shape[-1]), ACTIVATION)
         y = _fp8_product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, self._forward, fast=True)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
 
@@ -85,7 +85,7 @@ class Fp8Products:
         """`grad W` of grad (..., out), in its dtype."""
         codes, _ = weight.tensors
         flat, left = _with_scale(weight, grad)
-        rows, row_scale = _rounded(flat, _ROUNDED)
+        rows, row_scale = _rounded(flat, GRADIENT)
         columns = codes.t().contiguous().t()
         y = _fp8_product(rows, row_scale, columns, left, grad.dtype, self._backward, fast=False)
         return y.view(*grad.shape[:-1], codes.shape[1])
@@ -94,14 +94,15 @@ class Fp8Products:
 class Int8Products:
     """The products of a Linear layer whose packed weight has int8 codes and an fp32 scale, rotated or not."""
 
-    def __init__(self, code: torch.dtype, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, source: WeightSource, shape: torch.Size, device: torch.device) -> None:
         self._product = _int8_product_on(device)
+        self._rotation = None if source.rotated_by is None else rotation(source.rotated_by, device)
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         codes, scale = weight.tensors
         flat = x.reshape(-1, x.shape[-1])
-        rows, row_scale = _rounded(flat if (group := weight.rotated_by) is None else rotated(flat, group), torch.int8)
+        rows, row_scale = _rounded(self._rotated(flat), torch.int8)
         y = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
 
@@ -110,9 +111,11 @@ class Int8Products:
         codes, _ = weight.tensors
         flat, left = _with_scale(weight, grad)
         rows, row_scale = _rounded(flat, torch.int8)
-        y = self._product(rows, row_scale, codes, left, grad.dtype)
-        y = y if (group := weight.rotated_by) is None else rotated(y, group)
+        y = self._rotated(self._product(rows, row_scale, codes, left, grad.dtype))
         return y.view(*grad.shape[:-1], codes.shape[1])
+
+    def _rotated(self, rows: Tensor) -> Tensor:
+        return rows if self._rotation is None else rotated(rows, self._rotation)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class ProductKind:
     """Products in a format, and what they need."""
 
     make: type[Fp8Products] | type[Int8Products]
-    codes: Collection[torch.dtype]  # of the weights
+    codes: tuple[torch.dtype, ...]  # of the weights
     capability: tuple[int, int]  # of NVIDIA's GPUs, at least
     device: str  # in words
     quantization: str  # with which weights have the codes, the best
@@ -138,8 +141,11 @@ PRODUCT_KINDS: Mapping[ProductFormat, ProductKind] = {
 }
 """By the value of the setting `products`."""
 
-_ROUNDED = torch.float8_e4m3fn
-"""Format of activations and gradients in products with fp8 weights."""
+ACTIVATION = torch.float8_e4m3fn
+"""Format of activations in products with fp8 weights."""
+
+GRADIENT = torch.float8_e4m3fn
+"""Format of gradients there, never e5m2 with weights in e5m2, of which hardware has no product."""
 
 
 def _with_scale(weight: Packed, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,16 +191,13 @@ def _int8_product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, 
 
 def _int8_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in any order, scale_b (1, m) or (1, 1)."""
-    count = len(a)
-    if a.device.type == "cuda":
-        b = b if b.stride(0) == 1 else b.t().contiguous().t()
-        a = F.pad(a, (0, 0, 0, max(0, _CUDA_ROWS - count)))
-    y = torch._int_mm(a, b)[:count]
+    y = torch._int_mm(*(_as_on_cuda(a, b) if a.device.type == "cuda" else (a, b)))[: len(a)]
     return (y * scale_a).mul_(scale_b).to(dtype)
 
 
-_CUDA_ROWS = 17
-"""Rows that `torch._int_mm` needs on CUDA."""
+def _as_on_cuda(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices as `torch._int_mm` takes them on CUDA: more than 16 rows, and a second one in column order."""
+    return F.pad(a, (0, 0, 0, max(0, 17 - len(a)))), b if b.stride(0) == 1 else b.t().contiguous().t()
 
 
 def _fp8_product(

@@ -19,8 +19,9 @@ refused by name.
     nvfp4               e2m1, two in a byte           e4m3 for each 16 inputs, and one fp32    code · block · scale
     mxfp8               float8_e4m3fn                 a power of two for each 32 inputs        code · 2^(e − 127)
 
-All formats are packed row by row of the weight, so that rows of a `Packed` are packed too; scales of blocks, which files
-store in tiles, are untiled for that. fp8 and int8 are `core.quantization.scaled_codes`, and `rotated_codes` with ConvRot.
+R rotates groups of inputs (`core.quantization`). All formats are packed row by row of the weight, so that rows of a
+`Packed` are packed too; scales of blocks, which files store in tiles, are untiled for that. fp8 and int8 are
+`core.quantization.scaled_codes`, with ConvRot `rotated_codes`.
 
 Tiles are those of cuBLAS (https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout), mxfp8 and e2m1 those of
 the OCP Microscaling specification (2023).

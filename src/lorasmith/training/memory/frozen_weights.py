@@ -120,11 +120,11 @@ def frozen_bytes(
 @contextlib.contextmanager
 def products_enabled(module: nn.Module, kind: ProductFormat, device: torch.device) -> Iterator[None]:
     """Inside the context, layers for which `takes_products` holds multiply in a format, forward and backward."""
-    codes = {layer: code_in_model(layer) for layer in packable_layers(module)}
-    chosen = {layer: code for layer, code in codes.items() if code is not None and takes_products(layer, kind, code)}
+    sources = {layer: weight_source(layer) for layer in packable_layers(module)}
+    chosen = {layer: one for layer, one in sources.items() if one is not None and takes_products(layer, kind, one.code)}
     try:
-        for layer, code in chosen.items():
-            setattr(layer, PRODUCTS, PRODUCT_KINDS[kind].make(code, layer.get_parameter("weight").shape, device))
+        for layer, source in chosen.items():
+            setattr(layer, PRODUCTS, PRODUCT_KINDS[kind].make(source, layer.get_parameter("weight").shape, device))
         yield
     finally:
         for layer in chosen:
@@ -288,6 +288,10 @@ class StreamedWeight(WeightSource):
     @property
     def code(self) -> torch.dtype:
         return self.stream.on_host(self.number).code
+
+    @property
+    def rotated_by(self) -> int | None:
+        return self.stream.on_host(self.number).rotated_by
 
     def use(self) -> contextlib.AbstractContextManager[Packed]:
         return self.stream.use(self.number)
