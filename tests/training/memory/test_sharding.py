@@ -88,6 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "half precision": {"training_dtype": "bf16"},
     "nf4": {"quantization": "nf4"},
     "int8": {"quantization": "int8"},
+    "int8 products": {"quantization": "int8_convrot", "products": "int8"},
     "fp8": {"quantization": "fp8_e4m3"},
     "fp8 by tensor": {"quantization": "fp8_e5m2_tensor"},
     "blocks recomputed": {"checkpoint_depth": 1, "gradient_checkpointing": True},
