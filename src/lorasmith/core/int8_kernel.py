@@ -5,7 +5,7 @@
 Scales are multiplied while the sums are in registers, so that no matrix of int32 is stored. b may be in row or in
 column order: a weight serves the forward product transposed and the backward product as it is, without a copy.
 
-Importing this module needs Triton. The kernel calls only what `triton.language` has built in, so that Triton's
+Without Triton `product` fails. The kernel calls only what `triton.language` has built in, so that Triton's
 interpreter runs it if `TRITON_INTERPRET` was set when this module was imported.
 """
 
@@ -14,12 +14,17 @@ interpreter runs it if `TRITON_INTERPRET` was set when this module was imported.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # as on Macs
+    triton = None
 
 BLOCK_ROWS = (16, 64, 128)
 """Rows of a block: the least that holds all, or the most."""
@@ -39,7 +44,10 @@ def product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch
     blocks = -(-rows // block_rows) * -(-columns // BLOCK["block_columns"])
     scale_b = scale_b.expand(1, columns)
     sizes = (rows, columns, inner, a.stride(0), a.stride(1), b.stride(0), b.stride(1), scale_b.stride(1))
-    kernel[(blocks,)](a, b, y, scale_a, scale_b, *sizes, block_rows=block_rows, **BLOCK, **LAUNCH)
+    # Triton launches on the current device; compiled code makes its own so.
+    is_guarded = a.is_cuda and not torch.compiler.is_compiling()
+    with torch.cuda.device(a.device) if is_guarded else nullcontext():
+        kernel[(blocks,)](a, b, y, scale_a, scale_b, *sizes, block_rows=block_rows, **BLOCK, **LAUNCH)
     return y
 
 
@@ -89,4 +97,4 @@ def _kernel(
     tl.store(place, scaled.to(y.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-kernel: Any = triton.jit(_kernel)
+kernel: Any = None if triton is None else triton.jit(_kernel)

@@ -23,6 +23,11 @@ def dtype_on_device(config: TrainConfig, module: nn.Module, device: torch.device
     return config.training_dtype if is_kept else "fp32"
 
 
+def products_on_device(config: TrainConfig, device: torch.device) -> ProductFormat:
+    """`products` on a device: training_dtype if it has none in the format that is set."""
+    return config.products if quantized_products.has_products(config.products, device) else "training_dtype"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How a run executes on its device; fields named like settings hold their effective value."""
@@ -69,7 +74,7 @@ class Runtime:
             activations="keep" if is_idle else config.activations,
             memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
             offloading=config.offloading and not on_cpu,
-            products=config.products if quantized_products.has_products(config.products, device) else "training_dtype",
+            products=config.products,
             compile=config.compile,
             processes=current(),
             sharding=config.sharding and current().size > 1,
