@@ -14,7 +14,6 @@ interpreter runs it if `TRITON_INTERPRET` was set when this module was imported.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,10 +43,12 @@ def product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch
     blocks = -(-rows // block_rows) * -(-columns // BLOCK["block_columns"])
     scale_b = scale_b.expand(1, columns)
     sizes = (rows, columns, inner, a.stride(0), a.stride(1), b.stride(0), b.stride(1), scale_b.stride(1))
-    # Triton launches on the current device; compiled code makes its own so.
-    is_guarded = a.is_cuda and not torch.compiler.is_compiling()
-    with torch.cuda.device(a.device) if is_guarded else nullcontext():
-        kernel[(blocks,)](a, b, y, scale_a, scale_b, *sizes, block_rows=block_rows, **BLOCK, **LAUNCH)
+    given = (a, b, y, scale_a, scale_b, *sizes)
+    if a.is_cuda and not torch.compiler.is_compiling():
+        with torch.cuda.device(a.device):  # Triton launches on the current device; compiled code sets it itself
+            kernel[(blocks,)](*given, block_rows=block_rows, **BLOCK, **LAUNCH)
+    else:
+        kernel[(blocks,)](*given, block_rows=block_rows, **BLOCK, **LAUNCH)
     return y
 
 
