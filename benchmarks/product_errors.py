@@ -17,15 +17,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from transformer_models import TINY
+from transformer_models import TINY, Case
 
 from benchmarks.bases import MODELS, machine
 from benchmarks.results import Results, add_json
@@ -37,8 +39,6 @@ from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.quantization import Packed
 from lorasmith.data.dataset import Sample
 from lorasmith.data.encoding import load_dataset
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import Components, Diffusion
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, prepared, sample_losses
@@ -79,17 +79,8 @@ def made(name: str) -> tuple[Model, Sequence[Sample]]:
     if name == "tiny":
         model = MODELS[name].make(torch.float32, CPU)
         return model, load_dataset(BUILT_IN_BASE / "input" / "high-contrast", model, device=CPU).samples[:4]
-    tiny = TINY[name]
-    denoiser, kind, diffusion = tiny.denoiser(), tiny.family, Diffusion("flow", FlowSchedule())
-    latent = kind.latent_format(denoiser, None)
-    components = Components(
-        denoiser=denoiser,
-        schedule=diffusion.schedule,
-        parameterization=diffusion.parameterization,
-        latent=latent,
-        defaults=kind.defaults(denoiser, latent, diffusion),
-    )
-    model = Model(kind, components, title=f"small {kind.title}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = Case.of(name, Path(folder)).ours
     return model, synthetic_samples(model, 4, 16, 16, tokens=24)
 
 

@@ -17,7 +17,7 @@ by R (ConvRot) are (C · s) R with R = Rᵀ = R⁻¹: `x R` is rounded in place 
 Both need a Linear layer whose sizes are multiples of 16; the others are dequantized.
 
 fp8: activations and gradients are in e4m3. Gradients are often in e5m2 for its range (Micikevicius et al. 2022,
-arXiv:2209.05433), but rows with scales of their own need none, and its error is one and a half times as large
+arXiv:2209.05433), but rows with scales of their own need none, and its error is twice as large
 (docs/lab-log.md). `torch._scaled_mm` needs the second matrix in column order, so the backward product makes a
 temporary copy of the codes. Support of scales per row depends on GPU and version (often only with results in bf16), so
 it is tried once for each shape; without it the scales are multiplied afterwards.
@@ -45,7 +45,7 @@ MULTIPLE = 16
 
 
 def has_products(kind: ProductFormat, device: torch.device) -> bool:
-    """Whether products in a format are faster on a device than with dequantized weights."""
+    """Whether a device has units for products in a format."""
     if kind == "training_dtype":
         return True
     if device.type == "cpu":
