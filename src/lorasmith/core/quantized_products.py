@@ -163,10 +163,10 @@ def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = 127.0 if is_int8 else torch.finfo(kind).max
     scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
-    scaled = (rows / scale).clamp_(-largest, largest)
+    scaled = rows / scale
+    scaled = scaled.round_() if is_int8 else scaled.clamp_(-largest, largest)  # rounded, none is beyond 127
     # Rows of channels-last activations are columns, and CUDA's product takes rows.
-    codes = (scaled.round_() if is_int8 else scaled).to(kind, memory_format=torch.contiguous_format)
-    return codes, scale
+    return scaled.to(kind, memory_format=torch.contiguous_format), scale
 
 
 @functools.cache
