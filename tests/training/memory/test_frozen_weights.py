@@ -18,6 +18,7 @@ from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
 from lorasmith.adapters import frozen_layer
+from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable, packable_layers
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
@@ -215,6 +216,28 @@ def test_a_run_with_products_in_int8_continues_to_the_bit(run: Run, dataset: Enc
     plain = run(dataset, **{**settings, "products": "training_dtype"})
     assert whole.losses != plain.losses
     assert whole.losses == pytest.approx(plain.losses, rel=0.03)
+
+
+COMBINED: list[dict[str, Any]] = [
+    *({"algorithm": algorithm} for algorithm in ALGORITHMS),
+    {"dora": "input"},
+    {"dora": "output"},
+    {"activations": "auto"},
+    {"activations": "selective", "gradient_checkpointing": True},
+    {"differences": "norms+biases"},
+    {"grad_accumulation_steps": 2, "rank_dropout": 0.3},
+    {"training_dtype": "bf16", "exact_dtype": True},
+]
+
+
+@needs_int8
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", COMBINED, ids=str)
+def test_products_in_int8_go_with(run: Run, dataset: EncodedDataset, settings: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"steps": 2, "quantization": "int8", "targets": "attention", **settings}
+    plain, found = (run(dataset, products=products, **common) for products in ("training_dtype", "int8"))
+    assert found.losses != plain.losses
+    assert found.losses == pytest.approx(plain.losses, rel=0.02)
 
 
 def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
