@@ -197,7 +197,7 @@ FOR_EACH_FAMILY = (
         "levers",
         "levers",
         3,
-        "--steps 4 --levers none host int8 nf4 fp8 fp8-products offloading",
+        "--steps 4 --levers none host int8 int8-products nf4 fp8 fp8-products offloading",
         "--steps 1 --levers none nf4 offloading",
     ),
     Benchmark(

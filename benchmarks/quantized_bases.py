@@ -6,6 +6,7 @@ plain model, on all pictures at noise that no run drew. Ratios are to the same r
 
     python -m benchmarks.quantized_bases --dtype bf16 --seeds 0 1 2
     python -m benchmarks.quantized_bases --kinds none int8 --steps 20 --batch 4
+    python -m benchmarks.quantized_bases --kinds none int8 int8_convrot --products --dtype fp32
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.core.quantized_products import PRODUCT_KINDS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
@@ -89,7 +91,7 @@ def outcome(model: Model, data: EncodedDataset, kind: str, seed: int, arguments:
         "batch_size": arguments.batch,
         "rank": arguments.rank,
         "training_dtype": arguments.dtype,
-        "quantized_backward": arguments.quantized_backward and kind.startswith("fp8"),
+        "products": _format(kind) if arguments.products else "training_dtype",
         "validation_share": 0.25,
         "validation_draws": 16,
         "validate_every": arguments.steps,
@@ -98,6 +100,11 @@ def outcome(model: Model, data: EncodedDataset, kind: str, seed: int, arguments:
     assert result.base_loss is not None
     plain = loss_on(result.lora.applied_to(model.denoiser), data, torch.device(arguments.device))
     return Outcome(result.base_loss, result.validations[-1][1], plain)
+
+
+def _format(kind: str) -> str:
+    """The format of products with a kind of quantization."""
+    return next((name for name in PRODUCT_KINDS if kind.startswith(name)), "training_dtype")
 
 
 def loss_on(denoiser: Denoiser, data: EncodedDataset, device: torch.device) -> float:
@@ -128,7 +135,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
-    parser.add_argument("--quantized-backward", action="store_true", help="multiply in fp8 where weights are, on GPUs")
+    parser.add_argument("--products", action="store_true", help="multiply in fp8 and int8 where weights are")
     parser.add_argument("--images", default="high-contrast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from lorasmith.core.placement import best_device
+from lorasmith.core.quantized_products import has_products
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.compilation import units
 from tests.cli.test_stopped_runs import interrupted
@@ -38,8 +39,10 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
     ran = lorasmith(*arguments, *short)
 
     assert ran.code == 0, ran.err
-    for_gpus = "--offloading" in command or "--quantized-backward" in command
-    assert ("has no effect" in ran.out) == (for_gpus and not torch.cuda.is_available())
+    device, products = best_device(), re.search(r"--products (\w+)", command)
+    is_idle = "--offloading" in command and device.type == "cpu"
+    is_idle |= products is not None and not has_products(products[1], device)
+    assert ("has no effect" in ran.out) == is_idle
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 ERROR = {
     "none": 0.0,
     "int8": 0.5 / 127,
+    "int8_convrot": 8 / 127,  # sums of the errors of 16 numbers, divided by 4, of rows that are up to 4 times as large
     "fp8_e4m3": 16 / 448,
     "fp8_e5m2": 4096 / 57344,
     "fp8_e4m3_tensor": 16 / 448,

@@ -7,11 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+from lorasmith.training.memory.frozen_weights import WeightStream
+from lorasmith.training.memory.pinned_memory import PinnedMemory
 from torch import Tensor
 
 from lorasmith.core.quantization import packed
-from lorasmith.training.memory.frozen_weights import WeightStream
-from lorasmith.training.memory.pinned_memory import PinnedMemory
 from tests.cuda.streams import Stream, Streams
 from tests.cuda.tracing import DEVICE, MODE, Devices, Watch
 

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lorasmith.training.memory.pinned_memory import PinnedMemory
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -29,7 +30,6 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import activations
-from lorasmith.training.memory.pinned_memory import PinnedMemory
 from tests.cuda.streams import Streams
 
 DEVICE = torch.device("cuda:0")

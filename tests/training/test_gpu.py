@@ -18,8 +18,10 @@ import torch
 from test_loop import Audience, poison, same, saved
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core import quantized_products
 from lorasmith.core.errors import OptionError
-from lorasmith.core.quantization import PACKINGS, Fp8Products, has_fp8_products, packed
+from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
@@ -100,31 +102,64 @@ def test_quantized_and_offloaded_weights_agree_with_the_cpus(
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in PACKINGS if kind.startswith("fp8")])
+MULTIPLIED = [kind for kind in PACKINGS if kind.startswith(("fp8", "int8"))]
+
+
+def products_of(kind: str) -> str:
+    """The format of products with a quantization; skips where the device has none."""
+    format = kind.partition("_")[0]
+    if not has_products(format, DEVICE):
+        pytest.skip(f"needs {PRODUCT_KINDS[format].device}")
+    return format
+
+
+@pytest.mark.parametrize("kind", MULTIPLIED)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_products_in_fp8_agree_with_those_of_the_unpacked_weights(
+def test_products_agree_with_those_of_the_unpacked_weights(
     run: Callable[..., TrainResult], mixed: EncodedDataset, kind: str, dtype: str
 ) -> None:
-    if not has_fp8_products(DEVICE):
-        pytest.skip("needs compute capability 8.9")
     settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "training_dtype": dtype, "device": DEVICE}
-    plain, fp8 = (run(mixed, quantized_backward=wanted, **settings) for wanted in (False, True))
-    assert fp8.losses != plain.losses
-    assert fp8.losses == pytest.approx(plain.losses, rel=0.03)
+    plain, fast = (run(mixed, products=wanted, **settings) for wanted in ("training_dtype", products_of(kind)))
+    assert fast.losses != plain.losses
+    assert fast.losses == pytest.approx(plain.losses, rel=0.03)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in PACKINGS if kind.startswith("fp8")])
+@pytest.mark.parametrize("kind", ["int8", "int8_convrot"])
+def test_compiled_products_in_int8_give_the_same_losses(
+    run: Callable[..., TrainResult], dataset: EncodedDataset, kind: str
+) -> None:
+    common: dict[str, Any] = {"quantization": kind, "products": products_of(kind), "batch_size": 2, "device": DEVICE}
+    compiled = run(dataset, compile=True, training_dtype="bf16", **common)
+    assert compiled.losses == pytest.approx(run(dataset, training_dtype="bf16", **common).losses, rel=2e-2)
+
+
+@pytest.mark.parametrize("in_columns", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 16, 16), (77, 320, 1280), (4608, 3072, 12288)])
+def test_sums_of_int8_are_exact(rows: int, inner: int, columns: int, in_columns: bool) -> None:
+    """By the kernel, or where it does not run, by torch."""
+    products_of("int8")
+    g = torch.Generator(DEVICE).manual_seed(0)
+    a, b = (
+        torch.randint(-127, 128, shape, generator=g, device=DEVICE, dtype=torch.int8)
+        for shape in ((rows, inner), (inner, columns))
+    )
+    b = b.t().contiguous().t() if in_columns else b
+    scale_a, scale_b = torch.rand(rows, 1, device=DEVICE), torch.rand(1, columns, device=DEVICE)
+    found = quantized_products._int8_product_on(DEVICE)(a, scale_a, b, scale_b, torch.float32)
+    expected = (a.double() @ b.double()).float() * scale_a * scale_b
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", MULTIPLIED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_a_product_in_fp8_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) -> None:
-    device = DEVICE
-    if not has_fp8_products(device):
-        pytest.skip("needs compute capability 8.9")
+def test_a_product_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) -> None:
+    device, made = DEVICE, PRODUCT_KINDS[products_of(kind)].make
     generator = torch.Generator().manual_seed(0)
     weight = packed(torch.randn(320, 768, generator=generator), kind, dtype)
     x, grad = (torch.randn(rows, size, generator=generator).to(dtype) for size in (768, 320))
-    codes, there = weight.tensors[0], weight.to(device, dtype)
-    products, here = (Fp8Products(codes.dtype, codes.shape, one) for one in (device, codes.device))
+    there = weight.to(device, dtype)
+    products, here = (made(weight, weight.shape, one) for one in (device, torch.device("cpu")))
     for found, expected in (
         (products.forward(there, x.to(device), None), here.forward(weight, x, None)),
         (products.backward(there, grad.to(device)), here.backward(weight, grad)),

@@ -186,6 +186,15 @@ def test_quantized_and_recomputed(
         assert_alike(result, alone(flux, flux_data, settings))
 
 
+@pytest.mark.slow
+def test_products_in_int8(flux: Model, flux_data: EncodedDataset) -> None:
+    """Rows have scales of their own, whoever's they are; a sum that differs in its last bit may get another code."""
+    runs = [{"quantization": "int8", "products": "int8", **one} for one in ({}, {"rank": 2, "seed": 4})]
+    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
+        assert isinstance(result, TrainResult)
+        assert result.losses == pytest.approx(alone(flux, flux_data, settings).losses, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def flux_data() -> EncodedDataset:
     return flux_dataset()

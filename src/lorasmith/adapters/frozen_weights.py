@@ -21,19 +21,17 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, layers_as_stored, packable_layers, weight_source_set
 from lorasmith.core.blocks import blocks_at_depth
-from lorasmith.core.choices import Quantization
+from lorasmith.core.choices import ProductFormat, Quantization
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.pinned_memory import PinnedMemory
 from lorasmith.core.placement import free_memory, full_precision, memory_format_for, placed
 from lorasmith.core.quantization import (
-    FP8_CODES,
-    FP8_MULTIPLE,
-    Fp8Products,
     Packed,
     WeightSource,
     packed,
     weight_source,
 )
+from lorasmith.core.quantized_products import MULTIPLE, PRODUCT_KINDS
 
 
 @contextlib.contextmanager
@@ -136,23 +134,23 @@ def frozen_bytes(
 
 
 @contextlib.contextmanager
-def fp8_products_enabled(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside the context, layers for which `takes_fp8_products` holds multiply in fp8, forward and backward."""
-    codes = {layer: code_in_model(layer) for layer in packable_layers(module)}
-    chosen = {layer: code for layer, code in codes.items() if code is not None and takes_fp8_products(layer, code)}
+def products_enabled(module: nn.Module, kind: ProductFormat, device: torch.device) -> Iterator[None]:
+    """Inside the context, layers for which `takes_products` holds multiply in a format, forward and backward."""
+    sources = {layer: weight_source(layer) for layer in packable_layers(module)}
+    chosen = {layer: one for layer, one in sources.items() if one is not None and takes_products(layer, kind, one.code)}
     try:
-        for layer, code in chosen.items():
-            setattr(layer, PRODUCTS, Fp8Products(code, layer.get_parameter("weight").shape, device))
+        for layer, source in chosen.items():
+            setattr(layer, PRODUCTS, PRODUCT_KINDS[kind].make(source, layer.get_parameter("weight").shape, device))
         yield
     finally:
         for layer in chosen:
             layer.__dict__.pop(PRODUCTS, None)
 
 
-def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
-    """Whether a layer with codes of this format can multiply in fp8: Linear layers with sizes divisible by 16."""
+def takes_products(layer: nn.Module, kind: ProductFormat, code: torch.dtype | None) -> bool:
+    """Whether a layer with codes of this dtype can multiply in a format: Linear layers whose sizes 16 divides."""
     sizes = layer.get_parameter("weight").shape
-    return code in FP8_CODES and len(sizes) == 2 and not any(size % FP8_MULTIPLE for size in sizes)
+    return code in PRODUCT_KINDS[kind].codes and len(sizes) == 2 and not any(size % MULTIPLE for size in sizes)
 
 
 @functools.cache
@@ -310,6 +308,10 @@ class StreamedWeight(WeightSource):
     @property
     def code(self) -> torch.dtype:
         return self.stream.on_host(self.number).code
+
+    @property
+    def rotated_by(self) -> int | None:
+        return self.stream.on_host(self.number).rotated_by
 
     def use(self) -> contextlib.AbstractContextManager[Packed]:
         return self.stream.use(self.number)

@@ -1,7 +1,8 @@
-"""Quantized frozen weights: codes and scales, from which a weight is unpacked whenever it is used, and fp8 products.
+"""Quantized frozen weights: codes and scales, from which a weight is unpacked whenever it is used.
 
     kind               codes                                    scale (fp32)                 bytes for each number
     int8               round(w / s), s = max |row| / 127        one for each output          1 + 4 / row
+    int8_convrot       as int8, of rotated rows                 one for each output          1 + 4 / row
     fp8_e4m3           w / s in float8, s = max |row| / 448     one for each output          1 + 4 / row
     fp8_e5m2           w / s in float8, s = max |row| / 57344   one for each output          1 + 4 / row
     fp8_e4m3_tensor    as fp8_e4m3, s = max |w| / 448           one for the weight           1
@@ -12,20 +13,13 @@ NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, a
 quantization of its scales; codes are ordered as in bitsandbytes, the first of a pair in the upper half. A row is the
 weights of one output of a Linear or convolution; blocks are consecutive in the weight's memory.
 
+ConvRot (Huang et al. 2025, arXiv:2512.03673) rotates each group of G inputs of a matrix W by an orthogonal matrix R,
+which spreads outliers over the group: the codes are those of W R, and W is (W R) R. R is H / √G, where H is the
+Kronecker power of a Hadamard matrix of order 4, which is symmetric, so that R is its own inverse. G is the largest of
+256, 64, 16 and 4 that divides the inputs; without one, and of convolutions, weights are as in `int8`.
+
 Checkpoints with quantized weights of other formats (`families.files`) give `Packed` weights too. A layer whose weight
 is packed has it, or another `WeightSource`, under `WEIGHT_SOURCE`, and a `placeholder` as its parameter.
-
-Products of fp8 codes C (out, in), with scales s, and activations or gradients, which are rounded to fp8:
-
-    forward     x Wᵀ = sx · (x / sx) Cᵀ · s            x / sx in e4m3, one sx for each row of x
-    backward    g W  = sg · ((g ∘ s) / sg) C           in e5m2, one sg for each row of g ∘ s
-
-In the backward product s is along the summed dimension, so it is multiplied into the gradient first. Gradients need
-range more than precision, so they are in e5m2 (Micikevicius et al. 2022, arXiv:2209.05433), unless the weight is:
-hardware has no product of e5m2 with e5m2. `torch._scaled_mm` needs the second matrix in column order and sizes that are
-multiples of 16, so the backward product makes a temporary copy of the codes. Support of scales per row depends on GPU
-and version (often only with results in bf16), so it is tried once for each shape; without it the scales are multiplied
-afterwards.
 """
 
 from __future__ import annotations
@@ -80,6 +74,11 @@ class WeightSource(ABC):
     def code(self) -> torch.dtype:
         """dtype of the codes."""
 
+    @property
+    def rotated_by(self) -> int | None:
+        """Size of the groups of inputs by which the codes are rotated (ConvRot); None for none."""
+        return None
+
     @abstractmethod
     def use(self) -> AbstractContextManager[Packed]:
         """The packed weight on the device of its use, acquired on entry and released on exit.
@@ -115,6 +114,11 @@ class Packed(WeightSource):
     def is_plain(self) -> bool:
         """Whether it is a weight in another dtype (`as_stored`), which may be `changed`."""
         return self.unpack is _converted or isinstance(self.unpack, _Changed)
+
+    @property
+    def rotated_by(self) -> int | None:
+        """See `WeightSource.rotated_by`."""
+        return self.unpack.group if isinstance(self.unpack, _FromRotated) else None
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
         """The plain weight with `change`, from a weight to a new one, applied whenever it is unpacked."""
@@ -207,6 +211,18 @@ def _scaled_int8(weight: Tensor, dtype: torch.dtype) -> Packed:
     return scaled_codes(codes.round_().to(torch.int8), scale, dtype)
 
 
+def _rotated_int8(weight: Tensor, dtype: torch.dtype) -> Packed:
+    group = next((size for size in _GROUPS if weight.shape[-1] % size == 0), None) if weight.ndim == 2 else None
+    if group is None:
+        return _scaled_int8(weight, dtype)
+    codes, scale = _scaled(rotated(weight.float(), rotation(group, weight.device)), 127.0)
+    return rotated_codes(codes.round_().to(torch.int8), scale, dtype, group=group)
+
+
+_GROUPS = (256, 64, 16, 4)
+"""Sizes of groups that are rotated together, the best first."""
+
+
 def _scaled_fp8(weight: Tensor, dtype: torch.dtype, *, code: torch.dtype, by_row: bool) -> Packed:
     codes, scale = _scaled(weight, torch.finfo(code).max, by_row=by_row)
     return scaled_codes(codes.to(code), scale, dtype)
@@ -215,6 +231,41 @@ def _scaled_fp8(weight: Tensor, dtype: torch.dtype, *, code: torch.dtype, by_row
 def scaled_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Packed:
     """The packed weight `codes · scale`: codes (out, ...), scale (out, 1, ...) or (1, 1, ...) in fp32."""
     return Packed((codes, scale), _from_scaled, dtype, codes.shape)
+
+
+def rotated_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype, *, group: int) -> Packed:
+    """The packed weight `(codes · scale) R`: codes (out, in) of integers, R in groups of `group`, a power of 4."""
+    return Packed((codes, scale), _FromRotated(group), dtype, codes.shape)
+
+
+def rotated(rows: Tensor, by: Tensor) -> Tensor:
+    """`rows R` for rows (..., in), in their dtype; `by` is the `rotation` of a group."""
+    return (rows.reshape(-1, len(by)) @ by.to(rows.dtype)).view(rows.shape)
+
+
+def rotation(group: int, device: torch.device) -> Tensor:
+    """R of a group, (group, group) in fp32; its numbers are exact in all formats."""
+    return _hadamard(group, device) / math.sqrt(group)
+
+
+@dataclass(frozen=True)
+class _FromRotated:
+    group: int
+
+    def __call__(self, codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+        # Sums of codes are integers that every fp32 product computes exactly, so only the scale is rounded.
+        sums = codes.float().reshape(-1, self.group) @ _hadamard(self.group, codes.device)
+        return sums.view(codes.shape).mul_(scale / math.sqrt(self.group)).to(dtype)
+
+
+@functools.cache
+def _hadamard(group: int, device: torch.device) -> Tensor:
+    """H of a group, (group, group) of ±1 in fp32."""
+    quarter = (1 - 2 * torch.eye(4, device=device)).flip(1)
+    matrix = quarter
+    while len(matrix) < group:
+        matrix = torch.kron(matrix, quarter)
+    return matrix
 
 
 def _scaled(weight: Tensor, largest: float, *, by_row: bool = True) -> tuple[Tensor, Tensor]:
@@ -280,101 +331,10 @@ PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
     "fp8_e4m3_tensor": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=False),
     "fp8_e5m2_tensor": functools.partial(_scaled_fp8, code=torch.float8_e5m2, by_row=False),
     "int8": _scaled_int8,
+    "int8_convrot": _rotated_int8,
     "nf4": _normal_float,
 }
 """By name of the setting `quantization`."""
 
 
 FP8_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes of the weights
-
-FP8_MULTIPLE = 16  # of which a weight's sizes must be multiples
-
-
-def has_fp8_products(device: torch.device) -> bool:
-    """Whether a device multiplies in fp8: NVIDIA GPUs of compute capability 8.9 (Ada) or later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-class Fp8Products:
-    """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale, on a device."""
-
-    def __init__(self, code: torch.dtype, shape: torch.Size, device: torch.device) -> None:
-        # Decided here, outside of compiled code, for which a probe is neither a constant nor an operation.
-        out, inside = shape
-        self._gradient = torch.float8_e4m3fn if code == torch.float8_e5m2 else torch.float8_e5m2
-        self._forward = _dtypes_scaled_by_row(device, torch.float8_e4m3fn, code, inside, out)
-        self._backward = _dtypes_scaled_by_row(device, self._gradient, code, out, inside)
-
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x Wᵀ + b` of x (..., in), in its dtype."""
-        codes, scale = weight.tensors
-        rows, row_scale = _rounded(x.reshape(-1, x.shape[-1]), torch.float8_e4m3fn)
-        y = _product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, self._forward, fast=True)
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
-
-    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
-        """`grad W` of grad (..., out), in its dtype."""
-        codes, scale = weight.tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        if per_output := scale.numel() > 1:
-            flat = flat * scale.reshape(1, -1)
-        rows, row_scale = _rounded(flat, self._gradient)
-        columns = codes.t().contiguous().t()
-        left = scale.new_ones(1, 1) if per_output else scale.reshape(1, 1)
-        y = _product(rows, row_scale, columns, left, grad.dtype, self._backward, fast=False)
-        return y.view(*grad.shape[:-1], codes.shape[1])
-
-
-def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows (n, k) in fp8, scaled so that each maximum is the format's, and the scales (n, 1) in fp32."""
-    largest = torch.finfo(kind).max
-    scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32) / largest
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
-    # Rows of channels-last activations are columns, and CUDA's product takes rows.
-    codes = (rows / scale).clamp_(-largest, largest).to(kind, memory_format=torch.contiguous_format)
-    return codes, scale
-
-
-def _product(
-    a: Tensor,
-    scale_a: Tensor,
-    b: Tensor,
-    scale_b: Tensor,
-    dtype: torch.dtype,
-    by_row: tuple[torch.dtype, ...],
-    *,
-    fast: bool,
-) -> Tensor:
-    """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in columns, scale_b (1, m) or (1, 1).
-
-    `by_row` are the dtypes of results with scales per row; `fast` lets the GPU accumulate in fewer bits, which forward
-    products tolerate.
-    """
-    scaled = dtype if dtype in by_row else torch.bfloat16
-    if scaled in by_row:
-        scale_b = scale_b.expand(1, b.shape[1]).contiguous()
-        y = torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=scaled, use_fast_accum=fast)
-        return y.to(dtype)
-    one = scale_a.new_ones(())
-    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # the sums would overflow fp16
-    y = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=wide, use_fast_accum=fast)
-    return y.mul_(scale_a).mul_(scale_b).to(dtype)
-
-
-@functools.cache
-def _dtypes_scaled_by_row(
-    device: torch.device, a: torch.dtype, b: torch.dtype, inner: int, columns: int
-) -> tuple[torch.dtype, ...]:
-    """Dtypes of results for which a device supports scales per row with these formats and sizes, and is right."""
-    rows = torch.arange(1.0, FP8_MULTIPLE + 1, device=device).reshape(-1, 1) / inner  # results are in range of fp16
-    across = torch.linspace(1, 2, columns, device=device).reshape(1, -1)
-    left, right = torch.ones(len(rows), inner, device=device).to(a), torch.ones(columns, inner, device=device).to(b)
-
-    def is_right(dtype: torch.dtype) -> bool:
-        try:
-            y = torch._scaled_mm(left, right.t(), scale_a=rows, scale_b=across, out_dtype=dtype)
-        except (RuntimeError, ValueError):  # not supported
-            return False
-        return bool(torch.allclose(y.float(), inner * rows * across, rtol=0.01))
-
-    return tuple(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if is_right(dtype))

@@ -98,7 +98,7 @@ def load_diffusion_model(
     if code is not None:
         cast_weights(model.components.denoiser, code)
     if weight_dtype.endswith("_fast"):
-        context.log("Weights are in fp8, but products are not: quantized_backward of Train LoRA has them in fp8.")
+        context.log("Weights are in fp8, but products are not: products of Train LoRA has them in fp8.")
     return (model.denoiser,)
 
 

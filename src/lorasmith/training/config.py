@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lorasmith.adapters.catalogue import ADAPTERS, ALGORITHMS, known_facts
-from lorasmith.core.choices import TIMESTEP_DISTRIBUTIONS, WEIGHTINGS, ActivationPlan, Objective, Quantization
+from lorasmith.core.choices import (
+    TIMESTEP_DISTRIBUTIONS,
+    WEIGHTINGS,
+    ActivationPlan,
+    Objective,
+    ProductFormat,
+    Quantization,
+)
 from lorasmith.core.errors import OptionError
 from lorasmith.core.named_code import Code, is_import_path
 from lorasmith.core.options import Option, check_options, config_from, option, options_of, short_repr
@@ -824,8 +831,8 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         "none",
         help="Quantize the frozen weights of Linear layers and convolutions during training; each is dequantized where "
         "it is used. Compared with bf16, fp8 and int8 save half of their memory and nf4 (4 bits) 72 %; int8 changes "
-        "the weights least. There is one scale per output, or per weight with _tensor. With none, a quantized "
-        "checkpoint stays as it is.",
+        "the weights least, with _convrot even less if they have outliers, as it rotates them. There is one scale per "
+        "output, or per weight with _tensor. With none, a quantized checkpoint stays as it is.",
     )
     offloading: bool = option(
         False,
@@ -839,11 +846,13 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         help="Of several processes that train one run, each keeps its part of the frozen weights, and the parts of a "
         "block are gathered while it is computed (FSDP2), for models beyond one GPU. Has no effect in one process.",
     )
-    quantized_backward: bool = option(
-        False,
-        help="Compute products with fp8 weights in fp8, in the forward and backward pass, on GPUs that support it "
-        "(NVIDIA, compute capability 8.9 or later). Activations and gradients are rounded to fp8.",
+    products: ProductFormat = option(
+        "training_dtype",
+        help="Number format of products with frozen weights, in the forward and backward pass, to which activations "
+        "and gradients are rounded. fp8 needs weights in fp8 and a GPU that multiplies them (NVIDIA, compute "
+        "capability 8.9 or later); int8 needs weights in int8 and such a GPU (8.0 or later) or a processor with VNNI.",
     )
+    quantized_backward: bool = option(False, door="graph", help="ComfyUI's name of products fp8.")
     compile: bool = option(
         False,
         group="Speed",
@@ -870,6 +879,13 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.quantized_backward:
+            if self.products not in ("training_dtype", "fp8"):
+                raise OptionError(
+                    f"quantized_backward is ComfyUI's name of products fp8, got products {self.products}; turn it off"
+                )
+            object.__setattr__(self, "products", "fp8")
+            object.__setattr__(self, "quantized_backward", False)
         if self.sharding and self.offloading:
             raise OptionError(
                 "sharding and offloading are two places for frozen weights, got both; leave one of them out"

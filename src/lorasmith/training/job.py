@@ -62,7 +62,7 @@ from lorasmith.training.new_word import NEW_WORD
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import check_schedule, rule_of
-from lorasmith.training.runtime import Runtime, dtype_on_device
+from lorasmith.training.runtime import Runtime, dtype_on_device, products_on_device
 from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable, trainable
 
@@ -319,6 +319,7 @@ def _decided(model: Trainable, config: TrainConfig, device: torch.device) -> Res
         min_noise=expert[0] if config.min_noise is None else config.min_noise,
         max_noise=expert[1] if config.max_noise is None else config.max_noise,
         training_dtype=dtype_on_device(config, model.module, device),
+        products=products_on_device(config, device),
         training_guidance=_training_guidance(model, config),
     )
 

@@ -10,12 +10,12 @@ import torch
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
-from lorasmith.adapters.frozen_weights import code_in_model, takes_fp8_products
+from lorasmith.adapters.frozen_weights import code_in_model, takes_products
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import AdapterPlan, Difference
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import OutputDora, droppable, rank_ordered
-from lorasmith.core import quantization
+from lorasmith.core import quantized_products
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
@@ -130,27 +130,29 @@ def notes_on_plan(plan: AdapterPlan) -> tuple[str, ...]:
 
 
 def notes_on_products(config: TrainConfig, model: Trainable, device: torch.device) -> tuple[str, ...]:
-    """A note on how many layers quantized_backward applies to, if it is set but not for all."""
-    if not config.quantized_backward:
+    """A note on how many layers products in another format are in, if that is set but not of all."""
+    kind = config.products
+    if kind == "training_dtype":
         return ()
+    facts = quantized_products.PRODUCT_KINDS[kind]
     own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
     codes = {layer: own or code_in_model(layer) for layer in packable_layers(model.module)}
-    fitting = sum(takes_fp8_products(layer, code) for layer, code in codes.items())
-    if not any(code in quantization.FP8_CODES for code in codes.values()):
+    fitting = sum(takes_products(layer, kind, code) for layer, code in codes.items())
+    if not any(code in facts.codes for code in codes.values()):
         return (
-            f"quantized_backward has no effect with quantization {config.quantization}: products in fp8 need weights "
-            "in fp8, as with quantization fp8_e4m3.",
+            f"products {kind} has no effect with quantization {config.quantization}: it needs weights in {kind}, as "
+            f"with quantization {facts.quantization}.",
         )
-    if not quantization.has_fp8_products(device):
+    if not quantized_products.has_products(kind, device):
         return (
-            f"quantized_backward has no effect on {device}, which has no products in fp8 (NVIDIA, compute "
-            "capability 8.9 or later); all are in training_dtype.",
+            f"products {kind} has no effect on {device}, which has no products in {kind} ({facts.device}); all are in "
+            "training_dtype.",
         )
     if fitting == len(codes):
         return ()
     return (
-        f"quantized_backward applies to {fitting} of {len(codes)} layers; the others use training_dtype, because they "
-        f"are convolutions, have no fp8 weight, or sizes that {quantization.FP8_MULTIPLE} does not divide.",
+        f"products {kind} applies to {fitting} of {len(codes)} layers; the others use training_dtype, because they "
+        f"are convolutions, have no {kind} weight, or sizes that {quantized_products.MULTIPLE} does not divide.",
     )
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorasmith.core import quantization
-from lorasmith.core.choices import ActivationPlan
+from lorasmith.core import quantized_products
+from lorasmith.core.choices import ActivationPlan, ProductFormat
 from lorasmith.core.placement import chosen_dtype, multiplies
 from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
@@ -21,6 +21,11 @@ def dtype_on_device(config: TrainConfig, module: nn.Module, device: torch.device
         return "bf16" if multiplies(torch.bfloat16, device) else "fp32"
     is_kept = config.exact_dtype or multiplies(chosen_dtype(config.training_dtype, module), device)
     return config.training_dtype if is_kept else "fp32"
+
+
+def products_on_device(config: TrainConfig, device: torch.device) -> ProductFormat:
+    """`products` on a device: training_dtype if it has none in the format that is set."""
+    return config.products if quantized_products.has_products(config.products, device) else "training_dtype"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,7 @@ class Runtime:
     memory_cap: int | None  # bytes of GPU memory beyond which allocations fail; None for no cap
     offloading: bool
     sharding: bool
-    quantized_backward: bool
+    products: ProductFormat  # with frozen weights whose codes and sizes fit
     compile: bool
     processes: Processes = ALONE
     memory_share: float = 1.0  # part of the free memory that `auto` may use
@@ -71,7 +76,7 @@ class Runtime:
             memory_budget=_bytes(config.memory_budget),
             memory_cap=None if on_cpu else _bytes(config.memory_cap),
             offloading=config.offloading and not on_cpu,
-            quantized_backward=config.quantized_backward and quantization.has_fp8_products(device),
+            products=config.products,
             compile=config.compile,
             processes=current(),
             sharding=config.sharding and current().size > 1,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
-from lorasmith.adapters.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
+from lorasmith.adapters.frozen_weights import WeightStream, products_enabled, weights_packed
 from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
 from lorasmith.core.arguments import check_arguments
@@ -443,8 +443,8 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
         if kind == "none" and stream is None:
             stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
-        if runtime.quantized_backward:
-            stack.enter_context(fp8_products_enabled(module, device))
+        if runtime.products != "training_dtype":
+            stack.enter_context(products_enabled(module, runtime.products, device))
         stack.enter_context(adapters_attached(module, attachments(module, patches)))
         yield
 

@@ -23,12 +23,13 @@ from torch._dynamo.utils import counters
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, give_source, packable_layers
-from lorasmith.adapters.frozen_weights import weights_packed
+from lorasmith.adapters.frozen_weights import products_enabled, weights_packed
 from lorasmith.adapters.inject import Attached, Difference, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import InputDora, OutputDora, RankMasks
 from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS, Packed
+from lorasmith.core.quantized_products import has_products
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.files.packed_weights import PackedWeights
 from lorasmith.families.model import Model
@@ -204,6 +205,22 @@ def test_differences_of_norms_and_biases(toy: Toy) -> None:
 def test_quantized_weights(toy: Toy, kind: str) -> None:
     adapters = adapters_for(toy)
     with weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32), adapters_attached(toy, [Attached(adapters)]):
+        plain = gradients(toy, adapters)
+        with blocks_compiled(toy, True):
+            assert_close(gradients(toy, adapters), plain)
+    assert graphs() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
+@pytest.mark.parametrize("kind", slow_except(["int8", "int8_convrot"], "int8_convrot"))
+def test_products_in_int8(toy: Toy, kind: str) -> None:
+    adapters = adapters_for(toy)
+    with (
+        weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32),
+        products_enabled(toy, "int8", CPU),
+        adapters_attached(toy, [Attached(adapters)]),
+    ):
         plain = gradients(toy, adapters)
         with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)

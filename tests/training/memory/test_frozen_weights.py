@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -17,15 +18,18 @@ from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
 from lorasmith.adapters import frozen_layer
+from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable, packable_layers
-from lorasmith.adapters.frozen_weights import WeightStream, frozen_bytes, takes_fp8_products, weights_packed
+from lorasmith.adapters.frozen_weights import WeightStream, frozen_bytes, takes_products, weights_packed
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.patch import Patch
 from lorasmith.bench.measure import weight_bytes
-from lorasmith.core import quantization
+from lorasmith.core import quantized_products
+from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
-from lorasmith.core.quantization import PACKINGS, Fp8Products, packed
+from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
@@ -33,6 +37,7 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.results import TrainResult
@@ -103,20 +108,36 @@ def test_pictures_of_a_model_whose_weights_stay_as_stored_are_the_same(
     assert found.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("kind", slow_except(["fp8_e4m3", "fp8_e5m2_tensor"], "fp8_e4m3"))
-@pytest.mark.parametrize("offloading", slow_except([False, True], False))
-def test_products_in_fp8_are_those_of_the_unpacked_weights_to_rounding(
-    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, kind: str, offloading: bool
+needs_int8 = pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
+PRODUCTS_OF = [
+    ("fp8", "fp8_e4m3"),
+    pytest.param("fp8", "fp8_e5m2_tensor", marks=pytest.mark.slow),
+    pytest.param("int8", "int8", marks=needs_int8),
+    pytest.param("int8", "int8_convrot", marks=(needs_int8, pytest.mark.slow)),
+]
+
+
+@pytest.mark.parametrize(("products", "kind"), PRODUCTS_OF)
+@pytest.mark.parametrize("changes", slow_except([{}, {"offloading": True}, {"checkpoint_depth": 1}], {}), ids=str)
+def test_products_are_those_of_the_unpacked_weights_to_rounding(
+    tiny: Model,
+    dataset: EncodedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    products: str,
+    kind: str,
+    changes: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(quantization, "has_fp8_products", lambda device: True)
     with rounded(tiny.components.denoiser, kind):
         expected = one_step(tiny, dataset, targets=LAYERS)
-    calls = counted(monkeypatch)
-    changes = {"quantization": kind, "offloading": offloading, "quantized_backward": True}
-    found = one_step(tiny, dataset, changes, targets=LAYERS)
+    calls = counted(monkeypatch, products)
+    found = one_step(tiny, dataset, {"quantization": kind, "products": products, **changes}, targets=LAYERS)
     module = tiny.components.denoiser
-    fitting = [layer for layer in packable_layers(module) if takes_fp8_products(layer, torch.float8_e5m2)]
-    assert calls["forward"] == len(fitting) > 50
+    fitting = [
+        layer for layer in packable_layers(module) if takes_products(layer, products, PRODUCT_KINDS[products].codes[0])
+    ]
+    assert len(fitting) > 50
+    if not changes.get("checkpoint_depth"):
+        assert calls["forward"] == len(fitting)
     # Layers that see time or text alone pass no gradient on.
     assert len(fitting) / 2 < calls["backward"] < len(fitting)
     assert not any(PRODUCTS in vars(layer) for layer in module.modules())
@@ -126,17 +147,17 @@ def test_products_in_fp8_are_those_of_the_unpacked_weights_to_rounding(
     assert torch.cosine_similarity(one, other, dim=0) > 0.97
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each product in fp8 is taken from now on."""
-    calls: Counter[str] = Counter()
+def counted(monkeypatch: pytest.MonkeyPatch, products: str) -> Counter[str]:
+    """How often each product in a format is taken from now on."""
+    calls, made = Counter[str](), PRODUCT_KINDS[products].make
     for name in ("forward", "backward"):
-        original = getattr(Fp8Products, name)
+        original = getattr(made, name)
 
         def recorded(*arguments: Any, name: str = name, original: Any = original) -> Tensor:
             calls[name] += 1
             return original(*arguments)
 
-        monkeypatch.setattr(Fp8Products, name, recorded)
+        monkeypatch.setattr(made, name, recorded)
     return calls
 
 
@@ -146,27 +167,77 @@ def test_a_run_with_products_in_fp8_learns_as_the_others_do(
 ) -> None:
     settings: dict[str, Any] = {"steps": 4, "quantization": "fp8_e4m3", "targets": "attention"}
     plain = run(dataset, **settings)
-    assert run(dataset, quantized_backward=True, **settings).losses == plain.losses  # this device has none
-    monkeypatch.setattr(quantization, "has_fp8_products", lambda device: True)
-    lossy = run(dataset, quantized_backward=True, **settings)
+    assert run(dataset, products="fp8", **settings).losses == plain.losses  # this device has none
+    monkeypatch.setattr(quantized_products, "has_products", lambda kind, device: True)
+    lossy = run(dataset, products="fp8", **settings)
     assert lossy.losses != plain.losses
     assert lossy.losses == pytest.approx(plain.losses, rel=0.03)
 
 
 @pytest.mark.parametrize(
-    ("kind", "there", "sentence"),
+    ("products", "kind", "there", "sentence"),
     [
-        ("fp8_e4m3", False, "quantized_backward has no effect on cpu, which has no products in fp8"),
-        ("int8", True, "quantized_backward has no effect with quantization int8"),
-        ("fp8_e4m3", True, r"quantized_backward applies to \d+ of \d+ layers; .* convolutions"),
+        ("fp8", "fp8_e4m3", False, "products fp8 has no effect on cpu, which has no products in fp8"),
+        ("int8", "int8", False, "products int8 has no effect on cpu, which has no products in int8"),
+        ("fp8", "int8", True, "products fp8 has no effect with quantization int8: it needs weights in fp8"),
+        ("int8", "none", True, "products int8 has no effect with quantization none: it needs weights in int8"),
+        ("int8", "nf4", True, "products int8 has no effect with quantization nf4"),
+        ("fp8", "fp8_e4m3", True, r"products fp8 applies to \d+ of \d+ layers; .* convolutions"),
+        ("int8", "int8_convrot", True, r"products int8 applies to \d+ of \d+ layers; .* convolutions"),
     ],
 )
-def test_it_says_what_products_in_fp8_are_of(
-    tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: str, there: bool, sentence: str
+def test_it_says_what_products_are_of(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, products: str, kind: str, there: bool, sentence: str
 ) -> None:
-    monkeypatch.setattr(quantization, "has_fp8_products", lambda device: there)
-    notes = planned(tiny, quantization=kind, quantized_backward=True).notes
-    assert [note for note in notes if re.match(sentence, note)]
+    monkeypatch.setattr(quantized_products, "has_products", lambda kind, device: there)
+    job = planned(tiny, quantization=kind, products=products)
+    assert [note for note in job.notes if re.match(sentence, note)]
+    assert job.runtime.products == (products if there else "training_dtype")
+
+
+def test_the_name_of_a_graph_for_products_in_fp8_is_read_and_kept_in_one_place() -> None:
+    config = TrainConfig(quantized_backward=True)
+    assert (config.products, config.quantized_backward) == ("fp8", False)
+    assert replace(config, products="training_dtype").products == "training_dtype"
+    with pytest.raises(OptionError, match="quantized_backward is ComfyUI's name of products fp8, got products int8"):
+        TrainConfig(quantized_backward=True, products="int8")
+
+
+@needs_int8
+def test_a_run_with_products_in_int8_continues_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 4, "quantization": "int8_convrot", "products": "int8", "targets": "attention"}
+    whole = run(dataset, output=tmp_path / "whole", **settings)
+    calls = itertools.count()
+    broken = run(dataset, output=tmp_path / "broken", cancelled=lambda: next(calls) >= 2, **settings)
+    assert 0 < len(broken.losses) < 4
+    resumed = run(dataset, output=tmp_path / "broken", **settings)
+    assert resumed.losses == whole.losses
+    assert_same(tensors(resumed), tensors(whole))
+    plain = run(dataset, **{**settings, "products": "training_dtype"})
+    assert whole.losses != plain.losses
+    assert whole.losses == pytest.approx(plain.losses, rel=0.03)
+
+
+COMBINED: list[dict[str, Any]] = [
+    *({"algorithm": algorithm} for algorithm in ALGORITHMS),
+    {"dora": "input"},
+    {"dora": "output"},
+    {"activations": "auto"},
+    {"activations": "selective", "gradient_checkpointing": True},
+    {"differences": "norms+biases"},
+    {"grad_accumulation_steps": 2, "rank_dropout": 0.3},
+    {"training_dtype": "bf16", "exact_dtype": True},
+]
+
+
+@needs_int8
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", COMBINED, ids=str)
+def test_products_in_int8_go_with(run: Run, dataset: EncodedDataset, settings: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"steps": 2, "quantization": "int8", "targets": "attention", **settings}
+    plain, found = (run(dataset, products=products, **common) for products in ("training_dtype", "int8"))
+    assert found.losses != plain.losses
+    assert found.losses == pytest.approx(plain.losses, rel=0.02)
 
 
 def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import LoraError
+from lorasmith.core.quantized_products import has_products
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.runs.library import train
@@ -95,7 +96,7 @@ def test_a_step_is_that_of_the_plain_weights(pair: Pair, changes: dict[str, Any]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    slow_except([*CHANGES, {"offloading": True, "quantized_backward": True}], CHANGES[-1]),
+    slow_except([*CHANGES, {"offloading": True, "products": "fp8"}], CHANGES[-1]),
     ids=str,
 )
 def test_a_step_is_that_of_the_plain_weights_in_other_formats(pair_of_kind: Pair, changes: dict[str, Any]) -> None:
@@ -119,11 +120,25 @@ def test_codes_of_a_file_are_multiplied_in_fp8_too(tmp_path: Path) -> None:
     model = load_model(tmp_path / "model.safetensors")
     plain = one_step(model, flux_dataset(), {})
     for offloading in (False, True):
-        found = one_step(model, flux_dataset(), {"quantized_backward": True, "offloading": offloading})
+        found = one_step(model, flux_dataset(), {"products": "fp8", "offloading": offloading})
         assert found["loss"] != pytest.approx(plain["loss"], rel=1e-6)
         torch.testing.assert_close(found["loss"], plain["loss"], rtol=0.03, atol=0)
         one, other = (torch.cat([t.flatten() for name, t in each.items() if name != "loss"]) for each in (found, plain))
         assert torch.cosine_similarity(one, other, dim=0) > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_products("int8", torch.device("cpu")), reason="sums of int8 products saturate here")
+@pytest.mark.parametrize("kind", ["int8", "int8 by row", "int8 with ConvRot"])
+@pytest.mark.parametrize("changes", [{}, {"offloading": True}, {"checkpoint_depth": 1}], ids=str)
+def test_codes_of_a_file_are_multiplied_in_int8(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    model, _ = make_pair(tmp_path, kind)
+    plain = one_step(model, flux_dataset(), changes)
+    found = one_step(model, flux_dataset(), {"products": "int8", **changes})
+    assert found["loss"] != pytest.approx(plain["loss"], rel=1e-6)
+    torch.testing.assert_close(found["loss"], plain["loss"], rtol=0.03, atol=0)
+    one, other = (torch.cat([t.flatten() for name, t in each.items() if name != "loss"]) for each in (found, plain))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.97
 
 
 @pytest.mark.parametrize("bypass_mode", slow_except([False, True], True))

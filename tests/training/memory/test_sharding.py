@@ -88,6 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "half precision": {"training_dtype": "bf16"},
     "nf4": {"quantization": "nf4"},
     "int8": {"quantization": "int8"},
+    "int8 products": {"quantization": "int8_convrot", "products": "int8"},
     "fp8": {"quantization": "fp8_e4m3"},
     "fp8 by tensor": {"quantization": "fp8_e5m2_tensor"},
     "blocks recomputed": {"checkpoint_depth": 1, "gradient_checkpointing": True},
@@ -117,7 +118,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", slow_except(CASES, "nf4"))
 def test_a_run_is_that_without_sharding(tiny: Model, mixed: EncodedDataset, name: str) -> None:
     plain, sharded = both(tiny, mixed, **CASES[name])
-    assert_alike(plain, sharded, 2e-2 if name == "half precision" else 1e-4)
+    # Numbers that differ in their last bits may be rounded to another code.
+    assert_alike(plain, sharded, 2e-2 if name in ("half precision", "int8 products") else 1e-4)
     held_out = [[one.loss for one in events if isinstance(one, Validated)] for _, _, events in (plain, sharded)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
     assert len(held_out[0]) == (2 if "validate_every" in CASES[name] else 0)

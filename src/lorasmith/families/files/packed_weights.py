@@ -15,13 +15,13 @@ refused by name.
     format              codes                         scales                                   weight
     fp8                 float8_e4m3fn, float8_e5m2    one, or one for each output              code · scale
     int8                int8                          one, or one for each output              code · scale
-    int8 with ConvRot   int8                          one, or one for each output              (code · scale) H / √G
+    int8 with ConvRot   int8                          one, or one for each output              (code · scale) R
     nvfp4               e2m1, two in a byte           e4m3 for each 16 inputs, and one fp32    code · block · scale
     mxfp8               float8_e4m3fn                 a power of two for each 32 inputs        code · 2^(e − 127)
 
-H rotates each group of G inputs: the Kronecker power of a Hadamard matrix of order 4. It is symmetric and, with √G, its
-own inverse. All formats are packed row by row of the weight, so that rows of a `Packed` are packed too; scales of
-blocks, which files store in tiles, are untiled for that. fp8 and int8 are `core.quantization.scaled_codes`.
+R rotates groups of inputs (`core.quantization`). All formats are packed row by row of the weight, so that rows of a
+`Packed` are packed too; scales of blocks, which files store in tiles, are untiled for that. fp8 and int8 are
+`core.quantization.scaled_codes`, with ConvRot `rotated_codes`.
 
 Tiles are those of cuBLAS (https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout), mxfp8 and e2m1 those of
 the OCP Microscaling specification (2023).
@@ -42,7 +42,7 @@ from torch import Tensor
 from lorasmith.core.errors import ModelError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.placement import dtype_name
-from lorasmith.core.quantization import FP8_CODES, Packed, level_pairs, scaled_codes
+from lorasmith.core.quantization import FP8_CODES, Packed, level_pairs, rotated_codes, scaled_codes
 
 NVFP4_BLOCK = 16
 """Inputs that share a scale in nvfp4."""
@@ -74,12 +74,6 @@ def untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.reshape(height * _TILE[0], width * _TILE[1])[:rows, :columns].contiguous()
 
 
-def _from_rotated(codes: Tensor, scale: Tensor, *, group: int, dtype: torch.dtype) -> Tensor:
-    # Sums of codes are integers that every fp32 product computes exactly, so only the scale is rounded.
-    sums = codes.float().reshape(-1, group) @ _rotation(group, codes.device)
-    return sums.view(codes.shape).mul_(scale / math.sqrt(group)).to(dtype)
-
-
 def _from_nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, *smoothing: Tensor, dtype: torch.dtype) -> Tensor:
     """codes: (out, in / 2), uint8, the first of two in the upper half; blocks: (out, in / 16), float8_e4m3fn; scale:
     (1, 1), fp32; smoothing: (1, in), fp32, by which the layer multiplies its input, and so the columns of the weight.
@@ -95,16 +89,6 @@ def _from_mxfp8(codes: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tens
     scale = F.embedding(exponents.int(), _powers(codes.device))
     numbers = codes.view(torch.float8_e4m3fn).float().view(len(codes), -1, MXFP8_BLOCK)
     return numbers.mul_(scale).view(codes.shape).to(dtype)
-
-
-@functools.cache
-def _rotation(group: int, device: torch.device) -> Tensor:
-    """H of a group, (group, group) of ±1 in fp32."""
-    quarter = (1 - 2 * torch.eye(4, device=device)).flip(1)
-    rotation = quarter
-    while len(rotation) < group:
-        rotation = torch.kron(rotation, quarter)
-    return rotation
 
 
 @functools.cache
@@ -257,7 +241,7 @@ def _scaled_int8(layer: _Layer) -> Packed:
             f"its inputs must be rotated in groups of a power of 4 that divides their number {codes.shape[1]}, but the "
             f"group is {group}"
         )
-    return Packed((codes, scale), functools.partial(_from_rotated, group=group), torch.float32, codes.shape)
+    return rotated_codes(codes, scale, torch.float32, group=group)
 
 
 def _nvfp4(layer: _Layer) -> Packed:
@@ -275,7 +259,7 @@ def _mxfp8(layer: _Layer) -> Packed:
     codes = layer.codes(torch.float8_e4m3fn, ndim=2)
     width = _whole_blocks(layer, codes.shape[1], MXFP8_BLOCK)
     exponents = layer.block_scales(_E8M0, len(codes), width // MXFP8_BLOCK)
-    # As bytes: products of fp8 codes (`core.quantization`) take scales of rows, which these are not.
+    # As bytes: products of fp8 codes (`core.quantized_products`) take scales of rows, which these are not.
     return Packed((codes.view(torch.uint8), exponents), _from_mxfp8, torch.float32, codes.shape)
 
 

@@ -165,6 +165,7 @@ class ShardedWeight(WeightSource):
 
     def __init__(self, block: _Bytes, places: Sequence[_Place], weight: Packed) -> None:
         self._code = weight.code
+        self._rotated_by = weight.rotated_by
         self._block = block
         self._places = tuple(places)
         self._unpack = weight.unpack
@@ -174,6 +175,10 @@ class ShardedWeight(WeightSource):
     @property
     def code(self) -> torch.dtype:
         return self._code
+
+    @property
+    def rotated_by(self) -> int | None:
+        return self._rotated_by
 
     def use(self) -> contextlib.AbstractContextManager[Packed]:
         whole = self._block.whole

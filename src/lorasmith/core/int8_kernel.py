@@ -1,0 +1,101 @@
+"""A Triton kernel for products of int8 matrices with scales of rows and columns.
+
+    y = (a · row scales) (b · column scales)    a (n, k), b (k, m), sums in int32, y in the wanted dtype
+
+Scales are multiplied while the sums are in registers, so that no matrix of int32 is stored. b may be in row or in
+column order: a weight serves the forward product transposed and the backward product as it is, without a copy.
+
+Without Triton `product` fails. The kernel calls only what `triton.language` has built in, so that Triton's
+interpreter runs it if `TRITON_INTERPRET` was set when this module was imported.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton evaluates annotations of a kernel, and knows its own alone.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # as on Macs
+    triton = None
+
+BLOCK_ROWS = (16, 64, 128)
+"""Rows of a block: the least that holds all, or the most."""
+
+BLOCK = {"block_columns": 128, "block_inner": 64, "group": 8}
+"""Columns and summed numbers of a block, few enough for the shared memory of all GPUs; blocks of rows that follow one
+another on the same columns, which are then in the cache."""
+
+LAUNCH = {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": False}
+
+
+def product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in any order, scale_b (1, m) or (1, 1)."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    y = torch.empty(rows, columns, dtype=dtype, device=a.device)
+    block_rows = next((size for size in BLOCK_ROWS if rows <= size), BLOCK_ROWS[-1])
+    blocks = -(-rows // block_rows) * -(-columns // BLOCK["block_columns"])
+    scale_b = scale_b.expand(1, columns)
+    sizes = (rows, columns, inner, a.stride(0), a.stride(1), b.stride(0), b.stride(1), scale_b.stride(1))
+    given = (a, b, y, scale_a, scale_b, *sizes)
+    if a.is_cuda and not torch.compiler.is_compiling():
+        with torch.cuda.device(a.device):  # Triton launches on the current device; compiled code sets it itself
+            kernel[(blocks,)](*given, block_rows=block_rows, **BLOCK, **LAUNCH)
+    else:
+        kernel[(blocks,)](*given, block_rows=block_rows, **BLOCK, **LAUNCH)
+    return y
+
+
+def _kernel(
+    a,
+    b,
+    y,
+    scale_a,
+    scale_b,
+    rows,
+    columns,
+    inner,
+    a_row,
+    a_inner,
+    b_inner,
+    b_column,
+    scale_column,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_inner: tl.constexpr,
+    group: tl.constexpr,
+):
+    down = (rows + block_rows - 1) // block_rows
+    across = (columns + block_columns - 1) // block_columns
+    number = tl.program_id(0)
+    first = number // (group * across) * group
+    height = min(down - first, group)
+    within = number % (group * across)
+    row = (first + within % height) * block_rows + tl.arange(0, block_rows)
+    column = within // height * block_columns + tl.arange(0, block_columns)
+    summed = tl.arange(0, block_inner)
+    is_row, is_column = row < rows, column < columns
+    # In 64 bits: a long clip in a wide layer has more than 2³¹ numbers.
+    a_here = a + row.to(tl.int64)[:, None] * a_row + summed[None, :] * a_inner
+    b_here = b + summed.to(tl.int64)[:, None] * b_inner + column.to(tl.int64)[None, :] * b_column
+    sums = tl.full((block_rows, block_columns), 0, dtype=tl.int32)
+    for start in range(0, inner, block_inner):
+        is_summed = summed < inner - start
+        left = tl.load(a_here, mask=is_row[:, None] & is_summed[None, :], other=0)
+        right = tl.load(b_here, mask=is_summed[:, None] & is_column[None, :], other=0)
+        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+        a_here += block_inner * a_inner
+        b_here += block_inner * b_inner
+    scaled = sums.to(tl.float32) * tl.load(scale_a + row, mask=is_row, other=0.0)[:, None]
+    scaled *= tl.load(scale_b + column * scale_column, mask=is_column, other=0.0)[None, :]
+    place = y + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(place, scaled.to(y.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+kernel: Any = None if triton is None else triton.jit(_kernel)

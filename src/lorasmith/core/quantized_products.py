@@ -1,0 +1,245 @@
+"""Products with quantized frozen weights in the format of their codes: fp8 and int8.
+
+For codes C (out, in) with scales s, one for each output or one for all, activations x and gradients g are rounded row
+by row to the same format, each row scaled so that its maximum is the format's:
+
+    forward     x Wᵀ = sx · (x / sx) Cᵀ · s            one sx for each row of x
+    backward    g W  = sg · ((g ∘ s) / sg) C           one sg for each row of g ∘ s
+
+In the backward product s is along the summed dimension, so it is multiplied into the gradient first. Weights rotated
+by R (ConvRot) are (C · s) R with R = Rᵀ = R⁻¹: `x R` is rounded in place of x, and the backward product is rotated.
+
+    format    device                                                            product
+    fp8       NVIDIA, compute capability 8.9 (Ada) or later                     `torch._scaled_mm`
+    int8      NVIDIA, compute capability 8.0 (Ampere) or later                  `core.int8_kernel`, or `torch._int_mm`
+              processors with VNNI                                              `torch._int_mm`
+
+Both need a Linear layer whose sizes are multiples of 16; the others are dequantized.
+
+fp8: activations and gradients are in e4m3. Gradients are often in e5m2 for its range (Micikevicius et al. 2022,
+arXiv:2209.05433), but rows with scales of their own need none, and its error is twice as large
+(docs/lab-log.md). `torch._scaled_mm` needs the second matrix in column order, so the backward product makes a
+temporary copy of the codes. Support of scales per row depends on GPU and version (often only with results in bf16), so
+it is tried once for each shape; without it the scales are multiplied afterwards.
+
+int8: sums are exact, so that all ways to compute them give the same ones, except on processors without VNNI, whose
+products saturate in pairs: there is none there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorasmith.core.choices import ProductFormat
+from lorasmith.core.quantization import FP8_CODES, Packed, WeightSource, rotated, rotation
+
+MULTIPLE = 16
+"""Of which the sizes of a weight must be multiples."""
+
+
+def has_products(kind: ProductFormat, device: torch.device) -> bool:
+    """Whether a device has units for products in a format."""
+    if kind == "training_dtype":
+        return True
+    if device.type == "cpu":
+        return kind == "int8" and _sums_exactly()
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= PRODUCT_KINDS[kind].capability
+
+
+@functools.cache
+def _sums_exactly() -> bool:
+    """Whether this processor sums int8 products without saturation, as it does by the instructions made for them."""
+    most = torch.full((MULTIPLE, MULTIPLE), 127, dtype=torch.int8)
+    try:
+        return bool((torch._int_mm(most, -most) == -MULTIPLE * 127**2).all())
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+class Fp8Products:
+    """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale, on a device."""
+
+    def __init__(self, source: WeightSource, shape: torch.Size, device: torch.device) -> None:
+        # Decided here, outside of compiled code, for which a probe is neither a constant nor an operation.
+        code, (out, inside) = source.code, shape
+        self._forward = _dtypes_scaled_by_row(device, ACTIVATION, code, inside, out)
+        self._backward = _dtypes_scaled_by_row(device, GRADIENT, code, out, inside)
+
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + b` of x (..., in), in its dtype."""
+        codes, scale = weight.tensors
+        rows, row_scale = _rounded(x.reshape(-1, x.shape[-1]), ACTIVATION)
+        y = _fp8_product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, self._forward, fast=True)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
+
+    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
+        """`grad W` of grad (..., out), in its dtype."""
+        codes, _ = weight.tensors
+        flat, left = _with_scale(weight, grad)
+        rows, row_scale = _rounded(flat, GRADIENT)
+        columns = codes.t().contiguous().t()
+        y = _fp8_product(rows, row_scale, columns, left, grad.dtype, self._backward, fast=False)
+        return y.view(*grad.shape[:-1], codes.shape[1])
+
+
+class Int8Products:
+    """The products of a Linear layer whose packed weight has int8 codes and an fp32 scale, rotated or not."""
+
+    def __init__(self, source: WeightSource, shape: torch.Size, device: torch.device) -> None:
+        self._product = _int8_product_on(device)
+        self._rotation = None if source.rotated_by is None else rotation(source.rotated_by, device)
+
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + b` of x (..., in), in its dtype."""
+        codes, scale = weight.tensors
+        flat = x.reshape(-1, x.shape[-1])
+        rows, row_scale = _rounded(self._rotated(flat), torch.int8)
+        y = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
+
+    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
+        """`grad W` of grad (..., out), in its dtype."""
+        codes, _ = weight.tensors
+        flat, left = _with_scale(weight, grad)
+        rows, row_scale = _rounded(flat, torch.int8)
+        y = self._rotated(self._product(rows, row_scale, codes, left, grad.dtype))
+        return y.view(*grad.shape[:-1], codes.shape[1])
+
+    def _rotated(self, rows: Tensor) -> Tensor:
+        return rows if self._rotation is None else rotated(rows, self._rotation)
+
+
+@dataclass(frozen=True)
+class ProductKind:
+    """Products in a format, and what they need."""
+
+    make: type[Fp8Products] | type[Int8Products]
+    codes: tuple[torch.dtype, ...]  # of the weights
+    capability: tuple[int, int]  # of NVIDIA's GPUs, at least
+    device: str  # in words
+    quantization: str  # with which weights have the codes, the best
+
+
+PRODUCT_KINDS: Mapping[ProductFormat, ProductKind] = {
+    "fp8": ProductKind(Fp8Products, FP8_CODES, (8, 9), "NVIDIA, compute capability 8.9 or later", "fp8_e4m3"),
+    "int8": ProductKind(
+        Int8Products,
+        (torch.int8,),
+        (8, 0),
+        "NVIDIA, compute capability 8.0 or later, or a processor with VNNI",
+        "int8",
+    ),
+}
+"""By the value of the setting `products`."""
+
+ACTIVATION = torch.float8_e4m3fn
+"""Format of activations in products with fp8 weights."""
+
+GRADIENT = torch.float8_e4m3fn
+"""Format of gradients there, never e5m2 with weights in e5m2, of which hardware has no product."""
+
+
+def _with_scale(weight: Packed, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a gradient with the scales of outputs multiplied in, and the scale (1, 1) that is left."""
+    scale = weight.tensors[1]
+    flat = grad.reshape(-1, grad.shape[-1])
+    if scale.numel() > 1:
+        return flat * scale.reshape(1, -1), scale.new_ones(1, 1)
+    return flat, scale.reshape(1, 1)
+
+
+def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (n, k) in a format, scaled so that each maximum is the format's, and the scales (n, 1) in fp32."""
+    is_int8 = kind == torch.int8
+    largest = 127.0 if is_int8 else torch.finfo(kind).max
+    scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32) / largest
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
+    scaled = rows / scale
+    scaled = scaled.round_() if is_int8 else scaled.clamp_(-largest, largest)  # rounded, none is beyond 127
+    # Rows of channels-last activations are columns, and CUDA's product takes rows.
+    return scaled.to(kind, memory_format=torch.contiguous_format), scale
+
+
+@functools.cache
+def _int8_product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]:
+    """The kernel on a GPU where it runs and is right; `_int8_product` elsewhere."""
+    if device.type != "cuda":
+        return _int8_product
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (32, 32), generator=generator, dtype=torch.int8) for _ in range(2))
+    scale = torch.ones(32, 1, device=device)
+    try:
+        from lorasmith.core.int8_kernel import product
+
+        found = [
+            product(a.to(device), scale, one, scale.t(), torch.float32) for one in (b.to(device), b.t().to(device).t())
+        ]
+    except Exception:  # Triton has errors of many classes: about packages, drivers and compilers
+        return _int8_product
+    expected = a.float() @ b.float()
+    return product if all(torch.equal(one.cpu(), expected) for one in found) else _int8_product
+
+
+def _int8_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in any order, scale_b (1, m) or (1, 1)."""
+    y = torch._int_mm(*(_as_on_cuda(a, b) if a.device.type == "cuda" else (a, b)))[: len(a)]
+    return (y * scale_a).mul_(scale_b).to(dtype)
+
+
+def _as_on_cuda(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices as `torch._int_mm` takes them on CUDA: more than 16 rows, and a second one in column order."""
+    return F.pad(a, (0, 0, 0, max(0, 17 - len(a)))), b if b.stride(0) == 1 else b.t().contiguous().t()
+
+
+def _fp8_product(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    by_row: tuple[torch.dtype, ...],
+    *,
+    fast: bool,
+) -> Tensor:
+    """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in columns, scale_b (1, m) or (1, 1).
+
+    `by_row` are the dtypes of results with scales per row; `fast` lets the GPU accumulate in fewer bits, which forward
+    products tolerate.
+    """
+    scaled = dtype if dtype in by_row else torch.bfloat16
+    if scaled in by_row:
+        scale_b = scale_b.expand(1, b.shape[1]).contiguous()
+        y = torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=scaled, use_fast_accum=fast)
+        return y.to(dtype)
+    one = scale_a.new_ones(())
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # the sums would overflow fp16
+    y = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=wide, use_fast_accum=fast)
+    return y.mul_(scale_a).mul_(scale_b).to(dtype)
+
+
+@functools.cache
+def _dtypes_scaled_by_row(
+    device: torch.device, a: torch.dtype, b: torch.dtype, inner: int, columns: int
+) -> tuple[torch.dtype, ...]:
+    """Dtypes of results for which a device supports scales per row with these formats and sizes, and is right."""
+    rows = torch.arange(1.0, MULTIPLE + 1, device=device).reshape(-1, 1) / inner  # results are in range of fp16
+    across = torch.linspace(1, 2, columns, device=device).reshape(1, -1)
+    left, right = torch.ones(len(rows), inner, device=device).to(a), torch.ones(columns, inner, device=device).to(b)
+
+    def is_right(dtype: torch.dtype) -> bool:
+        try:
+            y = torch._scaled_mm(left, right.t(), scale_a=rows, scale_b=across, out_dtype=dtype)
+        except (RuntimeError, ValueError):  # not supported
+            return False
+        return bool(torch.allclose(y.float(), inner * rows * across, rtol=0.01))
+
+    return tuple(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if is_right(dtype))

@@ -1,0 +1,222 @@
+"""Products in fp8 and int8, against those with the dequantized weight; on the CPU torch has them too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.frozen_layer import Products
+from lorasmith.core import quantized_products
+from lorasmith.core.quantization import PACKINGS, Packed, packed, rotated_codes, scaled_codes
+from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
+
+CPU = torch.device("cpu")
+
+
+def needing(kind: str) -> Any:
+    """A kind of quantization, whose tests are skipped where this processor has no products with it."""
+    if kind.startswith("int8"):
+        return pytest.param(
+            kind, marks=pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
+        )
+    try:
+        torch._scaled_mm(*torch.zeros(2, 16, 16, dtype=torch.float8_e4m3fn), torch.ones(()), torch.ones(()))
+    except NotImplementedError:
+        return pytest.param(kind, marks=pytest.mark.skip(reason="this torch has no products in fp8 on the CPU"))
+    return kind
+
+
+FP8 = [needing(kind) for kind in PACKINGS if kind.startswith("fp8")]
+INT8 = [needing(kind) for kind in PACKINGS if kind.startswith("int8")]
+KINDS = [*FP8, *INT8]
+OUT, IN = 48, 64
+
+
+@pytest.fixture(params=[True, False], ids=["scales by row", "no scales"])
+def scales_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Both ways to come by the product in fp8: with scales inside, and multiplied with them afterwards."""
+    if not request.param:
+        monkeypatch.setattr(quantized_products, "_dtypes_scaled_by_row", lambda *_: ())
+    return request.param
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    """Normal numbers whose rows and columns differ in size by factors of a hundred."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = 10 ** torch.linspace(-1, 1, shape[-1])[torch.randperm(shape[-1], generator=g)]
+    rows = 10 ** torch.linspace(-1, 1, shape[-2])[torch.randperm(shape[-2], generator=g)]
+    return torch.randn(shape, generator=g) * sizes * rows.unsqueeze(-1)
+
+
+def products(weight: Packed) -> Products:
+    codes = weight.tensors[0]
+    make = next(one.make for one in PRODUCT_KINDS.values() if codes.dtype in one.codes)
+    return make(weight, codes.shape, codes.device)
+
+
+def row_error(found: Tensor, expected: Tensor) -> float:
+    """Largest error of a row as a share of its length."""
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_is_the_product_with_the_weight(kind: str, dtype: torch.dtype, scales_rows: bool) -> None:
+    weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
+    x, bias = numbers(2, 9, IN, seed=1).to(dtype), torch.arange(OUT).to(dtype)
+    y = products(weight).forward(weight, x, bias)
+    assert y.dtype == dtype
+    assert y.shape == (2, 9, OUT)
+    # A number in e4m3 is off by a sixteenth of itself at most; int8 has fewer steps where a row's numbers differ.
+    limit = 1 / 16 if kind != "int8" else 1 / 8
+    assert row_error(y.float() - bias.float(), x.float() @ weight.weight().t()) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_is_the_product_with_the_weight_untransposed(kind: str, dtype: torch.dtype, scales_rows: bool) -> None:
+    weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
+    grad = (1e-3 * numbers(2, 9, OUT, seed=2)).to(dtype)
+    found = products(weight).backward(weight, grad)
+    assert found.dtype == dtype
+    assert found.shape == (2, 9, IN)
+    assert row_error(found.float(), grad.float() @ weight.weight()) < 1 / 16
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_numbers_that_fp8_holds_come_out_exactly(kind: str, scales_rows: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randint(-4, 5, (OUT, IN), generator=g).float()
+    weight[:, 0] = torch.finfo(packed(weight, kind, torch.float32).code).max / 64  # a power of two as the scale
+    x, grad = (torch.randint(-4, 5, (3, size), generator=g).float() for size in (IN, OUT))
+    x[:, 0] = 448.0
+    codes = packed(weight, kind, torch.float32)
+    assert torch.equal(codes.weight(), weight)
+    torch.testing.assert_close(products(codes).forward(codes, x, None), x @ weight.t(), rtol=1e-5, atol=1e-3)
+    grad[:, 0] = 448.0 / 64
+    torch.testing.assert_close(products(codes).backward(codes, grad), grad @ weight, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(OUT, 1), (1, 1)], ids=["scales", "one scale"])
+@pytest.mark.parametrize("group", [None, 4, 16])
+@pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
+def test_products_in_int8_are_the_formula(shape: tuple[int, int], group: int | None) -> None:
+    """Row by row, in exact integers: codes as in files, whose rotation is a matrix of its own here."""
+    g = torch.Generator().manual_seed(0)
+    codes, scale = torch.randint(-127, 128, (OUT, IN), generator=g, dtype=torch.int8), torch.rand(shape, generator=g)
+    weight, turn = scaled_codes(codes, scale, torch.float32), torch.eye(IN)
+    if group is not None:
+        weight = rotated_codes(codes, scale, torch.float32, group=group)
+        quarter = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+        block = quarter if group == 4 else torch.kron(quarter, quarter)
+        turn = torch.block_diag(*[block] * (IN // group))
+    x, grad = numbers(5, IN, seed=1), numbers(5, OUT, seed=2)
+
+    def rounded(row: Tensor) -> Tensor:
+        step = row.abs().max() / 127
+        return (row / step).round() * step
+
+    own = products(weight)
+    turn = turn.double()
+    forward = torch.stack([rounded(row) for row in x.double() @ turn]) @ (codes * scale).double().t()
+    torch.testing.assert_close(own.forward(weight, x, None), forward.float(), rtol=1e-4, atol=1e-2)
+    backward = torch.stack([rounded(row) for row in grad.double() * scale.view(1, -1)]) @ codes.double() @ turn
+    torch.testing.assert_close(own.backward(weight, grad), backward.float(), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
+def test_rotation_keeps_a_product_whose_inputs_have_outliers() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(OUT, 256, generator=g), torch.randn(20, 256, generator=g)
+    x[:, ::64] *= 50
+    errors = []
+    for kind in ("int8", "int8_convrot"):
+        own = packed(weight, kind, torch.float32)
+        y = products(own).forward(own, x, None)
+        errors.append(((y - x @ own.weight().t()).norm() / (x @ own.weight().t()).norm()).item())
+    assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("kind", [needing("fp8_e4m3"), *INT8])
+def test_zeros_and_faults_come_through(kind: str) -> None:
+    weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
+    rows = torch.zeros(3, IN)
+    rows[1, 2], rows[2, 5] = torch.nan, torch.inf
+    y = products(weight).forward(weight, rows, None)
+    assert not y[0].any()
+    assert not y[1:].isfinite().any()
+
+
+@pytest.mark.parametrize("kind", FP8[:1])
+def test_e5m2_never_meets_e5m2_and_rows_are_rows(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What hardware lacks, and torch on the CPU has."""
+    seen: list[tuple[torch.dtype, ...]] = []
+    original: Callable[..., Tensor] = torch._scaled_mm
+
+    def recorded(a: Tensor, b: Tensor, **settings: Any) -> Tensor:
+        assert a.is_contiguous()
+        assert b.t().is_contiguous()
+        seen.append((a.dtype, b.dtype))
+        return original(a, b, **settings)
+
+    monkeypatch.setattr(torch, "_scaled_mm", recorded)
+    for kind in ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3_tensor", "fp8_e5m2_tensor"):
+        weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
+        for rows in (1, 5):  # and channels-last activations, whose rows are columns
+            products(weight).forward(weight, torch.ones(IN, rows).t(), None)
+            products(weight).backward(weight, torch.ones(OUT, rows).t())
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    assert set(seen) == {(e4m3, e4m3), (e4m3, e5m2)}
+
+
+@pytest.mark.parametrize(
+    ("capability", "there"),
+    [((7, 5), ()), ((8, 0), ("int8",)), ((8, 6), ("int8",)), ((8, 9), ("fp8", "int8")), ((9, 0), ("fp8", "int8"))],
+)
+def test_capability_decides(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], there: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert tuple(kind for kind in PRODUCT_KINDS if has_products(kind, gpu)) == there
+    assert has_products("training_dtype", gpu)
+    assert not has_products("fp8", CPU)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert not has_products("int8", gpu)
+
+
+def test_a_processor_whose_sums_saturate_has_no_products_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's are such without VNNI: unsigned numbers times signed ones, of which two are summed in 16 bits."""
+
+    def saturating(a: Tensor, b: Tensor) -> Tensor:
+        pairs = (a.float() + 128).view(len(a), -1, 2, 1) * b.float().view(-1, 2, b.shape[1])
+        return (pairs.sum(2).clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.float().sum(0)).int()
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not quantized_products._sums_exactly.__wrapped__()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+def test_a_gpu_without_the_kernel_is_given_what_its_product_takes(rows: int) -> None:
+    a, b = torch.ones(rows, IN, dtype=torch.int8), torch.arange(IN * OUT).view(IN, OUT).to(torch.int8)
+    for order in (b, b.t().contiguous().t()):
+        left, right = quantized_products._as_on_cuda(a, order)
+        assert len(left) == max(17, rows)
+        assert torch.equal(left[:rows], a) and not left[rows:].any()
+        assert right.t().is_contiguous() and torch.equal(right, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_they_are_one_graph(kind: str) -> None:
+    from torch._dynamo.utils import counters
+
+    weight, x = packed(numbers(OUT, IN, seed=0), kind, torch.float32), numbers(9, IN, seed=1)
+    own = products(weight)
+    counters.clear()
+    compiled = torch.compile(lambda x: own.backward(weight, own.forward(weight, x, None)), backend="aot_eager")
+    torch.testing.assert_close(compiled(x), own.backward(weight, own.forward(weight, x, None)))
+    assert not counters["graph_break"]
