@@ -34,11 +34,16 @@ LEVERS: dict[str, dict[str, Any]] = {
             "quantization": kind,
             "targets": "all",
             "scales_by_row": by_row,
-            "changes": {"quantized_backward": True},
+            "changes": {"products": "fp8"},
         }
         for kind in PACKINGS
         if kind.startswith("fp8")
         for by_row in (True, False)
+    },
+    **{
+        f"{kind}-products": {"quantization": kind, "targets": "all", "changes": {"products": "int8"}}
+        for kind in PACKINGS
+        if kind.startswith("int8")
     },
     **{name: {"algorithm": name} for name in ALGORITHMS},
     "DoRA-output": {"dora": "output"},

@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
-from lorasmith.training.memory.pinned_memory import PinnedMemory
 from torch import Tensor
 
 from lorasmith.adapters.frozen_weights import WeightStream
+from lorasmith.core.pinned_memory import PinnedMemory
 from lorasmith.core.quantization import packed
 from tests.cuda.streams import Stream, Streams
 from tests.cuda.tracing import DEVICE, MODE, Devices, Watch

@@ -16,14 +16,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lorasmith.training.memory.pinned_memory import PinnedMemory
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from lorasmith.core import quantization
+from lorasmith.core import quantized_products
+from lorasmith.core.pinned_memory import PinnedMemory
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
@@ -298,7 +298,9 @@ def traced(
         streams.in_place(),
         Devices(MODE) as devices,
         mock.patch.object(PinnedMemory, "copies", lambda _, tensors: tuple(one.pin_memory() for one in tensors)),
-        mock.patch.object(quantization, "_dtypes_scaled_by_row", lambda *_: dtypes),
+        mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
+        # Triton compiles for a device alone.
+        mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),
         # The tiny models' activations are below the sizes from which anything is done about them.
         mock.patch.object(activations, "_SMALL", 256),
         mock.patch.object(activations, "_WORTH_MOVING", 256),
