@@ -65,6 +65,7 @@ CHROMA = TinyFamily(
         "approximator_layers": 2,
     },
     {"text_encoder": t5},
+    network="ChromaTransformer2DModel",
     named=_names,
     conditioning=_conditioning,
     call=_call,

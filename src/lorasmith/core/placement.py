@@ -114,6 +114,18 @@ def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else fast_dtype(next(module.parameters()).dtype, device)
 
 
+def sent(
+    tensor: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """A tensor of the CPU on `device` in `dtype`; from pinned memory to a GPU, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.to(dtype).pin_memory()  # a conversion during the copy goes through pageable memory
+    return tensor.to(device, dtype, memory_format=memory_format, non_blocking=True)
+
+
 def memory_format_for(module: nn.Module) -> torch.memory_format:
     """Channels-last for models with 2-D convolutions larger than 1×1, which is faster."""
     convolutional = any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in module.modules())

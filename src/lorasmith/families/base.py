@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.extras import model_packages
+from lorasmith.core.placement import sent
 from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
@@ -86,6 +87,7 @@ class Conditioning:
     mask: Tensor | None = None
     span: tuple[float, float] = (0.0, 1.0)
     texts: tuple[str, ...] = ()
+    _moved: tuple[Tensor, Tensor] | None = field(default=None, compare=False)  # a mask, and where it was copied from
 
     def __post_init__(self) -> None:
         if not isinstance(self.tensors, Mapping):
@@ -142,17 +144,27 @@ class Conditioning:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Number of attended tokens of the context, for each of the batch."""
-        context = self.tensors["context"]
-        return (context.shape[1],) * len(context) if self.mask is None else tuple(self.mask.sum(1).tolist())
+        context, mask = self.tensors["context"], self.mask_on_cpu
+        return (context.shape[1],) * len(context) if mask is None else tuple(mask.sum(1).tolist())
+
+    @property
+    def mask_on_cpu(self) -> Tensor | None:
+        """The mask on the CPU, for which nobody waits if `to` has copied it to the device."""
+        if self._moved is not None and self._moved[0] is self.mask:
+            return self._moved[1]
+        return None if self.mask is None else self.mask.cpu()
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """A copy on `device` with floating-point tensors in `dtype`."""
+        device = torch.device(device)
         moved = {
-            key: t.to(device, dtype if t.is_floating_point() else t.dtype, non_blocking=True)
-            for key, t in self.tensors.items()
+            key: sent(tensor, device, dtype if tensor.is_floating_point() else tensor.dtype)
+            for key, tensor in self.tensors.items()
         }
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return replace(self, tensors=moved, mask=mask)
+        if self.mask is None:
+            return replace(self, tensors=moved)
+        mask = sent(self.mask, device, self.mask.dtype)
+        return replace(self, tensors=moved, mask=mask, _moved=(mask, self.mask_on_cpu))
 
 
 def named_controls(controls: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class Chroma(Family):
     name = "chroma"
     title = "Chroma"
     pipeline = "ChromaPipeline"
-    network = "ChromaTransformer2DModel"
+    network = "lorasmith.families.parts.masked_transformers.DeviceChroma"
     text_width = "joint_attention_dim"
     modelspec_implementation = "https://huggingface.co/lodestones/Chroma"
     kohya_name = "chroma"

@@ -152,8 +152,8 @@ class Lumina2(Family):
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
-        context, mask = conditioning.tensors["context"], conditioning.mask
-        mask = torch.ones(context.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+        context, mask = conditioning.tensors["context"], conditioning.mask_on_cpu
+        mask = torch.ones(context.shape[:2], dtype=torch.bool) if mask is None else mask
         towards_picture: Tensor = denoiser(
             hidden_states=latents.contiguous(),
             timestep=1 - time.to(latents.device),

@@ -158,8 +158,8 @@ class StableDiffusionXL(unet_layout.UNetFamily):
 def _uncropped(latents: Tensor) -> Tensor:
     """(batch, 6) size conditioning of pictures that were neither scaled nor cropped, as ComfyUI assumes."""
     height, width = (side * _PIXELS_PER_LATENT for side in latents.shape[-2:])
-    sizes = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
-    return sizes.expand(len(latents), -1)
+    sizes = torch.tensor([height, width, 0, 0, height, width])
+    return sizes.to(latents.device, non_blocking=True).expand(len(latents), -1)
 
 
 register(StableDiffusionXL(), "stable-diffusion-xl")

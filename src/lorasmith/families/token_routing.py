@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.inject import restore_forward
+from lorasmith.core.placement import sent
 from lorasmith.families.base import Conditioning, Layout, Routing
 
 
@@ -39,7 +40,7 @@ class Route:
     last: int
 
     def to(self, device: torch.device) -> Route:
-        return replace(self, kept=self.kept.to(device, non_blocking=True))
+        return replace(self, kept=sent(self.kept, device, self.kept.dtype))
 
 
 @contextlib.contextmanager

@@ -347,7 +347,7 @@ class Wan(Family):
         # Time stays in fp32, since bf16 has no number between 996 and 1000.
         time = time.to(latents.device)
         inputs = {"hidden_states": latents, "timestep": time, "encoder_hidden_states": context}
-        mask = conditioning.mask
+        lengths = None if conditioning.mask is None else conditioning.lengths
         if self._has_known_frames:
             known = given.get("known")
             if known is None:  # as in ComfyUI
@@ -357,7 +357,7 @@ class Wan(Family):
             if _config(denoiser).image_dim is not None:
                 inputs["encoder_hidden_states_image"] = self._picture_states(denoiser, given)
                 # diffusers finds the text behind the picture by its length.
-                inputs["encoder_hidden_states"], mask = _of_rows(context, _TOKENS), None
+                inputs["encoder_hidden_states"], lengths = _of_rows(context, _TOKENS), None
         clean = given.get(FIRST_FRAME) if self._is_5b else None
         if clean is not None:
             count = clean.shape[2]
@@ -366,13 +366,14 @@ class Wan(Family):
             times = time[:, None].repeat(1, latents[0, 0].numel() // _PATCH)
             times[:, : clean[0, 0].numel() // _PATCH] = 0
             inputs["timestep"] = times
-        if mask is None:
+        if lengths is None:
             prediction = _predicted(denoiser, inputs)
         else:
             # The network has no mask: contexts of one length at a time, each without its padding.
-            lengths, prediction = mask.sum(dim=1), torch.empty_like(latents)
-            for length in sorted(set(lengths.tolist())):
-                chosen = (lengths == length).nonzero().flatten()
+            prediction = torch.empty_like(latents)
+            for length in sorted(set(lengths)):
+                rows = torch.tensor([row for row, one in enumerate(lengths) if one == length])
+                chosen = rows.to(latents.device, non_blocking=True)
                 parts = {name: tensor.index_select(0, chosen) for name, tensor in inputs.items()}
                 parts["encoder_hidden_states"] = parts["encoder_hidden_states"][:, :length]
                 prediction = prediction.index_copy(0, chosen, _predicted(denoiser, parts))

@@ -139,10 +139,18 @@ class ZImage(Family):
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
-        context, mask = conditioning.tensors["context"], conditioning.mask
-        texts = list(context) if mask is None else [row[kept] for row, kept in zip(context, mask, strict=True)]
+        context, mask = conditioning.tensors["context"], conditioning.mask_on_cpu
+        texts = list(context) if mask is None else list(map(_attended, context, mask))
         pictures = denoiser(list(latents.unsqueeze(2)), (1 - time).to(latents.dtype), texts, return_dict=False)[0]
         return -torch.stack(pictures).squeeze(2)
+
+
+def _attended(context: Tensor, mask: Tensor) -> Tensor:
+    """The rows of a context (tokens, width) that a mask (tokens,) on the CPU has."""
+    (places,) = mask.nonzero(as_tuple=True)
+    if len(places) and int(places[-1]) == len(places) - 1:  # padding is behind them
+        return context[: len(places)]
+    return context[places.to(context.device, non_blocking=True)]
 
 
 register(ZImage(), "zimage")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.placement import sent
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
 from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
@@ -187,12 +188,12 @@ class BatchMaker:
             level=level.to(device),
             conditioning=self.join([sample.conditioning for sample in samples]).to(device, dtype),
             names=tuple(sample.name for sample in samples),
-            masks=None if masks is None else masks.to(device, dtype, non_blocking=True),
+            masks=None if masks is None else sent(masks, device, dtype),
             draws=tuple(draws),
             indices=tuple(self.index(draw) for draw in draws),
             share=share.to(device, torch.float32, non_blocking=True),
             quantiles=tuple(quantiles.tolist()),
-            places=None if places is None else places.to(device, non_blocking=True),
+            places=None if places is None else sent(places, device, places.dtype),
             weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),
             texts={name: self.join([one[name] for one in others]).to(device, dtype) for name in others[0]},
             settings=self.config,
@@ -224,10 +225,8 @@ class BatchMaker:
         )
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        if self.runtime.device.type == "cuda":
-            tensor = tensor.pin_memory()  # makes the copy asynchronous
         layout = self.memory_format if tensor.ndim == 4 else torch.preserve_format  # latents may have frames
-        return tensor.to(self.runtime.device, memory_format=layout, non_blocking=True)
+        return sent(tensor, self.runtime.device, tensor.dtype, layout)
 
 
 def _pyramid(noise: Tensor, discount: float, seed: int, draw: int) -> Tensor:

@@ -276,7 +276,8 @@ class Engine:
         sums.finish()
         if own is not None:
             losses, first = own
-            shared[[draw % per_step for batch in batches for draw in batch.draws]] = losses
+            places = torch.tensor([draw % per_step for batch in batches for draw in batch.draws])
+            shared[places.to(shared.device, non_blocking=True)] = losses
             if processes.is_first:
                 shared[-1] = sums.own_norm if len(batches) == 1 else first
         processes.summing(shared)()

@@ -7,6 +7,7 @@ picture that is drawn, as in ComfyUI.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,38 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
         config = self.config
         sizes = (self.inner_dim, config.num_attention_heads, config.attention_head_dim)
         self.transformer_blocks = nn.ModuleList(_QwenBlock(*sizes) for _ in range(config.num_layers))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        timestep: Tensor,
+        img_shapes: list[tuple[int, int, int]],
+    ) -> Tensor:
+        """The prediction (batch, tokens, channels) for pictures of these sizes in each of the batch, one after another.
+
+        diffusers' copies the number of tokens to the device, and modulation's indices, and waits for both.
+        """
+        states, text = self.img_in(hidden_states), self.txt_in(self.txt_norm(encoder_hidden_states))
+        timestep, modulate_index = timestep.to(states.dtype), None
+        if self.zero_cond_t:
+            timestep = torch.cat((timestep, timestep * 0))
+            places = torch.arange(states.shape[1], device=states.device)
+            modulate_index = (places >= math.prod(img_shapes[0])).int().expand(len(states), -1)
+        modulation = self.time_text_embed(timestep, states)
+        rotary = self.pos_embed([img_shapes], max_txt_seq_len=text.shape[1], device=states.device)
+        for block in self.transformer_blocks:
+            text, states = block(
+                hidden_states=states,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=encoder_hidden_states_mask,
+                temb=modulation,
+                image_rotary_emb=rotary,
+                modulate_index=modulate_index,
+            )
+        predicted: Tensor = self.proj_out(self.norm_out(states, modulation[: len(states)]))
+        return predicted
 
 
 class _QwenBlock(QwenImageTransformerBlock):  # type: ignore[misc]

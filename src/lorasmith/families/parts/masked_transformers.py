@@ -1,9 +1,10 @@
-"""Transformers of diffusers whose masks are changed: those of Stable Diffusion 3, Lumina 2 and HunyuanVideo 1.5.
+"""Transformers of diffusers that are changed: masks of Stable Diffusion 3, Lumina 2 and HunyuanVideo 1.5, and Chroma.
 
 Stable Diffusion 3's ignores masks, without which captions of different length cannot share a batch: pictures would
 attend to the padding of the shorter ones. Lumina 2's reads the lengths of texts off its mask, which on a device would
 wait for the device in each step, and has no answer on the meta device. HunyuanVideo 1.5's does both, and its mask has
-a number for each pair of tokens, of which clips have many.
+a number for each pair of tokens, of which clips have many. Chroma's copies a constant to the device in each pass, and
+waits for it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import HunyuanVideo15Transformer3DModel, Lumina2Transformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
+    Lumina2Transformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
+from diffusers.models.transformers.transformer_chroma import ChromaCombinedTimestepTextProjEmbeddings
+from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0, Lumina2RotaryPosEmbed
 from torch import Tensor
 
 
@@ -77,8 +84,27 @@ class HostMaskedLumina2(Lumina2Transformer2DModel):  # type: ignore[misc]
     @functools.wraps(Lumina2Transformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.rope_embedder.__class__ = _TablesKept
         for block in self.context_refiner:
             block.attn.set_processor(_MaskMoved())
+
+
+class _TablesKept(Lumina2RotaryPosEmbed):  # type: ignore[misc]
+    """Rotary embeddings whose tables are copied to a GPU once, and not in each pass."""
+
+    _there: list[Tensor] | None = None
+
+    def _get_freqs_cis(self, ids: Tensor) -> Tensor:
+        on_cpu = self.freqs_cis
+        if ids.device.type != "cuda":
+            return super()._get_freqs_cis(ids)  # type: ignore[no-any-return]
+        if self._there is None or self._there[0].device != ids.device:
+            self._there = [table.to(ids.device) for table in on_cpu]
+        self.freqs_cis = self._there
+        try:
+            return super()._get_freqs_cis(ids)  # type: ignore[no-any-return]
+        finally:
+            self.freqs_cis = on_cpu
 
 
 class _MaskMoved(Lumina2AttnProcessor2_0):  # type: ignore[misc]
@@ -95,6 +121,25 @@ class _MaskMoved(Lumina2AttnProcessor2_0):  # type: ignore[misc]
         moved = attention_mask.to(hidden_states.device, non_blocking=True)
         mixed: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, moved, image_rotary_emb)
         return mixed
+
+
+class DeviceChroma(ChromaTransformer2DModel):  # type: ignore[misc]
+    """ChromaTransformer2DModel whose embedding of no guidance is made on its device."""
+
+    @functools.wraps(ChromaTransformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.time_text_embed.__class__ = _OfNoGuidance
+
+
+class _OfNoGuidance(ChromaCombinedTimestepTextProjEmbeddings):  # type: ignore[misc]
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(batch,) → (batch, modulations, 4 · channels): of the time, of guidance 0, and of each modulation's index."""
+        guidance = torch.zeros_like(timestep)
+        both = [self.time_proj(timestep).to(timestep.dtype), self.guidance_proj(guidance).to(timestep.dtype)]
+        count = len(self.mod_proj)
+        indices = self.mod_proj.to(timestep.dtype).expand(len(timestep), -1, -1)
+        return torch.cat((torch.cat(both, dim=1)[:, None].expand(-1, count, -1), indices), dim=-1)
 
 
 class MaskedHunyuanVideo15(HunyuanVideo15Transformer3DModel):  # type: ignore[misc]
