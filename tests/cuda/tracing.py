@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,11 +22,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.core import quantization
+from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.job import TrainJob, plan_job
+from lorasmith.training.job import plan_job
+from lorasmith.training.memory import activations
+from lorasmith.training.memory.pinned_memory import PinnedMemory
+from tests.cuda.streams import Streams
 
 DEVICE = torch.device("cuda:0")
 
@@ -105,14 +108,16 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         operations: number of each operation.
-        waits: number of each kind of wait by its place, such as `families/wan.py:374`.
-        is_first: whether reads of values are allowed, which an optimizer needs to make its state.
+        waits: number of each kind of wait by its place, such as `families/wan.py:374 in predict`.
+        refused: products that CUDA refuses, by place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, streams: Streams) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._streams = streams
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -125,7 +130,13 @@ class Watch(TorchDispatchMode):
             return args[0].dtype == torch.bool or 1
         if func in _SHAPED_BY_VALUES and args[0].device.type == "cuda":
             self.waits[f"has a shape that depends on values ({func._opname}): {_place()}"] += 1
+        if func in _PRODUCTS and (why := _PRODUCTS[func](*args, **kwargs)):
+            self.refused[f"{why}: {_place()}"] += 1
         result = func(*args, **kwargs)
+        if func._opname == "set_":  # the storage of a fake tensor says that it is on the meta device
+            result.fake_device = DEVICE
+        if self._streams.are_several:
+            self._streams.operation(*_uses(func, args, kwargs, result), _place)
         if func is _aten._to_copy.default:
             wait = _wait(args[0], result, is_async=kwargs.get("non_blocking", False))
         elif func is _aten.copy_.default:
@@ -135,6 +146,61 @@ class Watch(TorchDispatchMode):
         if wait is not None:
             self.waits[wait] += 1
         return result
+
+
+def _uses(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of the device that an operation reads, and that it writes; views are neither."""
+    given, made = (
+        [one for one in tree_leaves(tree) if isinstance(one, Tensor) and one.device.type == "cuda"]
+        for tree in ((args, kwargs), result)
+    )
+    known = {one.untyped_storage()._cdata for one in given}
+    new = [one for one in made if one.untyped_storage()._cdata not in known]
+    changed = [
+        one
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for one in tree_leaves(value)
+        if isinstance(one, Tensor) and one.device.type == "cuda"
+    ]
+    is_view = bool(made) and not new and not changed
+    return [] if is_view else given, [*new, *changed]
+
+
+def _scaled_mm_refused(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *_: Any, **settings: Any) -> str:
+    """Why CUDA refuses a product in fp8 (`_scaled_mm`, compute capability 8.9); empty if it takes it."""
+    if a.dtype == b.dtype == torch.float8_e5m2:
+        return "e5m2 times e5m2"
+    if a.stride(1) != 1 or a.stride(0) < a.shape[1]:
+        return f"the first matrix must have rows in memory, has strides {a.stride()}"
+    if b.stride(0) != 1 or b.stride(1) < b.shape[0]:
+        return f"the second matrix must have columns in memory, has strides {b.stride()}"
+    if a.shape[1] % 16 or b.shape[1] % 16:
+        return f"sizes must be multiples of 16, are {tuple(a.shape)} and {tuple(b.shape)}"
+    by_row = scale_a.numel() > 1 or scale_b.numel() > 1
+    if by_row and (scale_a.shape, scale_b.shape) != ((a.shape[0], 1), (1, b.shape[1])):
+        return f"scales by row must be (rows, 1) and (1, columns), are {scale_a.shape} and {scale_b.shape}"
+    if not scale_a.is_contiguous() or not scale_b.is_contiguous():
+        return "scales must be contiguous"
+    if scale_a.dtype != torch.float32 or scale_b.dtype != torch.float32:
+        return "scales must be in fp32"
+    return ""
+
+
+def _int_mm_refused(a: Tensor, b: Tensor, **_: Any) -> str:
+    """Why CUDA refuses a product in int8 (`_int_mm`); empty if it takes it."""
+    if a.shape[0] <= 16:
+        return f"there must be more than 16 rows, are {a.shape[0]}"
+    if a.shape[1] % 8 or b.shape[1] % 8:
+        return f"sizes must be multiples of 8, are {tuple(a.shape)} and {tuple(b.shape)}"
+    if a.stride(1) != 1:
+        return f"the first matrix must have rows in memory, has strides {a.stride()}"
+    if 1 not in b.stride():
+        return f"the second matrix must have rows or columns in memory, has strides {b.stride()}"
+    return ""
+
+
+_PRODUCTS = {_aten._scaled_mm.default: _scaled_mm_refused, _aten._int_mm.default: _int_mm_refused}
 
 
 def _is_of_host(args: Any, kwargs: dict[str, Any]) -> bool:
@@ -164,78 +230,98 @@ def _place() -> str:
     return "?"
 
 
-def faked(mode: FakeTensorMode, module: nn.Module) -> None:
+def faked(module: nn.Module) -> None:
     """Replace the tensors of a module by fake ones on the CPU."""
     known: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 fake = known.get(id(parameter)) or nn.Parameter(
-                    mode.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad
+                    MODE.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad
                 )
                 known[id(parameter)] = fake
                 part._parameters[name] = fake
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = mode.from_tensor(buffer)
+                part._buffers[name] = MODE.from_tensor(buffer)
 
 
 @dataclass
 class Traced:
-    """What a few steps asked of the device.
+    """What steps asked of the device.
 
     Attributes:
         waits: of the steps after the first, by place; `first` has those of the first.
         batches: of making batches.
-        operations: of the last step.
+        refused: products that CUDA refuses.
+        races: uses on several streams that may come too early.
+        operations: number of operations of the last step.
+        layers: adapted layers.
     """
 
     waits: Counter[str] = field(default_factory=Counter)
     first: Counter[str] = field(default_factory=Counter)
     batches: Counter[str] = field(default_factory=Counter)
-    operations: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    races: Counter[str] = field(default_factory=Counter)
+    operations: int = 0
+    layers: int = 0
+
+
+MODE = FakeTensorMode(allow_non_fake_inputs=True)
+"""One for all steps of a process: what they cache outlives them."""
 
 
 def traced(
     model: Model,
     samples: Sequence[Sample],
-    changes: dict[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
     *,
     steps: int = 2,
-    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    scales_by_row: bool = True,
     **settings: Any,
 ) -> Traced:
     """Steps on the fake device; `model` cannot be used afterwards.
 
     Args:
         changes: to the runtime, behind the plan.
-        around: a context for the steps.
+        scales_by_row: whether the device multiplies with a scale for each row.
     """
-    config = TrainConfig(**{"rank": 4, "training_dtype": "bf16", "exact_dtype": True, "learning_rate": 1e-3, **settings})
+    given = {"rank": 4, "training_dtype": "bf16", "exact_dtype": True, "learning_rate": 1e-3, **settings}
     # Planned on the CPU: some algorithms compute their first weights.
-    job = plan_job(model.denoiser, config, torch.device("cpu"))
+    job = plan_job(model.denoiser, TrainConfig(**given), torch.device("cpu"))
     runtime = replace(job.runtime, device=DEVICE, **(changes or {}))
-    found = Traced()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with Devices(mode) as devices, around():
-        with mode:
+    found, streams = Traced(layers=len(job.adapters)), Streams()
+    dtypes = (torch.float32, torch.bfloat16) if scales_by_row else ()
+    with (
+        contextlib.ExitStack() as prepared,
+        streams.in_place(),
+        Devices(MODE) as devices,
+        mock.patch.object(PinnedMemory, "copies", lambda _, tensors: tuple(one.pin_memory() for one in tensors)),
+        mock.patch.object(quantization, "_dtypes_scaled_by_row", lambda *_: dtypes),
+        # The tiny models' activations are below the sizes from which anything is done about them.
+        mock.patch.object(activations, "_SMALL", 256),
+        mock.patch.object(activations, "_WORTH_MOVING", 256),
+    ):
+        with MODE:
             for module in (model.components.denoiser, *job.adapters.values(), *job.differences.values()):
-                faked(mode, module)
+                faked(module)
             engine = Engine(job.model, job.adapters, job.config, runtime, job.differences)
-        with contextlib.ExitStack() as stack:
-            with mode:
-                stack.enter_context(engine.prepared())
-            maker = batch_maker(job.model, samples, job.config, runtime, engine.rank_masks)
-            for step in range(steps):
-                batches = maker.step(step)
-                found.batches += devices.waits
-                with mode, Watch() as watch:
-                    engine.update(step, *engine.gradient(batches))
-                if step:
-                    found.waits += watch.waits
-                else:
-                    found.first = watch.waits
-                found.operations = watch.operations
-                devices.waits.clear()
-            stack.enter_context(mode)
+            prepared.enter_context(engine.prepared())
+        maker = batch_maker(job.model, samples, job.config, runtime, engine.rank_masks)
+        for step in range(steps):
+            devices.waits.clear()
+            batches = maker.step(step)
+            found.batches += devices.waits
+            with MODE, Watch(streams) as watch:
+                engine.update(step, *engine.gradient(batches))
+            if step:
+                found.waits += watch.waits
+            else:
+                found.first = watch.waits
+            found.refused += watch.refused
+            found.operations = watch.operations.total()
+        found.races = streams.races
+        with MODE:
+            prepared.close()
     return found

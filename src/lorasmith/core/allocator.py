@@ -41,26 +41,52 @@ def has_lost_device(error: BaseException) -> bool:
     return _says(error, _DEVICE_LOST)
 
 
+def is_of_gpu(error: BaseException) -> bool:
+    """Whether an error is CUDA's, or that of a library on it."""
+    return _says(error, _GPU)
+
+
 # Matched by text, as torch's classes would require importing torch, and its libraries have none. In order: torch and
-# CUDA, the C library, oneDNN; cuBLAS for its workspace; cuDNN with and without a choice of engines; NCCL.
+# CUDA, the C library, oneDNN; cuBLAS, cuSOLVER and cuDNN for their workspaces; cuDNN with and without a choice of
+# engines; NCCL.
 _OUT_OF_MEMORY = (
     "out of memory",
+    "cuda_error_out_of_memory",
     "can't allocate memory",
     "not enough memory",
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
+    "status_alloc_failed",
+    "status_internal_error_device_allocation_failed",
+    "status_internal_error_host_allocation_failed",
     "unable to find an engine to execute",
     "failed to cuda calloc",
 )
+# CUDA's texts of the errors after which, as its documentation says, the process must be started again.
 _DEVICE_LOST = (
     "illegal memory access",
+    "illegal_address",
     "illegal instruction",
     "misaligned address",
     "device-side assert triggered",
-    "unspecified launch failure",
+    "launch failure",
     "launch timed out",
+    "hardware stack error",
+    "invalid program counter",
+    "operation not supported on global/shared address space",
+    "invalid access of peer gpu memory",
     "uncorrectable ecc error",
+    "uncorrectable nvlink error",
     "has fallen off the bus",
+    "cuda error: unknown error",
+)
+_GPU = (
+    "cuda error",
+    "cuda driver error",
+    "hip error",
+    "cublas_status_",
+    "cusolver_status_",
+    "cudnn_status_",
+    "cudnn error",
+    "triton error [",
 )
 
 

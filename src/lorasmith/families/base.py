@@ -161,10 +161,10 @@ class Conditioning:
             key: sent(tensor, device, dtype if tensor.is_floating_point() else tensor.dtype)
             for key, tensor in self.tensors.items()
         }
-        if self.mask is None:
+        if (on_cpu := self.mask_on_cpu) is None:
             return replace(self, tensors=moved)
-        mask = sent(self.mask, device, self.mask.dtype)
-        return replace(self, tensors=moved, mask=mask, _moved=(mask, self.mask_on_cpu))
+        mask = sent(on_cpu, device, on_cpu.dtype)
+        return replace(self, tensors=moved, mask=mask, _moved=(mask, on_cpu))
 
 
 def named_controls(controls: Sequence[Tensor]) -> dict[str, Tensor]:

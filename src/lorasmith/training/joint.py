@@ -27,7 +27,7 @@ from torch import Tensor
 from lorasmith.adapters.inject import adapters_attached
 from lorasmith.adapters.joint_adapters import SampleRows, SamplesMixed, jointly_attached
 from lorasmith.adapters.patch import patch_tensors
-from lorasmith.core.allocator import is_out_of_memory, memory_missed
+from lorasmith.core.allocator import has_lost_device, is_out_of_memory, memory_missed
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
@@ -250,6 +250,10 @@ class _Coordinator:
             except Exception as error:
                 failure = error.with_traceback(None) if is_out_of_memory(error) else error
         # Outside of `except`, where the error's frames no longer hold activations.
+        if failure is not None and has_lost_device(failure):
+            for participant in asking:
+                participant.answer = failure
+            return
         reason = "" if failure is None else _why_apart(failure, len(asking))
         if not reason:
             for place, participant in enumerate(asking):

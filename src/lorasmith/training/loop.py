@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.allocator import has_lost_device, is_out_of_memory, memory_missed
+from lorasmith.core.allocator import has_lost_device, is_of_gpu, is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.core.placement import memory_used
 from lorasmith.core.printable import first_line
@@ -286,6 +286,11 @@ class Loop:
                 fault = OutOfMemory(memory_missed(error))
             elif batches and self.engine.runtime.compile and not isinstance(error, LorasmithError):
                 fault = CompileFailed(error)  # compilers raise any kind; another cause will be raised again
+            elif is_of_gpu(error):
+                raise TrainingError(
+                    f"the GPU's libraries must compute step {self.step + 1}, but failed ({first_line(error)}); install "
+                    "a torch built for this GPU and a driver for that torch, then run the same command again"
+                ) from error
             else:
                 raise
         # Outside of `except`, where the error's frames no longer hold activations.

@@ -15,6 +15,7 @@ by which they scale.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import mmap
@@ -23,10 +24,11 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import open_regular
@@ -116,7 +118,8 @@ def _format(kind: str) -> str:
 def _from_blocks(codes: Tensor, *, dtype: torch.dtype, kind: str, inside: tuple[int, ...]) -> Tensor:
     """The weight (out, *inside) of codes (rows, bytes of a row)."""
     decode, size, size_bytes = _decoders()[kind]
-    numbers: Tensor = decode(codes.reshape(-1, size_bytes), size, size_bytes, torch.float32)
+    with _constants_kept() if codes.is_cuda and not torch.compiler.is_compiling() else contextlib.nullcontext():
+        numbers: Tensor = decode(codes.reshape(-1, size_bytes), size, size_bytes, torch.float32)
     return numbers.to(dtype).reshape(-1, *inside)
 
 
@@ -126,6 +129,18 @@ def _decoders() -> dict[str, tuple[Callable[..., Tensor], int, int]]:
     from diffusers.quantizers.gguf.utils import GGML_QUANT_SIZES, dequantize_functions
 
     return {kind.name: (decode, *GGML_QUANT_SIZES[kind]) for kind, decode in dequantize_functions.items()}
+
+
+class _constants_kept(TorchFunctionMode):  # noqa: N801 - a context
+    """Inside the context, `torch.tensor` gives one tensor for the same numbers: copies of them wait for the device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _constant(tuple(*args), **kwargs) if func is torch.tensor else func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _constant(numbers: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(numbers, device=device, dtype=dtype)
 
 
 class _Stored(NamedTuple):

@@ -92,6 +92,7 @@ class HostMaskedLumina2(Lumina2Transformer2DModel):  # type: ignore[misc]
 class _TablesKept(Lumina2RotaryPosEmbed):  # type: ignore[misc]
     """Rotary embeddings whose tables are copied to a GPU once, and not in each pass."""
 
+    freqs_cis: list[Tensor]
     _there: list[Tensor] | None = None
 
     def _get_freqs_cis(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""The process with a CUDA device that is not there: answers requests of the tests, one JSON value a line.
+
+    python -m tests.cuda.process LIBRARY
+
+The library (`fake_cuda.cpp`) must be loaded before torch, which the tests have loaded already. A request is a family,
+the number of samples, whether their captions differ in length, and keywords of `tracing.traced`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def answer(family: str, samples: int, is_masked: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `traced` found for a small model of a family."""
+    from tests.cuda.cases import samples_of, small_model
+    from tests.cuda.tracing import traced
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = small_model(family, Path(folder))
+        return vars(traced(model, samples_of(model, samples, is_masked=is_masked), batch_size=samples, **settings))
+
+
+def main() -> None:
+    device = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+    import torch
+
+    device.replace_guard()  # where torch was built with CUDA, it has a guard of its own by now
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        try:
+            found = answer(**json.loads(line))
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

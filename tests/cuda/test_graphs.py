@@ -1,0 +1,75 @@
+"""What can be compiled is compiled whole: no graph breaks, and one graph for each kind of block.
+
+Dynamo asks no device for that, so that these are real steps on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import batch_maker
+from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.memory import compilation
+from tests.cuda.cases import FAMILIES, samples_of, small_model
+
+MOST_GRAPHS = 4  # of a model with two kinds of blocks
+
+UNETS = {"sd1": 14, "sdxl": 14}
+"""Graphs of models whose blocks are of many kinds."""
+
+LEVERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing-2": {"gradient_checkpointing": True, "checkpoint_depth": 2},
+    "int8": {"quantization": "int8"},
+    "nf4": {"quantization": "nf4"},
+    "fp8": {"quantization": "fp8_e4m3"},
+    "int8-checkpointing": {"quantization": "int8", "gradient_checkpointing": True},
+    "DoRA": {"dora": "output"},
+    "GLoRA": {"algorithm": "GLoRA"},
+    "PiSSA": {"pissa": True},
+    "T-LoRA": {"tlora": "plain"},
+    "dropout": {"rank_dropout": 0.3, "module_dropout": 0.1},
+    "differences": {"differences": "norms+biases"},
+}
+
+CASES = [
+    *(("flux1", lever) for lever in LEVERS),
+    *((family, "plain") for family in FAMILIES if family != "flux1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are made, and no code of them; nothing compiled is left to others."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "lever"),
+    [pytest.param(*case, id="-".join(case)) for case in CASES],
+)
+def test_a_block_is_one_graph(family: str, lever: str, tmp_path: Path) -> None:
+    model = small_model(family, tmp_path)
+    given = {"rank": 4, "batch_size": 2, "learning_rate": 1e-3, "training_dtype": "fp32", "compile": True}
+    job = plan_job(model.denoiser, TrainConfig(**{**given, **LEVERS[lever]}), torch.device("cpu"))
+    engine = engine_of(job)
+    samples = samples_of(model, 2, is_masked=False)
+    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.rank_masks)
+    with engine.prepared():
+        for step in range(2):
+            engine.update(step, *engine.gradient(maker.step(step)))
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] <= UNETS.get(family, MOST_GRAPHS)

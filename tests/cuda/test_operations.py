@@ -1,0 +1,35 @@
+"""What an adapted layer costs the host: operations of a step beyond those of the frozen layer, which may only fall.
+
+A GPU takes about 7 µs of the host's time for each, which limits steps of small pictures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.cuda.conftest import FakeDevice
+
+BUDGET: dict[str, tuple[float, dict[str, Any]]] = {
+    "LoRA": (105.5, {}),
+    "LoRA with checkpointing": (147.8, {"gradient_checkpointing": True}),
+    "LoRA on int8": (108.5, {"quantization": "int8"}),
+    "LoKr": (120.8, {"algorithm": "LoKr"}),
+    "LoHa": (156.8, {"algorithm": "LoHa"}),
+    "OFT": (163.2, {"algorithm": "OFT"}),
+    "BOFT": (1321.6, {"algorithm": "BOFT"}),
+    "GLoRA": (233.0, {"algorithm": "GLoRA"}),
+    "DoRA": (207.0, {"dora": "output"}),
+}
+"""Most operations for each layer, with the settings."""
+
+
+@pytest.mark.parametrize(
+    "name", ["LoRA", *(pytest.param(name, marks=pytest.mark.slow) for name in BUDGET if name != "LoRA")]
+)
+def test_an_adapted_layer_takes_no_more_operations_than_before(device: FakeDevice, name: str) -> None:
+    most, settings = BUDGET[name]
+    few, many = (device.traced("flux1", targets=targets, **settings) for targets in ("*.0.ff.*", "*blocks.*"))
+    assert many.layers > few.layers
+    assert (many.operations - few.operations) / (many.layers - few.layers) <= most
