@@ -1,7 +1,7 @@
 // A CUDA device with nothing behind it, so that FakeTensorMode traces steps on `cuda:0` where there is no GPU.
 //
-// Hooks say that there is one device, a device guard does nothing. Load it before torch; in a build with CUDA,
-// `take_over` then replaces the guard that torch has registered since.
+// Hooks say that there is one device, a device guard does nothing. Load it before torch, for the hooks, and call
+// `replace_guard` after it: a build with CUDA has registered a guard of its own by then.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -31,32 +31,34 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(const c10::DeviceIndex) const override {}
 };
 
+// Not marked `override`: versions of torch differ in which of these they have.
 struct Hooks final : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
-  void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(at::DeviceIndex) const override { return true; }
-  at::DeviceIndex deviceCount() const override { return 1; }
-  void setCurrentDevice(at::DeviceIndex) const override {}
-  at::DeviceIndex getCurrentDevice() const override { return 0; }
-  at::DeviceIndex exchangeDevice(at::DeviceIndex) const override { return 0; }
-  at::DeviceIndex maybeExchangeDevice(at::DeviceIndex) const override { return 0; }
-  at::DeviceIndex current_device() const override { return 0; }
-  int getNumGPUs() const override { return 1; }
-  bool isPinnedPtr(const void*) const override { return false; }
-  bool compiledWithCuDNN() const override { return true; }
-  bool supportsDilatedConvolutionWithCuDNN() const override { return true; }
-  bool supportsDepthwiseConvolutionWithCuDNN() const override { return false; }
-  bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return true; }
-  long versionCuDNN() const override { return 91000; }
-  long versionRuntimeCuDNN() const override { return 91000; }
+  void init() const {}
+  bool hasCUDA() const { return true; }
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return true; }
+  bool hasPrimaryContext(at::DeviceIndex) const { return true; }
+  at::DeviceIndex deviceCount() const { return 1; }
+  void setCurrentDevice(at::DeviceIndex) const {}
+  at::DeviceIndex getCurrentDevice() const { return 0; }
+  at::DeviceIndex exchangeDevice(at::DeviceIndex) const { return 0; }
+  at::DeviceIndex maybeExchangeDevice(at::DeviceIndex) const { return 0; }
+  at::DeviceIndex current_device() const { return 0; }
+  int getNumGPUs() const { return 1; }
+  bool isPinnedPtr(const void*) const { return false; }
+  bool compiledWithCuDNN() const { return true; }
+  bool supportsDilatedConvolutionWithCuDNN() const { return true; }
+  bool supportsDepthwiseConvolutionWithCuDNN() const { return false; }
+  bool supportsBFloat16ConvolutionWithCuDNNv8() const { return true; }
+  long versionCuDNN() const { return 91000; }
+  long versionRuntimeCuDNN() const { return 91000; }
 };
 
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
 C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, Hooks)
+
 }  // namespace
 
 extern "C" void replace_guard() {

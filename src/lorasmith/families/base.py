@@ -161,10 +161,11 @@ class Conditioning:
             key: sent(tensor, device, dtype if tensor.is_floating_point() else tensor.dtype)
             for key, tensor in self.tensors.items()
         }
-        if (on_cpu := self.mask_on_cpu) is None:
+        if self.mask is None:
             return replace(self, tensors=moved)
-        mask = sent(on_cpu, device, on_cpu.dtype)
-        return replace(self, tensors=moved, mask=mask, _moved=(mask, on_cpu))
+        mask = sent(self.mask, device, self.mask.dtype)
+        known = (mask, self.mask) if self.mask.device.type == "cpu" else self._moved
+        return replace(self, tensors=moved, mask=mask, _moved=known)
 
 
 def named_controls(controls: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -196,8 +196,9 @@ class QwenImage(Family):
                 encoder_hidden_states=context,
                 encoder_hidden_states_mask=conditioning.mask,
                 timestep=time.to(latents.dtype),
-                img_shapes=shapes,
-            )[:, : height * width]
+                img_shapes=[shapes] * len(latents),
+                return_dict=False,
+            )[0][:, : height * width]
         return unpacked_latents(prediction, 2 * height, 2 * width).unsqueeze(2)
 
 

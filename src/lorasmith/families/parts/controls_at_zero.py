@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +39,10 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
         timestep: Tensor,
-        img_shapes: list[tuple[int, int, int]],
-    ) -> Tensor:
-        """The prediction (batch, tokens, channels) for pictures of these sizes in each of the batch, one after another.
+        img_shapes: Sequence[list[tuple[int, int, int]]],
+        **_: Any,
+    ) -> tuple[Tensor]:
+        """The prediction (batch, tokens, channels), for pictures whose sizes are the same in all of the batch.
 
         diffusers' copies the number of tokens to the device, and modulation's indices, and waits for both.
         """
@@ -49,9 +51,9 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
         if self.zero_cond_t:
             timestep = torch.cat((timestep, timestep * 0))
             places = torch.arange(states.shape[1], device=states.device)
-            modulate_index = (places >= math.prod(img_shapes[0])).int().expand(len(states), -1)
+            modulate_index = (places >= math.prod(img_shapes[0][0])).int().expand(len(states), -1)
         modulation = self.time_text_embed(timestep, states)
-        rotary = self.pos_embed([img_shapes], max_txt_seq_len=text.shape[1], device=states.device)
+        rotary = self.pos_embed(img_shapes[:1], max_txt_seq_len=text.shape[1], device=states.device)
         for block in self.transformer_blocks:
             text, states = block(
                 hidden_states=states,
@@ -61,8 +63,7 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
                 image_rotary_emb=rotary,
                 modulate_index=modulate_index,
             )
-        predicted: Tensor = self.proj_out(self.norm_out(states, modulation[: len(states)]))
-        return predicted
+        return (self.proj_out(self.norm_out(states, modulation[: len(states)])),)
 
 
 class _QwenBlock(QwenImageTransformerBlock):  # type: ignore[misc]
