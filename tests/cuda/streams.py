@@ -126,7 +126,7 @@ class Streams:
             mock.patch.object(torch.cuda, "current_stream", lambda *_: self.current),
             mock.patch.object(torch.cuda, "synchronize", lambda *_: self.current.synchronize()),
             mock.patch.object(torch.cuda, "cudart", _Runtime),
-            mock.patch.object(Tensor, "record_stream", _as_method(self.recorded)),
+            mock.patch.object(Tensor, "record_stream", _recording(self)),
         ):
             yield
 
@@ -185,13 +185,13 @@ class _Runtime:
         return 0
 
 
-def _as_method(function: Callable[[Tensor, Stream], None]) -> Callable[[Tensor, Stream], None]:
-    """A function that may be an attribute of a class: a bound method would not get the instance."""
+def _recording(streams: Streams) -> Callable[[Tensor, Stream], None]:
+    """`Tensor.record_stream`; a bound method as an attribute of the class would not get the tensor."""
 
-    def method(tensor: Tensor, stream: Stream) -> None:
-        function(tensor, stream)
+    def record_stream(tensor: Tensor, stream: Stream) -> None:
+        streams.recorded(tensor, stream)
 
-    return method
+    return record_stream
 
 
 def _knows(clock: Clock, use: tuple[int, int]) -> bool:

@@ -21,7 +21,6 @@ LEVERS: dict[str, dict[str, Any]] = {
     "checkpointing-2": {"gradient_checkpointing": True, "checkpoint_depth": 2},
     "lean": {"activations": "lean"},
     "selective": {"activations": "selective"},
-    "host": {"changes": {"activations": "host"}},
     "offloading": {"changes": {"offloading": True}},
     "offloading-int8-checkpointing": {
         "quantization": "int8",
@@ -61,7 +60,7 @@ QUICK = [
     ("lumina2", "plain", "masked", 2),
     ("qwen-image", "nf4", "masked", 2),
     ("chroma", "fp8_e4m3-products", "plain", 2),
-    ("wan", "host", "masked", 2),
+    ("wan", "selective", "masked", 2),
     ("z-image", "checkpointing", "masked", 1),
     ("krea2", "LoKr", "masked", 2),
 ]

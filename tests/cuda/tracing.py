@@ -133,8 +133,6 @@ class Watch(TorchDispatchMode):
         if func in _PRODUCTS and (why := _PRODUCTS[func](*args, **kwargs)):
             self.refused[f"{why}: {_place()}"] += 1
         result = func(*args, **kwargs)
-        if func._opname == "set_":  # the storage of a fake tensor says that it is on the meta device
-            result.fake_device = DEVICE
         if self._streams.are_several:
             self._streams.operation(*_uses(func, args, kwargs, result), _place)
         if func is _aten._to_copy.default:
@@ -303,7 +301,6 @@ def traced(
         mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),
         # The tiny models' activations are below the sizes from which anything is done about them.
         mock.patch.object(activations, "_SMALL", 256),
-        mock.patch.object(activations, "_WORTH_MOVING", 256),
     ):
         with MODE:
             for module in (model.components.denoiser, *job.adapters.values(), *job.differences.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, ModelError
+from lorasmith.families import z_image
 from lorasmith.families.base import FAMILIES, Conditioning, Expert, LatentFormat, collate
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
 
@@ -120,3 +122,18 @@ def test_frames_of_clips_are_one_and_a_multiple(count: int, whole: int) -> None:
 )
 def test_an_expert_is_known_by_its_name(file: str, is_named: bool) -> None:
     assert Expert("high_noise", (0.875, 1.0), "transformer").is_named_in(file) is is_named
+
+
+def test_the_lengths_of_captions_are_known_on_a_device() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    there = Conditioning({"context": torch.zeros(2, 3, 4)}, mask=mask).to("meta", torch.bfloat16)
+    assert there.mask is not None
+    assert there.mask.is_meta  # nobody could read it
+    assert there.lengths == there.to("meta", torch.float32).lengths == (2, 1)
+    assert replace(there, mask=torch.ones(2, 3, dtype=torch.bool)).lengths == (3, 3)
+
+
+@pytest.mark.parametrize("mask", [(1, 1, 1, 1), (1, 1, 0, 0), (0, 1, 0, 1), (0, 0, 0, 0)])
+def test_tokens_behind_any_mask_are_left_out(mask: tuple[int, ...]) -> None:
+    context, kept = torch.arange(8.0).view(4, 2), torch.tensor(mask, dtype=torch.bool)
+    assert torch.equal(z_image._attended(context, kept), context[kept])
