@@ -26,7 +26,7 @@ OTHERS: dict[str, Any] = {
     "algorithm": "LoKr", "differences": "norms", "zero_init": "down", "dora": "input", "optimizer": "Adam",
     "schedule": "cosine", "loss_function": "L1", "objective": "x0", "timesteps": "uniform", "lora_dtype": "fp32",
     "tlora": "plain",
-    "loss_weighting": "min_snr", "quantization": "int8", "activations": "lean",
+    "loss_weighting": "min_snr", "quantization": "int8", "products": "int8", "activations": "lean",
     "training_dtype": "none", "track": "wandb",
     "trigger": "sks dog", "captions": "filename", "prefix": "a photo of", "suffix": "--", "more_resolutions": "256,512",
     "crop": "random", "masks": "alpha", "mask_folder": "/masks", "class_prompt": "a dog|a cat", "class_images": "/dogs",
