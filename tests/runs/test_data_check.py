@@ -142,10 +142,12 @@ def test_photos_of_something_else_and_mirrored_ones_are_named(tmp_path: Path) ->
     others = sorted(FOX.with_name("high-contrast").glob("*.png"))[:2]
     for path in others:
         add(tmp_path / f"x_{path.name}", Image.open(path), "a drawing")
+    first = Image.open(FOX / "fox_1.png")
+    add(tmp_path / "a.png", first.resize((first.width // 2, first.height // 2)), "a drawing of a fox")  # a look-alike
     add(tmp_path / "y.png", ImageOps.mirror(Image.open(FOX / "fox_1.png")), "a drawing of a fox")
     check = check_folder(tmp_path, DataConfig())
     found = {one.kind: one for one in check.preflight.findings}
     names = {kind: [check.preflight.images[index].name for index in one.images] for kind, one in found.items()}
     assert names["odd ones out"] == [f"x_{path.name}" for path in others]
-    assert "7 images show much the same (fox), and 2 others show something else" in found["odd ones out"].problem
+    assert "8 images show much the same (fox), and 2 others show something else" in found["odd ones out"].problem
     assert names["much alike"] == ["y.png"] and "y.png (like fox_1.png)" in found["much alike"].sentence

@@ -30,9 +30,8 @@ import torch
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import read_regular
 from lorasmith.core.random import keyed_generator, keyed_permutation, keyed_uniform
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of caption files, the preferred one first
 MAX_CAPTION = 20_000  # characters of a caption: a text encoder reads at most some hundred of its words
 # It looks behind so that a run of blanks is tried at its start alone.
 _NUMBER_AT_END = re.compile(r"(?:^|(?<![ .#-])[ .#-]+)(?:[0-9]+|\([0-9]+\))$")

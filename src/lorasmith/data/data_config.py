@@ -19,6 +19,7 @@ from lorasmith.core.options import check_options, option, options_of, short_repr
 from lorasmith.core.printable import described
 from lorasmith.core.registry import nearest
 
+CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of caption files, the preferred one first
 MAX_REPEATS = 10_000  # of an image in an epoch
 
 

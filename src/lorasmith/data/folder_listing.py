@@ -15,8 +15,8 @@ from typing import Literal
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import entry_is_folder, entry_is_link, is_regular
 from lorasmith.core.folders import RUN_LOG, RUN_RECORD
-from lorasmith.data.captions import CAPTION_SUFFIXES, one_line
-from lorasmith.data.data_config import MAX_REPEATS
+from lorasmith.data.captions import one_line
+from lorasmith.data.data_config import CAPTION_SUFFIXES, MAX_REPEATS
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import is_metadata_name
 
@@ -179,6 +179,11 @@ def foreign_reason(suffix: str) -> Reason | None:
     plug_in = f"{command} reads it, or " if (command := reader_install(suffix)) else ""
     clause = f"is a {suffix[1:].upper()} file, which is not read here; {plug_in}convert it to PNG or JPEG"
     return Reason(clause, "format")
+
+
+def foreign_suffixes() -> list[str]:
+    """All suffixes, in lower case with their dot, that `foreign_reason` has a reason for."""
+    return sorted(suffix for suffix in (*VIDEO_SUFFIXES, *_FOREIGN_SUFFIXES) if foreign_reason(suffix))
 
 
 def reader_install(suffix: str) -> str:

@@ -31,9 +31,9 @@ from lorasmith.core.choices import Fix
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.files import atomic_folder, check_writable, ensure_folder, is_folder, open_regular
 from lorasmith.core.folders import plain_name, safe_name
-from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
+from lorasmith.data.captions import read_caption
 from lorasmith.data.clips import is_video
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig
 from lorasmith.data.folder import ImageFile, checked_again
 from lorasmith.data.folder_listing import CHANGES, REASONS, SET_APART, Reason, control_folder
 from lorasmith.data.image_files import ImageHeader, image_header, open_original

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import sentence
-from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, one_line, with_trigger
+from lorasmith.data.captions import MAX_CAPTION, one_line, with_trigger
+from lorasmith.data.data_config import CAPTION_SUFFIXES
 from lorasmith.data.folder_listing import LINK, Skipped, list_folders
 from lorasmith.data.image_files import ImageError, image_suffixes, open_image
 

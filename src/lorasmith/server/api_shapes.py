@@ -114,6 +114,15 @@ class DatasetList:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FormatsAnswer:
+    """Which files can be added to datasets, by their suffixes: in lower case, with their dot."""
+
+    pictures: Annotated[tuple[str, ...], "of pictures, which are checked by their content when they are added"]
+    captions: Annotated[tuple[str, ...], "of texts, each beside a picture of the same name"]
+    refused: Annotated[dict[str, str], "why files with other known suffixes are not added"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class NameBody:
     """A name to give; it is made one that every system has files for."""
 

@@ -146,6 +146,13 @@ GALLERY: dict[str, Any] = {
 }
 
 
+FORMATS = {
+    "pictures": [".jpg", ".png"],
+    "captions": [".txt"],
+    "refused": {".jxl": "is a JXL file, which is not read here; convert it", ".mp4": "is a video; run lorasmith train"},
+}
+
+
 SHELF = [
     {"name": "sdxl", "title": "Stable Diffusion XL 1.0", "family": "Stable Diffusion XL", "gated": False,
      "about": "Everything by short prompts; the most LoRAs and fine-tunes.", "licence": "CreativeML Open RAIL++-M",
@@ -244,6 +251,7 @@ class FakeServer:
                 web.get(f"{at}/settings", _says(lambda: SETTINGS)),
                 web.get(f"{at}/models", _says(lambda: self.models)),
                 web.get(f"{at}/datasets", self._datasets),
+                web.get(f"{at}/formats", self._formats),
                 web.post(f"{at}/datasets", self._new_dataset),
                 web.get(f"{at}/datasets/{{name}}", self._dataset),
                 web.delete(f"{at}/datasets/{{name}}", self._remove_dataset),
@@ -456,6 +464,9 @@ class FakeServer:
             }
         )
 
+    async def _formats(self, _: web.Request) -> web.Response:
+        return web.json_response(FORMATS)
+
     async def _draft(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name not in self.datasets:
@@ -514,7 +525,7 @@ class FakeServer:
             try:
                 Image.open(io.BytesIO(content)).verify()
             except Exception:
-                skipped.append({"file": file, "reason": "it is not a picture that can be read"})
+                skipped.append({"file": file, "reason": "is not a picture that can be read"})
                 continue
             if file.startswith("control/"):
                 self.controls.setdefault(request.match_info["name"], {})[file.removeprefix("control/")] = content
@@ -524,8 +535,11 @@ class FakeServer:
                 file = f"{Path(file).stem}-2{Path(file).suffix}"
             files[file] = (content, "")
             added.append(file)
-        for file in set(added) & files.keys():
-            files[file] = (files[file][0], captions.get(Path(file).stem, ""))
+        for stem, text in captions.items():
+            if (of := next((file for file in files if Path(file).stem == stem), None)) is None:
+                skipped.append({"file": f"{stem}.txt", "reason": "has no picture of the same name; add that too"})
+            else:
+                files[of] = (files[of][0], text)
         return web.json_response({"added": added, "skipped": skipped, "renamed": {}})
 
     async def _picture(self, request: web.Request) -> web.Response:

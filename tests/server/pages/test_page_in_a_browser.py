@@ -29,11 +29,14 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
 
     page.wait_for_url("**/#/new/my-dog/photos")  # named after the folder
     assert page.locator(".tile img").first.get_attribute("src").startswith("blob:")  # seen before it is sent
-    waits(page, "it is not a picture that can be read")
-    waits(page, "2 files were left out: My Dög/")
+    waits(page, "3 files were not added")
+    assert sorted(page.locator(".notice .file-list li").all_inner_texts()) == [
+        "broken.jpg is not a picture that can be read.",
+        "notes.pdf is not a picture.",
+        "sea.mp4 is a video; run lorasmith train.",
+    ]
     waits(page, "2 photos lack the picture before the edit")
     page.get_by_role("button", name="Remove the picture before, dog 0.jpg").click()  # of the folder control
-    waits(page, "Videos are not added here: run")
     waits(page, "2 of 3 with a caption")
     page.get_by_label("Trigger word").fill("bello")
     assert_legible(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,32 @@ def test_remarks_are_one_card_and_what_mends_them_is_undone(served: ServedPage, 
     page.get_by_text("fox_1.png").first.click()
     page.keyboard.press("Control+z")
     expected(page.locator(".tile")).to_have_count(5)
+
+
+def test_what_is_not_added_is_named_with_its_reason(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for name in (".DS_Store", "a.jxl", "b.jxl", "fox_1.txt", "nobody.txt"):
+        (folder / name).write_text("a fox on a tree")
+    page = open_page()
+    page.locator("input[webkitdirectory]").set_input_files(folder)
+    page.get_by_text("no pictures among these files: a.jxl is a JXL file, which is not read here").wait_for()
+    assert page.locator("input[type=file]").first.get_attribute("accept") == "image/*,.jpg,.png,.txt"
+
+    served.server.add_dataset("fox", 2)
+    page.goto(f"{served.address}{PHOTOS}")
+    page.get_by_label("Caption of fox_1.png").wait_for()
+    page.locator("input[webkitdirectory]").set_input_files(folder)
+    listed = page.locator(".notice .file-list li")
+    expected(listed).to_have_count(2)
+    assert sorted(listed.all_inner_texts()) == [
+        "a.jxl is a JXL file, which is not read here; convert it. Also b.jxl.",
+        "nobody.txt has no picture of the same name; add that too.",
+    ]
+    assert captions(served)[0] == "a fox on a tree"  # of a picture that was there
+    assert_legible(page)
+    page.get_by_role("button", name="Close the list of files that were not added").click()
+    expected(listed).to_have_count(0)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from lorasmith.server.api_shapes import CaptionEdit
 from lorasmith.server.questions import dataset_changes, dataset_questions
 from lorasmith.server.questions import dataset_questions as questions
 from lorasmith.server.questions.dataset_questions import UnknownFileError
+from lorasmith.server.questions.question_registry import answer
 
 
 def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
@@ -253,6 +254,26 @@ def test_what_is_no_picture_is_not_kept(
     answer = dataset_changes.add_image(folders, "dog", file=file, temporary=sent(tmp_path, content))
     assert sorted(dog.iterdir()) == before
     assert re.match(reason, answer["skipped"])
+
+
+def test_formats_name_what_is_read_and_why_others_are_not(folders: Folders, dog: Path, tmp_path: Path) -> None:
+    found = dataset_changes.formats(folders)
+    assert {".png", ".jpg", ".webp", ".gif"} <= set(found.pictures)
+    assert not set(found.pictures) & found.refused.keys()
+    assert found.captions == (".txt", ".caption")
+    assert found.refused[".jxl"] == "is a JXL file, which is not read here; convert it to PNG or JPEG"
+    for suffix in (".jxl", ".mov", ".psd"):
+        answer = dataset_changes.add_image(folders, "dog", file=f"a{suffix}", temporary=sent(tmp_path, noise()))
+        assert answer == {"skipped": found.refused[suffix]}
+
+
+@pytest.mark.parametrize("file", ["a.jxl", "a.mov"])
+def test_a_dataset_with_files_that_are_not_read_is_shown(folders: Folders, dog: Path, file: str) -> None:
+    (dog / file).write_bytes(b"x" * 100)
+    shown = answer("dataset", {"name": "dog"}, folders)
+    checked = answer("check_dataset", {"name": "dog", "settings": {}}, folders)
+    for skipped in (shown["skipped"], checked["skipped"]):
+        assert [(one["file"], type(one["reason"])) for one in skipped] == [(file, str)]
 
 
 def test_a_copy_is_not_kept_twice(folders: Folders, dog: Path, tmp_path: Path) -> None:

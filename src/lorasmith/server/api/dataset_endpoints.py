@@ -20,7 +20,7 @@ from aiohttp import web
 from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import Option, options_of
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig
 from lorasmith.runs.queue import JobStateError
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
 from lorasmith.server.api.job_answers import uses_dataset
@@ -36,6 +36,7 @@ from lorasmith.server.api_shapes import (
     DatasetList,
     DatasetRow,
     FilesBody,
+    FormatsAnswer,
     JobAnswer,
     NameBody,
     PairBody,
@@ -54,7 +55,6 @@ MOST_FILE_BYTES = 100 * 2**20  # of a picture
 MOST_TEXT_BYTES = 80_000  # of a caption
 MOST_REQUEST_BYTES = 20 * 2**30  # of all files of a request
 MOST_FILES = 4000  # of a request, captions included
-_TEXTS = (".txt", ".caption")
 
 
 @dataclass
@@ -80,7 +80,7 @@ async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
             file = PurePosixPath(sent.replace("\\", "/"))
             if fault:
                 received.skipped.append(SkippedFile(file=file.name, reason=fault))
-            elif file.suffix.lower() in _TEXTS:
+            elif file.suffix.lower() in CAPTION_SUFFIXES:
                 received.texts.append((sent, path))
                 continue
             else:
@@ -135,7 +135,7 @@ async def _files(request: web.Request, folder: Path) -> AsyncIterator[tuple[str,
         if count > MOST_FILES:
             raise TooLargeError(f"a request must have at most {MOST_FILES:,} files; send the others in another one")
         path = folder / str(count)
-        is_text = part.filename.lower().endswith(_TEXTS)
+        is_text = part.filename.lower().endswith(CAPTION_SUFFIXES)
         most = MOST_TEXT_BYTES if is_text else MOST_FILE_BYTES
         size = await received(part, path, at_most=most, read_at_most=left)
         left -= size
@@ -215,6 +215,7 @@ _WIDTH_QUERY = Query("width", "Pixels of the small version's longest edge, at mo
 
 DATASET_ENDPOINTS = (
     Endpoint("GET", "/datasets", "All datasets.", question="datasets", answer=DatasetList),
+    Endpoint("GET", "/formats", "Files that can be added to datasets.", question="formats", answer=FormatsAnswer),
     Endpoint(
         "POST",
         "/datasets",

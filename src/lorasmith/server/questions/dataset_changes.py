@@ -16,8 +16,9 @@ from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, plain_name, safe_name
 from lorasmith.data.captioners import CAPTIONERS, TRANSFORMERS
-from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, one_line, read_caption_file
-from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
+from lorasmith.data.captions import MAX_CAPTION, CaptionError, one_line, read_caption_file
+from lorasmith.data.data_config import CAPTION_SUFFIXES
+from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, foreign_suffixes, stem_of
 from lorasmith.data.image_files import (
     MAX_ASPECT,
     ImageError,
@@ -29,7 +30,15 @@ from lorasmith.data.image_files import (
     open_original,
 )
 from lorasmith.runs.captioner_shelf import captioner_folders, named_captioner
-from lorasmith.server.api_shapes import CaptionEdit, Changed, Crop, CroppedAnswer, DatasetRow, RemovedAnswer
+from lorasmith.server.api_shapes import (
+    CaptionEdit,
+    Changed,
+    Crop,
+    CroppedAnswer,
+    DatasetRow,
+    FormatsAnswer,
+    RemovedAnswer,
+)
 from lorasmith.server.dataset_originals import forget_original, keep_original, original_of, originals_folder
 from lorasmith.server.questions.dataset_questions import (
     CONTROL,
@@ -79,6 +88,21 @@ def check_changes(folders: Folders, name: str) -> bool:
 
 
 @question
+def formats(folders: Folders) -> FormatsAnswer:
+    """Which files can be added to datasets, by their suffixes."""
+    return FormatsAnswer(
+        pictures=tuple(sorted(image_suffixes())),
+        captions=CAPTION_SUFFIXES,
+        refused={suffix: _refusal(suffix) for suffix in foreign_suffixes()},
+    )
+
+
+def _refusal(suffix: str) -> str:
+    """Why files with this suffix are not added; empty if their content decides."""
+    return _NO_VIDEOS if suffix in VIDEO_SUFFIXES else foreign_reason(suffix) or ""
+
+
+@question
 def create_dataset(folders: Folders, name: str) -> DatasetRow:
     """Create a dataset; its name must be a portable folder name. Raises OptionError if it is taken."""
     if not name.strip():
@@ -106,10 +130,7 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
     OutputError.
     """
     folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
-    suffix = Path(file).suffix.lower()
-    if suffix in VIDEO_SUFFIXES:
-        return {"skipped": _NO_VIDEOS}
-    if reason := foreign_reason(suffix):
+    if reason := _refusal(Path(file).suffix.lower()):
         return {"skipped": reason}
     try:
         image_size(source)  # decodes the whole picture

@@ -18,8 +18,8 @@ from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.options import config_from
-from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
-from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.captions import CaptionError, read_caption_file
+from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.folder_listing import ListedFolder, Skipped, control_folder, list_folders, stem_of
 from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced

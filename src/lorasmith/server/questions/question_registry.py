@@ -58,4 +58,11 @@ def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
     except ValueError as error:
         raise OptionError(f"{error}; correct it") from error
     found = function(folders, **given)
-    return found if isinstance(found, bytes) else finite(msgspec.to_builtins(found))
+    return found if isinstance(found, bytes) else finite(msgspec.to_builtins(found, enc_hook=_plain))
+
+
+def _plain(value: Any) -> str:
+    """A text of a subclass, such as a `Reason`, which msgspec does not encode, as a plain one."""
+    if isinstance(value, str):
+        return str(value)
+    raise TypeError(f"an answer must be made of JSON values, got {type(value).__name__}")

@@ -1,16 +1,44 @@
 // Photos on their way to the server. They outlive the view that started them.
-import { ApiError, post } from "./api.mjs";
+import { ApiError, get, post } from "./api.mjs";
+import { useEffect, useState } from "./html.mjs";
 import { createStore } from "./stores.mjs";
 
 const AT_ONCE = 3;
-const PICTURE = /\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|heif|jxl)$/i;
-const VIDEO = /\.(mp4|avi|mov|webm|mkv|flv)$/i;
 const stores = new Map();
-/** Paths of files that were dropped and are neither pictures to train on nor captions, by dataset. */
+/** [{name, reason}] of files that were not added, by dataset. */
 export const leftOut = createStore({});
 let lastKey = 0;
+let asked = null;
 
-export const isPicture = ({ file, path }) => PICTURE.test(path) || file.type.startsWith("image/");
+/** What the server reads: {pictures, captions, refused}, asked for once. */
+function formats() {
+  asked ??= get(["formats"]).catch((error) => {
+    asked = null;
+    throw error;
+  });
+  return asked;
+}
+
+/** The types of pictures that a file input offers, and of captions if it takes them. */
+export function useAccept(withCaptions = false) {
+  const [read, setRead] = useState(null);
+  useEffect(() => void formats().then(setRead, () => {}), []);
+  return ["image/*", ...(read?.pictures ?? []), ...((withCaptions && read?.captions) || [])].join(",");
+}
+
+/** Files [{file, path}] by what becomes of them: {pictures, captions, refused: [{name, reason}]}. */
+export async function sorted(files) {
+  const read = await formats();
+  const found = { pictures: [], captions: [], refused: [] };
+  for (const one of files) {
+    const kind = suffix(one.path).toLowerCase();
+    if (read.captions.includes(kind)) found.captions.push(one);
+    else if (kind in read.refused) found.refused.push({ name: nameOf(one.path), reason: read.refused[kind] });
+    else if (read.pictures.includes(kind) || one.file.type.startsWith("image/")) found.pictures.push(one);
+    else found.refused.push({ name: nameOf(one.path), reason: "is not a picture" });
+  }
+  return found;
+}
 
 /** The number of the folder for controls, the pictures before an edit, that a file is in: 0 for `control`, 1 for `control_1`; null if it is in none. */
 function controlFolder(path) {
@@ -20,36 +48,37 @@ function controlFolder(path) {
 
 const stem = (path) => path.replace(/\.[^./]*$/, "");
 const suffix = (path) => path.slice(stem(path).length);
+const nameOf = (path) => path.split("/").pop();
 
-export const isVideo = (path) => VIDEO.test(path);
-
-/** Uploads of a dataset: a store of [{key, name, preview, isBefore, state: "waiting"|"sending"|"done"|"skipped", reason, file, captionFault, replaced}]. */
+/** Uploads of a dataset: a store of [{key, name, preview, isBefore, state: "waiting"|"sending"|"done", file, replaced}]. */
 export function uploadsOf(dataset) {
   if (!stores.has(dataset)) stores.set(dataset, createStore([]));
   return stores.get(dataset);
 }
 
 /**
- * Starts to send pictures, each with the caption beside it; those in folders for controls as controls.
+ * Starts to send pictures, each with the caption beside it, those in folders for controls as controls; then captions of
+ * pictures that are there already. What is not added goes to `leftOut`.
  *
  * @param files [{file, path}], with the path inside the dropped folder
  * @param before null for pictures to train on; "" for pictures before an edit, by their names; or the picture that the
  *   first of them is before
- * @returns the uploads, as of `uploadsOf`
+ * @returns the uploads, as of `uploadsOf`, when they have begun
  */
-export function upload(dataset, files, before = null) {
-  const captions = new Map(files.filter(({ path }) => /\.txt$/i.test(path)).map((one) => [stem(one.path), one.file]));
-  const all = files.filter(isPicture);
+export async function upload(dataset, files, before = null) {
+  const { pictures: all, captions: texts, refused } = await sorted(files);
+  leaveOut(dataset, refused);
+  const captions = new Map(texts.map((one) => [stem(one.path), one.file]));
   const pictures = before ? all.slice(0, 1) : all;
   const hasOthers = all.some(({ path }) => controlFolder(path) === null); // a dropped folder may have that name itself
   const store = uploadsOf(dataset);
   const entries = pictures.map(({ file, path }) => {
-    const name = path.split("/").pop();
+    const name = nameOf(path);
     const number = controlFolder(path) ?? 0;
     const isBefore = before !== null || (hasOthers && controlFolder(path) !== null);
     const sent = before ? stem(before) + suffix(name) : number ? `${stem(name)}_${number}${suffix(name)}` : name;
     return {
-      key: ++lastKey, name, preview: URL.createObjectURL(file), state: "waiting", reason: "", isBefore,
+      key: ++lastKey, name, preview: URL.createObjectURL(file), state: "waiting", isBefore,
       sent: isBefore ? `control/${sent}` : name, picture: file, caption: isBefore ? null : captions.get(stem(path)) ?? null, file: null,
     };
   });
@@ -60,10 +89,29 @@ export function upload(dataset, files, before = null) {
       if (store.get().some((one) => one.key === entry.key)) await send(dataset, store, entry);
     }
   };
-  for (let worker = 0; worker < AT_ONCE; worker += 1) work();
-  const used = new Set([...pictures, ...files.filter(({ path }) => /\.txt$/i.test(path))]);
-  leftOut.set((before) => ({ ...before, [dataset]: files.filter((one) => !used.has(one)).map(({ path }) => path) }));
+  const stems = new Set(pictures.map(({ path }) => stem(path)));
+  const others = texts.filter(({ path }) => !stems.has(stem(path)));
+  Promise.all(Array.from({ length: AT_ONCE }, work)).then(() => others.length && sendCaptions(dataset, others));
   return entries;
+}
+
+const leaveOut = (dataset, some) => some.length && leftOut.set((before) => ({ ...before, [dataset]: [...(before[dataset] ?? []), ...some] }));
+
+/** The reason of a failure as other reasons are: what follows the name of a file. */
+function reasonOf(error) {
+  if (!(error instanceof ApiError)) throw error;
+  return `was not sent: ${error.message}`;
+}
+
+async function sendCaptions(dataset, texts) {
+  const body = new FormData();
+  for (const { file, path } of texts) body.append("file", file, nameOf(path));
+  try {
+    const answer = await post(["datasets", dataset, "images"], body);
+    leaveOut(dataset, answer.skipped.map(({ file, reason }) => ({ name: file, reason })));
+  } catch (error) {
+    leaveOut(dataset, texts.map(({ path }) => ({ name: nameOf(path), reason: reasonOf(error) })));
+  }
 }
 
 async function send(dataset, store, entry) {
@@ -71,17 +119,16 @@ async function send(dataset, store, entry) {
   change({ state: "sending" });
   const body = new FormData();
   body.append("file", entry.picture, entry.sent);
-  if (entry.caption) body.append("file", entry.caption, entry.name.replace(/\.[^.]*$/, ".txt"));
+  if (entry.caption) body.append("file", entry.caption, `${stem(entry.name)}.txt`);
   try {
     const answer = await post(["datasets", dataset, "images"], body);
-    const skipped = answer.skipped?.find((one) => !/\.txt$/i.test(one.file)) ?? answer.skipped?.[0];
-    const added = answer.added?.find((file) => !/\.txt$/i.test(file));
-    const captionFault = answer.skipped?.find((one) => /\.txt$/i.test(one.file))?.reason ?? "";
-    if (added) change({ state: "done", file: added, captionFault, replaced: answer.replaced?.[added] ?? null });
-    else change({ state: "skipped", reason: skipped?.reason ?? "The server did not take this file." });
+    const added = answer.added.find((file) => !file.endsWith(".txt"));
+    leaveOut(dataset, answer.skipped.map(({ file, reason }) => ({ name: file, reason })));
+    if (added) change({ state: "done", file: added, replaced: answer.replaced?.[added] ?? null });
+    else forget(dataset, entry.key);
   } catch (error) {
-    if (!(error instanceof ApiError)) throw error;
-    change({ state: "skipped", reason: error.message });
+    leaveOut(dataset, [{ name: entry.name, reason: reasonOf(error) }]);
+    forget(dataset, entry.key);
   }
 }
 
@@ -96,7 +143,7 @@ export function forget(dataset, key) {
 /** The files of a drop, folders opened: a list of {file, path}. Call it before anything is awaited. */
 export async function filesOf(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-  if (!entries.length) return [...transfer.files].map((file) => ({ file, path: file.name }));
+  if (!entries.length) return visible([...transfer.files].map((file) => ({ file, path: file.name })));
   const found = [];
   for (const entry of entries) await walk(entry, "", found);
   return found;
@@ -119,4 +166,7 @@ async function walk(entry, folder, found) {
 }
 
 /** The files of a file input: a list of {file, path}. */
-export const filesOfInput = (input) => [...input.files].map((file) => ({ file, path: file.webkitRelativePath || file.name }));
+export const filesOfInput = (input) => visible([...input.files].map((file) => ({ file, path: file.webkitRelativePath || file.name })));
+
+/** Hidden files and those in hidden folders are a system's own. */
+const visible = (files) => files.filter(({ path }) => !/(^|\/)\./.test(path));

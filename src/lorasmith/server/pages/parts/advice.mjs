@@ -49,7 +49,7 @@ export function Advice({ run }) {
     return get(["datasets", run.dataset], {}, signal);
   }, [run.id]);
   const [away, setAway] = useState({}); // where pictures were moved to that were left out here
-  if (!run.advice_summary) return null;
+  if (!run.advice.length) return null;
   const pictures = new Map(run.images.map((one) => [one.file, one]));
   const restore = (file, removed) => shown(async () => {
     await post(["datasets", run.dataset, "restore"], { removed });
@@ -67,7 +67,6 @@ export function Advice({ run }) {
     go("new", run.dataset, "photos", file);
   })();
   return html`<section aria-labelledby="advice"><h2 id="advice">Picture by picture</h2>
-    ${run.advice.length === 0 && html`<p>${run.advice_summary}</p>`}
     <ul class="rows">${run.advice.map((one) => html`<li class="row" key=${one.file}>
       <span class="row-picture">${pictures.get(one.file)?.thumbnail && html`<img src=${fileOfRun(run.id, pictures.get(one.file).thumbnail)} alt="" loading="lazy" />`}</span>
       <div class="row-text"><b>${one.file} <span class="tag">${capital(one.finding)}</span></b><span>${one.remedy}</span><span class="faint">${one.reason}</span>

@@ -1,7 +1,7 @@
 // The other picture of a pair, such as that before an edit: dragged to another picture, moved in a dialog, replaced, removed.
 import { address } from "../lib/api.mjs";
 import { html, useRef, useState } from "../lib/html.mjs";
-import { filesOfInput } from "../lib/uploads.mjs";
+import { filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { capital } from "../lib/words.mjs";
 import { Dialog } from "./basics.mjs";
 
@@ -33,6 +33,7 @@ const THUMBNAIL = 480; // pixels: twice the width at which they are shown
  */
 export function Before({ dataset, image, controls, version, words, actions }) {
   const input = useRef(null);
+  const accept = useAccept();
   const [over, setOver] = useState(false);
   const allowed = (event) => {
     if (!image || !actions || !event.dataTransfer.types.includes(DRAGGED)) return;
@@ -54,7 +55,7 @@ export function Before({ dataset, image, controls, version, words, actions }) {
     ${controls.map((one) => html`<${Control} key=${one.file} dataset=${dataset} control=${one} version=${version} words=${words} actions=${actions} />`)}
     ${controls.length === 0 && html`<span class="missing">No ${words.other}</span>`}
     ${image && actions && html`<button type="button" class="button small" aria-label=${`${controls.length ? "Replace" : "Add"} the ${words.of} ${image}`} onClick=${() => input.current.click()}>${controls.length ? "Replace" : "Add"}</button>
-      <input ref=${input} type="file" accept="image/*,.heic,.heif,.avif,.jxl" class="unseen" tabindex="-1" aria-label=${`${capital(words.of)} ${image}`} onChange=${chosen} />`}
+      <input ref=${input} type="file" accept=${accept} class="unseen" tabindex="-1" aria-label=${`${capital(words.of)} ${image}`} onChange=${chosen} />`}
   </div>`;
 }
 

@@ -11,9 +11,10 @@ const NARROW_HEIGHT = 200;
  *
  * @param lines [{label, xs, ys, color (a CSS variable), width, points, dash}]
  * @param label what the plot shows, for those who do not see it
+ * @param axis what the lines are of, beside their axis
  * @param marks [{x, label}] vertical lines
  */
-export function Curves({ lines, label, marks = [] }) {
+export function Curves({ lines, label, axis = "Loss", marks = [] }) {
   const host = useRef(null);
   const plot = useRef(null);
   const shape = lines.map((line) => `${line.label}|${line.color}`).join("\n");
@@ -27,7 +28,7 @@ export function Curves({ lines, label, marks = [] }) {
     const box = host.current;
     const draw = () => {
       plot.current?.destroy();
-      plot.current = new UPlot(options(box, drawn.current, latest), joined(drawn.current), box);
+      plot.current = new UPlot(options(box, drawn.current, axis, latest), joined(drawn.current), box);
     };
     draw();
     const size = new ResizeObserver(() => plot.current?.setSize(sizeOf(box)));
@@ -52,7 +53,7 @@ function joined(lines) {
 
 const sizeOf = (host) => ({ width: Math.max(240, host.clientWidth), height: host.clientWidth < 520 ? NARROW_HEIGHT : HEIGHT });
 
-function options(host, lines, marks) {
+function options(host, lines, name, marks) {
   const style = getComputedStyle(host);
   const color = (name) => style.getPropertyValue(name).trim();
   const font = `12px ${style.fontFamily}`;
@@ -63,7 +64,7 @@ function options(host, lines, marks) {
     scales: { x: { time: false, range: (_, low, high) => [Math.min(low ?? 0, 0), Math.max(high ?? 1, 1)] } },
     axes: [
       { ...axis, label: "Step", labelFont: font, labelSize: 18, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")), size: 32 },
-      { ...axis, label: "Loss", labelFont: font, labelSize: 18, size: 54, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toPrecision(6)))) },
+      { ...axis, label: name, labelFont: font, labelSize: 18, size: 54, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toPrecision(6)))) },
     ],
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     legend: { live: true },

@@ -1,6 +1,6 @@
 // A place for pictures: dropped, pasted or chosen, folders too.
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { filesOf, filesOfInput } from "../lib/uploads.mjs";
+import { filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { capital } from "../lib/words.mjs";
 
 /**
@@ -52,18 +52,19 @@ export function DropZone({ onFiles, big, pairs }) {
 function Zone({ before, big, over, onFiles, text, help, what }) {
   const files = useRef(null);
   const folder = useRef(null);
+  const accept = useAccept(true);
   const chosen = (event) => {
     onFiles(filesOfInput(event.currentTarget));
     event.currentTarget.value = "";
   };
   return html`<div class=${`drop-zone ${big ? "big" : ""} ${over ? "over" : ""}`} data-before=${before ? "" : undefined}>
     ${big && html`<svg class="drop-picture" viewBox="0 0 64 48" aria-hidden="true"><rect x="2" y="8" width="36" height="36" rx="4" /><rect x="14" y="4" width="46" height="38" rx="4" /><circle cx="27" cy="16" r="4" /><path d="M16 38l13-13 8 8 9-11 13 16" /></svg>`}
-    <p class=${help ? "zone-title" : ""}><b>${text}</b>${help && html`<span class="faint">${help}</span>`}</p>
+    <p class=${help ? "zone-title" : big ? "" : "by-mouse"}><b>${text}</b>${help && html`<span class="faint">${help}</span>`}</p>
     <div class="actions">
       <button type="button" class=${`button ${big ? "primary" : ""}`} aria-label=${help ? `Choose ${what}` : undefined} onClick=${() => files.current.click()}>Choose photos</button>
       <button type="button" class="button" aria-label=${help ? `Choose a folder of ${what}` : undefined} onClick=${() => folder.current.click()}>Choose a folder</button>
     </div>
-    <input ref=${files} type="file" multiple accept="image/*,.heic,.heif,.avif,.jxl,.txt" class="unseen" tabindex="-1" aria-label=${capital(what)} onChange=${chosen} />
+    <input ref=${files} type="file" multiple accept=${accept} class="unseen" tabindex="-1" aria-label=${capital(what)} onChange=${chosen} />
     <input ref=${folder} type="file" multiple webkitdirectory class="unseen" tabindex="-1" aria-label=${`A folder of ${what}`} onChange=${chosen} />
   </div>`;
 }

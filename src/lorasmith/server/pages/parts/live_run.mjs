@@ -110,5 +110,5 @@ export function LikenessCurves({ points }) {
     ...(points.some((one) => Number.isFinite(one.adherence)) ? [{ label: "Prompts followed", xs, ys: points.map((one) => one.adherence), color: "--held-out", width: 2, points: true }] : []),
   ];
   return html`<h3>Likeness to the photos</h3>
-    <${Curves} lines=${lines} label=${`Likeness of previews to the training photos, ${measured(likeness)} at step ${xs.at(-1)}`} />`;
+    <${Curves} lines=${lines} axis="Likeness" label=${`Likeness of previews to the training photos, ${measured(likeness)} at step ${xs.at(-1)}`} />`;
 }

@@ -15,19 +15,18 @@ const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
  * @param onOpen shows it large
  */
 export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, isEdited, onCaption, onRemove, onOpen, before }) {
-  const [unseen, setUnseen] = useState(false);
+  const [unseen, setUnseen] = useState([]); // addresses that the browser could not show
   const name = image?.file ?? upload.name;
-  const source = upload ? upload.preview : (!image.crop && preview) || sourceOf(dataset, image, THUMBNAIL);
-  useEffect(() => setUnseen(false), [source]);
+  const sources = upload ? [upload.preview] : [...(preview && !image.crop ? [preview] : []), sourceOf(dataset, image, THUMBNAIL)];
+  const source = sources.find((one) => !unseen.includes(one));
   const state = upload?.state;
-  const marks = [...(state === "skipped" ? [upload.reason] : []), ...problems];
   const photo = html`<div class="frame">
-      ${unseen ? html`<span class="missing">${upload && state !== "skipped" ? "No preview yet" : "No preview"}</span>`
-        : html`<div class="whole"><img src=${source} alt=${caption || name} loading="lazy" onError=${() => setUnseen(true)} />
+      ${!source ? html`<span class="missing">${upload ? "No preview yet" : "No preview"}</span>`
+        : html`<div class="whole"><img src=${source} alt=${caption || name} loading="lazy" onError=${() => setUnseen((all) => [...all, source])} />
           ${facts?.crop && html`<${Crop} crop=${facts.crop} />`}</div>`}
       ${onOpen && html`<button type="button" class="open" aria-label=${`Show ${name} large`} onClick=${onOpen}></button>`}
-      ${(state === "waiting" || state === "sending") && html`<span class="sending">${state === "sending" ? "Sending…" : "Waiting…"}</span>`}
-      ${marks.length > 0 && html`<ul class="marks">${marks.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
+      ${state && html`<span class="sent-state">${state === "sending" ? "Sending…" : "Waiting…"}</span>`}
+      ${problems.length > 0 && html`<ul class="marks">${problems.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
       ${!isFixed && html`<button type="button" class="icon-button corner" aria-label=${`Remove ${name}`} title="Remove" onClick=${onRemove}>✕</button>`}
     </div>`;
   return html`<li class=${`tile ${state ?? ""}`}>

@@ -8,6 +8,7 @@ const STRIP = 6; // photos of a remark
 const LISTED = 4; // files that cannot be used
 const THUMBNAIL = 160;
 const MOODS = { problem: "bad", warning: "fair", remark: "faint" };
+const CHOSEN = ["odd ones out", "tiny pictures", "blurred pictures"]; // kinds whose photos are left out by choice, not by "Fix all"
 const GRAVITY = ["problem", "warning", "remark"];
 
 /**
@@ -59,7 +60,7 @@ export function Remarks({ dataset, remarks, images, isChecked, error, onFix, onS
       <div class="actions">
         ${one.files?.length > 0 && html`<button type="button" class="as-link" aria-label=${`Show only: ${one.title}`} onClick=${() => onShow(one)}>Show</button>`}
         ${onFix && one.removes?.length > 0 && html`<button type="button" class="as-link" aria-label=${`Leave out: ${one.title}`} onClick=${() => onFix([one])}>Leave out ${one.removes.length}</button>`}
-        ${onFix && one.kind === "odd ones out" && html`<button type="button" class="as-link" aria-label=${`Leave out: ${one.title}`} onClick=${() => onFix([{ ...one, removes: one.files }])}>Leave out ${one.files.length}</button>`}
+        ${onFix && CHOSEN.includes(one.kind) && html`<button type="button" class="as-link" aria-label=${`Leave out: ${one.title}`} onClick=${() => onFix([{ ...one, removes: one.files }])}>Leave out ${one.files.length}</button>`}
         ${onCaption && one.kind === "missing captions" && html`<button type="button" class="as-link" onClick=${onCaption}>Write captions</button>`}
       </div></li>`)}</ul>
   </section>`;

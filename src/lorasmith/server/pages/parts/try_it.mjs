@@ -4,7 +4,7 @@ import { fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, createStore, useStore, work } from "../lib/stores.mjs";
-import { filesOf, filesOfInput } from "../lib/uploads.mjs";
+import { filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { whole } from "../lib/words.mjs";
 import { Button, Field, Loading, Problem, Progress, State, isPassing, useLoaded } from "./basics.mjs";
 import { act } from "./jobs.mjs";
@@ -84,6 +84,7 @@ async function stored(run, picture) {
 
 function PictureZone({ picture, isNeeded, onPicture }) {
   const input = useRef(null);
+  const accept = useAccept();
   const [over, setOver] = useState(false);
   const take = ([found]) => found && onPicture({ file: found.file, name: found.file.name, preview: URL.createObjectURL(found.file) });
   useEffect(() => () => picture && URL.revokeObjectURL(picture.preview), [picture]);
@@ -98,7 +99,7 @@ function PictureZone({ picture, isNeeded, onPicture }) {
     <p><b>${picture ? picture.name : "Drop the picture to edit here"}</b>${!isNeeded && !picture && html` <span class="faint">(optional)</span>`}</p>
     <div class="actions"><${Button} onClick=${() => input.current.click()}>${picture ? "Choose another" : "Choose a picture"}<//>
       ${picture && html`<${Button} onClick=${() => onPicture(null)}>Take it away<//>`}</div>
-    <input ref=${input} type="file" accept="image/*,.heic,.heif,.avif,.jxl" class="unseen" tabindex="-1" aria-label="Picture to edit"
+    <input ref=${input} type="file" accept=${accept} class="unseen" tabindex="-1" aria-label="Picture to edit"
       onChange=${(event) => { take(filesOfInput(event.currentTarget)); event.currentTarget.value = ""; }} />
   </div>`;
 }

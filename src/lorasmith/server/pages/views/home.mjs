@@ -4,7 +4,7 @@ import { html, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
-import { isPicture, upload } from "../lib/uploads.mjs";
+import { sorted, upload } from "../lib/uploads.mjs";
 import { count, slug } from "../lib/words.mjs";
 import { Loading, Problem, useLoaded } from "../parts/basics.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
@@ -23,7 +23,9 @@ export function HomeView() {
     setError(null);
     try {
       if (!files.length) return;
-      if (!files.some(isPicture)) throw new Error("There are no pictures among these files. Choose PNG, JPEG or WebP files.");
+      const { pictures, refused } = await sorted(files);
+      const [first] = refused;
+      if (!pictures.length) throw new Error(`There are no pictures among these files${first ? `: ${first.name} ${first.reason}` : ""}.`);
       const folders = new Set(files.map(({ path }) => path.split("/")[0]));
       const folder = folders.size === 1 && files[0].path.includes("/") ? slug([...folders][0]) : "";
       const name = await created(folder || "photos", datasets?.datasets ?? []);
@@ -50,7 +52,7 @@ export function HomeView() {
       : !datasets ? html`<section><h2>Your photos</h2><${Loading} what="folders of photos" /></section>`
       : known.length > 0 && html`<section aria-labelledby="known"><h2 id="known">Your photos</h2>
         <ul class="cards">${known.map(card)}</ul></section>`}
-    ${latest.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2><a href=${link("runs")}>All ${count(runs.runs.length, "run")}</a></div>
+    ${latest.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2>${runs.runs.length > 1 && html`<a href=${link("runs")}>All ${count(runs.runs.length, "run")}</a>`}</div>
       <ul class="cards">${latest.map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul></section>`}
     ${examples.length > 0 && html`<section aria-labelledby="examples"><h2 id="examples">No photos at hand?</h2><ul class="cards">${examples.map(card)}</ul></section>`}`;
 }

@@ -7,15 +7,16 @@ import { go } from "../lib/router.mjs";
 import { say, useStore } from "../lib/stores.mjs";
 import { counted, hasTag } from "../lib/tags.mjs";
 import { did, doneTo, undoLast } from "../lib/undo.mjs";
-import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
+import { forget, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { capital, count, slug } from "../lib/words.mjs";
-import { Button, Elsewhere, Field, Loading, Notice, Problem, Question, isPassing, useLoaded } from "../parts/basics.mjs";
+import { Button, Elsewhere, Field, Loading, Problem, Question, isPassing, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
 import { CaptionDialog, CaptioningState } from "../parts/captioning.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
 import { PhotoEditor } from "../parts/photo_editor.mjs";
 import { PhotoTile, isStale } from "../parts/photo_tile.mjs";
 import { Remarks, remarksOf, removedBy } from "../parts/remarks.mjs";
+import { LeftOut } from "../parts/left_out.mjs";
 import { Replace } from "../parts/replace.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { TagList } from "../parts/tags.mjs";
@@ -44,7 +45,6 @@ export function PhotosView({ dataset, edited }) {
   const [version, setVersion] = useState(0); // of the pictures before, whose names stay when they change places
   const [listed] = useLoaded(async (signal) => (draft.model ? get(["models"], {}, signal) : null), [draft.model]);
   const model = listed?.models.find((one) => one.name === draft.model);
-  const others = useStore(leftOut)[dataset] ?? [];
   const sent = useStore(uploadsOf(dataset));
   const done = useStore(doneTo(dataset));
   const timer = useRef(0);
@@ -83,8 +83,8 @@ export function PhotosView({ dataset, edited }) {
     return () => removeEventListener("keydown", pressed);
   }, [dataset]);
 
-  const take = (files, before) => {
-    const added = upload(dataset, files, before);
+  const take = async (files, before) => {
+    const added = await upload(dataset, files, before).catch((failure) => (say(failure.message, { mood: "bad" }), []));
     if (added.length) did(dataset, `${count(added.length, "photo")} added.`, () => withdraw(added.map((one) => one.key)));
     if (before) setVersion((number) => number + 1);
   };
@@ -232,7 +232,7 @@ export function PhotosView({ dataset, edited }) {
     .filter((one) => !onlyOdd || !odd.length || problemsOf(one).length)
     .filter((one) => !only?.files.some((file) => images.some((each) => each.file === file)) || only.files.includes(one.file))
     .filter((one) => tag === null || hasTag(captionOf(one), tag));
-  const total = images.length + onTheWay.filter((one) => one.state !== "skipped").length;
+  const total = images.length + onTheWay.length;
   const captioned = images.filter((one) => captionOf(one).trim()).length;
   const ready = images.length > 0 && underway === 0;
   const canChange = Boolean(found) && !found.builtin;
@@ -241,7 +241,6 @@ export function PhotosView({ dataset, edited }) {
     lacking: isPairs ? images.filter((one) => !one.controls?.length).map((one) => one.file) : [],
     taker: controls.length > 0 && model && words === PAIRS.none && !takesControls(model, draft) ? model.title : "",
   });
-  const refused = sent.filter((one) => one.captionFault);
   const tags = useMemo(() => counted(images.map(captionOf)).map(([name]) => name), [images, captions]);
   const last = done.at(-1);
 
@@ -269,10 +268,7 @@ export function PhotosView({ dataset, edited }) {
           ${Object.entries(PAIRS).map(([name, { title }]) => html`<option key=${name} value=${name}>${capital(title)}</option>`)}</select>`}<//>`}`}
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="photos" />`}
-      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file was", "files were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
-        ${others.some(isVideo) && html`<p>Videos are not added here: run <code>lorasmith train</code> on their folder with a model of videos, or add them as animated WebP files.</p>`}<//>`}
-      ${refused.length > 0 && html`<${Notice} mood="fair">${refused.slice(0, 4).map((one) => html`<p key=${one.key}>The caption of ${one.file} was not kept: the file ${one.captionFault}.</p>`)}
-        ${refused.length > 4 && html`<p>And those of ${refused.length - 4} more.</p>`}<//>`}
+      <${LeftOut} dataset=${dataset} />
       <${CaptioningState} dataset=${dataset} onUndo=${(written) => store(Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one.before])), Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one.caption])))} />
       <${Remarks} dataset=${dataset} remarks=${remarks} images=${images} isChecked=${Boolean(check)} error=${checkError} onFix=${canChange ? fix : null} onShow=${setOnly} onCaption=${canChange ? () => setCaptioning(true) : null} />
       ${images.length > 0 && html`<div class="tools">

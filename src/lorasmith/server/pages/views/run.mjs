@@ -152,7 +152,7 @@ function Numbers({ run }) {
   const points = run.losses.map(([step, loss], index) => [step, loss, run.smooth[index][1]]);
   const saves = [...run.saves].sort((a, b) => a.step - b.step);
   return html`
-    <p>${sentence(run.verdict)}</p>
+    <p>${sentence(run.verdict)}${!run.advice.length && run.advice_summary ? ` ${sentence(run.advice_summary)}` : ""}</p>
     ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).filter(([name]) => !SAID_ELSEWHERE.has(name)).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${run.losses.length > 0 && html`<${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /><${LikenessCurves} points=${run.likenesses} />`}
     ${run.previews.length > 0 && !run.previews.some((one) => one.strength < 0) && html`<h3>All pictures</h3><${Previews} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.best_step} />`}
