@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import mimetypes
 import os
 import shutil
 import signal
@@ -82,13 +83,15 @@ def opened_browser() -> Iterator[Any]:
 
 def drop(page: Any, files: Sequence[Path]) -> None:
     """Drop files on a page, as somebody who drags them out of a folder."""
-    found = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in files]
+    found = [
+        [path.name, mimetypes.guess_type(path)[0] or "", base64.b64encode(path.read_bytes()).decode()] for path in files
+    ]
     transfer = page.evaluate_handle(
         """files => {
           const transfer = new DataTransfer();
-          for (const [name, content] of files) {
+          for (const [name, type, content] of files) {
             const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-            transfer.items.add(new File([bytes], name, { type: name.endsWith(".txt") ? "text/plain" : "image/png" }));
+            transfer.items.add(new File([bytes], name, { type }));
           }
           return transfer;
         }""",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, TypeVar
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from PIL import Image
 
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.server import page_routes
 from lorasmith.server.page_routes import PAGE_POLICY, page_files, routes
 
@@ -63,6 +66,14 @@ def test_every_file_of_the_page_is_served_with_its_type_and_nothing_else() -> No
     assert found["report.css"] == found["page.css"] == (200, "text/css; charset=utf-8")
 
 
+def test_the_built_in_model_has_pictures_that_it_drew() -> None:
+    file = page_files()[f"{BUILT_IN}.webp"]
+    with Image.open(io.BytesIO(file.content)) as opened:
+        assert (opened.format, opened.size) == ("WEBP", (768, 96)) and file.type == "image/webp"
+        assert len(opened.convert("RGB").getcolors(1 << 17) or []) > 1000, "an empty picture"
+    assert len(file.content) < 20_000
+
+
 def test_no_block_of_a_style_sheet_is_left_open() -> None:
     sheets = [file.content.decode() for name, file in page_files().items() if name.endswith(".css")]
     assert sheets and all(one.count("{") == one.count("}") for one in sheets)
@@ -90,7 +101,7 @@ def test_imports_of_modules_lead_to_files_of_the_page(path: Path) -> None:
 def test_addresses_elsewhere_are_in_no_file_but_licences() -> None:
     """The page works offline: nothing is loaded from another host."""
     for name, file in page_files().items():
-        if not name.startswith("vendor/"):
+        if not name.startswith("vendor/") and file.type != "image/webp":
             found = set(re.findall(r"https?://[^\s\"'`<>]+", file.content.decode()))
             assert found <= {"http://www.w3.org/2000/svg"}, name
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.core.folders import BUILT_IN_BASE, BUILT_IN_SAMPLE
 from lorasmith.core.placement import best_device
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -22,6 +22,7 @@ DEFAULT_WORK = Path("build/pretrain")
 CHECKPOINT = BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors"
 CONFIGS = BUILT_IN_BASE / "models" / "configs" / "lorasmith-tiny"
 
+SAMPLES, SAMPLE_EDGE = 8, 96
 GRID = (
     "a cat, noto style", "a red apple, twemoji style", "a hamburger, flat style", "a lion, soft shaded style",
     "a bus", "a penguin", "a blue heart", "a banana, on a black background",
@@ -116,6 +117,22 @@ def quality(
     from tools.pretrain.quality import measure
 
     measure(model, grid)
+
+
+@app.command()
+def sample() -> None:
+    """Draw the pictures that the page shows beside the package's model: the first prompts of the grid, not chosen."""
+    from PIL import Image
+
+    from lorasmith.families.loading import load_model
+    from lorasmith.sampling.generate import generate
+
+    row = Image.new("RGB", (SAMPLES * SAMPLE_EDGE, SAMPLE_EDGE))
+    for number, picture in enumerate(generate(load_model(CHECKPOINT), GRID[:SAMPLES], seed=1)):
+        enlarged = picture.resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.LANCZOS)
+        row.paste(enlarged, (number * SAMPLE_EDGE, 0))
+    row.save(BUILT_IN_SAMPLE, quality=86, method=6)
+    print(BUILT_IN_SAMPLE, row.size, BUILT_IN_SAMPLE.stat().st_size)
 
 
 @app.command()

@@ -38,6 +38,9 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN_BASE = TINY.folder
 """Base folder of the built-in model and the example pictures; does not exist without `lorasmith-tiny`."""
 
+BUILT_IN_SAMPLE = BUILT_IN_BASE / "sample.webp"
+"""Pictures that the built-in model drew."""
+
 MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Extensions of model files in lists. Pickled kinds are included so that loading one explains why it is refused."""
 

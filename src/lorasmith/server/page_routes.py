@@ -2,7 +2,7 @@
 
 `pages/` holds an HTML file, style sheets, ES modules without a build step, and vendored libraries with their licences.
 Only files that exist at start are served, below `/pages/`: requested names are looked up in a table. The style sheet of
-reports is included, since the page shares its design.
+reports is included, since the page shares its design, and pictures that the built-in model drew are, from its package.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+
+from lorasmith.core.folders import BUILT_IN_SAMPLE
 
 if TYPE_CHECKING:
     from lorasmith.server.request_handling import ServerContext
@@ -34,13 +36,17 @@ PAGE_POLICY = "; ".join(
 """The page may load its own files and the API, and `blob:` URLs of photos before upload."""
 
 _PAGES = Path(__file__).parent / "pages"
-_SHARED = {"report.css": Path(__file__).parents[1] / "report" / "report.css"}
+_SHARED = {
+    "report.css": Path(__file__).parents[1] / "report" / "report.css",
+    "lorasmith-tiny.webp": BUILT_IN_SAMPLE,
+}
 _TYPES = {  # the operating system's table may differ, and browsers refuse modules of another type
     ".css": "text/css",
     ".html": "text/html",
     ".mjs": "text/javascript",
     ".svg": "image/svg+xml",
     ".txt": "text/plain",
+    ".webp": "image/webp",
 }
 _INDEX = "index.html"
 
@@ -63,7 +69,7 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 def page_files() -> Mapping[str, PageFile]:
     """The files by served name, relative to `/pages/`; all are small."""
     own = {path.relative_to(_PAGES).as_posix(): path for path in _PAGES.rglob("*") if path.suffix in _TYPES}
-    return {name: _read(path) for name, path in {**own, **_SHARED}.items()}
+    return {name: _read(path) for name, path in {**own, **_SHARED}.items() if path.is_file()}
 
 
 def _read(path: Path) -> PageFile:
@@ -92,4 +98,5 @@ def _answer(request: web.Request, file: PageFile, *, cache: str) -> web.Response
     }
     if any(tag.value == file.digest for tag in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    return web.Response(body=file.content, content_type=file.type, charset="utf-8", headers=headers)
+    charset = None if file.type.startswith("image/") else "utf-8"
+    return web.Response(body=file.content, content_type=file.type, charset=charset, headers=headers)

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -330,6 +332,57 @@ def test_an_unknown_node_that_feeds_a_caption_stops_the_run(editor: Editor) -> N
     editor.errors[:] = [one for one in editor.errors if not is_refusal(one)]
 
 
+def test_nodes_that_are_not_here_are_named_and_no_manager_is(editor: Editor) -> None:
+    if editor.server.editor is not None:
+        pytest.skip("the panel is that of the installed release")
+    load(editor, "folder")
+    prompt = json.loads((ASSETS / "examples" / "single_subject.json").read_text())
+    prompt["999"] = {"class_type": "SuperCaption", "inputs": {"text": "a fox"}}
+    editor.do(f"async prompt => {{ await {APP}.loadApiJson(prompt, 'mine') }}", prompt)
+    editor.page.get_by_text("Lorasmith has no such node. Replace or remove it to run this workflow here.").wait_for()
+    toast = str(editor.page.inner_text("body"))
+    editor.page.get_by_text("View details").first.click()
+    editor.page.get_by_text("Nodes that are not here").wait_for()
+    panel = str(editor.page.inner_text("body"))
+    assert "Put one of its own in their place (double-click the canvas for a list)" in panel
+    assert "SuperCaption" in panel and "Not a node of Lorasmith" in panel
+    assert re.findall(r"(?i)\b(manager|registry|install\w*|missing node packs)\b", toast + panel) == []
+    editor.picture("missing_nodes")
+
+
+def test_open_in_editor_opens_the_graph_of_a_run(editor: Editor) -> None:
+    settings = {
+        "steps": 2,
+        "rank": 2,
+        "learning_rate": 0.00123,
+        "targets": "attention",
+        "previews": "",
+    }
+    body = {"dataset": "fox", "model": "lorasmith-tiny", "name": "fox", "trigger": "sks fox", "settings": settings}
+    job = asked(editor, "jobs", body)
+    ends = time.monotonic() + PATIENCE_MS / 1000
+    while (state := asked(editor, f"jobs/{job['id']}"))["state"] != "completed":
+        assert state["state"] in ("pending", "running") and time.monotonic() < ends, state
+        time.sleep(0.5)
+    run = quote(state["run"], safe="")
+    graph = asked(editor, f"runs/{run}/graph")
+    editor.page.goto(f"{editor.server.address}/editor/?run={run}")
+    editor.wait(
+        f"window.comfyAPI?.app && {APP}.graph?.nodes.some(node => node.type === 'LoadImageTextDataSetFromFolder')"
+    )
+    shown = editor.do(f"async () => (await {APP}.graphToPrompt()).output")
+    assert {key: node["class_type"] for key, node in shown.items()} == {
+        key: node["class_type"] for key, node in graph.items()
+    }
+    for key, node in graph.items():
+        assert {name: exact(shown[key]["inputs"][name]) for name in node["inputs"]} == node["inputs"], key
+    assert graph["20"]["inputs"]["learning_rate"] == 0.00123
+    red = "!LiteGraph.registered_node_types[node.type] || node.has_errors"
+    assert editor.do(f"() => {APP}.graph.nodes.filter(node => {red}).map(node => node.type)") == []
+    assert "run=" not in editor.page.url  # loaded again, the page keeps what was changed since
+    editor.picture("run")
+
+
 def test_pictures_in_subfolders_stay_chosen(editor: Editor) -> None:
     editor.open()
     editor.do(f"async () => {{ await {APP}.loadGraphData() }}")
@@ -419,6 +472,19 @@ def load(editor: Editor, name: str) -> None:
     )
     editor.wait(f"!!({TRAIN})")
     editor.page.wait_for_timeout(500)
+
+
+def exact(value: Any) -> Any:
+    """A value without the last bits that the editor's rounding to a step changes."""
+    return round(value, 9) if isinstance(value, float) else value
+
+
+def asked(editor: Editor, path: str, body: dict[str, Any] | None = None) -> Any:
+    """An answer of the server's own API; a POST with a body."""
+    data, headers = (None, {}) if body is None else (json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"{editor.server.address}/lorasmith/v1/{path}", data, headers)
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 def fetch(editor: Editor, path: str) -> str:

@@ -129,7 +129,13 @@ _WORDS = {
         },
         "errorCatalog": {
             "missingErrors": {
-                "missing_node": {"displayMessageOss": "Replace or remove these nodes to run this workflow here."}
+                "missing_node": {
+                    "displayMessageOss": "Replace or remove these nodes to run this workflow here.",
+                    "toastMessageOneOss": "Lorasmith has no such node. Replace or remove it to run this workflow here.",
+                    "toastMessageManyOss": (
+                        "Lorasmith lacks {count} nodes. Replace or remove them to run this workflow here."
+                    ),
+                }
             }
         },
     }
