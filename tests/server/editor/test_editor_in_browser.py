@@ -339,10 +339,12 @@ def test_nodes_that_are_not_here_are_named_and_no_manager_is(editor: Editor) -> 
     prompt = json.loads((ASSETS / "examples" / "single_subject.json").read_text())
     prompt["999"] = {"class_type": "SuperCaption", "inputs": {"text": "a fox"}}
     editor.do(f"async prompt => {{ await {APP}.loadApiJson(prompt, 'mine') }}", prompt)
-    editor.page.get_by_text("Lorasmith has no such node. Replace or remove it to run this workflow here.").wait_for()
+    editor.page.get_by_text("Lorasmith has no such node. Replace or remove it to run this workflow here.").wait_for(
+        timeout=PATIENCE_MS
+    )
     toast = str(editor.page.inner_text("body"))
     editor.page.get_by_text("View details").first.click()
-    editor.page.get_by_text("Nodes that are not here").wait_for()
+    editor.page.get_by_text("Nodes that are not here").wait_for(timeout=PATIENCE_MS)
     panel = str(editor.page.inner_text("body"))
     assert "Put one of its own in their place (double-click the canvas for a list)" in panel
     assert "SuperCaption" in panel and "Not a node of Lorasmith" in panel

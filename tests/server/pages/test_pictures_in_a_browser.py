@@ -67,6 +67,8 @@ def test_pictures_come_from_the_start_and_are_scrubbed(
     assert (
         page.evaluate("getComputedStyle(document.querySelector('.wipe-before')).clipPath") == "inset(0px 100% 0px 0px)"
     )
+    height = page.evaluate("document.querySelector('.film').getBoundingClientRect().height / innerHeight")
+    assert 0.3 < height <= 1, "prompts, picture, slider and strip are more than a screen"
     assert_legible(page, "film")
     page.get_by_role("heading", name="Details").click()
     page.locator(".plot canvas").wait_for()
