@@ -115,7 +115,7 @@ function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit, adapter
     <span class="choice-body">
       <span class="choice-title"><b>${model.title || model.name}</b>${isBest && html` <span class="tag">Suggested</span>`}</span>
       <span class="faint">${[model.builtin ? "Built in; learns small pictures in a minute or two" : null, bytes(model.size_bytes), model.precision, editsBy(model)].filter(Boolean).join(" · ")}</span>
-      ${model.builtin && html`<img class="sample" src=${`pages/${model.name}.webp`} alt="Pictures that it drew" onError=${(event) => (event.currentTarget.hidden = true)} />`}
+      ${model.builtin && html`<img class="model-sample" src=${`pages/${model.name}.webp`} alt="Pictures that it drew" onError=${(event) => (event.currentTarget.hidden = true)} />`}
       ${needed && html`<span class=${fits === false ? "fair" : "faint"}>${fits === false ? `Training needs ${bytes(needed)} of memory, more than is there` : `Training needs about ${bytes(needed)} of memory${fits ? ", which fits" : ""}`}</span>`}
       ${!model.ready && html`<span class="fair">Missing: ${model.missing.map((one) => `${one.part.replaceAll("_", " ")}${one.usual_file ? ` (${one.usual_file})` : ""}`).join(", ")}</span>`}
     </span></label>`;
