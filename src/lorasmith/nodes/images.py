@@ -169,15 +169,7 @@ def image_scale_to_total_pixels(
     *,
     image: Tensor = socket("IMAGE"),
     upscale_method: str = socket("COMBO", options=_METHODS),
-    megapixels: float = socket(
-        "FLOAT",
-        default=1.0,
-        min=0.01,
-        max=16.0,
-        step=0.01,
-        tooltip="1 is 1024×1024 px.",
-        extras={"round": 0.0001},  # or the editor rounded the 0.5625 of 768×768 px to its step
-    ),
+    megapixels: float = socket("FLOAT", default=1.0, min=0.01, max=16.0, step=0.01, tooltip="1 is 1024×1024 px."),
     resolution_steps: int = socket("INT", default=1, min=1, max=256, tooltip="Sides are multiples of it."),
 ) -> tuple[Tensor]:
     """Scale pictures to a number of pixels, keeping their proportions."""

@@ -369,6 +369,16 @@ function keepLinksOfUnknownNodes(prompt) {
   }
 }
 
+// The editor rounds the numbers of a prompt to the steps of their widgets, such as 0.5625 megapixels to 0.56.
+function keepNumbers(prompt) {
+  const nodes = new Map((app.rootGraph ?? app.graph).nodes.map((node) => [String(node.id), node]));
+  for (const [id, { inputs }] of Object.entries(prompt)) {
+    for (const widget of nodes.get(id)?.widgets ?? []) {
+      if (typeof inputs?.[widget.name] === "number") widget.value = inputs[widget.name];
+    }
+  }
+}
+
 // The run that the page's "Open in editor" names in the address: its graph is opened once, in place of the last one.
 async function openRun() {
   const address = new URL(location.href);
@@ -401,7 +411,9 @@ app.registerExtension({
     app.loadApiJson = async function (prompt, ...rest) {
       loading = prompt;
       try {
-        return await load.call(this, prompt, ...rest);
+        const loaded = await load.call(this, prompt, ...rest);
+        keepNumbers(prompt);
+        return loaded;
       } finally {
         loading = undefined;
       }
