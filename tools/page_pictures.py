@@ -57,16 +57,15 @@ class _Camera:
 
     def document(self, name: str, page: Any, *, scheme: str, height: int) -> None:
         """A picture of a view's upper part for the documents, in `IMAGES`."""
-        page.set_viewport_size({**_SIZE, "height": height})
         page.emulate_media(color_scheme=scheme)
         page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(600)
-        picture = Image.open(io.BytesIO(page.screenshot()))
+        part = {"x": 0, "y": 0, "width": _SIZE["width"], "height": height}  # of the page as its window is, however high
+        picture = Image.open(io.BytesIO(page.screenshot(full_page=True, clip=part)))
         path = IMAGES / f"{name}.webp"
         picture.convert("RGB").save(path, quality=86, method=6)
         assert path.stat().st_size < MOST_BYTES, f"{path} has {path.stat().st_size} bytes"
         print(path, picture.size, path.stat().st_size, flush=True)
-        page.set_viewport_size(_SIZE)
         page.emulate_media(color_scheme="light")
 
 
@@ -114,13 +113,13 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.locator(".wipe img").first.wait_for()
     while page.locator("progress").first.evaluate("bar => bar.value") < 0.62 * _STEPS:
         time.sleep(0.5)
-    camera.document("serve-training", page, scheme="dark", height=1330)
+    camera.document("serve-training", page, scheme="dark", height=1360)
     camera.every_look("5-training", page)
     page.wait_for_url("**/#/runs/*")
     page.get_by_role("link", name="Download step").wait_for()
     page.locator(".wipe img").first.wait_for()
     page.wait_for_timeout(1000)
-    camera.document("serve-result", page, scheme="light", height=1330)
+    camera.document("serve-result", page, scheme="light", height=1360)
     if camera.wants_all:
         page.locator(".chip", has_text="noto style").click()
         page.get_by_role("button", name=re.compile(r"^Draw \d+ pictures$")).click()

@@ -220,8 +220,8 @@ def test_advice_on_pictures_is_followed_and_undone(served: ServedPage, open_page
     server.add_dataset("fox")
     server.add_advised_run("runs/fox-001")
     page = open_page("#/runs/runs%2Ffox-001")
-    assert page.locator(".thumbs .faint").all_inner_texts() == ["Never learnt", "Learnt by heart"]
-    assert page.get_by_role("button", name="Repeat less").count() == 1
+    expected(page.locator(".thumbs .faint")).to_have_text(["Never learnt", "Learnt by heart"])
+    expected(page.get_by_role("button", name="Repeat less")).to_have_count(1)
 
     page.get_by_role("button", name="Leave out: fox_2.png").click()
     waits(page, "fox_2.png was moved to the removed files.")
@@ -326,7 +326,7 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     assert "fox_3.png" not in served.server.datasets["fox"]
     page.get_by_role("button", name="Remove all").click()
     page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
-    waits(page, "The photos were moved to user/lorasmith/removed/0.")
+    waits(page, "The photos were moved to user/lorasmith/removed/1.")
     page.wait_for_url("**/#/")
     assert served.server.datasets == {}
 
