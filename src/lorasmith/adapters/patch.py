@@ -142,6 +142,15 @@ def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
     return found
 
 
+def place_beside(model: nn.Module, attached: Sequence[Attached]) -> None:
+    """Move adapters to where their layers are now.
+
+    Of a network that is to be packed, `attachments` are made before it is, as differences are then folded in.
+    """
+    for one in attached:
+        _placed(model, one.adapters)
+
+
 def ranks_chosen(model: nn.Module, share: Tensor) -> None:
     """Let attached adapters use the ranks of samples at these shares of diffusion time (batch,), until the next call.
 

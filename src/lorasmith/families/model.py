@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
 from lorasmith.adapters.frozen_weights import StreamedWeight, frozen_bytes, weights_streamed
 from lorasmith.adapters.inject import adapters_attached
-from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
+from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, place_beside, ranks_chosen
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype, free_memory
@@ -554,13 +554,10 @@ class TextEncoder:
         """Stream the networks of an encoder, with patches, until the stack is closed."""
         module, dtype = self.encoders.modules[component], self.dtype_on(component, device)
         stack.enter_context(patches_merged(module, patches, dtype=dtype))
-        # Before weights are packed, which is how patches know that differences are not folded in.
         attached = attachments(module, patches)
         for part in self.networks(component, sees=sees):
             stack.enter_context(weights_streamed(part, device=device, dtype=dtype))
-        for one in attached:
-            for adapter in one.adapters.values():
-                adapter.to(device, dtype)
+        place_beside(module, attached)
         stack.enter_context(adapters_attached(module, attached))
 
     def encode_again(self, batch: Conditioning, components: Collection[str]) -> Conditioning:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
 from lorasmith.adapters.frozen_weights import WeightStream, products_enabled, weights_packed
 from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
-from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, ranks_chosen
+from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, place_beside, ranks_chosen
 from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension
@@ -429,6 +429,7 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(module))
         stack.enter_context(patches_merged(module, patches, dtype=torch.float32))
+        attached = attachments(module, patches)
         device, dtype = runtime.device, runtime.dtype
         stream = WeightStream(device) if runtime.offloading else None
         kind, elsewhere = config.quantization, list[nn.Module]()
@@ -445,7 +446,8 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
         if runtime.products != "training_dtype":
             stack.enter_context(products_enabled(module, runtime.products, device))
-        stack.enter_context(adapters_attached(module, attachments(module, patches)))
+        place_beside(module, attached)
+        stack.enter_context(adapters_attached(module, attached))
         yield
 
 

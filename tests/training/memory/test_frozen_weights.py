@@ -41,6 +41,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import trainable
 from tests.covering import slow_except
 
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
@@ -68,6 +69,18 @@ def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: 
         one_step(tiny, dataset, {"checkpoint_depth": depth, "offloading": True}, targets=LAYERS),
         one_step(tiny, dataset, {"checkpoint_depth": depth}, targets=LAYERS),
     )
+
+
+def test_a_difference_of_a_lora_beside_the_weights_counts_once(tiny: Model, dataset: EncodedDataset) -> None:
+    path, layer = next((path, one) for path, one in tiny.components.denoiser.named_modules() if is_targetable(one))
+    difference = torch.full_like(layer.get_parameter("weight"), 0.1)
+    model = trainable(replace(tiny.denoiser, patches=(Patch({}, {path: {"weight": difference}}, bypass=True),)))
+    job, sample = planned(tiny), dataset.samples[0]
+    found = []
+    for offloading in (False, True):
+        with torch.no_grad(), model.frozen(job.config, replace(job.runtime, offloading=offloading)):
+            found.append(model.predict(sample.latents[None], torch.tensor([500.0]), sample.conditioning))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("changes", [{}, {"offloading": True}], ids=str)
