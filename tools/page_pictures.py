@@ -93,10 +93,12 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.get_by_label("Trigger word").fill("sks fox")
     page.locator(".crop, .all-good, .findings li").first.wait_for()
     page.wait_for_timeout(2500)
+    camera.document("serve-photos", page, scheme="light", height=1000)
     camera.every_look("2-photos", page)
     page.get_by_role("button", name="Next: model").click()
     page.wait_for_selector("input[name=model]:checked")
     page.get_by_text("Training needs about").wait_for()
+    camera.document("serve-model", page, scheme="light", height=1000)
     camera.every_look("3-model", page)
     page.get_by_role("button", name="Next: settings").click()
     if camera.wants_all:

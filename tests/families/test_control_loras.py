@@ -21,6 +21,7 @@ from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.results import TrainResult
+from tests.covering import slow_except
 
 # Qwen-Image's is the variant that is told that controls are clean, as Krea 2 is.
 EDIT = {"flux2-klein": None, "qwen-image": "edit-2511", "krea2": None}
@@ -68,6 +69,7 @@ def loss_of(model: Any, data: EncodedDataset) -> float:
     return torch.cat(losses).mean().item()
 
 
+@pytest.mark.parametrize("editing", slow_except(EDIT, "qwen-image"), indirect=True)
 def test_copying_the_control_is_learnt_and_from_shuffled_ones_it_is_not(editing: Case) -> None:
     model, straight = editing.ours, pairs(editing.ours)
     steps = 60 if editing.name == "flux2-klein" else 200

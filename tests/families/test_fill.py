@@ -220,6 +220,7 @@ def test_its_files_are_told_by_their_shapes(fill: Model, network: Any) -> None:
     assert all(torch.equal(one, state[name]) for name, one in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_to_fill_with_what_is_around_the_mask(fill: Model) -> None:
     """Pictures of one colour each, whose captions are the same: only what is known tells which colour is missing."""
     mask = torch.zeros(1, 1, 32, 32)

@@ -163,6 +163,7 @@ def test_a_preference_is_that_of_the_paper(kind: str) -> None:
     assert norm > 0
 
 
+@pytest.mark.slow
 def test_a_preference_is_learnt_by_every_kind_of_adapter(tiny: Model, pairs: EncodedDataset) -> None:
     for settings in ({"algorithm": "OFT"}, {"dora": "input"}, {"gradient_checkpointing": True, "rank_dropout": 0.5}):
         common: dict[str, Any] = {"pairs": "dpo", "steps": 6, "learning_rate": 1e-3, "batch_size": 4, "seed": 1}

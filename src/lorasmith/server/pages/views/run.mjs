@@ -33,7 +33,7 @@ export function RunView({ id }) {
   return html`
     <${Stepper} at=${isRunning ? "training" : "result"} dataset=${run.dataset} addresses=${isRunning && run.job ? { training: link("jobs", run.job) } : {}} />
     <section aria-labelledby="run">
-      <p class="kicker"><a href=${link("runs")}>Runs</a> / ${id}</p>
+      <p class="kicker"><a href=${link("runs")}>Runs</a>${nameOfRun(run) !== id.split("/").pop() && ` / ${id}`}</p>
       <div class="head"><h1 id="run">${nameOfRun(run)}</h1><div class="actions"><${Star} run=${run} onChange=${reload} />
         ${jobsOfRuns(known).has(id) && !isRunning ? html`<${State} state=${job.state} />` : html`<span class=${`status ${run.mood}`}>${run.status}</span>`}</div></div>
       ${!isRunning && html`<p class="verdict plain">${run.recommended?.sentence ?? sentence(run.verdict)}</p>`}
