@@ -345,10 +345,12 @@ def _likeness(view: RunView) -> Metric | None:
     last = view.likeness
     if last is None or not math.isfinite(last.likeness):
         return None
-    own = "" if last.own is None else f" ({last.own:.2f} of the images to one another)"
+    own = "" if last.own is None else f", images to one another {last.own:.2f}"
     follows = "" if last.adherence is None else f", prompts followed {last.adherence:.2f}"
-    text, line = f"{last.likeness:.2f}{own}{follows}", f"likeness {last.likeness:.2f}{follows}"
-    return Metric("likeness", "likeness of previews", last.likeness, text, "", line)
+    text = f"{last.likeness:.2f}"
+    return Metric(
+        "likeness", f"likeness of previews{follows}{own}", last.likeness, text, "", f"likeness {text}{follows}"
+    )
 
 
 def _speed(view: RunView) -> Metric | None:
