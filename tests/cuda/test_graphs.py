@@ -21,8 +21,8 @@ from tests.cuda.cases import FAMILIES, samples_of, small_model
 
 MOST_GRAPHS = 4  # of a model with two kinds of blocks
 
-UNETS = {"sd1": 14, "sdxl": 14}
-"""Graphs of models whose blocks are of many kinds."""
+UNETS = {"sd1": 17, "sdxl": 17}
+"""Graphs of models whose blocks are of many kinds and widths."""
 
 LEVERS: dict[str, dict[str, Any]] = {
     "plain": {},
