@@ -82,6 +82,12 @@ def no_extensions() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def autograd_started() -> None:
+    """Where torch compiles before the first backward pass, processes that are forked later can have none."""
+    torch.ones((), requires_grad=True).backward()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache() -> Iterator[None]:
     """Encodings are cached in a folder of these tests, and commands that they start find it, too."""
     with tempfile.TemporaryDirectory(prefix="lorasmith-cache-") as folder, pytest.MonkeyPatch.context() as patch:
