@@ -25,6 +25,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.training.memory import compilation
 from tests.covering import cases
 from tests.installed import forget_extensions
 
@@ -137,6 +138,18 @@ def flags_made_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are made, and no machine code, which takes long; nothing compiled is left to others."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ Dynamo asks no device for that, so that these are real steps on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch._dynamo.utils import counters
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.job import engine_of, plan_job
-from lorasmith.training.memory import compilation
 from tests.cuda.cases import FAMILIES, samples_of, small_model
+
+pytestmark = pytest.mark.usefixtures("graphs_alone")
 
 MOST_GRAPHS = 4  # of a model with two kinds of blocks
 
@@ -44,16 +44,6 @@ CASES = [
     *(("flux1", lever) for lever in LEVERS),
     *((family, "plain") for family in FAMILIES if family != "flux1"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs are made, and no code of them; nothing compiled is left to others."""
-    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow

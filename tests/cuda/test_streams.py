@@ -23,6 +23,15 @@ def used(streams: Streams, *reads: Tensor) -> Tensor:
     return new
 
 
+def read_by_another(streams: Streams) -> tuple[Tensor, Stream]:
+    """A tensor of the current stream that another one reads afterwards, and that stream."""
+    buffer, side = used(streams), streams.made()
+    side.wait_stream(streams.current)
+    with streams.chosen(side):
+        used(streams, buffer)
+    return buffer, side
+
+
 def test_an_event_orders_what_two_streams_do() -> None:
     streams = Streams()
     side = streams.made()
@@ -48,11 +57,7 @@ def test_a_read_that_does_not_wait_is_found() -> None:
 
 def test_a_write_over_what_another_stream_reads_is_found() -> None:
     streams = Streams()
-    buffer = used(streams)
-    side = streams.made()
-    side.wait_stream(streams.current)
-    with streams.chosen(side):
-        used(streams, buffer)
+    buffer, _ = read_by_another(streams)
     streams.operation([], [buffer], lambda: "here")
     assert streams.races == {"written while it is used: here": 1}
 
@@ -60,11 +65,7 @@ def test_a_write_over_what_another_stream_reads_is_found() -> None:
 @pytest.mark.parametrize("how", ["recorded", "waited", "neither"])
 def test_memory_that_is_freed_while_another_stream_reads_it_is_found(how: str) -> None:
     streams = Streams()
-    buffer = used(streams)
-    side = streams.made()
-    side.wait_stream(streams.current)
-    with streams.chosen(side):
-        used(streams, buffer)
+    buffer, side = read_by_another(streams)
     if how == "recorded":
         streams.recorded(buffer, side)
     elif how == "waited":

@@ -125,19 +125,18 @@ class ProductKind:
     make: type[Fp8Products] | type[Int8Products]
     codes: tuple[torch.dtype, ...]  # of the weights
     capability: tuple[int, int]  # of NVIDIA's GPUs, at least
-    device: str  # in words
     quantization: str  # with which weights have the codes, the best
+    others: str = ""  # devices beside these, in words
+
+    @property
+    def device(self) -> str:
+        """What has such products, in words."""
+        return f"NVIDIA, compute capability {'.'.join(map(str, self.capability))} or later{self.others}"
 
 
 PRODUCT_KINDS: Mapping[ProductFormat, ProductKind] = {
-    "fp8": ProductKind(Fp8Products, FP8_CODES, (8, 9), "NVIDIA, compute capability 8.9 or later", "fp8_e4m3"),
-    "int8": ProductKind(
-        Int8Products,
-        (torch.int8,),
-        (8, 0),
-        "NVIDIA, compute capability 8.0 or later, or a processor with VNNI",
-        "int8",
-    ),
+    "fp8": ProductKind(Fp8Products, FP8_CODES, (8, 9), "fp8_e4m3"),
+    "int8": ProductKind(Int8Products, (torch.int8,), (8, 0), "int8", ", or a processor with VNNI"),
 }
 """By the value of the setting `products`."""
 

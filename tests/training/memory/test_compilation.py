@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from lorasmith.training.memory.compilation import blocks_compiled, compilable, c
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import environment
 from tests.covering import slow_except
+
+pytestmark = pytest.mark.usefixtures("graphs_alone")
 
 Run = Callable[..., TrainResult]
 CPU = torch.device("cpu")
@@ -103,16 +105,6 @@ def stages() -> Chain:
 def toy() -> Toy:
     torch.manual_seed(0)
     return Toy().requires_grad_(False)
-
-
-@pytest.fixture(autouse=True)
-def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No machine code, which takes long to make; and nothing compiled is left to others."""
-    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def adapters_for(model: nn.Module, make: Callable[..., Adapter] = LoraAdapter.create) -> dict[str, Adapter]:

@@ -28,7 +28,7 @@ _SUGGESTED = 0.9  # share of the memory as cap
 
 @contextlib.contextmanager
 def memory_capped(device: torch.device, cap_bytes: int | None) -> Iterator[None]:
-    """Inside the context, this process's tensors have at most `cap_bytes` on a GPU; None is no cap.
+    """Inside the context, this process's tensors have at most `cap_bytes` on a GPU, if that is not None.
 
     Allocations beyond it raise torch's out-of-memory error. Of contexts that overlap, the lowest cap holds.
     """
