@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.evaluation.wishes import BACKGROUNDS
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
@@ -26,7 +27,6 @@ from lorasmith.report.run_report import Advice
 from lorasmith.runs.advice import advice_of
 from lorasmith.runs.library import load_dataset, train
 from lorasmith.training.storage.records import read_history
-from tools.pretrain.data import BACKGROUNDS
 
 EXPECTED = {"often.png": "learnt by heart", "other.png": "never learnt"}
 _COLOURS = ("white", "black", "red", "yellow", "green", "blue", "purple", "pink")

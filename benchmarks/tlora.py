@@ -22,11 +22,11 @@ from PIL import Image
 
 from benchmarks.prior_preservation import SUBJECT, subject_folder, trained
 from lorasmith.core.adapter_state import AdapterState
+from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser
 from lorasmith.sampling.generate import generate
-from tools.pretrain.data import BACKGROUNDS, STYLES
 from tools.pretrain.judge import Judge
 
 COLOURS = ("black", "blue", "red", "yellow")

@@ -6,7 +6,7 @@
 Each run saves ten checkpoints, which draw the trigger and the benchmark's prompts. Long runs have the default rate and
 see six times as many pictures as the benchmark's; fast ones have four to six times that rate. The evaluation sees the
 pictures of as many seeds as it draws by default, and recommends one. The judge scores all by fidelity times adherence
-with the pictures of four other seeds; of wishes those count which the base model itself fulfils from the same noise.
+with the pictures of twelve other seeds; of wishes those count which the base model itself fulfils from the same noise.
 By that score, the recommended checkpoint falls short of the best one; so do the last one, and the one that the judge
 finds best by the seeds that the evaluation sees. The rule was chosen with the fast runs. Runs whose rate is so low
 that nothing is learnt must get no recommendation. What is in the folder already is not made again.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from benchmarks.quality.sights import JudgeSight
 from benchmarks.quality.subjects import CLASSES, Task, subject_task
 from benchmarks.results import Results, add_json
 from lorasmith.evaluation.evaluation_record import NOISES
-from lorasmith.evaluation.likeness import colours, features
+from lorasmith.evaluation.sight import sight_of
 from lorasmith.evaluation.verdict import Drawn, measured, training_facts, verdict
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
@@ -40,7 +40,7 @@ from lorasmith.runs.drawing import with_loras
 from lorasmith.sampling.generate import generate
 
 CHECKPOINTS = 10  # of each run
-SEEDS = range(11, 11 + NOISES + 4)  # the first ones are seen by the evaluation, the others by the judge
+SEEDS = range(11, 11 + NOISES + 12)  # the first ones are seen by the evaluation, the others by the judge
 WHO = ("evaluate", "the last one", "the judge by the same seeds")
 SAMPLING_STEPS = 4
 NEAR = 0.05  # of the best score, within which a choice is good
@@ -121,33 +121,36 @@ class Bench:
 
     def __init__(self) -> None:
         self._model, self._judge = load_model(TINY), JudgeSight()
+        self._sight = sight_of(is_built_in=True)
 
     def run(self, run: Run, folder: Path) -> tuple[int | None, list[float], tuple[float, ...]]:
         """The place of the recommended checkpoint, the score of each, and by how much each of `WHO` falls short."""
         task = subject_task(run.subject)
         loras = _trained(run, self._model, folder)
         texts = [task.trigger, *(one.text for one in task.prompts)]
-        base, *looks = (self._looked_at(task, texts, folder, one) for one in ("base", *(one.name for one in loras)))
-        pictures = features(list(task.training[4]))
-        found = [measured(_drawn(one), _drawn(base), pictures) for one in looks]
-        chosen = verdict(found, training_facts(pictures, _drawn(base))).best
+        base, *drawn = (self._drawn(texts, folder, one) for one in ("base", *(one.name for one in loras)))
+        pictures = self._sight.features(list(task.training[4]))
+        before = self._seen(task, base)
+        found = [measured(self._seen(task, one), before, pictures) for one in drawn]
+        chosen = verdict(found, training_facts(pictures, before)).best
+        fulfilled, judged = self._judged(task, base)[1], [self._judged(task, one) for one in drawn]
         seen, values = (
-            [_score(one, base["shows"], some) for one in looks] for some in (slice(NOISES), slice(NOISES, None))
+            [_score(*one, fulfilled, some) for one in judged] for some in (slice(NOISES), slice(NOISES, None))
         )
         picked = (chosen, len(values) - 1, seen.index(max(seen)))
         return chosen, values, tuple(1.0 if one is None else 1 - values[one] / max(values) for one in picked)
 
-    def _looked_at(self, task: Task, texts: Sequence[str], folder: Path, name: str) -> dict[str, Tensor]:
-        """Of pictures of a LoRA, or of the base model: features, colours, probability of the subject, all by seed and
-        prompt, and whether wishes are fulfilled.
-        """
-        rows = self._drawn(texts, folder, name)
-        return {
-            "features": torch.stack([features(row) for row in rows]),
-            "colours": torch.stack([colours(row) for row in rows]),
-            "fidelity": torch.tensor([[self._judge.fidelity(task, [one]) for one in row] for row in rows]),
-            "shows": torch.tensor([[*map(self._judge.shows, task.prompts, row[1:])] for row in rows]),
-        }
+    def _seen(self, task: Task, rows: Sequence[Sequence[Image.Image]]) -> Drawn:
+        """What the evaluation sees."""
+        seen, wishes = rows[:NOISES], [one.plain for one in task.prompts]
+        asked = self._sight.asked(wishes, [one for row in seen for one in row[1:]])
+        none = torch.zeros(0, asked.features.shape[-1])
+        return Drawn(self._sight.features([row[0] for row in seen]), asked, others=none, of_class=none)
+
+    def _judged(self, task: Task, rows: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
+        """Probability of the subject, and whether wishes are fulfilled, by seed and prompt."""
+        fidelity = torch.tensor([[self._judge.fidelity(task, [one]) for one in row] for row in rows])
+        return fidelity, torch.tensor([[*map(self._judge.shows, task.prompts, row[1:])] for row in rows])
 
     def _drawn(self, texts: Sequence[str], folder: Path, name: str) -> list[list[Image.Image]]:
         """Pictures of a LoRA, or of the base model, by seed and prompt."""
@@ -163,17 +166,9 @@ class Bench:
         return [[Image.fromarray(one.numpy()) for one in row] for row in load_file(known)["pictures"]]
 
 
-def _score(looks: Mapping[str, Tensor], fulfilled: Tensor, seeds: slice) -> float:
+def _score(fidelity: Tensor, shows: Tensor, fulfilled: Tensor, seeds: slice) -> float:
     """Fidelity times adherence, of some seeds."""
-    follows = looks["shows"][seeds][fulfilled[seeds]].float().mean()
-    return float(looks["fidelity"][seeds].mean() * follows)
-
-
-def _drawn(looks: Mapping[str, Tensor]) -> Drawn:
-    """What the evaluation sees."""
-    found, none = looks["features"][:NOISES], torch.zeros(0, looks["features"].shape[-1])
-    wishes = looks["colours"][:NOISES, 1:]
-    return Drawn(plain=found[:, 0], asked=found[:, 1:], colours=wishes, others=none, of_class=none)
+    return float(fidelity[seeds].mean() * shows[seeds][fulfilled[seeds]].float().mean())
 
 
 def _trained(run: Run, model: Model, folder: Path) -> list[Path]:

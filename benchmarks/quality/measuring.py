@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.quality.recipes import AVERAGE, RECIPES
-from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, features_of
+from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, dino_features
 from benchmarks.quality.subjects import BUILT_IN, Prompt, Task, folder_tasks
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE
@@ -64,7 +64,7 @@ class Setting:
         """What looks at the pictures."""
         if self.subjects is None:
             return JudgeSight()
-        return FeatureSight(features if self.dino is None else features_of(self.dino), self.clip)
+        return FeatureSight(features if self.dino is None else dino_features(self.dino), self.clip)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from benchmarks.quality.subjects import Prompt, Task
 from lorasmith.evaluation import measures
+from lorasmith.evaluation.clip import Clip
+from lorasmith.evaluation.judge import background_of, tensors
 from tools.pretrain.data import HELD_OUT_STYLE
-from tools.pretrain.judge import SETS, SUBJECTS, Judge, tensors
-from tools.pretrain.quality import background_of
+from tools.pretrain.judge import SETS, SUBJECTS, Judge
 
 Features = Callable[[Sequence[Image.Image]], Tensor]
 """Pictures → their features (N, width), rows of length 1."""
@@ -68,7 +69,7 @@ class FeatureSight:
     """Likeness to held-out pictures, likeness to the text where there is a CLIP, and growth of the class's likeness."""
 
     def __init__(self, features: Features, clip: Path | None) -> None:
-        self._features, self._text = features, None if clip is None else clip_alike(clip)
+        self._features, self._clip = features, None if clip is None else Clip(clip)
 
     def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
         return measures.likeness(self._features(pictures), self._features(task.held_out))
@@ -77,14 +78,17 @@ class FeatureSight:
         return True  # there is no threshold
 
     def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
-        return None if self._text is None else self._text(pictures, [one.plain for one in prompts])
+        if self._clip is None:
+            return None
+        texts = self._clip.texts([one.plain for one in prompts])
+        return float((self._clip.pictures(pictures) * texts).sum(1).mean())
 
     def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
         return max(0.0, self.fidelity(task, after) - self.fidelity(task, before)) if after else 0.0
 
 
-def features_of(folder: Path) -> Features:
-    """Features of a model of transformers in a folder: CLIP's of pictures, or the class token, as of DINO."""
+def dino_features(folder: Path) -> Features:
+    """Class tokens of a DINO of transformers in a folder."""
     from transformers import AutoImageProcessor, AutoModel
 
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -93,26 +97,6 @@ def features_of(folder: Path) -> Features:
     def found(pictures: Sequence[Image.Image]) -> Tensor:
         inputs = processor(images=[one.convert("RGB") for one in pictures], return_tensors="pt")
         with torch.no_grad():
-            if hasattr(model, "visual_projection"):
-                vision = model.vision_model(**inputs).pooler_output
-                return F.normalize(model.visual_projection(vision), dim=1)
             return F.normalize(model(**inputs).last_hidden_state[:, 0], dim=1)
 
     return found
-
-
-def clip_alike(folder: Path) -> Callable[[Sequence[Image.Image], Sequence[str]], float]:
-    """CLIP-T: pictures and as many texts → the mean cosine of their features, by a CLIP of transformers in a folder."""
-    from transformers import AutoTokenizer, CLIPModel
-
-    pictures_of = features_of(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-
-    def alike(pictures: Sequence[Image.Image], texts: Sequence[str]) -> float:
-        tokens = tokenizer([*texts], padding=True, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            text = model.text_projection(model.text_model(**tokens).pooler_output)
-        return float((pictures_of(pictures) * F.normalize(text, dim=1)).sum(1).mean())
-
-    return alike

@@ -15,7 +15,9 @@ from PIL import Image
 
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.image_files import open_image
-from tools.pretrain.data import BACKGROUNDS, EDGE, STYLES, UNTAUGHT, short_name, with_article
+from lorasmith.evaluation.judge import EDGE
+from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
+from tools.pretrain.data import UNTAUGHT, short_name, with_article
 from tools.pretrain.subjects import SETS
 
 DRAWINGS = Path(__file__).with_name("drawings")

@@ -20,12 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.bases import machine
-from benchmarks.quality.sights import Features, features_of
+from benchmarks.quality.sights import Features, dino_features
 from benchmarks.quality.subjects import CLASSES, drawing, pictures_in
 from benchmarks.results import Results, add_json
 from lorasmith.data.image_files import open_image
+from lorasmith.evaluation.clip import Clip
+from lorasmith.evaluation.judge import tensors
 from lorasmith.evaluation.likeness import features
-from tools.pretrain.judge import Judge, tensors
+from lorasmith.evaluation.sight import sight_of
+from tools.pretrain.judge import Judge
 from tools.pretrain.subjects import SETS
 
 
@@ -57,8 +60,9 @@ def main() -> None:
     kinds: Mapping[str, Features | None] = {
         "EfficientNet-Lite0": features,
         "the judge": judged if arguments.photos is None else None,
-        "CLIP": features_of(arguments.clip) if arguments.clip else None,
-        "DINO": features_of(arguments.dino) if arguments.dino else None,
+        "EfficientNet-Lite0 and the judge": sight_of(is_built_in=True).features,
+        "CLIP": Clip(arguments.clip).pictures if arguments.clip else None,
+        "DINO": dino_features(arguments.dino) if arguments.dino else None,
     }
     pictures, subjects, groups = _photos(arguments.photos) if arguments.photos else _drawings()
     results.table({"measure": "", "pictures": "d", "subjects": "d", "area under the curve": ".3f"})

@@ -26,6 +26,7 @@ from benchmarks.quality.tables import methods_table, recipe_tables
 from benchmarks.quality.validation import area
 from benchmarks.results import Results
 from lorasmith.training.config import config_over
+from tests.small_clip import small_clip
 
 _SHARES = st.floats(0, 1)
 
@@ -175,20 +176,7 @@ def test_our_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_with_a_folder_of_photos_and_a_clip(tmp_path: Path) -> None:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-
-    from lorasmith.families.loading import load_model
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config=CLIPTextConfig(**sizes).to_dict(),
-        vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=16).to_dict(),
-        projection_dim=16,
-    )
-    clip = tmp_path / "clip"
-    CLIPModel(config).save_pretrained(clip)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(clip)
-    next(iter(load_model("lorasmith-tiny").components.tokenizers.values())).save_pretrained(clip)
+    clip = small_clip(tmp_path / "clip")
     command = [sys.executable, "-m", "benchmarks.quality", "--model", "lorasmith-tiny", "--clip", str(clip)]
     command += ["--subjects", str(photos(tmp_path / "photos")), "--recipes", "lorasmith", "--pictures", "4"]
     command += ["--seeds", "0", "--looks", "4", "8"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasmith.evaluation.evaluation_record import Measures, Training
+from lorasmith.evaluation.sight import Asked
 from lorasmith.evaluation.verdict import Drawn, measured, scores, training_facts, verdict
 
 TRAINING = Training(count=4, self_likeness=0.7, base_likeness=0.4)
@@ -36,8 +37,11 @@ def rows(count: int, seed: int) -> Tensor:
 def drawn(seed: int, wishes: int = 5) -> Drawn:
     return Drawn(
         plain=rows(2, seed),
-        asked=rows(2 * wishes, seed + 1).unflatten(0, (2, wishes)),
-        colours=rows(2 * wishes, seed + 4).unflatten(0, (2, wishes)),
+        asked=Asked(
+            features=rows(2 * wishes, seed + 1).unflatten(0, (2, wishes)),
+            colours=rows(2 * wishes, seed + 4).unflatten(0, (2, wishes)),
+            followed=None,
+        ),
         others=rows(3, seed + 2),
         of_class=rows(1, seed + 3),
     )
@@ -60,6 +64,16 @@ def test_what_is_recommended_has_the_highest_score(loras: list[Measures]) -> Non
             assert max(after) < (loras[chosen.best].adherence or 0)
     else:
         assert chosen.best is None
+
+
+@given(several)
+def test_the_score_is_likeness_times_adherence(loras: list[Measures]) -> None:
+    learnt = [min(1.0, max(0.0, ((one.likeness or 0) - 0.4) / 0.3)) for one in loras]
+    assert scores(loras, TRAINING) == pytest.approx(
+        [share * (one.adherence or 0) for share, one in zip(learnt, loras, strict=True)]
+    )
+    blind = [replace(one, adherence=None) for one in loras]
+    assert scores(blind, TRAINING) == pytest.approx(learnt), "likeness alone where adherence is unknown"
 
 
 @given(several)
@@ -109,11 +123,20 @@ def adherence(drawn: Drawn, base: Drawn) -> float | None:
 def test_a_lora_that_ignores_wishes_has_no_adherence() -> None:
     base = drawn(3)
     assert adherence(base, base) == pytest.approx(1)
-    stuck = replace(base, asked=base.plain[:, None].repeat(1, 5, 1), colours=base.colours[:, :1].repeat(1, 5, 1))
-    assert adherence(stuck, base) == pytest.approx(0, abs=1e-3)
-    others = replace(base, asked=base.asked.roll(1, 1), colours=base.colours.roll(1, 1))
-    assert adherence(others, base) == pytest.approx(0, abs=1e-3), "it draws other wishes than it is asked for"
+    stuck = Asked(base.plain[:, None].repeat(1, 5, 1), base.asked.colours[:, :1].repeat(1, 5, 1), None)
+    assert stuck.adherence(base.asked) == pytest.approx(0, abs=1e-3)
+    others = Asked(base.asked.features.roll(1, 1), base.asked.colours.roll(1, 1), None)
+    assert others.adherence(base.asked) == pytest.approx(0, abs=1e-3), "it draws other wishes than it is asked for"
     assert adherence(drawn(3, wishes=1), drawn(3, wishes=1)) is None, "one wish cannot be told from another"
+
+
+def test_wishes_count_that_the_base_model_fulfils() -> None:
+    asked = drawn(3).asked
+    sure = torch.tensor([[0.9, 0.6, 0.4, 0.1, 0.0], [0.1, 0.5, 0.2, 0.0, 0.3]])
+    base = replace(asked, followed=sure)
+    found = replace(asked, followed=1 - sure)
+    assert found.adherence(base) == pytest.approx((0.1 + 0.4 + 0.5) / 3)
+    assert found.adherence(replace(asked, followed=0 * sure)) is None, "the base model fulfils none"
 
 
 def test_what_is_not_known_is_left_out() -> None:

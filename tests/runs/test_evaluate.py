@@ -19,7 +19,6 @@ from lorasmith.evaluation import likeness
 from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict, read_evaluation
 from lorasmith.families.model import Model
 from lorasmith.formats.container import write_safetensors
-from lorasmith.runs import evaluate as evaluating
 from lorasmith.runs.evaluate import DrawingSettings, EvaluatedLora, Subject, evaluate, sentence_of, subject_of
 from lorasmith.runs.library import train
 from lorasmith.sampling.sample import SamplingCancelledError
@@ -57,7 +56,7 @@ def quick_features(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def features(pictures: list[Image.Image]) -> Tensor:
         return F.normalize(likeness.colours(pictures), dim=1)
 
-    monkeypatch.setattr(evaluating, "features", features)
+    monkeypatch.setattr(likeness, "features", features)
     yield
 
 

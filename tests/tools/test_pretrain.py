@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from tools.pretrain.autoencoder import SCALING_FACTOR, fold_statistics
-from tools.pretrain.data import BACKGROUNDS, CONCEPTS, HELD_OUT_SUBJECTS, STYLES, caption, on_background
+from tools.pretrain.data import CONCEPTS, HELD_OUT_SUBJECTS, caption, on_background
 from tools.pretrain.export import DEFAULTS, original_tensors, pipeline
 from tools.pretrain.loop import Run
 from tools.pretrain.optimizer import Muon, optimizers_for, orthogonal

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from lorasmith.evaluation.wishes import BACKGROUNDS
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import to_images
-from tools.pretrain.data import BACKGROUNDS, HELD_OUT_STYLE, ICON_SIZES, Icons, on_background
+from tools.pretrain.data import HELD_OUT_STYLE, ICON_SIZES, Icons, on_background
 from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 

@@ -19,19 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorasmith.evaluation.judge import EDGE
+from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
+
 if TYPE_CHECKING:
     from tools.pretrain.icons import IconSets
 
-EDGE = 64  # pixels of a picture
 ICON_SIZES = (62, 56, 50)  # an icon is drawn this large, in the middle
 
-# What captions call the styles that the model draws.
-STYLES = {
-    "noto": "noto style",
-    "twemoji": "twemoji style",
-    "fluent-emoji-flat": "flat style",
-    "fluent-emoji": "soft shaded style",
-}
 OTHER_SETS = ("emojione", "noto-v1")  # more pictures for the autoencoder
 HELD_OUT_STYLE = "fluent-emoji-high-contrast"
 HELD_OUT_SUBJECTS = ("fox", "rocket", "pineapple", "owl", "guitar", "mushroom", "sailboat")
@@ -49,20 +44,6 @@ CONCEPTS = (
     "robot", "red heart", "blue heart", "balloon", "soccer ball", "bell", "crown", "t-shirt",
     "key", "house", "gem stone", "light bulb",
 )  # fmt: skip
-
-BACKGROUNDS = {
-    "white": (255, 255, 255),
-    "black": (20, 20, 20),
-    "red": (220, 50, 47),
-    "orange": (245, 150, 50),
-    "yellow": (250, 225, 90),
-    "green": (70, 170, 80),
-    "blue": (50, 100, 220),
-    "purple": (140, 80, 190),
-    "pink": (250, 170, 205),
-    "grey": (150, 150, 150),
-    "light blue": (150, 215, 245),
-}
 
 
 @dataclass(frozen=True)

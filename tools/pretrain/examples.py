@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tools.pretrain.data import BACKGROUNDS, HELD_OUT_STYLE
+from lorasmith.evaluation.wishes import BACKGROUNDS
+from tools.pretrain.data import HELD_OUT_STYLE
 from tools.pretrain.icons import IconSets
 
 EDGE = 256

@@ -11,8 +11,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tools.pretrain.data import BACKGROUNDS, HELD_OUT_STYLE, ICON_SIZES, Icons
-from tools.pretrain.judge import SETS, SUBJECTS, WEIGHTS, Judge
+from lorasmith.core.folders import BUILT_IN_JUDGE
+from lorasmith.evaluation.wishes import BACKGROUNDS
+from tools.pretrain.data import HELD_OUT_STYLE, ICON_SIZES, Icons
+from tools.pretrain.judge import SETS, SUBJECTS, Judge
 from tools.pretrain.loop import step_random
 
 BATCH = 64
@@ -44,7 +46,7 @@ def train_judge(work: Path, autoencoder: AutoencoderKL, steps: int = 1500) -> fl
         if step % 250 == 0:
             print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
     judge.eval()
-    save_file({name: tensor.half() for name, tensor in judge.state_dict().items()}, WEIGHTS)
+    save_file({name: tensor.half() for name, tensor in judge.state_dict().items()}, BUILT_IN_JUDGE)
     unseen, truth = _pool(icons, rows, autoencoder, 1024, seed=1)
     with torch.no_grad():
         answers = judge(unseen.float() / 127.5 - 1)[0].argmax(1)

@@ -21,13 +21,15 @@ from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import Sample
 from lorasmith.data.encoding import load_dataset
 from lorasmith.diffusion.losses import diffusion_loss
+from lorasmith.evaluation.judge import background_of
+from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.batches import Batch
-from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_name, with_article
+from tools.pretrain.data import CONCEPTS, UNTAUGHT, short_name, with_article
 from tools.pretrain.judge import Judge, colourless
 
 SEEDS = (1, 2, 3)
@@ -136,11 +138,3 @@ def _judged(asked: Sequence[Question], answers: Sequence[Sequence[Image.Image]],
         if one.background
     ]
     return {"concept score": np.mean(concept), "style score": np.mean(style), "background score": np.mean(ground)}
-
-
-def background_of(picture: Image.Image) -> str:
-    """The named colour nearest to the picture's corners."""
-    pixels = np.asarray(picture.convert("RGB"), np.float32)
-    corners = pixels[[2, 2, -3, -3], [2, -3, 2, -3]]
-    corner = np.median(corners, 0)
-    return min(BACKGROUNDS, key=lambda name: float(np.square(corner - BACKGROUNDS[name]).sum()))

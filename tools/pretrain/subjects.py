@@ -6,7 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from tools.pretrain.data import EDGE, HELD_OUT_SUBJECTS, OTHER_SETS, STYLES
+from lorasmith.evaluation.judge import EDGE
+from lorasmith.evaluation.wishes import STYLES
+from tools.pretrain.data import HELD_OUT_SUBJECTS, OTHER_SETS
 
 SETS = (*STYLES, *OTHER_SETS)
 

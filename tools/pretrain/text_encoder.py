@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 from lorasmith.families.parts.clip import clip_tokenizer
-from tools.pretrain.data import BACKGROUNDS, CONCEPTS, HELD_OUT_SUBJECTS, STYLES, Icons, caption
+from tools.pretrain.data import CONCEPTS, HELD_OUT_SUBJECTS, Icons, caption
 from tools.pretrain.loop import Run, autocast, step_random
 
 BATCH = 64

@@ -19,10 +19,11 @@ from transformers import CLIPTextModel
 
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 from lorasmith.families.base import Conditioning
 from lorasmith.training.batches import Batch
 from tools.pretrain.autoencoder import fold_statistics
-from tools.pretrain.data import BACKGROUNDS, CONCEPTS, ICON_SIZES, STYLES, Icons, caption
+from tools.pretrain.data import CONCEPTS, ICON_SIZES, Icons, caption
 from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 from tools.pretrain.text_encoder import SHORT, encode

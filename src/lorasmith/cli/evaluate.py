@@ -45,6 +45,14 @@ def evaluate(
     noises: Annotated[
         int, typer.Option(min=1, max=16, help="Noises from which the trigger and each wish are drawn: more are surer.")
     ] = NOISES,
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A CLIP of transformers, such as openai/clip-vit-base-patch32, which recognises what was asked for: "
+            "surer than by image features, and styles too.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps. Default: 20, and fewer of a distilled model.")
     ] = None,
@@ -99,7 +107,7 @@ def evaluate(
         height=height,
     )
     with stoppable() as stop, progress_shown("Drawing") as progress:
-        found = evaluated(loaded.model, subject, drawing, folder, progress=progress, cancelled=stop.is_set)
+        found = evaluated(loaded.model, subject, drawing, folder, clip=clip, progress=progress, cancelled=stop.is_set)
 
     def show() -> None:
         for note in found.notes:

@@ -41,6 +41,9 @@ BUILT_IN_BASE = TINY.folder
 BUILT_IN_SAMPLE = BUILT_IN_BASE / "sample.webp"
 """Pictures that the built-in model drew."""
 
+BUILT_IN_JUDGE = BUILT_IN_BASE / "judge.safetensors"
+"""Classifier of what the built-in model draws."""
+
 MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Extensions of model files in lists. Pickled kinds are included so that loading one explains why it is refused."""
 

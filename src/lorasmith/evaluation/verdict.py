@@ -1,14 +1,13 @@
 """Which of several LoRAs is good: measures of what each of them draws, and a recommendation with its reason.
 
-All pictures are compared by features (`likeness`), rows of length 1, with those that the base model draws of the same
-prompts and noise. Adherence is measured without a judge: a wish, such as `on a beach`, changes features and colours of
-the base model's picture, and those of a LoRA that still follows prompts change in the same direction. It is the
-probability by which each wish is recognised among all of them, by the directions of their changes.
+All pictures are compared by features (`sight`), rows of length 1, with those that the base model draws of the same
+prompts and noise. Adherence is the probability by which each wish, such as `on a beach`, is recognised in its picture.
+Image features know no text: by them, a wish is recognised among all by the direction in which it changes features and
+colours of the base model's picture.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lorasmith.evaluation import measures
 from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict
+from lorasmith.evaluation.sight import Asked
 
 LEAST_SELF_LIKENESS = 0.59
 """Of the training pictures with which the recommendation was validated (`benchmarks.quality.choice`), the least mean
@@ -24,7 +24,6 @@ cosine of two of them; those of pictures that differ more are not compared."""
 
 _UNCHANGED = 1e-3  # distance of pictures that are the same but for rounding
 _LEARNT = 0.05  # share of the way from the base model's likeness to that of the training pictures to one another
-_ENOUGH = 0.1  # of the same: half of the value of likeness; more of it counts less and less
 _IGNORED = 0.5  # share of the recommended LoRA's adherence, below which prompts are ignored
 _COPIED = 0.05  # cosine by which drawn pictures are nearer to a training picture than those to one another
 
@@ -34,8 +33,7 @@ class Drawn:
     """Features of the pictures of one LoRA, or of the base model without one."""
 
     plain: Tensor  # (noises, features), the trigger alone
-    asked: Tensor  # (noises, wishes, features), the trigger with a wish each
-    colours: Tensor  # (noises, wishes, colours) of these
+    asked: Asked
     others: Tensor  # (prompts, features), without the trigger
     of_class: Tensor  # (0 or 1, features), the class word alone
 
@@ -58,7 +56,7 @@ def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
         copies = measures.nearest(drawn.plain, pictures) - _nearest_other(pictures)
     return Measures(
         likeness=None if pictures is None else measures.likeness(_of_trigger(drawn), pictures),
-        adherence=_adherence(drawn, base),
+        adherence=drawn.asked.adherence(base.asked),
         diversity=measures.diversity(drawn.plain),
         memorisation=copies,
         drift=measures.drift(base.others, drawn.others) if len(base.others) else None,
@@ -68,15 +66,11 @@ def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
 
 
 def scores(found: Sequence[Measures], training: Training) -> list[float]:
-    """What the recommendation maximises, for each LoRA in the order of training: likeness times the root of adherence,
-    smoothed over neighbours, as both are measured with few pictures.
+    """What the recommendation maximises, for each LoRA: likeness times adherence.
 
-    Likeness counts from that of the base model to that of the training pictures to one another, saturating.
+    Likeness counts from that of the base model to that of the training pictures to one another.
     """
-    learnt = [_learnt(one, training) for one in found]
-    raw = [share / (share + _ENOUGH) * (one.adherence or 0.0) ** 0.5 for share, one in zip(learnt, found, strict=True)]
-    around = [raw[0], *raw, raw[-1]]
-    return [(before + 2 * here + after) / 4 for before, here, after in zip(around, raw, around[2:], strict=False)]
+    return [_learnt(one, training) * (1.0 if one.adherence is None else one.adherence) for one in found]
 
 
 def verdict(found: Sequence[Measures], training: Training) -> Verdict:
@@ -112,14 +106,7 @@ def _learnt(found: Measures, training: Training) -> float:
 
 def _of_trigger(drawn: Drawn) -> Tensor:
     """All pictures with the trigger."""
-    return torch.cat((drawn.plain, drawn.asked.flatten(0, 1)))
-
-
-def _adherence(drawn: Drawn, base: Drawn) -> float | None:
-    """Mean over the noises."""
-    sides = ([*zip(one.asked, one.colours, strict=True)] for one in (drawn, base))
-    found = [measures.adherence(*pair) for pair in zip(*sides, strict=True)]
-    return statistics.fmean(one or 0.0 for one in found) if found[0] is not None else None
+    return torch.cat((drawn.plain, drawn.asked.features.flatten(0, 1)))
 
 
 def _nearest_other(pictures: Tensor) -> float:

@@ -11,6 +11,29 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "Style": ("as a pencil drawing", "as an oil painting"),
 }
 
+STYLES: Mapping[str, str] = {
+    "noto": "noto style",
+    "twemoji": "twemoji style",
+    "fluent-emoji-flat": "flat style",
+    "fluent-emoji": "soft shaded style",
+}
+"""Words of the styles that the built-in model knows, by icon set: the first ones that the judge knows."""
+
+BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (20, 20, 20),
+    "red": (220, 50, 47),
+    "orange": (245, 150, 50),
+    "yellow": (250, 225, 90),
+    "green": (70, 170, 80),
+    "blue": (50, 100, 220),
+    "purple": (140, 80, 190),
+    "pink": (250, 170, 205),
+    "grey": (150, 150, 150),
+    "light blue": (150, 215, 245),
+}
+"""Backgrounds that the built-in model knows."""
+
 BUILT_IN_KINDS: Mapping[str, tuple[str, ...]] = {
     "Background": (
         "on a red background",
@@ -18,9 +41,9 @@ BUILT_IN_KINDS: Mapping[str, tuple[str, ...]] = {
         "on an orange background",
         "on a light blue background",
     ),
-    "Style": ("noto style", "twemoji style", "flat style", "soft shaded style"),
+    "Style": tuple(STYLES.values()),
 }
-"""Those that the built-in model knows."""
+"""Some of what the built-in model knows."""
 
 WISHES = tuple(wish for wishes in KINDS.values() for wish in wishes)
 BUILT_IN_WISHES = tuple(wish for wishes in BUILT_IN_KINDS.values() for wish in wishes)

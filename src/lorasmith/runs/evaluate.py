@@ -40,7 +40,8 @@ from lorasmith.evaluation.evaluation_record import (
     Training,
     Verdict,
 )
-from lorasmith.evaluation.likeness import EDGE, check_installed, colours, features
+from lorasmith.evaluation.likeness import EDGE, check_installed
+from lorasmith.evaluation.sight import Sight, sight_of
 from lorasmith.evaluation.verdict import LEAST_SELF_LIKENESS, Drawn, measured, training_facts, verdict
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES, asked_with
 from lorasmith.families.locating import BUILT_IN
@@ -157,13 +158,15 @@ def evaluate(
     drawing: DrawingSettings = DrawingSettings(),
     output: Path | None = None,
     *,
+    clip: Path | None = None,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Draw and measure each LoRA, and write the folder `output`, or that of the subject, in place of an earlier one.
 
-    `progress` receives (sampling steps done, total). Raises OptionError if the model cannot draw from prompts alone or
+    `clip` is a folder of a CLIP of transformers, which recognises wishes better than image features do. `progress`
+    receives (sampling steps done, total). Raises OptionError if the model cannot draw from prompts alone or
     the extra `likeness` is missing, ModelError if it lacks a text encoder or an autoencoder, LoraError for a LoRA of
     another model, OutputError, and SamplingCancelledError, after which an earlier evaluation stays.
     """
@@ -171,19 +174,21 @@ def evaluate(
     check_evaluation_folder(folder)
     check_installed()
     _check_draws(base)
-    training = features(subject.pictures) if subject.pictures else None
-    prompts = Prompts.of(subject.trigger, drawing, is_built_in=base.title == BUILT_IN)
+    is_built_in = base.title == BUILT_IN
+    sight = sight_of(is_built_in=is_built_in, clip=clip)
+    training = sight.features(subject.pictures) if subject.pictures else None
+    prompts = Prompts.of(subject.trigger, drawing, is_built_in=is_built_in)
     artist = _Artist(base, prompts, drawing, device or best_device(), len(subject.candidates), progress, cancelled)
     with atomic_folder(folder) as temporary:
         notes = list(subject.notes)
         without = artist.drawn(None)
-        before = _features(without, prompts)
+        before = _seen(without, prompts, sight)
         base_names = _saved(temporary, "base", without[: len(prompts.shown)])
         found: list[Measures] = []
         kept: list[list[str]] = []
         for place, one in enumerate(subject.candidates, 1):
             pictures = artist.drawn(one.path, notes)
-            found.append(measured(_features(pictures, prompts), before, training))
+            found.append(measured(_seen(pictures, prompts, sight), before, training))
             kept.append(_saved(temporary, f"lora-{place:02}", pictures[: len(prompts.shown)]))
         facts = training_facts(training, before)
         chosen = verdict(found, facts)
@@ -202,7 +207,7 @@ def evaluate(
             )
             for one, measures, names in zip(subject.candidates, found, kept, strict=True)
         )
-        if base.title != BUILT_IN:
+        if not is_built_in:
             notes.append(_VALIDATED)
         evaluation = Evaluation(
             title=subject.title,
@@ -321,6 +326,12 @@ class Prompts:
         return (*self.with_trigger, *self.of_class, *self.others)
 
     @property
+    def described(self) -> tuple[str, ...]:
+        """What is asked for, with the class word in place of the trigger."""
+        word = "".join(self.of_class)
+        return tuple(one.replace(self.trigger, word).strip(", ") for one in self.asked)
+
+    @property
     def with_trigger(self) -> tuple[str, ...]:
         """Those that are drawn from several noises."""
         return (self.trigger, *self.asked)
@@ -435,20 +446,19 @@ def _thumbnails(run: Path, data: Mapping[str, object]) -> list[Image.Image]:
     return [open_still(path, EDGE) for path in paths if is_own(path, run)]
 
 
-def _features(pictures: Sequence[Image.Image], prompts: Prompts) -> Drawn:
+def _seen(pictures: Sequence[Image.Image], prompts: Prompts, sight: Sight) -> Drawn:
     count = len(prompts.with_trigger)
     more = len(prompts.shown)
     kept = [*pictures[:count], *pictures[more:]]  # with the trigger, noise by noise
-    found, of_class, others = features([*kept, *pictures[count:more]]).split(
-        (len(kept), len(prompts.of_class), len(prompts.others))
-    )
-    with_trigger = found.unflatten(0, (-1, count))
+    plain = kept[::count]
+    asked = [one for place, one in enumerate(kept) if place % count]
+    found = sight.features([*plain, *pictures[count:more]])
+    without = found[len(plain) :]
     return Drawn(
-        plain=with_trigger[:, 0],
-        asked=with_trigger[:, 1:],
-        colours=colours(kept).unflatten(0, (-1, count))[:, 1:],
-        others=others,
-        of_class=of_class,
+        plain=found[: len(plain)],
+        asked=sight.asked(prompts.described, asked),
+        of_class=without[: len(prompts.of_class)],
+        others=without[len(prompts.of_class) :],
     )
 
 

@@ -6,47 +6,46 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from PIL import Image
-from torch import Tensor
 
 from lorasmith.data.clips import open_still
 from lorasmith.evaluation import likeness, measures
+from lorasmith.evaluation.sight import Asked, Sight
 from lorasmith.report.pictures import Clip, PictureOrClip
 from lorasmith.sampling.generate import clip_of
 from lorasmith.training.events import LikenessMeasured
 from lorasmith.training.train import Plan
 
-_Asked = tuple[Tensor, Tensor]
 _MOST_IMAGES, _MOST_DECODED = 24, 8  # that previews are compared with, from files and from latents
 
 
 class PreviewLikeness:
-    """Measures the pictures of a preview; the last `wishes` of its prompts are the trigger with a wish each.
+    """Measures the pictures of a preview; the last of its prompts are the trigger with each of the wishes.
 
     Likeness is that of the other prompts' pictures, adherence that of the wishes; of clips, the first frames count.
     """
 
-    def __init__(self, trained: Sequence[Image.Image], *, wishes: int = 0) -> None:
-        self._wishes = wishes
-        self._trained = likeness.features(trained)
+    def __init__(self, trained: Sequence[Image.Image], sight: Sight, wishes: Sequence[str] = ()) -> None:
+        self._sight, self._wishes = sight, wishes
+        self._trained = sight.features(trained)
         self._own = measures.self_likeness(self._trained)
-        self._base: tuple[float, _Asked] | None = None  # of the base model
+        self._base: tuple[float, Asked | None] | None = None  # of the base model
 
     def measured(self, step: int, drawn: Sequence[PictureOrClip], base: Sequence[PictureOrClip]) -> LikenessMeasured:
         """The measures of the pictures of a LoRA after `step` updates, and of the base model's from the same noise."""
         if self._base is None:
             self._base = self._measured(base)
         (alike, asked), (base_alike, base_asked) = self._measured(drawn), self._base
-        adherence = measures.adherence(asked, base_asked)
+        adherence = None if asked is None or base_asked is None else asked.adherence(base_asked)
         learnt = measures.learnt(alike, base_alike, self._own)
         score = learnt if adherence is None else learnt * adherence
         return LikenessMeasured(step=step, likeness=alike, own=self._own, adherence=adherence, score=score)
 
-    def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, _Asked]:
-        """Likeness, and the features and colours of the wishes."""
+    def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, Asked | None]:
+        """Likeness, and what is seen of the wishes."""
         pictures = [one.frames[0] if isinstance(one, Clip) else one for one in drawn]
-        found, plain = likeness.features(pictures), len(pictures) - self._wishes
-        colours = likeness.colours(pictures)
-        return measures.likeness(found[:plain], self._trained), (found[plain:], colours[plain:])
+        plain = len(pictures) - len(self._wishes)
+        alike = measures.likeness(self._sight.features(pictures[:plain]), self._trained)
+        return alike, self._sight.asked(self._wishes, pictures[plain:]) if self._wishes else None
 
 
 def trained_pictures(plan: Plan) -> list[Image.Image]:

@@ -36,6 +36,7 @@ from lorasmith.data.dataset import Sample
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation import likeness
 from lorasmith.evaluation.evaluation_record import MOST_LORAS
+from lorasmith.evaluation.sight import sight_of
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
@@ -81,7 +82,7 @@ class PreviewProgram:
     steps: Sequence[int] = ()  # of the run, after which the LoRA is drawn before it is finished
     prompts: tuple[str, ...] = ()
     is_strip: bool = False  # previews over the steps are at all strengths, too
-    wishes: int = 0  # the last prompts, by which a run is stopped early: the trigger with a wish each
+    wishes: tuple[str, ...] = ()  # of the last prompts, by which a run is stopped early: the trigger with one each
 
     @property
     def pictures(self) -> int:
@@ -134,13 +135,16 @@ def _watched_program(plan: Plan) -> PreviewProgram:
     assert plan.denoiser is not None
     base, subject = plan.denoiser.base, _subject(plan)
     program = whole_program(plan.job.config, base)
-    path = plan.job.model.facts.path
-    is_built_in = path is not None and path.is_relative_to(BUILT_IN_BASE)
-    wishes = (BUILT_IN_WISHES if is_built_in else WISHES)[::2]  # half of them, as they are drawn many times
+    wishes = (BUILT_IN_WISHES if _is_built_in(plan) else WISHES)[::2]  # half of them, as they are drawn many times
     prompts = dict.fromkeys((*program.prompts, subject))
     asked = tuple(f"{subject}, {wish}" for wish in wishes)
     shown = (*(one for one in prompts if one not in asked), *asked)
-    return replace(program, steps=likeness_steps(plan.job.config), prompts=shown, wishes=len(asked))
+    return replace(program, steps=likeness_steps(plan.job.config), prompts=shown, wishes=wishes)
+
+
+def _is_built_in(plan: Plan) -> bool:
+    path = plan.job.model.facts.path
+    return path is not None and path.is_relative_to(BUILT_IN_BASE)
 
 
 def _subject(plan: Plan) -> str:
@@ -288,7 +292,7 @@ def previews_of(
     decoded = _decoded(base, pairs, device)
     measuring = None
     if likeness.is_installed() and not config.is_slider and config.pairs == "none":
-        measuring = PreviewLikeness(trained_pictures(plan), wishes=program.wishes)
+        measuring = PreviewLikeness(trained_pictures(plan), sight_of(is_built_in=_is_built_in(plan)), program.wishes)
     last = evaluated if most else None
     return RunPreviews(previewer.draw, plan, program, folder, host, made_with, decoded, last, measuring)
 

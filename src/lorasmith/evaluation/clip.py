@@ -1,0 +1,50 @@
+"""A CLIP (Radford et al. 2021, arXiv:2103.00020) in a folder, which describes pictures by texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lorasmith.core.errors import OptionError
+
+_BATCH = 32
+
+
+class Clip:
+    """Features of pictures and of texts, (N, width) fp32 of length 1.
+
+    Raises OptionError if the folder has no CLIP in transformers' layout with safetensors weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        try:
+            self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        except (OSError, ValueError, KeyError) as error:
+            raise OptionError(
+                f"{folder} must be a folder of a CLIP as transformers saves it, with model.safetensors, tokenizer and "
+                "preprocessor_config.json; download one such as openai/clip-vit-base-patch32"
+            ) from error
+        self.scale: float = self._model.logit_scale.exp().item()
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        found = []
+        for start in range(0, len(pictures), _BATCH):
+            some = [one.convert("RGB") for one in pictures[start : start + _BATCH]]
+            inputs = self._processor(images=some, return_tensors="pt")
+            found.append(self._model.visual_projection(self._model.vision_model(**inputs).pooler_output))
+        return F.normalize(torch.cat(found).float(), dim=1)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        tokens = self._tokenizer([*texts], padding=True, truncation=True, return_tensors="pt")
+        return F.normalize(self._model.text_projection(self._model.text_model(**tokens).pooler_output).float(), dim=1)
