@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.quality.subjects import Prompt, Task
 from lorasmith.evaluation import measures
-from lorasmith.evaluation.clip import Clip
+from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.judge import background_of, tensors
 from tools.pretrain.data import HELD_OUT_STYLE
 from tools.pretrain.judge import SETS, SUBJECTS, Judge

@@ -24,7 +24,7 @@ from benchmarks.quality.sights import Features, dino_features
 from benchmarks.quality.subjects import CLASSES, drawing, pictures_in
 from benchmarks.results import Results, add_json
 from lorasmith.data.image_files import open_image
-from lorasmith.evaluation.clip import Clip
+from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.judge import tensors
 from lorasmith.evaluation.likeness import features
 from lorasmith.evaluation.sight import sight_of

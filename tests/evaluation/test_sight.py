@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.quality.subjects import drawing
 from lorasmith.core.errors import OptionError
 from lorasmith.evaluation import likeness, sight
-from lorasmith.evaluation.clip import Clip
+from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.sight import ClipSight, DrawingSight, Sight, sight_of
 from lorasmith.evaluation.wishes import BACKGROUNDS, BUILT_IN_WISHES, STYLES
 from tests.small_clip import small_clip

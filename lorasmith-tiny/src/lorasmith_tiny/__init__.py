@@ -3,4 +3,4 @@
 The first number of the version changes when older or newer versions of Lorasmith cannot use the files.
 """
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"

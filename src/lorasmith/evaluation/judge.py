@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorasmith.core.folders import BUILT_IN_JUDGE
-from lorasmith.data.image_files import to_tensor
 from lorasmith.evaluation.wishes import BACKGROUNDS
 
 EDGE = 64  # pixels of a picture
@@ -61,7 +60,8 @@ class Judge(nn.Module):
 
 def tensors(pictures: Sequence[Image.Image]) -> Tensor:
     """(N, 3, 64, 64) in [−1, 1]."""
-    return torch.stack([to_tensor(picture.convert("RGB").resize((EDGE, EDGE))) for picture in pictures])
+    small = [np.asarray(one.convert("RGB").resize((EDGE, EDGE)), np.float32) for one in pictures]
+    return torch.from_numpy(np.stack(small)).movedim(-1, 1) / 127.5 - 1
 
 
 def background_of(picture: Image.Image) -> str:

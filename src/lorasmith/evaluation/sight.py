@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.folders import BUILT_IN_JUDGE
 from lorasmith.evaluation import likeness, measures
-from lorasmith.evaluation.clip import Clip
+from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.judge import Judge, background_of, tensors
 from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 
