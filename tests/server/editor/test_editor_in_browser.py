@@ -449,12 +449,12 @@ def test_a_reloaded_page_shows_the_whole_curve_of_a_running_training(editor: Edi
     if importlib.util.find_spec("lorasmith.server.api") is None:
         pytest.skip("the server has no API of runs")
     load(editor, "folder")
-    editor.set(steps=80, rank=4)
+    editor.set(steps=900, rank=4)  # so many that it still trains after the page was loaded again
     editor.run()
-    editor.wait("/step ([5-9]|1\\d) of 80/.test(document.querySelector('.lorasmith-figures')?.textContent)")
+    editor.wait("/step ([5-9]|\\d\\d+) of 900/.test(document.querySelector('.lorasmith-figures')?.textContent)")
     editor.page.wait_for_timeout(2000)  # the editor keeps the open graph after a moment
     editor.open()
-    editor.wait("/step \\d+ of 80/.test(document.querySelector('.lorasmith-figures')?.textContent)")
+    editor.wait("/step \\d+ of 900/.test(document.querySelector('.lorasmith-figures')?.textContent)")
     editor.page.wait_for_timeout(3000)
     assert curve(editor) > 50
     editor.picture("reloaded")
