@@ -153,6 +153,12 @@ class DataConfig:
     bucket_max: int | None = option(
         None, min=1, max=LARGEST_SIDE, group=_PICTURES, help="Greatest side of a bucket, in pixels. Default: none."
     )
+    bucket_tokens: bool = option(
+        False,
+        group=_PICTURES,
+        help="All buckets of a resolution have exactly the same area, and with it number of tokens, so that a compiled "
+        "transformer needs no code for other sizes. There are fewer aspect ratios, so that more is cropped.",
+    )
     upscale: bool = option(
         True, group=_PICTURES, help="Enlarge pictures that are smaller than their bucket, instead of a smaller bucket."
     )
@@ -319,6 +325,10 @@ class DataConfig:
         if self.bucket_min and self.bucket_max and self.bucket_min > self.bucket_max:
             raise OptionError(
                 f"bucket_min must be at most bucket_max, got {self.bucket_min} and {self.bucket_max}; swap them"
+            )
+        if self.bucket_tokens and not self.upscale:
+            raise OptionError(
+                "bucket_tokens needs upscale, as a smaller bucket has fewer tokens, got no upscale; leave one of them out"
             )
         if self.masks != "files" and self.mask_folder:
             raise OptionError(f"mask_folder is for masks files, got masks {self.masks}; add masks files")

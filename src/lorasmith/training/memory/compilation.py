@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
+from lorasmith.families.base import Routing
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
@@ -55,9 +57,19 @@ def compilable(adapters: Sequence[Adapter]) -> bool:
     return all(part.compiles for adapter in adapters for part in adapter.modules() if isinstance(part, Adapter))
 
 
-def sizes_vary(samples: Sequence[Sample]) -> bool:
-    """Whether samples differ in the shapes of the denoiser's inputs."""
-    return len({(sized.latents.shape, *_shapes(sized)) for sample in samples for sized in sample.sizes()}) > 1
+def sizes_vary(samples: Sequence[Sample], routing: Routing | None) -> bool:
+    """Whether samples differ in the shapes of the inputs of the denoiser's blocks.
+
+    Blocks that tokens are routed around know the number of tokens, but neither height nor width.
+    """
+
+    def sizes(sample: Sample) -> tuple[object, ...]:
+        latents, given = sample.latents, [one for _, one in sorted(sample.conditioning.tensors.items())]
+        if routing is None:
+            return latents.shape, *(one.shape for one in given)
+        return math.prod(routing.grid(latents.shape)), *(one.numel() for one in given)
+
+    return len({sizes(sized) for sample in samples for sized in sample.sizes()}) > 1
 
 
 def compiler(device: torch.device) -> str:
@@ -78,7 +90,8 @@ def compiler(device: torch.device) -> str:
 def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = False) -> Iterator[None]:
     """Inside the context, blocks of `model`, adapters and checkpointing in place, run compiled, if `enabled`.
 
-    `varying_sizes` compiles once for all sizes of latents, a little slower, instead of once per size.
+    `varying_sizes` compiles once for all sizes of latents, a little slower, instead of once per size. Without, only
+    what does differ between two passes, such as the number of pictures of one height and width, is compiled so.
     """
     if not enabled:
         yield
@@ -98,14 +111,15 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
                 continue
             own = block.__dict__.get("forward")
             undo.callback(restore_forward, block, own)
-            block.forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
+            code = _caller((_kind(block), varying_sizes))
+            block.forward = _Compiled(block.forward, code, dynamic=True if varying_sizes else None)
         yield
 
 
 class _Compiled:
     """A forward that is compiled on its first call with a gradient."""
 
-    def __init__(self, forward: Callable[..., Any], code: types.FunctionType, *, dynamic: bool) -> None:
+    def __init__(self, forward: Callable[..., Any], code: types.FunctionType, *, dynamic: bool | None) -> None:
         self._forward = forward
         # Blocks share the code of a function, but torch before 2.10 compiles each bound method anew.
         self._called = (forward.__func__, forward.__self__) if isinstance(forward, types.MethodType) else (forward,)
@@ -139,7 +153,3 @@ def _kind(block: nn.Module) -> object:
 def _is_stage(block: nn.Module) -> bool:
     lists = (child for child in block.children() if isinstance(child, nn.ModuleList))
     return any(next(element.children(), None) is not None for blocks in lists for element in blocks)
-
-
-def _shapes(sample: Sample) -> list[torch.Size]:
-    return [tensor.shape for _, tensor in sorted(sample.conditioning.tensors.items())]
