@@ -97,10 +97,7 @@ def test_buckets_of_one_area(width: int, height: int, resolution: int, multiple:
     assert all(side % multiple == 0 for one in found for side in one)
     assert width == height or found[0] == found[1][::-1]
     count = area // multiple**2
-    others = [
-        (columns * multiple, count // columns * multiple) for columns in range(1, count + 1) if not count % columns
-    ]
-    nearest = min(distance(other, width, height) for other in others)
+    nearest = min(distance((one, count // one), width, height) for one in range(1, count + 1) if not count % one)
     assert distance(found[0], width, height) == pytest.approx(nearest, abs=1e-9)
 
 

@@ -328,7 +328,7 @@ class DataConfig:
             )
         if self.bucket_tokens and not self.upscale:
             raise OptionError(
-                "bucket_tokens needs upscale, as a smaller bucket has fewer tokens, got no upscale; leave one of them out"
+                "bucket_tokens needs upscale, as smaller buckets have fewer tokens, got no upscale; leave one out"
             )
         if self.masks != "files" and self.mask_folder:
             raise OptionError(f"mask_folder is for masks files, got masks {self.masks}; add masks files")

@@ -151,7 +151,7 @@ TLORA = ("tlora", "tlora_min_rank", "tlora_alpha")
 _LEVERS = (
     *TLORA,
     *("loss_weighting", "min_snr_gamma", "huber_c", "huber_schedule", "huber_scale", "pyramid_noise"),
-    *("input_perturbation", "post_hoc_ema", "early_stop"),
+    *("input_perturbation", "post_hoc_ema", "early_stop", "attention"),
 )
 
 METHODS = (
