@@ -1,6 +1,8 @@
+"""Autoencoders within little memory: halves of a batch, blended tiles, and 16-bit products."""
+
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -57,10 +59,12 @@ def smooth(*shape: int) -> Tensor:
     return nn.functional.interpolate(torch.randn(1, 3, 6, 6, generator=g), shape, mode="bicubic").clamp(-1, 1)
 
 
-@pytest.mark.parametrize("family", ["flux1", "flux2", "qwen-image", "wan22-5b", "hunyuan-video15"])
+KINDS = ("flux1", "flux2", "qwen-image", "wan22-5b", "hunyuan-video15")
+
+
+@pytest.mark.parametrize("family", KINDS)
 def test_tiles_of_each_kind_of_autoencoder_are_near_to_the_whole(family: str) -> None:
-    given = TINY[family]
-    vae = Autoencoder(given.parts()["vae"], given.family.autoencoder.kind, family)
+    vae = autoencoder(family)
     scale = vae.latent.downscale
     pixels = smooth(16 * scale, 12 * scale)
     sizes = {"downscale": scale, "tile": 10, "overlap": 4}
@@ -73,6 +77,21 @@ def test_tiles_of_each_kind_of_autoencoder_are_near_to_the_whole(family: str) ->
 
 
 MOST = 0.5
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_each_kind_of_autoencoder_encodes_in_bf16(family: str) -> None:
+    vae = autoencoder(family)
+    pixels = smooth(4 * vae.latent.downscale, 4 * vae.latent.downscale)
+    whole = vae.encode(pixels)
+    coarse = replace(vae, dtype=torch.bfloat16).encode(pixels)
+    assert coarse.dtype == torch.float32 and 0 < _error(coarse, whole) < 0.05
+    torch.testing.assert_close(vae.encode(pixels), whole, rtol=0, atol=0, msg="the module is as before")
+
+
+def autoencoder(family: str) -> Autoencoder:
+    given = TINY[family]
+    return Autoencoder(given.parts()["vae"].eval(), given.family.autoencoder.kind, family)
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:

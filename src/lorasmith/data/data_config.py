@@ -301,6 +301,13 @@ class DataConfig:
         1.0, min=0.0, max=100.0, group=_PRIOR, help="Weight of the loss of pictures of the class."
     )
 
+    vae_dtype: Literal["fp32", "bf16"] = option(
+        "fp32",
+        group=_PICTURES,
+        help="Number format in which pictures are encoded. bf16 takes half of the memory, and less time on a GPU that "
+        "has units for it; latents differ by about 1 %.",
+    )
+
     cache: bool = option(
         True,
         group=_CACHE,

@@ -78,6 +78,7 @@ class Model:
         made_for: class of the diffusers pipeline that it came with; empty for other files.
         titles: what its file calls it in its metadata.
         embeddings: the files that prompts name by `embedding:NAME`; None to read that as text.
+        vae_dtype: in which its autoencoder computes.
     """
 
     family: Family
@@ -89,6 +90,7 @@ class Model:
     made_for: str = ""
     titles: tuple[str, ...] = ()
     embeddings: EmbeddingFiles | None = None
+    vae_dtype: torch.dtype = torch.float32
 
     def __repr__(self) -> str:
         parts = [name for name in self.components.modules() if name != "denoiser"]
@@ -251,7 +253,7 @@ class Model:
     def autoencoder(self) -> Autoencoder:
         """The handle that encodes and decodes pictures. Raises ModelError if the model came without an autoencoder."""
         self.family.check_parts(self.components, images=True)
-        return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title)
+        return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title, self.vae_dtype)
 
 
 @dataclass(frozen=True, repr=False)
@@ -587,6 +589,7 @@ class Autoencoder:
     module: nn.Module
     kind: str  # its registered kind
     title: str  # name in messages
+    dtype: torch.dtype = torch.float32  # of its computations
 
     def __repr__(self) -> str:
         return f"Autoencoder({printable(self.title, limit=60)}: {self.kind})"
@@ -598,7 +601,7 @@ class Autoencoder:
 
     def active(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
         """The autoencoder is on `device` (the best one if None) inside, for many pictures in a row."""
-        return placed_for_products(self.module, device=device or best_device(), dtype=torch.float32)
+        return placed_for_products(self.module, device=device or best_device(), dtype=self.dtype)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -646,10 +649,10 @@ class Autoencoder:
 
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The autoencoder is in fp32 on its device inside; yields `tensor` on that device. No effect in `active()`."""
+        """The autoencoder is in `dtype` on its device inside; yields `tensor` likewise. No effect in `active()`."""
         device = device_of(self.module)
-        with placed_for_products(self.module, device=device, dtype=torch.float32):
-            yield tensor.to(device, torch.float32)
+        with placed_for_products(self.module, device=device, dtype=self.dtype):
+            yield tensor.to(device, self.dtype)
 
 
 def left_out(sizes: Mapping[str, int], free_bytes: int) -> set[str]:
