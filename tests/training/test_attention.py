@@ -131,6 +131,14 @@ def test_seconds_of_a_call_are_those_between_waits_for_the_device(monkeypatch: p
     assert kernel_seconds("cudnn", call(), clock) == math.inf
 
 
+def test_a_machine_is_its_card_driver_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    found = attention.machine_of(torch.device("cuda:1"))
+    assert found == f"card of cuda:1, driver 13000, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN 91000"
+
+
 def test_calls_of_a_pass_are_counted_by_shape(tiny: Model) -> None:
     def run() -> None:
         one = torch.zeros(2, 3, 8, 4)

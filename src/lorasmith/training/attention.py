@@ -127,14 +127,14 @@ def kernel_seconds(
     kernel: AttentionKernel, call: AttentionCall, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Seconds of one forward and backward pass of a call on its GPU; infinite where that fails."""
-    inputs = [one.detach().requires_grad_() for one in call.inputs]
+    query, key, value = inputs = [one.detach().requires_grad_() for one in call.inputs]
 
     def once() -> None:
         with torch.enable_grad():
-            result = F.scaled_dot_product_attention(*inputs, **call.keywords)
+            result = F.scaled_dot_product_attention(query, key, value, **call.keywords)
             torch.autograd.grad(result, inputs, result.detach())
 
-    device = inputs[0].device
+    device = query.device
     try:
         with attention_preferred(kernel):
             for _ in range(_WARM_UP):
@@ -153,7 +153,8 @@ def kernel_seconds(
 
 def machine_of(device: torch.device) -> str:
     """What times depend on beside the call."""
-    driver = torch._C._cuda_getDriverVersion()
+    library: Any = torch._C  # whose names differ by how torch was built
+    driver = library._cuda_getDriverVersion()
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     return f"{torch.cuda.get_device_name(device)}, driver {driver}, {versions}"
 
