@@ -347,7 +347,7 @@ def _one_area(edge: int, fewest: int, most: int) -> tuple[int, list[int]]:
     return area, buckets(area, area)
 
 
-_WIDE = math.log(2)
+_WIDE = math.log(2)  # of the aspect ratio up to which crops are compared
 
 
 def _nearest_aspect(candidates: Sequence[int], area: int, aspect: float) -> int:

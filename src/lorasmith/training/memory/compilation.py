@@ -90,8 +90,7 @@ def compiler(device: torch.device) -> str:
 def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = False) -> Iterator[None]:
     """Inside the context, blocks of `model`, adapters and checkpointing in place, run compiled, if `enabled`.
 
-    `varying_sizes` compiles once for all sizes of latents, a little slower, instead of once per size. Without, only
-    what does differ between two passes, such as the number of pictures of one height and width, is compiled so.
+    `varying_sizes` compiles once for all sizes of latents, a little slower, instead of once per size.
     """
     if not enabled:
         yield
@@ -111,15 +110,14 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
                 continue
             own = block.__dict__.get("forward")
             undo.callback(restore_forward, block, own)
-            code = _caller((_kind(block), varying_sizes))
-            block.forward = _Compiled(block.forward, code, dynamic=True if varying_sizes else None)
+            block.forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
         yield
 
 
 class _Compiled:
     """A forward that is compiled on its first call with a gradient."""
 
-    def __init__(self, forward: Callable[..., Any], code: types.FunctionType, *, dynamic: bool | None) -> None:
+    def __init__(self, forward: Callable[..., Any], code: types.FunctionType, *, dynamic: bool) -> None:
         self._forward = forward
         # Blocks share the code of a function, but torch before 2.10 compiles each bound method anew.
         self._called = (forward.__func__, forward.__self__) if isinstance(forward, types.MethodType) else (forward,)
