@@ -149,21 +149,21 @@ class Small(AutoencoderKind):
 def small(monkeypatch: pytest.MonkeyPatch) -> Small:
     monkeypatch.setattr(tiling, "_TILE", 32)
     monkeypatch.setattr(tiling, "_OVERLAP", 8)
-    kind = Small(most=32 * 32)
+    kind = Small(most=2 * 32 * 32)
     monkeypatch.setattr(model, "AUTOENCODERS", {"small": kind})
     return kind
 
 
 def test_a_batch_that_is_too_large_is_divided(small: Small) -> None:
     vae = Autoencoder(nn.Linear(1, 1), "small", "small")
-    pixels = torch.rand(3, 3, 32, 32)
+    pixels = torch.rand(6, 3, 32, 32)
     torch.testing.assert_close(vae.encode(pixels), nn.functional.avg_pool2d(pixels, 4), rtol=0, atol=0)
-    assert [shape[0] for shape in small.batches] == [3, 2, 1, 1, 1]
+    assert [shape[0] for shape in small.batches] == [6, 3, 2, 1, 3, 2, 1]
 
 
 def test_a_picture_that_is_too_large_is_computed_in_tiles(small: Small) -> None:
     vae = Autoencoder(nn.Linear(1, 1), "small", "small")
-    pixels = torch.rand(1, 3, 64, 40)
+    pixels = torch.rand(1, 3, 64, 48)
     with pytest.warns(UserWarning, match="Memory ran out in the autoencoder: pictures are computed in tiles of 32 px"):
         latents = vae.encode(pixels)
     torch.testing.assert_close(latents, nn.functional.avg_pool2d(pixels, 4))
