@@ -94,7 +94,7 @@ class FastestKernel:
             return "Attention: torch's own choice; nothing was measured."
         times = ", ".join(f"{name} {1000 * one:.3g}" for name, one in self.seconds.items())
         name = "torch's own choice" if self.kernel == "torch" else self.kernel
-        return f"Attention: {name}; milliseconds a step: {times}. Set attention to choose another."
+        return f"Attention: {name}; milliseconds a pass: {times}. Set attention to choose another."
 
 
 def fastest_kernel(calls: Sequence[AttentionCall], device: torch.device) -> FastestKernel:
