@@ -151,7 +151,7 @@ TLORA = ("tlora", "tlora_min_rank", "tlora_alpha")
 _LEVERS = (
     *TLORA,
     *("loss_weighting", "min_snr_gamma", "huber_c", "huber_schedule", "huber_scale", "pyramid_noise"),
-    *("input_perturbation", "post_hoc_ema", "early_stop", "attention"),
+    *("input_perturbation", "post_hoc_ema", "early_stop"),
 )
 
 METHODS = (
@@ -216,6 +216,7 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
             tooltip="What stands for the subject in the captions, in place of which preserve class has the class.",
         ),
         _own("products"),
+        _own("attention"),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
