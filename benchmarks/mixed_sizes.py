@@ -3,8 +3,9 @@
     python -m benchmarks.mixed_sizes --model flux --latent 64
     python -m benchmarks.mixed_sizes --model flux-tiny --latent 8 --device cpu --rounds 1 --backend aot_eager
 
-Each row is a run of its own, from no compiled code on, with batches of 1: one size, four sizes of pictures of about the
-same area, and four lengths of captions beside them. A run that has several sizes is compiled for all of them. `graphs`
+Each row is a run of its own, from no compiled code on, with batches of 1: one size, four sizes of pictures of exactly
+(`bucket_tokens`) and of about the same area, and four lengths of captions beside them. A run whose sizes have several
+numbers of tokens is compiled for all of them. `graphs`
 and `breaks` are those of the first round over all samples, `later` the graphs of the further ones, of which there
 should be none. `preparing` are the seconds of the first round, compiling included.
 """
@@ -33,10 +34,13 @@ from lorasmith.training.memory.compilation import sizes_vary
 _SHAPES = ((1.0, 1.0), (1.25, 0.75), (0.75, 1.25), (1.5, 0.625))
 """Heights and widths, as multiples of the side of a square."""
 
+_ONE_AREA = ((1.0, 1.0), (2.0, 0.5), (0.5, 2.0), (4.0, 0.25))
+"""Those of one area."""
+
 _LENGTHS = (1.0, 0.5, 0.25, 0.75)
 """Lengths of captions, as shares of the family's."""
 
-MIXES = ("one size", "mixed pictures", "mixed captions", "both")
+MIXES = ("one size", "one area", "mixed pictures", "mixed captions", "both")
 
 
 def main() -> None:
@@ -61,7 +65,7 @@ def measured(
     counts.clear()
     settings = {"rank": arguments.rank, "targets": arguments.targets, "training_dtype": arguments.dtype}
     job = plan_job(model.denoiser, TrainConfig(**settings, compile=is_compiled, steps=10_000), device)
-    job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(samples)))
+    job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(samples, job.model.routing)))
     with training_steps(job, samples) as once:
         began = time.perf_counter()
         for _ in samples:
@@ -77,7 +81,8 @@ def measured(
 
 
 def _samples(model: Model, arguments: argparse.Namespace, mix: str) -> Iterator[Sample]:
-    pictures = _SHAPES if mix in ("mixed pictures", "both") else _SHAPES[:1] * len(_SHAPES)
+    shapes = {"one area": _ONE_AREA, "mixed pictures": _SHAPES, "both": _SHAPES}
+    pictures = shapes.get(mix, _SHAPES[:1] * len(_SHAPES))
     captions = _LENGTHS if mix in ("mixed captions", "both") else _LENGTHS[:1] * len(_LENGTHS)
     usual = model.family.conditioning_shapes(model.components.denoiser)["context"][1]
     for number, ((high, wide), share) in enumerate(zip(pictures, captions, strict=True)):

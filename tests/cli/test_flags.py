@@ -27,7 +27,7 @@ OTHERS: dict[str, Any] = {
     "schedule": "cosine", "loss_function": "L1", "objective": "x0", "timesteps": "uniform", "lora_dtype": "fp32",
     "tlora": "plain",
     "loss_weighting": "min_snr", "quantization": "int8", "products": "int8", "activations": "lean",
-    "training_dtype": "none", "track": "wandb",
+    "training_dtype": "none", "track": "wandb", "attention": "cudnn", "vae_dtype": "bf16",
     "trigger": "sks dog", "captions": "filename", "prefix": "a photo of", "suffix": "--", "more_resolutions": "256,512",
     "crop": "random", "masks": "alpha", "mask_folder": "/masks", "class_prompt": "a dog|a cat", "class_images": "/dogs",
     "control": ("/before", "/depth"), "controls": "optional",

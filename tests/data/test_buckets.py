@@ -83,3 +83,35 @@ def test_small_pictures_keep_their_size_when_asked() -> None:
 def test_resolution_below_the_multiple() -> None:
     with pytest.raises(DataError, match="resolution must be at least 64 for this model, got 48; raise it"):
         bucket_size(100, 100, resolution=48, multiple=64)
+
+
+@given(sizes, sizes, resolutions, multiples)
+def test_buckets_of_one_area(width: int, height: int, resolution: int, multiple: int) -> None:
+    found = [
+        bucket_size(*size, resolution=resolution, multiple=multiple, of_one_area=True)
+        for size in [(width, height), (height, width), (1, 1), (5, 1)]
+    ]
+    (area,) = {math.prod(one) for one in found}
+    square = (resolution // multiple * multiple) ** 2
+    assert square * 7 / 8 <= area <= square
+    assert all(side % multiple == 0 for one in found for side in one)
+    assert width == height or found[0] == found[1][::-1]
+    count = area // multiple**2
+    nearest = min(distance((one, count // one), width, height) for one in range(1, count + 1) if not count % one)
+    assert distance(found[0], width, height) == pytest.approx(nearest, abs=1e-9)
+
+
+@pytest.mark.parametrize(("resolution", "multiple"), [(512, 16), (768, 16), (1024, 16), (1024, 32), (1328, 16)])
+def test_a_quarter_is_cropped_at_most_up_to_two_to_one(resolution: int, multiple: int) -> None:
+    for width in range(1000, 2001, 20):
+        bucket = bucket_size(width, 1000, resolution=resolution, multiple=multiple, of_one_area=True)
+        assert math.exp(-distance(bucket, width, 1000)) > 0.75
+
+
+def test_the_buckets_of_a_megapixel_have_4032_tokens() -> None:
+    options = {"resolution": 1024, "multiple": 16, "of_one_area": True}
+    found = {bucket_size(width, 1000, **options) for width in range(1000, 2600, 10)}
+    tokens = {(width // 16, height // 16) for width, height in found}
+    assert tokens == {(64, 63), (72, 56), (84, 48), (96, 42)}
+    wide, square = (bucket_size(width, 1000, **options, largest=1024) for width in (3000, 1000))
+    assert max(wide) <= 1024 and math.prod(wide) == math.prod(square), "limits choose another area"

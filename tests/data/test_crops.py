@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.data.crops import Framing, centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.image_files import to_tensor
@@ -81,6 +81,16 @@ def test_several_resolutions_and_buckets_with_limits() -> None:
     assert [(one.width, one.height) for one in made(900, 100, bucket_max=320, bucket_min=192)] == [(320, 192)]
     with pytest.raises(DataError, match="resolution must be within bucket_min and bucket_max, got 256"):
         made(900, 100, bucket_max=128)
+
+
+def test_buckets_of_one_number_of_tokens() -> None:
+    found = [
+        made(*size, bucket_tokens=True, more_resolutions="512")[:2] for size in [(400, 200), (300, 400), (300, 301)]
+    ]
+    for at_256, at_512 in found:
+        assert at_256.width * at_256.height == 240 * 16**2 and at_512.width * at_512.height == 960 * 16**2
+    with pytest.raises(OptionError, match="bucket_tokens needs upscale"):
+        DataConfig(bucket_tokens=True, upscale=False)
 
 
 def test_a_step_that_the_model_excludes() -> None:

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import DataError, OptionError
+from lorasmith.data import encoding
 from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.dataset import Sample
 from lorasmith.data.encoding import load_dataset
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
@@ -215,3 +217,23 @@ def test_a_dataset_object_is_loaded(folder: Path, tiny: Model, monkeypatch: pyte
         datasets.Dataset.from_dict(images).cast_column("image", datasets.Image()), tiny, resolution=32, flip=True
     )
     assert [sample.conditioning.text for sample in found.samples] == ["a dog", "a cat"]
+
+
+def test_pictures_are_encoded_in_bf16_where_the_device_has_units_for_it(
+    tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(tmp_path, "1.png", (64, 64), (200, 30, 90), "a dog")
+
+    def encoded(**settings: str) -> Sample:
+        return load_dataset(tmp_path, tiny, resolution=64, device="cpu", **settings).samples[0]
+
+    plain = encoded()
+    for has_units in (False, True):
+        monkeypatch.setattr(
+            encoding, "fast_dtype", lambda dtype, device, has_units=has_units: dtype if has_units else torch.float32
+        )
+        coarse = encoded(vae_dtype="bf16")
+        assert torch.equal(coarse.latents, plain.latents) != has_units
+        torch.testing.assert_close(coarse.latents, plain.latents, rtol=0.1, atol=0.1)
+        assert coarse.digest != plain.digest
+    assert torch.equal(encoded().latents, plain.latents), "each has its own entry of the cache"

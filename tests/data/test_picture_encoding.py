@@ -35,23 +35,6 @@ def test_pictures_of_one_size_share_a_batch(folder: Path, batch_pixels: int) -> 
         assert one.name == other.name and torch.equal(one.latents, other.latents)
 
 
-def test_a_batch_that_is_too_large_is_halved(folder: Path) -> None:
-    for number in range(4, 9):
-        add(folder, f"{number}.png", (100, 100), (number, 0, 0), "a dog")
-    encoder = Encoder()
-    plain, sizes = encoder.image, []
-
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(pixels))
-        if len(pixels) > 2:
-            raise MemoryError
-        return plain(pixels)
-
-    encoder.image = encode  # type: ignore[method-assign]
-    assert len(encoder.encode(folder, batch_pixels=10**6).samples) == 8
-    assert sorted(sizes) == [1, 1, 1, 1, 2, 2, 3, 3, 6]
-
-
 @given(
     st.lists(st.tuples(st.integers(16, 400), st.integers(16, 400)), min_size=1, max_size=12),
     st.integers(1, 3),

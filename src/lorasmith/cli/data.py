@@ -220,8 +220,8 @@ def _ago(when: float) -> str:
 
 _DATA = (
     "trigger", "captions", "prefix", "suffix", "recursive", "follow_links", "resolution", "more_resolutions",
-    "bucket_step", "bucket_min", "bucket_max", "upscale", "crop", "wildcards", "caption_lines", "masks", "mask_folder",
-    "control", "controls",
+    "bucket_step", "bucket_min", "bucket_max", "bucket_tokens", "upscale", "crop", "wildcards", "caption_lines",
+    "masks", "mask_folder", "control", "controls",
 )  # fmt: skip
 _TRAINING = ("batch_size", "grad_accumulation_steps", "validation_share")
 """Settings of images and of training that affect what is checked."""

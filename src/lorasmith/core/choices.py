@@ -14,6 +14,12 @@ Activations = Literal["keep", "lean", "selective", "host"]
 ActivationPlan = Literal[Activations, "auto"]
 """One of these, or the fastest that fits by measurement."""
 
+AttentionKernel = Literal["torch", "flash", "cudnn", "efficient"]
+"""Kernels of attention on NVIDIA GPUs, `torch` for the one that torch chooses; see `training.attention`."""
+
+AttentionChoice = Literal["auto", AttentionKernel]
+"""One of these, or the fastest by measurement."""
+
 Fix = Literal["sizes", "rotation", "formats", "copies", "look-alikes"]
 """Problems that a repaired copy of a folder of images can be free of; see `data.mended_folder`."""
 

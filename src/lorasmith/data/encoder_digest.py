@@ -104,7 +104,7 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
     return key_of(
         what="pictures",
         kind=autoencoder.kind,
-        dtype=str(torch.float32),
+        dtype=str(autoencoder.dtype),
         latent=asdict(latent),
         network=network_digest("vae", autoencoder.module, remembered),
         versions=_versions("diffusers", *_package(AUTOENCODERS, autoencoder.kind)),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.options import config_from
-from lorasmith.core.placement import best_device, chosen_device
+from lorasmith.core.placement import best_device, chosen_device, fast_dtype
 from lorasmith.core.printable import described
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
@@ -184,11 +184,13 @@ def encode_scan(
     """Encode scanned images, which `check_controls` accepts, through the user's cache, if `config` has one; other
     arguments as for `load_dataset`.
     """
+    where = device or best_device()
+    if config.vae_dtype == "bf16":
+        model = replace(model, vae_dtype=fast_dtype(torch.bfloat16, where))
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
     clips = clip_form(model, config)
     if clips is None and any(image.frames for image in scan.images):
         scan = scan.of_pictures()
-    where = device or best_device()
     cache = default_cache(config.cache_limit) if config.cache else None
     has_controls = config.controls != "opposite" and any(image.controls for image in scan.images)
     sight = model.sight if has_controls else None
@@ -471,4 +473,5 @@ def _digest(
         **({"controls": controls.keys or given, "control_dropout": config.control_dropout} if given else {}),
         **({"opposites": controls.keys} if config.controls == "opposite" else {}),
         **({"embeddings": vectors} if vectors else {}),
+        **({} if config.is_default("vae_dtype") else {"vae_dtype": config.vae_dtype}),
     )

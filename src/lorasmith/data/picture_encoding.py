@@ -277,15 +277,8 @@ class _Beside:
 
 @torch.no_grad()
 def _latents(batch: Sequence[_Waiting], encoder: PictureEncoder) -> Tensor:
-    """The latents of pictures of one size, fp32 on the CPU; encoded in halves when out of memory."""
-    try:
-        return encoder.encode(torch.stack([one.picture.pixels for one in batch])).to("cpu", torch.float32)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or len(batch) == 1:
-            raise
-    # outside of `except`, where the error's frames no longer hold memory
-    middle = len(batch) // 2
-    return torch.cat([_latents(batch[:middle], encoder), _latents(batch[middle:], encoder)])
+    """The latents of pictures of one size, fp32 on the CPU."""
+    return encoder.encode(torch.stack([one.picture.pixels for one in batch])).to("cpu", torch.float32)
 
 
 def _keep(one: _Waiting, latents: Tensor, beside: Mapping[str, Tensor], entries: CacheEntries | None) -> None:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -51,6 +50,7 @@ from lorasmith.families.base import (
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.embeddings import EmbeddingFiles, Place, Vectors, VectorTokenizer, Word, vectors_read
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, parse_weights
+from lorasmith.families.tiling import decode_tiled, encode_tiled, within_memory
 from lorasmith.formats.names import ModelNames
 from lorasmith.report.pictures import card
 
@@ -78,6 +78,7 @@ class Model:
         made_for: class of the diffusers pipeline that it came with; empty for other files.
         titles: what its file calls it in its metadata.
         embeddings: the files that prompts name by `embedding:NAME`; None to read that as text.
+        vae_dtype: in which its autoencoder computes.
     """
 
     family: Family
@@ -89,6 +90,7 @@ class Model:
     made_for: str = ""
     titles: tuple[str, ...] = ()
     embeddings: EmbeddingFiles | None = None
+    vae_dtype: torch.dtype = torch.float32
 
     def __repr__(self) -> str:
         parts = [name for name in self.components.modules() if name != "denoiser"]
@@ -251,7 +253,7 @@ class Model:
     def autoencoder(self) -> Autoencoder:
         """The handle that encodes and decodes pictures. Raises ModelError if the model came without an autoencoder."""
         self.family.check_parts(self.components, images=True)
-        return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title)
+        return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title, self.vae_dtype)
 
 
 @dataclass(frozen=True, repr=False)
@@ -587,6 +589,7 @@ class Autoencoder:
     module: nn.Module
     kind: str  # its registered kind
     title: str  # name in messages
+    dtype: torch.dtype = torch.float32  # of its computations
 
     def __repr__(self) -> str:
         return f"Autoencoder({printable(self.title, limit=60)}: {self.kind})"
@@ -598,16 +601,15 @@ class Autoencoder:
 
     def active(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
         """The autoencoder is on `device` (the best one if None) inside, for many pictures in a row."""
-        return placed_for_products(self.module, device=device or best_device(), dtype=torch.float32)
+        return placed_for_products(self.module, device=device or best_device(), dtype=self.dtype)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents (batch, channels, [frames,] h, w) of pixels (batch, 3, [frames,] height, width) in [−1, 1].
 
-        They are the mean of the distribution, in fp32 on the CPU.
+        They are the mean of the distribution, in fp32 on the CPU. Where memory runs out, see `within_memory`.
         """
-        with self._placed(pixels) as here:
-            return AUTOENCODERS[self.kind].encode(self.module, here).float().cpu()
+        return self._within_memory(AUTOENCODERS[self.kind].encode, encode_tiled, pixels, scale=1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -622,10 +624,10 @@ class Autoencoder:
     def decode_frames(self, latents: Tensor) -> Tensor:
         """Pixels (batch, 3, frames, height, width) in [−1, 1] of latents, in fp32 on the CPU; pictures are one frame.
 
-        Raises DataError for pixels that are NaN or infinite.
+        Where memory runs out, see `within_memory`. Raises DataError for pixels that are NaN or infinite.
         """
-        with self._placed(latents) as here:
-            pixels = AUTOENCODERS[self.kind].decode(self.module, here).float().cpu()
+        scale = self.latent.downscale
+        pixels = self._within_memory(AUTOENCODERS[self.kind].decode, decode_tiled, latents, scale=scale)
         if not pixels.isfinite().all():
             raise DataError(
                 f"pictures must have finite pixels, but {self.title} decodes these latents to NaN or infinity; check "
@@ -633,12 +635,24 @@ class Autoencoder:
             )
         return pixels.clamp(-1, 1) if self.latent.frames else pixels.clamp(-1, 1).unsqueeze(2)
 
+    def _within_memory(
+        self, run: Callable[[nn.Module, Tensor], Tensor], in_tiles: Callable[..., Tensor], batch: Tensor, *, scale: int
+    ) -> Tensor:
+        """What `run` makes of a batch, in fp32 on the CPU; `scale` is pixels per number of a side of the batch."""
+
+        def whole(given: Tensor) -> Tensor:
+            with self._placed(given) as here:
+                return run(self.module, here).float().cpu()
+
+        pixels = batch.shape[-2] * batch.shape[-1] * scale**2
+        return within_memory(whole, batch, in_tiles, downscale=self.latent.downscale, pixels=pixels)
+
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The autoencoder is in fp32 on its device inside; yields `tensor` on that device. No effect in `active()`."""
+        """The autoencoder is in `dtype` on its device inside; yields `tensor` likewise. No effect in `active()`."""
         device = device_of(self.module)
-        with placed_for_products(self.module, device=device, dtype=torch.float32):
-            yield tensor.to(device, torch.float32)
+        with placed_for_products(self.module, device=device, dtype=self.dtype):
+            yield tensor.to(device, self.dtype)
 
 
 def left_out(sizes: Mapping[str, int], free_bytes: int) -> set[str]:
@@ -673,47 +687,3 @@ def training_adapter_in(folders: Folders, usual: str) -> str | None:
         return None
     found = [name for name in folders.files("loras") if letters(repository) in letters(name)]
     return max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)], default=None)
-
-
-def decode_tiled(
-    autoencoder: Autoencoder,
-    latents: Tensor,
-    *,
-    tile: int,
-    overlap: int,
-    before_tile: Callable[[int, int], None] = lambda done, total: None,
-) -> Tensor:
-    """Pixels of latents, decoded in square tiles that are blended linearly where they overlap.
-
-    (batch, 3, frames, height, width) in [−1, 1], fp32, on the CPU. Latents of one tile are decoded as a whole. latents:
-    (batch, channels, [frames,] height, width), its own.
-    """
-    height, width = latents.shape[-2:]
-    scale = autoencoder.latent.downscale
-    places = list(product(_starts(height, tile, overlap), _starts(width, tile, overlap)))
-    total = torch.zeros(0)
-    weight = torch.zeros(height * scale, width * scale)
-    for done, (top, left) in enumerate(places):
-        before_tile(done, len(places))
-        pixels = autoencoder.decode_frames(latents[..., top : top + tile, left : left + tile])
-        if not done:
-            total = torch.zeros(*pixels.shape[:3], height * scale, width * scale)
-        rows, columns = pixels.shape[-2:]
-        ramp = torch.outer(_ramp(rows, overlap * scale), _ramp(columns, overlap * scale))
-        area = (..., slice(top * scale, top * scale + rows), slice(left * scale, left * scale + columns))
-        total[area] += pixels * ramp
-        weight[area] += ramp
-    return total / weight
-
-
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """First latents of the tiles that cover a length; the last tile ends with it."""
-    if length <= tile:
-        return [0]
-    return [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def _ramp(length: int, overlap: int) -> Tensor:
-    """(length,) weights that rise from the edges to 1 over the overlap; the sum of tiles is divided by theirs."""
-    distance = torch.arange(1, length + 1, dtype=torch.float32)
-    return torch.minimum(distance, distance.flip(0)).clamp(max=overlap + 1) / (overlap + 1)

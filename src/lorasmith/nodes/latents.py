@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.model import Autoencoder, decode_tiled
+from lorasmith.families.model import Autoencoder
+from lorasmith.families.tiling import decode_tiled
 from lorasmith.nodes.images import resized
 from lorasmith.nodes.values import (
     Latent,
@@ -63,8 +64,9 @@ def vae_decode_tiled(
     scale = vae.latent.downscale
     with vae.active():
         pixels = decode_tiled(
-            vae,
+            vae.decode_frames,
             latents,
+            downscale=scale,
             tile=max(1, tile_size // scale),
             overlap=min(overlap, tile_size // 4) // scale,  # a larger overlap is cut as in ComfyUI
             before_tile=context.advance,

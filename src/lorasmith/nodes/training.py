@@ -216,6 +216,7 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
             tooltip="What stands for the subject in the captions, in place of which preserve class has the class.",
         ),
         _own("products"),
+        _own("attention"),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,

@@ -215,7 +215,8 @@ class Trainer:
         job.model.check(samples.samples)
         parts = split(samples, share=job.config.validation_share)
         self._data, self.held_out = parts.training, parts.held_out
-        self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
+        varying = sizes_vary(self._data.samples, job.model.routing)
+        self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=varying))
         self.engine: Engine = engine_of(self.job)
         self._loop = Loop(self.engine, self._data)
         self._started = time.time()

@@ -26,6 +26,7 @@ from lorasmith.runs.run_plan import (
     captions_used,
 )
 from lorasmith.training.events import (
+    AttentionPlanned,
     CaptionEncoded,
     CaptionsPlanned,
     Drawing,
@@ -410,6 +411,8 @@ def note_of(event: Event) -> Note | None:
             return Note("Out of memory", event.message, event.step, is_warning=True)
         case Planned():
             return Note("Memory", event.message)
+        case AttentionPlanned():
+            return Note("Attention", event.message)
         case CaptionsPlanned():
             return Note("Captions", event.message)
         case Resumed():

@@ -16,6 +16,7 @@ from lorasmith.core.choices import (
     TIMESTEP_DISTRIBUTIONS,
     WEIGHTINGS,
     ActivationPlan,
+    AttentionChoice,
     Objective,
     ProductFormat,
     Quantization,
@@ -859,6 +860,13 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         of_model=False,
         help="Compile the model's blocks (torch.compile): the first step takes minutes, all others are faster. Needs "
         "a C++ compiler, on GPUs triton, and changes the last bits of the numbers.",
+    )
+    attention: AttentionChoice = option(
+        "auto",
+        group="Speed",
+        help="Kernel of attention on NVIDIA GPUs, used wherever it accepts a call. auto times all of them once for "
+        "each GPU and shape, before the first step, and keeps the times; torch measures nothing and takes torch's own "
+        "choice, as auto does with deterministic. Changes the last bits of the numbers.",
     )
     bucket_mode: bool = option(
         False,

@@ -26,6 +26,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
 from lorasmith.families.base import Conditioning
 from lorasmith.families.token_routing import tokens_routed
+from lorasmith.training.attention import attention_preferred
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
@@ -57,7 +58,7 @@ def prepared(
 
     `text_adapters` are those of `model.encoders`, which are frozen and checkpointed as the denoiser is. `first` is
     called with the denoiser frozen, before adapters are attached; `planned` with adapters attached, and returns the
-    runtime with `activations` resolved by measurement.
+    runtime with `activations` and `attention` resolved by measurement.
     """
     module, encoders = model.module, model.encoders
     trained = Attached(adapters, strength, differences or {})
@@ -71,6 +72,7 @@ def prepared(
             if encoders is not None:
                 on_text.enter_context(blocks_checkpointed(encoders, runtime.checkpoint_depth))
             with (
+                attention_preferred(runtime.attention),
                 activations_reduced(module, runtime.activations),
                 blocks_checkpointed(module, runtime.checkpoint_depth),
                 blocks_compiled(

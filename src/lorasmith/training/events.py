@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
-from lorasmith.core.choices import Activations
+from lorasmith.core.choices import Activations, AttentionKernel
 from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
 
@@ -196,6 +196,14 @@ class Planned(Event):
     checkpoint_depth: Annotated[int, "as in `Runtime`"]
     needed_bytes: Annotated[int, "estimated peak of a step"]
     budget_bytes: Annotated[int, "available memory"]
+    message: Annotated[str, "the above in a sentence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlanned(Event):
+    """The kernel of attention was selected by its time."""
+
+    kernel: Annotated[AttentionKernel, "as in `Runtime`"]
     message: Annotated[str, "the above in a sentence"]
 
 

@@ -345,6 +345,8 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
         yield "activations host has no effect on the CPU, whose memory is the host's; use lean or selective."
     if config.memory_cap is not None and device.type == "cpu":
         yield f"memory_cap {config.memory_cap:g} has no effect on the CPU; memory_budget bounds activations auto there."
+    if config.attention not in ("auto", "torch") and device.type == "cpu":
+        yield f"attention {config.attention} has no effect on the CPU, which has one kernel."
     if config.offloading and device.type == "cpu":
         yield "offloading has no effect on the CPU, whose memory is the host's; use quantization to save memory."
     elif config.offloading and config.compile:

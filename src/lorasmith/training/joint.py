@@ -34,6 +34,7 @@ from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.training.attention import attention_preferred
 from lorasmith.training.batches import Batch, drawn_captions, kind_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
@@ -440,6 +441,7 @@ class SharedModel:
         self._detach()
         if not self._is_frozen:
             self._frozen.enter_context(self._job.model.frozen(self._job.config, self._job.runtime))
+            self._frozen.enter_context(attention_preferred(self._job.runtime.attention))  # with auto torch's own choice
             self._is_frozen = True
 
     def attach(self, engines: Sequence[Engine], *, reduced: bool = True) -> None:

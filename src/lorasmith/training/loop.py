@@ -25,10 +25,11 @@ from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.core.placement import memory_used
 from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.training.attention import calls_in, fastest_kernel
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import EventHandler, Outcome, StepDone, Warned
-from lorasmith.training.memory.memory_plan import plan_activations
+from lorasmith.training.events import AttentionPlanned, EventHandler, Outcome, StepDone, Warned
+from lorasmith.training.memory.memory_plan import largest_pass, plan_activations
 from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.memory.spilling import SpillCheck, memory_capped
 from lorasmith.training.recovery import (
@@ -198,6 +199,7 @@ class Loop:
             "micro_batch": runtime.micro_batch,
             "checkpoint_depth": runtime.checkpoint_depth,
             "eager": self._recovery.compile_failed,
+            "attention": runtime.attention,
             "layout": self.engine.flat.layout,
         }
         parts = {"engine": now.tensors}
@@ -238,6 +240,8 @@ class Loop:
         engine.change(micro_batch=numbers.micro_batch)
         if engine.runtime.activations != "auto":  # which selects it again; the numbers do not depend on it
             engine.change(checkpoint_depth=numbers.checkpoint_depth)
+        if engine.runtime.attention == "auto":
+            engine.change(attention=numbers.attention)
         if numbers.eager:
             self._recovery.stop_compiling()
         for watcher in self._watchers:
@@ -384,10 +388,25 @@ class Loop:
                 watcher.begin(self.engine)
 
     def planned(self) -> Runtime:
-        """The runtime with `activations` chosen; called with adapters attached."""
+        """The runtime with `attention` and `activations` chosen; called with adapters attached."""
+        if self.engine.runtime.attention == "auto":
+            self.emit(self._plan_attention())
         if self.engine.runtime.activations == "auto":
             self.emit(plan_activations(self.engine, tuple(self._samples)))
         return self.engine.runtime
+
+    def _plan_attention(self) -> AttentionPlanned:
+        """Select and set the kernel of attention; returns the event to emit."""
+        engine, runtime = self.engine, self.engine.runtime
+        try:
+            calls = calls_in(largest_pass(engine.model, tuple(self._samples), engine.config, runtime))
+        except (RuntimeError, MemoryError) as error:
+            if runtime.sharding or not is_out_of_memory(error):
+                raise
+            calls = []  # smaller micro-batches are left to `Recovery`
+        chosen = runtime.processes.broadcast_from_rank0(lambda: fastest_kernel(calls, runtime.device))
+        engine.change(attention=chosen.kernel)
+        return AttentionPlanned(kernel=chosen.kernel, message=str(chosen))
 
     def _snapshot(self) -> RunState:
         return RunState(self.step, *self.engine.state())

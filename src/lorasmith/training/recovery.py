@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.core.choices import AttentionChoice
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.printable import first_line
 from lorasmith.core.typed_json import typed
@@ -282,6 +283,7 @@ class StateNumbers:
     eager: bool
     layout: list[Any]
     snapshot: SnapshotNumbers | None = None
+    attention: AttentionChoice = "torch"  # `auto` before the first step
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.checkpoint_depth < 0 or self.rollbacks < 0:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorasmith.core import quantized_products
-from lorasmith.core.choices import ActivationPlan, ProductFormat
+from lorasmith.core.choices import ActivationPlan, AttentionChoice, ProductFormat
 from lorasmith.core.placement import chosen_dtype, multiplies
 from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
@@ -47,6 +47,7 @@ class Runtime:
     sharding: bool
     products: ProductFormat  # with frozen weights whose codes and sizes fit
     compile: bool
+    attention: AttentionChoice  # `auto` is resolved before the first step
     processes: Processes = ALONE
     memory_share: float = 1.0  # part of the free memory that `auto` may use
 
@@ -78,9 +79,16 @@ class Runtime:
             offloading=config.offloading and not on_cpu,
             products=config.products,
             compile=config.compile,
+            attention=_attention(config, device),
             processes=current(),
             sharding=config.sharding and current().size > 1,
         )
+
+
+def _attention(config: ResolvedConfig, device: torch.device) -> AttentionChoice:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "torch"
+    return "torch" if config.attention == "auto" and config.deterministic else config.attention
 
 
 def _bytes(gib: float | None) -> int | None:

@@ -175,7 +175,8 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
         if plan.trigger and not data.trigger:
             data = replace(data, trigger=plan.trigger)
         parts = split(data, share=job.config.validation_share, given=plan.validation)
-        job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
+        varying = sizes_vary(parts.training.samples, job.model.routing)
+        job = replace(job, runtime=replace(job.runtime, varying_sizes=varying))
         record = run_record(job, parts, title=plan.title, source=plan.source, facts=plan.facts, verify=plan.verify)
         _check_together(job, record)
         folder, start = None, None

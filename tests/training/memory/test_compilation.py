@@ -31,6 +31,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS, Packed
 from lorasmith.core.quantized_products import has_products
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Routing
 from lorasmith.families.files.packed_weights import PackedWeights
 from lorasmith.families.model import Model
 from lorasmith.training import engine
@@ -335,10 +336,20 @@ def test_units_are_blocks_that_repeat(tiny: Model) -> None:
 
 
 def test_sizes_of_samples(dataset: EncodedDataset, mixed: EncodedDataset) -> None:
-    assert not sizes_vary(dataset.samples)
-    assert sizes_vary(mixed.samples)
+    assert not sizes_vary(dataset.samples, None)
+    assert sizes_vary(mixed.samples, None)
     long = Sample(dataset.samples[0].latents, mixed.samples[-1].conditioning, "long.png")
-    assert sizes_vary([dataset.samples[0], long]), "captions have sizes as well"
+    assert sizes_vary([dataset.samples[0], long], None), "captions have sizes as well"
+
+
+def test_blocks_of_tokens_know_neither_height_nor_width(dataset: EncodedDataset) -> None:
+    def vary(*sizes: tuple[int, int]) -> bool:
+        samples = [replace(dataset.samples[0], latents=torch.zeros(4, *size)) for size in sizes]
+        assert sizes_vary(samples, None)
+        return sizes_vary(samples, Routing(blocks={}))
+
+    assert not vary((8, 8), (4, 16), (16, 4))
+    assert vary((8, 8), (4, 18))
 
 
 @pytest.mark.slow

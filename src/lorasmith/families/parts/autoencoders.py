@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.quantization import plain_weights
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.families.base import AutoencoderSlot, HubFolder, LatentFormat
@@ -226,9 +227,13 @@ class Flux2Autoencoder(AutoencoderKind):
             decoder = tuple(shapes[f"decoder.up_blocks.{level}.resnets.0.conv2.weight"][0] for level in levels)
             if decoder != config["block_out_channels"]:
                 config["decoder_block_out_channels"] = decoder
-        return build(
-            lambda: AutoencoderKLFlux2.from_config(config), lambda _: {**named, **statistics}, where=source.where
-        )
+
+        def make() -> nn.Module:
+            vae: Any = AutoencoderKLFlux2.from_config(config)
+            setattr(vae.bn, FULL_PRECISION, True)
+            return vae  # type: ignore[no-any-return]
+
+        return build(make, lambda _: {**named, **statistics}, where=source.where)
 
     def latent_format(self, vae: Any) -> LatentFormat:
         downscale = _PATCH * 2 ** (len(vae.config.block_out_channels) - 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
+from lorasmith.families.base import Routing
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
@@ -55,9 +57,19 @@ def compilable(adapters: Sequence[Adapter]) -> bool:
     return all(part.compiles for adapter in adapters for part in adapter.modules() if isinstance(part, Adapter))
 
 
-def sizes_vary(samples: Sequence[Sample]) -> bool:
-    """Whether samples differ in the shapes of the denoiser's inputs."""
-    return len({(sized.latents.shape, *_shapes(sized)) for sample in samples for sized in sample.sizes()}) > 1
+def sizes_vary(samples: Sequence[Sample], routing: Routing | None) -> bool:
+    """Whether samples differ in the shapes of the inputs of the denoiser's blocks.
+
+    Blocks that tokens are routed around know the number of tokens, but neither height nor width.
+    """
+
+    def sizes(sample: Sample) -> tuple[object, ...]:
+        latents, given = sample.latents, [one for _, one in sorted(sample.conditioning.tensors.items())]
+        if routing is None:
+            return latents.shape, *(one.shape for one in given)
+        return math.prod(routing.grid(latents.shape)), *(one.numel() for one in given)
+
+    return len({sizes(sized) for sample in samples for sized in sample.sizes()}) > 1
 
 
 def compiler(device: torch.device) -> str:
@@ -139,7 +151,3 @@ def _kind(block: nn.Module) -> object:
 def _is_stage(block: nn.Module) -> bool:
     lists = (child for child in block.children() if isinstance(child, nn.ModuleList))
     return any(next(element.children(), None) is not None for blocks in lists for element in blocks)
-
-
-def _shapes(sample: Sample) -> list[torch.Size]:
-    return [tensor.shape for _, tensor in sorted(sample.conditioning.tensors.items())]

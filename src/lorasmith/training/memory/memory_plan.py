@@ -108,6 +108,19 @@ def measured_plans(
     `model` is frozen with only the adapters attached. `budget_bytes` is for a step, above what is allocated now.
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
+    run = largest_pass(model, samples, config, runtime, within=within)
+    return _plans(model.module, run, int(_SHARE * budget_bytes))
+
+
+def largest_pass(
+    model: Trainable,
+    samples: Sequence[Sample],
+    config: ResolvedConfig,
+    runtime: Runtime,
+    *,
+    within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Callable[[], Tensor]:
+    """A function that runs the forward pass of a step on the largest sample."""
     sized = (one for sample in samples for one in sample.sizes())
     largest = max(sized, key=lambda one: one.size)
     # Each process has its share of a step's samples, in batches of at most the batch size.
@@ -123,7 +136,7 @@ def measured_plans(
         with within(), tokens_routed(model.module, model.routing, batch.route, batch.conditioning):
             return model.predict(noised, batch.level.time, batch.conditioning)
 
-    return _plans(model.module, run, int(_SHARE * budget_bytes))
+    return run
 
 
 def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | Warned:

@@ -51,11 +51,11 @@ class Fingerprint(TypedDict, total=False):
     noising: Annotated[list[str], "parameterization and digest of the schedule, where they are not the model's own"]
 
 
-# Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
+# Initial weights and patches cover the files; compiling and attention affect the last bits only, like the environment.
 _UNCOMPARED = {
     name
     for name, declared in options_of(TrainConfig).items()
-    if not declared.changes_numbers or declared.is_path or name == "compile"
+    if not declared.changes_numbers or declared.is_path or name in ("compile", "attention")
 }
 
 

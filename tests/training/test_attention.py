@@ -1,0 +1,205 @@
+"""The kernel of attention: chosen by times that are kept, and the same in a resumed run. The clock is replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training import attention
+from lorasmith.training import runtime as runtime_module
+from lorasmith.training.attention import (
+    KERNELS,
+    AttentionCall,
+    attention_preferred,
+    calls_in,
+    fastest_kernel,
+    kernel_seconds,
+)
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import AttentionPlanned, Event, StepDone
+from lorasmith.training.job import plan_job
+from lorasmith.training.results import TrainResult
+from lorasmith.training.runtime import Runtime
+
+CPU = torch.device("cpu")
+Run = Callable[..., TrainResult]
+
+
+class Timer:
+    """Stands for `kernel_seconds`: milliseconds by kernel, or by kernel and name of the call."""
+
+    def __init__(self, **milliseconds: float) -> None:
+        self.seconds = {name: one / 1000 for name, one in milliseconds.items()}
+        self.asked: list[tuple[str, str]] = []
+
+    def __call__(self, kernel: str, call: AttentionCall) -> float:
+        self.asked.append((kernel, call.name))
+        return self.seconds.get(f"{kernel}_{call.name}", self.seconds.get(kernel, math.inf))
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of times of a machine of this test's own."""
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(attention, "machine_of", lambda device: f"a card, {device}")
+    return tmp_path / "cache" / "attention.json"
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, kept: Path) -> Callable[..., Timer]:
+    def replaced(**milliseconds: float) -> Timer:
+        timer = Timer(**milliseconds)
+        monkeypatch.setattr(attention, "kernel_seconds", timer)
+        return timer
+
+    return replaced
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU has kernels to choose from."""
+    monkeypatch.setattr(runtime_module, "_attention", lambda config, device: config.attention)
+
+
+def call(name: str = "a", count: int = 1) -> AttentionCall:
+    return AttentionCall(name, count, (torch.zeros(1, 1, 2, 4),) * 3, {})
+
+
+def test_the_least_time_over_all_calls_of_a_step(timed: Callable[..., Timer]) -> None:
+    timer = timed(torch=10, flash_a=2, flash_b=9, cudnn_a=4, cudnn_b=1, efficient=20)
+    assert fastest_kernel([call("a", 2), call("b", 1)], CPU).kernel == "cudnn"
+    assert len(timer.asked) == 2 * len(KERNELS)
+    assert fastest_kernel([call("a", 9), call("b", 1)], CPU).kernel == "flash", "the times are kept, not the choice"
+    assert len(timer.asked) == 2 * len(KERNELS), "each is measured once"
+
+
+def test_a_difference_within_the_noise_changes_nothing(timed: Callable[..., Timer]) -> None:
+    timed(torch=10, flash=9.8, cudnn=12)
+    found = fastest_kernel([call()], CPU)
+    assert found.kernel == "torch" and "torch's own choice" in str(found) and "flash 9.8" in str(found)
+
+
+def test_a_kernel_that_fails_is_not_chosen(timed: Callable[..., Timer]) -> None:
+    timed(torch=10, cudnn_a=1, flash=8)
+    found = fastest_kernel([call("a"), call("b")], CPU)
+    assert found.kernel == "flash" and "cudnn" not in found.seconds
+    assert fastest_kernel([], CPU).kernel == "torch"
+
+
+def test_times_are_kept_by_machine_and_call(timed: Callable[..., Timer], kept: Path) -> None:
+    timed(torch=10, flash=5)
+    fastest_kernel([call()], CPU)
+    assert json.loads(kept.read_text()) == {"a card, cpu": {"a": {"torch": 0.01, "flash": 0.005}}}
+    timer = timed(torch=1)
+    assert fastest_kernel([call()], CPU).kernel == "flash" and not timer.asked
+    assert fastest_kernel([call()], torch.device("cuda:1")).kernel == "torch" and len(timer.asked) == len(KERNELS)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a card, cpu": {"a": {"torch": "x"}}}'])
+def test_a_damaged_file_is_measured_again(timed: Callable[..., Timer], kept: Path, content: str) -> None:
+    kept.parent.mkdir(parents=True)
+    kept.write_text(content)
+    timed(torch=10, flash=5)
+    assert fastest_kernel([call()], CPU).kernel == "flash"
+    assert "flash" in kept.read_text()
+
+
+def test_seconds_of_a_call_are_those_between_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    def clock() -> float:
+        return 7.0 * len(waits)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(0))
+    assert kernel_seconds("cudnn", call(), clock) == pytest.approx(7.0 / 10)
+    assert len(waits) == 2
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("cuDNN Frontend error: no execution plan")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+    assert kernel_seconds("cudnn", call(), clock) == math.inf
+
+
+def test_a_machine_is_its_card_driver_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    found = attention.machine_of(torch.device("cuda:1"))
+    assert found == f"card of cuda:1, driver 13000, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN 91000"
+
+
+def test_calls_of_a_pass_are_counted_by_shape(tiny: Model) -> None:
+    def run() -> None:
+        one = torch.zeros(2, 3, 8, 4)
+        for _ in range(3):
+            F.scaled_dot_product_attention(query=one, key=one, value=one)
+        F.scaled_dot_product_attention(one, one, one, is_causal=True, scale=0.5)
+        F.scaled_dot_product_attention(one, one, one, attn_mask=torch.ones(8, 8, dtype=torch.bool))
+
+    found = calls_in(run)
+    assert [(one.count, one.keywords["is_causal"]) for one in found] == [(3, False), (1, True), (1, False)]
+    assert found[0].name == "float32 (2, 3, 8, 4), float32 (2, 3, 8, 4), float32 (2, 3, 8, 4)"
+    assert found[1].keywords["scale"] == 0.5 and found[2].name.endswith("bool (8, 8)")
+
+
+def test_a_kernel_comes_first_inside_of_the_context_alone() -> None:
+    before = torch._C._get_sdp_priority_order()
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    with attention_preferred("cudnn"):
+        assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+        assert torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+    with attention_preferred("torch"), attention_preferred("auto"):
+        assert torch._C._get_sdp_priority_order() == before
+    assert torch._C._get_sdp_priority_order() == before
+    assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+
+
+def test_where_a_run_chooses(tiny: Model) -> None:
+    def found(device: str, **settings: Any) -> str:
+        job = plan_job(tiny.denoiser, TrainConfig(targets="*.attn2.to_q", **settings), CPU)
+        return Runtime.of(job.config, tiny.components.denoiser, torch.device(device)).attention
+
+    assert found("cuda") == "auto" and found("cpu") == "torch"
+    assert found("cuda", deterministic=True) == "torch"
+    assert found("cuda", attention="cudnn", deterministic=True) == "cudnn"
+    assert found("cpu", attention="cudnn") == "torch"
+    job = plan_job(tiny.denoiser, TrainConfig(targets="*.attn2.to_q", attention="cudnn"), CPU)
+    assert any("attention cudnn has no effect on the CPU" in note for note in job.notes)
+
+
+@pytest.mark.usefixtures("measuring")
+def test_a_resumed_run_keeps_its_kernel(
+    run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], tmp_path: Path
+) -> None:
+    plain = run(dataset, steps=3, attention="torch")
+    heard: list[Event] = []
+
+    def some(until: int) -> TrainResult:
+        return run(
+            dataset,
+            steps=3,
+            output=tmp_path / "run",
+            on_event=heard.append,
+            cancelled=lambda: sum(isinstance(event, StepDone) for event in heard) >= until,
+        )
+
+    def chosen() -> Iterator[str]:
+        return (event.kernel for event in heard if isinstance(event, AttentionPlanned))
+
+    timed(torch=10, efficient=1)
+    assert some(until=1).reason == "cancelled"
+    assert list(chosen()) == ["efficient"]
+    timer = timed(torch=1, flash=0.1)
+    assert some(until=9).losses == plain.losses, "there is one kernel on the CPU"
+    assert list(chosen()) == ["efficient"] and not timer.asked
