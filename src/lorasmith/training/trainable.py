@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
-from lorasmith.adapters.frozen_weights import WeightStream, products_enabled, weights_packed
+from lorasmith.adapters.frozen_weights import products_enabled, weights_packed
 from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, place_beside, ranks_chosen
+from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension

@@ -21,7 +21,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -234,14 +234,14 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
+def blocks_checkpointed(model: nn.Module, depth: int, *, without: Collection[nn.Module] = ()) -> Iterator[None]:
     """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing."""
-    blocks = blocks_at_depth(model, depth) if depth else []
+    blocks = [block for block in blocks_at_depth(model, depth) if block not in without] if depth else []
     previous = [block.forward for block in blocks]
     own = ["forward" in block.__dict__ for block in blocks]
     try:
         for block in blocks:
-            block.forward = types.MethodType(_recomputed, block.forward)
+            block.forward = types.MethodType(recomputed, block.forward)
         yield
     finally:
         for block, forward, was_own in zip(blocks, previous, own, strict=True):
@@ -251,7 +251,8 @@ def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
                 del block.forward
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a forward that is recomputed in the backward pass."""
     # Random numbers of adapters are keyed, so no generator state has to be restored for the second pass.
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 

@@ -5,8 +5,9 @@ compiled: held-out images are evaluated with the same code as on the base model.
 the forward pass and again in the backward pass, so missing prerequisites (a compiler, triton, support for an operation)
 cause errors there; the loop then repeats the step without compiling.
 
-Not compiled are blocks with adapters that torch cannot capture in one graph (`Adapter.compiles`), and all blocks when
-weights are offloaded, which runs host code between layers.
+Not compiled are blocks with adapters that torch cannot capture in one graph (`Adapter.compiles`). Compiled code keeps
+the weights of an offloaded block until its backward pass, but there are buffers for two blocks alone; such a block is
+recomputed, and fetched outside of the compiled code each time (`recomputed_units`).
 """
 
 from __future__ import annotations
@@ -27,27 +28,17 @@ from torch import nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
-from lorasmith.core.blocks import blocks_at_depth
+from lorasmith.adapters.weight_stream import Block, streamed_block
+from lorasmith.core.blocks import units
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
+from lorasmith.training.memory.activations import recomputed
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
 
 _VARIANTS = 256
 """Compiled variants of one block (sizes, layers with and without gradient) before torch silently stops compiling it."""
-
-
-def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are compiled separately.
-
-    These are the outermost repeated blocks or, if those differ from each other and hold lists of blocks themselves (the
-    stages of a UNet), the blocks inside.
-    """
-    found: list[nn.Module] = []
-    for block in blocks_at_depth(model, 1):
-        found += blocks_at_depth(block, 1) if _is_stage(block) else [block]
-    return found
 
 
 def compilable(adapters: Sequence[Adapter]) -> bool:
@@ -93,13 +84,35 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
             undo.enter_context(_functorch.config.patch(cse=False))
         undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\.")  # on compiling, where users can do nothing
-        for block in units(model):
-            if not compilable([adapter for layer in block.modules() for adapter in adapters_on(layer)]):
-                continue
+        for block in _compiled_units(model):
             own = block.__dict__.get("forward")
             undo.callback(restore_forward, block, own)
-            block.forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
+            forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
+            weights = streamed_block(block)
+            if weights is None or weights.is_kept:
+                block.forward = forward
+            else:
+                block.forward = types.MethodType(recomputed, functools.partial(_fetched_first, weights, forward))
         yield
+
+
+def recomputed_units(model: nn.Module) -> list[nn.Module]:
+    """Blocks that are recomputed where they are compiled, as their weights are offloaded."""
+    streamed = ((block, streamed_block(block)) for block in _compiled_units(model))
+    return [block for block, weights in streamed if weights is not None and not weights.is_kept]
+
+
+def _compiled_units(model: nn.Module) -> list[nn.Module]:
+    return [
+        block
+        for block in units(model)
+        if compilable([adapter for layer in block.modules() for adapter in adapters_on(layer)])
+    ]
+
+
+def _fetched_first(weights: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    weights.fetch()
+    return forward(*args, **kwargs)
 
 
 class _Compiled:
@@ -134,11 +147,6 @@ def _caller(kind: object) -> types.FunctionType:
 def _kind(block: nn.Module) -> object:
     parts = tuple((path, type(part), tuple(map(type, adapters_on(part)))) for path, part in block.named_modules())
     return parts, tuple(parameter.shape for parameter in block.parameters())
-
-
-def _is_stage(block: nn.Module) -> bool:
-    lists = (child for child in block.children() if isinstance(child, nn.ModuleList))
-    return any(next(element.children(), None) is not None for blocks in lists for element in blocks)
 
 
 def _shapes(sample: Sample) -> list[torch.Size]:
