@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from lorasmith.adapters.weight_stream import Block, WeightStream
+from lorasmith.adapters.weight_stream import Block, WeightStream, share_within
 from lorasmith.core.quantization import packed
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_blocks_may_be_kept_between_two_passes() -> None:
 def test_as_many_blocks_stay_as_fit(free: int, share: float) -> None:
     """Of four blocks; two buffers take as much as two of them."""
     stream, _ = stream_of(4)
-    assert stream.share_within(free) == share
+    assert share_within([stream], free) == share
 
 
 def test_nothing_is_left_behind() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, layers_as_stored, packable_layers, weight_source_set
-from lorasmith.adapters.weight_stream import WeightStream, streamed_bytes
+from lorasmith.adapters.weight_stream import WeightStream, are_offloaded, streamed_bytes
 from lorasmith.core.blocks import blocks_at_depth, units
 from lorasmith.core.choices import ProductFormat, Quantization
 from lorasmith.core.mapped_files import release_pages
@@ -33,13 +33,15 @@ def weights_packed(
     device: torch.device,
     dtype: torch.dtype,
     stream: WeightStream | None = None,
+    share: float = 1.0,
     without: Iterable[nn.Module] = (),
 ) -> Iterator[list[nn.Parameter]]:
     """Inside the context, the frozen weights of `module` are packed; yields those parameters, which `placed` must skip.
 
-    Packed weights stay on the device, or in host memory with a `stream`, and are unpacked to `dtype`. Kind `none`
-    leaves weights as they are in the model. The parameters keep shape, device and dtype but are an expanded single NaN,
-    which reveals code that reads them without `FrozenLayer`. Afterwards the originals are restored bit for bit.
+    Packed weights stay on the device and are unpacked to `dtype`; with a `stream`, a share of the blocks is in host
+    memory. Kind `none` leaves weights as they are in the model. The parameters keep shape, device and dtype but are an
+    expanded single NaN, which reveals code that reads them without `FrozenLayer`. Afterwards the originals are restored
+    bit for bit.
     """
     others = set(without)
     packable = packable_layers(module) if kind != "none" or stream is not None else []
@@ -49,9 +51,10 @@ def weights_packed(
     with contextlib.ExitStack() as undo:
         if stream is not None:
             undo.callback(stream.clear)
-            for block in _in_blocks(module, layers):
+            blocks = _in_blocks(module, layers)
+            for block, is_away in zip(blocks, are_offloaded(len(blocks), share), strict=True):
                 weights = [packed_weight(layer, kind, device, dtype, layout) for layer in block]
-                sources.update(zip(block, stream.add(weights), strict=True))
+                sources.update(zip(block, stream.add(weights, is_kept=not is_away), strict=True))
         for layer in layers:
             if layer not in sources:
                 sources[layer] = packed_weight(layer, kind, device, dtype, layout).to(device, dtype, layout)
@@ -118,7 +121,7 @@ def frozen_bytes(
     whole = rest + sum(sizes.values())
     if offloading:
         blocks = [sum(sizes[layer] for layer in block) for block in _in_blocks(module, sizes)]
-        return whole - sum(blocks) + streamed_bytes(blocks, len(blocks))
+        return whole - sum(blocks) + streamed_bytes(blocks, [True] * len(blocks))
     if processes > 1:
         blocks = [sum(sizes.get(layer, 0) for layer in block.modules()) for block in blocks_at_depth(module, 1)]
         # A shard of all blocks, and three whole blocks: the one in use, the next one, and its gather buffer.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,33 +46,31 @@ class WeightStream:
         self._before: Block | None = None  # the one used before
         self._following: dict[tuple[Block | None, Block], Block] = {}
 
-    def add(self, weights: Sequence[Packed]) -> list[StreamedWeight]:
-        """Add a block of packed weights and move them to host memory; returns their sources."""
+    def add(self, weights: Sequence[Packed], *, is_kept: bool = False) -> list[StreamedWeight]:
+        """Add a block of packed weights, which is offloaded unless it is kept on the device; returns their sources."""
         block = Block(self, weights)
-        block.offload(is_pinned=self._is_pinned)
+        if is_kept:
+            block.keep()
+        else:
+            block.offload(is_pinned=self._is_pinned)
         self._blocks.append(block)
         return block.weights
 
     def keep(self, share: float) -> None:
-        """Move blocks to the device for good, so that a share of all (0 to 1) stays offloaded; called once."""
+        """Move blocks to the device for good, so that at most a share of all (0 to 1) stays offloaded."""
         self._free_buffers()
-        away = math.ceil(share * len(self._blocks) - 1e-6)
-        for block, is_away in zip(self._blocks, _spread(len(self._blocks), away), strict=True):
-            if not is_away:
+        for block, is_away in zip(self._blocks, are_offloaded(len(self._blocks), share), strict=True):
+            if not is_away and not block.is_kept:
                 block.keep()
 
-    def share_within(self, free_bytes: int) -> float:
-        """The least share that can be offloaded if the blocks take at most so much more of the device's memory."""
-        sizes = [block.size_bytes for block in self._blocks]
-        most, count = self.size_bytes + free_bytes, len(sizes)
-        return next((away / count for away in range(count) if streamed_bytes(sizes, away) <= most), 1.0)
+    def sizes(self) -> list[int]:
+        """Bytes of each block."""
+        return [block.size_bytes for block in self._blocks]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the blocks take on the device."""
-        return streamed_bytes(
-            [block.size_bytes for block in self._blocks], sum(not one.is_kept for one in self._blocks)
-        )
+        """Bytes that the blocks take on the device now."""
+        return streamed_bytes(self.sizes(), [not block.is_kept for block in self._blocks])
 
     def fetch(self, block: Block) -> None:
         """Have the weights of a block on the device, for what is queued until another one is fetched."""
@@ -163,17 +161,17 @@ class Block:
         layout = ByteLayout()
         self.stream = stream
         self._places = [[layout.add(tensor) for tensor in one.tensors] for one in weights]
-        self._copies: list[tuple[Tensor, Place]] = []
+        self._copies = self._placed(weights)
         self._pinned: PinnedBuffer | None = None
         self.weights = [StreamedWeight(self, one) for one in weights]
-        self.on_host = [one.to(torch.device("cpu"), one.dtype) for one in weights]
+        self.on_host: list[Packed] = []
         self.size_bytes = layout.size_bytes
         self.is_kept = False
 
     def offload(self, *, is_pinned: bool) -> None:
         """Move the weights to host memory."""
-        for one, places in zip(self.on_host, self._places, strict=True):
-            self._copies += zip(one.tensors, places, strict=True)
+        self.on_host = [one.here.to(torch.device("cpu"), one.here.dtype) for one in self.weights]
+        self._copies = self._placed(self.on_host)
         if is_pinned:
             pinned = PinnedBuffer(self.size_bytes, self.stream.device)
             self.copy_to(pinned.bytes)
@@ -210,6 +208,13 @@ class Block:
         """Let the layers use these."""
         for weight, here in zip(self.weights, weights, strict=True):
             weight.here = here
+
+    def _placed(self, weights: Sequence[Packed]) -> list[tuple[Tensor, Place]]:
+        return [
+            pair
+            for one, places in zip(weights, self._places, strict=True)
+            for pair in zip(one.tensors, places, strict=True)
+        ]
 
     def forget_host(self) -> None:
         """Free the host memory, once the device has read it."""
@@ -253,12 +258,22 @@ def streams_of(module: nn.Module) -> set[WeightStream]:
     return {one.block.stream for one in sources if isinstance(one, StreamedWeight)}
 
 
-def streamed_bytes(sizes: Sequence[int], away: int) -> int:
-    """Bytes on the device of blocks of these sizes, `away` of which are offloaded and share two buffers."""
-    offloaded = [size for size, is_away in zip(sizes, _spread(len(sizes), away), strict=True) if is_away]
-    return sum(sizes) - sum(offloaded) + min(2, away) * max(offloaded, default=0)
+def streamed_bytes(sizes: Sequence[int], away: Sequence[bool]) -> int:
+    """Bytes on the device of blocks of these sizes, where those that are `away` share two buffers."""
+    offloaded = [size for size, is_away in zip(sizes, away, strict=True) if is_away]
+    return sum(sizes) - sum(offloaded) + min(2, len(offloaded)) * max(offloaded, default=0)
 
 
-def _spread(count: int, chosen: int) -> list[bool]:
-    """`chosen` of `count` places, at equal distances."""
-    return [(place + 1) * chosen // count > place * chosen // count for place in range(count)]
+def are_offloaded(count: int, share: float) -> list[bool]:
+    """Which of `count` blocks are offloaded, at equal distances: a share of them (0 to 1), rounded up."""
+    away = math.ceil(share * count - 1e-6)
+    return [(place + 1) * away // count > place * away // count for place in range(count)]
+
+
+def share_within(streams: Collection[WeightStream], free_bytes: int) -> float:
+    """The least share that can be offloaded of all streams if they take at most so much more of the device's memory."""
+    most = sum(stream.size_bytes for stream in streams) + free_bytes
+    all_sizes = [stream.sizes() for stream in streams]
+    shares = sorted({away / len(sizes) for sizes in all_sizes for away in range(len(sizes))})
+    taken = ((one, sum(streamed_bytes(sizes, are_offloaded(len(sizes), one)) for sizes in all_sizes)) for one in shares)
+    return next((share for share, size in taken if size <= most), 1.0)

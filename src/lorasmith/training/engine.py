@@ -29,7 +29,7 @@ from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
-from lorasmith.training.memory.compilation import blocks_compiled, recomputed_units
+from lorasmith.training.memory.compilation import blocks_compiled
 from lorasmith.training.methods.all_methods import check_opposites, methods_of, other_texts
 from lorasmith.training.methods.method import Goal, Passes, prediction_losses
 from lorasmith.training.new_word import NEW_WORD, NewWord
@@ -72,9 +72,7 @@ def prepared(
                 on_text.enter_context(blocks_checkpointed(encoders, runtime.checkpoint_depth))
             with (
                 activations_reduced(module, runtime.activations),
-                blocks_checkpointed(
-                    module, runtime.checkpoint_depth, without=recomputed_units(module) if runtime.compile else ()
-                ),
+                blocks_checkpointed(module, runtime.checkpoint_depth),
                 blocks_compiled(module, runtime.compile, varying_sizes=runtime.varying_sizes),
             ):
                 yield

@@ -28,7 +28,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import EventHandler, Outcome, StepDone, Warned
-from lorasmith.training.memory.memory_plan import plan_activations
+from lorasmith.training.memory.memory_plan import plan_activations, plan_offloading
 from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.memory.spilling import SpillCheck, memory_capped
 from lorasmith.training.recovery import (
@@ -384,9 +384,11 @@ class Loop:
                 watcher.begin(self.engine)
 
     def planned(self) -> Runtime:
-        """The runtime with `activations` chosen; called with adapters attached."""
+        """The runtime with `activations` and `offloading_share` chosen; called with adapters attached."""
         if self.engine.runtime.activations == "auto":
             self.emit(plan_activations(self.engine, tuple(self._samples)))
+        if self.engine.runtime.offloading and self.engine.runtime.offloading_share is None:
+            self.emit(plan_offloading(self.engine, tuple(self._samples)))
         return self.engine.runtime
 
     def _snapshot(self) -> RunState:

@@ -439,7 +439,15 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
                 weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
             )
         packed = stack.enter_context(
-            weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
+            weights_packed(
+                module,
+                kind=kind,
+                device=device,
+                dtype=dtype,
+                stream=stream,
+                share=1.0 if runtime.offloading_share is None else runtime.offloading_share,
+                without=elsewhere,
+            )
         )
         packed += [layer.get_parameter("weight") for layer in elsewhere]
         if kind == "none" and stream is None:

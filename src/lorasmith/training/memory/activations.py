@@ -21,7 +21,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -234,9 +234,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def blocks_checkpointed(model: nn.Module, depth: int, *, without: Collection[nn.Module] = ()) -> Iterator[None]:
+def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
     """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing."""
-    blocks = [block for block in blocks_at_depth(model, depth) if block not in without] if depth else []
+    blocks = blocks_at_depth(model, depth) if depth else []
     previous = [block.forward for block in blocks]
     own = ["forward" in block.__dict__ for block in blocks]
     try:
@@ -255,6 +255,13 @@ def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a forward that is recomputed in the backward pass."""
     # Random numbers of adapters are keyed, so no generator state has to be restored for the second pass.
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def without_recomputing(forward: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
+    """A block's forward before `blocks_checkpointed`, and whether that changed it."""
+    if isinstance(forward, types.MethodType) and forward.__func__ is recomputed:
+        return forward.__self__, True
+    return forward, False
 
 
 _WORTH_MOVING = 1 << 20

@@ -6,8 +6,8 @@ the forward pass and again in the backward pass, so missing prerequisites (a com
 cause errors there; the loop then repeats the step without compiling.
 
 Not compiled are blocks with adapters that torch cannot capture in one graph (`Adapter.compiles`). Compiled code keeps
-the weights of an offloaded block until its backward pass, but there are buffers for two blocks alone; such a block is
-recomputed, and fetched outside of the compiled code each time (`recomputed_units`).
+the weights of a block until its backward pass, but of offloaded ones only two are on the device at a time; so these are
+always recomputed, outside of the compiled code, and fetched before it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorasmith.adapters.weight_stream import Block, streamed_block
 from lorasmith.core.blocks import units
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
-from lorasmith.training.memory.activations import recomputed
+from lorasmith.training.memory.activations import recomputed, without_recomputing
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
@@ -84,30 +84,18 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
             undo.enter_context(_functorch.config.patch(cse=False))
         undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\.")  # on compiling, where users can do nothing
-        for block in _compiled_units(model):
-            own = block.__dict__.get("forward")
+        for block in units(model):
+            if not compilable([adapter for layer in block.modules() for adapter in adapters_on(layer)]):
+                continue
+            own, weights = block.__dict__.get("forward"), streamed_block(block)
             undo.callback(restore_forward, block, own)
-            forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
-            weights = streamed_block(block)
-            if weights is None or weights.is_kept:
-                block.forward = forward
-            else:
-                block.forward = types.MethodType(recomputed, functools.partial(_fetched_first, weights, forward))
+            # Blocks that are kept on the device share the code of the others.
+            forward, is_recomputed = (block.forward, False) if weights is None else without_recomputing(block.forward)
+            forward = _Compiled(forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
+            if weights is not None and (is_recomputed or not weights.is_kept):
+                forward = types.MethodType(recomputed, functools.partial(_fetched_first, weights, forward))
+            block.forward = forward
         yield
-
-
-def recomputed_units(model: nn.Module) -> list[nn.Module]:
-    """Blocks that are recomputed where they are compiled, as their weights are offloaded."""
-    streamed = ((block, streamed_block(block)) for block in _compiled_units(model))
-    return [block for block, weights in streamed if weights is not None and not weights.is_kept]
-
-
-def _compiled_units(model: nn.Module) -> list[nn.Module]:
-    return [
-        block
-        for block in units(model)
-        if compilable([adapter for layer in block.modules() for adapter in adapters_on(layer)])
-    ]
 
 
 def _fetched_first(weights: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
