@@ -54,12 +54,14 @@ class Watcher:
 
     Attributes:
         name: key of its part of a run state.
-        needs_bare_model: whether it must run without adapters attached and weights placed.
+        needs_frozen_model: whether it must run without adapters attached.
+        needs_bare_model: whether it must run without weights placed as well.
         is_optional: whether a run state may lack its part.
     """
 
     name: str = ""
     is_optional: bool = False
+    needs_frozen_model: bool = False
     needs_bare_model: bool = False
 
     def begin(self, engine: Engine) -> None:
@@ -156,11 +158,14 @@ class Loop:
                 if missed:
                     self.engine.restore_base_model()
                 for watcher in missed:
-                    watcher(self)
+                    runtime, model = self.engine.runtime, self.engine.model
+                    with nullcontext() if watcher.needs_bare_model else model.frozen(self.engine.config, runtime):
+                        watcher(self)
                 while self.outcome is None:
                     try:
-                        with shared(), self.engine.prepared(self._begin, self.planned):
-                            waiting = self._take_steps()
+                        with shared(), self.engine.frozen():
+                            self._begin()
+                            waiting = self._with_frozen()
                         if waiting:
                             self.engine.restore_base_model()
                         for watcher in waiting:
@@ -251,8 +256,25 @@ class Loop:
         if numbers.stopped:
             self.stop()  # all that is left is to save the result
 
-    def _take_steps(self) -> list[Watcher]:
+    def _with_frozen(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
+        while True:
+            with self.engine.attached(self.planned):
+                waiting = self._take_steps()
+            bare = [one for one in waiting if one.needs_bare_model]
+            if len(bare) < len(waiting):
+                self.engine.restore_base_model(frozen=True)
+            for watcher in waiting:
+                if watcher not in bare:
+                    watcher(self)
+            if bare or self.outcome is not None:
+                return bare
+
+    def _take_steps(self) -> list[Watcher]:
+        """Take steps until the run ends or watchers are due that need no adapters attached; returns those watchers.
+
+        Raises StepFault.
+        """
         engine = self.engine
         maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.rank_masks)
         first = engine.runtime.first_step
@@ -329,7 +351,7 @@ class Loop:
         return gradient, None
 
     def _between(self) -> list[Watcher]:
-        """Run the due watchers; returns those that need the bare model. Raises Diverged."""
+        """Run the due watchers; returns those that need the model without adapters. Raises Diverged."""
         # All processes read the results of the same steps, whenever these arrive, so that all roll back after the same
         # step. The device already has the next step.
         self._collect(before=None if self.engine.runtime.processes.size == 1 else self.step - 1)
@@ -341,9 +363,9 @@ class Loop:
             self.engine.check_same_weights()
             self._recovery.good = self._snapshot()
         for watcher in due:
-            if not watcher.needs_bare_model:
+            if not watcher.needs_frozen_model and not watcher.needs_bare_model:
                 watcher(self)
-        return [watcher for watcher in due if watcher.needs_bare_model]
+        return [watcher for watcher in due if watcher.needs_frozen_model or watcher.needs_bare_model]
 
     def _collect(self, *, wait: bool = False, before: int | None = None) -> None:
         """Process the results that have arrived from the device, as `Mailbox.collect`. Raises Diverged."""

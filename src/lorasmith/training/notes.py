@@ -203,8 +203,6 @@ def _on_quantization(config: TrainConfig, model: Trainable) -> Iterator[str]:
             f"{again} of these weights are quantized in the checkpoint already and rounded a second time; use "
             "quantization none to keep them."
         )
-    if config.previews:
-        yield ReportNote("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
 def _on_word(config: TrainConfig, model: Trainable) -> Iterator[str]:
