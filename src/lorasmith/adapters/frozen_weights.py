@@ -53,8 +53,10 @@ def weights_packed(
             undo.callback(stream.clear)
             blocks = _in_blocks(module, layers)
             for block, is_away in zip(blocks, are_offloaded(len(blocks), share), strict=True):
-                weights = [packed_weight(layer, kind, device, dtype, layout) for layer in block]
-                sources.update(zip(block, stream.add(weights, is_kept=not is_away), strict=True))
+                added = stream.add(
+                    [packed_weight(layer, kind, device, dtype, layout) for layer in block], is_kept=not is_away
+                )
+                sources.update(zip(block, added, strict=True))
         for layer in layers:
             if layer not in sources:
                 sources[layer] = packed_weight(layer, kind, device, dtype, layout).to(device, dtype, layout)

@@ -97,11 +97,8 @@ class Recovery:
     def _shrink(self, fault: OutOfMemory) -> None:
         """Offload all blocks, then halve the micro-batch, or at 1 checkpoint activations, for the rest of the run."""
         engine, step = self._engine, self._progress.step + 1
-        if (
-            engine.runtime.offloading
-            and engine.config.offloading_share is None
-            and engine.runtime.offloading_share != 1
-        ):
+        runtime = engine.runtime
+        if runtime.offloading and runtime.offloading_share != 1 and engine.config.offloading_share is None:
             engine.change(offloading_share=1.0)
             self._emit(Warned(message=f"Memory ran out at step {step}: it is repeated with all blocks offloaded."))
             _free_memory(engine)
