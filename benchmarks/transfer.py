@@ -7,8 +7,8 @@ The file is written first, and its pages are dropped before each way, if the sys
 tensors from a memory-mapped file, as a run does; `read` reads it piece by piece into pinned memory, from which a piece
 is copied while the next one is read. `again` has the file in the system's cache.
 
-The second table has the seconds in which weights are placed, and quantized, from host memory, as at the start of a run and
-after a drawing that was requested of it, for each kind of weights.
+The second table has the seconds in which weights are placed, and quantized, from host memory, as at the start of a run
+and after a drawing that was requested of it, for each kind of weights.
 """
 
 from __future__ import annotations

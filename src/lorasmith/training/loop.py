@@ -410,7 +410,8 @@ class Loop:
         if self.engine.runtime.activations == "auto":
             self.emit(plan_activations(self.engine, tuple(self._samples)))
         if self.engine.runtime.offloading and self.engine.runtime.offloading_share is None:
-            self.emit(plan_offloading(self.engine, tuple(self._samples)))
+            for event in plan_offloading(self.engine, tuple(self._samples)):
+                self.emit(event)
         return self.engine.runtime
 
     def _snapshot(self) -> RunState:

@@ -155,10 +155,13 @@ def _free_bytes(engine: Engine) -> int:
     return int(runtime.memory_share * free) - optimizer
 
 
-def plan_offloading(engine: Engine, samples: Sequence[Sample]) -> Warned:
-    """Keep as many blocks of a prepared engine on its device as a step leaves memory for; returns a remark."""
+def plan_offloading(engine: Engine, samples: Sequence[Sample]) -> Iterator[Warned]:
+    """Keep as many offloaded blocks of a prepared engine on its device as a step leaves memory for; yields a remark."""
     model, runtime = engine.model, engine.runtime
     streams = streams_of(model.module) | (streams_of(model.encoders) if model.encoders is not None else set())
+    if not streams:  # another program offloads
+        engine.change(offloading_share=1.0)
+        return
     kind, share = "keep" if runtime.activations == "host" else runtime.activations, 1.0
     free = _free_bytes(engine)
     try:
@@ -173,7 +176,7 @@ def plan_offloading(engine: Engine, samples: Sequence[Sample]) -> Warned:
     engine.change(offloading_share=share)
     for stream in streams:
         stream.keep(share)
-    return Warned(message=f"Offloading keeps {share:.0%} of the blocks in host memory.", is_remark=True)
+    yield Warned(message=f"Offloading keeps {share:.0%} of the blocks in host memory.", is_remark=True)
 
 
 def optimizer_bytes(master_bytes: int) -> int:
