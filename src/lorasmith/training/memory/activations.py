@@ -260,7 +260,8 @@ def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 def without_recomputing(forward: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
     """A block's forward before `blocks_checkpointed`, and whether that changed it."""
     if isinstance(forward, types.MethodType) and forward.__func__ is recomputed:
-        return forward.__self__, True
+        inner: Any = forward.__self__
+        return inner, True
     return forward, False
 
 
