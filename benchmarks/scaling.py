@@ -6,20 +6,16 @@
 
 One quantity grows at a time, the others stay at `--latent`, `--at-batch` and `--rank`. Columns are those of
 `benchmarks.step_time`. `--offloading` keeps the frozen weights in host memory and streams them to the device; on the
-CPU the copies are made and counted as on a GPU. The table has the peak of them on the device, beside all of them. For a
-GPU's allocator see `benchmarks.levers`.
+CPU the copies are made as on a GPU. The table has those on the device, beside all of them. For a GPU's allocator see
+`benchmarks.levers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 
@@ -27,10 +23,9 @@ from benchmarks.bases import MODELS, structural_copy
 from benchmarks.results import Results
 from benchmarks.sides import MIB, Found, Ours, Work, compared
 from benchmarks.step_time import add_common, begin
-from lorasmith.adapters.frozen_weights import WeightStream
+from lorasmith.adapters.weight_stream import streams_of
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.placement import dtype_from_name, placed
-from lorasmith.training import engine
 
 
 def main() -> None:
@@ -69,32 +64,18 @@ def main() -> None:
 
 
 def _offloaded(work: Work, results: Results) -> None:
-    """Some steps with weights in host memory: the peak on the device, against all of them."""
-    with _recorded_streams() as streams:
-        side = Ours(work, offloading=True)
-        runtime = replace(side.job.runtime, offloading=True)  # which runs on the CPU ignore
-        whole = weight_bytes(work.model.components.denoiser)
-        with training_steps(replace(side.job, runtime=runtime), work.samples) as once:
-            for _ in range(3):
-                once()
-            peak = streams[0].resident.peak
-            rest = weight_bytes(work.model.components.denoiser) - streams[0].ahead_bytes
-    columns = dict.fromkeys(("frozen weights, MiB", "streamed, at most at a time, MiB", "always there, MiB"), ".1f")
+    """Some steps with weights in host memory: what is on the device, against all of them."""
+    module = work.model.components.denoiser
+    side = Ours(work, offloading=True)
+    runtime = replace(side.job.runtime, offloading=True)  # which runs on the CPU ignore
+    whole = weight_bytes(module)
+    with training_steps(replace(side.job, runtime=runtime), work.samples) as once:
+        for _ in range(3):
+            once()
+        streamed, here = sum(stream.size_bytes for stream in streams_of(module)), weight_bytes(module)
+    columns = dict.fromkeys(("frozen weights, MiB", "two blocks, MiB", "always there, MiB"), ".1f")
     results.table(columns | {"share": ".3f"})
-    results.add(whole / MIB, peak / MIB, rest / MIB, (peak + rest) / whole)
-
-
-@contextlib.contextmanager
-def _recorded_streams() -> Iterator[list[WeightStream]]:
-    """Records the streams of runs inside."""
-    made: list[WeightStream] = []
-
-    def stream(*arguments: Any) -> WeightStream:
-        made.append(WeightStream(*arguments))
-        return made[-1]
-
-    with mock.patch.object(engine, "WeightStream", stream):
-        yield made
+    results.add(whole / MIB, streamed / MIB, (here - streamed) / MIB, here / whole)
 
 
 def _plot(curves: dict[str, dict[int, Found]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A large file to the device in two ways, and what a preview costs beside its pictures.
+"""A large file to the device in two ways, and what it takes to prepare a model again.
 
     python -m benchmarks.transfer --gib 24 --model flux-12b
     python -m benchmarks.transfer --gib 0.01 --model tiny --device cpu
@@ -7,8 +7,8 @@ The file is written first, and its pages are dropped before each way, if the sys
 tensors from a memory-mapped file, as a run does; `read` reads it piece by piece into pinned memory, from which a piece
 is copied while the next one is read. `again` has the file in the system's cache.
 
-A preview leaves the prepared model, so that weights are placed, and quantized, again afterwards. The second table has
-the seconds of that, from host memory, for each kind of weights.
+The second table has the seconds in which weights are placed, and quantized, from host memory, as at the start of a run
+and after a drawing that was requested of it, for each kind of weights.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from lorasmith.core.blocks import units
 from lorasmith.core.placement import best_device
 from lorasmith.core.quantized_products import has_products
 from lorasmith.training.memory import compilation
-from lorasmith.training.memory.compilation import units
 from tests.cli.test_stopped_runs import interrupted
 from tests.covering import slow_except
 

@@ -7,7 +7,7 @@ import mmap
 import pytest
 import torch
 
-from lorasmith.core.pinned_memory import PinnedMemory
+from lorasmith.core.pinned_memory import PinnedBuffer
 
 
 class FakeRuntime:
@@ -38,28 +38,20 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     return fake
 
 
-def test_copies_take_what_they_need_and_give_it_back(runtime: FakeRuntime) -> None:
-    memory = PinnedMemory(torch.device("cuda"))
-    given = [(torch.randn(n, 33), torch.arange(n, dtype=torch.int8), torch.ones(())) for n in (1, 100, 5000)]
-    copies = [memory.copies(one) for one in given]
-    for before, after in zip(given, copies, strict=True):
-        for one, other in zip(before, after, strict=True):
-            assert torch.equal(one, other)
-            assert one.dtype == other.dtype
-            assert other.data_ptr() % 64 == 0
-    needed = sum(tensor.nbytes for one in given for tensor in one)
-    assert needed <= memory.size_bytes < needed + 64 * 9
-    assert sum(runtime.registered.values()) == memory.size_bytes
-    memory.free()
+def test_a_buffer_takes_what_it_needs_and_gives_it_back(runtime: FakeRuntime) -> None:
+    buffers = [PinnedBuffer(size, torch.device("cuda")) for size in (1, 100, 500_000)]
+    assert [len(one.bytes) for one in buffers] == [1, 100, 500_000]
+    assert sorted(runtime.registered.values()) == [1, 100, 500_000]
+    buffers[1].bytes.fill_(7)
+    for one in buffers:
+        one.free()
     assert not runtime.registered
-    assert torch.equal(copies[1][0], given[1][0]), "the copies stay readable"
-    memory.free()
+    assert (buffers[1].bytes == 7).all(), "the bytes stay readable"
+    buffers[1].free()
 
 
 def test_where_nothing_can_be_registered_torch_pins(runtime: FakeRuntime) -> None:
     runtime.full = True
-    memory = PinnedMemory(torch.device("cuda"))
-    (one,) = memory.copies([torch.arange(9)])
-    assert torch.equal(one, torch.arange(9))
-    assert memory.size_bytes == 0
-    assert memory.copies([]) == ()
+    buffer = PinnedBuffer(9, torch.device("cuda"))
+    assert buffer.bytes.shape == (9,)
+    buffer.free()

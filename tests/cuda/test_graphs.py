@@ -36,6 +36,9 @@ LEVERS: dict[str, dict[str, Any]] = {
     "fp8": {"quantization": "fp8_e4m3"},
     "int8-checkpointing": {"quantization": "int8", "gradient_checkpointing": True},
     "DoRA": {"dora": "output"},
+    "offloading": {"offloading": True},
+    "offloading-checkpointing": {"offloading": True, "gradient_checkpointing": True},
+    "offloading-int8": {"offloading": True, "quantization": "int8"},
     "GLoRA": {"algorithm": "GLoRA"},
     "PiSSA": {"pissa": True},
     "T-LoRA": {"tlora": "plain"},
@@ -77,6 +80,7 @@ def test_a_block_is_one_graph(family: str, lever: str, tmp_path: Path) -> None:
     given = {"rank": 4, "batch_size": 2, "learning_rate": 1e-3, "training_dtype": "fp32", "compile": True}
     job = plan_job(model.denoiser, TrainConfig(**{**given, **LEVERS[lever]}), torch.device("cpu"))
     engine = engine_of(job)
+    engine.change(offloading=job.config.offloading)  # which a plan leaves out on the CPU
     samples = samples_of(model, 2, is_masked=False)
     maker = batch_maker(job.model, samples, job.config, job.runtime, engine.rank_masks)
     with engine.prepared():

@@ -25,7 +25,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "offloading-int8-checkpointing": {
         "quantization": "int8",
         "gradient_checkpointing": True,
-        "changes": {"offloading": True},
+        "changes": {"offloading": True, "offloading_share": 0.5},
     },
     **{kind: {"quantization": kind} for kind in PACKINGS if kind != "none"},
     **{

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.frozen_weights import WeightStream
-from lorasmith.core.pinned_memory import PinnedMemory
+from lorasmith.adapters.weight_stream import WeightStream
+from lorasmith.core import pinned_memory
 from lorasmith.core.quantization import packed
-from tests.cuda.streams import Stream, Streams
+from tests.cuda.streams import Event, Stream, Streams
 from tests.cuda.tracing import DEVICE, MODE, Devices, Watch
 
 
@@ -79,36 +79,51 @@ def test_memory_that_is_freed_while_another_stream_reads_it_is_found(how: str) -
 def streams() -> Iterator[Streams]:
     """Streams and fake tensors of a device; steps without a backward pass need no stub of it."""
     found = Streams()
-    copies = mock.patch.object(PinnedMemory, "copies", lambda _, tensors: tuple(one.pin_memory() for one in tensors))
-    with found.in_place(), Devices(MODE), copies, MODE, Watch(found) as watch:
+    registered = mock.patch.object(pinned_memory, "_registered", lambda _: None)
+    with found.in_place(), Devices(MODE), registered, MODE, Watch(found) as watch:
         yield found
     assert not watch.waits
 
 
-def offloaded_step(layers: int = 6) -> None:
+def offloaded_step(blocks: int = 6, share: float = 1.0) -> WeightStream:
     """Products with weights that are in host memory, three times forwards and backwards."""
     stream = WeightStream(DEVICE)
-    for _ in range(layers):
-        stream.add(packed(torch.empty(4, 4), "none", torch.float32))
-    stream.ahead_bytes = 2 * 4 * 4 * 4
+    for _ in range(blocks):
+        stream.add([packed(torch.empty(4, 4), kind, torch.float32) for kind in ("none", "int8")])
+    stream.keep(share)
+    weights = [source for block in stream._blocks for source in block.weights]
     x = torch.empty(4, 4, device=DEVICE)
     for _ in range(3):
-        for number in (*range(layers), *reversed(range(layers))):
-            with stream.use(number) as sent:
+        for source in (*weights, *reversed(weights)):
+            with source.use() as sent:
                 x = x @ sent.weight()
+    return stream
 
 
-def test_offloaded_weights_are_in_order_and_the_host_does_not_run_ahead(streams: Streams) -> None:
-    offloaded_step()
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
+def test_offloaded_weights_are_in_order_and_the_host_waits_for_nothing(streams: Streams, share: float) -> None:
+    stream = offloaded_step(share=share)
     assert not streams.races
-    assert streams.host_waits > 0
+    assert streams.host_waits == 0
+    assert stream.copies == {1.0: 2 + 3 * 8, 0.5: 2 + 3 * 2, 0.2: 2}[share]
+    stream.clear()
+    used(streams)
+    assert not streams.races, "the memory of the buffers is free"
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "race"),
-    [(Stream, "wait_event", "read before it is written"), (Streams, "recorded", "freed while it is used")],
+    ("call", "race"),
+    [("_use_waits", "read before it is written"), ("_copy_waits", "written while it is used")],
 )
-def test_offloaded_weights_without_their_order_are_found(streams: Streams, owner: type, name: str, race: str) -> None:
-    with mock.patch.object(owner, name, lambda *_: None):
-        offloaded_step()
+def test_offloaded_weights_without_their_order_are_found(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch, call: str, race: str
+) -> None:
+    original = Stream.wait_event
+
+    def wait(stream: Stream, event: Event) -> None:
+        if (stream.number == 0) != (call == "_use_waits"):
+            original(stream, event)
+
+    monkeypatch.setattr(Stream, "wait_event", wait)
+    offloaded_step()
     assert any(found.startswith(race) for found in streams.races)

@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from lorasmith.core import quantized_products
-from lorasmith.core.pinned_memory import PinnedMemory
+from lorasmith.core import pinned_memory, quantized_products
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
@@ -295,7 +294,7 @@ def traced(
         contextlib.ExitStack() as prepared,
         streams.in_place(),
         Devices(MODE) as devices,
-        mock.patch.object(PinnedMemory, "copies", lambda _, tensors: tuple(one.pin_memory() for one in tensors)),
+        mock.patch.object(pinned_memory, "_registered", lambda _: None),
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
         # Triton compiles for a device alone.
         mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),

@@ -423,7 +423,7 @@ def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: Enc
 class Looks:
     """In place of previews: looks whether the model is bare, as for users who load it."""
 
-    steps = (2,)
+    steps, in_place = (2,), False
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module, self.seen = module, []  # type: ignore[var-annotated]

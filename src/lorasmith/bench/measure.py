@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lorasmith.adapters.frozen_weights import StreamedWeight, WeightStream
+from lorasmith.adapters.weight_stream import streams_of
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
@@ -312,14 +312,11 @@ def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a denoiser's frozen weights on the device, as quantized or offloaded at present."""
     total = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(module)}.values())
-    streams: dict[int, WeightStream] = {}
     for layer in module.modules():
         source = weight_source(layer)
         if isinstance(source, Packed):
             total += source.size_bytes
-        elif isinstance(source, StreamedWeight):
-            streams[id(source.stream)] = source.stream
-    return total + sum(stream.ahead_bytes for stream in streams.values())
+    return total + sum(stream.size_bytes for stream in streams_of(module))
 
 
 class _Ends(Watcher):

@@ -13,6 +13,23 @@ def blocks_at_depth(model: nn.Module, depth: int) -> list[nn.Module]:
     return blocks
 
 
+def units(model: nn.Module) -> list[nn.Module]:
+    """The blocks that are compiled and offloaded one by one.
+
+    These are the outermost repeated blocks or, if those differ from each other and hold lists of blocks themselves (the
+    stages of a UNet), the blocks inside.
+    """
+    found: list[nn.Module] = []
+    for block in blocks_at_depth(model, 1):
+        found += blocks_at_depth(block, 1) if _is_stage(block) else [block]
+    return found
+
+
+def _is_stage(block: nn.Module) -> bool:
+    lists = (child for child in block.children() if isinstance(child, nn.ModuleList))
+    return any(next(element.children(), None) is not None for blocks in lists for element in blocks)
+
+
 def _inner_blocks(module: nn.Module) -> list[nn.Module]:
     """The next level of blocks: elements of lists, and children that hold such lists deeper down."""
     blocks: list[nn.Module] = []

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
-from lorasmith.adapters.frozen_weights import StreamedWeight, frozen_bytes, weights_streamed
+from lorasmith.adapters.frozen_weights import frozen_bytes, weights_streamed
 from lorasmith.adapters.inject import adapters_attached
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, place_beside, ranks_chosen
+from lorasmith.adapters.weight_stream import streams_of
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype, free_memory
 from lorasmith.core.printable import count_text, printable
-from lorasmith.core.quantization import weight_source
 from lorasmith.families.base import (
     AT_ZERO,
     CLIP_VISION,
@@ -525,7 +525,7 @@ class TextEncoder:
     def _place(self, stack: contextlib.ExitStack, component: str, device: torch.device, *, sees: bool) -> None:
         """Place the networks of an encoder until the stack is closed, but for those that are streamed already."""
         for part in self.networks(component, sees=sees):
-            if any(isinstance(weight_source(layer), StreamedWeight) for layer in part.modules()):
+            if streams_of(part):
                 continue
             stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
 

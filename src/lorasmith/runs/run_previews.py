@@ -14,6 +14,7 @@ Drawing combines rooms that do not import each other: `sampling` draws, `trainin
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import statistics
@@ -239,6 +240,11 @@ def previews_of(
     denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
     assert denoiser is not None
     base, text_encoder = denoiser.base, denoiser.base.text_encoder
+    in_place = partner is None and _may_stay(plan)
+    if config.quantization != "none" and not in_place:
+        remark = "Previews are drawn with the original base model, not with the quantized one of training."
+        host.on_event(Warned(message=remark, is_remark=True))
+    drawn = replace(denoiser, patches=()) if in_place else denoiser  # which has the others already
     # Where text encoders are not trained, a continued LoRA may have layers for them.
     carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
     pairs = _pairs(plan, len(program.prompts))
@@ -246,11 +252,13 @@ def previews_of(
         message = "preview_frames has no effect: a preview has as many frames as the clip that it is given frames of"
         host.on_event(Warned(message=message))
     previewer = Previewer(
-        denoiser,
+        drawn,
         program.prompts,
         beside=[one.conditioning.beside for one in pairs],
         seen=[[picture.pixels() for picture in one.seen] for one in pairs],
-        load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
+        load=lambda path, strength: (
+            Lora.load(path, base).applied(drawn, None, strength=strength, bypass=in_place or None).denoiser
+        ),
         strengths=(1.0, *program.strengths),
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
         trained_encoder=(
@@ -294,7 +302,28 @@ def previews_of(
     if likeness.is_installed() and not config.is_slider and config.pairs == "none":
         measuring = PreviewLikeness(trained_pictures(plan), sight_of(is_built_in=_is_built_in(plan)), program.wishes)
     last = evaluated if most else None
-    return RunPreviews(previewer.draw, plan, program, folder, host, made_with, decoded, last, measuring)
+    return RunPreviews(
+        previewer.draw, plan, program, folder, host, made_with, decoded, last, measuring, in_place=in_place
+    )
+
+
+def _may_stay(plan: Plan) -> bool:
+    """Whether previews can be drawn with the weights as steps have them on a GPU, quantized and offloaded.
+
+    Pictures are those of the LoRA on the base model that it is trained on. On a CPU, in fp32, weights are placed in no
+    time and merged.
+    """
+    job, denoiser, runtime = plan.job, plan.denoiser, plan.job.runtime
+    assert denoiser is not None
+    return (
+        runtime.device.type != "cpu"
+        and runtime.dtype == _sampling_dtype(denoiser, job.config, runtime.device)
+        and not runtime.sharding
+        and job.model.encoders is None
+        # No training adapter, which previews leave out, and no T-LoRA below, whose ranks are chosen in each evaluation.
+        and [*map(id, job.model.patches)] == [*map(id, denoiser.patches)]
+        and not any(patch.ranks for patch in denoiser.patches)
+    )
 
 
 def _pairs(plan: Plan, count: int) -> list[Sample]:
@@ -338,7 +367,7 @@ class RunPreviews:
     `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one (the
     same each time); those at full strength are measured by `measuring`. `made_with` is that of `PreviewFolder`,
     `beside` has what prompts edit, by the stem of their files; `evaluate` is called after the last preview. The host
-    receives a `Drawing` before each row of pictures.
+    receives a `Drawing` before each row of pictures. `in_place` is as of `Draw`.
     """
 
     def __init__(
@@ -352,20 +381,22 @@ class RunPreviews:
         beside: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
         evaluate: Callable[[], object] | None = None,
         measuring: PreviewLikeness | None = None,
+        *,
+        in_place: bool = False,
     ) -> None:
         self._draw, self._prompts, self._beside = draw, program.prompts, beside
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.steps, self._strengths = program.steps, program.strengths
         self._on_the_way = tuple(one for one in program.strengths if one != 1) if program.is_strip else ()
         self._evaluate = evaluate
-        self._host, self._private = host, plan.job.config.private
+        self._host, self._private, self._job, self.in_place = host, plan.job.config.private, plan.job, in_place
         self._base_is_written = False
         self._failures = 0
         self._measuring = measuring
 
     def draw_base(self, step: int) -> list[Event]:
         """Draw the model without the LoRA, before the first step; returns events as a call does."""
-        events = self._drawn(step, self._base(step, self._counted(1)))
+        events = self._drawn(step, self._frozen(self._base(step, self._counted(1))))
         torch.cuda.empty_cache()  # which training needs
         return events
 
@@ -378,7 +409,8 @@ class RunPreviews:
         """
         if self._failures == _MOST_FAILURES:
             return []
-        events = self._drawn(step, self._previews(step, lora, final))
+        rows = self._previews(step, lora, final)
+        events = self._drawn(step, self._frozen(rows) if final else rows)
         if final and self._evaluate is not None and not self._host.cancelled():
             try:
                 self._evaluate()
@@ -389,6 +421,11 @@ class RunPreviews:
         # The allocator caches blocks in sampling's sizes, and after a failure training needs all memory.
         torch.cuda.empty_cache()
         return events
+
+    def _frozen(self, rows: Iterator[Event]) -> Iterator[Event]:
+        """Rows that are drawn with the bare model, which is as for those on the way inside."""
+        with self._job.model.frozen(self._job.config, self._job.runtime) if self.in_place else contextlib.nullcontext():
+            yield from rows
 
     def _drawn(self, step: int, rows: Iterator[Event]) -> list[Event]:
         events: list[Event] = []

@@ -840,6 +840,14 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         help="Keep the frozen weights in host memory and copy them to the device as they are used. The numbers stay "
         "the same.",
     )
+    offloading_share: float | None = option(
+        None,
+        min=0.01,
+        max=1.0,
+        changes_numbers=False,
+        help="Share of the model's blocks that offloading keeps in host memory; the others stay on the device. "
+        "Default: the least for which a step fits into the free memory, or into memory_budget.",
+    )
     sharding: bool = option(
         False,
         changes_numbers=False,
@@ -913,8 +921,10 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         elif self.activations == "auto":
             if self.gradient_checkpointing:
                 yield "gradient_checkpointing has no effect with activations auto, which measures whether it is needed."
-        elif self.memory_budget is not None:
-            yield f"memory_budget {self.memory_budget:g} has no effect without activations auto."
+        elif self.memory_budget is not None and (not self.offloading or self.offloading_share is not None):
+            yield f"memory_budget {self.memory_budget:g} has no effect without activations auto or offloading."
+        if self.offloading_share is not None and not self.offloading:
+            yield f"offloading_share {self.offloading_share:g} has no effect without offloading."
         if not self.gradient_checkpointing and not self.is_default("checkpoint_depth"):
             yield f"checkpoint_depth {self.checkpoint_depth} has no effect without gradient_checkpointing."
 

@@ -58,15 +58,29 @@ def prepared(
 
     `text_adapters` are those of `model.encoders`, which are frozen and checkpointed as the denoiser is. `first` is
     called with the denoiser frozen, before adapters are attached; `planned` with adapters attached, and returns the
-    runtime with `activations` and `attention` resolved by measurement.
+    runtime with `activations`, `attention` and `offloading_share` resolved by measurement.
     """
-    module, encoders = model.module, model.encoders
     trained = Attached(adapters, strength, differences or {})
-    with model.frozen(config, runtime), contextlib.ExitStack() as on_text:
+    with model.frozen(config, runtime):
         first()
+        with attached(model, trained, runtime, text_adapters or {}, planned):
+            yield
+
+
+@contextlib.contextmanager
+def attached(
+    model: Trainable,
+    trained: Attached,
+    runtime: Runtime,
+    text_adapters: Mapping[str, Adapter],
+    planned: Callable[[], Runtime] | None,
+) -> Iterator[None]:
+    """Inside the context, a frozen denoiser is `prepared`."""
+    module, encoders = model.module, model.encoders
+    with contextlib.ExitStack() as on_text:
         if encoders is not None:
-            on_text.enter_context(adapters_attached(encoders, [Attached(text_adapters or {}, strength)]))
-            on_text.enter_context(model.texts_read(strength))
+            on_text.enter_context(adapters_attached(encoders, [Attached(text_adapters, trained.strength)]))
+            on_text.enter_context(model.texts_read(trained.strength))
         with adapters_attached(module, [trained]):
             runtime = runtime if planned is None else planned()
             if encoders is not None:
@@ -75,9 +89,7 @@ def prepared(
                 attention_preferred(runtime.attention),
                 activations_reduced(module, runtime.activations),
                 blocks_checkpointed(module, runtime.checkpoint_depth),
-                blocks_compiled(
-                    module, runtime.compile and not runtime.offloading, varying_sizes=runtime.varying_sizes
-                ),
+                blocks_compiled(module, runtime.compile, varying_sizes=runtime.varying_sizes),
             ):
                 yield
 
@@ -154,21 +166,20 @@ class Engine:
         self._sound = torch.ones((), dtype=torch.bool, device=runtime.device)
         self._sums = GradientSums(self.flat, runtime.processes) if runtime.processes.size > 1 else None
 
+    @contextlib.contextmanager
     def prepared(
         self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
-    ) -> contextlib.AbstractContextManager[None]:
-        trained, runtime = self.trained, self.runtime
-        return prepared(
-            self.model,
-            trained.adapters,
-            self.config,
-            runtime,
-            trained.differences,
-            strength=trained.strength,
-            text_adapters=self.text_adapters,
-            first=first,
-            planned=planned,
-        )
+    ) -> Iterator[None]:
+        with self.frozen():
+            first()
+            with self.attached(planned):
+                yield
+
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
+        return self.model.frozen(self.config, self.runtime)
+
+    def attached(self, planned: Callable[[], Runtime] | None = None) -> contextlib.AbstractContextManager[None]:
+        return attached(self.model, self.trained, self.runtime, self.text_adapters, planned)
 
     def change(self, **runtime: Any) -> None:
         self.runtime = replace(self.runtime, **runtime)
@@ -260,8 +271,8 @@ class Engine:
         """Let steps change the weights again after one that was not finite."""
         self._sound.fill_(True)
 
-    def restore_base_model(self) -> None:
-        """Called outside of `prepared`, before something uses the bare model."""
+    def restore_base_model(self, *, frozen: bool = False) -> None:
+        """Called outside of `attached` before something uses the frozen model, or outside of `frozen` the bare one."""
 
     def summed(self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Sum the gradient over all processes, each of which calls this once per step.

@@ -349,8 +349,8 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
         yield f"attention {config.attention} has no effect on the CPU, which has one kernel."
     if config.offloading and device.type == "cpu":
         yield "offloading has no effect on the CPU, whose memory is the host's; use quantization to save memory."
-    elif config.offloading and config.compile:
-        yield "compile has no effect with offloading, which runs on the host between any two layers."
+    elif config.offloading and config.compile and not config.gradient_checkpointing:
+        yield "Offloaded blocks are recomputed in the backward pass, as compile is on; see gradient_checkpointing."
     if config.sharding and current().size == 1:
         yield "sharding has no effect in one process, which keeps all weights; start several, with --gpus or torchrun."
 

@@ -366,14 +366,15 @@ class _JointEngine(Engine):
         self._has_arrived = self._is_prepared = False
 
     @contextlib.contextmanager
-    def prepared(
-        self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
-    ) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         if not self._has_arrived:  # until then, the others need the bare model
             self._has_arrived = True
             self._participant.wait()
         self._model.freeze()
-        first()
+        yield
+
+    @contextlib.contextmanager
+    def attached(self, planned: Callable[[], Runtime] | None = None) -> Iterator[None]:
         if planned is not None and self.runtime.activations == "auto":
             self._model.attach([self], reduced=False)
             planned()
@@ -386,8 +387,8 @@ class _JointEngine(Engine):
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         return self._participant.gradient(batches)
 
-    def restore_base_model(self) -> None:
-        self._model.bare()
+    def restore_base_model(self, *, frozen: bool = False) -> None:
+        self._model.freeze() if frozen else self._model.bare()
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[Tensor]:

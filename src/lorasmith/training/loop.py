@@ -29,7 +29,7 @@ from lorasmith.training.attention import calls_in, fastest_kernel
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import AttentionPlanned, EventHandler, Outcome, StepDone, Warned
-from lorasmith.training.memory.memory_plan import largest_pass, plan_activations
+from lorasmith.training.memory.memory_plan import largest_pass, plan_activations, plan_offloading
 from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.memory.spilling import SpillCheck, memory_capped
 from lorasmith.training.recovery import (
@@ -55,12 +55,14 @@ class Watcher:
 
     Attributes:
         name: key of its part of a run state.
-        needs_bare_model: whether it must run without adapters attached and weights placed.
+        needs_frozen_model: whether it must run without adapters attached.
+        needs_bare_model: whether it must run without weights placed as well.
         is_optional: whether a run state may lack its part.
     """
 
     name: str = ""
     is_optional: bool = False
+    needs_frozen_model: bool = False
     needs_bare_model: bool = False
 
     def begin(self, engine: Engine) -> None:
@@ -157,11 +159,14 @@ class Loop:
                 if missed:
                     self.engine.restore_base_model()
                 for watcher in missed:
-                    watcher(self)
+                    runtime, model = self.engine.runtime, self.engine.model
+                    with nullcontext() if watcher.needs_bare_model else model.frozen(self.engine.config, runtime):
+                        watcher(self)
                 while self.outcome is None:
                     try:
-                        with shared(), self.engine.prepared(self._begin, self.planned):
-                            waiting = self._take_steps()
+                        with shared(), self.engine.frozen():
+                            self._begin()
+                            waiting = self._with_frozen()
                         if waiting:
                             self.engine.restore_base_model()
                         for watcher in waiting:
@@ -255,8 +260,25 @@ class Loop:
         if numbers.stopped:
             self.stop()  # all that is left is to save the result
 
-    def _take_steps(self) -> list[Watcher]:
+    def _with_frozen(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
+        while True:
+            with self.engine.attached(self.planned):
+                waiting = self._take_steps()
+            bare = [one for one in waiting if one.needs_bare_model]
+            if len(bare) < len(waiting):
+                self.engine.restore_base_model(frozen=True)
+            for watcher in waiting:
+                if watcher not in bare:
+                    watcher(self)
+            if bare or self.outcome is not None:
+                return bare
+
+    def _take_steps(self) -> list[Watcher]:
+        """Take steps until the run ends or watchers are due that need no adapters attached; returns those watchers.
+
+        Raises StepFault.
+        """
         engine = self.engine
         maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.rank_masks)
         first = engine.runtime.first_step
@@ -333,7 +355,7 @@ class Loop:
         return gradient, None
 
     def _between(self) -> list[Watcher]:
-        """Run the due watchers; returns those that need the bare model. Raises Diverged."""
+        """Run the due watchers; returns those that need the model without adapters. Raises Diverged."""
         # All processes read the results of the same steps, whenever these arrive, so that all roll back after the same
         # step. The device already has the next step.
         self._collect(before=None if self.engine.runtime.processes.size == 1 else self.step - 1)
@@ -345,9 +367,9 @@ class Loop:
             self.engine.check_same_weights()
             self._recovery.good = self._snapshot()
         for watcher in due:
-            if not watcher.needs_bare_model:
+            if not watcher.needs_frozen_model and not watcher.needs_bare_model:
                 watcher(self)
-        return [watcher for watcher in due if watcher.needs_bare_model]
+        return [watcher for watcher in due if watcher.needs_frozen_model or watcher.needs_bare_model]
 
     def _collect(self, *, wait: bool = False, before: int | None = None) -> None:
         """Process the results that have arrived from the device, as `Mailbox.collect`. Raises Diverged."""
@@ -388,11 +410,14 @@ class Loop:
                 watcher.begin(self.engine)
 
     def planned(self) -> Runtime:
-        """The runtime with `attention` and `activations` chosen; called with adapters attached."""
+        """The runtime with `attention`, `activations` and `offloading_share` chosen; called with adapters attached."""
         if self.engine.runtime.attention == "auto":
             self.emit(self._plan_attention())
         if self.engine.runtime.activations == "auto":
             self.emit(plan_activations(self.engine, tuple(self._samples)))
+        if self.engine.runtime.offloading and self.engine.runtime.offloading_share is None:
+            for event in plan_offloading(self.engine, tuple(self._samples)):
+                self.emit(event)
         return self.engine.runtime
 
     def _plan_attention(self) -> AttentionPlanned:

@@ -17,6 +17,7 @@ from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import OutputDora, droppable, rank_ordered
 from lorasmith.core import quantized_products
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
+from lorasmith.core.blocks import units
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
 from lorasmith.formats.acceptance import shortfalls
@@ -32,7 +33,7 @@ from lorasmith.training.config import (
     ValidationSettings,
     VariantSettings,
 )
-from lorasmith.training.memory.compilation import compilable, units
+from lorasmith.training.memory.compilation import compilable
 from lorasmith.training.trainable import Facts, Trainable
 
 
@@ -202,8 +203,6 @@ def _on_quantization(config: TrainConfig, model: Trainable) -> Iterator[str]:
             f"{again} of these weights are quantized in the checkpoint already and rounded a second time; use "
             "quantization none to keep them."
         )
-    if config.previews:
-        yield ReportNote("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
 def _on_word(config: TrainConfig, model: Trainable) -> Iterator[str]:

@@ -96,8 +96,14 @@ class Recovery:
         self._engine.change(compile=False)
 
     def _shrink(self, fault: OutOfMemory) -> None:
-        """Halve the micro-batch, or at 1 enable activation checkpointing, for the rest of the run."""
+        """Offload all blocks, then halve the micro-batch, or at 1 checkpoint activations, for the rest of the run."""
         engine, step = self._engine, self._progress.step + 1
+        runtime = engine.runtime
+        if runtime.offloading and runtime.offloading_share != 1 and engine.config.offloading_share is None:
+            engine.change(offloading_share=1.0)
+            self._emit(Warned(message=f"Memory ran out at step {step}: it is repeated with all blocks offloaded."))
+            _free_memory(engine)
+            return
         if engine.runtime.micro_batch > 1:
             engine.change(micro_batch=-(-engine.runtime.micro_batch // 2))
         elif engine.runtime.checkpoint_depth != 1:  # whole blocks need the least memory
@@ -107,9 +113,7 @@ class Recovery:
                 f"memory must hold one image's forward and backward pass, but ran out at step {step} with activation "
                 f"checkpointing ({fault}); use smaller pictures or a lower rank, or quantization"
             )
-        gc.collect()
-        if engine.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free_memory(engine)
         runtime = engine.runtime
         also = ", with activation checkpointing" if runtime.checkpoint_depth else ""
         self._emit(
@@ -160,6 +164,12 @@ class Recovery:
             f"{fault}{times}; {kept}; try a learning rate below {engine.config.learning_rate:g}"
             + (", or training_dtype fp32" if engine.runtime.dtype != torch.float32 else "")
         )
+
+
+def _free_memory(engine: Engine) -> None:
+    gc.collect()
+    if engine.runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 _FACTOR = 10.0

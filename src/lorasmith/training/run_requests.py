@@ -89,7 +89,11 @@ class RequestWatch(Watcher):
 
     def due(self, loop: Loop) -> bool:
         self._waiting = _files(self._run) if loop.step < loop.steps else []
-        self.needs_bare_model = any(file.name != "save" for file in self._waiting)
+        kinds = {file.name for file in self._waiting} - {"save"}
+        self.needs_frozen_model = bool(kinds)
+        self.needs_bare_model = bool(kinds - {"preview"}) or (
+            bool(kinds) and (self._previews is None or self._previews.needs_bare_model)
+        )
         return bool(self._waiting)
 
     def __call__(self, loop: Loop) -> None:

@@ -44,6 +44,7 @@ class Runtime:
     memory_budget: int | None  # device memory in bytes, weights included; None for all free memory
     memory_cap: int | None  # bytes of GPU memory beyond which allocations fail; None for no cap
     offloading: bool
+    offloading_share: float | None  # of the blocks; None is resolved before the first step
     sharding: bool
     products: ProductFormat  # with frozen weights whose codes and sizes fit
     compile: bool
@@ -77,6 +78,7 @@ class Runtime:
             memory_budget=_bytes(config.memory_budget),
             memory_cap=None if on_cpu else _bytes(config.memory_cap),
             offloading=config.offloading and not on_cpu,
+            offloading_share=config.offloading_share,
             products=config.products,
             compile=config.compile,
             attention=_attention(config, device),

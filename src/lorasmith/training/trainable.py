@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
-from lorasmith.adapters.frozen_weights import WeightStream, products_enabled, weights_packed
+from lorasmith.adapters.frozen_weights import products_enabled, weights_packed
 from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, place_beside, ranks_chosen
+from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension
@@ -438,7 +439,15 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
                 weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
             )
         packed = stack.enter_context(
-            weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
+            weights_packed(
+                module,
+                kind=kind,
+                device=device,
+                dtype=dtype,
+                stream=stream,
+                share=1.0 if runtime.offloading_share is None else runtime.offloading_share,
+                without=elsewhere,
+            )
         )
         packed += [layer.get_parameter("weight") for layer in elsewhere]
         if kind == "none" and stream is None:

@@ -165,7 +165,12 @@ class AverageWatch(Watcher):
 
 
 class Draw(Protocol):
-    """Draws previews of the LoRA saved at `lora` after `step` updates; returns the events to emit."""
+    """Draws previews of the LoRA saved at `lora` after `step` updates; returns the events to emit.
+
+    If it is `in_place`, those on the way are drawn with the frozen model as the run has it, others with the bare one.
+    """
+
+    in_place: bool
 
     @property
     def steps(self) -> Collection[int]:
@@ -182,9 +187,10 @@ class Draw(Protocol):
 class PreviewWatch(Watcher):
     """Draws previews from the LoRA as it would be saved, in a temporary file at `path`."""
 
-    needs_bare_model = True  # a preview loads the file onto the unmodified model, as users do
+    needs_frozen_model = True
 
     def __init__(self, draw: Draw, save: Callable[[Loop, Path], None], path: Path) -> None:
+        self.needs_bare_model = not draw.in_place
         self._draw = draw
         self._save = save
         self._path = path
@@ -219,7 +225,7 @@ class LikenessWatch(Watcher):
     """
 
     name = "likeness"
-    needs_bare_model = True
+    needs_frozen_model = True
     is_optional = True
 
     def __init__(
@@ -232,6 +238,7 @@ class LikenessWatch(Watcher):
         self.history = LikenessHistory()
         self.best: Tensor | None = None  # flat fp32 buffer of the best weights, on the CPU
         self._previews, self._processes, self._on_best = previews, processes, on_best
+        self.needs_bare_model = previews is None or previews.needs_bare_model
         self._steps = likeness_steps(config)
         self._patience = config.stop_patience
 

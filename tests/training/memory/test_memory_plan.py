@@ -11,16 +11,20 @@ import pytest
 import torch
 from lever_cases import planned
 from test_engine import assert_same, tensors
+from torch import Tensor
 
+from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.engine import prepared
-from lorasmith.training.events import Planned, Warned
+from lorasmith.training.events import Planned, Shrunk, Warned
 from lorasmith.training.memory import memory_plan
 from lorasmith.training.memory.memory_plan import MemoryPlan, chosen_plan, free_memory, plan_for
 from lorasmith.training.results import TrainResult
+from lorasmith.training.runtime import Runtime
+from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
 
@@ -95,6 +99,54 @@ def test_a_probe_that_runs_out_of_memory_is_no_end(
     result = run(dataset, activations="auto", on_event=events.append)
     assert_same(tensors(result), tensors(run(dataset)), rtol=1e-3)
     assert any(isinstance(event, Warned) and "ran out while" in event.message for event in events)
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Runs offload on the CPU, too; the blocks of the last one, and whether they were kept on the device."""
+    made, kept, clear = Runtime.of, list[bool](), WeightStream.clear
+    monkeypatch.setattr(Runtime, "of", lambda *args, **settings: replace(made(*args, **settings), offloading=True))
+
+    def cleared(stream: WeightStream) -> None:
+        kept[:] = [block.is_kept for block in stream._blocks]
+        clear(stream)
+
+    monkeypatch.setattr(WeightStream, "clear", cleared)
+    return kept
+
+
+# Blocks of 34.7 MB, two of which take 9.
+@pytest.mark.parametrize("free", slow_except([0, 20 << 20, 1 << 40], 20 << 20))
+def test_blocks_stay_where_a_step_leaves_memory_for_them(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, on_device: list[bool], free: int
+) -> None:
+    settings: dict[str, Any] = {"steps": 1, "gradient_checkpointing": True}
+    expected = run(dataset, offloading=True, offloading_share=1.0, **settings).losses
+    assert not any(on_device)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda *_: free)
+    events: list[object] = []
+    assert run(dataset, offloading=True, on_event=events.append, **settings).losses == expected
+    assert (any(on_device), all(on_device)) == {0: (False, False), 20 << 20: (True, False), 1 << 40: (True, True)}[free]
+    share = on_device.count(False) / len(on_device)
+    assert [event for event in events if isinstance(event, Warned) and f"{share:.0%} of the blocks" in event.message]
+
+
+def test_where_memory_runs_out_all_blocks_are_offloaded_first(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, on_device: list[bool]
+) -> None:
+    original = engine.sample_losses
+
+    def scarce(model: Any, batch: Any, config: Any, runtime: Runtime, *target: Any) -> Tensor:
+        if runtime.offloading_share != 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, batch, config, runtime, *target)
+
+    monkeypatch.setattr(engine, "sample_losses", scarce)
+    events: list[object] = []
+    run(dataset, batch_size=2, steps=1, offloading=True, on_event=events.append)
+    assert [event for event in events if isinstance(event, Warned) and "with all blocks offloaded" in event.message]
+    assert not [event for event in events if isinstance(event, Shrunk)]
+    assert not any(on_device)
 
 
 def test_the_budget_counts_what_is_taken_already() -> None:

@@ -241,7 +241,7 @@ def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
     own = ["forward" in block.__dict__ for block in blocks]
     try:
         for block in blocks:
-            block.forward = types.MethodType(_recomputed, block.forward)
+            block.forward = types.MethodType(recomputed, block.forward)
         yield
     finally:
         for block, forward, was_own in zip(blocks, previous, own, strict=True):
@@ -251,9 +251,18 @@ def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
                 del block.forward
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a forward that is recomputed in the backward pass."""
     # Random numbers of adapters are keyed, so no generator state has to be restored for the second pass.
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def without_recomputing(forward: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
+    """A block's forward before `blocks_checkpointed`, and whether that changed it."""
+    if isinstance(forward, types.MethodType) and forward.__func__ is recomputed:
+        inner: Any = forward.__self__
+        return inner, True
+    return forward, False
 
 
 _WORTH_MOVING = 1 << 20

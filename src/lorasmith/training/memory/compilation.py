@@ -5,8 +5,9 @@ compiled: held-out images are evaluated with the same code as on the base model.
 the forward pass and again in the backward pass, so missing prerequisites (a compiler, triton, support for an operation)
 cause errors there; the loop then repeats the step without compiling.
 
-Not compiled are blocks with adapters that torch cannot capture in one graph (`Adapter.compiles`), and all blocks when
-weights are offloaded, which runs host code between layers.
+Not compiled are blocks with adapters that torch cannot capture in one graph (`Adapter.compiles`). Compiled code keeps
+the weights of a block until its backward pass, but of offloaded ones only two are on the device at a time; so these are
+always recomputed, outside of the compiled code, and fetched before it.
 """
 
 from __future__ import annotations
@@ -28,28 +29,18 @@ from torch import nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
-from lorasmith.core.blocks import blocks_at_depth
+from lorasmith.adapters.weight_stream import Block, streamed_block
+from lorasmith.core.blocks import units
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Routing
+from lorasmith.training.memory.activations import recomputed, without_recomputing
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
 
 _VARIANTS = 256
 """Compiled variants of one block (sizes, layers with and without gradient) before torch silently stops compiling it."""
-
-
-def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are compiled separately.
-
-    These are the outermost repeated blocks or, if those differ from each other and hold lists of blocks themselves (the
-    stages of a UNet), the blocks inside.
-    """
-    found: list[nn.Module] = []
-    for block in blocks_at_depth(model, 1):
-        found += blocks_at_depth(block, 1) if _is_stage(block) else [block]
-    return found
 
 
 def compilable(adapters: Sequence[Adapter]) -> bool:
@@ -108,10 +99,20 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
         for block in units(model):
             if not compilable([adapter for layer in block.modules() for adapter in adapters_on(layer)]):
                 continue
-            own = block.__dict__.get("forward")
+            own, weights = block.__dict__.get("forward"), streamed_block(block)
             undo.callback(restore_forward, block, own)
-            block.forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
+            # Blocks that are kept on the device share the code of the others.
+            forward, is_recomputed = (block.forward, False) if weights is None else without_recomputing(block.forward)
+            forward = _Compiled(forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
+            if weights is not None and (is_recomputed or not weights.is_kept):
+                forward = types.MethodType(recomputed, functools.partial(_fetched_first, weights, forward))
+            block.forward = forward
         yield
+
+
+def _fetched_first(weights: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    weights.fetch()
+    return forward(*args, **kwargs)
 
 
 class _Compiled:
@@ -146,8 +147,3 @@ def _caller(kind: object) -> types.FunctionType:
 def _kind(block: nn.Module) -> object:
     parts = tuple((path, type(part), tuple(map(type, adapters_on(part)))) for path, part in block.named_modules())
     return parts, tuple(parameter.shape for parameter in block.parameters())
-
-
-def _is_stage(block: nn.Module) -> bool:
-    lists = (child for child in block.children() if isinstance(child, nn.ModuleList))
-    return any(next(element.children(), None) is not None for blocks in lists for element in blocks)

@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from lorasmith.adapters.inject import restore_forward
+from lorasmith.adapters.weight_stream import share_within, streams_of
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import Activations
@@ -154,13 +155,41 @@ def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | War
 
 def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
+    return chosen_plan(engine.model, samples, engine.config, engine.runtime, _free_bytes(engine))
+
+
+def _free_bytes(engine: Engine) -> int:
+    """Memory for a step: the least of all processes, which plan alike."""
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
     # One plan for all processes, as sharded weights are gathered in the same order by all.
     limits = [limit for limit in (runtime.memory_budget, runtime.memory_cap) if limit is not None]
     free = min(runtime.processes.gathered(free_memory(runtime.device, min(limits, default=None))))
-    free = int(runtime.memory_share * free) - optimizer
-    return chosen_plan(engine.model, samples, engine.config, runtime, free)
+    return int(runtime.memory_share * free) - optimizer
+
+
+def plan_offloading(engine: Engine, samples: Sequence[Sample]) -> Iterator[Warned]:
+    """Keep as many offloaded blocks of a prepared engine on its device as a step leaves memory for; yields a remark."""
+    model, runtime = engine.model, engine.runtime
+    streams = streams_of(model.module) | (streams_of(model.encoders) if model.encoders is not None else set())
+    if not streams:  # another program offloads
+        engine.change(offloading_share=1.0)
+        return
+    kind, share = "keep" if runtime.activations == "host" else runtime.activations, 1.0
+    free = _free_bytes(engine)
+    try:
+        for plan in measured_plans(model, samples, engine.config, runtime, free):
+            if plan.checkpoint_depth or (plan.activations == kind and not runtime.checkpoint_depth):
+                share = share_within(streams, plan.budget_bytes - plan.needed_bytes)
+                break
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    share = max(runtime.processes.gathered(share))
+    engine.change(offloading_share=share)
+    for stream in streams:
+        stream.keep(share)
+    yield Warned(message=f"Offloading keeps {share:.0%} of the blocks in host memory.", is_remark=True)
 
 
 def optimizer_bytes(master_bytes: int) -> int:

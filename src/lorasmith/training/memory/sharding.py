@@ -19,7 +19,6 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from lorasmith.adapters.frozen_weights import packed_weight
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.blocks import blocks_at_depth
+from lorasmith.core.byte_layout import ByteLayout, Place
 from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.mapped_files import release_pages
@@ -37,9 +37,6 @@ from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
 from lorasmith.core.quantization import AlwaysHere, Packed, WeightSource
-
-_ALIGNED = 64
-"""Alignment of tensors in bytes, as kernels require."""
 
 _ASKED_S = 1.0
 """Seconds between two checks for errors of other processes."""
@@ -110,20 +107,6 @@ def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterato
         raise explained from error
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where a tensor is in the bytes of a block, `start` to `stop`."""
-
-    start: int
-    stop: int
-    dtype: torch.dtype
-    laid: tuple[int, ...]  # its shape with the dimensions in memory order
-    order: tuple[int, ...]  # index in `laid` of each of its dimensions
-
-    def view(self, whole: Tensor) -> Tensor:
-        return whole.view(torch.uint8)[self.start : self.stop].view(self.dtype).view(self.laid).permute(self.order)
-
-
 class _Bytes(nn.Module):
     """The packed weights of a block, as the bytes of one parameter."""
 
@@ -134,36 +117,27 @@ class _Bytes(nn.Module):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
-        self._pieces: list[Tensor] = []
-        self._taken: list[Tensor] = []
-        self._size = 0
+        self._layout = ByteLayout()
+        self._taken: list[tuple[Tensor, Place]] = []
 
     def add(self, weight: Packed) -> ShardedWeight:
-        self._taken += weight.tensors
-        return ShardedWeight(self, [self._added(tensor) for tensor in weight.tensors], weight)
+        places = [self._layout.add(tensor) for tensor in weight.tensors]
+        self._taken += zip(weight.tensors, places, strict=True)
+        return ShardedWeight(self, places, weight)
 
     def join(self) -> None:
-        self.whole = nn.Parameter(torch.cat(self._pieces).view(torch.float32), requires_grad=False)
-        for tensor in self._taken:
+        whole = torch.zeros(self._layout.size_bytes, dtype=torch.uint8, device=self._device)
+        for tensor, place in self._taken:
+            place.view(whole).copy_(tensor)
             release_pages(tensor)
-        self._pieces.clear()
+        self.whole = nn.Parameter(whole.view(torch.float32), requires_grad=False)
         self._taken.clear()
-
-    def _added(self, tensor: Tensor) -> _Place:
-        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-        laid = tensor.permute(order).contiguous()
-        start = self._size
-        piece = laid.view(-1).view(torch.uint8).to(self._device)
-        self._pieces += [piece, piece.new_zeros(-len(piece) % _ALIGNED)]
-        self._size += sum(map(len, self._pieces[-2:]))
-        back = tuple(order.index(dimension) for dimension in range(tensor.ndim))
-        return _Place(start, start + len(piece), tensor.dtype, tuple(laid.shape), back)
 
 
 class ShardedWeight(WeightSource):
     """A layer's weight source in the bytes of its block, available during the block's passes."""
 
-    def __init__(self, block: _Bytes, places: Sequence[_Place], weight: Packed) -> None:
+    def __init__(self, block: _Bytes, places: Sequence[Place], weight: Packed) -> None:
         self._code = weight.code
         self._rotated_by = weight.rotated_by
         self._block = block
