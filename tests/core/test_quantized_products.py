@@ -93,7 +93,9 @@ def test_backward_is_the_product_with_the_weight_untransposed(kind: str, dtype: 
 def test_numbers_that_fp8_holds_come_out_exactly(kind: str, scales_rows: bool) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.randint(-4, 5, (OUT, IN), generator=g).float()
-    weight[:, 0] = torch.finfo(packed(weight, kind, torch.float32).tensors[0].dtype).max / 64  # a power of two as the scale
+    weight[:, 0] = (
+        torch.finfo(packed(weight, kind, torch.float32).tensors[0].dtype).max / 64
+    )  # a power of two as the scale
     x, grad = (torch.randint(-4, 5, (3, size), generator=g).float() for size in (IN, OUT))
     x[:, 0] = 448.0
     codes = packed(weight, kind, torch.float32)

@@ -12,9 +12,9 @@
     nvfp4              w / s in e2m1, max = 6, two a byte       e4m3 for 16 inputs · fp32    0.5 + 1 / 16
 
 mxfp8 is of the OCP Microscaling specification (2023), with scales rounded up, so that no number is beyond the format's
-largest (Mishra et al. 2025, arXiv:2506.08027). In nvfp4 (NVIDIA 2025, arXiv:2509.25149) the scale of a block is a number
-in e4m3, times one in fp32 for the whole weight. Weights that blocks of inputs do not divide, and those of convolutions,
-are as in `fp8_e4m3` and `nf4`.
+largest (Mishra et al. 2025, arXiv:2506.08027). In nvfp4 (NVIDIA 2025, arXiv:2509.25149) the scale of a block is in
+e4m3, times one in fp32 for the whole weight. Weights whose inputs are not whole blocks, and those of convolutions, are
+as in `fp8_e4m3` and `nf4`.
 
 NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E) without the second
 quantization of its scales; codes are ordered as in bitsandbytes, the first of a pair in the upper half. A row is the

@@ -1,7 +1,7 @@
 """Products with quantized frozen weights in the format of their codes: fp8, int8, mxfp8 and nvfp4.
 
-In fp8 and int8, for codes C (out, in) with scales s, one for each output or one for all, activations x and gradients g are rounded row
-by row to the same format, each row scaled so that its maximum is the format's:
+In fp8 and int8, for codes C (out, in) with scales s, one for each output or one for all, activations x and gradients g
+are rounded row by row to the same format, each row scaled so that its maximum is the format's:
 
     forward     x Wᵀ = sx · (x / sx) Cᵀ · s            one sx for each row of x
     backward    g W  = sg · ((g ∘ s) / sg) C           one sg for each row of g ∘ s
@@ -131,12 +131,12 @@ class BlockProducts:
     """The products of a Linear layer whose packed weight has scales for blocks of inputs, in mxfp8 or nvfp4."""
 
     def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
-        self._kind: Quantization = "mxfp8" if codes.products == "mxfp8" else "nvfp4"
+        self._kind = PRODUCT_KINDS[codes.products].quantization
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         flat = x.reshape(-1, x.shape[-1])
-        for smoothing in weight.tensors[3:]:
+        for smoothing in weight.tensors[3:]:  # see `nvfp4_codes`
             flat = flat * smoothing
         bare = replace(weight, tensors=weight.tensors[:3], dtype=torch.float32)
         y = _block_product(packed(flat, self._kind, torch.float32), bare, x.dtype)
@@ -156,7 +156,7 @@ class ProductKind:
 
     make: type[Fp8Products] | type[Int8Products] | type[BlockProducts]
     capability: tuple[int, int]  # of NVIDIA's GPUs, at least
-    quantization: str  # with which weights have the codes, the best
+    quantization: Quantization  # with which weights have the codes, the best
     others: str = ""  # devices beside these, in words
     multiple: int = 16  # of which the sizes of a weight must be multiples
 

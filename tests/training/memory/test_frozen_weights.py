@@ -193,13 +193,23 @@ def test_a_run_with_products_in_fp8_learns_as_the_others_do(
     [
         ("fp8", "fp8_e4m3", False, "products fp8 has no effect on cpu, which has no products in fp8"),
         ("int8", "int8", False, "products int8 has no effect on cpu, which has no products in int8"),
-        ("mxfp8", "mxfp8", False, r"products mxfp8 has no effect on cpu, which has no products in mxfp8 \(NVIDIA, .* 10"),
+        (
+            "mxfp8",
+            "mxfp8",
+            False,
+            r"products mxfp8 has no effect on cpu, which has no products in mxfp8 \(NVIDIA, .* 10",
+        ),
         ("fp8", "int8", True, "products fp8 has no effect with quantization int8: it needs weights in fp8"),
         ("int8", "none", True, "products int8 has no effect with quantization none: it needs weights in int8"),
         ("int8", "nf4", True, "products int8 has no effect with quantization nf4"),
         ("fp8", "fp8_e4m3", True, r"products fp8 applies to \d+ of \d+ layers; .* convolutions"),
         ("int8", "int8_convrot", True, r"products int8 applies to \d+ of \d+ layers; .* convolutions"),
-        ("mxfp8", "fp8_e4m3", True, "products mxfp8 has no effect with quantization fp8_e4m3: it needs weights in mxfp8"),
+        (
+            "mxfp8",
+            "fp8_e4m3",
+            True,
+            "products mxfp8 has no effect with quantization fp8_e4m3: it needs weights in mxfp8",
+        ),
         ("nvfp4", "nvfp4", True, r"products nvfp4 applies to \d+ of \d+ layers; .* that 32 does not divide"),
     ],
 )
