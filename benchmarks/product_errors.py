@@ -66,13 +66,15 @@ def main() -> None:
     rows: dict[str, list[tuple[dict[str, float], float, float]]] = {}
     for name in arguments.models:
         model, samples = made(name)
-        rows[name] = [measured(model, samples, way, arguments.outliers) for way in WAYS]
+        rows[name] = [measured(model, samples, way, arguments.outliers) for way in arguments.ways]
         print(name, rows[name], flush=True)
-    columns = {f"{side}, {way}": ".2%" for side in ("forward", "backward") for way in WAYS}
+    columns = {f"{side}, {way}": ".2%" for side in ("forward", "backward") for way in arguments.ways}
     results.table({"model": "", **columns}, title="Errors of products")
     for name, found in rows.items():
         results.add(name, *(errors.get(side) for side in ("forward", "backward") for errors, _, _ in found))
-    columns = {f"{what}, {way}": form for what, form in (("prediction", ".2%"), ("cosine", ".4f")) for way in WAYS}
+    columns = {
+        f"{what}, {way}": form for what, form in (("prediction", ".2%"), ("cosine", ".4f")) for way in arguments.ways
+    }
     results.table({"model": "", **columns}, title="Errors of a step")
     for name, found in rows.items():
         results.add(name, *(one for _, one, _ in found), *(one for _, _, one in found))
@@ -183,6 +185,7 @@ def _arguments() -> argparse.Namespace:
     names = ["tiny", *TINY]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY")
     parser.add_argument("--outliers", type=float, default=1.0, help="factor of every 64th input")
     parser.add_argument("--threads", type=int, default=1)
     add_json(parser)

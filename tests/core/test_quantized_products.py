@@ -86,7 +86,9 @@ def test_backward_is_the_product_with_the_weight_untransposed(kind: str, dtype: 
     found = products(weight).backward(weight, grad)
     assert found.dtype == dtype
     assert found.shape == (2, 9, IN)
-    assert row_error(found.float(), grad.float() @ weight.weight()) < 1 / 16
+    # In blocks across, a weight in nvfp4 is rounded a second time.
+    limit = 1 / 8 if kind == "nvfp4" else 1 / 16
+    assert row_error(found.float(), grad.float() @ weight.weight()) < limit
 
 
 @pytest.mark.parametrize("kind", FP8)
@@ -145,7 +147,7 @@ def test_rotation_keeps_a_product_whose_inputs_have_outliers() -> None:
     assert errors[1] < errors[0] / 2
 
 
-@pytest.mark.parametrize("kind", [needing("fp8_e4m3"), *INT8, "mxfp8"])
+@pytest.mark.parametrize("kind", [needing("fp8_e4m3"), *INT8, *BLOCKS])
 def test_zeros_and_faults_come_through(kind: str) -> None:
     weight = packed(numbers(OUT, IN, seed=0), kind, torch.float32)
     rows = torch.zeros(3, IN)
@@ -250,11 +252,10 @@ def test_products_in_blocks_are_the_formula(kind: str) -> None:
     parts, plain = packed_files.pack(kind, torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)))
     weight = PackedWeights("x", {f"a.{leaf}": tensor for leaf, tensor in parts.items()}, {}).read("a.weight")
     factors, base = parts.get("pre_quant_scale", torch.ones(IN)), kind.partition(" ")[0]
-    rounded = packed_files.pack(base, x * factors)[1]
-    own = products(weight)
-    torch.testing.assert_close(own.forward(weight, x, None), rounded @ (plain / factors).t(), rtol=1e-4, atol=1e-3)
-    rounded, across = packed_files.pack("mxfp8", grad)[1], packed_files.pack("mxfp8", plain.t().contiguous())[1]
-    torch.testing.assert_close(own.backward(weight, grad), rounded @ across.t(), rtol=1e-4, atol=1e-3)
+    rows, own = packed_files.rounded(base, x * factors), products(weight)
+    torch.testing.assert_close(own.forward(weight, x, None), rows @ (plain / factors).t(), rtol=1e-4, atol=1e-3)
+    rows, across = packed_files.rounded("mxfp8", grad), packed_files.rounded("mxfp8", plain.t())
+    torch.testing.assert_close(own.backward(weight, grad), rows @ across.t(), rtol=1e-4, atol=1e-3)
 
 
 def test_a_weight_in_mxfp8_is_the_same_in_blocks_across() -> None:

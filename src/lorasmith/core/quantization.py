@@ -9,12 +9,12 @@
     fp8_e5m2_tensor    as fp8_e5m2, s = max |w| / 57344         one for the weight           1
     mxfp8              w / s in float8 e4m3, max ≤ 448          2^n for 32 inputs            1 + 1 / 32
     nf4                nearest of 16 levels, two codes a byte   max |block| of 64 numbers    0.5 + 4 / 64
-    nvfp4              w / s in e2m1, max = 6, two a byte       e4m3 for 16 inputs · fp32    0.5 + 1 / 16
+    nvfp4              w / s in e2m1, max = 6, two a byte       e4m3 for 16 inputs · fp32    0.5 + 1 / 16 + 4 / row
 
 mxfp8 is of the OCP Microscaling specification (2023), with scales rounded up, so that no number is beyond the format's
 largest (Mishra et al. 2025, arXiv:2506.08027). In nvfp4 (NVIDIA 2025, arXiv:2509.25149) the scale of a block is in
-e4m3, times one in fp32 for the whole weight. Weights whose inputs are not whole blocks, and those of convolutions, are
-as in `fp8_e4m3` and `nf4`.
+e4m3, times one in fp32: for each output here, so that rows do not depend on others, and for the weight in files.
+Weights whose inputs are not whole blocks, and those of convolutions, are as in `fp8_e4m3` and `nf4`.
 
 NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E) without the second
 quantization of its scales; codes are ordered as in bitsandbytes, the first of a pair in the upper half. A row is the
@@ -375,21 +375,21 @@ def _blocks_of_e2m1(weight: Tensor, dtype: torch.dtype) -> Packed:
         return _normal_float(weight, dtype)
     blocks = weight.float().reshape(len(weight), -1, NVFP4_BLOCK)
     largest = blocks.abs().amax(2) / _E2M1[-1]
-    scale = (largest.amax() / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (largest.amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=2.0**-100)
     by_block = (largest / scale).clamp(min=2**-9).to(torch.float8_e4m3fn)  # the least that is not zero
     numbers = blocks / (by_block.float() * scale).unsqueeze(-1)
     size = numbers.abs()
     # Codes as a function of numbers are three lines, which get flatter; halves are rounded to even codes.
     codes = torch.minimum(torch.minimum(2 * size, size + 2), size / 2 + 4).round_().clamp_(max=7)
     pairs = (codes + 8 * (numbers < 0)).to(torch.uint8).view(len(weight), -1, 2)
-    return nvfp4_codes((pairs[..., 0] << 4) | pairs[..., 1], by_block, scale.view(1, 1), dtype)
+    return nvfp4_codes((pairs[..., 0] << 4) | pairs[..., 1], by_block, scale, dtype)
 
 
 def nvfp4_codes(codes: Tensor, blocks: Tensor, scale: Tensor, dtype: torch.dtype, *smoothing: Tensor) -> Packed:
     """The packed weight `codes · blocks · scale`, times `smoothing` if there is one.
 
     codes: (out, in / 2), uint8, the first of two in the upper half; blocks: (out, in / 16), float8_e4m3fn; scale:
-    (1, 1), fp32; smoothing: (1, in), fp32, by which the layer multiplies its input, and so the columns of the weight.
+    (out, 1) or (1, 1), fp32; smoothing: (1, in), fp32, factors of the layer's input, and so of the weight's columns.
     """
     shape = torch.Size((len(codes), 2 * codes.shape[1]))
     return Packed((codes, blocks, scale, *smoothing), _from_nvfp4, dtype, shape)

@@ -30,8 +30,8 @@ products saturate in pairs: there is none there.
 mxfp8 and nvfp4 have scales for blocks along the summed dimension, of both matrices. Forward, activations are packed as
 the weight is. Backward, the sum is over outputs, along which the weight has no blocks: it is unpacked, and packed in
 mxfp8 along them, as the gradient is. A copy that is kept would take as much memory as a weight in bf16. From mxfp8
-that changes only numbers below 2⁻¹³ of the largest of their new block, as powers of two shift codes exactly. Gradients
-in nvfp4 have an error four times as large (docs/lab-log.md). The product is, by definition, the one of the unpacked
+that changes only numbers below 2⁻¹³ of the largest of their new block, as powers of two shift codes exactly; from nvfp4
+it rounds again. Gradients in nvfp4 have an error more than three times as large (docs/lab-log.md). The product is, by definition, the one of the unpacked
 matrices in fp32, which is what other devices compute.
 """
 
@@ -206,7 +206,7 @@ def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _block_product(a: Packed, b: Packed, dtype: torch.dtype) -> Tensor:
-    """`A Bᵀ` in `dtype` of matrices (n, k) and (m, k) that are packed alike, in blocks along k, and unpack to fp32."""
+    """`A Bᵀ` in `dtype` of matrices (n, k) and (m, k) that are packed in one format, and unpack to fp32."""
     if a.tensors[0].device.type == "cuda":
         return _block_product_on_gpu(a, b, dtype)
     return (a.weight() @ b.weight().t()).to(dtype)
@@ -224,8 +224,8 @@ def _block_product_on_gpu(a: Packed, b: Packed, dtype: torch.dtype) -> Tensor:
         scale_b=tiled(scales_b).view(scale),
         out_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
     )
-    for one, two in zip(whole, other, strict=True):
-        y.mul_(one * two)
+    for by_row, by_column in zip(whole, other, strict=True):
+        y.mul_(by_row).mul_(by_column.reshape(1, -1))
     return y.to(dtype)
 
 
@@ -236,10 +236,9 @@ def _multiplies_blocks(device: torch.device) -> bool:
     a, b = (torch.randn(size, 96, generator=generator) for size in (160, 64))
 
     def is_right(kind: Quantization) -> bool:
-        pair = [packed(one, kind, torch.float32) for one in (a, b)]
-        expected = _block_product(*pair, torch.float32)
-        found = _block_product(*(one.to(device, torch.float32) for one in pair), torch.float32)
-        return torch.allclose(found.cpu(), expected, rtol=0.01, atol=0.01)
+        left, right = (packed(one, kind, torch.float32) for one in (a, b))
+        found = _block_product(left.to(device, torch.float32), right.to(device, torch.float32), torch.float32)
+        return torch.allclose(found.cpu(), _block_product(left, right, torch.float32), rtol=0.01, atol=0.01)
 
     try:
         return is_right("mxfp8") and is_right("nvfp4")
