@@ -31,8 +31,8 @@ mxfp8 and nvfp4 have scales for blocks along the summed dimension, of both matri
 the weight is. Backward, the sum is over outputs, along which the weight has no blocks: it is unpacked, and packed in
 mxfp8 along them, as the gradient is. A copy that is kept would take as much memory as a weight in bf16. From mxfp8
 that changes only numbers below 2⁻¹³ of the largest of their new block, as powers of two shift codes exactly; from nvfp4
-it rounds again. Gradients in nvfp4 have an error more than three times as large (docs/lab-log.md). The product is, by definition, the one of the unpacked
-matrices in fp32, which is what other devices compute.
+it rounds again. Gradients in nvfp4 have an error more than three times as large (docs/lab-log.md). The product is, by
+definition, the one of the unpacked matrices in fp32, which is what other devices compute.
 """
 
 from __future__ import annotations
