@@ -91,16 +91,13 @@ def main() -> None:
     model = load_model("lorasmith-tiny")
     data = load_dataset(BUILT_IN_BASE / "input" / arguments.images, model, device=device)
     curves: dict[str, list[Curve]] = {recipe: [] for recipe in arguments.recipes}
-    with mock.patch.object(quantized_products, "has_products", _has_all) if arguments.emulate else nullcontext():
+    has_all = mock.patch.object(quantized_products, "has_products", return_value=True)
+    with has_all if arguments.emulate else nullcontext():
         for seed, recipe in itertools.product(arguments.seeds, arguments.recipes):
             curves[recipe].append(_curve(model, data, recipe, seed, arguments))
     _report(curves, arguments, results)
     if arguments.plot:
         _plot(curves, arguments.plot)
-
-
-def _has_all(kind: str, device: torch.device) -> bool:
-    return True
 
 
 def settings_of(recipe: str) -> dict[str, Any]:

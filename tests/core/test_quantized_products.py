@@ -238,7 +238,7 @@ def test_a_gpu_is_given_the_numbers_of_the_definition(
         return (decoded(a, scale_a) @ decoded(b.t(), scale_b).t()).to(out_dtype)
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    a, b = (packed(numbers(rows, 160, seed=rows), kind, torch.float32) for rows in (200, 64))
+    a, b = (packed(numbers(160, rows, seed=rows).t(), kind, torch.float32) for rows in (200, 64))
     found = quantized_products._block_product_on_gpu(a, b, dtype)
     assert found.dtype == dtype
     expected = quantized_products._block_product(a, b, torch.float32)

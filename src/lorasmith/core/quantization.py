@@ -76,10 +76,13 @@ NVFP4_BLOCK = 16
 """Inputs that share a scale in nvfp4."""
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_LEVELS = (*_E2M1, *(-level for level in _E2M1))
+E2M1_LEVELS = (*_E2M1, *(-level for level in _E2M1))
 """Numbers of the 4-bit float by its code; the upper half are the negative ones."""
 
 _TILE = (128, 4)
+
+_BY_ROW = torch.contiguous_format
+"""Of codes in blocks: products take rows, and a transposed matrix would keep its columns."""
 
 
 @dataclass(frozen=True)
@@ -356,8 +359,9 @@ def _blocks_of_e4m3(weight: Tensor, dtype: torch.dtype) -> Packed:
     least = blocks.abs().amax(2) / torch.finfo(torch.float8_e4m3fn).max
     # The next power of two, as its bits in fp32: all of the exponent, which is e8m0's. Infinity becomes a NaN.
     exponents = (least.view(torch.int32).clamp(1, 255 << 23) + ((1 << 23) - 1)) >> 23
-    codes = (blocks / (exponents << 23).view(torch.float32).unsqueeze(-1)).to(torch.float8_e4m3fn)
-    return mxfp8_codes(codes.view(weight.shape), exponents.to(torch.uint8), dtype)
+    scaled = blocks / (exponents << 23).view(torch.float32).unsqueeze(-1)
+    codes = scaled.view(weight.shape).to(torch.float8_e4m3fn, memory_format=_BY_ROW)
+    return mxfp8_codes(codes, exponents.to(torch.uint8, memory_format=_BY_ROW), dtype)
 
 
 def mxfp8_codes(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Packed:
@@ -376,12 +380,13 @@ def _blocks_of_e2m1(weight: Tensor, dtype: torch.dtype) -> Packed:
     blocks = weight.float().reshape(len(weight), -1, NVFP4_BLOCK)
     largest = blocks.abs().amax(2) / _E2M1[-1]
     scale = (largest.amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=2.0**-100)
-    by_block = (largest / scale).clamp(min=2**-9).to(torch.float8_e4m3fn)  # the least that is not zero
+    least = 2**-9  # that is not zero
+    by_block = (largest / scale).clamp(min=least).to(torch.float8_e4m3fn, memory_format=_BY_ROW)
     numbers = blocks / (by_block.float() * scale).unsqueeze(-1)
     size = numbers.abs()
     # Codes as a function of numbers are three lines, which get flatter; halves are rounded to even codes.
     codes = torch.minimum(torch.minimum(2 * size, size + 2), size / 2 + 4).round_().clamp_(max=7)
-    pairs = (codes + 8 * (numbers < 0)).to(torch.uint8).view(len(weight), -1, 2)
+    pairs = (codes + 8 * (numbers < 0)).to(torch.uint8, memory_format=_BY_ROW).view(len(weight), -1, 2)
     return nvfp4_codes((pairs[..., 0] << 4) | pairs[..., 1], by_block, scale, dtype)
 
 
@@ -396,7 +401,7 @@ def nvfp4_codes(codes: Tensor, blocks: Tensor, scale: Tensor, dtype: torch.dtype
 
 
 def _from_nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, *smoothing: Tensor, dtype: torch.dtype) -> Tensor:
-    pairs = F.embedding(codes.int(), level_pairs(_E2M1_LEVELS, codes.device))
+    pairs = F.embedding(codes.int(), level_pairs(E2M1_LEVELS, codes.device))
     weight = pairs.view(len(codes), -1, NVFP4_BLOCK).mul_((blocks.float() * scale).unsqueeze(-1)).view(len(codes), -1)
     for factor in smoothing:
         weight = weight.mul_(factor)

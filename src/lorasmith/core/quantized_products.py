@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.choices import ProductFormat, Quantization
-from lorasmith.core.quantization import CodeFormat, Packed, packed, rotated, rotation, tiled
+from lorasmith.core.quantization import E2M1_LEVELS, CodeFormat, Packed, level_pairs, packed, rotated, rotation, tiled
 
 
 def has_products(kind: ProductFormat, device: torch.device) -> bool:
@@ -132,6 +132,8 @@ class BlockProducts:
 
     def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
         self._kind = PRODUCT_KINDS[codes.products].quantization
+        if self._kind == "nvfp4":
+            level_pairs(E2M1_LEVELS, device)  # kept, so that the first backward pass does not wait for its copy
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
