@@ -6,6 +6,10 @@ the steps alone, on the CPU processor time.
 
     python -m benchmarks.learning --recipes comfyui ours --seeds 0 1 2 --steps 500 --plot curves.png
     python -m benchmarks.learning --recipes ours ours,schedule=cosine ours,ema_decay=0.99
+    python -m benchmarks.learning --recipes bf16 int8 int8-convrot mxfp8 nvfp4 --emulate --seeds 0 1 2 3 4 --steps 60
+
+Curves are means over the seeds with their intervals of 95 % (Student's t), of losses and of their ratios to the first
+recipe's with the same seed. Losses of a run with quantized weights are measured with them.
 
 A recipe is a name of `RECIPES`, and changes to it. `comfyui` has the defaults of ComfyUI's Train LoRA: every layer,
 uniform times, loss on the clean picture, AdamW on bf16 weights, alpha 1 (a scale of 1 / rank), and no clipping.
@@ -16,16 +20,20 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
+from lorasmith.core import quantized_products
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
@@ -48,7 +56,17 @@ COMFYUI = {
     "max_grad_norm": 0.0,
     "optimizer": "benchmarks.learning.Bf16AdamW",
 }
-RECIPES: Mapping[str, Mapping[str, Any]] = {"ours": {}, "comfyui": COMFYUI}
+_BF16 = {"training_dtype": "bf16", "exact_dtype": True, "targets": "all-linear"}
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "ours": {},
+    "comfyui": COMFYUI,
+    "bf16": _BF16,
+    **{kind: {**_BF16, "quantization": kind, "products": kind} for kind in ("int8", "mxfp8", "nvfp4")},
+    "int8-convrot": {**_BF16, "quantization": "int8_convrot", "products": "int8"},
+}
+
+_T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of 97.5 % of Student's distribution, by degrees of freedom."""
 
 
 class Bf16AdamW(torch.optim.AdamW):
@@ -72,10 +90,11 @@ def main() -> None:
     results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model = load_model("lorasmith-tiny")
     data = load_dataset(BUILT_IN_BASE / "input" / arguments.images, model, device=device)
-    curves = {
-        recipe: [_curve(model, data, recipe, seed, arguments) for seed in arguments.seeds]
-        for recipe in arguments.recipes
-    }
+    curves: dict[str, list[Curve]] = {recipe: [] for recipe in arguments.recipes}
+    has_all = mock.patch.object(quantized_products, "has_products", return_value=True)
+    with has_all if arguments.emulate else nullcontext():
+        for seed, recipe in itertools.product(arguments.seeds, arguments.recipes):
+            curves[recipe].append(_curve(model, data, recipe, seed, arguments))
     _report(curves, arguments, results)
     if arguments.plot:
         _plot(curves, arguments.plot)
@@ -152,6 +171,25 @@ def _report(curves: Mapping[str, list[Curve]], arguments: argparse.Namespace, re
             statistics.mean(run[-1][0] for run in runs),
             ", ".join(f"{share:.3f}" for share in shares),
         )
+    count = len(curves[first][0])
+    steps = {f"step {min(index * arguments.every, arguments.steps)}": "" for index in range(count)}
+    for title, reference in (("Held-out loss", None), (f"Held-out loss, share of that of {first}", curves[first])):
+        results.table({"recipe": "", **steps}, title=title)
+        for recipe, runs in curves.items():
+            whole = [[loss for _, loss in run] for run in runs]
+            if reference is not None:
+                whole = [
+                    [x / y for x, (_, y) in zip(*both, strict=True)] for both in zip(whole, reference, strict=True)
+                ]
+            results.add(recipe, *(_interval(at_step) for at_step in zip(*whole, strict=True)))
+
+
+def _interval(values: Sequence[float]) -> str:
+    """The mean, and half of its interval of 95 %."""
+    mean, count = statistics.mean(values), len(values)
+    if count == 1:
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {_T_95[count - 1] * statistics.stdev(values) / math.sqrt(count):.4f}"
 
 
 def _plot(curves: Mapping[str, list[Curve]], path: Path) -> None:
@@ -183,6 +221,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--images", default="high-contrast")
+    parser.add_argument("--emulate", action="store_true", help="compute products that the device lacks by emulation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     add_json(parser)

@@ -39,6 +39,8 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "fp8-products": {"quantization": "fp8_e4m3", "products": "fp8"},
     "int8-products": {"quantization": "int8", "products": "int8"},
     "int8-convrot-products": {"quantization": "int8_convrot", "products": "int8"},
+    "mxfp8-products": {"quantization": "mxfp8", "products": "mxfp8"},
+    "nvfp4-products": {"quantization": "nvfp4", "products": "nvfp4"},
     "offloading": {"offloading": True},
     "offloading-int8": {"offloading": True, "quantization": "int8"},
     "nf4-checkpointing": {"quantization": "nf4", "gradient_checkpointing": True},

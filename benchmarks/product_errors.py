@@ -1,4 +1,4 @@
-"""Errors of products in fp8 and int8 on small models of the families: of each product, and of a whole step.
+"""Errors of products in quantized formats on small models of the families: of each product, and of a whole step.
 
     PYTHONPATH=tests/peers:tests/families python -m benchmarks.product_errors
     PYTHONPATH=tests/peers:tests/families python -m benchmarks.product_errors --models tiny flux1 --outliers 30
@@ -6,10 +6,11 @@
 `tiny` is the built-in model on its example pictures, the others have random weights and inputs. Everything is compared
 with products in fp32 with the same quantized weights, so that the error of the weights does not count. The first table
 has the mean relative error of the products of a layer, forward and backward; each is computed from the exact inputs.
-`fp8, e5m2` has gradients in e5m2. The second has a whole step: the relative error of the prediction, and the cosine
-between the gradients of the LoRA. `--outliers` multiplies every 64th input of every product, as some networks do.
+`fp8, e5m2` has gradients in e5m2, `nvfp4, nvfp4` in nvfp4. The second has a whole step: the relative error of the
+prediction, and the cosine between the gradients of the LoRA. `--outliers` multiplies every 64th input of every product,
+as some networks do.
 
-Processors multiply in fp8 slowly, but in the same numbers.
+Processors multiply in fp8 slowly, but in the same numbers; products in mxfp8 and nvfp4 are emulated.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ from lorasmith.training.job import TrainJob, plan_job
 
 CPU = torch.device("cpu")
 
-WAYS: dict[str, tuple[Quantization, ProductFormat, torch.dtype]] = {
-    "int8": ("int8", "int8", torch.float8_e4m3fn),
-    "int8, ConvRot": ("int8_convrot", "int8", torch.float8_e4m3fn),
-    "fp8": ("fp8_e4m3", "fp8", torch.float8_e4m3fn),
-    "fp8, e5m2": ("fp8_e4m3", "fp8", torch.float8_e5m2),
+WAYS: dict[str, tuple[Quantization, ProductFormat, dict[str, Any]]] = {
+    "int8": ("int8", "int8", {}),
+    "int8, ConvRot": ("int8_convrot", "int8", {}),
+    "fp8": ("fp8_e4m3", "fp8", {}),
+    "fp8, e5m2": ("fp8_e4m3", "fp8", {"GRADIENT": torch.float8_e5m2}),
+    "mxfp8": ("mxfp8", "mxfp8", {}),
+    "nvfp4": ("nvfp4", "nvfp4", {}),
+    "nvfp4, nvfp4": ("nvfp4", "nvfp4", {"GRADIENT_BLOCKS": "nvfp4"}),
 }
-"""Quantization, products, and format of gradients in fp8."""
+"""Quantization, products, and what of `quantized_products` is another."""
 
 
 def main() -> None:
@@ -62,13 +66,15 @@ def main() -> None:
     rows: dict[str, list[tuple[dict[str, float], float, float]]] = {}
     for name in arguments.models:
         model, samples = made(name)
-        rows[name] = [measured(model, samples, way, arguments.outliers) for way in WAYS]
+        rows[name] = [measured(model, samples, way, arguments.outliers) for way in arguments.ways]
         print(name, rows[name], flush=True)
-    columns = {f"{side}, {way}": ".2%" for side in ("forward", "backward") for way in WAYS}
+    columns = {f"{side}, {way}": ".2%" for side in ("forward", "backward") for way in arguments.ways}
     results.table({"model": "", **columns}, title="Errors of products")
     for name, found in rows.items():
-        results.add(name, *(errors[side] for side in ("forward", "backward") for errors, _, _ in found))
-    columns = {f"{what}, {way}": form for what, form in (("prediction", ".2%"), ("cosine", ".4f")) for way in WAYS}
+        results.add(name, *(errors.get(side) for side in ("forward", "backward") for errors, _, _ in found))
+    columns = {
+        f"{what}, {way}": form for what, form in (("prediction", ".2%"), ("cosine", ".4f")) for way in arguments.ways
+    }
     results.table({"model": "", **columns}, title="Errors of a step")
     for name, found in rows.items():
         results.add(name, *(one for _, one, _ in found), *(one for _, _, one in found))
@@ -88,7 +94,7 @@ def measured(
     model: Model, samples: Sequence[Sample], way: str, outliers: float
 ) -> tuple[dict[str, float], float, float]:
     """Mean errors of products by direction, the error of the prediction, and the cosine of the gradients."""
-    quantization, products, rounded = WAYS[way]
+    quantization, products, changes = WAYS[way]
     config = TrainConfig(
         rank=4, batch_size=len(samples), training_dtype="fp32", quantization=quantization, targets="all-linear"
     )
@@ -96,7 +102,7 @@ def measured(
     for number, parameter in enumerate(one for _, trained in job.trained for one in trained.parameters()):
         g = torch.Generator().manual_seed(number)  # no longer the identity
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=g)
-    with mock.patch.object(quantized_products, "GRADIENT", rounded):
+    with mock.patch.dict(vars(quantized_products), changes):
         errors = defaultdict[str, list[float]](list)
         exact = step(job, samples, outliers, products=products, errors=errors)
         found = step(job, samples, outliers, products=products)
@@ -179,6 +185,7 @@ def _arguments() -> argparse.Namespace:
     names = ["tiny", *TINY]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY")
     parser.add_argument("--outliers", type=float, default=1.0, help="factor of every 64th input")
     parser.add_argument("--threads", type=int, default=1)
     add_json(parser)

@@ -31,11 +31,6 @@ class CastWeight(WeightSource):
         self._layer = layer
         self._place: dict[str, Any] = {"device": device, "dtype": dtype}
 
-    @property
-    def code(self) -> torch.dtype:
-        weight: Tensor = self._layer.weight  # type: ignore[assignment]
-        return weight.dtype
-
     def use(self) -> _Cast:
         return _Cast(self._layer, self._place)
 

@@ -24,10 +24,6 @@ class Borrowed(WeightSource):
         self.buffer = torch.full_like(weight, torch.nan)
         self.users = self.uses = 0
 
-    @property
-    def code(self) -> torch.dtype:
-        return self.weight.dtype
-
     @contextlib.contextmanager
     def use(self) -> Iterator[Packed]:
         self.users, self.uses = self.users + 1, self.uses + 1

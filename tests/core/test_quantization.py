@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import packed_files
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,14 @@ ERROR = {
     "fp8_e5m2": 4096 / 57344,
     "fp8_e4m3_tensor": 16 / 448,
     "fp8_e5m2_tensor": 4096 / 57344,
+    "mxfp8": 32 / 448,  # of a block's largest number, whose scale is up to twice the least one
     "nf4": 0.152,
+    "nvfp4": 1 / 6 * (1 + 1 / 16),
 }
 # Kinds with one scale for the whole weight, whose other numbers are only as good as codes near zero.
 BY_TENSOR = {kind for kind in PACKINGS if kind.endswith("_tensor")}
-BYTES = {kind: 0.5 if kind == "nf4" else 1.0 for kind in PACKINGS if kind != "none"}
+FOUR_BITS = ("nf4", "nvfp4")
+BYTES = {kind: 0.5 if kind in FOUR_BITS else 1.0 for kind in PACKINGS if kind != "none"}
 
 
 def weight_of(layer: str, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -48,7 +52,7 @@ def test_a_weight_comes_back_within_half_a_step(kind: str, layer: str, layout: t
     back = packed(weight, kind, torch.float32).weight()
 
     assert back.stride() == weight.stride()
-    by_row = kind != "nf4" and kind not in BY_TENSOR
+    by_row = kind not in FOUR_BITS and kind not in BY_TENSOR
     largest = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True) if by_row else weight.abs().max()
     assert ((back - weight).abs() <= ERROR[kind] * largest * (1 + 1e-5)).all()
     assert kind == "none" or not torch.equal(back, weight)
@@ -57,7 +61,7 @@ def test_a_weight_comes_back_within_half_a_step(kind: str, layer: str, layout: t
 @pytest.mark.parametrize("kind", BYTES)
 def test_codes_and_scales_are_all_that_is_kept(kind: str) -> None:
     weight = weight_of("conv 3x3 stride 2")
-    scales = weight.numel() // BLOCK if kind == "nf4" else 1 if kind in BY_TENSOR else len(weight)
+    scales = weight.numel() // BLOCK if kind in FOUR_BITS else 1 if kind in BY_TENSOR else len(weight)
     assert packed(weight, kind, torch.float32).size_bytes == BYTES[kind] * weight.numel() + 4 * scales
 
 
@@ -101,6 +105,22 @@ def test_nf4_takes_the_nearest_level_of_each_block() -> None:
     levels = torch.tensor(NF4_LEVELS)
     nearest = levels[(blocks[..., None] / scale[..., None] - levels).abs().argmin(-1)] * scale
     torch.testing.assert_close(packed(weight, "nf4", torch.float32).weight(), nearest.view_as(weight), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4"])
+def test_blocks_are_those_of_the_formula(kind: str) -> None:
+    """By the nearest of all codes, row by row."""
+    weight = weight_of("linear")
+    found = packed(weight, kind, torch.float32)
+    torch.testing.assert_close(found.weight(), packed_files.rounded(kind, weight), rtol=1e-6, atol=0)
+    size = {"mxfp8": 1 + 1 / 32, "nvfp4": 0.5 + 1 / 16 + 4 / weight.shape[1]}[kind]
+    assert found.size_bytes == size * weight.numel()
+
+
+def test_halves_are_rounded_to_even_codes_in_nvfp4() -> None:
+    halves, even = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0], [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
+    weight, expected = (torch.tensor([[*row, *(-one for one in row)]]) * 448 for row in (halves, even))
+    assert torch.equal(packed(weight, "nvfp4", torch.float32).weight(), expected)
 
 
 def test_nf4_is_that_of_bitsandbytes() -> None:

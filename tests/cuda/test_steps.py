@@ -44,6 +44,10 @@ LEVERS: dict[str, dict[str, Any]] = {
         for kind in PACKINGS
         if kind.startswith("int8")
     },
+    **{
+        f"{kind}-products": {"quantization": kind, "targets": "all", "changes": {"products": kind}}
+        for kind in ("mxfp8", "nvfp4")
+    },
     **{name: {"algorithm": name} for name in ALGORITHMS},
     "DoRA-output": {"dora": "output"},
     "DoRA-input": {"dora": "input"},
@@ -60,6 +64,7 @@ QUICK = [
     ("lumina2", "plain", "masked", 2),
     ("qwen-image", "nf4", "masked", 2),
     ("chroma", "fp8_e4m3-products", "plain", 2),
+    ("chroma", "nvfp4-products", "plain", 2),
     ("wan", "selective", "masked", 2),
     ("z-image", "checkpointing", "masked", 1),
     ("krea2", "LoKr", "masked", 2),

@@ -165,7 +165,7 @@ def _uses(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[li
 
 
 def _scaled_mm_refused(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *_: Any, **settings: Any) -> str:
-    """Why CUDA refuses a product in fp8 (`_scaled_mm`, compute capability 8.9); empty if it takes it."""
+    """Why CUDA refuses a product in fp8 or in blocks (`_scaled_mm`); empty if it takes it."""
     if a.dtype == b.dtype == torch.float8_e5m2:
         return "e5m2 times e5m2"
     if a.stride(1) != 1 or a.stride(0) < a.shape[1]:
@@ -174,6 +174,9 @@ def _scaled_mm_refused(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *
         return f"the second matrix must have columns in memory, has strides {b.stride()}"
     if a.shape[1] % 16 or b.shape[1] % 16:
         return f"sizes must be multiples of 16, are {tuple(a.shape)} and {tuple(b.shape)}"
+    if scale_a.dtype.itemsize == 1:  # of blocks, for which compute capability 10.0 is needed
+        sides = ((a, scale_a), (b.t(), scale_b))
+        return next((why for one, scale in sides if (why := _blocks_refused(one, scale))), "")
     by_row = scale_a.numel() > 1 or scale_b.numel() > 1
     if by_row and (scale_a.shape, scale_b.shape) != ((a.shape[0], 1), (1, b.shape[1])):
         return f"scales by row must be (rows, 1) and (1, columns), are {scale_a.shape} and {scale_b.shape}"
@@ -181,6 +184,20 @@ def _scaled_mm_refused(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *
         return "scales must be contiguous"
     if scale_a.dtype != torch.float32 or scale_b.dtype != torch.float32:
         return "scales must be in fp32"
+    return ""
+
+
+def _blocks_refused(rows: Tensor, scales: Tensor) -> str:
+    """Why CUDA refuses rows of codes with scales of blocks: whole tiles of 128 rows and 4 blocks, padded."""
+    sizes = {
+        (torch.float8_e4m3fn, torch.float8_e8m0fnu): 32,
+        (torch.float4_e2m1fn_x2, torch.float8_e4m3fn): 16 // 2,
+    }
+    if (block := sizes.get((rows.dtype, scales.dtype))) is None:
+        return f"there are no blocks of {rows.dtype} with scales in {scales.dtype}"
+    wanted = -(-rows.shape[0] // 128) * 128 * -(-rows.shape[1] // (4 * block)) * 4
+    if scales.numel() != wanted or not scales.is_contiguous():
+        return f"there must be {wanted} scales in a row, are {tuple(scales.shape)}"
     return ""
 
 

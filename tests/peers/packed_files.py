@@ -116,6 +116,11 @@ def _mxfp8(weight: Tensor) -> Files:
     return {"weight": codes.reshape(rows, width), "weight_scale": scales, "comfy_quant": said}, meant
 
 
+def rounded(kind: str, matrix: Tensor) -> Tensor:
+    """A matrix (n, k) whose rows are packed each by itself, as activations are."""
+    return torch.cat([pack(kind, row.unsqueeze(0))[1] for row in matrix])
+
+
 def _tiled(scales: Tensor) -> Tensor:
     """Scales of blocks in tiles of 128 × 4, of which each is 32 × 16 in memory."""
     rows, columns = (-(-size // tile) * tile for size, tile in zip(scales.shape, (128, 4), strict=True))

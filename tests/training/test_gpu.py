@@ -102,7 +102,7 @@ def test_quantized_and_offloaded_weights_agree_with_the_cpus(
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-3)
 
 
-MULTIPLIED = [kind for kind in PACKINGS if kind.startswith(("fp8", "int8"))]
+MULTIPLIED = [kind for kind in PACKINGS if kind.startswith(("fp8", "int8", "mxfp8", "nvfp4"))]
 
 
 def products_of(kind: str) -> str:
@@ -159,7 +159,8 @@ def test_a_product_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) -> None
     weight = packed(torch.randn(320, 768, generator=generator), kind, dtype)
     x, grad = (torch.randn(rows, size, generator=generator).to(dtype) for size in (768, 320))
     there = weight.to(device, dtype)
-    products, here = (made(weight, weight.shape, one) for one in (device, torch.device("cpu")))
+    assert weight.format is not None
+    products, here = (made(weight.format, weight.shape, one) for one in (device, torch.device("cpu")))
     for found, expected in (
         (products.forward(there, x.to(device), None), here.forward(weight, x, None)),
         (products.backward(there, grad.to(device)), here.backward(weight, grad)),

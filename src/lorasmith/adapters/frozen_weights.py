@@ -21,8 +21,8 @@ from lorasmith.core.blocks import blocks_at_depth, units
 from lorasmith.core.choices import ProductFormat, Quantization
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import free_memory, full_precision, memory_format_for, placed
-from lorasmith.core.quantization import Packed, WeightSource, packed, weight_source
-from lorasmith.core.quantized_products import MULTIPLE, PRODUCT_KINDS
+from lorasmith.core.quantization import CodeFormat, Packed, WeightSource, packed, weight_source
+from lorasmith.core.quantized_products import PRODUCT_KINDS
 
 
 @contextlib.contextmanager
@@ -134,21 +134,23 @@ def frozen_bytes(
 @contextlib.contextmanager
 def products_enabled(module: nn.Module, kind: ProductFormat, device: torch.device) -> Iterator[None]:
     """Inside the context, layers for which `takes_products` holds multiply in a format, forward and backward."""
-    sources = {layer: weight_source(layer) for layer in packable_layers(module)}
-    chosen = {layer: one for layer, one in sources.items() if one is not None and takes_products(layer, kind, one.code)}
+    formats = {layer: format_in_model(layer) for layer in packable_layers(module)}
+    chosen = {layer: one for layer, one in formats.items() if one is not None and takes_products(layer, kind, one)}
     try:
-        for layer, source in chosen.items():
-            setattr(layer, PRODUCTS, PRODUCT_KINDS[kind].make(source, layer.get_parameter("weight").shape, device))
+        for layer, one in chosen.items():
+            setattr(layer, PRODUCTS, PRODUCT_KINDS[kind].make(one, layer.get_parameter("weight").shape, device))
         yield
     finally:
         for layer in chosen:
             layer.__dict__.pop(PRODUCTS, None)
 
 
-def takes_products(layer: nn.Module, kind: ProductFormat, code: torch.dtype | None) -> bool:
-    """Whether a layer with codes of this dtype can multiply in a format: Linear layers whose sizes 16 divides."""
+def takes_products(layer: nn.Module, kind: ProductFormat, codes: CodeFormat | None) -> bool:
+    """Whether a layer with such codes can multiply in a format: Linear layers of the sizes that it needs."""
     sizes = layer.get_parameter("weight").shape
-    return code in PRODUCT_KINDS[kind].codes and len(sizes) == 2 and not any(size % MULTIPLE for size in sizes)
+    if codes is None or codes.products != kind or len(sizes) != 2:
+        return False
+    return not any(size % PRODUCT_KINDS[kind].multiple for size in sizes)
 
 
 @functools.cache
@@ -164,7 +166,7 @@ def _in_blocks(module: nn.Module, layers: Iterable[nn.Module]) -> list[list[nn.M
     return list(filter(None, blocks)) or [[layer] for layer in left]
 
 
-def code_in_model(layer: nn.Module) -> torch.dtype | None:
-    """Dtype of a layer's codes; None if its weight is not packed."""
+def format_in_model(layer: nn.Module) -> CodeFormat | None:
+    """Format of a layer's codes; None if it has none, or none that is multiplied."""
     source = weight_source(layer)
-    return None if source is None else source.code
+    return None if source is None else source.format

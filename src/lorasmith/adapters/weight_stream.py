@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorasmith.core.byte_layout import ByteLayout, Place
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.pinned_memory import PinnedBuffer
-from lorasmith.core.quantization import AlwaysHere, Packed, WeightSource, weight_source
+from lorasmith.core.quantization import AlwaysHere, CodeFormat, Packed, WeightSource, weight_source
 
 
 class WeightStream:
@@ -233,12 +233,8 @@ class StreamedWeight(WeightSource):
         self.here = weight  # where it was last
 
     @property
-    def code(self) -> torch.dtype:
-        return self.here.code
-
-    @property
-    def rotated_by(self) -> int | None:
-        return self.here.rotated_by
+    def format(self) -> CodeFormat | None:
+        return self.here.format
 
     def use(self) -> contextlib.AbstractContextManager[Packed]:
         if not torch.compiler.is_compiling():  # a compiled block is fetched before it is called

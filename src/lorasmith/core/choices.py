@@ -35,11 +35,20 @@ Objective = Literal["native", "x0"]
 """What the loss compares: the model's native prediction, or the clean sample."""
 
 Quantization = Literal[
-    "none", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3_tensor", "fp8_e5m2_tensor", "int8", "int8_convrot", "nf4"
+    "none",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp8_e4m3_tensor",
+    "fp8_e5m2_tensor",
+    "int8",
+    "int8_convrot",
+    "mxfp8",
+    "nf4",
+    "nvfp4",
 ]
 """How frozen weights are stored; see `core.quantization`."""
 
-ProductFormat = Literal["training_dtype", "fp8", "int8"]
+ProductFormat = Literal["training_dtype", "fp8", "int8", "mxfp8", "nvfp4"]
 """Number format of products with frozen weights; see `core.quantized_products`."""
 
 TIMESTEP_DISTRIBUTIONS: Registry[Any] = Registry(

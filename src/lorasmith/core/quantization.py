@@ -7,7 +7,14 @@
     fp8_e5m2           w / s in float8, s = max |row| / 57344   one for each output          1 + 4 / row
     fp8_e4m3_tensor    as fp8_e4m3, s = max |w| / 448           one for the weight           1
     fp8_e5m2_tensor    as fp8_e5m2, s = max |w| / 57344         one for the weight           1
+    mxfp8              w / s in float8 e4m3, max ≤ 448          2^n for 32 inputs            1 + 1 / 32
     nf4                nearest of 16 levels, two codes a byte   max |block| of 64 numbers    0.5 + 4 / 64
+    nvfp4              w / s in e2m1, max = 6, two a byte       e4m3 for 16 inputs · fp32    0.5 + 1 / 16 + 4 / row
+
+mxfp8 is of the OCP Microscaling specification (2023), with scales rounded up, so that no number is beyond the format's
+largest (Mishra et al. 2025, arXiv:2506.08027). In nvfp4 (NVIDIA 2025, arXiv:2509.25149) the scale of a block is in
+e4m3, times one in fp32: for each output here, so that rows do not depend on others, and for the weight in files.
+Weights whose inputs are not whole blocks, and those of convolutions, are as in `fp8_e4m3` and `nf4`.
 
 NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E) without the second
 quantization of its scales; codes are ordered as in bitsandbytes, the first of a pair in the upper half. A row is the
@@ -35,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.core.choices import Quantization
+from lorasmith.core.choices import ProductFormat, Quantization
 
 WEIGHT_SOURCE = "weight_source"
 """Attribute of a layer whose weight is not in its parameter: a `WeightSource`."""
@@ -62,6 +69,30 @@ NF4_LEVELS = (
 )
 """Quantiles of a normal distribution, scaled to [−1, 1], with an exact zero."""
 
+MXFP8_BLOCK = 32
+"""Inputs that share a scale in mxfp8."""
+
+NVFP4_BLOCK = 16
+"""Inputs that share a scale in nvfp4."""
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_LEVELS = (*_E2M1, *(-level for level in _E2M1))
+"""Numbers of the 4-bit float by its code; the upper half are the negative ones."""
+
+_TILE = (128, 4)
+
+_BY_ROW = torch.contiguous_format
+"""Of codes in blocks: products take rows, and a transposed matrix would keep its columns."""
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """What is to be known of codes before they are multiplied (`core.quantized_products`)."""
+
+    products: ProductFormat  # in which they are multiplied
+    dtype: torch.dtype
+    rotated_by: int | None = None  # inputs of each rotated group (ConvRot); None for no rotation
+
 
 class WeightSource(ABC):
     """Where a layer's weight, and its bias, come from if not from its parameters.
@@ -70,13 +101,8 @@ class WeightSource(ABC):
     """
 
     @property
-    @abstractmethod
-    def code(self) -> torch.dtype:
-        """dtype of the codes."""
-
-    @property
-    def rotated_by(self) -> int | None:
-        """Size of the groups of inputs by which the codes are rotated (ConvRot); None for none."""
+    def format(self) -> CodeFormat | None:
+        """Format of the codes; None for those that are only unpacked."""
         return None
 
     @abstractmethod
@@ -106,19 +132,21 @@ class Packed(WeightSource):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @property
-    def code(self) -> torch.dtype:
-        """dtype of the codes."""
-        return self.tensors[0].dtype
+    def format(self) -> CodeFormat | None:
+        """See `WeightSource.format`."""
+        dtype = self.tensors[0].dtype
+        if isinstance(self.unpack, _FromRotated):
+            return CodeFormat("int8", dtype, self.unpack.group)
+        if self.unpack is _from_scaled:
+            return CodeFormat("int8" if dtype == torch.int8 else "fp8", dtype)
+        if self.unpack is _from_mxfp8:
+            return CodeFormat("mxfp8", dtype)
+        return CodeFormat("nvfp4", dtype) if self.unpack is _from_nvfp4 else None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is a weight in another dtype (`as_stored`), which may be `changed`."""
         return self.unpack is _converted or isinstance(self.unpack, _Changed)
-
-    @property
-    def rotated_by(self) -> int | None:
-        """See `WeightSource.rotated_by`."""
-        return self.unpack.group if isinstance(self.unpack, _FromRotated) else None
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
         """The plain weight with `change`, from a weight to a new one, applied whenever it is unpacked."""
@@ -324,6 +352,88 @@ def level_pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.cartesian_prod(numbers, numbers)
 
 
+def _blocks_of_e4m3(weight: Tensor, dtype: torch.dtype) -> Packed:
+    if weight.ndim != 2 or weight.shape[1] % MXFP8_BLOCK:
+        return _scaled_fp8(weight, dtype, code=torch.float8_e4m3fn, by_row=True)
+    blocks = weight.float().reshape(len(weight), -1, MXFP8_BLOCK)
+    least = blocks.abs().amax(2) / torch.finfo(torch.float8_e4m3fn).max
+    # The next power of two, as its bits in fp32: all of the exponent, which is e8m0's. Infinity becomes a NaN.
+    exponents = (least.view(torch.int32).clamp(1, 255 << 23) + ((1 << 23) - 1)) >> 23
+    scaled = blocks / (exponents << 23).view(torch.float32).unsqueeze(-1)
+    codes = scaled.view(weight.shape).to(torch.float8_e4m3fn, memory_format=_BY_ROW)
+    return mxfp8_codes(codes, exponents.to(torch.uint8, memory_format=_BY_ROW), dtype)
+
+
+def mxfp8_codes(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Packed:
+    """The packed weight `codes · 2^(exponents − 127)`: codes (out, in) in e4m3, exponents (out, in / 32), bytes."""
+    return Packed((codes, exponents), _from_mxfp8, dtype, codes.shape)
+
+
+def _from_mxfp8(codes: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tensor:
+    scale = exponents.view(torch.float8_e8m0fnu).float().unsqueeze(-1)  # 2^(e − 127); 255 is not a number
+    return codes.float().view(len(codes), -1, MXFP8_BLOCK).mul_(scale).view(codes.shape).to(dtype)
+
+
+def _blocks_of_e2m1(weight: Tensor, dtype: torch.dtype) -> Packed:
+    if weight.ndim != 2 or weight.shape[1] % NVFP4_BLOCK:
+        return _normal_float(weight, dtype)
+    blocks = weight.float().reshape(len(weight), -1, NVFP4_BLOCK)
+    largest = blocks.abs().amax(2) / _E2M1[-1]
+    scale = (largest.amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=2.0**-100)
+    least = 2**-9  # that is not zero
+    by_block = (largest / scale).clamp(min=least).to(torch.float8_e4m3fn, memory_format=_BY_ROW)
+    numbers = blocks / (by_block.float() * scale).unsqueeze(-1)
+    size = numbers.abs()
+    # Codes as a function of numbers are three lines, which get flatter; halves are rounded to even codes.
+    codes = torch.minimum(torch.minimum(2 * size, size + 2), size / 2 + 4).round_().clamp_(max=7)
+    pairs = (codes + 8 * (numbers < 0)).to(torch.uint8, memory_format=_BY_ROW).view(len(weight), -1, 2)
+    return nvfp4_codes((pairs[..., 0] << 4) | pairs[..., 1], by_block, scale, dtype)
+
+
+def nvfp4_codes(codes: Tensor, blocks: Tensor, scale: Tensor, dtype: torch.dtype, *smoothing: Tensor) -> Packed:
+    """The packed weight `codes · blocks · scale`, times `smoothing` if there is one.
+
+    codes: (out, in / 2), uint8, the first of two in the upper half; blocks: (out, in / 16), float8_e4m3fn; scale:
+    (out, 1) or (1, 1), fp32; smoothing: (1, in), fp32, factors of the layer's input, and so of the weight's columns.
+    """
+    shape = torch.Size((len(codes), 2 * codes.shape[1]))
+    return Packed((codes, blocks, scale, *smoothing), _from_nvfp4, dtype, shape)
+
+
+def _from_nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, *smoothing: Tensor, dtype: torch.dtype) -> Tensor:
+    pairs = F.embedding(codes.int(), level_pairs(E2M1_LEVELS, codes.device))
+    weight = pairs.view(len(codes), -1, NVFP4_BLOCK).mul_((blocks.float() * scale).unsqueeze(-1)).view(len(codes), -1)
+    for factor in smoothing:
+        weight = weight.mul_(factor)
+    return weight.to(dtype)
+
+
+def tiled(scales: Tensor) -> Tensor:
+    """Scales of blocks (rows, columns), of one byte each, in the tiles of `untiled`, padded with zeros; flat."""
+    height, width = (-(-size // tile) for size, tile in zip(scales.shape, _TILE, strict=True))
+    missing = (0, width * _TILE[1] - scales.shape[1], 0, height * _TILE[0] - scales.shape[0])
+    whole = F.pad(scales.view(torch.uint8), missing).view(height, 4, 32, width, 4)
+    return whole.permute(0, 3, 2, 1, 4).reshape(-1).view(scales.dtype)
+
+
+def tiled_size(rows: int, columns: int) -> int:
+    """Number of scales in tiles for a matrix of rows × columns of them, which is padded to whole tiles."""
+    return math.prod(_TILE[i] * -(-size // _TILE[i]) for i, size in enumerate((rows, columns)))
+
+
+def untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Scales of blocks (rows, columns) from the tiles of cuBLAS.
+
+    A tile has 128 rows and 4 columns; its row r is stored in place r mod 32 and there in quarter r div 32
+    (https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout).
+
+    scales: as many bytes as `tiled_size` says, in any shape.
+    """
+    height, width = -(-rows // _TILE[0]), -(-columns // _TILE[1])
+    tiles = scales.reshape(height, width, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(height * _TILE[0], width * _TILE[1])[:rows, :columns].contiguous()
+
+
 PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
     "none": as_stored,
     "fp8_e4m3": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=True),
@@ -332,7 +442,9 @@ PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
     "fp8_e5m2_tensor": functools.partial(_scaled_fp8, code=torch.float8_e5m2, by_row=False),
     "int8": _scaled_int8,
     "int8_convrot": _rotated_int8,
+    "mxfp8": _blocks_of_e4m3,
     "nf4": _normal_float,
+    "nvfp4": _blocks_of_e2m1,
 }
 """By name of the setting `quantization`."""
 

@@ -1,7 +1,7 @@
-"""Products with quantized frozen weights in the format of their codes: fp8 and int8.
+"""Products with quantized frozen weights in the format of their codes: fp8, int8, mxfp8 and nvfp4.
 
-For codes C (out, in) with scales s, one for each output or one for all, activations x and gradients g are rounded row
-by row to the same format, each row scaled so that its maximum is the format's:
+In fp8 and int8, for codes C (out, in) with scales s, one for each output or one for all, activations x and gradients g
+are rounded row by row to the same format, each row scaled so that its maximum is the format's:
 
     forward     x Wᵀ = sx · (x / sx) Cᵀ · s            one sx for each row of x
     backward    g W  = sg · ((g ∘ s) / sg) C           one sg for each row of g ∘ s
@@ -13,8 +13,10 @@ by R (ConvRot) are (C · s) R with R = Rᵀ = R⁻¹: `x R` is rounded in place 
     fp8       NVIDIA, compute capability 8.9 (Ada) or later                     `torch._scaled_mm`
     int8      NVIDIA, compute capability 8.0 (Ampere) or later                  `core.int8_kernel`, or `torch._int_mm`
               processors with VNNI                                              `torch._int_mm`
+    mxfp8     NVIDIA, compute capability 10.0 (Blackwell) or later              `torch._scaled_mm`
+    nvfp4     NVIDIA, compute capability 10.0 (Blackwell) or later              `torch._scaled_mm`
 
-Both need a Linear layer whose sizes are multiples of 16; the others are dequantized.
+They need a Linear layer whose sizes are multiples of 16, in mxfp8 and nvfp4 of 32; the others are dequantized.
 
 fp8: activations and gradients are in e4m3. Gradients are often in e5m2 for its range (Micikevicius et al. 2022,
 arXiv:2209.05433), but rows with scales of their own need none, and its error is twice as large
@@ -24,6 +26,13 @@ it is tried once for each shape; without it the scales are multiplied afterwards
 
 int8: sums are exact, so that all ways to compute them give the same ones, except on processors without VNNI, whose
 products saturate in pairs: there is none there.
+
+mxfp8 and nvfp4 have scales for blocks along the summed dimension, of both matrices. Forward, activations are packed as
+the weight is. Backward, the sum is over outputs, along which the weight has no blocks: it is unpacked, and packed in
+mxfp8 along them, as the gradient is. A copy that is kept would take as much memory as a weight in bf16. From mxfp8
+that changes only numbers below 2⁻¹³ of the largest of their new block, as powers of two shift codes exactly; from nvfp4
+it rounds again. Gradients in nvfp4 have an error more than three times as large (docs/lab-log.md). The product is, by
+definition, the one of the unpacked matrices in fp32, which is what other devices compute.
 """
 
 from __future__ import annotations
@@ -31,17 +40,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.core.choices import ProductFormat
-from lorasmith.core.quantization import FP8_CODES, Packed, WeightSource, rotated, rotation
-
-MULTIPLE = 16
-"""Of which the sizes of a weight must be multiples."""
+from lorasmith.core.choices import ProductFormat, Quantization
+from lorasmith.core.quantization import E2M1_LEVELS, CodeFormat, Packed, level_pairs, packed, rotated, rotation, tiled
 
 
 def has_products(kind: ProductFormat, device: torch.device) -> bool:
@@ -52,15 +58,18 @@ def has_products(kind: ProductFormat, device: torch.device) -> bool:
         return kind == "int8" and _sums_exactly()
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= PRODUCT_KINDS[kind].capability
+    facts = PRODUCT_KINDS[kind]
+    if torch.cuda.get_device_capability(device) < facts.capability:
+        return False
+    return facts.make is not BlockProducts or _multiplies_blocks(device)
 
 
 @functools.cache
 def _sums_exactly() -> bool:
     """Whether this processor sums int8 products without saturation, as it does by the instructions made for them."""
-    most = torch.full((MULTIPLE, MULTIPLE), 127, dtype=torch.int8)
+    most = torch.full((16, 16), 127, dtype=torch.int8)
     try:
-        return bool((torch._int_mm(most, -most) == -MULTIPLE * 127**2).all())
+        return bool((torch._int_mm(most, -most) == -16 * 127**2).all())
     except (NotImplementedError, RuntimeError):
         return False
 
@@ -68,9 +77,9 @@ def _sums_exactly() -> bool:
 class Fp8Products:
     """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale, on a device."""
 
-    def __init__(self, source: WeightSource, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
         # Decided here, outside of compiled code, for which a probe is neither a constant nor an operation.
-        code, (out, inside) = source.code, shape
+        code, (out, inside) = codes.dtype, shape
         self._forward = _dtypes_scaled_by_row(device, ACTIVATION, code, inside, out)
         self._backward = _dtypes_scaled_by_row(device, GRADIENT, code, out, inside)
 
@@ -94,9 +103,9 @@ class Fp8Products:
 class Int8Products:
     """The products of a Linear layer whose packed weight has int8 codes and an fp32 scale, rotated or not."""
 
-    def __init__(self, source: WeightSource, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
         self._product = _int8_product_on(device)
-        self._rotation = None if source.rotated_by is None else rotation(source.rotated_by, device)
+        self._rotation = None if codes.rotated_by is None else rotation(codes.rotated_by, device)
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
@@ -118,15 +127,40 @@ class Int8Products:
         return rows if self._rotation is None else rotated(rows, self._rotation)
 
 
+class BlockProducts:
+    """The products of a Linear layer whose packed weight has scales for blocks of inputs, in mxfp8 or nvfp4."""
+
+    def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
+        self._kind = PRODUCT_KINDS[codes.products].quantization
+        if self._kind == "nvfp4":
+            level_pairs(E2M1_LEVELS, device)  # kept, so that the first backward pass does not wait for its copy
+
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + b` of x (..., in), in its dtype."""
+        flat = x.reshape(-1, x.shape[-1])
+        for smoothing in weight.tensors[3:]:  # see `nvfp4_codes`
+            flat = flat * smoothing
+        bare = replace(weight, tensors=weight.tensors[:3], dtype=torch.float32)
+        y = _block_product(packed(flat, self._kind, torch.float32), bare, x.dtype)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(bare.tensors[0]))
+
+    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
+        """`grad W` of grad (..., out), in its dtype."""
+        flat = grad.reshape(-1, grad.shape[-1])
+        across = packed(weight.weight().t(), GRADIENT_BLOCKS, torch.float32)
+        y = _block_product(packed(flat, GRADIENT_BLOCKS, torch.float32), across, grad.dtype)
+        return y.view(*grad.shape[:-1], len(across.tensors[0]))
+
+
 @dataclass(frozen=True)
 class ProductKind:
     """Products in a format, and what they need."""
 
-    make: type[Fp8Products] | type[Int8Products]
-    codes: tuple[torch.dtype, ...]  # of the weights
+    make: type[Fp8Products] | type[Int8Products] | type[BlockProducts]
     capability: tuple[int, int]  # of NVIDIA's GPUs, at least
-    quantization: str  # with which weights have the codes, the best
+    quantization: Quantization  # with which weights have the codes, the best
     others: str = ""  # devices beside these, in words
+    multiple: int = 16  # of which the sizes of a weight must be multiples
 
     @property
     def device(self) -> str:
@@ -135,8 +169,10 @@ class ProductKind:
 
 
 PRODUCT_KINDS: Mapping[ProductFormat, ProductKind] = {
-    "fp8": ProductKind(Fp8Products, FP8_CODES, (8, 9), "fp8_e4m3"),
-    "int8": ProductKind(Int8Products, (torch.int8,), (8, 0), "int8", ", or a processor with VNNI"),
+    "fp8": ProductKind(Fp8Products, (8, 9), "fp8_e4m3"),
+    "int8": ProductKind(Int8Products, (8, 0), "int8", ", or a processor with VNNI"),
+    "mxfp8": ProductKind(BlockProducts, (10, 0), "mxfp8", multiple=32),
+    "nvfp4": ProductKind(BlockProducts, (10, 0), "nvfp4", multiple=32),
 }
 """By the value of the setting `products`."""
 
@@ -145,6 +181,9 @@ ACTIVATION = torch.float8_e4m3fn
 
 GRADIENT = torch.float8_e4m3fn
 """Format of gradients there, never e5m2 with weights in e5m2, of which hardware has no product."""
+
+GRADIENT_BLOCKS: Quantization = "mxfp8"
+"""Format of gradients, and of weights they are multiplied with, in products with weights in mxfp8 and nvfp4."""
 
 
 def _with_scale(weight: Packed, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,6 +205,47 @@ def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     scaled = scaled.round_() if is_int8 else scaled.clamp_(-largest, largest)  # rounded, none is beyond 127
     # Rows of channels-last activations are columns, and CUDA's product takes rows.
     return scaled.to(kind, memory_format=torch.contiguous_format), scale
+
+
+def _block_product(a: Packed, b: Packed, dtype: torch.dtype) -> Tensor:
+    """`A Bᵀ` in `dtype` of matrices (n, k) and (m, k) that are packed in one format, and unpack to fp32."""
+    if a.tensors[0].device.type == "cuda":
+        return _block_product_on_gpu(a, b, dtype)
+    return (a.weight() @ b.weight().t()).to(dtype)
+
+
+def _block_product_on_gpu(a: Packed, b: Packed, dtype: torch.dtype) -> Tensor:
+    (codes_a, scales_a, *whole), (codes_b, scales_b, *other) = a.tensors, b.tensors
+    # Bytes are pairs of e2m1. The product reads the lower half first; these are swapped in both matrices.
+    is_fp4 = codes_a.dtype == torch.uint8
+    code, scale = (torch.float4_e2m1fn_x2, scales_a.dtype) if is_fp4 else (codes_a.dtype, torch.float8_e8m0fnu)
+    y = torch._scaled_mm(
+        codes_a.view(code),
+        codes_b.view(code).t(),
+        scale_a=tiled(scales_a).view(scale),
+        scale_b=tiled(scales_b).view(scale),
+        out_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+    )
+    for by_row, by_column in zip(whole, other, strict=True):
+        y.mul_(by_row).mul_(by_column.reshape(1, -1))
+    return y.to(dtype)
+
+
+@functools.cache
+def _multiplies_blocks(device: torch.device) -> bool:
+    """Whether a device and its libraries have products in mxfp8 and nvfp4, and these are right."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, 96, generator=generator) for size in (160, 64))
+
+    def is_right(kind: Quantization) -> bool:
+        left, right = (packed(one, kind, torch.float32) for one in (a, b))
+        found = _block_product(left.to(device, torch.float32), right.to(device, torch.float32), torch.float32)
+        return torch.allclose(found.cpu(), _block_product(left, right, torch.float32), rtol=0.01, atol=0.01)
+
+    try:
+        return is_right("mxfp8") and is_right("nvfp4")
+    except (RuntimeError, ValueError):  # not supported
+        return False
 
 
 @functools.cache
@@ -230,7 +310,7 @@ def _dtypes_scaled_by_row(
     device: torch.device, a: torch.dtype, b: torch.dtype, inner: int, columns: int
 ) -> tuple[torch.dtype, ...]:
     """Dtypes of results for which a device supports scales per row with these formats and sizes, and is right."""
-    rows = torch.arange(1.0, MULTIPLE + 1, device=device).reshape(-1, 1) / inner  # results are in range of fp16
+    rows = torch.arange(1.0, 17, device=device).reshape(-1, 1) / inner  # results are in range of fp16
     across = torch.linspace(1, 2, columns, device=device).reshape(1, -1)
     left, right = torch.ones(len(rows), inner, device=device).to(a), torch.ones(columns, inner, device=device).to(b)
 

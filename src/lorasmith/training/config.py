@@ -831,9 +831,10 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
     quantization: Quantization = option(
         "none",
         help="Quantize the frozen weights of Linear layers and convolutions during training; each is dequantized where "
-        "it is used. Compared with bf16, fp8 and int8 save half of their memory and nf4 (4 bits) 72 %; int8 changes "
-        "the weights least, with _convrot even less if they have outliers, as it rotates them. There is one scale per "
-        "output, or per weight with _tensor. With none, a quantized checkpoint stays as it is.",
+        "it is used. Compared with bf16, fp8, mxfp8 and int8 save half of their memory, nf4 and nvfp4 (4 bits) 72 %; "
+        "int8 changes the weights least, with _convrot even less if they have outliers, as it rotates them. There is "
+        "one scale per output, per weight with _tensor, per 32 inputs in mxfp8 and per 16 in nvfp4. With none, a "
+        "quantized checkpoint stays as it is.",
     )
     offloading: bool = option(
         False,
@@ -859,7 +860,8 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         "training_dtype",
         help="Number format of products with frozen weights, in the forward and backward pass, to which activations "
         "and gradients are rounded. fp8 needs weights in fp8 and a GPU that multiplies them (NVIDIA, compute "
-        "capability 8.9 or later); int8 needs weights in int8 and such a GPU (8.0 or later) or a processor with VNNI.",
+        "capability 8.9 or later); int8 needs weights in int8 and such a GPU (8.0 or later) or a processor with VNNI; "
+        "mxfp8 and nvfp4 need weights in mxfp8 or nvfp4 and such a GPU (10.0 or later).",
     )
     quantized_backward: bool = option(False, door="graph", help="ComfyUI's name of products fp8.")
     compile: bool = option(

@@ -10,7 +10,7 @@ import torch
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
-from lorasmith.adapters.frozen_weights import code_in_model, takes_products
+from lorasmith.adapters.frozen_weights import format_in_model, takes_products
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import AdapterPlan, Difference
 from lorasmith.adapters.lora import LoraAdapter
@@ -136,10 +136,12 @@ def notes_on_products(config: TrainConfig, model: Trainable, device: torch.devic
     if kind == "training_dtype":
         return ()
     facts = quantized_products.PRODUCT_KINDS[kind]
-    own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
-    codes = {layer: own or code_in_model(layer) for layer in packable_layers(model.module)}
-    fitting = sum(takes_products(layer, kind, code) for layer, code in codes.items())
-    if not any(code in facts.codes for code in codes.values()):
+    side = facts.multiple
+    own = packed(torch.zeros(side, side), config.quantization, torch.float32).format
+    kept = config.quantization == "none"
+    formats = {layer: format_in_model(layer) if kept else own for layer in packable_layers(model.module)}
+    fitting = sum(takes_products(layer, kind, one) for layer, one in formats.items())
+    if not any(one is not None and one.products == kind for one in formats.values()):
         return (
             f"products {kind} has no effect with quantization {config.quantization}: it needs weights in {kind}, as "
             f"with quantization {facts.quantization}.",
@@ -149,11 +151,11 @@ def notes_on_products(config: TrainConfig, model: Trainable, device: torch.devic
             f"products {kind} has no effect on {device}, which has no products in {kind} ({facts.device}); all are in "
             "training_dtype.",
         )
-    if fitting == len(codes):
+    if fitting == len(formats):
         return ()
     return (
-        f"products {kind} applies to {fitting} of {len(codes)} layers; the others use training_dtype, because they "
-        f"are convolutions, have no {kind} weight, or sizes that {quantized_products.MULTIPLE} does not divide.",
+        f"products {kind} applies to {fitting} of {len(formats)} layers; the others use training_dtype, because they "
+        f"are convolutions, have no {kind} weight, or sizes that {facts.multiple} does not divide.",
     )
 
 

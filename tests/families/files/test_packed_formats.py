@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from models import seeded
 from torch import Tensor
 
-from lorasmith.core.quantization import FP8_CODES, Packed
+from lorasmith.core.quantization import Packed, tiled, tiled_size, untiled
 from lorasmith.families.files.checkpoint import open_tensors
-from lorasmith.families.files.packed_weights import PackedWeights, tiled_size, untiled
+from lorasmith.families.files.packed_weights import PackedWeights
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "comfy_kitchen_weights.safetensors"
 KITCHEN = ("fp8_e4m3", "int8", "int8_rows", "convrot_4", "convrot_16", "convrot_64", "convrot_256", "nvfp4", "mxfp8")
@@ -116,9 +116,11 @@ def test_rounding_is_that_of_the_format(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", packed_files.KINDS)
-def test_only_codes_with_scales_of_rows_are_multiplied_in_fp8(kind: str) -> None:
+def test_codes_are_multiplied_in_their_own_format(kind: str) -> None:
     packed, _ = case(kind, (160, 96))
-    assert (packed.code in FP8_CODES) == (kind == "fp8")
+    assert packed.format is not None
+    assert packed.format.products == kind.partition(" ")[0]
+    assert (packed.format.rotated_by is not None) == (kind == "int8 with ConvRot")
 
 
 @given(st.integers(1, 300), st.integers(1, 9))
@@ -129,5 +131,7 @@ def test_tiles_hold_each_scale_once(rows: int, columns: int) -> None:
     assert places.shape == (rows, columns)
     assert len(places.unique()) == rows * columns
     assert int(places.max()) < size
+    back = tiled(places.to(torch.uint8))
+    assert torch.equal(untiled(back, rows, columns), places.to(torch.uint8)) and len(back) == size
     row = (rows - 1) % 128
     assert int(places[row, 0]) == 16 * (row % 32) + 4 * (row // 32)

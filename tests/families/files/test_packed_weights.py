@@ -97,7 +97,7 @@ def test_codes_are_what_is_held(tmp_path: Path, by_row: bool) -> None:
     assert len(packed) == len(layers)
     for path, one in packed.items():
         weight = model.get_submodule(path).weight
-        assert one.code == torch.float8_e5m2
+        assert one.tensors[0].dtype == torch.float8_e5m2
         assert one.size_bytes == weight.numel() + 4 * (len(weight) if by_row else 1)
         assert weight.untyped_storage().nbytes() == 4
 

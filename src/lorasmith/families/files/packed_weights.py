@@ -20,84 +20,35 @@ refused by name.
     mxfp8               float8_e4m3fn                 a power of two for each 32 inputs        code · 2^(e − 127)
 
 R rotates groups of inputs (`core.quantization`). All formats are packed row by row of the weight, so that rows of a
-`Packed` are packed too; scales of blocks, which files store in tiles, are untiled for that. fp8 and int8 are
-`core.quantization.scaled_codes`, with ConvRot `rotated_codes`.
-
-Tiles are those of cuBLAS (https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout), mxfp8 and e2m1 those of
-the OCP Microscaling specification (2023).
+`Packed` are packed too; scales of blocks, which files store in cuBLAS' tiles, are untiled for that. The weights are
+`scaled_codes`, `rotated_codes`, `mxfp8_codes` and `nvfp4_codes` of `core.quantization`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.placement import dtype_name
-from lorasmith.core.quantization import FP8_CODES, Packed, level_pairs, rotated_codes, scaled_codes
-
-NVFP4_BLOCK = 16
-"""Inputs that share a scale in nvfp4."""
-
-MXFP8_BLOCK = 32
-"""Inputs that share a scale in mxfp8."""
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_LEVELS = (*_E2M1, *(-level for level in _E2M1))
-"""Numbers of the 4-bit float by its code; the upper half are the negative ones."""
-
-_TILE = (128, 4)
-
-
-def tiled_size(rows: int, columns: int) -> int:
-    """Number of scales in a file for a matrix of rows × columns of them, which is padded to whole tiles."""
-    return math.prod(_TILE[i] * -(-size // _TILE[i]) for i, size in enumerate((rows, columns)))
-
-
-def untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Scales of blocks (rows, columns) from the tiles of a file.
-
-    A tile has 128 rows and 4 columns; its row r is stored in place r mod 32 and there in quarter r div 32.
-
-    scales: as many bytes as `tiled_size` says, in any shape.
-    """
-    height, width = -(-rows // _TILE[0]), -(-columns // _TILE[1])
-    tiles = scales.reshape(height, width, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(height * _TILE[0], width * _TILE[1])[:rows, :columns].contiguous()
-
-
-def _from_nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, *smoothing: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes: (out, in / 2), uint8, the first of two in the upper half; blocks: (out, in / 16), float8_e4m3fn; scale:
-    (1, 1), fp32; smoothing: (1, in), fp32, by which the layer multiplies its input, and so the columns of the weight.
-    """
-    pairs = F.embedding(codes.int(), level_pairs(_E2M1_LEVELS, codes.device))
-    weight = pairs.view(len(codes), -1, NVFP4_BLOCK).mul_((blocks.float() * scale).unsqueeze(-1)).view(len(codes), -1)
-    for factor in smoothing:
-        weight = weight.mul_(factor)
-    return weight.to(dtype)
-
-
-def _from_mxfp8(codes: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tensor:
-    scale = F.embedding(exponents.int(), _powers(codes.device))
-    numbers = codes.view(torch.float8_e4m3fn).float().view(len(codes), -1, MXFP8_BLOCK)
-    return numbers.mul_(scale).view(codes.shape).to(dtype)
-
-
-@functools.cache
-def _powers(device: torch.device) -> Tensor:
-    """2^(e − 127) for each byte e, (256, 1) fp32; 255 is not a number."""
-    powers = torch.ldexp(torch.ones(256, device=device), torch.arange(256, device=device) - 127)
-    powers[255] = torch.nan
-    return powers.unsqueeze(1)
-
+from lorasmith.core.quantization import (
+    FP8_CODES,
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
+    Packed,
+    mxfp8_codes,
+    nvfp4_codes,
+    rotated_codes,
+    scaled_codes,
+    tiled_size,
+    untiled,
+)
 
 _SCALE = "weight_scale"
 _SCALES = (_SCALE, "scale_weight")
@@ -249,18 +200,16 @@ def _nvfp4(layer: _Layer) -> Packed:
     width = _whole_blocks(layer, 2 * codes.shape[1], NVFP4_BLOCK)
     blocks = layer.block_scales(torch.float8_e4m3fn, len(codes), width // NVFP4_BLOCK).view(torch.float8_e4m3fn)
     scale = layer.scale("weight_scale_2", sizes=(1,)).view(1, 1)
-    tensors = [codes, blocks, scale]
+    smoothing = []
     if layer.companion("pre_quant_scale") is not None:
-        tensors.append(layer.scale("pre_quant_scale", sizes=(width,)).view(1, width))
-    return Packed(tuple(tensors), _from_nvfp4, torch.float32, torch.Size((len(codes), width)))
+        smoothing.append(layer.scale("pre_quant_scale", sizes=(width,)).view(1, width))
+    return nvfp4_codes(codes, blocks, scale, torch.float32, *smoothing)
 
 
 def _mxfp8(layer: _Layer) -> Packed:
     codes = layer.codes(torch.float8_e4m3fn, ndim=2)
     width = _whole_blocks(layer, codes.shape[1], MXFP8_BLOCK)
-    exponents = layer.block_scales(_E8M0, len(codes), width // MXFP8_BLOCK)
-    # As bytes: products of fp8 codes (`core.quantized_products`) take scales of rows, which these are not.
-    return Packed((codes.view(torch.uint8), exponents), _from_mxfp8, torch.float32, codes.shape)
+    return mxfp8_codes(codes, layer.block_scales(_E8M0, len(codes), width // MXFP8_BLOCK), torch.float32)
 
 
 _KINDS: dict[str, Callable[[_Layer], Packed]] = {

@@ -36,7 +36,7 @@ from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
-from lorasmith.core.quantization import AlwaysHere, Packed, WeightSource
+from lorasmith.core.quantization import AlwaysHere, CodeFormat, Packed, WeightSource
 
 _ASKED_S = 1.0
 """Seconds between two checks for errors of other processes."""
@@ -138,8 +138,7 @@ class ShardedWeight(WeightSource):
     """A layer's weight source in the bytes of its block, available during the block's passes."""
 
     def __init__(self, block: _Bytes, places: Sequence[Place], weight: Packed) -> None:
-        self._code = weight.code
-        self._rotated_by = weight.rotated_by
+        self._format = weight.format
         self._block = block
         self._places = tuple(places)
         self._unpack = weight.unpack
@@ -147,12 +146,8 @@ class ShardedWeight(WeightSource):
         self._shape = weight.shape
 
     @property
-    def code(self) -> torch.dtype:
-        return self._code
-
-    @property
-    def rotated_by(self) -> int | None:
-        return self._rotated_by
+    def format(self) -> CodeFormat | None:
+        return self._format
 
     def use(self) -> contextlib.AbstractContextManager[Packed]:
         whole = self._block.whole
