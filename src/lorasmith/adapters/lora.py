@@ -341,8 +341,7 @@ class _LinearWithLora(torch.autograd.Function):
                 if mask is not None:
                     grad_part.view(part.shape).mul_(mask)
                 grad_parts.append(grad_part)
-                # In this order the narrow matrix is transposed, which is a quarter faster on a CPU.
-                grad_ups.append(_scaled(_rows(part).t() @ rows, factor).t() if needed[3 * index + 1] else None)
+                grad_ups.append(_scaled(_outer(rows, _rows(part)), factor) if needed[3 * index + 1] else None)
             joined = _joined(grad_parts, 1)
             if grad_x is not None:
                 _rows(grad_x[samples]).addmm_(joined, down)
@@ -377,6 +376,12 @@ def _parts(inner: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
 def _rows(tensor: Tensor) -> Tensor:
     """(..., features) as a matrix; a view of contiguous tensors and of slices of their features."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _outer(rows: Tensor, part: Tensor) -> Tensor:
+    """rowsᵀ part, (out, rank), of rows (n, out) and part (n, rank)."""
+    # On a CPU it is a quarter faster to transpose the narrow matrix; autograd keeps a contiguous one without a copy.
+    return (part.t() @ rows).t() if rows.device.type == "cpu" else rows.t() @ part
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
