@@ -281,13 +281,16 @@ class Traced:
 
 
 def floor(model: Model, samples: Sequence[Sample]) -> Traced:
-    """The forward and backward pass to the latents of the frozen model as diffusers gives it, see docs/benchmarks.md."""
+    """A forward and backward pass to the latents of the frozen model, as docs/benchmarks.md has it."""
     with Devices(MODE):
         with MODE:
             faked(model.components.denoiser)
-        with frozen_floor(trainable(model), samples, device=DEVICE, dtype=torch.bfloat16) as once:
-            with MODE, Watch(Streams()) as watch:
-                once()
+        with (
+            frozen_floor(trainable(model), samples, device=DEVICE, dtype=torch.bfloat16) as once,
+            MODE,
+            Watch(Streams()) as watch,
+        ):
+            once()
     return Traced(operations=watch.operations.total())
 
 

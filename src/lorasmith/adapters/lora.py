@@ -330,19 +330,22 @@ class _LinearWithLora(torch.autograd.Function):
             grad_parts: list[Tensor] = []
             grad_ups: list[Tensor | None] = []
             parts = _parts(inner, ups[first:last])
-            for index, ((layer, factor), part) in enumerate(zip(terms, parts, strict=True)):
+            # A compiler joins them itself.
+            joined = None if len(terms) == 1 or torch.compiler.is_compiling() else torch.empty_like(_rows(inner))
+            places = [None] * len(terms) if joined is None else _parts(joined, ups[first:last])
+            for index, ((layer, factor), part, place) in enumerate(zip(terms, parts, places, strict=True)):
                 up, mask, grad = ups[first + index], masks[first + index], grads[layer]
                 if grad is None:
-                    grad_parts.append(inner.new_zeros(_rows(part).shape))
+                    grad_parts.append(inner.new_zeros(_rows(part).shape) if place is None else place.zero_())
                     grad_ups.append(None)
                     continue
                 rows = _rows(grad[samples])
-                grad_part = _scaled(rows @ up, factor)
+                grad_part = _scaled(torch.mm(rows, up, out=place), factor)
                 if mask is not None:
                     grad_part.view(part.shape).mul_(mask)
                 grad_parts.append(grad_part)
                 grad_ups.append(_scaled(_outer(rows, _rows(part)), factor) if needed[3 * index + 1] else None)
-            joined = _joined(grad_parts, 1)
+            joined = _joined(grad_parts, 1) if joined is None else joined
             if grad_x is not None:
                 _rows(grad_x[samples]).addmm_(joined, down)
             grad_downs: Sequence[Tensor | None] = [None] * len(terms)

@@ -1,4 +1,4 @@
-"""RMS norms and rotary embeddings of ours beside torch's and diffusers': bits of results and gradients, what is kept."""
+"""RMS norms and rotary embeddings beside torch's and diffusers': bits of results and gradients, and what is kept."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@
     grad      fp32 (N,)          gradients, summed over micro-batches, zeroed and never None
 
 Parameters of one group are contiguous, so that an element-wise optimizer gets one tensor per group. They are separate
-autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision gradients accumulate in
-a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 they do in `grad` itself, and
-compute and master share memory. On a CPU autograd adds each gradient to its buffer. On a GPU, where each sum would be a
-launch, it keeps the tensor of the backward pass, and `collect` adds all of them at once.
+autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision gradients accumulate
+in a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 they do in `grad` itself, and
+compute and master share memory. On a CPU autograd adds each gradient to its buffer. On a GPU, where each sum would be
+a launch, it keeps the tensor of the backward pass, and `collect` adds all of them at once.
 
 The master is fp32 because at learning rate 1e-4 most AdamW updates are below half a unit in the last place of bf16.
 """
