@@ -8,7 +8,7 @@ Parameters of one group are contiguous, so that an element-wise optimizer gets o
 autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision gradients accumulate
 in a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 they do in `grad` itself, and
 compute and master share memory. On a CPU autograd adds each gradient to its buffer. On a GPU, where each sum would be
-a launch, it keeps the tensor of the backward pass, and `collect` adds all of them at once.
+a launch, it keeps small gradients as the backward pass made them, and `collect` adds all of them at once.
 
 The master is fp32 because at learning rate 1e-4 most AdamW updates are below half a unit in the last place of bf16.
 """
@@ -29,7 +29,10 @@ _ALIGNMENT = 32  # elements: two cache lines of fp32, so that views start aligne
 _GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keeps incomplete blocks in fp32
 
 _ADDED_BY_AUTOGRAD = ("cpu",)
-"""Types of devices on which autograd adds gradients to the buffer one by one."""
+"""Types of devices on which autograd adds all gradients to the buffer, one by one."""
+
+_SMALL = 1 << 20
+"""Elements up to which a gradient is kept until all are added: the launch costs more than the memory."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,13 @@ class FlatParameters:
             part = self.master[start:end]
             part.grad = self.grad[start:end]
             self.groups.append(ParameterGroup(part, tuple(map(self._leaf, group)), rate))
-        self._adds_at_once = device.type not in _ADDED_BY_AUTOGRAD
-        self._views = {name: self.view(self._compute_grad, name) for name in self._parameters}
+        self._added_at_once: dict[str, Tensor] = {}  # the place of a gradient in the buffer
         for name, parameter in self._parameters.items():
             self.view(self.master, name).copy_(parameter.data)
             parameter.data = self.view(self._compute, name)
-            parameter.grad = None if self._adds_at_once else self._views[name]
+            parameter.grad = self.view(self._compute_grad, name)
+            if device.type not in _ADDED_BY_AUTOGRAD and parameter.numel() <= _SMALL:
+                self._added_at_once[name], parameter.grad = parameter.grad, None
         self.publish()
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
@@ -95,9 +99,8 @@ class FlatParameters:
 
     def zero(self) -> None:
         """Zero all gradients, those of an interrupted micro-batch included."""
-        if self._adds_at_once:
-            for parameter in self._parameters.values():
-                parameter.grad = None
+        for name in self._added_at_once:
+            self._parameters[name].grad = None
         self.grad.zero_()
         if self._compute_grad is not self.grad:
             self._compute_grad.zero_()
@@ -107,8 +110,7 @@ class FlatParameters:
 
         A part begins and ends at borders of parameters.
         """
-        if self._adds_at_once:
-            self._add_gradients(start, len(self.grad) if end is None else end)
+        self._add_gradients(start, len(self.grad) if end is None else end)
         summed = self.grad[start:end]
         if self._compute_grad is not self.grad:
             own = self._compute_grad[start:end]
@@ -164,14 +166,15 @@ class FlatParameters:
 
     def _add_gradients(self, start: int, end: int) -> None:
         """Add what the backward pass left in the parameters of a part of the buffer."""
-        views, grads = [], []
-        for name, parameter in self._parameters.items():
+        places, grads = [], []
+        for name, place in self._added_at_once.items():
+            parameter = self._parameters[name]
             if parameter.grad is not None and start <= self._offsets[name] < end:
-                views.append(self._views[name])
+                places.append(place)
                 grads.append(parameter.grad)
                 parameter.grad = None
         if grads:
-            torch._foreach_add_(views, grads)
+            torch._foreach_add_(places, grads)
 
     def _leaf(self, name: str) -> Tensor:
         leaf = self.view(self.master, name)
