@@ -93,8 +93,10 @@ class _Rotations:
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Any, *args: Any, **kwargs: Any) -> Tensor:
     """diffusers' function of that name."""
-    # Where tokens come before heads, and features turn in pairs of neighbours, which have one angle.
-    if torch.compiler.is_compiling() or args or kwargs != {"sequence_dim": 1} or freqs_cis[0].dtype != torch.float32:
+    # Where tokens come before heads, features turn in pairs of neighbours, which have one angle; a route may have
+    # tables for each sample instead.
+    is_usual = kwargs == {"sequence_dim": 1} and not args and isinstance(freqs_cis[0], Tensor)
+    if torch.compiler.is_compiling() or not is_usual or freqs_cis[0].dtype != torch.float32:
         return _Rotations.original(x, freqs_cis, *args, **kwargs)
     cos, sin = (one.to(x.device) for one in freqs_cis)
     return rotary_embedding(x, cos, sin)
