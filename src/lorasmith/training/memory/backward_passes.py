@@ -121,14 +121,13 @@ class _RotaryEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (cos, sin) = grads, ctx.angles
-        if grad.dtype == torch.float32:
-            return _turned(grad, _turns(cos, sin)[1]), None, None
+        turns, back = _turns(cos, sin)
+        if grad.dtype == torch.float32 or grad.device.type != "cpu":
+            return _turned(grad, back), None, None
         # diffusers casts x and the turned x one by one, so autograd rounds both of their gradients.
-        total, across = (torch.mul(grad, one[:, None], out=torch.empty_like(grad)) for one in (cos, sin))
-        (first, second), (of_first, of_second) = (one.unflatten(-1, (-1, 2)).unbind(-1) for one in (total, across))
-        first.add_(of_second)
-        second.sub_(of_first)
-        return total, None, None
+        wide = grad.float()
+        across = _turned(wide, turns.imag * -1j).to(grad.dtype)
+        return (wide * cos[:, None]).to(grad.dtype).add_(across), None, None
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
