@@ -132,7 +132,8 @@ class _RotaryEmbedding(torch.autograd.Function):
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
     """x (batch, tokens, heads, features) as complex numbers of two neighbours each, times `turns`."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    rows = x if x.stride(-1) == 1 else x.contiguous()  # some attentions return gradients with another order
+    pairs = torch.view_as_complex(rows.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
