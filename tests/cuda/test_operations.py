@@ -25,8 +25,8 @@ BUDGET: dict[str, tuple[float, dict[str, Any]]] = {
 """Most operations for each layer beyond those of the frozen one, with the settings."""
 
 RATIOS: dict[str, tuple[float, dict[str, Any]]] = {
-    "LoRA": (1.15, {}),
-    "LoRA with checkpointing": (1.54, {"gradient_checkpointing": True}),
+    "LoRA": (1.16, {}),
+    "LoRA with checkpointing": (1.55, {"gradient_checkpointing": True}),
 }
 """Most operations of a gradient of attention and feed-forward layers, as a multiple of the floor's, with the settings.
 
