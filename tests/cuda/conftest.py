@@ -57,9 +57,15 @@ class FakeDevice:
 
     def traced(self, family: str, samples: int = 2, *, is_masked: bool = False, **settings: Any) -> Traced:
         """Steps on a small model of a family; keywords as of `tracing.traced`."""
+        return self._answer(family=family, samples=samples, is_masked=is_masked, settings=settings)
+
+    def floor(self, family: str, samples: int = 2) -> Traced:
+        """The floor of a small model of a family."""
+        return self._answer(family=family, samples=samples, is_masked=False, settings=None)
+
+    def _answer(self, **request: Any) -> Traced:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"family": family, "samples": samples, "is_masked": is_masked, "settings": settings}
         self._process.stdin.write(f"{json.dumps(request)}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()

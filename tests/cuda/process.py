@@ -3,7 +3,7 @@
     python -m tests.cuda.process LIBRARY
 
 The library (`fake_cuda.cpp`) must be loaded before torch, which the tests have loaded already. A request is a family,
-the number of samples, whether their captions differ in length, and keywords of `tracing.traced`.
+the number of samples, whether their captions differ in length, and keywords of `tracing.traced`, or null for the floor.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 
-def answer(family: str, samples: int, is_masked: bool, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `traced` found for a small model of a family."""
+def answer(family: str, samples: int, is_masked: bool, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """What `traced` or `floor` found for a small model of a family."""
     from tests.cuda.cases import samples_of, small_model
-    from tests.cuda.tracing import traced
+    from tests.cuda.tracing import floor, traced
 
     with tempfile.TemporaryDirectory() as folder:
         model = small_model(family, Path(folder))
-        return vars(traced(model, samples_of(model, samples, is_masked=is_masked), batch_size=samples, **settings))
+        given = samples_of(model, samples, is_masked=is_masked)
+        return vars(floor(model, given) if settings is None else traced(model, given, batch_size=samples, **settings))
 
 
 def main() -> None:

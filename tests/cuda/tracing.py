@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from lorasmith.bench.measure import frozen_floor
 from lorasmith.core import pinned_memory, quantized_products
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
@@ -29,6 +30,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import activations
+from lorasmith.training.trainable import trainable
 from tests.cuda.streams import Streams
 
 DEVICE = torch.device("cuda:0")
@@ -106,7 +108,7 @@ class Watch(TorchDispatchMode):
     """Counts operations, and what the device or the host waits for, by place in the source.
 
     Attributes:
-        operations: number of each operation.
+        operations: number of each operation that computes, which views and allocations do not.
         waits: number of each kind of wait by its place, such as `families/wan.py:374 in predict`.
         refused: products that CUDA refuses, by place.
     """
@@ -123,7 +125,8 @@ class Watch(TorchDispatchMode):
         if _is_of_host(args, kwargs):  # such as lengths of texts, whose numbers are known
             with _disable_current_modes():
                 return func(*args, **kwargs)
-        self.operations[func._opname] += 1
+        if _computes(func):
+            self.operations[func._opname] += 1
         if func is _aten._local_scalar_dense.default and args[0].device.type == "cuda":
             self.waits[f"reads a value: {_place()}"] += 1
             return args[0].dtype == torch.bool or 1
@@ -143,6 +146,17 @@ class Watch(TorchDispatchMode):
         if wait is not None:
             self.waits[wait] += 1
         return result
+
+
+def _computes(func: Any) -> bool:
+    """Whether an operation makes or changes numbers, for which a GPU is given work."""
+    if func._opname in _MAKING_NONE:
+        return False
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return not aliases or any(alias is None or alias.is_write for alias in aliases)
+
+
+_MAKING_NONE = {"_unsafe_view", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 def _uses(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -269,7 +283,7 @@ class Traced:
         batches: of making batches.
         refused: products that CUDA refuses.
         races: uses on several streams that may come too early.
-        operations: number of operations of the last step.
+        operations: number of operations that compute, of the gradient of the last step.
         layers: adapted layers.
     """
 
@@ -280,6 +294,20 @@ class Traced:
     races: Counter[str] = field(default_factory=Counter)
     operations: int = 0
     layers: int = 0
+
+
+def floor(model: Model, samples: Sequence[Sample]) -> Traced:
+    """A forward and backward pass to the latents of the frozen model, as docs/benchmarks.md has it."""
+    with Devices(MODE):
+        with MODE:
+            faked(model.components.denoiser)
+        with (
+            frozen_floor(trainable(model), samples, device=DEVICE, dtype=torch.bfloat16) as once,
+            MODE,
+            Watch(Streams()) as watch,
+        ):
+            once()
+    return Traced(operations=watch.operations.total())
 
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -329,13 +357,14 @@ def traced(
             batches = maker.step(step)
             found.batches += devices.waits
             with MODE, Watch(streams) as watch:
-                engine.update(step, *engine.gradient(batches))
+                results = engine.gradient(batches)
+                found.operations = watch.operations.total()
+                engine.update(step, *results)
             if step:
                 found.waits += watch.waits
             else:
                 found.first = watch.waits
             found.refused += watch.refused
-            found.operations = watch.operations.total()
         found.races = streams.races
         with MODE:
             prepared.close()

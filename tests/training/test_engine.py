@@ -20,6 +20,7 @@ from lorasmith.training.engine import prepared, sample_losses
 from lorasmith.training.events import RunFinished, StepDone
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.optim import flat
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
@@ -78,6 +79,16 @@ def test_a_batch_of_four_is_four_accumulated_batches_of_one(
     assert together.losses == pytest.approx(apart.losses, rel=1e-5)
     # AdamW's first steps divide a gradient by itself, which magnifies the rounding of those that are nearly zero.
     assert_same(tensors(together), tensors(apart), rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_added_as_on_a_gpu_are_the_same(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    settings = {"steps": 2, "grad_accumulation_steps": 2, "targets": "all", "training_dtype": dtype}
+    by_autograd = run(dataset, **settings)
+    monkeypatch.setattr(flat, "_ADDED_BY_AUTOGRAD", ())
+    assert_same(tensors(run(dataset, **settings)), tensors(by_autograd))
 
 
 def test_a_batch_costs_one_forward_of_its_size(

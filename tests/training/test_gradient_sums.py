@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from lorasmith.core.processes import Processes
+from lorasmith.training.optim import flat as flat_module
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 
 
@@ -26,7 +28,11 @@ def layers() -> tuple[nn.Sequential, FlatParameters]:
     return model, FlatParameters(dict(model.named_parameters()), device=torch.device("cpu"), dtype=torch.float32)
 
 
-def test_buckets_are_begun_from_the_last_during_the_backward_pass() -> None:
+@pytest.mark.parametrize("added_by_autograd", [("cpu",), ()], ids=["as on a CPU", "as on a GPU"])
+def test_buckets_are_begun_from_the_last_during_the_backward_pass(
+    added_by_autograd: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_module, "_ADDED_BY_AUTOGRAD", added_by_autograd)
     model, flat = layers()
     together = _Two()
     sums = GradientSums(flat, together, bucket_numbers=2048)
@@ -38,6 +44,10 @@ def test_buckets_are_begun_from_the_last_during_the_backward_pass() -> None:
     sums.finish()
     assert together.begun == [2048, 2048]
     assert torch.allclose(sums.own_norm, alone.norm())
+    assert torch.equal(
+        alone,
+        torch.cat([torch.autograd.grad(model(torch.ones(1, 32)).sum(), p)[0].flatten() for p in model.parameters()]),
+    )
 
 
 def test_a_process_without_a_gradient_begins_the_same_buckets() -> None:

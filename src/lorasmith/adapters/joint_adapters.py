@@ -207,7 +207,7 @@ class _JointInput(SharedInput):
                 down, up, _ = adapter.factors()
                 mask = adapter.inner_mask((count, *x.shape[1:-1], len(down)), layer)
                 term = LowRankTerm(number, strength * adapter.scale, down, up, mask)
-                runs.append(RunTerms((term,), start, start + count))
+                runs.append(RunTerms((term,), slice(start, start + count)))
             start += count
         return runs
 

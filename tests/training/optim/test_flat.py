@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorasmith.training.optim import flat as flat_module
 from lorasmith.training.optim.flat import FlatParameters
 from lorasmith.training.optim.optimizers import GatedOptimizer
 
@@ -21,6 +22,15 @@ def parameters() -> dict[str, nn.Parameter]:
     }
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Gradients are added as on a device of this kind."""
+    if request.param == "gpu":
+        monkeypatch.setattr(flat_module, "_ADDED_BY_AUTOGRAD", ())
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("as_on")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flat_parameters_keep_values_and_sum_gradients_in_fp32(dtype: torch.dtype) -> None:
     values = parameters()
@@ -38,6 +48,33 @@ def test_flat_parameters_keep_values_and_sum_gradients_in_fp32(dtype: torch.dtyp
     for name, parameter in values.items():
         assert torch.equal(parameter.detach(), before[name])
         assert parameter.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_an_interrupted_micro_batch_are_forgotten(as_on: str, dtype: torch.dtype) -> None:
+    values = parameters()
+    flat = FlatParameters(values, device=CPU, dtype=dtype)
+    values["a"].float().sum().backward()
+    assert flat._compute_grad.any() == (as_on == "cpu")
+    flat.zero()
+    values["b"].float().sum().backward()  # the others get none
+    flat.collect()
+    assert not flat.view(flat.grad, "a").any()
+    assert torch.equal(flat.view(flat.grad, "b"), torch.ones(7))
+
+
+def test_a_gpu_is_not_given_a_sum_for_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_module, "_ADDED_BY_AUTOGRAD", ())
+    monkeypatch.setattr(flat_module, "_SMALL", 15)  # c is larger
+    values = parameters()
+    flat = FlatParameters(values, device=CPU, dtype=torch.float32)
+    leaves = list(values.values())
+    expected = torch.autograd.grad(sum(p.square().sum() for p in leaves), leaves)
+    sum(p.square().sum() for p in leaves).backward()
+    assert [name for name in values if flat.view(flat.grad, name).any()] == ["c"]
+    flat.collect()
+    assert [name for name in values if values[name].grad is not None] == ["c"]
+    assert all(torch.equal(flat.view(flat.grad, name), one) for name, one in zip(values, expected, strict=True))
 
 
 def test_bf16_training_moves_what_a_bf16_master_would_not() -> None:

@@ -35,13 +35,14 @@ from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenPro
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import ActivationPlan
+from lorasmith.training.memory.backward_passes import norm_forward, rotations_replaced
 
 _SMALL = 1 << 16
 """Size in bytes below which a tensor is kept."""
 
 _RECIPE = "_lorasmith_recipe"
 
-_FUNCTIONS = frozenset({"silu", "gelu", "relu", "mish", "group_norm", "layer_norm", "rms_norm"})
+_FUNCTIONS = frozenset({"silu", "gelu", "relu", "mish", "group_norm", "layer_norm", "rms_norm", "rotary_embedding"})
 _ARITHMETIC = frozenset({"mul", "__mul__", "__rmul__", "add", "__add__", "__radd__", "cat"})
 _VIEWS = frozenset({"view", "reshape", "permute", "transpose", "flatten", "unflatten", "unsqueeze", "squeeze"})
 _CASTS = frozenset({"to", "float", "type_as"})
@@ -53,11 +54,14 @@ _CHEAP = _FUNCTIONS | _ARITHMETIC | _VIEWS | _CASTS | _PARTS
 @contextlib.contextmanager
 def activations_reduced(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
     """Inside the context, layers of `module` save no more than `kind` needs, with adapters attached or not."""
-    with contextlib.ExitStack() as undo:
-        for layer in packable_layers(module):
+    norms = [layer for layer in module.modules() if type(layer) is nn.RMSNorm]
+    with rotations_replaced(), contextlib.ExitStack() as undo:
+        for layer in (*packable_layers(module), *norms):
             own = layer.__dict__.get("forward")
             forward: Callable[[Tensor], Tensor] | None = None
-            if isinstance(layer, CONVOLUTIONS) and own is None:
+            if isinstance(layer, nn.RMSNorm) and own is None:
+                forward = types.MethodType(norm_forward, layer)
+            elif isinstance(layer, CONVOLUTIONS) and own is None:
                 forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
             elif kind == "selective" and isinstance(layer, nn.Linear) and layer.out_features >= 4 * layer.in_features:
                 forward = functools.partial(_recorded_forward, layer.forward)

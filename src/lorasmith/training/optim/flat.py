@@ -5,9 +5,10 @@
     grad      fp32 (N,)          gradients, summed over micro-batches, zeroed and never None
 
 Parameters of one group are contiguous, so that an element-wise optimizer gets one tensor per group. They are separate
-autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision autograd accumulates
-into a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 it accumulates into `grad`
-itself, and compute and master share memory.
+autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision gradients accumulate
+in a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 they do in `grad` itself, and
+compute and master share memory. On a CPU autograd adds each gradient to its buffer. On a GPU, where each sum would be
+a launch, it keeps small gradients as the backward pass made them, and `collect` adds all of them at once.
 
 The master is fp32 because at learning rate 1e-4 most AdamW updates are below half a unit in the last place of bf16.
 """
@@ -26,6 +27,12 @@ from lorasmith.core.processes import Processes
 
 _ALIGNMENT = 32  # elements: two cache lines of fp32, so that views start aligned in any dtype
 _GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keeps incomplete blocks in fp32
+
+_ADDED_BY_AUTOGRAD = ("cpu",)
+"""Types of devices on which autograd adds all gradients to the buffer, one by one."""
+
+_SMALL = 1 << 20
+"""Elements up to which a gradient is kept until all are added: the launch costs more than the memory."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,13 @@ class FlatParameters:
             part = self.master[start:end]
             part.grad = self.grad[start:end]
             self.groups.append(ParameterGroup(part, tuple(map(self._leaf, group)), rate))
+        self._added_at_once: dict[str, Tensor] = {}  # the place of a gradient in the buffer
         for name, parameter in self._parameters.items():
             self.view(self.master, name).copy_(parameter.data)
             parameter.data = self.view(self._compute, name)
             parameter.grad = self.view(self._compute_grad, name)
+            if device.type not in _ADDED_BY_AUTOGRAD and parameter.numel() <= _SMALL:
+                self._added_at_once[name], parameter.grad = parameter.grad, None
         self.publish()
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
@@ -89,12 +99,18 @@ class FlatParameters:
 
     def zero(self) -> None:
         """Zero all gradients, those of an interrupted micro-batch included."""
+        for name in self._added_at_once:
+            self._parameters[name].grad = None
         self.grad.zero_()
         if self._compute_grad is not self.grad:
             self._compute_grad.zero_()
 
     def collect(self, start: int = 0, end: int | None = None) -> Tensor:
-        """Add the gradients of a micro-batch to `grad`, or to its part from `start` to `end`; returns that part."""
+        """Add the gradients of a micro-batch to `grad`, or to its part from `start` to `end`; returns that part.
+
+        A part begins and ends at borders of parameters.
+        """
+        self._add_gradients(start, len(self.grad) if end is None else end)
         summed = self.grad[start:end]
         if self._compute_grad is not self.grad:
             own = self._compute_grad[start:end]
@@ -147,6 +163,18 @@ class FlatParameters:
         for name, parameter in self._parameters.items():
             parameter.grad = None
             parameter.data = self.view(self.master, name).to("cpu", copy=True)
+
+    def _add_gradients(self, start: int, end: int) -> None:
+        """Add what the backward pass left in the parameters of a part of the buffer."""
+        places, grads = [], []
+        for name, place in self._added_at_once.items():
+            parameter = self._parameters[name]
+            if parameter.grad is not None and start <= self._offsets[name] < end:
+                places.append(place)
+                grads.append(parameter.grad)
+                parameter.grad = None
+        if grads:
+            torch._foreach_add_(places, grads)
 
     def _leaf(self, name: str) -> Tensor:
         leaf = self.view(self.master, name)
