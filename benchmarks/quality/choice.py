@@ -8,7 +8,7 @@ see six times as many pictures as the benchmark's; fast ones have four to six ti
 pictures of as many seeds as it draws by default, and recommends one. The judge scores all by fidelity times adherence
 with the pictures of twelve other seeds; of wishes those count which the base model itself fulfils from the same noise.
 By that score, the recommended checkpoint falls short of the best one; so do the last one, and the one that the judge
-finds best by the seeds that the evaluation sees. The rule was chosen with the fast runs. Runs whose rate is so low
+finds best by the seeds that the evaluation sees. The rule was chosen with the long runs. Runs whose rate is so low
 that nothing is learnt must get no recommendation. What is in the folder already is not made again.
 """
 
