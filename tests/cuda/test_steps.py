@@ -21,6 +21,12 @@ LEVERS: dict[str, dict[str, Any]] = {
     "checkpointing-2": {"gradient_checkpointing": True, "checkpoint_depth": 2},
     "lean": {"activations": "lean"},
     "selective": {"activations": "selective"},
+    "host": {"changes": {"activations": "host"}},
+    "host-int8-checkpointing": {
+        "quantization": "int8",
+        "gradient_checkpointing": True,
+        "changes": {"activations": "host"},
+    },
     "offloading": {"changes": {"offloading": True}},
     "offloading-int8-checkpointing": {
         "quantization": "int8",
@@ -66,6 +72,7 @@ QUICK = [
     ("chroma", "fp8_e4m3-products", "plain", 2),
     ("chroma", "nvfp4-products", "plain", 2),
     ("wan", "selective", "masked", 2),
+    ("wan", "host", "masked", 2),
     ("z-image", "checkpointing", "masked", 1),
     ("krea2", "LoKr", "masked", 2),
 ]

@@ -294,7 +294,7 @@ class HostMemory:
     def pack(self, tensor: Tensor) -> Tensor | _Moved:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
-        too_small = size < _WORTH_MOVING or 2 * tensor.nbytes < size
+        too_small = size < _WORTH_MOVING or 2 * tensor.nbytes < size or size % tensor.itemsize
         if too_small or storage._cdata in self._stay or isinstance(tensor, nn.Parameter):
             return tensor
         memory = self._on_host(tensor, storage)
@@ -309,9 +309,7 @@ class HostMemory:
         for one in list(self._sent)[-_AHEAD:]:
             if (coming := one()) is not None:
                 coming.send()
-        back = packed.memory.take().untyped_storage()
-        empty = torch.empty(0, dtype=packed.dtype, device=back.device)
-        return empty.set_(back, packed.offset, packed.shape, packed.stride)
+        return packed.memory.take().view(packed.dtype).as_strided(packed.shape, packed.stride, packed.offset)
 
     def _on_host(self, tensor: Tensor, storage: torch.UntypedStorage) -> _OnHost:
         key = storage._cdata
@@ -320,8 +318,8 @@ class HostMemory:
             one = known.copy()
             if one is not None:
                 return one
-        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        one = _OnHost(whole, self._stream)
+        whole = tensor.detach().as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0)
+        one = _OnHost(whole.view(torch.uint8), self._stream)
         self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(one))
         self._sent.append(weakref.ref(one))
         return one
