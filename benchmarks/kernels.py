@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
 from lorasmith.bench.measure import pass_seconds
-from lorasmith.core.pinned_memory import PinnedMemory
+from lorasmith.core.pinned_memory import PinnedBuffer
 from lorasmith.core.printable import first_line
 from lorasmith.core.quantization import packed, scaled_at_once
 
@@ -129,9 +129,9 @@ def copies(sizes: Sizes, device: torch.device) -> Rows:
 
     yield partial(row, "pageable", lambda host: host)
     if device.type == "cuda":
-        registered = PinnedMemory(device)
+        registered = PinnedBuffer(sizes.copied, device)
         yield partial(row, "pinned by torch", lambda host: host.pin_memory())
-        yield partial(row, "registered", lambda host: registered.copies([host])[0])
+        yield partial(row, "registered", lambda host: registered.bytes)
         yield partial(row, "pinned by torch, back", lambda host: host.pin_memory())
         registered.free()
 

@@ -54,9 +54,9 @@ MUTATIONS = (
     Mutation("scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) / largest", "by_row, ", ""),
     # adapters
     Mutation(
-        "grad_ups.append(_scaled(_rows(part).t() @ rows, factor).t() if needed[3 * index + 1] else None)",
-        "rows, factor",
-        "rows, 1",
+        "grad_ups.append(_scaled(_outer(rows, _rows(part)), factor) if needed[3 * index + 1] else None)",
+        "_rows(part)), factor",
+        "_rows(part)), 1",
     ),
     Mutation("turn = torch.lerp(identity, inverse, 2 * strength)", "2 * strength", "strength"),
     # formats

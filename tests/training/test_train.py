@@ -196,7 +196,7 @@ def test_a_file_where_the_output_folder_should_be(run: Run, dataset: EncodedData
         ({"learning_rte": 1e-4}, OptionError, r"unknown option 'learning_rte' \(did you mean 'learning_rate'\?\)"),
         ({"optimizer": "AdamX"}, OptionError, r"optimizer must be one of AdamW, .*did you mean 'Adam"),
         ({"targets": "*.nothing"}, OptionError, r"\*.nothing matches none; use one of attention"),
-        ({"quantization": "int4"}, OptionError, "quantization must be one of none, .*nf4, got 'int4'"),
+        ({"quantization": "int4"}, OptionError, "quantization must be one of none, .*nvfp4, got 'int4'"),
         (
             {"algorithm": "LoHaa"},
             OptionError,
