@@ -402,6 +402,9 @@ function whenGraphIsOpen(then) {
   else setTimeout(() => whenGraphIsOpen(then), 200);
 }
 
+// Before the editor connects, as the first message of a connection has all of a training, and later ones what changed.
+api.addEventListener(MESSAGE, onTraining);
+
 app.registerExtension({
   name: "Lorasmith.Training",
 
@@ -435,7 +438,6 @@ app.registerExtension({
 
   setup() {
     whenGraphIsOpen(openRun);
-    api.addEventListener(MESSAGE, onTraining);
     api.addEventListener("execution_error", ({ detail }) => endAll(detail.prompt_id, "Failed."));
     api.addEventListener("execution_interrupted", ({ detail }) =>
       endAll(detail.prompt_id, "Cancelled; running again resumes it."),
