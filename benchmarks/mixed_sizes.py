@@ -29,7 +29,6 @@ from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.memory.compilation import sizes_vary
 
 _SHAPES = ((1.0, 1.0), (1.25, 0.75), (0.75, 1.25), (1.5, 0.625))
 """Heights and widths, as multiples of the side of a square."""
@@ -65,7 +64,7 @@ def measured(
     counts.clear()
     settings = {"rank": arguments.rank, "targets": arguments.targets, "training_dtype": arguments.dtype}
     job = plan_job(model.denoiser, TrainConfig(**settings, compile=is_compiled, steps=10_000), device)
-    job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(samples, job.model.routing)))
+    job = job.for_samples(samples)
     with training_steps(job, samples) as once:
         began = time.perf_counter()
         for _ in samples:

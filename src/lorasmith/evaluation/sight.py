@@ -29,7 +29,7 @@ class Asked:
 
     features: Tensor  # (noises, wishes, features)
     colours: Tensor  # (noises, wishes, colours)
-    followed: Tensor | None  # (noises, wishes), the probability of each wish; None if it cannot be told
+    followed: Tensor | None  # (noises, wishes), the probability of each wish; None if unknown
 
     def adherence(self, base: Asked) -> float | None:
         """How surely wishes are recognised, by the base model's pictures of them: from 0 to 1; None if unknown.
@@ -53,7 +53,7 @@ class Sight:
         return likeness.features(pictures)
 
     def followed(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> Tensor | None:
-        """Probability that each picture shows its wish, (N,); None where it cannot be told."""
+        """Probability that each picture shows its wish, (N,); None if unknown."""
         return None
 
     def asked(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> Asked:

@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,6 @@ from lorasmith.training.engine import Engine, batch_maker, prediction_of
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.memory.spilling import memory_capped
 from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.recovery import RunState
@@ -215,8 +214,7 @@ class Trainer:
         job.model.check(samples.samples)
         parts = split(samples, share=job.config.validation_share)
         self._data, self.held_out = parts.training, parts.held_out
-        varying = sizes_vary(self._data.samples, job.model.routing)
-        self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=varying))
+        self.job: TrainJob = job.for_samples(self._data.samples)
         self.engine: Engine = engine_of(self.job)
         self._loop = Loop(self.engine, self._data)
         self._started = time.time()

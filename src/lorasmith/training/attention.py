@@ -87,7 +87,7 @@ class FastestKernel:
     """The kernel that is taken, and the seconds of all calls of a pass by kernel."""
 
     kernel: AttentionKernel
-    seconds: Mapping[str, float]
+    seconds: Mapping[AttentionKernel, float]
 
     def __str__(self) -> str:
         if not self.seconds:
@@ -113,14 +113,14 @@ def fastest_kernel(calls: Sequence[AttentionCall], device: torch.device) -> Fast
         }
     if missing:
         _write(kept)
-    totals: Times = {}
+    totals: dict[AttentionKernel, float] = {}
     for kernel in KERNELS:
         total = sum(call.count * known[call.name].get(kernel, math.inf) for call in calls)
         if math.isfinite(total):
             totals[kernel] = total
-    best = min(totals, key=totals.__getitem__, default="torch")
+    best: AttentionKernel = min(totals, key=totals.__getitem__, default="torch")
     is_faster = best in totals and totals[best] < _FASTER * totals.get("torch", math.inf)
-    return FastestKernel(next(one for one in KERNELS if one == (best if is_faster else "torch")), totals)
+    return FastestKernel(best if is_faster else "torch", totals)
 
 
 def kernel_seconds(
@@ -196,12 +196,10 @@ def _path() -> Path | None:
 
 
 def _read() -> dict[str, dict[str, Times]]:
+    if (path := _path()) is None:
+        return {}
     try:
-        return (
-            {}
-            if (path := _path()) is None
-            else typed(parse_foreign_json(read_regular(path)), dict[str, dict[str, Times]])
-        )
+        return typed(parse_foreign_json(read_regular(path)), dict[str, dict[str, Times]])
     except (OSError, ValueError):
         return {}
 

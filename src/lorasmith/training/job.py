@@ -48,6 +48,7 @@ from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
 from lorasmith.core.registry import Registry, extensions_of, nearest
 from lorasmith.core.typed_json import Scalar
+from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.loss_functions import check_loss
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser, training_adapter_in
@@ -57,6 +58,7 @@ from lorasmith.formats.names import encoder_module
 from lorasmith.training.config import NO_TARGETS, USUAL_TRAINING_GUIDANCE, WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.methods.all_methods import check_methods, methods_of
 from lorasmith.training.new_word import NEW_WORD
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
@@ -80,6 +82,11 @@ class TrainJob:
     text_adapters: dict[str, Adapter] = field(default_factory=dict)  # trained, by path in `model.encoders`
     carried: AdapterState = field(default_factory=AdapterState)  # parts of a continued LoRA that are saved untrained
     notes: tuple[str, ...] = ()  # remarks for the user, one sentence each
+
+    def for_samples(self, samples: Sequence[Sample]) -> TrainJob:
+        """The job with what its runtime depends on of the samples."""
+        varying = sizes_vary(samples, self.model.routing)
+        return replace(self, runtime=replace(self.runtime, varying_sizes=varying))
 
     @property
     def steps_before(self) -> int:

@@ -35,7 +35,6 @@ from lorasmith.training.events import (
 )
 from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
-from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
@@ -175,8 +174,7 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
         if plan.trigger and not data.trigger:
             data = replace(data, trigger=plan.trigger)
         parts = split(data, share=job.config.validation_share, given=plan.validation)
-        varying = sizes_vary(parts.training.samples, job.model.routing)
-        job = replace(job, runtime=replace(job.runtime, varying_sizes=varying))
+        job = job.for_samples(parts.training.samples)
         record = run_record(job, parts, title=plan.title, source=plan.source, facts=plan.facts, verify=plan.verify)
         _check_together(job, record)
         folder, start = None, None
