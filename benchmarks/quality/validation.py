@@ -46,7 +46,7 @@ def area(found: Tensor, subjects: Sequence[str], groups: Sequence[str]) -> float
 def judged(pictures: Sequence[Image.Image]) -> Tensor:
     """The judge's probabilities of subjects, of length 1."""
     with torch.no_grad():
-        return F.normalize(Judge.load()(tensors(pictures))[0].softmax(1), dim=1)
+        return F.normalize(Judge.load().subject_scores(tensors(pictures)).softmax(1), dim=1)
 
 
 def main() -> None:

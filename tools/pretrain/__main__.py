@@ -105,7 +105,8 @@ def judge(work: Work = DEFAULT_WORK) -> None:
     from tools.pretrain.judge_training import train_judge
 
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-    print(f"{train_judge(work, vae):.1%} of unseen drawings are classified correctly")
+    subjects, styles = train_judge(work, vae)
+    print(f"subjects of {subjects:.1%} and styles of {styles:.1%} of unseen drawings are classified correctly")
 
 
 @app.command()

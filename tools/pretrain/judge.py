@@ -30,11 +30,11 @@ class Judge(judge.Judge):
 
     def subjects(self, pictures: Sequence[Image.Image]) -> list[str]:
         """The subject of each picture."""
-        return [SUBJECTS[index] for index in self(tensors(pictures))[0].argmax(1).tolist()]
+        return [SUBJECTS[index] for index in self.subject_scores(tensors(pictures)).argmax(1).tolist()]
 
     def styles(self, pictures: Sequence[Image.Image]) -> list[str]:
         """The icon set whose style each picture has."""
-        return [SETS[index] for index in self(tensors(pictures))[1].argmax(1).tolist()]
+        return [SETS[index] for index in self.style_scores(tensors(pictures)).argmax(1).tolist()]
 
 
 def colourless(pictures: Sequence[Image.Image], tolerance: int = 32) -> float:

@@ -23,19 +23,15 @@ EDGE = 64  # pixels of a picture
 
 
 class Judge(nn.Module):
-    """Four convolutions, an average over the picture, two answers: one of so many subjects, one of so many styles."""
+    """Two networks of four convolutions: one knows so many subjects, the other so many styles of any subject."""
 
     def __init__(self, subjects: int, styles: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        widths = (3, 32, 64, 96, 128)
-        for index, (inside, outside) in enumerate(itertools.pairwise(widths)):
-            layers += [nn.Conv2d(inside, outside, 3, stride=1 + (index > 0), padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(outside), nn.SiLU()]
-        self.features = nn.Sequential(*layers)
-        self.hidden = nn.Linear(128 * 4 * 4, 64)
+        self.features = _convolutions()
+        self.hidden = nn.Linear(_WIDTHS[-1] * 4 * 4, 64)
         self.subject = nn.Linear(64, subjects)
-        self.style = nn.Linear(128, styles)
+        self.style_features = _convolutions()
+        self.style = nn.Linear(_WIDTHS[-1] * 2, styles)
 
     @classmethod
     def load(cls) -> Self:
@@ -45,17 +41,33 @@ class Judge(nn.Module):
         judge.load_state_dict(tensors)
         return judge.eval().requires_grad_(False)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of subjects and of styles, (batch, 67) and (batch, 7), of pictures (batch, 3, 64, 64) in [−1, 1]."""
-        hidden, styles = self.seen(pictures)
-        return self.subject(F.silu(hidden)), styles
-
-    def seen(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of what is shown, (batch, 64), and scores of styles."""
-        features = self.features(pictures)
+    def shown(self, pictures: Tensor) -> Tensor:
+        """Features of what pictures (batch, 3, 64, 64) in [−1, 1] show, (batch, 64)."""
         # Coarse places matter to what is shown, not to how it is drawn.
-        coarse = F.adaptive_avg_pool2d(features, 4).flatten(1)
-        return self.hidden(coarse), self.style(features.mean((2, 3)))
+        hidden: Tensor = self.hidden(F.adaptive_avg_pool2d(self.features(pictures), 4).flatten(1))
+        return hidden
+
+    def subject_scores(self, pictures: Tensor) -> Tensor:
+        """(batch, 67)."""
+        scores: Tensor = self.subject(F.silu(self.shown(pictures)))
+        return scores
+
+    def style_scores(self, pictures: Tensor) -> Tensor:
+        """(batch, 7), those of STYLES first."""
+        maps = self.style_features(pictures).flatten(2)
+        scores: Tensor = self.style(torch.cat((maps.mean(2), maps.std(2)), 1))
+        return scores
+
+
+_WIDTHS = (3, 32, 64, 96, 128)
+
+
+def _convolutions() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index, (inside, outside) in enumerate(itertools.pairwise(_WIDTHS)):
+        layers += [nn.Conv2d(inside, outside, 3, stride=1 + (index > 0), padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(outside), nn.SiLU()]
+    return nn.Sequential(*layers)
 
 
 def tensors(pictures: Sequence[Image.Image]) -> Tensor:

@@ -84,12 +84,11 @@ class DrawingSight(Sight):
     """The judge of the built-in model's drawings beside image features; alone it is worse on photos."""
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        shown, _ = _judge().seen(tensors(pictures))
-        return torch.cat((likeness.features(pictures), F.normalize(shown, dim=1)), 1) / 2**0.5
+        shown = F.normalize(_judge().shown(tensors(pictures)), dim=1)
+        return torch.cat((likeness.features(pictures), shown), 1) / 2**0.5
 
     def followed(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> Tensor | None:
-        _, styles = _judge().seen(tensors(pictures))
-        known = styles[:, : len(STYLES)].softmax(1)
+        known = _judge().style_scores(tensors(pictures))[:, : len(STYLES)].softmax(1)
         found = []
         for wish, picture, by_style in zip(wishes, pictures, known, strict=True):
             style = [by_style[place] for place, words in enumerate(STYLES.values()) if words in wish]
