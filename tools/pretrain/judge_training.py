@@ -20,7 +20,7 @@ from tools.pretrain.loop import step_random
 BATCH = 64
 POOL = 8192  # pictures, half of them through the autoencoder, that the batches are drawn from
 STEPS = 1500
-STYLE_POOL, STYLE_STEPS = 12288, 2000
+STYLE_POOL, STYLE_STEPS = 15360, 2900
 
 Row = tuple[int, str, str]  # of a drawing: its row, set and concept
 
@@ -29,22 +29,23 @@ def train_judge(work: Path, autoencoder: AutoencoderKL) -> tuple[float, float]:
     """Train and save the judge; returns the accuracy of subjects and of styles on drawings at a place, size and
     background that it did not see.
 
-    Styles are learnt from all concepts but the held-out subjects, so that they are those of any subject.
+    Styles are learnt from all concepts, and as often from the held-out subjects, whose drawings are what is measured.
     """
     icons = Icons(work)
     torch.manual_seed(0)
     judge = Judge().train()
     known = [(icons.row(s, c), s, c) for c in SUBJECTS for s in SETS if icons.has(s, c)]
-    others = [(row, one.icon_set, one.concept) for row, one in enumerate(icons.icons) if one.icon_set in SETS]
-    others = [row for row in others if row[2] not in HELD_OUT_SUBJECTS]
+    every = [(row, one.icon_set, one.concept) for row, one in enumerate(icons.icons)]
+    by_style = [
+        [row for row in every if row[1] == icon_set and (row[2] in HELD_OUT_SUBJECTS) == is_held_out]
+        for icon_set in SETS
+        for is_held_out in (False, True)
+    ]
     found = []
     for name, scores, parts, rows, size, steps in (
         ("judge", judge.subject_scores, (judge.features, judge.hidden, judge.subject), [known], POOL, STEPS),
-        (
-            "style", judge.style_scores, (judge.style_features, judge.style),
-            [[row for row in others if row[1] == s] for s in SETS], STYLE_POOL, STYLE_STEPS,
-        ),
-    ):  # fmt: skip
+        ("style", judge.style_scores, (judge.style_features, judge.style), by_style, STYLE_POOL, STYLE_STEPS),
+    ):
         pictures, labels = _pool(icons, rows, autoencoder, size, seed=0)
         column = int(name == "style")
         weights = [weight for part in parts for weight in part.parameters()]
