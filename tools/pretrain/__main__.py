@@ -98,6 +98,23 @@ def unet(
 
 
 @app.command()
+def transformer(work: Work = DEFAULT_WORK, steps: Steps = 3000) -> None:
+    """Train the transformer from its last saved state, beside the other parts of the model in the package."""
+    from tools.pretrain.transformer import save, train_transformer
+    from tools.pretrain.unet import encode_pictures
+
+    pipe, checkpoint = shipped_pipeline(), work / "drawing-transformer.safetensors"
+
+    def write(average: Any, step: int) -> None:
+        save(average, CHECKPOINT, checkpoint)
+        _grid(checkpoint).save(work / "transformer" / f"step-{step:06d}.png")
+
+    if not (work / "latents.npy").exists():
+        encode_pictures(work, pipe.vae)
+    train_transformer(work, pipe.text_encoder, steps, best_device(), show=write)
+
+
+@app.command()
 def judge(work: Work = DEFAULT_WORK) -> None:
     """Train the classifier that measures pictures."""
     from diffusers import AutoencoderKL

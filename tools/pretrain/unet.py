@@ -127,9 +127,8 @@ def train_unet(
 
     def loss_at(step: int) -> Tensor:
         random = np.random.default_rng(step_random("unet", step))
-        picked = random.integers(0, len(data.labels), BATCH)
-        captions = ["" if random.random() < UNCAPTIONED else caption(*data.labels[index], random) for index in picked]
-        clean = data.values[torch.from_numpy(picked)].float().to(device)
+        captions, clean = captions_of(data, random)
+        clean = clean.to(device)
         noise = torch.from_numpy(random.standard_normal(clean.shape, np.float32)).to(device)
         level = schedule.at(_times(random)).to(device)
         noised = level.noised(clean, noise)
@@ -141,6 +140,13 @@ def train_unet(
 
     run.until(steps, loss_at, every=None if show is None else lambda: show(run.average, run.step))
     return run.average.cpu()
+
+
+def captions_of(data: Latents, random: np.random.Generator) -> tuple[list[str], Tensor]:
+    """A batch: captions, and latents in fp32."""
+    picked = random.integers(0, len(data.labels), BATCH)
+    captions = ["" if random.random() < UNCAPTIONED else caption(*data.labels[index], random) for index in picked]
+    return captions, data.values[torch.from_numpy(picked)].float()
 
 
 def _times(random: np.random.Generator) -> Tensor:

@@ -1,0 +1,146 @@
+"""A small transformer of the same drawings, on which methods are measured that a UNet cannot have (token routing).
+
+It has PixArt's blocks (Chen et al. 2023, arXiv:2310.00426) and the built-in model's text encoder and autoencoder, and is
+a family of its own. Nothing of it is in the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderNames,
+    EncoderSlot,
+    Encoding,
+    Family,
+    FlowSchedule,
+    Routing,
+    Rule,
+    TextEncoders,
+    register,
+)
+from lorasmith.families.parts.clip import encode_prompt, written_paths
+from lorasmith.formats.container import write_safetensors
+from tools.pretrain.loop import Run, autocast, step_random
+from tools.pretrain.optimizer import optimizers_for
+from tools.pretrain.text_encoder import SHORT, encode
+from tools.pretrain.unet import BATCH, UNCAPTIONED, Latents, captions_of
+
+_CONFIG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "num_layers": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": 16,
+    "patch_size": 2,
+    "cross_attention_dim": 128,
+    "caption_channels": None,
+    "use_additional_conditions": False,
+}
+_PREFIX = "model.diffusion_model."
+
+
+class DrawingTransformer(Family):
+    """Eight blocks of width 256 on 64 tokens, 8.9 million parameters, trained by flow matching."""
+
+    name = kohya_name = modelspec_name = "drawing-transformer"
+    title = "Drawing transformer"
+    pipeline = "DrawingTransformerPipeline"  # in no package
+    network = "PixArtTransformer2DModel"
+    modelspec_implementation = "diffusers"
+    signs = ("adaln_single.linear.weight", "pos_embed.proj.weight", "transformer_blocks.0.attn2.to_q.weight")
+    own_diffusion = Diffusion("flow", FlowSchedule(time_scale=1000.0))
+    own_defaults = Defaults(
+        resolution=64, pixel_multiple=8, guidance=3.0, learning_rate=7e-4, targets="all", timestep_distribution="uniform"
+    )
+    targets = {
+        "attention": Rule(("transformer_blocks.*.attn?.to_*",)),
+        "transformer": Rule(("transformer_blocks.*",), linear_only=True),
+    }
+    text_encoders = {"text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("cond_stage_model.transformer.",))}
+    autoencoder = AutoencoderSlot("kl", channels=4, usual_file="lorasmith-tiny.safetensors", downscale=4)
+    routing = Routing(blocks={"transformer_blocks": {"hidden_states": "bp."}})
+    repeatable_context = True
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return _CONFIG
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {name: EncoderNames(written_paths(one), kohya=("lora_te_",)) for name, one in text_encoders.items()}
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
+        context, _ = encode_prompt(text, encoders.tokenizers["text_encoder"], encoder, skip_layers=encoding.skip_layers)
+        return Conditioning({"context": context}, text)
+
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
+        return {"context": (1, 77, denoiser.config.cross_attention_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        prediction: Tensor = denoiser(latents, conditioning.tensors["context"], timestep=time, return_dict=False)[0]
+        return prediction
+
+
+register(DrawingTransformer())
+
+
+def build() -> Any:
+    """The network with random weights."""
+    torch.manual_seed(0)
+    network = DrawingTransformer().denoiser_class()(**_CONFIG)
+    nn.init.zeros_(network.proj_out.weight)  # the first prediction is nothing
+    return network
+
+
+def train_transformer(
+    work: Path,
+    text_encoder: CLIPTextModel,
+    steps: int,
+    device: torch.device,
+    *,
+    show: Callable[[nn.Module, int], None],
+) -> None:
+    """Train until `steps` updates; `show` is called with the averaged model and the step after each save."""
+    data = Latents.load(work)
+    text_encoder = text_encoder.to(device).eval().requires_grad_(False)
+    model = build().train().to(device)
+    optimizers = optimizers_for(model, lr=2e-3, weight_decay=1e-2)
+    run = Run(model, optimizers, state=work / "transformer" / "state.pt", ema=0.998)
+
+    def loss_at(step: int) -> Tensor:
+        random = np.random.default_rng(step_random("transformer", step))
+        captions, clean = captions_of(data, random)
+        clean = clean.to(device)
+        noise = torch.from_numpy(random.standard_normal(clean.shape, np.float32)).to(device)
+        # A logistic of normal numbers, stratified: Esser et al. 2024, arXiv:2403.03206.
+        quantiles = torch.from_numpy((np.arange(BATCH) + random.random(BATCH)) / BATCH).float()
+        time = torch.special.ndtri(quantiles.clamp(1e-4, 1 - 1e-4)).sigmoid().to(device)
+        share = time[:, None, None, None]
+        with autocast(device):
+            context = text_encoder(encode(captions, SHORT).to(device)).last_hidden_state
+            prediction = model((1 - share) * clean + share * noise, context, timestep=1000 * time).sample
+        return (prediction.float() - (noise - clean)).square().mean()
+
+    run.until(steps, loss_at, every=lambda: show(run.average, run.step))
+
+
+def save(network: nn.Module, built_in: Path, target: Path) -> None:
+    """A checkpoint of the network with the other parts of the built-in model."""
+    with safe_open(str(built_in), "pt") as file:
+        others = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(_PREFIX)}  # noqa: SIM118
+        metadata = file.metadata()
+    tensors = {f"{_PREFIX}{name}": tensor.half().contiguous() for name, tensor in network.state_dict().items()}
+    write_safetensors(target, {**others, **tensors}, metadata)
