@@ -28,12 +28,12 @@ from torch import Tensor
 
 from benchmarks.bases import machine
 from benchmarks.quality.measuring import TINY, checkpoints, encoded
-from benchmarks.quality.sights import JudgeSight
+from benchmarks.quality.sights import JudgeSight, seen
 from benchmarks.quality.subjects import CLASSES, Task, subject_task
 from benchmarks.results import Results, add_json
 from lorasmith.evaluation.evaluation_record import NOISES
 from lorasmith.evaluation.sight import sight_of
-from lorasmith.evaluation.verdict import Drawn, measured, training_facts, verdict
+from lorasmith.evaluation.verdict import measured, training_facts, verdict
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.runs.drawing import with_loras
@@ -130,22 +130,15 @@ class Bench:
         texts = [task.trigger, *(one.text for one in task.prompts)]
         base, *drawn = (self._drawn(texts, folder, one) for one in ("base", *(one.name for one in loras)))
         pictures = self._sight.features(list(task.training[4]))
-        before = self._seen(task, base)
-        found = [measured(self._seen(task, one), before, pictures) for one in drawn]
+        before = seen(self._sight, task, base[:NOISES])
+        found = [measured(seen(self._sight, task, one[:NOISES]), before, pictures) for one in drawn]
         chosen = verdict(found, training_facts(pictures, before)).best
         fulfilled, judged = self._judged(task, base)[1], [self._judged(task, one) for one in drawn]
-        seen, values = (
+        by_same, values = (
             [_score(*one, fulfilled, some) for one in judged] for some in (slice(NOISES), slice(NOISES, None))
         )
-        picked = (chosen, len(values) - 1, seen.index(max(seen)))
+        picked = (chosen, len(values) - 1, by_same.index(max(by_same)))
         return chosen, values, tuple(1.0 if one is None else 1 - values[one] / max(values) for one in picked)
-
-    def _seen(self, task: Task, rows: Sequence[Sequence[Image.Image]]) -> Drawn:
-        """What the evaluation sees."""
-        seen, wishes = rows[:NOISES], [one.plain for one in task.prompts]
-        asked = self._sight.asked(wishes, [one for row in seen for one in row[1:]])
-        none = torch.zeros(0, asked.features.shape[-1])
-        return Drawn(self._sight.features([row[0] for row in seen]), asked, others=none, of_class=none)
 
     def _judged(self, task: Task, rows: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor]:
         """Probability of the subject, and whether wishes are fulfilled, by seed and prompt."""

@@ -20,14 +20,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.quality.recipes import AVERAGE, RECIPES
-from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, dino_features
+from benchmarks.quality.recipes import AVERAGE, RECIPES, STRENGTH
+from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, dino_features, seen
 from benchmarks.quality.subjects import BUILT_IN, Prompt, Task, folder_tasks
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.evaluation import measures
+from lorasmith.evaluation.evaluation_record import NOISES
 from lorasmith.evaluation.likeness import features
+from lorasmith.evaluation.sight import sight_of
+from lorasmith.evaluation.verdict import Drawn, measured, scores, training_facts
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.runs.drawing import with_loras
@@ -35,12 +38,15 @@ from lorasmith.runs.library import load_dataset, train
 from lorasmith.sampling.generate import generate
 from lorasmith.toolbox.average import average_run
 from tools.pretrain.data import CONCEPTS, short_name, with_article
+from tools.pretrain.transformer import DRAWING_TRANSFORMER  # which is a family from then on
 
 DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
 ASKED_SEEDS = range(1, 7)  # of which the first ones are used from which the base model draws the wish
 ASKED_EACH = 2
+_STRENGTH_SEEDS = range(11, 11 + NOISES)
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 TINY = "lorasmith-tiny"
+JUDGED = (TINY, DRAWING_TRANSFORMER)  # names of models whose drawings the judge knows
 _KEPT_EACH = 20  # each run draws three of the sixty concepts without the trigger; runs share them out
 
 
@@ -180,8 +186,8 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self.model, self.sight = load_model(setting.model), setting.sight()
         self.setting, self._tasks = setting, setting.tasks()
-        # The judge sees as much in pictures of four steps as in those of twenty.
-        self._steps = 4 if setting.model == TINY else None
+        # The judge sees as much in drawings of four steps as in those of twenty.
+        self._steps = 4 if setting.subjects is None else None
         self._data: dict[tuple[str, int], EncodedDataset] = {}
         self._base: dict[tuple[str, int], Image.Image] = {}
         self._seeds: dict[str, list[tuple[Prompt, int]]] = {}
@@ -194,8 +200,9 @@ class Bench:
             began = time.process_time()
             files = (self._trained_in_comfyui if job.in_comfyui else self._trained)(job, task, Path(folder))
             seconds = time.process_time() - began
+            tried = job.changes.get(STRENGTH, (1.0,))
             found = [
-                self._measured(task, job, file, look, seconds * look / looks[-1])
+                self._measured(task, job, file, self._best(task, job, file, tried), look, seconds * look / looks[-1])
                 for look, file in zip(looks, files, strict=True)
             ]
             strengths = self._strengths(task, files[-1]) if job.seed == 0 else ()
@@ -204,7 +211,7 @@ class Bench:
     def _trained(self, job: Job, task: Task, folder: Path) -> list[Path]:
         """The file of each checkpoint."""
         settings = {**RECIPES[job.recipe].at(job.factor), **job.changes}
-        length = settings.pop(AVERAGE, None)
+        length, _ = settings.pop(AVERAGE, None), settings.pop(STRENGTH, None)
         if settings.get("preserve") == "class":
             settings["preserve_class"] = task.trigger.removeprefix("sks ")
         steps = [look // int(settings.get("batch_size", 1)) for look in self.setting.looks]
@@ -273,7 +280,7 @@ class Bench:
         return islice((seed for seed, one in pictures if self.sight.shows(prompt, one)), ASKED_EACH)
 
     def _measured(
-        self, task: Task, job: Job, lora: Path, looks: int, seconds: float
+        self, task: Task, job: Job, lora: Path, strength: float, looks: int, seconds: float
     ) -> tuple[Checkpoint, tuple[Image.Image, ...]]:
         pairs = self._asked(task)
         prompts = [one for one, _ in pairs]
@@ -281,7 +288,7 @@ class Bench:
         of_class = [] if task.of_class is None else [with_article(short_name(task.of_class))]
         untaught = [(one, 1) for one in (*kept, *of_class)]
         texts = [(task.trigger, seed) for seed in DRAWN_SEEDS] + [(one.text, seed) for one, seed in pairs]
-        drawn = iter(self._drawn([*texts, *untaught], lora))
+        drawn = iter(self._drawn([*texts, *untaught], lora, strength))
         plain, asked, without = [*islice(drawn, len(DRAWN_SEEDS))], [*islice(drawn, len(pairs))], [*drawn]
         base = self._from_base(untaught)
         firsts = dict(reversed([*zip(prompts, asked, strict=True)]))
@@ -298,6 +305,23 @@ class Bench:
             drift=measures.drift(features(base[: len(kept)]), features(without[: len(kept)])),
             bleed=self.sight.bleed(task, base[len(kept) :], without[len(kept) :]),
         ), (plain[0], *(firsts[one] for one in task.prompts if one in firsts))
+
+    def _best(self, task: Task, job: Job, lora: Path, strengths: Sequence[float]) -> float:
+        """The strength at which `lorasmith evaluate` scores a LoRA best, by other noises than those of the measures."""
+        if len(strengths) == 1:
+            return strengths[0]
+        sight = sight_of(is_built_in=self.setting.subjects is None)
+        texts = [task.trigger, *(one.text for one in task.prompts)]
+        asked = [(text, seed) for seed in _STRENGTH_SEEDS for text in texts]
+
+        def rows(file: Path | None, strength: float = 1.0) -> Drawn:
+            drawn = iter(self._drawn(asked, file, strength))
+            return seen(sight, task, [[*islice(drawn, len(texts))] for _ in _STRENGTH_SEEDS])
+
+        base, pictures = rows(None), sight.features(list(task.training[job.pictures]))
+        found = [measured(rows(lora, one), base, pictures) for one in strengths]
+        by_strength = scores(found, training_facts(pictures, base))
+        return strengths[by_strength.index(max(by_strength))]
 
     def _strengths(self, task: Task, lora: Path) -> tuple[float, ...]:
         return tuple(

@@ -13,6 +13,9 @@ from typing import Any
 from benchmarks.learning import COMFYUI
 
 AVERAGE = "average"  # no setting: the length of the average that is made of a run's averages and measured last
+STRENGTH = (
+    "strength"  # no setting either: strengths of which each checkpoint is measured at the one that evaluates best
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,12 @@ METHODS: Sequence[Mapping[str, Any]] = (
     {"loss_weighting": "p2"},
     {"ema_decay": 0.9},
     {"post_hoc_ema": 8, AVERAGE: 0.1},
+    {STRENGTH: (0.7, 0.85, 1.0, 1.15, 1.3)},
 )
 """What is added to our defaults, each alone."""
+
+ROUTING: Sequence[Mapping[str, Any]] = ({"tread_rate": 0.25}, {"tread_rate": 0.5})
+"""What transformers alone can have."""
 
 ALTERNATIVES: Sequence[Mapping[str, Any]] = (
     {"learning_rate": 3.5e-4, "schedule": "linear"},

@@ -16,6 +16,8 @@ from benchmarks.quality.subjects import Prompt, Task
 from lorasmith.evaluation import measures
 from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.judge import background_of, tensors
+from lorasmith.evaluation.sight import Sight as EvaluationSight
+from lorasmith.evaluation.verdict import Drawn
 from tools.pretrain.data import HELD_OUT_STYLE
 from tools.pretrain.judge import SETS, SUBJECTS, Judge
 
@@ -37,6 +39,13 @@ class Sight(Protocol):
 
     def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
         """How much pictures of the class have become the subject."""
+
+
+def seen(sight: EvaluationSight, task: Task, rows: Sequence[Sequence[Image.Image]]) -> Drawn:
+    """What `lorasmith evaluate` sees in pictures of the trigger and of each wish, a row for each noise."""
+    asked = sight.asked([one.plain for one in task.prompts], [one for row in rows for one in row[1:]])
+    none = torch.zeros(0, asked.features.shape[-1])
+    return Drawn(sight.features([row[0] for row in rows]), asked, others=none, of_class=none)
 
 
 class JudgeSight:

@@ -1,7 +1,7 @@
 """A small transformer of the same drawings, on which methods are measured that a UNet cannot have (token routing).
 
-It has PixArt's blocks (Chen et al. 2023, arXiv:2310.00426) and the built-in model's text encoder and autoencoder, and is
-a family of its own. Nothing of it is in the package.
+It has the blocks of PixArt (Chen et al. 2023, arXiv:2310.00426), the text encoder and autoencoder of the built-in
+model, and a family of its own, outside of the package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorasmith.formats.container import write_safetensors
 from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 from tools.pretrain.text_encoder import SHORT, encode
-from tools.pretrain.unet import BATCH, UNCAPTIONED, Latents, captions_of
+from tools.pretrain.unet import BATCH, Latents, captions_of
 
 _CONFIG = {
     "num_attention_heads": 4,
@@ -50,27 +50,28 @@ _CONFIG = {
     "caption_channels": None,
     "use_additional_conditions": False,
 }
+DRAWING_TRANSFORMER = "drawing-transformer"
 _PREFIX = "model.diffusion_model."
 
 
 class DrawingTransformer(Family):
     """Eight blocks of width 256 on 64 tokens, 8.9 million parameters, trained by flow matching."""
 
-    name = kohya_name = modelspec_name = "drawing-transformer"
+    name = kohya_name = modelspec_name = DRAWING_TRANSFORMER
     title = "Drawing transformer"
     pipeline = "DrawingTransformerPipeline"  # in no package
     network = "PixArtTransformer2DModel"
     modelspec_implementation = "diffusers"
     signs = ("adaln_single.linear.weight", "pos_embed.proj.weight", "transformer_blocks.0.attn2.to_q.weight")
     own_diffusion = Diffusion("flow", FlowSchedule(time_scale=1000.0))
-    own_defaults = Defaults(
-        resolution=64, pixel_multiple=8, guidance=3.0, learning_rate=7e-4, targets="all", timestep_distribution="uniform"
-    )
-    targets = {
+    own_defaults = Defaults(resolution=64, pixel_multiple=8, guidance=3.0, learning_rate=7e-4, targets="transformer")
+    targets: Mapping[str, Rule] = {
         "attention": Rule(("transformer_blocks.*.attn?.to_*",)),
         "transformer": Rule(("transformer_blocks.*",), linear_only=True),
     }
-    text_encoders = {"text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("cond_stage_model.transformer.",))}
+    text_encoders: Mapping[str, EncoderSlot] = {
+        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("cond_stage_model.transformer.",))
+    }
     autoencoder = AutoencoderSlot("kl", channels=4, usual_file="lorasmith-tiny.safetensors", downscale=4)
     routing = Routing(blocks={"transformer_blocks": {"hidden_states": "bp."}})
     repeatable_context = True

@@ -20,6 +20,7 @@ from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.judge import Judge, background_of, tensors
 from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 
+_JUDGED = 0.7  # share of the judge's features in the likeness of two drawings
 _FULFILLED = 0.5  # probability of a wish in the base model's picture, from which on a LoRA should fulfil it, too
 
 
@@ -85,7 +86,7 @@ class DrawingSight(Sight):
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
         shown = F.normalize(_judge().shown(tensors(pictures)), dim=1)
-        return torch.cat((likeness.features(pictures), shown), 1) / 2**0.5
+        return torch.cat(((1 - _JUDGED) ** 0.5 * likeness.features(pictures), _JUDGED**0.5 * shown), 1)
 
     def followed(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> Tensor | None:
         known = _judge().style_scores(tensors(pictures))[:, : len(STYLES)].softmax(1)
