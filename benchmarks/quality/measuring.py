@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lorasmith as ls
 from benchmarks.quality.recipes import AVERAGE, RECIPES, STRENGTH
 from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, dino_features, seen
 from benchmarks.quality.subjects import BUILT_IN, Prompt, Task, folder_tasks
@@ -38,7 +39,7 @@ from lorasmith.runs.library import load_dataset, train
 from lorasmith.sampling.generate import generate
 from lorasmith.toolbox.average import average_run
 from tools.pretrain.data import CONCEPTS, short_name, with_article
-from tools.pretrain.transformer import DRAWING_TRANSFORMER  # which is a family from then on
+from tools.pretrain.transformer import DRAWING_TRANSFORMER, DrawingTransformer
 
 DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
 ASKED_SEEDS = range(1, 7)  # of which the first ones are used from which the base model draws the wish
@@ -147,6 +148,7 @@ def _prepare(setting: Setting) -> None:
     global _bench  # noqa: PLW0603 - of a worker process
     torch.set_num_threads(1)
     os.environ["LORASMITH_CACHE_DIR"] = tempfile.mkdtemp()
+    ls.register("families", DRAWING_TRANSFORMER, DrawingTransformer)
     _bench = Bench(setting)
 
 

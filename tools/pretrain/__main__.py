@@ -100,9 +100,11 @@ def unet(
 @app.command()
 def transformer(work: Work = DEFAULT_WORK, steps: Steps = 3000) -> None:
     """Train the transformer from its last saved state, beside the other parts of the model in the package."""
-    from tools.pretrain.transformer import DRAWING_TRANSFORMER, save, train_transformer
+    import lorasmith as ls
+    from tools.pretrain.transformer import DRAWING_TRANSFORMER, DrawingTransformer, save, train_transformer
     from tools.pretrain.unet import encode_pictures
 
+    ls.register("families", DRAWING_TRANSFORMER, DrawingTransformer)
     pipe, checkpoint = shipped_pipeline(), work / f"{DRAWING_TRANSFORMER}.safetensors"
 
     def write(average: Any, step: int) -> None:

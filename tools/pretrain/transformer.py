@@ -29,10 +29,10 @@ from lorasmith.families.base import (
     Routing,
     Rule,
     TextEncoders,
-    register,
 )
 from lorasmith.families.parts.clip import encode_prompt, written_paths
 from lorasmith.formats.container import write_safetensors
+from tools.pretrain.autoencoder import SCALING_FACTOR
 from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 from tools.pretrain.text_encoder import SHORT, encode
@@ -72,7 +72,13 @@ class DrawingTransformer(Family):
     text_encoders: Mapping[str, EncoderSlot] = {
         "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("cond_stage_model.transformer.",))
     }
-    autoencoder = AutoencoderSlot("kl", channels=4, usual_file="lorasmith-tiny.safetensors", downscale=4)
+    autoencoder = AutoencoderSlot(
+        "kl",
+        channels=4,
+        usual_file="lorasmith-tiny.safetensors",
+        settings={"scaling_factor": SCALING_FACTOR},
+        downscale=4,
+    )
     routing = Routing(blocks={"transformer_blocks": {"hidden_states": "bp."}})
     repeatable_context = True
 
@@ -93,9 +99,6 @@ class DrawingTransformer(Family):
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = denoiser(latents, conditioning.tensors["context"], timestep=time, return_dict=False)[0]
         return prediction
-
-
-register(DrawingTransformer())
 
 
 def build() -> Any:
