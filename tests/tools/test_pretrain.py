@@ -16,6 +16,8 @@ from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.runs.drawing import with_loras
+from lorasmith.sampling.generate import generate
 from tools.pretrain.autoencoder import SCALING_FACTOR, fold_statistics
 from tools.pretrain.data import CONCEPTS, HELD_OUT_SUBJECTS, caption, on_background
 from tools.pretrain.export import DEFAULTS, original_tensors, pipeline
@@ -162,4 +164,8 @@ def test_the_transformer_is_a_family_whose_tokens_can_be_routed(tiny: Model, tmp
     plain, routed = (ls.train(model, data, steps=2, tread_rate=rate, progress=False) for rate in (0.0, 0.5))
     assert plain.losses[0] != routed.losses[0]
     routed.lora.save(tmp_path / "fox.safetensors")
-    assert ls.load_lora(tmp_path / "fox.safetensors")
+    denoiser, encoder = with_loras(model.denoiser, model.text_encoder, [(tmp_path / "fox.safetensors", 1.0)])
+    (drawn,), (before,) = (
+        generate(one, ["sks fox"], text_encoder=encoder, seed=1, steps=2) for one in (denoiser, model.denoiser)
+    )
+    assert drawn.size == (64, 64) and drawn.tobytes() != before.tobytes()

@@ -86,7 +86,10 @@ class DrawingTransformer(Family):
         return _CONFIG
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {name: EncoderNames(written_paths(one), kohya=("lora_te_",)) for name, one in text_encoders.items()}
+        return {
+            name: EncoderNames(written_paths(one), kohya=("lora_te_",), comfyui=("clip_l",), drops_text_model=True)
+            for name, one in text_encoders.items()
+        }
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
