@@ -35,7 +35,10 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "lorasmith": Recipe("the defaults of `lorasmith train`", {}),
+    "lorasmith": Recipe(
+        "docs/training.md, A subject",
+        {"train_text_encoder": True, "text_encoder_rate": 7e-4, "timesteps": "shifted", "timestep_shift": 3.0},
+    ),
     "comfyui": Recipe(
         "defaults of the node Train LoRA (0.33)",
         {**COMFYUI, "rank": 8},
@@ -46,6 +49,7 @@ RECIPES: Mapping[str, Recipe] = {
         {"rank": 4, "targets": "attention", "schedule": "constant", "stratified": False},
         1e-4,
     ),
+    "lorasmith, plain": Recipe("the defaults of `lorasmith train`", {}),
     "sd-scripts": Recipe(
         "docs/train_network.md",
         {
@@ -102,7 +106,7 @@ METHODS: Sequence[Mapping[str, Any]] = (
     {"post_hoc_ema": 8, AVERAGE: 0.1},
     {STRENGTH: (0.7, 0.85, 1.0, 1.15, 1.3)},
 )
-"""What is added to our defaults, each alone."""
+"""What is added to our recipe, each alone."""
 
 ROUTING: Sequence[Mapping[str, Any]] = ({"tread_rate": 0.25}, {"tread_rate": 0.5})
 """What transformers alone can have."""
@@ -120,4 +124,4 @@ ALTERNATIVES: Sequence[Mapping[str, Any]] = (
     {"objective": "x0"},
     {"batch_size": 4},
 )
-"""What is tried in place of our defaults, each alone."""
+"""What is tried in place of our settings, each alone."""
