@@ -38,8 +38,8 @@ def recipe_tables(outcomes: Sequence[Outcome], results: Results) -> None:
         mean, low, high = interval(_by_subject(subjects, _hypervolume))
         behind = _behind([one for one in subjects if _pair(one) in first], first)
         style = statistics.mean(map(_hypervolume, styles)) if styles else None
-        minutes = statistics.mean(one.checkpoints[-1].seconds for one in subjects) / 60
-        results.add(*kind, len(subjects), mean, f"{low:.3f} to {high:.3f}", *behind, style, mean / minutes)
+        rate = mean / _minutes(subjects)
+        results.add(*kind, len(subjects), mean, f"{low:.3f} to {high:.3f}", *behind, style, rate)
     columns = {"recipe": "", "rate ×": "g", "pictures": "d", "seen": "d"}
     results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Means by checkpoint")
     for kind, runs in kinds.items():
@@ -60,18 +60,24 @@ def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
     (_, plain), *others = _by_kind(outcomes).items()
     before = {_pair(one): one for one in plain}
     columns = {"method": "", "runs": "d", "hypervolume": ".3f", "difference": "+.3f", "95 % interval": ""}
-    columns |= {"time of training": ".2f", **dict.fromkeys(MEASURES, "+.3f")}
-    results.table(columns, "Difference of each method from the defaults, subject by subject and seed by seed")
-    results.add("defaults", len(plain), statistics.mean(map(_hypervolume, plain)), None, None, 1.0, *[None] * 7)
+    columns |= {"time of training": ".2f", "per minute of training": ".3f", **dict.fromkeys(MEASURES, "+.3f")}
+    results.table(columns, "Difference of each method from the recipe alone, subject by subject and seed by seed")
+    total, minutes = statistics.mean(map(_hypervolume, plain)), _minutes(plain)
+    results.add(plain[0].job.recipe, len(plain), total, None, None, 1.0, total / minutes, *[None] * len(MEASURES))
     for (name, *_), runs in others:
         gains = _by_subject(runs, lambda one: _hypervolume(one) - _hypervolume(before[_pair(one)]))
         mean, low, high = interval(gains)
         ends = [one.checkpoints[-1] for one in runs]
         ends_before = [before[_pair(one)].checkpoints[-1] for one in runs]
-        time = sum(one.seconds for one in ends) / sum(one.seconds for one in ends_before)
+        time = _minutes(runs) / minutes
         measured = [_mean(ends, measure) - _mean(ends_before, measure) for measure in MEASURES]
         total, name = statistics.mean(map(_hypervolume, runs)), name.partition(" ")[2]
-        results.add(name, len(runs), total, mean, f"{low:+.3f} to {high:+.3f}", time, *measured)
+        results.add(name, len(runs), total, mean, f"{low:+.3f} to {high:+.3f}", time, total / _minutes(runs), *measured)
+
+
+def _minutes(runs: Sequence[Outcome]) -> float:
+    """Of processor time, of training a run."""
+    return statistics.mean(one.checkpoints[-1].seconds for one in runs) / 60
 
 
 def _behind(runs: Sequence[Outcome], first: Mapping[tuple[str, int, int], Outcome]) -> tuple[float | None, str | None]:
