@@ -11,8 +11,8 @@
 Seven subjects and a style that the built-in model has never seen are taught with each recipe, and the pictures that
 each checkpoint draws are judged. The first three recipes teach each with four pictures and every seed, and with one and
 twelve and the first seed; the others with four and two seeds (`--full`: everything with every seed, for several hours).
-`--instead` has rows of methods, or of other values of our defaults, of the subjects and the first seed; `routing` those
-of a transformer, which `python -m tools.pretrain transformer` makes.
+`--instead` has rows of methods, of the subjects and the first seed; `routing` those of a transformer, which
+`python -m tools.pretrain transformer` makes.
 With another model, subjects come from a folder like DreamBooth's, and image features take the judge's place.
 
 `--page` puts the tables between the marks of a page, and the pictures beside it.
@@ -31,12 +31,12 @@ import torch
 from benchmarks.bases import machine
 from benchmarks.quality.measuring import JUDGED, TINY, Job, Setting, outcomes_of
 from benchmarks.quality.page import write_page
-from benchmarks.quality.recipes import ALTERNATIVES, METHODS, RECIPES, ROUTING
+from benchmarks.quality.recipes import METHODS, RECIPES, ROUTING
 from benchmarks.quality.subjects import STYLE
 from benchmarks.quality.tables import MEASURES, methods_table, name_of, recipe_tables
 from benchmarks.results import Results, add_json
 
-INSTEAD = {"methods": METHODS, "alternatives": ALTERNATIVES, "routing": ROUTING}
+INSTEAD = {"methods": METHODS, "routing": ROUTING}
 _FIRST = 3  # recipes that are run with every seed, and with one and twelve pictures
 
 

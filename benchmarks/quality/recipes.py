@@ -110,18 +110,3 @@ METHODS: Sequence[Mapping[str, Any]] = (
 
 ROUTING: Sequence[Mapping[str, Any]] = ({"tread_rate": 0.25}, {"tread_rate": 0.5})
 """What transformers alone can have."""
-
-ALTERNATIVES: Sequence[Mapping[str, Any]] = (
-    {"learning_rate": 3.5e-4, "schedule": "linear"},
-    {"learning_rate": 2.8e-3, "schedule": "linear"},
-    {"learning_rate": 4.2e-3, "schedule": "linear"},
-    {"rank": 4},
-    {"rank": 64},
-    {"alpha": 1.0},
-    {"targets": "attention"},
-    {"timesteps": "logit_normal"},
-    {"timesteps": "shifted", "timestep_shift": 3.0},
-    {"objective": "x0"},
-    {"batch_size": 4},
-)
-"""What is tried in place of our settings, each alone."""

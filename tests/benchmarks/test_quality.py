@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.quality import measuring
 from benchmarks.quality.measuring import Checkpoint, Job, Outcome, Setting, outcomes_of
 from benchmarks.quality.page import write_page
-from benchmarks.quality.recipes import ALTERNATIVES, AVERAGE, METHODS, RECIPES, ROUTING, STRENGTH
+from benchmarks.quality.recipes import AVERAGE, METHODS, RECIPES, ROUTING, STRENGTH
 from benchmarks.quality.scores import hypervolume, interval
 from benchmarks.quality.subjects import BUILT_IN, CLASSES, drawing, folder_tasks
 from benchmarks.quality.tables import methods_table, recipe_tables
@@ -54,7 +54,7 @@ def test_area_under_the_curve_of_same_and_different_subjects() -> None:
 
 
 def test_recipes_and_methods_are_settings() -> None:
-    for settings in [one.at(10.0) for one in RECIPES.values()] + [*METHODS, *ALTERNATIVES, *ROUTING]:
+    for settings in [one.at(10.0) for one in RECIPES.values()] + [*METHODS, *ROUTING]:
         given = {name: value for name, value in settings.items() if name not in (AVERAGE, STRENGTH)}
         assert config_over(None, {"preserve_class": "dog", **given}).preserve_class == "dog"
 

@@ -55,7 +55,7 @@ _PREFIX = "model.diffusion_model."
 
 
 class DrawingTransformer(Family):
-    """Eight blocks of width 256 on 64 tokens, 8.9 million parameters, trained by flow matching."""
+    """Eight blocks of width 256 on 64 tokens, 8.4 million parameters, trained by flow matching."""
 
     name = kohya_name = modelspec_name = DRAWING_TRANSFORMER
     title = "Drawing transformer"
