@@ -10,7 +10,7 @@
 
 Seven subjects and a style that the built-in model has never seen are taught with each recipe, and the pictures that
 each checkpoint draws are judged. The first three recipes teach each with four pictures and every seed, and with one and
-twelve and the first seed; the others with four and two seeds (`--full`: everything with every seed, for several hours).
+twelve and the first seed; the others with four and the first seed (`--full`: everything with every seed, for hours).
 `--instead` has rows of methods, of the subjects and the first seed; `routing` those of a transformer, which
 `python -m tools.pretrain transformer` makes.
 With another model, subjects come from a folder like DreamBooth's, and image features take the judge's place.
@@ -73,7 +73,7 @@ def _jobs(arguments: argparse.Namespace, tasks: list[str]) -> list[Job]:
     def seeds(recipe: str, pictures: int) -> list[int]:
         if arguments.full:
             return list(arguments.seeds)
-        few, many = (1, len(arguments.seeds)) if recipe in [*RECIPES][:_FIRST] else (0, 2)
+        few, many = (1, len(arguments.seeds)) if recipe in [*RECIPES][:_FIRST] else (0, 1)
         return list(arguments.seeds[: many if pictures == 4 else few])
 
     first = arguments.recipes[0]
