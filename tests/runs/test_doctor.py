@@ -34,12 +34,12 @@ def test_extras_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_command_prints_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_LITTLE_MEMORY", 0)
-    monkeypatch.setattr(doctor, "_LITTLE_DISK", 0)
+    monkeypatch.setattr(doctor, "LITTLE_DISK", 0)
     for arguments in ([], ["--json"]):
         ran = CliRunner().invoke(app, ["doctor", "--base-dir", str(tmp_path), *arguments])
         assert ran.exit_code == 0 and "no models besides" in " ".join(ran.output.split())
     assert json.loads(ran.output)["versions"]["torch"] == torch.__version__
-    monkeypatch.setattr(doctor, "_LITTLE_DISK", 2**70)
+    monkeypatch.setattr(doctor, "LITTLE_DISK", 2**70)
     assert CliRunner().invoke(app, ["doctor", "--base-dir", str(tmp_path)]).exit_code == 1
 
 
@@ -55,7 +55,7 @@ def test_folders_that_cannot_be_written_have_no_room(tmp_path: Path, monkeypatch
 
 def test_each_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_LITTLE_MEMORY", 2**60)
-    monkeypatch.setattr(doctor, "_LITTLE_DISK", 2**70)
+    monkeypatch.setattr(doctor, "LITTLE_DISK", 2**70)
     monkeypatch.setattr(doctor, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = "\n".join(one.problem for one in check_up(Folders(tmp_path)).problems)
@@ -65,6 +65,6 @@ def test_each_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "models" / "checkpoints").mkdir(parents=True)
     (tmp_path / "models" / "checkpoints" / "a.safetensors").touch()
     monkeypatch.setattr(doctor, "_LITTLE_MEMORY", 0)
-    monkeypatch.setattr(doctor, "_LITTLE_DISK", 0)
+    monkeypatch.setattr(doctor, "LITTLE_DISK", 0)
     monkeypatch.setattr(doctor, "which", lambda name: None)
     assert check_up(Folders(tmp_path)).problems == ()

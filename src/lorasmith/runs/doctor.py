@@ -27,7 +27,7 @@ from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.storage.run_states import free_bytes
 
 _PACKAGE = "lorasmith"
-_LITTLE_DISK, _LITTLE_MEMORY = 5 * 2**30, 6 * 2**30
+LITTLE_DISK, _LITTLE_MEMORY = 5 * 2**30, 6 * 2**30
 _KINDS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras")
 _COMPANIONS = (TINY, EDITOR)
 _PRODUCTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -238,7 +238,7 @@ def _full_disks(disks: dict[str, int]) -> list[Problem]:
     return [
         Problem(problem=f"{memory_text(free)} are free for {folder}", remedy="free some space, or use another folder")
         for folder, free in disks.items()
-        if free < _LITTLE_DISK
+        if free < LITTLE_DISK
     ]
 
 
