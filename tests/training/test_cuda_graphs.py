@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Warned
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
+from lorasmith.training.methods.weight_change import WeightChange
+from lorasmith.training.optim import flat
 from lorasmith.training.trainable import Trainable
 from tests.covering import slow_except
 from tests.cuda.cases import FAMILIES, samples_of, small_model
@@ -108,7 +111,39 @@ def test_replayed_steps_of_every_family(family: str, captions: str, tmp_path: Pa
     assert assert_replayed(small_model(family, tmp_path), data, steps=4, **settings)
 
 
+@pytest.mark.slow
+def test_replayed_steps_with_token_routing(tmp_path: Path) -> None:
+    data = samples_of(small_model("flux1", tmp_path), 2, is_masked=True)
+    settings = {"batch_size": 1, "tread_rate": 0.5, "tread_first": 1, "tread_last": 1}
+    assert assert_replayed(small_model("flux1", tmp_path), data, **settings)
+
+
 FEW: dict[str, Any] = {"targets": "*.0.attn2.to_q", "grad_accumulation_steps": 1}
+
+
+def test_gradients_that_are_added_at_once_as_on_a_gpu_are_captured(
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat, "_ADDED_BY_AUTOGRAD", ())
+    assert_replayed(tiny, dataset, **FEW | {"training_dtype": "bf16", "exact_dtype": True})
+
+
+def test_nodes_of_a_penalty_are_gone_before_a_pass(
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, plain, penalty = list[weakref.ref[Tensor]](), engine.sample_losses, WeightChange.penalty
+
+    def noted(*given: Any) -> Tensor:
+        alive.append(weakref.ref(result := penalty(*given)))
+        return result
+
+    def checked(*given: Any) -> Tensor:
+        assert alive.pop()() is None
+        return plain(*given)
+
+    monkeypatch.setattr(WeightChange, "penalty", noted)
+    monkeypatch.setattr(engine, "sample_losses", checked)
+    stepped(tiny, dataset, graphs=False, weight_change=0.1, **FEW)
 
 
 def test_each_shape_has_a_graph(tiny: Model, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,9 +211,11 @@ class Engine:
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
         if self.runtime.processes.is_first:
             for method in self.methods:
-                if (penalty := method.penalty(self._all_adapters)) is not None:
+                penalty = method.penalty(self._all_adapters)
+                if penalty is not None:
                     torch.autograd.backward(penalty * self._scale.scale)
                     flat.collect()
+                del penalty  # its nodes would take their stream into a capture
         losses = []
         first = None
         for index, batch in enumerate(batches):
