@@ -171,13 +171,11 @@ def test_a_resumed_run_captures_again_and_is_the_same(tiny: Model, dataset: Enco
     torch.testing.assert_close(second.state().tensors, expected.state().tensors, rtol=0, atol=0)
 
 
-def run_twice(
-    tiny: Model, dataset: EncodedDataset, prepare: Callable[[], None] = lambda: None, **settings: Any
-) -> list[str]:
+def run_twice(tiny: Model, dataset: EncodedDataset, prepare: Callable[[], None] = lambda: None) -> list[str]:
     """Warnings of a run with graphs, which has the losses of one without."""
     loops, heard = [], list[Event]()
     for graphs in (False, True):
-        job = planned(tiny, graphs=graphs, steps=4, **FEW | settings)
+        job = planned(tiny, graphs=graphs, steps=4, **FEW)
         loops.append(Loop(engine_of(job), dataset, on_event=heard.append))
         with graphs_on_tape():
             if graphs:
