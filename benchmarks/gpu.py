@@ -122,7 +122,7 @@ class Benchmark:
     models: tuple[str, str] | None = None
 
 
-_SIDES = "--sides floor lorasmith checkpointing --rounds 1"
+_SIDES = "--sides floor lorasmith graphs checkpointing --rounds 1"
 _COMPILED = "--sides lorasmith compile compile-checkpointing --rounds 1"
 _LAYOUTS = "--sides floor lorasmith contiguous compile --rounds 1"
 _EAGER = "--backend aot_eager"  # needs no compiler

@@ -59,6 +59,7 @@ OURS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "lean": {"activations": "lean"},
     "selective": {"activations": "selective"},
+    "graphs": {"cuda_graphs": True},
     "compile": {"compile": True},
     "compile-checkpointing": {"compile": True, "gradient_checkpointing": True},
     "contiguous": {},
@@ -66,12 +67,13 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """Sides of ours → settings of the run. The tensors of `contiguous` are NCHW where a run has them channels-last."""
 
-_LEFT_OUT = {"compile", "compile-checkpointing", "contiguous", *_TREAD}
+_LEFT_OUT = {"graphs", "compile", "compile-checkpointing", "contiguous", *_TREAD}
 """Sides that are measured only if they are named."""
 
 SIDES = ("forward", "floor", *OURS, "peft")
 TITLES = {"checkpointing": "lorasmith, checkpointing", "lean": "lorasmith, lean", "selective": "lorasmith, selective",
-          "compile": "lorasmith, compiled", "compile-checkpointing": "lorasmith, compiled, checkpointing",
+          "graphs": "lorasmith, CUDA graphs", "compile": "lorasmith, compiled",
+          "compile-checkpointing": "lorasmith, compiled, checkpointing",
           "contiguous": "lorasmith, NCHW", "peft": "diffusers + PEFT",
           **{name: f"lorasmith, tread_rate {settings['tread_rate']}" for name, settings in _TREAD.items()}}  # fmt: skip
 

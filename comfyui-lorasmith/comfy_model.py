@@ -109,6 +109,7 @@ class ComfyModel(Trainable):
             "quantization": config.quantization != "none",
             "sharding": runtime.sharding,
             "compile": runtime.compile,
+            "cuda_graphs": runtime.cuda_graphs,
         }.items():
             if is_on:
                 raise OptionError(

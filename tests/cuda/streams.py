@@ -10,6 +10,7 @@ it and may be used there again once it is freed, so that this stream must know a
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ class Event:
 
     def query(self) -> bool:
         return False
+
+    def elapsed_time(self, end: Event) -> float:
+        return 0.0
 
 
 @dataclass(eq=False)
@@ -95,11 +99,17 @@ class Streams:
         self._known: dict[int, _Memory] = {}
         self._shared: dict[int, _Memory] = {}  # those that several streams use
         self._streams = [Stream(self, 0)]
-        self.current = self._streams[0]
+        self._of_thread = threading.local()
 
     @property
     def are_several(self) -> bool:
         return len(self._streams) > 1
+
+    @property
+    def current(self) -> Stream:
+        """The current stream of this thread, as in CUDA."""
+        stream: Stream = getattr(self._of_thread, "stream", self._streams[0])
+        return stream
 
     def clock(self, stream: Stream) -> Clock:
         return self._clocks[stream.number]
@@ -110,11 +120,11 @@ class Streams:
 
     @contextlib.contextmanager
     def chosen(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
+        before, self._of_thread.stream = self.current, stream
         try:
             yield
         finally:
-            self.current = before
+            self._of_thread.stream = before
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -122,6 +132,7 @@ class Streams:
         with (
             mock.patch.object(torch.cuda, "Stream", self.made),
             mock.patch.object(torch.cuda, "Event", lambda **_: Event(self)),
+            mock.patch.object(torch, "Event", lambda *_, **__: Event(self)),
             mock.patch.object(torch.cuda, "stream", self.chosen),
             mock.patch.object(torch.cuda, "current_stream", lambda *_: self.current),
             mock.patch.object(torch.cuda, "synchronize", lambda *_: self.current.synchronize()),

@@ -1,7 +1,8 @@
-"""The order of copies and products on several streams: what is checked is found, and the weight stream is in order."""
+"""The order of copies and products on several streams: what is checked is found, and what copies is in order."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.core import pinned_memory
+from lorasmith.core.placement import sent
 from lorasmith.core.quantization import packed
+from lorasmith.training.batches import prefetched
+from lorasmith.training.loop import Mailbox
 from tests.cuda.streams import Event, Stream, Streams
 from tests.cuda.tracing import DEVICE, MODE, Devices, Watch
 
@@ -127,3 +131,40 @@ def test_offloaded_weights_without_their_order_are_found(
     monkeypatch.setattr(Stream, "wait_event", wait)
     offloaded_step()
     assert any(found.startswith(race) for found in streams.races)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_results_are_read_when_their_copy_is_done(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch, *, waits: bool
+) -> None:
+    if not waits:
+        monkeypatch.setattr(Event, "synchronize", lambda _: None)
+    mailbox, copied = Mailbox(DEVICE), list[int]()
+    streams.made()  # operations of a single stream are not counted
+    for step in range(3):
+        mailbox.begin()
+        mailbox.post(step, torch.ones(2, device=DEVICE) * step)
+        copied.append(streams.clock(streams.current)[0])
+    # What the host knows to be done where it reads.
+    monkeypatch.setattr(Tensor, "tolist", lambda _: [streams.host.get(0, 0)])
+    assert mailbox.collect() == []
+    assert streams.host_waits == 0
+    found = [*mailbox.collect(before=2), *mailbox.collect(wait=True)]
+    assert [step for step, *_ in found] == [0, 1, 2]
+    assert all(known >= copy for (_, [known], _), copy in zip(found, copied, strict=True)) == waits
+
+
+@pytest.mark.parametrize("has_own_stream", [False, True])
+def test_batches_of_another_thread_are_there_before_they_are_used(streams: Streams, *, has_own_stream: bool) -> None:
+    other = streams.made()
+
+    class Maker:
+        def step(self, step: int) -> list[Tensor]:
+            chosen = streams.chosen(other) if has_own_stream else contextlib.nullcontext()
+            with Devices(MODE), MODE, Watch(streams), chosen:  # modes are of a thread
+                return [sent(torch.ones(4), DEVICE, torch.float32)]
+
+    with contextlib.closing(prefetched(Maker(), range(3))) as coming:
+        for _, [batch] in coming:
+            used(streams, batch)
+    assert bool(streams.races) == has_own_stream

@@ -8,9 +8,10 @@ would wait for: copies from memory that is not pinned, copies to the host, value
 from __future__ import annotations
 
 import contextlib
+import gc
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -26,6 +28,7 @@ from lorasmith.bench.measure import frozen_floor
 from lorasmith.core import pinned_memory, quantized_products
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
+from lorasmith.training import cuda_graphs
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import plan_job
@@ -135,6 +138,8 @@ class Watch(TorchDispatchMode):
         if func in _PRODUCTS and (why := _PRODUCTS[func](*args, **kwargs)):
             self.refused[f"{why}: {_place()}"] += 1
         result = func(*args, **kwargs)
+        if kwargs.get("pin_memory"):  # in hooks of autograd, where no function mode is
+            _as_pinned(result)
         if self._streams.are_several:
             self._streams.operation(*_uses(func, args, kwargs, result), _place)
         if func is _aten._to_copy.default:
@@ -283,6 +288,7 @@ class Traced:
         batches: of making batches.
         refused: products that CUDA refuses.
         races: uses on several streams that may come too early.
+        captured: what a captured pass does that its replays would not, or with other memory; `graphs` is their number.
         operations: number of operations that compute, of the gradient of the last step.
         layers: adapted layers.
     """
@@ -292,6 +298,8 @@ class Traced:
     batches: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     races: Counter[str] = field(default_factory=Counter)
+    captured: Counter[str] = field(default_factory=Counter)
+    graphs: int = 0
     operations: int = 0
     layers: int = 0
 
@@ -308,6 +316,62 @@ def floor(model: Model, samples: Sequence[Sample]) -> Traced:
         ):
             once()
     return Traced(operations=watch.operations.total())
+
+
+class Capturing(TorchDispatchMode):
+    """Lists what does not belong into the capture of a CUDA graph.
+
+    Attributes:
+        made: storages that were allocated.
+    """
+
+    def __init__(self, streams: Streams, found: Counter[str]) -> None:
+        super().__init__()
+        self.made: dict[StorageWeakRef, str] = {}
+        self._streams, self._stream, self._found = streams, streams.current, found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, new = ([one for one in tree_leaves(t) if isinstance(one, Tensor)] for t in ((args, kwargs), result))
+        devices = {one.device.type for one in (*given, *new)}
+        if len(devices) > 1:
+            self._found[f"uses memory of the host ({func._opname}): {_place()}"] += 1
+        if (func is _aten._local_scalar_dense.default or func in _SHAPED_BY_VALUES) and given[0].device.type == "cuda":
+            self._found[f"reads a value ({func._opname}): {_place()}"] += 1
+        if self._streams.current is not self._stream:
+            self._found[f"is on another stream ({func._opname}): {_place()}"] += 1
+        known = {one.untyped_storage()._cdata for one in given}
+        for one in new:
+            if one.device.type == "cuda" and (storage := one.untyped_storage())._cdata not in known:
+                self.made[StorageWeakRef(storage)] = _place()
+        return result
+
+
+@contextlib.contextmanager
+def graphs_watched(streams: Streams, found: Traced) -> Iterator[None]:
+    """Inside the context, captures of CUDA graphs are watched, and replays do nothing."""
+
+    @contextlib.contextmanager
+    def captured(graph: object, pool: object, stream: Any, *, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "another thread copies batches meanwhile"
+        found.graphs += 1
+        # Nothing runs during a capture, so that it is in nobody's way.
+        with streams.chosen(stream), mock.patch.object(streams, "operation", lambda *_: None):
+            watching = Capturing(streams, found.captured)
+            with watching:
+                yield
+        gc.collect()
+        kept = [place for storage, place in watching.made.items() if not storage.expired()]
+        if len(kept) > 1:  # than the losses
+            found.captured.update(f"keeps memory of the graph: {place}" for place in kept)
+
+    with (
+        mock.patch.object(torch.cuda, "graph_pool_handle", tuple),
+        mock.patch.object(torch.cuda, "CUDAGraph", mock.Mock),
+        mock.patch.object(torch.cuda, "graph", captured),
+        mock.patch.object(cuda_graphs, "_TOLERANCE", 1.0),  # a value that is read is 1
+    ):
+        yield
 
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -338,6 +402,7 @@ def traced(
     with (
         contextlib.ExitStack() as prepared,
         streams.in_place(),
+        graphs_watched(streams, found),
         Devices(MODE) as devices,
         mock.patch.object(pinned_memory, "_registered", lambda _: None),
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
@@ -345,6 +410,7 @@ def traced(
         mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),
         # The tiny models' activations are below the sizes from which anything is done about them.
         mock.patch.object(activations, "_SMALL", 256),
+        mock.patch.object(activations, "_WORTH_MOVING", 256),
     ):
         with MODE:
             for module in (model.components.denoiser, *job.adapters.values(), *job.differences.values()):

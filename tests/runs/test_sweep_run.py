@@ -220,7 +220,8 @@ def test_groups_have_what_is_of_the_model_in_common(tmp_path: Path) -> None:
     assert numbers(quantized, 2) == [[1, 2], [3], [4, 5], [6]]
     interleaved = sweep_of(tmp_path, rates + 'quantization = ["none", "nf4"]\n')
     assert numbers(interleaved, 2) == [[1, 3], [2, 4], [5], [6]]
-    assert numbers(sweep_of(tmp_path, "compile = [true]\n" + rates), 3) == [[1], [2], [3]]
+    for name in ("compile", "cuda_graphs"):
+        assert numbers(sweep_of(tmp_path, f"{name} = [true]\n{rates}"), 3) == [[1], [2], [3]]
 
 
 @pytest.mark.slow

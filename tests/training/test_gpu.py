@@ -371,6 +371,27 @@ def test_compiled_runs_are_the_same_to_the_bit(run: Callable[..., TrainResult], 
 
 
 @needs_cuda
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True}, {"activations": "lean"}, {"quantization": "int8"}, {"rank_dropout": 0.3}],
+    ids=lambda settings: next(iter(settings), "plain"),
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_replayed_steps_are_those_without_graphs(
+    run: Callable[..., TrainResult],
+    mixed: EncodedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    dtype: str,
+) -> None:
+    replays, replay = list[int](), torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    common: dict[str, Any] = {"steps": 24, "deterministic": True, "training_dtype": dtype, "device": DEVICE, **settings}
+    assert run(mixed, cuda_graphs=True, **common).losses == run(mixed, **common).losses
+    assert len(replays) > 10
+
+
+@needs_cuda
 def test_it_says_that_compiled_blocks_are_recomputed_if_they_are_offloaded(tiny: Model) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(compile=True, offloading=True, rank=2), DEVICE)
     assert any("Offloaded blocks are recomputed" in note for note in job.notes)

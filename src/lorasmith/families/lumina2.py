@@ -152,13 +152,14 @@ class Lumina2(Family):
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
-        context, mask = conditioning.tensors["context"], conditioning.mask_on_cpu
-        mask = torch.ones(context.shape[:2], dtype=torch.bool) if mask is None else mask
+        context, mask, on_cpu = conditioning.tensors["context"], conditioning.mask, conditioning.mask_on_cpu
+        whole = context.shape[:2]
         towards_picture: Tensor = denoiser(
             hidden_states=latents.contiguous(),
             timestep=1 - time.to(latents.device),
             encoder_hidden_states=context,
-            encoder_attention_mask=mask,
+            encoder_attention_mask=context.new_ones(whole, dtype=torch.bool) if mask is None else mask,
+            mask_on_cpu=torch.ones(whole, dtype=torch.bool) if on_cpu is None else on_cpu,
             return_dict=False,
         )[0]
         return -towards_picture

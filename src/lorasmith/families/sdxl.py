@@ -158,8 +158,9 @@ class StableDiffusionXL(unet_layout.UNetFamily):
 def _uncropped(latents: Tensor) -> Tensor:
     """(batch, 6) size conditioning of pictures that were neither scaled nor cropped, as ComfyUI assumes."""
     height, width = (side * _PIXELS_PER_LATENT for side in latents.shape[-2:])
-    sizes = torch.tensor([height, width, 0, 0, height, width])
-    return sizes.to(latents.device, non_blocking=True).expand(len(latents), -1)
+    sizes = (height, width, 0, 0, height, width)
+    # A tensor of the sizes would be copied from the host.
+    return torch.stack([latents.new_full((len(latents),), one, dtype=torch.long) for one in sizes], dim=1)
 
 
 register(StableDiffusionXL(), "stable-diffusion-xl")

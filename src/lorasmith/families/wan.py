@@ -370,13 +370,14 @@ class Wan(Family):
             prediction = _predicted(denoiser, inputs)
         else:
             # The network has no mask: contexts of one length at a time, each without its padding.
-            prediction = torch.empty_like(latents)
+            found: dict[int, Tensor] = {}
             for length in sorted(set(lengths)):
-                rows = torch.tensor([row for row, one in enumerate(lengths) if one == length])
-                chosen = rows.to(latents.device, non_blocking=True)
-                parts = {name: tensor.index_select(0, chosen) for name, tensor in inputs.items()}
+                rows = [row for row, one in enumerate(lengths) if one == length]
+                # An index would be copied from the host.
+                parts = {name: torch.stack([tensor[row] for row in rows]) for name, tensor in inputs.items()}
                 parts["encoder_hidden_states"] = parts["encoder_hidden_states"][:, :length]
-                prediction = prediction.index_copy(0, chosen, _predicted(denoiser, parts))
+                found |= zip(rows, _predicted(denoiser, parts), strict=True)
+            prediction = torch.stack([found[row] for row in range(len(lengths))])
         if clean is None:
             return prediction
         # What leads from any noise to the given frame.

@@ -147,10 +147,10 @@ class ZImage(Family):
 
 def _attended(context: Tensor, mask: Tensor) -> Tensor:
     """The rows of a context (tokens, width) that a mask (tokens,) on the CPU has."""
-    (places,) = mask.nonzero(as_tuple=True)
-    if len(places) and int(places[-1]) == len(places) - 1:  # padding is behind them
+    places = mask.nonzero()[:, 0].tolist()
+    if places == list(range(len(places))):  # padding is behind them
         return context[: len(places)]
-    return context[places.to(context.device, non_blocking=True)]
+    return torch.stack([context[place] for place in places])  # an index would be copied from the host
 
 
 register(ZImage(), "zimage")

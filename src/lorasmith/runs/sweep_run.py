@@ -103,7 +103,8 @@ def grouped(runs: Mapping[str, RunSpec], most: int) -> list[tuple[str, ...]]:
     groups: list[tuple[str, ...]] = []
     filling: dict[object, int] = {}
     for name, spec in runs.items():
-        key = None if spec.config.compile else (spec.files, *(getattr(spec.config, one) for one in _OF_THE_MODEL))
+        apart = spec.config.compile or spec.config.cuda_graphs
+        key = None if apart else (spec.files, *(getattr(spec.config, one) for one in _OF_THE_MODEL))
         place = filling.get(key)
         if key is None or place is None or len(groups[place]) == most:
             filling[key] = len(groups)

@@ -878,6 +878,15 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         "each GPU and shape, before the first step, and keeps the times; torch measures nothing and takes torch's own "
         "choice, as auto does with deterministic. Changes the last bits of the numbers.",
     )
+    cuda_graphs: bool = option(
+        False,
+        group="Speed",
+        changes_numbers=False,
+        of_model=False,
+        help="Capture a batch's forward and backward pass as a CUDA graph, once for each shape, and replay it, so that "
+        "the host no longer limits steps of small pictures on a fast GPU. Best with few sizes and lengths of captions. "
+        "Takes more GPU memory.",
+    )
     bucket_mode: bool = option(
         False,
         group="Training",
@@ -1100,6 +1109,24 @@ class TrainConfig(
     )
 
     __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cuda_graphs:
+            return
+        if self.compile:
+            raise OptionError("cuda_graphs and compile are two ways to start fewer kernels, got both; leave one out")
+        on_host = {
+            "offloading": self.offloading,
+            "activations host": self.activations == "host",
+            str(self.text_setting): self.text_setting is not None,
+            "guidance_loss": self.guidance_loss is not None,
+        }
+        if found := next((name for name, is_on in on_host.items() if is_on), None):
+            raise OptionError(
+                f"cuda_graphs replays what the GPU did and runs nothing on the host, which {found} does in each step; "
+                "leave one out"
+            )
 
 
 NO_TARGETS = "none"

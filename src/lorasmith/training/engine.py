@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.attention import attention_preferred
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
+from lorasmith.training.cuda_graphs import CudaGraphs
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
 from lorasmith.training.methods.all_methods import check_opposites, methods_of, other_texts
@@ -165,6 +167,7 @@ class Engine:
         self.power_averages = self.flat.master.repeat(len(LENGTHS), 1) if config.post_hoc_ema else None
         self._sound = torch.ones((), dtype=torch.bool, device=runtime.device)
         self._sums = GradientSums(self.flat, runtime.processes) if runtime.processes.size > 1 else None
+        self._graphs: CudaGraphs | None = None
 
     @contextlib.contextmanager
     def prepared(
@@ -178,8 +181,14 @@ class Engine:
     def frozen(self) -> contextlib.AbstractContextManager[None]:
         return self.model.frozen(self.config, self.runtime)
 
-    def attached(self, planned: Callable[[], Runtime] | None = None) -> contextlib.AbstractContextManager[None]:
-        return attached(self.model, self.trained, self.runtime, self.text_adapters, planned)
+    @contextlib.contextmanager
+    def attached(self, planned: Callable[[], Runtime] | None = None) -> Iterator[None]:
+        with attached(self.model, self.trained, self.runtime, self.text_adapters, planned):
+            self._graphs = CudaGraphs(self.flat.grad) if self.runtime.cuda_graphs else None
+            try:
+                yield
+            finally:
+                self._graphs = None
 
     def change(self, **runtime: Any) -> None:
         self.runtime = replace(self.runtime, **runtime)
@@ -202,29 +211,38 @@ class Engine:
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
         if self.runtime.processes.is_first:
             for method in self.methods:
-                if (penalty := method.penalty(self._all_adapters)) is not None:
+                penalty = method.penalty(self._all_adapters)
+                if penalty is not None:
                     torch.autograd.backward(penalty * self._scale.scale)
                     flat.collect()
+                del penalty  # its nodes would take their stream into a capture
         losses = []
         first = None
         for index, batch in enumerate(batches):
             is_last, is_only = index == len(batches) - 1, len(batches) == 1
-            with (
-                # Until the backward passes end, as they may recompute blocks.
-                self.rank_masks.masks_applied(batch.masks)
-            ):
-                goal, loss = self._passes(batch, per_step)
-                with sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext():
-                    if loss is None:
-                        loss = sample_losses(self.model, goal.batch, self.config, self.runtime, goal.target)
-                        self._backward(loss, batch, per_step)
-            if not (sums and is_last):
-                flat.collect()
+            reduced = sums.during_backward(norm=is_only) if sums and is_last else None
+            run = partial(self._accumulated, per_step=per_step, reduced=reduced)
+            loss = run(batch) if self._graphs is None else self._graphs.run(batch, run)
             if batch.names:  # without names it is padding, see `BatchMaker.step`
-                losses.append(loss.detach())
+                losses.append(loss)
             if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
+
+    def _accumulated(
+        self, batch: Batch, per_step: int, reduced: contextlib.AbstractContextManager[None] | None
+    ) -> Tensor:
+        """Add the gradient of a batch to the flat buffer, unless it is `reduced` within that context; its losses."""
+        # Until the backward passes end, as they may recompute blocks.
+        with self.rank_masks.masks_applied(batch.masks):
+            goal, loss = self._passes(batch, per_step)
+            with reduced or contextlib.nullcontext():
+                if loss is None:
+                    loss = sample_losses(self.model, goal.batch, self.config, self.runtime, goal.target)
+                    self._backward(loss, batch, per_step)
+        if reduced is None:
+            self.flat.collect()
+        return loss.detach()
 
     def _passes(self, batch: Batch, per_step: int) -> tuple[Goal, Tensor | None]:
         """The goal of the batch's prediction after the methods' terms, whose gradients are added.

@@ -360,6 +360,10 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
         yield "Offloaded blocks are recomputed in the backward pass, as compile is on; see gradient_checkpointing."
     if config.sharding and current().size == 1:
         yield "sharding has no effect in one process, which keeps all weights; start several, with --gpus or torchrun."
+    if config.cuda_graphs and device.type != "cuda":
+        yield "cuda_graphs has no effect here, as they are of GPUs; leave it out."
+    elif config.cuda_graphs and current().size > 1:
+        yield "cuda_graphs has no effect in several processes, which exchange gradients during the backward pass."
 
 
 def _default_rate(model: Trainable, config: TrainConfig, algorithm: str) -> float:

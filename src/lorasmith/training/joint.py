@@ -68,8 +68,11 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             f"runs that train together share the model's text encoders, got {found.model.text_setting}; leave it out, "
             "or train apart"
         )
-    if others and first.config.compile | any(job.config.compile for job in others):
-        raise OptionError("runs that train together cannot be compiled, got compile on; leave it out, or train apart")
+    for name in ("compile", "cuda_graphs"):
+        if others and any(getattr(job.config, name) for job in jobs):
+            raise OptionError(
+                f"runs that train together cannot be compiled or captured, got {name} on; leave it out, or train apart"
+            )
     if first.runtime.processes.size > 1:
         raise OptionError(
             f"runs that train together are trained in one process, got {first.runtime.processes.size}; start one, or "

@@ -27,6 +27,7 @@ from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.attention import calls_in, fastest_kernel
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
+from lorasmith.training.cuda_graphs import NotReplayable
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import AttentionPlanned, EventHandler, Outcome, StepDone, Warned
 from lorasmith.training.memory.memory_plan import largest_pass, plan_activations, plan_offloading
@@ -42,6 +43,7 @@ from lorasmith.training.recovery import (
     RunState,
     StateNumbers,
     StepFault,
+    StepRepeated,
     exploded,
 )
 from lorasmith.training.runtime import Runtime
@@ -316,6 +318,12 @@ class Loop:
                 raise  # the others wait in the same pass
             if is_out_of_memory(error):
                 fault = OutOfMemory(memory_missed(error))
+            elif isinstance(error, NotReplayable):
+                self.engine.change(cuda_graphs=False)
+                fault = StepRepeated(
+                    f"cuda_graphs needs a pass that the GPU repeats alone, but that of {self.engine.model.title} "
+                    f"{error}; step {self.step + 1} is repeated and the run continues without."
+                )
             elif batches and self.engine.runtime.compile and not isinstance(error, LorasmithError):
                 fault = CompileFailed(error)  # compilers raise any kind; another cause will be raised again
             elif is_of_gpu(error):

@@ -96,12 +96,19 @@ class Recovery:
         self._engine.change(compile=False)
 
     def _shrink(self, fault: OutOfMemory) -> None:
-        """Offload all blocks, then halve the micro-batch, or at 1 checkpoint activations, for the rest of the run."""
+        """Offload all blocks or use no CUDA graphs, then halve the micro-batch, or at 1 checkpoint activations, for the
+        rest of the run.
+        """
         engine, step = self._engine, self._progress.step + 1
-        runtime = engine.runtime
+        runtime, how = engine.runtime, ""
         if runtime.offloading and runtime.offloading_share != 1 and engine.config.offloading_share is None:
             engine.change(offloading_share=1.0)
-            self._emit(Warned(message=f"Memory ran out at step {step}: it is repeated with all blocks offloaded."))
+            how = "with all blocks offloaded"
+        elif runtime.cuda_graphs:
+            engine.change(cuda_graphs=False)
+            how = "without CUDA graphs"
+        if how:
+            self._emit(Warned(message=f"Memory ran out at step {step}: it is repeated {how}."))
             _free_memory(engine)
             return
         if engine.runtime.micro_batch > 1:

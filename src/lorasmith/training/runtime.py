@@ -49,6 +49,7 @@ class Runtime:
     products: ProductFormat  # with frozen weights whose codes and sizes fit
     compile: bool
     attention: AttentionChoice  # `auto` is resolved before the first step
+    cuda_graphs: bool
     processes: Processes = ALONE
     memory_share: float = 1.0  # part of the free memory that `auto` may use
 
@@ -82,6 +83,7 @@ class Runtime:
             products=config.products,
             compile=config.compile,
             attention=_attention(config, device),
+            cuda_graphs=config.cuda_graphs and device.type == "cuda" and current().size == 1,
             processes=current(),
             sharding=config.sharding and current().size > 1,
         )

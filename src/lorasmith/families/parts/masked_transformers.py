@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_chroma import ChromaCombinedTimestepTextProjEmbeddings
-from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0, Lumina2RotaryPosEmbed
+from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 from torch import Tensor
 
 
@@ -79,21 +79,30 @@ class _JointAttention:
 
 
 class HostMaskedLumina2(Lumina2Transformer2DModel):  # type: ignore[misc]
-    """Lumina2Transformer2DModel whose `encoder_attention_mask` is on the CPU, bool, (batch, text tokens)."""
+    """Lumina2Transformer2DModel that reads lengths of texts off a mask on the CPU, bool, (batch, text tokens)."""
+
+    rope_embedder: _TablesKept
 
     @functools.wraps(Lumina2Transformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.rope_embedder.__class__ = _TablesKept
-        for block in self.context_refiner:
-            block.attn.set_processor(_MaskMoved())
+
+    def forward(self, *, mask_on_cpu: Tensor, **inputs: Any) -> Any:
+        """The original's result; `mask_on_cpu` equals the `encoder_attention_mask`."""
+        self.rope_embedder.mask_on_cpu = mask_on_cpu
+        return super().forward(**inputs)
 
 
 class _TablesKept(Lumina2RotaryPosEmbed):  # type: ignore[misc]
-    """Rotary embeddings whose tables are copied to a GPU once, and not in each pass."""
+    """Rotary embeddings whose tables are copied to a GPU once, and whose mask is on the CPU."""
 
     freqs_cis: list[Tensor]
+    mask_on_cpu: Tensor
     _there: list[Tensor] | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Any:
+        return super().forward(hidden_states, self.mask_on_cpu)
 
     def _get_freqs_cis(self, ids: Tensor) -> Tensor:
         on_cpu = self.freqs_cis
@@ -106,22 +115,6 @@ class _TablesKept(Lumina2RotaryPosEmbed):  # type: ignore[misc]
             return super()._get_freqs_cis(ids)  # type: ignore[no-any-return]
         finally:
             self.freqs_cis = on_cpu
-
-
-class _MaskMoved(Lumina2AttnProcessor2_0):  # type: ignore[misc]
-    """Attention whose mask comes from the CPU."""
-
-    def __call__(  # diffusers gives what the signature names
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor,
-        image_rotary_emb: Tensor | None = None,
-    ) -> Tensor:
-        moved = attention_mask.to(hidden_states.device, non_blocking=True)
-        mixed: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, moved, image_rotary_emb)
-        return mixed
 
 
 class DeviceChroma(ChromaTransformer2DModel):  # type: ignore[misc]
