@@ -103,8 +103,9 @@ def test_replayed_steps_are_those_without_graphs(tiny: Model, texts: EncodedData
     assert tape.replays == 7  # of eight batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", ["plain", "masked"])
-@pytest.mark.parametrize("family", slow_except(FAMILIES, "flux1"))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_steps_of_every_family(family: str, captions: str, tmp_path: Path) -> None:
     data = samples_of(small_model(family, tmp_path), 2, is_masked=captions == "masked")
     settings = {"targets": "all", "batch_size": 1}
