@@ -98,7 +98,7 @@ def unet(
 
 
 @app.command()
-def transformer(work: Work = DEFAULT_WORK, steps: Steps = 3000) -> None:
+def transformer(work: Work = DEFAULT_WORK, steps: Steps = 1200) -> None:
     """Train the transformer from its last saved state, beside the other parts of the model in the package."""
     import lorasmith as ls
     from tools.pretrain.transformer import DRAWING_TRANSFORMER, DrawingTransformer, save, train_transformer
