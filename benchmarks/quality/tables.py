@@ -71,7 +71,7 @@ def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
         ends_before = [before[_pair(one)].checkpoints[-1] for one in runs]
         time = _minutes(runs) / minutes
         measured = [_mean(ends, measure) - _mean(ends_before, measure) for measure in MEASURES]
-        total, name = statistics.mean(map(_hypervolume, runs)), name.partition(" ")[2]
+        total, name = statistics.mean(map(_hypervolume, runs)), name.removeprefix(f"{plain[0].job.recipe} ")
         results.add(name, len(runs), total, mean, f"{low:+.3f} to {high:+.3f}", time, total / _minutes(runs), *measured)
 
 
