@@ -83,6 +83,12 @@ class _Memory:
     recorded: set[int] = field(default_factory=set)
 
 
+def _thread() -> int:
+    """The thread whose current stream counts: autograd's own compute on the stream of the forward pass."""
+    own = threading.current_thread()
+    return (threading.main_thread() if isinstance(own, threading._DummyThread) else own).ident or 0
+
+
 class Streams:
     """All streams of the device, and what is wrong with their order.
 
@@ -99,7 +105,7 @@ class Streams:
         self._known: dict[int, _Memory] = {}
         self._shared: dict[int, _Memory] = {}  # those that several streams use
         self._streams = [Stream(self, 0)]
-        self._of_thread = threading.local()
+        self._of_thread: dict[int, Stream] = {}
 
     @property
     def are_several(self) -> bool:
@@ -108,8 +114,7 @@ class Streams:
     @property
     def current(self) -> Stream:
         """The current stream of this thread, as in CUDA."""
-        stream: Stream = getattr(self._of_thread, "stream", self._streams[0])
-        return stream
+        return self._of_thread.get(_thread(), self._streams[0])
 
     def clock(self, stream: Stream) -> Clock:
         return self._clocks[stream.number]
@@ -120,11 +125,11 @@ class Streams:
 
     @contextlib.contextmanager
     def chosen(self, stream: Stream) -> Iterator[None]:
-        before, self._of_thread.stream = self.current, stream
+        before, self._of_thread[_thread()] = self.current, stream
         try:
             yield
         finally:
-            self._of_thread.stream = before
+            self._of_thread[_thread()] = before
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
