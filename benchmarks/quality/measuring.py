@@ -213,7 +213,8 @@ class Bench:
     def _trained(self, job: Job, task: Task, folder: Path) -> list[Path]:
         """The file of each checkpoint."""
         settings = {**RECIPES[job.recipe].at(job.factor), **job.changes}
-        length, _ = settings.pop(AVERAGE, None), settings.pop(STRENGTH, None)
+        length = settings.pop(AVERAGE, None)
+        settings.pop(STRENGTH, None)
         if settings.get("preserve") == "class":
             settings["preserve_class"] = task.trigger.removeprefix("sks ")
         steps = [look // int(settings.get("batch_size", 1)) for look in self.setting.looks]
@@ -316,12 +317,12 @@ class Bench:
         texts = [task.trigger, *(one.text for one in task.prompts)]
         asked = [(text, seed) for seed in _STRENGTH_SEEDS for text in texts]
 
-        def rows(file: Path | None, strength: float = 1.0) -> Drawn:
-            drawn = iter(self._drawn(asked, file, strength))
-            return seen(sight, task, [[*islice(drawn, len(texts))] for _ in _STRENGTH_SEEDS])
+        def drawn(pictures: Sequence[Image.Image]) -> Drawn:
+            each = iter(pictures)
+            return seen(sight, task, [[*islice(each, len(texts))] for _ in _STRENGTH_SEEDS])
 
-        base, pictures = rows(None), sight.features(list(task.training[job.pictures]))
-        found = [measured(rows(lora, one), base, pictures) for one in strengths]
+        base, pictures = drawn(self._from_base(asked)), sight.features(list(task.training[job.pictures]))
+        found = [measured(drawn(self._drawn(asked, lora, one)), base, pictures) for one in strengths]
         by_strength = scores(found, training_facts(pictures, base))
         return strengths[by_strength.index(max(by_strength))]
 

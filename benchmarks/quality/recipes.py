@@ -13,9 +13,7 @@ from typing import Any
 from benchmarks.learning import COMFYUI
 
 AVERAGE = "average"  # no setting: the length of the average that is made of a run's averages and measured last
-STRENGTH = (
-    "strength"  # no setting either: strengths of which each checkpoint is measured at the one that evaluates best
-)
+STRENGTH = "strength"  # nor this: strengths, of which each checkpoint is measured at the one that evaluates best
 
 
 @dataclass(frozen=True)

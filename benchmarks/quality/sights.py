@@ -55,10 +55,10 @@ class JudgeSight:
         self._judge = Judge.load()
 
     def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
-        seen = tensors(pictures)
+        pixels = tensors(pictures)
         if task.of_class is None:
-            return float(self._judge.style_scores(seen).softmax(1)[:, SETS.index(HELD_OUT_STYLE)].mean())
-        return float(self._judge.subject_scores(seen).softmax(1)[:, SUBJECTS.index(task.name)].mean())
+            return float(self._judge.style_scores(pixels).softmax(1)[:, SETS.index(HELD_OUT_STYLE)].mean())
+        return float(self._judge.subject_scores(pixels).softmax(1)[:, SUBJECTS.index(task.name)].mean())
 
     def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
         if prompt.background is not None:

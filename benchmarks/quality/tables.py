@@ -69,10 +69,11 @@ def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
         mean, low, high = interval(gains)
         ends = [one.checkpoints[-1] for one in runs]
         ends_before = [before[_pair(one)].checkpoints[-1] for one in runs]
-        time = _minutes(runs) / minutes
+        taken = _minutes(runs)
         measured = [_mean(ends, measure) - _mean(ends_before, measure) for measure in MEASURES]
         total, name = statistics.mean(map(_hypervolume, runs)), name.removeprefix(f"{plain[0].job.recipe} ")
-        results.add(name, len(runs), total, mean, f"{low:+.3f} to {high:+.3f}", time, total / _minutes(runs), *measured)
+        between = f"{low:+.3f} to {high:+.3f}"
+        results.add(name, len(runs), total, mean, between, taken / minutes, total / taken, *measured)
 
 
 def _minutes(runs: Sequence[Outcome]) -> float:

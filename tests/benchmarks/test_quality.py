@@ -161,15 +161,15 @@ def test_tables_and_page(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_our_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick run: three subjects, one seed."""
-    jobs = [Job(recipe, one, 4, 0, 10.0) for recipe in [*RECIPES][:3] for one in ("fox", "rocket", "owl")]
+    """All subjects, with the first seed."""
+    jobs = [Job(recipe, one, 4, 0, 10.0) for recipe in [*RECIPES][:3] for one in CLASSES]
     found = list(outcomes_of(jobs, Setting((40, 80, 160)), 2))
     volumes = [hypervolume([(one.fidelity, one.adherence or 0) for one in run.checkpoints]) for run in found]
-    ours, comfyui, diffusers = (statistics.mean(volumes[start : start + 3]) for start in (0, 3, 6))
+    ours, comfyui, diffusers = (statistics.mean(volumes[start : start + 7]) for start in (0, 7, 14))
     assert ours > 0.75
-    assert ours > comfyui - 0.05, "three runs do not tell more"
+    assert ours > comfyui
     assert ours > diffusers
-    last = [run.checkpoints[-1] for run in found[:3]]
+    last = [run.checkpoints[-1] for run in found[:7]]
     assert statistics.mean(one.fidelity for one in last) > 0.7
     assert statistics.mean(one.drift for one in last) < 0.2
 

@@ -7,22 +7,20 @@ model, and a family of its own, outside of the package.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from lorasmith.families.base import (
-    AutoencoderSlot,
     Conditioning,
     Defaults,
     Diffusion,
     EncoderNames,
-    EncoderSlot,
     Encoding,
     Family,
     FlowSchedule,
@@ -30,9 +28,8 @@ from lorasmith.families.base import (
     Rule,
     TextEncoders,
 )
-from lorasmith.families.parts.clip import encode_prompt, written_paths
-from lorasmith.formats.container import write_safetensors
-from tools.pretrain.autoencoder import SCALING_FACTOR
+from lorasmith.families.stable_diffusion import StableDiffusion
+from lorasmith.formats.container import read_safetensors, write_safetensors
 from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 from tools.pretrain.text_encoder import SHORT, encode
@@ -50,6 +47,7 @@ _CONFIG = {
     "caption_channels": None,
     "use_additional_conditions": False,
 }
+_BUILT_IN = StableDiffusion(1)  # whose other parts it has
 DRAWING_TRANSFORMER = "drawing-transformer"
 _PREFIX = "model.diffusion_model."
 
@@ -69,16 +67,8 @@ class DrawingTransformer(Family):
         "attention": Rule(("transformer_blocks.*.attn?.to_*",)),
         "transformer": Rule(("transformer_blocks.*",), linear_only=True),
     }
-    text_encoders: Mapping[str, EncoderSlot] = {
-        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("cond_stage_model.transformer.",))
-    }
-    autoencoder = AutoencoderSlot(
-        "kl",
-        channels=4,
-        usual_file="lorasmith-tiny.safetensors",
-        settings={"scaling_factor": SCALING_FACTOR},
-        downscale=4,
-    )
+    text_encoders = _BUILT_IN.text_encoders
+    autoencoder = replace(_BUILT_IN.autoencoder, downscale=4)
     routing = Routing(blocks={"transformer_blocks": {"hidden_states": "bp."}})
     repeatable_context = True
 
@@ -86,18 +76,13 @@ class DrawingTransformer(Family):
         return _CONFIG
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {
-            name: EncoderNames(written_paths(one), kohya=("lora_te_",), comfyui=("clip_l",), drops_text_model=True)
-            for name, one in text_encoders.items()
-        }
+        return _BUILT_IN.encoder_names(text_encoders)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
-        encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
-        context, _ = encode_prompt(text, encoders.tokenizers["text_encoder"], encoder, skip_layers=encoding.skip_layers)
-        return Conditioning({"context": context}, text)
+        return _BUILT_IN.encode_text(encoders, texts, encoding)
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
-        return {"context": (1, 77, denoiser.config.cross_attention_dim)}
+        return _BUILT_IN.conditioning_shapes(denoiser)
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = denoiser(latents, conditioning.tensors["context"], timestep=time, return_dict=False)[0]
@@ -146,8 +131,7 @@ def train_transformer(
 
 def save(network: nn.Module, built_in: Path, target: Path) -> None:
     """A checkpoint of the network with the other parts of the built-in model."""
-    with safe_open(str(built_in), "pt") as file:
-        others = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(_PREFIX)}  # noqa: SIM118
-        metadata = file.metadata()
+    parts, metadata = read_safetensors(built_in)
+    others = {name: tensor for name, tensor in parts.items() if not name.startswith(_PREFIX)}
     tensors = {f"{_PREFIX}{name}": tensor.half().contiguous() for name, tensor in network.state_dict().items()}
     write_safetensors(target, {**others, **tensors}, metadata)
