@@ -34,6 +34,7 @@ from lorasmith.core.adapter_state import COMFYUI, DIFFUSERS, SD_SCRIPTS, Adapter
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
 from lorasmith.core.rank_schedule import RankSchedule
+from lorasmith.core.recomputation import current_call
 
 
 class Factors(NamedTuple):
@@ -290,24 +291,33 @@ class _LinearWithLora(torch.autograd.Function):
         places: _Places,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        results = [unviewed(layer.times(x, bias)) for layer, bias in zip(layers, biases, strict=True)]
+        call = current_call()
+        kept = () if call is None else call.kept
+        is_needed = call is None or not call.is_unused
+        results = [
+            unviewed(layer.times(x, bias)) if is_needed else x.new_empty((*x.shape[:-1], layer.out_features))
+            for layer, bias in zip(layers, biases, strict=True)
+        ]
         inners, joined_downs = [], []
         ups: Sequence[Any] = tensors[1::3]
         masks = tensors[2::3]
         first = 0
-        for samples, terms in places:
+        for run, (samples, terms) in enumerate(places):
             last = first + len(terms)
             down = _joined(tensors[3 * first : 3 * last : 3], 0)
-            inner = F.linear(_at(x, samples), down)
+            inner = kept[run] if kept else F.linear(_at(x, samples), down)
             for (layer, factor), part, up, mask in zip(
                 terms, _parts(inner, ups[first:last]), ups[first:last], masks[first:last], strict=True
             ):
-                if mask is not None:
+                if mask is not None and not kept:
                     part.mul_(mask)
-                _rows(_at(results[layer], samples)).addmm_(_rows(part), up.t(), alpha=factor)
+                if is_needed:
+                    _rows(_at(results[layer], samples)).addmm_(_rows(part), up.t(), alpha=factor)
             inners.append(inner)
             joined_downs.append(down)
             first = last
+        if call is not None:
+            call.ends(inners, ctx)
         ctx.save_for_backward(x, *inners, *joined_downs, *ups, *masks)
         ctx.layers, ctx.places = layers, places
         ctx.set_materialize_grads(False)

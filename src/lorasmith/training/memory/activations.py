@@ -25,16 +25,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
-from lorasmith.adapters.inject import restore_forward
+from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import ActivationPlan
+from lorasmith.core.recomputation import Recomputing, constant_kept, recomputed
 from lorasmith.training.memory.backward_passes import norm_forward, rotations_replaced
 
 _SMALL = 1 << 16
@@ -238,31 +238,31 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
-    """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing."""
-    blocks = blocks_at_depth(model, depth) if depth else []
-    previous = [block.forward for block in blocks]
-    own = ["forward" in block.__dict__ for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = types.MethodType(recomputed, block.forward)
+def blocks_checkpointed(model: nn.Module, depth: int, *, compiled: bool = False) -> Iterator[None]:
+    """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing.
+
+    Blocks that will be `compiled` share code, so all of them are recomputed, and whole.
+    """
+    recomputing = Recomputing()
+    with contextlib.ExitStack() as undo:
+
+        def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+            undo.callback(restore_forward, module, module.__dict__.get("forward"))
+            setattr(module, "forward", forward)  # noqa: B010 - to a type checker it is a method
+
+        for block in blocks_at_depth(model, depth) if depth else []:
+            if compiled:
+                replace(block, types.MethodType(recomputed, block.forward))
+                continue
+            replace(block, functools.partial(recomputing.run, block.forward))
+            for layer in block.modules():  # such as those that make scales of the time
+                if isinstance(layer, nn.Linear | nn.SiLU) and not adapters_on(layer):
+                    replace(layer, functools.partial(constant_kept, layer.forward))
         yield
-    finally:
-        for block, forward, was_own in zip(blocks, previous, own, strict=True):
-            if was_own:
-                block.forward = forward
-            else:
-                del block.forward
-
-
-def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a forward that is recomputed in the backward pass."""
-    # Random numbers of adapters are keyed, so no generator state has to be restored for the second pass.
-    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def without_recomputing(forward: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
-    """A block's forward before `blocks_checkpointed`, and whether that changed it."""
+    """The forward of a block that will be compiled before `blocks_checkpointed`, and whether that changed it."""
     if isinstance(forward, types.MethodType) and forward.__func__ is recomputed:
         inner: Any = forward.__self__
         return inner, True

@@ -32,9 +32,10 @@ from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.adapters.weight_stream import Block, streamed_block
 from lorasmith.core.blocks import units
 from lorasmith.core.quantization import weight_source
+from lorasmith.core.recomputation import recomputed
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Routing
-from lorasmith.training.memory.activations import recomputed, without_recomputing
+from lorasmith.training.memory.activations import without_recomputing
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""

@@ -33,6 +33,7 @@ from lorasmith.core.options import options_of
 from lorasmith.core.placement import free_memory
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import ALONE
+from lorasmith.core.recomputation import KEPT_SHARE
 from lorasmith.data.dataset import Sample
 from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.config import MethodSettings, ResolvedConfig
@@ -238,7 +239,7 @@ class _Probe:
         inside = self._inside[depth - 1]
         outside = inside[-1]
         largest = max((self._bytes(kept - outside) for block, kept in inside.items() if block >= 0), default=0)
-        return self._bytes(outside) + largest
+        return int((1 + KEPT_SHARE) * self._bytes(outside)) + largest
 
     @contextlib.contextmanager
     def saved_counted(self, pack: Callable[[Tensor], Tensor | Recipe] = lambda tensor: tensor) -> Iterator[None]:
