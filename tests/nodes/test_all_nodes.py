@@ -27,7 +27,7 @@ OWN = {
         "new_word_steps", "new_word_t5", "new_word_bundle", "tlora", "tlora_min_rank", "tlora_alpha", "loss_weighting",
         "min_snr_gamma", "huber_c", "huber_schedule", "huber_scale", "pyramid_noise", "input_perturbation",
         "post_hoc_ema", "early_stop",
-        "trigger", "products", "attention", "cuda_graphs",
+        "trigger", "products", "attention", "cuda_graphs", "autotune",
     ],
 }
 # fmt: on

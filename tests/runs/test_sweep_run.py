@@ -220,7 +220,7 @@ def test_groups_have_what_is_of_the_model_in_common(tmp_path: Path) -> None:
     assert numbers(quantized, 2) == [[1, 2], [3], [4, 5], [6]]
     interleaved = sweep_of(tmp_path, rates + 'quantization = ["none", "nf4"]\n')
     assert numbers(interleaved, 2) == [[1, 3], [2, 4], [5], [6]]
-    for name in ("compile", "cuda_graphs"):
+    for name in ("compile", "cuda_graphs", "autotune"):
         assert numbers(sweep_of(tmp_path, f"{name} = [true]\n{rates}"), 3) == [[1], [2], [3]]
 
 

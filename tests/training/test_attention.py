@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training import attention
+from lorasmith.training import attention, measured_times
 from lorasmith.training import runtime as runtime_module
 from lorasmith.training.attention import (
     KERNELS,
@@ -51,8 +51,8 @@ class Timer:
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The file of times of a machine of this test's own."""
     monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(attention, "machine_of", lambda device: f"a card, {device}")
-    return tmp_path / "cache" / "attention.json"
+    monkeypatch.setattr(measured_times, "machine_of", lambda device: f"a card, {device}")
+    return tmp_path / "cache" / "times.json"
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_machine_is_its_card_driver_and_versions(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
-    found = attention.machine_of(torch.device("cuda:1"))
+    found = measured_times.machine_of(torch.device("cuda:1"))
     assert found == f"card of cuda:1, driver 13000, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN 91000"
 
 

@@ -472,8 +472,9 @@ def test_one_run_is_that_of_an_engine_of_its_own(flux: Model, flux_data: Encoded
         ({"gradient_checkpointing": True}, "must have the same gradient_checkpointing, got False and True"),
         ({"activations": "lean"}, "must have the same activations"),
         ({"deterministic": True}, "must have the same deterministic"),
-        ({"compile": True}, "cannot be compiled or captured, got compile on; leave it out, or train apart"),
-        ({"cuda_graphs": True}, "cannot be compiled or captured, got cuda_graphs on"),
+        ({"compile": True}, "use none of compile, cuda_graphs, autotune, got compile on; leave it out, or train apart"),
+        ({"cuda_graphs": True}, "got cuda_graphs on"),
+        ({"autotune": True}, "got autotune on"),
     ],
 )
 def test_runs_that_cannot_share_a_model_are_refused(flux: Model, settings: Settings, sentence: str) -> None:

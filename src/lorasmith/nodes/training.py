@@ -218,6 +218,7 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
         _own("products"),
         _own("attention"),
         _own("cuda_graphs"),
+        _own("autotune"),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,

@@ -383,8 +383,9 @@ class Trainer:
 _IDLE = dict.fromkeys(
     name for kind in (ValidationSettings, PreviewSettings, SavingSettings) for name in options_of(kind)
 )
+_IDLE["autotune"] = None
 del _IDLE["validation_share"]
-"""Settings of what surrounds a run."""
+"""Settings of what surrounds the steps of a run."""
 
 
 def _only_samples(given: object) -> EncodedDataset:

@@ -2,9 +2,7 @@
 
 torch takes the first kernel of a fixed order that accepts a call, whichever is faster for the GPU, the libraries and
 the shape. Here the calls of one forward pass are listed, and each kernel is timed on the tensors of each different one,
-in both directions. Times are kept by GPU, driver, versions and shape, in a file of the user's cache:
-
-    attention.json = {<machine>: {<call>: {<kernel>: <seconds>}}}
+in both directions. Times are kept (`measured_times`).
 
 The kernel is part of the run state, so that a resumed run keeps it, whatever is measured then.
 """
@@ -12,13 +10,12 @@ The kernel is part of the run state, so that a resumed run keeps it, whatever is
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -29,11 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from lorasmith.core.allocator import has_lost_device
 from lorasmith.core.choices import AttentionChoice, AttentionKernel
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.files import read_regular, write_atomic
-from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.typed_json import typed
-from lorasmith.data.encoding_cache import default_cache, ensure_private
+from lorasmith.training.measured_times import measured
 
 KERNELS: tuple[AttentionKernel, ...] = get_args(AttentionKernel)
 
@@ -44,9 +37,6 @@ _BACKENDS = {
 }
 _FASTER = 0.97  # part of the time of torch's own choice below which another is taken; less is within the noise
 _WARM_UP, _TIMED = 3, 10  # passes of a call; cuDNN plans in the first one
-
-Times = dict[str, float]
-"""Seconds of one call, forward and backward, by kernel; kernels that failed are missing."""
 
 
 @contextlib.contextmanager
@@ -104,15 +94,7 @@ def fastest_kernel(calls: Sequence[AttentionCall], device: torch.device) -> Fast
     """
     if not calls:
         return FastestKernel("torch", {})
-    kept, machine = _read(), machine_of(device)
-    known = kept.setdefault(machine, {})
-    missing = [call for call in calls if call.name not in known]
-    for call in missing:
-        known[call.name] = {
-            kernel: seconds for kernel in KERNELS if math.isfinite(seconds := kernel_seconds(kernel, call))
-        }
-    if missing:
-        _write(kept)
+    known = {call.name: measured(device, call.name, partial(_by_kernel, call)) for call in calls}
     totals: dict[AttentionKernel, float] = {}
     for kernel in KERNELS:
         total = sum(call.count * known[call.name].get(kernel, math.inf) for call in calls)
@@ -121,6 +103,10 @@ def fastest_kernel(calls: Sequence[AttentionCall], device: torch.device) -> Fast
     best: AttentionKernel = min(totals, key=totals.__getitem__, default="torch")
     is_faster = best in totals and totals[best] < _FASTER * totals.get("torch", math.inf)
     return FastestKernel(best if is_faster else "torch", totals)
+
+
+def _by_kernel(call: AttentionCall) -> dict[str, float]:
+    return {kernel: kernel_seconds(kernel, call) for kernel in KERNELS}
 
 
 def kernel_seconds(
@@ -151,14 +137,6 @@ def kernel_seconds(
         return math.inf
 
 
-def machine_of(device: torch.device) -> str:
-    """What times depend on beside the call."""
-    library: Any = torch._C  # whose names differ by how torch was built
-    driver = library._cuda_getDriverVersion()
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    return f"{torch.cuda.get_device_name(device)}, driver {driver}, {versions}"
-
-
 class _Calls(TorchFunctionMode):
     """Counts calls of attention by name, and keeps the arguments of the first of each."""
 
@@ -187,25 +165,3 @@ class _Calls(TorchFunctionMode):
         name = ", ".join(shapes).replace("torch.", "") + (", causal" if is_causal else "")
         self.counts[name] += 1
         self.arguments.setdefault(name, ((query, key, value), keywords))
-
-
-def _path() -> Path | None:
-    """The file of times; None without a folder for caches."""
-    cache = default_cache()
-    return cache.folder.parent / "attention.json" if cache.limit_bytes else None
-
-
-def _read() -> dict[str, dict[str, Times]]:
-    if (path := _path()) is None:
-        return {}
-    try:
-        return typed(parse_foreign_json(read_regular(path)), dict[str, dict[str, Times]])
-    except (OSError, ValueError):
-        return {}
-
-
-def _write(kept: Mapping[str, Mapping[str, Times]]) -> None:
-    if (path := _path()) is not None:
-        with contextlib.suppress(LorasmithError, OSError):  # they are measured again
-            ensure_private(path.parent)
-            write_atomic(path, json.dumps(kept, indent=1))

@@ -360,6 +360,9 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
         yield "Offloaded blocks are recomputed in the backward pass, as compile is on; see gradient_checkpointing."
     if config.sharding and current().size == 1:
         yield "sharding has no effect in one process, which keeps all weights; start several, with --gpus or torchrun."
+    if config.autotune and (config.deterministic or current().size > 1):
+        why = "deterministic is on" if config.deterministic else "several processes must do the same"
+        yield f"autotune has no effect, as {why}."
     if config.cuda_graphs and device.type != "cuda":
         yield "cuda_graphs has no effect here, as they are of GPUs; leave it out."
     elif config.cuda_graphs and current().size > 1:

@@ -48,6 +48,9 @@ from lorasmith.training.runtime import Runtime
 T = TypeVar("T")
 EngineMaker = Callable[[TrainJob], Engine]
 
+APART = ("compile", "cuda_graphs", "autotune")
+"""Settings of runs that train alone."""
+
 SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items() if declared.of_model)
 
 
@@ -68,10 +71,10 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             f"runs that train together share the model's text encoders, got {found.model.text_setting}; leave it out, "
             "or train apart"
         )
-    for name in ("compile", "cuda_graphs"):
+    for name in APART:
         if others and any(getattr(job.config, name) for job in jobs):
             raise OptionError(
-                f"runs that train together cannot be compiled or captured, got {name} on; leave it out, or train apart"
+                f"runs that train together use none of {', '.join(APART)}, got {name} on; leave it out, or train apart"
             )
     if first.runtime.processes.size > 1:
         raise OptionError(

@@ -26,11 +26,18 @@ from lorasmith.core.placement import memory_used
 from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.attention import calls_in, fastest_kernel
+from lorasmith.training.autotune import Way, tuned
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.cuda_graphs import NotReplayable
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import AttentionPlanned, EventHandler, Outcome, StepDone, Warned
-from lorasmith.training.memory.memory_plan import largest_pass, plan_activations, plan_offloading
+from lorasmith.training.memory.memory_plan import (
+    MemoryPlan,
+    fitting_plans,
+    largest_pass,
+    plan_activations,
+    plan_offloading,
+)
 from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.memory.spilling import SpillCheck, memory_capped
 from lorasmith.training.recovery import (
@@ -168,7 +175,7 @@ class Loop:
                     try:
                         with shared(), self.engine.frozen():
                             self._begin()
-                            waiting = self._with_frozen()
+                            waiting = [] if self._needs_refreezing() else self._with_frozen()
                         if waiting:
                             self.engine.restore_base_model()
                         for watcher in waiting:
@@ -207,6 +214,7 @@ class Loop:
             "checkpoint_depth": runtime.checkpoint_depth,
             "eager": self._recovery.compile_failed,
             "attention": runtime.attention,
+            "way": asdict(Way.of(self.engine)) if self.engine.config.autotune and not runtime.autotune else None,
             "layout": self.engine.flat.layout,
         }
         parts = {"engine": now.tensors}
@@ -249,6 +257,10 @@ class Loop:
             engine.change(checkpoint_depth=numbers.checkpoint_depth)
         if engine.runtime.attention == "auto":
             engine.change(attention=numbers.attention)
+        if engine.runtime.autotune and (way := numbers.way) is not None:
+            engine.change(autotune=False, products=way.products, compile=way.compile)
+            if way.compile:
+                engine.change(activations=way.activations)
         if numbers.eager:
             self._recovery.stop_compiling()
         for watcher in self._watchers:
@@ -427,6 +439,27 @@ class Loop:
             for event in plan_offloading(self.engine, tuple(self._samples)):
                 self.emit(event)
         return self.engine.runtime
+
+    def _needs_refreezing(self) -> bool:
+        """Choose the way of steps if that is left to `autotune`; whether the frozen model must be made again for it."""
+        engine, before = self.engine, self.engine.runtime
+        if not before.autotune or self.step >= self._until:
+            return False
+        plans: list[MemoryPlan] = []
+
+        def planned() -> Runtime:
+            chosen = self.planned()
+            if before.activations == "auto" and (chosen.checkpoint_depth or chosen.activations != "keep"):
+                plans.extend(fitting_plans(engine, tuple(self._samples)))
+            return chosen
+
+        with engine.attached(planned):
+            pass
+        maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.rank_masks)
+        found = tuned(engine, maker.step(before.first_step + self.step), plans, self._until - self.step)
+        engine.change(autotune=False, **asdict(found.way))
+        self.emit(Warned(message=str(found), is_remark=True))
+        return engine.runtime.products != before.products
 
     def _plan_attention(self) -> AttentionPlanned:
         """Select and set the kernel of attention; returns the event to emit."""

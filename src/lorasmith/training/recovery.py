@@ -21,6 +21,7 @@ from lorasmith.core.choices import AttentionChoice
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.printable import first_line
 from lorasmith.core.typed_json import typed
+from lorasmith.training.autotune import Way
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, Warned
 
@@ -301,6 +302,7 @@ class StateNumbers:
     layout: list[Any]
     snapshot: SnapshotNumbers | None = None
     attention: AttentionChoice = "torch"  # `auto` before the first step
+    way: Way | None = None  # that `autotune` chose
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.checkpoint_depth < 0 or self.rollbacks < 0:

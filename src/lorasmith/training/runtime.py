@@ -50,6 +50,7 @@ class Runtime:
     compile: bool
     attention: AttentionChoice  # `auto` is resolved before the first step
     cuda_graphs: bool
+    autotune: bool  # until the way of steps is chosen
     processes: Processes = ALONE
     memory_share: float = 1.0  # part of the free memory that `auto` may use
 
@@ -84,6 +85,7 @@ class Runtime:
             compile=config.compile,
             attention=_attention(config, device),
             cuda_graphs=config.cuda_graphs and device.type == "cuda" and current().size == 1,
+            autotune=config.autotune and not config.deterministic and current().size == 1,
             processes=current(),
             sharding=config.sharding and current().size > 1,
         )

@@ -159,6 +159,12 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     return chosen_plan(engine.model, samples, engine.config, engine.runtime, _free_bytes(engine))
 
 
+def fitting_plans(engine: Engine, samples: Sequence[Sample]) -> list[MemoryPlan]:
+    """All plans of a prepared engine that fit into the free memory of its device, cheapest first."""
+    found = measured_plans(engine.model, samples, engine.config, engine.runtime, _free_bytes(engine))
+    return [plan for plan in found if plan.fits]
+
+
 def _free_bytes(engine: Engine) -> int:
     """Memory for a step: the least of all processes, which plan alike."""
     runtime = engine.runtime

@@ -1,0 +1,220 @@
+"""The way of steps: chosen by times that are kept, and the same in a resumed run. The clock is replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.adapters import frozen_weights
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training import autotune, measured_times
+from lorasmith.training.autotune import Tuned, Way, tuned
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.events import Event, StepDone, Warned
+from lorasmith.training.job import plan_job
+from lorasmith.training.memory import compilation
+from lorasmith.training.memory.memory_plan import MemoryPlan
+from lorasmith.training.results import TrainResult
+
+CPU = torch.device("cpu")
+KEEP = Way("keep", 0, "training_dtype", compile=False)
+Run = Callable[..., TrainResult]
+
+
+class Timer:
+    """Stands for the times of ways, by a part of their names; `asked` are the ways that were measured."""
+
+    def __init__(self, **seconds: float | None) -> None:
+        self.seconds = seconds
+        self.asked: list[str] = []
+
+    def __call__(self, engine: Engine, way: Way, batches: object, clock: object) -> Mapping[str, float]:
+        self.asked.append(str(way))
+        kind = "compile" if way.compile else way.products if way.products != "training_dtype" else way.activations
+        found = self.seconds[kind if kind != "keep" or not way.checkpoint_depth else "depth"]
+        if found is None:
+            return {}
+        return {"step": found, "compiling": 100.0} if way.compile else {"step": found}
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of times of a machine of this test's own, with a compiler."""
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured_times, "machine_of", lambda device: f"a card, {device}")
+    monkeypatch.setattr(autotune, "compiler", lambda device: "g++")
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    return tmp_path / "cache" / "times.json"
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Timer]:
+    def replaced(**seconds: float | None) -> Timer:
+        timer = Timer(**seconds)
+        monkeypatch.setattr(autotune, "_times", timer)
+        return timer
+
+    return replaced
+
+
+def engine_of(model: Model, **settings: Any) -> Engine:
+    job = plan_job(model.denoiser, TrainConfig(targets="*.attn2.to_q", batch_size=2, **settings), CPU)
+    return Engine(job.model, job.adapters, job.config, job.runtime)
+
+
+def plan(activations: Any, depth: int = 0) -> MemoryPlan:
+    return MemoryPlan(activations, depth, 1, 2)
+
+
+def choose(engine: Engine, dataset: EncodedDataset, steps: int = 1000, plans: Sequence[MemoryPlan] = ()) -> Tuned:
+    maker = batch_maker(engine.model, dataset, engine.config, engine.runtime, engine.rank_masks)
+    with engine.frozen():
+        return tuned(engine, maker.step(0), plans, steps)
+
+
+def test_the_fastest_of_activations_products_and_code(
+    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "has_products", lambda kind, device: kind == "int8")
+    engine = engine_of(tiny, quantization="int8")
+    timer = timed(keep=3.0, lean=4.0, depth=2.0, int8=1.0, compile=0.8)
+    found = choose(engine, dataset, plans=[plan("keep"), plan("lean"), plan("keep", 2)])
+    assert found.way == Way("keep", 2, "int8", compile=True)
+    depth = "blocks recomputed at depth 2"
+    assert timer.asked == [
+        "keep", "lean", depth, f"{depth}, products in int8", f"{depth}, products in int8, compiled"
+    ]  # fmt: skip
+    assert str(found).endswith(f"keep: 3; lean: 4; {depth}: 2; {depth}, products in int8: 1; "
+                               f"{depth}, products in int8, compiled: 0.8.")  # fmt: skip
+
+
+def test_what_is_set_is_not_varied(tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]) -> None:
+    timer = timed(keep=3.0, compile=1.0)
+    assert choose(engine_of(tiny, compile=True), dataset).way.compile
+    assert timer.asked == ["keep, compiled"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "is_compiled"),
+    [
+        (0.8, 1000, True),
+        (0.98, 1000, False),  # within the noise
+        (0.8, 599, False),  # a run of less than ten minutes
+        (0.9, 610, False),  # 61 s are saved, and compiling takes 100
+        (None, 1000, False),  # it failed
+    ],
+)
+def test_compiling_pays_in_long_runs(
+    tiny: Model,
+    dataset: EncodedDataset,
+    timed: Callable[..., Timer],
+    seconds: float | None,
+    steps: int,
+    is_compiled: bool,
+) -> None:
+    timer = timed(keep=1.0, compile=seconds)
+    assert choose(engine_of(tiny), dataset, steps).way.compile is is_compiled
+    assert timer.asked == ["keep"] + ["keep, compiled"] * (steps >= 600)
+
+
+def test_times_are_kept_by_machine_and_step(
+    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], kept: Path
+) -> None:
+    timed(keep=1.0, compile=0.5)
+    engine = engine_of(tiny)
+    found = choose(engine, dataset)
+    [(machine, times)] = json.loads(kept.read_text()).items()
+    assert machine == "a card, cpu" and [one.rpartition("; ")[2] for one in times] == ["keep", "keep, compiled"]
+    timer = timed(keep=1.0, compile=2.0)
+    assert choose(engine, dataset) == found and not timer.asked
+    assert not choose(engine_of(tiny, rank=3), dataset).way.compile and len(timer.asked) == 2
+
+
+def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(tiny: Model, dataset: EncodedDataset) -> None:
+    engine = engine_of(tiny)
+    before = engine.runtime
+    ticks = iter(range(0, 10_000, 3))
+    maker = batch_maker(engine.model, dataset, engine.config, engine.runtime, engine.rank_masks)
+    with engine.frozen():
+        [batches] = [maker.step(0)]
+        way = Way("lean", 1, "training_dtype", compile=False)
+        assert autotune._times(engine, way, batches, lambda: next(ticks)) == {"step": 1.0}
+        compiled = Way("keep", 0, "training_dtype", compile=True)
+        assert autotune._times(engine, compiled, batches, lambda: next(ticks)) == {"step": 1.0, "compiling": 2.0}
+    assert engine.runtime == before
+
+
+def test_a_way_that_fails_is_not_taken(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> Callable[..., Any]:
+        def gradient(self: Engine, batches: object) -> None:
+            raise error
+
+        return gradient
+
+    engine = engine_of(tiny)
+    with engine.frozen():
+        monkeypatch.setattr(Engine, "gradient", fail(torch.OutOfMemoryError("CUDA out of memory")))
+        assert autotune._times(engine, KEEP, [], lambda: 0.0) == {}
+        monkeypatch.setattr(Engine, "gradient", fail(NotImplementedError("no such operation")))
+        assert autotune._times(engine, Way("keep", 0, "training_dtype", compile=True), [], lambda: 0.0) == {}
+        with pytest.raises(NotImplementedError):
+            autotune._times(engine, KEEP, [], lambda: 0.0)
+
+
+def test_where_nothing_is_chosen(tiny: Model) -> None:
+    assert engine_of(tiny, autotune=True).runtime.autotune
+    assert not engine_of(tiny).runtime.autotune
+    config = TrainConfig(targets="*.attn2.to_q", autotune=True, deterministic=True)
+    job = plan_job(tiny.denoiser, config, CPU)
+    assert not job.runtime.autotune
+    assert "autotune has no effect, as deterministic is on." in job.notes
+
+
+def test_a_resumed_run_keeps_its_way(
+    run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its products, for which the frozen weights are made again."""
+    monkeypatch.setattr(autotune, "has_products", lambda kind, device: kind == "int8")
+    enabled: list[str] = []
+    original = frozen_weights.products_enabled
+
+    def noted(module: Any, kind: Any, device: Any) -> Any:
+        enabled.append(kind)
+        return original(module, kind, device)
+
+    monkeypatch.setattr("lorasmith.training.trainable.products_enabled", noted)
+    settings: dict[str, Any] = {"steps": 3, "quantization": "int8"}
+    plain = run(dataset, products="int8", **settings)
+    assert enabled == ["int8"]
+    heard: list[Event] = []
+
+    def some(until: int) -> TrainResult:
+        return run(
+            dataset,
+            **settings,
+            autotune=True,
+            output=tmp_path / "run",
+            on_event=heard.append,
+            cancelled=lambda: sum(isinstance(event, StepDone) for event in heard) >= until,
+        )
+
+    def said() -> Iterator[str]:
+        return (event.message for event in heard if isinstance(event, Warned) and "Autotune" in event.message)
+
+    timed(keep=1.0, int8=0.5)
+    assert some(until=1).reason == "cancelled"
+    assert list(said()) == [
+        "Autotune takes keep, products in int8. Seconds of a step: keep: 1; keep, products in int8: 0.5."
+    ]
+    timer = timed(keep=1.0, int8=math.inf)
+    assert some(until=9).losses == plain.losses
+    assert not timer.asked and len(list(said())) == 1
+    assert enabled == ["int8"] * 3
