@@ -19,12 +19,15 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area
 
 
-def interval(values: Mapping[str, Sequence[float]]) -> tuple[float, float, float]:
-    """Mean with its 95 % interval, by a bootstrap of subjects and of the seeds of each; the same for equal values."""
+def interval(values: Mapping[str, Sequence[float]], *, of_subjects: bool = True) -> tuple[float, float, float]:
+    """Mean with its 95 % interval, by a bootstrap of subjects and of the seeds of each; the same for equal values.
+
+    Without `of_subjects` it says what other seeds would give for these subjects, otherwise for others, too.
+    """
     rng, groups = random.Random(0), [list(one) for one in values.values()]
 
     def drawn() -> float:
-        chosen = [rng.choice(groups) for _ in groups]
+        chosen = [rng.choice(groups) for _ in groups] if of_subjects else groups
         return statistics.mean(rng.choice(one) for one in chosen for _ in one)
 
     means = sorted(drawn() for _ in range(_DRAWS))

@@ -25,6 +25,7 @@ def recipe_tables(outcomes: Sequence[Outcome], results: Results) -> None:
     kinds = _by_kind(outcomes)
     columns = {"recipe": "", "rate ×": "g", "pictures": "d", "runs": "d", "hypervolume": ".3f", "95 % interval": ""}
     columns |= {
+        "of seeds alone": "",
         "less than the first": "+.3f",
         "95 % interval of it": "",
         "style": ".3f",
@@ -35,11 +36,14 @@ def recipe_tables(outcomes: Sequence[Outcome], results: Results) -> None:
     for kind, runs in kinds.items():
         subjects, styles = ([one for one in runs if (one.job.task == STYLE) is is_style] for is_style in (False, True))
         first = firsts.setdefault(kind[-1], {_pair(one): one for one in subjects})
-        mean, low, high = interval(_by_subject(subjects, _hypervolume))
+        values = _by_subject(subjects, _hypervolume)
+        mean, low, high = interval(values)
+        _, *seeds = interval(values, of_subjects=False)
+        by_seed = "{:.3f} to {:.3f}".format(*seeds) if min(map(len, values.values())) > 1 else None
         behind = _behind([one for one in subjects if _pair(one) in first], first)
         style = statistics.mean(map(_hypervolume, styles)) if styles else None
         rate = mean / _minutes(subjects)
-        results.add(*kind, len(subjects), mean, f"{low:.3f} to {high:.3f}", *behind, style, rate)
+        results.add(*kind, len(subjects), mean, f"{low:.3f} to {high:.3f}", by_seed, *behind, style, rate)
     columns = {"recipe": "", "rate ×": "g", "pictures": "d", "seen": "d"}
     results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Means by checkpoint")
     for kind, runs in kinds.items():

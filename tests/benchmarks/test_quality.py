@@ -44,6 +44,9 @@ def test_an_interval_holds_the_mean_and_is_wide_where_subjects_differ() -> None:
     assert mean == pytest.approx(0.4833, abs=1e-4)
     assert low < mean < high
     assert high - low > 0.3
+    same, *of_seeds = interval({"fox": [0.1, 0.2], "owl": [0.8, 0.9], "bell": [0.5, 0.4]}, of_subjects=False)
+    assert same == mean
+    assert of_seeds == pytest.approx([mean - 1 / 30, mean + 1 / 30])  # two of three at their ends
 
 
 def test_area_under_the_curve_of_same_and_different_subjects() -> None:
