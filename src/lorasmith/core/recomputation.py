@@ -203,10 +203,11 @@ class _Block:
         assert len(self._saved) == self._count, "a block saves less in its second run"
 
     def _found(self, tensor: Tensor) -> Tensor:
-        self._saved.append(tensor.detach())  # without the second run's graph
+        tensor = tensor.detach() if tensor.requires_grad else tensor  # without the second run's graph
+        self._saved.append(tensor)
         if len(self._saved) == self._count:
             raise _CompleteError
-        return tensor.detach()
+        return tensor
 
     @contextlib.contextmanager
     def _running(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Iterator[None]:
