@@ -3,9 +3,9 @@
     python -m benchmarks.transfer --gib 24 --model flux-12b
     python -m benchmarks.transfer --gib 0.01 --model tiny --device cpu
 
-The file is written first, and its pages are dropped before each way, if the system does that. `mapped` places its
-tensors from a memory-mapped file, as a run does; `read` reads it piece by piece into pinned memory, from which a piece
-is copied while the next one is read. `again` has the file in the system's cache.
+The file is written first, and its pages are dropped before each way, if the system does that. `direct` copies its
+memory-mapped tensors one after the other; `buffers` copies them as a run does, through two pinned buffers. `again` has
+the file in the system's cache.
 
 The second table has the seconds in which weights are placed, and quantized, from host memory, as at the start of a run
 and after a drawing that was requested of it, for each kind of weights.
@@ -27,13 +27,14 @@ from benchmarks.bases import MODELS, machine
 from benchmarks.results import Results, add_json
 from benchmarks.sides import let_go, trouble_of
 from lorasmith.core.mapped_files import MappedFile
+from lorasmith.core.pinned_memory import DeviceCopies
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import engine_of, plan_job
 
 _TENSOR = 2**25
-"""Bytes of a tensor in the file, and of a piece."""
+"""Bytes of a tensor in the file."""
 
 KINDS = ("none", "int8", "nf4")
 
@@ -49,7 +50,7 @@ def main() -> None:
         began = time.perf_counter()
         _write(path, size)
         _add(results, size, "written", time.perf_counter() - began)
-        for name, way in {"mapped": _mapped, "read": _read}.items():
+        for name, way in {"direct": _direct, "buffers": _through_buffers}.items():
             _drop_pages(path)
             for again in ("", " again"):
                 let_go()
@@ -108,29 +109,22 @@ def _drop_pages(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _mapped(path: Path, size: int, device: torch.device) -> list[torch.Tensor]:
+def _tensors(path: Path, size: int) -> list[torch.Tensor]:
     file = MappedFile(path)
-    shape = (_TENSOR // 2,)
+    return [file.tensor(at, torch.bfloat16, (_TENSOR // 2,)) for at in range(0, size, _TENSOR)]
+
+
+def _direct(path: Path, size: int, device: torch.device) -> list[torch.Tensor]:
     # A copy on the CPU too, as a mapped tensor is not read before it is used.
-    return [file.tensor(at, torch.bfloat16, shape).to(device, copy=True) for at in range(0, size, _TENSOR)]
+    return [tensor.to(device, copy=True) for tensor in _tensors(path, size)]
 
 
-def _read(path: Path, size: int, device: torch.device) -> list[torch.Tensor]:
-    on_gpu = device.type == "cuda"
-    pieces = [torch.empty(_TENSOR, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
-    copied: list[torch.cuda.Event | None] = [None, None]
-    found = []
-    with path.open("rb", buffering=0) as file:
-        for number in range(size // _TENSOR):
-            piece, before = pieces[number % 2], copied[number % 2]
-            if before is not None:
-                before.synchronize()
-            memory = memoryview(piece.numpy())
-            while memory:
-                memory = memory[file.readinto(memory) :]
-            found.append(piece.to(device, non_blocking=True, copy=True))
-            if on_gpu:
-                copied[number % 2] = torch.cuda.current_stream(device).record_event()
+def _through_buffers(path: Path, size: int, device: torch.device) -> list[torch.Tensor]:
+    with contextlib.closing(DeviceCopies(device)) as copies:
+        found = []
+        for tensor in _tensors(path, size):
+            found.append(torch.empty_like(tensor, device=device))
+            copies.copy(tensor, found[-1])
     return found
 
 

@@ -8,16 +8,17 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorasmith.adapters.frozen_weights import weights_packed
 from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.core import pinned_memory
-from lorasmith.core.placement import sent
+from lorasmith.core.placement import placed, sent
 from lorasmith.core.quantization import packed
 from lorasmith.training.batches import prefetched
 from lorasmith.training.loop import Mailbox
 from tests.cuda.streams import Event, Stream, Streams
-from tests.cuda.tracing import DEVICE, MODE, Devices, Watch
+from tests.cuda.tracing import DEVICE, MODE, Devices, Watch, faked
 
 
 def used(streams: Streams, *reads: Tensor) -> Tensor:
@@ -79,13 +80,19 @@ def test_memory_that_is_freed_while_another_stream_reads_it_is_found(how: str) -
     assert bool(streams.races) == (how == "neither")
 
 
-@pytest.fixture
-def streams() -> Iterator[Streams]:
+@contextlib.contextmanager
+def watched() -> Iterator[Watch]:
     """Streams and fake tensors of a device; steps without a backward pass need no stub of it."""
     found = Streams()
     registered = mock.patch.object(pinned_memory, "_registered", lambda _: None)
     with found.in_place(), Devices(MODE), registered, MODE, Watch(found) as watch:
-        yield found
+        yield watch
+
+
+@pytest.fixture
+def streams() -> Iterator[Streams]:
+    with watched() as watch:
+        yield watch._streams
     assert not watch.waits
 
 
@@ -131,6 +138,29 @@ def test_offloaded_weights_without_their_order_are_found(
     monkeypatch.setattr(Stream, "wait_event", wait)
     offloaded_step()
     assert any(found.startswith(race) for found in streams.races)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_small", [False, True])
+def test_weights_are_placed_without_a_wait_for_every_tensor(
+    monkeypatch: pytest.MonkeyPatch, *, is_small: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(pinned_memory, "_BUFFER_BYTES", 2**18)
+    monkeypatch.setattr(pinned_memory, "_LEAST_BYTES", 2**30 if is_small else 0)
+    with watched() as watch:
+        streams = watch._streams
+        streams.made()  # operations of a single stream are not counted
+        layers = [nn.Conv2d(64, 64, 3, bias=False), *(nn.Linear(256, 256, bias=False) for _ in range(6))]
+        module = nn.Sequential(*layers).requires_grad_(False)
+        faked(module)
+        with (
+            weights_packed(module[4:], kind="int8", device=DEVICE, dtype=torch.bfloat16) as packed,
+            placed(module, device=DEVICE, dtype=dtype, without=packed),
+        ):
+            used(streams, *module.parameters())
+    assert not streams.races
+    assert bool(watch.waits) == is_small
+    assert streams.host_waits == (0 if is_small else 1 + 2), "for the third buffer and each one after it"
 
 
 @pytest.mark.parametrize("waits", [True, False])

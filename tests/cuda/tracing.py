@@ -47,7 +47,7 @@ _aten = torch.ops.aten
 
 
 class Devices(TorchFunctionMode):
-    """What fake tensors do not have: pinned memory, devices of `tensor.data = other`, and copies of real tensors.
+    """What fake tensors lack: addresses, pinned memory, devices of `tensor.data = other`, and copies of real tensors.
 
     A batch is made of real numbers, as much of it depends on them, and becomes fake where it is copied to the device.
     """
@@ -66,6 +66,10 @@ class Devices(TorchFunctionMode):
             if isinstance(target, FakeTensor):
                 target.fake_device = value.fake_device
             return None
+        if func is Tensor.data_ptr and isinstance(args[0], FakeTensor):
+            return 0  # on no file
+        if func is Tensor.is_pinned:
+            return hasattr(args[0].untyped_storage(), _PINNED)
         if func is Tensor.pin_memory:
             return _as_pinned(args[0].clone())
         if func is Tensor.to and not isinstance(args[0], FakeTensor) and _names_device(args[1:], kwargs):
@@ -90,17 +94,19 @@ def _names_device(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def _as_pinned(tensor: Tensor) -> Tensor:
-    setattr(tensor, _PINNED, True)
+    setattr(tensor.untyped_storage(), _PINNED, True)
     return tensor
 
 
 def _wait(source: Tensor, target: Tensor, *, is_async: bool) -> str | None:
     """What is waited for by a copy from one device to another; None for nothing."""
-    if source.device.type == target.device.type or not source.numel():
+    if source.device.type == target.device.type or target.is_meta or not source.numel():
         return None
     to_device = target.device.type == "cuda"
-    # A conversion goes through pageable memory.
-    is_pinned = hasattr(source if to_device else target, _PINNED) and source.dtype == target.dtype
+    host = source if to_device else target
+    # A conversion of dtype or layout goes through pageable memory.
+    is_same = (source.dtype, source.stride()) == (target.dtype, target.stride())
+    is_pinned = is_same and hasattr(host.untyped_storage(), _PINNED)
     if is_async and (is_pinned or (to_device and source.nbytes <= _STAGED_BYTES)):
         return None
     how = "a copy of pageable memory" if is_async else "a blocking copy"
@@ -408,7 +414,8 @@ def traced(
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
         # Triton compiles for a device alone.
         mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),
-        # The tiny models' activations are below the sizes from which anything is done about them.
+        # The tiny models' weights and activations are below the sizes from which anything is done about them.
+        mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),
         mock.patch.object(activations, "_SMALL", 256),
         mock.patch.object(activations, "_WORTH_MOVING", 256),
     ):

@@ -20,6 +20,7 @@ from lorasmith.adapters.weight_stream import WeightStream, are_offloaded, stream
 from lorasmith.core.blocks import blocks_at_depth, units
 from lorasmith.core.choices import ProductFormat, Quantization
 from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.pinned_memory import DeviceCopies
 from lorasmith.core.placement import free_memory, full_precision, memory_format_for, placed
 from lorasmith.core.quantization import CodeFormat, Packed, WeightSource, packed, weight_source
 from lorasmith.core.quantized_products import PRODUCT_KINDS
@@ -49,18 +50,18 @@ def weights_packed(
     layout = memory_format_for(module)
     sources: dict[nn.Module, WeightSource] = {}
     with contextlib.ExitStack() as undo:
+        copies = undo.enter_context(contextlib.closing(DeviceCopies(device)))
         if stream is not None:
             undo.callback(stream.clear)
             blocks = _in_blocks(module, layers)
             for block, is_away in zip(blocks, are_offloaded(len(blocks), share), strict=True):
-                added = stream.add(
-                    [packed_weight(layer, kind, device, dtype, layout) for layer in block], is_kept=not is_away
-                )
-                sources.update(zip(block, added, strict=True))
+                weights = [packed_weight(layer, kind, copies, dtype, layout) for layer in block]
+                sources.update(zip(block, stream.add(weights, kept_by=None if is_away else copies), strict=True))
         for layer in layers:
             if layer not in sources:
-                sources[layer] = packed_weight(layer, kind, device, dtype, layout).to(device, dtype, layout)
+                sources[layer] = packed_weight(layer, kind, copies, dtype, layout).copied(copies, dtype, layout)
             undo.enter_context(weight_source_set(layer, sources[layer], device=device, dtype=dtype))
+        copies.close()
         yield [layer.get_parameter("weight") for layer in layers]
 
 
@@ -81,7 +82,7 @@ def weights_streamed(module: nn.Module, *, device: torch.device, dtype: torch.dt
 
 
 def packed_weight(
-    layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+    layer: nn.Module, kind: Quantization, copies: DeviceCopies, dtype: torch.dtype, layout: torch.memory_format
 ) -> Packed:
     """The weight of a Linear or convolution packed as `kind`; with `none` it stays on its device, packed as it is.
 
@@ -92,10 +93,10 @@ def packed_weight(
         return source.to(source.tensors[0].device, dtype, layout)
     with FrozenLayer(layer).weight_acquired() as own:
         weight = own.detach()
-        there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
-        laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
+        there = DeviceCopies(weight.device) if kind == "none" else copies  # quantize on the device, where it is fast
+        laid = there.to(weight, weight.dtype, layout if weight.ndim == 4 else torch.preserve_format)
         one = packed(laid, kind, dtype)
-        if kind != "none" or laid is not weight:
+        if kind != "none":
             release_pages(weight)
         return one
 

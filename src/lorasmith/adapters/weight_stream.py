@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.byte_layout import ByteLayout, Place
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.pinned_memory import PinnedBuffer
+from lorasmith.core.pinned_memory import DeviceCopies, PinnedBuffer
 from lorasmith.core.quantization import AlwaysHere, CodeFormat, Packed, WeightSource, weight_source
 
 
@@ -46,22 +46,23 @@ class WeightStream:
         self._before: Block | None = None  # the one used before
         self._following: dict[tuple[Block | None, Block], Block] = {}
 
-    def add(self, weights: Sequence[Packed], *, is_kept: bool = False) -> list[StreamedWeight]:
-        """Add a block of packed weights, which is offloaded unless it is kept on the device; returns their sources."""
+    def add(self, weights: Sequence[Packed], *, kept_by: DeviceCopies | None = None) -> list[StreamedWeight]:
+        """Add a block of packed weights, which is offloaded, or kept on the device by copies; returns their sources."""
         block = Block(self, weights)
-        if is_kept:
-            block.keep()
-        else:
+        if kept_by is None:
             block.offload(is_pinned=self._is_pinned)
+        else:
+            block.keep(kept_by)
         self._blocks.append(block)
         return block.weights
 
     def keep(self, share: float) -> None:
         """Move blocks to the device for good, so that at most a share of all (0 to 1) stays offloaded."""
         self._free_buffers()
-        for block, is_away in zip(self._blocks, are_offloaded(len(self._blocks), share), strict=True):
-            if not is_away and not block.is_kept:
-                block.keep()
+        with contextlib.closing(DeviceCopies(self.device)) as copies:
+            for block, is_away in zip(self._blocks, are_offloaded(len(self._blocks), share), strict=True):
+                if not is_away and not block.is_kept:
+                    block.keep(copies)
 
     def sizes(self) -> list[int]:
         """Bytes of each block."""
@@ -180,10 +181,11 @@ class Block:
             self.on_host = self.weights_in(pinned.bytes)
         self.move(self.on_host)
 
-    def keep(self) -> None:
+    def keep(self, copies: DeviceCopies) -> None:
         """Move the weights to the device for good."""
         buffer = torch.empty(self.size_bytes, dtype=torch.uint8, device=self.stream.device)
-        self.copy_to(buffer)
+        for tensor, place in self._copies:
+            copies.copy(tensor, place.view(buffer))
         self.forget_host()
         self.move(self.weights_in(buffer))
         self.is_kept = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorasmith.core.allocator import release_freed_memory
 from lorasmith.core.errors import OptionError
 from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.pinned_memory import DeviceCopies
 from lorasmith.core.processes import current
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
@@ -186,34 +187,30 @@ def placed(
     originals: list[tuple[Tensor, Tensor]] = []
     sources: list[tuple[nn.Module, Packed]] = []
     try:
-        for layer in module.modules():
-            source = weight_source(layer)
-            weight = layer._parameters.get("weight")
-            if not isinstance(source, Packed) or weight is None or id(weight) in others:
-                continue
-            moved = source.to(device, dtype, layout)
-            for before, after in zip(source.tensors, moved.tensors, strict=True):
-                if after is not before:
-                    release_pages(before)
-            sources.append((layer, source))
-            setattr(layer, WEIGHT_SOURCE, moved)
-            originals.append((weight, weight.data))
-            weight.data = placeholder(weight.shape, device, dtype)
-            others.add(id(weight))
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if id(tensor) in others:
-                continue
-            target = torch.float32 if id(tensor) in full else dtype
-            target = target if tensor.is_floating_point() else tensor.dtype
-            wanted = layout if tensor.ndim == 4 else torch.preserve_format
-            original = tensor.data
-            converted = original.to(device, target, memory_format=wanted)
-            if converted.device.type == "cpu" and target == torch.float32 and converted.data_ptr() % _ALIGNMENT:
-                converted = converted.clone()
-            if converted is not original:
-                originals.append((tensor, original))
-                tensor.data = converted
-                release_pages(original)
+        with contextlib.closing(DeviceCopies(device)) as copies:
+            for layer in module.modules():
+                source = weight_source(layer)
+                weight = layer._parameters.get("weight")
+                if not isinstance(source, Packed) or weight is None or id(weight) in others:
+                    continue
+                sources.append((layer, source))
+                setattr(layer, WEIGHT_SOURCE, source.copied(copies, dtype, layout))
+                originals.append((weight, weight.data))
+                weight.data = placeholder(weight.shape, device, dtype)
+                others.add(id(weight))
+            for tensor in [*module.parameters(), *module.buffers()]:
+                if id(tensor) in others:
+                    continue
+                target = torch.float32 if id(tensor) in full else dtype
+                target = target if tensor.is_floating_point() else tensor.dtype
+                original = tensor.data
+                converted = copies.to(original, target, layout if tensor.ndim == 4 else torch.preserve_format)
+                if converted.device.type == "cpu" and target == torch.float32 and converted.data_ptr() % _ALIGNMENT:
+                    converted = converted.clone()
+                    release_pages(original)
+                if converted is not original:
+                    originals.append((tensor, original))
+                    tensor.data = converted
         yield
     finally:
         copied_bytes = sum(tensor.nbytes for tensor, _ in originals)

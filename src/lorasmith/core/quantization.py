@@ -31,6 +31,7 @@ is packed has it, or another `WeightSource`, under `WEIGHT_SOURCE`, and a `place
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -43,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.core.choices import ProductFormat, Quantization
+from lorasmith.core.pinned_memory import DeviceCopies
 
 WEIGHT_SOURCE = "weight_source"
 """Attribute of a layer whose weight is not in its parameter: a `WeightSource`."""
@@ -163,8 +165,13 @@ class Packed(WeightSource):
         self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
     ) -> Packed:
         """The packed weight on `device`, unpacking to `dtype`; `memory_format` applies to 4-D codes."""
+        with contextlib.closing(DeviceCopies(device)) as copies:
+            return self.copied(copies, dtype, memory_format)
+
+    def copied(self, copies: DeviceCopies, dtype: torch.dtype, memory_format: torch.memory_format) -> Packed:
+        """As `to`, for one weight of many."""
         formats = (memory_format if tensor.ndim == 4 else torch.preserve_format for tensor in self.tensors)
-        moved = (tensor.to(device, memory_format=wanted) for tensor, wanted in zip(self.tensors, formats, strict=True))
+        moved = (copies.to(one, one.dtype, wanted) for one, wanted in zip(self.tensors, formats, strict=True))
         return replace(self, tensors=tuple(moved), dtype=dtype)
 
     def of_rows(self, choose: Callable[[Tensor], Tensor]) -> Packed | Tensor:

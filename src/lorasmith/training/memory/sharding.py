@@ -32,7 +32,7 @@ from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.byte_layout import ByteLayout, Place
 from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError
-from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.pinned_memory import DeviceCopies
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
@@ -59,6 +59,7 @@ def weights_sharded(
     sharded: list[nn.Module] = []
     copies: list[nn.Module] = []
     with contextlib.ExitStack() as undo:
+        to_device = undo.enter_context(contextlib.closing(DeviceCopies(device)))
         undo.enter_context(warnings.catch_warnings())
         # About in-place sums into a block's output, which no denoiser has; tests compare each family with and without.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -66,9 +67,9 @@ def weights_sharded(
             layers = [layer for layer in block.modules() if layer in packable and layer not in sharded]
             if not layers:
                 continue
-            bytes_of = _Bytes(device)
-            sources = [bytes_of.add(packed_weight(layer, kind, device, dtype, layout)) for layer in layers]
-            bytes_of.join()
+            bytes_of = _Bytes()
+            sources = [bytes_of.add(packed_weight(layer, kind, to_device, dtype, layout)) for layer in layers]
+            bytes_of.join(to_device)
             copied = _copied(block)
             whole = copied._parameters, copied._buffers, copied._modules
             # FSDP2 sees only the bytes, and the model never does.
@@ -80,6 +81,7 @@ def weights_sharded(
                 undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
             sharded += layers
             copies.append(copied)
+        to_device.close()
         root = _Root()
         fully_shard(root, mesh=mesh)
         undo.enter_context(_run_by(module, root, copies))
@@ -114,9 +116,8 @@ class _Bytes(nn.Module):
     # shard in its place.
     whole: nn.Parameter
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._device = device
         self._layout = ByteLayout()
         self._taken: list[tuple[Tensor, Place]] = []
 
@@ -125,11 +126,10 @@ class _Bytes(nn.Module):
         self._taken += zip(weight.tensors, places, strict=True)
         return ShardedWeight(self, places, weight)
 
-    def join(self) -> None:
-        whole = torch.zeros(self._layout.size_bytes, dtype=torch.uint8, device=self._device)
+    def join(self, copies: DeviceCopies) -> None:
+        whole = torch.zeros(self._layout.size_bytes, dtype=torch.uint8, device=copies.device)
         for tensor, place in self._taken:
-            place.view(whole).copy_(tensor)
-            release_pages(tensor)
+            copies.copy(tensor, place.view(whole))
         self.whole = nn.Parameter(whole.view(torch.float32), requires_grad=False)
         self._taken.clear()
 
