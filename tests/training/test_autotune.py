@@ -18,7 +18,7 @@ from lorasmith.training import autotune, measured_times
 from lorasmith.training.autotune import Tuned, Way, tuned
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import Event, StepDone, Warned
+from lorasmith.training.events import Autotuned, Event, StepDone
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
@@ -89,11 +89,12 @@ def test_the_fastest_of_activations_products_and_code(
     found = choose(engine, dataset, plans=[plan("keep"), plan("lean"), plan("keep", 2)])
     assert found.way == Way("keep", 2, "int8", compile=True)
     depth = "blocks recomputed at depth 2"
-    assert timer.asked == [
-        "keep", "lean", depth, f"{depth}, products in int8", f"{depth}, products in int8, compiled"
-    ]  # fmt: skip
-    assert str(found).endswith(f"keep: 3; lean: 4; {depth}: 2; {depth}, products in int8: 1; "
-                               f"{depth}, products in int8, compiled: 0.8.")  # fmt: skip
+    both = f"{depth}, products in int8"
+    assert timer.asked == ["keep", "lean", depth, both, f"{both}, compiled"]
+    assert str(found) == (
+        f"Steps: {both}, compiled; seconds a step: keep: 3; lean: 4; {depth}: 2; {both}: 1; {both}, compiled: 0.8. "
+        "Leave autotune out to set it yourself."
+    )
 
 
 def test_what_is_set_is_not_varied(tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]) -> None:
@@ -207,12 +208,13 @@ def test_a_resumed_run_keeps_its_way(
         )
 
     def said() -> Iterator[str]:
-        return (event.message for event in heard if isinstance(event, Warned) and "Autotune" in event.message)
+        return (event.message for event in heard if isinstance(event, Autotuned))
 
     timed(keep=1.0, int8=0.5)
     assert some(until=1).reason == "cancelled"
     assert list(said()) == [
-        "Autotune takes keep, products in int8. Seconds of a step: keep: 1; keep, products in int8: 0.5."
+        "Steps: keep, products in int8; seconds a step: keep: 1; keep, products in int8: 0.5. Leave autotune out to set it "
+        "yourself."
     ]
     timer = timed(keep=1.0, int8=math.inf)
     assert some(until=9).losses == plain.losses

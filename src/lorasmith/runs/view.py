@@ -27,6 +27,7 @@ from lorasmith.runs.run_plan import (
 )
 from lorasmith.training.events import (
     AttentionPlanned,
+    Autotuned,
     CaptionEncoded,
     CaptionsPlanned,
     Drawing,
@@ -413,6 +414,8 @@ def note_of(event: Event) -> Note | None:
             return Note("Memory", event.message)
         case AttentionPlanned():
             return Note("Attention", event.message)
+        case Autotuned():
+            return Note("Autotune", event.message)
         case CaptionsPlanned():
             return Note("Captions", event.message)
         case Resumed():

@@ -67,7 +67,7 @@ class Tuned:
 
     def __str__(self) -> str:
         times = "; ".join(f"{way}: {seconds:.3g}" for way, seconds in self.seconds.items())
-        return f"Autotune takes {self.way}. Seconds of a step: {times}."
+        return f"Steps: {self.way}; seconds a step: {times}. Leave autotune out to set it yourself."
 
 
 def tuned(

@@ -208,6 +208,14 @@ class AttentionPlanned(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Autotuned(Event):
+    """The way of steps was selected by its time."""
+
+    seconds: Annotated[dict[str, float], "of a step, by way"]
+    message: Annotated[str, "which was chosen, and the above, in a sentence"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptionsPlanned(Event):
     """It was decided how the captions that are drawn are encoded."""
 

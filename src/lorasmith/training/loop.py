@@ -30,7 +30,7 @@ from lorasmith.training.autotune import Way, tuned
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.cuda_graphs import NotReplayable
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import AttentionPlanned, EventHandler, Outcome, StepDone, Warned
+from lorasmith.training.events import AttentionPlanned, Autotuned, EventHandler, Outcome, StepDone, Warned
 from lorasmith.training.memory.memory_plan import (
     MemoryPlan,
     fitting_plans,
@@ -458,7 +458,7 @@ class Loop:
         maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.rank_masks)
         found = tuned(engine, maker.step(before.first_step + self.step), plans, self._until - self.step)
         engine.change(autotune=False, **asdict(found.way))
-        self.emit(Warned(message=str(found), is_remark=True))
+        self.emit(Autotuned(seconds={str(way): one for way, one in found.seconds.items()}, message=str(found)))
         return engine.runtime.products != before.products
 
     def _plan_attention(self) -> AttentionPlanned:
