@@ -213,8 +213,8 @@ def test_a_resumed_run_keeps_its_way(
     timed(keep=1.0, int8=0.5)
     assert some(until=1).reason == "cancelled"
     assert list(said()) == [
-        "Steps: keep, products in int8; seconds a step: keep: 1; keep, products in int8: 0.5. Leave autotune out to set it "
-        "yourself."
+        "Steps: keep, products in int8; seconds a step: keep: 1; keep, products in int8: 0.5. "
+        "Leave autotune out to set it yourself."
     ]
     timer = timed(keep=1.0, int8=math.inf)
     assert some(until=9).losses == plain.losses
