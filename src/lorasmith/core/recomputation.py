@@ -47,8 +47,8 @@ class Recomputing:
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the forward of a block."""
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return recomputed(forward, *args, **kwargs)
         if forward is self._first:
             self._last = self._previous
         self._first = self._first or forward

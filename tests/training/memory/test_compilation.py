@@ -177,7 +177,7 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
     adapters = adapters_for(model)
     with adapters_attached(model, [Attached(adapters)]):
         plain = gradients(model, adapters)
-        with blocks_checkpointed(model, depth), blocks_compiled(model, True):
+        with blocks_checkpointed(model, depth, compiled=True), blocks_compiled(model, True):
             assert_close(gradients(model, adapters), plain)
     assert graphs() == 1
     assert not counters["graph_break"]
@@ -218,7 +218,7 @@ def test_offloaded_weights(toy: Toy, kind: str, share: float, depth: int) -> Non
         stream.keep(share)
         plain = gradients(toy, adapters)
         before = stream.copies
-        with blocks_checkpointed(toy, depth), blocks_compiled(toy, True):
+        with blocks_checkpointed(toy, depth, compiled=True), blocks_compiled(toy, True):
             for _ in range(2):
                 assert_close(gradients(toy, adapters), plain)
     assert stream.copies > before + 2
@@ -236,7 +236,7 @@ def test_offloaded_weights_of_recomputed_stages(toy: Toy) -> None:
         adapters_attached(model, [Attached(adapters)]),
     ):
         plain = gradients(model, adapters)
-        with blocks_checkpointed(model, 1), blocks_compiled(model, True):
+        with blocks_checkpointed(model, 1, compiled=True), blocks_compiled(model, True):
             assert_close(gradients(model, adapters), plain)
     assert graphs() == 1
 
