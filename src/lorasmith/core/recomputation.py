@@ -10,9 +10,10 @@ As torch's own without re-entry (`torch.utils.checkpoint`) and with the same num
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import methodcaller
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -99,7 +100,7 @@ def constant_kept(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def current_call() -> Call | None:
     """The call of a function, to be asked for once in it; None outside of blocks and in compiled code."""
-    block = None if torch.compiler.is_compiling() else _Block.active
+    block = None if torch.compiler.is_compiling() else _running.block
     return None if block is None else block.next_call()
 
 
@@ -109,8 +110,6 @@ _Shape = tuple[int, int]
 
 class _Block:
     """A call of a block, which saves nothing until its second run."""
-
-    active: ClassVar[_Block | None] = None  # the one that is running
 
     def __init__(
         self,
@@ -167,9 +166,7 @@ class _Block:
                 found.add(node)
                 leaves += [one for one, _ in node.next_functions]
         used: set[Node | None] = set()
-        for node in sorted(
-            found, key=methodcaller("_sequence_nr"), reverse=True
-        ):  # a node comes before those whose outputs it had
+        for node in sorted(found, key=methodcaller("_sequence_nr"), reverse=True):  # the last function first
             if node in used or not _is_linear(node):
                 used.update(one for one, _ in node.next_functions)
         return frozenset(
@@ -211,12 +208,21 @@ class _Block:
 
     @contextlib.contextmanager
     def _running(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Iterator[None]:
-        before, _Block.active = _Block.active, self
+        before, _running.block = _running.block, self
         try:
             with saved_tensors_hooks(pack, unpack):
                 yield
         finally:
-            _Block.active = before
+            _running.block = before
+
+
+class _Running(threading.local):
+    """The block that runs in a thread; backward passes have threads of their own."""
+
+    block: _Block | None = None
+
+
+_running = _Running()
 
 
 class _CompleteError(Exception):
