@@ -482,6 +482,11 @@ def test_runs_that_cannot_share_a_model_are_refused(flux: Model, settings: Setti
         check_alike([job(flux, {}), job(flux, settings)])
 
 
+def test_a_lone_run_is_refused_for_what_it_would_not_do(flux: Model) -> None:
+    with pytest.raises(OptionError, match="got compile on; leave it out, or train apart"):
+        check_alike([job(flux, {"compile": True})])
+
+
 def test_models_devices_loras_and_processes_that_differ_are_refused(flux: Model, tiny: Model) -> None:
     one = job(flux, {})
     with pytest.raises(OptionError, match=r"must have one model, got .* loaded one by one; load it once"):

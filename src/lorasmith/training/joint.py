@@ -72,7 +72,7 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             "or train apart"
         )
     for name in APART:
-        if others and any(getattr(job.config, name) for job in jobs):
+        if any(getattr(job.config, name) for job in jobs):
             raise OptionError(
                 f"runs that train together use none of {', '.join(APART)}, got {name} on; leave it out, or train apart"
             )
