@@ -134,6 +134,19 @@ def test_a_layer_left_out_is_the_frozen_one() -> None:
         assert torch.equal(model(x), frozen)
 
 
+def test_tokens_may_come_before_samples() -> None:
+    case = LAYERS["linear"]
+    model = case.model()
+    adapter = LoraAdapter.create(
+        FrozenLayer(model.get_submodule("layer")), rank=3, alpha=2.0, seed=0, path="layer", zero="up"
+    )
+    randomised(adapter)
+    x, masks = torch.randn(4, 7, 48), torch.rand(4, 3)
+    dropout = masked({"layer": adapter}, rank=0.5)
+    with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(masks):
+        torch.testing.assert_close(model(x.transpose(0, 1)), model(x).transpose(0, 1))
+
+
 def test_a_layer_whose_input_does_not_begin_with_the_batch_is_refused() -> None:
     case = LAYERS["linear"]
     model = case.model()

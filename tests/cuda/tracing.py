@@ -264,7 +264,7 @@ def _place() -> str:
     for frame in reversed(traceback.extract_stack()):
         name = frame.filename.replace("\\", "/")
         for root in ("/src/lorasmith/", "/site-packages/diffusers/", "/site-packages/transformers/"):
-            if root in name:
+            if root in name and frame.name != "__torch_function__":
                 return f"{name.partition(root)[2]}:{frame.lineno} in {frame.name}"
     return "?"
 

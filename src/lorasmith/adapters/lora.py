@@ -109,15 +109,19 @@ class LowRank(Adapter):
         """The mask, broadcastable to inner activations of `shape`."""
         if self.mask is None:
             return None
-        if len(self.mask) != shape[0]:
+        # Some transformers have tokens before samples (ERNIE-Image).
+        axis = int(len(shape) == 3 and not layer.is_conv and shape[0] != len(self.mask))
+        if len(self.mask) != shape[axis]:
             raise OptionError(
                 f"ranks of single samples need layers whose input begins with the batch ({len(self.mask)}), got one of "
                 f"shape {tuple(shape)}; exclude such layers, or leave out rank_dropout, module_dropout and tlora"
             )
         channels = shape[1] if layer.is_conv else shape[-1]
         mask = self.mask.repeat(1, channels // self.rank)
-        point = (1,) * (len(shape) - 2)
-        return mask.reshape(len(mask), channels, *point) if layer.is_conv else mask.reshape(len(mask), *point, channels)
+        point = (1,) * (len(shape) - 2 - axis)
+        if layer.is_conv:
+            return mask.reshape(len(mask), channels, *point)
+        return mask.reshape(*(1,) * axis, len(mask), *point, channels)
 
 
 @ADAPTERS.register("LoRA")
