@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, squared_product, taken
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, scaled, squared_product, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, unviewed
 from lorasmith.core.adapter_state import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, AdapterWeights, PeftKind, Shapes
 from lorasmith.core.errors import OptionError
@@ -91,7 +91,8 @@ class LowRank(Adapter):
             inner = layer.convolve(x, shared, groups=groups)
         else:
             inner = layer.convolve(layer.pointwise(x, down), mid)
-        return layer.pointwise(self._masked(inner, layer), up * factor, groups=groups)
+        # With a product by 1, a compiler of recomputed blocks takes `up` for something to recompute (torch 2.15).
+        return layer.pointwise(self._masked(inner, layer), scaled(factor, up), groups=groups)
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
         if isinstance(inner, FrozenProduct) and not layer.is_conv:

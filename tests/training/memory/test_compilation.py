@@ -184,6 +184,47 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(compiler(CPU) == "none", reason="needs a C++ compiler")
+def test_recomputed_convolutions_in_code_of_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a factor of 1, a product that inductor takes out."""
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    torch.manual_seed(0)
+
+    class Convolutions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.one, self.two = nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = x + self.two(torch.nn.functional.silu(self.one(self.norm(x))))
+            return result
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Convolutions() for _ in range(2))
+    model.requires_grad_(False)
+    paths = [path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    layers = {path: FrozenLayer(model.get_submodule(path)) for path in paths}
+    adapters = {
+        path: LoraAdapter.create(layer, rank=2, alpha=2.0, seed=0, path=path, zero="down")
+        for path, layer in layers.items()
+    }
+    parameters = [one for adapter in adapters.values() for one in adapter.parameters()]
+    x = torch.randn(1, 16, 8, 8)
+
+    def found() -> tuple[Tensor, ...]:
+        y = x
+        for block in model.blocks:
+            y = block(y)
+        return torch.autograd.grad(y.square().mean(), parameters)
+
+    with adapters_attached(model, [Attached(adapters)]):
+        plain = found()
+        with blocks_checkpointed(model, 1, compiled=True), blocks_compiled(model, True):
+            torch.testing.assert_close(found(), plain, rtol=1e-4, atol=1e-6)
+    assert graphs() > 0
+
+
+@pytest.mark.slow
 def test_differences_of_norms_and_biases(toy: Toy) -> None:
     paths = {path: module for path, module in toy.named_modules() if path.endswith(("norm", "one"))}
     differences = {path: Difference.create(module) for path, module in paths.items()}
