@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from lever_cases import flux_model
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
+from lorasmith.training import measured_times
 from lorasmith.training.memory import activations
 from lorasmith.training.results import TrainResult
 from tests.training.random_samples import of_one_size, of_several_sizes
@@ -39,6 +41,14 @@ def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models' activations are below the size from which anything is done about them."""
     monkeypatch.setattr(activations, "_SMALL", 256)
     monkeypatch.setattr(activations, "_WORTH_MOVING", 256)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of measured times of a machine of this test's own."""
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured_times, "machine_of", lambda device: f"a card, {device}")
+    return tmp_path / "cache" / "times.json"
 
 
 @pytest.fixture(scope="session")

@@ -48,14 +48,6 @@ class Timer:
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The file of times of a machine of this test's own."""
-    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(measured_times, "machine_of", lambda device: f"a card, {device}")
-    return tmp_path / "cache" / "times.json"
-
-
-@pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, kept: Path) -> Callable[..., Timer]:
     def replaced(**milliseconds: float) -> Timer:
         timer = Timer(**milliseconds)

@@ -14,7 +14,7 @@ import torch
 from lorasmith.adapters import frozen_weights
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training import autotune, measured_times
+from lorasmith.training import autotune
 from lorasmith.training.autotune import Tuned, Way, tuned
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
@@ -46,13 +46,10 @@ class Timer:
 
 
 @pytest.fixture(autouse=True)
-def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The file of times of a machine of this test's own, with a compiler."""
-    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(measured_times, "machine_of", lambda device: f"a card, {device}")
+def compiling(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    """There is a compiler, which takes no minutes."""
     monkeypatch.setattr(autotune, "compiler", lambda device: "g++")
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    return tmp_path / "cache" / "times.json"
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lorasmith.adapters.adapter import ADAPTERS, misfit, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.oft import OftAdapter, Rotation, rotated
 from lorasmith.core.adapter_state import AdapterWeights, Shapes
 from lorasmith.core.errors import OptionError
+from lorasmith.core.recomputation import recomputed
 
 
 @ADAPTERS.register("BOFT")
@@ -59,7 +59,7 @@ class BoftAdapter(Rotation):
         return cls(blocks, alpha=weights.alpha or 0.0, rescale=rescale)
 
     def turned(self, rows: Tensor, blocks: Tensor, strength: float) -> Tensor:
-        turned: Tensor = checkpoint(_butterfly, rows, blocks, strength, use_reentrant=False, preserve_rng_state=False)
+        turned: Tensor = recomputed(_butterfly, rows, blocks, strength)
         return turned
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -69,6 +70,13 @@ def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
         taken = psutil.Process().memory_info().rss
         free = psutil.virtual_memory().available
     return int(free if limit_bytes is None else min(free, limit_bytes - taken))
+
+
+def free_device_memory(device: torch.device) -> None:
+    """Free what nobody refers to any more, after memory ran out."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def device_of(module: nn.Module) -> torch.device:

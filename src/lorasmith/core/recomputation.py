@@ -105,7 +105,7 @@ def current_call() -> Call | None:
 
 
 _Shape = tuple[int, int]
-"""Numbers of calls and of saved tensors, by which runs of a block are told apart."""
+"""Numbers of calls and of saved tensors, which distinguish runs of a block."""
 
 
 class _Block:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from lorasmith.core.allocator import has_lost_device
 from lorasmith.core.choices import AttentionChoice, AttentionKernel
-from lorasmith.training.measured_times import measured
+from lorasmith.training.measured_times import FASTER, measured
 
 KERNELS: tuple[AttentionKernel, ...] = get_args(AttentionKernel)
 
@@ -35,7 +35,6 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-_FASTER = 0.97  # part of the time of torch's own choice below which another is taken; less is within the noise
 _WARM_UP, _TIMED = 3, 10  # passes of a call; cuDNN plans in the first one
 
 
@@ -101,7 +100,7 @@ def fastest_kernel(calls: Sequence[AttentionCall], device: torch.device) -> Fast
         if math.isfinite(total):
             totals[kernel] = total
     best: AttentionKernel = min(totals, key=totals.__getitem__, default="torch")
-    is_faster = best in totals and totals[best] < _FASTER * totals.get("torch", math.inf)
+    is_faster = best in totals and totals[best] < FASTER * totals.get("torch", math.inf)
     return FastestKernel(best if is_faster else "torch", totals)
 
 

@@ -10,7 +10,6 @@ The way is part of the run state, so that a resumed run keeps it, whatever would
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,15 +23,14 @@ from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.adapters.frozen_weights import format_in_model, products_enabled
 from lorasmith.core.allocator import has_lost_device, is_out_of_memory
 from lorasmith.core.choices import ActivationPlan, ProductFormat
-from lorasmith.core.placement import dtype_name
+from lorasmith.core.placement import dtype_name, free_device_memory
 from lorasmith.core.quantized_products import has_products
 from lorasmith.training.batches import Batch
 from lorasmith.training.engine import Engine
-from lorasmith.training.measured_times import Times, measured
+from lorasmith.training.measured_times import FASTER, Times, measured
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.memory.memory_plan import MemoryPlan
 
-_FASTER = 0.97  # part of the time of the best way below which another is taken; less is within the noise
 _WORTH_COMPILING = 600.0  # seconds of the run's steps from which it is tried, as it takes minutes
 _WARM_UP, _TIMED = 2, 3  # steps
 
@@ -86,12 +84,11 @@ def tuned(
         steps: number of steps that will be taken in this way.
         clock: returns seconds.
     """
-    seconds: dict[Way, float] = {}
+    step, seconds = _described(engine, batches), dict[Way, float]()
 
     def cost(way: Way) -> float:
         """Seconds of all steps, and of compiling."""
-        name = f"{_described(engine, batches)}; {way}"
-        times = measured(engine.runtime.device, name, partial(_times, engine, way, batches, clock))
+        times = measured(engine.runtime.device, f"{step}; {way}", partial(_times, engine, way, batches, clock))
         if "step" in times:
             seconds[way] = times["step"]
         return steps * times.get("step", math.inf) + times.get("compiling", 0.0)
@@ -107,7 +104,7 @@ def tuned(
         way = replace(best, **change)
         if way == best or (way.compile and (least < _WORTH_COMPILING or compiler(engine.runtime.device) == "none")):
             continue
-        if (found := cost(way)) < _FASTER * least:
+        if (found := cost(way)) < FASTER * least:
             best, least = way, found
     return Tuned(best, seconds)
 
@@ -150,9 +147,7 @@ def _times(engine: Engine, way: Way, batches: Sequence[Batch], clock: Callable[[
             raise
     finally:
         engine.runtime = before
-    gc.collect()  # outside of `except`, where the error's frames no longer hold activations
-    if before.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_device_memory(before.device)  # outside of `except`, where the error's frames no longer hold activations
     return {}
 
 

@@ -16,7 +16,6 @@ model. A run's own recovery comes after that.
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -31,6 +30,7 @@ from lorasmith.core.allocator import has_lost_device, is_out_of_memory, memory_m
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
+from lorasmith.core.placement import free_device_memory
 from lorasmith.core.printable import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
@@ -269,9 +269,7 @@ class _Coordinator:
                 return
             reason = f"A pass of {len(asking)} runs at once failed ({type(failure).__name__}: {failure})"
         self._is_apart = True
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_device_memory(self._device)
         for participant in asking:
             participant.answer = StepRepeated(f"{reason}: the step is repeated, with a pass for each run from here on.")
 

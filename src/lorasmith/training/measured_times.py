@@ -24,6 +24,9 @@ from lorasmith.data.encoding_cache import default_cache, ensure_private
 Times = Mapping[str, float]
 """Seconds by variant; variants that failed are missing."""
 
+FASTER = 0.97
+"""Part of the time of one variant below which another is faster; less is within the noise."""
+
 
 def measured(device: torch.device, name: str, measure: Callable[[], Times]) -> Times:
     """The kept times of something on a device, or those that are measured now, of which infinite ones are left out."""

@@ -8,7 +8,6 @@ step and its past, so that a resumed run makes the same ones.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lorasmith.core.choices import AttentionChoice
 from lorasmith.core.errors import TrainingError
+from lorasmith.core.placement import free_device_memory
 from lorasmith.core.printable import first_line
 from lorasmith.core.typed_json import typed
 from lorasmith.training.autotune import Way
@@ -110,7 +110,7 @@ class Recovery:
             how = "without CUDA graphs"
         if how:
             self._emit(Warned(message=f"Memory ran out at step {step}: it is repeated {how}."))
-            _free_memory(engine)
+            free_device_memory(engine.runtime.device)
             return
         if engine.runtime.micro_batch > 1:
             engine.change(micro_batch=-(-engine.runtime.micro_batch // 2))
@@ -121,7 +121,7 @@ class Recovery:
                 f"memory must hold one image's forward and backward pass, but ran out at step {step} with activation "
                 f"checkpointing ({fault}); use smaller pictures or a lower rank, or quantization"
             )
-        _free_memory(engine)
+        free_device_memory(engine.runtime.device)
         runtime = engine.runtime
         also = ", with activation checkpointing" if runtime.checkpoint_depth else ""
         self._emit(
@@ -172,12 +172,6 @@ class Recovery:
             f"{fault}{times}; {kept}; try a learning rate below {engine.config.learning_rate:g}"
             + (", or training_dtype fp32" if engine.runtime.dtype != torch.float32 else "")
         )
-
-
-def _free_memory(engine: Engine) -> None:
-    gc.collect()
-    if engine.runtime.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 _FACTOR = 10.0
