@@ -1,4 +1,5 @@
-"""What a device does by itself: launches, copies, attention, products, norms, dequantization, without a model.
+"""What a device does by itself: launches, copies, attention, products, norms, rotations and dequantization.
+
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --small --device cpu
@@ -6,7 +7,8 @@
 Sizes are those of a step of Flux.1 at 1024 pixels (4,608 tokens of 3,072 numbers, 24 heads) and of SDXL's outermost
 level; `--small` has small ones, for a rehearsal. A way that the device or this version of torch lacks has a row that
 says so. Rates of products and attention are in TFLOP/s, those of copies and of dequantization in GB/s; the bytes of a
-dequantization are its codes read and its weight written once, which is all that one kernel moves.
+dequantization are its codes read and its weight written once, those of a rotation its input read and its result written
+once, which is all that one kernel moves.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb as diffusers_rotation
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,6 +34,7 @@ from lorasmith.bench.measure import pass_seconds
 from lorasmith.core.pinned_memory import PinnedBuffer
 from lorasmith.core.printable import first_line
 from lorasmith.core.quantization import packed, scaled_at_once
+from lorasmith.training.memory.backward_passes import apply_rotary_emb
 
 _LAUNCHES = 200
 """Operations between two readings of the clock."""
@@ -81,7 +85,7 @@ def main() -> None:
     results = Results(arguments, **facts)
     results.table({"what": "", "way": "", "ms": ".4f", "rate": ",.1f", "unit": ""})
     sizes = SMALL if arguments.small else Sizes()
-    for kind in (launches, copies, attention, products, norms, dequantization):
+    for kind in (launches, copies, attention, products, norms, rotations, dequantization):
         for make in kind(sizes, device):
             one = None
             try:
@@ -214,6 +218,20 @@ def norms(sizes: Sizes, device: torch.device) -> Rows:
     for form in formats:
         yield lambda form=form: row("GroupNorm", torch.nn.GroupNorm(min(32, sizes.channels // 4), sizes.channels), form)
         yield lambda form=form: row("Conv2d 3×3", torch.nn.Conv2d(sizes.channels, sizes.channels, 3, padding=1), form)
+
+
+def rotations(sizes: Sizes, device: torch.device) -> Rows:
+    """Rotary embeddings as diffusers has them, and forward as a run has them: the kernel, or complex products."""
+    shape = (1, sizes.tokens, sizes.heads, sizes.width)
+
+    def row(way: str, function: Callable[..., Tensor]) -> Measured:
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        angles = torch.rand(sizes.tokens, sizes.width // 2, device=device).repeat_interleave(2, -1)
+        once = partial(function, x, (angles.cos(), angles.sin()), sequence_dim=1)
+        return Measured(f"rotary embedding {shape}", way, once, 2 * x.nbytes / GIGA, "GB/s")
+
+    yield partial(row, "diffusers", diffusers_rotation)
+    yield partial(row, "as in a run", apply_rotary_emb)
 
 
 def dequantization(sizes: Sizes, device: torch.device) -> Rows:

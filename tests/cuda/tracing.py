@@ -32,7 +32,7 @@ from lorasmith.training import cuda_graphs
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import plan_job
-from lorasmith.training.memory import activations
+from lorasmith.training.memory import activations, backward_passes
 from lorasmith.training.trainable import trainable
 from tests.cuda.streams import Streams
 
@@ -380,6 +380,15 @@ def graphs_watched(streams: Streams, found: Traced) -> Iterator[None]:
         yield
 
 
+@torch.library.custom_op("lorasmith_tests::turned", mutates_args=())
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """In place of the kernel of rotary embeddings."""
+    raise AssertionError("is called with fake tensors")
+
+
+_turned.register_fake(lambda x, cos, sin, direction: torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for all steps of a process: what they cache outlives them."""
 
@@ -414,6 +423,7 @@ def traced(
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
         # Triton compiles for a device alone.
         mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),
+        mock.patch.object(backward_passes, "_turned_on", lambda _: _turned),
         # The tiny models' weights and activations are below the sizes from which anything is done about them.
         mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),
         mock.patch.object(activations, "_SMALL", 256),

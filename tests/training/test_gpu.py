@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from test_loop import Audience, poison, same, saved
 
 from lorasmith.adapters.catalogue import ALGORITHMS
@@ -34,6 +35,7 @@ from lorasmith.training.events import Event, Previewed, RolledBack, StepDone, Wa
 from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.loop import Mailbox
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.memory.backward_passes import rotary_embedding
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.optimizers import LossScale
 from lorasmith.training.optim.update_rules import OPTIMIZERS
@@ -148,6 +150,20 @@ def test_sums_of_int8_are_exact(rows: int, inner: int, columns: int, in_columns:
     found = quantized_products._int8_product_on(DEVICE)(a, scale_a, b, scale_b, torch.float32)
     expected = (a.double() @ b.double()).float() * scale_a * scale_b
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("tokens", "features"), [(1, 2), (77, 64), (4608, 128)])
+def test_rotations_have_the_numbers_of_diffusers(dtype: torch.dtype, tokens: int, features: int) -> None:
+    """By the kernel, or where it does not run, by complex products."""
+    x = torch.randn(2, tokens, 3, features, device=DEVICE).to(dtype).requires_grad_()
+    angles = 3 * torch.rand(tokens, features // 2, device=DEVICE).repeat_interleave(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    found, expected = (
+        (y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y)))
+        for y in (rotary_embedding(x, cos, sin), apply_rotary_emb(x, (cos, sin), sequence_dim=1))
+    )
+    torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("kind", MULTIPLIED)

@@ -3,7 +3,8 @@
 Autograd's backward pass has an operation for each of the forward pass, and keeps an fp32 copy of a norm's input. Here:
 
     RMS norm            torch's on a CPU, with a frozen weight; keeps the input and one number a row
-    rotary embedding    diffusers' `apply_rotary_emb` (Flux, Flux.2, Chroma, Krea 2, HunyuanVideo); keeps nothing
+    rotary embedding    diffusers' `apply_rotary_emb` (Flux, Flux.2, Chroma, Krea 2, HunyuanVideo); keeps nothing,
+                        and is one kernel on a GPU with Triton (`rotary_kernel`)
 
 Every step is rounded as torch and diffusers round it, so results and gradients have their bits on a CPU. Compilers are
 given the originals, which they fuse themselves.
@@ -12,6 +13,7 @@ given the originals, which they fuse themselves.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -116,25 +118,53 @@ class _RotaryEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.angles = cos, sin
-        return _turned(x, _turns(cos, sin)[0])
+        return _turned_on(x.device)(_with_rows(x), cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (cos, sin) = grads, ctx.angles
-        turns, back = _turns(cos, sin)
+        grad = _with_rows(grad)  # some attentions return gradients with another order
         if grad.dtype == torch.float32 or grad.device.type != "cpu":
-            return _turned(grad, back), None, None
+            return _turned_on(grad.device)(grad, cos, sin, -1.0), None, None
         # diffusers casts x and the turned x one by one, so autograd rounds both of their gradients.
         wide = grad.float()
-        across = _turned(wide, turns.imag * -1j).to(grad.dtype)
+        across = _times(wide, _turns(cos, sin)[0].imag * -1j).to(grad.dtype)
         return (wide * cos[:, None]).to(grad.dtype).add_(across), None, None
 
 
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
+@functools.cache
+def _turned_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """The kernel on a GPU where it runs and is right; `_turned` elsewhere."""
+    if device.type != "cuda":
+        return _turned
+    x = torch.linspace(-1, 1, 2 * 3 * 5 * 48, device=device).reshape(2, 3, 5, 48)
+    each = torch.linspace(-3, 3, 3 * 24, device=device).reshape(3, 24).repeat_interleave(2, -1)
+    cos, sin = each.cos(), each.sin()
+    try:
+        from lorasmith.training.memory.rotary_kernel import turned
+
+        is_right = all(
+            torch.allclose(turned(x, cos, sin, way), _turned(x, cos, sin, way), atol=1e-5) for way in (1.0, -1.0)
+        )
+    except Exception:  # Triton has errors of many classes: about packages, drivers and compilers
+        return _turned
+    return turned if is_right else _turned
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """Neighbours among the features of x (batch, tokens, heads, features), turned by `direction` times their angles."""
+    return _times(x, _turns(cos, sin)[direction < 0])
+
+
+def _times(x: Tensor, turns: Tensor) -> Tensor:
     """x (batch, tokens, heads, features) as complex numbers of two neighbours each, times `turns`."""
-    rows = x if x.stride(-1) == 1 else x.contiguous()  # some attentions return gradients with another order
-    pairs = torch.view_as_complex(rows.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x with neighbours side by side in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _TURNS = "_lorasmith_turns"
