@@ -1,6 +1,5 @@
 """What a device does by itself: launches, copies, attention, products, norms, rotations and dequantization.
 
-
     python -m benchmarks.kernels
     python -m benchmarks.kernels --small --device cpu
 

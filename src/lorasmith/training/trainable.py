@@ -53,6 +53,7 @@ from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
+from lorasmith.training.memory.last_blocks import last_block_shortened
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.new_word import NewWord, new_word, trained_words
 from lorasmith.training.runtime import Runtime
@@ -219,6 +220,8 @@ class Trainable:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(reproducible(config.deterministic))
+            if not runtime.compile:  # whose blocks share code
+                stack.enter_context(last_block_shortened(self.module))
             stack.enter_context(_frozen(self.module, self.patches, config, runtime))
             if self.encoders is not None:  # whole in each process
                 whole = replace(runtime, sharding=False)
