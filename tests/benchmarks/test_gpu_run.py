@@ -155,9 +155,10 @@ def test_cheap_parts_are_rehearsed(tmp_path: Path) -> None:
         "product",
         "GroupNorm",
         "Conv2d",
+        "rotary",
         "dequantization",
     }
-    assert all(row[2] is not None for row in rows if row[0].startswith(("launch", "copy", "dequantization")))
+    assert all(row[2] is not None for row in rows if row[0].startswith(("launch", "copy", "rotary", "dequantization")))
 
 
 @pytest.mark.slow

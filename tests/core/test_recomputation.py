@@ -73,6 +73,17 @@ def of_torch(block: Block, *args: Tensor) -> Tensor:
     return result
 
 
+def run_by(recomputing: Recomputing, blocks: Sequence[Block]) -> Callable[..., Tensor]:
+    """A call of one of the blocks."""
+    forwards = {block: block.forward for block in blocks}
+
+    def run(block: Block, *args: Tensor) -> Tensor:
+        result: Tensor = recomputing.run(forwards[block], *args)
+        return result
+
+    return run
+
+
 @pytest.fixture
 def blocks() -> list[Block]:
     torch.manual_seed(0)
@@ -118,12 +129,7 @@ def test_what_was_modified_is_not_kept(blocks: list[Block]) -> None:
 
 def test_all_blocks_but_the_last_run_twice(blocks: list[Block]) -> None:
     """From the second pass on, when it is known which is the last."""
-    recomputing, forwards = Recomputing(), {block: block.forward for block in blocks}
-
-    def run(block: Block, *args: Tensor) -> Tensor:
-        result: Tensor = recomputing.run(forwards[block], *args)
-        return result
-
+    run = run_by(Recomputing(), blocks)
     plain = gradients(blocks, lambda block, *args: block(*args))
     for wanted in ([2, 2, 2], [2, 2, 1], [2, 2, 1]):
         for block in blocks:
@@ -138,6 +144,17 @@ def test_all_blocks_but_the_last_run_twice(blocks: list[Block]) -> None:
     with torch.no_grad():
         run(blocks[0], torch.ones(1, 1, _WIDTH), torch.ones(1, _WIDTH))
     assert [block.runs for block in blocks] == [3, 1, 0]
+
+
+@pytest.mark.parametrize(("kept", "runs"), [(2, [2, 1, 1]), (3, [1, 1, 1]), (9, [1, 1, 1])])
+def test_more_of_the_last_blocks_may_run_once(blocks: list[Block], kept: int, runs: list[int]) -> None:
+    run = run_by(Recomputing(kept), blocks)
+    plain = gradients(blocks, lambda block, *args: block(*args))
+    gradients(blocks, run)
+    for block in blocks:
+        block.runs = 0
+    assert all(map(torch.equal, gradients(blocks, run), plain))
+    assert [block.runs for block in blocks] == runs
 
 
 def test_a_graph_may_be_used_twice(blocks: list[Block]) -> None:

@@ -4,7 +4,7 @@ As torch's own without re-entry (`torch.utils.checkpoint`) and with the same num
 
 - Functions keep small results of the first run (`Call.kept`), and leave out large ones that no saved tensor depends on
   (`Call.is_unused`), such as the last product of a block.
-- The last block of a pass runs once, as its backward pass follows at once (`Recomputing`).
+- The last blocks of a pass run once: one, as its backward pass follows at once, or more (`Recomputing`).
 """
 
 from __future__ import annotations
@@ -38,23 +38,22 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class Recomputing:
-    """Recomputes the blocks of a network, but not the one that was the last of the pass before."""
+    """Recomputes the blocks of a network, but not the last ones of the pass before, as many as are `kept`."""
 
-    def __init__(self) -> None:
-        self._first: Any = None
-        self._previous: Any = None
-        self._last: Any = None
+    def __init__(self, kept: int = 1) -> None:
+        self._kept = kept
+        self._pass: list[Any] = []  # forwards of this pass
+        self._last: Sequence[Any] = ()  # of the pass before
         self._unused: dict[Any, dict[_Shape, frozenset[int]]] = {}
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the forward of a block."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return recomputed(forward, *args, **kwargs)
-        if forward is self._first:
-            self._last = self._previous
-        self._first = self._first or forward
-        self._previous = forward
-        if forward is self._last:
+        if self._pass and forward is self._pass[0]:
+            self._last, self._pass = self._pass[-self._kept :], []
+        self._pass.append(forward)
+        if forward in self._last:
             return forward(*args, **kwargs)
         return _Block(forward, args, kwargs, self._unused.setdefault(forward, {})).first_run(args, kwargs)
 

@@ -43,15 +43,20 @@ class Way:
     checkpoint_depth: int
     products: ProductFormat
     compile: bool
+    kept_blocks: int = 1
 
     @classmethod
     def of(cls, engine: Engine) -> Way:
         """That of an engine now."""
         runtime = engine.runtime
-        return cls(runtime.activations, runtime.checkpoint_depth, runtime.products, runtime.compile)
+        depth, kept = runtime.checkpoint_depth, runtime.kept_blocks
+        return cls(runtime.activations, depth, runtime.products, runtime.compile, kept)
 
     def __str__(self) -> str:
-        kept = f"blocks recomputed at depth {self.checkpoint_depth}" if self.checkpoint_depth else self.activations
+        kept: str = self.activations
+        if self.checkpoint_depth:
+            but = f" but the last {self.kept_blocks}" if self.kept_blocks > 1 else ""
+            kept = f"blocks{but} recomputed at depth {self.checkpoint_depth}"
         products = "" if self.products == "training_dtype" else f"products in {self.products}"
         return ", ".join(filter(None, (kept, products, "compiled" if self.compile else "")))
 
@@ -96,7 +101,7 @@ def tuned(
     best = Way.of(engine)
     least = cost(best)
     changes: list[dict[str, Any]] = [
-        *({"activations": plan.activations, "checkpoint_depth": plan.checkpoint_depth} for plan in plans),
+        *(plan.way for plan in plans),
         *({"products": kind} for kind in _open_products(engine)),
         {"activations": "keep", "compile": True},  # torch.compile selects the kept activations itself
     ]

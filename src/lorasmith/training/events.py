@@ -194,6 +194,7 @@ class Planned(Event):
 
     activations: Annotated[Activations, "as in `Runtime`"]
     checkpoint_depth: Annotated[int, "as in `Runtime`"]
+    kept_blocks: Annotated[int, "number of the last blocks at that depth that are not recomputed"] = 1
     needed_bytes: Annotated[int, "estimated peak of a step"]
     budget_bytes: Annotated[int, "available memory"]
     message: Annotated[str, "the above in a sentence"]

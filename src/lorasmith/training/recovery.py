@@ -97,8 +97,8 @@ class Recovery:
         self._engine.change(compile=False)
 
     def _shrink(self, fault: OutOfMemory) -> None:
-        """Offload all blocks or use no CUDA graphs, then halve the micro-batch, or at 1 checkpoint activations, for the
-        rest of the run.
+        """Offload or recompute all blocks or use no CUDA graphs, then halve the micro-batch, or at 1 checkpoint
+        activations, for the rest of the run.
         """
         engine, step = self._engine, self._progress.step + 1
         runtime, how = engine.runtime, ""
@@ -108,6 +108,9 @@ class Recovery:
         elif runtime.cuda_graphs:
             engine.change(cuda_graphs=False)
             how = "without CUDA graphs"
+        elif runtime.kept_blocks > 1:
+            engine.change(kept_blocks=1)
+            how = "with all blocks recomputed"
         if how:
             self._emit(Warned(message=f"Memory ran out at step {step}: it is repeated {how}."))
             free_device_memory(engine.runtime.device)

@@ -40,6 +40,7 @@ class Runtime:
     varying_sizes: bool  # of samples, so that compiled code must not depend on them
     micro_batch: int  # images per forward pass; lowered if memory is too small for `batch_size`
     checkpoint_depth: int  # of activation checkpointing, 0 for none
+    kept_blocks: int  # of these, the last ones of a pass, which are not recomputed
     activations: ActivationPlan  # how the others are kept; `auto` is resolved before the first step
     memory_budget: int | None  # device memory in bytes, weights included; None for all free memory
     memory_cap: int | None  # bytes of GPU memory beyond which allocations fail; None for no cap
@@ -76,6 +77,7 @@ class Runtime:
             varying_sizes=varying_sizes,
             micro_batch=config.batch_size,
             checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
+            kept_blocks=1,
             activations="keep" if is_idle else config.activations,
             memory_budget=_bytes(config.memory_budget),
             memory_cap=None if on_cpu else _bytes(config.memory_cap),

@@ -51,9 +51,9 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.parts.last_blocks import last_block_shortened
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
-from lorasmith.training.memory.last_blocks import last_block_shortened
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.new_word import NewWord, new_word, trained_words
 from lorasmith.training.runtime import Runtime
@@ -220,8 +220,6 @@ class Trainable:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(reproducible(config.deterministic))
-            if not runtime.compile:  # whose blocks share code
-                stack.enter_context(last_block_shortened(self.module))
             stack.enter_context(_frozen(self.module, self.patches, config, runtime))
             if self.encoders is not None:  # whole in each process
                 whole = replace(runtime, sharding=False)
@@ -359,6 +357,13 @@ class TrainableDenoiser(Trainable):
         other.text_patches = tuple(patch.below(name) for name, patch in patched)
         other.needs_captions = len(other.encoders) < len(present)
         return other
+
+    @contextlib.contextmanager
+    def frozen(self, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
+        # Compiled blocks share code.
+        shortened = contextlib.nullcontext() if runtime.compile else last_block_shortened(self.module)
+        with shortened, super().frozen(config, runtime):
+            yield
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         if conditioning.texts:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from lever_cases import planned
 from test_engine import assert_same, tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters.weight_stream import WeightStream
+from lorasmith.bench.measure import Counter
 from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
@@ -21,6 +22,7 @@ from lorasmith.training import engine
 from lorasmith.training.engine import prepared
 from lorasmith.training.events import Planned, Shrunk, Warned
 from lorasmith.training.memory import memory_plan
+from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.memory.memory_plan import MemoryPlan, chosen_plan, free_memory, plan_for
 from lorasmith.training.results import TrainResult
 from lorasmith.training.runtime import Runtime
@@ -63,6 +65,77 @@ def test_the_cheapest_that_fits_is_taken(tiny: Model, dataset: EncodedDataset) -
     assert chosen.checkpoint_depth
     assert not chosen.fits
     assert "Memory may run out" in str(chosen)
+
+
+class Chain(nn.Module):
+    """Eight blocks, the last of which keeps more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [*range(256, 256 + 7 * 32, 32), 640]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, width), nn.GELU(), nn.Linear(width, 64)) for width in widths
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_no_more_blocks_are_recomputed_than_memory_needs() -> None:
+    chain, x = Chain(), torch.randn(512, 64, requires_grad=True)
+    probed = functools.partial(memory_plan._plans, chain, lambda: chain(x))
+    keep, *_, whole = probed(0)
+    kept = []
+    for budget in range(whole.needed_bytes, keep.needed_bytes, whole.needed_bytes // 20):
+        ladder = list(probed(budget))
+        plan = next(one for one in ladder if one.checkpoint_depth and one.fits)
+        assert len(ladder) == (5 if plan.kept_blocks > 1 else 4)
+        kept.append(plan.kept_blocks)
+        with blocks_checkpointed(chain, plan.checkpoint_depth, plan.kept_blocks):
+            chain(x).sum().backward()
+            counter = Counter(x.device)
+            with counter:
+                chain(x).sum().backward()
+        assert counter.peak <= plan.needed_bytes <= budget
+    assert kept == sorted(kept)
+    assert set(kept) == set(range(kept[0], 8))
+    assert all(one.kept_blocks == 1 for one in probed(keep.needed_bytes))
+
+
+def test_plans_are_in_the_order_of_their_time() -> None:
+    chain, x = Chain(), torch.randn(512, 64, requires_grad=True)
+    keep, *_, whole = memory_plan._plans(chain, lambda: chain(x), 0)
+    places = set()
+    for budget in range(whole.needed_bytes, keep.needed_bytes, whole.needed_bytes // 20):
+        ladder = list(memory_plan._plans(chain, lambda: chain(x), budget))
+        (found,) = [place for place, one in enumerate(ladder) if one.kept_blocks > 1] or [None]
+        if found is not None:
+            recomputed = 8 - ladder[found].kept_blocks
+            assert found == (1 if recomputed < 2 else 2 if recomputed < 4 else 3)
+            places.add(found)
+    assert places == {1, 2, 3}
+
+
+def test_where_memory_runs_out_all_blocks_are_recomputed_first(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.sample_losses
+
+    def scarce(model: Any, batch: Any, config: Any, runtime: Runtime, *target: Any) -> Tensor:
+        if runtime.kept_blocks > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, batch, config, runtime, *target)
+
+    monkeypatch.setattr(engine, "sample_losses", scarce)
+    monkeypatch.setattr(memory_plan, "plan_for", lambda *_: MemoryPlan("keep", 1, 2, 1, 2))
+    events: list[object] = []
+    result = run(dataset, batch_size=2, steps=1, activations="auto", on_event=events.append)
+    assert_same(tensors(result), tensors(run(dataset, batch_size=2, steps=1)))
+    assert [event for event in events if isinstance(event, Planned) and "blocks but the last 2 are" in event.message]
+    assert [event for event in events if isinstance(event, Warned) and "with all blocks recomputed" in event.message]
+    assert not [event for event in events if isinstance(event, Shrunk)]
 
 
 @pytest.mark.slow

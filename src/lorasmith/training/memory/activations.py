@@ -238,12 +238,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def blocks_checkpointed(model: nn.Module, depth: int, *, compiled: bool = False) -> Iterator[None]:
-    """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing.
+def blocks_checkpointed(model: nn.Module, depth: int, kept: int = 1, *, compiled: bool = False) -> Iterator[None]:
+    """Inside the context, blocks at `depth` but the last `kept` are recomputed in the backward pass, at depth 0 none.
 
     Blocks that will be `compiled` share code, so all of them are recomputed, and whole.
     """
-    recomputing = Recomputing()
+    recomputing = Recomputing(kept)
     with contextlib.ExitStack() as undo:
 
         def replace(module: nn.Module, forward: Callable[..., Any]) -> None:

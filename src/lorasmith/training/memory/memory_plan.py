@@ -8,6 +8,9 @@ checkpointing at each depth. The plans, cheapest first:
     lean        cheap results are recomputed                                     see `activations`
     selective   also the outputs of widening layers                              see `activations`
     depth d     blocks are recomputed, at the depth that needs least memory      see `activations`
+
+If `keep` does not fit, there is one more: depth d without as many of the last blocks as memory holds. It is before or
+after the other two by its time, which is estimated from the number of recomputed blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -49,6 +53,8 @@ from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable
 
 _DEPTHS = 5
+_EXTRA_TIME: dict[Activations, float] = {"lean": 0.04, "selective": 0.14}  # about, of a step; docs/benchmarks.md
+_ALL_RECOMPUTED = 0.3  # the same with all blocks recomputed
 _SHARE = 0.9  # of free memory; the rest is for fragmentation and other programs
 _TRANSIENT = 6  # times the largest saved tensor: temporary memory of a product and its gradients
 
@@ -59,12 +65,22 @@ class MemoryPlan:
 
     activations: Activations
     checkpoint_depth: int
+    kept_blocks: int  # of those at that depth, the last ones, which are not recomputed
     needed_bytes: int  # estimated peak of a step above weights and optimizer state
     budget_bytes: int  # available for it
 
     @property
     def fits(self) -> bool:
         return self.needed_bytes <= self.budget_bytes
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """The settings of a runtime for it."""
+        return {
+            "activations": self.activations,
+            "checkpoint_depth": self.checkpoint_depth,
+            "kept_blocks": self.kept_blocks,
+        }
 
     def within(self, budget_bytes: int) -> MemoryPlan:
         """The plan with another budget, above what is allocated before a step."""
@@ -76,7 +92,8 @@ class MemoryPlan:
             "lean": "norms and activation functions are recomputed in the backward pass",
             "selective": "norms, activation functions and the wide layers of feed-forward networks are recomputed",
         }
-        way = f"blocks are recomputed, at depth {self.checkpoint_depth}" if self.checkpoint_depth else ""
+        but = f" but the last {self.kept_blocks}" if self.kept_blocks > 1 else ""
+        way = f"blocks{but} are recomputed, at depth {self.checkpoint_depth}" if self.checkpoint_depth else ""
         text = (
             f"Activations: {way or ways[self.activations]}; a step needs about {memory_text(self.needed_bytes)} of "
             f"{memory_text(self.budget_bytes)}."
@@ -150,7 +167,7 @@ def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | War
             raise
         engine.change(activations="keep", checkpoint_depth=1)  # smaller micro-batches are left to `Recovery`
         return Warned(message="Memory ran out while activations were measured: blocks are recomputed.")
-    engine.change(activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
+    engine.change(**plan.way)
     return Planned(**asdict(plan), message=str(plan))
 
 
@@ -186,7 +203,8 @@ def plan_offloading(engine: Engine, samples: Sequence[Sample]) -> Iterator[Warne
     free = _free_bytes(engine)
     try:
         for plan in measured_plans(model, samples, engine.config, runtime, free):
-            if plan.checkpoint_depth or (plan.activations == kind and not runtime.checkpoint_depth):
+            is_same = (plan.kept_blocks > 1) == (runtime.kept_blocks > 1)
+            if is_same and (plan.checkpoint_depth or (plan.activations == kind and not runtime.checkpoint_depth)):
                 share = share_within(streams, plan.budget_bytes - plan.needed_bytes)
                 break
     except (RuntimeError, MemoryError) as error:
@@ -209,15 +227,31 @@ def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> I
     with probe.blocks_tracked(), activations_reduced(module, "keep"), probe.saved_counted():
         run()
     transient = _TRANSIENT * probe.largest
-    yield MemoryPlan("keep", 0, probe.total + transient, budget_bytes)
-    kinds: tuple[Activations, ...] = ("lean", "selective")
-    for kind in kinds:
+
+    def keep() -> MemoryPlan:
+        return MemoryPlan("keep", 0, 1, probe.total + transient, budget_bytes)
+
+    def reduced(kind: Activations) -> MemoryPlan:
         smaller = _Probe(module)
         with activations_reduced(module, kind), recipes_recorded() as recipes, smaller.saved_counted(recipes.pack):
             run()
-        yield MemoryPlan(kind, 0, smaller.total + transient, budget_bytes)
-    needed, depth = min((probe.checkpointed(depth), depth) for depth in range(1, _DEPTHS + 1))
-    yield MemoryPlan("keep", depth, needed + transient, budget_bytes)
+        return MemoryPlan(kind, 0, 1, smaller.total + transient, budget_bytes)
+
+    def checkpointed(kept: int) -> MemoryPlan:
+        return MemoryPlan("keep", depth, kept, probe.checkpointed(depth, kept) + transient, budget_bytes)
+
+    depth = min(range(1, _DEPTHS + 1), key=probe.checkpointed)
+    ways: list[tuple[float, Callable[[], MemoryPlan]]] = [
+        (0.0, keep),
+        *((_EXTRA_TIME[kind], functools.partial(reduced, kind)) for kind in _EXTRA_TIME),
+        (_ALL_RECOMPUTED, lambda: checkpointed(1)),
+    ]
+    blocks = probe.count(depth)
+    kept = max((kept for kept in range(1, blocks) if checkpointed(kept).fits), default=1)
+    if kept > 1 and not keep().fits:
+        ways.append(((1 - kept / blocks) * _ALL_RECOMPUTED, lambda: checkpointed(kept)))
+    for _, way in sorted(ways, key=itemgetter(0)):
+        yield way()
 
 
 class _Probe:
@@ -240,12 +274,20 @@ class _Probe:
     def largest(self) -> int:
         return max((self._sizes[storage] for storage in self._kept), default=0)
 
-    def checkpointed(self, depth: int) -> int:
-        """Peak bytes with blocks at a depth recomputed, which is while the largest block is."""
+    def count(self, depth: int) -> int:
+        """Number of blocks at a depth."""
+        return len(self._of_blocks(depth))
+
+    def checkpointed(self, depth: int, kept: int = 1) -> int:
+        """Peak bytes with blocks at a depth recomputed but the last `kept`: with all of these, or the largest other."""
+        each = self._of_blocks(depth)
+        inside = max([sum(each[-kept:]), *each[:-kept]])
+        return int((1 + KEPT_SHARE) * self._bytes(self._inside[depth - 1][-1])) + inside
+
+    def _of_blocks(self, depth: int) -> list[int]:
+        """Bytes of each block at a depth, in the order in which they run."""
         inside = self._inside[depth - 1]
-        outside = inside[-1]
-        largest = max((self._bytes(kept - outside) for block, kept in inside.items() if block >= 0), default=0)
-        return int((1 + KEPT_SHARE) * self._bytes(outside)) + largest
+        return [self._bytes(kept - inside[-1]) for block, kept in inside.items() if block >= 0]
 
     @contextlib.contextmanager
     def saved_counted(self, pack: Callable[[Tensor], Tensor | Recipe] = lambda tensor: tensor) -> Iterator[None]:
@@ -274,6 +316,7 @@ class _Probe:
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         self._running[level] = number
+        self._inside[level][number]  # is there from now on
         try:
             return forward(*args, **kwargs)
         finally:

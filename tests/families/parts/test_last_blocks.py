@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from lorasmith.families.parts.flux_layout import attention_arguments
-from lorasmith.training.memory.last_blocks import last_block_shortened
+from lorasmith.families.parts.last_blocks import last_block_shortened
 
 TEXT, PICTURE = 5, 12
 
