@@ -68,6 +68,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 LORA = "run/photos.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_commands_use_what_it_brings(work: Path, lorasmith: Command) -> None:
     inspected = lorasmith("inspect", LORA)

@@ -23,7 +23,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "lever", "captions"), slow_except(CASES, ("sd1", "plain", "plain")))
+@pytest.mark.parametrize(("family", "lever", "captions"), slow_except(CASES, ("flux1", "plain", "plain")))
 def test_a_captured_pass_asks_nothing_of_the_host(device: FakeDevice, family: str, lever: str, captions: str) -> None:
     settings = dict(LEVERS[lever])
     settings["changes"] = {**settings.get("changes", {}), "cuda_graphs": True}

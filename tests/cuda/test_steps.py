@@ -70,11 +70,8 @@ QUICK = [
     ("lumina2", "plain", "masked", 2),
     ("qwen-image", "nf4", "masked", 2),
     ("chroma", "fp8_e4m3-products", "plain", 2),
-    ("chroma", "nvfp4-products", "plain", 2),
-    ("wan", "selective", "masked", 2),
     ("wan", "host", "masked", 2),
     ("z-image", "checkpointing", "masked", 1),
-    ("krea2", "LoKr", "masked", 2),
 ]
 """Those of the default run: families whose captions are hard, and levers that copy."""
 

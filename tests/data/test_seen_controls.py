@@ -74,6 +74,7 @@ def close(ours: Tensor, expected: Tensor) -> bool:
     return ours.shape == expected.shape and bool((ours - expected).norm() <= 2e-2 * expected.norm())
 
 
+@pytest.mark.slow
 def test_captions_are_encoded_with_the_pictures_of_each_draw(pairs: Path, edit: Model) -> None:
     """Dropping a caption keeps its pictures; dropping controls leaves them out of the text as well."""
     settings: dict[str, Any] = {"caption_dropout": 0.5, "control_dropout": 0.5, "trigger": "blue", "flip": True}
@@ -159,6 +160,7 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
     yield found
 
 
+@pytest.mark.slow
 def test_a_model_that_draws_from_text_places_no_tower_and_its_captions_are_those_without_one(
     pairs: Path, files: dict[str, Path], placed: list[nn.Module], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def loss_of(model: Any, data: EncodedDataset) -> float:
     return torch.cat(losses).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("editing", slow_except(EDIT, "qwen-image"), indirect=True)
 def test_copying_the_control_is_learnt_and_from_shuffled_ones_it_is_not(editing: Case) -> None:
     model, straight = editing.ours, pairs(editing.ours)

@@ -21,6 +21,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.lora_handle import Lora
+from tests.covering import slow_except
 
 PREFIXES = {
     "sd1": {"lora_te_": 12},
@@ -31,7 +32,7 @@ PREFIXES = {
 """Layers that learn, by the start of their keys in kohya's layout."""
 
 
-@pytest.fixture(scope="module", params=PREFIXES)
+@pytest.fixture(scope="module", params=slow_except(PREFIXES, "sd1", "flux1"))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     if request.param in ("sd1", "sdxl"):
         found: Model = request.getfixturevalue({"sd1": "tiny", "sdxl": "sdxl"}[request.param])

@@ -27,6 +27,7 @@ from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names import matches
 from lorasmith.formats.spelling import guessed_family
 from lorasmith.training.lora_handle import Lora
+from tests.covering import slow_except
 
 TINY = {
     "wan2.2 i2v": tiny_wan.WAN_I2V,
@@ -52,7 +53,7 @@ def loaded(files: Mapping[str, Path], **other: str) -> Model:
     return load_model(files["transformer"], text_encoders=encoders if sees else encoders[:1], vae=files["vae"], **other)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=slow_except(TINY, "wan2.1 i2v", "wan2.2 5b"))
 def case(request: pytest.FixtureRequest, files: dict[str, dict[str, Path]]) -> tuple[TinyFamily, Model]:
     other = {"edit": "i2v"} if request.param == "wan2.2 5b" else {}
     return TINY[request.param], loaded(files[request.param], **other)

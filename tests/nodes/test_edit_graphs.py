@@ -154,6 +154,7 @@ def training(*, by: str) -> Prompt:
     }
 
 
+@pytest.mark.slow
 def test_a_training_graph_trains_on_opposites(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = predicted_with(monkeypatch)
     graph = training(by="pairs")

@@ -16,6 +16,7 @@ from lorasmith.core.errors import NodeError
 from lorasmith.families.model import Model
 from lorasmith.families.parts.language_models import sight_of
 from lorasmith.nodes import picture_prompts
+from tests.covering import slow_except
 from tests.nodes.graphs import Prompt, api, pictures_in, predicted_with, run, sampled, trained
 
 PICTURES = {"before/a.png": (64, 64), "style/a.png": (128, 32)}
@@ -28,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_prompts, "_REFERENCES", replace(picture_prompts._REFERENCES, most_pixels=64**2))
 
 
-@pytest.fixture(scope="module", params=["qwen-image", "krea2"])
+@pytest.fixture(scope="module", params=slow_except(MULTIPLE, "qwen-image"))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -93,6 +93,7 @@ def test_a_run_is_evaluated(
     assert [*tmp_path.iterdir()] == [folder], "nothing is left of it"
 
 
+@pytest.mark.slow
 def test_a_lora_that_changes_nothing_is_said_to(tiny: Model, run: Path, tmp_path: Path, quick_features: None) -> None:
     zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(run / "dog.safetensors").items()}
     write_safetensors(tmp_path / "zero.safetensors", zeros)

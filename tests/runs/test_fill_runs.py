@@ -95,6 +95,7 @@ def test_previews_fill_the_masks_of_pictures(files: dict[str, Path], photos: Pat
     assert f"--control {samples.resolve() / 'control-1.png'} --mask {samples.resolve() / 'mask-1.png'}" in page
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     spec = asked(files, photos, steps=4, control_dropout=0.25, flip=True)
     whole = run(plan(replace(spec, output=str(tmp_path / "whole")), Host()), Host())

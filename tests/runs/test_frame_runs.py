@@ -89,6 +89,7 @@ A14B, I2V, FLF2V, FIVE = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_has_previews_from_first_frames_and_continues_to_the_bit(base: Path, clips: Path, tmp_path: Path) -> None:
     spec = asked(base, clips, A14B, previews="a", preview_steps=2, preview_strengths="1", preview_frames=9)
     ready = plan(replace(spec, output=str(tmp_path / "whole")), Small())

@@ -62,6 +62,7 @@ def go(tiny: Model, folder: Path, **changed: Any) -> TrainResult:
     return train(tiny, data, output=folder, **(settings | changed))
 
 
+@pytest.mark.slow
 def test_it_stops_with_the_best_lora_and_resumes_to_the_bit(told: None, tiny: Model, tmp_path: Path) -> None:
     seen: list[Event] = []
     whole = go(tiny, tmp_path / "whole", on_event=seen.append)
@@ -112,6 +113,7 @@ def test_a_preview_that_a_kill_has_cost_is_drawn_before_the_next_step(told: None
     assert next(one.step for one in seen if isinstance(one, LikenessMeasured)) == 3
 
 
+@pytest.mark.slow
 def test_more_patience_and_none(told: None, tiny: Model, tmp_path: Path) -> None:
     assert len(go(tiny, tmp_path / "three", patience=3).losses) == 5
     whole = go(tiny, tmp_path / "none", patience=0, steps=5, previews="")

@@ -127,6 +127,7 @@ def test_offloaded_weights_are_a_block_and_the_rest(sd1: Path) -> None:
     assert found.offloaded["nf4"] < found.offloaded["int8"] < found.offloaded["none"]
 
 
+@pytest.mark.slow
 def test_methods_need_the_activations_of_one_pass(sd1: Path) -> None:
     plain = estimated(sd1, config(), resolution=64).plans
     for settings in ({"pairs": "dpo"}, {"preserve": "blank"}, {"slider_positive": "old"}):
@@ -239,6 +240,7 @@ def test_a_size_that_the_model_does_not_support_is_refused(sd1: Path) -> None:
         estimated(sd1, config(), resolution=100)
 
 
+@pytest.mark.slow
 def test_the_tokens_of_controls_count(flux: Path) -> None:
     def needed(edit: str, controls: int | None) -> MemoryEstimate:
         return estimate_of(load_model(flux, edit=edit), config(), card_bytes=12 * GIB, resolution=64, controls=controls)

@@ -143,6 +143,7 @@ def test_the_command_line_trains_on_pairs(
     assert f"--control {pairs / 'before' / 'a.png'} --control {pairs / 'depth' / 'a.png'} --prompt blue" in out
 
 
+@pytest.mark.slow
 def test_previews_show_the_control_and_the_target_and_so_does_the_report(
     klein: dict[str, Path], pairs: Path, tmp_path: Path
 ) -> None:

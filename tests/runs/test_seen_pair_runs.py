@@ -72,6 +72,7 @@ def asked(qwen: dict[str, Path], pairs: Path, **settings: Any) -> RunSpec:
     ).resolved()
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_to_the_bit(
     qwen: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def asked(folder: Path, **settings: Any) -> RunSpec:
     )
 
 
+@pytest.mark.slow
 def test_a_slider_from_pairs_is_recorded_resumed_and_reproduced(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

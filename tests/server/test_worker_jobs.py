@@ -335,6 +335,7 @@ def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
     assert "takes no controls" in worker.refused("draw", {**request, "control": "photo.png"})
 
 
+@pytest.mark.slow
 def test_a_grid_is_drawn_by_step_and_strength(worker: Worker) -> None:
     settings = {**SETTINGS, "trigger": "sks fox", "save_every": 1, "steps": 2, "learning_rate": 0.1}
     worker.run("train", {**TRAINING, "settings": settings})

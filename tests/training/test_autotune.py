@@ -23,6 +23,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
 from lorasmith.training.results import TrainResult
+from tests.covering import slow_except
 
 CPU = torch.device("cpu")
 KEEP = Way("keep", 0, "training_dtype", compile=False)
@@ -136,17 +137,19 @@ def test_times_are_kept_by_machine_and_step(
     assert not choose(engine_of(tiny, rank=3), dataset).way.compile and len(timer.asked) == 2
 
 
-def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(tiny: Model, dataset: EncodedDataset) -> None:
+@pytest.mark.parametrize("compile", slow_except([False, True], False))
+def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(
+    tiny: Model, dataset: EncodedDataset, compile: bool
+) -> None:
     engine = engine_of(tiny)
     before = engine.runtime
     ticks = iter(range(0, 10_000, 3))
     maker = batch_maker(engine.model, dataset, engine.config, engine.runtime, engine.rank_masks)
     with engine.frozen():
         [batches] = [maker.step(0)]
-        way = Way("lean", 1, "training_dtype", compile=False)
-        assert autotune._times(engine, way, batches, lambda: next(ticks)) == {"step": 1.0}
-        compiled = Way("keep", 0, "training_dtype", compile=True)
-        assert autotune._times(engine, compiled, batches, lambda: next(ticks)) == {"step": 1.0, "compiling": 2.0}
+        way = Way("keep" if compile else "lean", 0 if compile else 1, "training_dtype", compile=compile)
+        expected = {"step": 1.0, "compiling": 2.0} if compile else {"step": 1.0}
+        assert autotune._times(engine, way, batches, lambda: next(ticks)) == expected
     assert engine.runtime == before
 
 

@@ -27,6 +27,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import rule_of
 from lorasmith.training.results import TrainResult
+from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
 
@@ -68,7 +69,7 @@ def masked(dataset: EncodedDataset) -> EncodedDataset:
     return EncodedDataset(tuple(samples))
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": "x0", "loss_weighting": "min_snr"}])
+@pytest.mark.parametrize("settings", slow_except([{}, {"objective": "x0", "loss_weighting": "min_snr"}], {}))
 def test_a_loss_that_computes_what_ours_does_trains_the_same(
     run: Run, masked: EncodedDataset, settings: dict[str, Any]
 ) -> None:
@@ -97,6 +98,7 @@ def test_runs_together_have_their_own_losses_optimizers_and_schedules(tiny: ls.M
 OWN: dict[str, Any] = {"loss": squared, "optimizer": nadam, "schedule": lambda progress: 0.1 + progress**2}
 
 
+@pytest.mark.slow
 def test_a_run_with_code_of_the_users_continues_to_the_bit_and_is_told_from_others(
     run: Run, dataset: EncodedDataset, tmp_path: Path
 ) -> None:

@@ -187,6 +187,7 @@ def test_bytes_of_a_step_are_those_of_the_parameters(tiny: Model, dataset: Encod
     assert summed == 2 * 4 * (numbers + SETTINGS["batch_size"] + 1)
 
 
+@pytest.mark.slow
 def test_what_memory_is_too_small_for_in_one_process_is_repeated_in_all(
     tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

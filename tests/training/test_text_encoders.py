@@ -257,6 +257,7 @@ def test_captions_for_other_encoders_must_be_encoded_ahead(tiny: Model, varied: 
         pass
 
 
+@pytest.mark.slow
 def test_the_encoder_alone_learns_and_is_validated(tiny: Model, dataset: EncodedDataset) -> None:
     pictures = tuple(
         Sample(torch.full((4, 8, 8), value), tiny.text_encoder.encode(word), f"{word}.png")

@@ -12,11 +12,12 @@ Tensors in memory are always hashed, and so are mapped ones that were changed in
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -265,14 +266,21 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     if tokenizer is None:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        # Scores of a SentencePiece model count as well, which its vocabulary does not show.
-        rules = [*sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "model_sha256", None)]
-    else:
-        rules = json.loads(backend.to_str())
-        rules.update(truncation=None, padding=None)  # of its last call
-    settings = {name: str(getattr(tokenizer, name, None)) for name in _TOKENIZER_SETTINGS}
-    return key_of(kind=type(tokenizer).__qualname__, settings=settings, rules=rules)
+    kind, settings = type(tokenizer).__qualname__, [str(getattr(tokenizer, name, None)) for name in _TOKENIZER_SETTINGS]
+    if backend is not None:
+        return _backend_digest(kind, tuple(settings), backend.to_str())
+    # Scores of a SentencePiece model count as well, which its vocabulary does not show.
+    rules = [*sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "model_sha256", None)]
+    return _rules_digest(kind, settings, rules)
+
+
+@functools.lru_cache(maxsize=4)  # of megabytes each
+def _backend_digest(kind: str, settings: Sequence[str], backend: str) -> str:
+    return _rules_digest(kind, settings, {**json.loads(backend), "truncation": None, "padding": None})  # of a call
+
+
+def _rules_digest(kind: str, settings: Sequence[str], rules: object) -> str:
+    return key_of(kind=kind, settings=dict(zip(_TOKENIZER_SETTINGS, settings, strict=True)), rules=rules)
 
 
 def _versions(*packages: str) -> Mapping[str, str]:

@@ -90,6 +90,7 @@ def colour(page: Any, picture: Any) -> str:
     )
 
 
+@pytest.mark.slow
 def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
     served.server.add_dataset("fox", 3)
     for name, one in (("fox_1", "red"), ("fox_2", "lime"), ("stray", "blue"), ("new", "white")):

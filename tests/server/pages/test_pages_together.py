@@ -24,6 +24,7 @@ def beside(page: Any, address: str) -> Any:
     return other
 
 
+@pytest.mark.slow
 def test_eight_tabs_work_over_one_connection(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     jobs = [served.server.add_job("running", name=f"fox-{number}") for number in range(TABS)]
@@ -52,6 +53,7 @@ def test_without_shared_workers_a_page_has_its_own_connection(served: ServedPage
     expected(page.get_by_text("It is paused.")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_name_trigger_captions_and_photos_are_those_of_the_server(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     one = open_page("#/new/fox/photos")

@@ -94,6 +94,7 @@ def test_a_plan_says_what_a_distilled_model_needs(
     assert planned(training_adapter=found.usual_adapter).distilled == ""
 
 
+@pytest.mark.slow
 def test_a_plan_takes_methods_and_text_encoders(folders: Folders) -> None:
     """Their texts are not there while memory is estimated, and need not be."""
     settings = {"preserve": "class", "preserve_class": "dog", "train_text_encoder": True, "steps": 9}
