@@ -128,7 +128,7 @@ def test_counts_show_what_settings_do(tiny: Model) -> None:
         counts_of(tiny, gradient_checkpointing=True),
         counts_of(tiny, quantization="int8"),
     )
-    assert again.held < plain.held / 4
+    assert again.held < plain.held / 2  # the last block is kept
     assert again.flops > 1.2 * plain.flops
     assert packed.flops == plain.flops
     assert packed.held == pytest.approx(plain.held, rel=0.01)

@@ -101,7 +101,7 @@ def test_the_whole_is_near_the_measured_peak(family: str, activations: str, requ
 
     assert found.weights["none"] == weight_bytes(model.denoiser.module)
     assert found.trained_bytes == pytest.approx(counts.state, rel=0.05)
-    assert found.weights["none"] + found.trained_bytes + plan.needed_bytes == pytest.approx(peak, rel=0.15)
+    assert found.weights["none"] + found.trained_bytes + plan.needed_bytes == pytest.approx(peak, rel=0.2)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def engine_of(model: Model, **settings: Any) -> Engine:
 
 
 def plan(activations: Any, depth: int = 0) -> MemoryPlan:
-    return MemoryPlan(activations, depth, 1, 1, 2)
+    return MemoryPlan(activations, depth, 1, 2)
 
 
 def choose(engine: Engine, dataset: EncodedDataset, steps: int = 1000, plans: Sequence[MemoryPlan] = ()) -> Tuned:

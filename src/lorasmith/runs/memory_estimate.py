@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import FoundPart, load_completed
 from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.parts.last_blocks import last_block_shortened
 from lorasmith.runs.command_lines import arguments_for
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
@@ -62,13 +64,14 @@ class Proposal:
     def settings(self) -> dict[str, Any]:
         """The settings that differ from their defaults."""
         depth = self.plan.checkpoint_depth
+        activations = "auto" if self.plan.kept_blocks > 1 else self.plan.activations
         return {
             **({"quantization": self.quantization} if self.quantization != "none" else {}),
             **({"offloading": True} if self.offloading else {}),
             **({"sharding": True} if self.sharding else {}),
-            **({"activations": self.plan.activations} if self.plan.activations != "keep" else {}),
-            **({"gradient_checkpointing": True} if depth else {}),
-            **({"checkpoint_depth": depth} if depth > 1 else {}),
+            **({"activations": activations} if activations != "keep" else {}),
+            **({"gradient_checkpointing": True} if depth and activations == "keep" else {}),
+            **({"checkpoint_depth": depth} if depth > 1 and activations == "keep" else {}),
         }
 
     @property
@@ -132,10 +135,9 @@ class MemoryEstimate:
             if kind != "none" and size >= sizes["none"]:
                 continue  # the checkpoint is already quantized to that size
             held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
-            for plan in self.plans:
-                fitted = plan.within(self.card_bytes - held)
-                needed = held + plan.needed_bytes
-                yield Proposal(kind, way == "offloading", way == "sharding", fitted, size, needed)
+            fitted = [plan.within(self.card_bytes - held) for plan in self.plans]
+            for plan in sorted(fitted, key=attrgetter("extra_time")):
+                yield Proposal(kind, way == "offloading", way == "sharding", plan, size, held + plan.needed_bytes)
 
 
 def estimate_memory(
@@ -280,6 +282,7 @@ def _activation_plans(
         adapters_attached(module, [Attached(job.adapters, differences=job.differences)]),
         adapters_attached(encoders, [Attached(job.text_adapters)]),
         job.model.texts_read(1.0),
+        last_block_shortened(module),
         _autocast_on_meta(),
     ):
         return tuple(measured_plans(job.model, samples, job.config, runtime, 0, within=_FusedAttention))

@@ -129,7 +129,7 @@ def test_where_memory_runs_out_all_blocks_are_recomputed_first(
         return original(model, batch, config, runtime, *target)
 
     monkeypatch.setattr(engine, "sample_losses", scarce)
-    monkeypatch.setattr(memory_plan, "plan_for", lambda *_: MemoryPlan("keep", 1, 2, 1, 2))
+    monkeypatch.setattr(memory_plan, "plan_for", lambda *_: MemoryPlan("keep", 1, 1, 2, kept_blocks=2))
     events: list[object] = []
     result = run(dataset, batch_size=2, steps=1, activations="auto", on_event=events.append)
     assert_same(tensors(result), tensors(run(dataset, batch_size=2, steps=1)))

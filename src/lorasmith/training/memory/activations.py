@@ -44,9 +44,11 @@ _RECIPE = "_lorasmith_recipe"
 
 _FUNCTIONS = frozenset({"silu", "gelu", "relu", "mish", "group_norm", "layer_norm", "rms_norm", "rotary_embedding"})
 _ARITHMETIC = frozenset({"mul", "__mul__", "__rmul__", "add", "__add__", "__radd__", "cat"})
-_VIEWS = frozenset({"view", "reshape", "permute", "transpose", "flatten", "unflatten", "unsqueeze", "squeeze"})
+_VIEWS = frozenset(
+    {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "unsqueeze", "squeeze", "__getitem__"}
+)
 _CASTS = frozenset({"to", "float", "type_as"})
-_PARTS = frozenset({"chunk", "split", "unbind"})
+_PARTS = frozenset({"chunk", "split", "split_with_sizes", "unbind"})
 _CHEAP = _FUNCTIONS | _ARITHMETIC | _VIEWS | _CASTS | _PARTS
 """Names of torch functions whose results are recomputed; none of them modifies its arguments."""
 

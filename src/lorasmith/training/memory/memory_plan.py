@@ -19,8 +19,7 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from operator import itemgetter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,8 +52,8 @@ from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable
 
 _DEPTHS = 5
-_EXTRA_TIME: dict[Activations, float] = {"lean": 0.04, "selective": 0.14}  # about, of a step; docs/benchmarks.md
-_ALL_RECOMPUTED = 0.3  # the same with all blocks recomputed
+_EXTRA_TIME: dict[str, float] = {"keep": 0.0, "lean": 0.04, "selective": 0.14}  # see `MemoryPlan.extra_time`
+_ALL_RECOMPUTED = 0.3
 _SHARE = 0.9  # of free memory; the rest is for fragmentation and other programs
 _TRANSIENT = 6  # times the largest saved tensor: temporary memory of a product and its gradients
 
@@ -65,9 +64,10 @@ class MemoryPlan:
 
     activations: Activations
     checkpoint_depth: int
-    kept_blocks: int  # of those at that depth, the last ones, which are not recomputed
     needed_bytes: int  # estimated peak of a step above weights and optimizer state
     budget_bytes: int  # available for it
+    blocks: tuple[int, ...] = ()  # bytes of each block at that depth, in the order in which they run
+    kept_blocks: int = 1  # of these, the last ones, which are not recomputed
 
     @property
     def fits(self) -> bool:
@@ -76,15 +76,28 @@ class MemoryPlan:
     @property
     def way(self) -> dict[str, Any]:
         """The settings of a runtime for it."""
-        return {
-            "activations": self.activations,
-            "checkpoint_depth": self.checkpoint_depth,
-            "kept_blocks": self.kept_blocks,
-        }
+        names = ("activations", "checkpoint_depth", "kept_blocks")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def extra_time(self) -> float:
+        """About what it adds to a step without recomputation, as a share of that."""
+        if not self.checkpoint_depth:
+            return _EXTRA_TIME[self.activations]
+        kept = self.kept_blocks / len(self.blocks) if self.kept_blocks > 1 else 0.0
+        return _ALL_RECOMPUTED * (1 - kept)
 
     def within(self, budget_bytes: int) -> MemoryPlan:
         """The plan with another budget, above what is allocated before a step."""
-        return replace(self, budget_bytes=int(_SHARE * budget_bytes))
+        return self.filling(int(_SHARE * budget_bytes))
+
+    def filling(self, budget_bytes: int) -> MemoryPlan:
+        """The plan with that budget, and no more blocks recomputed than it needs."""
+        bare = self.needed_bytes - _largest(self.blocks, self.kept_blocks)
+        fitting = [kept for kept in range(1, len(self.blocks)) if bare + _largest(self.blocks, kept) <= budget_bytes]
+        kept = max(fitting, default=1)
+        needed = bare + _largest(self.blocks, kept)
+        return replace(self, needed_bytes=needed, budget_bytes=budget_bytes, kept_blocks=kept)
 
     def __str__(self) -> str:
         ways = {
@@ -168,7 +181,8 @@ def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | War
         engine.change(activations="keep", checkpoint_depth=1)  # smaller micro-batches are left to `Recovery`
         return Warned(message="Memory ran out while activations were measured: blocks are recomputed.")
     engine.change(**plan.way)
-    return Planned(**asdict(plan), message=str(plan))
+    needed, budget = plan.needed_bytes, plan.budget_bytes
+    return Planned(**plan.way, needed_bytes=needed, budget_bytes=budget, message=str(plan))
 
 
 def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
@@ -228,30 +242,26 @@ def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> I
         run()
     transient = _TRANSIENT * probe.largest
 
-    def keep() -> MemoryPlan:
-        return MemoryPlan("keep", 0, 1, probe.total + transient, budget_bytes)
-
     def reduced(kind: Activations) -> MemoryPlan:
         smaller = _Probe(module)
         with activations_reduced(module, kind), recipes_recorded() as recipes, smaller.saved_counted(recipes.pack):
             run()
-        return MemoryPlan(kind, 0, 1, smaller.total + transient, budget_bytes)
+        return MemoryPlan(kind, 0, smaller.total + transient, budget_bytes)
 
-    def checkpointed(kept: int) -> MemoryPlan:
-        return MemoryPlan("keep", depth, kept, probe.checkpointed(depth, kept) + transient, budget_bytes)
-
+    keep = MemoryPlan("keep", 0, probe.total + transient, budget_bytes)
     depth = min(range(1, _DEPTHS + 1), key=probe.checkpointed)
-    ways: list[tuple[float, Callable[[], MemoryPlan]]] = [
-        (0.0, keep),
-        *((_EXTRA_TIME[kind], functools.partial(reduced, kind)) for kind in _EXTRA_TIME),
-        (_ALL_RECOMPUTED, lambda: checkpointed(1)),
-    ]
-    blocks = probe.count(depth)
-    kept = max((kept for kept in range(1, blocks) if checkpointed(kept).fits), default=1)
-    if kept > 1 and not keep().fits:
-        ways.append(((1 - kept / blocks) * _ALL_RECOMPUTED, lambda: checkpointed(kept)))
-    for _, way in sorted(ways, key=itemgetter(0)):
-        yield way()
+    whole = MemoryPlan("keep", depth, probe.checkpointed(depth) + transient, budget_bytes, probe.blocks(depth))
+    part = whole.filling(0 if keep.fits else budget_bytes)
+    others: list[Activations] = ["lean", "selective"]
+    for plan in (keep, part, whole) if part.kept_blocks > 1 else (keep, whole):
+        while others and _EXTRA_TIME[others[0]] < plan.extra_time:
+            yield reduced(others.pop(0))
+        yield plan
+
+
+def _largest(blocks: Sequence[int], kept: int) -> int:
+    """Most bytes inside of blocks at a time: of the last `kept` together, or of one that is recomputed."""
+    return max([sum(blocks[-kept:]), *blocks[:-kept]])
 
 
 class _Probe:
@@ -274,20 +284,15 @@ class _Probe:
     def largest(self) -> int:
         return max((self._sizes[storage] for storage in self._kept), default=0)
 
-    def count(self, depth: int) -> int:
-        """Number of blocks at a depth."""
-        return len(self._of_blocks(depth))
+    def checkpointed(self, depth: int) -> int:
+        """Peak bytes with blocks at a depth recomputed but the last."""
+        outside = self._bytes(self._inside[depth - 1][-1])
+        return int((1 + KEPT_SHARE) * outside) + _largest(self.blocks(depth), 1)
 
-    def checkpointed(self, depth: int, kept: int = 1) -> int:
-        """Peak bytes with blocks at a depth recomputed but the last `kept`: with all of these, or the largest other."""
-        each = self._of_blocks(depth)
-        inside = max([sum(each[-kept:]), *each[:-kept]])
-        return int((1 + KEPT_SHARE) * self._bytes(self._inside[depth - 1][-1])) + inside
-
-    def _of_blocks(self, depth: int) -> list[int]:
+    def blocks(self, depth: int) -> tuple[int, ...]:
         """Bytes of each block at a depth, in the order in which they run."""
         inside = self._inside[depth - 1]
-        return [self._bytes(kept - inside[-1]) for block, kept in inside.items() if block >= 0]
+        return tuple(self._bytes(kept - inside[-1]) for block, kept in inside.items() if block >= 0)
 
     @contextlib.contextmanager
     def saved_counted(self, pack: Callable[[Tensor], Tensor | Recipe] = lambda tensor: tensor) -> Iterator[None]:
