@@ -381,12 +381,12 @@ def graphs_watched(streams: Streams, found: Traced) -> Iterator[None]:
 
 
 @torch.library.custom_op("lorasmith_tests::turned", mutates_args=())
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+def _turned(x: Tensor, turns: Tensor, direction: float) -> Tensor:
     """In place of the kernel of rotary embeddings."""
     raise AssertionError("is called with fake tensors")
 
 
-_turned.register_fake(lambda x, cos, sin, direction: torch.empty_like(x, memory_format=torch.contiguous_format))
+_turned.register_fake(lambda x, turns, direction: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)

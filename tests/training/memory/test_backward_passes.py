@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models import embeddings
-from diffusers.models.transformers import transformer_flux
+from diffusers.models.transformers import transformer_flux, transformer_lumina2, transformer_qwenimage
 from torch import Tensor, nn
 
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, recipes_recorded
@@ -65,12 +65,31 @@ def test_rotations_have_the_bits_of_diffusers(dtype: torch.dtype, swapped: tuple
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["of all samples", "of each sample"])
+def test_complex_tables_have_the_bits_of_diffusers(dtype: torch.dtype, kind: str) -> None:
+    x, turns = random(2, 6, 3, 16, dtype=dtype), torch.complex(*angles(6, 16))[:, ::2]
+    if kind == "of all samples":
+        module, name = transformer_qwenimage, "apply_rotary_emb_qwen"
+    else:
+        module, name, turns = transformer_lumina2, "apply_rotary_emb", torch.stack([turns, turns.conj().resolve_conj()])
+    before = getattr(module, name)
+    expected = passed(lambda x: before(x, turns, use_real=False), x)
+    with rotations_replaced():
+        assert getattr(module, name) is not before
+        found = passed(lambda x: getattr(module, name)(x, turns, use_real=False), x)
+    assert getattr(module, name) is before
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_other_rotations_are_diffusers_own() -> None:
     x, given = random(2, 3, 6, 16), angles(6, 16)
+    theirs = transformer_qwenimage.apply_rotary_emb_qwen
     with rotations_replaced():
         for arguments in ({}, {"sequence_dim": 2}, {"use_real_unbind_dim": -2}):
             found = embeddings.apply_rotary_emb(x, given, **arguments)
             assert torch.equal(found, _THEIRS(x, given, **arguments))
+        assert torch.equal(transformer_qwenimage.apply_rotary_emb_qwen(x, given), theirs(x, given))
 
 
 def test_diffusers_has_its_function_back_after_the_last_context() -> None:

@@ -33,16 +33,24 @@ def test_it_has_the_bits_of_diffusers(
     x = laid_out(random(*shape, dtype=dtype), swapped)
     cos, sin = angles(shape[1], shape[3])
     for direction in (1.0, -1.0):
-        y = turned(x, cos, sin, direction)
+        y = turned(x, torch.complex(cos, sin)[:, ::2], direction)
         assert y.is_contiguous()
         assert torch.equal(y, apply_rotary_emb(x, (cos, direction * sin), sequence_dim=1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_samples_may_have_tables_of_their_own(turned: Any, batch: int) -> None:
+    x, each = random(3, 5, 2, 16), [torch.complex(*angles(5, 16))[:, ::2] * 1j**number for number in range(batch)]
+    y = turned(x, torch.stack(each), 1.0)
+    for number in range(3):
+        assert torch.equal(y[number], turned(x[number : number + 1], each[number % batch], 1.0)[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_it_compiles_for_gpus(capability: int) -> None:
     fixed = {**rotary_kernel.BLOCK, "features": 128, "padded": 128}
-    types = {"x": "*bf16", "y": "*bf16", "cos": "*fp32", "sin": "*fp32", "direction": "fp32"}
+    types = {"x": "*bf16", "y": "*bf16", "table": "*fp32", "direction": "fp32"}
     found = compiled(rotary_kernel, fixed, types, {"direction", "rows", "tokens", "heads"}, capability)
     ptx = found.asm["ptx"]
     assert "ld.global.v4" in ptx and "st.global.v4" in ptx  # 16 bytes at a time

@@ -3,8 +3,8 @@
 Autograd's backward pass has an operation for each of the forward pass, and keeps an fp32 copy of a norm's input. Here:
 
     RMS norm            torch's on a CPU, with a frozen weight; keeps the input and one number a row
-    rotary embedding    diffusers' `apply_rotary_emb` (Flux, Flux.2, Chroma, Krea 2, HunyuanVideo); keeps nothing,
-                        and is one kernel on a GPU with Triton (`rotary_kernel`)
+    rotary embedding    diffusers' `apply_rotary_emb` (Flux, Flux.2, Chroma, Krea 2, HunyuanVideo, Lumina 2) and that of
+                        Qwen-Image; keeps nothing, and is one kernel on a GPU with Triton (`rotary_kernel`)
 
 Every step is rounded as torch and diffusers round it, so results and gradients have their bits on a CPU. Compilers are
 given the originals, which they fuse themselves.
@@ -16,8 +16,8 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,101 +65,131 @@ class _RmsNorm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def rotations_replaced() -> Iterator[None]:
-    """Inside the context, diffusers' models call `apply_rotary_emb` of this module."""
-    if (embeddings := sys.modules.get("diffusers.models.embeddings")) is None:
+    """Inside the context, diffusers' models call `apply_rotary_emb` and `apply_rotary_emb_qwen` of this module."""
+    with contextlib.ExitStack() as stack:
+        for one in (_ROTATION, _QWEN_ROTATION):
+            stack.enter_context(one.replaced())
         yield
-        return
-    if not _Rotations.uses.total():
-        _Rotations.original = embeddings.apply_rotary_emb
-    known = (_Rotations.original, apply_rotary_emb)
-    loaded = [name for name in list(sys.modules) if name.startswith("diffusers.models.")]
-    users = [name for name in loaded if vars(sys.modules[name]).get("apply_rotary_emb") in known]
-    for name in users:
-        vars(sys.modules[name])["apply_rotary_emb"] = apply_rotary_emb
-    _Rotations.uses.update(users)
-    try:
-        yield
-    finally:
-        _Rotations.uses.subtract(users)
+
+
+class _Replaced:
+    """A function of a module of diffusers, and how many contexts have replaced it in each module that has it."""
+
+    def __init__(self, home: str, name: str, ours: Callable[..., Tensor]) -> None:
+        self.original: Callable[..., Tensor] | None = None
+        self._home, self._name, self._ours = home, name, ours
+        self._uses: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[None]:
+        if (home := sys.modules.get(self._home)) is None:
+            yield
+            return
+        if not self._uses.total():
+            self.original = getattr(home, self._name)
+        known = (self.original, self._ours)
+        loaded = [name for name in list(sys.modules) if name.startswith("diffusers.models.")]
+        users = [name for name in loaded if vars(sys.modules[name]).get(self._name) in known]
         for name in users:
-            if not _Rotations.uses[name]:
-                vars(sys.modules[name])["apply_rotary_emb"] = _Rotations.original
-
-
-class _Rotations:
-    """diffusers' function, and how many contexts have replaced it in each module."""
-
-    original: ClassVar[Callable[..., Tensor]]
-    uses: ClassVar[Counter[str]] = Counter()
+            setattr(sys.modules[name], self._name, self._ours)
+        self._uses.update(users)
+        try:
+            yield
+        finally:
+            self._uses.subtract(users)
+            for name in users:
+                if not self._uses[name]:
+                    setattr(sys.modules[name], self._name, self.original)
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Any, *args: Any, **kwargs: Any) -> Tensor:
     """diffusers' function of that name."""
-    # Where tokens come before heads, features turn in pairs of neighbours, which have one angle; a route may have
-    # tables for each sample instead.
-    is_usual = kwargs == {"sequence_dim": 1} and not args and isinstance(freqs_cis[0], Tensor)
-    if torch.compiler.is_compiling() or not is_usual or freqs_cis[0].dtype != torch.float32:
-        return _Rotations.original(x, freqs_cis, *args, **kwargs)
-    cos, sin = (one.to(x.device) for one in freqs_cis)
-    return rotary_embedding(x, cos, sin)
+    return _rotated(_ROTATION, x, freqs_cis, args, kwargs)
 
 
-@wrap_torch_function(lambda x, *_: (x,))
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbours among the features of x (batch, tokens, heads, features), turned by an angle for each token.
+def apply_rotary_emb_qwen(x: Tensor, freqs_cis: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """diffusers' function of that name."""
+    return _rotated(_QWEN_ROTATION, x, freqs_cis, args, kwargs)
 
-    cos, sin: of the angles, (tokens, features) fp32, equal for neighbours.
+
+def _rotated(theirs: _Replaced, x: Tensor, table: Any, args: Any, kwargs: Any) -> Tensor:
+    if not torch.compiler.is_compiling() and not args:
+        # Where tokens come before heads, features turn in pairs of neighbours, which have one angle; a route may have
+        # tables for each sample instead.
+        is_pair = kwargs == {"sequence_dim": 1} and isinstance(table[0], Tensor)
+        if is_pair and table[0].dtype == torch.float32:
+            return rotary_embedding(x, _turns_of(table, x.device), rounds_twice=True)
+        if kwargs == {"use_real": False} and (turns := _complex_turns(table, x.device)) is not None:
+            return rotary_embedding(x, turns, rounds_twice=False)
+    assert theirs.original is not None
+    return theirs.original(x, table, *args, **kwargs)
+
+
+_ROTATION = _Replaced("diffusers.models.embeddings", "apply_rotary_emb", apply_rotary_emb)
+_QWEN_ROTATION = _Replaced(
+    "diffusers.models.transformers.transformer_qwenimage", "apply_rotary_emb_qwen", apply_rotary_emb_qwen
+)
+
+
+@wrap_torch_function(lambda x, *_args, **_kwargs: (x,))
+def rotary_embedding(x: Tensor, turns: Tensor, *, rounds_twice: bool) -> Tensor:
+    """Pairs of neighbours among the features of x (batch, tokens, heads, features), times complex numbers.
+
+    Args:
+        turns: (tokens, features / 2) or (batch, tokens, features / 2), complex64 of absolute value 1.
+        rounds_twice: whether the gradient of both terms of the product is rounded to the dtype of x, as autograd does
+            where diffusers casts x and the turned x one by one.
     """
-    y: Tensor = _RotaryEmbedding.apply(x, cos, sin)
+    y: Tensor = _RotaryEmbedding.apply(x, turns, rounds_twice)
     return y
 
 
 class _RotaryEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.angles = cos, sin
-        return _turned_on(x.device)(_with_rows(x), cos, sin, 1.0)
+    def forward(ctx: Any, x: Tensor, turns: Tensor, rounds_twice: bool) -> Tensor:
+        ctx.turns, ctx.rounds_twice = turns, rounds_twice
+        return _turned_on(x.device)(_with_rows(x), turns, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (cos, sin) = grads, ctx.angles
-        grad = _with_rows(grad)  # some attentions return gradients with another order
-        if grad.dtype == torch.float32 or grad.device.type != "cpu":
-            return _turned_on(grad.device)(grad, cos, sin, -1.0), None, None
-        # diffusers casts x and the turned x one by one, so autograd rounds both of their gradients.
+        grad, turns = _with_rows(grads[0]), ctx.turns  # some attentions return gradients with another order
+        if not ctx.rounds_twice or grad.dtype == torch.float32 or grad.device.type != "cpu":
+            return _turned_on(grad.device)(grad, turns, -1.0), None, None
         wide = grad.float()
-        across = _times(wide, _turns(cos, sin)[0].imag * -1j).to(grad.dtype)
-        return (wide * cos[:, None]).to(grad.dtype).add_(across), None, None
+        across = _times(wide, turns.imag * -1j).to(grad.dtype)
+        return _times(wide, turns.real).to(grad.dtype).add_(across), None, None
 
 
 @functools.cache
-def _turned_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+def _turned_on(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor]:
     """The kernel on a GPU where it runs and is right; `_turned` elsewhere."""
     if device.type != "cuda":
         return _turned
     x = torch.linspace(-1, 1, 2 * 3 * 5 * 48, device=device).reshape(2, 3, 5, 48)
-    each = torch.linspace(-3, 3, 3 * 24, device=device).reshape(3, 24).repeat_interleave(2, -1)
-    cos, sin = each.cos(), each.sin()
+    angles = torch.linspace(-3, 3, 2 * 3 * 24, device=device).reshape(2, 3, 24)
+    turns = torch.polar(torch.ones_like(angles), angles)
     try:
         from lorasmith.training.memory.rotary_kernel import turned
 
         is_right = all(
-            torch.allclose(turned(x, cos, sin, way), _turned(x, cos, sin, way), atol=1e-5) for way in (1.0, -1.0)
+            torch.allclose(turned(x, table, way), _turned(x, table, way), atol=1e-5)
+            for table in (turns, turns[0])
+            for way in (1.0, -1.0)
         )
     except Exception:  # Triton has errors of many classes: about packages, drivers and compilers
         return _turned
     return turned if is_right else _turned
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """Neighbours among the features of x (batch, tokens, heads, features), turned by `direction` times their angles."""
-    return _times(x, _turns(cos, sin)[direction < 0])
+def _turned(x: Tensor, turns: Tensor, direction: float) -> Tensor:
+    """Pairs of neighbours among the features of x, times `turns`, or their conjugates if `direction` is -1."""
+    return _times(x, turns if direction > 0 else _kept(turns, _BACK, lambda: turns.conj().resolve_conj()))
 
 
-def _times(x: Tensor, turns: Tensor) -> Tensor:
-    """x (batch, tokens, heads, features) as complex numbers of two neighbours each, times `turns`."""
+def _times(x: Tensor, factors: Tensor) -> Tensor:
+    """x (batch, tokens, heads, features) as complex numbers of two neighbours each, times real or complex factors."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * factors.unsqueeze(-2)).flatten(-2).to(x.dtype)
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -167,14 +197,28 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_TURNS = "_lorasmith_turns"
-"""Attribute of cosines: what `_turns` made of them, for all layers of a pass."""
+_TURNS, _BACK = "_lorasmith_turns", "_lorasmith_back"
+"""Attributes of tables: what was made of them, for all layers of a pass."""
 
 
-def _turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """cos + i sin of each pair and its conjugate, (tokens, 1, features / 2)."""
-    if (known := getattr(cos, _TURNS, None)) is None:
-        turns = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]
-        known = turns, turns.conj().resolve_conj()
-        setattr(cos, _TURNS, known)
-    return known
+def _turns_of(tables: Sequence[Tensor], device: torch.device) -> Tensor:
+    """cos + i sin of each pair of neighbours, from tables (tokens, features) of both."""
+    return _kept(tables[0], _TURNS, lambda: torch.complex(*(one.to(device)[:, ::2] for one in tables)))
+
+
+def _complex_turns(table: Any, device: torch.device) -> Tensor | None:
+    """A complex table in complex64; None for another."""
+    if not isinstance(table, Tensor) or not table.is_complex():
+        return None
+    if table.dtype == torch.complex64:
+        return table
+    # GPUs are slow at the products in fp64 that Lumina 2's table makes; on a CPU they have diffusers' bits.
+    return None if device.type == "cpu" else _kept(table, _TURNS, lambda: table.to(torch.complex64))
+
+
+def _kept(table: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
+    if (known := getattr(table, name, None)) is None:
+        known = make()
+        setattr(table, name, known)
+    found: Tensor = known
+    return found

@@ -28,19 +28,20 @@ BLOCK = {"block_rows": 16}
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """x (batch, tokens, heads, features), the last stride 1, with neighbours turned by `direction` times their angles.
+def turned(x: Tensor, turns: Tensor, direction: float) -> Tensor:
+    """x (batch, tokens, heads, features), the last stride 1, with pairs of neighbours turned; contiguous.
 
-    cos, sin: (tokens, features) fp32, equal for neighbours. direction: 1 or -1. The result is contiguous.
+    turns: (tokens, features / 2) or (batch, tokens, features / 2), complex64. direction: 1, or -1 for their conjugates.
     """
     batch, tokens, heads, features = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = batch * tokens * heads
+    table = torch.view_as_real(turns.contiguous())
+    table_batch = table.stride(0) if turns.ndim == 3 and len(turns) > 1 else 0
     padded = 1 << (features - 1).bit_length()
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # where Triton launches
         kernel[(-(-rows // BLOCK["block_rows"]),)](
-            *(x, y, cos.contiguous(), sin.contiguous(), direction, rows, tokens, heads, *x.stride()[:3]),
-            *(features, padded),
+            *(x, y, table, direction, rows, tokens, heads, *x.stride()[:3], table_batch, features, padded),
             **BLOCK,
             **LAUNCH,
         )
@@ -50,8 +51,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
 def _kernel(
     x,
     y,
-    cos,
-    sin,
+    table,
     direction,
     rows,
     tokens,
@@ -59,25 +59,26 @@ def _kernel(
     x_batch,
     x_token,
     x_head,
+    table_batch,
     features: tl.constexpr,
     padded: tl.constexpr,
     block_rows: tl.constexpr,
 ):
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     head, token, sample = row % heads, row // heads % tokens, row // heads // tokens
-    feature, pair = tl.arange(0, padded), 2 * tl.arange(0, padded // 2)
-    is_row = (row < rows)[:, None]
-    is_inside, is_pair = is_row & (feature < features)[None, :], is_row & (pair < features)[None, :]
+    feature = tl.arange(0, padded)
+    is_inside = (row < rows)[:, None] & (feature < features)[None, :]
     # In 64 bits: a batch of clips has more than 2³¹ numbers.
     start = sample.to(tl.int64) * x_batch + token.to(tl.int64) * x_token + head * x_head
     given = tl.load(x + start[:, None] + feature[None, :], mask=is_inside, other=0.0).to(tl.float32)
     first, second = tl.split(tl.reshape(given, (block_rows, padded // 2, 2)))
-    angle = token[:, None] * features + pair[None, :]
-    c = tl.load(cos + angle, mask=is_pair, other=0.0)
-    s = tl.load(sin + angle, mask=is_pair, other=0.0) * direction
-    both = tl.reshape(tl.join(first * c - second * s, second * c + first * s), (block_rows, padded))
+    angle = sample.to(tl.int64) * table_batch + token.to(tl.int64) * features
+    turns = tl.load(table + angle[:, None] + feature[None, :], mask=is_inside, other=0.0)
+    real, imaginary = tl.split(tl.reshape(turns, (block_rows, padded // 2, 2)))
+    imaginary *= direction
+    both = tl.join(first * real - second * imaginary, second * real + first * imaginary)
     place = y + row.to(tl.int64)[:, None] * features + feature[None, :]
-    tl.store(place, both.to(y.dtype.element_ty), mask=is_inside)
+    tl.store(place, tl.reshape(both, (block_rows, padded)).to(y.dtype.element_ty), mask=is_inside)
 
 
 kernel: Any = None if triton is None else triton.jit(_kernel)
