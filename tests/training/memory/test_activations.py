@@ -21,6 +21,7 @@ from lorasmith.training import engine
 from lorasmith.training.engine import prepared
 from lorasmith.training.memory import activations
 from lorasmith.training.memory.activations import (
+    Recipe,
     activations_packed,
     activations_reduced,
     held_by,
@@ -116,6 +117,18 @@ def test_what_is_made_again_is_made_once_for_all_who_want_it(monkeypatch: pytest
     assert made.count(F.layer_norm) == 1
     assert recipe is not None
     assert recipe._value is None  # it is gone when the last has had it
+
+
+def test_slices_are_made_again_and_what_a_mask_selects_is_kept() -> None:
+    x = torch.randn(256, 128, requires_grad=True)
+    with recipes_recorded() as recipes:
+        kept = x * 2.0
+        recipes.pack(kept)
+        both = torch.cat((kept, kept))
+        part, others = both[128:], both[torch.ones(512, dtype=torch.bool)]
+        assert isinstance(recipes.pack(part), Recipe)
+        assert recipes.pack(others) is others
+    assert torch.equal(recipes.unpack(recipes.pack(part)), part)
 
 
 def test_an_argument_that_is_changed_in_place_is_noticed() -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
 from lorasmith.adapters.inject import adapters_on, restore_forward
@@ -44,9 +44,7 @@ _RECIPE = "_lorasmith_recipe"
 
 _FUNCTIONS = frozenset({"silu", "gelu", "relu", "mish", "group_norm", "layer_norm", "rms_norm", "rotary_embedding"})
 _ARITHMETIC = frozenset({"mul", "__mul__", "__rmul__", "add", "__add__", "__radd__", "cat"})
-_VIEWS = frozenset(
-    {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "unsqueeze", "squeeze", "__getitem__"}
-)
+_VIEWS = frozenset({"view", "reshape", "permute", "transpose", "flatten", "unflatten", "unsqueeze", "squeeze"})
 _CASTS = frozenset({"to", "float", "type_as"})
 _PARTS = frozenset({"chunk", "split", "split_with_sizes", "unbind"})
 _CHEAP = _FUNCTIONS | _ARITHMETIC | _VIEWS | _CASTS | _PARTS
@@ -205,7 +203,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name in _CHEAP:
+        if _is_cheap(name, args):
             if type(result) is Tensor:
                 if result.requires_grad:
                     self._recipes.write(result, func, args, kwargs or {})
@@ -214,6 +212,13 @@ class _Recorder(TorchFunctionMode):
                     if part.requires_grad:
                         self._recipes.write(part, functools.partial(_part, func, index), args, kwargs or {})
         return result
+
+
+def _is_cheap(name: str, args: Any) -> bool:
+    if name != "__getitem__":
+        return name in _CHEAP
+    # With a mask for an index the backward pass would wait for the device.
+    return not any(isinstance(one, Tensor) for one in tree_leaves(args[1]))
 
 
 def _recorded_forward(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
