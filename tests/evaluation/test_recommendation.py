@@ -92,6 +92,7 @@ def test_why_none_is_recommended() -> None:
     assert verdict([found(likeness=0.41)], TRAINING).outcome == "nothing learnt", "as alike as the base model's"
     assert verdict([found(likeness=0.2)], TRAINING).outcome == "nothing learnt", "nothing is alike"
     assert verdict([found(follows=0.0)], TRAINING).outcome == "ignores prompts"
+    assert verdict([found(likeness=0.0), found(follows=0.0)], TRAINING).outcome == "ignores prompts"
     assert verdict(good, replace(TRAINING, self_likeness=0.3)).outcome == "not comparable"
     assert verdict(good, Training(count=1, self_likeness=None, base_likeness=0.4)).outcome == "not comparable"
     assert verdict(good, Training(count=0, self_likeness=None, base_likeness=None)).outcome == "no pictures"

@@ -85,9 +85,9 @@ def verdict(found: Sequence[Measures], training: Training) -> Verdict:
         return Verdict(outcome="nothing learnt")
     values = scores(found, training)
     best = max(range(len(found)), key=values.__getitem__)
-    follows = found[best].adherence
-    if follows is not None and follows == 0:
+    if values[best] == 0:  # what has learnt something follows no prompt
         return Verdict(outcome="ignores prompts")
+    follows = found[best].adherence
     ignored = None
     if follows is not None:
         below = [place for place in range(best + 1, len(found)) if (found[place].adherence or 0) < _IGNORED * follows]
