@@ -23,6 +23,8 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
 from lorasmith.training.results import TrainResult
+from lorasmith.training.runtime import Runtime
+from lorasmith.training.trainable import TrainableDenoiser
 from tests.covering import slow_except
 
 CPU = torch.device("cpu")
@@ -153,6 +155,18 @@ def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(
     assert engine.runtime == before
 
 
+def test_compiled_blocks_are_all_recomputed(tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]) -> None:
+    timer = timed(depth=2.0, compile=1.0)
+    engine = engine_of(tiny)
+    engine.change(checkpoint_depth=1, kept_blocks=3)
+    way = choose(engine, dataset).way
+    assert way.compile and way.kept_blocks == 1
+    assert timer.asked == [
+        "blocks but the last 3 recomputed at depth 1",
+        "blocks recomputed at depth 1, compiled",
+    ]
+
+
 def test_a_way_that_fails_is_not_taken(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(error: Exception) -> Callable[..., Any]:
         def gradient(self: Engine, batches: object) -> None:
@@ -220,3 +234,21 @@ def test_a_resumed_run_keeps_its_way(
     assert some(until=9).losses == plain.losses
     assert not timer.asked and len(list(said())) == 1
     assert enabled == ["int8"] * 3
+
+
+@pytest.mark.slow
+def test_the_frozen_model_is_made_again_for_compiled_blocks(
+    run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of its blocks have another forward then; see `Family.unread_left_out`."""
+    compiled: list[bool] = []
+    original = TrainableDenoiser.frozen
+
+    def noted(self: TrainableDenoiser, config: Any, runtime: Runtime) -> Any:
+        compiled.append(runtime.compile)
+        return original(self, config, runtime)
+
+    monkeypatch.setattr(TrainableDenoiser, "frozen", noted)
+    timed(keep=1000.0, compile=1.0)
+    run(dataset, steps=2, autotune=True)
+    assert compiled == [False, True]

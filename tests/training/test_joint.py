@@ -325,10 +325,10 @@ def test_an_error_in_a_pass_of_all_is_that_of_the_run_that_has_it_alone(
 ) -> None:
     whole = joint.prediction_losses
 
-    def losses(prediction: Any, batch: Any, config: Any, parameterization: Any) -> Tensor:
+    def losses(prediction: Any, batch: Any, config: Any, *others: Any) -> Tensor:
         if config.rank == 2:
             raise OptionError("rank 2 is odd")
-        return whole(prediction, batch, config, parameterization)
+        return whole(prediction, batch, config, *others)
 
     monkeypatch.setattr(joint, "prediction_losses", losses)
     monkeypatch.setattr("lorasmith.training.engine.prediction_losses", losses)

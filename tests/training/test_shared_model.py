@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.inject import adapters_on
+from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.options import config_from
+from lorasmith.core.recomputation import Recomputing
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
@@ -68,5 +70,28 @@ def test_the_run_with_the_least_memory_says_how_activations_are_kept(tiny: Model
         assert shared.activations == kept
         shared.attach([one, other], reduced=False)  # to measure what they need
         assert shared.activations == "keep"
+    finally:
+        shared.bare()
+
+
+def test_blocks_are_kept_as_in_the_run_that_recomputes_most(tiny: Model) -> None:
+    one, shared = engine(tiny)
+    other, _ = engine(tiny)
+
+    def kept() -> int:
+        block = blocks_at_depth(tiny.components.denoiser, 1)[0]
+        recomputing: Recomputing = block.forward.func.__self__
+        return recomputing._kept
+
+    one.change(checkpoint_depth=1, kept_blocks=3)
+    try:
+        shared.attach([one, other])
+        assert kept() == 3
+        other.change(checkpoint_depth=1, kept_blocks=2)
+        shared.attach([one, other])
+        assert kept() == 2
+        other.change(kept_blocks=1)  # memory ran out
+        shared.attach([one, other])
+        assert kept() == 1
     finally:
         shared.bare()

@@ -73,7 +73,7 @@ def measured(
     if job.runtime.activations == "auto":
         on_stage("activations")
         plan = _plan(job, samples)
-        runtime = replace(job.runtime, **plan.way)
+        runtime = replace(job.runtime, **plan.runtime_settings)
         job = replace(job, runtime=runtime)
     on_stage("rates of this device")
     rates = measured_rates(device, job.runtime.dtype)

@@ -322,12 +322,10 @@ def plan(
 
 def _plain_plan(found: MemoryEstimate) -> dict[str, Any]:
     proposal = {**dataclasses.asdict(found.proposal), "settings": found.proposal.settings}
-    return {
-        **dataclasses.asdict(found),
-        "proposal": proposal,
-        "fits": found.fits,
-        "encoders_fit": found.encoders_fit,
-    }
+    whole = {**dataclasses.asdict(found), "proposal": proposal, "fits": found.fits, "encoders_fit": found.encoders_fit}
+    for plan in (proposal["plan"], *whole["plans"]):
+        del plan["blocks"]
+    return whole
 
 
 def _print_plan(found: MemoryEstimate) -> None:

@@ -7,6 +7,7 @@ docs/adding-a-family.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -886,6 +887,13 @@ class Family(ABC):
         Returns:
             The shape of `latents`, in the parameterization that `Components` names.
         """
+
+    def unread_left_out(self, denoiser: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Context in which a denoiser in training computes nothing that its prediction does not read.
+
+        By default it is as it is.
+        """
+        return contextlib.nullcontext()
 
     def text_encoder(self, encoders: TextEncoders, component: str) -> nn.Module:
         """A text encoder of the model. Raises ModelError, which names the file to get, if it is missing."""

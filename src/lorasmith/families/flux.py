@@ -9,10 +9,12 @@ matrix) into one tensor; diffusers splits them.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 
 import torch.nn.functional as F
 
+from lorasmith.adapters.inject import forward_replaced
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
@@ -294,6 +296,15 @@ class Flux(Family):
             )[0]
         return unpacked_latents(prediction[:, : height // 2 * (width // 2)], height, width)
 
+    def unread_left_out(self, denoiser: Any) -> contextlib.AbstractContextManager[None]:
+        """The network drops the text's tokens behind its last block, which needs no feed-forward product of them.
+
+        Of 57 blocks at 512 pixels, where a third of the tokens are text, that is about 0.4 % of a step; with smaller
+        pictures, or in shallower models, it is more. What is read is the same, up to the order of sums.
+        """
+        blocks = denoiser.single_transformer_blocks
+        return forward_replaced(blocks[-1], types.MethodType(_of_the_picture, blocks[-1]))
+
     def _nothing_known(self, latents: Tensor) -> Tensor:
         """What Fill is given in ComfyUI where a conditioning has nothing for it: latents of 0, all to be painted."""
         nothing = self.autoencoder.latents(latents.shape[1]).to_model(torch.zeros_like(latents))
@@ -308,6 +319,23 @@ def _known(latents: Tensor, mask: Tensor) -> Tensor:
 
 def _is_fill(denoiser: Any) -> bool:
     return bool(denoiser.config.in_channels == _FILL_CHANNELS)
+
+
+def _of_the_picture(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The forward of a single block, whose tokens of text come back as they were."""
+    text = encoder_hidden_states.shape[1]
+    both, gate = block.norm(torch.cat((encoder_hidden_states, hidden_states), dim=1), emb=temb)
+    mixed = block.attn(hidden_states=both, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    own = torch.cat((mixed[:, text:], block.act_mlp(block.proj_mlp(both[:, text:]))), dim=2)
+    states = hidden_states + gate.unsqueeze(1) * block.proj_out(own)
+    return encoder_hidden_states, states.clip(-65504, 65504) if states.dtype == torch.float16 else states
 
 
 @contextlib.contextmanager

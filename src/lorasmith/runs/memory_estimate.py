@@ -33,7 +33,6 @@ from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import FoundPart, load_completed
 from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.families.parts.last_blocks import last_block_shortened
 from lorasmith.runs.command_lines import arguments_for
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
@@ -135,7 +134,7 @@ class MemoryEstimate:
             if kind != "none" and size >= sizes["none"]:
                 continue  # the checkpoint is already quantized to that size
             held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
-            fitted = [plan.within(self.card_bytes - held) for plan in self.plans]
+            fitted = [plan.within(self.card_bytes - held, fills=way != "offloading") for plan in self.plans]
             for plan in sorted(fitted, key=attrgetter("extra_time")):
                 yield Proposal(kind, way == "offloading", way == "sharding", plan, size, held + plan.needed_bytes)
 
@@ -282,7 +281,7 @@ def _activation_plans(
         adapters_attached(module, [Attached(job.adapters, differences=job.differences)]),
         adapters_attached(encoders, [Attached(job.text_adapters)]),
         job.model.texts_read(1.0),
-        last_block_shortened(module),
+        model.family.unread_left_out(module),
         _autocast_on_meta(),
     ):
         return tuple(measured_plans(job.model, samples, job.config, runtime, 0, within=_FusedAttention))

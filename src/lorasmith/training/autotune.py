@@ -29,7 +29,7 @@ from lorasmith.training.batches import Batch
 from lorasmith.training.engine import Engine
 from lorasmith.training.measured_times import FASTER, Times, measured
 from lorasmith.training.memory.compilation import compiler
-from lorasmith.training.memory.memory_plan import MemoryPlan
+from lorasmith.training.memory.memory_plan import MemoryPlan, recomputed_blocks
 
 _WORTH_COMPILING = 600.0  # seconds of the run's steps from which it is tried, as it takes minutes
 _WARM_UP, _TIMED = 2, 3  # steps
@@ -55,8 +55,7 @@ class Way:
     def __str__(self) -> str:
         kept: str = self.activations
         if self.checkpoint_depth:
-            but = f" but the last {self.kept_blocks}" if self.kept_blocks > 1 else ""
-            kept = f"blocks{but} recomputed at depth {self.checkpoint_depth}"
+            kept = f"{recomputed_blocks(self.kept_blocks)} recomputed at depth {self.checkpoint_depth}"
         products = "" if self.products == "training_dtype" else f"products in {self.products}"
         return ", ".join(filter(None, (kept, products, "compiled" if self.compile else "")))
 
@@ -101,9 +100,9 @@ def tuned(
     best = Way.of(engine)
     least = cost(best)
     changes: list[dict[str, Any]] = [
-        *(plan.way for plan in plans),
+        *(plan.runtime_settings for plan in plans),
         *({"products": kind} for kind in _open_products(engine)),
-        {"activations": "keep", "compile": True},  # torch.compile selects the kept activations itself
+        {"activations": "keep", "kept_blocks": 1, "compile": True},  # torch.compile selects the kept activations itself
     ]
     for change in changes:
         way = replace(best, **change)

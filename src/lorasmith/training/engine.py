@@ -90,7 +90,9 @@ def attached(
             with (
                 attention_preferred(runtime.attention),
                 activations_reduced(module, runtime.activations),
-                blocks_checkpointed(module, runtime.checkpoint_depth, runtime.kept_blocks, compiled=runtime.compile),
+                blocks_checkpointed(
+                    module, runtime.checkpoint_depth, kept=runtime.kept_blocks, compiled=runtime.compile
+                ),
                 blocks_compiled(module, runtime.compile, varying_sizes=runtime.varying_sizes),
             ):
                 yield

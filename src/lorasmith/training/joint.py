@@ -453,13 +453,12 @@ class SharedModel:
         """Attach the adapters of runs; if `reduced`, activations are kept as in the run with least memory for them."""
         module = self._job.model.module
         activations: ActivationPlan = "keep"
-        depth = 0
+        depth, kept = 0, 1
         if reduced:
             activations = max((engine.runtime.activations for engine in engines), key=_FRUGAL.index)
-            depth = min(
-                (engine.runtime.checkpoint_depth for engine in engines if engine.runtime.checkpoint_depth), default=0
-            )
-        state = [*map(id, engines)], activations, depth, reduced
+            recomputing = [engine.runtime for engine in engines if engine.runtime.checkpoint_depth]
+            depth, kept = min(((one.checkpoint_depth, one.kept_blocks) for one in recomputing), default=(0, 1))
+        state = [*map(id, engines)], activations, depth, kept, reduced
         if state == self._state:
             return
         self.freeze()
@@ -471,7 +470,7 @@ class SharedModel:
                 stack.enter_context(jointly_attached(module, attached, self.rows))
             if reduced:
                 stack.enter_context(activations_reduced(module, activations))
-                stack.enter_context(blocks_checkpointed(module, depth))
+                stack.enter_context(blocks_checkpointed(module, depth, kept=kept))
             self._attached = stack.pop_all()
         self._state, self.activations = state, activations
 

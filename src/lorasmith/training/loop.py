@@ -450,7 +450,9 @@ class Loop:
         def planned() -> Runtime:
             chosen = self.planned()
             if before.activations == "auto" and (chosen.checkpoint_depth or chosen.activations != "keep"):
-                plans.extend(fitting_plans(engine, tuple(self._samples)))
+                fitting = fitting_plans(engine, tuple(self._samples))
+                # Free memory was measured again, so that of the blocks another number may be kept.
+                plans.extend(plan for plan in fitting if plan.kept_blocks == 1 or chosen.kept_blocks == 1)
             return chosen
 
         with engine.attached(planned):
@@ -459,7 +461,7 @@ class Loop:
         found = tuned(engine, maker.step(before.first_step + self.step), plans, self._until - self.step)
         engine.change(autotune=False, **asdict(found.way))
         self.emit(Autotuned(seconds={str(way): one for way, one in found.seconds.items()}, message=str(found)))
-        return engine.runtime.products != before.products
+        return (engine.runtime.products, engine.runtime.compile) != (before.products, before.compile)
 
     def _plan_attention(self) -> AttentionPlanned:
         """Select and set the kernel of attention; returns the event to emit."""

@@ -1,9 +1,9 @@
 """Run states, and recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
 
-A step that runs out of memory is repeated in smaller micro-batches of the same draws; one whose compiled code fails,
-without compiling. A step with a non-finite loss or gradient, or an exploding loss, is skipped: the run restores its
-last snapshot, halves the learning rate and continues with the draws after that step. All decisions are functions of the
-step and its past, so that a resumed run makes the same ones.
+A step that runs out of memory is repeated with all blocks offloaded or recomputed, or in smaller micro-batches of the
+same draws; one whose compiled code fails, without compiling. A step with a non-finite loss or gradient, or an exploding
+loss, is skipped: the run restores its last snapshot, halves the learning rate and continues with the draws after that
+step. All decisions are functions of the step and its past, so that a resumed run makes the same ones.
 """
 
 from __future__ import annotations

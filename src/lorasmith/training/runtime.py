@@ -40,7 +40,7 @@ class Runtime:
     varying_sizes: bool  # of samples, so that compiled code must not depend on them
     micro_batch: int  # images per forward pass; lowered if memory is too small for `batch_size`
     checkpoint_depth: int  # of activation checkpointing, 0 for none
-    kept_blocks: int  # of these, the last ones of a pass, which are not recomputed
+    kept_blocks: int  # number of the last blocks at that depth that are not recomputed
     activations: ActivationPlan  # how the others are kept; `auto` is resolved before the first step
     memory_budget: int | None  # device memory in bytes, weights included; None for all free memory
     memory_cap: int | None  # bytes of GPU memory beyond which allocations fail; None for no cap

@@ -51,7 +51,6 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.families.parts.last_blocks import last_block_shortened
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
 from lorasmith.training.memory.sharding import weights_sharded
@@ -360,9 +359,10 @@ class TrainableDenoiser(Trainable):
 
     @contextlib.contextmanager
     def frozen(self, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
-        # Compiled blocks share code.
-        shortened = contextlib.nullcontext() if runtime.compile else last_block_shortened(self.module)
-        with shortened, super().frozen(config, runtime):
+        family = self.denoiser.base.family
+        # A block with another forward would be compiled once more.
+        left_out = contextlib.nullcontext() if runtime.compile else family.unread_left_out(self.module)
+        with left_out, super().frozen(config, runtime):
             yield
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -93,7 +93,7 @@ def test_no_more_blocks_are_recomputed_than_memory_needs() -> None:
         plan = next(one for one in ladder if one.checkpoint_depth and one.fits)
         assert len(ladder) == (5 if plan.kept_blocks > 1 else 4)
         kept.append(plan.kept_blocks)
-        with blocks_checkpointed(chain, plan.checkpoint_depth, plan.kept_blocks):
+        with blocks_checkpointed(chain, plan.checkpoint_depth, kept=plan.kept_blocks):
             chain(x).sum().backward()
             counter = Counter(x.device)
             with counter:
@@ -115,6 +115,7 @@ def test_plans_are_in_the_order_of_their_time() -> None:
             recomputed = 8 - ladder[found].kept_blocks
             assert found == (1 if recomputed < 2 else 2 if recomputed < 4 else 3)
             places.add(found)
+        assert all(one.kept_blocks == 1 for one in memory_plan._plans(chain, lambda: chain(x), budget, fills=False))
     assert places == {1, 2, 3}
 
 

@@ -245,7 +245,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def blocks_checkpointed(model: nn.Module, depth: int, kept: int = 1, *, compiled: bool = False) -> Iterator[None]:
+def blocks_checkpointed(model: nn.Module, depth: int, *, kept: int = 1, compiled: bool = False) -> Iterator[None]:
     """Inside the context, blocks at `depth` but the last `kept` are recomputed in the backward pass, at depth 0 none.
 
     Blocks that will be `compiled` share code, so all of them are recomputed, and whole.

@@ -183,7 +183,7 @@ def _turned_on(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor
 
 def _turned(x: Tensor, turns: Tensor, direction: float) -> Tensor:
     """Pairs of neighbours among the features of x, times `turns`, or their conjugates if `direction` is -1."""
-    return _times(x, turns if direction > 0 else _kept(turns, _BACK, lambda: turns.conj().resolve_conj()))
+    return _times(x, turns if direction > 0 else _cached_on(turns, _BACK, lambda: turns.conj().resolve_conj()))
 
 
 def _times(x: Tensor, factors: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ _TURNS, _BACK = "_lorasmith_turns", "_lorasmith_back"
 
 def _turns_of(tables: Sequence[Tensor], device: torch.device) -> Tensor:
     """cos + i sin of each pair of neighbours, from tables (tokens, features) of both."""
-    return _kept(tables[0], _TURNS, lambda: torch.complex(*(one.to(device)[:, ::2] for one in tables)))
+    return _cached_on(tables[0], _TURNS, lambda: torch.complex(*(one.to(device)[:, ::2] for one in tables)))
 
 
 def _complex_turns(table: Any, device: torch.device) -> Tensor | None:
@@ -213,10 +213,10 @@ def _complex_turns(table: Any, device: torch.device) -> Tensor | None:
     if table.dtype == torch.complex64:
         return table
     # GPUs are slow at the products in fp64 that Lumina 2's table makes; on a CPU they have diffusers' bits.
-    return None if device.type == "cpu" else _kept(table, _TURNS, lambda: table.to(torch.complex64))
+    return None if device.type == "cpu" else _cached_on(table, _TURNS, lambda: table.to(torch.complex64))
 
 
-def _kept(table: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
+def _cached_on(table: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
     if (known := getattr(table, name, None)) is None:
         known = make()
         setattr(table, name, known)

@@ -10,7 +10,8 @@ checkpointing at each depth. The plans, cheapest first:
     depth d     blocks are recomputed, at the depth that needs least memory      see `activations`
 
 If `keep` does not fit, there is one more: depth d without as many of the last blocks as memory holds. It is before or
-after the other two by its time, which is estimated from the number of recomputed blocks.
+after the other two by its time, which is estimated from the number of recomputed blocks. Offloading has none, so that
+memory is left for weights that stay on the device, unless its share is set.
 """
 
 from __future__ import annotations
@@ -74,8 +75,7 @@ class MemoryPlan:
         return self.needed_bytes <= self.budget_bytes
 
     @property
-    def way(self) -> dict[str, Any]:
-        """The settings of a runtime for it."""
+    def runtime_settings(self) -> dict[str, Any]:
         names = ("activations", "checkpoint_depth", "kept_blocks")
         return {name: getattr(self, name) for name in names}
 
@@ -87,12 +87,12 @@ class MemoryPlan:
         kept = self.kept_blocks / len(self.blocks) if self.kept_blocks > 1 else 0.0
         return _ALL_RECOMPUTED * (1 - kept)
 
-    def within(self, budget_bytes: int) -> MemoryPlan:
-        """The plan with another budget, above what is allocated before a step."""
-        return self.filling(int(_SHARE * budget_bytes))
+    def within(self, free_bytes: int, *, fills: bool) -> MemoryPlan:
+        """The plan with another budget; if it `fills` that, no more blocks are recomputed than it needs."""
+        budget = int(_SHARE * free_bytes)
+        return self.filling(budget) if fills else replace(self, budget_bytes=budget)
 
     def filling(self, budget_bytes: int) -> MemoryPlan:
-        """The plan with that budget, and no more blocks recomputed than it needs."""
         bare = self.needed_bytes - _largest(self.blocks, self.kept_blocks)
         fitting = [kept for kept in range(1, len(self.blocks)) if bare + _largest(self.blocks, kept) <= budget_bytes]
         kept = max(fitting, default=1)
@@ -105,13 +105,19 @@ class MemoryPlan:
             "lean": "norms and activation functions are recomputed in the backward pass",
             "selective": "norms, activation functions and the wide layers of feed-forward networks are recomputed",
         }
-        but = f" but the last {self.kept_blocks}" if self.kept_blocks > 1 else ""
-        way = f"blocks{but} are recomputed, at depth {self.checkpoint_depth}" if self.checkpoint_depth else ""
+        way = ways[self.activations]
+        if self.checkpoint_depth:
+            way = f"{recomputed_blocks(self.kept_blocks)} are recomputed, at depth {self.checkpoint_depth}"
         text = (
-            f"Activations: {way or ways[self.activations]}; a step needs about {memory_text(self.needed_bytes)} of "
+            f"Activations: {way}; a step needs about {memory_text(self.needed_bytes)} of "
             f"{memory_text(self.budget_bytes)}."
         )
         return text if self.fits else f"{text} Memory may run out; use a smaller batch or picture."
+
+
+def recomputed_blocks(kept: int) -> str:
+    """Which blocks are recomputed, in words."""
+    return f"blocks but the last {kept}" if kept > 1 else "blocks"
 
 
 def chosen_plan(
@@ -141,7 +147,8 @@ def measured_plans(
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
     run = largest_pass(model, samples, config, runtime, within=within)
-    return _plans(model.module, run, int(_SHARE * budget_bytes))
+    fills = not runtime.offloading or runtime.offloading_share is not None
+    return _plans(model.module, run, int(_SHARE * budget_bytes), fills=fills)
 
 
 def largest_pass(
@@ -180,9 +187,9 @@ def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | War
             raise
         engine.change(activations="keep", checkpoint_depth=1)  # smaller micro-batches are left to `Recovery`
         return Warned(message="Memory ran out while activations were measured: blocks are recomputed.")
-    engine.change(**plan.way)
+    engine.change(**plan.runtime_settings)
     needed, budget = plan.needed_bytes, plan.budget_bytes
-    return Planned(**plan.way, needed_bytes=needed, budget_bytes=budget, message=str(plan))
+    return Planned(**plan.runtime_settings, needed_bytes=needed, budget_bytes=budget, message=str(plan))
 
 
 def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
@@ -217,8 +224,7 @@ def plan_offloading(engine: Engine, samples: Sequence[Sample]) -> Iterator[Warne
     free = _free_bytes(engine)
     try:
         for plan in measured_plans(model, samples, engine.config, runtime, free):
-            is_same = (plan.kept_blocks > 1) == (runtime.kept_blocks > 1)
-            if is_same and (plan.checkpoint_depth or (plan.activations == kind and not runtime.checkpoint_depth)):
+            if plan.checkpoint_depth or (plan.activations == kind and not runtime.checkpoint_depth):
                 share = share_within(streams, plan.budget_bytes - plan.needed_bytes)
                 break
     except (RuntimeError, MemoryError) as error:
@@ -236,7 +242,9 @@ def optimizer_bytes(master_bytes: int) -> int:
     return 2 * master_bytes
 
 
-def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> Iterator[MemoryPlan]:
+def _plans(
+    module: nn.Module, run: Callable[[], Tensor], budget_bytes: int, *, fills: bool = True
+) -> Iterator[MemoryPlan]:
     probe = _Probe(module)
     with probe.blocks_tracked(), activations_reduced(module, "keep"), probe.saved_counted():
         run()
@@ -251,7 +259,7 @@ def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> I
     keep = MemoryPlan("keep", 0, probe.total + transient, budget_bytes)
     depth = min(range(1, _DEPTHS + 1), key=probe.checkpointed)
     whole = MemoryPlan("keep", depth, probe.checkpointed(depth) + transient, budget_bytes, probe.blocks(depth))
-    part = whole.filling(0 if keep.fits else budget_bytes)
+    part = whole.filling(budget_bytes) if fills and not keep.fits else whole
     others: list[Activations] = ["lean", "selective"]
     for plan in (keep, part, whole) if part.kept_blocks > 1 else (keep, whole):
         while others and _EXTRA_TIME[others[0]] < plan.extra_time:

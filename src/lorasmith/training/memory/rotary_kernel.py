@@ -22,9 +22,9 @@ except ImportError:  # as on Macs
     triton = None
 
 BLOCK = {"block_rows": 16}
-"""Heads of a block, of one token or of several."""
+"""Rows of a program; a row is one head of one token."""
 
-# Products are rounded before they are added, as they are by torch's own kernels.
+# Products are rounded before they are added, as in diffusers, where they are operations of their own.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -69,7 +69,7 @@ def _kernel(
     feature = tl.arange(0, padded)
     is_inside = (row < rows)[:, None] & (feature < features)[None, :]
     # In 64 bits: a batch of clips has more than 2³¹ numbers.
-    start = sample.to(tl.int64) * x_batch + token.to(tl.int64) * x_token + head * x_head
+    start = sample.to(tl.int64) * x_batch + token.to(tl.int64) * x_token + head.to(tl.int64) * x_head
     given = tl.load(x + start[:, None] + feature[None, :], mask=is_inside, other=0.0).to(tl.float32)
     first, second = tl.split(tl.reshape(given, (block_rows, padded // 2, 2)))
     angle = sample.to(tl.int64) * table_batch + token.to(tl.int64) * features

@@ -9,8 +9,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from lorasmith.families.base import FAMILIES
 from lorasmith.families.parts.flux_layout import attention_arguments
-from lorasmith.families.parts.last_blocks import last_block_shortened
 
 TEXT, PICTURE = 5, 12
 
@@ -61,7 +61,7 @@ def test_predictions_and_gradients_are_those_of_diffusers(network: Any) -> None:
         return y, *torch.autograd.grad(y.square().sum(), [*network.parameters()])
 
     expected = numbers()
-    with last_block_shortened(network):
+    with FAMILIES["flux1"].unread_left_out(network):
         found = numbers()
     assert rows == [TEXT + PICTURE, PICTURE]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # rotary embeddings are in fp32
@@ -74,14 +74,7 @@ def test_fp16_is_clipped_as_by_diffusers(network: Any) -> None:
     last.norm.linear.bias.data[-16:] = 2.0  # the gate
     last.proj_out.bias.data[::2] = 60000.0
     expected = predicted(network, torch.float16)
-    with last_block_shortened(network):
+    with FAMILIES["flux1"].unread_left_out(network):
         found = predicted(network, torch.float16)
     assert found.isfinite().all()
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
-
-
-def test_other_networks_are_left_alone() -> None:
-    other = torch.nn.Module()
-    other.single_transformer_blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-    with last_block_shortened(other), last_block_shortened(torch.nn.Linear(2, 2)):
-        assert "forward" not in vars(other.single_transformer_blocks[0])
