@@ -1,4 +1,4 @@
-"""What a device does by itself: launches, copies, attention, products, norms, rotations and dequantization.
+"""What a device does by itself: launches, copies, attention, products, norms, rotations, rounding, dequantization.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --small --device cpu
@@ -6,8 +6,8 @@
 Sizes are those of a step of Flux.1 at 1024 pixels (4,608 tokens of 3,072 numbers, 24 heads) and of SDXL's outermost
 level; `--small` has small ones, for a rehearsal. A way that the device or this version of torch lacks has a row that
 says so. Rates of products and attention are in TFLOP/s, those of copies and of dequantization in GB/s; the bytes of a
-dequantization are its codes read and its weight written once, those of a rotation its input read and its result written
-once, which is all that one kernel moves.
+dequantization are its codes read and its weight written once, those of rotations and of rounding input and result,
+which is all that one kernel moves.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lorasmith.bench.measure import pass_seconds
 from lorasmith.core.pinned_memory import PinnedBuffer
 from lorasmith.core.printable import first_line
 from lorasmith.core.quantization import packed, scaled_at_once
+from lorasmith.core.quantized_products import rounded_by_torch, rounded_rows
 from lorasmith.training.memory.backward_passes import apply_rotary_emb
 
 _LAUNCHES = 200
@@ -84,7 +85,7 @@ def main() -> None:
     results = Results(arguments, **facts)
     results.table({"what": "", "way": "", "ms": ".4f", "rate": ",.1f", "unit": ""})
     sizes = SMALL if arguments.small else Sizes()
-    for kind in (launches, copies, attention, products, norms, rotations, dequantization):
+    for kind in (launches, copies, attention, products, norms, rotations, rounding, dequantization):
         for make in kind(sizes, device):
             one = None
             try:
@@ -231,6 +232,25 @@ def rotations(sizes: Sizes, device: torch.device) -> Rows:
 
     yield partial(row, "diffusers", diffusers_rotation)
     yield partial(row, "as in a run", apply_rotary_emb)
+
+
+def rounding(sizes: Sizes, device: torch.device) -> Rows:
+    """Activations to int8 and fp8 with a scale for each row: by torch, and as in a run, which has a kernel on GPUs."""
+    shape = (sizes.tokens, sizes.inner)
+
+    def row(kind: torch.dtype, way: str) -> Measured:
+        rows = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        largest = 127.0 if kind == torch.int8 else torch.finfo(kind).max
+        once = (
+            partial(rounded_rows, rows, kind)
+            if way == "as in a run"
+            else partial(rounded_by_torch, rows, kind, largest, None)
+        )
+        return Measured(f"rounding to {kind} {shape}", way, once, 1.5 * rows.nbytes / GIGA, "GB/s")
+
+    for kind in (torch.int8, torch.float8_e4m3fn):
+        for way in ("by torch", "as in a run"):
+            yield partial(row, kind, way)
 
 
 def dequantization(sizes: Sizes, device: torch.device) -> Rows:

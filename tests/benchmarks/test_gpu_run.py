@@ -156,6 +156,7 @@ def test_cheap_parts_are_rehearsed(tmp_path: Path) -> None:
         "GroupNorm",
         "Conv2d",
         "rotary",
+        "rounding",
         "dequantization",
     }
     assert all(row[2] is not None for row in rows if row[0].startswith(("launch", "copy", "rotary", "dequantization")))

@@ -423,6 +423,7 @@ def traced(
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
         # Triton compiles for a device alone.
         mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),
+        mock.patch.object(quantized_products, "_rounding_on", lambda *_: quantized_products.rounded_by_torch),
         mock.patch.object(backward_passes, "_turned_on", lambda _: _turned),
         # The tiny models' weights and activations are below the sizes from which anything is done about them.
         mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),

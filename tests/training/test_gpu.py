@@ -152,6 +152,22 @@ def test_sums_of_int8_are_exact(rows: int, inner: int, columns: int, in_columns:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("has_factors", [False, True])
+def test_rows_are_rounded_as_on_the_cpu(kind: torch.dtype, has_factors: bool) -> None:
+    """By the kernel, or where it does not run, by torch."""
+    products_of("int8" if kind == torch.int8 else "fp8_e4m3")
+    g = torch.Generator().manual_seed(0)
+    rows, factors = (
+        torch.randn(77, 3072, generator=g).bfloat16(),
+        torch.rand(3072, generator=g) if has_factors else None,
+    )
+    expected = quantized_products.rounded_rows(rows, kind, factors)
+    found = quantized_products.rounded_rows(rows.to(DEVICE), kind, None if factors is None else factors.to(DEVICE))
+    for here, there in zip(expected, found, strict=True):
+        assert torch.equal(here.float(), there.cpu().float())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("tokens", "features"), [(1, 2), (77, 64), (4608, 128)])
 def test_rotations_have_the_numbers_of_diffusers(dtype: torch.dtype, tokens: int, features: int) -> None:

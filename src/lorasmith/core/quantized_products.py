@@ -86,15 +86,14 @@ class Fp8Products:
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         codes, scale = weight.tensors
-        rows, row_scale = _rounded(x.reshape(-1, x.shape[-1]), ACTIVATION)
+        rows, row_scale = rounded_rows(x.reshape(-1, x.shape[-1]), ACTIVATION)
         y = _fp8_product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, self._forward, fast=True)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
 
     def backward(self, weight: Packed, grad: Tensor) -> Tensor:
         """`grad W` of grad (..., out), in its dtype."""
         codes, _ = weight.tensors
-        flat, left = _with_scale(weight, grad)
-        rows, row_scale = _rounded(flat, GRADIENT)
+        (rows, row_scale), left = _rounded_gradient(weight, grad, GRADIENT)
         columns = codes.t().contiguous().t()
         y = _fp8_product(rows, row_scale, columns, left, grad.dtype, self._backward, fast=False)
         return y.view(*grad.shape[:-1], codes.shape[1])
@@ -111,15 +110,14 @@ class Int8Products:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         codes, scale = weight.tensors
         flat = x.reshape(-1, x.shape[-1])
-        rows, row_scale = _rounded(self._rotated(flat), torch.int8)
+        rows, row_scale = rounded_rows(self._rotated(flat), torch.int8)
         y = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
 
     def backward(self, weight: Packed, grad: Tensor) -> Tensor:
         """`grad W` of grad (..., out), in its dtype."""
         codes, _ = weight.tensors
-        flat, left = _with_scale(weight, grad)
-        rows, row_scale = _rounded(flat, torch.int8)
+        (rows, row_scale), left = _rounded_gradient(weight, grad, torch.int8)
         y = self._rotated(self._product(rows, row_scale, codes, left, grad.dtype))
         return y.view(*grad.shape[:-1], codes.shape[1])
 
@@ -186,19 +184,52 @@ GRADIENT_BLOCKS: Quantization = "mxfp8"
 """Format of gradients, and of weights they are multiplied with, in products with weights in mxfp8 and nvfp4."""
 
 
-def _with_scale(weight: Packed, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a gradient with the scales of outputs multiplied in, and the scale (1, 1) that is left."""
+def _rounded_gradient(weight: Packed, grad: Tensor, kind: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """`rounded_rows` of a gradient with the scales of outputs multiplied in, and the scale (1, 1) that is left."""
     scale = weight.tensors[1]
     flat = grad.reshape(-1, grad.shape[-1])
     if scale.numel() > 1:
-        return flat * scale.reshape(1, -1), scale.new_ones(1, 1)
-    return flat, scale.reshape(1, 1)
+        return rounded_rows(flat, kind, scale.reshape(-1)), scale.new_ones(1, 1)
+    return rounded_rows(flat, kind), scale.reshape(1, 1)
 
 
-def _rounded(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows (n, k) in a format, scaled so that each maximum is the format's, and the scales (n, 1) in fp32."""
+def rounded_rows(rows: Tensor, kind: torch.dtype, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (n, k), times factors (k,), in a format, scaled so that each maximum is the format's; scales (n, 1) in fp32.
+
+    By `core.rounding_kernel` on a GPU.
+    """
+    round_rows = rounded_by_torch if torch.compiler.is_compiling() else _rounding_on(rows.device, kind)
+    return round_rows(rows, kind, _largest(kind), factors)
+
+
+def _largest(kind: torch.dtype) -> float:
+    return 127.0 if kind == torch.int8 else torch.finfo(kind).max
+
+
+@functools.cache
+def _rounding_on(
+    device: torch.device, kind: torch.dtype
+) -> Callable[[Tensor, torch.dtype, float, Tensor | None], tuple[Tensor, Tensor]]:
+    """The kernel on a GPU where it runs and is right; `rounded_by_torch` elsewhere."""
+    if device.type != "cuda":
+        return rounded_by_torch
+    rows = torch.linspace(-3, 2, 5 * 144, device=device).reshape(5, 144)
+    factors = torch.linspace(1, 2, 144, device=device)
+    try:
+        from lorasmith.core.rounding_kernel import rounded
+
+        found = rounded(rows, kind, _largest(kind), factors)
+    except Exception:  # Triton has errors of many classes: about packages, drivers and compilers
+        return rounded_by_torch
+    expected = rounded_by_torch(rows, kind, _largest(kind), factors)
+    is_right = all(torch.equal(*(one.float() for one in pair)) for pair in zip(found, expected, strict=True))
+    return rounded if is_right else rounded_by_torch
+
+
+def rounded_by_torch(rows: Tensor, kind: torch.dtype, largest: float, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`rounded_rows` in several operations, with the largest number of the format."""
+    rows = rows if factors is None else rows * factors
     is_int8 = kind == torch.int8
-    largest = 127.0 if is_int8 else torch.finfo(kind).max
     scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
     scaled = rows / scale
