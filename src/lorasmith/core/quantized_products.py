@@ -41,12 +41,14 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.choices import ProductFormat, Quantization
+from lorasmith.core.kernels import kernel_or
 from lorasmith.core.quantization import E2M1_LEVELS, CodeFormat, Packed, level_pairs, packed, rotated, rotation, tiled
 
 
@@ -215,15 +217,13 @@ def _rounding_on(
         return rounded_by_torch
     rows = torch.linspace(-3, 2, 5 * 144, device=device).reshape(5, 144)
     factors = torch.linspace(1, 2, 144, device=device)
-    try:
+
+    def load() -> Callable[..., Any]:
         from lorasmith.core.rounding_kernel import rounded
 
-        found = rounded(rows, kind, _largest(kind), factors)
-    except Exception:  # Triton has errors of many classes: about packages, drivers and compilers
-        return rounded_by_torch
-    expected = rounded_by_torch(rows, kind, _largest(kind), factors)
-    is_right = all(torch.equal(*(one.float() for one in pair)) for pair in zip(found, expected, strict=True))
-    return rounded if is_right else rounded_by_torch
+        return rounded
+
+    return kernel_or(rounded_by_torch, load, [(rows, kind, _largest(kind), factors)])
 
 
 def rounded_by_torch(rows: Tensor, kind: torch.dtype, largest: float, factors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -287,16 +287,15 @@ def _int8_product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, 
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (32, 32), generator=generator, dtype=torch.int8) for _ in range(2))
     scale = torch.ones(32, 1, device=device)
-    try:
+
+    def load() -> Callable[..., Any]:
         from lorasmith.core.int8_kernel import product
 
-        found = [
-            product(a.to(device), scale, one, scale.t(), torch.float32) for one in (b.to(device), b.t().to(device).t())
-        ]
-    except Exception:  # Triton has errors of many classes: about packages, drivers and compilers
-        return _int8_product
-    expected = a.float() @ b.float()
-    return product if all(torch.equal(one.cpu(), expected) for one in found) else _int8_product
+        return product
+
+    orders = (b.to(device), b.t().to(device).t())
+    trials = [(a.to(device), scale, one, scale.t(), torch.float32) for one in orders]
+    return kernel_or(_int8_product, load, trials, expected=lambda *_: a.float() @ b.float())
 
 
 def _int8_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:

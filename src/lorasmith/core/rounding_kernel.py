@@ -65,24 +65,25 @@ def _kernel(
     most = tl.full((block,), 0.0, dtype=tl.float32)
     for start in range(0, columns, block):
         column = start + tl.arange(0, block)
-        inside = column < columns
-        values = tl.load(x + row * x_row + column.to(tl.int64) * x_column, mask=inside, other=0.0).to(tl.float32)
-        if has_factors:
-            values *= tl.load(factors + column, mask=inside, other=0.0)
+        values = _values(x + row * x_row, factors, column, columns, x_column, has_factors)
         most = tl.maximum(most, tl.abs(values), propagate_nan=tl.PropagateNan.ALL)
     scale = tl.div_rn(tl.reduce(most, 0, _larger), largest)
     scale = tl.maximum(scale, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)  # of a row of zeros
     tl.store(scales + row, scale)
     for start in range(0, columns, block):
         column = start + tl.arange(0, block)
-        inside = column < columns
-        values = tl.load(x + row * x_row + column.to(tl.int64) * x_column, mask=inside, other=0.0).to(tl.float32)
-        if has_factors:
-            values *= tl.load(factors + column, mask=inside, other=0.0)
-        values = tl.div_rn(values, scale)
+        values = tl.div_rn(_values(x + row * x_row, factors, column, columns, x_column, has_factors), scale)
         # With 1.5 · 2²³ the last bit of a number is 1.
         values = (values + 12582912.0) - 12582912.0 if is_int8 else tl.minimum(tl.maximum(values, -largest), largest)
-        tl.store(codes + row * columns + column, values.to(codes.dtype.element_ty), mask=inside)
+        tl.store(codes + row * columns + column, values.to(codes.dtype.element_ty), mask=column < columns)
+
+
+def _values_of(row, factors, column, columns, x_column, has_factors: tl.constexpr):
+    inside = column < columns
+    values = tl.load(row + column.to(tl.int64) * x_column, mask=inside, other=0.0).to(tl.float32)
+    if has_factors:
+        values *= tl.load(factors + column, mask=inside, other=0.0)
+    return values
 
 
 def _larger_of(a, b):
@@ -91,3 +92,4 @@ def _larger_of(a, b):
 
 kernel: Any = None if triton is None else triton.jit(_kernel)
 _larger: Any = None if triton is None else triton.jit(_larger_of)
+_values: Any = None if triton is None else triton.jit(_values_of)

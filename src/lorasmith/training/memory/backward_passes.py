@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
+from lorasmith.core.kernels import kernel_or
+
 
 def norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """The forward of a torch RMS norm."""
@@ -168,17 +170,14 @@ def _turned_on(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor
     x = torch.linspace(-1, 1, 2 * 3 * 5 * 48, device=device).reshape(2, 3, 5, 48)
     angles = torch.linspace(-3, 3, 2 * 3 * 24, device=device).reshape(2, 3, 24)
     turns = torch.polar(torch.ones_like(angles), angles)
-    try:
+
+    def load() -> Callable[..., Any]:
         from lorasmith.training.memory.rotary_kernel import turned
 
-        is_right = all(
-            torch.allclose(turned(x, table, way), _turned(x, table, way), atol=1e-5)
-            for table in (turns, turns[0])
-            for way in (1.0, -1.0)
-        )
-    except Exception:  # Triton has errors of many classes: about packages, drivers and compilers
-        return _turned
-    return turned if is_right else _turned
+        return turned
+
+    trials = [(x, table, direction) for table in (turns, turns[0]) for direction in (1.0, -1.0)]
+    return kernel_or(_turned, load, trials, tolerance=1e-5)
 
 
 def _turned(x: Tensor, turns: Tensor, direction: float) -> Tensor:
