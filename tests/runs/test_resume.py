@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.data.data_config import ImageSource
+from lorasmith.runs.recorded_run import Typed
 from lorasmith.runs.reproduce import plan_again
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
@@ -85,6 +88,18 @@ def test_a_finished_run_is_trained_on_from_its_end_with_its_optimizer(
     assert tensors_of(tmp_path / "on") == tensors_of(tmp_path / "long") != tensors_of(tmp_path / "short")
     (resumed,) = (event for event in audience.events if isinstance(event, Resumed))
     assert "continues from step 3 of" in resumed.message and "constant schedule over 6 steps" in resumed.message
+
+
+def test_a_finished_run_is_not_trained_on_with_other_pictures(
+    whole: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed = Path(shutil.copytree(images, tmp_path / "photos"))
+    Image.open(changed / "2.png").point(lambda value: 255 - value).save(changed / "2.png")
+    again = plan_again(whole, Host(), Typed(spec=RunSpec(sources=(ImageSource(str(changed)),)), files=True), steps=7)
+    with pytest.raises(OutputError, match="is of a run that differs in the images or captions; undo that, or train"):
+        run(again, Host())
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 def test_training_on_needs_a_complete_run_and_more_steps(whole: Path, broken: Path) -> None:

@@ -46,6 +46,7 @@ from lorasmith.training.storage.run_folder import (
     PREVIEW_LORA,
     RunFolder,
     check_room,
+    checked_start,
     claimed_run,
     continuing,
     new_run_folder,
@@ -177,6 +178,8 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
         job = job.for_samples(parts.training.samples)
         record = run_record(job, parts, title=plan.title, source=plan.source, facts=plan.facts, verify=plan.verify)
         _check_together(job, record)
+        if unknown := processes.broadcast_from_rank0(lambda: checked_start(record)):
+            job = replace(job, notes=(*job.notes, ReportNote(unknown)))
         folder, start = None, None
         if plan.output is not None or host.runs is not None:
             # Only rank 0 uses the folder, and broadcasts how the run starts.

@@ -112,6 +112,15 @@ def test_what_cannot_be_trained_on_stays_where_it_is(
     assert list(tmp_path.iterdir()) == [short]
 
 
+def test_a_state_without_its_run_is_started_from_with_a_remark(
+    run: Run, dataset: EncodedDataset, short: Path, tmp_path: Path
+) -> None:
+    state, ear = shutil.copy(short / "states" / "step-000003.safetensors", tmp_path), Ear()
+    run(dataset, steps=4, existing_state=str(state), on_event=ear)
+    (said,) = (one for one in ear.of(Warned) if "as its run is not beside it" in one.message)
+    assert said.is_remark
+
+
 @pytest.mark.slow
 def test_a_longer_run_that_was_interrupted_is_continued_by_the_same_call(
     run: Run, dataset: EncodedDataset, short: Path, tmp_path: Path

@@ -371,6 +371,25 @@ def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> 
         return record
 
 
+def checked_start(record: RunRecord) -> str:
+    """Raise OutputError if the run whose state a run starts from differs in more than its length.
+
+    Returns a sentence if that cannot be compared, as the state is not in the folder of its run; otherwise an empty one.
+    """
+    if (given := record.config.get(_STATE)) is None:
+        return ""
+    path = Path(str(given)).resolve()
+    folder = RunFolder(path.parent.parent)
+    if not folder.exists or path not in folder.states().paths():
+        return f"Whether {path} is of the same images, settings and model is not known, as its run is not beside it."
+    if found := differences(_without_length(folder.record().fingerprint), _without_length(record.fingerprint)):
+        raise OutputError(
+            f"{path} is of a run that differs in {'; '.join(found)}; undo that, or train with its LoRA as "
+            "existing_lora, which starts the optimizer afresh"
+        )
+    return ""
+
+
 def _from_state(record: RunRecord, path: Path) -> RunRecord:
     return _starting(record, path, record.fingerprint.get("initial", "") + state_digest(path))
 
