@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from encoder_cases import Encoder, add
-from video_cases import animation, movie
+from video_cases import GREY, animation, movie, timed_movie
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.clips import ClipForm, clip_frames, open_file, open_still
+from lorasmith.data.clips import ClipForm, clip_frames, open_file, open_still, seconds_read, steady_times
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.data.image_files import ImageError
@@ -31,23 +31,23 @@ FORM = ClipForm(9, 5.0, LatentFormat(3, 4, 1.0, frames=True, time_downscale=4))
     ],
 )
 def test_frames_are_those_shown_at_even_times(frames: int, rate: float, expected: tuple[int, ...]) -> None:
-    assert FORM.numbers(frames, rate) == expected
+    assert FORM.numbers(steady_times(frames, rate)) == expected
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.gif"])
 def test_animations_are_clips_where_asked(tmp_path: Path, name: str) -> None:
     path = animation(tmp_path / name, 6, milliseconds=50)
-    assert open_file(path, clips=True) == (32, 16, 6, 20.0)
-    assert open_file(path, clips=False) == (32, 16, 0, 0.0)
+    assert open_file(path, clips=True) == (32, 16, (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3))
+    assert open_file(path, clips=False) == (32, 16, ())
     shown = [one.getpixel((5, 5)) for one in clip_frames(path, path.read_bytes(), (0, 2, 2, 5))]
     assert shown == [(0, 0, 0), (40, 40, 40), (40, 40, 40), (100, 100, 100)]
     still = add(tmp_path, f"still{path.suffix}", (20, 20), (0, 0, 0))
-    assert open_file(still, clips=True) == (20, 20, 0, 0.0)
+    assert open_file(still, clips=True) == (20, 20, ())
 
 
 def test_videos_are_clips(tmp_path: Path) -> None:
     path = movie(tmp_path / "a.mp4", 7)
-    assert open_file(path, clips=True) == (32, 16, 7, 10.0)
+    assert open_file(path, clips=True) == (32, 16, steady_times(7, 10.0))
     shown = [one.getpixel((5, 5))[0] for one in clip_frames(path, path.read_bytes(), (0, 3, 6))]  # type: ignore[index]
     assert shown == pytest.approx([0, 75, 150], abs=6)
     assert open_still(path, 16).size == (16, 8)
@@ -55,11 +55,65 @@ def test_videos_are_clips(tmp_path: Path) -> None:
         list(clip_frames(path, path.read_bytes(), (0, 8)))
 
 
+def even(start: float, end: float, rate: float) -> list[float]:
+    return [start + number / rate for number in range(round((end - start) * rate))]
+
+
+SLOW_FIRST, FAST_FIRST = even(0, 2, 10) + even(2, 4, 60), even(0, 2, 60) + even(2, 4, 10)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "stated", "times", "error"),
+    [
+        # A frame is shown until the next: at most as late as its own duration.
+        (".mkv", 0, SLOW_FIRST, 0.1),
+        (".mkv", 0, FAST_FIRST, 0.02),
+        (".mkv", None, FAST_FIRST, 0.02),
+        (".mp4", None, SLOW_FIRST, 0.1),
+        (".mp4", None, FAST_FIRST, 0.02),
+        (".webm", None, FAST_FIRST, 0.02),
+        (".flv", None, FAST_FIRST, 0.02),
+        (".mkv", 0, even(0, 4, 30), 0.034),
+        (".webm", None, even(0, 4, 30), 0.034),
+        (".mp4", 24, even(0, 4, 24), 0.042),
+        (".mkv", 48, even(0, 4, 48), 0.001),  # in Matroska 62.5 ms are 63
+        (".mp4", 480, even(0, 2.5, 480), 0.003),
+        (".mp4", 30, even(1.5, 4, 30), 0.034),
+    ],
+)
+def test_clips_are_cut_by_the_time_stamps_of_an_encoder(
+    tmp_path: Path, suffix: str, stated: int | None, times: list[float], error: float
+) -> None:
+    path = timed_movie(tmp_path / f"a{suffix}", times, rate=stated)
+    wan = ClipForm(33, 16.0, LatentFormat(16, 8, 1.0, frames=True, time_downscale=4))
+    numbers = wan.numbers(open_file(path, clips=True).times)
+    shown = [one.getpixel((5, 5))[0] / GREY for one in clip_frames(path, path.read_bytes(), numbers)]  # type: ignore[index]
+    late = [number / 16 - (time - times[0]) for number, time in enumerate(shown)]
+    grey = 2 / GREY  # what the encoder and rounding change
+    assert len(numbers) == 33
+    assert max(late) <= error + grey and min(late) >= -grey
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.gif"])
+def test_each_frame_of_an_animation_has_its_duration(tmp_path: Path, name: str) -> None:
+    path = animation(tmp_path / name, 5, milliseconds=[1000, 200, 200, 200, 400])
+    assert FORM.numbers(open_file(path, clips=True).times) == (0, 0, 0, 0, 0, 1, 2, 3, 4)
+
+
+def test_clips_of_more_than_a_thousand_frames_are_read_as_long_as_they_are_trained(tmp_path: Path) -> None:
+    fast = open_file(timed_movie(tmp_path / "fast.mp4", even(0, 3, 480), rate=480), clips=True)
+    assert fast.frames == 1440
+    slow = timed_movie(tmp_path / "slow.mp4", even(0, 4, 1), rate=1)
+    assert [open_file(slow, clips=True, seconds=most).frames for most in (1.5, 9)] == [3, 4]
+    assert seconds_read(DataConfig(frame_rate=1.0)) == 257
+    assert seconds_read(DataConfig(frames=5, frame_rate=1.0)) == seconds_read(DataConfig()) == 60
+
+
 def test_a_video_that_is_none_is_skipped_with_the_reason(tmp_path: Path) -> None:
     movie(tmp_path / "a.mp4", 3)
     (tmp_path / "b.webm").write_text("no video")
     scan = scan_folder(tmp_path, clips=True)
-    assert [(one.name, one.frames) for one in scan.images] == [("a.mp4", 3)]
+    assert [(one.name, one.times) for one in scan.images] == [("a.mp4", steady_times(3, 10.0))]
     ((path, reason),) = scan.skipped
     assert path.name == "b.webm"
     assert reason.startswith("must be a video that can be read")
@@ -69,9 +123,9 @@ def test_for_models_of_pictures_videos_are_left_out_and_animations_are_pictures(
     movie(tmp_path / "a.mp4", 3)
     animation(tmp_path / "b.webp", 3)
     plain, clips = scan_folder(tmp_path), scan_folder(tmp_path, clips=True)
-    assert [one.frames for one in clips.images] == [3, 3]
+    assert [one.times for one in clips.images] == [(0.0, 0.1, 0.2, 0.3)] * 2
     assert clips.of_pictures() == plain
-    assert [(one.name, one.frames) for one in plain.images] == [("b.webp", 0)]
+    assert [(one.name, one.times) for one in plain.images] == [("b.webp", ())]
     assert "a video" in plain.skipped[0][1]
     (tmp_path / "b.webp").unlink()
     with pytest.raises(DataError, match=r"no usable image: a\.mp4 is a video"):

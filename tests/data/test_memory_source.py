@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lorasmith.core.errors import DataError, LorasmithError
 from lorasmith.core.options import config_from
+from lorasmith.data.clips import steady_times
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
@@ -278,14 +279,14 @@ def test_a_clip_is_its_frames(tmp_path: Path) -> None:
     forms: list[Any] = [frames, frames / 255, torch.from_numpy(frames).permute(0, 3, 1, 2)]
     for number, form in enumerate(forms):
         image = one(tmp_path / str(number), (form, "a wave"), clips=True)
-        assert (image.frames, image.rate, image.width, image.height) == (5, 10.0, 40, 24)
+        assert (image.times, image.width, image.height) == (steady_times(5, 10.0), 40, 24)
         with Image.open(image.path) as film:
             for index in range(5):
                 film.seek(index)
                 assert np.array_equal(np.asarray(film), frames[index])
     item = {"video": frames[:1], "text": "a still", "frame_rate": 25}
     image = one(tmp_path / "one", item, clips=True)
-    assert (image.frames, image.rate, image.name) == (1, 25.0, "clip 0")
+    assert (image.times, image.name) == ((0.0, 0.04), "clip 0")
 
 
 def test_controls_beside_a_picture(tmp_path: Path) -> None:

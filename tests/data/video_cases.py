@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,39 @@ def movie(path: Path, frames: int, width: int = 32, height: int = 16) -> Path:
     return path
 
 
-def animation(path: Path, frames: int, milliseconds: int = 100, size: tuple[int, int] = (32, 16)) -> Path:
-    """An animation of grey frames, 20 brighter each."""
-    pictures = [Image.new("RGB", size, (20 * number,) * 3) for number in range(frames)]
+GREY = 60  # of 255, a second
+_DEFAULT_DURATION = b"\x23\xe3\x83\x84"  # Matroska's element of the frame rate, with the length of its four bytes
+
+
+def timed_movie(path: Path, times: Sequence[float], *, rate: int | None = None) -> Path:
+    """A video whose frames have these time stamps, in seconds, and `GREY` each second; skips the test without PyAV.
+
+    `rate` is what the file states: PyAV's default if left out, nothing for 0 (Matroska only).
+    """
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(_CODECS.get(path.suffix, "mpeg4"), rate=rate or None)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 10**7
+        base = Fraction(1, 2400)
+        stream.codec_context.time_base = stream.time_base = base
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), round(GREY * time), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time / base), base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    if rate == 0:
+        content = path.read_bytes()
+        assert content.count(_DEFAULT_DURATION) == 1
+        place = content.index(_DEFAULT_DURATION)
+        path.write_bytes(content[:place] + b"\xec\x86" + bytes(6) + content[place + 8 :])  # an element without meaning
+    return path
+
+
+def animation(
+    path: Path, frames: int, milliseconds: int | list[int] = 100, size: tuple[int, int] = (32, 16), step: int = 20
+) -> Path:
+    """An animation of grey frames, each `step` brighter."""
+    pictures = [Image.new("RGB", size, (step * number,) * 3) for number in range(frames)]
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, **options)

@@ -37,7 +37,7 @@ from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import Sampling, generate, generate_clips
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
-from tests.data.video_cases import animation
+from tests.data.video_cases import animation, movie
 from tests.families.original_models import save
 from tests.hosts import Audience
 from tests.runs.folder_cases import CONFIRMED, tensors_of
@@ -210,6 +210,24 @@ def test_clips_shorter_than_the_frames_asked_for_are_noted(base: Path, clips: Pa
         "2 of 2 clips have fewer than 9 frames at 5 a second, such as a.webp with 5, and are trained whole; add longer "
         "ones, or lower frames"
     ]
+
+
+def test_the_check_names_clips_that_are_resampled(base: Path, tmp_path: Path) -> None:
+    model = Small().load(ModelFiles(str(base / "models" / "diffusion_models" / A14B)), None).model
+    animation(tmp_path / "even.webp", 6, milliseconds=200, size=(64, 64))
+    animation(tmp_path / "phone.webp", 6, milliseconds=[100, 100, 100, 500, 100, 100], size=(64, 64))
+    movie(tmp_path / "slow.mp4", 14, 64, 64)
+
+    def found(rate: float) -> list[str]:
+        config = DataConfig(frame_rate=rate)
+        checked = check_scan(scan_folder(tmp_path, config, clips=True), config, folder=tmp_path, model=model)
+        return [one for one in checked.preflight.notes if "resampled" in one]
+
+    assert found(5.0) == [
+        "2 of 3 clips are resampled to 5 frames a second by time stamps, so that motion keeps its speed: phone.webp (2 "
+        "to 10 a second, 1 of 5 frames repeated), slow.mp4 (10 a second)"
+    ]
+    assert "even.webp (5 a second, 2 of 5 frames repeated)" in found(10.0)[0]
 
 
 def picture(folder: Path, name: str, size: tuple[int, int] = (50, 34)) -> Path:

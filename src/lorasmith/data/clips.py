@@ -1,7 +1,8 @@
 """Clips: files of several pictures in time, videos and animations, and which of their frames are trained.
 
 Animated WebP and GIF files are read with Pillow, videos with PyAV (an optional package). A clip is sampled from its
-start at the model's frame rate, so motion has the speed that the model was trained on. A `Video` is a selection of a
+start at the model's frame rate, by the time stamps of its frames, so motion has the speed that the model was trained
+on; the rate that a file states may be an average, a default of the recorder, or missing. A `Video` is a selection of a
 file's frames for nodes; nothing is decoded until the pictures are needed.
 
 Files are untrusted: only containers of videos are opened, not the formats in which a file references others.
@@ -12,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -26,15 +29,18 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, open_regular
 from lorasmith.data.captions import read_caption_file
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import MOST_FRAMES, DataConfig
 from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped, list_folders, stem_of
 from lorasmith.data.image_files import ImageError, image_size, open_animation, open_reduced
 from lorasmith.families.base import LatentFormat
 from lorasmith.families.model import Model
 
-COUNTED_FRAMES = 1000  # frames read to count those of a file; no run trains on more of one
+_READ_S = 60.0  # of a clip; more than a run trains on, unless its settings say so
+_MOST_RATE = 1000  # frames per second; files with more are read for a shorter time
 _ANIMATED = (".webp", ".gif")
-_ROUNDING = 1e-6  # 16 of 10 frames a second are 1.6 of each, despite rounding
+_ROUNDING = 1e-6  # of a frame: 16 of 10 frames a second are 1.6 of each, despite rounding
+_TICK = 1e-3  # seconds that stamps may be rounded by, as in Matroska; less where a file counts in smaller units
+_VARIES = 1.1  # factor between the longest and the shortest time of a frame
 _FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names
 _MOST_FRAMES = 10_000_000  # of a file: four days at 30 frames a second
 _MOST_PIXELS = 2**26  # of a frame: twice those of 8K video; a small file may announce frames that fill the memory
@@ -47,8 +53,12 @@ class OpenedFile(NamedTuple):
 
     width: int
     height: int
-    frames: int = 0  # at most `COUNTED_FRAMES`; 0 for a picture
-    rate: float = 0.0  # frames per second; 0 for a picture
+    times: tuple[float, ...] = ()  # of a clip: seconds at which each frame is shown, and the end; empty for a picture
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip that were read; 0 for a picture."""
+        return max(0, len(self.times) - 1)
 
 
 @dataclass(frozen=True)
@@ -59,14 +69,32 @@ class ClipForm:
     rate: float  # frames per second
     latent: LatentFormat
 
-    def numbers(self, frames: int, rate: float) -> tuple[int, ...]:
-        """The trained frames of a file of `frames` at `rate` per second: evenly spaced in time from its start."""
-        count = self.latent.whole_frames(min(self.most, self.available(frames, rate)))
-        return tuple(min(frames - 1, int(number * rate / self.rate + _ROUNDING)) for number in range(count))
+    def numbers(self, times: Sequence[float]) -> tuple[int, ...]:
+        """The trained frames of a clip (`OpenedFile.times`): those shown at evenly spaced times from its start."""
+        count = self.latent.whole_frames(min(self.most, self.available(times)))
+        shown = (bisect_right(times, (number + _ROUNDING) / self.rate) - 1 for number in range(count))
+        return tuple(min(number, len(times) - 2) for number in shown)
 
-    def available(self, frames: int, rate: float) -> int:
-        """Frames of the whole file at the model's rate."""
-        return max(1, int(frames * self.rate / rate + _ROUNDING))
+    def available(self, times: Sequence[float]) -> int:
+        """Frames of the whole clip at the model's rate."""
+        return max(1, int(times[-1] * self.rate + _ROUNDING))
+
+    def resampled(self, times: Sequence[float]) -> str:
+        """What the trained frames of a clip were taken from, a clause; empty if they are the clip's own."""
+        numbers = self.numbers(times)
+        if numbers == tuple(range(len(numbers))):
+            return ""
+        spans = [after - before for before, after in itertools.pairwise(times[: numbers[-1] + 2]) if after > before]
+        slowest, fastest = 1 / max(spans), 1 / min(spans)
+        varies = fastest > _VARIES * slowest
+        rate = f"{slowest:.3g} to {fastest:.3g} a second" if varies else f"{len(spans) / sum(spans):.4g} a second"
+        repeats = len(numbers) - len(set(numbers))
+        return f"{rate}, {repeats} of {len(numbers)} frames repeated" if repeats else rate
+
+
+def steady_times(frames: int, rate: float) -> tuple[float, ...]:
+    """The times of a clip (`OpenedFile.times`) of this many frames per second."""
+    return tuple(number / rate for number in range(frames + 1))
 
 
 def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
@@ -85,23 +113,28 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def open_file(path: Path, *, clips: bool, any_format: bool = False) -> OpenedFile:
-    """Size and frames of an image file or a clip, read whole; without `clips`, animations are their first picture."""
+def seconds_read(config: DataConfig) -> float:
+    """Seconds of a clip that are read: at least what is trained."""
+    return max(_READ_S, (config.frames or MOST_FRAMES) / (config.frame_rate or math.inf))
+
+
+def open_file(path: Path, *, clips: bool, any_format: bool = False, seconds: float = _READ_S) -> OpenedFile:
+    """Size and frames of an image file or a clip, read whole, a clip for so many seconds.
+
+    Without `clips`, animations are their first picture. ImageError if it cannot be read.
+    """
     if is_video(path):
-        count, size = 0, (0, 0)
-        for picture in _video_frames(path, None, range(COUNTED_FRAMES)):
-            count, size = count + 1, picture.size
-        if not count:
-            raise ImageError(path, "must be a video of at least one frame; repair or remove it")
-        return OpenedFile(*size, count, _rate(path))
+        with _image_errors(path):
+            return _opened_clip(path, seconds)
     if clips and path.suffix.lower() in _ANIMATED:
-        count, milliseconds = 0, 0.0
+        milliseconds = [0.0]
         for picture, shown in open_animation(path):
-            count, milliseconds, size = count + 1, milliseconds + shown, picture.size
-            if count == COUNTED_FRAMES:
+            milliseconds.append(milliseconds[-1] + shown)
+            size = picture.size
+            if milliseconds[-1] > 1000 * seconds or len(milliseconds) > seconds * _MOST_RATE:
                 break
-        if count > 1:
-            return OpenedFile(*size, count, 1000 * count / milliseconds)
+        if len(milliseconds) > 2:
+            return OpenedFile(*size, tuple(one / 1000 for one in milliseconds))
     return OpenedFile(*image_size(path, any_format=any_format))
 
 
@@ -211,7 +244,7 @@ def open_video(path: Path) -> Video:
         return Video(
             path,
             range(count),
-            _stream_rate(stream),
+            Fraction(stream.average_rate or 1),  # 1 as in ComfyUI
             width,
             height,
             max((one.bits for one in stream.format.components), default=8),
@@ -248,36 +281,72 @@ def decoded_frames(path: Path, wanted: Collection[int], *, content: bytes | None
     with _opened_video(path, content) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
-                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)).copy()
+                yield _upright(frame)
                 left -= 1
             if not left:
                 return
 
 
-def frame_rate(path: Path) -> float:
-    """Frames per second of a file. Raises DataError as `open_video`."""
-    with _opened_video(path) as (_, stream):
-        return float(_stream_rate(stream))
-
-
 def _video_frames(path: Path, content: bytes | None, wanted: Sequence[int] | set[int]) -> Iterator[Image.Image]:
     """The wanted frames in order, upright; those after the end are omitted."""
-    try:
+    with _image_errors(path):
         for frame in decoded_frames(path, wanted, content=content):
             yield Image.fromarray(frame)
-    except DataError as error:
-        raise ImageError(path, str(error).removeprefix(f"{path} ")) from error
 
 
-def _rate(path: Path) -> float:
+@contextlib.contextmanager
+def _image_errors(path: Path) -> Iterator[None]:
     try:
-        return frame_rate(path)
+        yield
     except DataError as error:
         raise ImageError(path, str(error).removeprefix(f"{path} ")) from error
 
 
-def _stream_rate(stream: Any) -> Fraction:
-    return Fraction(stream.average_rate or 1)
+def _opened_clip(path: Path, seconds: float) -> OpenedFile:
+    """Size and times of a video, of so many seconds. Raises DataError as `open_video`, and for a damaged file."""
+    stamps: list[float] = []
+    size = (0, 0)
+    with _opened_video(path) as (container, stream):
+        rates = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
+        for frame in container.decode(stream):
+            if not stamps:
+                height, width, _ = _upright(frame).shape
+                size, first = (width, height), frame.time or 0.0
+            # Stamps that are missing or run backwards count as those before.
+            stamps.append(max(stamps[-1] if stamps else 0.0, 0.0 if frame.time is None else frame.time - first))
+            if stamps[-1] > seconds or len(stamps) > seconds * _MOST_RATE:
+                break
+        tick = min(_TICK, float(stream.time_base or _TICK))
+    if not stamps:
+        raise DataError(f"{path} must be a video of at least one frame; repair or remove it")
+    return OpenedFile(*size, _times(path, stamps, rates, tick))
+
+
+def _times(path: Path, stamps: Sequence[float], rates: Sequence[float], tick: float) -> tuple[float, ...]:
+    """The times of a video from the stamps of its frames, which are rounded to a tick, and the rates that it states.
+
+    Stamps of a constant rate, but for the rounding, become that rate's exact times.
+    """
+    count, last = len(stamps), stamps[-1]
+    if count > 1 and last:
+        mean = (count - 1) / last
+        rates = (*rates, round(mean), round(mean * 1.001) / 1.001, mean)
+        rates = [
+            rate
+            for rate in rates
+            if rate and all(abs(stamp - number / rate) <= tick for number, stamp in enumerate(stamps))
+        ]
+        if not rates:
+            # A rounded stamp may be due a tick earlier.
+            return (0.0, *(max(0.0, stamp - tick) for stamp in stamps[1:]), 2 * last - stamps[-2] + tick)
+    if not rates:
+        raise DataError(f"{path} must have time stamps or a frame rate; convert or remove it")
+    return steady_times(count, rates[0])
+
+
+def _upright(frame: Any) -> np.ndarray:
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
+    return np.rot90(pixels, round(frame.rotation / 90)).copy()
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def _check_opposites(scan: FolderScan, config: DataConfig, form: ControlForm | N
     """Raise DataError unless each image is a picture with one opposite, and the model draws from text alone."""
     if form is not None and (form.is_required or form.source != "files"):
         raise DataError(f"{title} is given pictures beside a caption, and is not trained on pairs; leave pairs out")
-    if clip := next((one for one in scan.images if one.frames), None):
+    if clip := next((one for one in scan.images if one.times), None):
         raise DataError(f"pairs are of pictures, but {clip.name} is a clip; remove it")
     check_pairs(scan, config, title="pairs")
     first = scan.images[0]
@@ -106,9 +106,9 @@ def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
     assert clips is not None
     least = 1 + clips.latent.time_downscale
     for one in scan.images:
-        frames = len(clips.numbers(one.frames, one.rate)) if one.frames else 1
+        frames = len(clips.numbers(one.times)) if one.times else 1
         if frames < least:
-            what = f"{clips.available(one.frames, one.rate)} frames at {clips.rate:g} a second" if one.frames else "one"
+            what = f"{clips.available(one.times)} frames at {clips.rate:g} a second" if one.times else "one"
             raise DataError(
                 f"{title} draws a clip from its first frame, and needs at least {least} frames, but {one.name} has "
                 f"{what}; remove it, or train it with a text-to-video model"

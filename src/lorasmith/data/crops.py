@@ -268,7 +268,7 @@ def framed(
 def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
     """The mask in mode L, white inside; None without one, and for a clip's transparency. Raises ImageError."""
     if config.masks == "alpha":
-        return None if image.frames else open_layers(image.path)[1]
+        return None if image.times else open_layers(image.path)[1]
     return None if image.mask is None else open_mask(image.mask)
 
 

@@ -21,6 +21,7 @@ from lorasmith.core.registry import nearest
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of caption files, the preferred one first
 MAX_REPEATS = 10_000  # of an image in an epoch
+MOST_FRAMES = 257  # of a clip
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class DataConfig:
     frames: int | None = option(
         None,
         min=1,
-        max=257,
+        max=MOST_FRAMES,
         group=_CLIPS,
         help="Frames of a clip at most, from its start; 1 trains on its first picture. For models of videos. Default: "
         "the model's.",

@@ -189,7 +189,7 @@ def encode_scan(
         model = replace(model, vae_dtype=fast_dtype(torch.bfloat16, where))
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
     clips = clip_form(model, config)
-    if clips is None and any(image.frames for image in scan.images):
+    if clips is None and any(image.times for image in scan.images):
         scan = scan.of_pictures()
     cache = default_cache(config.cache_limit) if config.cache else None
     has_controls = config.controls != "opposite" and any(image.controls for image in scan.images)
@@ -337,7 +337,7 @@ def _entries(
 
 def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int, clips: ClipForm | None) -> FramedImage:
     found = framings_of(image, config, resolution=resolution, multiple=step)
-    numbers = clips.numbers(image.frames, image.rate) if clips and image.frames else ()
+    numbers = clips.numbers(image.times) if clips and image.times else ()
     return FramedImage.of(image, found, config, numbers)
 
 
@@ -385,7 +385,7 @@ def _clips_in_part(images: Sequence[FramedImage], clips: ClipForm) -> Iterator[s
     parts = [
         (one.image.name, len(one.numbers), all_of_it)
         for one in images
-        if one.numbers and (all_of_it := clips.available(one.image.frames, one.image.rate)) > len(one.numbers)
+        if one.numbers and (all_of_it := clips.available(one.image.times)) > len(one.numbers)
     ]
     if parts:
         (name, used, frames), count = parts[0], sum(bool(one.numbers) for one in images)

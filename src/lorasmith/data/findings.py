@@ -175,7 +175,7 @@ def listed(
 ) -> str:
     """The names of some images, with a detail of each."""
     shown = [images[index] for index in islice(found, _LISTED + 1)]
-    return _joined([f"{one.name} ({detail(one)})" if detail else one.name for one in shown], of=len(found))
+    return joined([f"{one.name} ({detail(one)})" if detail else one.name for one in shown], of=len(found))
 
 
 _UNUSED: dict[ReasonKind, str] = {
@@ -203,7 +203,7 @@ def _unused(skipped: Sequence[tuple[str, Reason]]) -> Iterator[Finding]:
             "unused files",
             f"{_count(skipped, 'file or folder', 'files or folders')} cannot be used"
             + (f" ({kinds})" if len(counts) > 1 else ""),
-            _joined([f"{name} ({reason.partition(';')[0]})" for name, reason in skipped]),
+            joined([f"{name} ({reason.partition(';')[0]})" for name, reason in skipped]),
             f"mend, rename or remove {_them(skipped)}"
             + (f", or convert what can be converted with {_FIX}" if counts["format"] else "")
             + readers,
@@ -379,7 +379,7 @@ def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Findi
     if shared:
         yield Finding(
             "shared tags",
-            f"every caption has the {'tag' if len(shared) == 1 else 'tags'} {_joined(shared)}",
+            f"every caption has the {'tag' if len(shared) == 1 else 'tags'} {joined(shared)}",
             "",
             "remove what need not stand in every prompt, and keep the word for your subject",
         )
@@ -405,7 +405,7 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 
-def _joined(texts: Sequence[str], *, of: int | None = None) -> str:
+def joined(texts: Sequence[str], *, of: int | None = None) -> str:
     """The first texts, comma-separated, and the number of the others."""
     total = len(texts) if of is None else of
     shown = _LISTED if total > _LISTED + 1 else total  # "and 1 more" is as long as a name

@@ -24,7 +24,7 @@ from typing import Literal
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.captions import CaptionError, CaptionRules, caption_of_file_name, one_line, read_caption_file
-from lorasmith.data.clips import is_video, open_file
+from lorasmith.data.clips import is_video, open_file, seconds_read
 from lorasmith.data.data_config import MAX_REPEATS, CaptionOrigin, DataConfig, ImageSource
 from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
 from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes, in_threads
@@ -53,8 +53,7 @@ class ImageFile:
     mask: Path | None = None  # with masks files only
     is_class: bool = False  # shows the subject's class, for prior preservation
     digest: str = ""  # SHA-256 when it was scanned; empty if unknown
-    frames: int = 0  # of a clip; 0 for a picture
-    rate: float = 0.0  # frames per second of a clip; 0 for a picture
+    times: tuple[float, ...] = ()  # as in `OpenedFile`
     controls: tuple[ImageFile, ...] = ()  # what an edit model is given beside the caption
 
     @property
@@ -85,7 +84,7 @@ class FolderScan:
 
     def of_pictures(self) -> FolderScan:
         """The scan without videos, animations as their first picture. DataError if only videos are left."""
-        images = tuple(replace(one, frames=0, rate=0.0) for one in self.images if not is_video(one.path))
+        images = tuple(replace(one, times=()) for one in self.images if not is_video(one.path))
         videos = [one.path for one in self.images if is_video(one.path)]
         if not images:
             raise DataError(f"there is no usable image: {videos[0].name} {NO_CLIPS}")
@@ -217,7 +216,9 @@ def _checked(
         return found.barred
     file = None
     try:
-        opened = found.opened or open_file(found.path, clips=found.clips, any_format=any_format)
+        opened = found.opened or open_file(
+            found.path, clips=found.clips, any_format=any_format, seconds=seconds_read(config)
+        )
         width, height = opened.width, opened.height
         digest = file_digest(found.path)
         if fault := _size_fault(width, height):
@@ -260,8 +261,7 @@ def _checked(
         found.mask,
         is_class,
         digest,
-        opened.frames,
-        opened.rate,
+        opened.times,
         tuple(controls),
     )
     return _Checked(

@@ -32,7 +32,7 @@ from lorasmith.core.folders import file_stem
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import described, printable
 from lorasmith.data.captions import MAX_CAPTION
-from lorasmith.data.clips import COUNTED_FRAMES, OpenedFile
+from lorasmith.data.clips import OpenedFile, seconds_read, steady_times
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.folder_listing import ListedFolder
 from lorasmith.data.image_files import upright_original
@@ -224,7 +224,8 @@ def _written(item: _Item, source: PictureItems, config: DataConfig, clips: bool)
             f"captions {config.captions} is for files, got a picture in memory as {item.title}; leave captions at "
             "files, or choose none"
         )
-    frames = _frames(item)
+    rate = item.rate or source.rate
+    frames = _frames(item, most=1 + int(rate * seconds_read(config)) if rate else None)
     is_clip = len(frames) > 1 or item.is_clip
     if is_clip and not clips:
         raise DataError(
@@ -236,7 +237,7 @@ def _written(item: _Item, source: PictureItems, config: DataConfig, clips: bool)
     found = Candidate(folder, name, item.repeats, item.weight, clips, metadata=item.title, entry=item.captions)
     _save(frames, found.path)
     if is_clip:
-        found.opened = OpenedFile(*frames[0].size, len(frames), item.rate or source.rate)
+        found.opened = OpenedFile(*frames[0].size, steady_times(len(frames), rate))
     return found
 
 
@@ -254,7 +255,7 @@ def _beside(item: _Item, picture: object, what: str, path: Path) -> Path:
     """The file of an item's mask or control, `path` if it is in memory."""
     if isinstance(picture, str | os.PathLike):
         return Path(picture)
-    _save(_frames(replace(item, picture=picture, name=f"its {what}"))[:1], path)
+    _save(_frames(replace(item, picture=picture, name=f"its {what}"), most=1), path)
     return path
 
 
@@ -270,8 +271,8 @@ def _save(frames: Sequence[Image.Image], path: Path) -> None:
         ) from error
 
 
-def _frames(item: _Item) -> list[Image.Image]:
-    """An item's picture, or the frames of its clip, in 8 bits."""
+def _frames(item: _Item, *, most: int | None) -> list[Image.Image]:
+    """An item's picture, or the first frames of its clip, in 8 bits."""
     picture = item.picture
     if isinstance(picture, Image.Image):
         try:
@@ -289,7 +290,7 @@ def _frames(item: _Item) -> list[Image.Image]:
             f"{described(picture)}"
         )
     array = _channels_last(array, item)
-    pixels = [_eight_bits(frame, item) for frame in (array[:COUNTED_FRAMES] if array.ndim == 4 else array[None])]
+    pixels = [_eight_bits(frame, item) for frame in (array[:most] if array.ndim == 4 else array[None])]
     return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in pixels]
 
 

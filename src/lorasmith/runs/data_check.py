@@ -18,7 +18,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import ClipForm, clip_form, open_still
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.findings import CheckedImage, Finding, FindingKind, TokenLimit, tags_of
+from lorasmith.data.findings import CheckedImage, Finding, FindingKind, TokenLimit, joined, tags_of
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.image_files import ImageError
 from lorasmith.data.preflight import Preflight, name_in, preflight, usual_resolution
@@ -91,8 +91,8 @@ def check_scan(
         validation_share=validation_share,
         progress=progress,
     )
-    if model is not None and config.frames is not None and (clips := clip_form(model, config)) is not None:
-        found = replace(found, notes=(*found.notes, *_short_clips(scan, clips)))
+    if model is not None and (clips := clip_form(model, config)) is not None:
+        found = replace(found, notes=(*found.notes, *_clip_notes(scan, clips, config)))
     return DataCheck(
         preflight=found,
         model=None if model is None else model.title,
@@ -100,10 +100,17 @@ def check_scan(
     )
 
 
-def _short_clips(scan: FolderScan, clips: ClipForm) -> Iterator[str]:
-    """A note on clips of fewer frames than were asked for."""
-    counts = [(one.name, len(clips.numbers(one.frames, one.rate))) for one in scan.images if one.frames]
-    if short := [(name, count) for name, count in counts if count < clips.latent.whole_frames(clips.most)]:
+def _clip_notes(scan: FolderScan, clips: ClipForm, config: DataConfig) -> Iterator[str]:
+    """Notes on clips of other frame rates than the model's, and of fewer frames than were asked for."""
+    found = [(one.name, one.times) for one in scan.images if one.times]
+    if resampled := [f"{name} ({what})" for name, times in found if (what := clips.resampled(times))]:
+        yield (
+            f"{len(resampled)} of {count_text(len(found), 'clip')} {'is' if len(resampled) == 1 else 'are'} resampled "
+            f"to {clips.rate:g} frames a second by time stamps, so that motion keeps its speed: {joined(resampled)}"
+        )
+    counts = [(name, len(clips.numbers(times))) for name, times in found]
+    most = 0 if config.frames is None else clips.latent.whole_frames(clips.most)
+    if short := [(name, count) for name, count in counts if count < most]:
         yield (
             f"{len(short)} of {count_text(len(counts), 'clip')} {'has' if len(short) == 1 else 'have'} fewer than "
             f"{clips.most} frames at {clips.rate:g} a second, such as {short[0][0]} with {short[0][1]}, and "
