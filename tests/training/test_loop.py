@@ -28,7 +28,7 @@ from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Resumed, RolledBack, Shrunk, StateSaved, StepDone, Warned
 from lorasmith.training.job import engine_of, plan_job
-from lorasmith.training.loop import Loop
+from lorasmith.training.loop import Loop, _Taken
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.recovery import RunState, exploded
 from lorasmith.training.results import TrainResult
@@ -258,6 +258,32 @@ def test_after_nan_a_run_goes_back_and_on(run: Run, dataset: EncodedDataset, mon
     assert [event.learning_rate for event in audience.of(StepDone)] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
     for one in result.lora.state.adapters.values():
         assert all(tensor.isfinite().all() for tensor in one.tensors.values())
+
+
+@pytest.mark.parametrize("clipped", [0.0, 1.0])
+def test_a_layer_whose_gradient_is_nan_is_named_and_no_image(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipped: float
+) -> None:
+    spoilt, original = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q", engine.Engine.gradient
+
+    def gradient(self: engine.Engine, batches: Any) -> Any:
+        found = original(self, batches)
+        self.flat.view(self.flat.grad, f"{spoilt}.up")[0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(engine.Engine, "gradient", gradient)
+    audience = Audience()
+    with pytest.raises(TrainingError, match=f"gradient of {spoilt} became NaN .*leave that layer out"):
+        run(dataset, steps=6, max_grad_norm=clipped, max_rollbacks=1, on_event=audience)
+    (back,) = audience.of(RolledBack)
+    assert (back.layers, back.images) == ((spoilt,), ())
+
+
+def test_an_image_is_named_for_its_own_loss_alone() -> None:
+    taken = _Taken(("a", "b", "a", "c"), (0, 1, 2, 3), (0.5,) * 4, 4, ())
+    assert taken.at_fault([1.0, math.nan, 2.0, 30.0], bound=10) == ("b", "c")
+    assert taken.at_fault([math.nan] * 4, bound=10) == ()
+    assert _Taken(("a",), (0,), (0.5,), 1, ()).at_fault([math.inf], bound=math.inf) == ("a",)
 
 
 @pytest.mark.slow
@@ -668,7 +694,7 @@ def test_a_gradient_that_is_not_finite_is_no_explosion(
         return losses, first
 
     monkeypatch.setattr(engine.Engine, "gradient", broken)
-    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 .*; the LoRA before that step"):
+    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3; the LoRA before that step"):
         run(dataset, steps=3, max_rollbacks=0, output=tmp_path / "run")
     monkeypatch.undo()
     run(dataset, steps=2, output=tmp_path / "two")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lorasmith.training.recovery import CompileFailed, Diverged
@@ -28,4 +30,11 @@ def test_a_compilers_error_is_its_innermost_first_line(error: Exception, text: s
 def test_a_step_that_diverged_names_its_images() -> None:
     fault = Diverged(33, 12.3456, ("a.png", "b.png"), updated=True)
     assert str(fault) == "the loss exploded to 12.3 at step 34 (images: a.png, b.png)"
-    assert "NaN or infinite" in str(Diverged(0, float("nan"), ("a.png",), updated=False))
+    assert str(Diverged(0, math.nan, ("a.png",), False)) == "the loss became NaN or infinite at step 1 (images: a.png)"
+
+
+def test_a_gradient_that_is_not_finite_names_its_layers() -> None:
+    fault = Diverged(4, 0.5, (), updated=False, layers=("a.to_q",))
+    assert str(fault) == "the gradient of a.to_q became NaN or infinite at step 5"
+    many = Diverged(4, 0.5, (), updated=False, layers=("a", "b", "c"))
+    assert str(many) == "the gradient of 3 layers, such as c, became NaN or infinite at step 5"

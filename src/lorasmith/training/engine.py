@@ -151,6 +151,7 @@ class Engine:
         self.trained = Attached(adapters, self._dial if self.methods else 1.0, differences or {})
         self.text_adapters = text_adapters or {}
         named = list(_trained(self._all_adapters, self.trained.differences, model.word))
+        self._names = [(path, name) for path, name, _ in named]
         self.flat = FlatParameters(
             {name: parameter for _, name, parameter in named},
             device=runtime.device,
@@ -344,7 +345,8 @@ class Engine:
         # Anything else is decided on the host: the flag stays down, so that no later step updates the weights first.
         self._sound = self._sound & losses.isfinite().all() & (finite | (self._scale.scale > 1))
         if config.max_grad_norm:
-            grad.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            # A norm that is not finite leaves the others as they are, for `non_finite_gradients`.
+            grad.mul_(torch.where(finite, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), 1.0))
         proceed = self._sound & finite
         stopped = [self.flat.view(self.flat.master, name) for name, last in self._last.items() if step >= last]
         kept = [one.clone() for one in stopped]
@@ -361,6 +363,15 @@ class Engine:
                 average.lerp_(self.flat.master, 1 - kept_share(step + 1, exponent(length)))
         self.flat.publish()
         return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first)), losses))
+
+    def non_finite_gradients(self) -> Iterator[str]:
+        """Paths of the layers whose last gradient has NaN or infinity, in the model's order.
+
+        On a GPU, where a step's results arrive late, that is the gradient of the step after it, of the same weights.
+        """
+        flat = self.flat
+        bad = [path for path, name in self._names if not flat.view(flat.grad, name).isfinite().all()]
+        yield from dict.fromkeys(bad)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """CPU copies of all tensors that a step changes, and the remaining state as JSON values."""

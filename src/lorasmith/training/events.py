@@ -173,9 +173,10 @@ class RolledBack(Event):
 
     step: Annotated[int, "the diverged step, counted from 1"]
     to_step: Annotated[int, "step of the restored snapshot"]
-    images: Annotated[tuple[str, ...], "names of the step's samples"]
+    images: Annotated[tuple[str, ...], "names of the samples whose own loss was at fault"]
     rate_factor: Annotated[float, "factor of the learning rate from here on"]
     message: Annotated[str, "the above in a sentence"]
+    layers: Annotated[tuple[str, ...], "paths of those whose gradient was not finite, although the loss was"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

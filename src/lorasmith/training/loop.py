@@ -52,6 +52,7 @@ from lorasmith.training.recovery import (
     StepFault,
     StepRepeated,
     exploded,
+    explosion,
 )
 from lorasmith.training.runtime import Runtime
 
@@ -399,7 +400,9 @@ class Loop:
             if not sound or exploded(self.losses):
                 self._mailbox = Mailbox(self.engine.runtime.device)  # later steps do not count
                 self._taken.clear()
-                raise Diverged(step, self.losses.pop(), tuple(dict.fromkeys(taken.names)), updated=bool(sound))
+                bound, loss = explosion(self.losses), self.losses.pop()
+                layers = () if sound or not math.isfinite(loss) else tuple(self.engine.non_finite_gradients())
+                raise Diverged(step, loss, taken.at_fault(losses, bound), updated=bool(sound), layers=layers)
             if math.isfinite(norm):
                 whole, small = len(losses), taken.first
                 self._noise.update((first * whole / small) ** 2, norm**2, small=small, big=whole)
@@ -498,6 +501,11 @@ class _Taken:
             drawn = list(itertools.chain(*facts))
         names, indices, quantiles = zip(*drawn, strict=True)
         return cls(names, indices, quantiles, len(batches[0].names), tuple(batch.noised.shape for batch in batches))
+
+    def at_fault(self, losses: Sequence[float], bound: float) -> tuple[str, ...]:
+        """Names of samples whose loss is above a bound or not finite; none if all of several are, as by the weights."""
+        found = [name for name, loss in zip(self.names, losses, strict=True) if not math.isfinite(loss) or loss > bound]
+        return () if 1 < len(losses) == len(found) else tuple(dict.fromkeys(found))
 
 
 class Mailbox:

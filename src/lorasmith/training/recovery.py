@@ -53,12 +53,27 @@ class Diverged(StepFault):
 
     step: int  # counted from 0
     loss: float
-    images: tuple[str, ...]  # names of the samples
+    images: tuple[str, ...]  # whose own loss is at fault
     updated: bool  # whether it updated the weights: loss and gradient were finite
+    layers: tuple[str, ...] = ()  # paths of those whose gradient is not finite, although the loss is
 
     def __str__(self) -> str:
-        what = f"the loss exploded to {self.loss:.3g}" if self.updated else "loss or gradient became NaN or infinite"
-        return f"{what} at step {self.step + 1} (images: {', '.join(self.images)})"
+        images = f" (images: {', '.join(self.images)})" if self.images else ""
+        return f"{self._what} at step {self.step + 1}{images}"
+
+    @property
+    def _what(self) -> str:
+        if self.updated:
+            return f"the loss exploded to {self.loss:.3g}"
+        if not math.isfinite(self.loss):
+            return "the loss became NaN or infinite"
+        match self.layers:
+            case ():
+                return "the gradient became NaN or infinite"
+            case (layer,):
+                return f"the gradient of {layer} became NaN or infinite"
+            case (*_, last):
+                return f"the gradient of {len(self.layers)} layers, such as {last}, became NaN or infinite"
 
 
 class Recovery:
@@ -154,6 +169,7 @@ class Recovery:
                 step=progress.step,
                 to_step=good.step,
                 images=fault.images,
+                layers=fault.layers,
                 rate_factor=factor,
                 message=f"{fault}; that step is skipped, and training continues from step {good.step} at {factor:g} "
                 "times the learning rate.",
@@ -174,6 +190,7 @@ class Recovery:
         raise TrainingError(
             f"{fault}{times}; {kept}; try a learning rate below {engine.config.learning_rate:g}"
             + (", or training_dtype fp32" if engine.runtime.dtype != torch.float32 else "")
+            + (", or leave that layer out, with ! in targets" if len(fault.layers) == 1 else "")
         )
 
 
@@ -184,13 +201,18 @@ _ENOUGH = 20
 
 
 def exploded(losses: Sequence[float]) -> bool:
-    """Whether the last loss exceeds ten times the largest of the hundred losses that end ten steps earlier; pure.
+    """Whether the last loss exceeds the bound of `explosion`; pure."""
+    return losses[-1] > explosion(losses)
+
+
+def explosion(losses: Sequence[float]) -> float:
+    """Ten times the largest of the hundred losses that end ten steps before the last; infinite if these are few.
 
     A window, since losses differ by orders of magnitude between noise levels; the gap detects a loss that doubles with
     each step. NaN entries, of skipped steps, do not count.
     """
     before = [loss for loss in losses[-_LAG - _WINDOW - 1 : -_LAG - 1] if math.isfinite(loss)]
-    return len(before) >= _ENOUGH and losses[-1] > _FACTOR * max(before)
+    return _FACTOR * max(before) if len(before) >= _ENOUGH else math.inf
 
 
 @dataclass(frozen=True)
