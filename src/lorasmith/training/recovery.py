@@ -72,8 +72,8 @@ class Diverged(StepFault):
                 return "the gradient became NaN or infinite"
             case (layer,):
                 return f"the gradient of {layer} became NaN or infinite"
-            case (*_, last):
-                return f"the gradient of {len(self.layers)} layers, such as {last}, became NaN or infinite"
+            case layers:
+                return f"the gradient of {len(layers)} layers, such as {layers[-1]}, became NaN or infinite"
 
 
 class Recovery:
