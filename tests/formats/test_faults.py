@@ -91,6 +91,31 @@ def test_a_lora_that_was_never_trained_is_at_fault(tensors, unet_names) -> None:
     assert "all of its modules change nothing" in finding.problem
 
 
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "oft", "difference"])
+def test_a_lora_without_effect_is_at_fault(unet_names, make_state, algorithm: str) -> None:
+    """Its factors are not zero, and what they change is far below what a picture shows."""
+    path = f"{BLOCK}.attn1.to_q"
+    tensors = (
+        LAYOUTS["kohya"].write(make_state(unet_names, [path], algorithm=algorithm, alpha=None), unet_names)
+        if (algorithm != "difference")
+        else {f"{TO_Q}.diff": torch.ones(32, 32)}
+    )
+    trained = next(
+        key for key in tensors if key.endswith((".lora_up.weight", "w1_a", "lokr_w1", "oft_blocks", ".diff"))
+    )
+    assert not [one for one in findings(tensors) if "no picture shows" in one.problem]
+    tensors[trained] = tensors[trained] * 1e-6
+    (finding,) = [one for one in findings(tensors) if "no picture shows" in one.problem]
+    assert finding.is_error and finding.mend is None
+    assert finding.problem.startswith("it changes no weight by more than ")
+
+
+def test_one_module_with_an_effect_is_enough(tensors, unet_names) -> None:
+    keys = [key for key in tensors if "lora_up" in key]
+    weak = {key: tensor * 1e-7 if key in keys[1:] else tensor for key, tensor in tensors.items()}
+    assert not [one for one in findings(weak, unet_names) if "no picture shows" in one.problem]
+
+
 def test_a_file_without_alphas_is_fine_and_can_have_them(tensors, unet_names) -> None:
     bare = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
     (finding,) = findings(bare, unet_names)

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.inspect import faults_of
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import StrangerReason, Unapplied, load_lora, save_lora, state_from_tensors, unapplied
 from lorasmith.formats.metadata import sha256_body
+from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -160,3 +164,82 @@ def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, unet_name
     write_safetensors(tmp_path / "x.safetensors", tensors, {})
     with pytest.raises(LoraError, match=said):
         load_lora(tmp_path / "x.safetensors", unet_names)
+
+
+PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "", "lora_transformer_", "lycoris_", "lora_unet_")
+
+
+def spelt(prefix: str, path: str) -> str:
+    return prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_an_output_projection_may_lack_its_number(flux_names, make_adapter, prefix: str) -> None:
+    path = "transformer_blocks.1.attn.to_out.0"
+    weights = make_adapter(flux_names.weight_shapes[path], "lora", 4, 2.0, torch.Generator().manual_seed(0))
+    base = spelt(prefix, path.removesuffix(".0"))
+    tensors = {f"{base}.lora_{role}.weight": tensor for role, tensor in weights.tensors.items()}
+    state = state_from_tensors(tensors | {f"{base}.alpha": torch.tensor(2.0)}, {}, flux_names)
+    assert not state.unknown
+    assert [ref.path for ref in state.adapters] == [path]
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "lokr"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_projections_that_diffusers_fuses_are_read(flux_names, make_adapter, merged, prefix, algorithm) -> None:
+    """q, k and v of one adapter, a LoKr with magnitudes as SimpleTuner writes it."""
+    paths = [f"transformer_blocks.1.attn.to_{part}" for part in "qkv"]
+    rows, columns = flux_names.weight_shapes[paths[0]]
+    whole = make_adapter((3 * rows, columns), algorithm, 4, 2.0, torch.Generator().manual_seed(0))
+    base = spelt(prefix, "transformer_blocks.1.attn.to_qkv")
+    tensors = {f"{base}{suffix}": tensor for suffix, tensor in spelled(ModuleTensors(whole), KOHYA).items()}
+    magnitudes = torch.arange(1.0, 3 * rows + 1)[:, None]
+    if algorithm == "lokr":
+        tensors[f"{base}.dora_scale"] = magnitudes
+    state = state_from_tensors(tensors, {}, flux_names)
+    assert not state.unknown
+    parts = [state.adapters[ModuleRef(DENOISER, path)] for path in paths]
+    zero = torch.zeros(rows, columns)
+    bare = [
+        AdapterWeights(p.algorithm, {n: t for n, t in p.tensors.items() if n != "dora_scale"}, p.alpha) for p in parts
+    ]
+    found = torch.cat([merged(part, zero) for part in bare])
+    torch.testing.assert_close(found, merged(whole, torch.zeros(3 * rows, columns)), rtol=1e-5, atol=1e-6)
+    if algorithm == "lokr":
+        assert torch.equal(torch.cat([part.tensors["dora_scale"] for part in parts]), magnitudes)
+
+
+def test_a_fused_adapter_that_cannot_be_cut_is_named_and_its_model_is_not_doubted(
+    tmp_path: Path, flux_names, make_state
+) -> None:
+    paths = [f"transformer_blocks.0.attn.{part}" for part in ("to_out.0", "to_q")]
+    tensors = LAYOUTS["diffusers"].write(make_state(flux_names, paths), flux_names)
+    rows, columns = flux_names.weight_shapes[paths[1]]
+    base = "lycoris_transformer_blocks_1_attn_to_qkv"
+    tensors |= {f"{base}.lokr_w1": torch.ones(2, 2), f"{base}.lokr_w2": torch.ones(3 * rows // 2, columns // 2)}
+    write_safetensors(tmp_path / "x.safetensors", tensors, {})
+    state = load_lora(tmp_path / "x.safetensors", flux_names)
+    (part,) = unapplied(state, flux_names)
+    assert part == Unapplied(base, DENOISER, StrangerReason.FUSED)
+    assert "separate q, k and v" in part.reason.remedy
+    for sure in (True, False):
+        (finding,) = [one for one in faults_of(tensors, {}, flux_names, is_model_sure=sure) if base in one.problem]
+        assert "separate q, k and v" in finding.remedy
+        assert finding.mend is None
+
+
+def test_a_name_is_doubted_where_the_model_is_the_right_one(flux_names, make_state) -> None:
+    """And the model, where it has fewer blocks or nothing else of the file."""
+    layer = "transformer.transformer_blocks.{}.attn.{}.lora_{}.weight"
+    known = LAYOUTS["diffusers"].write(
+        make_state(flux_names, [f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v")]), flux_names
+    )
+
+    def why(block: int, part: str, others: Mapping[str, Tensor]) -> StrangerReason:
+        pair = {layer.format(block, part, "A"): torch.ones(2, 24), layer.format(block, part, "B"): torch.ones(24, 2)}
+        (found,) = unapplied(state_from_tensors({**others, **pair}, {}, flux_names), flux_names)
+        return found.reason
+
+    assert why(0, "to_anything", known) is StrangerReason.NAME
+    assert why(7, "to_q", known) is StrangerReason.MODULE
+    assert why(0, "to_anything", {}) is StrangerReason.MODULE

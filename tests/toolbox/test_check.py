@@ -81,14 +81,17 @@ def test_a_mended_file_keeps_its_metadata_and_has_its_own_hash(tmp_path: Path, t
     )
     save_lora(tmp_path / "a.safetensors", state, tiny.names, metadata={"ss_seed": "3"})
     checked = check_lora(tmp_path / "a.safetensors", "lorasmith-tiny")
-    assert fix_lora(checked, tmp_path / "b.safetensors") == 1
+    with pytest.raises(LoraError, match="has no faults that --fix repairs; add --notes"):
+        fix_lora(checked, tmp_path / "b.safetensors")
+    fixed = fix_lora(checked, tmp_path / "b.safetensors", notes=True)
+    assert fixed.left_out == (f"lora_unet_{path.replace('to_q', 'to_k').replace('.', '_')}",)
     mended = load_lora(tmp_path / "b.safetensors", tiny.names)
     assert [ref.path for ref in mended.adapters] == [path]
     assert mended.metadata["ss_seed"] == "3"
     assert mended.metadata["sshs_model_hash"] == sha256_body(tmp_path / "b.safetensors")
     with pytest.raises(OutputError, match="exists already"):
-        fix_lora(checked, tmp_path / "a.safetensors")
-    fix_lora(checked, tmp_path / "a.safetensors", overwrite=True)
+        fix_lora(checked, tmp_path / "a.safetensors", notes=True)
+    fix_lora(checked, tmp_path / "a.safetensors", notes=True, overwrite=True)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
@@ -108,7 +111,11 @@ def test_faults_that_a_repair_brings_to_light_are_repaired_too(tmp_path: Path, t
     tensors[f"lora_unet_{paths[1].replace('.', '_')}.alpha"] = torch.tensor(torch.nan)
     save_file(tensors, tmp_path / "a.safetensors")
 
-    fix_lora(check_lora(tmp_path / "a.safetensors", "lorasmith-tiny"), tmp_path / "b.safetensors")
+    fixed = fix_lora(check_lora(tmp_path / "a.safetensors", "lorasmith-tiny"), tmp_path / "b.safetensors", notes=True)
+    assert fixed.left_out == tuple(f"lora_unet_{path.replace('.', '_')}" for path in sorted(paths[:2]))
+    assert fixed.changed == (f"lora_unet_{paths[2].replace('.', '_')}",)
+    whole = load_file(tmp_path / "b.safetensors")[f"{fixed.changed[0]}.lora_up.weight"]
+    assert torch.equal(whole, torch.ones_like(whole))
 
     again = check_lora(tmp_path / "b.safetensors", "lorasmith-tiny")
     assert [one.problem for one in again.findings if one.mend is not None] == []
@@ -135,3 +142,60 @@ def test_folders_are_not_mended(tmp_path: Path, tiny: Model) -> None:
     assert not checked.is_fine
     with pytest.raises(LoraError, match="is a folder, and --fix repairs files alone"):
         fix_lora(checked, tmp_path / "y.safetensors")
+
+
+def test_a_repair_takes_out_nothing_but_the_module_at_fault(tmp_path: Path) -> None:
+    """Of a model of other sizes than the released one, whose projector alone fits."""
+    names = released_names("Krea 2")
+    assert names is not None
+    generator = torch.Generator().manual_seed(0)
+    projector = "text_fusion.projector"
+    sizes = {f"transformer_blocks.{block}.attn.{part}": (32, 32) for block in range(3) for part in ("to_q", "to_gate")}
+    tensors = {
+        f"transformer.{path}.lora_{role}.weight": torch.randn(shape, generator=generator)
+        for path, (out, inside) in {**sizes, projector: names.weight_shapes[projector]}.items()
+        for role, shape in (("A", (1, inside)), ("B", (out, 1)))
+    }
+    bad = "transformer.transformer_blocks.1.attn.to_q"
+    tensors[f"{bad}.lora_A.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    checked = check_lora(tmp_path / "a.safetensors")
+    assert any("have no place in the released krea2 model" in one.problem for one in checked.findings)
+    fixed = fix_lora(checked, tmp_path / "b.safetensors", notes=True)
+
+    assert fixed.left_out == (bad,)
+    assert [finding.problem for finding in fixed.findings] == [
+        f"{bad}.lora_A.weight holds NaN or infinity, which spoils every picture"
+    ]
+    mended = load_file(tmp_path / "b.safetensors")
+    assert mended.keys() == {key for key in tensors if not key.startswith(bad)}
+    assert all(torch.equal(mended[key], tensors[key]) for key in mended)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "dora", "glora"])
+def test_an_effect_is_measured_against_the_weights_of_a_named_model(
+    tmp_path: Path, tiny: Model, algorithm: str
+) -> None:
+    path = next(path for path in tiny.names.denoiser if path.endswith("attn1.to_q"))
+    weight = tiny.denoiser.module.get_submodule(path).weight.detach().float()
+    out, inside = weight.shape
+    generator = torch.Generator().manual_seed(0)
+
+    def found(size: float) -> list[str]:
+        """What is said of a LoRA that changes the weight by about this much of its size."""
+        down, up = torch.randn(4, inside, generator=generator), torch.randn(out, 4, generator=generator)
+        up *= size * weight.norm() / (up @ down).norm()
+        tensors = {"down": down, "up": up}
+        if algorithm == "dora":
+            tensors["dora_scale"] = (weight + up @ down).norm(dim=1, keepdim=True)
+        if algorithm == "glora":
+            tensors = {"a1": torch.zeros(inside, 4), "a2": torch.randn(4, inside), "b1": up, "b2": down}
+        kind = "lora" if algorithm == "dora" else algorithm
+        state = AdapterState({ModuleRef(DENOISER, path): AdapterWeights(kind, tensors, 4.0)})
+        save_lora(tmp_path / "a.safetensors", state, tiny.names)
+        checked = check_lora(tmp_path / "a.safetensors", "lorasmith-tiny")
+        return [one.problem for one in checked.findings if one.is_error]
+
+    assert found(2e-6) == ["it changes no weight by more than 2e-06 of its size, which no picture shows"]
+    assert found(1e-2) == []

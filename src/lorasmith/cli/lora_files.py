@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lorasmith.runs.recorded_run import StateFacts
     from lorasmith.toolbox.average import Averaged
     from lorasmith.toolbox.bands import Bands
-    from lorasmith.toolbox.check import Checked
+    from lorasmith.toolbox.check import Checked, Fixed
     from lorasmith.toolbox.compare import Comparison, Pair
     from lorasmith.toolbox.convert import Converted
     from lorasmith.toolbox.extract import ExtractReport
@@ -155,27 +155,27 @@ def check(
     fix: Annotated[
         Path | None, typer.Option(metavar="OUTPUT", help="Write a repaired file, as far as faults can be repaired.")
     ] = None,
+    notes: Annotated[bool, typer.Option("--notes", help="With --fix, repair what is noted, too.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at OUTPUT.")] = False,
 ) -> None:
     """Find faults of a LoRA file, with a remedy for each.
 
-    Checks for NaN and infinity, incomplete adapters, layers without effect, unusual alphas, modules that the model
+    Checks for NaN and infinity, incomplete adapters, no effect on pictures, unusual alphas, modules that the model
     lacks, and tensors that other programs do not apply. The exit status is 1 if the file has a fault; differences
-    between programs are notes.
+    between programs are notes. A repair prints what it leaves out, module by module.
     """
     from lorasmith.toolbox.check import check_lora, fix_lora
 
     gc.freeze()  # as in `inspect`
     with console.status("Checking"):
         checked = check_lora(file, model)
-        mended = None if fix is None else fix_lora(checked, fix, overwrite=overwrite)
-    written = {} if fix is None else {"fixed": fix, "repaired": mended}
-    print_result(lambda: _plain_checked(checked) | written, lambda: _print_checked(checked, fix, mended))
+        fixed = None if fix is None else fix_lora(checked, fix, notes=notes, overwrite=overwrite)
+    print_result(lambda: _plain_checked(checked, fix, fixed), lambda: _print_checked(checked, fix, fixed))
     if not checked.is_fine:
         raise typer.Exit(1)
 
 
-def _print_checked(checked: Checked, fix: Path | None, mended: int | None) -> None:
+def _print_checked(checked: Checked, fix: Path | None, fixed: Fixed | None) -> None:
     held_to = (
         f"compared with {checked.compared_with}" if checked.compared_with else "not compared with a model (--model)"
     )
@@ -190,8 +190,18 @@ def _print_checked(checked: Checked, fix: Path | None, mended: int | None) -> No
         console.print("No faults, and every program applies all of it.")
     elif checked.is_fine:
         console.print("The file itself has no faults.")
-    if fix is not None:
-        echo(f"{mended} findings repaired in {fix}")
+    if fixed is not None:
+        _print_names("Left out", fixed.left_out)
+        _print_names("Changed", fixed.changed)
+        left = f", without {count_text(len(fixed.left_out), 'module')}" if fixed.left_out else ""
+        echo(f"{count_text(len(fixed.findings), 'finding')} repaired in {fix}{left}")
+
+
+def _print_names(title: str, names: Sequence[str]) -> None:
+    for name in names[:_MOST_ROWS]:
+        echo(f"{title}: {name}")
+    if len(names) > _MOST_ROWS:
+        echo(f"{title}: {len(names) - _MOST_ROWS:,} more; --json has all")
 
 
 def _print_finding(finding: FileFault) -> None:
@@ -199,7 +209,7 @@ def _print_finding(finding: FileFault) -> None:
     print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
 
 
-def _plain_checked(checked: Checked) -> dict[str, object]:
+def _plain_checked(checked: Checked, fix: Path | None, fixed: Fixed | None) -> dict[str, object]:
     findings = [
         {
             "problem": finding.problem,
@@ -211,7 +221,11 @@ def _plain_checked(checked: Checked) -> dict[str, object]:
     ]
     names = (field.name for field in dataclasses.fields(checked) if field.name not in ("names", "is_model_sure"))
     fields = {name: getattr(checked, name) for name in names}
-    return {**fields, "path": str(checked.path), "findings": findings, "is_fine": checked.is_fine}
+    written: dict[str, object] = {}
+    if fixed is not None:
+        repaired = [finding.problem for finding in fixed.findings]
+        written = {"fixed": fix, "repaired": repaired, "left_out": fixed.left_out, "changed": fixed.changed}
+    return {**fields, "path": str(checked.path), "findings": findings, "is_fine": checked.is_fine, **written}
 
 
 def convert(

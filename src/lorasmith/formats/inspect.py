@@ -1,9 +1,9 @@
 """A LoRA file examined: a summary, and its faults with their remedies.
 
-A fault is about the file alone (values that are not numbers, halves of adapters, odd alphas) or about the file and a
-model's names (modules that the model lacks, layers that programs leave out). Each has a remedy; `Mend` applies it in
-the file's own spelling, so that it needs no model and changes nothing else. New tensors are made when they are written,
-one at a time, so that repairing a large file takes little memory.
+A fault is about the file alone (values that are not numbers, halves of adapters, odd alphas, changes too small to be
+seen) or about the file and a model's names (modules that the model lacks, layers that programs leave out). Each has a
+remedy; `Mend` applies it in the file's own spelling, so that it needs no model and changes nothing else. New tensors
+are made when they are written, one at a time, so that repairing a large file takes little memory.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from lorasmith.adapters.algorithms import facts_of, format_of, size_of, title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef, multiplied
+from lorasmith.core.effect import idle_change
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
 from lorasmith.formats.container import count_non_finite
+from lorasmith.formats.layouts.adapter_config import stated_alphas
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
-from lorasmith.formats.layouts.peft import stated_alphas
-from lorasmith.formats.lora_file import bundle_of, read_lora_tensors, state_from_tensors
+from lorasmith.formats.lora_file import StrangerReason, bundle_of, read_lora_tensors, state_from_tensors, unapplied
 from lorasmith.formats.metadata import autov1, need_of, sha256_body, sha256_file, sshs_model_hash, steps_of
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
@@ -113,7 +114,7 @@ class FileFault:
     problem: str  # in one sentence without a full stop
     remedy: str  # likewise
     is_error: bool  # whether the file is at fault; otherwise programs read it differently
-    mend: Mend | None = None  # the repair of `--fix`, None if it has none
+    mend: Mend | None = None  # the repair of `--fix`, for notes of `--fix --notes`; None if it has none
 
 
 def main_layout(keys: Sequence[str]) -> Layout:
@@ -121,19 +122,34 @@ def main_layout(keys: Sequence[str]) -> Layout:
     return max((layout for _, layout in LAYOUTS.items()), key=lambda layout: layout.detects(keys))
 
 
+Changes = Iterable[float | None]  # of weights, relative to them; None for one that is not known
+
+
 def faults_of(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames | None, *, is_model_sure: bool
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    names: ModelNames | None,
+    *,
+    is_model_sure: bool,
+    changes_in: Callable[[AdapterState], Changes] | None = None,
 ) -> list[FileFault]:
-    """All faults of a LoRA file."""
+    """All faults of a LoRA file. `changes_in` are those of the weights of a model, without which they are estimated."""
     groups = grouped(tensors)
     if not groups and not bundle_of(tensors)[0] and not need_of(metadata):
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
         return [FileFault(problem, "use a LoRA file; a base model goes to --model", True)]
     modules, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
-    found = faults_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)))
-    if names is None:
-        return found
-    return [*found, *_on_model(tensors, metadata, names, modules.keys(), is_model_sure)]
+    state, misread = None, []
+    try:
+        state = None if names is None else state_from_tensors(tensors, metadata, names)
+    except LoraError as problem:
+        said, _, remedy = str(problem).partition("; ")
+        misread = [FileFault(said, remedy, True)]
+    changes = None if state is None or changes_in is None else changes_in(state)
+    found = faults_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)), changes)
+    if state is None or names is None:
+        return [*found, *misread]
+    return [*found, *_on_model(tensors, state, names, modules.keys(), is_model_sure)]
 
 
 GroupedKeys = Mapping[str, Mapping[str, str]]
@@ -147,8 +163,9 @@ def faults_in_file(
     modules: Modules,
     unfit: Mapping[str, str],
     layout: Layout,
+    changes: Changes | None = None,
 ) -> list[FileFault]:
-    """Faults that need no model, from tensors that were `grouped` and `all_assembled`."""
+    """Faults that need no names, from tensors that were `grouped` and `all_assembled`."""
     strangers = list(_strangers(tensors, groups))
     if (strangers or unfit) and (need := need_of(metadata)):
         problem, _, remedy = need.partition("; ")
@@ -158,7 +175,7 @@ def faults_in_file(
         *strangers,
         *_rare_names(groups),
         *_unfit(unfit, groups),
-        *_idle(modules, groups),
+        *_idle(modules, groups, map(nominal_change, modules.values()) if changes is None else changes),
         *_alphas(modules, groups, layout),
         *_hash(tensors, metadata),
     ]
@@ -221,18 +238,26 @@ def _unfit(unfit: Mapping[str, str], groups: GroupedKeys) -> Iterator[FileFault]
         )
 
 
-def _idle(modules: Modules, groups: GroupedKeys) -> Iterator[FileFault]:
-    """Adapters that are exactly the identity."""
+def _idle(modules: Modules, groups: GroupedKeys, changes: Changes) -> Iterator[FileFault]:
+    """Adapters that are exactly the identity, and a file without an effect."""
     idle = [base for base, module in modules.items() if _changes_nothing(module)]
-    if idle:
-        whole = len(idle) == len(modules)
+    if idle and len(idle) == len(modules):
         yield FileFault(
-            "all of its modules change nothing, for a factor of each is zero: it was never trained"
-            if whole
-            else f"{_some(idle, 'modules change', 'changes')} nothing, for all values of a factor are zero",
-            "train it" if whole else "nothing needs to be done; --fix leaves them out, for a smaller file",
-            whole,
-            None if whole else Mend(frozenset(key for base in idle for key in groups[base].values())),
+            "all of its modules change nothing, for a factor of each is zero: it was never trained", "train it", True
+        )
+        return
+    if (largest := idle_change(changes)) is not None:
+        yield FileFault(
+            f"it changes no weight by more than {largest:.1g} of its size, which no picture shows",
+            "train it again with a higher learning rate or for longer, with captions, on the layers of the default",
+            True,
+        )
+    if idle:
+        yield FileFault(
+            f"{_some(idle, 'modules change', 'changes')} nothing, for all values of a factor are zero",
+            "nothing needs to be done; --fix --notes leaves them out, for a smaller file",
+            False,
+            Mend(frozenset(key for base in idle for key in groups[base].values())),
         )
 
 
@@ -298,7 +323,7 @@ def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: GroupedKeys) -
             "it has no alphas, which programs take for the ranks"
             if everywhere
             else f"{_some(missing, 'modules have', 'has')} no alpha, though others have",
-            "--fix writes the ranks as alphas, which changes nothing",
+            f"--fix{' --notes' * everywhere} writes the ranks as alphas, which changes nothing",
             not everywhere,
             Mend(changed={f"{base}.alpha": scalar(full_alpha(ranked[base])) for base in missing}),
         )
@@ -309,7 +334,7 @@ def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterato
     if recorded is not None and not any("/" in key for key in tensors) and recorded != sshs_model_hash(tensors):
         yield FileFault(
             "its tensors are not those that its metadata has the hash of: something changed them and left the hash",
-            "trust the metadata less; --fix brings the hash up to date",
+            "trust the metadata less; --fix --notes brings the hash up to date",
             False,
             Mend(),
         )
@@ -317,18 +342,12 @@ def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterato
 
 def _on_model(
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
+    state: AdapterState,
     names: ModelNames,
     whole: Collection[str],
     is_model_sure: bool,
 ) -> Iterator[FileFault]:
-    """Faults from the model's names; `whole` are the bases of complete adapters."""
-    try:
-        state = state_from_tensors(tensors, metadata, names)
-    except LoraError as problem:
-        said, _, remedy = str(problem).partition("; ")
-        yield FileFault(said, remedy, True)
-        return
+    """Faults from the model's names, by which `state` was read; `whole` are the bases of complete adapters."""
     if not is_model_sure and not state.adapters and not state.differences:
         yield FileFault(
             f"its layers are not those of the released {names.family} model",
@@ -337,15 +356,21 @@ def _on_model(
         )
         return
     kind = f"the {names.family} model" if is_model_sure else f"the released {names.family} model"
-    groups = {base: keys for base, keys in grouped(state.unknown).items() if base in whole}
-    if groups:
+    groups = grouped(state.unknown)
+    left: dict[StrangerReason, list[str]] = {}
+    for part in unapplied(state, names):
+        if part.name in whole:
+            left.setdefault(part.reason, []).append(part.name)
+    for reason, bases in left.items():
+        # Other programs apply a fused adapter, and the released model may be another than the user's.
+        mends = is_model_sure and reason is not StrangerReason.FUSED
         yield FileFault(
-            f"{_some(list(groups), 'modules have', 'has')} no place in {kind}",
-            "use the model that it was trained on; --fix leaves them out"
-            if is_model_sure
-            else "if your model is another than the released one, name it with --model; --fix leaves them out",
+            f"{_some(bases, 'modules have', 'has')} no place in {kind} ({reason.text})",
+            f"{reason.remedy}{'; --fix leaves them out' * mends}"
+            if is_model_sure or reason in (StrangerReason.FUSED, StrangerReason.NAME)
+            else "if your model is another than the released one, name it with --model",
             is_model_sure,
-            Mend(frozenset(key for keys in groups.values() for key in keys.values())),
+            Mend(frozenset(key for base in bases for key in groups[base].values())) if mends else None,
         )
     if not state.adapters and not state.differences:
         return
@@ -390,7 +415,7 @@ def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelName
         yield FileFault(
             f"{_some([ref.path for ref in wanted], 'modules have', 'has')} another alpha than most, which diffusers "
             "ignores in attention layers and text encoders, so that it applies them at a wrong strength",
-            "--fix gives them the alpha of the others and changes their factors accordingly",
+            "--fix --notes gives them the alpha of the others and changes their factors accordingly",
             False,
             levelled({ref: alpha for ref, alpha in wanted.items() if ref in bases}, state, bases, tensors),
         )
@@ -410,7 +435,7 @@ def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelName
         yield FileFault(
             f"{_some([ref.path for ref in odd], 'modules have', 'has')} another alpha than the layers with which the "
             "original model fuses them (q, k, v), where programs that fuse them expect one",
-            "--fix gives them one scale and changes their factors accordingly",
+            "--fix --notes gives them one scale and changes their factors accordingly",
             False,
             levelled(odd, state, bases, tensors),
         )
@@ -525,6 +550,24 @@ def squared_change(module: ModuleTensors) -> float | None:
         return None
     plain = without_core(weights)
     return total + scale_of(plain) ** 2 * squared_norm(plain.tensors)
+
+
+def nominal_change(module: ModuleTensors) -> float | None:
+    """A module's change relative to a weight that keeps the size of its input: orthonormal rows, of norm √out.
+
+    Trained weights have about that norm, within a factor of five. None if the change depends on more of the weight:
+    DoRA, GLoRA, rescaled rotations.
+    """
+    weights, square = module.adapter, squared_change(module)
+    rows = next((len(one) for one in module.differences.values()), 1)
+    if weights is not None:
+        form = format_of(weights)
+        rows = form.shape_of(weights)[0]
+        if {"dora_scale", *form.all_rows} & weights.tensors.keys():
+            return None
+        if square is None and form.bounded is not None:  # ‖R − I‖ ≤ 2 ‖B − Bᵀ‖ ≤ 4 ‖B‖ of a rotation by blocks B
+            square = sum(16 * float(weights.tensors[role].float().square().sum()) for role in form.vital)
+    return None if square is None else math.sqrt(square / rows)
 
 
 T = TypeVar("T", bound=Hashable)

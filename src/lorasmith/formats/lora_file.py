@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,18 +29,19 @@ from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.core.files import ensure_folder, is_regular, read_regular, write_atomic
 from lorasmith.formats.acceptance import made_portable
 from lorasmith.formats.container import count_non_finite, read_safetensors, write_safetensors
+from lorasmith.formats.layouts.adapter_config import ADAPTER_METADATA, header_fields, without_config
 from lorasmith.formats.layouts.comfy import AiToolkitLayout, ComfyLayout
 from lorasmith.formats.layouts.diffusers import DiffusersLayout
 from lorasmith.formats.layouts.kohya import KohyaLayout
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
-from lorasmith.formats.layouts.peft import ADAPTER_METADATA, PEFT_CONFIG, PeftLayout, header_fields
+from lorasmith.formats.layouts.peft import PEFT_CONFIG, PeftLayout
 from lorasmith.formats.metadata import BOUNDS, need_of, sshs_hashes
-from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names import ModelNames, PlacedModules, split
 from lorasmith.formats.spelling import (
     BUNDLE,
     PEFT_PREFIX,
     UNREADABLE,
-    ModuleTensors,
+    Unfit,
     all_assembled,
     assembled,
     component_of,
@@ -175,8 +177,8 @@ def _bundle(state: AdapterState, layout: Layout, *, is_portable: bool) -> dict[s
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
     """Metadata with a layout's entries in place of those of other layouts."""
-    own = (ADAPTER_METADATA, BOUNDS)
-    return {key: value for key, value in metadata.items() if key not in own} | layout.header(state, names)
+    kept = {key: value for key, value in without_config(metadata).items() if key != BOUNDS}
+    return kept | layout.header(state, names)
 
 
 def write_lora(
@@ -219,6 +221,11 @@ class StrangerReason(Enum):
 
     MODULE = "with no module there", "use the model that it was trained on"
     SHAPE = "of another shape than there", "use the model that it was trained on"
+    NAME = "under names that are not known for it", "save it in another layout, with the program that wrote it"
+    FUSED = (
+        "of fused layers, whose adapters cannot be cut into its own",
+        "train it with separate q, k and v (in SimpleTuner, without fused_qkv_projections)",
+    )
     INCOMPLETE = "incomplete or of no known algorithm", "look at it with `lorasmith check`, or get the file again"
     SUFFIX = "with no name that LoRA files use", "look at it with `lorasmith check`"
     TEXT = "for text encoders", "apply it to text encoders"
@@ -248,15 +255,33 @@ def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:
     """Parts of a LoRA, as read for a model, that the model does not use, sorted by name."""
     groups = grouped(state.unknown)
     strangers = state.unknown.keys() - {key for keys in groups.values() for key in keys.values()}
-    known = _known_bases(names) if groups else set()
+    known = _known_bases(names) if groups else {}
+    # Where most of a LoRA fits, the model is its own, and names that differ in more than numbers are spelt otherwise.
+    strange = {base for base in groups if component_of(base) == DENOISER}
+    fits = sum(ref.component == DENOISER for ref in {*state.adapters, *state.differences}) > len(strange)
+    kinds = {_NUMBERS.sub("0", base) for base in known} if fits else set()
     why = dict.fromkeys(strangers, StrangerReason.SUFFIX)
     for base, keys in groups.items():
-        if base not in known:
-            why[base] = StrangerReason.MODULE
+        if base in known:
+            why[base] = _misfit({role: state.unknown[key] for role, key in keys.items()}, known[base])
         else:
-            whole = assembled({role: state.unknown[key] for role, key in keys.items()})
-            why[base] = StrangerReason.SHAPE if isinstance(whole, ModuleTensors) else StrangerReason.INCOMPLETE
+            is_other_name = fits and base in strange and _NUMBERS.sub("0", base) not in kinds
+            why[base] = StrangerReason.NAME if is_other_name else StrangerReason.MODULE
     return [Unapplied(name, component_of(name), why[name]) for name in sorted(why)]
+
+
+_NUMBERS = re.compile(r"\d+")
+
+
+def _misfit(tensors: Mapping[str, Tensor], parts: PlacedModules) -> StrangerReason:
+    """Why tensors, by role, are not applied to the modules of their base."""
+    whole = assembled(tensors)
+    if isinstance(whole, Unfit):
+        return StrangerReason.INCOMPLETE
+    places = [part.place for part in parts]
+    if whole.adapter is not None and split(whole.adapter, places) is None:
+        return StrangerReason.FUSED
+    return StrangerReason.SHAPE
 
 
 def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -314,9 +339,9 @@ def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _known_bases(names: ModelNames) -> set[str]:
+def _known_bases(names: ModelNames) -> dict[str, PlacedModules]:
     """Every name of every layout for modules of a model."""
-    return {base for _, layout in LAYOUTS.items() for base in layout.bases(names)}
+    return {base: parts for _, layout in LAYOUTS.items() for base, parts in layout.bases(names).items()}
 
 
 def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> None:
@@ -336,9 +361,8 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
             f"{path} {looks}, and none of its {len(groups)} modules fits the loaded {names.family} model; "
             "load the model that it was trained on"
         )
-    bases = [base for base in grouped(state.unknown) if component_of(base) == DENOISER]
-    known = _known_bases(names) if bases else set()
-    misfits = [base for base in bases if base in known]
+    wrong = (StrangerReason.SHAPE, StrangerReason.INCOMPLETE)
+    misfits = [part.name for part in unapplied(state, names) if part.component == DENOISER and part.reason in wrong]
     if len(misfits) > _MISFIT_LIMIT * sum(component_of(base) == DENOISER for base in groups):
         raise LoraError(
             f"{path} {looks}: {len(misfits)} of its {len(groups)} modules, such as {misfits[0]}, have another shape "

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import torch
@@ -168,8 +169,35 @@ def _by_place(found: Iterable[tuple[str, OriginalName]]) -> dict[str, PlacedModu
 
 
 def other_places(names: ModelNames) -> dict[str, PlacedModules]:
-    """The denoiser's modules by path in files of another naming."""
-    return _by_place((path, other) for path, place in names.denoiser.items() for other in place.others)
+    """The denoiser's modules by path in files of another naming, which are read and never written.
+
+    These are the family's own (`OriginalName.others`), and those of every attention: `to_out` for diffusers'
+    `to_out.0`, and the projections that diffusers' `fuse_qkv_projections` joins.
+    """
+    others = ((path, other) for path, place in names.denoiser.items() for other in place.others)
+    return {**_by_place(_attention_places(names)), **_by_place(others)}
+
+
+_FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+
+
+def _attention_places(names: ModelNames) -> Iterator[tuple[str, OriginalName]]:
+    for path in names.denoiser:
+        stem, _, leaf = path.rpartition(".")
+        if path.endswith(".to_out.0") and stem not in names.denoiser:
+            yield path, OriginalName(stem)
+        for fused_leaf, leaves in _FUSED_PROJECTIONS.items():
+            parts = [f"{stem}.{one}" for one in leaves]
+            whole = f"{stem}.{fused_leaf}"
+            if leaf == leaves[0] and whole not in names.denoiser and names.weight_shapes.keys() >= set(parts):
+                ends = list(accumulate(names.weight_shapes[part][0] for part in parts))
+                for part, start, end in zip(parts, (0, *ends), ends, strict=False):
+                    yield part, OriginalName(whole, rows=(start, end))
 
 
 def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, PlacedModules]]:

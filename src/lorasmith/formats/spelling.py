@@ -432,8 +432,8 @@ def guessed_family(
 
 
 def block_of(base: str) -> str:
-    """The outermost numbered block of a base, such as `down_blocks.1`, or an empty string."""
-    match = _BLOCK.search(base)
+    """The outermost numbered block of a base, such as `down_blocks.1` or `text_fusion.refiner_blocks.0`, or "" ."""
+    match = _BLOCK.match(without_prefix(base))
     if match is None:
         return ""
     return ".".join(part for part in match.groups() if part)
@@ -446,10 +446,7 @@ def kind_of(base: str) -> str:
 
 _ARCHITECTURE_KEYS = ("ss_base_model_version", "modelspec.architecture")
 _UP_TO_KIND = re.compile(rf"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^({FLAT})")
-_BLOCK = re.compile(
-    r"((?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|layers|blocks)[._](\d+)"
-    r"|(mid_block|middle_block)"
-)
+_BLOCK = re.compile(r"(mid_block|middle_block)|(?:text_model[._])?(?:encoder[._])?(.*?(?:blocks|layers))[._](\d+)")
 
 
 def _input_widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.effect import relative_change
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.inspect import FileFault, Mend, faults_of, main_layout
+from lorasmith.formats.inspect import FileFault, Mend, faults_of, main_layout, nominal_change
 from lorasmith.formats.lora_file import Spool, read_lora_tensors, spooled
 from lorasmith.formats.metadata import sshs_hashes
 from lorasmith.formats.names import ModelNames
-from lorasmith.formats.spelling import grouped, guessed_family
+from lorasmith.formats.spelling import ModuleTensors, grouped, guessed_family
+from lorasmith.toolbox.changes import added, layer_like, merged_weight
 from lorasmith.toolbox.lora_files import free_target
-from lorasmith.toolbox.model_files import open_model
+from lorasmith.toolbox.model_files import ModelReader, Parameter, open_model
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,17 @@ class Checked:
 def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Checked:
     """Check a LoRA file or folder for faults.
 
-    Only names are read from `model`; None compares with the released model of the family, if known. Raises LoraError or
-    ModelError if a file cannot be read at all.
+    Of `model` names are read, and weights until one is found that the LoRA changes; None compares with the released
+    model of the family, if known, and estimates that. Raises LoraError or ModelError if a file cannot be read at all.
     """
     source = Path(path)
     tensors, metadata = read_lora_tensors(source)
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
     released = None if family is None else released_names(family)
-    names = released if model is None else open_model(model).names
-    found = faults_of(tensors, metadata, names, is_model_sure=model is not None)
+    reader = None if model is None else open_model(model)
+    names = released if reader is None else reader.names
+    changes_in = None if reader is None else partial(_changes_of, reader)
+    found = faults_of(tensors, metadata, names, is_model_sure=model is not None, changes_in=changes_in)
     return Checked(
         path=source,
         layout=main_layout(list(tensors)).title,
@@ -64,37 +70,83 @@ def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | Non
     )
 
 
-def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: bool = False) -> int:
-    """Write a file with every repairable fault repaired, including those that repairs reveal; returns their number.
+def _changes_of(model: ModelReader, state: AdapterState) -> Iterator[float | None]:
+    """The changes of a model's parameters by a LoRA, relative to them; estimates for those that are packed."""
+    for ref in dict.fromkeys((*state.adapters, *state.differences)):
+        module = ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {}))
+        for name in dict.fromkeys((*["weight"] * (module.adapter is not None), *module.differences)):
+            parameter = Parameter(ref, name)
+            if not model.has_numbers(parameter):
+                yield nominal_change(module)
+                continue
+            before = model.read(parameter).float()
+            if name == "weight":
+                yield relative_change(
+                    before, merged_weight(module, layer_like(model.modules[ref], before), before, 1.0)
+                )
+            else:
+                yield relative_change(before, added(before, module.differences[name], 1.0))
 
-    Raises LoraError if it is a folder, nothing can be repaired, or nothing would be left; OutputError.
+
+@dataclass(frozen=True)
+class Fixed:
+    """What a repair changed."""
+
+    findings: tuple[FileFault, ...]  # that were repaired
+    left_out: tuple[str, ...]  # modules, and single tensors that are of none, in the file's spelling
+    changed: tuple[str, ...]  # modules with other values, such as alphas
+
+
+def fix_lora(
+    checked: Checked, output: str | os.PathLike[str], *, notes: bool = False, overwrite: bool = False
+) -> Fixed:
+    """Write a file with its faults repaired, as far as they can be, including those that repairs reveal.
+
+    With `notes`, what is noted is repaired as well. Raises LoraError if it is a folder, nothing can be repaired, or
+    nothing would be left; OutputError.
     """
     if checked.path.is_dir():
         raise LoraError(
             f"{checked.path} is a folder, and --fix repairs files alone; convert it first with --to diffusers"
         )
-    mends = [finding.mend for finding in checked.findings if finding.mend is not None]
     if not checked.findings:
         raise LoraError(f"{checked.path} has no faults, and there is nothing for --fix to repair; use it as it is")
-    if not mends:
+    found = _repairable(checked.findings, notes=notes)
+    if not found:
+        if _repairable(checked.findings, notes=True):
+            raise LoraError(f"{checked.path} has no faults that --fix repairs; add --notes to repair what is noted")
         raise LoraError(f"no finding of {checked.path} can be repaired by --fix; follow the remedies instead")
     target = free_target(Path(output), overwrite=overwrite)
-    tensors, metadata = read_lora_tensors(checked.path)
-    repaired = 0
+    given, metadata = read_lora_tensors(checked.path)
+    tensors, repaired = given, dict[str, FileFault]()
     with spooled(target.parent, tensors.values()) as spool:
         for _ in range(_MOST_ROUNDS):
-            repaired += len(mends)
-            tensors, changed = _mended(tensors, mends, spool)
+            repaired |= {finding.problem: finding for finding in found}
+            tensors, changed = _mended(tensors, [one.mend for one in found if one.mend is not None], spool)
             if not tensors:
                 raise LoraError(f"nothing of {checked.path} would be left, so no file was written; get the file again")
             if "sshs_model_hash" in metadata:
                 metadata = metadata | sshs_hashes(tensors, metadata)
-            found = faults_of(tensors, metadata, checked.names, is_model_sure=checked.is_model_sure)
-            mends = [finding.mend for finding in found if finding.mend is not None]
-            if not mends or not changed:
+            again = faults_of(tensors, metadata, checked.names, is_model_sure=checked.is_model_sure)
+            found = _repairable(again, notes=notes)
+            if not found or not changed:
                 break
         write_safetensors(target, tensors, metadata)
-    return repaired
+        gone = given.keys() - tensors.keys()
+        new = {key for key, tensor in tensors.items() if tensor is not given.get(key)}
+    return Fixed(tuple(repaired.values()), _modules(given, gone), _modules(tensors, new))
+
+
+def _repairable(findings: Sequence[FileFault], *, notes: bool) -> list[FileFault]:
+    """The faults that have a repair; notes where no such fault is left, as they may be about the same tensors."""
+    found = [finding for finding in findings if finding.mend is not None]
+    return [finding for finding in found if finding.is_error] or (found if notes else [])
+
+
+def _modules(tensors: Mapping[str, Tensor], keys: Collection[str]) -> tuple[str, ...]:
+    """The modules of some of a file's tensors, and those that are of no module."""
+    bases = {key: base for base, roles in grouped(tensors).items() for key in roles.values()}
+    return tuple(sorted({bases.get(key, key) for key in keys}))
 
 
 _MOST_ROUNDS = 10  # a repair brings few further faults to light, such as alphas that differ once others are repaired

@@ -21,6 +21,7 @@ from lorasmith.formats.acceptance import made_portable, misread_alphas, shortfal
 from lorasmith.formats.layouts.layout import sentences
 from lorasmith.formats.lora_file import (
     PORTABLE,
+    StrangerReason,
     layout_for,
     load_lora,
     read_lora_tensors,
@@ -71,9 +72,13 @@ def convert_lora(
     losses = layout.losses(state, names)
     found = shortfalls(state, layout, names, is_portable=is_portable)
     lost = [*sentences(losses), *(shortfall.sentence for shortfall in found if shortfall.program == layout.title)]
-    if strangers := [part.name for part in unapplied(state, names)]:
-        first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
-        lost.append(f"{first}: the model has no place for it")
+    held_to = f"the released {names.family} model (--model names another)" if model is None else "the model"
+    strangers: dict[StrangerReason, list[str]] = {}
+    for part in unapplied(state, names):
+        strangers.setdefault(part.reason, []).append(part.name)
+    for reason, parts in strangers.items():
+        first = parts[0] if len(parts) == 1 else f"{len(parts)} modules, such as {parts[0]}"
+        lost.append(f"{first}: {held_to} has no place for it, {reason.text}")
     if state.words and not (layout.holds_words or is_portable):
         lost.append(f"the word {', '.join(state.words)}: it is an embedding of its own there")
     if lost and not lossy:

@@ -26,8 +26,8 @@ from lorasmith.core.folders import pipeline_index
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
+from lorasmith.formats.layouts.adapter_config import stated_alphas, without_config
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.layouts.peft import ADAPTER_METADATA, stated_alphas
 from lorasmith.formats.lora_file import bundle_of, lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
 from lorasmith.formats.metadata import RUN_ENTRY, sshs_hashes
 from lorasmith.formats.names import ModelNames
@@ -178,7 +178,7 @@ def save_alike(
         written = ModuleTensors(adapters.get(ref), module.differences)
         tensors |= spelled_like(first.layout, bases[ref], written, dtype)
     tensors |= words
-    header = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA}
+    header = without_config(metadata)
     write_safetensors(path, tensors, header | sshs_hashes(tensors, header))
 
 

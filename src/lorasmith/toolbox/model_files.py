@@ -72,6 +72,11 @@ class ModelReader:
     def files(self) -> set[Path]:
         return {place.file for place in self.places.values()}
 
+    def has_numbers(self, parameter: Parameter) -> bool:
+        """Whether a parameter can be read: it is there, and is not packed."""
+        place = self.places.get(parameter)
+        return place is not None and scale_name(place.tensor, self._tensors(place.file)) is None
+
     def read(self, parameter: Parameter) -> Tensor:
         """One parameter, in its own dtype and shape."""
         place = self.places[parameter]
@@ -80,13 +85,17 @@ class ModelReader:
 
     def tensor(self, file: Path, name: str) -> Tensor:
         """One tensor of one of the files. Raises ModelError if it is quantized with a scale."""
-        if file not in self._open:
-            self._open[file], _ = read_safetensors(file, ModelError)
-        if scale_name(name, self._open[file]) is not None:
+        tensors = self._tensors(file)
+        if scale_name(name, tensors) is not None:
             raise ModelError(
                 f"{name} in {file} is packed, and the tools do not compute on codes; use the bf16 or fp16 version"
             )
-        return self._open[file][name]
+        return tensors[name]
+
+    def _tensors(self, file: Path) -> Mapping[str, Tensor]:
+        if file not in self._open:
+            self._open[file], _ = read_safetensors(file, ModelError)
+        return self._open[file]
 
 
 @model_packages("a base model")

@@ -23,7 +23,7 @@ from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.layouts.peft import ADAPTER_METADATA
+from lorasmith.formats.layouts.adapter_config import configs_of, without_config
 from lorasmith.formats.metadata import RANKS_ENTRY, sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
@@ -117,7 +117,7 @@ def resize(
     if file.layout == "kohya":
         smaller = with_one_alpha(smaller)
     for ref, weights in smaller.items():
-        if weights is not file.modules[ref].adapter or ADAPTER_METADATA in file.metadata:
+        if weights is not file.modules[ref].adapter or configs_of(file.metadata):
             _replace(tensors, keys[file.bases[ref]], file, file.bases[ref], weights)
     write_safetensors(output, tensors, _metadata(file, tensors, list(smaller.values()), rank, energy))
     return ResizeReport(output, reports, _warnings(file, reports, shapes))
@@ -242,7 +242,7 @@ def _metadata(
     energy: float | None,
 ) -> dict[str, str]:
     bounds = [f"rank {rank}"] * (rank is not None) + [f"energy {energy:g}" if energy is not None else ""]
-    header = {key: value for key, value in file.metadata.items() if key not in (ADAPTER_METADATA, RANKS_ENTRY)}
+    header = {key: value for key, value in without_config(file.metadata).items() if key != RANKS_ENTRY}
     if "lorasmith.algorithm" in header:
         header["lorasmith.algorithm"] = "lora"
     if header.get("ss_network_module", "").startswith("lycoris"):

@@ -30,7 +30,7 @@ from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.loading import released_names
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.embeddings import Word, bundled_vectors
-from lorasmith.formats.layouts.peft import stated_alphas
+from lorasmith.formats.layouts.adapter_config import stated_alphas
 from lorasmith.formats.lora_file import (
     PORTABLE,
     StrangerReason,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats import lora_file
+from lorasmith.formats.container import write_safetensors
+from lorasmith.formats.layouts.adapter_config import ADAPTER_METADATA
 from lorasmith.formats.layouts.diffusers import DiffusersLayout
-from lorasmith.formats.layouts.peft import ADAPTER_METADATA
 from lorasmith.formats.names import ModelNames, OriginalName
 
 LAYOUT = DiffusersLayout()
@@ -315,3 +316,34 @@ def test_a_part_of_the_pipeline_inside_the_denoiser_has_keys_and_a_configuration
     assert LAYOUT.detects(tensors) == len(tensors)
     back = LAYOUT.read(tensors, header, names)
     assert back.adapters.keys() == state.adapters.keys() and not back.unknown
+
+
+@pytest.mark.parametrize(
+    ("header", "alpha"),
+    [
+        ({"transformer.lora_alpha": "8", "transformer.r": "4"}, 8.0),
+        ({"transformer.lora_alpha": "8.0", "transformer.r": "4", "transformer.use_rslora": "True"}, 16.0),
+        ({"lora_alpha": "8", "r": "4"}, 8.0),
+        ({"transformer.lora_alpha": "8", "transformer.alpha_pattern": '{"attn.to_q": 6}'}, 6.0),
+        ({ADAPTER_METADATA: json.dumps({"transformer": {"lora_alpha": 8, "r": 4}})}, 8.0),
+    ],
+    ids=["by component", "rslora", "without a component", "patterns", "nested JSON"],
+)
+def test_alphas_in_entries_of_their_own(tmp_path: Path, flux_names, make_state, header, alpha: float) -> None:
+    """As trainers write them whose files have no alphas, and once: a converted file has them in its factors."""
+    path = "transformer_blocks.0.attn.to_q"
+    tensors = LAYOUT.write(make_state(flux_names, [path], alpha=None), flux_names)
+    write_safetensors(tmp_path / "x.safetensors", tensors, header)
+    state = lora_file.load_lora(tmp_path / "x.safetensors", flux_names)
+    assert state.adapters[ModuleRef(DENOISER, path)].alpha == alpha
+    lora_file.save_lora(tmp_path / "y.safetensors", state, flux_names, layout="ai-toolkit")
+    again = lora_file.load_lora(tmp_path / "y.safetensors", flux_names).adapters[ModuleRef(DENOISER, path)]
+    assert (again.alpha, again.tensors.keys()) == (None, state.adapters[ModuleRef(DENOISER, path)].tensors.keys())
+    kohya = lora_file.lora_tensors(state, flux_names, layout="kohya")
+    assert float(next(tensor for key, tensor in kohya.items() if key.endswith(".alpha"))) == alpha
+
+
+def test_an_alpha_of_its_own_entry_that_is_no_number_is_named(flux_names, make_state) -> None:
+    tensors = LAYOUT.write(make_state(flux_names, ["transformer_blocks.0.attn.to_q"]), flux_names)
+    with pytest.raises(LoraError, match=r"the header entry transformer\.lora_alpha must be, with those beside it"):
+        LAYOUT.read(tensors, {"transformer.lora_alpha": "twice"}, flux_names)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
+from lorasmith.formats.layouts.adapter_config import stated_alphas
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.formats.names import OriginalName
 from lorasmith.formats.spelling import grouped

@@ -79,6 +79,10 @@ def test_width_may_be_shown_by_any_module() -> None:
         ("diffusion_model.middle_block.1.proj_in", "denoiser", "middle_block"),
         ("unet.conv_in", "denoiser", ""),
         ("transformer.single_transformer_blocks.37.proj_out", "denoiser", "single_transformer_blocks.37"),
+        ("transformer.text_fusion.layerwise_blocks.0.attn.to_q", "denoiser", "text_fusion.layerwise_blocks.0"),
+        ("lora_unet_txtfusion_refiner_blocks_1_attn_wq", "denoiser", "txtfusion_refiner_blocks.1"),
+        ("diffusion_model.llm_adapter.blocks.2.self_attn.q_proj", "denoiser", "llm_adapter.blocks.2"),
+        ("diffusion_model.blocks.2.attn.wq", "denoiser", "blocks.2"),
     ],
 )
 def test_components_and_blocks(base: str, component: str, block: str) -> None:

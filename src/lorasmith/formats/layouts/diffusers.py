@@ -21,8 +21,9 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, DIFFUSERS, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.formats.layouts.adapter_config import ADAPTER_METADATA
 from lorasmith.formats.layouts.layout import Layout, Loss
-from lorasmith.formats.layouts.peft import ADAPTER_METADATA, rank_fields, stated_alphas, targets, uneven_magnitudes
+from lorasmith.formats.layouts.peft import rank_fields, targets, uneven_magnitudes
 from lorasmith.formats.names import (
     ModelNames,
     PlacedModules,
@@ -30,7 +31,6 @@ from lorasmith.formats.names import (
     encoder_paths,
     original_places,
     other_places,
-    read_tensors,
 )
 from lorasmith.formats.scales import baked, loras_in
 from lorasmith.formats.spelling import (
@@ -41,7 +41,6 @@ from lorasmith.formats.spelling import (
     PEFT,
     ModuleTensors,
     any_of,
-    grouped,
     spelled,
     split_key,
     without_core,
@@ -79,7 +78,7 @@ class DiffusersLayout(Layout):
                 f"a LoRA file is for one denoiser, and this one has keys for {' and '.join(sorted(experts))}, the two "
                 "experts of a model; save the keys of each in a file of its own"
             )
-        return read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, grouped(tensors), metadata))
+        return super().read(tensors, metadata, names)
 
     def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
         return ".".join(_place(ref, names))

@@ -16,8 +16,9 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry, instance_of
+from lorasmith.formats.layouts.adapter_config import stated_alphas
 from lorasmith.formats.names import ModelNames, PlacedModules, in_original_naming, read_tensors, unfusable
-from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled
+from lorasmith.formats.spelling import KOHYA, ModuleTensors, grouped, spelled
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ class Layout(ABC):
 
         Returns:
             The recognised adapters and differences; every other tensor is in `unknown`. No metadata.
+
+        Raises:
+            LoraError: the file is malformed, such as its configuration in the header.
         """
-        return read_tensors(tensors, self.bases(names), names)
+        return read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, grouped(tensors), metadata))
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
         """Adapters and differences by key; `unknown` is not written here."""
