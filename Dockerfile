@@ -7,6 +7,8 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 python3-venv \
+    # Triton compiles what starts its kernels.
+    $([ "${TORCH_INDEX##*/}" = cpu ] || echo gcc libc6-dev python3-dev) \
  && rm -rf /var/lib/apt/lists/* \
  && python3 -m venv /opt/lorasmith
 # In a layer of its own, which a change of the source leaves as it is. What torch needs, its index has in versions of its own.

@@ -424,7 +424,6 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])]),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for deterministic runs, and read once in a process
     }
 
 

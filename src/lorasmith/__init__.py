@@ -30,7 +30,11 @@ Names are resolved when they are first used, so that importing the package is qu
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# cuBLAS is deterministic only with a workspace of fixed size, and reads this once, at the first product of a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
     from lorasmith.core import errors

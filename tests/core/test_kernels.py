@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.core import kernels
 from lorasmith.core.kernels import kernel_or
 
 
@@ -25,32 +28,71 @@ def wrong(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def broken(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    raise RuntimeError("no compiler")
+    raise RuntimeError("no driver")
 
 
 def missing() -> Any:
     raise ImportError("no Triton")
 
 
+def without_compiler(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+
+def without_headers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+
+@pytest.fixture(autouse=True)
+def refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(kernels, "REFUSALS", found)
+    return found
+
+
 TRIALS = [(torch.ones(2), torch.ones(3)), (torch.zeros(2), 2 * torch.ones(3))]
 
 
 @pytest.mark.parametrize(
-    ("load", "tolerance", "is_taken"),
+    ("load", "tolerance", "reason"),
     [
-        (lambda: near, 0.0, False),
-        (lambda: near, 1e-2, True),
-        (lambda: wrong, 1e-2, False),
-        (lambda: broken, 1.0, False),
-        (missing, 1.0, False),
+        (lambda: near, 0.0, "its numbers are not torch's"),
+        (lambda: near, 1e-2, ""),
+        (lambda: wrong, 1e-2, "its numbers are not torch's"),
+        (lambda: broken, 1.0, r"RuntimeError \(no driver\)"),
+        (lambda: without_compiler, 1.0, "install them .gcc and python3-dev"),
+        (lambda: without_headers, 1.0, "install them .gcc and python3-dev"),
+        (missing, 1.0, r"ImportError \(no Triton\)"),
     ],
-    ids=["near", "near enough", "wrong in one trial", "broken", "missing"],
+    ids=["near", "near enough", "wrong in one trial", "broken", "compiler", "headers", "missing"],
 )
-def test_what_runs_and_is_right_is_taken(load: Callable[[], Any], tolerance: float, is_taken: bool) -> None:
-    found = kernel_or(doubled, load, TRIALS, tolerance=tolerance)
-    assert found is (near if is_taken else doubled)
+def test_what_runs_and_is_right_is_taken_and_else_the_reason_is_said(
+    load: Callable[[], Any], tolerance: float, reason: str, refusals: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    found = kernel_or("doubling", doubled, load, TRIALS, tolerance=tolerance)
+    assert found.run is (doubled if reason else near)
+    assert refusals == ([found.refusal] if reason else [])
+    assert re.search(f"kernel for doubling is not used.*{reason}" if reason else "^$", found.refusal)
+
+
+def test_without_triton_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert "install triton" in kernel_or("doubling", doubled, missing, TRIALS).refusal
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: an illegal memory access"]
+)
+def test_a_device_without_memory_or_that_is_lost_says_nothing_of_a_kernel(text: str, refusals: list[str]) -> None:
+    def tried(x: Tensor, y: Tensor) -> None:
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        kernel_or("doubling", doubled, lambda: tried, TRIALS)
+    assert not refusals
 
 
 def test_another_function_may_say_what_is_right() -> None:
-    assert kernel_or(wrong, lambda: doubled, TRIALS) is wrong
-    assert kernel_or(wrong, lambda: doubled, TRIALS, expected=doubled) is doubled
+    assert kernel_or("doubling", wrong, lambda: doubled, TRIALS).run is wrong
+    assert kernel_or("doubling", wrong, lambda: doubled, TRIALS, expected=doubled).run is doubled

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.quantization import BLOCK, FP8_CODES, NF4_LEVELS, PACKINGS, packed, scaled_at_once
+from tests.cuda.arithmetic import CudaDivision
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(96, 80),
@@ -80,6 +81,21 @@ def test_zeros_stay_zeros_and_the_largest_number_of_a_row_stays_exact(kind: str)
     weight[1, 5], weight[2, 70] = 2.0, -0.375
     rtol = 0.125 if kind in BY_TENSOR else 1e-6
     torch.testing.assert_close(packed(weight, kind, torch.float32).weight(), weight, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_a_gpu_packs_the_same_codes(kind: str) -> None:
+    weight = torch.randn(96, 1024, generator=torch.Generator().manual_seed(0))
+    here = packed(weight, kind, torch.float32)
+    with CudaDivision():
+        there = packed(weight, kind, torch.float32)
+        unpacked = there.weight()
+    assert all(map(torch.equal, _bits(there.tensors), _bits(here.tensors)))
+    assert torch.equal(unpacked, here.weight())
+
+
+def _bits(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    return [one.view(torch.uint8) for one in tensors]
 
 
 @pytest.mark.parametrize("kind", PACKINGS)

@@ -15,6 +15,7 @@ from lorasmith.core import quantized_products
 from lorasmith.core.quantization import PACKINGS, Packed, packed, rotated_codes, scaled_codes
 from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
 from lorasmith.families.files.packed_weights import PackedWeights
+from tests.cuda.arithmetic import CudaDivision
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,15 @@ def products(weight: Packed) -> Products:
 def row_error(found: Tensor, expected: Tensor) -> float:
     """Largest error of a row as a share of its length."""
     return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+def test_a_gpu_rounds_rows_to_the_same_codes(kind: torch.dtype) -> None:
+    rows = numbers(64, 96, seed=0)
+    here = quantized_products.rounded_rows(rows, kind)
+    with CudaDivision():
+        there = quantized_products.rounded_rows(rows, kind)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(there, here, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

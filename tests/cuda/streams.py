@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lorasmith.core.placement import side_stream
+
 Clock = dict[int, int]
 """Number of operations by stream."""
 
@@ -119,6 +121,11 @@ class Streams:
     def clock(self, stream: Stream) -> Clock:
         return self._clocks[stream.number]
 
+    @property
+    def count(self) -> int:
+        """Number of streams, the one of the start included."""
+        return len(self._streams)
+
     def made(self, *_: Any, **__: Any) -> Stream:
         self._streams.append(Stream(self, len(self._streams)))
         return self._streams[-1]
@@ -144,7 +151,11 @@ class Streams:
             mock.patch.object(torch.cuda, "cudart", _Runtime),
             mock.patch.object(Tensor, "record_stream", _recording(self)),
         ):
-            yield
+            side_stream.cache_clear()
+            try:
+                yield
+            finally:
+                side_stream.cache_clear()
 
     def operation(self, reads: Iterable[Tensor], writes: Iterable[Tensor], place: Callable[[], str]) -> None:
         """An operation on the current stream."""

@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorasmith.bench.measure import frozen_floor
 from lorasmith.core import pinned_memory, quantized_products
+from lorasmith.core.kernels import Kernel
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
 from lorasmith.training import cuda_graphs
@@ -297,6 +299,7 @@ class Traced:
         captured: what a captured pass does that its replays would not, or with other memory; `graphs` is their number.
         operations: number of operations that compute, of the gradient of the last step.
         layers: adapted layers.
+        streams: made in the last step.
     """
 
     waits: Counter[str] = field(default_factory=Counter)
@@ -308,6 +311,7 @@ class Traced:
     graphs: int = 0
     operations: int = 0
     layers: int = 0
+    streams: int = 0
 
 
 def floor(model: Model, samples: Sequence[Sample]) -> Traced:
@@ -414,6 +418,7 @@ def traced(
     runtime = replace(job.runtime, device=DEVICE, **(changes or {}))
     found, streams = Traced(layers=len(job.adapters)), Streams()
     dtypes = (torch.float32, torch.bfloat16) if scales_by_row else ()
+    by_torch = partial(Kernel, "")
     with (
         contextlib.ExitStack() as prepared,
         streams.in_place(),
@@ -422,9 +427,9 @@ def traced(
         mock.patch.object(pinned_memory, "_registered", lambda _: None),
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
         # Triton compiles for a device alone.
-        mock.patch.object(quantized_products, "_int8_product_on", lambda _: quantized_products._int8_product),
-        mock.patch.object(quantized_products, "_rounding_on", lambda *_: quantized_products.rounded_by_torch),
-        mock.patch.object(backward_passes, "_turned_on", lambda _: _turned),
+        mock.patch.object(quantized_products, "int8_product_on", lambda *_: by_torch(quantized_products._int8_product)),
+        mock.patch.object(quantized_products, "rounding_on", lambda *_: by_torch(quantized_products.rounded_by_torch)),
+        mock.patch.object(backward_passes, "rotation_on", lambda *_: by_torch(_turned)),
         # The tiny models' weights and activations are below the sizes from which anything is done about them.
         mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),
         mock.patch.object(activations, "_SMALL", 256),
@@ -438,12 +443,14 @@ def traced(
         maker = batch_maker(job.model, samples, job.config, runtime, engine.rank_masks)
         for step in range(steps):
             devices.waits.clear()
+            streams_before = streams.count
             batches = maker.step(step)
             found.batches += devices.waits
             with MODE, Watch(streams) as watch:
                 results = engine.gradient(batches)
                 found.operations = watch.operations.total()
                 engine.update(step, *results)
+            found.streams = streams.count - streams_before
             if step:
                 found.waits += watch.waits
             else:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from lorasmith.cli.main import app
 from lorasmith.core.folders import Folders
+from lorasmith.core.kernels import Kernel
 from lorasmith.runs import doctor
 from lorasmith.runs.doctor import check_up
 
@@ -51,6 +52,13 @@ def test_folders_that_cannot_be_written_have_no_room(tmp_path: Path, monkeypatch
     assert not any(Path(folder).is_relative_to(cache) for folder in found.disks)
     (problem,) = [one for one in found.problems if "cannot be written" in one.problem]
     assert problem.problem.startswith(str(cache)) and "LORASMITH_CACHE_DIR" in problem.remedy and problem.is_fault
+
+
+def test_a_kernel_that_a_gpu_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refused = Kernel("doubling", abs, "The Triton kernel for doubling is not used: there is no compiler; install gcc.")
+    monkeypatch.setattr(doctor, "triton_kernels", lambda device: [Kernel("halving", abs), refused, refused])
+    (problem,) = [one for one in check_up(Folders(tmp_path)).problems if "doubling" in one.problem]
+    assert problem.problem.endswith("there is no compiler") and problem.remedy == "install gcc" and not problem.is_fault
 
 
 def test_each_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

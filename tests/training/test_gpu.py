@@ -147,7 +147,7 @@ def test_sums_of_int8_are_exact(rows: int, inner: int, columns: int, in_columns:
     )
     b = b.t().contiguous().t() if in_columns else b
     scale_a, scale_b = torch.rand(rows, 1, device=DEVICE), torch.rand(1, columns, device=DEVICE)
-    found = quantized_products._int8_product_on(DEVICE)(a, scale_a, b, scale_b, torch.float32)
+    found = quantized_products.int8_product_on(DEVICE).run(a, scale_a, b, scale_b, torch.float32)
     expected = (a.double() @ b.double()).float() * scale_a * scale_b
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 

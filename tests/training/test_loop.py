@@ -421,6 +421,15 @@ def test_a_run_that_shrank_goes_on_to_the_bit(
     assert same(saved(tmp_path / "whole"), saved(tmp_path / "run"))
 
 
+def test_a_kernel_that_is_not_used_is_named_once(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasmith.training.loop.REFUSALS", ["The Triton kernel for doubling is not used."])
+    audience = Audience()
+    run(dataset, steps=3, on_event=audience)
+    assert [one.message for one in audience.of(Warned)].count("The Triton kernel for doubling is not used.") == 1
+
+
 @pytest.mark.slow
 def test_too_little_memory_for_one_image_is_said(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch

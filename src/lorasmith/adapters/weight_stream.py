@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorasmith.core.byte_layout import ByteLayout, Place
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.pinned_memory import DeviceCopies, PinnedBuffer
+from lorasmith.core.placement import side_stream
 from lorasmith.core.quantization import AlwaysHere, CodeFormat, Packed, WeightSource, weight_source
 
 
@@ -39,7 +40,7 @@ class WeightStream:
         self.device = device
         self.copies = 0
         self._is_pinned = is_pinned and device.type == "cuda"
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = side_stream(device, "weights") if device.type == "cuda" else None
         self._blocks: list[Block] = []
         self._buffers: list[_Buffer] = []
         self._current: Block | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,6 +47,15 @@ def best_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda") if current().size == 1 else torch.device("cuda", current().gpu)
+
+
+@functools.cache
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+    """The stream of a GPU beside the current one for a use, which is one for the whole process.
+
+    torch's allocator keeps freed memory for the stream that it was allocated on, and cuBLAS keeps a workspace for each.
+    """
+    return torch.cuda.Stream(device)
 
 
 def memory_used(device: torch.device) -> int:
@@ -154,19 +164,32 @@ def memory_format_for(module: nn.Module) -> torch.memory_format:
 
 
 @contextlib.contextmanager
-def reproducible(enabled: bool) -> Iterator[None]:
-    """Inside the context, torch uses only deterministic kernels, if `enabled`."""
+def reproducible(enabled: bool, device: torch.device) -> Iterator[None]:
+    """Inside the context, torch uses only deterministic kernels, if `enabled`. Raises OptionError if it cannot."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if not enabled:
         yield
         return
-    # cuBLAS is deterministic only with a workspace of fixed size, and reads this on first use.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
+        if device.type == "cuda":
+            _check_cublas(device)
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _check_cublas(device: torch.device) -> None:
+    """Raise OptionError if torch's first product in this process did not see a workspace of fixed size."""
+    try:
+        torch.mm(*torch.ones(2, 16, 16, device=device))
+    except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" not in str(error):
+            raise
+        raise OptionError(
+            "deterministic needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the first product on a GPU, "
+            "but this program made one before it imported lorasmith; set the variable, or import lorasmith first"
+        ) from error
 
 
 _LARGE_BYTES = 2**28  # of copied tensors from which their memory is returned to the system

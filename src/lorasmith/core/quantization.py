@@ -25,6 +25,9 @@ which spreads outliers over the group: the codes are those of W R, and W is (W R
 Kronecker power of a Hadamard matrix of order 4, which is symmetric, so that R is its own inverse. G is the largest of
 256, 64, 16 and 4 that divides the inputs; without one, and of convolutions, weights are as in `int8`.
 
+Tensors are not divided by a Python number, unless it is a power of two, but multiplied by its reciprocal: torch does
+so on CUDA and divides on a CPU, which gives other bits.
+
 Checkpoints with quantized weights of other formats (`families.files`) give `Packed` weights too. A layer whose weight
 is packed has it, or another `WeightSource`, under `WEIGHT_SOURCE`, and a `placeholder` as its parameter.
 """
@@ -306,7 +309,7 @@ def _hadamard(group: int, device: torch.device) -> Tensor:
 def _scaled(weight: Tensor, largest: float, *, by_row: bool = True) -> tuple[Tensor, Tensor]:
     """The weight scaled so that the maximum of each row, or of all, is ±`largest` (a new tensor), and the scales."""
     full = weight.float()
-    scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) / largest
+    scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) * (1 / largest)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
     return (full / scale).clamp_(-largest, largest), scale
 
@@ -363,7 +366,7 @@ def _blocks_of_e4m3(weight: Tensor, dtype: torch.dtype) -> Packed:
     if weight.ndim != 2 or weight.shape[1] % MXFP8_BLOCK:
         return _scaled_fp8(weight, dtype, code=torch.float8_e4m3fn, by_row=True)
     blocks = weight.float().reshape(len(weight), -1, MXFP8_BLOCK)
-    least = blocks.abs().amax(2) / torch.finfo(torch.float8_e4m3fn).max
+    least = blocks.abs().amax(2) * (1 / torch.finfo(torch.float8_e4m3fn).max)
     # The next power of two, as its bits in fp32: all of the exponent, which is e8m0's. Infinity becomes a NaN.
     exponents = (least.view(torch.int32).clamp(1, 255 << 23) + ((1 << 23) - 1)) >> 23
     scaled = blocks / (exponents << 23).view(torch.float32).unsqueeze(-1)
@@ -385,8 +388,8 @@ def _blocks_of_e2m1(weight: Tensor, dtype: torch.dtype) -> Packed:
     if weight.ndim != 2 or weight.shape[1] % NVFP4_BLOCK:
         return _normal_float(weight, dtype)
     blocks = weight.float().reshape(len(weight), -1, NVFP4_BLOCK)
-    largest = blocks.abs().amax(2) / _E2M1[-1]
-    scale = (largest.amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=2.0**-100)
+    largest = blocks.abs().amax(2) * (1 / _E2M1[-1])
+    scale = (largest.amax(1, keepdim=True) * (1 / torch.finfo(torch.float8_e4m3fn).max)).clamp(min=2.0**-100)
     least = 2**-9  # that is not zero
     by_block = (largest / scale).clamp(min=least).to(torch.float8_e4m3fn, memory_format=_BY_ROW)
     numbers = blocks / (by_block.float() * scale).unsqueeze(-1)

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.choices import ProductFormat, Quantization
-from lorasmith.core.kernels import kernel_or
+from lorasmith.core.kernels import Kernel, is_refusal, kernel_or
 from lorasmith.core.quantization import E2M1_LEVELS, CodeFormat, Packed, level_pairs, packed, rotated, rotation, tiled
 
 
@@ -105,7 +105,7 @@ class Int8Products:
     """The products of a Linear layer whose packed weight has int8 codes and an fp32 scale, rotated or not."""
 
     def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
-        self._product = _int8_product_on(device)
+        self._product = int8_product_on(device).run
         self._rotation = None if codes.rotated_by is None else rotation(codes.rotated_by, device)
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ class Int8Products:
         codes, scale = weight.tensors
         flat = x.reshape(-1, x.shape[-1])
         rows, row_scale = rounded_rows(self._rotated(flat), torch.int8)
-        y = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype)
+        y: Tensor = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
 
     def backward(self, weight: Packed, grad: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def rounded_rows(rows: Tensor, kind: torch.dtype, factors: Tensor | None = None)
 
     By `core.rounding_kernel` on a GPU.
     """
-    round_rows = rounded_by_torch if torch.compiler.is_compiling() else _rounding_on(rows.device, kind)
+    round_rows = rounded_by_torch if torch.compiler.is_compiling() else rounding_on(rows.device, kind).run
     return round_rows(rows, kind, _largest(kind), factors)
 
 
@@ -209,12 +209,11 @@ def _largest(kind: torch.dtype) -> float:
 
 
 @functools.cache
-def _rounding_on(
-    device: torch.device, kind: torch.dtype
-) -> Callable[[Tensor, torch.dtype, float, Tensor | None], tuple[Tensor, Tensor]]:
-    """The kernel on a GPU where it runs and is right; `rounded_by_torch` elsewhere."""
+def rounding_on(device: torch.device, kind: torch.dtype) -> Kernel:
+    """What rounds rows to a format on a device, with the signature of `rounded_by_torch`."""
+    name = f"rounding to {'int8' if kind == torch.int8 else 'fp8'}"
     if device.type != "cuda":
-        return rounded_by_torch
+        return Kernel(name, rounded_by_torch)
     rows = torch.linspace(-3, 2, 5 * 144, device=device).reshape(5, 144)
     factors = torch.linspace(1, 2, 144, device=device)
 
@@ -223,14 +222,14 @@ def _rounding_on(
 
         return rounded
 
-    return kernel_or(rounded_by_torch, load, [(rows, kind, _largest(kind), factors)])
+    return kernel_or(name, rounded_by_torch, load, [(rows, kind, _largest(kind), factors)])
 
 
 def rounded_by_torch(rows: Tensor, kind: torch.dtype, largest: float, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """`rounded_rows` in several operations, with the largest number of the format."""
     rows = rows if factors is None else rows * factors
     is_int8 = kind == torch.int8
-    scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32) / largest
+    scale = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32) * (1 / largest)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
     scaled = rows / scale
     scaled = scaled.round_() if is_int8 else scaled.clamp_(-largest, largest)  # rounded, none is beyond 127
@@ -275,15 +274,18 @@ def _multiplies_blocks(device: torch.device) -> bool:
 
     try:
         return is_right("mxfp8") and is_right("nvfp4")
-    except (RuntimeError, ValueError):  # not supported
+    except (RuntimeError, ValueError) as error:
+        if not is_refusal(error):
+            raise
         return False
 
 
 @functools.cache
-def _int8_product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]:
-    """The kernel on a GPU where it runs and is right; `_int8_product` elsewhere."""
+def int8_product_on(device: torch.device) -> Kernel:
+    """What multiplies int8 matrices on a device, with the signature of `_int8_product`."""
+    name = "products in int8"
     if device.type != "cuda":
-        return _int8_product
+        return Kernel(name, _int8_product)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (32, 32), generator=generator, dtype=torch.int8) for _ in range(2))
     scale = torch.ones(32, 1, device=device)
@@ -295,7 +297,7 @@ def _int8_product_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, 
 
     orders = (b.to(device), b.t().to(device).t())
     trials = [(a.to(device), scale, one, scale.t(), torch.float32) for one in orders]
-    return kernel_or(_int8_product, load, trials, expected=lambda *_: a.float() @ b.float())
+    return kernel_or(name, _int8_product, load, trials, expected=lambda *_: a.float() @ b.float())
 
 
 def _int8_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -347,7 +349,9 @@ def _dtypes_scaled_by_row(
     def is_right(dtype: torch.dtype) -> bool:
         try:
             y = torch._scaled_mm(left, right.t(), scale_a=rows, scale_b=across, out_dtype=dtype)
-        except (RuntimeError, ValueError):  # not supported
+        except (RuntimeError, ValueError) as error:
+            if not is_refusal(error):
+                raise
             return False
         return bool(torch.allclose(y.float(), inner * rows * across, rtol=0.01))
 

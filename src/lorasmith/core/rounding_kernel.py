@@ -1,6 +1,6 @@
 """A Triton kernel that rounds rows to int8 or fp8, each with a scale of its own, and reads them twice.
 
-    scale  = max |x · factors| / largest number of the format      fp32
+    scale  = max |x · factors| · (1 / largest number of the format)   fp32, as in `core.quantization`
     codes  = x · factors / scale                                   rounded to the nearest, ties to even
 
 torch takes six operations for it, most of which write an fp32 matrix. Every step is rounded as there, and a NaN is in
@@ -41,7 +41,9 @@ def rounded(rows: Tensor, kind: torch.dtype, largest: float, factors: Tensor | N
     given = rows if factors is None else factors.contiguous()
     with torch.cuda.device(rows.device) if rows.is_cuda else contextlib.nullcontext():  # where Triton launches
         kernel[(count,)](
-            *(rows, given, codes, scales, columns, *rows.stride(), largest, factors is not None, kind == torch.int8),
+            *(rows, given, codes, scales, columns, *rows.stride(), largest, 1 / largest),
+            has_factors=factors is not None,
+            is_int8=kind == torch.int8,
             **BLOCK,
             **LAUNCH,
         )
@@ -57,6 +59,7 @@ def _kernel(
     x_row,
     x_column,
     largest,
+    inverse,
     has_factors: tl.constexpr,
     is_int8: tl.constexpr,
     block: tl.constexpr,
@@ -67,7 +70,7 @@ def _kernel(
         column = start + tl.arange(0, block)
         values = _values(x + row * x_row, factors, column, columns, x_column, has_factors)
         most = tl.maximum(most, tl.abs(values), propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.div_rn(tl.reduce(most, 0, _larger), largest)
+    scale = tl.reduce(most, 0, _larger) * inverse
     scale = tl.maximum(scale, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)  # of a row of zeros
     tl.store(scales + row, scale)
     for start in range(0, columns, block):

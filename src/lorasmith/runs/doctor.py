@@ -23,7 +23,7 @@ from lorasmith.core.printable import memory_text
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.families.locating import built_in_models
 from lorasmith.runs.extending import InstalledExtension, installed_extensions
-from lorasmith.training.memory.compilation import compiler
+from lorasmith.training.memory.compilation import compiler, triton_kernels
 from lorasmith.training.storage.run_states import free_bytes
 
 _PACKAGE = "lorasmith"
@@ -122,6 +122,7 @@ def check_up(folders: Folders) -> Checkup:
             *_unusable(extensions),
             *(Problem(problem=one.problem, remedy=one.remedy) for one in _COMPANIONS if one.version and one.problem),
             *_slow_devices(devices),
+            *_slow_kernels(devices),
             *_small_memory(memory.total),
             *(Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items()),
             *_full_disks(disks),
@@ -213,6 +214,12 @@ def _slow_devices(devices: tuple[DeviceFacts, ...]) -> list[Problem]:
             remedy="install the build of torch for it: lorasmith doctor --install prints the command",
         )
     ]
+
+
+def _slow_kernels(devices: tuple[DeviceFacts, ...]) -> list[Problem]:
+    refusals = [one.refusal for device in devices for one in triton_kernels(torch.device(device.name)) if one.refusal]
+    parts = (one.rstrip(".").rpartition("; ") for one in dict.fromkeys(refusals))
+    return [Problem(problem=problem, remedy=remedy, is_fault=False) for problem, _, remedy in parts]
 
 
 def _small_memory(total: int) -> list[Problem]:

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorasmith.core.allocator import has_lost_device, is_out_of_memory
 from lorasmith.core.errors import TrainingError
+from lorasmith.core.placement import side_stream
 from lorasmith.core.printable import first_line
 from lorasmith.families.base import Conditioning
 from lorasmith.training.batches import Batch
@@ -53,7 +54,7 @@ class CudaGraphs:
 
     def __init__(self, gradient: Tensor) -> None:
         self._gradient = gradient
-        self._stream = torch.cuda.Stream(gradient.device)
+        self._stream = side_stream(gradient.device, "graphs")
         self._pool = torch.cuda.graph_pool_handle()
         self._known: dict[object, Batch | _Captured] = {}  # by shape: the first batch, then the graph
 

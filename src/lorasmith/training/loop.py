@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorasmith.core.allocator import has_lost_device, is_of_gpu, is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
+from lorasmith.core.kernels import REFUSALS
 from lorasmith.core.placement import memory_used
 from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -131,6 +132,7 @@ class Loop:
         self._watchers = watchers
         self._mailbox = Mailbox(engine.runtime.device)
         self._spilling = SpillCheck(engine.runtime.device)
+        self._refusals = 0  # of kernels, emitted
         self._noise = NoiseScale()
         self._taken: dict[int, _Taken] = {}
         self._begun = False
@@ -419,6 +421,9 @@ class Loop:
             )
             if warning := self._spilling.warning(step + 1, taken.shapes, seconds):
                 self.emit(Warned(message=warning))
+            for refusal in REFUSALS[self._refusals :]:
+                self.emit(Warned(message=refusal))
+            self._refusals = len(REFUSALS)
 
     def _settle(self) -> None:
         """Process the results still in transit after an error."""

@@ -218,7 +218,7 @@ class Trainable:
         Nothing is differentiable but inputs. Afterwards the module is as before, bit for bit.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(reproducible(config.deterministic))
+            stack.enter_context(reproducible(config.deterministic, runtime.device))
             stack.enter_context(_frozen(self.module, self.patches, config, runtime))
             if self.encoders is not None:  # whole in each process
                 whole = replace(runtime, sharding=False)

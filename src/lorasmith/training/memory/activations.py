@@ -34,6 +34,7 @@ from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenPro
 from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import ActivationPlan
+from lorasmith.core.placement import side_stream
 from lorasmith.core.recomputation import Recomputing, constant_kept, recomputed
 from lorasmith.training.memory.backward_passes import norm_forward, rotations_replaced
 
@@ -294,7 +295,7 @@ class HostMemory:
         tensors = [*module.parameters(), *module.buffers()]
         self._stay = {tensor.untyped_storage()._cdata for tensor in tensors}
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = side_stream(device, "activations") if device.type == "cuda" else None
         self._known: dict[int, _Known] = {}
         self._sent: deque[weakref.ref[_OnHost]] = deque()
 

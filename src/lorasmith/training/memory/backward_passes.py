@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
-from lorasmith.core.kernels import kernel_or
+from lorasmith.core.kernels import Kernel, kernel_or
 
 
 def norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -150,23 +150,25 @@ class _RotaryEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, turns: Tensor, rounds_twice: bool) -> Tensor:
         ctx.turns, ctx.rounds_twice = turns, rounds_twice
-        return _turned_on(x.device)(_with_rows(x), turns, 1.0)
+        turned: Tensor = rotation_on(x.device).run(_with_rows(x), turns, 1.0)
+        return turned
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, turns = _with_rows(grads[0]), ctx.turns  # some attentions return gradients with another order
         if not ctx.rounds_twice or grad.dtype == torch.float32 or grad.device.type != "cpu":
-            return _turned_on(grad.device)(grad, turns, -1.0), None, None
+            return rotation_on(grad.device).run(grad, turns, -1.0), None, None
         wide = grad.float()
         across = _times(wide, turns.imag * -1j).to(grad.dtype)
         return _times(wide, turns.real).to(grad.dtype).add_(across), None, None
 
 
 @functools.cache
-def _turned_on(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """The kernel on a GPU where it runs and is right; `_turned` elsewhere."""
+def rotation_on(device: torch.device) -> Kernel:
+    """What turns pairs on a device, with the signature of `_turned`."""
+    name = "rotary embeddings"
     if device.type != "cuda":
-        return _turned
+        return Kernel(name, _turned)
     x = torch.linspace(-1, 1, 2 * 3 * 5 * 48, device=device).reshape(2, 3, 5, 48)
     angles = torch.linspace(-3, 3, 2 * 3 * 24, device=device).reshape(2, 3, 24)
     turns = torch.polar(torch.ones_like(angles), angles)
@@ -177,7 +179,7 @@ def _turned_on(device: torch.device) -> Callable[[Tensor, Tensor, float], Tensor
         return turned
 
     trials = [(x, table, direction) for table in (turns, turns[0]) for direction in (1.0, -1.0)]
-    return kernel_or(_turned, load, trials, tolerance=1e-5)
+    return kernel_or(name, _turned, load, trials, tolerance=1e-5)
 
 
 def _turned(x: Tensor, turns: Tensor, direction: float) -> Tensor:

@@ -31,11 +31,14 @@ from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.adapters.weight_stream import Block, streamed_block
 from lorasmith.core.blocks import units
+from lorasmith.core.kernels import Kernel
 from lorasmith.core.quantization import weight_source
+from lorasmith.core.quantized_products import ACTIVATION, has_products, int8_product_on, rounding_on
 from lorasmith.core.recomputation import recomputed
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Routing
 from lorasmith.training.memory.activations import without_recomputing
+from lorasmith.training.memory.backward_passes import rotation_on
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
@@ -76,6 +79,18 @@ def compiler(device: torch.device) -> str:
             output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
             return output.partition("\n")[0] or name
     return "none"
+
+
+def triton_kernels(device: torch.device) -> tuple[Kernel, ...]:
+    """The project's kernels for a GPU, each tried on it; none for other devices."""
+    if device.type != "cuda":
+        return ()
+    found = [rotation_on(device)]
+    if has_products("int8", device):
+        found += [int8_product_on(device), rounding_on(device, torch.int8)]
+    if has_products("fp8", device):
+        found.append(rounding_on(device, ACTIVATION))
+    return tuple(found)
 
 
 @contextlib.contextmanager
