@@ -265,6 +265,26 @@ def test_presets_of_flux_target_what_they_say(preset: str, count: int) -> None:
     assert len(plan.adapters) == count
 
 
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("attention", 28 * 5),
+        ("attention+ff", 28 * 8),
+        ("transformer", 28 * 8 + 4 * 8 + 1 + 2),
+        ("all-linear", 264),  # the layers that the model's authors recommend
+        (None, 264),
+    ],
+)
+def test_presets_of_krea_2_target_what_they_say(preset: str | None, count: int) -> None:
+    # A block of the model, as one of the text fusion, has 5 attention and 3 feed-forward matrices; the fusion has a
+    # projector, the text input two matrices; around them are the picture's input, three of time, and the output.
+    family = FAMILIES["krea2"]
+    with torch.device("meta"):
+        model = family.denoiser_class()()
+    chosen = family.presets[preset or family.own_defaults.targets]
+    assert len(plan_adapters(model, [chosen], rank=4).adapters) == count
+
+
 @pytest.mark.parametrize(("name", "model"), [("sd1", unet(models.SD1_TINY)), ("flux1", flux(models.FLUX_TINY))])
 def test_tables_list_shapes_for_every_module(name: str, model: nn.Module) -> None:
     names = FAMILIES[name].names(model, {})

@@ -36,7 +36,11 @@ _ROWS = {
 }
 """Families by their row in docs/models.md."""
 
-_TARGETS = {"attention+ff": r"attention and (feed-forward|MLPs?)", "transformer": r"transformer blocks|whole blocks"}
+_TARGETS = {
+    "attention+ff": r"attention and (feed-forward|MLPs?)",
+    "transformer": r"transformer blocks|whole blocks",
+    "all-linear": r"all linear layers",
+}
 _TIMES = {"uniform": "uniform times", "logit_normal": "logit-normal times", "shifted": "times, with a shift"}
 
 

@@ -242,7 +242,7 @@ def test_every_family(family: str, quantization: str, targets: str | None, tmp_p
     for result, settings in zip(results, runs, strict=True):
         assert_alike(result, alone(model, data, settings))
     told = [one for one in events if isinstance(one, Warned) and "mixes the samples" in one.message]
-    assert bool(told) is (targets == "all" and family in ("z-image", "krea2"))
+    assert bool(told) is (targets == "all" and family == "z-image")
 
 
 def few_samples(model: Model) -> EncodedDataset:

@@ -53,10 +53,15 @@ _SHARED_FROM = 4
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """Longest caption in tokens that a model's text encoder was trained with; `encoder` names both in messages."""
+    """Longest caption in tokens that a model, or its text encoder, reads well."""
 
-    encoder: str
+    reader: str  # in messages
     longest: int
+    cuts: bool = False  # the rest is not read
+
+    @property
+    def rule(self) -> str:
+        return f"that {self.reader} {'reads' if self.cuts else 'was made for'}"
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def found_in(
     """The findings about the images of a folder, the most serious kinds first.
 
     `skipped` has names and reasons, `missing` the images without a caption of their own; `limit` is given where tokens
-    were counted, `controls` where images are checked as pairs.
+    were counted and the model has one, `controls` where images are checked as pairs.
     """
     return (
         *_unused(skipped),
@@ -357,10 +362,7 @@ def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) ->
 
 def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterator[Finding]:
     if found := _those(images, lambda one: (one.tokens or 0) > limit.longest):
-        problem = (
-            f"{_count(found, 'caption has', 'captions have')} more than the {limit.longest} tokens that "
-            f"{limit.encoder} was made for"
-        )
+        problem = f"{_count(found, 'caption has', 'captions have')} more than the {limit.longest} tokens {limit.rule}"
         remedy = f"shorten {_them(found)} to what is seen in the picture"
         yield _about(images, found, "long captions", problem, remedy, lambda one: f"{one.tokens:,} tokens")
 

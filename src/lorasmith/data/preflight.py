@@ -72,7 +72,7 @@ class Preflight:
     buckets: tuple[Bucket, ...]  # at the first resolution, the most frequent first
     alike: tuple[LookAlikes, ...]
     epoch: Epoch
-    limit: TokenLimit | None  # None where tokens were not counted
+    limit: TokenLimit | None  # None where tokens were not counted, or are read however many there are
     findings: tuple[Finding, ...]  # the most serious kinds first
     refused: tuple[Candidate, ...] = ()  # the image files among `skipped`
 

@@ -788,6 +788,10 @@ class Family(ABC):
         """Width of the states that a text encoder must have for the denoiser; None if every width fits."""
         return int(getattr(denoiser.config, self.text_width)) if self.text_width else None
 
+    def most_tokens(self, denoiser: nn.Module) -> int | None:
+        """Tokens of a prompt that the denoiser is given, the rest being cut; None if it is given all."""
+        return None
+
     @abstractmethod
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         """Conditioning of one prompt.

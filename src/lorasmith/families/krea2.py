@@ -83,7 +83,7 @@ class Krea2(Family):
     targets = {
         "attention": Rule(_ATTENTION),
         "attention+ff": Rule((*_ATTENTION, "transformer_blocks.*.ff.*")),
-        "transformer": Rule(("transformer_blocks.*",), linear_only=True),
+        "transformer": Rule(("transformer_blocks.*", "text_fusion.*", "txt_in.*"), linear_only=True),
     }
     signs = ("txtfusion.projector.weight", "blocks.0.attn.gate.weight")
     text_encoders = {
@@ -101,7 +101,7 @@ class Krea2(Family):
     )
     clip_types = ("krea2",)
     own_defaults = Defaults(
-        targets="attention+ff",  # OneTrainer's preset: attn and ff
+        targets="all-linear",  # the 264 layers that the authors recommend; ai-toolkit's and musubi-tuner's, too
         guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )

@@ -307,6 +307,9 @@ class Wan(Family):
         )
         return Conditioning({"context": context}, text)
 
+    def most_tokens(self, denoiser: nn.Module) -> int | None:
+        return _TOKENS if self._has_known_frames and _config(denoiser).image_dim is not None else None
+
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         return _config(denoiser).image_dim if component == IMAGE_ENCODER else super().encoder_width(denoiser, component)
 

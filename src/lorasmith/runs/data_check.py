@@ -5,6 +5,7 @@ The pictures of the page are read from the folder again.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,8 +119,8 @@ def _clip_notes(scan: FolderScan, clips: ClipForm, config: DataConfig) -> Iterat
         )
 
 
-def token_counter(model: Model) -> tuple[Callable[[str], int], TokenLimit] | tuple[None, None]:
-    """How the model counts the tokens of a caption, and its limit; (None, None) without a text encoder.
+def token_counter(model: Model) -> tuple[Callable[[str], int] | None, TokenLimit | None]:
+    """How the model counts the tokens of a caption, None without a text encoder; and its limit, None if it has none.
 
     Of several encoders the one that reads the longest captions counts.
     """
@@ -127,14 +128,18 @@ def token_counter(model: Model) -> tuple[Callable[[str], int], TokenLimit] | tup
     present = [name for name in slots if name in model.components.tokenizers]
     if not present:
         return None, None
-    widest = max(present, key=lambda name: slots[name].longest)
+    widest = max(present, key=lambda name: slots[name].longest or math.inf)
     tokenizer = model.components.tokenizers[widest]
 
     @cache
     def count(caption: str) -> int:
         return len(tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
 
-    return count, TokenLimit(f"the text encoder of {model.family.title}", slots[widest].longest)
+    title = model.family.title
+    if (most := model.family.most_tokens(model.components.denoiser)) is not None:
+        return count, TokenLimit(title, most, cuts=True)
+    longest = slots[widest].longest
+    return count, None if longest is None else TokenLimit(f"the text encoder of {title}", longest)
 
 
 def plain(check: DataCheck) -> dict[str, Any]:
@@ -438,12 +443,10 @@ def _captions(found: Preflight) -> dict[str, str]:
     if found.trigger:
         lines["Trigger"] = found.trigger
     lengths = sorted(one.tokens for one in found.images if one.tokens is not None)
-    if lengths and found.limit is not None:
+    if lengths:
         middle = lengths[len(lengths) // 2]
-        lines["Length"] = (
-            f"{lengths[0]:,} to {lengths[-1]:,} tokens, {middle:,} in the middle; {found.limit.encoder} was made for "
-            f"{found.limit.longest:,}"
-        )
+        limit = "" if found.limit is None else f", of at most {found.limit.longest:,} {found.limit.rule}"
+        lines["Length"] = f"{lengths[0]:,} to {lengths[-1]:,} tokens, {middle:,} in the middle{limit}"
     tags = Counter(tag for one in written for tag in dict.fromkeys(tags_of(one.file.caption)))
     if frequent := [(tag, count) for tag, count in tags.most_common(_TAGS) if count > 1]:
         lines["Frequent tags"] = ", ".join(f"{tag} × {count:,}" for tag, count in frequent)

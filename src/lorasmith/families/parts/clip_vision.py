@@ -28,7 +28,6 @@ class ImageEncoderKind(EncoderKind):
     """A vision transformer in transformers' naming."""
 
     title = "image encoder"
-    longest = 0
     dtype = torch.float32
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:

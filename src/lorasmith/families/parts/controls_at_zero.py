@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import Krea2Transformer2DModel, QwenImageTransformer2DModel
-from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor, Krea2TextFusion, Krea2TransformerBlock
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
@@ -93,6 +94,18 @@ class Krea2Transformer(Krea2Transformer2DModel):  # type: ignore[misc]
         config, width = self.config, self.hidden_size
         sizes = (width, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads)
         self.transformer_blocks = nn.ModuleList(_Krea2Block(*sizes, config.norm_eps) for _ in range(config.num_layers))
+        self.text_fusion = _Krea2TextFusion(
+            num_text_layers=config.num_text_layers,
+            dim=config.text_hidden_dim,
+            num_heads=config.text_num_attention_heads,
+            num_kv_heads=config.text_num_key_value_heads,
+            intermediate_size=config.text_intermediate_size,
+            num_layerwise_blocks=config.num_layerwise_text_blocks,
+            num_refiner_blocks=config.num_refiner_text_blocks,
+            eps=config.norm_eps,
+        )
+        for block in self.text_fusion.layerwise_blocks:
+            block.attn.set_processor(_AmongLayers(config.num_text_layers))
 
     def forward(
         self, hidden_states: Tensor, *, timestep: Tensor, clean_tokens: int = 0, **given: Any
@@ -113,6 +126,43 @@ class Krea2Transformer(Krea2Transformer2DModel):  # type: ignore[misc]
         for block in self.transformer_blocks:
             states = block(states, modulation, rotary, whole)
         return (self.final_layer(states[:, text.shape[1] :], times[0]),)
+
+
+class _Krea2TextFusion(Krea2TextFusion):  # type: ignore[misc]
+    """diffusers' with the samples first in the input of every layer, where diffusers' has a list of tokens."""
+
+    def forward(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        tokens, layers = encoder_hidden_states.shape[1:3]
+        states = encoder_hidden_states.flatten(1, 2)
+        for block in self.layerwise_blocks:
+            states = block(states)
+        states = self.projector(states.unflatten(1, (tokens, layers)).transpose(2, 3)).squeeze(-1)
+        for block in self.refiner_blocks:
+            states = block(states, attention_mask=attention_mask)
+        return states
+
+
+class _AmongLayers(Krea2AttnProcessor):  # type: ignore[misc]
+    """Attention among the states of each token, of (batch, tokens · layers, width)."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        heads = [layer(hidden_states).unflatten(-1, (-1, attn.head_dim)) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        query, key, value = (
+            one.reshape(-1, self._layers, *one.shape[2:])
+            for one in (attn.norm_q(heads[0]), attn.norm_k(heads[1]), heads[2])
+        )
+        groups = attn.num_heads // attn.num_kv_heads
+        mixed = dispatch_attention_fn(
+            query,
+            key.repeat_interleave(groups, dim=2),
+            value.repeat_interleave(groups, dim=2),
+            backend=self._attention_backend,
+        )
+        gate = torch.sigmoid(attn.to_gate(hidden_states))
+        return attn.to_out[0](mixed.reshape_as(gate) * gate)  # type: ignore[no-any-return]
 
 
 class _Krea2Block(Krea2TransformerBlock):  # type: ignore[misc]

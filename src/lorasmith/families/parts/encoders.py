@@ -39,7 +39,7 @@ class EncoderKind(ABC):
 
     name: str  # registered name, as ComfyUI calls it
     title = "text encoder"  # in messages
-    longest: int  # tokens of a prompt that models with it were made for; longer ones are read, but worse
+    longest: int | None = None  # tokens of a prompt beyond which it is read worse, though whole
     dtype: torch.dtype | None = None  # in which it runs; None for that of its weights; packed and fp16 ones are bf16
 
     @abstractmethod

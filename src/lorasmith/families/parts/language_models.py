@@ -59,8 +59,6 @@ _MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small 
 class LanguageModel(EncoderKind):
     """A decoder-only language model."""
 
-    longest = 512
-
     name: str
     classes: tuple[str, str]  # of its configuration and of the model, in transformers
     _: KW_ONLY
@@ -342,7 +340,6 @@ class T5Encoder(EncoderKind):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.longest = 256 if name == "byt5_small" else 512  # bytes of ByT5
         self._is_umt5 = name == "umt5xxl"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
