@@ -199,6 +199,62 @@ def test_tags_that_may_be_shared() -> None:
     assert tagged(*(f"a {place}, sks dog" for place in ("sofa", "bed", "beach", "lawn")), trigger="SKS dog") == ()
     assert tagged("a, x, white", "a, y, white", "a, z, white") == (), "three captions are too few"
     assert tagged("a, x, white", "a, y, white", "a, z, white", "a, v") == ()
+    assert tagged(*["sks dog, in a park, white"] * 4) == (), "one caption for all of them is a choice"
+
+
+HAIR, ARMOUR = "long silver hair with a thin golden circlet", "ornate blue plate armour"
+PLACES = ("castle", "forest", "tavern", "market", "harbour")
+
+
+def knight(number: int) -> str:
+    place = f"in a {PLACES[number % 5]}, scene {number}"
+    return (
+        f"A knight {place}, who has {HAIR} and is wearing {ARMOUR}.",
+        f"Wearing {ARMOUR}, a knight stands {place}; {HAIR}",
+        f"Seen {place} is a knight. {HAIR.capitalize()} falls over the {ARMOUR} of it",
+    )[number % 3]
+
+
+def test_phrases_of_prose_that_nearly_all_captions_share() -> None:
+    finding = only(tagged(*map(knight, range(25))))
+    assert finding.sentence == (
+        f"every caption has the phrases '{HAIR}', '{ARMOUR}'; leave out what the subject always has, which its trigger "
+        "then learns, or write it into every prompt"
+    )
+    most = [*map(knight, range(24)), "A dog on a beach"]
+    assert only(tagged(*most)).problem.startswith("nearly every caption has the phrases")
+    assert tagged(*map(knight, range(20)), *(f"A dog on a beach, {number}" for number in range(5))) == ()
+
+
+def test_phrases_that_may_be_shared() -> None:
+    on_a = [f"a photo of sks dog that is lying on a {place} in the sun" for place in PLACES]
+    assert tagged(*on_a, trigger="sks dog") == (), "words of sentences"
+    assert tagged(*(f"a photo of sks dog on a {place} in the {place} sun" for place in PLACES)) == ()
+    assert tagged(*(f"{place} with sks dog in front of the {place}" for place in PLACES), trigger="sks dog") == ()
+
+
+@pytest.mark.parametrize("trigger", ["woman", "Dog", "old man", "watercolor"])
+def test_a_trigger_that_the_model_knows(trigger: str) -> None:
+    finding = only(tagged(*(f"{trigger} in a {place}" for place in PLACES), trigger=trigger))
+    assert finding.sentence == (
+        f"the model knows the trigger '{trigger}' already, so that the LoRA changes all pictures of it; put a rare "
+        f"word in front of it, in captions too, such as 'ohwx {trigger}'"
+    )
+
+
+@pytest.mark.parametrize("trigger", ["", "sks", "ohwx woman", "TOK", "p3rs0n", "mira_b", "red fox plush", "style-xq"])
+def test_a_trigger_of_its_own(trigger: str) -> None:
+    assert tagged(*(f"{trigger} in a {place}" for place in PLACES), trigger=trigger) == ()
+
+
+def test_what_a_dropped_caption_leaves() -> None:
+    images = [image(f"{place}.png", caption=f"sks dog in a {place}") for place in PLACES]
+    assert found_in(images, trigger="sks dog", caption_dropout=0.1) == ()
+    assert only(found_in(images, trigger="sks dog", caption_dropout=1.0)).sentence == (
+        "100% of the pictures are trained with an empty text, which has not even the trigger, so that the LoRA acts on "
+        "every prompt; lower --caption-dropout to 0.1 or less"
+    )
+    assert "not even prefix and suffix" in only(found_in(images, caption_dropout=0.5)).problem
 
 
 def test_many_names_are_cut_short() -> None:

@@ -259,8 +259,8 @@ def check(
     """Check a folder of images before training, with a remedy for each finding.
 
     Checks for files that cannot be used, small, blurred, empty and repeated pictures, missing, equal and long captions,
-    and tags that all share; counts sizes and steps. With --model the sizes and the tokenizer are the model's. The exit
-    status is 1 if there is something to look at.
+    a known trigger, and tags and phrases that all share; counts sizes and steps. With --model the sizes and the
+    tokenizer are the model's. The exit status is 1 if there is something to look at.
     """
     from lorasmith.data.mended_folder import check_target, write_mended
     from lorasmith.families.locating import ModelFiles

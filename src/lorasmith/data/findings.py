@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.captions import one_line, read_caption
+from lorasmith.data.captions import has_trigger, one_line, read_caption
 from lorasmith.data.controls import has_aspect_of
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.folder_listing import Reason, ReasonKind, reader_install
 from lorasmith.data.picture_quality import PictureQuality
+from lorasmith.data.shared_phrases import shared_phrases
+from lorasmith.families.parts.clip import word_rank
 
 FindingKind = Literal[
     "unused files",
@@ -40,6 +42,8 @@ FindingKind = Literal[
     "empty captions",
     "equal captions",
     "long captions",
+    "known trigger",
+    "dropped captions",
     "shared tags",
 ]
 
@@ -49,6 +53,9 @@ _LISTED = 4  # names in a sentence
 _FIX = "lorasmith data check --fix"
 _WORDS = 4  # of a caption from which equal ones are unlikely to be meant
 _SHARED_FROM = 4
+_RARE = 25_000  # rank in CLIP's vocabulary from which a word is rare enough to be learnt: sneaker is 24,781, tok 27,010
+_NAMED_BY = 2  # words of a trigger; more of them name something in particular
+_USUAL_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,7 @@ def found_in(
     alike: Sequence[LookAlikes] = (),
     limit: TokenLimit | None = None,
     trigger: str = "",
+    caption_dropout: float = 0.0,
     upscale: bool = True,
     controls: PairRules | None = None,
 ) -> tuple[Finding, ...]:
@@ -166,7 +174,9 @@ def found_in(
         *_captions(images, missing, trigger),
         *_equal_captions(images, {index for group in alike for index in group.others}),
         *([] if limit is None else _long_captions(images, limit)),
-        *_shared_tags(images, trigger),
+        *_known_trigger(one_line(trigger)),
+        *_dropped_captions(trigger, caption_dropout),
+        *_shared_tags(images, one_line(trigger)),
     )
 
 
@@ -367,23 +377,42 @@ def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterato
         yield _about(images, found, "long captions", problem, remedy, lambda one: f"{one.tokens:,} tokens")
 
 
+def _known_trigger(trigger: str) -> Iterator[Finding]:
+    words = trigger.split()
+    if 0 < len(words) <= _NAMED_BY and all((word_rank(word) or _RARE) < _RARE for word in words):
+        yield Finding(
+            "known trigger",
+            f"the model knows the trigger {_quoted(trigger)} already, so that the LoRA changes all pictures of it",
+            "",
+            f"put a rare word in front of it, in captions too, such as 'ohwx {trigger}'",
+        )
+
+
+def _dropped_captions(trigger: str, dropout: float) -> Iterator[Finding]:
+    if dropout > _USUAL_DROPOUT:
+        left_out = "the trigger" if trigger else "prefix and suffix"
+        yield Finding(
+            "dropped captions",
+            f"{dropout:.0%} of the pictures are trained with an empty text, which has not even {left_out}, so that the "
+            "LoRA acts on every prompt",
+            "",
+            f"lower --caption-dropout to {_USUAL_DROPOUT:g} or less",
+        )
+
+
 def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Finding]:
     subjects = [one for one in images if not one.file.is_class]
-    written = [tags_of(one.file.caption) for one in subjects if one.is_captioned]
+    written = [one_line(one.file.caption) for one in subjects if one.is_captioned]
     if len(written) < max(_SHARED_FROM, len(subjects)):
         return
-    everywhere = set.intersection(*({tag.casefold() for tag in tags} for tags in written))
-    # The trigger invokes the LoRA, and a first tag that all share names its subject.
-    named = one_line(trigger).casefold()
-    first = {next((tag for tag in map(str.casefold, tags) if tag != named), "") for tags in written}
-    everywhere -= {named, *(first if len(first) == 1 else ())}
-    shared = [_quoted(tag) for tag in dict.fromkeys(written[0]) if tag.casefold() in everywhere]
-    if shared:
+    if found := shared_phrases(written, trigger):
+        nearly = "" if all(has_trigger(one, phrase) for phrase in found for one in written) else "nearly "
+        what = ("tag" if set(found) <= set(tags_of(written[0])) else "phrase") + ("" if len(found) == 1 else "s")
         yield Finding(
             "shared tags",
-            f"every caption has the {'tag' if len(shared) == 1 else 'tags'} {joined(shared)}",
+            f"{nearly}every caption has the {what} {joined([_quoted(phrase) for phrase in found])}",
             "",
-            "remove what need not stand in every prompt, and keep the word for your subject",
+            "leave out what the subject always has, which its trigger then learns, or write it into every prompt",
         )
 
 

@@ -144,6 +144,7 @@ def preflight(
             alike=alike,
             limit=limit,
             trigger=config.trigger,
+            caption_dropout=config.caption_dropout,
             upscale=config.upscale,
             controls=_pair_rules(scan, config, form),
         ),

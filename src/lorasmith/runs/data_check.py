@@ -214,7 +214,9 @@ TITLES: dict[FindingKind, str] = {
     "empty captions": "Empty captions",
     "equal captions": "Equal captions",
     "long captions": "Captions that are too long",
-    "shared tags": "Tags that all share",
+    "known trigger": "A trigger that the model knows",
+    "dropped captions": "Captions that are dropped",
+    "shared tags": "Tags and phrases that all share",
 }
 _MARKS: dict[FindingKind, str] = {
     "empty pictures": "one colour",

@@ -184,6 +184,12 @@ def clip_tokenizer(*, pad_token: str = "<|endoftext|>", size: int = VOCABULARY) 
         )
 
 
+@cache
+def word_rank(word: str) -> int | None:
+    """Place of a word in the vocabulary, of which the most frequent are first; None if it is of several tokens."""
+    return _clip_vocabulary(VOCABULARY)[0].get(f"{word.casefold()}</w>")
+
+
 def encode_prompt(
     text: str, tokenizer: Any, model: nn.Module, *, skip_layers: int = 0, final_norm: bool = True
 ) -> tuple[Tensor, Tensor]:

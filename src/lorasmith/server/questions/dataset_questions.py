@@ -299,6 +299,8 @@ _SEVERITIES: dict[FindingKind, Severity] = {
     "swapped pairs": "problem",
     "other aspects": "remark",
     "missing captions": "problem",
+    "known trigger": "remark",
+    "dropped captions": "remark",
     "shared tags": "remark",
     "much alike": "remark",
 }
@@ -319,6 +321,7 @@ _REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a
     "captions",
     "missing captions": "write captions, or give a trigger word that names the subject",
     "empty captions": "write the captions",
+    "dropped captions": "choose a caption dropout of at most 0.1",
 }
 
 
