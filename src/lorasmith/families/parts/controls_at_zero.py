@@ -133,10 +133,10 @@ class _Krea2TextFusion(Krea2TextFusion):  # type: ignore[misc]
 
     def forward(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         tokens, layers = encoder_hidden_states.shape[1:3]
-        states = encoder_hidden_states.flatten(1, 2)
+        each = encoder_hidden_states.flatten(1, 2)
         for block in self.layerwise_blocks:
-            states = block(states)
-        states = self.projector(states.unflatten(1, (tokens, layers)).transpose(2, 3)).squeeze(-1)
+            each = block(each)
+        states: Tensor = self.projector(each.unflatten(1, (tokens, layers)).transpose(2, 3)).squeeze(-1)
         for block in self.refiner_blocks:
             states = block(states, attention_mask=attention_mask)
         return states
