@@ -153,9 +153,11 @@ def test_captions_that_do_not_fit_in_memory_are_encoded_with_their_pictures_when
 @pytest.fixture
 def placed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
     found: list[nn.Module] = []
-    place = handles.placed_for_products
+    place = handles.placed_with_patches
     monkeypatch.setattr(
-        handles, "placed_for_products", lambda module, **given: (found.append(module), place(module, **given))[1]
+        handles,
+        "placed_with_patches",
+        lambda module, *given, **more: (found.append(module), place(module, *given, **more))[1],
     )
     yield found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,11 +176,13 @@ def test_encoders_run_where_they_are_told_to(tiny: Model, monkeypatch: pytest.Mo
     placed: list[torch.device] = []
 
     @contextlib.contextmanager
-    def record(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    def record(
+        module: nn.Module, patches: Sequence[Patch], *, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[None]:
         placed.append(device)
         yield
 
-    monkeypatch.setattr(model, "placed_for_products", record)
+    monkeypatch.setattr(model, "placed_with_patches", record)
     monkeypatch.setattr(TextEncoder, "_streamed", lambda self, device, *, sees: ())
     monkeypatch.setattr(model, "best_device", lambda: torch.device("cuda"))
     for encoder in (tiny.text_encoder, replace(tiny.text_encoder, device=torch.device("cpu"))):

@@ -29,7 +29,7 @@ from torch import Size, Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.placement import placed
+from lorasmith.core.placement import fast_dtype, placed
 from lorasmith.core.quantization import (
     WEIGHT_SOURCE,
     Packed,
@@ -500,6 +500,19 @@ def layers_as_stored(module: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
     weights = {layer: layer.get_parameter("weight") for layer in layers}
     narrower = [layer for layer, weight in weights.items() if weight.dtype.itemsize < dtype.itemsize]
     return narrower if sum(weights[layer].numel() for layer in narrower) * dtype.itemsize > SMALL_BYTES else []
+
+
+def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype in which a model draws unless another one is given: fp32 where the device would emulate it.
+
+    On GPUs that of most weights; on CPUs fp32, and bf16 where fp32 would cast stored weights in each pass.
+    """
+    if device.type == "cpu":
+        return fast_dtype(torch.bfloat16, device) if layers_as_stored(module, torch.float32) else torch.float32
+    sizes = Counter[torch.dtype]()
+    for parameter in module.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return fast_dtype(max(sizes, key=sizes.__getitem__), device)
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.adapter import Adapter, wide
 from lorasmith.adapters.catalogue import STRENGTH
-from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers
+from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, placed_for_products
 from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on, load_adapters
 from lorasmith.adapters.lora import LowRank
 from lorasmith.adapters.variants import rank_ordered
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.placement import full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, weight_source
 from lorasmith.core.rank_schedule import RankSchedule
 
@@ -55,68 +57,101 @@ def patches_applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None
 
 
 @contextlib.contextmanager
+def placed_with_patches(
+    model: nn.Module, patches: Sequence[Patch], *, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """`model` is placed for products and has `patches` inside, whose weights take the place of the placed ones.
+
+    Raises LoraError when one does not fit the model.
+    """
+    originals = {parameter: parameter.data for parameter in model.parameters()}
+    with (
+        placed_for_products(model, device=device, dtype=dtype),
+        patches_merged(model, patches, originals=originals),
+        adapters_attached(model, attachments(model, patches)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def patches_merged(
-    model: nn.Module, patches: Sequence[Patch], *, dtype: torch.dtype | None = None, unpacking: bool = False
+    model: nn.Module,
+    patches: Sequence[Patch],
+    *,
+    dtype: torch.dtype | None = None,
+    unpacking: bool = False,
+    originals: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> Iterator[None]:
     """Patches that are not applied in activation space are folded into the weights inside, in order.
 
-    Patched parameters point to new tensors; the old ones are kept and restored, so nothing is rounded. Patches of
-    weights that are cast for each product are folded in then.
+    Patched parameters point to new tensors; the old ones are kept and restored, so nothing is rounded. Adapters of
+    weights that are cast for each product are left to `attachments`: merging would be part of each cast.
 
-    dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
+    dtype: of the patched parameters, into which they are rounded once; their own if None.
     unpacking: whether quantized weights that are patched become plain ones inside; else they are refused.
+    originals: what parameters are restored to if not to what they are now, which is then freed where it is patched.
     """
-    originals: dict[nn.Parameter, Tensor] = {}
+    restored: dict[nn.Parameter, Tensor] = {}
     sources: dict[nn.Module, object] = {}
+    full = full_precision(model)
 
-    def point(parameter: nn.Parameter, value: Tensor) -> None:
-        originals.setdefault(parameter, parameter.data)
-        parameter.data = value.detach()
-
-    def change(path: str, name: str, how: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to a parameter."""
+    def change(path: str, name: str, changes: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        """Apply functions to a parameter, in fp32."""
         parameter, layer = _parameter(model, path, name), model.get_submodule(path)
-        source = weight_source(layer) if name == "weight" else None
-        if isinstance(source, Packed) and source.is_plain:
-            sources.setdefault(layer, source)
-            setattr(layer, WEIGHT_SOURCE, source.changed(how))
-            return
-        if source is not None:
+        weight = parameter.data
+        if name == "weight" and weight_source(layer) is not None:
             if not unpacking:
                 raise LoraError(cannot_merge(model))
-            point(parameter, FrozenLayer(layer).weight)
+            weight = FrozenLayer(layer).weight
             sources[layer] = layer.__dict__.pop(WEIGHT_SOURCE)
-        point(parameter, how(parameter.to(dtype or parameter.dtype)))
+        restored[parameter] = parameter.data if originals is None else originals[parameter]
+        kept = weight.dtype if dtype is None else torch.float32 if parameter in full else dtype
+        parameter.data = functools.reduce(lambda value, how: how(value), changes, wide(weight)).detach().to(kept)
+        release_pages(weight)
 
     try:
-        for patch in patches:
-            if not patch.bypass:
-                for path, adapter in load_adapters(model, patch.adapters).items():
-                    adapter = adapter.to(_parameter(model, path, "weight").device)
-                    change(path, "weight", functools.partial(adapter.merged, strength=patch.strength))
-            beside = _weights_beside(model, patch)
-            for path, changes in patch.differences.items():
-                for name, difference in changes.items():
-                    if name == "weight" and path in beside:
-                        continue
-                    parameter = _parameter(model, path, name)
-                    if difference.shape != parameter.shape:
-                        raise LoraError(
-                            f"a difference of shape {tuple(difference.shape)} does not fit {path}.{name} of shape "
-                            f"{tuple(parameter.shape)}; the LoRA was made for another model"
-                        )
-                    added = difference.to(parameter.device, torch.float32)
-                    change(path, name, functools.partial(_sum, added=added, strength=patch.strength))
+        for (path, name), changes in _folded(model, patches).items():
+            change(path, name, changes)
         yield
     finally:
-        for parameter, original in originals.items():
+        for parameter, original in restored.items():
             parameter.data = original
         for layer, source in sources.items():
             setattr(layer, WEIGHT_SOURCE, source)
 
 
-def _sum(weight: Tensor, *, added: Tensor, strength: float) -> Tensor:
-    return torch.add(weight.float(), added, alpha=strength).to(weight.dtype)
+def _folded(model: nn.Module, patches: Sequence[Patch]) -> dict[tuple[str, str], list[Callable[[Tensor], Tensor]]]:
+    """What is folded into each parameter, by module path and name, in order."""
+    found: dict[tuple[str, str], list[Callable[[Tensor], Tensor]]] = {}
+    for patch in patches:
+        beside = _beside(model, patch)
+        adapters = {path: one for path, one in patch.adapters.items() if not patch.bypass and path not in beside}
+        for path, adapter in load_adapters(model, adapters).items():
+            found.setdefault((path, "weight"), []).append(
+                functools.partial(_with_adapter, adapter=adapter, strength=patch.strength)
+            )
+        for path, changes in patch.differences.items():
+            for name, difference in changes.items():
+                if name == "weight" and path in beside:
+                    continue
+                parameter = _parameter(model, path, name)
+                if difference.shape != parameter.shape:
+                    raise LoraError(
+                        f"a difference of shape {tuple(difference.shape)} does not fit {path}.{name} of shape "
+                        f"{tuple(parameter.shape)}; the LoRA was made for another model"
+                    )
+                found.setdefault((path, name), []).append(
+                    functools.partial(_with_difference, difference=difference, strength=patch.strength)
+                )
+    return found
+
+
+def _with_adapter(weight: Tensor, *, adapter: Adapter, strength: float) -> Tensor:
+    return adapter.to(weight.device).merged(weight, strength=strength)
+
+
+def _with_difference(weight: Tensor, *, difference: Tensor, strength: float) -> Tensor:
+    return torch.add(weight, difference.to(weight.device, weight.dtype), alpha=strength)
 
 
 def cannot_merge(model: nn.Module) -> str:
@@ -130,10 +165,22 @@ def cannot_merge(model: nn.Module) -> str:
 
 
 def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
-    """The adapters of `bypass` patches, frozen, on the device and in the dtype of their layers."""
+    """The adapters of patches that run beside the weights, frozen, on the device and in the dtype of their layers.
+
+    They are those of `bypass` patches, and of layers whose weight is cast for each product.
+    """
     found = []
     for patch in patches:
-        for weights in (patch.adapters, _weights_beside(model, patch)) if patch.bypass else ():
+        beside = _beside(model, patch)
+        differences = {
+            path: AdapterWeights("full", {"diff": changes["weight"]})
+            for path, changes in patch.differences.items()
+            if path in beside and "weight" in changes
+        }
+        for weights in (
+            {path: one for path, one in patch.adapters.items() if patch.bypass or path in beside},
+            differences,
+        ):
             if weights:
                 adapters = _placed(model, load_adapters(model, weights))
                 for adapter in rank_ordered(adapters).values():
@@ -178,19 +225,18 @@ def patch_tensors(patches: Sequence[Patch]) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{place} {path} {name}", tensor) for name, tensor in changes.items())
 
 
-def _weights_beside(model: nn.Module, patch: Patch) -> dict[str, AdapterWeights]:
-    """The differences of a `bypass` patch whose weights are packed, as adapters: they cannot be folded in."""
-    modules = dict(model.named_modules()) if patch.bypass else {}
+def _beside(model: nn.Module, patch: Patch) -> set[str]:
+    """Paths of layers whose weight nothing is folded into: cast for each product, or quantized if `bypass`."""
+    modules = dict(model.named_modules())
+    sources = {path: weight_source(modules[path]) for path in (*patch.adapters, *patch.differences) if path in modules}
     return {
-        path: AdapterWeights("full", {"diff": changes["weight"]})
-        for path, changes in patch.differences.items()
-        if "weight" in changes and path in modules and _is_quantized(modules[path])
+        path for path, one in sources.items() if one is not None and (patch.bypass or not _is_quantized(modules[path]))
     }
 
 
 def _is_quantized(layer: nn.Module) -> bool:
     source = weight_source(layer)
-    return source is not None and not (isinstance(source, Packed) and source.is_plain)
+    return source is not None and not (isinstance(source, Packed) and source.is_cast)
 
 
 def _placed(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

@@ -83,8 +83,13 @@ def generate(
         float | None, typer.Option(min=0.1, max=120, help="Frames a second of the clip. Default: the model's own.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Number format of the denoiser, fp32 or bf16. bf16 needs half of the memory.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="Number format of the denoiser's products: fp32, bf16 or fp16. Default: that of the weights on a GPU; "
+            "on a CPU fp32, or bf16 for large models in 16 bits if the CPU has units for it. fp32 casts such weights "
+            "in every pass."
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures; files are numbered, none is overwritten.")
     ] = Path("output"),
@@ -101,7 +106,8 @@ def generate(
 
     check_writable(output)
     controls, covering = [open_image(path) for path in control or ()], None if mask is None else open_mask(mask)
-    number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
+    number_format = None if dtype is None else dtype_from_name(dtype)
+    loras = [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
         files = ModelFiles(model, tuple(text_encoder or ()), vae, edit)
         loaded = load_with_loras(files, loras, folders_of(base_dir, extra_model_paths), strict=strict)

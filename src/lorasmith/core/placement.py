@@ -140,11 +140,6 @@ def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if multiplies(dtype, device) else torch.float32
 
 
-def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """fp32 on CPUs, whose 16-bit products are slow or inaccurate; on GPUs `fast_dtype` of the weights."""
-    return torch.float32 if device.type == "cpu" else fast_dtype(next(module.parameters()).dtype, device)
-
-
 def sent(
     tensor: Tensor,
     device: torch.device,

@@ -149,13 +149,9 @@ class Packed(WeightSource):
         return CodeFormat("nvfp4", dtype) if self.unpack is _from_nvfp4 else None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is a weight in another dtype (`as_stored`), which may be `changed`."""
-        return self.unpack is _converted or isinstance(self.unpack, _Changed)
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """The plain weight with `change`, from a weight to a new one, applied whenever it is unpacked."""
-        return replace(self, unpack=_Changed(self.unpack, change))
+    def is_cast(self) -> bool:
+        """Whether it is a plain weight in another dtype (`as_stored`)."""
+        return self.unpack is _converted
 
     def use(self) -> AbstractContextManager[Packed]:
         return AlwaysHere(self)
@@ -233,15 +229,6 @@ def as_stored(weight: Tensor, dtype: torch.dtype) -> Packed:
 def _converted(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
     # One function for all weights, so that equal blocks share compiled code.
     return tensor.to(dtype)
-
-
-@dataclass(frozen=True)
-class _Changed:
-    unpack: Callable[..., Tensor]
-    change: Callable[[Tensor], Tensor]
-
-    def __call__(self, *tensors: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.change(self.unpack(*tensors, dtype=dtype))
 
 
 def _scaled_int8(weight: Tensor, dtype: torch.dtype) -> Packed:

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
 from lorasmith.adapters.frozen_weights import frozen_bytes, weights_streamed
 from lorasmith.adapters.inject import adapters_attached
-from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, place_beside, ranks_chosen
+from lorasmith.adapters.patch import (
+    Patch,
+    attachments,
+    patches_applied,
+    patches_merged,
+    place_beside,
+    placed_with_patches,
+    ranks_chosen,
+)
 from lorasmith.adapters.weight_stream import streams_of
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
@@ -355,6 +363,12 @@ class Denoiser:
         """The module has the patches inside."""
         return patches_applied(self.module, self.patches)
 
+    def placed(self, device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+        """The module is on `device` for products in `dtype` and has the patches inside, in the memory of the placed one
+        alone.
+        """
+        return placed_with_patches(self.module, self.patches, device=device, dtype=dtype)
+
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction; see `Family.predict`. Patches apply inside `active()` only."""
         form, given = self.base.control_form, conditioning.tensors
@@ -407,13 +421,12 @@ class TextEncoder:
         where = device or self.device or best_device()
         with contextlib.ExitStack() as stack:
             streamed = self._streamed(where, sees=sees)
-            for name, module in self.encoders.modules.items():
+            for name in self.encoders.modules:
                 patches = [patch for target, patch in self.patches if target == name]
                 if name in streamed:
                     self._stream(stack, name, patches, where, sees=sees)
                 else:
-                    self._place(stack, name, where, sees=sees)
-                    stack.enter_context(patches_applied(module, patches))
+                    self._place(stack, name, where, patches, sees=sees)
             yield
 
     @torch.no_grad()
@@ -522,12 +535,25 @@ class TextEncoder:
         tower = self.tower(component) if sees else None
         return [self.encoders.modules[component], *([] if tower is None else [tower])]
 
-    def _place(self, stack: contextlib.ExitStack, component: str, device: torch.device, *, sees: bool) -> None:
-        """Place the networks of an encoder until the stack is closed, but for those that are streamed already."""
+    def _place(
+        self,
+        stack: contextlib.ExitStack,
+        component: str,
+        device: torch.device,
+        patches: Sequence[Patch] = (),
+        *,
+        sees: bool,
+    ) -> None:
+        """Place the networks of an encoder, with patches, until the stack is closed; streamed ones are already."""
+        dtype = self.dtype_on(component, device)
         for part in self.networks(component, sees=sees):
-            if streams_of(part):
-                continue
-            stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
+            own = patches if part is self.encoders.modules[component] else ()
+            is_streamed = bool(streams_of(part))
+            stack.enter_context(
+                patches_applied(part, own)
+                if is_streamed
+                else placed_with_patches(part, own, device=device, dtype=dtype)
+            )
 
     def _streamed(self, device: torch.device, *, sees: bool) -> Collection[str]:
         """The encoders that a GPU has no memory for."""

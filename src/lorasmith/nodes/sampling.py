@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorasmith.adapters.frozen_layer import placed_for_products
+from lorasmith.adapters.frozen_layer import sampling_dtype
 from lorasmith.core.errors import CancelledError, ModelError, OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.placement import best_device, sampling_dtype
+from lorasmith.core.placement import best_device
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.diffusion.schedule import EXPONENTIAL_STEPS, DiscreteSchedule, FlowSchedule, ResolutionShift
 from lorasmith.families.base import Conditioning, Diffusion, LatentFormat
@@ -126,8 +126,7 @@ def sampled(
         context.progress(step + 1, total)
 
     try:
-        # Placed first and patched second: adapters are created on their layers' device.
-        with placed_for_products(model.module, device=device, dtype=dtype), model.active():
+        with model.placed(device, dtype):
             result = sample_latents(
                 model.predict,
                 schedule=model.diffusion.schedule,

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.adapters.frozen_layer import placed_for_products
+from lorasmith.adapters.frozen_layer import placed_for_products, sampling_dtype
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.files import atomic_path, write_atomic
-from lorasmith.core.placement import sampling_dtype
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, network_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import default_cache, key_of
@@ -52,9 +51,8 @@ def _drawn(prompts: Sequence[str], config: DataConfig, base: Model, device: torc
     cache = default_cache()
     side = config.resolution or base.defaults.resolution
     side = max(1, side // base.defaults.pixel_multiple) * base.defaults.pixel_multiple
-    sampling = Sampling(
-        width=side, height=side, steps=base.defaults.steps, dtype=sampling_dtype(base.components.denoiser, device)
-    )
+    dtype = sampling_dtype(base.components.denoiser, device)
+    sampling = Sampling(width=side, height=side, steps=base.defaults.steps, dtype=dtype)
     remembered = RememberedDigests(cache)
     key = key_of(
         model=network_digest("denoiser", base.components.denoiser, remembered),
@@ -72,7 +70,7 @@ def _drawn(prompts: Sequence[str], config: DataConfig, base: Model, device: torc
         encoded = [base.text_encoder.encode(prompt) for prompt in prompts]
         away = base.text_encoder.encode("")
     denoiser = base.denoiser
-    with placed_for_products(denoiser.module, device=device, dtype=sampling.dtype), base.autoencoder.active(device):
+    with placed_for_products(denoiser.module, device=device, dtype=dtype), base.autoencoder.active(device):
         for done, index in enumerate(missing, start=1):
             which = index % len(prompts)
             try:

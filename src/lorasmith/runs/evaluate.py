@@ -23,7 +23,7 @@ from PIL import Image
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_folder, atomic_path, write_atomic
-from lorasmith.core.placement import best_device, sampling_dtype
+from lorasmith.core.placement import best_device
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import open_still
 from lorasmith.data.folder import scan_folder
@@ -361,7 +361,6 @@ class _Artist:
             steps=drawing.steps or base.defaults.steps,
             width=drawing.width,
             height=drawing.height,
-            dtype=sampling_dtype(base.components.denoiser, device),
         )
         again = [(text, drawing.seed + more) for more in range(1, drawing.noises) for text in prompts.with_trigger]
         self._pictures = [*((text, drawing.seed) for text in prompts.shown), *again]
@@ -408,7 +407,6 @@ class _Artist:
             steps=sampling.steps,
             width=sampling.width,
             height=sampling.height,
-            dtype=sampling.dtype,
             device=self._device,
             progress=tell,
             cancelled=self._cancelled,

@@ -437,7 +437,7 @@ def generate(
     scheduler: str = Sampling.scheduler,
     width: int | None = Sampling.width,
     height: int | None = Sampling.height,
-    dtype: torch.dtype = Sampling.dtype,
+    dtype: torch.dtype | None = Sampling.dtype,
     device: str | torch.device | None = None,
     progress: bool | Callable[[int, int], None] | None = True,
     cancelled: Callable[[], bool] | None = None,
@@ -460,7 +460,8 @@ def generate(
         sampler, scheduler: names as in ComfyUI's KSampler.
         width, height: in pixels, multiples of the model's; the size of the first control or else the model's resolution
             if None.
-        dtype: of the denoiser's weights and products; bf16 needs half of the memory and changes pictures slightly.
+        dtype: of the denoiser's products; None for that of the weights on a GPU, and on a CPU for fp32, or bf16 where a
+            large model is in 16 bits and the CPU has units for it. fp32 casts such weights in every pass.
         device: where to sample; the first GPU, or the CPU, if None.
         progress: True for a bar, False for none, or a function that is called with (steps done, total) of all prompts
             together.
@@ -479,7 +480,7 @@ def generate(
     """
     if steps is not None and steps < 1:
         raise OptionError(f"steps must be at least 1, got {steps}")
-    if not dtype.is_floating_point:
+    if dtype is not None and not dtype.is_floating_point:
         raise OptionError(f"dtype must be a format of floats, got {dtype}; choose torch.float32 or torch.bfloat16")
     denoiser = denoiser_of(model)
     encoder = text_encoder or denoiser.base.text_encoder

@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from lorasmith.adapters.frozen_layer import sampling_dtype
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import BUILT_IN_BASE, TRIED
@@ -575,9 +576,9 @@ def _frames(config: TrainConfig, base: Model) -> int:
 
 
 def _sampling_dtype(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> torch.dtype:
-    """On GPUs training's dtype, so that a preview fits if training fits; on CPUs that of `generate`, without a copy."""
+    """On GPUs training's dtype, so that a preview fits if training fits; on CPUs that of `generate`."""
     if device.type == "cpu":
-        return torch.float32
+        return sampling_dtype(denoiser.module, device)
     return chosen_dtype(dtype_on_device(config, denoiser.module, device), denoiser.module)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lorasmith.adapters.frozen_layer import placed_for_products
+from lorasmith.adapters.frozen_layer import sampling_dtype
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning, ControlForm, Defaults, controls_taken, named_controls
@@ -58,8 +58,7 @@ class Sampling:
     # in pixels, as is `height`; None for the size of the first control, or the model's resolution without
     width: int | None = None
     height: int | None = None
-    # of the denoiser's weights and products; bf16 needs half the memory and changes pictures slightly
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None  # of the denoiser's weights and products; None for `sampling_dtype`
     frames: int = 1  # of a clip; 1 for pictures
     frame_rate: float | None = None  # frames per second for display; None for the model's own
 
@@ -79,7 +78,7 @@ def generate(
     scheduler: str = Sampling.scheduler,
     width: int | None = Sampling.width,
     height: int | None = Sampling.height,
-    dtype: torch.dtype = Sampling.dtype,
+    dtype: torch.dtype | None = Sampling.dtype,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -160,8 +159,8 @@ def clips(
     noise = [prepare_noise(seed, shape) for seed, shape in zip(seeds, shapes, strict=True)]
     done, total = 0, sampling.steps * len(positives)
     for one, some in parts:
-        # Placed first and patched second: adapters are created on their layers' device.
-        with placed_for_products(one.module, device=device, dtype=sampling.dtype), one.active():
+        dtype = sampling.dtype or sampling_dtype(one.module, device)
+        with one.placed(device, dtype):
             for index, (positive, negative) in enumerate(zip(positives, negatives, strict=True)):
                 latents[index] = sample_latents(
                     one.predict,
@@ -175,7 +174,7 @@ def clips(
                     sampler=sampling.sampler,
                     cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
                     seed=seeds[index],
-                    dtype=sampling.dtype,
+                    dtype=dtype,
                     callback=progress and _counter(progress, done, total),
                     cancelled=cancelled,
                 )

@@ -17,7 +17,6 @@ import torch
 
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import TRIED, Folders
-from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.core.typed_json import typed
 from lorasmith.data.captioners import Captioner, load_captioner
 from lorasmith.data.image_files import open_image
@@ -116,7 +115,6 @@ class DrawJobs:
         return Sampling(
             seed=request.get("seed", 0),
             steps=model.defaults.steps,
-            dtype=sampling_dtype(model.components.denoiser, best_device()),
             frames=request["frames"],
         )
 

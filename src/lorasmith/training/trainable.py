@@ -437,11 +437,11 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
     """Inside the context, a network is ready on its device; see `Trainable.frozen`."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(module))
-        stack.enter_context(patches_merged(module, patches, dtype=torch.float32))
-        attached = attachments(module, patches)
         device, dtype = runtime.device, runtime.dtype
-        stream = WeightStream(device) if runtime.offloading else None
         kind, elsewhere = config.quantization, list[nn.Module]()
+        stack.enter_context(patches_merged(module, patches, dtype=dtype if kind == "none" else torch.float32))
+        attached = attachments(module, patches)
+        stream = WeightStream(device) if runtime.offloading else None
         if runtime.sharding:
             elsewhere = stack.enter_context(
                 weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 from collections import Counter
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import frozen_layer
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable, packable_layers
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable, packable_layers, sampling_dtype
 from lorasmith.adapters.frozen_weights import frozen_bytes, takes_products, weights_packed
 from lorasmith.adapters.inject import Attached, adapters_attached
-from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.lora import LoraAdapter, LowRank
 from lorasmith.adapters.patch import Patch
 from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.bench.measure import weight_bytes
-from lorasmith.core import quantized_products
+from lorasmith.core import placement, quantized_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.quantization import PACKINGS, packed
@@ -35,7 +36,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.model import Model
+from lorasmith.families.model import Denoiser, Model
 from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
@@ -105,21 +106,57 @@ def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
         assert sizes[1] == pytest.approx(whole, rel=1e-3)
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.7])
-def test_pictures_of_a_model_whose_weights_stay_as_stored_are_the_same(
-    strength: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """LoRAs are merged into the cast weights."""
-    tiny = load_model(BUILT_IN)
+def patched(tiny: Model, *, strength: float = 0.7) -> Denoiser:
+    """With a random LoRA and a difference of one of its weights."""
     adapters = planned(tiny, targets=LAYERS).adapters
     for number, one in enumerate(adapters.values()):
         randomise(one, seed=number)
-    patch = Patch({path: one.to_weights() for path, one in adapters.items()}, strength=strength)
-    denoiser, settings = tiny.denoiser.patched(patch), {"steps": 2, "width": 64, "height": 64}
-    (expected,) = generate(denoiser, "a lion", **settings)
+    first = next(iter(adapters))
+    difference = torch.full_like(tiny.components.denoiser.get_parameter(f"{first}.weight"), 1e-3)
+    weights = {path: one.to_weights() for path, one in adapters.items()}
+    return tiny.denoiser.patched(Patch(weights, {first: {"weight": difference}}, strength=strength))
+
+
+SMALL: dict[str, Any] = {"steps": 2, "width": 64, "height": 64}
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_a_lora_beside_weights_that_stay_as_stored_draws_what_the_merged_one_draws(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is merged into no weight, as that would be part of each cast."""
+    denoiser = patched(load_model(BUILT_IN), strength=strength)
+    (expected,) = generate(denoiser, "a lion", dtype=torch.float32, **SMALL)
     monkeypatch.setattr(frozen_layer, "SMALL_BYTES", 0)
-    (found,) = generate(denoiser, "a lion", **settings)
-    assert found.tobytes() == expected.tobytes()
+    monkeypatch.setattr(LowRank, "merged", None)
+    (found,) = generate(denoiser, "a lion", dtype=torch.float32, **SMALL)
+    one, other = (torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8).int() for each in (found, expected))
+    assert (one - other).abs().max() <= (1 if strength else 0)
+
+
+def test_a_lora_is_merged_into_the_placed_weights_which_exist_once() -> None:
+    tiny = load_model(BUILT_IN)
+    shapes = Counter(parameter.shape for parameter in tiny.components.denoiser.parameters())
+    counts: list[Counter[torch.Size]] = []
+
+    def count(*_: int) -> None:
+        alive = [one for one in gc.get_objects() if isinstance(one, Tensor) and one.dtype == torch.bfloat16]
+        places = {(one.data_ptr(), one.shape) for one in alive if one.shape in shapes}
+        counts.append(Counter(shape for _, shape in places))
+
+    generate(patched(tiny), "a lion", dtype=torch.bfloat16, progress=count, **SMALL)
+    layers = {one.shape for one in tiny.components.denoiser.parameters() if one.numel() > 2**14}
+    assert layers and {shape: counts[0][shape] for shape in layers} == {shape: shapes[shape] for shape in layers}
+
+
+def test_large_models_draw_in_the_dtype_that_casts_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_model(BUILT_IN).components.denoiser
+    assert sampling_dtype(module, CPU) == torch.float32
+    monkeypatch.setattr(frozen_layer, "SMALL_BYTES", 0)
+    for is_native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(placement, "multiplies", lambda *_, is_native=is_native: is_native)
+        assert sampling_dtype(module, CPU) == dtype
+    assert sampling_dtype(module.float(), CPU) == torch.float32
 
 
 needs_int8 = pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
