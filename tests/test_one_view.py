@@ -15,6 +15,7 @@ import pytest
 from lorasmith.cli import console as screen
 from lorasmith.cli.run_output import training_progress
 from lorasmith.core.extras import EDITOR
+from lorasmith.core.progress_lines import PROGRESS_VARIABLE
 from lorasmith.nodes.training import _NodeHost
 from lorasmith.runs import progress_bars, view
 from lorasmith.runs.progress_bars import run_shown
@@ -69,7 +70,7 @@ def test_a_bar_shows_it(terminal: io.StringIO, door: Callable[[], Any]) -> None:
 
 
 def test_lines_without_a_terminal_have_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(screen.PROGRESS_VARIABLE, "0.000001")
+    monkeypatch.setenv(PROGRESS_VARIABLE, "0.000001")
     with training_progress() as show:
         for event in STEPS:
             show(event)

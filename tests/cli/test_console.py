@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -24,6 +26,7 @@ from typer.testing import CliRunner
 from lorasmith.cli import console as screen
 from lorasmith.cli.main import app
 from lorasmith.core.errors import GraphError, LorasmithError, OptionError
+from lorasmith.core.progress_lines import PROGRESS_VARIABLE, ProgressLines
 from lorasmith.training.events import Outcome
 
 HOSTILE = "\x1b]0;title\x07\x9b31m a[/]b [bold]c[/bold] :smile: \u202e d\ne"
@@ -290,9 +293,9 @@ def test_a_log_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str], t
 
 
 def test_lines_come_at_intervals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(screen.PROGRESS_VARIABLE, "10")
+    monkeypatch.setenv(PROGRESS_VARIABLE, "10")
     now = 0.0
-    lines = screen.ProgressLines(lambda: now)
+    lines = ProgressLines(screen.echo, clock=lambda: now)
     for second in range(25):
         now = float(second)
         lines.report(f"at {second}")
@@ -301,11 +304,60 @@ def test_lines_come_at_intervals(capsys: pytest.CaptureFixture[str], monkeypatch
     assert capsys.readouterr().out.split("\n") == ["at 10", "at 20", "at 24", ""]
 
 
+def test_work_that_reports_nothing_has_lines_with_the_time() -> None:
+    now, printed = 0.0, list[str]()
+    lines = ProgressLines(printed.append, "Loading", clock=lambda: now)
+
+    def at(second: float, then: Callable[[], object]) -> list[str]:
+        nonlocal now
+        now = second
+        then()
+        found = printed[:]
+        printed.clear()
+        return found
+
+    assert at(29, lines.beat) == [] and at(30, lines.beat) == ["Loading, 0:00:30 so far"]
+    assert at(59, lines.beat) == [] and at(61, lines.beat) == ["Loading, 0:01:01 so far"]
+    lines.begin("Sampling")
+    assert at(62, lambda: lines.report("Sampling: 0 of 4")) == []
+    assert at(91, lines.beat) == ["Sampling: 0 of 4, 0:00:30 so far"]
+    assert at(100, lambda: lines.report("Sampling: 1 of 4", 1 / 4)) == []
+    assert at(121, lines.beat) == ["Sampling: 1 of 4, 0:01:00 so far, about 0:03:00 left"]
+    assert at(181, lambda: lines.report("Sampling: 2 of 4", 2 / 4)) == ["Sampling: 2 of 4, about 0:02:00 left"]
+    assert at(190, lambda: lines.report("Sampling: 4 of 4", 1)) == [] and at(191, lines.end) == ["Sampling: 4 of 4"]
+    assert at(300, lines.beat) == []
+    lines.close()
+
+
+class Beating(ProgressLines):
+    """Whose thread is a test's: a state is printed at once."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        ticks = itertools.count(0, 60)
+        super().__init__(*arguments, **settings, clock=lambda: float(next(ticks)))
+        self.beat()
+
+
+def test_each_command_has_these_lines_where_nothing_is_drawn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "ProgressLines", Beating)
+    with screen.console.status("Loading a model"):
+        pass
+    with screen.progress_shown("Merging"):
+        pass
+    with screen.output_as(as_json=True), screen.console.status("Reading"):
+        pass
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["Loading a model, 0:02:00 so far", "Merging, 0:02:00 so far"]
+    assert err.splitlines() == ["Reading, 0:02:00 so far"]
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "soon", "nan"])
 def test_an_interval_that_is_none(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(screen.PROGRESS_VARIABLE, given)
+    monkeypatch.setenv(PROGRESS_VARIABLE, given)
     with pytest.raises(OptionError, match=f"must be a number of seconds above 0, got '{given}'"):
-        screen.ProgressLines()
+        screen.progress_lines()
 
 
 def test_colours_that_are_forced_make_no_terminal_of_a_file(

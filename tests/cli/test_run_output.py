@@ -10,6 +10,7 @@ import pytest
 
 from lorasmith.cli import console as screen
 from lorasmith.cli.run_output import plain_result, training_progress
+from lorasmith.core.progress_lines import PROGRESS_VARIABLE
 from lorasmith.training.events import Drawing, Event, Outcome, Previewed, RunStarted, StepDone, Validated, Warned
 from lorasmith.training.results import TrainResult
 
@@ -73,7 +74,7 @@ def test_remarks_are_left_to_the_report(shown: io.StringIO, monkeypatch: pytest.
 def test_without_a_terminal_lines_take_the_place_of_the_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(screen.PROGRESS_VARIABLE, "0.000001")
+    monkeypatch.setenv(PROGRESS_VARIABLE, "0.000001")
     events = [RunStarted(steps=10_000, at=0.0, **STARTED), *steps(1, 2, 0.0), Drawing(done=1, total=4, at=9.0)]
     with training_progress() as show:
         for event in events:

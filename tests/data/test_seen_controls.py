@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,12 @@ def test_captions_that_do_not_fit_in_memory_are_encoded_with_their_pictures_when
 def placed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
     found: list[nn.Module] = []
     place = handles.placed_with_patches
-    monkeypatch.setattr(
-        handles,
-        "placed_with_patches",
-        lambda module, *given, **more: (found.append(module), place(module, *given, **more))[1],
-    )
+
+    def recorded(module: nn.Module, *given: Any, **more: Any) -> AbstractContextManager[None]:
+        found.append(module)
+        return place(module, *given, **more)
+
+    monkeypatch.setattr(handles, "placed_with_patches", recorded)
     yield found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorasmith.core.progress_lines import PROGRESS_VARIABLE
 from lorasmith.runs import progress_bars
 from lorasmith.runs.progress_bars import counted, note, run_shown
 from lorasmith.training.events import CaptionEncoded, Resumed, RunStarted, StepDone, Validated, Warned
@@ -52,10 +53,25 @@ def test_what_is_counted_is_a_bar(terminal: Terminal) -> None:
 
 
 def test_no_bar_where_nobody_looks_or_none_is_wanted(log: io.StringIO) -> None:
-    for wanted in (True, False, None):
+    """But a line now and then, of what takes long."""
+    for wanted in (False, None):
         with counted("Encoding", wanted) as show:
             assert show is None
+    with counted("Encoding", True) as show:
+        assert show is not None
+        show(2, 2)
     assert log.getvalue() == ""
+
+
+def test_a_line_now_and_then_where_nobody_looks(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROGRESS_VARIABLE, "0.000001")
+    with counted("Encoding", True) as show:
+        assert show is not None
+        show(2, 2)
+    with run_shown(True) as handle:
+        handle(started(4))
+        handle(StepDone(step=1, loss=0.5, grad_norm=1.0))
+    assert log.getvalue().splitlines() == ["Encoding: 2 of 2", "Step 1 of 4, loss 0.5000"]
 
 
 def test_a_function_is_called_instead(terminal: Terminal) -> None:

@@ -45,12 +45,10 @@ from rich.text import Text
 
 from lorasmith.core.errors import CancelledError, GraphError, LorasmithError, OptionError
 from lorasmith.core.printable import printable
+from lorasmith.core.progress_lines import ProgressLines, seconds_between_lines
 
 if TYPE_CHECKING:
     from lorasmith.data.findings import Finding
-
-PROGRESS_VARIABLE = "LORASMITH_PROGRESS_SECONDS"
-"""Environment variable: seconds between lines about progress where no bar is drawn."""
 
 _LOG_WIDTH = 160
 
@@ -77,12 +75,12 @@ class _LiteralConsole(Console):
             _output.log.add(*objects, **settings)
 
     def status(self, status: RenderableType, **settings: Any) -> Status:
-        """A spinner with literal text, which rich would parse as markup; it has no effect where none can be drawn."""
+        """A spinner with literal text, which rich would parse as markup, or lines now and then where none is drawn."""
         shown = self.render_str(status) if isinstance(status, str) else status
         if _output.log is not None:
             _output.log.add(shown)
         if not self.draws:
-            return Status(shown, console=_LiteralConsole(file=io.StringIO()), **settings)
+            return _StatusInLines(shown, console=_LiteralConsole(file=io.StringIO()), **settings)
         return super().status(shown, **settings)
 
     @property
@@ -168,7 +166,7 @@ def output_as(*, as_json: bool = False, quiet: bool = False, log_file: Path | No
     console.on_standard_error(as_json)
     try:
         with _ending_with_a_sentence(), contextlib.ExitStack() as stack:
-            _seconds_between_lines()
+            seconds_between_lines()
             if log_file is not None:
                 _output.log = _LogFile(log_file)
                 stack.callback(_output.log.close)
@@ -425,18 +423,18 @@ def stoppable(*, at_once: bool = False) -> Iterator[StopRequest]:
 @contextlib.contextmanager
 def progress_shown(what: str) -> Iterator[Callable[..., None]]:
     """Inside the context, progress is shown as a bar or in lines; the yielded function takes (done, total, ...)."""
-    lines = ProgressLines()
+    lines = progress_lines(what)
     try:
         with progress_bar(TextColumn("{task.description}", markup=False)) as progress:
             task = progress.add_task(what, total=None)
 
             def show(done: int, total: int, *_: object, more: str = "") -> None:
                 progress.update(task, completed=done, total=total, description=f"{what}{more}")
-                lines.report(f"{what}: {done:,} of {total:,}{more}")
+                lines.report(f"{what}: {done:,} of {total:,}{more}", done / max(1, total))
 
             yield show
     finally:
-        lines.end()
+        lines.close()
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
@@ -454,39 +452,31 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     )
 
 
-class ProgressLines:
-    """Rate-limited lines about progress: on the console where it draws no bar, and in the log file."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._every = _seconds_between_lines()
-        self._last = clock()
-        self._waiting: str | None = None
-
-    def report(self, line: str) -> None:
-        """Print the line if one is due; else keep it as the pending line."""
-        self._waiting = line
-        if self._clock() - self._last >= self._every:
-            self.end()
-
-    def end(self) -> None:
-        """Print the pending line, if any."""
-        line, self._waiting, self._last = self._waiting, None, self._clock()
-        if line is None:
-            return
-        if not console.draws:
-            echo(line)
-        elif _output.log is not None:
-            _output.log.add_text(printable(line, limit=sys.maxsize))
+def progress_lines(state: str = "") -> ProgressLines:
+    """Lines about progress on the console, where it draws no bar, and in the log file."""
+    return ProgressLines(_print_progress, state)
 
 
-def _seconds_between_lines() -> float:
-    """OptionError if the environment variable is set to anything but a positive number."""
-    given = os.environ.get(PROGRESS_VARIABLE) or "30"
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise OptionError(f"{PROGRESS_VARIABLE} must be a number of seconds above 0, got {given!r}; such as 30")
-    return seconds
+def _print_progress(line: str) -> None:
+    if not console.draws:
+        echo(line)
+    elif _output.log is not None:
+        _output.log.add_text(printable(line, limit=sys.maxsize))
+
+
+class _StatusInLines(Status):
+    """A spinner's place where none can be drawn: a line now and then."""
+
+    _lines: ProgressLines | None = None
+
+    def start(self) -> None:
+        self._lines = progress_lines(str(self.status))
+
+    def update(self, status: RenderableType | None = None, **settings: Any) -> None:
+        super().update(status, **settings)
+        if self._lines is not None and status is not None:
+            self._lines.begin(str(status))
+
+    def stop(self) -> None:
+        if self._lines is not None:
+            self._lines.close()

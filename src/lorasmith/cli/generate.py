@@ -127,6 +127,7 @@ def generate(
     if frame_rate is not None and frames == 1:
         print_note("--frame-rate has no effect without --frames.")
     with stoppable() as stop, progress_shown("Sampling") as progress:
+        progress(0, steps * len(prompt))
         drawn = generate_clips(
             drawing,
             prompt,

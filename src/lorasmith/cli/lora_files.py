@@ -425,8 +425,8 @@ def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, over
     from lorasmith.toolbox.merge import fold_into
     from lorasmith.toolbox.model_files import open_model
 
-    with console.status(f"Merging into {model}"):
-        report = fold_into(open_model(model), parts, output, overwrite=overwrite)
+    with progress_shown(f"Merging into {model}") as progress:
+        report = fold_into(open_model(model), parts, output, overwrite=overwrite, progress=progress)
 
     def show() -> None:
         _warn_left_out(report.left_out)

@@ -12,7 +12,6 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lorasmith.cli.console import (
-    ProgressLines,
     StopRequest,
     console,
     echo,
@@ -20,6 +19,7 @@ from lorasmith.cli.console import (
     print_findings,
     print_note,
     print_result,
+    progress_lines,
     progress_shown,
     result_shown,
     stoppable,
@@ -140,7 +140,7 @@ def _unshown(done: int, total: int, more: str = "") -> None:
 @contextlib.contextmanager
 def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events: loss, speed and time left in a bar or lines."""
-    lines = ProgressLines()
+    lines = progress_lines()
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
     numbers = TextColumn("{task.fields[line]}", style="dim", markup=False)
     progress = Progress(bar, MofNCompleteColumn(), numbers, console=console, disable=not console.draws)
@@ -152,6 +152,7 @@ def training_progress() -> Iterator[EventHandler]:
         if isinstance(event, RunStarted):
             progress.update(task, total=view.steps)
             progress.start()
+            lines.begin(f"Step {view.step:,} of {view.steps:,}")
         elif (note := note_of(event)) is not None:
             if note.is_warning:
                 print_note(note.text)
@@ -170,7 +171,7 @@ def training_progress() -> Iterator[EventHandler]:
         yield show
     finally:
         progress.stop()
-        lines.end()
+        lines.close()
 
 
 def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:

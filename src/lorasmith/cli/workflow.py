@@ -11,13 +11,13 @@ from rich.progress import TextColumn
 from rich.text import Text
 
 from lorasmith.cli.console import (
-    ProgressLines,
     console,
     echo,
     heading,
     print_note,
     print_result,
     progress_bar,
+    progress_lines,
     result_shown,
     stoppable,
 )
@@ -96,7 +96,7 @@ class _Narrator:
         self.notes: list[str] = []
         self._folders = folders
         self._title = ""
-        self._lines = ProgressLines()
+        self._lines = progress_lines()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -105,6 +105,7 @@ class _Narrator:
 
     def __exit__(self, *_: object) -> None:
         self._end_bar()
+        self._lines.close()
 
     def __call__(self, event: Event) -> None:
         from lorasmith.workflow import execution_events as events
@@ -113,6 +114,7 @@ class _Narrator:
             case events.NodeStarted(node_id, title):
                 self._title = title
                 console.print(Text.assemble((f"{node_id:>4}", "dim"), f"  {title}"), soft_wrap=True)
+                self._lines.begin(f"      {title}")
             case events.NodeProgress(_, value, maximum, text):
                 self._advance(value, maximum, text)
             case events.NodeMessage(_, level, text):
@@ -135,13 +137,14 @@ class _Narrator:
         assert self._task is not None
         self._bar.update(self._task, completed=value, total=maximum, text=text)
         count = f"{value:,} of {maximum:,}"
-        self._lines.report(f"      {self._title}: {text if count in text else ', '.join(filter(None, (count, text)))}")
+        line = f"      {self._title}: {text if count in text else ', '.join(filter(None, (count, text)))}"
+        self._lines.report(line, 0.0 if text else value / max(1, maximum))
 
     def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-            self._lines.end()
+        self._lines.end()
 
     def _show(self, node_id: str, ui: UiOutput) -> None:
         found = [text for items in ui.values() for item in items if (text := self._text(item)) is not None]

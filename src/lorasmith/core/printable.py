@@ -90,3 +90,9 @@ def memory_text(size_bytes: int) -> str:
 def count_text(count: int, noun: str) -> str:
     """`1 step` or `2,000 steps`, for nouns with a regular plural."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def time_text(seconds: float) -> str:
+    """A duration as hours, minutes and seconds: `0:01:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,6 +1,6 @@
 """Progress of the library's functions: bars in a terminal or a notebook, and a run's notes between them.
 
-Bars are tqdm's, which draws them in both. Where standard error is neither, notes are written and no bars.
+Bars are tqdm's, which draws them in both. Where standard error is neither, notes are written, and a line now and then.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorasmith.core.printable import printable
+from lorasmith.core.progress_lines import ProgressLines
 from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.events import Event, EventHandler, RunStarted
 
@@ -28,8 +29,12 @@ def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterat
         given = progress
         yield lambda *counts: void(given(*counts))
         return
-    if not progress or not _has_audience():
+    if not progress:
         yield None
+        return
+    if not _has_audience():
+        with contextlib.closing(ProgressLines(note, label, is_complete=False)) as lines:
+            yield lambda done, total, *_: lines.report(f"{label}: {done:,} of {total:,}", done / max(1, total))
         return
     bar: Any = None
 
@@ -55,15 +60,20 @@ def run_shown(progress: bool) -> Iterator[EventHandler]:
         yield void
         return
     bar: Any = None
+    lines: ProgressLines | None = None
     view = RunView()
 
     def show(event: Event) -> None:
-        nonlocal bar
+        nonlocal bar, lines
         view.take(event)
         if isinstance(event, RunStarted) and _has_audience():
             bar = _bar("Training", view.steps)
+        elif isinstance(event, RunStarted):
+            lines = ProgressLines(note, f"Step {view.step:,} of {view.steps:,}", is_complete=False)
         elif (found := note_of(event)) is not None and found.kind != "Remark":
             note(found.text)
+        elif lines is not None:
+            lines.report(f"Step {view.step:,} of {view.steps:,}, {view.line}")
         if bar is not None:
             bar.set_postfix_str(view.line, refresh=view.activity is not None)
             bar.update(view.step - bar.n)
@@ -73,6 +83,8 @@ def run_shown(progress: bool) -> Iterator[EventHandler]:
     finally:
         if bar is not None:
             bar.close()
+        if lines is not None:
+            lines.close()
 
 
 def void(_: object) -> None:

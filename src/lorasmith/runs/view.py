@@ -14,7 +14,7 @@ from pathlib import PureWindowsPath
 from typing import Any, NamedTuple
 
 from lorasmith.core.folders import TRIED
-from lorasmith.core.printable import count_text, memory_text
+from lorasmith.core.printable import count_text, memory_text, time_text
 from lorasmith.report.loss_plot import RecentLoss, RecentLosses
 from lorasmith.runs.run_plan import (
     ClassImageDrawn,
@@ -367,8 +367,7 @@ def _time_left(view: RunView) -> Metric | None:
     left = view.seconds_left
     if left is None:
         return None
-    minutes, seconds = divmod(round(left), 60)
-    text = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    text = time_text(left)
     return Metric("time_left", "time left", left, text, "s", f"{text} left")
 
 

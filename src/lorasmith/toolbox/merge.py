@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -253,9 +254,16 @@ class FoldReport:
 
 
 def fold_into(
-    model: ModelReader, loras: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool = False
+    model: ModelReader,
+    loras: Sequence[tuple[Path, float]],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> FoldReport:
     """Write a copy of a model with LoRAs (path, strength) folded in: a single file if the model is one, else a folder.
+
+    `progress` receives (tensors changed, total).
 
     Raises LoraError if a LoRA is for another model or makes weights too large for the model's dtype, ModelError and
     OutputError.
@@ -269,7 +277,7 @@ def fold_into(
             if strength and ref.component in present:
                 parts.setdefault(ref, []).append((module, strength))
     _refuse_misfits(model, files, parts)
-    changes = _changes(model, parts)
+    changes = _changes(model, parts, progress)
     note = f"folded in {', '.join(f'{Path(path).name}:{strength:g}' for path, strength in loras)}"
     if model.path.is_file():
         _write(model.path, output, changes.get(model.path, {}), note)
@@ -287,17 +295,27 @@ def fold_into(
 Rewrite = Callable[[Tensor], Tensor]
 
 
-def _changes(model: ModelReader, parts: Mapping[ModuleRef, Sequence[WeightedModule]]) -> dict[Path, dict[str, Rewrite]]:
-    """The function from old to new value of each tensor that changes, by file and name."""
+def _changes(
+    model: ModelReader,
+    parts: Mapping[ModuleRef, Sequence[WeightedModule]],
+    progress: Callable[[int, int], None] | None,
+) -> dict[Path, dict[str, Rewrite]]:
+    """The function from old to new value of each tensor that changes, by file and name, which reports its progress."""
     inside: dict[tuple[Path, str], list[Parameter]] = {}
     for parameter, place in model.places.items():
         if any(_touches(module, parameter.name) for module, _ in parts.get(parameter.module, ())):
             inside.setdefault((place.file, place.tensor), []).append(parameter)
     changes: dict[Path, dict[str, Rewrite]] = {}
+    done = count(1)
+
+    def changed(tensor: Tensor, *, name: str, parameters: Sequence[Parameter]) -> Tensor:
+        result = _changed(tensor, name=name, model=model, parts=parts, parameters=parameters)
+        if progress is not None:
+            progress(next(done), len(inside))
+        return result
+
     for (file, name), parameters in inside.items():
-        changes.setdefault(file, {})[name] = partial(
-            _changed, name=name, model=model, parts=parts, parameters=parameters
-        )
+        changes.setdefault(file, {})[name] = partial(changed, name=name, parameters=parameters)
     return changes
 
 
