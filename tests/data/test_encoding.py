@@ -89,6 +89,12 @@ def test_an_image_that_disappeared(folder: Path) -> None:
         encoder.encode(scan)
 
 
+def test_captions_that_are_all_dropped_are_named(folder: Path) -> None:
+    (note,) = Encoder().encode(folder, caption_dropout=1.0, trigger="sks").notes
+    assert note.startswith("caption_dropout 1 empties the text of every draw, so that neither trigger nor captions are")
+    assert not any("caption_dropout" in one for one in Encoder().encode(folder, caption_dropout=0.9).notes)
+
+
 def test_digests_tell_images_captions_and_sizes_apart_and_nothing_else(folder: Path) -> None:
     def digests(**options: int) -> list[str]:
         return [sample.digest for sample in Encoder().encode(folder, **options).samples]

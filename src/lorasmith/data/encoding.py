@@ -265,6 +265,9 @@ def encode_images(
     encoded = encode_pictures(images, pictures, config, progress)
     controls = _controls(images, pictures, config, progress)
     notes = [] if pictures.clips is None else list(_clips_in_part(images, pictures.clips))
+    if config.caption_dropout == 1:
+        words = "neither trigger nor captions are" if config.trigger else "no caption is"
+        notes.append(f"caption_dropout 1 empties the text of every draw, so that {words} learnt; 0.1 is usual")
     samples: list[Sample] = []
     for image, found, beside, shown in zip(images, encoded, controls, seen, strict=True):
         sample = _sample(image, found, beside, shown, config, captions, pictures, notes)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, Dial, Difference, adapters_attached
 from lorasmith.adapters.variants import RankMasks
+from lorasmith.core.effect import relative_change
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.power_average import LENGTHS, exponent, kept_share
@@ -372,6 +374,27 @@ class Engine:
         flat = self.flat
         bad = [path for path, name in self._names if not flat.view(flat.grad, name).isfinite().all()]
         yield from dict.fromkeys(bad)
+
+    @torch.no_grad()
+    def relative_changes(self) -> Iterator[float | None]:
+        """By how much the values in the adapters change each weight, relative to it; None for a word's vectors.
+
+        On the CPU, inside of `exported`; each item reads a weight of the frozen model, so that callers stop early.
+        """
+        if self.model.word is not None:
+            yield None
+        for network, adapters in (
+            (self.model.module, self.trained.adapters),
+            (self.model.encoders, self.text_adapters),
+        ):
+            for path, adapter in adapters.items():
+                assert network is not None
+                weight = FrozenLayer(network.get_submodule(path)).weight.detach().cpu().float()
+                yield relative_change(weight, adapter.merged(weight))
+        for path, difference in self.trained.differences.items():
+            for name, change in difference.named_parameters():
+                before = getattr(self.model.module.get_submodule(path), name).detach().cpu().float()
+                yield relative_change(before, before + change)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """CPU copies of all tensors that a step changes, and the remaining state as JSON values."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
+from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable, packable_layers, packed_layers
 from lorasmith.adapters.frozen_weights import format_in_model, takes_products
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import AdapterPlan, Difference
@@ -19,6 +19,7 @@ from lorasmith.core import quantized_products
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.blocks import units
 from lorasmith.core.options import options_of
+from lorasmith.core.printable import count_text
 from lorasmith.core.quantization import packed
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
@@ -51,6 +52,9 @@ class OtherProgram(str):
 
 _FEW = 0.1
 """Share of the layers up to which a capped rank is a remark."""
+
+_SMALL_PART = 0.02
+"""Share of a model's layers below which targets are named as few."""
 
 
 def notes_on(
@@ -265,6 +269,12 @@ def _on_own_values(
 def _on_targets(
     config: TrainConfig, model: Trainable, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
 ) -> Iterator[str]:
+    count = sum(is_targetable(module) for module in model.module.modules())
+    if 0 < len(adapters) < _SMALL_PART * count and model.word is None and model.encoders is None:
+        yield (
+            f"targets match {len(adapters)} of {count_text(count, 'layer')}, such as {next(iter(adapters))}, by which "
+            "a LoRA can change little; `lorasmith targets` lists what others match."
+        )
     if config.tucker and plan.adapters:
         layers = (FrozenLayer(model.module.get_submodule(target.path)) for target in plan.adapters)
         if not any(map(LoraAdapter.has_core, layers)):

@@ -57,6 +57,7 @@ from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_
 from lorasmith.training.watchers import (
     AverageWatch,
     Draw,
+    EffectWatch,
     LikenessWatch,
     LoraWatch,
     PreviewWatch,
@@ -403,7 +404,7 @@ class _Run:
     def _watchers(self) -> list[Watcher]:
         """Watchers in the order of their calls: validation precedes the run state that includes it."""
         config, folder = self._job.config, self._folder
-        watchers: list[Watcher] = [self._validation] if self._validation else []
+        watchers: list[Watcher] = [*([self._validation] if self._validation else []), EffectWatch(config)]
         if folder is not None:
             watchers.append(
                 StateSaver(

@@ -1,7 +1,8 @@
-"""Watchers for validation, LoRA files and previews; the one for run states is in `runs.run_states`."""
+"""Watchers for validation, effect, LoRA files and previews; the one for run states is in `runs.run_states`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorasmith.core.effect import LEAST_EFFECT, idle_change
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.processes import Processes
 from lorasmith.core.typed_json import typed
@@ -162,6 +164,44 @@ class AverageWatch(Watcher):
 
     def __call__(self, loop: Loop) -> None:
         _warned(loop, f"The averages of step {loop.step} are not saved", lambda: self._save(loop, self._steps))
+
+
+class EffectWatch(Watcher):
+    """Names a LoRA without effect: at its end, and a quarter into the run if the rates ahead will not change that.
+
+    Sharded weights, whose reading takes all processes, are not compared.
+    """
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        self._config = config
+        self._early = max(1, config.steps // 4)
+
+    def due(self, loop: Loop) -> bool:
+        return loop.step in (self._early, loop.steps) and not loop.engine.runtime.sharding
+
+    def __call__(self, loop: Loop) -> None:
+        with loop.engine.exported():
+            largest = idle_change(loop.engine.relative_changes())
+        rates = [self._config.scheduled(step) for step in range(loop.steps)]
+        so_far = math.fsum(rates[: loop.step])
+        # The change of a matrix that starts at zero is proportional to the sum of the rates.
+        if largest is None or not so_far or largest * math.fsum(rates) / so_far >= LEAST_EFFECT:
+            return
+        is_end = loop.step == loop.steps
+        what = "The LoRA does nothing" if is_end else f"The LoRA does next to nothing after {loop.step:,} steps"
+        remedy = "train for more steps or" if is_end else "stop, and train"
+        loop.emit(
+            Warned(
+                message=f"{what}: it changes no weight by more than {largest:.1g} of its size, and pictures show "
+                f"changes from about {LEAST_EFFECT:g} on; {remedy} at a learning rate above "
+                f"{self._config.learning_rate:g}."
+            )
+            if largest
+            else Warned(
+                message=f"{what}: it changes no weight, as no gradient reached one; look at masks, weights of images, "
+                "learning rate and targets."
+            )
+        )
 
 
 class Draw(Protocol):
