@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from lorasmith.cli import console as screen
-from lorasmith.cli.run_output import plain_result, training_progress
+from lorasmith.cli.run_output import plain_result, report_result, training_progress
+from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.progress_lines import PROGRESS_VARIABLE
+from lorasmith.formats.names import ModelNames
 from lorasmith.training.events import Drawing, Event, Outcome, Previewed, RunStarted, StepDone, Validated, Warned
+from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
+from tests.training.run_cases import picture, started, steps_done, write_run
 
 STARTED: dict[str, Any] = {
     "steps_before": 0, "samples": 9, "adapters": 1, "parameters": 1, "device": "cpu", "dtype": "fp32",
@@ -98,9 +102,26 @@ def test_a_result_as_json(tmp_path: Path) -> None:
         folder=tmp_path,
         path=tmp_path / "fox.safetensors",
     )
-    found = plain_result(result, sheet=tmp_path / "sheet.png")
-    assert found["files"] == {
-        "lora": tmp_path / "fox.safetensors", "report": tmp_path / "report.html", "sheet": tmp_path / "sheet.png",
-    }  # fmt: skip
+    found = plain_result(result)
+    assert found["files"] == {"lora": tmp_path / "fox.safetensors", "report": tmp_path / "report.html"}
     assert (found["run"], found["reason"], found["steps"]) == (tmp_path, "finished", 2)
     assert found["validations"] == [{"step": 1, "loss": 0.25}]
+
+
+def test_pictures_are_named_first_and_what_was_learnt_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = steps_done(1, 40, total=40)
+    write_run(tmp_path, [started(40), *done])
+    sheet = picture(tmp_path / "samples" / "strengths.png", "sheet", (0, 90, 200))
+    (tmp_path / "fox.safetensors").touch()
+    result = TrainResult(
+        lora=Lora(AdapterState(), ModelNames(family="", denoiser={}, peft_prefix="")),
+        losses=[one.loss for one in done],
+        steps=40,
+        reason=Outcome.FINISHED,
+        folder=tmp_path,
+        path=tmp_path / "fox.safetensors",
+    )
+    report_result(result)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"Strengths  {sheet}"
+    assert last.startswith("Verdict    the training loss fell from ") and "cannot be judged" not in last

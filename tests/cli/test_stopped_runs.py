@@ -437,10 +437,15 @@ def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith
 
 
 @pytest.mark.slow
-def test_a_demo_that_is_stopped_draws_nothing(lorasmith: Command, tmp_path: Path) -> None:
+def test_a_demo_that_is_stopped_is_drawn_when_it_is_resumed(lorasmith: Command, tmp_path: Path) -> None:
     with interrupted(signal.SIGINT, at=1):
         ran = lorasmith("demo", "--output", "run", "--steps", 3, "--json")
     assert ran.code == 130, ran.err
     assert (json.loads(ran.out)["reason"], json.loads(ran.out)["steps"]) == ("cancelled", 1)
     assert (tmp_path / "run" / "high-contrast.safetensors").is_file()
-    assert not (tmp_path / "run" / "before-and-after.png").exists()
+    sheet = tmp_path / "run" / "samples" / "strengths.png"
+    assert not sheet.exists()
+    ran = lorasmith("resume", "run", "--as-recorded")
+    assert ran.code == 0, ran.err
+    assert ran.out[ran.out.index("Strengths") :].startswith(f"Strengths  {sheet.relative_to(tmp_path)}")
+    assert "cannot be judged" not in ran.out

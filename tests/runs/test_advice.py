@@ -72,7 +72,10 @@ def test_an_image_that_is_drawn_often_and_one_that_does_not_belong(tmp_path: Pat
     assert "times that of the others at the same noise levels" in odd.reason and odd.drawn_less == ""
     assert "and it was drawn 9 times as often" in often.reason
     assert often.drawn_less == "a.png=0.11"
-    assert advice.summary.startswith("f.png is never learnt, a.png is learnt by heart. Look at its caption")
+    assert advice.summary == (
+        "f.png is never learnt: look at its caption, or leave it out if it does not belong here. a.png is learnt by "
+        "heart: draw it less often, or leave it out."
+    )
     assert report_of(read_history(tmp_path / "run")).advice == advice
 
 

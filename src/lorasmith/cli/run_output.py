@@ -56,6 +56,7 @@ from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Outcome, RunStarted, StepDone, Warned
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.records import read_history
+from lorasmith.training.validation import UNJUDGED
 
 
 class TerminalHost(Host):
@@ -243,35 +244,42 @@ def train_experts_and_report(spec: RunSpec, host: TerminalHost, *, fresh: bool, 
 
 
 _TITLES = {
-    "lora": "LoRA", "best_lora": "Best LoRA", "steps": "Steps", "strengths": "Strengths", "loss_plot": "Loss plot",
+    "strengths": "Strengths", "steps": "Steps", "lora": "LoRA", "best_lora": "Best LoRA", "loss_plot": "Loss plot",
     "report": "Report",
 }  # fmt: skip
 """Files of a run as `plain_result` and `report_result` name them."""
 
 
-def plain_result(result: TrainResult, **files: Path) -> dict[str, Any]:
-    """How a run ended, its files and further ones, as JSON values."""
+def plain_result(result: TrainResult) -> dict[str, Any]:
+    """How a run ended, and its files, as JSON values."""
     recent = recent_loss(result.losses)
     return {
         "run": result.folder,
         "reason": result.reason,
         "steps": result.steps,
         "verdict": result.verdict,
-        "advice": asdict(_advice(result)),
+        "advice": asdict(_learnt(result)[1]),
         "loss": {"mean": recent.mean, "of": recent.label},
         "losses": result.losses,
         "validations": [{"step": step, "loss": loss} for step, loss in result.validations],
         "base_loss": result.base_loss,
-        "files": _files(result) | files,
+        "files": _files(result),
     }
 
 
-def _advice(result: TrainResult) -> Advice:
-    """The advice on single images; none for a run whose folder has gone."""
+def _learnt(result: TrainResult) -> tuple[str, Advice]:
+    """The verdict, of the training loss where nothing is held out, and the advice on single images.
+
+    Without advice for a run whose folder has gone.
+    """
     try:
-        return Advice() if result.folder is None else advice_of(read_history(result.folder))
+        history = None if result.folder is None else read_history(result.folder)
     except LorasmithError:
-        return Advice()
+        history = None
+    if history is None:
+        return result.verdict, Advice()
+    trend = RunView.of(history.events).verdict if result.verdict == UNJUDGED else ""
+    return trend or result.verdict, advice_of(history)
 
 
 def _files(result: TrainResult) -> dict[str, Path]:
@@ -280,10 +288,10 @@ def _files(result: TrainResult) -> dict[str, Path]:
         return {}
     samples = result.folder / "samples"
     places = {
+        "strengths": samples / "strengths.png",
+        "steps": samples / "steps.png",
         "lora": result.path,
         "best_lora": result.best_path,
-        "steps": samples / "steps.png",
-        "strengths": samples / "strengths.png",
         "loss_plot": result.folder / "loss.png",
         "report": result.folder / "report.html",
     }
@@ -304,15 +312,16 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
     if result.reason is Outcome.STOPPED:
         kept = f"the saved LoRA is that of step {result.best_step}, the best one"
         echo(f"Stopped early at step {len(result.losses)}; {kept}.")
-    echo(f"{'Verdict':<11}{result.verdict}")
-    if (advice := _advice(result)).images:
-        echo(f"{'Images':<11}{advice.summary}")
-    recent = recent_loss(result.losses)
-    if math.isfinite(recent.mean):
-        echo(f"{'Loss':<11}{recent.mean:.4g} ({recent.label})")
     for key, path in _files(result).items():
         echo(f"{_TITLES[key]:<11}{path}")
     echo(f"{'Run folder':<11}{folder}")
+    recent = recent_loss(result.losses)
+    if math.isfinite(recent.mean):
+        echo(f"{'Loss':<11}{recent.mean:.4g} ({recent.label})")
+    verdict, advice = _learnt(result)
+    echo(f"{'Verdict':<11}{verdict}")
+    if advice.images:
+        echo(f"{'Images':<11}{advice.summary}")
     if result.lora.rank_schedule is not None and result.path is not None:
         echo("Only Lorasmith uses fewer ranks of a T-LoRA where there is more noise. For ComfyUI:")
         echo(f"  {command_line(['lorasmith', 'bands', positional(result.path)])}")

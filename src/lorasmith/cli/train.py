@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import echo, heading, print_note, print_result, progress_shown, stoppable
+from lorasmith.cli.console import echo, print_note, print_result
 from lorasmith.cli.flags import (
     AnyBaseModel,
     AsRecorded,
@@ -33,7 +33,6 @@ from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.training.config import TrainConfig, code_settings
-from lorasmith.training.events import Outcome
 
 
 def _main(config: type) -> list[str]:
@@ -172,7 +171,7 @@ def demo(
     """
     check_alone("demo")
     from lorasmith.cli.run_output import TerminalHost, plain_result, report_result
-    from lorasmith.runs.demo import before_and_after, demo_spec
+    from lorasmith.runs.demo import demo_spec
     from lorasmith.runs.plan import plan
     from lorasmith.runs.run import run
 
@@ -186,18 +185,9 @@ def demo(
         planned = plan(spec, host)
     with host.training():
         result = run(replace(planned, fresh=True), host)
-    if result.reason is Outcome.CANCELLED:
-        print_result(lambda: plain_result(result), lambda: report_result(result))
-    host.stop.exit_if_set()
-    with stoppable(at_once=True), progress_shown("Drawing") as progress:
-        sheet = before_and_after(planned.denoiser.base, result, seed=seed, progress=progress)
-
-    def show_result() -> None:
-        report_result(result)
-        heading("Sheet     ", sheet)
-
     echo()
-    print_result(lambda: plain_result(result, sheet=sheet), show_result)
+    print_result(lambda: plain_result(result), lambda: report_result(result))
+    host.stop.exit_if_set()
     echo()
     echo("The same with your own pictures and a real model:")
     echo('  lorasmith train ./photos --model sd15.safetensors --trigger "sks dog"')

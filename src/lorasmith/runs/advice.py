@@ -103,11 +103,11 @@ def _drawn_less(name: str, factor: Fraction, record: RunRecord) -> str:
 
 
 def _summary(found: Sequence[ImageAdvice]) -> str:
-    """A line on the first images."""
+    """A line on the first images, each with its remedy if these are all."""
+    if len(found) <= _NAMED:
+        return " ".join(f"{one.name} is {one.finding}: {one.remedy[0].lower()}{one.remedy[1:]}" for one in found)
     parts = [f"{one.name} is {one.finding}" for one in found[:_NAMED]]
-    more = f", and {len(found) - _NAMED:,} more stand out" if len(found) > _NAMED else ""
-    remedies = " ".join(dict.fromkeys(one.remedy for one in found)) if len(found) <= _NAMED else "The report has all."
-    return f"{', '.join(parts)}{more}. {remedies}"
+    return f"{', '.join(parts)}, and {len(found) - _NAMED:,} more stand out. The report has all."
 
 
 _NAMED = 3

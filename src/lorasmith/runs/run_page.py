@@ -304,9 +304,7 @@ def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, Pictu
     rows = {key: row(event) for key, event in sorted(view.previews.items())}
     rows = {key: paths for key, paths in rows.items() if any(paths)}
     if not rows:
-        samples = folder / "samples"
-        sheets = samples / "strengths.png", folder / "before-and-after.png"
-        return _sheet(folder, *sheets), _sheet(folder, samples / "steps.png")
+        return _sheet(folder, "strengths.png"), _sheet(folder, "steps.png")
     stems = pair_stems(folder / "samples")
     pairs = [(stem.replace("-", " "), _pair(folder, stem, len(prompts))) for stem in stems]
     base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
@@ -336,9 +334,13 @@ def is_own(path: Path, folder: Path) -> bool:
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
-def _sheet(folder: Path, *candidates: Path) -> PictureTable | None:
-    found = [path for path in candidates if is_own(path, folder)]
-    return PictureTable((), [("", (found[0],))], "Contact sheet with its labels in the picture") if found else None
+def _sheet(folder: Path, name: str) -> PictureTable | None:
+    path = folder / "samples" / name
+    return (
+        PictureTable((), [("", (path,))], "Contact sheet with its labels in the picture")
+        if is_own(path, folder)
+        else None
+    )
 
 
 def _settings(config: Mapping[str, Any]) -> list[Setting]:
