@@ -193,6 +193,29 @@ def test_a_folder_that_was_killed_between_its_two_moves_is_moved_back(tmp_path: 
     restore_folders(tmp_path / "gone")
 
 
+def test_what_a_killed_process_has_written_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "a model"
+    killed = textwrap.dedent(
+        """
+        import os, sys
+        from pathlib import Path
+        from lorasmith.core.files import atomic_folder
+
+        with atomic_folder(Path(sys.argv[1])) as folder:
+            (folder / "a").write_text("new")
+            os._exit(9)
+        """
+    )
+    subprocess.run([sys.executable, "-c", killed, str(target)], check=False)
+    assert len(names(tmp_path)) == 1
+    with atomic_folder(target) as first:
+        assert names(tmp_path) == [first.parent.name]
+        with atomic_folder(target) as second:
+            (second / "b").write_text("2")
+        (first / "b").write_text("1")
+    assert (target / "b").read_text() == "1" and names(tmp_path) == ["a model"]
+
+
 def test_what_another_name_has_now_is_not_moved_back(tmp_path: Path) -> None:
     for place in (".model.x.tmp/old/model", "model", ".other.x.tmp/old/model", ".mine/old/y", ".a.tmp/old/y"):
         (tmp_path / place).mkdir(parents=True)

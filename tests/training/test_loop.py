@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -31,7 +33,7 @@ from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.loop import Loop, _Taken
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.recovery import RunState, exploded
-from lorasmith.training.results import TrainResult
+from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.storage import run_states
 from lorasmith.training.storage.run_folder import RunFolder, unfinished_run
 from lorasmith.training.validation import History
@@ -126,6 +128,29 @@ def test_checkpoints_come_by_steps_and_the_last_ones_are_kept(
         "step-000006.safetensors",
         "step-000007.safetensors",
     ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+@pytest.mark.parametrize(
+    ("setting", "save"), [("post_hoc_ema", "save_averages"), ("save_every", "save_result")], ids=["averages", "LoRAs"]
+)
+def test_a_run_that_is_killed_while_it_writes_files_of_a_step_has_them_in_the_end(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, setting: str, save: str
+) -> None:
+    settings = {"steps": 4, "save_state_every": 2, setting: 2}
+
+    def killed() -> None:
+        setattr(Results, save, lambda *given: os._exit(9))
+        run(dataset, output=tmp_path / "killed", **settings)
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == 9
+    for name in ("killed", "whole"):
+        run(dataset, output=tmp_path / name, **settings)
+    files = [sorted(path.name for path in (tmp_path / name).rglob("*step*")) for name in ("killed", "whole")]
+    assert files[0] == files[1]
 
 
 def test_checkpoints_come_by_minutes_whatever_the_clock_on_the_wall_does(

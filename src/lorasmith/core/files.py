@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import stat
@@ -87,29 +88,42 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that replaces `target` when the block ends without an exception.
 
     Until then, and on failure, the old folder stays. If the process is killed between the two moves, `restore_folders`
-    puts it back. Raises OutputError.
+    puts it back; what it has written otherwise is removed by the next call for `target`. Raises OutputError.
     """
     ensure_folder(target.parent)
     restore_folders(target.parent)
+    _remove_left(target)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent))
     except OSError as error:
         raise _explained(target, error) from error
     fresh, old = temporary / "new", temporary / "old" / target.name
-    try:
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            old.parent.mkdir()
-            target.rename(old)
-        fresh.rename(target)
-        _flush_folder(target.parent)
-    except OSError as error:
-        raise _explained(target, error) from error
-    finally:
-        if old.exists() and not target.exists():  # the second of the two moves failed
-            old.rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with locked(temporary / _LOCK, f"{temporary} is being removed"):
+        try:
+            fresh.mkdir()
+            yield fresh
+            if target.exists():
+                old.parent.mkdir()
+                target.rename(old)
+            fresh.rename(target)
+            _flush_folder(target.parent)
+        except OSError as error:
+            raise _explained(target, error) from error
+        finally:
+            if old.exists() and not target.exists():  # the second of the two moves failed
+                old.rename(target)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+_LOCK = "lock"
+"""A file in the folder that `atomic_folder` makes, locked as long as its process lives."""
+
+
+def _remove_left(target: Path) -> None:
+    """Remove the folders for `target` of processes that were killed."""
+    for lock in target.parent.glob(f".{glob.escape(target.name[:_KEPT])}.*.tmp/{_LOCK}"):
+        with contextlib.suppress(OutputError), locked(lock, f"{lock.parent} is in use"):
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def restore_folders(parent: Path) -> None:

@@ -402,10 +402,20 @@ class _Run:
             yield
 
     def _watchers(self) -> list[Watcher]:
-        """Watchers in the order of their calls: validation precedes the run state that includes it."""
+        """Watchers in the order of their calls.
+
+        Validation precedes the run state that includes it, and files precede it, as a killed run continues behind it.
+        """
         config, folder = self._job.config, self._folder
         watchers: list[Watcher] = [*([self._validation] if self._validation else []), EffectWatch(config)]
         if folder is not None:
+            results = self._results
+            saves = LoraWatch(results.save_result, results.path_at, every=config.save_every)
+            if config.save_every:
+                watchers.append(saves)
+            if config.post_hoc_ema:
+                save = self._results.save_averages
+                watchers.append(AverageWatch(save, count=config.post_hoc_ema, steps=config.steps))
             watchers.append(
                 StateSaver(
                     folder.states(config.keep_states, asdict(config)),
@@ -414,13 +424,6 @@ class _Run:
                     before=folder.flush,
                 )
             )
-            results = self._results
-            saves = LoraWatch(results.save_result, results.path_at, every=config.save_every)
-            if config.save_every:
-                watchers.append(saves)
-            if config.post_hoc_ema:
-                save = self._results.save_averages
-                watchers.append(AverageWatch(save, count=config.post_hoc_ema, steps=config.steps))
             if self._previews is not None and self._likeness is None:
                 watchers.append(self._previews)
         if self._likeness is not None:
