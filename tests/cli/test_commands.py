@@ -145,7 +145,7 @@ def test_a_lora_that_applies_in_part_is_said_and_refused_if_strict(
         tensors |= {f"{base}.lora_down.weight": torch.ones(1, columns), f"{base}.lora_up.weight": torch.ones(rows, 1)}
     save_file(tensors, tmp_path / "part.safetensors")
     draw = ("generate", "--model", "lorasmith-tiny", "--lora", "part.safetensors:0.1", "--prompt", "x", "--steps", 1)
-    said = f"lorasmith-tiny leaves out 2 of {len(shapes)} parts of part.safetensors: 2 with no module there (lora_unet_"
+    said = f"lorasmith-tiny leaves out 2 of {len(shapes)} parts of part.safetensors: 2 under unknown names (lora_unet_"
     drawn = lorasmith(*draw)
     assert (drawn.code, f"Note: {said}" in drawn.out) == (0, True), drawn
     ran = lorasmith(*draw, "--strict")

@@ -79,14 +79,20 @@ def randomise(adapter: Adapter, *, seed: int) -> None:
 
 
 def one_step(
-    model: Model, data: EncodedDataset, changes: dict[str, Any] | None = None, **settings: Any
+    model: Model,
+    data: EncodedDataset,
+    changes: dict[str, Any] | None = None,
+    *,
+    job: TrainJob | None = None,
+    **settings: Any,
 ) -> dict[str, Tensor]:
     """Losses and gradients of one step, by name.
 
     Args:
         changes: to runtime and settings, behind the plan.
+        job: planned before, instead of from the settings.
     """
-    job = planned(model, **settings)
+    job = planned(model, **settings) if job is None else job
     own = {field.name for field in fields(Runtime)}
     runtime = replace(job.runtime, **{name: value for name, value in (changes or {}).items() if name in own})
     config = replace(job.config, **{name: value for name, value in (changes or {}).items() if name not in own})

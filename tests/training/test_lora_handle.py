@@ -92,7 +92,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] 
     "a double beyond fp32": (lambda good: good | {"x.alpha": torch.tensor(1e300).double()}, "must hold finite numbers"),
     "4 modules renamed": (
         lambda good: renamed(good, 4),
-        "leaves out 4 of 28 parts of bad.safetensors: 4 with no module there (lora_unet_new_",
+        "leaves out 4 of 28 parts of bad.safetensors: 4 under unknown names (lora_unet_new_",
     ),
     "a wrong shape": (narrower, "leaves out 1 of 28 parts of bad.safetensors: 1 of another shape than there (lora_un"),
     "an unknown suffix": (

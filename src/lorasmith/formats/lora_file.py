@@ -221,10 +221,10 @@ class StrangerReason(Enum):
 
     MODULE = "with no module there", "use the model that it was trained on"
     SHAPE = "of another shape than there", "use the model that it was trained on"
-    NAME = "under names that are not known for it", "save it in another layout, with the program that wrote it"
+    NAME = "under unknown names", "use a version of it in another layout"
     FUSED = (
-        "of fused layers, whose adapters cannot be cut into its own",
-        "train it with separate q, k and v (in SimpleTuner, without fused_qkv_projections)",
+        "of fused layers that cannot be cut",
+        "train it with separate q, k and v (SimpleTuner: fused_qkv_projections)",
     )
     INCOMPLETE = "incomplete or of no known algorithm", "look at it with `lorasmith check`, or get the file again"
     SUFFIX = "with no name that LoRA files use", "look at it with `lorasmith check`"

@@ -65,6 +65,38 @@ def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+EVERY_KIND = [kind for kind in PACKINGS if kind != "none"]
+
+
+@pytest.mark.parametrize("dora", slow_except(["input", "output"], "output"))
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_the_magnitudes_of_dora_learn_on_packed_weights(
+    run: Run, dataset: EncodedDataset, tiny: Model, kind: str, dora: str
+) -> None:
+    """Their gradients are those of the unpacked weights, and of one start a higher rate goes further."""
+    settings: dict[str, Any] = {"dora": dora, "targets": "*.0.attn2.to_q, down_blocks.0.resnets.0.conv1"}
+    job = planned(tiny, **settings)  # magnitudes start from the weights as they are in the file
+    with rounded(tiny.components.denoiser, kind):
+        expected = one_step(tiny, dataset, job=job)
+    found = one_step(tiny, dataset, {"quantization": kind}, **settings)
+    magnitudes = [name for name in expected if name.endswith("magnitude")]
+    assert len(magnitudes) > 1
+    for name in magnitudes:
+        assert expected[name].count_nonzero() == expected[name].numel()
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+    slow, fast = (
+        tensors(run(dataset, steps=1, learning_rate=rate, quantization=kind, schedule="constant", **settings))
+        for rate in (1e-3, 3e-3)
+    )
+    scales = [name for name in slow if name.endswith("dora_scale")]
+    assert len(scales) == len(magnitudes)
+    for name in scales:  # AdamW's first step is the rate, whatever the gradient, if it is not as small as its epsilon
+        apart = (fast[name] - slow[name]).abs()
+        assert apart.max() < 2.01e-3
+        assert apart.quantile(0.1) > 1e-3
+
+
 @pytest.mark.parametrize("depth", slow_except([0, 1, 3], 1))
 def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: int) -> None:
     assert_same(
