@@ -69,7 +69,7 @@ EVERY_KIND = [kind for kind in PACKINGS if kind != "none"]
 
 
 @pytest.mark.parametrize("dora", slow_except(["input", "output"], "output"))
-@pytest.mark.parametrize("kind", EVERY_KIND)
+@pytest.mark.parametrize("kind", slow_except(EVERY_KIND, "nf4", "fp8_e4m3"))
 def test_the_magnitudes_of_dora_learn_on_packed_weights(
     run: Run, dataset: EncodedDataset, tiny: Model, kind: str, dora: str
 ) -> None:
