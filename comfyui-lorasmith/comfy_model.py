@@ -116,7 +116,7 @@ class ComfyModel(Trainable):
                     f"{name} does not apply to a MODEL, whose weights ComfyUI holds; choose it when it is loaded"
                 )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(reproducible(config.deterministic))
+            stack.enter_context(reproducible(config.deterministic, runtime.device))
             stack.enter_context(self.loaded(runtime.dtype, offloading=runtime.offloading))
             stack.enter_context(evaluating(self.module))
             stack.enter_context(kernels_with_gradients())
