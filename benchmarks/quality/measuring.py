@@ -99,7 +99,7 @@ class Checkpoint:
     diversity: float
     memorisation: float  # how much nearer the nearest trained picture is than the nearest held-out one
     drift: float  # of pictures without the trigger
-    bleed: float  # of the class without the trigger, by the sight
+    bleed: float | None  # of the class without the trigger, by the sight; None for a style
 
 
 @dataclass(frozen=True)

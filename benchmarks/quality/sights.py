@@ -37,8 +37,8 @@ class Sight(Protocol):
     def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
         """How much the picture of each prompt shows what it asks for; None if unknown."""
 
-    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-        """How much pictures of the class have become the subject."""
+    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float | None:
+        """How much pictures of the class have become the subject; None without pictures, as a style has no class."""
 
 
 def seen(sight: EvaluationSight, task: Task, rows: Sequence[Sequence[Image.Image]]) -> Drawn:
@@ -70,8 +70,8 @@ class JudgeSight:
     def adherence(self, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]) -> float | None:
         return statistics.mean(map(self.shows, prompts, pictures))
 
-    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-        return sum(one != task.of_class for one in self._judge.subjects(after)) / len(after) if after else 0.0
+    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float | None:
+        return sum(one != task.of_class for one in self._judge.subjects(after)) / len(after) if after else None
 
 
 class FeatureSight:
@@ -92,8 +92,8 @@ class FeatureSight:
         texts = self._clip.texts([one.plain for one in prompts])
         return float((self._clip.pictures(pictures) * texts).sum(1).mean())
 
-    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-        return max(0.0, self.fidelity(task, after) - self.fidelity(task, before)) if after else 0.0
+    def bleed(self, task: Task, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float | None:
+        return max(0.0, self.fidelity(task, after) - self.fidelity(task, before)) if after else None
 
 
 def dino_features(folder: Path) -> Features:

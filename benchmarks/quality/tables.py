@@ -116,8 +116,9 @@ def _by_subject(runs: Iterable[Outcome], value: Callable[[Outcome], float]) -> d
 
 
 def _mean(checkpoints: Iterable[Checkpoint], measure: str) -> float:
-    values = [getattr(one, measure) for one in checkpoints]
-    return float("nan") if None in values else statistics.mean(values)
+    """Of those that have it, as a style has no bleed, and without a CLIP nothing has adherence."""
+    values = [value for one in checkpoints if (value := getattr(one, measure)) is not None]
+    return statistics.mean(values) if values else float("nan")
 
 
 def _is_monotone(strengths: Sequence[float]) -> bool:

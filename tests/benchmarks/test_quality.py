@@ -21,7 +21,7 @@ from benchmarks.quality.measuring import Checkpoint, Job, Outcome, Setting, outc
 from benchmarks.quality.page import write_page
 from benchmarks.quality.recipes import AVERAGE, METHODS, RECIPES, ROUTING, STRENGTH
 from benchmarks.quality.scores import hypervolume, interval
-from benchmarks.quality.subjects import BUILT_IN, CLASSES, drawing, folder_tasks
+from benchmarks.quality.subjects import BUILT_IN, CLASSES, STYLE, drawing, folder_tasks
 from benchmarks.quality.tables import methods_table, recipe_tables
 from benchmarks.quality.validation import area
 from benchmarks.results import Results
@@ -104,8 +104,9 @@ def test_a_folder_like_dreambooths(tmp_path: Path) -> None:
 
 
 def outcome(recipe: str, task: str, fidelity: float, **changes: object) -> Outcome:
+    bleed = None if task == STYLE else 0.75
     checkpoints = tuple(
-        Checkpoint(looks, looks / 4, fidelity * share, 0.5, 1 - share / 2, 0.2, 0.1, 0.1, 0.0)
+        Checkpoint(looks, looks / 4, fidelity * share, 0.5, 1 - share / 2, 0.2, 0.1, 0.1, bleed)
         for looks, share in ((40, 0.5), (80, 1.0))
     )
     picture = Image.new("RGB", (8, 8))
@@ -142,12 +143,16 @@ def test_tables_and_page(tmp_path: Path) -> None:
     results = Results(nothing)
     results.table({"run": ""}, "Checkpoints")
     runs = [outcome("lorasmith", one, 0.9) for one in CLASSES] + [outcome("comfyui", one, 0.6) for one in CLASSES]
-    recipe_tables(runs, results)
+    recipe_tables([*runs, outcome("lorasmith", STYLE, 0.9), outcome("comfyui", STYLE, 0.9)], results)
     write_page(page, results, runs, "recipes")
     # Corners at (fidelity, adherence) = (0.45, 0.75) and (0.9, 0.5).
     expected = 0.9 * 0.5 + 0.45 * 0.25
     assert f"| lorasmith | 10 | 4 | 7 | {expected:.3f} | {expected:.3f} to {expected:.3f} |" in page.read_text("utf-8")
     less = expected - (0.6 * 0.5 + 0.3 * 0.25)
+    row = (
+        "| lorasmith | 10 | 4 | 80 | 0.900 | 0.500 | 0.500 | 0.200 | 0.100 | 0.100 | 0.750 |"  # bleed of subjects alone
+    )
+    assert row in page.read_text("utf-8")
     assert f"| {less:+.3f} | {less:+.3f} to {less:+.3f} |" in page.read_text("utf-8")
     assert (tmp_path / "images" / "quality.webp").is_file()
     results = Results(nothing)

@@ -74,3 +74,9 @@ def test_the_options_that_matter_come_first_and_all_are_behind_another_flag() ->
 def test_a_command_of_few_options_has_one_help() -> None:
     assert "--help-all" not in shown("report")
     assert CliRunner().invoke(app, ["report", "--help-all"]).exit_code == 2
+
+
+@pytest.mark.parametrize("group", [(), ("data",), ("data", "cache")], ids=" ".join)
+def test_a_group_without_a_command_shows_its_help(group: tuple[str, ...]) -> None:
+    bare, asked = (CliRunner().invoke(app, [*group, *more]) for more in ([], ["--help"]))
+    assert "Commands:" in bare.output and bare.output == asked.output and bare.exit_code == 0

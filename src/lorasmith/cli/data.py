@@ -49,11 +49,9 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands, in a group."""
-    data = typer.Typer(
-        cls=HelpGroup, help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True
-    )
+    data = typer.Typer(cls=HelpGroup, help="Images and captions before training: checked, captioned, encoded.")
     data.command("caption")(caption)
-    cache = typer.Typer(cls=HelpGroup, help="Encoded images and captions, kept between runs.", no_args_is_help=True)
+    cache = typer.Typer(cls=HelpGroup, help="Encoded images and captions, kept between runs.")
     cache.command("list")(list_cache)
     cache.command("clear")(clear_cache)
     data.add_typer(cache, name="cache")

@@ -74,7 +74,6 @@ app = typer.Typer(
     name="lorasmith",
     help="Train LoRAs for diffusion models, from a folder of images or from a ComfyUI workflow.",
     epilog="Start with: lorasmith demo",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
