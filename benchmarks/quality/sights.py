@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.quality.subjects import Prompt, Task
+from lorasmith.core.pretrained import load_pretrained
 from lorasmith.evaluation import measures
 from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.judge import background_of, tensors
@@ -100,8 +101,8 @@ def dino_features(folder: Path) -> Features:
     """Class tokens of a DINO of transformers in a folder."""
     from transformers import AutoImageProcessor, AutoModel
 
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    processor = load_pretrained(AutoImageProcessor, folder)
+    model = load_pretrained(AutoModel, folder, use_safetensors=True).eval()
 
     def found(pictures: Sequence[Image.Image]) -> Tensor:
         inputs = processor(images=[one.convert("RGB") for one in pictures], return_tensors="pt")

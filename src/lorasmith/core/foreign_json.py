@@ -20,9 +20,8 @@ def parse_foreign_json(text: str | bytes, *, finite: bool = True) -> Any:
     """The value of a JSON text, in time and memory proportional to its length.
 
     Raises ValueError if it is not JSON in UTF-8, is nested deeper than `MAX_DEPTH`, has more than two million values,
-    repeats a name in an object, or holds an integer beyond 64 bits, half of a surrogate pair, or (if `finite`) a number
-    that is not finite, which diffusers' configurations do. The message is a clause without a subject: "is not valid
-    JSON".
+    repeats a name in an object, or holds half of a surrogate pair, or (if `finite`) a number that is not finite or an
+    integer beyond 64 bits, which configurations of diffusers and transformers do: their long integers become floats. The message is a clause without a subject: "is not valid JSON".
     """
     try:
         text = text if isinstance(text, str) else str(text, "utf-8")
@@ -85,6 +84,10 @@ def _integer(digits: str) -> int:
     return number
 
 
+def _lenient_integer(digits: str) -> int | float:
+    return float(digits) if _MAX_DIGITS < len(digits) < 2 * _MAX_DIGITS else _integer(digits)
+
+
 def _float(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
@@ -100,4 +103,4 @@ _MAX_DIGITS = len(str(-(2**63)))
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_without_duplicates, parse_int=_integer, parse_float=_float, parse_constant=_constant
 )
-_LENIENT_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_int=_integer)
+_LENIENT_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_int=_lenient_integer)

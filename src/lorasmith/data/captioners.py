@@ -6,8 +6,8 @@
 
 Lorasmith's own captioner is `transformers`, which a model's folder or hub id alone selects too: image-to-text models
 such as BLIP, BLIP-2, GIT, ViT-GPT2, Florence-2 and chat models with vision, from a folder or from the hub's cache on
-this computer. Untrusted folders run no code: custom classes are not loaded (`trust_remote_code` is off), weights are
-safetensors, and references to adapters or kernels elsewhere are not followed.
+this computer. Untrusted folders run no code (`core/pretrained.py`): weights are safetensors, and references to kernels
+elsewhere are not followed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 
 from lorasmith.core.errors import LorasmithError, ModelError, OptionError
 from lorasmith.core.extras import model_packages
+from lorasmith.core.pretrained import load_pretrained
 from lorasmith.core.registry import Registry
 from lorasmith.data.captions import one_line
-from lorasmith.families.part_loading import quieten
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,7 +62,6 @@ REQUEST = "Describe this image in one sentence."  # prompt of chat models
 
 _MAX_NEW_TOKENS = 512  # some models repeat themselves without an end
 _TASK = "<DETAILED_CAPTION>"  # of Florence-2
-_PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @CAPTIONERS.register(TRANSFORMERS)
@@ -74,13 +73,12 @@ def transformers_captioner(model: str, device: torch.device) -> Captioner:
     """
     with model_packages("a captioner of transformers"):
         import transformers  # noqa: F401
-    quieten()
     folder = _folder_of(model)
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{model} must be a whole model but is an adapter on another one; merge it into that first")
     try:
         network = _network(folder, device)
         prepare = _processor(folder)
+    except LorasmithError:
+        raise
     except Exception as error:  # untrusted folders may make transformers raise anything
         reason = one_line(str(error)) or type(error).__name__
         if "trust_remote_code" in reason:
@@ -161,15 +159,15 @@ def _network(folder: Path, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     def loaded(attention: str) -> Any:
-        config = AutoConfig.from_pretrained(folder, **_PRIVATE)
+        config = load_pretrained(AutoConfig, folder)
         _choose_attention(config, attention)
-        return AutoModelForImageTextToText.from_pretrained(
+        return load_pretrained(
+            AutoModelForImageTextToText,
             folder,
             config=config,
             dtype=torch.float32 if device.type == "cpu" else "auto",
             use_safetensors=True,
             attn_implementation=attention,
-            **_PRIVATE,
         )
 
     try:
@@ -195,9 +193,7 @@ def _choose_attention(config: Any, attention: str) -> None:
 def _processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    processor = AutoProcessor.from_pretrained(folder, **_PRIVATE)
+    processor = load_pretrained(AutoProcessor, folder)
     if hasattr(processor, "image_processor"):
         return processor
-    return _ImageAndTokenizer(
-        AutoImageProcessor.from_pretrained(folder, **_PRIVATE), AutoTokenizer.from_pretrained(folder, **_PRIVATE)
-    )
+    return _ImageAndTokenizer(load_pretrained(AutoImageProcessor, folder), load_pretrained(AutoTokenizer, folder))

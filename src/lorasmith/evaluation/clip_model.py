@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.pretrained import load_pretrained
 
 _BATCH = 32
 
@@ -18,16 +19,17 @@ _BATCH = 32
 class Clip:
     """Features of pictures and of texts, (N, width) fp32 of length 1.
 
-    Raises OptionError if the folder has no CLIP in transformers' layout with safetensors weights.
+    Raises OptionError if the folder has no CLIP in transformers' layout with safetensors weights, ModelError if its
+    configurations name other models, files elsewhere or code.
     """
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         try:
-            self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+            self._processor = load_pretrained(AutoImageProcessor, folder)
+            self._tokenizer = load_pretrained(AutoTokenizer, folder)
+            self._model = load_pretrained(CLIPModel, folder, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as error:
             raise OptionError(
                 f"{folder} must be a folder of a CLIP as transformers saves it, with model.safetensors, tokenizer and "

@@ -29,6 +29,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import MissingPackageError, model_packages
 from lorasmith.core.folders import Folders, pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
+from lorasmith.core.pretrained import prepare_libraries
 from lorasmith.core.printable import described
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, Components, Diffusion, Family, TextEncoders, encoder_title
@@ -52,7 +53,6 @@ from lorasmith.families.part_loading import (
     encoder_parts,
     encoders_in,
     part_title,
-    quieten,
     tokenizer_folder,
     tokenizer_source,
 )
@@ -119,7 +119,7 @@ def load_model(
     if not isinstance(source, str | os.PathLike):
         model = model_of_pipeline(source)
     else:
-        quieten()
+        prepare_libraries()
         path = located(source)
         if path.is_dir():
             model = _model_of_folder(*expert_in(path), title=path.name if Path(source).is_dir() else str(source))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import model_packages
 from lorasmith.core.folders import pipeline_index
+from lorasmith.core.pretrained import prepare_libraries
 from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, EncoderSlot, Family, TextEncoders, encoder_title
 from lorasmith.families.files.checkpoint import (
     CheckpointShapes,
@@ -34,7 +33,7 @@ from lorasmith.families.parts.encoders import EMBEDDED, EncoderKind, TokenizerSo
 @model_packages("a text encoder")
 def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -> TextEncoder:
     """Text encoders without a denoiser."""
-    quieten()
+    prepare_libraries()
     places = [located(path) for path in paths]
     family = encoded_family(places, clip_type)
     found = [encoders_in(path, family) for path in places]
@@ -76,7 +75,7 @@ def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
 @model_packages("an image encoder")
 def load_image_encoder(path: Path) -> nn.Module:
     """An image encoder without a denoiser, from a file of its own."""
-    quieten()
+    prepare_libraries()
     for kind, part in ((recognised_encoder(part.shapes), part) for part in _parts(path, (IMAGE_ENCODER,), ())):
         if kind is not None and kind.title == encoder_title(IMAGE_ENCODER):
             return kind.build(part.source({}))
@@ -86,7 +85,7 @@ def load_image_encoder(path: Path) -> nn.Module:
 @model_packages("an autoencoder")
 def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
     """An autoencoder without a denoiser, from a file or folder of its own or a checkpoint."""
-    quieten()
+    prepare_libraries()
     place = located(path)
     slots = [family.autoencoder for _, family in FAMILIES.items()]
     for part in _parts(place, ("vae",), [prefix for slot in slots for prefix in slot.prefixes]):
@@ -238,10 +237,3 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
             return PartSource(str(path), checkpoint.load(prefix), settings)
 
         yield PartCandidate(checkpoint.shapes_under(prefix), source, tokenizer)
-
-
-def quieten() -> None:
-    """Disable progress bars of transformers and diffusers, which would interrupt a training run's own."""
-    for package in ("diffusers", "transformers"):
-        with suppress(ModuleNotFoundError):  # a family of one's own may need neither
-            import_module(f"{package}.utils.logging").disable_progress_bar()

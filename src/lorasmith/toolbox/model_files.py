@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.extras import model_packages
+from lorasmith.core.pretrained import prepare_libraries
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs, read_json, weight_files
@@ -223,6 +224,7 @@ def _without_weights(folder: Path, family: Family, subfolders: Sequence[str]) ->
     import diffusers
     import transformers
 
+    prepare_libraries()
     config, *further = (read_json(folder / name / "config.json") for name in subfolders)
     is_denoiser = "_class_name" in config
     library, name = (diffusers, config["_class_name"]) if is_denoiser else (transformers, config["architectures"][0])

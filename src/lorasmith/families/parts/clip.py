@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
+from lorasmith.core.pretrained import load_pretrained
 from lorasmith.core.quantization import Packed, of_rows
 from lorasmith.families.base import EncoderSlot, HubFolder
 from lorasmith.families.files.original_weights import PartSource, build, numbered
@@ -174,8 +175,9 @@ def clip_tokenizer(*, pad_token: str = "<|endoftext|>", size: int = VOCABULARY) 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         Path(folder, "merges.txt").write_text("\n".join(("#version: 0.2", *merges, "")), encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(
-            folder,
+        return load_pretrained(
+            CLIPTokenizer,
+            Path(folder),
             model_max_length=CONTEXT_LENGTH,
             pad_token=pad_token,
             bos_token="<|startoftext|>",

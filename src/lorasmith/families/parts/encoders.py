@@ -28,6 +28,7 @@ from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.placement import dtype_name
+from lorasmith.core.pretrained import load_pretrained
 from lorasmith.core.quantization import weight_source
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.families.base import Encoding
@@ -231,8 +232,7 @@ def folder_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        # Without the argument, transformers asks at the terminal whether to run code that the folder holds.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return load_pretrained(AutoTokenizer, folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"the tokenizer in {folder} cannot be read ({reason}); get the model again") from error
