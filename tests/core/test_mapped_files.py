@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -131,3 +134,54 @@ def test_mappings_leave_descriptors_for_others(path: Path, monkeypatch: pytest.M
     del kept
     gc.collect()
     assert may_stay_mapped()
+
+
+@pytest.fixture
+def unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that maps no files, as some of networks and of WSL."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mapped_files, "_mapped", refused)
+
+
+@pytest.mark.usefixtures("unmapped")
+@pytest.mark.parametrize("offset", [0, 4, 5])
+def test_a_file_that_cannot_be_mapped_is_read(path: Path, offset: int) -> None:
+    with pytest.warns(UserWarning, match="maps no files into memory, so that .* slower and takes memory; copy it"):
+        file = MappedFile(path)
+    bytes_ = path.read_bytes()
+    tensor = file.tensor(offset, torch.float32, (3, 4))
+    assert tensor.numpy().tobytes() == bytes_[offset : offset + 48]
+    assert file.tensor(offset, torch.uint8, (2, 0)).shape == (2, 0)
+    with pytest.raises(ValueError, match="ends at byte"):
+        file.tensor(len(bytes_) - 4, torch.float32, (2,))
+    release_pages(tensor)
+    file.release_pages(tensor)
+    assert place_on_file(tensor) is None
+
+
+@pytest.mark.usefixtures("unmapped")
+def test_the_file_that_was_opened_is_the_one_that_is_read(path: Path) -> None:
+    with pytest.warns(UserWarning, match="maps no files"):
+        file = MappedFile(path)
+    path.unlink()
+    assert torch.equal(file.tensor(4, torch.float32, (NUMBERS.numel(),)), NUMBERS)
+
+
+def test_another_fault_of_a_mapping_is_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mapped_files, "_mapped", refused)
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0  # noqa: PTH208
+    with pytest.raises(OSError, match="memory"):
+        MappedFile(path)
+    assert sys.platform != "linux" or len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("offset", [-1, 1 << 40, (1 << 22) + 1])
+def test_a_tensor_beyond_the_file_is_refused(path: Path, offset: int) -> None:
+    with pytest.raises(ValueError, match="ends at byte"):
+        MappedFile(path).tensor(offset, torch.float32, (1,))

@@ -176,7 +176,11 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "guidance of NaN": (refused(shard(conditioning=[[pair(guidance=float("nan"))]])), "guidance in .* a number"),
     "a wide span": (refused(shard(conditioning=[[pair(start_percent=7.0)]])), "span of"),
     "a short mask": (refused(shard(conditioning=[[pair(attention_mask=torch.tensor([[1, 0, 1]]))]])), "the mask of"),
-    "a repeated value": (refused(shard([{"samples": torch.ones(1).expand(1, 4, 2000, 2000)}])), "is too small"),
+    "a repeated value": (refused(shard([{"samples": torch.ones(1).expand(1, 4, 2000, 2000)}])), "cannot be read"),
+    "repeated values": (
+        refused(shard([{"samples": torch.ones(1).expand(1, 4, 20, 10)} for _ in range(9)])),
+        "is too small",
+    ),
 }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from original_models import SD1, save
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
+from lorasmith.core.mapped_files import MappedFile
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
@@ -20,9 +22,11 @@ from lorasmith.families.model_search import (
     FoundFile,
     in_folders,
     load_completed,
+    recognised_file,
     scanned,
 )
 from tests.families.flux_parts import comfyui_folder, t5
+from tests.fuzz.mutators import unaligned_safetensors
 
 EVERYWHERE = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
@@ -179,3 +183,22 @@ def test_a_diffusers_folder_is_a_model_with_its_parts(base: Path, tmp_path: Path
     assert there.fault == ""
     assert there.family is not None and there.family.name == "sd1"
     assert there.parts == {"vae"}
+
+
+@pytest.mark.parametrize("by", [0, 1, 3])
+def test_a_file_is_listed_without_reading_its_tensors(base: Path, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the body is unaligned, a tensor is a copy."""
+    path = base / "models" / "diffusion_models" / "flux1-dev.safetensors"
+    aligned = OriginalCheckpoint(path)
+    path.with_name("moved.safetensors").write_bytes(unaligned_safetensors(path.read_bytes(), by))
+    made: list[int] = []
+    tensor = MappedFile.tensor
+    monkeypatch.setattr(
+        MappedFile, "tensor", lambda self, offset, *of: (made.append(offset), tensor(self, offset, *of))[1]
+    )
+    found = recognised_file(path.with_name("moved.safetensors"), "")
+    assert not found.fault and not made
+    moved = OriginalCheckpoint(found.path)
+    assert not made and moved.shapes == aligned.shapes and moved.file.stored == aligned.file.stored
+    name = max(moved.shapes)
+    assert torch.equal(moved.vector(name), aligned.vector(name)) and made

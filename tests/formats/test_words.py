@@ -13,6 +13,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.inspect import describe, faults_of
 from lorasmith.formats.lora_file import bundle_of
+from lorasmith.toolbox.check import check_lora
 from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.lora_files import read_lora
 from lorasmith.toolbox.merge import merge_loras
@@ -81,3 +82,11 @@ def test_diffusers_gets_no_words(lora: Lora, tmp_path: Path) -> None:
         convert_lora(path, "diffusers", model, "lorasmith-tiny")
     convert_lora(path, "comfy", model, "lorasmith-tiny")
     assert equal(bundle_of(read_safetensors(model)[0])[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 4), (3, 0), (0,)])
+def test_a_word_without_vectors_is_a_stranger(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"bundle_emb.sks.clip_l": torch.ones(shape)}, {})
+    assert bundle_of(read_safetensors(path)[0])[0] == {}
+    assert describe(path) and check_lora(path).findings

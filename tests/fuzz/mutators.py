@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import random
+import struct
+import zipfile
 from collections.abc import Callable, MutableMapping, MutableSequence
 from typing import Any
 
@@ -148,6 +151,61 @@ def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
     length = int.from_bytes(data[:8], "little")
     text = json_bytes(damaged_json(rng, json.loads(data[8 : 8 + length])))
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def two_directories(one: bytes, other: bytes) -> bytes:
+    """Two zip archives as one, with a central directory each: readers that look for the last one before its locator
+    find that of the first archive, those that follow the locator find the other's.
+    """
+    (body, directory, count), (second, others, number) = _parts(one), _parts(other)
+    moved = b"".join(_moved(entry, len(body)) for entry in _entries(others))
+    start = len(body) + len(second)
+    result = body + second + moved + _end_of_directory(number, len(moved), start)
+    located = start + len(moved)
+    at = len(result)
+    result += directory + _end_of_directory(count, len(directory), at)
+    result += b"PK\6\7" + struct.pack("<IQI", 0, located, 1)
+    return result + b"PK\5\6" + struct.pack("<4H2IH", *(2**16 - 1,) * 4, *(2**32 - 1,) * 2, 0)
+
+
+def with_entry(archive: bytes, end: str, content: bytes) -> bytes:
+    """A zip archive with other content in the entry whose name ends so."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(made, "w") as new:
+        for entry in old.infolist():
+            new.writestr(zipfile.ZipInfo(entry.filename), content if entry.filename.endswith(end) else old.read(entry))
+    return made.getvalue()
+
+
+def unaligned_safetensors(data: bytes, by: int) -> bytes:
+    """A safetensors file whose header is longer by a number of blanks, and so its body elsewhere."""
+    length = int.from_bytes(data[:8], "little")
+    return (length + by).to_bytes(8, "little") + data[8 : 8 + length] + b" " * by + data[8 + length :]
+
+
+def _parts(archive: bytes) -> tuple[bytes, bytes, int]:
+    """Entries, central directory, and number of entries of a zip archive."""
+    end = archive.rfind(b"PK\5\6")
+    count, size, start = struct.unpack("<HII", archive[end + 10 : end + 20])
+    return archive[:start], archive[start : start + size], count
+
+
+def _entries(directory: bytes) -> list[bytes]:
+    found, at = [], 0
+    while at < len(directory):
+        size = 46 + sum(struct.unpack("<3H", directory[at + 28 : at + 34]))
+        found.append(directory[at : at + size])
+        at += size
+    return found
+
+
+def _moved(entry: bytes, by: int) -> bytes:
+    (offset,) = struct.unpack("<I", entry[42:46])
+    return entry[:42] + struct.pack("<I", offset + by) + entry[46:]
+
+
+def _end_of_directory(count: int, size: int, start: int) -> bytes:
+    return b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start)
 
 
 def _somewhere(rng: random.Random, root: list[Any]) -> tuple[Any, Any]:

@@ -21,7 +21,8 @@ def parse_foreign_json(text: str | bytes, *, finite: bool = True) -> Any:
 
     Raises ValueError if it is not JSON in UTF-8, is nested deeper than `MAX_DEPTH`, has more than two million values,
     repeats a name in an object, or holds half of a surrogate pair, or (if `finite`) a number that is not finite or an
-    integer beyond 64 bits, which configurations of diffusers and transformers do: their long integers become floats. The message is a clause without a subject: "is not valid JSON".
+    integer beyond 64 bits, which configurations of diffusers and transformers do: their long integers become
+    floats. The message is a clause without a subject: "is not valid JSON".
     """
     try:
         text = text if isinstance(text, str) else str(text, "utf-8")

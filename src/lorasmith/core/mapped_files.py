@@ -1,19 +1,24 @@
 """Tensors on memory-mapped files: read from disk on first access, and releasable afterwards.
 
 A model of 24 GB is loaded in a second and uses no memory until its weights are placed on a device. Pages that were read
-stay resident until the system evicts them, or `release_pages` does once a copy exists.
+stay resident until the system evicts them, or `release_pages` does once a copy exists. Where a file system maps no
+files, and where a tensor is not aligned, each tensor is read into memory of its own.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import mmap
 import os
 import sys
+import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,30 +50,70 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 class MappedFile:
     """A memory-mapped file whose bytes are accessible as tensors, which keep the mapping alive.
 
-    The file must not be modified while tensors use it; replacing it is harmless. Raises OSError, ValueError if empty.
+    The file must not be modified while tensors use it; replacing it is harmless. Where its file system has no mappings,
+    it stays open, and a warning says so once for each file. Raises OSError, ValueError if empty.
     """
 
     def __init__(self, path: Path) -> None:
-        with open_regular(path) as file:
-            state = _state(path, os.fstat(file.fileno()))
+        file = open_regular(path)
+        self.size = os.fstat(file.fileno()).st_size  # in bytes
+        self._file: BufferedReader | None = None
+        self._lock = threading.Lock()  # of its position
+        self._mapping: _Mapping | None = None
+        try:
             self._bytes = _mapped(file.fileno())
+        except OSError as error:
+            if error.errno not in _NO_MAPPINGS:
+                file.close()
+                raise
+            warnings.warn(
+                f"the file system of {path} maps no files into memory, so that its tensors are read when they are "
+                "used, which is slower and takes memory; copy it to a local disk",
+                stacklevel=2,
+            )
+            self._file = file
+            weakref.finalize(self, file.close)
+            return
+        except ValueError:
+            file.close()
+            raise
+        state = _state(path, os.fstat(file.fileno()))
+        file.close()
         start = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
         self._mapping = _Mapping(start, start + len(self._bytes), state, weakref.ref(self._bytes))
         _remember(self._mapping)
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """The tensor at an offset in bytes; nothing is read yet."""
+        """The tensor at an offset in bytes: on the mapping, so that nothing is read yet, or a copy if it is unaligned.
+
+        Raises ValueError if it reaches beyond the file, OSError if the file is not mapped and cannot be read.
+        """
         count = torch.Size(shape).numel()
         if not count:
             return torch.empty(tuple(shape), dtype=dtype)
-        if offset % dtype.itemsize == 0:
+        size = count * dtype.itemsize
+        if not 0 <= offset <= self.size - size:
+            raise ValueError(f"a tensor ends at byte {offset + size:,} of {self.size:,}")
+        if self._file is not None:
+            raw = torch.empty(size, dtype=torch.uint8)
+            with self._lock:
+                self._file.seek(offset)
+                read = self._file.readinto(raw.numpy().data)
+            if read != size:
+                raise OSError(errno.EIO, "it became shorter")
+        elif offset % dtype.itemsize == 0:
             return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=offset).reshape(tuple(shape))
-        raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
-        return raw.clone().view(dtype).reshape(tuple(shape))
+        else:
+            raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=size, offset=offset).clone()
+        return raw.view(dtype).reshape(tuple(shape))
 
     def release_pages(self, tensor: Tensor) -> None:
         """As `release_pages`, for tensors on this file only."""
-        if tensor.numel() and self._mapping.start <= tensor.data_ptr() < self._mapping.stop:
+        if (
+            tensor.numel()
+            and self._mapping is not None
+            and self._mapping.start <= tensor.data_ptr() < self._mapping.stop
+        ):
             _release(self._mapping, tensor)
 
 
@@ -103,6 +148,9 @@ def release_pages(tensor: Tensor) -> None:
     if (mapping := _mapping_of(tensor)) is not None:
         _release(mapping, tensor)
 
+
+# What file systems without mappings answer: FUSE and virtio without a cache, the shared folders of WSL and containers.
+_NO_MAPPINGS = (errno.ENODEV, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _USES_DESCRIPTOR = sys.platform != "win32" and sys.version_info < (3, 13)
 

@@ -43,7 +43,8 @@ def prepare_libraries() -> None:
         with suppress(ModuleNotFoundError):  # a family of one's own may need neither
             import_module(f"{package}.utils.logging").disable_progress_bar()
     with suppress(ModuleNotFoundError):
-        import_module("transformers.dynamic_module_utils").TIME_OUT_REMOTE_CODE = 0  # the seconds that it waits
+        # The seconds that it waits for an answer.
+        setattr(import_module("transformers.dynamic_module_utils"), "TIME_OUT_REMOTE_CODE", 0)  # noqa: B010
 
 
 _MOST_BYTES = 64 * 2**20

@@ -44,7 +44,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.mapped_files import MappedFile, may_stay_mapped
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.data_config import DataConfig
-from lorasmith.formats.container import Header, check_safetensors, mapped_tensors, serialised
+from lorasmith.formats.container import Header, StoredTensors, check_safetensors, serialised
 
 FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"  # of the user's cache
 DIGESTS = "digests"  # folder of remembered digests of weights
@@ -377,7 +377,7 @@ class Shard:
         stays = may_stay_mapped()
         file = MappedFile(self.path)
         entries: dict[str, dict[str, Tensor]] = {}
-        for place, tensor in mapped_tensors(file, self.header).items():
+        for place, tensor in StoredTensors(file, self.header).items():
             key, _, name = place.partition("/")
             entries.setdefault(key, {})[name] = tensor
         if stays:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.pretrained import load_pretrained
 
 _BATCH = 32
@@ -30,7 +30,9 @@ class Clip:
             self._processor = load_pretrained(AutoImageProcessor, folder)
             self._tokenizer = load_pretrained(AutoTokenizer, folder)
             self._model = load_pretrained(CLIPModel, folder, use_safetensors=True).eval()
-        except (OSError, ValueError, KeyError) as error:
+        except LorasmithError:
+            raise
+        except Exception as error:  # untrusted folders may make transformers raise anything
             raise OptionError(
                 f"{folder} must be a folder of a CLIP as transformers saves it, with model.safetensors, tokenizer and "
                 "preprocessor_config.json; download one such as openai/clip-vit-base-patch32"

@@ -81,30 +81,52 @@ def header_text(path: Path, error: type[LorasmithError] = LoraError) -> tuple[by
         raise error(f"{path} cannot be read ({problem.strerror}); check its permissions") from problem
 
 
-def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, checked as `check_safetensors` does.
-
-    Tensors lie on the memory-mapped file: they are read from disk when they are used.
-    """
+def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tuple[StoredTensors, dict[str, str]]:
+    """Tensors and metadata of a safetensors file, checked as `check_safetensors` does."""
     header = check_safetensors(path, error)
-    if not header.tensors:
-        return {}, header.metadata
     try:
-        return mapped_tensors(MappedFile(Path(path)), header), header.metadata
+        return StoredTensors(MappedFile(Path(path)), header), header.metadata
     except (OSError, ValueError) as problem:  # it changed since it was checked
         raise error(
             f"{path} cannot be mapped into memory ({problem}); copy it to a local disk and try again"
         ) from problem
 
 
-def mapped_tensors(file: MappedFile, header: Header) -> dict[str, Tensor]:
-    """The tensors of a mapped file with this header. Raises ValueError if the file is shorter than its header says."""
-    tensors, offset = {}, header.body_start
-    for name, (spelling, shape) in header.tensors.items():  # in the order of the body, which has no gaps
-        dtype = _DTYPE[spelling]
-        tensors[name] = file.tensor(offset, dtype, shape)
-        offset += math.prod(shape) * dtype.itemsize
-    return tensors
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a file, by name in the order of its body, each made when it is looked up.
+
+    They lie on the memory-mapped file, from which they are read when they are used; where they are not aligned there,
+    each lookup is a copy. Raises ValueError if the file is shorter than its header says.
+    """
+
+    def __init__(self, file: MappedFile, header: Header) -> None:
+        self._file = file
+        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        offset = header.body_start
+        for name, (spelling, shape) in header.tensors.items():
+            dtype = _DTYPE[spelling]
+            self._places[name] = offset, dtype, shape
+            offset += math.prod(shape) * dtype.itemsize
+        if offset > file.size:
+            raise ValueError("it became shorter")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.tensor(*self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def empty(self) -> dict[str, Tensor]:
+        """Tensors of the same dtypes and shapes on the meta device, for which nothing is read."""
+        return {
+            name: torch.empty(shape, dtype=dtype, device="meta") for name, (_, dtype, shape) in self._places.items()
+        }
 
 
 def count_non_finite(tensor: Tensor) -> int:

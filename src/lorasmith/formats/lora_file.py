@@ -112,7 +112,8 @@ def bundle_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
     others = {}
     for key, tensor in tensors.items():
         word, _, encoder = key.removeprefix(BUNDLE).partition(".")
-        if key.startswith(BUNDLE) and word and encoder and tensor.ndim in (1, 2) and tensor.is_floating_point():
+        is_word = key.startswith(BUNDLE) and word and encoder
+        if is_word and tensor.ndim in (1, 2) and tensor.numel() and tensor.is_floating_point():
             words.setdefault(word, {})[encoder] = tensor.reshape(-1, tensor.shape[-1])
         else:
             others[key] = tensor
@@ -284,7 +285,7 @@ def _misfit(tensors: Mapping[str, Tensor], parts: PlacedModules) -> StrangerReas
     return StrangerReason.SHAPE
 
 
-def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_lora_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a LoRA file, or of the folder in which PEFT or diffusers saves one.
 
     Tensors are memory-mapped, so that only those that are used take memory. Keys of a text encoder's subfolder have

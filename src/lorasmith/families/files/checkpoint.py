@@ -56,10 +56,11 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         tensors, metadata = read_safetensors(path, error=ModelError)
         self.metadata: Mapping[str, str] = metadata
-        self._weights = PackedWeights(path.name, tensors, metadata)
+        empty = tensors.empty()
+        self._weights = PackedWeights(path.name, tensors, metadata, empty)
         self.shapes: Mapping[str, tuple[int, ...]] = self._weights.shapes
         self.stored: Mapping[str, tuple[str, int]] = {
-            name: (self._weights.format_of(name), tensors[name].nbytes) for name in self.shapes
+            name: (self._weights.format_of(name), empty[name].nbytes) for name in self.shapes
         }
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:

@@ -70,12 +70,19 @@ def scale_name(weight: str, names: Collection[str]) -> str | None:
 
 
 class PackedWeights:
-    """The weights of a safetensors file, of which some are packed."""
+    """The weights of a safetensors file, of which some are packed. `empty`: them on the meta device."""
 
-    def __init__(self, file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        file: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        empty: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._file = file
         self._tensors = tensors
-        self._formats = dict(_formats(file, tensors, metadata))
+        self._empty = empty or tensors
+        self._formats = dict(_formats(file, tensors, self._empty, metadata))
         for stem, said in self._formats.items():
             if said.name not in _KINDS:
                 raise ModelError(
@@ -107,7 +114,7 @@ class PackedWeights:
 
     def format_of(self, name: str) -> str:
         """The format in which a weight is stored: `int8_tensorwise`, say, or the short name of a dtype."""
-        said, codes = self._said(name), self._tensors[name].dtype
+        said, codes = self._said(name), self._empty[name].dtype
         return dtype_name(codes) if said is None or codes in FP8_CODES else said.name
 
     def _said(self, name: str) -> _Format | None:
@@ -116,7 +123,7 @@ class PackedWeights:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight, which has two numbers for each code in nvfp4."""
-        said, shape = self._said(name), tuple(self._tensors[name].shape)
+        said, shape = self._said(name), tuple(self._empty[name].shape)
         return (*shape[:-1], 2 * shape[-1]) if said is not None and said.name == "nvfp4" and shape else shape
 
 
@@ -233,14 +240,19 @@ def _whole_blocks(layer: _Layer, width: int, block: int) -> int:
     return width
 
 
-def _formats(file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[tuple[str, _Format]]:
+def _formats(
+    file: str, tensors: Mapping[str, Tensor], empty: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[tuple[str, _Format]]:
     """Formats that a file says, by the names of layers."""
     try:
-        for name, tensor in tensors.items():
+        for name in tensors:
             if name.endswith(f".{_SAID}"):
-                if tensor.dtype != torch.uint8 or tensor.numel() > _LONGEST_SAID:
+                if empty[name].dtype != torch.uint8 or empty[name].numel() > _LONGEST_SAID:
                     raise ValueError(f"{name} is not text")
-                yield name.removesuffix(f".{_SAID}"), _format(parse_foreign_json(bytes(tensor.flatten().tolist())))
+                yield (
+                    name.removesuffix(f".{_SAID}"),
+                    _format(parse_foreign_json(bytes(tensors[name].flatten().tolist()))),
+                )
         layers = parse_foreign_json(metadata.get(_METADATA, "{}")).get("layers", {})
         stems = {stem for name in tensors if (stem := _stem(name)) is not None}
         prefix = _prefix(layers, stems)
