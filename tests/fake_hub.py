@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -24,6 +24,9 @@ class FakeHub:
         cut_after: bytes after which each of the next connections breaks, one after another.
         corrupted: whether the first byte that is sent of a file is another one.
         ignores_ranges: whether it sends whole files to requests for their rest.
+        sends: what is sent of each file, again and again without an end, in place of its content.
+        redirects: places where the contents are, which requests are sent on to.
+        size: that of each file by the answers about it, in place of its own.
         in_git: files that are small enough for git itself, whose digest is that of git's object.
         gate: bytes from `held_after` on are sent while this is set.
         held_after: place in a file.
@@ -36,6 +39,9 @@ class FakeHub:
     cut_after: list[int] = field(default_factory=list)
     corrupted: bool = False
     ignores_ranges: bool = False
+    sends: bytes = b""
+    redirects: str = ""
+    size: str = ""
     in_git: set[str] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
     held_after: int = 0
@@ -103,17 +109,26 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403 if token else 401, "GatedRepo")
         if content is None:
             return self._refuse(404, "EntryNotFound")
+        if self.state.redirects and self.command == "GET":
+            self.send_response(302)
+            self.send_header("Location", self.state.redirects.format(path=self.path))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
         first = 0 if self.state.ignores_ranges else first
         self.send_response(206 if first else 200)
         digest = hashlib.sha256(content).hexdigest()
-        self.send_header("Content-Length", str(len(content) - first))
+        if self.state.sends and self.command == "GET":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(content) - first))
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         self.send_header("X-Repo-Commit", "c" * 40)
         if "/".join((owner, name, *rest)) in self.state.in_git:
             self.send_header("ETag", f'"{hashlib.sha1(b"blob %d" % len(content) + bytes(1) + content).hexdigest()}"')
         else:
-            self.send_header("X-Linked-Size", str(len(content)))
+            self.send_header("X-Linked-Size", self.state.size or str(len(content)))
             self.send_header("X-Linked-ETag", f'"{digest}"')
             self.send_header("ETag", '"x"')
         self.end_headers()
@@ -135,6 +150,10 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _send(self, content: bytes, first: int) -> None:
+        if self.state.sends:
+            with suppress(OSError):  # until the client goes
+                while True:
+                    self.wfile.write(self.state.sends)
         if self.state.corrupted:
             content = bytes([content[0] ^ 1]) + content[1:]
         most = first + self.state.cut_after.pop(0) if self.state.cut_after else len(content)

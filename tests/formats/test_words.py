@@ -89,4 +89,6 @@ def test_a_word_without_vectors_is_a_stranger(tmp_path: Path, shape: tuple[int, 
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"bundle_emb.sks.clip_l": torch.ones(shape)}, {})
     assert bundle_of(read_safetensors(path)[0])[0] == {}
-    assert describe(path) and check_lora(path).findings
+    with pytest.raises(LoraError, match="is not a LoRA"):
+        describe(path)
+    assert check_lora(path).findings

@@ -241,3 +241,91 @@ def test_the_speed_is_that_of_the_last_seconds() -> None:
     now = iter([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
     rate = hub_download._Rate(lambda: next(now))
     assert [round(rate.after(size)) for size in (0, 100, 200, 200, 700, 50)] == [0, 100, 100, 0, 500, 0]
+
+
+def test_a_download_ends_where_the_hub_said(served: FakeHub, wanted: HubFile) -> None:
+    served.sends = b"x" * 5000
+    with pytest.raises(HubError, match=r"more of files/weights.safetensors than the 5,000 bytes that it announces"):
+        download([wanted])
+    assert not wanted.path.exists() and not wanted.kept_bytes
+    served.sends = b""
+    download([wanted])
+    assert wanted.path.read_bytes() == CONTENT
+
+
+def test_the_rest_of_a_part_ends_there_too(served: FakeHub, wanted: HubFile) -> None:
+    wanted.path.parent.mkdir(parents=True)
+    wanted.part.write_bytes(CONTENT[:4000])
+    served.sends = CONTENT
+    with pytest.raises(HubError, match="than the 5,000 bytes that it announces"):
+        download([wanted])
+    assert not wanted.path.exists() and not wanted.kept_bytes
+
+
+def test_a_hub_that_begins_again_and_again_is_given_up(served: FakeHub, wanted: HubFile) -> None:
+    served.ignores_ranges, served.cut_after = True, [1000] * 100
+    with pytest.raises(HubError, match=r"begins files/weights.safetensors again after each broken connection"):
+        download([wanted])
+    assert len(served.bytes_asked) < 10
+
+
+def test_the_disk_is_looked_at_while_it_fills(
+    served: FakeHub, wanted: HubFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By others: the download alone had enough room."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=9000 - 2 * wanted.kept_bytes))
+    with pytest.raises(OutputError, match=r"the disk of .* is full, of which .* stay free; free some space"):
+        download([wanted], spare_bytes=1000)
+    assert 0 < wanted.kept_bytes < 5000
+    monkeypatch.undo()
+
+
+def test_what_is_kept_is_continued_once_there_is_room(served: FakeHub, wanted: HubFile) -> None:
+    wanted.path.parent.mkdir(parents=True)
+    wanted.part.write_bytes(CONTENT[:3000])
+    download([wanted])
+    assert wanted.path.read_bytes() == CONTENT and served.bytes_asked == [3000]
+
+
+@pytest.mark.parametrize("size", ["-5", "x", ""])
+def test_a_size_that_is_none(served: FakeHub, wanted: HubFile, size: str) -> None:
+    served.size = size or "5000"
+    if not size:
+        download([wanted])
+        return
+    with pytest.raises(HubError, match="names no size and digest of"):
+        download([wanted])
+
+
+def test_a_token_is_not_sent_on_to_another_host(
+    served: FakeHub, wanted: HubFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub({NAME: CONTENT}) as other:
+        served.redirects = other.address + "{path}"
+        download([wanted])
+        assert wanted.path.read_bytes() == CONTENT
+        assert {token for *_, token in served.requests} == {TOKEN} and {token for *_, token in other.requests} == {""}
+
+
+def test_other_bytes_from_a_redirect_are_found_out(served: FakeHub, wanted: HubFile) -> None:
+    with hub({NAME: CONTENT[::-1]}) as other:
+        served.redirects = other.address + "{path}"
+        with pytest.raises(HubError, match="is not what the hub describes"):
+            download([wanted])
+    assert not wanted.path.exists() and not wanted.part.exists()
+
+
+@pytest.mark.parametrize("place", ["{path}", "file:///etc/passwd", "http://[", "//"])
+def test_a_redirect_that_leads_nowhere(served: FakeHub, wanted: HubFile, place: str) -> None:
+    served.redirects = place
+    with pytest.raises(HubError, match=r"try again|check the network|yourself|cannot be"):
+        download([wanted])
+    assert not wanted.path.exists() and not wanted.kept_bytes
+
+
+def test_a_repository_of_more_files_than_a_model_has(served: FakeHub, tmp_path: Path) -> None:
+    served.files |= {f"maker/many/{number}.json": b"" for number in range(600)}
+    served.files |= {"maker/many/config.json": b"", "maker/many/a.safetensors": b""}
+    with pytest.raises(HubError, match="has 602 files, and a model has 500 at most"):
+        files_of("maker/many", tmp_path)

@@ -125,6 +125,7 @@ def _check_pickle(path: Path, content: bytes, error: type[LorasmithError], remed
     def refuse(fault: str) -> NoReturn:
         raise error(f"{path} must be a pickle as torch writes it, and {fault}; {remedy}")
 
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
         if count == most:

@@ -92,7 +92,7 @@ def facts_of(file: HubFile) -> HubFacts:
     with _explained(file):
         found = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=_token())
     is_digest = re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", found.etag or "")
-    if found.size is None or not is_digest or found.commit_hash is None:
+    if found.size is None or found.size < 0 or not is_digest or found.commit_hash is None:
         raise HubError(
             f"{_hub().ENDPOINT} names no size and digest of {file.file}, so it cannot be verified; get it from "
             f"there and put it into {file.path.parent}"
@@ -112,10 +112,13 @@ def files_of(repository: str, folder: Path) -> list[HubFile]:
     names = [one.rfilename for one in found.siblings or () if re.fullmatch(_WANTED, one.rfilename)]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubError(f"{repository} has no model in safetensors any more; look for another one at {_hub().ENDPOINT}")
+    if len(names) > _MOST_FILES:
+        raise HubError(f"{repository} has {len(names):,} files, and a model has {_MOST_FILES} at most; use another one")
     names.sort(key=lambda name: (name == "config.json", not name.endswith(".safetensors"), name))
     return [HubFile(repository, name, folder / name) for name in names]
 
 
+_MOST_FILES = 500
 _WANTED = r"[\w.\-]+\.(safetensors|json|txt|model|jinja)"  # no folders, and no other formats of the same weights
 
 
@@ -166,7 +169,7 @@ def download(
         name = file.path.name
         ensure_folder(file.path.parent)
         with locked(Path(f"{file.part}.lock"), f"{file.path.name} is being downloaded by another process"):
-            _fetch(file, one, report)
+            _fetch(file, one, report, spare_bytes)
             _verify(file, one, report)
         before += one.size_bytes
 
@@ -187,8 +190,8 @@ def store_token(token: str) -> None:
         ) from error
 
 
-def _fetch(file: HubFile, facts: HubFacts, report: Callable[..., None]) -> None:
-    """Bring the part to its full size."""
+def _fetch(file: HubFile, facts: HubFacts, report: Callable[..., None], spare_bytes: int) -> None:
+    """Bring the part to its full size, as long as the disk keeps `spare_bytes`."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # names that its lazy import hides
@@ -207,7 +210,7 @@ def _fetch(file: HubFile, facts: HubFacts, report: Callable[..., None]) -> None:
     with _explained(file), file.part.open("ab") as opened:
         http_get(
             hf_hub_url(file.repository, file.file, revision=facts.commit),
-            cast(BinaryIO, _Part(opened, report)),
+            cast(BinaryIO, _Part(opened, file, facts, report, spare_bytes)),
             resume_size=kept,
             headers={**build_hf_headers(token=_token()), "Accept-Encoding": "identity"},
             expected_size=facts.size_bytes,
@@ -215,14 +218,41 @@ def _fetch(file: HubFile, facts: HubFacts, report: Callable[..., None]) -> None:
 
 
 class _Part:
-    """A part, which reports its size as it grows."""
+    """A part, which reports its size as it grows, and ends a download that does not."""
 
-    def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
+    def __init__(
+        self, file: BinaryIO, place: HubFile, facts: HubFacts, report: Callable[[int], None], spare_bytes: int
+    ) -> None:
         self._file = file
+        self._place = place
+        self._size_bytes = facts.size_bytes
         self._report = report
-        self.tell, self.seek, self.truncate = file.tell, file.seek, file.truncate
+        self._spare_bytes = spare_bytes
+        self._restarts = 0
+        self.tell, self.seek = file.tell, file.seek
+
+    def truncate(self) -> int:
+        """Drop what is behind the position, as the hub sends all again."""
+        self._restarts += 1
+        if self._restarts > _MOST_RESTARTS:
+            raise HubError(
+                f"the hub begins {self._place.file} again after each broken connection; try again on another network"
+            )
+        return self._file.truncate()
 
     def write(self, block: bytes) -> int:
+        if self._file.tell() + len(block) > self._size_bytes:
+            self._file.truncate(0)
+            raise HubError(
+                f"the hub sends more of {self._place.file} than the {self._size_bytes:,} bytes that it announces, so "
+                "nothing of it is kept; get it again"
+            )
+        free = shutil.disk_usage(self._place.part.parent).free - self._spare_bytes
+        if len(block) > free:
+            raise OutputError(
+                f"the disk of {self._place.part.parent} is full, of which {memory_text(self._spare_bytes)} stay free; "
+                "free some space, and get it again to continue"
+            )
         written = self._file.write(block)
         self._file.flush()  # kept if the process is killed
         self._report(self._file.tell())
@@ -249,6 +279,7 @@ def _verify(file: HubFile, facts: HubFacts, report: Callable[..., None]) -> None
         raise OutputError(f"{file.path} cannot be written ({error.strerror}); check its folder") from error
 
 
+_MOST_RESTARTS = 5
 _BLOCK = 8 * 2**20
 _RECENT_S = 5.0
 
