@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks.quality.subjects import drawing
 from lorasmith.core.errors import OptionError
@@ -15,6 +18,7 @@ from lorasmith.evaluation import likeness, sight
 from lorasmith.evaluation.clip_model import Clip
 from lorasmith.evaluation.sight import ClipSight, DrawingSight, Sight, sight_of
 from lorasmith.evaluation.wishes import BACKGROUNDS, BUILT_IN_WISHES, STYLES
+from lorasmith.formats.container import read_safetensors
 from tests.small_clip import small_clip
 
 
@@ -81,6 +85,31 @@ def test_who_looks_at_a_models_pictures(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert type(sight_of(is_built_in=True)) is Sight, "an older built-in model comes without a judge"
     with pytest.raises(OptionError, match="must be a folder of a CLIP as transformers saves it"):
         sight_of(is_built_in=False, clip=tmp_path)
+
+
+def cut(folder: Path) -> None:
+    tensors, _ = read_safetensors(folder / "model.safetensors")
+    kept = {name: one.clone() for name, one in tensors.items() if "layers.0.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_another_kind(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
+
+
+def of_other_sizes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("damage", [cut, of_another_kind, of_other_sizes])
+def test_what_is_no_whole_clip_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """And no pictures are judged by random weights."""
+    damage(small_clip(tmp_path))
+    with pytest.raises(OptionError, match="must be a folder of a CLIP as transformers saves it"):
+        Clip(tmp_path)
 
 
 def test_a_clip_chooses_among_the_wishes(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.toolbox.model_files import open_model
 from tests.fuzz.engine import Door
-from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
+from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text, unaligned_safetensors
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,11 @@ def _write_part(rng: random.Random, path: Path) -> None:
     for _ in range(rng.choice((0, 1, 1, 3))):
         name = rng.choice(list(tensors))
         one = tensors[name]
-        match rng.randrange(6):
+        match rng.randrange(7):
             case 0:
                 del tensors[name]
+            case 5:
+                tensors[name] = one.new_zeros(rng.choice(((0, 0), (0, *one.shape[1:]), (*one.shape[:-1], 0))))
             case 1:
                 tensors[nasty_text(rng)[:300] or "x"] = tensors.pop(name)
             case 2:
@@ -127,6 +129,8 @@ def _write_part(rng: random.Random, path: Path) -> None:
     for name in metadata:
         metadata[name] = json_bytes(damaged_json(rng, json.loads(metadata[name]))).decode()
     data = b"".join(serialised(tensors, metadata))
+    if rng.random() < 0.15:
+        data = unaligned_safetensors(data, rng.choice((1, 2, 3, 5)))
     path.write_bytes(damaged_bytes(rng, data[:20000]) + data[20000:] if rng.random() < 0.3 else data)
 
 

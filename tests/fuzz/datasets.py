@@ -22,7 +22,7 @@ from lorasmith.nodes import load_nodes
 from lorasmith.workflow import NodeContext
 from lorasmith.workflow.execution_events import Event, NodeMessage
 from tests.fuzz.engine import Door, FaultError, printed
-from tests.fuzz.mutators import damaged_bytes, nasty_text, placed_json
+from tests.fuzz.mutators import damaged_bytes, nasty_text, placed_json, two_directories, with_entry
 
 _NAMES = ("shard_0000.safetensors", "shard_0009.safetensors", "shard_0001.pkl", "../x", "index.json", "")
 
@@ -36,7 +36,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         if name == INDEX:
             contents[name] = _index(rng, contents[name])
         elif name.endswith(".pkl") and rng.random() < 0.8:
-            contents[name] = _pickle(rng, contents[name])
+            contents[name] = damaged_pickle(rng, contents[name])
         elif name.endswith(".safetensors") and rng.random() < 0.5:
             contents[name] = _shard(rng, contents[name])
         else:
@@ -105,16 +105,35 @@ def _shard(rng: random.Random, content: bytes) -> bytes:
     return b"".join(serialised(tensors, {}))
 
 
-def _pickle(rng: random.Random, content: bytes) -> bytes:
-    """A torch file whose pickle is damaged, and the archive is not."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
-        for entry in old.infolist():
-            data = old.read(entry)
-            if entry.filename.endswith("data.pkl"):
-                data = damaged_bytes(rng, data) if rng.random() < 0.6 else _opcodes(rng, data)
-            new.writestr(zipfile.ZipInfo(entry.filename), data)
-    return made.getvalue()
+def damaged_pickle(rng: random.Random, content: bytes) -> bytes:
+    """A torch file whose pickle is damaged, and the archive is not, or has two central directories."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (name,) = (entry for entry in archive.namelist() if entry.endswith("data.pkl"))
+        data = archive.read(name)
+    draw = rng.random()
+    changed = deep_pickle(rng) if draw < 0.1 else damaged_bytes(rng, data) if draw < 0.6 else _opcodes(rng, data)
+    other = with_entry(content, "data.pkl", changed)
+    if rng.random() < 0.3:
+        archives = [content, other]
+        rng.shuffle(archives)
+        other = two_directories(*archives)
+        return damaged_bytes(rng, other) if rng.random() < 0.3 else other
+    return other
+
+
+def deep_pickle(rng: random.Random) -> bytes:
+    """A pickle of many or deep values: keys that take long to hash, lists in lists, numbers of nothing."""
+    count = rng.choice((10, 64, 1000, 100_000))
+    levels = b"".join(b"q%ch%c\x86" % (one % 200, one % 200) for one in range(count))
+    return b"\x80\x02}" + rng.choice((
+        b")" + levels + b"Ns.",
+        b")" + b"\x85" * count + b"Ns.",
+        b"]" * count + b"a" * (count - 1) + b"0.",
+        b"(" + b"".join(b"J%cab%cK\x01\x86N" % (one % 256, one // 256 % 128) for one in range(count)) + b"u.",
+        b"r\xff\xff\xff\x7f.",
+        b"(" * count + b".",
+        b"}b" * count + b".",
+    ))  # fmt: skip
 
 
 def _opcodes(rng: random.Random, data: bytes) -> bytes:

@@ -2,9 +2,9 @@
 
 A case is a kind and a seed. It writes files into an empty folder and returns doors: functions that read them as users
 do. A door must succeed, or raise one `LorasmithError` in one line of at most 300 characters. It must not raise anything
-else, take more than two seconds of processor time or 512 MB beyond its files, say control characters, apply NaN, leave
-tensors out in silence (the kinds look for these two and raise `FaultError`), open a file outside of the folder, start a
-process, connect, or import what a file names.
+else, take more than two seconds of processor time or 512 MB beyond its files, say control characters or marks of
+direction, apply NaN, leave tensors out in silence (the kinds look for these two and raise `FaultError`), open a file
+outside of the folder, start a process, connect, or import what a file names.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SECONDS = 2.0
 _IDLE_S = 0.5
 """Wall time; a door that uses no processor time in several of these in a row waits for something."""
 _MEMORY = 512 * 2**20
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class FaultError(Exception):

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import torch
 
-from tests.fuzz import caches, checkpoints, datasets, folders, ggufs, graphs, loras, pictures, records, texts
+from tests.fuzz import (
+    caches,
+    checkpoints,
+    datasets,
+    embeddings,
+    folders,
+    ggufs,
+    graphs,
+    loras,
+    pictures,
+    pretrained,
+    records,
+    texts,
+)
 from tests.fuzz.engine import Kind, run_case
 
 KINDS: dict[str, Kind] = {
     one.name: one
     for one in (
-        Kind("lora", 31, loras.doors),
+        Kind("lora", 28, loras.doors),
         Kind("unfit", 4, loras.unfit_doors),
         Kind("checkpoint", 10, checkpoints.doors),
         Kind("gguf", 8, ggufs.doors),
         Kind("graph", 13, graphs.doors),
         Kind("record", 5, records.doors),
-        Kind("folder", 13, folders.doors),
+        Kind("folder", 11, folders.doors),
         Kind("cache", 2, caches.doors),
         Kind("dataset", 5, datasets.doors),
         Kind("json", 2, texts.json_doors),
         Kind("name", 4, texts.name_doors),
         Kind("picture", 3, pictures.doors),
+        Kind("embedding", 3, embeddings.doors),
+        Kind("pretrained", 2, pretrained.doors),
     )
 }
 
@@ -29,7 +44,16 @@ KINDS: dict[str, Kind] = {
 def prepare() -> None:
     """Import and make whatever is made once, so that no case is charged for it."""
     torch.set_num_threads(1)
-    made = (loras.files, records.recorded, ggufs.files, checkpoints.parts, datasets.files, caches.made)
+    made = (
+        loras.files,
+        records.recorded,
+        ggufs.files,
+        checkpoints.parts,
+        datasets.files,
+        caches.made,
+        embeddings.files,
+        pretrained.files,
+    )
     for make in made:
         make()
     for kind in KINDS.values():

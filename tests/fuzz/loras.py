@@ -177,9 +177,13 @@ def _damage_tensors(rng: random.Random, tensors: dict[str, Tensor], metadata: di
         return
     key = rng.choice(list(tensors))
     one = tensors[key]
-    match rng.randrange(12):
+    match rng.randrange(13):
         case 0:
             del tensors[key]
+        case 11:
+            word, encoder = rng.choice(("a", "<s0>", nasty_text(rng)[:50])), rng.choice(("clip_l", "clip_g", "x", ""))
+            shape = [rng.choice((0, 1, 4, 768)) for _ in range(rng.choice((0, 1, 2, 2, 3)))]
+            tensors[f"bundle_emb.{word}.{encoder}"] = torch.ones(shape, dtype=rng.choice((torch.float32, torch.int8)))
         case 1:
             tensors[f"{nasty_text(rng)[:2000]}{key}"] = tensors.pop(key)
         case 2:
@@ -224,6 +228,8 @@ def _reshaped(rng: random.Random, one: Tensor) -> Tensor:
         lambda: one[..., None, None],
         lambda: one.new_zeros(0),
         lambda: one.new_zeros((0, *one.shape[1:])),
+        lambda: one.new_zeros((0, 0)),
+        lambda: one.new_zeros((*one.shape[:-1], 0)),
         lambda: one.transpose(0, -1).contiguous() if one.ndim else one[None],
         lambda: one[..., :1].contiguous() if one.ndim else one[None],
         lambda: one[: max(1, len(one) // 2)].contiguous() if one.ndim else one[None],

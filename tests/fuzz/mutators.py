@@ -28,6 +28,10 @@ _TEXTS = (
     "[bold]",
     "two\nlines\r\n",
     "\u202eabc",
+    "\u200e\u202d\u2066a\u2069\u061c",
+    "a\u2028b\u2029c\x85d\x0be",
+    "\U000e0041\U000e007f\ufff9\u00ad\u2060",
+    "\x1bP1$r\x1b\\\x1b]52;c;YQ==\x07",
     "\ud800",
     "…" * 400,
     "x" * 100_000,
@@ -145,7 +149,9 @@ def placed_json(rng: random.Random, value: Any) -> bytes:
 
 
 def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """The bytes of a safetensors file with a damaged header or damaged bytes."""
+    """The bytes of a safetensors file with a damaged header, damaged bytes, or its body unaligned."""
+    if rng.random() < 0.15:
+        return unaligned_safetensors(data, rng.choice((1, 2, 3, 4, 7)))
     if rng.random() < 0.5:
         return damaged_bytes(rng, data)
     length = int.from_bytes(data[:8], "little")

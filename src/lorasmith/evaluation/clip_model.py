@@ -24,12 +24,17 @@ class Clip:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
         try:
             self._processor = load_pretrained(AutoImageProcessor, folder)
             self._tokenizer = load_pretrained(AutoTokenizer, folder)
-            self._model = load_pretrained(CLIPModel, folder, use_safetensors=True).eval()
+            if load_pretrained(AutoConfig, folder).model_type != "clip":
+                raise ValueError("it is another model")
+            model, about = load_pretrained(CLIPModel, folder, use_safetensors=True, output_loading_info=True)
+            if about["missing_keys"] or about["mismatched_keys"]:
+                raise ValueError("it lacks weights, which would be random")
+            self._model = model.eval()
         except LorasmithError:
             raise
         except Exception as error:  # untrusted folders may make transformers raise anything

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.placement import dtype_name
 from lorasmith.core.pretrained import load_pretrained
+from lorasmith.core.printable import first_line, printable
 from lorasmith.core.quantization import weight_source
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.families.base import Encoding
@@ -233,8 +234,10 @@ def folder_tokenizer(folder: Path) -> Any:
 
     try:
         return load_pretrained(AutoTokenizer, folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LorasmithError:
+        raise
+    except Exception as error:  # untrusted folders may make transformers raise anything
+        reason = printable(first_line(error), limit=100)
         raise ModelError(f"the tokenizer in {folder} cannot be read ({reason}); get the model again") from error
 
 
