@@ -26,7 +26,7 @@ from lorasmith.families.model import Model
 from lorasmith.report.run_report import Advice
 from lorasmith.runs.advice import advice_of
 from lorasmith.runs.library import load_dataset, train
-from lorasmith.training.storage.records import read_history
+from lorasmith.runs.run_log import read_run
 
 EXPECTED = {"often.png": "learnt by heart", "other.png": "never learnt"}
 _COLOURS = ("white", "black", "red", "yellow", "green", "blue", "purple", "pink")
@@ -61,7 +61,7 @@ def advised(model: Model, seed: int, *, plain: bool, **settings: Any) -> Advice:
     data = load_dataset(pictures(seed, plain=plain), model, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         train(model, data, output=folder, seed=seed, previews="", save_state_every=0, **settings)
-        return advice_of(read_history(Path(folder)))
+        return advice_of(read_run(Path(folder)))
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from lorasmith.core.progress_lines import PROGRESS_VARIABLE
 from lorasmith.nodes.training import _NodeHost
 from lorasmith.runs import progress_bars, view
 from lorasmith.runs.progress_bars import run_shown
+from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of
 from lorasmith.runs.view import METRICS, Metric, RunView
 from lorasmith.training.events import Event, StepDone
-from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.trackers import Tracker
 from tests.launched import needs_editor
 from tests.training.run_cases import started, write_run
@@ -98,8 +98,10 @@ def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
 
 
 def test_the_report_has_it(tmp_path: Path) -> None:
-    record = read_history(write_run(tmp_path, [])).record
-    assert report_of(RunHistory(tmp_path, record, STEPS, 0)).facts["sharpness of the minimum"] == "0.25"
+    run = read_run(write_run(tmp_path, []))
+    for event in STEPS:
+        run.log.take(event)
+    assert report_of(run).facts["sharpness of the minimum"] == "0.25"
 
 
 def test_a_tracker_logs_it() -> None:

@@ -37,13 +37,13 @@ from lorasmith.runs.command_lines import command_line
 from lorasmith.runs.queue import JobStore, StoreError
 from lorasmith.runs.recorded_run import read_run_file
 from lorasmith.runs.run import run as train
+from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of, write_report
 from lorasmith.runs.sweep_file import read_sweep
 from lorasmith.runs.sweep_launch import submit_to_slurm
 from lorasmith.server.questions import sweep_questions
 from lorasmith.training.config import settings_from_file
 from lorasmith.training.events import Outcome, RunFinished
-from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_states import load_state
 from lorasmith.workflow import parse_workflow
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
@@ -206,7 +206,7 @@ def report(tmp_path: Path) -> None:
     (folder / "run.json").write_text(json.dumps({**record, "command": ["rm", "-rf", "~"], "source": {"argv": ["rm"]}}))
     page = write_report(folder, RunFinished(step=9, reason=Outcome.FINISHED)).read_text(encoding="utf-8")
     assert "<script" not in page and "data:image" not in page and "rm -rf ~\n" not in page
-    assert not any("rm" in command.split() for command in report_of(read_history(folder)).commands.values())
+    assert not any("rm" in command.split() for command in report_of(read_run(folder)).commands.values())
     (folder / "run.json").write_text(json.dumps({**record, "title": "../secret"}))
     with pytest.raises(LorasmithError, match="name must be a file name without folders"):
         write_report(folder)

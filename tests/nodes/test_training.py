@@ -196,7 +196,7 @@ def test_what_is_shown_is_reported_for_programs(train: Make, bench: Any) -> None
     reports = [event for event in bench.events if isinstance(event, NodeReport)]
     assert {(event.kind, event.node_id) for event in reports} == {("view", bench.context.node_id)}
     (log,) = bench.folders.output.glob("runs/*/events.jsonl")
-    logged = [decoded(line) for line in log.read_text().splitlines()]
+    logged = [decoded(line) for line in log.read_bytes().splitlines()]
     shown = RunView.of(logged).to_json()
     last = {name: value for name, value in reports[-1].data.items() if name not in ("metrics", "status")}
     assert json.loads(json.dumps(last)) == {name: json.loads(json.dumps(shown[name])) for name in last}

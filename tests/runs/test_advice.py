@@ -12,9 +12,9 @@ import pytest
 
 from lorasmith.report.run_report import Advice
 from lorasmith.runs.advice import advice_of
+from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of
 from lorasmith.training.events import Event, StepDone
-from lorasmith.training.storage.records import read_history
 from tests.training.run_cases import started, validated, write_run
 
 NAMES = ("a.png", "b.png", "c.png", "d.png", "e.png", "f.png")
@@ -46,7 +46,7 @@ def told(folder: Path, events: list[Event], *, record: dict[str, Any] | None = N
     written = json.loads(path.read_text("utf-8"))
     written["samples"] = [{"name": name, "caption": "a fox", "latents": [4, 8, 8]} for name in NAMES]
     path.write_text(json.dumps(written | (record or {})), "utf-8")
-    return advice_of(read_history(folder))
+    return advice_of(read_run(folder))
 
 
 def on_folder(**settings: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_an_image_that_is_drawn_often_and_one_that_does_not_belong(tmp_path: Pat
         "f.png is never learnt: look at its caption, or leave it out if it does not belong here. a.png is learnt by "
         "heart: draw it less often, or leave it out."
     )
-    assert report_of(read_history(tmp_path / "run")).advice == advice
+    assert report_of(read_run(tmp_path / "run")).advice == advice
 
 
 def test_a_rule_of_the_run_is_gone_on_from(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of, write_report
 from lorasmith.training.events import Outcome, RolledBack, RunFinished, StepDone, Warned
-from lorasmith.training.storage.records import read_history
+from lorasmith.training.storage.run_folder import RunFolder
 from tests.training.run_cases import (
     BEGIN,
     HOSTILE,
@@ -29,7 +30,7 @@ from tests.training.run_cases import (
 
 
 def report(folder: Path, *events, **settings):
-    return report_of(read_history(write_run(folder, events, **settings)))
+    return report_of(read_run(write_run(folder, events, **settings)))
 
 
 def page(folder: Path) -> str:
@@ -42,7 +43,7 @@ def finish(step: int, reason: str = Outcome.FINISHED) -> RunFinished:
 
 def test_a_run_with_all_there_is(tmp_path: Path) -> None:
     folder = whole_run(tmp_path / "run")
-    found = report_of(read_history(folder))
+    found = report_of(read_run(folder))
     assert (found.status, found.mood, found.verdict) == ("Stopped early", "good", "Best at 200, overfitting since")
     assert found.facts["steps"] == "320 of 400" and found.facts["training time"] == "4 min"
     assert found.facts["best held-out loss, at step 200"] == "0.3543" and found.facts["trained numbers"] == "610,864"
@@ -68,7 +69,7 @@ def test_hostile_captions_stay_text(tmp_path: Path) -> None:
     text = page(folder)
     assert "<script" not in text and "<b>robot" not in text
     assert "&lt;script&gt;" in text
-    use = report_of(read_history(folder)).commands["Draw a picture with it"]
+    use = report_of(read_run(folder)).commands["Draw a picture with it"]
     assert shlex.split(use)[-1] == HOSTILE, "copied into a shell it is one argument, and nothing is run"
 
 
@@ -89,6 +90,10 @@ def test_however_it_ended(tmp_path: Path, reason: str | None, status: str, mood:
     assert found.facts["steps"] == "30 of 60"
     assert ("Resume the run" in found.commands) == resumable
     assert ("killed after step 30, or still running" in found.summary) == (reason is None)
+    if reason is None:
+        with RunFolder(tmp_path).claimed():
+            found = report_of(read_run(tmp_path))
+            assert (found.status, found.mood) == ("Training", "good") and found.summary.endswith("at step 30")
     assert status in page(tmp_path)
 
 
@@ -110,7 +115,7 @@ def test_a_run_that_was_stopped_before_its_first_validation_does_not_say_that_no
     write_run(tmp_path, [started(60), *steps_done(1, 30, total=60), finish(30, Outcome.CANCELLED)])
     record = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | {"data": {"held_out": "a.png, b.png"}}))
-    verdict = report_of(read_history(tmp_path)).verdict
+    verdict = report_of(read_run(tmp_path)).verdict
     assert "too early to judge overfitting" in verdict and "no images were held out" not in verdict
 
 
@@ -121,7 +126,7 @@ def test_images_are_said_to_have_captions_only_where_they_have(tmp_path: Path) -
     record["samples"] = [{**sample, "name": name} for name in ("a", "a", "b")]
     record["data"] = {"captions_used": "the trigger 'sks' for 2 of 2 images"}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    found = report_of(read_history(tmp_path))
+    found = report_of(read_run(tmp_path))
     assert (found.data["Training images"], found.facts["training images"]) == ("2 (3 samples in an epoch)", "2")
     assert found.data["Captions used"] == "the trigger 'sks' for 2 of 2 images"
 
@@ -160,7 +165,7 @@ def test_an_existing_lora_counts(tmp_path: Path) -> None:
     write_run(tmp_path, [started(1)])
     record = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | {"steps_before": 120}))
-    assert report_of(read_history(tmp_path)).facts["steps before, of the LoRA continued"] == "120"
+    assert report_of(read_run(tmp_path)).facts["steps before, of the LoRA continued"] == "120"
 
 
 def test_what_the_run_was_asked_and_made_with(tmp_path: Path) -> None:
@@ -179,7 +184,7 @@ def test_what_the_run_was_asked_and_made_with(tmp_path: Path) -> None:
     }
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "fox.safetensors").write_bytes(b"\0" * 2000)
-    found = report_of(read_history(tmp_path))
+    found = report_of(read_run(tmp_path))
     assert (
         found.commands["Repeat the run"] == "lorasmith train '/photos/my fox' --model m --name fox --trigger 'sks fox'"
     )
@@ -210,7 +215,7 @@ def test_no_command_of_a_stranger_is_offered_for_copying(tmp_path: Path, source:
     write_run(tmp_path, [started(9)])
     record = json.loads((tmp_path / "run.json").read_text()) | {"source": source, "asked": asked}
     (tmp_path / "run.json").write_text(json.dumps(record | {"command": ["rm", "-rf", "~"]}))
-    assert "Repeat the run" not in report_of(read_history(tmp_path)).commands
+    assert "Repeat the run" not in report_of(read_run(tmp_path)).commands
     assert "rm -rf" not in page(tmp_path)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorasmith.core.cancellation import check_wanted
 from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.files import locked
 from lorasmith.runs import worker
@@ -212,3 +213,41 @@ def test_devices_report_their_memory() -> None:
     cpu = worker.device_of({"device": "cpu"})
     assert 0 < worker._memory(cpu)["free_bytes"] <= worker._memory(cpu)["memory_bytes"]
     assert worker._is_usable(cpu) and not worker._is_usable(torch.device("meta"))
+
+
+def test_a_question_is_given_up_where_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, is_asked = threading.Event(), threading.Event()
+
+    def answer(question: str, arguments: Any) -> str:
+        is_asked.set()
+        while question == "long":
+            check_wanted()
+            answered.wait(0.01)
+        return question
+
+    monkeypatch.setattr("lorasmith.runs.training_jobs.answers", lambda start: answer, raising=False)
+    monkeypatch.setattr(worker, "_THREADS", 1)
+    (there, to), (from_, back) = os.pipe(), os.pipe()
+    channel = BlockingChannel(os.fdopen(from_, "rb"), os.fdopen(to, "wb"))
+    mine = BlockingChannel(os.fdopen(there, "rb"), os.fdopen(back, "wb"))
+    inbox = worker._Inbox(mine, grace_s=60.0, overdue=lambda: None)
+    thread = threading.Thread(target=worker._work, args=(mine, {**START, "device": None}, inbox))
+    thread.start()
+    try:
+        assert channel.receive() == ({"type": "ready"}, b"")
+        for number, question in enumerate(("long", "waiting", "short"), start=1):
+            channel.send({"type": "ask", "number": number, "question": question, "arguments": {}})
+        assert is_asked.wait(LONG_S)
+        for number in (2, 1):
+            channel.send({"type": "give up", "number": number})
+        answers = [found[0] for found in (channel.receive() for _ in range(3)) if found is not None]
+        assert [one.get("result", one.get("error", {}).get("kind")) for one in answers] == [
+            "CancelledError",
+            "CancelledError",  # which had not begun
+            "short",
+        ]
+    finally:
+        channel._outgoing.close()
+        thread.join(LONG_S)
+        for stream in (channel._incoming, mine._incoming, mine._outgoing):
+            stream.close()

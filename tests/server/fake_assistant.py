@@ -15,8 +15,12 @@ def main() -> None:
     start, _ = channel.receive() or sys.exit(0)
     channel.send({"type": "ready"})
     held: list[dict[str, Any]] = []
+    given_up: list[int] = []
     while (message := channel.receive()) is not None:
         head, _ = message
+        if head["type"] == "give up":
+            given_up.append(head["number"])
+            continue
         answer = {"type": "answer", "number": head["number"]}
         given = head["arguments"]
         match head["question"]:
@@ -29,6 +33,8 @@ def main() -> None:
             case "release":
                 for one in (*held, {**answer, "result": None}):
                     channel.send(one)
+            case "given up":
+                channel.send({**answer, "result": given_up})
             case "picture":
                 channel.send({**answer, "is_bytes": True}, b"\x00picture")
             case "refuse":

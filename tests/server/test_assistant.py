@@ -32,6 +32,8 @@ def test_answers_reach_whoever_asked(tmp_path: Path) -> None:
         given_up = asyncio.create_task(assistant.ask("held echo"))
         assert await assistant.ask("echo", a="ü", b={}) == {"a": "ü", "b": {}}
         given_up.cancel()
+        await asyncio.sleep(0)
+        assert await assistant.ask("given up") == [3]
         assert await assistant.ask("picture") == b"\x00picture"
         assert not slow.done()
         await assistant.ask("release")

@@ -37,6 +37,7 @@ from lorasmith.runs.plan import FolderPlan
 from lorasmith.runs.recorded_run import rights_needed
 from lorasmith.runs.reproduce import Differs
 from lorasmith.runs.run import Host, run
+from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_plan import (
     NO_CAPTION,
     OWN_CAPTION,
@@ -55,7 +56,6 @@ from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Outcome, RunStarted, StepDone, Warned
 from lorasmith.training.results import TrainResult
-from lorasmith.training.storage.records import read_history
 from lorasmith.training.validation import UNJUDGED
 
 
@@ -273,13 +273,13 @@ def _learnt(result: TrainResult) -> tuple[str, Advice]:
     Without advice for a run whose folder has gone.
     """
     try:
-        history = None if result.folder is None else read_history(result.folder)
+        run = None if result.folder is None else read_run(result.folder)
     except LorasmithError:
-        history = None
-    if history is None:
+        run = None
+    if run is None:
         return result.verdict, Advice()
-    trend = RunView.of(history.events).verdict if result.verdict == UNJUDGED else ""
-    return trend or result.verdict, advice_of(history)
+    trend = run.view.verdict if result.verdict == UNJUDGED else ""
+    return trend or result.verdict, advice_of(run)
 
 
 def _files(result: TrainResult) -> dict[str, Path]:

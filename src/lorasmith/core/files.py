@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from lorasmith.core.errors import OutputError
 
@@ -57,6 +57,18 @@ def is_regular(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
         return False
+
+
+Stamp: TypeAlias = tuple[int, int, int]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Time of change in ns, size in bytes and number of a file, as a cache key; zeros if it does not exist."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return 0, 0, 0
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 @contextlib.contextmanager

@@ -28,7 +28,16 @@ from typing import Literal, get_args
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
 from lorasmith.core.extras import TINY
-from lorasmith.core.files import entry_is_folder, entry_is_link, is_folder, is_regular, read_regular, restore_folders
+from lorasmith.core.files import (
+    Stamp,
+    entry_is_folder,
+    entry_is_link,
+    is_folder,
+    is_regular,
+    read_regular,
+    restore_folders,
+    stamp_of,
+)
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import nearest
 
@@ -160,8 +169,7 @@ class Folders:
         direct = (root / one for root in self.roots(kind) for one in wanted)
         if (found := next(filter(is_regular, direct), None)) is not None:
             return found
-        files = self.files(kind, EMBEDDING_EXTENSIONS)
-        below = next((file for one in wanted for file in files if file.endswith(f"/{one}")), None)
+        below = next(filter(None, map(_names_below(tuple(self.roots(kind))).get, wanted)), None)
         return None if below is None else self.find(kind, below)
 
     def place(self, place: Place) -> Path:
@@ -447,6 +455,29 @@ def _models_below(root: Path, extensions: tuple[str, ...]) -> Iterator[str]:
         else:
             files = (folder / name for name in names if name.casefold().endswith(extensions))
             yield from (file.relative_to(root).as_posix() for file in files)
+
+
+_below: dict[tuple[Path, ...], tuple[list[tuple[Path, Stamp]], dict[str, str]]] = {}
+_SETTLED_NS = 2 * 10**9  # since a folder has changed: within a tick of its clock it may change again unseen
+
+
+def _names_below(roots: tuple[Path, ...]) -> Mapping[str, str]:
+    """The embeddings in subfolders of `roots`, the first one for the end of each path, such as `styles/old.pt` and
+    `old.pt` of `mine/styles/old.pt`. Walked again when a folder has changed, as captions may name thousands.
+    """
+    kept = _below.get(roots)
+    if kept is not None and all(stamp_of(folder) == stamp for folder, stamp in kept[0]):
+        return kept[1]
+    folders = [(folder, stamp_of(folder)) for root in roots for folder, _ in _walk(root)]
+    found: dict[str, str] = {}
+    for name in sorted({name for root in roots for name in _models_below(root, EMBEDDING_EXTENSIONS)}):
+        parts = name.split("/")
+        for start in range(1, len(parts)):
+            found.setdefault("/".join(parts[start:]), name)
+    _below.pop(roots, None)
+    if all(time.time_ns() - stamp[0] > _SETTLED_NS for _, stamp in folders):
+        _below[roots] = folders, found
+    return found
 
 
 def _fill_tokens(prefix: str, width: int, height: int, now: time.struct_time) -> str:

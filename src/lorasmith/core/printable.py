@@ -56,12 +56,15 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
-# C0 and C1, soft hyphen, marks of direction and of order, line and paragraph separators, invisible operators, halves of
-# surrogate pairs (names that are not UTF-8), annotations and tags.
-_HIDDEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e0fff]"
+HIDDEN = (
+    "\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff"
 )
+"""Ranges of a pattern: C0 and C1, soft hyphen, marks of direction and of order, line and paragraph separators,
+invisible operators, halves of surrogate pairs (names that are not UTF-8), annotations and tags.
+"""
+
+_HIDDEN = re.compile(f"[{HIDDEN}]")
 _WORD = re.compile(r"(\S+)")
 _QUOTATION = re.compile(r"('[^']+'|\"[^\"]+\")")
 

@@ -98,7 +98,7 @@ def candidates(
             stem = stem_of(name)
             found = Candidate(folder, name, folder.repeats * source.repeats, source.weight, clips)
             is_named = metadata.give(found)
-            if controls.are_read and not found.metadata and found.path in metadata.controls:
+            if metadata.controls and controls.are_read and not found.metadata and found.path in metadata.controls:
                 continue
             if not is_named:
                 notes.add(NoteKind.UNNAMED, name, int(name not in foreign))

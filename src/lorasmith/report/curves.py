@@ -34,13 +34,14 @@ _DISTINCT = (*_RAMP, "#9467bd", "#8c6d4f", "#d1689e")
 class Curves:
     """Measurements of a run's steps."""
 
-    losses: Sequence[float]  # one per step from step 1, NaN if unknown
+    losses: Sequence[float]  # of every step, or of each `every` steps the last; NaN if unknown
     rates: Sequence[float] = ()  # as `losses`
     validations: Sequence[tuple[int, float]] = ()  # step and loss
     base_loss: float | None = None  # of the held-out images without the LoRA
     faults: Sequence[int] = ()  # steps that diverged and were rolled back
     likenesses: Sequence[tuple[int, float, float | None]] = ()  # step, of previews to the images, prompts followed
     own_likeness: float | None = None  # of the images to one another
+    every: int = 1
 
     @property
     def rate_varies(self) -> bool:
@@ -71,10 +72,10 @@ def loss_figure(curves: Curves, *, label: str) -> Html:
     def draw(figure: Any) -> None:
         if curves.rate_varies:
             top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-            _draw_rates(bottom, curves.rates)
+            _draw_rates(bottom, curves.rates, curves.every)
         else:
             top = bottom = figure.add_subplot()
-        draw_losses(top, curves.losses, validations=curves.validations, base_loss=curves.base_loss)
+        draw_losses(top, curves.losses, every=curves.every, validations=curves.validations, base_loss=curves.base_loss)
         for index, step in enumerate(curves.faults):
             text = None if index else "diverged, rolled back"
             top.axvline(step, color=_FAULT, linewidth=1.2, linestyle=(0, (1, 2)), label=text, zorder=3)
@@ -170,8 +171,8 @@ def measure_figure(
     return _figure("measures", draw, label=label)
 
 
-def _draw_rates(axes: Any, rates: Sequence[float]) -> None:
-    axes.plot(range(1, len(rates) + 1), rates, color=TEXT, linewidth=1.4)
+def _draw_rates(axes: Any, rates: Sequence[float], every: int) -> None:
+    axes.plot(range(every, every * len(rates) + 1, every), rates, color=TEXT, linewidth=1.4)
     axes.set_ylim(bottom=0)
     style_axes(axes)
     axes.set_ylabel("rate", color=TEXT)

@@ -120,10 +120,12 @@ def draw_losses(
     axes: Any,
     losses: Sequence[float],
     *,
+    every: int = 1,
     validations: Sequence[tuple[int, float]] = (),
     base_loss: float | None = None,
 ) -> None:
-    """Draw the loss of each step, the run's loss after each, and validations (step, loss) with the lowest marked.
+    """Draw the loss of each step (of a long run, of one in `every` steps), the run's loss after each, and validations
+    (step, loss) with the lowest marked.
 
     The raw line has gaps at NaN and infinite losses, that of the means does not; at least one must be finite. The axis
     is logarithmic if the mean spans more than a factor of 20. `base_loss` is of the held-out images without the LoRA.
@@ -134,10 +136,13 @@ def draw_losses(
     trend = [recent[step - 1].mean for step in finite_steps]
     raw = [loss if math.isfinite(loss) else math.nan for loss in losses]
 
-    axes.plot(range(1, len(raw) + 1), raw, color=RAW, linewidth=0.9, label="each step", zorder=2)
+    steps = range(every, every * len(raw) + 1, every)
+    label = "each step" if every == 1 else f"every {every:,} steps"
+    axes.plot(steps, raw, color=RAW, linewidth=0.9, label=label, zorder=2)
     # A line does not show a step between two gaps, and few steps are distinguishable only as dots.
     dotted = [step for step in finite_steps if len(raw) <= 60 or _is_lonely(raw, step - 1)]
-    axes.plot(dotted, [raw[step - 1] for step in dotted], ".", color=RAW, zorder=2)
+    axes.plot([every * step for step in dotted], [raw[step - 1] for step in dotted], ".", color=RAW, zorder=2)
+    finite_steps = [every * step for step in finite_steps]
     axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label=_trend_label(recent[-1].steps), zorder=3)
     _annotate(axes, finite_steps[-1], trend[-1], SMOOTH, xytext=(8, 0), va="center")
     axes.plot(finite_steps[-1], trend[-1], "o", color=SMOOTH, markersize=5, zorder=4)
@@ -146,8 +151,8 @@ def draw_losses(
         label = "held out, without the LoRA"
         axes.axhline(base_loss, color=HELD_OUT, linewidth=1.1, linestyle=(0, (4, 3)), label=label, zorder=2)
 
-    margin = max(0.5, 0.02 * len(raw))
-    axes.set_xlim(1 - margin, len(raw) + margin)
+    margin = max(0.5, 0.02 * steps[-1])
+    axes.set_xlim(1 - margin, steps[-1] + margin)
     if min(finite) > 0 and max(trend) > _LOG_RATIO * min(trend):
         axes.set_yscale("log")
 

@@ -201,7 +201,7 @@ def _loss(report: RunReport) -> list[Html]:
         )
     if len(rates) == 1 and rates != {0.0}:
         says.append(f"The learning rate was {number(rates.pop())} throughout.")
-    label = f"Training loss over {count_text(len(curves.losses), 'step')}"
+    label = f"Training loss over {count_text(curves.every * len(curves.losses), 'step')}"
     if curves.validations:
         step, loss = min(curves.validations, key=lambda one: one[1])
         label += f", and loss of the held-out images, which is lowest at step {step:,} with {number(loss)}"

@@ -14,39 +14,29 @@ from statistics import geometric_mean, median
 from lorasmith.core.printable import count_text
 from lorasmith.report.run_report import UNJUDGED, Advice, ImageAdvice
 from lorasmith.runs.run_images import images_in
+from lorasmith.runs.run_log import LoggedRun
 from lorasmith.runs.spec import RunSpec
-from lorasmith.runs.view import RunView
 from lorasmith.training.events import Validated
-from lorasmith.training.storage.ledger import FAR, FEW_IMAGES, MIN_LOOKS, ImageLevels, Ledger, QuantileCurve
-from lorasmith.training.storage.records import RunHistory, RunRecord
+from lorasmith.training.storage.ledger import FAR, FEW_IMAGES, MIN_LOOKS, ImageLevels, QuantileCurve
+from lorasmith.training.storage.records import RunRecord
 
-_QUANTILES = 5  # more lines cannot be distinguished
 _LEAST_FACTOR, _MOST_FACTOR = Fraction(1, 10), Fraction(1, 2)  # of how often a memorised image is drawn
 
 
-def losses_by_image(history: RunHistory, view: RunView) -> tuple[QuantileCurve | None, list[ImageLevels]]:
+def losses_by_image(run: LoggedRun) -> tuple[QuantileCurve | None, list[ImageLevels]]:
     """Loss by noise level, and records by image without those of the class; None and empty if the log has no draws."""
-    names = [one.name for one in history.record.samples]
-    of_class = {one.name for one in images_in(history.record.data) if one.use == "class"}
-    curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
-    has_draws = False
-    for step, logged in history.draws():
-        draws = [draw for draw in logged if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
-        has_draws = has_draws or bool(draws)
-        curve.add(step, draws)
-        # Pictures of the class, which the model knows, are no measure of those of the subject.
-        images.add(step, [draw for draw in draws if names[int(draw[0])] not in of_class])
-    for ledger in (curve, images):
-        ledger.add(view.step + 1 if view.points else 0, ())  # leaves out what was rolled back at the end
-    if not has_draws:
+    view, ledger = run.view, run.log.ledger
+    ledger.add(view.step + 1 if view.points else 0, ())  # leaves out what was rolled back at the end
+    if not ledger:
         return None, []
-    found = images.images(held_out_fall=_fall(view.validations))
-    return curve.curve(), [one for one in found if one.name not in of_class]
+    # Pictures of the class, which the model knows, are no measure of those of the subject.
+    of_class = {one.name for one in images_in(run.record.data) if one.use == "class"}
+    return ledger.curve(), ledger.images(without=of_class, held_out_fall=_fall(view.validations))
 
 
-def advice_of(history: RunHistory) -> Advice:
-    """The advice on the images of a run, read from its folder."""
-    return advice_on(history.record, losses_by_image(history, RunView.of(history.events))[1])
+def advice_of(run: LoggedRun) -> Advice:
+    """The advice on the images of a run."""
+    return advice_on(run.record, losses_by_image(run)[1])
 
 
 def advice_on(record: RunRecord, images: Sequence[ImageLevels]) -> Advice:

@@ -8,12 +8,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError
-from lorasmith.core.files import write_atomic
+from lorasmith.core.files import Stamp, stamp_of, write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import open_file
@@ -28,12 +28,14 @@ from lorasmith.report.run_report import RunReport, Setting, TrainedImage, Valida
 from lorasmith.runs.advice import advice_on, losses_by_image
 from lorasmith.runs.command_lines import command_line, generate_command, resume_command
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
+from lorasmith.runs.run_log import LoggedRun, read_run
 from lorasmith.runs.sidecars import LoraUse, use_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Outcome, Previewed, RunFinished, RunStarted
-from lorasmith.training.storage.records import RunHistory, RunRecord, read_history
+from lorasmith.training.events import Outcome, Previewed, RunFinished
+from lorasmith.training.storage.records import MOST_EVENTS, RunRecord
+from lorasmith.training.storage.run_folder import RunFolder
 
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),
@@ -42,6 +44,7 @@ _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FAILED: ("Failed", "bad"),
     None: ("No end recorded", "fair"),
 }
+_MOST_DRAWN = 10_000  # steps of the plot
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, to limit its size
 
 
@@ -51,48 +54,53 @@ def write_report(folder: Path, end: RunFinished | None = None) -> Path:
     OptionError if there is no run in the folder, TrainingError if its record cannot be read, OutputError on writing.
     """
     target = folder / "report.html"
-    history = read_history(folder)
+    run = read_run(folder)
     if end is not None:
-        history = replace(history, events=(*history.events, end))
-    write_atomic(target, run_report(report_of(history)))
+        run.log.take(end)
+    write_atomic(target, run_report(report_of(run)))
     return target
 
 
-def report_of(history: RunHistory) -> RunReport:
+def report_of(run: LoggedRun) -> RunReport:
     """The content of the report."""
-    view = RunView.of(history.events)
-    status, mood = _ENDS[view.outcome]
-    before_after, progress = previews_of(history.folder, view)
-    quantiles, images = losses_by_image(history, view)
-    lora = lora_of_run(history)
-    use = None if lora is None else _use(history, lora)
+    view = run.view
+    status, mood = ("Training", "good") if is_training(run) else _ENDS[view.outcome]
+    before_after, progress = previews_of(run.folder, view)
+    quantiles, images = losses_by_image(run)
+    lora = lora_of_run(run.folder, run.record)
+    use = None if lora is None else _use(run, lora)
     return RunReport(
-        title=history.record.title or history.folder.name,
+        title=run.record.title or run.folder.name,
         status=status,
         mood=mood,
-        verdict=_verdict(history, view),
-        summary=_summary(history, view),
-        facts=_facts(history, view, lora),
-        files=_files(history.folder, lora, by_likeness=history.record.config.get("early_stop") == "likeness"),
-        commands=_commands(history, view, lora),
+        verdict=_verdict(run),
+        summary=_summary(run),
+        facts=_facts(run, lora),
+        files=_files(run.folder, lora, by_likeness=run.record.config.get("early_stop") == "likeness"),
+        commands=_commands(run, lora),
         curves=_curves(view),
         validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in view.validations],
         quantiles=quantiles,
         images=images,
-        advice=advice_on(history.record, images),
-        trained_on=_trained_on(history),
-        left_out=[(one.name, one.reason) for one in left_out_in(history.record.data)],
+        advice=advice_on(run.record, images),
+        trained_on=_trained_on(run),
+        left_out=[(one.name, one.reason) for one in left_out_in(run.record.data)],
         use={} if use is None else use.facts,
         programs={} if use is None else use.programs,
-        evaluation=_evaluation(history.folder),
+        evaluation=_evaluation(run.folder),
         before_after=before_after,
         progress=progress,
-        settings=_settings(history.record.config),
-        data=_data(history.record),
-        captions=[(one.name, one.caption or "") for one in history.record.samples],
-        environment=_environment(history.record),
-        notes=_notes(history, view),
+        settings=_settings(run.record.config),
+        data=_data(run.record),
+        captions=[(one.name, one.caption or "") for one in run.record.samples],
+        environment=_environment(run.record),
+        notes=_notes(run),
     )
+
+
+def is_training(run: LoggedRun) -> bool:
+    """Whether a process trains it now."""
+    return run.view.outcome is None and RunFolder(run.folder).is_training
 
 
 def _evaluation(folder: Path) -> tuple[str, str] | None:
@@ -101,43 +109,47 @@ def _evaluation(folder: Path) -> tuple[str, str] | None:
     return None if found is None else (found.sentence, f"{EVALUATION}/{EVALUATION_PAGE}")
 
 
-def _verdict(history: RunHistory, view: RunView) -> str:
+def _verdict(run: LoggedRun) -> str:
     """The verdict of the view, and why overfitting cannot be judged without a validation."""
+    view = run.view
     verdict = view.verdict[:1].upper() + view.verdict[1:]
     if view.validation is not None:
         return verdict
     if not verdict:
         return "No step was completed."
-    if history.record.data.get("held_out"):
+    if run.record.data.get("held_out"):
         return f"{verdict}; the held-out images were not evaluated yet, so it is too early to judge overfitting."
     return f"{verdict}; no images were held out, so overfitting cannot be judged."
 
 
-def _summary(history: RunHistory, view: RunView) -> str:
-    record = history.record
+def _summary(run: LoggedRun) -> str:
+    view = run.view
+    record = run.record
     parts = [f"{record.config.get('algorithm', 'LoRA')} on {record.model.name or 'a model'}"]
-    if starts := history.of(RunStarted):
+    if starts := run.log.starts:
         parts.append(time.strftime("%d %B %Y, %H:%M", time.localtime(starts[0].at)).lstrip("0"))
         parts.append(f"{starts[-1].device}, {starts[-1].dtype}")
         if len(starts) > 1:
             parts.append(f"started {len(starts)} times")
     if view.outcome is None:
-        parts.append(f"killed after step {view.step}, or still running")
+        step = f"step {view.step}"
+        parts.append(f"at {step}" if is_training(run) else f"killed after {step}, or still running")
     return " · ".join(parts)
 
 
-def _facts(history: RunHistory, view: RunView, lora: Path | None) -> dict[str, str]:
-    planned = history.record.config.get("steps")
+def _facts(run: LoggedRun, lora: Path | None) -> dict[str, str]:
+    view = run.view
+    planned = run.record.config.get("steps")
     facts = {"steps": f"{view.step:,} of {planned:,}" if isinstance(planned, int) else f"{view.step:,}"}
-    if before := history.record.steps_before:
+    if before := run.record.steps_before:
         facts["steps before, of the LoRA continued"] = str(before)
     facts["training time"] = duration(view.seconds)
-    facts["training images"] = f"{_distinct(history.record):,}"
+    facts["training images"] = f"{_distinct(run.record):,}"
     facts |= {one.label: one.text for one in view.metrics}
     if (best := view.best) is not None:
         facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
         facts["that of the base model"] = number(best.base_loss)
-    if starts := history.of(RunStarted):
+    if starts := run.log.starts:
         facts["trained numbers"] = f"{starts[0].parameters:,}"
         facts["layers"] = f"{starts[0].adapters:,}"
     if lora is not None:
@@ -145,10 +157,10 @@ def _facts(history: RunHistory, view: RunView, lora: Path | None) -> dict[str, s
     return facts
 
 
-def lora_of_run(history: RunHistory) -> Path | None:
+def lora_of_run(folder: Path, record: RunRecord) -> Path | None:
     """The LoRA in the folder of a run; None if none was saved."""
-    path = history.folder / f"{history.record.title}.safetensors"
-    return path if is_own(path, history.folder) else None
+    path = folder / f"{record.title}.safetensors"
+    return path if is_own(path, folder) else None
 
 
 def loras_of_run(folder: Path, title: str) -> list[tuple[Path, int]]:
@@ -159,17 +171,8 @@ def loras_of_run(folder: Path, title: str) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda one: (one[1], one[0].name))
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Time of change and size of a file, as a cache key; zeros if it does not exist."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
-
-
 @functools.lru_cache(maxsize=5000)
-def _steps(path: str, stamp: tuple[int, int]) -> int | None:
+def _steps(path: str, stamp: Stamp) -> int | None:
     """Steps of a LoRA; None if it cannot be read."""
     try:
         return steps_of(check_safetensors(Path(path)).metadata, Path(path).name)
@@ -190,8 +193,8 @@ def _files(folder: Path, lora: Path | None, *, by_likeness: bool) -> dict[str, s
     return {**files, "Folder of the run": str(folder.resolve())}
 
 
-def _use(history: RunHistory, lora: Path) -> LoraUse:
-    record = history.record
+def _use(run: LoggedRun, lora: Path) -> LoraUse:
+    record = run.record
     model = record.model
     trigger = record.source.get("trigger")
     trigger = trigger if isinstance(trigger, str) else ""
@@ -212,14 +215,14 @@ def is_on_pairs(record: RunRecord) -> bool:
     return record.config.get("pairs", "none") != "none"
 
 
-def _trained_on(history: RunHistory) -> list[TrainedImage]:
+def _trained_on(run: LoggedRun) -> list[TrainedImage]:
     shown = []
-    for index, image in enumerate(images_in(history.record.data)):
-        small = thumbnail_of(history.folder, index)
+    for index, image in enumerate(images_in(run.record.data)):
+        small = thumbnail_of(run.folder, index)
         marks = [] if image.use == "trained" else [image.use]
         marks += [f"{image.repeats:,} times in an epoch"] if image.repeats > 1 else []
         shown.append(
-            TrainedImage(image.name, image.caption, tuple(marks), small if is_own(small, history.folder) else None)
+            TrainedImage(image.name, image.caption, tuple(marks), small if is_own(small, run.folder) else None)
         )
     return shown
 
@@ -232,9 +235,10 @@ def _described(lora: Path) -> str:
     return f"{lora.resolve()} ({_size(lora.stat().st_size)}{steps})"
 
 
-def _commands(history: RunHistory, view: RunView, lora: Path | None) -> dict[str, str]:
+def _commands(run: LoggedRun, lora: Path | None) -> dict[str, str]:
     """Commands to copy, made from the record's settings; no text of the record is copied as a command."""
-    record, folder = history.record, history.folder.resolve()
+    view = run.view
+    record, folder = run.record, run.folder.resolve()
     try:
         spec = RunSpec.from_record(record.source, record.asked).trusted()
         repeat = spec.command()
@@ -279,9 +283,11 @@ def _frames_drawn(folder: Path) -> int:
 
 def _curves(view: RunView) -> Curves:
     last = view.points[-1].step if view.points else 0
-    losses, rates = [math.nan] * last, [math.nan] * last
+    every = max(1, -(-last // _MOST_DRAWN))
+    losses, rates = [math.nan] * (last // every), [math.nan] * (last // every)
     for point in view.points:
-        losses[point.step - 1], rates[point.step - 1] = point.loss, point.rate
+        if point.step % every == 0:
+            losses[point.step // every - 1], rates[point.step // every - 1] = point.loss, point.rate
     return Curves(
         losses=losses,
         rates=rates,
@@ -290,6 +296,7 @@ def _curves(view: RunView) -> Curves:
         faults=view.faults,
         likenesses=[(one.step, one.likeness, one.adherence) for one in view.likenesses],
         own_likeness=None if view.likeness is None else view.likeness.own,
+        every=every,
     )
 
 
@@ -382,11 +389,16 @@ def _environment(record: RunRecord) -> dict[str, str]:
     return {name.replace("_", " "): text for name, text in {**model, **_flat(record.environment)}.items() if text}
 
 
-def _notes(history: RunHistory, view: RunView) -> list[tuple[str, str, int | None]]:
+def _notes(run: LoggedRun) -> list[tuple[str, str, int | None]]:
+    view = run.view
     notes = [(one.kind, one.text, one.step) for one in view.notes]
-    if history.unreadable:
-        lines = "1 line" if history.unreadable == 1 else f"{history.unreadable:,} lines"
-        left = "is" if history.unreadable == 1 else "are"
+    if run.log.is_cut:
+        notes.append(
+            ("Note", f"events.jsonl has more than {MOST_EVENTS:,} events, of which the rest is left out.", None)
+        )
+    if run.log.unreadable:
+        lines = "1 line" if run.log.unreadable == 1 else f"{run.log.unreadable:,} lines"
+        left = "is" if run.log.unreadable == 1 else "are"
         notes.append(("Note", f"{lines} of events.jsonl could not be read and {left} left out.", None))
     return notes
 

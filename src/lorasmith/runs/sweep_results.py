@@ -16,18 +16,17 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.typed_json import Scalar
 from lorasmith.report.pictures import PictureTable
 from lorasmith.report.run_report import change, number
 from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
+from lorasmith.runs.run_log import LoggedRun, followed, read_run
 from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.runs.sweep_file import Sweep
-from lorasmith.runs.view import RunView
 from lorasmith.training.events import Outcome
-from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 SweepRunState = Literal["complete", "failed", "stopped", "running", "waiting"]
@@ -88,22 +87,27 @@ def result_in(folder: Path, entry: SweepEntry, spec: RunSpec, failure: str | Non
     """An entry with the result of the run in a folder."""
     failed = replace(entry, state="failed", error=failure) if failure else None
     try:
-        history = read_history(folder)
+        with followed(folder) as run:
+            return _result(run, entry, spec, failure)
     except OptionError:  # there is no run
         return failed or entry
-    except LorasmithError as error:
+    except TrainingError as error:
         return failed or replace(entry, state="failed", error=str(error))
-    outcome = history.outcome
+
+
+def _result(run: LoggedRun, entry: SweepEntry, spec: RunSpec, failure: str | None) -> SweepEntry:
+    failed = replace(entry, state="failed", error=failure) if failure else None
+    outcome = run.view.outcome
     if outcome is not None and outcome.is_final:
-        if _is_of(spec, history):
-            return _measured(replace(entry, state="complete"), history)
+        if _is_of(spec, run):
+            return _measured(replace(entry, state="complete"), run)
         return failed or entry  # its error says what differs
-    if RunFolder(history.folder).is_busy:
-        return _measured(replace(entry, state="running"), history)
+    if RunFolder(run.folder).is_training:
+        return _measured(replace(entry, state="running"), run)
     if failure is None and outcome is Outcome.FAILED:  # else it was interrupted at once, and its end says so
-        name = folder.name
+        name = run.folder.name
         failed = replace(entry, state="failed", error=f"the run failed; logs/{name}.txt and {name}/report.html say why")
-    return _measured(failed or replace(entry, state="stopped"), history)
+    return _measured(failed or replace(entry, state="stopped"), run)
 
 
 def sweep_record(file: str, entries: Iterable[SweepEntry]) -> SweepRecord:
@@ -130,10 +134,10 @@ def write_results(record: SweepRecord, output: Path) -> Path:
     return page
 
 
-def _is_of(planned: RunSpec, history: RunHistory) -> bool:
+def _is_of(planned: RunSpec, run: LoggedRun) -> bool:
     """Whether a complete run has the settings, and names the images and model, that the sweep gives it now."""
     try:
-        spec = RunSpec.from_record(history.record.source, history.record.asked).trusted()
+        spec = RunSpec.from_record(run.record.source, run.record.asked).trusted()
         return _identity(spec) == _identity(planned)
     except (OptionError, ValueError):
         return False
@@ -154,16 +158,16 @@ def _identity(spec: RunSpec) -> dict[str, Any]:
     return {"images": images, "validation": validation, "model": PurePath(spec.model).name, **settings}
 
 
-def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
+def _measured(entry: SweepEntry, run: LoggedRun) -> SweepEntry:
     """The entry with the results in the run's folder."""
-    view = RunView.of(history.events)
+    view = run.view
     entry = replace(entry, steps=view.step, seconds=view.seconds)
     if (best := view.best) is None:
         return entry
     is_known = 0 < best.base_loss < math.inf
-    found = lora_of_run(history)
+    found = lora_of_run(run.folder, run.record)
     lora = found and (best_lora_of_run(found) or found)
-    taken = history.record.fingerprint
+    taken = run.record.fingerprint
     return replace(
         entry,
         loss=best.loss,
@@ -181,8 +185,7 @@ def _report(record: SweepRecord, output: Path) -> SweepReport:
     counts = Counter(one.state for one in record.runs)
     varied = list(dict.fromkeys(name for one in record.runs for name in one.settings))
     pictures = [
-        (one, previews_of(output / one.name, RunView.of(read_history(output / one.name).events))[0])
-        for one in ranked[:_WITH_PICTURES]
+        (one, previews_of(output / one.name, read_run(output / one.name).view)[0]) for one in ranked[:_WITH_PICTURES]
     ]
     table, sheets = _side_by_side([(one.name, found) for one, found in pictures if found is not None])
     return SweepReport(

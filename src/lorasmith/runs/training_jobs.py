@@ -36,6 +36,7 @@ from lorasmith.families.model_search import (
 from lorasmith.runs.plan import FolderPlan, plan
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.run import Host, run
+from lorasmith.runs.run_log import read_run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView
 from lorasmith.runs.worker import Ended, JobKind, Work, device_of, how_it_ended
@@ -44,7 +45,6 @@ from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder, output_folder
 from lorasmith.training.train import Plan
 from lorasmith.training.validation import UNJUDGED
@@ -328,11 +328,10 @@ def _found(result: TrainResult) -> dict[str, Any]:
 
 def _found_before(folder: Path) -> dict[str, Any]:
     """The outputs of a complete run, read from its folder."""
-    history = read_history(folder)
-    view = RunView.of(history.events)
-    lora = folder / f"{history.record.title}.safetensors"
+    run = read_run(folder)
+    view, lora = run.view, folder / f"{run.record.title}.safetensors"
     return {
-        "steps": len(view.points),
+        "steps": view.step,
         "lora": lora.name if lora.is_file() else None,
         "verdict": UNJUDGED if view.validation is None else view.validation.verdict,
         "reason": None if view.outcome is None else view.outcome.value,

@@ -51,6 +51,7 @@ from lorasmith.training.events import (
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
 _POINTS = 500  # of a curve in JSON, so that it stays below 20 kB
+_MOST_POINTS = 200_000  # that are kept; of a longer run every second, fourth … step, and the last
 _MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS, _MOST_LETTERS = 1000, 100, 1000, 2000
 
 
@@ -108,6 +109,7 @@ class RunView:
         self._preparation: dict[str, str] = {}
         self._validations: dict[int, Validated] = {}  # by step: a resumed run may repeat some
         self._likenesses: dict[int, LikenessMeasured] = {}
+        self._every = 1
         self._losses = RecentLosses()
         self._status = "Waiting for the model and the images."
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
@@ -127,6 +129,13 @@ class RunView:
             for one in event.events:
                 self.take(one)
             return
+        if isinstance(event, StepDone):  # first, as logs have up to millions
+            self.activity = None
+            self._take_step(event)
+            if self.outcome is None:
+                self._status = "Training."
+            self._since = self._latest = event.at
+            return
         self.activity = _activity(event)
         if (prepared := _preparation(event)) is not None:
             self._preparation[type(event).__name__] = prepared
@@ -144,8 +153,6 @@ class RunView:
             case RolledBack():
                 self.faults.append(event.step)
                 self._go_back(event.to_step)
-            case StepDone():
-                self._take_step(event)
             case Validated():
                 self.validation = self._validations[event.step] = event
             case LikenessMeasured():
@@ -162,7 +169,7 @@ class RunView:
             case RunFinished():
                 self.outcome = event.reason
         self._status = self._status_after(event, note)
-        if isinstance(event, StepDone) or self._since is not None:
+        if self._since is not None:
             self._since = event.at
         self._latest = event.at
 
@@ -226,7 +233,8 @@ class RunView:
         if len(losses) < 20:
             return "too few steps to see a trend"
         last = self.loss
-        first = sum(losses[: last.steps]) / last.steps
+        early = losses[: max(1, last.steps // self._every)]
+        first = sum(early) / len(early)
         return (
             f"the training loss {'fell' if last.mean < first else 'rose'} from {number_text(first)} to "
             f"{number_text(last.mean)} (means of the first and the last {last.steps:,} steps)"
@@ -296,7 +304,12 @@ class RunView:
         self._go_back(event.step - 1)
         self.step, self.last = event.step, event
         self._losses.add(event.step, event.loss)
+        if self._every > 1 and self.points and self.points[-1].step % self._every:
+            self.points.pop()
         self.points.append(Point(event.step, event.loss, self._losses.recent.mean, event.learning_rate))
+        if len(self.points) > _MOST_POINTS:
+            self._every *= 2
+            self.points = [one for one in self.points if one.step % self._every == 0 or one.step == event.step]
         # Excludes the first step, which compiles and plans, and the time between steps.
         if self._since is not None:
             self._times.append(max(0.0, event.at - self._since))
@@ -316,7 +329,7 @@ class RunView:
             return _sentence(_activity_text(self.activity))
         if note is not None and note.kind != "Remark":
             return note.text
-        return "Training." if isinstance(event, RunStarted | StepDone) else self._status
+        return "Training." if isinstance(event, RunStarted) else self._status
 
 
 def number_text(value: float) -> str:

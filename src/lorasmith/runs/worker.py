@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+from lorasmith.core.cancellation import answering, check_wanted
 from lorasmith.core.errors import CancelledError, LorasmithError, OutputError
 from lorasmith.core.files import locked
 from lorasmith.core.folders import Folders
@@ -34,7 +35,7 @@ _KINDS = {"runs": "lorasmith.runs.training_jobs", "server": "lorasmith.server.wo
 
 _LOCK_PAUSE_S = 0.1
 _MARGIN_S = 5.0
-_THREADS = 4  # questions at once
+_THREADS = 8  # questions at once
 _MODULE = "lorasmith.runs.worker"
 
 Ended: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -121,7 +122,7 @@ def _work(channel: BlockingChannel, start: dict[str, Any], inbox: _Inbox) -> Non
         channel.send({"type": "ready"})
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="question")
         while (message := inbox.next()) is not None:
-            threads.submit(_reply, channel, message, answer, str(start["log"]))
+            threads.submit(_reply, channel, inbox, message, answer, str(start["log"]))
         return
     from lorasmith.core.allocator import keep_freed_memory
 
@@ -200,10 +201,14 @@ def _is_usable(device: torch.device) -> bool:
         return False
 
 
-def _reply(channel: BlockingChannel, asked: dict[str, Any], answer: Callable[[str, Any], Any], log: str) -> None:
+def _reply(
+    channel: BlockingChannel, inbox: _Inbox, asked: dict[str, Any], answer: Callable[[str, Any], Any], log: str
+) -> None:
     body = b""
     try:
-        found = answer(asked["question"], asked["arguments"])
+        with answering(inbox.given_up(asked["number"])):
+            check_wanted()
+            found = answer(asked["question"], asked["arguments"])
         result = {"is_bytes": True} if isinstance(found, bytes) else {"result": found}
         body = found if isinstance(found, bytes) else b""
     except OSError as error:
@@ -215,6 +220,8 @@ def _reply(channel: BlockingChannel, asked: dict[str, Any], answer: Callable[[st
         logging.getLogger("lorasmith").error("%s failed:\n%s", asked["question"], traceback.format_exc())
         name = type(error).__name__
         result = _refusal("InternalError", f"the server failed ({name}: {error}); its log is {log}")
+    finally:
+        inbox.answered(asked["number"])
     with contextlib.suppress(OSError):  # the supervisor has exited
         channel.send({"type": "answer", "number": asked["number"], **result}, body)
 
@@ -224,7 +231,7 @@ def _refusal(kind: str, message: str, details: Any = None) -> dict[str, Any]:
 
 
 class _Inbox:
-    """Messages of the supervisor: jobs and questions are queued, a cancel takes effect at once. `overdue` is called if
+    """Messages of the supervisor: jobs and questions are queued, their ends are heard at once. `overdue` is called if
     the jobs have not ended `grace_s` seconds after the supervisor exited.
     """
 
@@ -234,6 +241,7 @@ class _Inbox:
         self._grace_s = grace_s
         self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._current: set[str] = set()
+        self._asked: dict[int, threading.Event] = {}  # open questions; set when nobody waits for the answer
         self.cancel = threading.Event()
         self.is_closed = False
         threading.Thread(target=self._receive, daemon=True).start()
@@ -242,6 +250,13 @@ class _Inbox:
         """The next message; None after the supervisor has exited."""
         message = self._waiting.get()
         return None if self.is_closed else message
+
+    def given_up(self, number: int) -> threading.Event:
+        """Set when nobody waits for the answer to a question any more."""
+        return self._asked[number]
+
+    def answered(self, number: int) -> None:
+        self._asked.pop(number, None)
 
     def close(self) -> None:
         """The supervisor has exited: stop the jobs, and end the process even if they do not."""
@@ -261,6 +276,12 @@ class _Inbox:
                     if head["id"] in self._current:
                         self.cancel.set()
                     continue
+                if head["type"] == "give up":
+                    if (question := self._asked.get(head["number"])) is not None:
+                        question.set()
+                    continue
+                if head["type"] == "ask":
+                    self._asked[head["number"]] = threading.Event()
                 if head["type"] == "jobs":  # the supervisor sends one message at a time
                     self._current = {one["id"] for one in head["jobs"]}
                     self.cancel.clear()

@@ -83,6 +83,13 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def serves_others(config: ServerConfig) -> bool:
+    """Whether others than this machine's user may send requests: it listens beyond the machine, has another name, as
+    behind a proxy, or a token, which is for whoever comes through a tunnel or shares the machine.
+    """
+    return bool(config.token or config.names) or not is_loopback(config.host)
+
+
 def access_of(config: ServerConfig) -> Access:
     """The rules of a server. Raises OptionError if it listens beyond loopback without a token, or with a short one."""
     if not config.token and not is_loopback(config.host):

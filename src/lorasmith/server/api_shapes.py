@@ -692,6 +692,7 @@ class RunList:
 
     runs: tuple[RunRow, ...]
     damaged: tuple[SkippedFile, ...] = ()
+    total: Annotated[int, "number of all runs, of which a limit may leave out some"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

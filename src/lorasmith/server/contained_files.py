@@ -19,6 +19,7 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import MAX_STEM_BYTES, is_reserved
+from lorasmith.core.printable import HIDDEN
 
 UNTRUSTED = "default-src 'none'; sandbox"  # content policy of responses with untrusted data
 
@@ -96,7 +97,7 @@ _SHOWN = frozenset(
     )
 )
 """Types that a browser shows and never runs; SVG can contain scripts."""
-_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
+_NOT_IN_NAMES = re.compile(rf'[<>:"/\\|?*{HIDDEN}]')
 
 for _suffix, _kind in {  # missing in some systems' tables
     ".avif": "image/avif",

@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lorasmith.core.files import ensure_folder, is_folder, is_regular, read_regular, write_atomic
+from lorasmith.core.files import Stamp, ensure_folder, is_regular, read_regular, stamp_of, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import typed
 from lorasmith.data.image_files import ImageError, file_digest
@@ -39,13 +39,11 @@ class _Record:
     sha256: str
 
 
-def original_of(picture: Path) -> Original | None:
-    """The original of a picture; None if it is not a part of another one."""
+def original_of(picture: Path, stamp: Stamp) -> Original | None:
+    """The original of a picture, whose file has this stamp; None if it is not a part of another one."""
     record = _record(picture)
-    if not is_folder(picture.parent / FOLDER) or not is_regular(record):
-        return None
-    status, own = picture.stat(), record.stat()
-    return _read(picture, record, (status.st_mtime_ns, status.st_size, own.st_mtime_ns))
+    own = stamp_of(record)
+    return _read(picture, record, (*stamp, *own)) if any(own) else None
 
 
 def keep_original(original: Path, picture: Path, crop: Crop, sha256: str) -> None:

@@ -72,6 +72,10 @@ class Assistant:
             self._process.send({**head, "number": number})
         try:
             return await answer
+        except asyncio.CancelledError:  # whoever asked is gone
+            if self.is_ready:
+                self._process.send({"type": "give up", "number": number})
+            raise
         finally:
             self._open.pop(number, None)
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,6 +134,7 @@ MAX_UPLOAD_BYTES = 512 * 2**20  # of one file
 IDLE_TIMEOUT_S = 60.0
 """Seconds without progress in reading a body or sending pieces, after which the client is disconnected."""
 
+_LOOK_S = 0.5  # between two looks whether a client is there
 _MOST_BODIES_BYTES = 256 * 2**20
 _SMALL_BYTES = 2**16
 _bodies: dict[object, int] = {}  # sizes of bodies being read
@@ -170,6 +171,18 @@ async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> b
 async def apart(size: int, function: Callable[..., T], *arguments: Any) -> T:
     """`function(*arguments)`, in a thread unless the input has a small `size` in bytes."""
     return function(*arguments) if size <= _SMALL_BYTES else await asyncio.to_thread(function, *arguments)
+
+
+async def while_connected(request: web.Request, answering: Coroutine[Any, Any, T]) -> T:
+    """Await what changes nothing; cancelled when the client has disconnected. Raises ConnectionResetError then."""
+    task = asyncio.ensure_future(answering)
+    try:
+        while not (await asyncio.wait([task], timeout=_LOOK_S))[0]:
+            if request.transport is None or request.transport.is_closing():
+                raise ConnectionResetError("the client has disconnected")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def send(request: web.Request, response: web.StreamResponse, data: bytes) -> None:

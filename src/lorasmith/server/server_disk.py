@@ -18,7 +18,7 @@ from typing import Literal
 
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder, is_folder, is_regular
-from lorasmith.core.folders import safe_name
+from lorasmith.core.folders import RUN_RECORD, safe_name
 from lorasmith.server.server_config import FOLDER
 
 SPARE_BYTES = 2**30
@@ -95,14 +95,19 @@ def put_back(base: Path, removed: str, name: str, folder: Path) -> int:
     return len(files)
 
 
-def put_folder_back(base: Path, removed: str, folder: Path) -> None:
+def put_folder_back(base: Path, removed: str, folder: Path, *, is_run: bool = False) -> None:
     """Move a folder that `set_aside` put into `removed` back to its place. Raises FileNotFoundError if it is not there,
-    and OutputError.
+    or is no run where it should be one or the other way round, FileExistsError if its place is taken, and OutputError.
     """
-    source = _removed(base, removed, folder.name) / folder.name
-    if not is_folder(source):
+    parent = _removed(base, removed, folder.name)
+    source = parent / folder.name
+    if not is_folder(source) or source.is_symlink() or is_regular(source / RUN_RECORD) is not is_run:
         raise FileNotFoundError(removed)
+    if os.path.lexists(folder):
+        raise FileExistsError(folder.name)
     move(source, folder, "back")
+    if not any(parent.iterdir()):
+        parent.rmdir()
 
 
 def _removed(base: Path, removed: str, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -281,28 +282,52 @@ def encoded(event: Event) -> str:
     return json.dumps({"event": type(event).__name__, "version": EVENTS_VERSION, **dataclasses.asdict(event)})
 
 
-def decoded(line: str) -> Event:
+def decoded(line: bytes) -> Event:
     """The event in a line of `events.jsonl`; unknown fields are ignored, and lines without a version are of the first.
 
     Raises:
         ValueError: the line is truncated, of an unknown kind or a later version, or holds implausible numbers.
     """
+    if line.startswith(_STEP_START) and (step := _decoded_step(line)) is not None:
+        return step
+    text = line.decode(errors="replace")
     try:
-        found = json.loads(line)  # not `parse_foreign_json`: a loss may be NaN
+        found = json.loads(text)  # not `parse_foreign_json`: a loss may be NaN
         found = _readable(found)
         kind = KINDS[found["event"]]
         if typed(found.get("version", 1), int) > EVENTS_VERSION:
             raise ValueError("it is of a later version")
         event = typed(found, kind)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
+        raise ValueError(f"an event must have a known kind and its fields, got {text[:80]!r}") from error
     first_step = 1 if isinstance(event, StepDone) else 0
     if not (0 <= event.at < _LAST_SECOND and first_step <= getattr(event, "step", 1) <= _LAST_STEP):
-        raise ValueError(f"an event must have a plausible time and step, got {line[:80]!r}")
+        raise ValueError(f"an event must have a plausible time and step, got {text[:80]!r}")
     return event
 
 
 _LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
+_STEP_START = f'{{"event": "StepDone", "version": {EVENTS_VERSION}, '.encode()  # as `encoded` writes it
+
+
+def _decoded_step(line: bytes) -> StepDone | None:
+    """The step in a line, ten times as fast, as logs have up to millions; None where the slow way has to decide."""
+    import msgspec
+
+    try:
+        event = _steps()(line)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, SystemError):
+        return None
+    integers = (event.memory_bytes, *(draw[0] for draw in event.draws))
+    is_plausible = 0 <= event.at < _LAST_SECOND and 1 <= event.step <= _LAST_STEP
+    return event if is_plausible and all(-(2**63) <= one < 2**63 for one in integers) else None
+
+
+@functools.cache
+def _steps() -> Callable[[bytes], StepDone]:
+    import msgspec
+
+    return msgspec.json.Decoder(StepDone).decode
 
 
 def _readable(value: Any) -> Any:

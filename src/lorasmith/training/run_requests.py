@@ -55,7 +55,7 @@ def request(run: Path, what: Request | DrawRequest) -> str:
     OptionError if nobody trains there, or too many requests wait; OutputError if the folder cannot be written.
     """
     folder = RunFolder(run)
-    if not folder.exists or not folder.is_busy:
+    if not folder.exists or not folder.is_training:
         raise OptionError(f"a request is for a run that is being trained, and {run} is not; name another one")
     if isinstance(what, str):
         write_atomic(run / REQUESTS / what, b"")

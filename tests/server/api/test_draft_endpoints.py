@@ -53,6 +53,10 @@ def test_a_draft_is_merged_with_what_others_changed_or_refused_with_it(tmp_path:
         ({"s": {"a": 1}}, {"s": {}}, {"s": {"a": 1, "b": 1}}, {"s": {"b": 1}}, []),
         ({"s": {"a": 1}}, {"s": {}}, {"s": {"a": 2}}, {"s": {"a": 2}}, ["a"]),
         ({"s": {}}, {"s": {"a": 1}}, {"s": {"b": 2}}, {"s": {"a": 1, "b": 2}}, []),
+        ({"s": 1}, {"s": {"a": 1}}, {"s": 1}, {"s": {"a": 1}}, []),  # a scalar and an object
+        ({"s": 1}, {"s": {"a": 1}}, {"s": {"b": 2}}, {"s": {"b": 2}}, ["s"]),
+        ({"s": {"a": 1}}, {"s": {"a": 2}}, {"s": 3}, {"s": 3}, ["s"]),
+        ({}, {"s": {"a": 1}}, {"s": [1]}, {"s": [1]}, ["s"]),
     ],
 )
 def test_changes_of_both_sides_are_merged_by_name(

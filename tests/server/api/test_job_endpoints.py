@@ -290,7 +290,8 @@ def test_a_folder_of_the_home_is_for_who_sits_here(tmp_path: Path, monkeypatch: 
 
     with_api(tmp_path / "base", here)
     with_api(tmp_path / "other", elsewhere, host="0.0.0.0", token="a long secret")
-    with_api(tmp_path / "other", elsewhere, names=("gpu.example",), token="a long secret")
+    with_api(tmp_path / "other", elsewhere, names=("gpu.example",))
+    with_api(tmp_path / "other", elsewhere, token="a long secret")  # which others have, who come through a tunnel
 
 
 NETWORKS = ("//host/share", "\\\\host\\share", "/\\host\\share", "\\/host/share", "\\\\?\\C:\\x", "//./pipe/x")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -10,8 +11,10 @@ import pytest
 from aiohttp import FormData
 from PIL import Image
 
+from lorasmith.server import request_handling
 from lorasmith.server.api import event_streams
 from lorasmith.server.dispatcher import RefusedError
+from tests.launched import LONG_S
 from tests.server.api.api_server import AT, Client, events, made_up, with_api
 
 RUN = "runs%2Fdog-001"
@@ -200,6 +203,11 @@ def test_a_run_is_named_starred_noted_removed_and_brought_back(tmp_path: Path) -
         await client.ask("PUT", f"/runs/{RUN}/marks", {"starred": True})
         assert [(await row())[name] for name in ("label", "starred", "note")] == ["the good one", True, "for mum"]
         await client.error("PUT", f"/runs/{RUN}/marks", {"title": "x" * 101})
+        marks = await client.ask("PUT", f"/runs/{RUN}/marks", {"title": "a\u202egnp\x1b[2J", "note": "one\n\u2066two"})
+        assert (marks["title"], marks["note"]) == ("a\\u202egnp\\u001b[2J", "one\n\\u2066two")
+        (folder / "marks.json").write_text('{"title": "\\u202ex", "note": "\\u001b"}')  # of another program
+        assert [(await row())[name] for name in ("label", "note")] == ["\\u202ex", "\\u001b"]
+        await client.ask("PUT", f"/runs/{RUN}/marks", {"title": "the good one", "starred": True, "note": "for mum"})
 
         store = client.context.store
         job = store.add("train", {"name": "dog"})
@@ -218,12 +226,51 @@ def test_a_run_is_named_starred_noted_removed_and_brought_back(tmp_path: Path) -
         assert marks == {"title": "the good one", "starred": True, "note": "for mum"}
         assert (await row())["label"] == "the good one"
 
+        (tmp_path / "input" / "dog-001").mkdir(parents=True)
+        dataset = (await client.ask("DELETE", "/datasets/dog-001"))["removed"]
         removed = (await client.ask("DELETE", f"/runs/{RUN}"))["removed"]
+        await client.error("POST", f"/runs/{RUN}/restore", {"removed": f"{dataset}/dog-001"}, status=404)
+        await client.error("POST", "/datasets/dog-001/restore", {"removed": removed.rpartition("/")[0]}, status=404)
+        assert (tmp_path / dataset / "dog-001").is_dir() and (tmp_path / removed).is_dir()
         a_run(tmp_path)
         assert "another run" in await client.error("POST", f"/runs/{RUN}/restore", {"removed": removed})
         folder.rename(second)
         (second / "marks.json").write_text('{"title": 3}')  # a stranger's
         found = (await client.ask("GET", "/runs"))["runs"]
         assert [one["label"] for one in found] == ["dog-002"]
+
+    with_api(tmp_path, test)
+
+
+def test_a_question_is_given_up_when_its_client_disconnects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_handling, "_LOOK_S", 0.01)
+    ends: asyncio.Queue[str] = asyncio.Queue()
+
+    async def test(client: Client) -> None:
+        is_asked, is_answered = asyncio.Event(), asyncio.Event()
+
+        async def ask(question: str, **arguments: Any) -> Any:
+            is_asked.set()
+            try:
+                await is_answered.wait()
+                ends.put_nowait("answered")
+            except asyncio.CancelledError:
+                ends.put_nowait("given up")
+                raise
+
+        async def end_of(method: str, path: str, body: Any = None) -> str:
+            is_asked.clear()
+            request = asyncio.create_task(client.ask(method, path, body))
+            await asyncio.wait_for(is_asked.wait(), LONG_S)
+            request.cancel()
+            if method == "PUT":
+                is_answered.set()
+            return await asyncio.wait_for(ends.get(), LONG_S)
+
+        monkeypatch.setattr(client.context.assistant, "ask", ask)
+        for path in ("/runs", f"/runs/{RUN}", f"/runs/{RUN}/report", f"/runs/{RUN}/events", "/datasets/dog/check"):
+            assert await end_of("GET", path) == "given up"
+        assert await end_of("POST", "/plans", {"model": "x"}) == "given up"
+        assert await end_of("PUT", f"/runs/{RUN}/marks", {"title": "x"}) == "answered", "which changes something"
 
     with_api(tmp_path, test)

@@ -775,7 +775,9 @@ class FakeServer:
         return response
 
     async def _list_runs(self, request: web.Request) -> web.Response:
-        return web.json_response({"runs": list(reversed(self.runs.values())), "damaged": []})
+        runs = list(reversed(self.runs.values()))
+        limit = int(request.query.get("limit", len(runs)))
+        return web.json_response({"runs": runs[:limit], "damaged": [], "total": len(runs)})
 
     async def _run(self, request: web.Request) -> web.Response:
         run = self.runs.get(request.match_info["id"])

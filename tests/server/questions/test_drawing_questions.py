@@ -159,7 +159,7 @@ def test_a_run_that_trains_is_asked_for_a_drawing(
     drawing = DrawingBody(prompt="sks dog", strength=0.5)
     with pytest.raises(OptionError, match="a request is for a run that is being trained"):
         request_of_run(installation, RUN, what="drawing", drawing=drawing)
-    monkeypatch.setattr(RunFolder, "is_busy", True)
+    monkeypatch.setattr(RunFolder, "is_training", True)
     asked = request_of_run(installation, RUN, what="drawing", drawing=drawing)
     stored = json.loads((base / RUN / REQUESTS / f"draw-{asked.id}.json").read_text())
     assert stored == {"prompt": "sks dog", "strength": 0.5, "seed": 0, "control": "", "lora": ""}

@@ -15,14 +15,14 @@ from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.typed_json import typed
 from lorasmith.formats.metadata import sha256_file
+from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.questions import run_questions as questions
-from lorasmith.server.questions import run_results
+from lorasmith.server.questions import run_results, run_rows
 from lorasmith.server.questions.dataset_questions import UnknownFileError
 from lorasmith.server.questions.question_registry import answer
 from lorasmith.training.events import RunFinished, encoded
-from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 RUN = "runs/dog-001"
@@ -39,8 +39,8 @@ def without_end(base: Path) -> None:
 
 
 def test_a_run_in_the_list_has_the_numbers_of_its_report(installation: Folders, base: Path) -> None:
-    (row,) = questions.runs(installation).runs
-    report = report_of(read_history(base / RUN))
+    (row,) = run_rows.runs(installation).runs
+    report = report_of(read_run(base / RUN))
     assert (row.id, row.name, row.state, row.step, row.steps, row.job) == (RUN, "dog", "finished", 4, 4, None)
     assert row.family == "sd1" and row.started and row.seconds > 0
     assert f"{row.loss:.3g}" in f"{report.facts[row.loss_label]}" or row.loss is not None
@@ -66,14 +66,14 @@ def _append(base: Path, event: RunFinished) -> None:
 def test_the_state_of_a_run(installation: Folders, base: Path, case: str) -> None:
     change, state = STATES[case]
     change(base)
-    assert questions.runs(installation).runs[0].state == state
+    assert run_rows.runs(installation).runs[0].state == state
 
 
 def test_a_run_in_another_process_or_job_is_running(installation: Folders, base: Path) -> None:
     without_end(base)
     with RunFolder(base / RUN).claimed():
-        assert questions.runs(installation).runs[0].state == "running"
-    (row,) = questions.runs(installation, jobs={RUN: "a job"}).runs
+        assert run_rows.runs(installation).runs[0].state == "running"
+    (row,) = run_rows.runs(installation, jobs={RUN: "a job"}).runs
     assert (row.state, row.job) == ("running", "a job")
 
 
@@ -83,7 +83,7 @@ def test_runs_of_graphs_are_listed_and_damaged_ones_named(installation: Folders,
     (base / "runs" / "bad").mkdir()
     (base / "runs" / "bad" / "run.json").write_text("{")
     (base / "runs" / "no run").mkdir()
-    found = questions.runs(installation)
+    found = run_rows.runs(installation)
     assert [row.id for row in found.runs] == ["output/runs/lora_00001"]
     assert [one.file for one in found.damaged] == ["runs/bad"]
 
@@ -91,7 +91,7 @@ def test_runs_of_graphs_are_listed_and_damaged_ones_named(installation: Folders,
 def test_the_runs_of_two_experts_are_listed_one_by_one(installation: Folders, base: Path) -> None:
     (base / "runs" / "wave-001").mkdir()
     (base / "runs" / "dog-001").rename(base / "runs" / "wave-001" / "low_noise")
-    (row,) = questions.runs(installation).runs
+    (row,) = run_rows.runs(installation).runs
     assert (row.id, row.name) == ("runs/wave-001/low_noise", "dog")
     found = questions.run(installation, row.id)
     assert found.folder == str(base / "runs" / "wave-001" / "low_noise") and found.lora is not None
@@ -109,7 +109,7 @@ def test_the_runs_of_two_experts_are_listed_one_by_one(installation: Folders, ba
 
 def test_a_run_says_what_its_report_says(installation: Folders, base: Path) -> None:
     found = questions.run(installation, RUN)
-    report = report_of(read_history(base / RUN))
+    report = report_of(read_run(base / RUN))
     assert (found.verdict, found.facts, found.commands) == (report.verdict, report.facts, report.commands)
     assert found.command.startswith("lorasmith train ") and found.trigger == "sks dog"
     assert [step for step, _ in found.losses] == [1, 2, 3, 4] == [step for step, _ in found.smooth]
@@ -162,7 +162,7 @@ def test_links_out_of_a_run_are_not_followed(installation: Folders, base: Path, 
         assert path not in questions.run(installation, RUN).files
     (base / "runs" / "elsewhere").symlink_to(tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    assert [row.id for row in questions.runs(installation).runs] == [RUN]
+    assert [row.id for row in run_rows.runs(installation).runs] == [RUN]
 
 
 def test_the_page_is_made_from_the_records(installation: Folders, base: Path) -> None:

@@ -132,10 +132,10 @@ def test_repeats_are_one_image() -> None:
 
 
 def test_the_curve_has_mean_losses_by_noise_level_and_stretch() -> None:
-    ledger = Ledger(["a.png"], bins=2)
+    ledger = Ledger(["a.png"])
     for step in range(1, 7):
         ledger.add(step, [(0, 0.25, float(step)), (0, 1.0, 10.0 * step)] if step < 5 else [(0, 0.0, 7.0)])
-    curve = ledger.curve(points=3)
+    curve = ledger.curve(points=3, bins=2)
     assert curve.bins == (0.0, 0.5, 1.0)
     assert curve.steps == (2, 4, 6)
     assert curve.losses == ((1.5, 15.0), (3.5, 35.0), (7.0, None))

@@ -24,7 +24,7 @@ from lorasmith.runs.queue import JobKind
 from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import ErrorAnswer
 from lorasmith.server.hub import Notice
-from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
+from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body, while_connected
 
 PREFIX = "/lorasmith/v1"
 
@@ -81,6 +81,7 @@ class Endpoint:
     status: int = 200
     query: Sequence[Query] = ()
     content: str = ""  # media type of a body or response that is not JSON
+    reads: bool = False  # changes nothing, as every GET: given up when the client disconnects
     upload: bool = False  # the body is multipart/form-data
     changes_dataset: bool = False  # that of the path's `name`, or of the body's; pages that show it load it again
 
@@ -95,6 +96,10 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         call = Call(request, None if endpoint.body is None else await _body(request, endpoint.body))
+        is_read = endpoint.method == "GET" or endpoint.reads
+        return await (while_connected(request, answered(call)) if is_read else answered(call))
+
+    async def answered(call: Call) -> web.StreamResponse:
         if endpoint.handler is None:
             answer = await context.assistant.ask(endpoint.question, **call.arguments)
             if endpoint.queues is not None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
 from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
-from lorasmith.server.access import is_loopback
+from lorasmith.server.access import serves_others
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
 from lorasmith.server.api.event_streams import all_events, job_events
 from lorasmith.server.api.job_answers import job_answer
@@ -97,12 +97,12 @@ async def _move(context: ServerContext, call: Call) -> Any:
 
 
 def wanted_run(context: ServerContext, call: Call) -> dict[str, Any]:
-    """A request with its folder expanded, which must be in the base folder if others reach the server (OptionError)."""
+    """A request with its folder expanded, which must be in the base folder if it serves others (OptionError)."""
     config, wanted = context.config, asdict(call.body)
     folder: str | None = wanted["folder"]
     if folder is None:
         return wanted
-    if is_loopback(config.host) and not config.names:
+    if not serves_others(config):
         # leaves the names of unknown users as they are
         return {**wanted, "folder": os.path.expanduser(folder)}  # noqa: PTH111
     try:
@@ -127,6 +127,7 @@ JOB_ENDPOINTS = (
         handler=_plan,
         body=PlanBody,
         answer=PlanAnswer,
+        reads=True,
     ),
     Endpoint(
         "POST",

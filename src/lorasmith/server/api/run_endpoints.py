@@ -34,7 +34,7 @@ from lorasmith.server.api_shapes import (
     TrainOnBody,
 )
 from lorasmith.server.contained_files import UNTRUSTED, send_file
-from lorasmith.server.request_handling import ServerContext, form_parts, received, upload_folder
+from lorasmith.server.request_handling import ServerContext, form_parts, number_in, received, upload_folder
 
 
 def _jobs(context: ServerContext) -> dict[str, str]:
@@ -43,7 +43,8 @@ def _jobs(context: ServerContext) -> dict[str, str]:
 
 
 async def _runs(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("runs", jobs=_jobs(context))
+    limit = number_in(call.request, "limit", at_least=1)
+    return await context.assistant.ask("runs", jobs=_jobs(context), limit=limit)
 
 
 async def _run(context: ServerContext, call: Call) -> Any:
@@ -103,7 +104,14 @@ async def _add_control(context: ServerContext, call: Call) -> Any:
 
 
 RUN_ENDPOINTS = (
-    Endpoint("GET", "/runs", "All runs below the base folder.", handler=_runs, answer=RunList),
+    Endpoint(
+        "GET",
+        "/runs",
+        "All runs below the base folder, the newest first.",
+        handler=_runs,
+        query=(Query("limit", "Answer so many alone, starred ones before others; quick in a long list.", "integer"),),
+        answer=RunList,
+    ),
     Endpoint(
         "GET",
         "/runs/{id}",

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorasmith.core.errors import OptionError
-from lorasmith.server.access import is_loopback
+from lorasmith.server.access import serves_others
 from lorasmith.server.api.endpoint import Call, Endpoint
 from lorasmith.server.api_shapes import (
     AddedModel,
@@ -54,7 +54,7 @@ async def _forget(context: ServerContext, call: Call) -> RemovedDownload:
 
 
 async def _store_token(context: ServerContext, call: Call) -> Any:
-    if not is_loopback(context.config.host) or context.config.names:
+    if serves_others(context.config):
         raise OptionError(
             "a token of the hub is stored only by pages of the machine that the server runs on; run hf auth login there"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import OptionError, OutputError
-from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
+from lorasmith.core.files import atomic_path, ensure_folder, is_regular, stamp_of, write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, plain_name, safe_name
 from lorasmith.data.captioners import CAPTIONERS, TRANSFORMERS
 from lorasmith.data.captions import MAX_CAPTION, CaptionError, one_line, read_caption_file
@@ -260,7 +260,7 @@ def crop_image(
         raise OptionError(f"a crop must be a part of the picture, got {asdict(part)}; draw it again")
     with _CHANGING:
         path = picture_of(folder, file)
-        known = original_of(path)
+        known = original_of(path, stamp_of(path))
         source = path if known is None else known.path
         if min(width, height) > _WHOLE:
             return CroppedAnswer(file=path.name if known is None else _uncropped(folder, path, source))

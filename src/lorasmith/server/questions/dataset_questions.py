@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import DataError, OptionError, OutputError
-from lorasmith.core.files import is_folder, is_regular
+from lorasmith.core.files import Stamp, is_folder, is_regular, stamp_of
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.options import config_from
-from lorasmith.data.captions import CaptionError, read_caption_file
+from lorasmith.data.captions import Caption, CaptionError, read_caption_file
 from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.folder_listing import ListedFolder, Skipped, control_folder, list_folders, stem_of
@@ -105,7 +105,7 @@ def picture_file(folders: Folders, name: str, file: str, *, control: bool = Fals
 def _shown_file(folders: Folders, name: str, file: str, *, control: bool, original: bool) -> Path:
     folder = dataset_folder(folders, name)
     path = picture_of(folder, file, control=control)
-    found = original_of(path) if original else None
+    found = original_of(path, stamp_of(path)) if original else None
     return path if found is None or not stays_in(found.path, folder.resolve()) else found.path
 
 
@@ -140,24 +140,27 @@ def _inner(folder: Path) -> list[ListedFolder]:
 
 def picture_row(one: Candidate) -> PictureRow:
     """A picture as the page shows it, with its faults."""
-    width, height, problem = _measured(one.path)
+    path = one.path  # made from its name each time
+    stamp = stamp_of(path)
+    width, height, problem = _measured(path, stamp)
     caption, fault = caption_of(one)
+    original = original_of(path, stamp)
     return PictureRow(
         file=one.name,
         width=width,
         height=height,
-        bytes=one.path.stat().st_size if is_regular(one.path) else 0,
+        bytes=stamp[1],
         caption=caption,
         has_caption=bool(caption),
         problem=problem or fault,
         controls=tuple(_control_row(path, Path(one.folder.path)) for path in one.controls),
-        crop=None if (original := original_of(one.path)) is None else original.crop,
+        crop=None if original is None else original.crop,
     )
 
 
 def _control_row(path: Path, folder: Path) -> ControlRow:
     fixed = path.parent != folder / CONTROL or not stays_in(path, folder.resolve())
-    width, height, problem = (None, None, "") if fixed else _measured(path)
+    width, height, problem = (None, None, "") if fixed else _measured(path, stamp_of(path))
     return ControlRow(file=str(path) if fixed else path.name, width=width, height=height, fixed=fixed, problem=problem)
 
 
@@ -169,11 +172,10 @@ def controls_in(folder: Path) -> list[Path]:
     return [place / name for name in next(list_folders(str(place))).images]
 
 
-def _measured(path: Path) -> tuple[int | None, int | None, str]:
+def _measured(path: Path, stamp: Stamp) -> tuple[int | None, int | None, str]:
     """Width and height of a picture in pixels, and why it cannot be read."""
     try:
-        status = path.stat()
-        return *_size_of(str(path), status.st_mtime_ns, status.st_size), ""
+        return *_size_of(str(path), stamp), ""
     except ImageError as error:
         return None, None, error.reason
     except OSError as error:
@@ -181,7 +183,7 @@ def _measured(path: Path) -> tuple[int | None, int | None, str]:
 
 
 @functools.lru_cache(maxsize=20_000)
-def _size_of(path: str, modified: int, size: int) -> tuple[int, int]:
+def _size_of(path: str, stamp: Stamp) -> tuple[int, int]:
     """Width and height in pixels, cached by file state. An ImageError is not cached."""
     return header_size(Path(path))
 
@@ -238,7 +240,7 @@ def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skippe
         for inside, number in inner.items()
     ]
     real = folder.resolve()
-    shown = [one for one in own if stays_in(one.path, real)]
+    shown = [one for one in own if one.name not in one.folder.links or stays_in(one.path, real)]
     if len(shown) < len(own):
         use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
         notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
@@ -271,12 +273,19 @@ def caption_of(one: Candidate) -> tuple[str, str]:
         return "", one.barred
     if one.caption_file:
         try:
-            caption = read_caption_file(one.folder.file(one.caption_file))
+            path = one.folder.file(one.caption_file)
+            caption = _caption_once(path, stamp_of(path))
         except CaptionError as error:
             return "", f"has a caption file {error.path.name} that {error.reason}"
         if caption.text:
             return "\n".join(caption.lines), ""
     return "\n".join(one.entry), ""
+
+
+@functools.lru_cache(maxsize=20_000)
+def _caption_once(path: Path, stamp: Stamp) -> Caption:
+    """A caption file, cached by its state. A CaptionError is not cached."""
+    return read_caption_file(path)
 
 
 def masks_beside(picture: Path) -> list[Path]:

@@ -11,12 +11,11 @@ from dataclasses import asdict
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import is_folder, write_atomic
 from lorasmith.core.folders import Folders
-from lorasmith.data.captions import one_line
 from lorasmith.server.api_shapes import RemovedAnswer, RunMarks
 from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
 from lorasmith.server.questions.question_registry import question
-from lorasmith.server.questions.run_questions import MARKS, PLACES, marks_of, run_folder_of
-from lorasmith.server.server_disk import disk_space, move, removed_folder, set_aside
+from lorasmith.server.questions.run_rows import MARKS, PLACES, marks_of, run_folder_of, shown_marks
+from lorasmith.server.server_disk import disk_space, put_folder_back, removed_folder, set_aside
 from lorasmith.training.storage.run_folder import RunFolder
 
 _MOST_TITLE, _MOST_NOTE = 100, 4_000  # characters
@@ -36,10 +35,12 @@ def mark_run(
             raise OptionError(f"a {name} must have at most {most:,} characters, got {len(text):,}; shorten it")
     with _CHANGING:
         there = marks_of(folder)
-        found = RunMarks(
-            title=there.title if title is None else one_line(title),
-            starred=there.starred if starred is None else starred,
-            note=there.note if note is None else note.strip(),
+        found = shown_marks(
+            RunMarks(
+                title=there.title if title is None else title,
+                starred=there.starred if starred is None else starred,
+                note=there.note if note is None else note,
+            )
         )
         text = json.dumps(asdict(found), ensure_ascii=False)
         with disk_space(folder, len(text)):
@@ -51,7 +52,7 @@ def mark_run(
 def remove_run(folders: Folders, id: str) -> RemovedAnswer:
     """Move a run to the removed things. Raises UnknownFileError, and OutputError while a process trains it."""
     folder = run_folder_of(folders, id)
-    if RunFolder(folder).is_busy:
+    if RunFolder(folder).is_training:
         raise OutputError(f"{id} is being trained; stop it first")
     with _CHANGING:
         removed = set_aside(folders.base, [folder], folder.name)
@@ -61,20 +62,20 @@ def remove_run(folders: Folders, id: str) -> RemovedAnswer:
 @question
 def restore_run(folders: Folders, id: str, *, removed: str) -> RunMarks:
     """Move a removed run back to its place. Raises UnknownFileError, and OutputError if another run is there now."""
-    parent = removed_folder(folders.base)
-    source, target = folders.base / removed, folders.base / id
+    parent, target = removed_folder(folders.base), folders.base / id
     place, _, name = id.rpartition("/")
     outer, _, _ = place.rpartition("/")
     is_place = is_name(name) and (place in PLACES or (outer in PLACES and is_folder(target.parent)))
-    is_removed = (
-        source.parent.parent == parent and is_folder(source) and source.resolve().is_relative_to(parent.resolve())
-    )
-    if not is_place or not is_removed or source.name != name:
-        raise UnknownFileError(f"there is no removed run {removed!r} of {id!r}; look into {parent}")
+    stored, _, last = removed.rpartition("/")
     with _CHANGING:
-        if target.exists():
-            raise OutputError(f"there is another run {id} now; move the removed one back by hand, from {source}")
-        move(source, target, "back")
-        if not any(source.parent.iterdir()):
-            source.parent.rmdir()
+        try:
+            if not is_place or last != name:
+                raise FileNotFoundError
+            put_folder_back(folders.base, stored, target, is_run=True)
+        except FileNotFoundError:
+            raise UnknownFileError(f"there is no removed run {removed!r} of {id!r}; look into {parent}") from None
+        except FileExistsError:
+            raise OutputError(
+                f"there is another run {id} now; move the removed one back by hand, from {folders.base / removed}"
+            ) from None
     return marks_of(target)

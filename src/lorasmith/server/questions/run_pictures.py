@@ -19,16 +19,18 @@ from lorasmith.report.pictures import thinned
 from lorasmith.report.share_card import MOST_PROMPTS, WIDTH, share_card
 from lorasmith.runs.evaluate import STRENGTHS, candidates_of, subject_of
 from lorasmith.runs.gallery import MOST_STEPS, read_grids
+from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own
 from lorasmith.runs.run_previews import OF_SLIDER
 from lorasmith.runs.spec import RunSpec
-from lorasmith.runs.view import RunView, preview_file
+from lorasmith.runs.view import preview_file
 from lorasmith.sampling.previews import parse_strengths
 from lorasmith.server.api_shapes import EvaluationAnswer, GalleryAnswer
 from lorasmith.server.questions.question_registry import question
-from lorasmith.server.questions.run_questions import evaluation_of, run_folder_of
+from lorasmith.server.questions.run_questions import evaluation_of
 from lorasmith.server.questions.run_results import drawing_of, drawn_with
-from lorasmith.training.storage.records import RunHistory, read_history
+from lorasmith.server.questions.run_rows import run_folder_of
+from lorasmith.training.storage.records import read_record
 
 _MOST_WISH = 1_000  # characters
 
@@ -56,7 +58,7 @@ def evaluation_request(folders: Folders, id: str) -> dict[str, Any]:
 def run_gallery(folders: Folders, id: str) -> GalleryAnswer:
     """The gallery of a run. Raises UnknownFileError, and as `drawing_facts`."""
     folder, spec, _ = drawn_with(folders, id)
-    steps = tuple(step for step, _ in _drawn_steps(read_history(folder)))
+    steps = tuple(step for step, _ in _drawn_steps(folder))
     return GalleryAnswer(
         kinds=dict(BUILT_IN_KINDS if spec.model == BUILT_IN else KINDS),
         steps=steps,
@@ -75,13 +77,12 @@ def grid_request(folders: Folders, id: str, *, wish: str) -> dict[str, Any]:
     folder, spec, model = drawn_with(folders, id)
     if model.control_form is not None and model.control_form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; try its LoRA on one of them")
-    history = read_history(folder)
     trigger = spec.data.trigger or ""
     return {
         **drawing_of(id, spec, model),
         "wish": wish.strip(),
         "text": asked_with(trigger, wish.strip()) if trigger else wish.strip(),
-        "loras": [[step, name] for step, name in _drawn_steps(history)],
+        "loras": [[step, name] for step, name in _drawn_steps(folder)],
         "strengths": list(_strengths(spec)),
     }
 
@@ -93,20 +94,20 @@ def run_card(folders: Folders, id: str) -> bytes:
     Raises UnknownFileError, and OptionError if nothing was drawn.
     """
     folder = run_folder_of(folders, id)
-    history = read_history(folder)
-    step, rows = _shown(folder, history)
+    record = read_record(folder)
+    step, rows = _shown(folder)
     if not rows:
         raise OptionError(f"{id} has no pictures with its LoRA and without it; draw previews or evaluate it")
-    trigger = history.record.source.get("trigger")
-    title = trigger if isinstance(trigger, str) and trigger else history.record.title or folder.name
-    model = history.record.model.name.replace("\\", "/").rsplit("/", 1)[-1]
+    trigger = record.source.get("trigger")
+    title = trigger if isinstance(trigger, str) and trigger else record.title or folder.name
+    model = record.model.name.replace("\\", "/").rsplit("/", 1)[-1]
     facts = ["Strength 1", *([f"step {step:,}"] if step else []), *([model] if model else [])]
     return share_card(rows, title=title, facts=" · ".join(facts))
 
 
-def _drawn_steps(history: RunHistory) -> list[tuple[int, str]]:
+def _drawn_steps(folder: Path) -> list[tuple[int, str]]:
     """Steps and files of the LoRAs that are drawn in a grid."""
-    saves = [one for one in candidates_of(history.folder, history.record.title) if one.step is not None]
+    saves = [one for one in candidates_of(folder, read_record(folder).title) if one.step is not None]
     return [(one.step or 0, one.path.name) for one in thinned(saves, MOST_STEPS)]
 
 
@@ -114,7 +115,7 @@ def _strengths(spec: RunSpec) -> tuple[float, ...]:
     return parse_strengths(OF_SLIDER) if spec.config.is_slider else STRENGTHS
 
 
-def _shown(folder: Path, history: RunHistory) -> tuple[int | None, list[tuple[str, Image.Image, Image.Image]]]:
+def _shown(folder: Path) -> tuple[int | None, list[tuple[str, Image.Image, Image.Image]]]:
     """The step of the LoRA that is shown, and its pictures beside those of the base model, by prompt."""
     found = evaluation_of(folder)
     best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best]
@@ -122,7 +123,8 @@ def _shown(folder: Path, history: RunHistory) -> tuple[int | None, list[tuple[st
         step, files = best.step, list(zip(found.prompts, found.base, best.pictures, strict=True))
         named = [(prompt, f"{EVALUATION}/{base}", f"{EVALUATION}/{tuned}") for prompt, base, tuned in files]
     else:
-        previews = sorted(RunView.of(history.events).previews.items())
+        with followed(folder) as run:
+            previews = sorted(run.view.previews.items())
         bases = [event for (_, strength), event in previews if strength == 0]
         tuned_events = [event for (_, strength), event in previews if strength == 1]
         if not bases or not tuned_events:

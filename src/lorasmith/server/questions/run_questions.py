@@ -1,4 +1,4 @@
-"""Questions about runs: their list, one run with its report, and their folders with the LoRAs in them.
+"""Questions about a run: its report as data and as a page, its files and LoRAs; the list is in `run_rows`.
 
 Runs are in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id is its
 folder relative to the base folder, such as `runs/dog-001`. Runs of two experts of a model share a folder, such as
@@ -7,31 +7,26 @@ folder relative to the base folder, such as `runs/dog-001`. Runs of two experts 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.files import is_regular
+from lorasmith.core.files import Stamp, is_regular, stamp_of
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
-from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
-from lorasmith.core.typed_json import typed
 from lorasmith.evaluation.evaluation_record import EVALUATION, Evaluation, read_evaluation
 from lorasmith.formats.metadata import sha256_file
 from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
-from lorasmith.runs.drawing import EXPERTS
 from lorasmith.runs.evaluate import candidates_of, plain_sentence
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
-from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of, stamp_of
+from lorasmith.runs.run_log import LoggedRun, followed, view_of_log
+from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.api_shapes import (
@@ -42,49 +37,34 @@ from lorasmith.server.api_shapes import (
     PreviewFacts,
     RecommendedLora,
     RunAnswer,
-    RunList,
-    RunMarks,
     RunNote,
-    RunPhase,
     RunPicture,
-    RunRow,
     RunSetting,
     SavedLora,
     SkippedFile,
     ValidationFacts,
 )
-from lorasmith.server.log_tail import view_of_log
 from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name, stays_in
 from lorasmith.server.questions.question_registry import question
+from lorasmith.server.questions.run_rows import row_of, run_folder_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Outcome, RunStarted
-from lorasmith.training.storage.records import EVENTS, RECORD, RunHistory, RunRecord, read_history
+from lorasmith.training.events import Outcome
+from lorasmith.training.storage.records import RunRecord
 from lorasmith.training.storage.run_folder import RunFolder
 
-MARKS = "marks.json"
 _POINTS, _FILES = 2000, 2000
-
-
-@question
-def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None) -> RunList:
-    """All runs, newest first; `jobs` are the running jobs by run id."""
-    rows, damaged = [], []
-    for id, folder in all_runs(folders):
-        try:
-            rows.append(_row(id, folder, jobs or {}))
-        except LorasmithError as error:
-            damaged.append(SkippedFile(file=id, reason=str(error)))
-    rows.sort(key=lambda row: row.started or 0.0, reverse=True)
-    return RunList(runs=tuple(rows), damaged=tuple(damaged))
 
 
 @question
 def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> RunAnswer:
     """A run with the data of its report; `jobs` as in `runs`. Raises UnknownFileError and TrainingError."""
-    folder = run_folder_of(folders, id)
-    history = read_history(folder)
-    report, record, view = report_of(history), history.record, RunView.of(history.events)
-    row = _row(id, folder, jobs or {})
+    with followed(run_folder_of(folders, id)) as found:
+        return _answer(folders, id, found, jobs or {})
+
+
+def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) -> RunAnswer:
+    folder, record, view, report = run.folder, run.record, run.view, report_of(run)
+    row = row_of(id, folder, jobs)
     points = [one for one in view.points if math.isfinite(one.loss)]
     rates = [(one.step, one.rate) for one in view.points if math.isfinite(one.rate)]
     best = view.best
@@ -112,7 +92,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         ),
         previews=tuple(_previews(folder, view)),
         pairs=tuple(_pairs(folder, max((len(one.prompts) for one in view.previews.values()), default=0))),
-        images=tuple(_pictures(history, report)),
+        images=tuple(_pictures(run, report)),
         advice=tuple(
             PictureAdvice(
                 file=one.name, finding=one.finding, reason=one.reason, remedy=one.remedy, drawn_less=one.drawn_less
@@ -121,9 +101,9 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         ),
         advice_summary=report.advice.summary,
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
-        lora=_lora(folders, history),
+        lora=_lora(folders, folder, record),
         saves=tuple(saves),
-        recommended=_recommended(history, view),
+        recommended=_recommended(run),
         best_step=None if best is None else best.step,
         verdict=report.verdict,
         facts=dict(report.facts),
@@ -134,7 +114,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         commands=dict(report.commands),
         files=tuple(_files(folder)),
         folder=str(folder),
-        is_trainable_on=is_trainable_on(history),
+        is_trainable_on=is_trainable_on(run),
         dataset=_dataset(folders, record),
     )
 
@@ -152,78 +132,15 @@ def run_file(folders: Folders, id: str, path: str) -> str:
 @question
 def run_view(folders: Folders, id: str, *, is_begun: bool = True) -> dict[str, Any]:
     """The `RunView` of a run's log, which need not exist yet; `is_begun` as in `run_folder_of`."""
-    view = view_of_log(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
-    return {**view, "run": id}
+    return {**view_of_log(run_folder_of(folders, id, is_begun=is_begun)), "run": id}
 
 
 @question
 def run_page(folders: Folders, id: str) -> bytes:
     """The report of a run as HTML, made again from its records: the one in its folder is untrusted."""
-    return run_report(report_of(read_history(run_folder_of(folders, id)))).encode("utf-8", "backslashreplace")
-
-
-def _row(id: str, folder: Path, jobs: Mapping[str, str]) -> RunRow:
-    facts = _facts(str(folder), stamp_of(folder / RECORD), stamp_of(folder / EVENTS))
-    job = jobs.get(id)
-    outcome: str | None = facts["outcome"]
-    is_running = job is not None or (outcome is None and RunFolder(folder).is_busy)
-    state = cast(RunPhase, "running" if is_running else outcome or "interrupted")
-    marks = marks_of(folder)
-    return RunRow(
-        id=id,
-        state=state,
-        job=job,
-        cover=_cover(folder, facts),
-        label=marks.title or next(id.removeprefix(f"{one}/") for one in PLACES if id.startswith(f"{one}/")),
-        starred=marks.starred,
-        note=marks.note,
-        **{key: facts[key] for key in _FACTS},
-    )
-
-
-def marks_of(folder: Path) -> RunMarks:
-    """What somebody keeps of a run; a file that is damaged or a link counts as none."""
-    return _marks_once(str(folder), stamp_of(folder / MARKS)) if is_own(folder / MARKS, folder) else RunMarks()
-
-
-@functools.lru_cache(maxsize=2000)
-def _marks_once(folder: str, stamp: tuple[int, int]) -> RunMarks:
-    try:
-        return replace(RunMarks(), **vars(typed(parse_foreign_json((Path(folder) / MARKS).read_bytes()), RunMarks)))
-    except (OSError, ValueError):
-        return RunMarks()
-
-
-_FACTS = ("name", "started", "seconds", "step", "steps", "model", "family", "loss", "loss_label", "held_out")
-
-
-@functools.lru_cache(maxsize=2000)
-def _facts(folder: str, record_stamp: tuple[int, int], events_stamp: tuple[int, int]) -> dict[str, Any]:
-    """The row of a run in the list, cached by file state."""
-    history = read_history(Path(folder))
-    record, view = history.record, RunView.of(history.events)
-    planned = record.config.get("steps")
-    starts = history.of(RunStarted)
-    shots = [preview_file(path) for one in view.previews.values() for path in one.paths[:1]]
-    return {
-        "outcome": None if view.outcome is None else view.outcome.value,
-        "name": record.title or Path(folder).name,
-        "started": starts[0].at if starts else None,
-        "seconds": view.seconds,
-        "step": view.step,
-        "steps": planned if isinstance(planned, int) else None,
-        "model": record.model.name,
-        "family": record.model.family,
-        "loss": view.loss.mean,
-        "loss_label": view.loss.label,
-        "held_out": None if view.best is None else view.best.loss,
-        "covers": [*reversed(shots), f"{record.title}.png"],
-    }
-
-
-def _cover(folder: Path, facts: Mapping[str, Any]) -> str | None:
-    candidates = [*facts["covers"], thumbnail_of(Path(), 0).as_posix()]
-    return next((one for one in candidates if is_own(folder / one, folder)), None)
+    with followed(run_folder_of(folders, id)) as found:
+        report = report_of(found)
+    return run_report(report).encode("utf-8", "backslashreplace")
 
 
 def _previews(folder: Path, view: RunView) -> Iterator[PreviewFacts]:
@@ -244,33 +161,34 @@ def _pairs(folder: Path, prompts: int) -> Iterator[PairFacts]:
                 yield PairFacts(title=stem.replace("-", " "), number=number, file=file)
 
 
-def _pictures(history: RunHistory, report: RunReport) -> Iterator[RunPicture]:
+def _pictures(run: LoggedRun, report: RunReport) -> Iterator[RunPicture]:
     standings = {one.name: one.standing for one in report.images if one.standing != UNJUDGED}
-    for index, image in enumerate(images_in(history.record.data)):
+    for index, image in enumerate(images_in(run.record.data)):
         small = thumbnail_of(Path(), index).as_posix()
         yield RunPicture(
             file=image.name,
             caption=image.caption,
             use=image.use,
-            thumbnail=small if is_own(history.folder / small, history.folder) else None,
+            thumbnail=small if is_own(run.folder / small, run.folder) else None,
             standing=standings.get(image.name, ""),
             controls=image.controls,
         )
 
 
-def _lora(folders: Folders, history: RunHistory) -> LoraFacts | None:
-    path = lora_of_run(history)
+def _lora(folders: Folders, folder: Path, record: RunRecord) -> LoraFacts | None:
+    path = lora_of_run(folder, record)
     if path is None:
         return None
     return LoraFacts(file=path.name, bytes=path.stat().st_size, installed=_installed(folders, path))
 
 
-def _recommended(history: RunHistory, view: RunView) -> RecommendedLora | None:
+def _recommended(run: LoggedRun) -> RecommendedLora | None:
     """The LoRA that an evaluation recommends, else the last one."""
-    if (path := lora_of_run(history)) is None:
+    view = run.view
+    if (path := lora_of_run(run.folder, run.record)) is None:
         return None
-    saves = candidates_of(history.folder, history.record.title)
-    found = evaluation_of(history.folder)
+    saves = candidates_of(run.folder, run.record.title)
+    found = evaluation_of(run.folder)
     best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best].file
     chosen = next((one for one in saves if one.path.name == best), None)
     if found is None:
@@ -351,37 +269,6 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-PLACES = ("runs", "output/runs")  # parents of runs, relative to the base folder
-
-
-def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
-    """The folder of a run; unless `is_begun`, its record need not exist yet. Raises UnknownFileError."""
-    place, _, name = id.rpartition("/")
-    names: tuple[str, ...] = (name,)
-    if place not in PLACES:
-        place, _, outer = place.rpartition("/")
-        names = (outer, name)
-    folder = folders.base.joinpath(place, *names)
-    if place in PLACES and all(map(is_name, names)):
-        base = folders.base.resolve()
-        roots = (base, (folders.base / place).resolve())
-        if (is_regular(folder / RECORD) or not is_begun) and any(
-            folder.resolve().is_relative_to(root) for root in roots
-        ):
-            return folder
-    raise UnknownFileError(f"there is no run {id!r}; choose one of the list")
-
-
-def all_runs(folders: Folders) -> Iterator[tuple[str, Path]]:
-    """Every run's id and folder."""
-    for place in PLACES:
-        parent = folders.base / place
-        names = sorted(entry.name for entry in os.scandir(parent)) if parent.is_dir() else []
-        for id in (f"{place}/{name}{inner}" for name in names for inner in ("", *(f"/{one}" for one in EXPERTS))):
-            with contextlib.suppress(UnknownFileError):
-                yield id, run_folder_of(folders, id)
-
-
 def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
     """The saved LoRAs of a run, ordered by step."""
     for path, step in loras_of_run(folder, record.title):
@@ -389,14 +276,10 @@ def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
         yield SavedLora(step=step, file=path.name, bytes=path.stat().st_size, best=best)
 
 
-def is_trainable_on(history: RunHistory) -> bool:
+def is_trainable_on(run: LoggedRun) -> bool:
     """Whether a longer run can continue from the end of a run."""
-    is_complete = history.outcome is not None and history.outcome.is_final
-    return (
-        is_complete
-        and history.record.source.get("command") == "train"
-        and bool(RunFolder(history.folder).states().paths())
-    )
+    is_complete = run.view.outcome is not None and run.view.outcome.is_final
+    return is_complete and run.record.source.get("command") == "train" and bool(RunFolder(run.folder).states().paths())
 
 
 def digest_of(path: Path) -> str:
@@ -405,5 +288,5 @@ def digest_of(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=1000)
-def _digest_once(path: str, stamp: tuple[int, int]) -> str:
+def _digest_once(path: str, stamp: Stamp) -> str:
     return sha256_file(Path(path))

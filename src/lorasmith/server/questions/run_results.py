@@ -28,6 +28,7 @@ from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
 from lorasmith.runs.run_images import images_in
+from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.api_shapes import (
@@ -40,11 +41,12 @@ from lorasmith.server.api_shapes import (
 from lorasmith.server.questions.dataset_questions import CONTROL, UnknownFileError, is_name, stays_in
 from lorasmith.server.questions.plan_questions import check_steps, structure_of
 from lorasmith.server.questions.question_registry import question
-from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
+from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, saves_of
+from lorasmith.server.questions.run_rows import run_folder_of
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.run_requests import DrawRequest, request
-from lorasmith.training.storage.records import RECORD, RunHistory, RunRecord, read_history, read_record
+from lorasmith.training.storage.records import RECORD, RunRecord, read_record
 from lorasmith.training.storage.run_folder import RunFolder
 
 _INSTALLING = threading.Lock()  # held while a free name is found and used
@@ -56,8 +58,7 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
     existing files are not replaced. Raises UnknownFileError, OptionError if there is no such LoRA, and OutputError.
     """
     folder = run_folder_of(folders, id)
-    history = read_history(folder)
-    lora = _lora_at(history, step)
+    lora = _lora_at(folder, read_record(folder), step)
     target = folders.base / "models" / "loras"
     stem = safe_name(name.strip().removesuffix(".safetensors") or lora.stem)
     with _INSTALLING:
@@ -84,11 +85,11 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> RunSpec:
     """
     check_steps(steps)
     folder = run_folder_of(folders, id)
-    history = read_history(folder)
-    record = history.record
+    with followed(folder) as run:
+        record, is_complete = run.record, is_trainable_on(run)
     if record.source.get("command") != "train":
         raise OptionError(f"{id} was not trained on a folder; change the steps in its graph or script instead")
-    if not is_trainable_on(history):
+    if not is_complete:
         raise OptionError(f"{id} is not complete, or has no run state to start from; continue it first")
     before = record.config.get("steps")
     if isinstance(before, int) and steps <= before:
@@ -127,7 +128,7 @@ def request_of_run(
         raise OptionError("a drawing must say what is drawn, got none; give drawing")
     _check_drawing(folders, id, drawing)
     if drawing.lora:
-        _lora_named(read_history(folder), drawing.lora)
+        _lora_named(folder, drawing.lora)
     return RequestAnswer(id=request(folder, DrawRequest(**asdict(drawing))))
 
 
@@ -181,7 +182,7 @@ def draw_request(
     folder, spec, model = _check_drawing(folders, id, asked)
     return {
         **drawing_of(id, spec, model),
-        "lora": _lora_named(read_history(folder), lora).name,
+        "lora": _lora_named(folder, lora).name,
         "text": prompt,
         "strength": strength,
         "seed": seed,
@@ -238,14 +239,14 @@ def drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
     be in the model folders or below the base folder.
     """
     folder = run_folder_of(folders, id)
-    history = read_history(folder)
-    if not RunFolder(folder).is_busy:
-        _lora_at(history, None)
+    record = read_record(folder)
+    if not RunFolder(folder).is_training:
+        _lora_at(folder, record, None)
     try:
-        spec = RunSpec.from_record(history.record.source, {})
+        spec = RunSpec.from_record(record.source, {})
     except ValueError as error:
         raise OptionError(f"{id} was not trained on a folder; draw with its LoRA in a graph") from error
-    asked = history.record.asked
+    asked = record.asked
     spec = spec.with_settings(**{name: asked[name] for name in _OF_DRAWINGS if asked.get(name) is not None})
     files = (spec.model, *spec.text_encoders, spec.vae)
     elsewhere = tuple(one for one in files if one and not _is_model(folders, one))
@@ -275,27 +276,28 @@ def run_graph(folders: Folders, id: str) -> dict[str, Any]:
     return {"prompt": prompt, "notes": notes}
 
 
-def _lora_at(history: RunHistory, step: int | None) -> Path:
+def _lora_at(folder: Path, record: RunRecord, step: int | None) -> Path:
     if step is None:
-        if (path := lora_of_run(history)) is None:
-            raise OptionError(f"{history.folder.name} has saved no LoRA yet; continue it, or cancel it to save one")
+        if (path := lora_of_run(folder, record)) is None:
+            raise OptionError(f"{folder.name} has saved no LoRA yet; continue it, or cancel it to save one")
         return path
-    saves = list(saves_of(history.folder, history.record))
+    saves = list(saves_of(folder, record))
     found = next((one for one in saves if one.step == step), None)
     if found is None:
         known = ", ".join(sorted({f"{one.step:,}" for one in saves})) or "none"
-        raise OptionError(f"{history.folder.name} has LoRAs of the steps {known}, got {step:,}; choose one of these")
-    return history.folder / found.file
+        raise OptionError(f"{folder.name} has LoRAs of the steps {known}, got {step:,}; choose one of these")
+    return folder / found.file
 
 
-def _lora_named(history: RunHistory, name: str) -> Path:
+def _lora_named(folder: Path, name: str) -> Path:
     """A LoRA of a run by its file's name, that of its end for none."""
+    record = read_record(folder)
     if not name:
-        return _lora_at(history, None)
-    known = [one.file for one in saves_of(history.folder, history.record)]
+        return _lora_at(folder, record, None)
+    known = [one.file for one in saves_of(folder, record)]
     if name not in known:
-        raise OptionError(f"{history.folder.name} has saved {', '.join(known) or 'no LoRA'}, got {name}; choose one")
-    return history.folder / name
+        raise OptionError(f"{folder.name} has saved {', '.join(known) or 'no LoRA'}, got {name}; choose one")
+    return folder / name
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from lorasmith.server.api_shapes import JobBody, SkippedFile, SweepAnswer, Sweep
 from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
 from lorasmith.server.questions.plan_questions import train_request
 from lorasmith.server.questions.question_registry import question
-from lorasmith.server.questions.run_questions import run_folder_of
+from lorasmith.server.questions.run_rows import is_below, run_folder_of
 from lorasmith.training.storage.run_folder import new_run_folder
 
 _RUNS = "runs"
@@ -130,7 +130,6 @@ def _placed(folders: Folders, spec: RunSpec) -> RunSpec:
 def _jobs(folders: Folders, id: str) -> list[Job]:
     """The jobs of a sweep of the command line. Raises UnknownFileError without one, and StoreError."""
     path = folders.base / _RUNS / id / QUEUE
-    roots = (folders.base.resolve(), (folders.base / _RUNS).resolve())
-    if not (is_name(id) and is_regular(path) and any(path.resolve().is_relative_to(root) for root in roots)):
+    if not (is_name(id) and is_regular(path) and is_below(folders, path, _RUNS)):
         raise UnknownFileError(f"there is no sweep {id!r}; choose one of the list")
     return [job for job in jobs_in(path) if is_name(job.id)]

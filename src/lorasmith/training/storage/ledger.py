@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,6 +24,9 @@ MIN_LOOKS = 12
 
 FEW_IMAGES = 4
 """Images below which none is compared with the others."""
+
+MOST_DRAWS = 5_000_000
+"""Draws that are kept of a run, 24 bytes each; a run of 100,000 steps of 16 images has fewer."""
 
 FAR = 1.5
 """Factor from which a level is far from that of others."""
@@ -60,49 +63,56 @@ class QuantileCurve:
 
 
 class Ledger:
-    """Every draw of a run, by image name and in `bins` equal parts of diffusion time."""
+    """The draws of a run, of the first `MOST_DRAWS`, by image name."""
 
-    def __init__(self, names: Sequence[str], *, bins: int = 10) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self._images = list(dict.fromkeys(names))
         place = {name: index for index, name in enumerate(self._images)}
         self._image_of = [place[name] for name in names]
-        self._bins = bins
-        self._step, self._image = array("q"), array("q")
+        self._step, self._image = array("i"), array("i")
         self._quantile, self._loss = array("d"), array("d")
 
-    def add(self, step: int, draws: Iterable[Sequence[float]]) -> None:
-        """Add a step's draws (dataset index, quantile, loss), replacing all from that step on."""
+    def add(self, step: int, draws: Iterable[tuple[int, float, float]]) -> None:
+        """Add a step's draws (dataset index, quantile, loss), replacing all from that step on; those out of range, as
+        in a log of somebody else, are left out.
+        """
         while self._step and self._step[-1] >= step:
             for column in (self._step, self._image, self._quantile, self._loss):
                 column.pop()
-        for index, quantile, loss in draws:
-            if math.isfinite(loss):
+        count = len(self._image_of)
+        for index, quantile, loss in draws if len(self._step) < MOST_DRAWS else ():
+            if 0 <= index < count and 0 <= quantile <= 1 and math.isfinite(loss):
                 self._step.append(step)
-                self._image.append(self._image_of[int(index)])
+                self._image.append(self._image_of[index])
                 self._quantile.append(quantile)
                 self._loss.append(loss)
 
-    def curve(self, points: int = 40) -> QuantileCurve:
-        """Mean loss by bin in at most `points` intervals of equally many steps."""
-        edges = tuple(float(edge) for edge in np.linspace(0, 1, self._bins + 1))
+    def __bool__(self) -> bool:
+        return bool(self._step)
+
+    def curve(self, points: int = 40, *, bins: int = 5) -> QuantileCurve:
+        """Mean loss in `bins` equal parts of diffusion time (more lines cannot be distinguished), in at most `points`
+        intervals of equally many steps.
+        """
+        edges = tuple(float(edge) for edge in np.linspace(0, 1, bins + 1))
         if not self._step:
             return QuantileCurve(edges, (), ())
         step, first, last = np.array(self._step), self._step[0], self._step[-1]
         length = -(-(last - first + 1) // points)
         stretch = (step - first) // length
         count = int(stretch[-1]) + 1
-        cell = stretch * self._bins + self._bin()
-        looks = np.bincount(cell, minlength=count * self._bins)
-        sums = np.bincount(cell, np.array(self._loss), minlength=count * self._bins)
+        cell = stretch * bins + _bins_of(np.array(self._quantile), bins)
+        looks = np.bincount(cell, minlength=count * bins)
+        sums = np.bincount(cell, np.array(self._loss), minlength=count * bins)
         means = [float(total / n) if n else None for total, n in zip(sums, looks, strict=True)]
         return QuantileCurve(
             edges,
             tuple(min(first + (index + 1) * length - 1, last) for index in range(count)),
-            tuple(tuple(means[row * self._bins : (row + 1) * self._bins]) for row in range(count)),
+            tuple(tuple(means[row * bins : (row + 1) * bins]) for row in range(count)),
         )
 
-    def images(self, *, held_out_fall: float | None = None) -> list[ImageLevels]:
-        """Each image's record, in the dataset's order.
+    def images(self, *, without: Container[str] = (), held_out_fall: float | None = None) -> list[ImageLevels]:
+        """Each image's record but for those `without`, whose draws do not count, in the dataset's order.
 
         Thirds of its draws are compared. An image stands out where its level after the first third is far from the
         median, by a factor of `FAR` (1.5), from `_SURE` standard errors on, and in the last third as well; of its own
@@ -117,25 +127,37 @@ class Ledger:
         - *learnt*: it fell from the first third to the last, and no longer falls.
         - *unchanged*: none of these; few draws at a low learning rate cannot show a change.
         """
-        image = np.array(self._image, dtype=np.int64)
+        shown = np.array([name not in without for name in self._images], dtype=bool)
+        image, quantile, loss = np.array(self._image, dtype=np.int64), np.array(self._quantile), np.array(self._loss)
+        if not shown.all():
+            counted = shown[image]
+            image, quantile, loss = image[counted], quantile[counted], loss[counted]
         looks = np.bincount(image, minlength=len(self._images))
         judged = looks >= MIN_LOOKS
-        if not judged.any():
-            return [_unjudged(name, int(count)) for name, count in zip(self._images, looks, strict=True)]
-        logs, bins = np.log(np.maximum(np.array(self._loss), _TINY)), self._bin()
-        levels = logs - _expected(logs, bins, (judged / np.maximum(looks, 1))[image], self._bins)[bins]
-        thirds = {index: _Thirds.of(levels[image == index]) for index in map(int, np.flatnonzero(judged))}
-        usual = _Usual.of(list(thirds.values()), None if held_out_fall is None else math.log(max(held_out_fall, _TINY)))
+        thirds: dict[int, _Thirds] = {}
+        if judged.any():
+            logs, bins = np.log(np.maximum(loss, _TINY)), _bins_of(quantile, _TIME_BINS)
+            levels = logs - _expected(logs, bins, (judged / np.maximum(looks, 1))[image], _TIME_BINS)[bins]
+            levels, ends = levels[np.argsort(image, kind="stable")], np.cumsum(looks)  # image by image
+            thirds = {
+                index: _Thirds.of(levels[ends[index] - looks[index] : ends[index]])
+                for index in map(int, np.flatnonzero(judged))
+            }
+            fall = None if held_out_fall is None else math.log(max(held_out_fall, _TINY))
+            usual = _Usual.of(list(thirds.values()), fall)
         return [
             usual.record(name, int(count), thirds[index]) if index in thirds else _unjudged(name, int(count))
             for index, (name, count) in enumerate(zip(self._images, looks, strict=True))
+            if shown[index]
         ]
-
-    def _bin(self) -> NDArray[np.int64]:
-        return np.minimum((np.array(self._quantile) * self._bins).astype(np.int64), self._bins - 1)
 
 
 _TINY = 1e-12  # keeps logarithms finite
+_TIME_BINS = 10  # equal parts of diffusion time, within which draws are compared
+
+
+def _bins_of(quantiles: Array, bins: int) -> NDArray[np.int64]:
+    return np.minimum((quantiles * bins).astype(np.int64), bins - 1)
 
 
 def _expected(logs: Array, bins: NDArray[np.int64], weights: Array, count: int) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -210,12 +210,6 @@ class RunHistory:
     def of(self, kind: type[_E]) -> list[_E]:
         return [event for event in self.events if isinstance(event, kind)]
 
-    def draws(self) -> Iterator[tuple[int, Sequence[tuple[int, float, float]]]]:
-        """Step and `StepDone.draws`, read from the log again; repeated steps occur twice."""
-        for _, event in logged(self.folder):
-            if isinstance(event, StepDone):
-                yield event.step, event.draws
-
     @property
     def outcome(self) -> Outcome | None:
         """Why the run ended; None if it was killed or is running."""
@@ -241,7 +235,7 @@ def logged(folder: Path, *, only: bytes = b"") -> Iterator[tuple[bytes, Event | 
         if not line.strip() or only not in line:
             continue
         try:
-            yield line, decoded(line.decode(errors="replace"))
+            yield line, decoded(line)
         except ValueError:
             yield line, None
 

@@ -27,7 +27,15 @@ from pathlib import Path, PurePath
 from typing import Any, TextIO
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
-from lorasmith.core.files import atomic_path, check_parents, check_writable, ensure_folder, locked, write_atomic
+from lorasmith.core.files import (
+    atomic_path,
+    check_parents,
+    check_writable,
+    ensure_folder,
+    is_regular,
+    locked,
+    write_atomic,
+)
 from lorasmith.core.power_average import AVERAGES
 from lorasmith.core.printable import count_text, memory_text
 from lorasmith.training.events import Event, EventHandler, Outcome, RolledBack, RunFinished, StepDone, Warned, encoded
@@ -124,6 +132,11 @@ class RunFolder:
             return True
         return False
 
+    @property
+    def is_training(self) -> bool:
+        """Whether another process trains in it. Writes nothing, unless one was killed."""
+        return is_regular(self.path / _LOCK) and self.is_busy
+
     def note_environment(self, environment: Mapping[str, Any]) -> None:
         """Add an environment to `run.json` if it is new. Raises OutputError."""
         record = self.record()
@@ -215,7 +228,7 @@ class RunFolder:
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         self._check_entries()
-        return locked(self.path / ".lock", f"{self.path} is in use by a run in another process")
+        return locked(self.path / _LOCK, f"{self.path} is in use by a run in another process")
 
     def _check_entries(self) -> None:
         """Raise OutputError if entries of an untrusted folder would redirect writes or block reads (links, pipes)."""
@@ -308,6 +321,7 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
+_LOCK = ".lock"
 _STATE = "existing_state"
 
 

@@ -15,7 +15,7 @@ const LATEST = 4;
 
 export function HomeView() {
   const [datasets, datasetsError, reloadDatasets] = useLoaded((signal) => get(["datasets"], {}, signal), []);
-  const [runs] = useLoaded((signal) => get(["runs"], {}, signal), []);
+  const [runs] = useLoaded((signal) => get(["runs"], { limit: 50 }, signal), []);
   const [error, setError] = useState(null);
   useEvents("", { dataset: reloadDatasets });
 
@@ -52,7 +52,7 @@ export function HomeView() {
       : !datasets ? html`<section><h2>Your photos</h2><${Loading} what="folders of photos" /></section>`
       : known.length > 0 && html`<section aria-labelledby="known"><h2 id="known">Your photos</h2>
         <ul class="cards">${known.map(card)}</ul></section>`}
-    ${latest.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2>${runs.runs.length > 1 && html`<a href=${link("runs")}>All ${count(runs.runs.length, "run")}</a>`}</div>
+    ${latest.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2>${runs.total > 1 && html`<a href=${link("runs")}>All ${count(runs.total, "run")}</a>`}</div>
       <ul class="cards">${latest.map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul></section>`}
     ${examples.length > 0 && html`<section aria-labelledby="examples"><h2 id="examples">No photos at hand?</h2><ul class="cards">${examples.map(card)}</ul></section>`}`;
 }

@@ -12,9 +12,13 @@ import { NextBar } from "../parts/stepper.mjs";
 import { MOST_COMPARED } from "./compare.mjs";
 import { Sweeps } from "./sweep.mjs";
 
+const FIRST = 100; // runs that are shown at first, starred ones before others
+
 export function RunsView() {
-  const [found, error, reload] = useLoaded((signal) => get(["runs"], {}, signal), []);
   const [words, setWords] = useState("");
+  const [isAsked, setAll] = useState(false);
+  const isAll = isAsked || words !== "";
+  const [found, error, reload] = useLoaded((signal) => get(["runs"], isAll ? {} : { limit: FIRST }, signal), [isAll]);
   const [chosen, setChosen] = useState([]);
   const known = useStore(work);
   const ended = [...(known?.jobs.values() ?? [])].filter((job) => job.ended).length;
@@ -46,6 +50,7 @@ export function RunsView() {
         <${RunState} run=${run} job=${jobs.get(run.id)} />
         <${Star} run=${run} onChange=${reload} />
         <button type="button" class="icon-button" aria-label=${`Delete ${nameOfRun(run)}`} title="Delete" onClick=${() => removeRun(run, reload)}>✕</button></li>`)}</ul>
+      ${!isAll && found?.total > FIRST && html`<p><${Button} onClick=${() => setAll(true)}>Show all ${count(found.total, "run")}<//></p>`}
       ${words && !shown.length && runs.length > 0 && html`<p class="faint">No run has these words.</p>`}
       ${found?.damaged?.length > 0 && html`<${Notice} mood="fair"><p>${count(found.damaged.length, "folder looks", "folders look")} like a run and cannot be read:</p><ul>${found.damaged.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul><//>`}
     </section>
