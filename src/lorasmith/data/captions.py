@@ -139,6 +139,46 @@ def with_trigger(caption: str, trigger: str) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
+COMMON_WORDS = frozenset(
+    ("a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "photo", "picture", "the", "to", "with")
+)
+"""Words that say nothing of what a caption is about."""
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_MOST_SHARED = 8  # words
+
+
+def shared_phrase(captions: Sequence[str]) -> str:
+    """The longest words in a row, in lower case, that all captions have, such as their subject; empty if there are
+    none, or they say nothing.
+
+    >>> shared_phrase(["a fox, on a blue background", "A fox", "photo of a fox on a hill"])
+    'a fox'
+    >>> shared_phrase(["a cat on a hill", "a dog on a rug"])
+    ''
+    """
+    spoken = sorted((re.findall(r"[\w'-]+", one.casefold()) for one in captions), key=len)
+    for length in range(min(_MOST_SHARED, len(spoken[0]) if spoken else 0), 0, -1):
+        starts = range(len(spoken[0]) - length + 1)
+        found = dict.fromkeys(tuple(spoken[0][start : start + length]) for start in starts)
+        for words in spoken[1:]:
+            there = {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
+            found = {one: None for one in found if one in there}
+        for phrase in found:
+            if shared := _without_ends(phrase):
+                return " ".join(shared)
+    return ""
+
+
+def _without_ends(phrase: Sequence[str]) -> Sequence[str]:
+    """A phrase without common words at its end, and but for articles at its start."""
+    about = [index for index, word in enumerate(phrase) if word not in COMMON_WORDS]
+    if not about:
+        return ()
+    start = about[0] - (about[0] > 0 and phrase[about[0] - 1] in _ARTICLES)
+    return phrase[start : about[-1] + 1]
+
+
 def one_line(text: str) -> str:
     """`text` with white space collapsed and lone surrogates removed."""
     return " ".join(text.encode("utf-8", "replace").decode().split())

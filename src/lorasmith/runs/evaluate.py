@@ -51,7 +51,7 @@ from lorasmith.formats.metadata import steps_of
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.evaluation_page import EvaluationPage, EvaluationRow, evaluation_page
 from lorasmith.report.pictures import KEPT_EDGE, PictureTable, thinned, webp
-from lorasmith.runs.run_images import images_in, thumbnail_of
+from lorasmith.runs.run_images import images_in, subject_words, thumbnail_of
 from lorasmith.runs.run_page import is_own, loras_of_run
 from lorasmith.sampling.generate import Sampling, generate
 from lorasmith.training.lora_handle import Lora
@@ -121,13 +121,17 @@ def subject_of(
             if not mine:
                 raise OptionError(f"{path} has saved no LoRA yet; train it, or name another run")
             found += mine
-            triggers |= _trigger(mine[-1].path)
+            named = _trigger(mine[-1].path)
+            if not named and (words := subject_words(record)):
+                named = {words: None}
+                notes.append(f"The LoRAs have no trigger; {words!r} is drawn, which all captions share.")
+            triggers |= named
             pictures += _thumbnails(path, record.data)
         else:
             found.append(Candidate(path, path.stem, steps_of(check_safetensors(path).metadata, path.name) or None))
             triggers |= _trigger(path)
     if trigger is not None:
-        triggers = {trigger: None}
+        triggers, notes = {trigger: None}, []
     if len(triggers) != 1:
         known = "none" if not triggers else "several, " + ", ".join(map(repr, triggers))
         raise OptionError(f"the LoRAs must have one trigger, got {known}; give it as trigger, such as 'sks dog'")

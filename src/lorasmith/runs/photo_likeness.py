@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.printable import count_text
+from lorasmith.data.captions import COMMON_WORDS
 from lorasmith.data.clips import open_still
 from lorasmith.data.findings import CheckedImage, Finding, listed
 from lorasmith.data.preflight import Preflight
@@ -20,10 +21,6 @@ from lorasmith.evaluation.photo_groups import nearly_same, odd_ones_out
 
 MOST_PHOTOS = 200
 """Photos up to which they are compared: each takes about 30 ms of a core, once."""
-
-_COMMON = frozenset(
-    ("a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "photo", "picture", "the", "to", "with")
-)
 
 
 def with_likeness(found: Preflight) -> Preflight:
@@ -77,7 +74,7 @@ def _odd_ones(images: Sequence[CheckedImage], subjects: Sequence[int], features:
 def _shared_words(captions: Sequence[str], others: Sequence[str]) -> str:
     """The words that all captions have and none of the others; empty if there are none."""
     spoken = [re.findall(r"\w+", one.casefold()) for one in captions]
-    shared = set(spoken[0]).intersection(*spoken) - _COMMON
+    shared = set(spoken[0]).intersection(*spoken) - COMMON_WORDS
     shared -= {word for one in others for word in re.findall(r"\w+", one.casefold())}
     return " ".join(word for word in dict.fromkeys(spoken[0]) if word in shared)
 

@@ -123,6 +123,8 @@ class Job:
             "attempts": self.attempts,
             "name": self.request.get("name") if self.sweep is None else PurePath(self.request["output"]).name,
             "model": self.request.get("model"),
+            "about": self.request.get("run") if self.kind in ("draw", "evaluate") else None,
+            "wish": self.request.get("wish") if self.kind == "draw" else None,
         }
 
 

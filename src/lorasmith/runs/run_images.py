@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.core.typed_json import typed
+from lorasmith.data.captions import shared_phrase
 from lorasmith.data.clips import open_still
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import ImageError
 from lorasmith.report.pictures import side_by_side
 from lorasmith.runs.run_plan import RunPlan, captions_used
+from lorasmith.training.storage.records import RunRecord
 
 _THUMBNAILS = 60  # images of which a small version is kept: reading takes a moment for each
 
@@ -46,6 +48,15 @@ class LeftOut:
 
     name: str
     reason: str
+
+
+def subject_words(record: RunRecord) -> str:
+    """What prompts call what a run learnt: its trigger, else the words that its captions share; empty without any."""
+    trigger = record.source.get("trigger")
+    if isinstance(trigger, str) and trigger.strip():
+        return trigger.strip()
+    images = [one.caption for one in images_in(record.data) if one.use != "class"]
+    return shared_phrase(images or [one.caption or "" for one in record.samples])
 
 
 def image_facts(plan: RunPlan) -> dict[str, Any]:

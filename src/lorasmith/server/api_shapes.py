@@ -171,6 +171,7 @@ class PictureRow:
     problem: Annotated[str, "why picture or caption cannot be read; empty if they can"] = ""
     controls: Annotated[tuple[ControlRow, ...], "pictures before the edit, for edit models"] = ()
     crop: Annotated[Crop | None, "the part of its original that it is, if it was cropped; null if it was not"] = None
+    mask: Annotated[str, "name of the mask beside it; empty without one"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -611,6 +612,8 @@ class JobAnswer:
     error: Annotated[dict[str, Any] | None, "why it failed"]
     run: Annotated[str | None, "id of the run that it trains or has trained"]
     attempts: Annotated[int, "how often it was started"]
+    about: Annotated[str | None, "id of the run whose LoRAs it draws with or evaluates; null for other jobs"] = None
+    wish: Annotated[str | None, "what the grid that it draws is asked for; null for other jobs"] = None
     request: Annotated[dict[str, Any], "what it does"] = field(default_factory=dict)
 
 
@@ -812,6 +815,9 @@ class RunNote:
     step: int | None = None
 
 
+_SUBJECT = "what prompts call what was learnt: the trigger, else the words that all captions share; empty without any"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunAnswer(RunRow):
     """A run with all that its report says."""
@@ -821,6 +827,7 @@ class RunAnswer(RunRow):
     settings: Annotated[tuple[RunSetting, ...], "all of them"]
     changed: Annotated[dict[str, Any], "those that differ from their defaults"]
     trigger: Annotated[str, "phrase for the subject"]
+    subject: Annotated[str, _SUBJECT] = ""
     losses: Annotated[tuple[tuple[int, float | None], ...], "step and loss; of long runs a part of them, evenly spaced"]
     smooth: Annotated[
         tuple[tuple[int, float | None], ...], "step and mean of the losses before it; the last one is `loss`"
@@ -882,6 +889,14 @@ class EvaluationAnswer:
 
     evaluation: Annotated[Evaluation | None, "null if they were not evaluated yet"]
     folder: Annotated[str, "of its pictures, among the files of the run"]
+    subject: Annotated[str, _SUBJECT] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBody:
+    """What is evaluated."""
+
+    subject: Annotated[str, "what to draw, for a run that has no subject"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -892,6 +907,7 @@ class GalleryAnswer:
     steps: Annotated[tuple[int, ...], "of the LoRAs that are drawn"]
     strengths: Annotated[tuple[float, ...], "at which they are drawn"]
     grids: tuple[Grid, ...]
+    subject: Annotated[str, _SUBJECT] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -899,6 +915,7 @@ class GalleryBody:
     """What is asked for beside the trigger; with the trigger in it, it is the whole prompt."""
 
     wish: Annotated[str, "of at most 1,000 characters"]
+    subject: Annotated[str, "what to draw, for a run that has no subject"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ class DrawJobs:
     def _evaluate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set
         reporter = JobReporter(self._work.channel, folders.base)
-        subject = subject_of([folders.base / request["run"]])
+        subject = subject_of([folders.base / request["run"]], trigger=request.get("subject") or None)
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
         found = evaluate(model, subject, progress=reporter.progress, cancelled=cancelled)
         return {"outputs": {"sentence": found.sentence}}

@@ -43,6 +43,20 @@ def test_a_draft_is_merged_with_what_others_changed_or_refused_with_it(tmp_path:
     with_api(tmp_path, test)
 
 
+def test_the_draft_of_an_example_has_its_trigger(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        for name, trigger in (("fox", "a fox"), ("high-contrast", "high contrast style")):
+            seen = (await client.ask("GET", f"/datasets/{name}/draft"))["draft"]
+            assert seen["trigger"] == trigger
+            stored = await client.ask("PUT", f"/datasets/{name}/draft", {"draft": {**seen, "name": "x"}, "seen": seen})
+            assert (stored["draft"]["trigger"], stored["version"]) == (trigger, 1)
+            without = {**stored["draft"], "trigger": ""}
+            await client.ask("PUT", f"/datasets/{name}/draft", {"draft": without, "seen": stored["draft"]})
+            assert (await client.ask("GET", f"/datasets/{name}/draft"))["draft"] == without
+
+    with_api(tmp_path, test)
+
+
 @pytest.mark.parametrize(
     ("seen", "mine", "there", "found", "conflicts"),
     [

@@ -448,9 +448,12 @@ class FakeServer:
                 width = height = None  # type: ignore[assignment]
             if width and (part := self.crops.get(file)):
                 width, height = round(part["width"] * width), round(part["height"] * height)
+            mask = next((one for one in self.datasets[name] if one.startswith(f"{Path(file).stem}.mask.")), "")
+            if Path(file).stem.removesuffix(".mask") in stems - {Path(file).stem}:
+                continue
             images.append({"file": file, "width": width, "height": height, "bytes": len(content), "caption": caption,
                            "has_caption": bool(caption), "problem": "" if width else "cannot be read",
-                           "crop": self.crops.get(file),
+                           "crop": self.crops.get(file), "mask": mask,
                            "controls": controls.get(Path(file).stem, [])})  # fmt: skip
         return web.json_response(
             {
@@ -840,7 +843,8 @@ class FakeServer:
 
     async def _draw_grid(self, request: web.Request) -> web.Response:
         wish = (await request.json())["wish"]
-        job = self.add_job("pending", kind="draw", name=None, title="Drawing", request={"wish": wish})
+        run = request.match_info["id"]
+        job = self.add_job("pending", kind="draw", name=None, title="Drawing", request={}, about=run, wish=wish)
         self.publish(job)
 
         async def draw() -> None:
@@ -861,7 +865,8 @@ class FakeServer:
         return web.Response(body=_drawn("card"), content_type="image/png")
 
     async def _evaluate(self, request: web.Request) -> web.Response:
-        job = self.add_job("pending", kind="evaluate", name=None, title="Evaluation", request={})
+        run = request.match_info["id"]
+        job = self.add_job("pending", kind="evaluate", name=None, title="Evaluation", request={}, about=run)
         self.publish(job)
 
         async def evaluate() -> None:

@@ -602,6 +602,32 @@ def test_a_run_is_evaluated(served: ServedPage, open_page: Opener, scheme: str, 
 
 
 @pytest.mark.slow
+def test_what_a_run_is_drawn_for_is_found_again_and_asked_where_nothing_says_it(
+    served: ServedPage, open_page: Opener
+) -> None:
+    served.server.add_run("runs/fox-001")
+    served.server.step_seconds = 3600  # they run until they are cancelled
+    served.server.evaluation["subject"] = served.server.gallery["subject"] = ""
+    page = open_page("#/runs/runs%2Ffox-001")
+    for name, button in (("Which step?", "Evaluate the LoRAs"), ("Gallery", "Draw 10 pictures")):
+        region = page.get_by_role("region", name=name)
+        expected(region.get_by_role("button", name=button)).to_be_disabled()
+        region.get_by_label("What should I draw?").fill(" a fox ")
+        region.get_by_role("button", name=button).click()
+        expected(region.get_by_role("progressbar")).to_have_count(1)
+    assert [body["subject"] for _, path, body in served.server.calls if path.startswith("/lorasmith/v1/runs/")] == [
+        "a fox",
+        "a fox",
+    ]
+    page.reload()
+    for name, button in (("Which step?", "Evaluate the LoRAs"), ("Gallery", "Draw 10 pictures")):
+        region = page.get_by_role("region", name=name)
+        expected(region.get_by_role("progressbar")).to_have_count(1)
+        region.get_by_role("button", name="Cancel").click()
+        expected(region.get_by_role("button", name=button)).to_have_count(1)
+
+
+@pytest.mark.slow
 def test_an_edit_model_is_tried_on_a_picture(served: ServedPage, open_page: Opener, photos: Path) -> None:
     served.server.add_run("runs/fox-001")
     served.server.control = "required"

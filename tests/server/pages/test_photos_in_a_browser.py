@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.server.pages.conftest import ServedPage, assert_legible, expected
 
@@ -78,6 +79,19 @@ def test_what_is_not_added_is_named_with_its_reason(served: ServedPage, open_pag
     assert_legible(page)
     page.get_by_role("button", name="Close the list of files that were not added").click()
     expected(listed).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_a_mask_that_is_dropped_finds_its_photo(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
+    served.server.add_dataset("fox", 2)
+    page = open_page(PHOTOS)
+    page.get_by_label("Caption of fox_1.png").wait_for()
+    mask = tmp_path / "fox_1.mask.png"
+    Image.new("L", (8, 8)).save(mask)
+    page.locator("input[type=file]").first.set_input_files(mask)
+    expected(page.get_by_text("Mask: fox_1.mask.png (used with “masks: files” in the settings)")).to_have_count(1)
+    expected(page.get_by_text("Waiting…")).to_have_count(0)
+    expected(page.locator(".tile")).to_have_count(2)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from lorasmith.core.errors import DataError, LorasmithError, OptionError, Output
 from lorasmith.core.folders import Folders
 from lorasmith.families.base import ControlForm
 from lorasmith.families.model import Model
+from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.runs.evaluate import subject_of
 from lorasmith.server.api_shapes import DrawingBody
 from lorasmith.server.questions.dataset_questions import UnknownFileError
 from lorasmith.server.questions.run_pictures import (
@@ -194,6 +196,33 @@ def test_a_gallery_has_prompts_by_kind_steps_and_strengths(
     as_edit_model(monkeypatch, is_required=True)
     with pytest.raises(OptionError, match="draws from pictures"):
         grid_request(installation, RUN, wish="blue")
+
+
+def test_what_captions_share_is_drawn_where_there_is_no_trigger(installation: Folders, base: Path) -> None:
+    record = json.loads((base / RUN / "run.json").read_text())
+    record["source"]["trigger"] = ""
+    for image, caption in zip(record["data"]["images"], ("The dog, on grass", "the dog runs", "", "a"), strict=True):
+        image |= {"caption": caption or "my dog: the dog", "use": "class" if len(caption) == 1 else "trained"}
+    (base / RUN / "run.json").write_text(json.dumps(record))
+    for path in (base / RUN).glob("*.safetensors"):
+        tensors, metadata = read_safetensors(path)
+        write_safetensors(path, tensors, {key: text for key, text in metadata.items() if "trigger" not in key})
+    assert run(installation, RUN).subject == run_gallery(installation, RUN).subject == "the dog"
+    assert run_evaluation(installation, RUN).subject == "the dog"
+    assert grid_request(installation, RUN, wish="noto style", subject="x")["text"] == "the dog, noto style"
+    found = subject_of([base / RUN])
+    assert found.trigger == "the dog" and "which all captions share" in found.notes[0]
+    assert evaluation_request(installation, RUN)["subject"] == ""
+    for image in record["data"]["images"]:
+        image["caption"] = "on the"
+    (base / RUN / "run.json").write_text(json.dumps(record))
+    assert run(installation, RUN).subject == ""
+    assert grid_request(installation, RUN, wish="noto style", subject=" a cat ")["text"] == "a cat, noto style"
+    with pytest.raises(OptionError, match="must have one trigger, got none"):
+        evaluation_request(installation, RUN)
+    assert evaluation_request(installation, RUN, subject=" a cat ")["subject"] == "a cat"
+    with pytest.raises(OptionError, match="a subject must have between 0 and 1,000 characters"):
+        evaluation_request(installation, RUN, subject="a" * 1001)
 
 
 def test_a_card_has_pictures_and_no_path(installation: Folders, base: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.typed_json import typed
 from lorasmith.server.api.endpoint import Call, Endpoint
 from lorasmith.server.api_shapes import Draft, DraftAnswer, DraftBody
 from lorasmith.server.request_handling import ServerContext
@@ -53,10 +54,8 @@ def merged(
 
 
 async def _draft(context: ServerContext, call: Call) -> DraftAnswer:
-    name = call.path("name")
-    await context.assistant.ask("is_dataset", name=name)
-    stored, version = context.store.draft(name)
-    return DraftAnswer(draft=Draft(**stored), version=version)
+    stored, version = await _stored(context, call.path("name"))
+    return DraftAnswer(draft=stored, version=version)
 
 
 async def _set_draft(context: ServerContext, call: Call) -> DraftAnswer:
@@ -64,15 +63,21 @@ async def _set_draft(context: ServerContext, call: Call) -> DraftAnswer:
     mine = asdict(body.draft)
     if (size := len(json.dumps(mine))) > _MOST_BYTES:
         raise OptionError(f"a draft must have at most {_MOST_BYTES:,} bytes, got {size:,}; shorten its texts")
-    await context.assistant.ask("is_dataset", name=name)
-    stored, version = context.store.draft(name)
-    there = {**asdict(Draft()), **stored}
+    stored, version = await _stored(context, name)
+    there = asdict(stored)
     found, conflicts = (mine, []) if body.seen is None else merged(asdict(body.seen), mine, there)
     if conflicts:
         raise StaleDraftError(conflicts, {"draft": there, "version": version})
     if found != there:
         version = context.dispatcher.set_draft(name, found)
     return DraftAnswer(draft=Draft(**found), version=version)
+
+
+async def _stored(context: ServerContext, name: str) -> tuple[Draft, int]:
+    """The draft of a dataset, that of an example with its trigger at first, and its version. Raises RefusedError."""
+    first = await context.assistant.ask("first_trigger", name=name)
+    stored, version = context.store.draft(name)
+    return (typed(stored, Draft) if version else Draft(trigger=first)), version
 
 
 DRAFT_ENDPOINTS = (

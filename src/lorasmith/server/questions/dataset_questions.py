@@ -77,10 +77,13 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
     )
 
 
+_EXAMPLES = {"fox": "a fox", "high-contrast": "high contrast style"}
+
+
 @question
-def is_dataset(folders: Folders, name: str) -> bool:
-    """True. Raises UnknownFileError."""
-    return dataset_folder(folders, name).is_dir()
+def first_trigger(folders: Folders, name: str) -> str:
+    """The trigger that a training on a dataset begins with, that of an example. Raises UnknownFileError."""
+    return _EXAMPLES.get(name, "") if is_builtin(dataset_folder(folders, name)) else ""
 
 
 @question
@@ -155,6 +158,7 @@ def picture_row(one: Candidate) -> PictureRow:
         problem=problem or fault,
         controls=tuple(_control_row(path, Path(one.folder.path)) for path in one.controls),
         crop=None if original is None else original.crop,
+        mask=next(iter(one.folder.masks.get(stem_of(one.name), ())), ""),
     )
 
 

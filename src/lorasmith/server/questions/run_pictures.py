@@ -19,6 +19,7 @@ from lorasmith.report.pictures import thinned
 from lorasmith.report.share_card import MOST_PROMPTS, WIDTH, share_card
 from lorasmith.runs.evaluate import STRENGTHS, candidates_of, subject_of
 from lorasmith.runs.gallery import MOST_STEPS, read_grids
+from lorasmith.runs.run_images import subject_words
 from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own
 from lorasmith.runs.run_previews import OF_SLIDER
@@ -38,20 +39,23 @@ _MOST_WISH = 1_000  # characters
 @question
 def run_evaluation(folders: Folders, id: str) -> EvaluationAnswer:
     """The stored evaluation of the LoRAs of a run. Raises UnknownFileError."""
-    return EvaluationAnswer(evaluation=evaluation_of(run_folder_of(folders, id)), folder=EVALUATION)
+    folder = run_folder_of(folders, id)
+    subject = subject_words(read_record(folder))
+    return EvaluationAnswer(evaluation=evaluation_of(folder), folder=EVALUATION, subject=subject)
 
 
 @question
-def evaluation_request(folders: Folders, id: str) -> dict[str, Any]:
-    """The request of a job that evaluates the LoRAs of a run. Raises as `drawing_facts`, and OptionError if its LoRAs
-    have no trigger, or the extra `likeness` is missing.
+def evaluation_request(folders: Folders, id: str, *, subject: str = "") -> dict[str, Any]:
+    """The request of a job that evaluates the LoRAs of a run. Raises as `drawing_facts`, and OptionError if neither it
+    nor `subject` says what to draw, or the extra `likeness` is missing.
     """
     check_installed()
+    _check_length("a subject", subject)
     folder, spec, model = drawn_with(folders, id)
     if model.control_form is not None and model.control_form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
-    subject_of([folder])
-    return {"run": id, "model": spec.model, "files": asdict(spec.files)}
+    subject_of([folder], trigger=subject.strip() or None)
+    return {"run": id, "model": spec.model, "files": asdict(spec.files), "subject": subject.strip()}
 
 
 @question
@@ -64,20 +68,21 @@ def run_gallery(folders: Folders, id: str) -> GalleryAnswer:
         steps=steps,
         strengths=_strengths(spec),
         grids=read_grids(folder),
+        subject=subject_words(read_record(folder)),
     )
 
 
 @question
-def grid_request(folders: Folders, id: str, *, wish: str) -> dict[str, Any]:
-    """The request of a job that draws a grid. Raises as `drawing_facts`, and OptionError for a wish that is empty or
-    too long, and for models that draw from pictures.
+def grid_request(folders: Folders, id: str, *, wish: str, subject: str = "") -> dict[str, Any]:
+    """The request of a job that draws a grid, of `subject` where the run has none. Raises as `drawing_facts`, and
+    OptionError for a wish that is empty or too long, and for models that draw from pictures.
     """
-    if not 0 < len(wish.strip()) <= _MOST_WISH:
-        raise OptionError(f"a wish must have between 1 and {_MOST_WISH:,} characters, got {len(wish):,}; change it")
+    _check_length("a wish", wish, least=1)
+    _check_length("a subject", subject)
     folder, spec, model = drawn_with(folders, id)
     if model.control_form is not None and model.control_form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; try its LoRA on one of them")
-    trigger = spec.data.trigger or ""
+    trigger = subject_words(read_record(folder)) or subject.strip()
     return {
         **drawing_of(id, spec, model),
         "wish": wish.strip(),
@@ -103,6 +108,12 @@ def run_card(folders: Folders, id: str) -> bytes:
     model = record.model.name.replace("\\", "/").rsplit("/", 1)[-1]
     facts = ["Strength 1", *([f"step {step:,}"] if step else []), *([model] if model else [])]
     return share_card(rows, title=title, facts=" · ".join(facts))
+
+
+def _check_length(what: str, text: str, least: int = 0) -> None:
+    if not least <= len(text.strip()) <= _MOST_WISH:
+        between = f"between {least} and {_MOST_WISH:,} characters"
+        raise OptionError(f"{what} must have {between}, got {len(text):,}; change it")
 
 
 def _drawn_steps(folder: Path) -> list[tuple[int, str]]:

@@ -24,7 +24,7 @@ from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.runs.evaluate import candidates_of, plain_sentence
-from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
+from lorasmith.runs.run_images import images_in, left_out_in, subject_words, thumbnail_of
 from lorasmith.runs.run_log import LoggedRun, followed, view_of_log
 from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of
 from lorasmith.runs.spec import RunSpec
@@ -76,6 +76,7 @@ def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) 
         settings=(*(RunSetting(**vars(one)) for one in report.settings), *_data_settings(record)),
         changed=_changed(record),
         trigger=_text(record.source.get("trigger")),
+        subject=subject_words(record),
         losses=tuple((one.step, one.loss) for one in thinned(points, _POINTS)),
         smooth=tuple((one.step, one.mean) for one in thinned(points, _POINTS)),
         rates=tuple(thinned(rates, _POINTS)),

@@ -4,13 +4,14 @@ import { html, useState } from "../lib/html.mjs";
 import { count, whole } from "../lib/words.mjs";
 import { Field, Loading, Problem, isPassing, useLoaded } from "./basics.mjs";
 import { Lightbox } from "./pictures.mjs";
-import { Queued } from "./queued.mjs";
+import { Queued, SubjectField } from "./queued.mjs";
 
 /** @param run a run with a LoRA */
 export function Gallery({ run }) {
   const [found, error, reload] = useLoaded((signal) => get(["runs", run.id, "gallery"], {}, signal), [run.id]);
   const [wish, setWish] = useState(null);
   const [own, setOwn] = useState("");
+  const [subject, setSubject] = useState("");
   if (error && !isPassing(error)) return null; // "Try it" says why
   if (!found) return html`<section aria-labelledby="gallery"><h2 id="gallery">Gallery</h2>${error ? html`<${Problem} error=${error} onRetry=${reload} />` : html`<${Loading} what="the gallery" />`}</section>`;
   const { kinds, steps, strengths, grids } = found;
@@ -27,8 +28,9 @@ export function Gallery({ run }) {
     <div class="kind-row"><span class="faint">Other</span><div class="chips">${chip(OWN, "Something else")}</div></div>
     ${chosen === OWN && html`<${Field} label="What to ask for" help="Such as “in a hat”; with the trigger in it, it is the whole prompt.">${(attributes) => html`<input ...${attributes} type="text" maxlength="1000" value=${own} onInput=${(event) => setOwn(event.currentTarget.value)} />`}<//>`}
     ${grid && html`<${GridTable} key=${grid.prompt} run=${run} grid=${grid} />`}
-    <${Queued} label=${grid ? "Draw it again" : `Draw ${count(pictures, "picture")}`} said="The pictures are drawn." disabled=${!asked}
-      start=${() => post(["runs", run.id, "gallery"], { wish: asked })} onDone=${reload} /></section>`;
+    <${Queued} label=${grid ? "Draw it again" : `Draw ${count(pictures, "picture")}`} isIt=${(job) => job.about === run.id && job.kind === "draw" && typeof job.wish === "string"} said="The pictures are drawn."
+      disabled=${!asked || (found.subject === "" && !subject.trim())} start=${() => post(["runs", run.id, "gallery"], { wish: asked, ...(subject.trim() ? { subject: subject.trim() } : {}) })} onDone=${reload}>
+      ${found.subject === "" && html`<${SubjectField} value=${subject} onValue=${setSubject} />`}<//></section>`;
 }
 
 const OWN = "\n"; // no wish is that

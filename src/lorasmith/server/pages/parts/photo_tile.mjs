@@ -11,10 +11,11 @@ const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
  * @param image a photo of the dataset, or `upload`, one on its way there
  * @param isFixed whether it can neither be changed nor removed
  * @param facts {crop, trained} of the check; null to draw none
+ * @param usesMasks whether the training takes masks from files
  * @param before its pictures before an edit, drawn beside it; null for photos that are no pairs
  * @param onOpen shows it large
  */
-export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, isEdited, onCaption, onRemove, onOpen, before }) {
+export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, usesMasks, isFixed, isEdited, onCaption, onRemove, onOpen, before }) {
   const [unseen, setUnseen] = useState([]); // addresses that the browser could not show
   const name = image?.file ?? upload.name;
   const sources = upload ? [upload.preview] : [...(preview && !image.crop ? [preview] : []), sourceOf(dataset, image, THUMBNAIL)];
@@ -32,6 +33,7 @@ export function PhotoTile({ dataset, image, upload, preview, caption, problems =
   return html`<li class=${`tile ${state ?? ""}`}>
     ${before ? html`<div class="pair">${before}${photo}</div>` : photo}
     <p class="tile-name"><span class="clip" title=${name}>${upload?.isBefore ? `Before: ${name}` : name}</span>${image?.width ? html`<span class="faint nowrap">${image.width} × ${image.height}</span>` : upload && html`<span class="faint nowrap">${bytes(upload.picture.size)}</span>`}</p>
+    ${image?.mask && html`<p class="said faint">Mask: ${image.mask}${usesMasks ? "" : " (used with “masks: files” in the settings)"}</p>`}
     ${image && isFixed && html`<p class="said faint">${caption}</p>`}
     ${image && !isFixed && html`<${Caption} name=${name} caption=${caption} trigger=${trigger} isEdited=${isEdited} onCaption=${onCaption} />`}
   </li>`;

@@ -34,7 +34,7 @@ export function TryIt({ run, view = null }) {
 }
 
 function TryForm({ run, isTraining, control, least }) {
-  const [prompt, setPrompt] = useState(run.trigger);
+  const [prompt, setPrompt] = useState(run.subject || run.trigger);
   const [strength, setStrength] = useState("1");
   const [seed, setSeed] = useState("0");
   const [lora, setLora] = useState(run.recommended?.file ?? "");

@@ -4,17 +4,20 @@ import { html, useState } from "../lib/html.mjs";
 import { capital } from "../lib/words.mjs";
 import { Loading, Problem, useLoaded } from "./basics.mjs";
 import { Lightbox } from "./pictures.mjs";
-import { Queued } from "./queued.mjs";
+import { Queued, SubjectField } from "./queued.mjs";
 
 /** @param run a run with a LoRA; `onDone` is called when there is another recommendation */
 export function WhichStep({ run, onDone }) {
+  const [subject, setSubject] = useState("");
   const [found, error, reload] = useLoaded((signal) => get(["runs", run.id, "evaluation"], {}, signal), [run.id]);
   return html`<section aria-labelledby="which"><h2 id="which">Which step?</h2>
     ${error && html`<${Problem} error=${error} onRetry=${reload} />`}
     ${!found && !error && html`<${Loading} what="the evaluation" />`}
     ${found?.evaluation && html`<${Evaluated} key=${found.evaluation.sentence} run=${run} evaluation=${found.evaluation} folder=${found.folder} />`}
-    ${found && html`<${Queued} label=${found.evaluation ? "Evaluate again" : "Evaluate the LoRAs"} said="The LoRAs are evaluated." onDone=${() => { reload(); onDone(); }} start=${() => post(["runs", run.id, "evaluation"], {})}>
-      ${!found.evaluation && html`<p>Draws with each LoRA that was saved, measures whether it looks like your photos and still does what prompts say, and recommends one.</p>`}<//>`}</section>`;
+    ${found && html`<${Queued} label=${found.evaluation ? "Evaluate again" : "Evaluate the LoRAs"} isIt=${(job) => job.kind === "evaluate" && job.about === run.id} said="The LoRAs are evaluated." onDone=${() => { reload(); onDone(); }}
+      disabled=${found.subject === "" && !subject.trim()} start=${() => post(["runs", run.id, "evaluation"], { subject: subject.trim() })}>
+      ${!found.evaluation && html`<p>Draws with each LoRA that was saved, measures whether it looks like your photos and still does what prompts say, and recommends one.</p>`}
+      ${found.subject === "" && html`<${SubjectField} value=${subject} onValue=${setSubject} />`}<//>`}</section>`;
 }
 
 function Evaluated({ run, evaluation, folder }) {

@@ -64,7 +64,7 @@ export function PhotosView({ dataset, edited }) {
   const images = useMemo(() => (found?.images ?? []).filter((one) => !gone.has(one.file)), [found, gone]);
   const stray = found?.controls ?? [];
   const controls = [...images.flatMap((one) => one.controls ?? []), ...stray];
-  const stored = new Set([...images.map((one) => one.file), ...controls.map((one) => `control/${one.file}`)]);
+  const stored = new Set([...images.flatMap((one) => [one.file, one.mask].filter(Boolean)), ...controls.map((one) => `control/${one.file}`)]);
   const isPairs = draft.pairs ?? (controls.length > 0 || (model ? takesControls(model, draft) : false));
   const words = PAIRS[draft.settings.pairs] ?? PAIRS.none;
   const previews = new Map(sent.filter((one) => one.file).map((one) => [one.file, one]));
@@ -285,7 +285,7 @@ export function PhotosView({ dataset, edited }) {
       <ul class=${`tiles ${isPairs ? "pairs" : ""}`}>
         ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
         ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
-          caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
+          caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger} usesMasks=${draft.settings.masks === "files"}
           isFixed=${found.builtin} isEdited=${image.file === edited} onCaption=${(caption, seen) => storeTyped(image, caption, seen)} onRemove=${() => dropOne(image)} onOpen=${() => setLarge(image.file)}
           before=${isPairs ? html`<${Before} dataset=${dataset} image=${image.file} controls=${image.controls ?? []} version=${version} words=${words} actions=${actions} />` : null} />`)}
       </ul>
