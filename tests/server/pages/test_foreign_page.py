@@ -24,7 +24,10 @@ SITES = {
     "another port": "http://127.0.0.1:81",
     "another name of this machine": "http://localhost:{port}",
     "a name made to point here": "http://rebound.example:{port}",
+    "a name of this machine that anybody may use": "http://evil.localhost:{port}",
+    "a frame without an origin": "http://evil.example:82",
 }
+FRAMED = "http://evil.example:82"  # whose page is in a sandbox
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +95,10 @@ def attacked(browser: Any, site: str, server: Played, token: str | None) -> dict
         context.add_cookies([cookie])
     page = context.new_page()
     html = f"<!doctype html><title>evil</title><body><script>{ATTACK}</script>"
-    page.route(f"{site}/evil", lambda route: route.fulfill(content_type="text/html", body=html))
+    headers = {"Content-Security-Policy": "sandbox allow-scripts allow-forms"} if site == FRAMED else {}
+    page.route(f"{site}/evil", lambda route: route.fulfill(content_type="text/html", body=html, headers=headers))
     page.goto(f"{site}/evil")
+    assert (page.evaluate("self.origin") == "null") == (site == FRAMED)
     # A page whose name points here asks under that name; all others ask the server by its address.
     base = site if site.endswith(f":{server.port}") and "rebound" in site else address
     routes = [one for one in routes_of(server) if not one[1].startswith(("/api/", "/editor/"))]
