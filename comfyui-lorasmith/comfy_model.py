@@ -6,12 +6,17 @@ The network stays where ComfyUI has it and computes as ComfyUI samples it: with 
 from __future__ import annotations
 
 import contextlib
+import logging
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import comfy.model_management as management
+import comfy.model_patcher
 import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
 import torch
 from torch import Tensor
 
@@ -28,13 +33,16 @@ from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable, evaluating
 
+from .bypassed import bypassed_adapters, bypassed_in_weights
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
-from .controls import Control
-from .gradients import kernels_with_gradients, sums_out_of_place
+from .controls import Control, ControlOfState
+from .gradients import kernels_with_gradients
 from .layer_weights import casts_on_use, inference_tensors_opened, norms_resident
 from .samplings import RawSampling, sampling_of
 
 PREFIX = "diffusion_model"
+
+_log = logging.getLogger("lorasmith")
 
 
 class ComfyModel(Trainable):
@@ -61,10 +69,16 @@ class ComfyModel(Trainable):
         title = base.model_config.__class__.__name__
         self.sampling = sampling_of(self.patcher.get_model_object("model_sampling"))
         super().__init__(base.diffusion_model, diffusion=self.sampling.diffusion, title=title)
+        # Of those that take one, a batch has one.
+        self._takes_next_level = getattr(self.module, "time_r_in", None) is not None
+        self._is_sound = base.latent_format.latent_dimensions == 1
         self.names = replace(self.names, portable="comfy")
         self.facts = replace(self.facts, family_title=title)
         self._predicts = False  # whether it has
         self._controls: list[Control] = []  # of its samples
+        self._options: Mapping[str, Any] = {}  # of a MODEL, as prepared for sampling; while it is loaded
+        self._is_eager = False  # whether it was told that compiled code is left out
+        self._uuid = uuid.uuid4()  # of all conditionings, for wrappers that keep something for each
         self.interrupted = False  # whether ComfyUI asked to stop while the network was evaluated
 
     @property
@@ -87,19 +101,28 @@ class ComfyModel(Trainable):
         if dtype != self.dtype:
             patcher = patcher.clone()
             patcher.set_model_compute_dtype(dtype)
-        before = management.in_training
+        before, options_before = management.in_training, self._options
         with torch.inference_mode(False):
+            options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+            comfy.sampler_helpers.prepare_model_patcher(patcher, {}, options)
+            wrappers = options["transformer_options"]["wrappers"].get("apply_model", {})
+            if wrappers.pop("torch.compile", None) and not self._is_eager:
+                self._is_eager = True
+                _log.warning("The MODEL is compiled (torch.compile), which is left out while it trains.")
             # What does not fit stays in host memory, as in sampling; with `offloading` all of it does.
             others = [model for control in self._controls for model in control.models]
+            others += patcher.get_nested_additional_models()
             management.load_models_gpu([patcher, *others], memory_required=1e20 if offloading else 0)
             try:
-                management.in_training = True
+                management.in_training, self._options = True, options
+                comfy.samplers.cast_to_load_options(options, device=self.device, dtype=patcher.model_dtype())
                 patcher.pre_run()
-                with inference_tensors_opened(patcher.model):
+                with inference_tensors_opened(patcher.model), bypassed_in_weights(self.module, PREFIX):
                     yield
             finally:
-                management.in_training = before
+                management.in_training, self._options = before, options_before
                 patcher.cleanup()
+                comfy.samplers.cast_to_load_options(options, device=patcher.offload_device)
                 if patcher is not self.patcher:
                     management.load_models_gpu([self.patcher])
 
@@ -120,7 +143,6 @@ class ComfyModel(Trainable):
             stack.enter_context(self.loaded(runtime.dtype, offloading=runtime.offloading))
             stack.enter_context(evaluating(self.module))
             stack.enter_context(kernels_with_gradients())
-            stack.enter_context(sums_out_of_place())
             stack.enter_context(norms_resident(self.module, runtime.device))
             stack.enter_context(casts_on_use(self.module, runtime.device, runtime.dtype))
             # Of a LoRA that is continued, and below what is trained.
@@ -136,35 +158,40 @@ class ComfyModel(Trainable):
             except management.InterruptProcessingException:  # which was asked for once: the step is finished first
                 self.interrupted = True
                 continue
-            except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            except _OF_NETWORKS as error:
                 if self._predicts or is_out_of_memory(error):
                     raise
-                raise DataError(
-                    f"latents and conditionings must be ones of {self.title}, whose network fails on these "
-                    f"({first_line(error)}); make them with this model's VAE and text encoder"
-                ) from error
+                raise self._not_of_it(error) from error
             self._predicts = True
             return found
 
+    def _not_of_it(self, error: Exception) -> DataError:
+        fails = f"needs {error} of them" if isinstance(error, KeyError) else f"fails on these ({first_line(error)})"
+        return DataError(
+            f"latents and conditionings must be ones of {self.title}, whose network {fails}; make them with this "
+            "model's VAE and text encoder"
+        )
+
     def _applied(self, latents: Tensor, time: Tensor, conditioning: ComfyConditioning) -> Tensor:
-        base, options = self.patcher.model, self.patcher.model_options
-        sigma = self.sampling.sigma(time)
-        transformer = {**options.get("transformer_options", {}), "cond_or_uncond": [0], "sigmas": sigma}
-        arguments = {**conditioning.arguments(), "transformer_options": transformer}
-        if (control := arguments.pop("control", None)) is not None:
-            arguments["control"] = control.at(base, self.sampling.state(latents.float(), sigma), sigma, arguments)
+        """The network as ComfyUI's samplers evaluate it, with all that nodes have put around it."""
+        base, sampling = self.patcher.model, self.sampling
+        sigma, options = sampling.sigma(time), dict(self._options)
+        # Networks of average velocities take the level that a step leads to: for the flow itself, that which it is at.
+        transformer = {**options["transformer_options"], "sample_sigmas": sigma[:1].expand(2)}
+        options["transformer_options"] = transformer
+        conds, control = conditioning.conds_of_batch()
+        given: dict[str, Any] = {"model_conds": conds, "uuid": self._uuid}
+        if control is not None:
+            given["control"] = ControlOfState(control, base, sampling)
+        noised = latents.float() if latents.ndim != 4 or not self._is_sound else latents.float().squeeze(2)
         # Beside the submodule of that name, which it hides.
-        base.__dict__["model_sampling"] = RawSampling(self.sampling, time)
+        base.__dict__["model_sampling"] = RawSampling(sampling, time)
         try:
-            wrapper = options.get("model_function_wrapper")
-            if wrapper is None:
-                found: Tensor = base.apply_model(latents, sigma, **arguments)
-            else:
-                given = {"input": latents, "timestep": sigma, "c": arguments, "cond_or_uncond": [0]}
-                found = wrapper(base.apply_model, given)
+            found: Tensor
+            (found,) = comfy.samplers.calc_cond_batch(base, [[given]], noised, sigma, options)
         finally:
             del base.__dict__["model_sampling"]
-        return found
+        return found.view(latents.shape)
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         return joined([one for one in conditionings if isinstance(one, ComfyConditioning)])
@@ -175,6 +202,8 @@ class ComfyModel(Trainable):
         found = {"denoiser": weights_digest(self.module, originals)}
         if self.patcher.patches:
             found["patches"] = digest_of_tensors(_patch_tensors(self.patcher.patches))
+        if bypassed := bypassed_adapters(self.patcher, PREFIX):
+            found["bypassed"] = digest_of_tensors(_tensors(bypassed, ""))
         return found
 
     def check(self, samples: Sequence[Sample]) -> None:
@@ -182,8 +211,15 @@ class ComfyModel(Trainable):
             if not isinstance(sample.conditioning, ComfyConditioning):
                 raise DataError(f"{sample.name} must have a conditioning of ComfyUI; make samples with samples_of")
 
-    def samples(self, latents: Sequence[Tensor], positive: Sequence[Sequence[Any]]) -> list[Sample]:
+    def samples(
+        self,
+        latents: Sequence[Tensor],
+        positive: Sequence[Sequence[Any]],
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> list[Sample]:
         """Samples of latents (1, channels, [frames,] height, width) as VAEs encode them, each with its conditioning.
+
+        Those of sound are (1, channels, length). A mask, as a `noise_mask`, weighs the loss of its latents by place.
 
         Raises DataError for latents or conditionings that do not fit the MODEL.
         """
@@ -194,27 +230,78 @@ class ComfyModel(Trainable):
         self._controls += filter(None, controls)
         found = []
         with self.loaded(self.dtype), torch.no_grad():
-            for image, options, control, name in zip(latents, given, controls, names, strict=True):
-                image = comfy.sample.fix_empty_latent_channels(self.patcher, image.detach().clone())
-                channels = base.latent_format.latent_channels
-                if image.shape[1] != channels:
+            for image, options, control, mask, name in zip(
+                latents, given, controls, masks or [None] * len(names), names, strict=True
+            ):
+                clean, mask = self._clean(image, mask, name)
+                noise = clean.to(self.device)
+                try:
+                    conds = self._conds(options, noise, mask)
+                except _OF_NETWORKS as error:
+                    if is_out_of_memory(error):
+                        raise
+                    raise self._not_of_it(error) from error
+                if "num_video_frames" in conds:
                     raise DataError(
-                        f"latents for {self.title} must have {channels} channels, got {image.shape[1]} for {name}; "
-                        "encode the pictures with the VAE of this model"
+                        f"latents of {self.title} are the frames of one video as a batch, which cannot be trained on; "
+                        "use a video model whose latents have frames, such as Wan"
                     )
-                clean = base.process_latent_in(image.float())
-                options |= {"device": self.device, "noise": clean.to(self.device), "prompt_type": "positive"}
-                options |= {"latent_image": options["noise"], "denoise_mask": None, "seed": 0}
-                options.setdefault("width", clean.shape[-1] * 8)
-                options.setdefault("height", clean.shape[-2] * 8)
-                conds = {**options["model_conds"], **base.extra_conds(**options)}
-                conds = {
-                    key: cond.process_cond(batch_size=1, area=None, device=self.device) for key, cond in conds.items()
-                }
                 if control is not None:
-                    control.prepare(base, options["noise"], {key: cond.cond for key, cond in conds.items()})
-                found.append(Sample(clean[0] / self.sampling.scale, made(conds, control), name))
+                    control.prepare(base, noise, {key: cond.cond for key, cond in conds.items()})
+                places = None if mask is None else mask[0].amax(dim=tuple(range(mask.ndim - 3))).cpu()
+                whole = (clean.unsqueeze(2) if self._is_sound else clean)[0]
+                found.append(
+                    Sample(
+                        whole / self.sampling.scale,
+                        made(conds, control, alone=self._takes_next_level),
+                        name,
+                        places=places,
+                    )
+                )
         return found
+
+    def _clean(self, image: Tensor, mask: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
+        """Latents as the network has them, fp32, and a mask of their shape. Raises DataError."""
+        base = self.patcher.model
+        image = comfy.sample.fix_empty_latent_channels(self.patcher, image.detach().clone())
+        channels = base.latent_format.latent_channels
+        if image.shape[1] != channels:
+            raise DataError(
+                f"latents for {self.title} must have {channels} channels, got {image.shape[1]} for {name}; "
+                "encode the pictures with the VAE of this model"
+            )
+        if not image.any():
+            raise DataError(
+                f"latents to train on must be of pictures, but those of {name} are all zero, as empty ones are; encode "
+                "pictures with the VAE of this model"
+            )
+        if self._is_sound and image.ndim != 3:
+            raise DataError(
+                f"latents for {self.title} must be (batch, channels, length), got {tuple(image.shape)} for {name}; "
+                "encode the sounds with the VAE of this model"
+            )
+        clean: Tensor = base.process_latent_in(image.float())
+        if mask is None:
+            return clean, None
+        mask = comfy.sampler_helpers.prepare_mask(mask.detach().clone(), clean.shape, self.device)
+        if not mask.any():
+            raise DataError(
+                f"the noise_mask of {name} must leave a part to train on, and is zero everywhere; leave it out"
+            )
+        return clean, mask
+
+    def _conds(self, options: Mapping[str, Any], noise: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """ComfyUI's COND objects of a conditioning, by argument."""
+        base, shapes = self.patcher.model, [tuple(noise.shape)]
+        others = {"latent_image": noise, "denoise_mask": mask, "seed": 0, "latent_shapes": shapes}
+        encode = comfy.samplers.encode_model_conds
+        (encoded,) = encode(base.extra_conds, [dict(options)], noise, self.device, "positive", **others)
+        conds = encoded["model_conds"]
+        return {key: cond.process_cond(batch_size=1, area=None, device=self.device) for key, cond in conds.items()}
+
+
+_OF_NETWORKS = (RuntimeError, TypeError, ValueError, KeyError)
+"""What networks raise for inputs that are not theirs."""
 
 
 def _copied(model: Any) -> Any:

@@ -43,6 +43,19 @@ class ComfyConditioning(Conditioning):
     def with_text(self, other: Conditioning) -> ComfyConditioning:
         return self.others[other.text or ""]
 
+    def conds_of_batch(self) -> tuple[dict[str, Any], Control | None]:
+        """COND objects of a batch by argument, as samplers take them, and its control."""
+        kinds = comfy.conds
+        arguments = self.arguments()
+        control = arguments.pop("control", None)
+        conds: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if name in self.constants:
+                conds[name] = kinds.CONDConstant(value)
+            else:
+                conds[name] = (kinds.CONDList if name in self.lists else kinds.CONDRegular)(value)
+        return conds, control
+
     def arguments(self) -> dict[str, Any]:
         """Arguments of `apply_model`."""
         found = {name: [self.tensors[f"{name}.{index}"] for index in range(n)] for name, n in self.lists.items()}
@@ -54,14 +67,16 @@ class ComfyConditioning(Conditioning):
 class ConditioningMaker:
     """Makes `ComfyConditioning`s of COND objects.
 
-    A batch shares the arguments that it has once, so different ones get different names.
+    A batch shares the arguments that it has once, so different ones get different names; `alone` it is one's own batch.
     """
 
     def __init__(self) -> None:
         self._constants: dict[str, list[Any]] = {}
-        self._controls = 0
+        self._count = 0
 
-    def __call__(self, conds: Mapping[str, Any], control: Control | None = None) -> ComfyConditioning:
+    def __call__(
+        self, conds: Mapping[str, Any], control: Control | None = None, *, alone: bool = False
+    ) -> ComfyConditioning:
         tensors: dict[str, Tensor] = {}
         lists: dict[str, int] = {}
         constants: dict[str, Any] = {}
@@ -77,8 +92,9 @@ class ConditioningMaker:
                 tensors[f"{name}#{self._number(name, cond)}"] = torch.empty(1, 0)
         if control is not None:
             constants["control"] = control
-            self._controls += 1
-            tensors[f"control#{self._controls} {control.digest}"] = torch.empty(1, 0)
+        if control is not None or alone:
+            self._count += 1
+            tensors[f"control#{self._count} {'' if control is None else control.digest}"] = torch.empty(1, 0)
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         return ComfyConditioning(tensors, conds=_without_gradient(conds), lists=lists, constants=constants)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lorasmith.core.tensor_digests import digest_of_tensors
 
+from .samplings import Sampling
+
 
 class Control:
     """The ControlNet of one image, with those that it comes after.
@@ -69,3 +71,17 @@ class Control:
         while one is not None:
             yield one
             one = one.previous_controlnet
+
+
+class ControlOfState:
+    """A `Control` in a conditioning: asked at noised latents of training, it is evaluated at a sampler's state."""
+
+    def __init__(self, control: Control, base: Any, sampling: Sampling) -> None:
+        self._control, self._base, self._sampling = control, base, sampling
+
+    def get_control(self, noised: Tensor, sigma: Tensor, arguments: Mapping[str, Any], count: int, options: Any) -> Any:
+        in_training = self._base.__dict__.pop("model_sampling")  # a ControlNet has the sampler's own
+        try:
+            return self._control.at(self._base, self._sampling.state(noised, sigma), sigma, arguments)
+        finally:
+            self._base.__dict__["model_sampling"] = in_training

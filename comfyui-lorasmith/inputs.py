@@ -97,9 +97,20 @@ def samples_of(
     model: ComfyModel, latents: Sequence[Mapping[str, Tensor]], positive: Sequence[Sequence[Any]]
 ) -> tuple[Sample, ...]:
     """Samples of nodes' inputs, a caption for each image or one for all."""
-    images = [image[None] for batch in latents for image in batch["samples"]]
+    images, masks = images_of(latents)
     captions = [entry for one in positive for entry in one]
-    return tuple(model.samples(images, one_for_each(captions, len(images))))
+    return tuple(model.samples(images, one_for_each(captions, len(images)), masks))
+
+
+def images_of(latents: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Latents (1, channels, ...) of each image, and its `noise_mask`, if it has one."""
+    images, masks = list[Tensor](), list[Tensor | None]()
+    for batch in latents:
+        mask = batch.get("noise_mask")
+        for index, image in enumerate(batch["samples"]):
+            images.append(image[None])
+            masks.append(None if mask is None else mask[index % len(mask)][None])
+    return images, masks
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class Texts:
             )
         entries = one_for_each([entry for one in positive for entry in one], len(samples))
         captions = one_for_each(self.captions or [""], len(samples), name="captions")
-        images = [image[None] for batch in latents for image in batch["samples"]]
+        images, _ = images_of(latents)
         rules = [rule for method in methods_of(config) for rule in method.texts.values()]
         texts = [[rule(caption, self.trigger) for rule in rules] for caption in captions]
         encoded = {
@@ -166,10 +177,13 @@ def sample_with(sample: Sample, caption: str, others: Mapping[str, Conditioning]
 
 
 def one_for_each(captions: Sequence[Any], count: int, name: str = "positive") -> list[Any]:
+    if not count:
+        raise DataError("latents must have an image to train on, and have none; link encoded pictures")
     if len(captions) not in (1, count):
+        remedy = f"leave out {len(captions) - count}" if len(captions) > count else f"give {count}, or one"
         raise DataError(
             f"{name} must have one caption for all images or for each, got {count_text(len(captions), 'caption')} "
-            f"for {count_text(count, 'image')}; leave out what is too much"
+            f"for {count_text(count, 'image')}; {remedy}"
         )
     return [*captions] * (count // len(captions))
 

@@ -102,6 +102,12 @@ def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
     return not there or bool(layer.weight_function) or bool(layer.bias_function)
 
 
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Whether a layer's forward is its class's, which ComfyUI sets anew where it takes back a replacement."""
+    forward = layer.__dict__.get("forward")
+    return forward is None or getattr(forward, "__func__", None) is type(layer).forward
+
+
 @contextlib.contextmanager
 def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Inside the context, products with weights that ComfyUI casts get them from a `CastWeight`, or are faster ones.
@@ -113,7 +119,7 @@ def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
         for layer in cast_layers(module):
             others: dict[str, Any] = {}
             factor = None  # of the input
-            is_own = "forward" not in layer.__dict__  # what replaces a forward knows what is unknown here
+            is_own = _has_own_forward(layer)  # what replaces a forward knows what is unknown here
             if _is_cast(layer, device, dtype):
                 others[WEIGHT_SOURCE] = CastWeight(layer, device, dtype)
                 factor = getattr(layer, "pre_quant_scale", None) if is_own else None

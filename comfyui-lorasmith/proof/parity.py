@@ -23,14 +23,15 @@ def numbers(family: str) -> dict[str, Any]:
     before = pictures(model, positive)
     checkout.pack()
     from lorasmith_pack.comfy_model import ComfyModel
-    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
+    from lorasmith_pack.gradients import kernels_with_gradients
 
     import lorasmith
+    from lorasmith.core.kept_values import changes_allowed
 
     trained = ComfyModel(model)
     samples = trained.samples(latents, positive)
     trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
-    with sums_out_of_place(), kernels_with_gradients():
+    with changes_allowed(), kernels_with_gradients():
         right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
     try:
         shipped = built_in_step(model, latents, positive, trainer.weights)["gradients"]
@@ -149,9 +150,11 @@ def conditionings(family: str) -> dict[str, Any]:
 
 def beside_built_in(trainer: Any, model: Any, latents: Any, positive: Any, samples: Any) -> dict[str, float]:
     """Distances of loss and gradient of a first step from those of ComfyUI's node where it is right."""
-    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
+    from lorasmith_pack.gradients import kernels_with_gradients
 
-    with sums_out_of_place(), kernels_with_gradients():
+    from lorasmith.core.kept_values import changes_allowed
+
+    with changes_allowed(), kernels_with_gradients():
         right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
     with trainer:
         loss, gradients = our_step(trainer, right, samples)

@@ -6,6 +6,7 @@ It has the interfaces alone: a MODEL is kept on the CPU, and its network is a sm
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -330,6 +331,17 @@ class Tiny:
     """The configuration of a model."""
 
 
+seen: list[dict[str, Any]] = []
+"""Options that networks were given."""
+
+
+def _wrapped(kind: str, function: Any, transformer_options: Mapping[str, Any]) -> Any:
+    for wrappers in transformer_options.get("wrappers", {}).get(kind, {}).values():
+        for wrapper in wrappers:
+            function = functools.partial(wrapper, function)
+    return function
+
+
 class BaseModel(nn.Module):
     def __init__(self, model_config: Any) -> None:
         super().__init__()
@@ -339,6 +351,7 @@ class BaseModel(nn.Module):
         self.manual_cast_dtype: torch.dtype | None = None
         self.latent_format = types.SimpleNamespace(latent_channels=CHANNELS, latent_dimensions=2)
         self.current_patcher: Any = None
+        self.needs = ""  # an option of conditionings
 
     def get_dtype(self) -> torch.dtype:
         return self.diffusion_model.dtype
@@ -348,17 +361,27 @@ class BaseModel(nn.Module):
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         found: dict[str, Any] = {"c_crossattn": CONDRegular(kwargs["cross_attn"])}
+        if self.needs:
+            found[self.needs] = CONDConstant(kwargs[self.needs])
         if "kind" in kwargs:
             found["kind"] = CONDConstant(kwargs["kind"])
         return found
 
-    def apply_model(
+    def apply_model(self, x: Tensor, t: Tensor, transformer_options: Any = {}, **kwargs: Any) -> Tensor:  # noqa: B006
+        found: Tensor = _wrapped("apply_model", self._apply_model, transformer_options)(
+            x, t, transformer_options=transformer_options, **kwargs
+        )
+        return found
+
+    def _apply_model(
         self, x: Tensor, t: Tensor, c_crossattn: Any = None, transformer_options: Any = None, **kwargs: Any
     ) -> Tensor:
+        seen.append(transformer_options)
         dtype = self.manual_cast_dtype or self.get_dtype()
         noised = self.model_sampling.calculate_input(t, x).to(dtype)
         time = self.model_sampling.timestep(t).float()
-        output = self.diffusion_model(noised, time, c_crossattn.to(dtype), **kwargs)
+        network = _wrapped("diffusion_model", self.diffusion_model, transformer_options)
+        output = network(noised, time, c_crossattn.to(dtype), **kwargs)
         return self.model_sampling.calculate_denoised(t, output.float(), x)
 
 
@@ -370,6 +393,43 @@ class ModelPatcher:
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.object_patches: dict[str, Any] = {}
         self.force_cast_weights = False
+        self.offload_device = load_device
+        self.wrappers: dict[str, Any] = {}
+        self.callbacks: dict[str, Any] = {}
+        self.injections: dict[str, Any] = {}
+        self.is_injected = False
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+        self.wrappers.setdefault(wrapper_type, {}).setdefault(key, []).append(wrapper)
+
+    def add_callback_with_key(self, call_type: str, key: str, callback: Any) -> None:
+        self.callbacks.setdefault(call_type, {}).setdefault(key, []).append(callback)
+
+    def set_injections(self, key: str, injections: Any) -> None:
+        self.injections[key] = injections
+
+    def inject_model(self) -> None:
+        if not self.is_injected:
+            for injection in [one for injections in self.injections.values() for one in injections]:
+                injection.inject(self)
+                self.is_injected = True
+
+    def eject_model(self) -> None:
+        if self.is_injected:
+            for injection in [one for injections in self.injections.values() for one in injections]:
+                injection.eject(self)
+            self.is_injected = False
+
+    def get_nested_additional_models(self) -> list[Any]:
+        return []
+
+    def model_dtype(self) -> torch.dtype:
+        return self.model.get_dtype()
+
+    def prepare_state(self, timestep: Tensor, model_options: dict[str, Any]) -> None:
+        for callbacks in self.callbacks.get("on_prepare_state", {}).values():
+            for callback in callbacks:
+                callback(self, timestep, model_options)
 
     def clone(self) -> ModelPatcher:
         other = copy.copy(self)
@@ -391,12 +451,120 @@ class ModelPatcher:
         for layer in self.model.modules():
             if isinstance(layer, CastWeightBiasOp):
                 layer.comfy_cast_weights = self.force_cast_weights
+        self.inject_model()
 
     def pre_run(self) -> None:
         self.model.current_patcher = self
 
     def cleanup(self) -> None:
         self.model.current_patcher = None
+
+
+class BypassForwardHook:
+    """A layer with an adapter beside it."""
+
+    def __init__(self, module: Any, adapter: Any, multiplier: float = 1.0) -> None:
+        self.module, self.adapter, self.multiplier, self.original_forward = module, adapter, multiplier, None
+
+    def _bypass_forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.original_forward(x) + self.multiplier * self.adapter.h(x)
+        return found
+
+    def inject(self) -> None:
+        if self.original_forward is None:
+            self.original_forward = self.module.forward
+            self.module.forward = self._bypass_forward
+
+    def eject(self) -> None:
+        if self.original_forward is not None:
+            self.module.forward, self.original_forward = self.original_forward, None
+
+
+class Adapter:
+    """A LoRA of a Linear layer."""
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        self.weights = (up, down)
+
+    def h(self, x: Tensor) -> Tensor:
+        up, down = self.weights
+        return x @ down.t() @ up.t()
+
+
+def bypassing(patcher: Any, path: str, adapter: Any, strength: float) -> Any:
+    """A MODEL with an adapter beside a layer."""
+    hook = BypassForwardHook(patcher.model.diffusion_model.get_submodule(path), adapter, strength)
+    other = patcher.clone()
+    other.injections = {
+        "bypass_lora": [types.SimpleNamespace(inject=lambda patcher: hook.inject(), eject=lambda patcher: hook.eject())]
+    }
+    return other
+
+
+def calculate_weight(patches: Any, weight: Tensor, key: str, intermediate_dtype: Any = None) -> Tensor:
+    for strength, adapter, *_ in patches:
+        up, down = adapter.weights
+        weight += (strength * up @ down).to(weight.dtype)
+    return weight
+
+
+def create_model_options_clone(orig_model_options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: create_model_options_clone(value)
+        if isinstance(value, dict)
+        else value.copy()
+        if isinstance(value, list)
+        else value
+        for key, value in orig_model_options.items()
+    }
+
+
+def prepare_model_patcher(model: Any, conds: Any, model_options: dict[str, Any]) -> None:
+    for kind in ("wrappers", "callbacks"):
+        model_options["transformer_options"][kind] = create_model_options_clone(getattr(model, kind))
+
+
+def cast_to_load_options(model_options: dict[str, Any], device: Any = None, dtype: Any = None) -> None:
+    pass
+
+
+def prepare_mask(noise_mask: Tensor, shape: Sequence[int], device: Any) -> Tensor:
+    mask = noise_mask.reshape(-1, 1, *noise_mask.shape[-2:])
+    return F.interpolate(mask, shape[-2:], mode="bilinear").expand(shape).to(device)
+
+
+def encode_model_conds(
+    model_function: Any, conds: Any, noise: Tensor, device: Any, prompt_type: str, **kwargs: Any
+) -> list[dict[str, Any]]:
+    found = []
+    for one in conds:
+        given = {**kwargs, **one, "noise": noise, "device": device, "prompt_type": prompt_type}
+        found.append({**one, "model_conds": {**one["model_conds"], **model_function(**given)}})
+    return found
+
+
+def calc_cond_batch(model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> list[Tensor]:
+    return _wrapped("calc_cond_batch", _calc_cond_batch, model_options["transformer_options"])(
+        model, conds, x_in, timestep, model_options
+    )
+
+
+def _calc_cond_batch(model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> list[Tensor]:
+    model.current_patcher.prepare_state(timestep, model_options)
+    found = []
+    for number, (cond,) in enumerate(conds):
+        c = {name: one.process_cond(len(x_in), area=None).concat([]) for name, one in cond["model_conds"].items()}
+        options = create_model_options_clone(model_options["transformer_options"])
+        options |= {"cond_or_uncond": [number], "uuids": [cond["uuid"]], "sigmas": timestep}
+        c["transformer_options"] = options
+        if "control" in cond:
+            c["control"] = cond["control"].get_control(x_in, timestep, c, 1, options)
+        if (wrapper := model_options.get("model_function_wrapper")) is not None:
+            given = {"input": x_in, "timestep": timestep, "c": c, "cond_or_uncond": [number]}
+            found.append(wrapper(model.apply_model, given))
+        else:
+            found.append(model.apply_model(x_in, timestep, **c))
+    return found
 
 
 class ProgressBar:
@@ -537,12 +705,15 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
     ),
     "comfy.conds": (CONDRegular, CONDConstant, CONDList),
     "comfy.sample": (fix_empty_latent_channels, prepare_noise, sample),
-    "comfy.samplers": (KSampler,),
+    "comfy.samplers": (KSampler, calc_cond_batch, encode_model_conds, cast_to_load_options),
+    "comfy.sampler_helpers": (prepare_model_patcher, prepare_mask),
+    "comfy.lora": (calculate_weight,),
+    "comfy.weight_adapter.bypass": (BypassForwardHook,),
     "comfy.sd": (CLIP, VAE, load_lora_for_models),
     "comfy.utils": (ProgressBar, load_torch_file),
     "comfy_extras.nodes_train": (TrainLoraNode, ProgressBar),
     "comfy.model_base": (BaseModel,),
-    "comfy.model_patcher": (ModelPatcher,),
+    "comfy.model_patcher": (ModelPatcher, create_model_options_clone),
     "comfy.controlnet": (ControlNet,),
     "comfy.quant_ops": (),
     "folder_paths": (
@@ -557,7 +728,7 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
 
 def install() -> list[str]:
     """Make the stand-in importable; returns the names of its modules."""
-    modules = {name: types.ModuleType(name) for name in ("comfy", "comfy_extras")}
+    modules = {name: types.ModuleType(name) for name in ("comfy", "comfy_extras", "comfy.weight_adapter")}
     for package in modules.values():
         package.__path__ = []
     for name, members in MODULES.items():

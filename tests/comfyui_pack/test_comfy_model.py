@@ -13,6 +13,7 @@ import torch
 
 import lorasmith as ls
 from lorasmith.core.errors import DataError, ModelError, OptionError
+from lorasmith.core.kept_values import changes_allowed
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule
 
 stand_in = pytest.importorskip("stand_in", reason="the pack is not part of a source distribution")
@@ -71,30 +72,6 @@ def test_sums_in_place_do_not_change_recomputed_gradients(comfy_model: Any, how:
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
-def test_sums_are_out_of_place_where_a_gradient_is_recorded(pack: Any) -> None:
-    network = sys.modules["lorasmith_pack.gradients"]
-    names = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
-    before = {name: vars(torch.Tensor).get(name) for name in names}
-    with pytest.raises(ZeroDivisionError), network.sums_out_of_place():
-        rows = torch.ones(4, 2, requires_grad=True) * 3
-        other, part, plain, words = rows, rows[:2], torch.ones(2), [1]
-        same_plain, same_words = plain, words
-        rows += 1
-        assert rows is not other
-        other.add_(1)  # in place by its own wish
-        assert rows[0, 0] == other[0, 0] == 4
-        part *= 2  # of a part of a tensor, that tensor is meant
-        assert other[:, 0].tolist() == [8, 8, 4, 4]
-        half = rows.bfloat16()
-        half += torch.ones((), dtype=torch.float64).expand(4, 2)
-        assert half.dtype == torch.bfloat16
-        plain -= 1
-        words += [2]
-        assert plain is same_plain and words is same_words
-        raise ZeroDivisionError
-    assert {name: vars(torch.Tensor).get(name) for name in names} == before
-
-
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
 @pytest.mark.parametrize("shape", [(1,), (2, 0), (3,), (16,), (77,), (2, 9), (1, 3, 32)])
 def test_faster_products_are_those_of_torch(pack: Any, shape: tuple[int, ...]) -> None:
@@ -141,8 +118,8 @@ def test_the_gradient_is_that_of_the_sum_of_weights(comfy_model: Any) -> None:
         if f"{path}.up" in leaves and name.endswith(".weight"):
             change = leaves[f"{path}.up"].flatten(1) @ leaves[f"{path}.down"].flatten(1)
             merged[name] = weight + change.view(weight.shape)
-    x, network = batch.noised, sys.modules["lorasmith_pack.gradients"]
-    with network.sums_out_of_place():
+    x = batch.noised
+    with changes_allowed():
         arguments = (x, batch.level.time, batch.conditioning.tensors["c_crossattn"])
         prediction = torch.func.functional_call(module, merged, arguments)
     (prediction - (batch.noise - batch.clean)).square().mean().backward()
@@ -483,3 +460,157 @@ def test_a_lora_is_continued(pack: Any, comfy_model: Any, tmp_path: Path, monkey
     for step in again:
         step.update()
     assert again.lora.steps == 4
+
+
+@pytest.mark.parametrize("kind", ["calc_cond_batch", "apply_model", "diffusion_model"])
+def test_wrappers_around_an_evaluation_are_called_in_each(comfy_model: Any, kind: str) -> None:
+    patcher, calls = stand_in.patcher(), []
+
+    def wrapper(executor: Any, *given: Any, **named: Any) -> Any:
+        calls.append(kind)
+        found = executor(*given, **named)
+        return [2 * one for one in found] if isinstance(found, list) else 2 * found
+
+    expected = gradients(trainer(comfy_model(stand_in.patcher())))
+    patcher.add_wrapper_with_key(kind, "test", wrapper)
+    found = gradients(trainer(comfy_model(patcher)))
+    assert calls == [kind]
+    assert any(not torch.equal(found[name], expected[name]) for name in found)
+    assert "wrappers" not in patcher.model_options["transformer_options"]
+
+
+def test_networks_are_given_what_sampling_gives_them(comfy_model: Any) -> None:
+    patcher, seen = stand_in.patcher(), []
+    patcher.add_callback_with_key("on_prepare_state", "test", lambda *given: seen.append(given))
+    patcher.model_options["transformer_options"]["patches"] = {"attn1_patch": [len]}
+    stand_in.seen.clear()
+    gradients(trainer(comfy_model(patcher)))
+    (options,) = stand_in.seen
+    assert options["sample_sigmas"].tolist() == options["sigmas"].tolist() * 2
+    assert options["cond_or_uncond"] == [0] and len(options["uuids"]) == 1
+    assert options["patches"] == {"attn1_patch": [len]}
+    [(given, sigma, state)] = seen
+    assert given is patcher and torch.equal(sigma, options["sigmas"])
+    assert state["transformer_options"]["sample_sigmas"] is not None
+
+
+def test_compiled_code_is_left_out_and_said(comfy_model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    patcher = stand_in.patcher()
+    patcher.add_wrapper_with_key("apply_model", "torch.compile", lambda *given, **named: 1 / 0)
+    with caplog.at_level("WARNING", "lorasmith"):
+        gradients(trainer(comfy_model(patcher)))
+    assert [one.getMessage() for one in caplog.records] == [
+        "The MODEL is compiled (torch.compile), which is left out while it trains."
+    ]
+
+
+def test_networks_of_average_velocities_take_images_one_by_one(comfy_model: Any) -> None:
+    patcher = stand_in.patcher()
+    patcher.model.diffusion_model.time_r_in = torch.nn.Identity()
+    training = trainer(comfy_model(patcher), batch_size=3, targets="blocks.*")
+    with contextlib.closing(iter(training)) as steps:
+        assert [len(batch.names) for batch in next(steps).batches] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("how", [{}, {"activations": "lean"}, {"activations": "selective"}])
+def test_changes_in_place_by_name_train(comfy_model: Any, how: dict[str, Any]) -> None:
+    class Changing(stand_in.Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, key, value = self.qkv(self.norm(x)).chunk(3, -1)
+            x.addcmul_(x, torch.nn.functional.scaled_dot_product_attention(query, key, value))
+            return torch.add(x, self.mlp(self.norm(x)), out=x)
+
+    class Plain(stand_in.Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, key, value = self.qkv(self.norm(x)).chunk(3, -1)
+            x = torch.addcmul(x, x, torch.nn.functional.scaled_dot_product_attention(query, key, value))
+            return x + self.mlp(self.norm(x))
+
+    def found(kind: type, **settings: Any) -> dict[str, torch.Tensor]:
+        patcher = stand_in.patcher()
+        for block in patcher.model.diffusion_model.blocks:
+            block.__class__ = kind
+        return gradients(trainer(comfy_model(patcher), **settings))
+
+    expected, changed = found(Plain), found(Changing, **how)
+    assert all(torch.equal(expected[name], changed[name]) for name in expected)
+
+
+def test_a_lora_beside_layers_is_below_what_is_trained(comfy_model: Any) -> None:
+    path, generator = "blocks.1.mlp.0", torch.Generator().manual_seed(5)
+    up, down = torch.randn(64, 2, generator=generator), torch.randn(2, 32, generator=generator)
+    plain, patcher = stand_in.patcher(), stand_in.patcher()
+    bypassed = stand_in.bypassing(patcher, path, stand_in.Adapter(up, down), 0.5)
+    before, layer = state(patcher), patcher.model.diffusion_model.get_submodule(path)
+    bare = comfy_model(patcher).identity()
+    model = comfy_model(bypassed)
+    known = model.identity()
+    assert known != bare and "bypassed" in known
+    other = stand_in.bypassing(patcher, path, stand_in.Adapter(up, down), 0.6)
+    assert comfy_model(other).identity() != known
+    plain.model.diffusion_model.get_submodule(path).weight.data += 0.5 * up @ down
+    expected = gradients(trainer(comfy_model(plain)))
+    training = trainer(model)
+    found = gradients(training)
+    torch.testing.assert_close(found, expected)
+    with training:
+        assert model.identity() == known
+    assert layer.forward.__func__ is stand_in.BypassForwardHook._bypass_forward  # as ComfyUI has loaded it
+    bypassed.eject_model()
+    assert layer.forward.__func__ is type(layer).forward
+    del layer.forward
+    assert same(before, state(patcher))
+
+
+def test_conditionings_that_lack_something_are_refused_in_a_sentence(comfy_model: Any) -> None:
+    patcher = stand_in.patcher()
+    patcher.model.needs = "pooled_output"
+    with pytest.raises(DataError, match=r"whose network needs 'pooled_output' of them; make them with this model's"):
+        comfy_model(patcher).samples(*stand_in.data())
+
+
+def test_latents_that_show_nothing_and_frames_in_a_batch_are_refused(comfy_model: Any) -> None:
+    patcher = stand_in.patcher()
+    latents, positive = stand_in.data()
+    with pytest.raises(DataError, match="those of image 2 are all zero"):
+        comfy_model(patcher).samples([latents[0], torch.zeros_like(latents[1]), latents[2]], positive)
+    mask = [torch.zeros(1, 1, 32, 32), None, None]
+    with pytest.raises(DataError, match="noise_mask of image 1 must leave a part"):
+        comfy_model(patcher).samples(latents, positive, mask)
+    patcher.model.needs = "num_video_frames"
+    with pytest.raises(DataError, match="frames of one video as a batch"):
+        comfy_model(patcher).samples(*stand_in.data(num_video_frames=3))
+
+
+def test_a_noise_mask_weighs_the_loss(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    latents, positive = stand_in.data(1)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    (sample,) = model.samples(latents, positive, [mask])
+    assert sample.places is not None and torch.equal(sample.places, mask[0, 0])
+    (plain,) = model.samples(latents, positive)
+    one, other = gradients(trainer(model, [sample])), gradients(trainer(model, [plain]))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_latents_of_sound_have_a_length_alone(comfy_model: Any) -> None:
+    def network(x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, **others: Any) -> torch.Tensor:
+        assert x.ndim == 3
+        found: torch.Tensor = own(x[:, :, None].expand(-1, -1, 3, -1), timesteps, context)
+        return found[:, :, 1]
+
+    patcher = stand_in.patcher()
+    own = patcher.model.diffusion_model.forward
+    patcher.model.diffusion_model.forward = network
+    patcher.model.latent_format.latent_dimensions = 1
+    model = comfy_model(patcher)
+    latents, positive = stand_in.data()
+    with pytest.raises(DataError, match=r"must be \(batch, channels, length\)"):
+        model.samples(latents, positive)
+    samples = model.samples([one[..., 0, :] for one in latents], positive)
+    assert [one.latents.shape for one in samples] == [(4, 1, 4)] * 3
+    training = trainer(model, samples, batch_size=3, steps=2)
+    for step in training:
+        step.update()
+    assert len(training.losses) == 2

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from lorasmith.core.kept_values import Kept, active_values, changes_watched
+
 KEPT_SHARE = 1 / 8
 """Most memory of what the functions of a block keep, as a share of its inputs'."""
 
@@ -128,7 +130,8 @@ class _Block:
         self._count = 0  # of tensors saved in the first run
         self._calls: list[Call] = []
         self._again: Iterator[Call] | None = None  # the calls of the second run
-        self._saved: list[Tensor | None] = []  # in the second run, until they are used
+        self._saved: list[Tensor | Kept | None] = []  # in the second run, until they are used
+        self._values = active_values()
 
     def first_run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         with self._running(self._counted, self._taken):
@@ -179,9 +182,9 @@ class _Block:
     def _taken(self, number: int) -> Tensor:
         if not self._saved or self._saved[number] is None:
             self._second_run()
-        tensor, self._saved[number] = self._saved[number], None
-        assert tensor is not None
-        return tensor
+        saved, self._saved[number] = self._saved[number], None
+        assert saved is not None
+        return saved.value if isinstance(saved, Kept) else saved
 
     def _second_run(self) -> None:
         for call in self._calls:
@@ -194,13 +197,14 @@ class _Block:
         ]
         count = len(given) - len(self._names)
         args, kwargs = given[:count], dict(zip(self._names, given[count:], strict=True))
-        with contextlib.suppress(_CompleteError), torch.enable_grad(), self._running(self._found, _same):
+        running = self._running(self._found, _same)
+        with contextlib.suppress(_CompleteError), torch.enable_grad(), running, changes_watched(self._values):
             self._forward(*args, **kwargs)
         assert len(self._saved) == self._count, "a block saves less in its second run"
 
     def _found(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach() if tensor.requires_grad else tensor  # without the second run's graph
-        self._saved.append(tensor)
+        self._saved.append(tensor if self._values is None else self._values.keep(tensor))
         if len(self._saved) == self._count:
             raise _CompleteError
         return tensor

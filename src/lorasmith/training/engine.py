@@ -23,6 +23,7 @@ from lorasmith.adapters.inject import Attached, Dial, Difference, adapters_attac
 from lorasmith.adapters.variants import RankMasks
 from lorasmith.core.effect import relative_change
 from lorasmith.core.errors import TrainingError
+from lorasmith.core.kept_values import changes_intercepted
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.power_average import LENGTHS, exponent, kept_share
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -89,7 +90,9 @@ def attached(
             runtime = runtime if planned is None else planned()
             if encoders is not None:
                 on_text.enter_context(blocks_checkpointed(encoders, runtime.checkpoint_depth))
+            changes = changes_in_place(model, runtime) or runtime.activations in ("lean", "selective")
             with (
+                changes_intercepted() if changes else contextlib.nullcontext(),
                 attention_preferred(runtime.attention),
                 activations_reduced(module, runtime.activations),
                 blocks_checkpointed(
@@ -100,6 +103,11 @@ def attached(
                 yield
 
 
+def changes_in_place(model: Trainable, runtime: Runtime) -> bool:
+    """Whether a forward pass may change tensors that its backward pass needs; compiled code changes none."""
+    return model.changes_in_place and not runtime.compile
+
+
 def prediction_of(model: Trainable, batch: Batch, runtime: Runtime, conditioning: Conditioning | None = None) -> Tensor:
     """The model's prediction for a batch, of the latents' shape, differentiable like `sample_losses`.
 
@@ -107,7 +115,7 @@ def prediction_of(model: Trainable, batch: Batch, runtime: Runtime, conditioning
     """
     conditioning = batch.conditioning if conditioning is None else conditioning
     with (
-        activations_packed(runtime.activations, model.module),
+        activations_packed(runtime.activations, model.module, watched=changes_in_place(model, runtime)),
         tokens_routed(model.module, model.routing, batch.route, conditioning),
     ):
         return model.predict(batch.noised.to(runtime.dtype), batch.level.time, conditioning)

@@ -311,7 +311,7 @@ class _Coordinator:
             stack.enter_context(model.rows.set(present))
             for share, batch in parts:
                 stack.enter_context(share.engine.rank_masks.masks_applied(batch.masks))
-            with activations_packed(model.activations, trained.module):
+            with activations_packed(model.activations, trained.module, watched=trained.changes_in_place):
                 prediction = trained.predict(noised, time, conditioning)
             totals = []
             for (share, batch), own in zip(parts, torch.split(prediction, counts), strict=True):

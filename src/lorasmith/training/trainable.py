@@ -119,6 +119,7 @@ class Trainable:
     word: NewWord | None = None  # that they learn
     guidance: float | None = 0.0  # see `guided`
     routing: Routing | None = None  # where tokens are in its blocks; None where none may skip blocks
+    changes_in_place: bool = True  # whether `predict` may change tensors in place that its backward pass needs
 
     def __init__(
         self,
@@ -287,6 +288,8 @@ class TrainableDenoiser(Trainable):
 
     `text_encoder` has the text encoders that may be trained with it, with their LoRAs; the model's by default.
     """
+
+    changes_in_place = False  # diffusers' networks do not
 
     def __init__(self, denoiser: Denoiser, text_encoder: TextEncoder | None = None) -> None:
         base, family, form = denoiser.base, denoiser.base.family, denoiser.base.control_form

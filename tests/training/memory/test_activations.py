@@ -127,7 +127,7 @@ def test_slices_are_made_again_and_what_a_mask_selects_is_kept() -> None:
         both = torch.cat((kept, kept))
         part, others = both[128:], both[torch.ones(512, dtype=torch.bool)]
         assert isinstance(recipes.pack(part), Recipe)
-        assert recipes.pack(others) is others
+        assert recipes.unpack(recipes.pack(others)) is others
     assert torch.equal(recipes.unpack(recipes.pack(part)), part)
 
 

@@ -34,6 +34,7 @@ from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenPro
 from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import ActivationPlan
+from lorasmith.core.kept_values import Kept, KeptValues, changes_allowed, changes_watched
 from lorasmith.core.placement import side_stream
 from lorasmith.core.recomputation import Recomputing, constant_kept, recomputed
 from lorasmith.training.memory.backward_passes import norm_forward, rotations_replaced
@@ -73,16 +74,23 @@ def activations_reduced(module: nn.Module, kind: ActivationPlan) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def activations_packed(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
-    """Inside the context, forward passes of `module` save activations by `kind`; run the backward pass later."""
+def activations_packed(kind: ActivationPlan, module: nn.Module, *, watched: bool = False) -> Iterator[None]:
+    """Inside the context, forward passes of `module` save activations by `kind`; run the backward pass later.
+
+    If `watched`, or with recipes, the module may change tensors in place that the backward pass needs.
+    """
     assert kind != "auto", "activations auto is resolved before the first step"
-    if kind == "keep" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (kind == "keep" and not watched):
         yield
         return
     hooks = torch.autograd.graph.saved_tensors_hooks
+    if kind == "keep":
+        with changes_allowed():
+            yield
+        return
     if kind == "host":
-        away = HostMemory(module)
-        with hooks(away.pack, away.unpack):
+        away = HostMemory(module, KeptValues() if watched else None)
+        with changes_watched(away.values), hooks(away.pack, away.unpack):
             yield
         return
     with recipes_recorded() as recipes, hooks(recipes.pack, recipes.unpack):
@@ -95,35 +103,34 @@ def recipes_recorded() -> Iterator[Recipes]:
     recipes = Recipes()
     before, Recipes.active = Recipes.active, recipes
     try:
-        with _Recorder(recipes):
+        with changes_watched(recipes.values), _Recorder(recipes):
             yield recipes
     finally:
         Recipes.active = before
 
 
-def held_by(packed: Tensor | Recipe) -> Iterator[Tensor]:
+def held_by(packed: Kept | Recipe) -> Iterator[Tensor]:
     """The tensors that a packed tensor keeps in memory."""
-    if isinstance(packed, Tensor):
-        yield packed
+    if isinstance(packed, Kept):
+        yield packed.tensor
         return
     for leaf in packed.leaves:
-        if isinstance(leaf, Tensor | Recipe):
+        if isinstance(leaf, Kept | Recipe):
             yield from held_by(leaf)
 
 
 class Recipe:
-    """How to recompute a tensor: a function and its arguments, whose tensors may be recipes themselves.
+    """How to recompute a tensor: a function and its arguments, whose tensors are kept, or recipes themselves.
 
     The function is called once; its result is kept until every `reserve` is matched by a `take`.
     """
 
-    __slots__ = ("_function", "_spec", "_uses", "_value", "_versions", "leaves")
+    __slots__ = ("_function", "_spec", "_uses", "_value", "leaves")
 
     def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any) -> None:
         self._function = function
         self.leaves = leaves  # nested arguments and keywords included
         self._spec = spec
-        self._versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves]
         self._uses = 0
         self._value: Tensor | None = None
 
@@ -142,14 +149,7 @@ class Recipe:
         return value
 
     def _recomputed(self) -> Tensor:
-        values = []
-        for leaf, version in zip(self.leaves, self._versions, strict=True):
-            # The check that autograd makes for its own saved tensors.
-            assert not isinstance(leaf, Tensor) or leaf._version == version, (
-                f"{self._function}: modified in place since"
-            )
-            values.append(leaf.take() if isinstance(leaf, Recipe) else leaf)
-        args, kwargs = tree_unflatten(values, self._spec)
+        args, kwargs = tree_unflatten([_taken(leaf) for leaf in self.leaves], self._spec)
         result: Tensor = self._function(*args, **kwargs)
         return result
 
@@ -160,6 +160,7 @@ class Recipes:
     active: ClassVar[Recipes | None] = None  # of the current forward pass
 
     def __init__(self) -> None:
+        self.values = KeptValues()
         self._kept: set[int] = set()
 
     def write(self, result: Tensor, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -179,21 +180,21 @@ class Recipes:
             elif leaf.nbytes >= _SMALL and _storage(leaf) not in self._kept:
                 held += leaf.untyped_storage().nbytes()
         if 2 * held <= result.nbytes:
+            leaves = [self.values.keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             setattr(result, _RECIPE, (result._version, Recipe(function, leaves, spec)))
 
-    def pack(self, tensor: Tensor) -> Tensor | Recipe:
+    def pack(self, tensor: Tensor) -> Kept | Recipe:
         recipe = _recipe_of(tensor)
         if recipe is None:
             self._kept.add(_storage(tensor))
-            return tensor
+            return self.values.keep(tensor)
         recipe.reserve()
         return recipe
 
-    def unpack(self, packed: Tensor | Recipe) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+    def unpack(self, packed: Kept | Recipe) -> Tensor:
         with torch.no_grad():
-            return packed.take()
+            found: Tensor = _taken(packed)
+            return found
 
 
 class _Recorder(TorchFunctionMode):
@@ -227,6 +228,13 @@ def _recorded_forward(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if Recipes.active is not None and y.requires_grad:
         Recipes.active.write(y, forward, (x,), {})
     return y
+
+
+def _taken(leaf: Any) -> Any:
+    """What a leaf of a recipe stands for."""
+    if isinstance(leaf, Recipe):
+        return leaf.take()
+    return leaf.value if isinstance(leaf, Kept) else leaf
 
 
 def _part(func: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -288,36 +296,44 @@ class HostMemory:
     """Hooks for saved tensors that copy large ones to host memory, and back in reverse order.
 
     Copies run on a separate stream, and are prefetched. Storages are copied, not tensors: views of one storage are
-    copied once and keep their layout.
+    copied once and keep their layout. What stays is given to `values`, if memory may be changed in place meanwhile.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, values: KeptValues | None = None) -> None:
         tensors = [*module.parameters(), *module.buffers()]
         self._stay = {tensor.untyped_storage()._cdata for tensor in tensors}
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._stream = side_stream(device, "activations") if device.type == "cuda" else None
         self._known: dict[int, _Known] = {}
         self._sent: deque[weakref.ref[_OnHost]] = deque()
+        self.values = values
+        if values is not None and self._stream is not None:
+            values.before_changes.append(self._await_copy)
 
-    def pack(self, tensor: Tensor) -> Tensor | _Moved:
+    def pack(self, tensor: Tensor) -> Tensor | Kept | _Moved:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         too_small = size < _WORTH_MOVING or 2 * tensor.nbytes < size or size % tensor.itemsize
         if too_small or storage._cdata in self._stay or isinstance(tensor, nn.Parameter):
-            return tensor
+            return tensor if self.values is None else self.values.keep(tensor)
         memory = self._on_host(tensor, storage)
         memory.uses += 1
         return _Moved(memory, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
-    def unpack(self, packed: Tensor | _Moved) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+    def unpack(self, packed: Tensor | Kept | _Moved) -> Tensor:
+        if not isinstance(packed, _Moved):
+            return packed.value if isinstance(packed, Kept) else packed
         while self._sent and self._sent[-1]() in (None, packed.memory):
             self._sent.pop()
         for one in list(self._sent)[-_AHEAD:]:
             if (coming := one()) is not None:
                 coming.send()
         return packed.memory.take().view(packed.dtype).as_strided(packed.shape, packed.stride, packed.offset)
+
+    def _await_copy(self, storage: int) -> None:
+        """Let changes of memory wait until it is copied."""
+        if storage in self._known and self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def _on_host(self, tensor: Tensor, storage: torch.UntypedStorage) -> _OnHost:
         key = storage._cdata

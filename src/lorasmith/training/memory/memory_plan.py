@@ -33,6 +33,7 @@ from lorasmith.adapters.weight_stream import share_within, streams_of
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import Activations
+from lorasmith.core.kept_values import Kept, KeptValues, changes_watched
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import free_memory
 from lorasmith.core.printable import memory_text
@@ -41,7 +42,7 @@ from lorasmith.core.recomputation import KEPT_SHARE
 from lorasmith.data.dataset import Sample
 from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.config import MethodSettings, ResolvedConfig
-from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.engine import Engine, batch_maker, changes_in_place
 from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory.activations import (
     Recipe,
@@ -170,9 +171,11 @@ def largest_pass(
     maker = batch_maker(model, [replace(largest, opposite=None)], one_batch, replace(runtime, processes=ALONE))
     [batch] = maker.step(0)
     noised = batch.noised.to(runtime.dtype)
+    values = KeptValues() if changes_in_place(model, runtime) else None
 
     def run() -> Tensor:
-        with within(), tokens_routed(model.module, model.routing, batch.route, batch.conditioning):
+        routed = tokens_routed(model.module, model.routing, batch.route, batch.conditioning)
+        with within(), changes_watched(values), routed:
             return model.predict(noised, batch.level.time, batch.conditioning)
 
     return run
@@ -272,17 +275,21 @@ def _largest(blocks: Sequence[int], kept: int) -> int:
     return max([sum(blocks[-kept:]), *blocks[:-kept]])
 
 
+_Memory = tuple[StorageWeakRef, int]
+"""A storage and its version."""
+
+
 class _Probe:
     """Sizes of a forward pass's saved tensors, by storage and block."""
 
     def __init__(self, module: nn.Module) -> None:
         # A weak reference keeps the address from being reused, without keeping the memory.
-        self._sizes: dict[StorageWeakRef, int] = {}
-        self._kept: set[StorageWeakRef] = set()
+        self._sizes: dict[_Memory, int] = {}
+        self._kept: set[_Memory] = set()
         self._module = module
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
         self._running = [-1] * _DEPTHS
-        self._inside: list[dict[int, set[StorageWeakRef]]] = [defaultdict(set) for _ in range(_DEPTHS)]
+        self._inside: list[dict[int, set[_Memory]]] = [defaultdict(set) for _ in range(_DEPTHS)]
 
     @property
     def total(self) -> int:
@@ -290,7 +297,7 @@ class _Probe:
 
     @property
     def largest(self) -> int:
-        return max((self._sizes[storage] for storage in self._kept), default=0)
+        return max((self._sizes[one] for one in self._kept), default=0)
 
     def checkpointed(self, depth: int) -> int:
         """Peak bytes with blocks at a depth recomputed but the last."""
@@ -303,7 +310,7 @@ class _Probe:
         return tuple(self._bytes(kept - inside[-1]) for block, kept in inside.items() if block >= 0)
 
     @contextlib.contextmanager
-    def saved_counted(self, pack: Callable[[Tensor], Tensor | Recipe] = lambda tensor: tensor) -> Iterator[None]:
+    def saved_counted(self, pack: Callable[[Tensor], Kept | Recipe] = Kept) -> Iterator[None]:
         """Inside the context, tensors saved by a forward pass are counted and freed; no backward pass may follow."""
 
         def count(tensor: Tensor) -> None:
@@ -335,18 +342,18 @@ class _Probe:
         finally:
             self._running[level] = -1
 
-    def _note(self, tensor: Tensor) -> StorageWeakRef | None:
+    def _note(self, tensor: Tensor) -> _Memory | None:
         storage = tensor.untyped_storage()
         if storage._cdata in self._weights or isinstance(tensor, nn.Parameter):
             return None
-        key = StorageWeakRef(storage)
+        key = StorageWeakRef(storage), tensor._version  # what is kept of memory that changes is copied
         self._sizes[key] = storage.nbytes()
         for level, number in enumerate(self._running):
             self._inside[level][number].add(key)
         return key
 
-    def _bytes(self, memory: set[StorageWeakRef]) -> int:
-        return sum(self._sizes[storage] for storage in memory)
+    def _bytes(self, memory: set[_Memory]) -> int:
+        return sum(self._sizes[one] for one in memory)
 
 
 def _no_backward(packed: None) -> Tensor:
