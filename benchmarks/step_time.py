@@ -126,17 +126,17 @@ class InNchw(Ours):
     """Ours, with the memory format that convolutional models have in diffusers."""
 
     def seconds(self) -> Sequence[float]:
-        with _contiguous():
+        with contiguous():
             return super().seconds()
 
     @contextlib.contextmanager
     def opened(self, counter: Counter | None = None) -> Iterator[Once]:
-        with _contiguous(), super().opened(counter) as once:
+        with contiguous(), super().opened(counter) as once:
             yield once
 
 
 @contextlib.contextmanager
-def _contiguous() -> Iterator[None]:
+def contiguous() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (placement, engine, frozen_weights):
             stack.enter_context(mock.patch.object(module, "memory_format_for", lambda network: torch.contiguous_format))

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywher
 
 import functools
 import gc
+import math
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.training import processor_way
 from lorasmith.training.memory import compilation
 from tests.covering import cases
 from tests.installed import forget_extensions
@@ -43,6 +45,13 @@ def previews_unmeasured(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     """Neither previews nor photos are compared by their features, which takes a second, unless a test asks for it."""
     if "previews_measured" not in request.fixturenames:
         monkeypatch.setattr(likeness, "is_installed", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def processors_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No format or number of threads is chosen by how long a step takes, or by what other programs do."""
+    monkeypatch.setattr(processor_way, "_WORTH_STEPS", math.inf)
+    monkeypatch.setattr(processor_way, "busy_processors", float)
 
 
 @pytest.fixture

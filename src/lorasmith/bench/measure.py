@@ -30,10 +30,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lorasmith.adapters.weight_stream import streams_of
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
-from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
+from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.training.batches import prefetched
+from lorasmith.training.batches import prefetched, stand_in_captions
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import TrainJob, engine_of
@@ -136,12 +136,6 @@ def synthetic_samples(
     return tuple(sample(index) for index in range(count))
 
 
-def _with_texts(samples: Sequence[Sample]) -> EncodedDataset:
-    """The samples with what encodes further texts for methods, each of which is as a sample's caption."""
-    like = samples[0].conditioning
-    return EncodedDataset(tuple(samples), EncodedCaptions(lambda text: replace(like, text=text)))
-
-
 def _shapes_beside(model: Model, height: int, width: int, frames: int) -> dict[str, tuple[int, ...]]:
     """Shapes of what the model is given of a picture or clip of these pixels itself."""
     form, latent = model.control_form, model.components.latent
@@ -200,7 +194,7 @@ def training_steps(
     """
     with counter or contextlib.nullcontext():
         engine = engine_of(job)
-    maker = batch_maker(job.model, _with_texts(samples), job.config, job.runtime, engine.rank_masks)
+    maker = batch_maker(job.model, stand_in_captions(samples), job.config, job.runtime, engine.rank_masks)
     steps = itertools.count()
 
     def once() -> None:
@@ -268,7 +262,7 @@ def measured_steps(
     """
     ends = _Ends(job.runtime.device, clock)
     engine = engine_of(job)
-    loop = Loop(engine, _with_texts(samples), on_event=on_event, watchers=[ends])
+    loop = Loop(engine, stand_in_captions(samples), on_event=on_event, watchers=[ends])
     try:
         loop.run()
     finally:
@@ -280,7 +274,7 @@ def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
-    maker = batch_maker(job.model, _with_texts(samples), job.config, job.runtime, engine.rank_masks)
+    maker = batch_maker(job.model, stand_in_captions(samples), job.config, job.runtime, engine.rank_masks)
     device = job.runtime.device
     rows = []
     try:

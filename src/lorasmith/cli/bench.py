@@ -52,6 +52,7 @@ def bench(
     from lorasmith.families.loading import load_model
     from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
     from lorasmith.training.job import plan_job
+    from lorasmith.training.processor_way import on_processor
 
     config = TrainConfig(**settings)
     place = chosen_device(device)
@@ -60,17 +61,19 @@ def bench(
         side = latent_side(base, resolution)
         job = plan_job(base.denoiser, config, place)
         samples = synthetic_samples(base, config.samples_per_step, side, side, are_pairs=config.pairs != "none")
-        found = measured(
-            job,
-            samples,
-            steps=measured_steps,
-            floor=floor,
-            on_stage=lambda stage: status.update(f"Measuring {stage}"),
-        )
-    pixels = side * base.components.latent.downscale
-    print_result(
-        lambda: _everything(found, job, model, pixels, str(place)), lambda: _print_bench(found, job, pixels, str(place))
-    )
+        with on_processor(job, samples) as job:
+            found = measured(
+                job,
+                samples,
+                steps=measured_steps,
+                floor=floor,
+                on_stage=lambda stage: status.update(f"Measuring {stage}"),
+            )
+            pixels = side * base.components.latent.downscale
+            print_result(
+                lambda: _everything(found, job, model, pixels, str(place)),
+                lambda: _print_bench(found, job, pixels, str(place)),
+            )
 
 
 def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device: str) -> dict[str, Any]:
@@ -213,6 +216,8 @@ def _print_checkup(found: Checkup) -> None:
         emulated = [name for name in ("bf16", "fp16") if name not in device.products]
         slow = f" ({' and '.join(emulated)} only emulated, so that fp32 is used instead)" if emulated else ""
         echo(f"         products in {', '.join(device.products)}{slow}; compiler {device.compiler}")
+    threads = f"{found.threads} thread{'s' * (found.threads != 1)} on the CPU"
+    heading("Threads ", f"{threads}, beside other programs that keep {found.busy:.1f} processors busy")
     heading("Memory  ", f"{memory_text(found.free_memory_bytes)} of {memory_text(found.memory_bytes)} are free")
     heading("Models  ", f"in {found.base_dir}: {', '.join(f'{kind} {n}' for kind, n in found.folders.items())}")
     for folder, free in found.disks.items():

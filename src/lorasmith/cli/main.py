@@ -28,6 +28,7 @@ from lorasmith.cli.console import echo, other_output_made_printable, output_as, 
 from lorasmith.cli.flags import HelpGroup, with_general_flags, with_readable_help
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.printable import printable
+from lorasmith.core.processor import let_threads_sleep
 
 
 class _Commands(HelpGroup):
@@ -107,6 +108,7 @@ def _spare_the_last_collection() -> None:
 
 def main() -> None:
     """Entry point. `output_as` prints a LorasmithError as one sentence and handles interrupts."""
+    let_threads_sleep()
     keep_freed_memory()
     other_output_made_printable()
     atexit.register(_spare_the_last_collection)

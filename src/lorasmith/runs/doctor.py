@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from lorasmith.core.files import check_writable
 from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
 from lorasmith.core.placement import dtype_name, multiplies
 from lorasmith.core.printable import memory_text
+from lorasmith.core.processor import processor_name, usable_processors
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.families.locating import built_in_models
 from lorasmith.runs.extending import InstalledExtension, installed_extensions
 from lorasmith.training.memory.compilation import compiler, triton_kernels
+from lorasmith.training.processor_way import Load
 from lorasmith.training.storage.run_states import free_bytes
 
 _PACKAGE = "lorasmith"
@@ -83,6 +84,8 @@ class Checkup:
     devices: tuple[DeviceFacts, ...]  # the default one first
     memory_bytes: int  # of the machine
     free_memory_bytes: int
+    threads: int  # of computations on the CPU, beside what other programs do now
+    busy: float  # processors that other programs keep busy
     base_dir: str
     folders: dict[str, int]  # number of model files by kind of folder, included folders counted
     cache: str  # folder of cached encodings
@@ -103,7 +106,7 @@ def check_up(folders: Folders) -> Checkup:
     written = {Path.cwd(): _OTHER_OUTPUT, folders.output: _OTHER_BASE, cache: _OTHER_CACHE}
     refused = {path: remedy for path, remedy in written.items() if not _is_writable(path)}
     disks = {str(path): free_bytes(path) for path in written if path not in refused}
-    memory = psutil.virtual_memory()
+    memory, load = psutil.virtual_memory(), Load.now(always=True)
     found = {kind: len(folders.files(kind, MODEL_EXTENSIONS)) for kind in _KINDS}
     extensions = tuple(installed_extensions())
     return Checkup(
@@ -111,6 +114,8 @@ def check_up(folders: Folders) -> Checkup:
         devices=devices,
         memory_bytes=memory.total,
         free_memory_bytes=memory.available,
+        threads=load.chosen,
+        busy=load.busy,
         base_dir=str(folders.base),
         folders=found,
         cache=str(cache),
@@ -124,6 +129,7 @@ def check_up(folders: Folders) -> Checkup:
             *_slow_devices(devices),
             *_slow_kernels(devices),
             *_small_memory(memory.total),
+            *_busy_processors(load),
             *(Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items()),
             *_full_disks(disks),
             *_no_models(found, folders.base),
@@ -189,8 +195,8 @@ def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _processor() -> str:
-    cores = os.cpu_count() or 1
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores"
+    cores = usable_processors()
+    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores"
 
 
 def _missing_packages(versions: dict[str, str]) -> list[Problem]:
@@ -231,6 +237,13 @@ def _small_memory(total: int) -> list[Problem]:
             remedy="see lorasmith plan for settings that need less",
         )
     ]
+
+
+def _busy_processors(load: Load) -> list[Problem]:
+    if not load.note:
+        return []
+    problem, _, remedy = load.note.partition("; ")
+    return [Problem(problem=problem, remedy=remedy, is_fault=False)]
 
 
 def _is_writable(folder: Path) -> bool:

@@ -121,6 +121,8 @@ class Reproduction(Host):
         # Previews and early stopping change no tensor of a run that ends at a given step.
         self.plan = plan(spec.with_settings(previews="", early_stop="validation", patience=0), self)
         self.runs = host.runs
+        threads = self._before.environment.get("threads")
+        self.threads = threads if isinstance(threads, int) and threads > 0 else None
         self.steps = steps_of(metadata, lora.name) - self.plan.job.steps_before  # after which training ends
         if not 0 < self.steps <= spec.config.steps:
             raise OptionError(

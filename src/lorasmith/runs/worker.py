@@ -25,6 +25,7 @@ from lorasmith.core.cancellation import answering, check_wanted
 from lorasmith.core.errors import CancelledError, LorasmithError, OutputError
 from lorasmith.core.files import locked
 from lorasmith.core.folders import Folders
+from lorasmith.core.processor import let_threads_sleep
 from lorasmith.runs.child_process import BlockingChannel, channel_of_child
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def how_it_ended(run: Callable[[], Mapping[str, Any]], *, job: str, log: str) ->
 
 def main() -> None:
     """Work until the supervisor closes the channel."""
+    let_threads_sleep()
     channel = channel_of_child()
     started = channel.receive()
     if started is None:

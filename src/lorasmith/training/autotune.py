@@ -88,7 +88,7 @@ def tuned(
         steps: number of steps that will be taken in this way.
         clock: returns seconds.
     """
-    step, seconds = _described(engine, batches), dict[Way, float]()
+    step, seconds = described(engine, batches), dict[Way, float]()
 
     def cost(way: Way) -> float:
         """Seconds of all steps, and of compiling."""
@@ -121,7 +121,7 @@ def _open_products(engine: Engine) -> set[ProductFormat]:
     return {one.products for one in formats if one is not None and has_products(one.products, engine.runtime.device)}
 
 
-def _described(engine: Engine, batches: Sequence[Batch]) -> str:
+def described(engine: Engine, batches: Sequence[Batch]) -> str:
     """What a step's time depends on, beside its way and the machine."""
     module, config, runtime = engine.model.module, engine.config, engine.runtime
     numbers = sum(parameter.numel() for parameter in module.parameters())

@@ -25,7 +25,7 @@ from lorasmith.core.placement import sent
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
 from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
-from lorasmith.data.dataset import Caption, EncodedDataset, Sample, SeenCaption, Variants, places_of
+from lorasmith.data.dataset import Caption, EncodedCaptions, EncodedDataset, Sample, SeenCaption, Variants, places_of
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
 from lorasmith.families.token_routing import Route
@@ -286,6 +286,12 @@ def prefetched(maker: BatchMaker, steps: range) -> Generator[tuple[int, list[Bat
             if step + 1 in steps:
                 coming = pool.submit(maker.step, step + 1)
             yield step, batches
+
+
+def stand_in_captions(samples: Sequence[Sample]) -> EncodedDataset:
+    """The samples with every further text encoded as the first one's caption, for measurements."""
+    like = samples[0].conditioning
+    return EncodedDataset(tuple(samples), EncodedCaptions(lambda text: replace(like, text=text)))
 
 
 _MOST_DRAWS = 50_000

@@ -777,8 +777,9 @@ class NumberSettings(Section, group="Precision and reproducibility"):
         of_model=True,
         costs=True,
         help="Number format of matrix products. Trained weights are always updated in fp32. auto is bf16 where the "
-        "device has units for it, else fp32; none keeps the format of the loaded model. Products in a format that the "
-        "device would emulate are in fp32, which is faster; see exact_dtype.",
+        "device has units for it, else fp32; on a CPU with such units, runs of 100 steps or more time both first. none "
+        "keeps the format of the loaded model. Products in a format that the device would emulate are in fp32, which "
+        "is faster; see exact_dtype.",
     )
     exact_dtype: bool = option(
         False,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.processor import processor_name
 from lorasmith.core.typed_json import typed
 from lorasmith.data.encoding_cache import default_cache, ensure_private
 
@@ -41,7 +41,7 @@ def measured(device: torch.device, name: str, measure: Callable[[], Times]) -> T
 def machine_of(device: torch.device) -> str:
     """What times on a device depend on: the device, its driver and versions."""
     if device.type != "cuda":
-        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        processor = f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
         return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     library: Any = torch._C  # whose names differ by how torch was built
     driver = library._cuda_getDriverVersion()

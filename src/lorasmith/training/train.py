@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError, TrainingError
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.power_average import LENGTHS
@@ -21,6 +23,7 @@ from lorasmith.data.dataset import EncodedDataset, Split, split
 from lorasmith.data.folder import ImageFile
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import captions_ready
+from lorasmith.training.config import DtypeSetting
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import (
     CaptionEncoded,
@@ -37,10 +40,11 @@ from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.methods.all_methods import other_texts
 from lorasmith.training.notes import ReportNote
+from lorasmith.training.processor_way import ProcessorWay, on_processor
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, Results, TrainResult
 from lorasmith.training.run_requests import DrawRequest, RequestWatch
-from lorasmith.training.storage.fingerprint import Fingerprint, differences
+from lorasmith.training.storage.fingerprint import Fingerprint, differences, environment, fingerprint
 from lorasmith.training.storage.records import RunRecord, check_title, read_history, run_record
 from lorasmith.training.storage.run_folder import (
     PREVIEW_LORA,
@@ -49,7 +53,9 @@ from lorasmith.training.storage.run_folder import (
     checked_start,
     claimed_run,
     continuing,
+    is_same_or_longer,
     new_run_folder,
+    numbered_runs,
     output_folder,
     unfinished_run,
 )
@@ -108,6 +114,7 @@ class RunHost:
     This one ignores events and draws and writes nothing; doors inherit from `runs.run.Host`.
     """
 
+    threads: int | None = None  # of a recorded run that is repeated on the CPU
     runs: Path | None = None  # parent of the folders of runs without an output, which write no files if it is None
     numbering: str = "-{:03}"  # of the names of these folders, behind the title
 
@@ -177,6 +184,9 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
             data = replace(data, trigger=plan.trigger)
         parts = split(data, share=job.config.validation_share, given=plan.validation)
         job = job.for_samples(parts.training.samples)
+        if engine is engine_of:  # runs that share passes share their format and threads
+            begun = partial(_begun, plan, host, job, parts)
+            job = stack.enter_context(on_processor(job, parts.training.samples, begun=begun, cancelled=host.cancelled))
         record = run_record(job, parts, title=plan.title, source=plan.source, facts=plan.facts, verify=plan.verify)
         _check_together(job, record)
         if unknown := processes.broadcast_from_rank0(lambda: checked_start(record)):
@@ -192,6 +202,35 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
             record, start = processes.broadcast_from_rank0(begin)
             job = job.starting_from(record.config["existing_state"])
         return _Run(replace(plan, job=job), parts, host, record, folder).train(engine(job), start)
+
+
+def _begun(
+    plan: Plan, host: RunHost, job: TrainJob, parts: Split, formats: Sequence[DtypeSetting]
+) -> ProcessorWay | None:
+    """Format and threads of the run that this one repeats or continues, with one of these formats; None if it is new.
+
+    Its threads are torch's on another machine.
+    """
+    if host.threads is not None:
+        return ProcessorWay(formats[0], host.threads)
+    where = host.runs if plan.claim is None else plan.claim.path
+    if plan.fresh or where is None or not (numbered_runs(where, plan.title) or RunFolder(where).exists):
+        return None
+    found = fingerprint(job, parts.training, parts.held_out)
+    environments = environment(job.runtime.device, job.config.optimizer, compile=job.config.compile)
+    for dtype in formats:
+        wanted: Fingerprint = {**found, "config": {**found["config"], "training_dtype": dtype}}
+        path = where if plan.claim is not None else unfinished_run(where, plan.title, wanted)
+        if path is None or not (folder := RunFolder(path)).exists:
+            continue
+        with contextlib.suppress(LorasmithError):  # of a damaged record, which is told when the run begins
+            record = folder.record()
+            if is_same_or_longer(record.fingerprint, wanted):
+                before = record.all_environments[-1]
+                is_here = all(before.get(name) == environments[name] for name in ("processor", "cores"))
+                threads = before.get("threads") if is_here else None
+                return ProcessorWay(dtype, threads if isinstance(threads, int) else torch.get_num_threads())
+    return None
 
 
 @contextlib.contextmanager

@@ -336,7 +336,7 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
         return record
     before = folder.record()
     steps, given = before.config.get("steps"), record.config.get("steps")
-    if differences(_without_length(before.fingerprint), _without_length(record.fingerprint)):
+    if not is_same_or_longer(before.fingerprint, record.fingerprint):
         return record
     if not isinstance(steps, int) or not isinstance(given, int):
         return record
@@ -412,6 +412,11 @@ def _starting(record: RunRecord, path: Path, initial: str) -> RunRecord:
     whole: Fingerprint = {**record.fingerprint, "initial": initial}
     setting = {_STATE: str(path)}
     return replace(record, config={**record.config, **setting}, asked={**record.asked, **setting}, fingerprint=whole)
+
+
+def is_same_or_longer(before: Fingerprint, now: Fingerprint) -> bool:
+    """Whether two runs are one, but for the number of steps and the run state that each started from."""
+    return not differences(_without_length(before), _without_length(now))
 
 
 def _without_length(fingerprint: Fingerprint) -> Fingerprint:
