@@ -29,12 +29,12 @@ from torch import Size, Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.placement import fast_dtype, placed
+from lorasmith.core.placement import fast_dtype, free_memory, placed
 from lorasmith.core.quantization import (
     WEIGHT_SOURCE,
     Packed,
     WeightSource,
-    as_stored,
+    cast_on_use,
     placeholder,
     scaled_codes,
     weight_source,
@@ -469,24 +469,37 @@ def weight_source_set(
 
 
 @contextlib.contextmanager
-def weights_as_stored(module: nn.Module, dtype: torch.dtype, *, without: Collection[nn.Module] = ()) -> Iterator[None]:
+def weights_as_stored(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, *, without: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """Inside the context, the layers of `layers_as_stored` cast their weight to `dtype` for each product.
 
-    The numbers are those of a model that was cast as a whole, in the memory of the stored one.
+    So do, on the CPU, those in another dtype of as many bytes if copies of all would take more than half of the free
+    memory. The numbers are those of a model that was cast as a whole, in the memory of the stored one.
     """
+    layers = layers_as_stored(module, dtype)
+    if device.type == "cpu":
+        plain = [layer for layer in packable_layers(module) if weight_source(layer) is None]
+        others = [one for one in plain if _needs_copy(one.get_parameter("weight"), dtype)]
+        needed = sum(one.get_parameter("weight").nbytes for one in others)
+        layers += others if 2 * needed > free_memory(device) else []
     with contextlib.ExitStack() as undo:
-        for layer in layers_as_stored(module, dtype):
+        for layer in layers:
             if layer not in without:
                 weight = layer.get_parameter("weight").data
-                source = as_stored(weight, dtype)
+                source = cast_on_use(weight, dtype)
                 undo.enter_context(weight_source_set(layer, source, device=weight.device, dtype=dtype))
         yield
 
 
+def _needs_copy(weight: Tensor, dtype: torch.dtype) -> bool:
+    return weight.dtype != dtype and weight.itemsize == dtype.itemsize and weight.is_floating_point()
+
+
 @contextlib.contextmanager
 def placed_for_products(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the context, a model is placed, its weights as stored where they are narrower than `dtype`."""
-    with weights_as_stored(module, dtype), placed(module, device=device, dtype=dtype):
+    """Inside the context, a model is placed, its weights as `weights_as_stored` has them."""
+    with weights_as_stored(module, dtype, device), placed(module, device=device, dtype=dtype):
         yield
 
 

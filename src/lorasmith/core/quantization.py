@@ -150,7 +150,7 @@ class Packed(WeightSource):
 
     @property
     def is_cast(self) -> bool:
-        """Whether it is a plain weight in another dtype (`as_stored`)."""
+        """Whether it is a plain weight (`cast_on_use`)."""
         return self.unpack is _converted
 
     def use(self) -> AbstractContextManager[Packed]:
@@ -222,8 +222,12 @@ def packed(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Packed:
 
 def as_stored(weight: Tensor, dtype: torch.dtype) -> Packed:
     """A plain weight that is cast to `dtype` where it is used, stored in its own dtype if that is narrower."""
-    kept = weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype)
-    return Packed((kept,), _converted, dtype, weight.shape)
+    return cast_on_use(weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype), dtype)
+
+
+def cast_on_use(weight: Tensor, dtype: torch.dtype) -> Packed:
+    """A plain weight in its own dtype, cast to `dtype` where it is used."""
+    return Packed((weight,), _converted, dtype, weight.shape)
 
 
 def _converted(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -108,26 +108,32 @@ class WeightChange:
         """
         if self.factors is not None and self.dense is None:
             u, s, vh = _svd_of_product(*self.factors)
-            measured, slack = s, _ROUNDING
+            total, slack = square_sum(s), _ROUNDING
         else:
             matrix = self.matrix()
-            if not torch.isfinite(matrix.square().sum()):  # a decomposition computes with squares
+            total, slack = square_sum(matrix), 1e-6
+            if not total <= torch.finfo(torch.float32).max:  # a decomposition computes with squares
                 raise LoraError(
                     f"the squares of the change of {key or 'a module'} must be within the numbers of fp32, and "
                     "are not; lower the strength or get the file again"
                 )
             u, s, vh = _svd_of_matrix(matrix, rank, key)
             # The energy of values that were not computed follows from the norm, with the precision of fp32.
-            measured, slack = (s, _ROUNDING) if len(s) == min(matrix.shape) else (matrix, 1e-6)
-        total = float(measured.double().square().sum())
+            if len(s) == min(matrix.shape):
+                total, slack = square_sum(s), _ROUNDING
         count = _rank_for(s, total, rank, None if energy is None else energy - slack)
         root = s[:count].sqrt()
         return Truncated(
             up=(u[:, :count] * root).float().cpu(),
             down=(root[:, None] * vh[:count]).float().cpu(),
-            kept=float(s[:count].double().square().sum()),
+            kept=square_sum(s[:count]),
             total=total,
         )
+
+
+def square_sum(tensor: Tensor) -> float:
+    """The sum of squares in fp64, in one pass."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def stacked(*changes: WeightChange) -> WeightChange:

@@ -36,6 +36,7 @@ from lorasmith.toolbox.changes import (
     changed_weight,
     is_additive,
     share,
+    square_sum,
     stacked,
 )
 from lorasmith.toolbox.lora_files import HISTORY, file_target, free_target, rank_entries
@@ -169,7 +170,7 @@ def _rest(
         if parameter in layers or parameter not in tuned.places:
             continue
         difference = _difference(base, tuned, parameter)
-        square = float(difference.double().square().sum())
+        square = square_sum(difference)
         if not square:
             continue
         ref = parameter.module
@@ -183,7 +184,7 @@ def _rest(
 
 
 def _difference(base: ModelReader, tuned: ModelReader, parameter: Parameter) -> Tensor:
-    return tuned.read(parameter).float() - base.read(parameter).float()
+    return tuned.read(parameter).to(torch.float32, copy=True).sub_(base.read(parameter))
 
 
 def _refuse_unlike(base: ModelReader, tuned: ModelReader) -> None:

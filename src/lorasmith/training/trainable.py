@@ -462,7 +462,7 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
         )
         packed += [layer.get_parameter("weight") for layer in elsewhere]
         if kind == "none" and stream is None:
-            stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
+            stack.enter_context(weights_as_stored(module, dtype, device, without=elsewhere))
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
         if runtime.products != "training_dtype":
             stack.enter_context(products_enabled(module, runtime.products, device))

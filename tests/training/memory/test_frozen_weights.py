@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import frozen_layer
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable, packable_layers, sampling_dtype
+from lorasmith.adapters.frozen_layer import (
+    PRODUCTS,
+    FrozenLayer,
+    is_targetable,
+    named_weights,
+    packable_layers,
+    sampling_dtype,
+)
 from lorasmith.adapters.frozen_weights import frozen_bytes, takes_products, weights_packed
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter, LowRank
@@ -30,6 +38,7 @@ from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import placement, quantized_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.core.mapped_files import place_on_file
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
 from lorasmith.data.dataset import EncodedDataset
@@ -136,6 +145,23 @@ def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
         assert sizes[1] < 0.55 * sizes[0]
         whole = frozen_bytes(module, kind="none", dtype=torch.float32, offloading=False)
         assert sizes[1] == pytest.approx(whole, rel=1e-3)
+
+
+def test_fp16_weights_stay_mapped_for_bf16_products_where_copies_would_take_half_of_the_memory(
+    dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no bit changes."""
+    tiny = load_model(BUILT_IN)
+    job = planned(tiny, training_dtype="bf16", exact_dtype=True)
+    settings = {"training_dtype": "bf16", "exact_dtype": True, "targets": LAYERS}
+    copied, expected = dict[float, int](), one_step(tiny, dataset, **settings)
+    for free in (math.inf, 0):
+        monkeypatch.setattr(frozen_layer, "free_memory", lambda device, free=free: free)
+        with job.model.frozen(job.config, job.runtime):
+            weights = [tensor for _, tensor in named_weights(tiny.components.denoiser)]
+            copied[free] = sum(one.nbytes for one in weights if place_on_file(one) is None and one.ndim == 2)
+        assert_same(one_step(tiny, dataset, **settings), expected)
+    assert copied[0] < 0.1 * copied[math.inf]
 
 
 def patched(tiny: Model, *, strength: float = 0.7) -> Denoiser:
