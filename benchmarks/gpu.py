@@ -8,48 +8,58 @@
 The parts are in four groups, the most informative first. Each of the first three fits into ten minutes, so that a
 machine that is lent by the command can run them one by one:
 
-    first     what the card does by itself, `pytest -m gpu`, the loop with Flux.1 at two sizes, with traces
-    second    the same compiled, with and without activation checkpointing; settings for memory at 1024 pixels
+    first     what the card does by itself, the loop with Flux.1 at 1024 and 512 pixels, with traces; quantized weights
+              and products; the GPU tests
+    second    the same compiled, with and without activation checkpointing; settings for memory; tests that compile
     third     SDXL in both memory formats and compiled; mixed sizes compiled; files and previews; a killed run
     further   every other benchmark, for one model family after the other (`benchmarks.bases.MODELS`)
 
-A part is a process of its own with a share of the time. It is killed when that is over, keeps its rows, and does not
-stop the others; a part with less than half of its share left is listed as not run. Without a GPU everything is
-rehearsed: on the CPU, with small models and few steps. The output folder contains
+A part is a process of its own with a share of the time, and the parts of one of the first three groups have nine
+minutes together. A part is killed when its share is over, keeps its rows, and does not stop the others; a part with
+less than half of its share left is listed as not run. Without a GPU everything is rehearsed: the same parts on the CPU,
+with small models and few steps. The output folder contains
 
     results.json     machine, versions, and the outcome, settings and tables of each part
-    tables.md        the tables, in the form of docs/benchmarks.md
-    traces/          profiles of single steps, for Perfetto
+    tables.md        the tables, in the form of docs/benchmarks.md, and how they compare with what was expected
+    traces.zip       profiles of single steps, for Perfetto
     log.txt          the output of the parts
 
-written after each part. Results of an earlier command on the same machine stay, unless their part runs again. The exit
-status is 0 if every part passed. The machine needs no network: wheels of packages that it lacks are read from a folder
-and unpacked beside the project, so that installed packages do not change. This module imports the standard library
-alone.
+written while parts run. Results of an earlier command on the same machine stay, unless their part runs again. The exit
+status is 0 if every part passed. The machine needs no network: `--pack` writes an archive of what runs there, and
+wheels of packages that it lacks are read from a folder and unpacked beside the project, so that installed packages do
+not change. This module imports the standard library alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_expected import comparison
 from benchmarks.results import Table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / "build" / "gpu-packages"
 """Where wheels are unpacked."""
+
+GROUPS = ("first", "second", "third")
 
 _GRACE_S = 15
 """Seconds between asking a part to end and killing it."""
@@ -57,9 +67,42 @@ _GRACE_S = 15
 _LAST_LINES = 40
 """Of a part that did not pass, in the results."""
 
+GROUP_S = 9 * 60
+"""Time for the parts of one of the first three groups, in seconds."""
+
+_SAVED_EVERY_S = 5
+"""How often the rows of a part that runs are written to the results."""
+
+_UNUSED = ("pillow-heif",)
+"""Dependencies that no part imports."""
+
+_FOR_TESTS = ("pytest", "pytest-xdist", "hypothesis", "peft", "packaging")
+
 _DESCRIBE = """
-import json, torch
-from importlib.metadata import PackageNotFoundError, version
+import importlib, json, re, sys, tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+unused, needed, modules = json.loads(sys.argv[1])
+project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
+needed += [re.match(r"[A-Za-z0-9._-]+", one)[0] for one in project["dependencies"]]
+needed += [re.match(r"[A-Za-z0-9._-]+", one)[0] for one in project["optional-dependencies"]["models"]]
+def plain(name):
+    return name.lower().replace("_", "-")
+def is_there(name):
+    owned = [module for module, owners in packages_distributions().items() if name in map(plain, owners)]
+    for module in dict.fromkeys([name.replace("-", "_"), *owned]):
+        try:
+            importlib.import_module(module)
+            return True
+        except ImportError:
+            continue
+    return False
+missing = [name for name in map(plain, needed) if name not in unused and not is_there(name)]
+if missing:
+    sys.exit(f"packages must be installed, or their wheels given with --wheels: {', '.join(missing)}")
+for module in modules:
+    importlib.import_module(module)
+import torch
 from benchmarks.bases import MODELS
 def version_of(name):
     try:
@@ -86,6 +129,7 @@ class Part:
         minutes: its share of the time.
         report: option for the file of its tables, `--json` or pytest's; None if it writes none.
         group: of the parts that one command runs.
+        variables: further ones of its environment.
     """
 
     name: str
@@ -93,6 +137,7 @@ class Part:
     minutes: float
     report: str | None = "--json"
     group: str = "further"
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def is_named(self, names: Collection[str]) -> bool:
         """Whether these names of parts, benchmarks and groups include it."""
@@ -121,30 +166,60 @@ class Benchmark:
     group: str = "further"
     models: tuple[str, str] | None = None
 
+    @property
+    def home(self) -> str:
+        """Dotted name of the module."""
+        return f"benchmarks.{self.module}"
+
 
 _SIDES = "--sides floor lorasmith graphs checkpointing --rounds 1"
 _COMPILED = "--sides lorasmith compile compile-checkpointing --rounds 1"
 _LAYOUTS = "--sides floor lorasmith contiguous compile --rounds 1"
 _EAGER = "--backend aot_eager"  # needs no compiler
 
-KERNELS = Benchmark("kernels", "kernels", 1.5, "", "--small --steps 2", group="first")
+TEST_FILES = (
+    "tests/training/test_gpu.py",
+    "tests/training/memory/test_gpu_memory.py",
+    "tests/training/memory/test_sharding.py",
+    "tests/core/test_device_copies.py",
+    "tests/families/files/test_packed_formats.py",
+)
+"""Those with GPU tests; in others there is none to collect."""
 
-TESTS_MINUTES = 4.0
+_TESTS = ("-m", "pytest", "-m", "gpu", "-v", "-rfE", "--color=no", "-W", "default", "--continue-on-collection-errors")
+
+TESTS = {
+    # CUDA graphs are what no stub has tried: before all others.
+    "graphs": ("first", 1.0, "graph and not compiled"),
+    "tests": ("first", 2.0, "not graph and not compiled"),
+    "compiled_tests": ("second", 1.5, "compiled"),
+}
+"""Group, minutes and choice (`-k`) of the GPU tests, by the name of the part."""
 
 PLANNED = (
+    Benchmark("kernels", "kernels", 1.2, "", "--small --steps 2", group="first"),
     Benchmark(
         "loop",
         "step_time",
-        3.5,
-        f"--latent 64 128 {_SIDES} --steps 4 --traces {{traces}}",
-        f"--latent 8 10 {_SIDES} --steps 1 --traces {{traces}}",
+        3,
+        f"--latent 128 64 {_SIDES} --steps 4 --traces {{traces}}",
+        f"--latent 10 8 {_SIDES} --steps 1 --traces {{traces}}",
+        group="first",
+        models=("flux-12b", "flux-tiny"),
+    ),
+    Benchmark(
+        "quantized_1024",
+        "levers",
+        1.5,
+        "--latent 128 --steps 3 --levers none fp8 nf4 fp8-products int8-products",
+        "--latent 8 --steps 1 --levers none fp8 nf4 fp8-products int8-products",
         group="first",
         models=("flux-12b", "flux-tiny"),
     ),
     Benchmark(
         "compiled",
         "step_time",
-        4,
+        3,
         f"--latent 128 {_COMPILED} --steps 4",
         f"--latent 10 {_COMPILED} --steps 1 {_EAGER}",
         group="second",
@@ -153,7 +228,7 @@ PLANNED = (
     Benchmark(
         "compiled_512",
         "step_time",
-        2,
+        1.5,
         f"--latent 64 {_COMPILED} --steps 4",
         f"--latent 8 {_COMPILED} --steps 1 {_EAGER}",
         group="second",
@@ -162,9 +237,9 @@ PLANNED = (
     Benchmark(
         "levers_1024",
         "levers",
-        3.5,
-        "--latent 128 --steps 3 --levers none checkpointing int8 fp8 fp8-products nf4 offloading lean host",
-        "--latent 8 --steps 1 --levers none checkpointing fp8-products offloading",
+        2.5,
+        "--latent 128 --steps 3 --levers none checkpointing offloading host lean int8",
+        "--latent 8 --steps 1 --levers none checkpointing offloading host lean int8",
         group="second",
         models=("flux-12b", "flux-tiny"),
     ),
@@ -186,10 +261,10 @@ PLANNED = (
         group="third",
         models=("flux", "flux-tiny"),
     ),
-    Benchmark("transfer", "transfer", 2.5, "--gib 24", "--gib 0.06", group="third", models=("flux-12b", "tiny")),
+    Benchmark("transfer", "transfer", 1.5, "--gib 8", "--gib 0.06", group="third", models=("flux-12b", "tiny")),
     Benchmark("whole_run", "whole_run", 2, "--steps 200", "--steps 8 --preview-steps 2", group="third"),
 )
-"""The plan of a first day, in order; tests run after `KERNELS`, before these."""
+"""The plan of a first day, in order; the tests of a group run after these."""
 
 FOR_EACH_FAMILY = (
     Benchmark("step_time", "step_time", 2.5, "--batch {batches} --rounds 3 --steps 2", "--rounds 1 --steps 1"),
@@ -267,11 +342,19 @@ PEERS = {
 def main() -> int:
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part that is running ends as well
+    if arguments.pack is not None:
+        print(f"{arguments.pack}: {pack(arguments.pack, arguments.wheels) / 1e6:.1f} MB")
+        return 0
     run = Run(arguments.output, seconds=60 * arguments.minutes)
     if arguments.wheels is not None:
         run.part(_unpacking(arguments.wheels))
     described = subprocess.run(
-        [sys.executable, "-c", _DESCRIBE], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _DESCRIBE, json.dumps([_UNUSED, _FOR_TESTS, sorted({one.home for one in PLANNED})])],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if described.returncode:
         print(described.stderr, file=sys.stderr)
@@ -304,14 +387,21 @@ def parts(models: dict[str, Any], arguments: argparse.Namespace, *, rehearsed: b
         options = [traces if word == "{traces}" else word for word in words]
         device = ("--device", "cpu" if rehearsed else "cuda")
         model = () if one.models is None else ("--model", one.models[rehearsed])
-        command = ("-m", f"benchmarks.{one.module}", *model, *more, *options, *device)
+        command = ("-m", one.home, *model, *more, *options, *device)
         return Part(name, command, one.minutes * slower, group=one.group)
 
-    yield part(KERNELS, KERNELS.name)
-    tests = ("-m", "pytest", "-m", "gpu", "-v", "-rfE", "--color=no", *arguments.tests)
-    yield Part("tests", tests, TESTS_MINUTES * slower, "--junit-xml", "first")
-    for one in PLANNED:
-        yield part(one, one.name if one.models is None else f"{one.name}:{one.models[0]}")
+    def tests(of_group: str) -> Iterator[Part]:
+        # On the CPU those run that can run there.
+        variables = {"LORASMITH_GPU_TESTS": "cpu"} if rehearsed else {}
+        for name, (group, minutes, chosen) in TESTS.items():
+            if group == of_group:
+                command = (*_TESTS, "-n", "2" if rehearsed else "4", "-k", chosen, *arguments.tests)
+                yield Part(name, command, minutes * slower, "--junit-xml", group, variables)
+
+    for group, planned in itertools.groupby(PLANNED, key=attrgetter("group")):
+        for one in planned:
+            yield part(one, one.name if one.models is None else f"{one.name}:{one.models[0]}")
+        yield from tests(group)
     for one in FOR_EACH_FAMILY:
         for model, (latent, batches, rehearsal) in models.items():
             base = ("--model", rehearsal, "--latent", "8") if rehearsed else ("--model", model, "--latent", str(latent))
@@ -331,6 +421,7 @@ class Run:
     Args:
         output: folder of the results.
         seconds: for all parts.
+        group_s: for the parts of one of the first three groups, in seconds.
 
     Attributes:
         facts: machine and versions.
@@ -338,7 +429,7 @@ class Run:
         ran: of the parts of this command.
     """
 
-    def __init__(self, output: Path, *, seconds: float) -> None:
+    def __init__(self, output: Path, *, seconds: float, group_s: float = GROUP_S) -> None:
         before: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             before = json.loads((output / "results.json").read_text(encoding="utf-8"))
@@ -348,6 +439,8 @@ class Run:
         self._output = output
         self._log = output / "log.txt"
         self._end = time.monotonic() + seconds
+        self._group_s = group_s
+        self._ends: dict[str, float] = {}  # by group
         output.mkdir(parents=True, exist_ok=True)
 
     def on_machine(self, facts: dict[str, Any]) -> None:
@@ -362,26 +455,41 @@ class Run:
         `tables`, and unless it passed also the `last_lines` of its output.
         """
         result: dict[str, Any] = {"part": part.name, "command": " ".join(("python", *part.command)), "tables": []}
-        wanted, left = 60 * part.minutes, self._end - time.monotonic()
+        now = time.monotonic()
+        ends = self._end if part.group not in GROUPS else self._ends.setdefault(part.group, now + self._group_s)
+        wanted, left = 60 * part.minutes, min(ends, self._end) - now - _GRACE_S
         if left < wanted / 2:
             result |= {"outcome": "not run", "seconds": 0.0}
         else:
             print(f"{part.name} …", flush=True)
-            result |= self._ran(part, min(wanted, left))
+            result |= self._ran(part, result, min(wanted, left))
         print(f"{part.name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
         if result["outcome"] not in ("passed", "not run"):
             print(*(f"    {line}" for line in result["last_lines"]), sep="\n", flush=True)
         self.ran.append(result)
         if result["outcome"] != "not run" or part.name not in (one["part"] for one in self.results):
-            self.results = [one for one in self.results if one["part"] != part.name] + [result]
+            self._keep(result)
+        self._pack_traces()
         self.finish()
+
+    def _keep(self, result: dict[str, Any]) -> None:
+        """Put a result in the place of an earlier one of its part."""
+        self.results = [one for one in self.results if one["part"] != result["part"]] + [result]
+
+    def _pack_traces(self) -> None:
+        """Move profiles into one archive."""
+        if (folder := self._output / "traces").is_dir():
+            with zipfile.ZipFile(self._output / "traces.zip", "a") as archive:
+                for path in sorted(folder.iterdir()):
+                    archive.write(path, path.name)
+            shutil.rmtree(folder)
 
     def finish(self) -> None:
         """Write the results so far."""
         write_json(self._output / "results.json", {"machine": self.facts, "parts": self.results})
         (self._output / "tables.md").write_text(markdown(self.facts, self.results), encoding="utf-8")
 
-    def _ran(self, part: Part, limit: float) -> dict[str, Any]:
+    def _ran(self, part: Part, described: dict[str, Any], limit: float) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, self._log.open("a+b") as log:
             report = Path(folder) / "report"
             command = [sys.executable, *part.command, *([] if part.report is None else [part.report, str(report)])]
@@ -389,13 +497,22 @@ class Run:
             log.flush()
             start = log.seek(0, os.SEEK_END)
             began = time.monotonic()
-            outcome = _outcome(command, log.fileno(), limit)
+
+            def found() -> dict[str, Any]:
+                with contextlib.suppress(FileNotFoundError, ET.ParseError):  # of parts that wrote none
+                    is_xml = part.report == "--junit-xml"
+                    return _test_tables(report) if is_xml else json.loads(report.read_text(encoding="utf-8"))
+                return {}
+
+            def save() -> None:
+                self._keep({**described, "outcome": "running", "seconds": time.monotonic() - began, **found()})
+                self.finish()
+
+            outcome = _outcome(command, part.variables, log.fileno(), limit, save)
             result: dict[str, Any] = {"outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
             log.seek(start)
             lines = log.read().decode(errors="replace").splitlines()
-            with contextlib.suppress(FileNotFoundError, ET.ParseError):  # of parts that wrote none
-                is_xml = part.report == "--junit-xml"
-                result |= _test_tables(report) if is_xml else json.loads(report.read_text(encoding="utf-8"))
+            result |= found()
         return result if outcome == "passed" else {**result, "last_lines": lines[-_LAST_LINES:]}
 
 
@@ -411,9 +528,9 @@ def markdown(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
         lines += [f"## {one['part']}", "", f"    {one['command']}", ""]
         for table in one["tables"]:
             lines += [Table(**table).markdown(), ""]
-        if one["outcome"] != "passed":
+        if "last_lines" in one:
             lines += [f"{one['outcome']}:", "", *(f"    {line}" for line in one["last_lines"]), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *comparison(facts, results)])
 
 
 def environment() -> dict[str, str]:
@@ -427,6 +544,28 @@ def environment() -> dict[str, str]:
     }
 
 
+def pack(path: Path, wheels: Path | None) -> int:
+    """Write an archive of the tracked files that parts need, and of wheels; returns its size in bytes."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    names = [name for name in tracked.decode().split("\0") if name and not name.startswith(_LEFT_BEHIND)]
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            archive.add(ROOT / name, f"lorasmith/{name}")
+        for wheel in sorted(wheels.glob("*.whl")) if wheels is not None else ():
+            archive.add(wheel, f"lorasmith/wheels/{wheel.name}")
+    return path.stat().st_size
+
+
+_LEFT_BEHIND = (
+    "docs/images/",
+    "tests/golden/comfyui_",
+    "lorasmith-editor/",
+    "lorasmith-tiny/lorasmith-tiny.png",
+    "uv.lock",
+)
+"""Tracked files that no part reads."""
+
+
 def _unpacking(wheels: Path) -> Part:
     """The part that unpacks a folder's wheels beside the project; their dependencies are there too, or installed."""
     how = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(PACKAGES))
@@ -434,14 +573,19 @@ def _unpacking(wheels: Path) -> Part:
     return Part("packages", ("-m", "pip", "install", *how, *found), 2, report=None)
 
 
-def _outcome(command: Sequence[str], log: int, limit: float) -> str:
-    """Run a command, and end all processes that it started when the time is over."""
+def _outcome(
+    command: Sequence[str], variables: Mapping[str, str], log: int, limit: float, save: Callable[[], None]
+) -> str:
+    """Run a command, and end all processes that it started when the time is over. Calls `save` meanwhile."""
+    env, ends = environment() | dict(variables), time.monotonic() + limit
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         try:
-            return "passed" if process.wait(limit) == 0 else "failed"
-        except subprocess.TimeoutExpired:
+            while (left := ends - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return "passed" if process.wait(min(left, _SAVED_EVERY_S)) == 0 else "failed"
+                save()
             os.killpg(process.pid, signal.SIGINT)  # pytest then reports the tests that it has run
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_S)
@@ -475,12 +619,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder of results, tables and log")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of packages that are not installed")
     parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="only write what a GPU machine needs there, as .tar.gz"
+    )
+    parser.add_argument(
         "--parts",
         nargs="+",
         metavar="NAME",
         help="only these: groups (first, second, third, further) or parts such as tests, levers or algorithms:sd15",
     )
-    parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="where GPU tests are looked for")
+    parser.add_argument(
+        "--tests", nargs="+", default=list(TEST_FILES), metavar="PATH", help="where GPU tests are looked for"
+    )
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU, even where there is a GPU")
     parser.add_argument("--comfyui", type=Path, help="folder of a ComfyUI checkout, to be measured as well")
     parser.add_argument("--comfyui-python", type=Path, help="of the venv that ComfyUI runs in; this one if left out")

@@ -4,7 +4,8 @@
     python -m benchmarks.kernels --small --device cpu
 
 Sizes are those of a step of Flux.1 at 1024 pixels (4,608 tokens of 3,072 numbers, 24 heads) and of SDXL's outermost
-level; `--small` has small ones, for a rehearsal. A way that the device or this version of torch lacks has a row that
+level; `--small` has small ones, for a rehearsal. The first table says which of the project's Triton kernels run here,
+and if not, why. A way that the device or this version of torch lacks has a row that
 says so. Rates of products and attention are in TFLOP/s, those of copies and of dequantization in GB/s; the bytes of a
 dequantization are its codes read and its weight written once, those of rotations and of rounding input and result,
 which is all that one kernel moves.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +32,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
 from lorasmith.bench.measure import pass_seconds
+from lorasmith.core.choices import Quantization
 from lorasmith.core.pinned_memory import PinnedBuffer
 from lorasmith.core.printable import first_line
 from lorasmith.core.quantization import packed, scaled_at_once
-from lorasmith.core.quantized_products import rounded_by_torch, rounded_rows
+from lorasmith.core.quantized_products import PRODUCT_KINDS, int8_product_on, rounded_by_torch, rounded_rows
 from lorasmith.training.memory.backward_passes import apply_rotary_emb
+from lorasmith.training.memory.compilation import triton_kernels
 
 _LAUNCHES = 200
 """Operations between two readings of the clock."""
@@ -83,6 +87,9 @@ def main() -> None:
         with contextlib.suppress(Exception):
             facts |= {"triton": version("triton")}
     results = Results(arguments, **facts)
+    results.table({"kernel": "", "why it is not used": ""})
+    for kernel in triton_kernels(device):
+        results.add(kernel.name, kernel.refusal)
     results.table({"what": "", "way": "", "ms": ".4f", "rate": ",.1f", "unit": ""})
     sizes = SMALL if arguments.small else Sizes()
     for kind in (launches, copies, attention, products, norms, rotations, rounding, dequantization):
@@ -120,6 +127,40 @@ def launches(sizes: Sizes, device: torch.device) -> Rows:
 
     yield row
 
+    def functions() -> Measured:
+        one = torch.zeros(1, device=device, requires_grad=True)
+
+        def many() -> None:
+            for _ in range(_LAUNCHES):
+                _Same.apply(one)
+
+        return Measured("launch", "an autograd function", many, 1e-3, "thousand a second", _LAUNCHES)
+
+    yield functions
+
+    def kernel() -> Measured:
+        one = torch.zeros(1, 16, device=device)
+
+        def many() -> None:
+            for _ in range(_LAUNCHES):
+                rounded_rows(one, torch.int8)
+
+        return Measured(
+            "launch", "rounding a row, a Triton kernel on a GPU", many, 1e-3, "thousand a second", _LAUNCHES
+        )
+
+    yield kernel
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
 
 def copies(sizes: Sizes, device: torch.device) -> Rows:
     """Between host memory of each kind and the device."""
@@ -145,7 +186,8 @@ def attention(sizes: Sizes, device: torch.device) -> Rows:
     shape = (1, sizes.heads, sizes.tokens, sizes.width)
     flops = 4 * sizes.heads * sizes.tokens**2 * sizes.width / TERA
 
-    def row(backend: SDPBackend, backward: bool) -> Measured:
+    def row(backend: SDPBackend, backward: bool, masked: bool = False) -> Measured:
+        mask = torch.ones(sizes.tokens, sizes.tokens, dtype=torch.bool, device=device).tril_() if masked else None
         query, key, value = (
             torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=backward) for _ in range(3)
         )
@@ -153,18 +195,20 @@ def attention(sizes: Sizes, device: torch.device) -> Rows:
 
         def once() -> None:
             with sdpa_kernel(backend):
-                result = F.scaled_dot_product_attention(query, key, value)
+                result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
                 if backward:
                     torch.autograd.grad(result, (query, key, value), gradient)
 
         passes = "forward and backward" if backward else "forward"
-        way = f"{backend.name.removesuffix('_ATTENTION').lower()}, {passes}"
+        way = f"{backend.name.removesuffix('_ATTENTION').lower()}, {passes}{', with a mask' * masked}"
         # The backward pass has five products for the forward pass's two.
         return Measured(f"attention {shape}", way, once, flops * (3.5 if backward else 1), "TFLOP/s")
 
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         yield partial(row, backend, False)
         yield partial(row, backend, True)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        yield partial(row, backend, True, masked=True)
 
 
 def products(sizes: Sizes, device: torch.device) -> Rows:
@@ -192,11 +236,51 @@ def products(sizes: Sizes, device: torch.device) -> Rows:
         scales = "a scale per row" if by_row else "one scale"
         return Measured(what, f"fp8_e4m3 (_scaled_mm), {scales}", once, work, "TFLOP/s")
 
+    def int8_kernel(in_columns: bool) -> Measured:
+        a, b = (random(*size).mul_(30).to(torch.int8) for size in ((tokens, inner), (outer, inner)))
+        b = b.t() if in_columns else b.t().contiguous()
+        scales = torch.ones(tokens, 1, device=device), torch.ones(1, outer, device=device)
+        multiply = int8_product_on(device).run
+        order = "columns, as forward" if in_columns else "rows, as backward"
+        way = f"int8 as in a run, codes in {order}"
+        return Measured(what, way, lambda: multiply(a, scales[0], b, scales[1], torch.bfloat16), work, "TFLOP/s")
+
+    def layer(kind: Quantization, backward: bool) -> Measured:
+        weight = packed(random(outer, inner), kind, torch.bfloat16)
+        assert weight.format is not None
+        layer = PRODUCT_KINDS[weight.format.products].make(weight.format, weight.shape, device)
+        bias = random(outer).bfloat16()
+        x = random(tokens, outer if backward else inner).bfloat16()
+        once = (lambda: layer.backward(weight, x)) if backward else (lambda: layer.forward(weight, x, bias))
+        return Measured(
+            what, f"{kind}, a layer {'backward' if backward else 'forward, with bias'}", once, work, "TFLOP/s"
+        )
+
+    def transpose() -> Measured:
+        codes = random(outer, inner).to(torch.int8)
+        moved = 2 * codes.nbytes / GIGA
+        return Measured(f"codes {outer}×{inner}", "transposed", lambda: codes.t().contiguous(), moved, "GB/s")
+
+    def low_rank() -> Measured:
+        y, inner_rows, up = random(tokens, outer), random(tokens, 16), random(16, outer)
+        y, inner_rows, up = y.bfloat16(), inner_rows.bfloat16(), up.bfloat16()
+        moved = 2 * y.nbytes / GIGA
+        return Measured(
+            f"product {tokens}×16×{outer}", "added in place", lambda: y.addmm_(inner_rows, up), moved, "GB/s"
+        )
+
     yield partial(plain, torch.bfloat16)
     yield partial(plain, torch.float16)
     yield int8
+    yield partial(int8_kernel, True)
+    yield partial(int8_kernel, False)
     yield partial(fp8, False)
     yield partial(fp8, True)
+    for kind in ("fp8_e4m3", "int8"):
+        yield partial(layer, kind, False)
+        yield partial(layer, kind, True)
+    yield transpose
+    yield low_rank
 
 
 def norms(sizes: Sizes, device: torch.device) -> Rows:
@@ -271,7 +355,8 @@ def dequantization(sizes: Sizes, device: torch.device) -> Rows:
     for kind in ("int8", "fp8_e4m3"):
         yield partial(row, kind, "three kernels")
         yield partial(row, kind, "at once")
-    yield partial(row, "nf4", "as in a run")
+    for kind in ("nf4", "nvfp4", "mxfp8"):
+        yield partial(row, kind, "as in a run")
 
 
 def _arguments() -> argparse.Namespace:
