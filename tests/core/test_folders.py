@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorasmith.core import folders as folders_module
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
 from lorasmith.core.folders import (
     BUILT_IN_BASE,
@@ -415,3 +416,20 @@ def test_a_bomb_of_references_in_extra_model_paths_is_not_printed(tmp_path: Path
     (tmp_path / "deep.yaml").write_text("[" * 500)
     with pytest.raises(OptionError, match="must be a readable YAML file"):
         read_extra_model_paths(tmp_path / "deep.yaml")
+
+
+def test_names_of_embeddings_walk_the_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    styles = tmp_path / "styles"
+    styles.mkdir()
+    (styles / "old.pt").touch()
+    for folder in (styles, tmp_path):
+        os.utime(folder, (1.7e9, 1.7e9))
+    walks: list[Path] = []
+    real = folders_module._walk
+    monkeypatch.setattr(folders_module, "_walk", lambda root, *given: walks.append(root) or real(root, *given))  # type: ignore[func-returns-value]
+    found = Folders.of("embeddings", tmp_path)
+    assert found.embedding("old") == styles / "old.pt"
+    count = len(walks)
+    assert [found.embedding(f"unknown-{number}") for number in range(9)] == [None] * 9 and len(walks) == count
+    (styles / "new.pt").touch()
+    assert found.embedding("new") == styles / "new.pt" and len(walks) > count
