@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -588,6 +589,26 @@ def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
     settings = {"validation_share": 0.3, "validate_every": 1, "validation_draws": 4}
     assert run(dataset, output=tmp_path, on_event=audience, **settings).reason == "finished"
     assert any("The best LoRA so far is not saved yet" in event.message for event in audience.of(Warned))
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_lora_takes_the_room_of_run_states_on_a_full_disk(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    original, states = Lora.save, tmp_path / "states"
+
+    def full(self: Lora, path: Path, **rest: Any) -> Path:
+        if len(list(states.iterdir())) > is_stopped:
+            raise OutputError(f"{path} was not written because the disk is full") from OSError(errno.EDQUOT, "quota")
+        return original(self, path, **rest)
+
+    monkeypatch.setattr(Lora, "save", full)
+    audience = Audience(cancel_at=3 if is_stopped else 10**9)
+    settings = {"steps": 4, "save_state_every": 1, "keep_states": 3, "cancelled": audience.cancelled}
+    result = run(dataset, output=tmp_path, on_event=audience, **settings)
+    assert result.path is not None and result.path.is_file()
+    assert len(list(states.iterdir())) == is_stopped
+    assert any("a run state is removed" in event.message for event in audience.of(Warned))
 
 
 def test_a_report_that_fails_costs_the_report_alone(

@@ -190,6 +190,12 @@ def check_writable(folder: Path) -> Path:
     return folder
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an OSError, or the OutputError that it caused, is of a full disk or quota."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _FULL
+
+
 @contextlib.contextmanager
 def locked(path: Path, owned: str) -> Iterator[None]:
     """Hold a lock on a file, released however the process ends; the file is removed afterwards.
@@ -260,6 +266,7 @@ def _refuse_irregular(status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}, not a file")
 
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT}) if hasattr(errno, "EDQUOT") else frozenset({errno.ENOSPC})
 _BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK})
 
 
@@ -295,7 +302,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _explained(target: Path, error: OSError) -> OutputError:
-    if error.errno == errno.ENOSPC:
+    if is_full(error):
         return OutputError(f"{target} was not written because the disk is full; free some space and save again")
     return OutputError(f"{target} cannot be written ({error.strerror or error}); check the folder's permissions")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import json
 import re
@@ -26,6 +25,7 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.core.files import is_full
 from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.runs.queue import JobStore, StoreError
@@ -92,7 +92,7 @@ def status_of(error: LorasmithError) -> int:
     """The HTTP status of an error."""
     if isinstance(error, StoreError):
         return 507 if error.is_full else 503
-    if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC:
+    if is_full(error):
         return 507
     return _STATUS.get(_kind(error), 400)
 

@@ -21,8 +21,9 @@ from lorasmith.adapters.algorithms import facts_of, format_named, format_of
 from lorasmith.adapters.variants import OrthogonalAdapter, rank_ordered
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.arguments import typed_arguments
+from lorasmith.core.errors import OutputError
 from lorasmith.core.extensions import HEADER_ENTRY, as_json
-from lorasmith.core.files import write_atomic
+from lorasmith.core.files import is_full, write_atomic
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.power_average import AVERAGES, LENGTHS
 from lorasmith.core.printable import count_text, printable
@@ -44,11 +45,12 @@ from lorasmith.formats.metadata import (
 from lorasmith.formats.names import encoder_module
 from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.events import Outcome
+from lorasmith.training.events import Outcome, Warned
 from lorasmith.training.job import TrainJob
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.run_states import STATES, RunStates
 from lorasmith.training.validation import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import LikenessWatch, ValidationWatch
 
@@ -232,10 +234,21 @@ class Results:
             base_loss=None if history is None else history.base_loss,
             verdict=UNJUDGED if validation is None else TOO_EARLY if history is None else history.verdict,
             folder=self.folder if is_saved else None,
-            path=self._saved(lora, self._path(self.folder)) if self.folder is not None and is_saved else None,
+            path=self._saved_at_last(lora, self.folder, loop) if self.folder is not None and is_saved else None,
             best_path=best_path if is_saved else None,
             best_step=best_step,
         )
+
+    def _saved_at_last(self, lora: Lora, folder: Path, loop: Loop) -> Path:
+        """Save the result. On a full disk it takes the room of run states but the one that an unfinished run needs."""
+        states, least = RunStates(folder / STATES, keep=1), int(loop.outcome is None or not loop.outcome.is_final)
+        while True:
+            try:
+                return self._saved(lora, self._path(folder))
+            except OutputError as error:
+                if not is_full(error) or not states.remove_oldest(least=least):
+                    raise
+                loop.emit(Warned(message="The disk is full: a run state is removed to make room for the LoRA."))
 
     def _path(self, folder: Path, suffix: str = "") -> Path:
         return folder / f"{self.title}{suffix}.safetensors"

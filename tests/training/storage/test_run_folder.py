@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,24 @@ def test_a_log_with_bytes_that_are_no_text_is_read(tmp_path: Path) -> None:
     (unfinished(tmp_path) / "events.jsonl").write_bytes(first + b"\n\xff\xfe\x00\n" + last + b"\n")
     RunFolder(tmp_path).rewind(0)
     assert [event.message for event in read_history(tmp_path).of(Warned)] == ["A", "B"]
+
+
+def test_a_full_disk_costs_the_events_of_that_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk(FileIO):
+        free = 10**6
+
+        def write(self, data: Any) -> int:
+            written = super().write(data[: Disk.free])
+            if not written:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            Disk.free -= written
+            return written
+
+    folder = RunFolder(unfinished(tmp_path))
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Disk(path, "ab"))
+    for message, free in (("A", 10**6), ("B", 30), ("C", 0), ("D", 10**6)):
+        Disk.free = free
+        folder(Warned(message=message))
+    folder.release()
+    monkeypatch.undo()
+    assert [event.message for event in read_history(tmp_path).of(Warned)] == ["A", "D"]

@@ -23,8 +23,9 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path, PurePath
-from typing import Any, TextIO
+from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.files import (
@@ -42,7 +43,7 @@ from lorasmith.training.events import Event, EventHandler, Outcome, RolledBack, 
 from lorasmith.training.recovery import RunState
 from lorasmith.training.storage.fingerprint import Fingerprint, differences, state_digest
 from lorasmith.training.storage.records import EVENTS, RECORD, RunRecord, logged, logged_outcome, read_record
-from lorasmith.training.storage.run_states import RunStates, free_bytes, load_state
+from lorasmith.training.storage.run_states import STATES, RunStates, free_bytes, load_state
 
 PREVIEW_LORA = "preview.safetensors"
 """The LoRA that is drawn while a run trains; it is there for that time."""
@@ -53,8 +54,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._log: TextIO | None = None
-        self._broken = False
+        self._log: FileIO | None = None
+        self._is_cut = False  # whether the last line is incomplete
         self._claim: contextlib.ExitStack | None = None
 
     @property
@@ -75,7 +76,7 @@ class RunFolder:
         return outcome is not None and outcome.is_final
 
     def states(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> RunStates:
-        return RunStates(self.path / "states", keep=keep, config=config)
+        return RunStates(self.path / STATES, keep=keep, config=config)
 
     def claim(self) -> None:
         """Own the folder (created) until `release`, or the end of this process; nothing if it is owned.
@@ -191,15 +192,12 @@ class RunFolder:
                     file.write(line.rstrip() + b"\n")
 
     def __call__(self, event: Event) -> None:
-        """Append an event. A full disk costs log entries, not the run."""
-        if self._broken:
-            return
-        try:
+        """Append an event. A full disk costs the events until there is room again, not the run."""
+        line = b"\n" * self._is_cut + f"{encoded(event)}\n".encode()
+        with contextlib.suppress(OSError):
             if self._log is None:
-                self._log = (self.path / EVENTS).open("a", encoding="utf-8", buffering=1)
-            self._log.write(f"{encoded(event)}\n")
-        except OSError:
-            self._broken = True
+                self._log = (self.path / EVENTS).open("ab", buffering=0)
+            self._is_cut = self._log.write(line) < len(line)
 
     def flush(self) -> None:
         if self._log is not None:
@@ -214,7 +212,7 @@ class RunFolder:
             return
         left = [
             *self.path.glob(".*.tmp"),
-            *(self.path / "states").glob(".*.tmp"),
+            *(self.path / STATES).glob(".*.tmp"),
             *(self.path / "samples").glob(".*.tmp"),
             *(self.path / AVERAGES).glob(".*.tmp"),
         ]
@@ -232,7 +230,7 @@ class RunFolder:
 
     def _check_entries(self) -> None:
         """Raise OutputError if entries of an untrusted folder would redirect writes or block reads (links, pipes)."""
-        folders = (self.path, *(self.path / name for name in ("states", "samples", AVERAGES)))
+        folders = (self.path, *(self.path / name for name in (STATES, "samples", AVERAGES)))
         for path in [path for folder in folders for path in _entries(folder)]:
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):

@@ -38,6 +38,9 @@ from lorasmith.training.recovery import RunState
 _KEY, _DIGEST = "lorasmith.run_state", "lorasmith.digest"
 _UNSIGNED = "0" * 64
 _FORMAT = 2
+STATES = "states"
+"""Their folder in that of a run."""
+
 SPARE_BYTES = 64 * 2**20
 """Disk space in bytes left for plots, pictures and the report."""
 
@@ -92,6 +95,14 @@ class RunStates:
         save_state(path, replace(state, numbers={**state.numbers, "config": self._config}))
         self._remove_beyond(self._keep)
         return path
+
+    def remove_oldest(self, *, least: int) -> bool:
+        """Remove a state, if there are more than `least`; whether there were."""
+        paths = self.paths()
+        if len(paths) <= least:
+            return False
+        paths[-1].unlink(missing_ok=True)
+        return True
 
     def _remove_beyond(self, number: int) -> None:
         for path in self.paths()[number:]:
