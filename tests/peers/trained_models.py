@@ -152,7 +152,7 @@ TRAINED: Mapping[str, Trained] = {
     "sd3": Trained(TINY["sd3"].denoiser_tensors, (16,), 64, pooled=64, times=(900.0, 200.0)),
     "chroma": Trained(TINY["chroma"].denoiser_tensors, (16,), 32),
     "qwen-image": _QWEN,
-    "qwen-edit-2509-1-control": replace(_QWEN, controls=((16, 8),)),
+    "qwen-edit-2509-1-control": replace(_QWEN, controls=((24, 16),)),  # longer than the picture
     "qwen-edit-2511-2-controls": replace(_QWEN, tensors=_qwen_2511, controls=((8, 4), (4, 12))),
     "wan": Trained(TINY["wan"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0)),  # clips of five frames
     "wan-i2v": Trained(TINY["wan-i2v"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0), fills=20),

@@ -7,8 +7,8 @@ controls, which the text encoder sees too. 2511 gives them the time of clean pic
 
 Tokens of a picture are counted from its middle outwards: where a side has an odd number of them, the class of the
 authors counts from one further out than ComfyUI does, so buckets and controls have even sides. Those of text follow the
-largest half of a side of all pictures, as in that class; ComfyUI's follow the picture that is drawn, which is the same
-unless a control has a longer side.
+longer half side of the picture that is drawn, as in ComfyUI, where most LoRAs are used. In the authors' class they follow
+that of the largest picture, which is the same unless a control has a longer side.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class QwenImage(Family):
         shapes = [(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in pictures]
         _, height, width = shapes[0]
         context = conditioning.tensors["context"]
-        if context.shape[1] > (longest := _POSITIONS - max(map(max, shapes)) // 2):
+        if context.shape[1] > (longest := _POSITIONS - max(height, width) // 2):
             raise DataError(
                 f"{self.title} takes prompts of at most {longest} tokens for this size of picture, got "
                 f"{context.shape[1]}; shorten the prompt"

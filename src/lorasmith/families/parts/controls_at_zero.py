@@ -45,6 +45,7 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
     ) -> tuple[Tensor]:
         """The prediction (batch, tokens, channels), for pictures whose sizes are the same in all of the batch.
 
+        Positions of text follow the picture that is drawn, as in ComfyUI, and in diffusers' the largest of all.
         diffusers' copies the number of tokens to the device, and modulation's indices, and waits for both.
         """
         states, text = self.img_in(hidden_states), self.txt_in(self.txt_norm(encoder_hidden_states))
@@ -54,14 +55,16 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
             places = torch.arange(states.shape[1], device=states.device)
             modulate_index = (places >= math.prod(img_shapes[0][0])).int().expand(len(states), -1)
         modulation = self.time_text_embed(timestep, states)
-        rotary = self.pos_embed(img_shapes[:1], max_txt_seq_len=text.shape[1], device=states.device)
+        shapes, tokens = img_shapes[0], text.shape[1]
+        rotary, _ = self.pos_embed([shapes], max_txt_seq_len=tokens, device=states.device)
+        _, of_text = self.pos_embed([shapes[:1]], max_txt_seq_len=tokens, device=states.device)
         for block in self.transformer_blocks:
             text, states = block(
                 hidden_states=states,
                 encoder_hidden_states=text,
                 encoder_hidden_states_mask=encoder_hidden_states_mask,
                 temb=modulation,
-                image_rotary_emb=rotary,
+                image_rotary_emb=(rotary, of_text),
                 modulate_index=modulate_index,
             )
         return (self.proj_out(self.norm_out(states, modulation[: len(states)])),)
