@@ -7,8 +7,8 @@ controls, which the text encoder sees too. 2511 gives them the time of clean pic
 
 Tokens of a picture are counted from its middle outwards: where a side has an odd number of them, the class of the
 authors counts from one further out than ComfyUI does, so buckets and controls have even sides. Those of text follow the
-longer half side of the picture that is drawn, as in ComfyUI, where most LoRAs are used. In the authors' class they follow
-that of the largest picture, which is the same unless a control has a longer side.
+longer half side of the picture that is drawn, as in ComfyUI, where most LoRAs are used. In the class of the authors
+they follow that of the largest picture, which is the same unless a control has a longer side.
 """
 
 from __future__ import annotations
