@@ -194,7 +194,8 @@ def _cell(found: MemoryEstimate) -> str:
         return f"{proposal.short_bytes / 2**30:.1f} GB short"
     flags = " ".join(f"`{flag}`" for flag in _joined(proposal.flags)) or "as it is"
     held = "" if found.encoders_fit else "; text encoders streamed"
-    return f"{proposal.needed_bytes / 2**30:.1f} GB: {flags}{held}"
+    host = f"; {proposal.host_bytes / 2**30:.0f} GB of host memory" if proposal.host_bytes else ""
+    return f"{proposal.needed_bytes / 2**30:.1f} GB: {flags}{host}{held}"
 
 
 def _joined(flags: list[str]) -> Iterator[str]:

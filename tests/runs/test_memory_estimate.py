@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from lorasmith.bench.benchmark import latent_side
 from lorasmith.bench.measure import counted, synthetic_samples, training_steps, weight_bytes
+from lorasmith.core import placement
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, ModelFiles
-from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory, estimate_of
+from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory, estimate_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
 from lorasmith.training.job import plan_job
@@ -153,6 +155,41 @@ def test_the_cheapest_settings_that_fit_are_proposed(flux: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_share_of_the_blocks_is_offloaded_before_weights_are_quantized(tmp_path: Path) -> None:
+    """And a desktop's memory is left, and host memory is counted."""
+    save_file(models.checkpoint(models.FluxShape(128, 1, 24, 64, 32), 0), path := tmp_path / "deep.safetensors")
+    whole = estimated(path, config(), resolution=64)
+    least = min(plan.needed_bytes for plan in whole.plans)
+    held, weights, partly = 512 * 2**20 + whole.trained_bytes + least / 0.9 + 1000, whole.weights, whole.partly["none"]
+    assert weights["none"] > partly[0.1] > partly[0.2] > partly[0.3] > weights["int8"]
+    for size, share in ((weights["none"], 0.0), (partly[0.1], 0.1), (partly[0.3], 0.3)):
+        proposal = replace(whole, card_bytes=int(held + size)).proposal
+        assert (proposal.quantization, proposal.offloading_share, proposal.weights_bytes) == ("none", share, size)
+        assert proposal.host_bytes == (whole.on_host["none"][share] if share else 0)
+        assert (proposal.settings.get("offloading"), proposal.settings.get("offloading_share", 0)) == (
+            share > 0 or None,
+            share,
+        )
+    tight = replace(whole, card_bytes=int(held + partly[0.3]) - 2**20)
+    assert tight.proposal.quantization == "int8"
+    assert partly[0.1] < whole.on_host["none"][1.0] < weights["none"]
+    beside = replace(whole, card_bytes=int(held + weights["none"]), desktop_bytes=DESKTOP_BYTES).proposal
+    assert beside.quantization != "none" or beside.offloading_share
+    assert replace(whole, card_bytes=int(held + weights["none"]) + DESKTOP_BYTES, desktop_bytes=DESKTOP_BYTES).fits
+
+
+@pytest.mark.parametrize(("prints", "expected"), [("Enabled\n", True), ("Disabled\n", False), (None, False)])
+def test_a_card_that_drives_a_display(prints: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: tuple[str, ...], **_: object) -> Any:
+        assert command[:2] == ("nvidia-smi", "--id=1") and "display_active" in command[2]
+        if prints is None:
+            raise FileNotFoundError(command[0])
+        return types.SimpleNamespace(stdout=prints)
+
+    monkeypatch.setattr(placement.subprocess, "run", run)
+    assert placement.drives_display(1) is expected
+
+
 @pytest.mark.slow
 def test_of_several_cards_each_has_a_part(tmp_path: Path) -> None:
     """And whole the blocks in use; sharding changes no number, so it is proposed before quantization."""
@@ -166,7 +203,7 @@ def test_of_several_cards_each_has_a_part(tmp_path: Path) -> None:
     held = 512 * 2**20 + four.trained_bytes + four.sharded["none"] + needs / 0.9 + 1000
     fitted = replace(four, card_bytes=int(held))
     assert fitted.fits and fitted.proposal.settings["sharding"] is True
-    assert "--sharding" in fitted.proposal.flags and not fitted.proposal.offloading
+    assert "--sharding" in fitted.proposal.flags and not fitted.proposal.offloading_share
 
 
 @pytest.mark.slow

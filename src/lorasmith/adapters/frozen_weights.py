@@ -72,7 +72,7 @@ def weights_streamed(module: nn.Module, *, device: torch.device, dtype: torch.dt
     They are in pinned memory, or where they were if that would take more than half of the free host memory. Results
     are those of the module placed as a whole.
     """
-    needed = frozen_bytes(module, kind="none", dtype=dtype, offloading=False)
+    needed = frozen_bytes(module, kind="none", dtype=dtype)
     stream = WeightStream(device, is_pinned=2 * needed <= free_memory(torch.device("cpu")))
     with (
         weights_packed(module, kind="none", device=device, dtype=dtype, stream=stream) as weights,
@@ -101,17 +101,41 @@ def packed_weight(
         return one
 
 
-def frozen_bytes(
-    module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool, processes: int = 1
-) -> int:
+def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, processes: int = 1) -> int:
     """Bytes of a model's frozen weights on each device during a run; its tensors may be on the meta device."""
+    sizes, whole = _sizes(module, kind, dtype, as_in_file=processes > 1)
+    if processes > 1:
+        blocks = [sum(sizes.get(layer, 0) for layer in block.modules()) for block in blocks_at_depth(module, 1)]
+        # A shard of all blocks, and three whole blocks: the one in use, the next one, and its gather buffer.
+        return whole - sum(blocks) + -(-sum(blocks) // processes) + 3 * max(blocks, default=0)
+    return whole
+
+
+def offloaded_bytes(
+    module: nn.Module, *, kind: Quantization, dtype: torch.dtype, share: float = 1.0
+) -> tuple[int, int]:
+    """Bytes of a model's frozen weights on the device and in host memory, where a share of its blocks is offloaded."""
+    sizes, whole = _sizes(module, kind, dtype, as_in_file=True)
+    blocks = [sum(sizes[layer] for layer in block) for block in _in_blocks(module, sizes)]
+    away = are_offloaded(len(blocks), share)
+    host = sum(size for size, is_away in zip(blocks, away, strict=True) if is_away)
+    return whole - sum(blocks) + streamed_bytes(blocks, away), host
+
+
+def _sizes(
+    module: nn.Module, kind: Quantization, dtype: torch.dtype, *, as_in_file: bool
+) -> tuple[dict[nn.Module, int], int]:
+    """Bytes of the frozen weight of each layer, and of the whole module.
+
+    `as_in_file` is whether weights in a narrower dtype than that of products are kept in theirs, however few.
+    """
     sizes: dict[nn.Module, int] = {}
     as_stored = set(layers_as_stored(module, dtype))
     for layer in packable_layers(module):
         source, weight = weight_source(layer), layer.get_parameter("weight")
         if isinstance(source, Packed) and kind == "none":
             sizes[layer] = source.size_bytes
-        elif kind == "none" and (layer in as_stored or offloading or processes > 1):
+        elif kind == "none" and (layer in as_stored or as_in_file):
             sizes[layer] = weight.numel() * min(weight.itemsize, dtype.itemsize)
         else:
             sizes[layer] = _packed_bytes(weight.shape, kind, dtype)
@@ -121,15 +145,7 @@ def frozen_bytes(
         one.numel() * ((torch.float32 if one in full else dtype) if one.is_floating_point() else one.dtype).itemsize
         for one in others
     )
-    whole = rest + sum(sizes.values())
-    if offloading:
-        blocks = [sum(sizes[layer] for layer in block) for block in _in_blocks(module, sizes)]
-        return whole - sum(blocks) + streamed_bytes(blocks, [True] * len(blocks))
-    if processes > 1:
-        blocks = [sum(sizes.get(layer, 0) for layer in block.modules()) for block in blocks_at_depth(module, 1)]
-        # A shard of all blocks, and three whole blocks: the one in use, the next one, and its gather buffer.
-        return whole - sum(blocks) + -(-sum(blocks) // processes) + 3 * max(blocks, default=0)
-    return whole
+    return sizes, rest + sum(sizes.values())
 
 
 @contextlib.contextmanager

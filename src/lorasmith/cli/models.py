@@ -290,6 +290,13 @@ def plan(
     cards: Annotated[
         int, typer.Option(min=1, help="Cards of that memory that train together; each may keep a part of the weights.")
     ] = 1,
+    desktop: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether the card drives a display, for which 0.75 GiB are left. Default: what nvidia-smi says of the "
+            "first card of this machine."
+        ),
+    ] = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
     **settings: Any,
@@ -297,11 +304,12 @@ def plan(
     """Estimate the memory of a run, and propose the cheapest settings that fit a card.
 
     No weights are loaded: shapes suffice. Activations are counted as `--activations auto` does. Settings that change no
-    numbers are proposed first (of several cards, sharding is one), then quantization, then offloading. The exit status
-    is 1 if training or the text encoders do not fit.
+    numbers are proposed first (of several cards, sharding is one; up to 30 % of the blocks are offloaded), then
+    quantization, then the offloading of all blocks. The exit status is 1 if training or the text encoders do not fit.
     """
+    from lorasmith.core.placement import drives_display
     from lorasmith.families.locating import ModelFiles
-    from lorasmith.runs.memory_estimate import estimate_memory
+    from lorasmith.runs.memory_estimate import DESKTOP_BYTES, estimate_memory
 
     files = ModelFiles(model, tuple(text_encoder or ()), vae, edit)
     with console.status(f"Estimating {model}"):
@@ -315,6 +323,8 @@ def plan(
             cards=cards,
             folders=folders_of(base_dir, extra_model_paths),
         )
+    if drives_display() if desktop is None else desktop:
+        found = dataclasses.replace(found, desktop_bytes=DESKTOP_BYTES)
     print_result(lambda: _plain_plan(found), lambda: _print_plan(found))
     if not found.fits:
         raise typer.Exit(1)
@@ -348,6 +358,8 @@ def _print_plan(found: MemoryEstimate) -> None:
         ),
         "Weights": _by_kind(found.weights),
         "Offloaded": _by_kind(found.offloaded),
+        "Host": f"{_by_kind({kind: sizes[1.0] for kind, sizes in found.on_host.items()})}, if all is offloaded",
+        **({"Desktop": f"{memory_text(found.desktop_bytes)} are left to it"} if found.desktop_bytes else {}),
         **({"Sharded": _by_kind(found.sharded)} if found.sharded else {}),
         "Trained": f"{memory_text(found.trained_bytes)} of weights, gradients and optimizer state",
         "Step": ", ".join(plans),
@@ -360,8 +372,9 @@ def _print_plan(found: MemoryEstimate) -> None:
     proposal, card = found.proposal, memory_text(found.card_bytes)
     flags = " ".join(proposal.flags) or "the defaults"
     echo()
+    host = f", and {memory_text(proposal.host_bytes)} of host memory" if proposal.host_bytes else ""
     if found.fits:
-        echo(f"Fits {card} with {flags}: about {memory_text(proposal.needed_bytes)}.")
+        echo(f"Fits {card} with {flags}: about {memory_text(proposal.needed_bytes)}{host}.")
     else:
         echo(
             f"Does not fit {card}: with {flags} it needs about {memory_text(proposal.needed_bytes)}, "

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -92,6 +93,16 @@ def free_device_memory(device: torch.device) -> None:
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter."""
     return next(module.parameters()).device
+
+
+def drives_display(index: int = 0) -> bool:
+    """Whether nvidia-smi says that a card drives a display; False where it does not run."""
+    command = ("nvidia-smi", f"--id={index}", "--query-gpu=display_active", "--format=csv,noheader")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.stdout.strip() == "Enabled"
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:

@@ -562,7 +562,7 @@ class TextEncoder:
         here = torch.empty(0, device=device).device
         sizes = {
             name: sum(
-                frozen_bytes(part, kind="none", dtype=self.dtype_on(name, device), offloading=False)
+                frozen_bytes(part, kind="none", dtype=self.dtype_on(name, device))
                 for part in self.networks(name, sees=sees)
                 if device_of(part) != here
             )

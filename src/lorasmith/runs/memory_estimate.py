@@ -1,7 +1,8 @@
 """The memory that a run needs, without loading weights, and the cheapest settings that fit a card.
 
 A forward pass on the meta device counts the activations as `activations auto` does (`memory_plan`). Settings that
-change no numbers come first, then quantization, then offloading, which is the slowest.
+change no numbers come first: ways to keep activations, then offloading of up to 30 % of the blocks, whose copies are
+hidden behind the computation. Quantization follows, and the offloading of all blocks, which is the slowest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorasmith.adapters.frozen_layer import packable_layers
-from lorasmith.adapters.frozen_weights import frozen_bytes
+from lorasmith.adapters.frozen_weights import frozen_bytes, offloaded_bytes
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.bench.benchmark import latent_side
 from lorasmith.bench.measure import synthetic_samples
@@ -47,17 +48,23 @@ _META = torch.device("meta")
 
 _DRIVER_BYTES = 512 * 2**20  # memory of a card that the driver and its libraries take in each process
 
+DESKTOP_BYTES = 768 * 2**20
+"""Memory of a card that a desktop takes if the card drives a display: between half a GiB and one."""
+
+_SHARES = (0.1, 0.2, 0.3)  # of blocks that are offloaded rather than quantized
+
 
 @dataclass(frozen=True)
 class Proposal:
     """Settings of a run, and the memory that a step needs with them."""
 
     quantization: Quantization
-    offloading: bool
+    offloading_share: float  # of the blocks; 0 without offloading
     sharding: bool
     plan: MemoryPlan  # how activations are kept, with their memory and what is left for them
     weights_bytes: int  # frozen weights on the card
     needed_bytes: int  # everything on the card at the peak of a step
+    host_bytes: int  # offloaded weights in host memory
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -66,7 +73,8 @@ class Proposal:
         activations = "auto" if self.plan.kept_blocks > 1 else self.plan.activations
         return {
             **({"quantization": self.quantization} if self.quantization != "none" else {}),
-            **({"offloading": True} if self.offloading else {}),
+            **({"offloading": True} if self.offloading_share else {}),
+            **({"offloading_share": self.offloading_share} if 0 < self.offloading_share < 1 else {}),
             **({"sharding": True} if self.sharding else {}),
             **({"activations": activations} if activations != "keep" else {}),
             **({"gradient_checkpointing": True} if depth and activations == "keep" else {}),
@@ -100,13 +108,16 @@ class MemoryEstimate:
     parameters: int  # number of trained parameters
     card_bytes: int
     weights: Mapping[Quantization, int]  # `none` is the model's own format
-    offloaded: Mapping[Quantization, int]  # with offloading
+    offloaded: Mapping[Quantization, int]  # with all blocks offloaded
+    partly: Mapping[Quantization, Mapping[float, int]]  # by share of offloaded blocks
+    on_host: Mapping[Quantization, Mapping[float, int]]  # bytes of offloaded blocks in host memory, by their share
     sharded: Mapping[Quantization, int]  # with sharding; empty for one card
     trained_bytes: int  # trained weights, gradients and optimizer state
     plans: tuple[MemoryPlan, ...]  # ways to keep activations, cheapest first, with their memory
     text_encoders: Mapping[str, int]  # bytes of each, used while captions are encoded
     missing: Mapping[str, str]  # file to get for each text encoder neither given nor found
     unpacked_bytes: int  # the largest quantized weight while it is unpacked
+    desktop_bytes: int = 0  # of the card's memory that is left to a desktop
 
     @cached_property
     def proposal(self) -> Proposal:
@@ -123,20 +134,36 @@ class MemoryEstimate:
     @property
     def encoders_fit(self) -> bool:
         """Whether all text encoders fit at once, as they are used before training; otherwise some are streamed."""
-        return sum(self.text_encoders.values()) <= self.card_bytes - _DRIVER_BYTES
+        return sum(self.text_encoders.values()) <= self.card_bytes - self._taken_bytes
+
+    @property
+    def _taken_bytes(self) -> int:
+        return _DRIVER_BYTES + self.desktop_bytes
 
     def _proposals(self) -> Iterator[Proposal]:
         """All settings, cheapest first."""
-        here = (("", self.weights), ("sharding", self.sharded))
-        ways = [(way, kind, sizes) for kind in _KINDS for way, sizes in here if kind in sizes]
-        for way, kind, sizes in (*ways, *(("offloading", kind, self.offloaded) for kind in self.offloaded)):
-            size = sizes[kind]
-            if kind != "none" and size >= sizes["none"]:
+        for kind, share, sharding in (*self._ways(), *((kind, 1.0, False) for kind in self.offloaded)):
+            size, plain = (self._size(one, share, sharding) for one in (kind, "none"))
+            if kind != "none" and size >= plain:
                 continue  # the checkpoint is already quantized to that size
-            held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
-            fitted = [plan.within(self.card_bytes - held, fills=way != "offloading") for plan in self.plans]
+            held = self._taken_bytes + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
+            fitted = [plan.within(self.card_bytes - held, fills=share < 1) for plan in self.plans]
+            host = self.on_host[kind][share] if share else 0
             for plan in sorted(fitted, key=attrgetter("extra_time")):
-                yield Proposal(kind, way == "offloading", way == "sharding", plan, size, held + plan.needed_bytes)
+                yield Proposal(kind, share, sharding, plan, size, held + plan.needed_bytes, host)
+
+    def _ways(self) -> Iterator[tuple[Quantization, float, bool]]:
+        """Quantization, share of offloaded blocks and sharding, cheapest first, but for the offloading of all."""
+        for kind in _KINDS:
+            yield kind, 0.0, False
+            if kind in self.sharded:
+                yield kind, 0.0, True
+            yield from ((kind, share, False) for share in self.partly[kind])
+
+    def _size(self, kind: Quantization, share: float, sharding: bool) -> int:
+        if sharding:
+            return self.sharded[kind]
+        return self.weights[kind] if not share else self.offloaded[kind] if share == 1 else self.partly[kind][share]
 
 
 def estimate_memory(
@@ -201,25 +228,31 @@ def estimate_of(
     job = plan_job(model.denoiser, config, "cpu")
     family, components, products = model.family, model.components, job.runtime.dtype
 
-    def frozen(*, offloading: bool, processes: int) -> dict[Quantization, int]:
-        parts = [(model.denoiser.module, processes)] + [(one, 1) for one in (job.model.encoders,) if one is not None]
+    parts = [one for one in (model.denoiser.module, job.model.encoders) if one is not None]
+
+    def frozen(processes: int) -> dict[Quantization, int]:
+        counts = (processes, 1)  # encoders are whole on each card
         return {
             kind: sum(
-                frozen_bytes(one, kind=kind, dtype=products, offloading=offloading, processes=count)
-                for one, count in parts
+                frozen_bytes(one, kind=kind, dtype=products, processes=count)
+                for one, count in zip(parts, counts, strict=False)
             )
             for kind in _KINDS
         }
 
-    weights, offloaded = frozen(offloading=False, processes=1), frozen(offloading=True, processes=1)
-    sharded = frozen(offloading=False, processes=cards) if cards > 1 else {}
+    def split(kind: Quantization, share: float) -> tuple[int, int]:
+        both = [offloaded_bytes(one, kind=kind, dtype=products, share=share) for one in parts]
+        return sum(here for here, _ in both), sum(away for _, away in both)
+
+    weights, sharded = frozen(1), frozen(cards) if cards > 1 else {}
+    shared = {kind: {share: split(kind, share) for share in (*_SHARES, 1.0)} for kind in _KINDS}
     unpacked = _unpacked_bytes(model.denoiser.module, products)
     encoders, beside = {}, _controls(model, side * latent.downscale, controls)
     for name, one in components.text_encoders.items():
         own = ENCODERS[family.text_encoders[name].kind].dtype_of(one)
         own = fast_dtype(own, card) if card.type == "cuda" else own
-        parts = model.text_encoder.networks(name, sees=model.sight is not None and bool(beside))
-        encoders[name] = sum(frozen_bytes(part, kind="none", dtype=own, offloading=False) for part in parts)
+        networks = model.text_encoder.networks(name, sees=model.sight is not None and bool(beside))
+        encoders[name] = sum(frozen_bytes(part, kind="none", dtype=own) for part in networks)
     master = 4 * job.parameters
     trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
     plans = _activation_plans(model, job, side, frames, beside)
@@ -236,7 +269,9 @@ def estimate_of(
         parameters=job.parameters,
         card_bytes=card_bytes,
         weights=weights,
-        offloaded=offloaded,
+        offloaded={kind: sizes[1.0][0] for kind, sizes in shared.items()},
+        partly={kind: {one: size for one, (size, _) in sizes.items() if one < 1} for kind, sizes in shared.items()},
+        on_host={kind: {one: size for one, (_, size) in sizes.items()} for kind, sizes in shared.items()},
         sharded=sharded,
         trained_bytes=trained,
         plans=plans,

@@ -143,7 +143,7 @@ def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
     assert after[:2] == before[:2]
     if not changes:
         assert sizes[1] < 0.55 * sizes[0]
-        whole = frozen_bytes(module, kind="none", dtype=torch.float32, offloading=False)
+        whole = frozen_bytes(module, kind="none", dtype=torch.float32)
         assert sizes[1] == pytest.approx(whole, rel=1e-3)
 
 

@@ -17,6 +17,7 @@ from lorasmith.core.extras import TINY, models_trouble
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint, safe_name
 from lorasmith.core.options import options_of
+from lorasmith.core.placement import drives_display
 from lorasmith.core.printable import count_text, memory_text
 from lorasmith.data.controls import check_controls
 from lorasmith.data.data_config import DataConfig
@@ -26,7 +27,7 @@ from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models, named_path
 from lorasmith.families.model import Model, training_adapter_in
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
-from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
+from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.server.api_shapes import JobBody, MissingPart, ModelListAnswer, ModelRow, OtherFile, PlanAnswer, PlanBody
 from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
@@ -207,7 +208,9 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
         )
     elif is_known and found.proposal.settings:
         named = ", ".join(f"{key.replace('_', ' ')} {_said(one)}" for key, one in found.proposal.settings.items())
-        notes.append(f"To fit into {card} it should train with {named}.")
+        host = found.proposal.host_bytes
+        needs = f", which takes {memory_text(host)} of host memory" if host else ""
+        notes.append(f"To fit into {card} it should train with {named}{needs}.")
     if images < _FEW:
         notes.append(f"With {count_text(images, 'picture')} the LoRA will overfit to them; add some.")
     if epochs > _MANY_EPOCHS:
@@ -334,7 +337,10 @@ def _other(one: ListedFile) -> OtherFile:
 
 @question
 def devices(folders: Folders) -> list[dict[str, Any]]:
-    """All GPUs, or else the CPU: `{name, title, memory_bytes}` each. Uses no GPU memory."""
+    """All GPUs, or else the CPU: `{name, title, memory_bytes}` each, the last without what a desktop is left of a GPU.
+
+    Uses no GPU memory.
+    """
     import psutil
     import torch
 
@@ -345,7 +351,8 @@ def devices(folders: Folders) -> list[dict[str, Any]]:
             {
                 "name": f"cuda:{index}",
                 "title": torch.cuda.get_device_name(index),
-                "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+                "memory_bytes": torch.cuda.get_device_properties(index).total_memory
+                - (DESKTOP_BYTES if drives_display(index) else 0),
             }
             for index in range(count)
         ]
