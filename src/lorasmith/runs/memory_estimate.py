@@ -2,7 +2,8 @@
 
 A forward pass on the meta device counts the activations as `activations auto` does (`memory_plan`). Settings that
 change no numbers come first: ways to keep activations, then offloading of up to 30 % of the blocks, whose copies are
-hidden behind the computation. Quantization follows, and the offloading of all blocks, which is the slowest.
+hidden behind the computation. Quantization follows, and the offloading of all blocks, which is the slowest; where
+weights in nf4 do not fit as a whole, those of the file are offloaded, which change no numbers.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ class MemoryEstimate:
             yield kind, 0.0, False
             if kind in self.sharded:
                 yield kind, 0.0, True
-            yield from ((kind, share, False) for share in self.partly[kind])
+            if kind != _KINDS[-1]:  # where the next step is quantization
+                yield from ((kind, share, False) for share in self.partly[kind])
 
     def _size(self, kind: Quantization, share: float, sharding: bool) -> int:
         if sharding:
