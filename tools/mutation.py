@@ -51,7 +51,7 @@ MUTATIONS = (
     Mutation(
         'digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()', "/{purpose}", ""
     ),
-    Mutation("scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) / largest", "by_row, ", ""),
+    Mutation("scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) * (1 / largest)", "by_row, ", ""),
     # adapters
     Mutation(
         "grad_ups.append(_scaled(_outer(rows, _rows(part)), factor) if needed[3 * index + 1] else None)",
