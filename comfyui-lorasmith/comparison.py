@@ -142,6 +142,7 @@ class CompareTrainers:
     )
     RETURN_TYPES = ("STRING", "IMAGE")
     RETURN_NAMES = ("table", "picture")
+    OUTPUT_TOOLTIPS = ("Seconds a step and memory of each way, as Markdown.", "The same as bars.")
     FUNCTION = "compare"
     OUTPUT_NODE = True
     INPUT_IS_LIST = True
@@ -153,8 +154,11 @@ class CompareTrainers:
             "required": {
                 **TRAINED,
                 "steps": ("INT", counted),
-                "rank": ("INT", {"default": 8, "min": 1, "max": 128}),
-                "training_dtype": (["bf16", "fp32", "none"], {"default": "bf16"}),
+                "rank": ("INT", {"default": 8, "min": 1, "max": 128, "tooltip": "Of the LoRAs that are trained."}),
+                "training_dtype": (
+                    ["bf16", "fp32", "none"],
+                    {"default": "bf16", "tooltip": "In which both compute; none is that of the weights."},
+                ),
             },
             "hidden": NODE,
         }

@@ -36,6 +36,15 @@ class LoraTensors(dict[str, Tensor]):
         self.metadata = metadata
 
 
+_LORA = ("LORA_MODEL", {"tooltip": "Of a trainer, whichever it is."})
+
+
+def _here(remedy: str) -> str:
+    """A remedy of the command `lorasmith check`, as a node may name it."""
+    here = remedy.replace("name it with --model", "link it to model")
+    return here.replace("--fix", "`lorasmith check FILE --fix` in a terminal")
+
+
 def _said(lora: Mapping[str, Tensor]) -> Mapping[str, str]:
     return lora.metadata if isinstance(lora, LoraTensors) else {}
 
@@ -63,7 +72,7 @@ class SaveLora:
         layouts = [PORTABLE, *(name for name, layout in LAYOUTS.items() if not layout.in_folder)]
         return {
             "required": {
-                "lora": ("LORA_MODEL",),
+                "lora": _LORA,
                 "prefix": ("STRING", {"default": "loras/Lorasmith", "tooltip": "May have folders."}),
                 "layout": (layouts, {"default": PORTABLE, "tooltip": "How tensors are named."}),
             },
@@ -99,17 +108,22 @@ class CheckLora:
     )
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("findings",)
+    OUTPUT_TOOLTIPS = ("A sentence for each finding.",)
     FUNCTION = "check"
     OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"lora": ("LORA_MODEL",)}, "optional": {"model": ("MODEL",)}, "hidden": NODE}
+        model = (
+            "MODEL",
+            {"tooltip": "To compare layers with; by default the released one of its family."},
+        )
+        return {"required": {"lora": _LORA}, "optional": {"model": model}, "hidden": NODE}
 
     def check(self, lora: Mapping[str, Tensor], model: Any = None, unique_id: str | None = None) -> dict[str, Any]:
         names = _released(lora) if model is None else ComfyModel(model).names
         found = faults_of(lora, _said(lora), names, is_model_sure=model is not None)
-        lines = [f"{one.problem}; {one.remedy}." for one in sorted(found, key=lambda one: not one.is_error)]
+        lines = [f"{one.problem}; {_here(one.remedy)}." for one in sorted(found, key=lambda one: not one.is_error)]
         against = "no model, as that of its family is not known" if names is None else names.family
         lines.insert(0, f"{len(grouped(lora))} layers, compared with {against}: {len(lines) or 'no'} findings.")
         text = "\n".join(lines)
@@ -127,18 +141,20 @@ class ValidateLora:
     )
     RETURN_TYPES = ("FLOAT", "FLOAT", "STRING")
     RETURN_NAMES = ("loss", "loss_without", "findings")
+    OUTPUT_TOOLTIPS = ("With the LoRA.", "Without it.", "Both in a sentence, with what chance may explain.")
     FUNCTION = "validate"
     OUTPUT_NODE = True
     INPUT_IS_LIST = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
+        tooltip = "Of the LoRA, as of Load LoRA."
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01, "tooltip": tooltip}
         draws = {"default": 8, "min": 1, "max": 1000, "tooltip": "Noise levels at which each image is evaluated."}
         images = ("LATENT", {"tooltip": "Images that the LoRA was not trained on."})
         return {
             "required": {
-                "lora": ("LORA_MODEL",),
+                "lora": _LORA,
                 **TRAINED,
                 "latents": images,
                 "strength": ("FLOAT", strength),

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.formats.lora_file import lora_tensors
@@ -61,6 +61,7 @@ class LoraSettings:
     DESCRIPTION = "Further settings of Train LoRA (Lorasmith). Each is as if it were not there until it is changed."
     RETURN_TYPES = (SETTINGS_TYPE,)
     RETURN_NAMES = ("settings",)
+    OUTPUT_TOOLTIPS = ("For settings of Train LoRA (Lorasmith).",)
     FUNCTION = "settings"
 
     @classmethod
@@ -81,6 +82,11 @@ class TrainLora:
     )
     RETURN_TYPES = ("LORA_MODEL", "LOSS_MAP", "INT")
     RETURN_NAMES = ("lora", "loss_map", "steps")
+    OUTPUT_TOOLTIPS = (
+        "The LoRA, as ComfyUI's trainer gives it: for Load LoRA Model, Save LoRA Weights and the nodes of this pack.",
+        "The loss of each step, for Plot Loss Graph.",
+        "Steps trained, those of existing_lora included.",
+    )
     FUNCTION = "train"
     INPUT_IS_LIST = True
 
@@ -132,6 +138,7 @@ class ResumeLora:
         "end, or a finished one to more steps. Model, images and captions must be those of the run."
     )
     RETURN_TYPES, RETURN_NAMES = TrainLora.RETURN_TYPES, TrainLora.RETURN_NAMES
+    OUTPUT_TOOLTIPS = TrainLora.OUTPUT_TOOLTIPS
     FUNCTION = "resume"
     INPUT_IS_LIST = True
 
@@ -170,9 +177,21 @@ class ResumeLora:
             config = recorded_settings(record, steps[0])
             host = NodeHost(ComfyModel(model[0]), config.steps, _first(unique_id), _first(previews))
             texts = Texts(_first(clip), captions, _first(trigger) or "")
-            return _trained(
-                host, config, latents, positive, texts, title=record.title, output=folder, prompt=_first(prompt)
-            )
+            try:
+                return _trained(
+                    host, config, latents, positive, texts, title=record.title, output=folder, prompt=_first(prompt)
+                )
+            except OutputError as error:
+                raise OutputError(_without_options(str(error))) from error
+
+
+def _without_options(message: str) -> str:
+    """A message about a folder that holds another run or a finished one, with remedies that a node has."""
+    differs, *another = message.split("; undo that")
+    if another:
+        return f"{differs}; undo that, or train a new run with Train LoRA"
+    complete, *steps = message.split("; give more steps")
+    return f"{complete}; give more steps, to train on from its end" if steps else message
 
 
 _DRAWN = {"previews": (PREVIEWS_TYPE, {"tooltip": "Of Previews: pictures while it trains."})}

@@ -35,6 +35,7 @@ PREVIEWS_TYPE = "LORASMITH_PREVIEWS"
 
 _RATE = 16.0  # frames per second of clips
 _OPTIONS = options_of(TrainConfig)
+_CFG = "Classifier-free guidance; 1 for models that are distilled to need none."
 _SAMPLING = ("seed", "steps", "cfg", "sampler_name", "scheduler")
 
 
@@ -61,6 +62,7 @@ class PreviewsNode:
     )
     RETURN_TYPES = (PREVIEWS_TYPE,)
     RETURN_NAMES = ("previews",)
+    OUTPUT_TOOLTIPS = ("For previews of Train LoRA or Resume LoRA Training.",)
     FUNCTION = "previews"
     INPUT_IS_LIST = True
 
@@ -76,15 +78,27 @@ class PreviewsNode:
         samplers = comfy.samplers.KSampler
         return {
             "required": {
-                "vae": ("VAE",),
+                "vae": ("VAE", {"tooltip": "Decodes the pictures."}),
                 "positive": ("CONDITIONING", {"tooltip": "A prompt, or a list of prompts with a picture for each."}),
-                "negative": ("CONDITIONING",),
+                "negative": ("CONDITIONING", {"tooltip": "What the pictures shall not show; an empty prompt will do."}),
                 "latent": ("LATENT", {"tooltip": "An empty latent of the pictures' size."}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": "fixed"}),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 2**64 - 1,
+                        "control_after_generate": "fixed",
+                        "tooltip": "Of the noise, which is the same in all pictures of a prompt.",
+                    },
+                ),
                 "steps": widget(Input.from_option(_OPTIONS["preview_steps"], default=Sampling.steps)),
-                "cfg": ("FLOAT", {"default": 4.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}),
-                "sampler_name": (samplers.SAMPLERS,),
-                "scheduler": (samplers.SCHEDULERS,),
+                "cfg": (
+                    "FLOAT",
+                    {"default": 4.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01, "tooltip": _CFG},
+                ),
+                "sampler_name": (samplers.SAMPLERS, {"tooltip": "As of KSampler."}),
+                "scheduler": (samplers.SCHEDULERS, {"tooltip": "As of KSampler."}),
                 "every": widget(every),
                 "strengths": widget(Input.from_option(_OPTIONS["preview_strengths"], default=STRENGTHS)),
             }

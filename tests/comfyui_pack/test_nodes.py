@@ -36,9 +36,10 @@ def train(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
             given |= {"steps": 4, "training_dtype": "none", "rank": 2}
         with torch.inference_mode():
             latents, positive = stand_in.data()
+            images = others.pop("images", torch.cat(latents))
             lists = {name: [value] for name, value in {**given, **others}.items()}
             return getattr(node, node.FUNCTION)(
-                model=[stand_in.patcher()], latents=[{"samples": torch.cat(latents)}], positive=[positive], **lists
+                model=[stand_in.patcher()], latents=[{"samples": images}], positive=[positive], **lists
             )
 
     return run
@@ -393,3 +394,31 @@ def test_a_lora_is_checked_against_a_model(pack: Any) -> None:
     assert "1 layers, compared with Tiny: no findings" in node.check(fits, stand_in.patcher())["result"][0]
     assert "Tiny" in (text := node.check(sd15_lora(), stand_in.patcher())["result"][0])
     assert "no findings" not in text
+
+
+def test_each_node_input_and_output_is_described_and_has_its_help_page(pack: Any) -> None:
+    import help_pages  # beside the stand-in
+
+    for name, kind in pack.NODE_CLASS_MAPPINGS.items():
+        declared = kind.INPUT_TYPES()
+        for key, one in {**declared["required"], **declared.get("optional", {})}.items():
+            assert len(one) > 1 and one[1].get("tooltip"), f"{name}.{key}"
+        assert len(getattr(kind, "OUTPUT_TOOLTIPS", ())) == len(kind.RETURN_TYPES), name
+    folder = checkout.PACK / pack.WEB_DIRECTORY / "docs"
+    written = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    assert written == help_pages.pages(pack), "run comfyui-lorasmith/proof/help_pages.py"
+
+
+def test_remedies_are_ones_that_a_node_has(pack: Any, train: Train, tmp_path: Path) -> None:
+    train(steps=1)
+    with pytest.raises(LorasmithError) as other:
+        train("LorasmithResumeLora", run="lora_00001", steps=2, images=torch.ones(3, 4, 4, 4))
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithCheckLora"]()
+    found = node.check({**sd15_lora(), "noise": torch.ones(3)})["result"][0]
+    assert "`lorasmith check FILE --fix` in a terminal" in found
+    with pytest.raises(LorasmithError, match="have none; link encoded pictures"):
+        sys.modules["lorasmith_pack.inputs"].one_for_each(["a"], 0)
+    with pytest.raises(LorasmithError, match=r"got 0 captions for 2 images; give 2, or one"):
+        sys.modules["lorasmith_pack.inputs"].one_for_each([], 2)
+    for message in (str(other.value), found):
+        assert "fresh" not in message and "output," not in message

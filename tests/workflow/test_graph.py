@@ -100,6 +100,15 @@ def test_all_faults_are_found_at_once_and_name_their_node(toys: Any, api_node: A
     assert str(caught.value).startswith("this workflow cannot run, it has 11 faults\n  - node 1 'A Number'")
 
 
+def test_an_unknown_node_names_the_one_that_does_the_same(toys: Any, api_node: ApiNode) -> None:
+    @node("Shown", "Show It", "toys", search_aliases=["PackShow"], output_node=True, registry=toys.nodes)
+    def shown(context: NodeContext) -> None: ...
+
+    with pytest.raises(GraphError) as caught:
+        validate({"1": api_node("PackShow")}, toys.folders, nodes=toys.nodes)
+    assert caught.value.findings == ("node 1 'PackShow': unknown node 'PackShow'; replace it by Shown (Show It)",)
+
+
 def test_faults_carry_the_protocols_names(toys: Any, prompt: dict[str, Any]) -> None:
     prompt["1"]["inputs"]["value"] = -1
     prompt["2"]["inputs"].update({"offset": 1001, "mode": "x", "numbers.n1": None})

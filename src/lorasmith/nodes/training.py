@@ -221,6 +221,7 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
         _own("autotune"),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
+    search_aliases=["LorasmithTrainLora", "LorasmithLoraSettings", "LorasmithResumeLora"],  # in ComfyUI
     is_input_list=True,
     check=_check_files,
 )

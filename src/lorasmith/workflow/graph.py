@@ -357,7 +357,10 @@ class _Checker:
         elif (node := class_of(member, self.nodes)) is not None:
             return node
         else:
-            sentence = f"unknown node {class_type!r}{self._hint(class_type, self.nodes)}; replace or remove it"
+            same = next((one for _, one in self.nodes.items() if class_type in one.search_aliases), None)
+            remedy = "replace or remove it" if same is None else f"replace it by {same.id} ({same.display_name})"
+            hint = self._hint(class_type, self.nodes) if same is None else ""
+            sentence = f"unknown node {class_type!r}{hint}; {remedy}"
         self.unknown[key] = None
         self.find(key, "missing_node_type", sentence)
         return None
