@@ -22,6 +22,7 @@ class Small:
     options: Callable[[torch.Generator], dict[str, Any]] = field(default=lambda generator: {})  # of a conditioning
     frames: int = 0  # of latents, 0 for pictures without
     tokens: int = 77
+    size: tuple[int, ...] = (16, 16)  # of latents
 
 
 _UNET: dict[str, Any] = {
@@ -56,6 +57,14 @@ def _pooled(width: int, **options: Any) -> Callable[[torch.Generator], dict[str,
 
 def _llama(generator: torch.Generator) -> dict[str, Any]:
     return {**_pooled(2048)(generator), "conditioning_llama3": torch.randn(1, 2, 77, 128, generator=generator)}
+
+
+def _text_ids(generator: torch.Generator) -> dict[str, Any]:
+    return {"text_input_ids": torch.randint(0, 1000, (1, 20), generator=generator)}
+
+
+def _lyrics(generator: torch.Generator) -> dict[str, Any]:
+    return {"conditioning_lyrics": torch.randn(1, 12, 128, generator=generator)}
 
 
 def _t5_ids(generator: torch.Generator) -> dict[str, Any]:
@@ -293,6 +302,98 @@ FAMILIES = {
         frames=3,
     ),
     "cosmos-predict2": Small("CosmosT2IPredict2", {**_COSMOS, "image_model": "cosmos_predict2"}, frames=1),
+    "ltxv": Small(
+        "LTXV",
+        {
+            "image_model": "ltxv",
+            "cross_attention_dim": 256,
+            "attention_head_dim": 64,
+            "num_attention_heads": 4,
+            "caption_channels": 128,
+            "num_layers": 2,
+        },
+        channels=128,
+        options=lambda generator: {"attention_mask": torch.ones(1, 77)},
+        frames=2,
+        size=(8, 8),
+    ),
+    "pixeldit": Small(
+        "PixelDiTT2I",
+        {
+            "image_model": "pixeldit_t2i",
+            "num_groups": 2,
+            "hidden_size": 128,
+            "pixel_attn_hidden_size": 128,
+            "pixel_num_groups": 2,
+            "patch_depth": 2,
+            "pixel_depth": 1,
+            "txt_embed_dim": 128,
+            "txt_max_length": 77,
+        },
+        channels=3,
+        size=(64, 64),
+    ),
+    "hidream-o1": Small(
+        "HiDreamO1",
+        {
+            "image_model": "hidream_o1",
+            "text_config_overrides": {
+                "vocab_size": 151936,
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 128,
+            },
+            "vision_config_overrides": {
+                "hidden_size": 64,
+                "num_heads": 2,
+                "intermediate_size": 128,
+                "depth": 1,
+                "deepstack_visual_indexes": (),
+            },
+        },
+        channels=3,
+        options=_text_ids,
+        size=(128, 128),
+    ),
+    "joyimage": Small(
+        "JoyImage",
+        {
+            "image_model": "joyimage",
+            "hidden_size": 256,
+            "num_attention_heads": 2,
+            "text_dim": 128,
+            "num_layers": 2,
+            "rope_dim_list": [16, 56, 56],
+            "theta": 10000,
+        },
+        frames=1,
+    ),
+    "ace-step": Small(
+        "ACEStep15",
+        {
+            "audio_model": "ace1.5",
+            "hidden_size": 128,
+            "text_hidden_dim": 128,
+            "num_dit_layers": 2,
+            "num_lyric_layers": 1,
+            "num_timbre_layers": 1,
+            "num_tokenizer_layers": 1,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 64,
+            "intermediate_size": 256,
+            "fsq_dim": 128,
+            "encoder_hidden_size": 128,
+            "encoder_intermediate_size": 256,
+            "encoder_num_heads": 2,
+        },
+        channels=64,
+        options=_lyrics,
+        size=(40,),
+    ),
 }
 
 
@@ -521,7 +622,7 @@ def data_of(
 ) -> tuple[list[torch.Tensor], list[list[Any]]]:
     """Latents and a CONDITIONING of as many entries."""
     family, generator = FAMILIES[name], torch.Generator().manual_seed(12345)
-    shape = (1, family.channels, *([family.frames] if family.frames else []), 16, 16)
+    shape = (1, family.channels, *([family.frames] if family.frames else []), *family.size)
     latents = [torch.randn(shape, generator=generator) for _ in range(count)]
     positive = [
         [torch.randn(1, family.tokens, family.context, generator=generator), family.options(generator)]

@@ -29,7 +29,7 @@ def node(family: str) -> dict[str, Any]:
     outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
     folder_paths.set_output_directory(str(outputs))
     model, (latents, positive) = families.model_of(family), families.data_of(family)
-    before = pictures(model, positive)
+    before = pictures(model, positive, size=families.FAMILIES[family].size)
     train = pack.NODE_CLASS_MAPPINGS["LorasmithTrainLora"]()
     declared = {**train.INPUT_TYPES()["required"], **train.INPUT_TYPES()["optional"]}
     own = theirs.TrainLoraNode.INPUT_TYPES()["required"]
@@ -64,7 +64,7 @@ def node(family: str) -> dict[str, Any]:
         "resumed": resumed_losses == straight_losses
         and all(torch.equal(resumed[key], straight[key]) for key in straight),
         "saved": len(list(outputs.rglob("proof*.safetensors"))),
-        "same bits": torch.equal(before, pictures(model, positive)),
+        "same bits": torch.equal(before, pictures(model, positive, size=families.FAMILIES[family].size)),
     }
 
 
@@ -84,7 +84,7 @@ def others(family: str) -> dict[str, Any]:
     outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
     folder_paths.set_output_directory(str(outputs))
     model, (latents, positive) = families.model_of(family), families.data_of(family)
-    before = pictures(model, positive)
+    before = pictures(model, positive, size=families.FAMILIES[family].size)
     images = [{"samples": torch.cat(latents)}]
 
     def run(kind: str, **given: Any) -> Any:
@@ -129,7 +129,7 @@ def others(family: str) -> dict[str, Any]:
         "resumed by name": resumed_losses == losses and all(torch.equal(resumed[key], plain[key]) for key in plain),
         "validated": valid != bare and again == same == bare,
         "compared": len(table.splitlines()) == 6 and picture.ndim == 4,
-        "same bits": torch.equal(before, pictures(model, positive)),
+        "same bits": torch.equal(before, pictures(model, positive, size=families.FAMILIES[family].size)),
     }
 
 
@@ -157,7 +157,7 @@ def methods(family: str) -> dict[str, Any]:
     outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
     folder_paths.set_output_directory(str(outputs))
     model, (latents, positive) = families.model_of(family), families.data_of(family)
-    before = pictures(model, positive)
+    before = pictures(model, positive, size=families.FAMILIES[family].size)
     further, train = (pack.NODE_CLASS_MAPPINGS[f"Lorasmith{name}"]() for name in ("LoraSettings", "TrainLora"))
     defaults = {name: kind[1]["default"] for name, kind in further.INPUT_TYPES()["required"].items()}
     required = train.INPUT_TYPES()["required"]
@@ -187,7 +187,7 @@ def methods(family: str) -> dict[str, Any]:
     return {
         "ran preserved": kept_losses["loss"][0] == losses["loss"][0] and differs(kept),
         "ran slider": slid_losses["loss"][0] > 0 and differs(slid),
-        "same bits": torch.equal(before, pictures(model, positive)),
+        "same bits": torch.equal(before, pictures(model, positive, size=families.FAMILIES[family].size)),
     }
 
 

@@ -20,7 +20,8 @@ RANK = 8
 def numbers(family: str) -> dict[str, Any]:
     """Loss and gradient beside ComfyUI's node, on its noise and its starting weights."""
     model, (latents, positive) = families.model_of(family), families.data_of(family)
-    before = pictures(model, positive)
+    size = families.FAMILIES[family].size
+    before = pictures(model, positive, size=size)
     checkout.pack()
     from lorasmith_pack.comfy_model import ComfyModel
     from lorasmith_pack.gradients import kernels_with_gradients
@@ -48,13 +49,13 @@ def numbers(family: str) -> dict[str, Any]:
     left_out, merged = with_their_loader(model, lora, trained, trainer)
     result["keys"], result["left out"] = len(lora), left_out
     result["merged"] = float((merged - attached).norm() / attached.norm())
-    result["same bits"] = torch.equal(before, pictures(model, positive))
+    result["same bits"] = torch.equal(before, pictures(model, positive, size=size))
     try:
         with trainer:
             raise ZeroDivisionError
     except ZeroDivisionError:
         pass
-    result["same bits after an error"] = torch.equal(before, pictures(model, positive))
+    result["same bits after an error"] = torch.equal(before, pictures(model, positive, size=size))
     return result
 
 
@@ -346,13 +347,12 @@ def with_their_loader(model: Any, lora: Any, trained: Any, trainer: Any) -> tupl
     return count.left_out, found
 
 
-def pictures(model: Any, positive: Any, frames: int = 1) -> torch.Tensor:
+def pictures(model: Any, positive: Any, frames: int = 1, size: tuple[int, ...] = (16, 16)) -> torch.Tensor:
     """What ComfyUI's sampler makes of fixed noise."""
     import comfy.sample
 
-    channels = model.model.latent_format.latent_channels
-    is_video = model.model.latent_format.latent_dimensions == 3
-    shape = (1, channels, *([frames] if is_video else []), 16, 16)
+    latents = model.model.latent_format
+    shape = (1, latents.latent_channels, *([frames] if latents.latent_dimensions == 3 else []), *size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         entry = [[positive[0][0].clone(), dict(positive[0][1])]]

@@ -179,13 +179,13 @@ def compared(family: str, model: Any, weights: Mapping[str, torch.Tensor]) -> di
         if hasattr(layer, "pre_quant_scale"):
             factor = layer.pre_quant_scale.detach().clone()
             plain.model.diffusion_model.get_submodule(path).register_forward_pre_hook(_times(factor))
-    before = pictures(model, positive)
+    before = pictures(model, positive, size=families.FAMILIES[family].size)
     (loss, found, above), (expected, right, plain_above) = first(family, model), first(family, plain)
     size = sum(one.numel() for one in plain.model.diffusion_model.parameters()) * 4 / 2**20
     return {
         "loss": abs(loss - expected) / expected,
         "gradient": distance(found, right),
-        "same bits": torch.equal(before, pictures(model, positive)),
+        "same bits": torch.equal(before, pictures(model, positive, size=families.FAMILIES[family].size)),
         **({"copied": (above - plain_above) / size} if size > 50 else {}),  # of smaller ones chance decides
     }
 
