@@ -18,6 +18,7 @@ from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.hub_datasets import dataset_folder, is_saved_dataset, unpacked_folder
 from lorasmith.families.model import Model
 from tests.data.folder_cases import add_image
+from tests.processor_time import processor_time
 
 
 def picture(form: str, shade: int = 0) -> bytes:
@@ -130,9 +131,28 @@ def test_a_small_file_does_not_fill_the_disk(datasets: Any, tmp_path: Path) -> N
     table = arrow.ipc.open_stream(file.read_bytes()).read_all()
     with arrow.ipc.new_stream(file, table.schema, options=arrow.ipc.IpcWriteOptions(compression="zstd")) as stream:
         stream.write_table(table)
-    with pytest.raises(DataError, match="more bytes of pictures than its files"):
+    with pytest.raises(DataError, match="more bytes of pictures and captions than its files"):
         unpacked_folder(tmp_path / "saved", tmp_path / "cache")
     assert [one.suffix for one in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("column", ["image", "text"])
+def test_a_value_that_is_repeated_fills_neither_disk_nor_memory(datasets: Any, tmp_path: Path, column: str) -> None:
+    """A run-length or a dictionary has a million rows in a few bytes."""
+    arrow = pytest.importorskip("pyarrow")
+    made(datasets, image=rows(picture("PNG", 1)), text=["a"]).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    table = arrow.ipc.open_stream(file.read_bytes()).read_all()
+    count = 100_000 if column == "image" else 50
+    if column == "image":
+        repeated = arrow.table({"image": arrow.nulls(count), "text": arrow.nulls(count)})
+    else:
+        texts = arrow.DictionaryArray.from_arrays([0] * count, ["x" * 10_000])
+        repeated = arrow.table({"image": table.column("image").combine_chunks().take([0] * count), "text": texts})
+    with arrow.ipc.new_stream(file, repeated.schema) as stream:
+        stream.write_table(repeated)
+    with processor_time(at_most_s=5), pytest.raises(DataError, match="cannot be read"):
+        unpacked_folder(tmp_path / "saved", tmp_path / "cache")
 
 
 def test_damage_that_its_rows_show_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

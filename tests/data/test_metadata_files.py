@@ -16,6 +16,7 @@ from lorasmith.data.metadata_files import (
     preferred_metadata,
     read_metadata,
 )
+from tests.processor_time import processor_time
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -83,6 +84,28 @@ def test_parquet(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "metadata.parquet").captions == {"1.png": ("a", "b"), "2.png": ()}
     with pytest.raises(MetadataError, match="is not valid parquet"):
         read(tmp_path, (tmp_path / "metadata.parquet").read_bytes()[:-9], "metadata.parquet")
+
+
+REPEATED: dict[str, tuple[dict[str, Any], str]] = {
+    "a long caption": ({"text": ["x" * 20_000_000]}, "unpacks to more than 536,870,912 bytes"),
+    "a list of nothing": ({"text": ["a"] * 200, "control": [[None] * 10_000] * 200}, "has 2,000,400 values in file_n"),
+    "a row": ({"text": ["a"] * 600_000}, "has 1,200,000 values in file_name, text, and 1,000,000 are the most"),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_is_repeated_in_parquet_is_not_unpacked(tmp_path: Path, name: str) -> None:
+    """Valid files of a few kilobytes, which are gigabytes or minutes as rows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns, sentence = REPEATED[name]
+    if len(columns["text"]) == 1:
+        columns = {"text": pyarrow.DictionaryArray.from_arrays([0] * 200, columns["text"])}
+    table = pyarrow.table({"file_name": ["1.png"] * len(columns["text"]), **columns})
+    parquet.write_table(table, tmp_path / "metadata.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "metadata.parquet").stat().st_size < 200_000
+    with pytest.raises(MetadataError, match=sentence), processor_time(at_most_s=3):
+        read_metadata(tmp_path / "metadata.parquet")
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def with_entry(archive: bytes, end: str, content: bytes) -> bytes:
 
 def unaligned_safetensors(data: bytes, by: int) -> bytes:
     """A safetensors file whose header is longer by a number of blanks, and so its body elsewhere."""
-    length = int.from_bytes(data[:8], "little")
+    length = min(int.from_bytes(data[:8], "little"), len(data))
     return (length + by).to_bytes(8, "little") + data[8 : 8 + length] + b" " * by + data[8 + length :]
 
 

@@ -76,7 +76,9 @@ def torch_build(machine: Machine, install: tuple[str, ...]) -> TorchBuild:
         return _build("macOS", None, "Apple silicon", install)
     if machine.nvidia is not None:
         return _for_nvidia(machine.nvidia, install)
-    if amd := re.search(rf"(?:AMD|ATI)\b.*?({_ROCM_CARDS})", machine.cards):
+    lines = [line for line in machine.cards.splitlines() if re.search(r"(?:AMD|ATI)\b", line)]
+    of_amd = (re.search(f"({_ROCM_CARDS})", line) for line in lines)
+    if amd := next(filter(None, of_amd), None):
         if machine.system == "Linux":
             return _build("ROCm 7.2", ROCM, amd[1], install)
         return _build("the CPU", "cpu", f"{amd[1]}; on Linux there are builds for it, with ROCm", install)

@@ -152,9 +152,11 @@ def _write(
 ) -> None:
     """Write pictures and their controls, the latter into folders `control`, `control_1`, ..., then `metadata.jsonl`.
 
-    `at_most` is the size in bytes of the files, which hold all pictures and do not compress them; None for the caller's
-    own dataset, whose pictures may be files elsewhere.
+    `at_most` is the size in bytes of the files, which hold all pictures and captions and do not compress them; None for
+    the caller's own dataset, whose pictures may be files elsewhere.
     """
+    if at_most is not None and len(dataset) > at_most:
+        raise ValueError("it has more rows than its files have bytes")
     rows = dataset.select_columns([image, *([text] if text else []), *controls]).with_format(None)
     for column in (image, *controls):
         rows = rows.cast_column(column, _undecoded(rows.features[column]))
@@ -167,9 +169,11 @@ def _write(
         for column in controls:
             given += row[column] if isinstance(row[column], list) else [row[column]]
         contents = [_content(one or {}, outside=at_most is None) for one in given]
+        texts = row[text] if text else None
         written += sum(len(one or b"") for one in contents)
+        written += sum(len(one) for one in (texts if isinstance(texts, list) else [texts]) if isinstance(one, str))
         if at_most is not None and written > at_most:
-            raise ValueError("it has more bytes of pictures than its files")
+            raise ValueError("it has more bytes of pictures and captions than its files")
         name = f"row {number} without a picture"  # an entry without an image, which the scan reports
         if contents[0] is not None:
             name = f"{stem}{_suffix(contents[0])}"
@@ -177,7 +181,7 @@ def _write(
         for place, content in enumerate(one for one in contents[1:] if one is not None):
             beside = ensure_folder(folder / control_folder(place))
             (beside / f"{stem}{_suffix(content)}").write_bytes(content)
-        lines.append(json.dumps({"file_name": name, "text": row[text] if text else None}))
+        lines.append(json.dumps({"file_name": name, "text": texts}))
     (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -232,15 +232,36 @@ def _parquet_rows(content: bytes) -> Iterator[Row]:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
         columns = file.schema_arrow.names
         name, text = _columns(columns)
-        if file.metadata.num_rows > _MAX_ROWS:
-            raise ValueError(f"has more than {_MAX_ROWS:,} rows")
-        for batch in file.iter_batches(batch_size=256, columns=[name, text, *control_fields(columns)]):
+        wanted = [name, text, *control_fields(columns)]
+        chunks = [*_chunks(file, wanted)]
+        # A value that is repeated takes no bytes, and one of a list neither.
+        if (count := sum(chunk.num_values for chunk in chunks)) > _MAX_VALUES:
+            raise ValueError(f"has {count:,} values in {', '.join(wanted[:3])}, and {_MAX_VALUES:,} are the most")
+        if sum(chunk.total_uncompressed_size for chunk in chunks) > _MAX_UNPACKED:
+            raise ValueError(f"unpacks to more than {_MAX_UNPACKED:,} bytes")
+        largest = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
+        read = 0
+        for batch in file.iter_batches(batch_size=max(1, min(256, _BATCH // max(1, largest))), columns=wanted):
+            if (read := read + batch.nbytes) > _MAX_UNPACKED:
+                raise ValueError(f"unpacks to more than {_MAX_UNPACKED:,} bytes")
             for row in batch.to_pylist():
                 if not isinstance(row[name], str):
                     raise ValueError("has a row without file_name")
                 yield row[name], row[text], row
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"is not valid parquet ({printable(error, limit=100)})") from error
+
+
+def _chunks(file: Any, wanted: Sequence[str]) -> Iterator[Any]:
+    """What a parquet file says of the chunks of columns, and of those in them."""
+    places = [
+        place
+        for place in range(len(file.schema))
+        if (path := file.schema.column(place).path) in wanted or path.partition(".")[0] in wanted
+    ]
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        yield from (group.column(place) for place in places)
 
 
 def _columns(columns: Iterable[str]) -> tuple[str, str]:
@@ -261,7 +282,8 @@ def _text(content: bytes) -> str:
         raise ValueError("is not text in UTF-8") from None
 
 
-_MAX_ROWS = 2_000_000
+# Of parquet, which has repeated values as their number, and a long one once.
+_MAX_VALUES, _MAX_UNPACKED, _BATCH = 1_000_000, 2**29, 2**26
 _HUGGING_FACE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _READERS: Mapping[str, Callable[[bytes], Iterator[Row]]] = {
     ".json": _json_rows,
