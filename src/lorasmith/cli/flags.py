@@ -78,7 +78,7 @@ class HelpGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:  # some versions of typer raise an error for it that prints nothing
-            typer.echo(ctx.get_help())
+            _print_help(ctx.get_help())
             ctx.exit()
         return super().parse_args(ctx, args)
 
@@ -106,6 +106,11 @@ def with_readable_help(app: typer.Typer) -> None:
             command.cls = HelpCommand
 
 
+def _print_help(text: str) -> None:
+    for line in text.splitlines():
+        echo(line)
+
+
 def _help_all(help_option: Any, command: HelpCommand) -> Any:
     """The option `--help-all`, made of the option `--help`."""
 
@@ -113,8 +118,7 @@ def _help_all(help_option: Any, command: HelpCommand) -> Any:
         if value and not ctx.resilient_parsing:
             whole = copy.copy(command)
             whole._shows_all = True
-            for line in whole.get_help(ctx).splitlines():
-                echo(line)
+            _print_help(whole.get_help(ctx))
             ctx.exit()
 
     option = copy.copy(help_option)
