@@ -146,8 +146,9 @@ def _named_source(given: object) -> ImageSource | None:
         path = Path(os.fsdecode(given))
         is_picture = path.suffix.lower() in image_suffixes() | set(VIDEO_SUFFIXES) and not path.is_dir()
         return None if is_picture else ImageSource(os.fsdecode(given))
-    modules = {kind.__module__ for kind in type(given).__mro__}
-    if modules & {"datasets.arrow_dataset", "datasets.dataset_dict"}:  # those that stream are items
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(given).__mro__}
+    splits = {f"datasets.dataset_dict.{name}" for name in ("DatasetDict", "IterableDatasetDict")}
+    if kinds & {"datasets.arrow_dataset.Dataset", *splits}:  # one that streams is items
         return ImageSource(str(dataset_folder(given, datasets_folder())))
     return None
 
