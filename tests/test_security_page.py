@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -26,6 +27,7 @@ from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.encoding_cache import EncodingCache, key_of
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.saved_samples import read_comfyui_dataset, read_samples
+from lorasmith.evaluation.clip_model import Clip
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.embeddings import EmbeddingFiles
@@ -48,8 +50,10 @@ from lorasmith.training.storage.run_states import load_state
 from lorasmith.workflow import parse_workflow
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 from tests.data.video_cases import movie
+from tests.fuzz.mutators import two_directories, with_entry
 from tests.hosts import Audience
 from tests.runs.folder_cases import pictures, planned, with_metadata, with_record
+from tests.small_clip import small_clip
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -232,9 +236,18 @@ def embedding(tmp_path: Path) -> None:
     torch.save({"string_to_param": {"*": Ran()}}, folder / "a.pt")
     (folder / "b.bin").write_bytes(pickle.dumps(Ran()))
     files = EmbeddingFiles(Folders.of("embeddings", folder))
-    for name in ("a", "b"):
+    torch.save({"string_to_param": {"*": torch.ones(1, 2)}}, folder / "good.pt")
+    good = (folder / "good.pt").read_bytes()
+    deep = with_entry(good, "data.pkl", b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.")  # it ends torch's own process
+    (folder / "c.pt").write_bytes(deep)
+    (folder / "d.pt").write_bytes(two_directories(deep, good))
+    (folder / "e.pt").write_bytes(two_directories(good, deep))
+    for name in ("a", "b", "c"):
         with pytest.raises(ModelError):
             files.find(name)
+    for name in ("d", "e"):
+        with contextlib.suppress(ModelError):  # which of the two is read depends on the version of Python
+            assert list(files.find(name) or ()) == ["string_to_param"]
     (tmp_path / "secret.safetensors").write_bytes(b"")
     for name in ("../secret", str(tmp_path / "secret"), "x/../../secret", "..\\secret", "\0"):
         assert files.find(name) is None
@@ -360,6 +373,18 @@ def captioning_model(tmp_path: Path) -> None:
             transformers_captioner(str(folder), torch.device("cpu"))
 
 
+def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to name code and places is tried in tests/core/test_pretrained.py."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    folder = small_clip(tmp_path / "clip")
+    (folder / "evil.py").write_text("raise SystemExit('code of a folder was run')")
+    config = json.loads((folder / "config.json").read_text())
+    nested = {**config, "text_config": {**config["text_config"], "auto_map": {"AutoModel": "evil.Evil"}}}
+    (folder / "config.json").write_text(json.dumps(nested))
+    with pytest.raises(ModelError, match="names code in a nested configuration"):
+        Clip(folder)
+
+
 def encodings(tmp_path: Path) -> None:
     encoder, key = key_of(encoder=1), key_of(number=1)
     with EncodingCache(tmp_path / "cache", limit_bytes=2**30).entries(encoder) as entries:
@@ -424,6 +449,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "folder saved by `datasets`": saved_dataset,
     "`extra_model_paths.yaml`": yaml_file,
     "captioning model (`data caption`)": captioning_model,
+    "CLIP (`evaluate --clip`)": clip,
     "encoding cache": encodings,
     "queue of a sweep (`runs/*/queue.sqlite3`)": sweep_queue,
     "any text in a command to copy": copied,
