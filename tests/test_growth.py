@@ -71,12 +71,14 @@ TABLES = {
         r"decoder\.up\.(\d+)\.",
         *(one for one, _ in (*autoencoders._RENAMES, *autoencoders._HUNYUAN_RENAMES)),
     ],
+    "data/shared_phrases.py": lambda: [r"(?<!\w)sks\ dog(?!\w)", r"long\s+silver\s+hair"],
     "formats/spelling.py": lambda: [one.pattern for one in signatures()],
     "nodes/outputs.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
 }
 PASSED_ON = {
     "core/printable.py": "split",
     "data/encoding_cache.py": "fullmatch",
+    "data/shared_phrases.py": "search",
     "families/parts/embeddings.py": "finditer",
     "formats/inspect.py": "match",
 }

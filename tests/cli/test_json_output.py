@@ -175,7 +175,7 @@ def metadata_of(model: str) -> str:
 def test_quiet_leaves_the_result_and_the_log_has_all(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
     ran = lorasmith("train", "photos", *QUICK, "--quiet", "--log-file", "log.txt")
     assert ran.code == 0 and ran.err == ""
-    assert ran.out.startswith("Verdict") and "To use it:" in ran.out and "4 images" not in ran.out
+    assert ran.out.startswith("LoRA") and "To use it:" in ran.out and "4 images" not in ran.out
     log = (tmp_path / "log.txt").read_text()
     for text in ("4 images", "Model    lorasmith-tiny", "Loading lorasmith-tiny", "Step 2 of 2, loss", "Verdict"):
         assert text in log, text

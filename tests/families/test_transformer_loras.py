@@ -198,7 +198,7 @@ def test_its_files_are_recognised_without_a_model(case: Case, naming: str) -> No
     preset = family.presets[case.ours.defaults.targets]
     keys = {}
     for path, place in names.denoiser.items():
-        if matches(path, preset.include) and len(names.weight_shapes[path]) == 2:
+        if matches(path, preset.include) and len(names.weight_shapes.get(path, ())) == 2:
             base = f"transformer.{path}" if naming == "diffusers" else f"diffusion_model.{place.path}"
             keys[f"{base}.lora_A.weight"] = (4, names.weight_shapes[path][1])
     assert guessed_family(keys, {"ss_base_model_version": family.kohya_version("flow")}) == family.title

@@ -48,7 +48,7 @@ def test_summary(tmp_path: Path, unet_names, make_state, make_adapter, delta, la
 
 def test_findings(tmp_path: Path, unet_names, make_state) -> None:
     save_lora(tmp_path / "x", make_state(unet_names, [TO_Q, TO_K, "conv_in"]), unet_names, layout="diffusers")
-    tensors, _ = read_safetensors(tmp_path / "x")
+    tensors = dict(read_safetensors(tmp_path / "x")[0])
     tensors[f"unet.{TO_Q}.lora_B.weight"].zero_()
     tensors[f"unet.{TO_K}.lora_A.weight"][0, 0] = float("inf")
     del tensors["unet.conv_in.lora_A.weight"]

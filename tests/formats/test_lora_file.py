@@ -132,7 +132,7 @@ def test_dtype_is_that_of_the_file_but_exact_for_alpha(tmp_path: Path, unet_name
     state = make_state(unet_names, [TO_Q], alpha=387.0)
     state.unknown["other"] = torch.ones(2)
     save_lora(tmp_path / "x", state, unet_names, dtype=torch.bfloat16)
-    tensors, _ = read_safetensors(tmp_path / "x")
+    tensors = dict(read_safetensors(tmp_path / "x")[0])
     assert tensors.pop("other").dtype == torch.float32
     alpha = next(tensors.pop(key) for key in list(tensors) if key.endswith(".alpha"))
     assert float(alpha) == 387.0

@@ -6,6 +6,7 @@ Both sides make the same inputs here; `record_comfyui_families.py` writes down C
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -122,8 +123,9 @@ def first_frame(model: Model) -> tuple[Tensor, Tensor]:
 
 
 def lora(model: Model) -> Lora:
-    """A LoRA on the layers that the family trains by default, large enough to change predictions by a tenth."""
-    return example(CASES["lora"], model)
+    """A LoRA on the layers that the family trains by default, unless these are all; changes predictions by a tenth."""
+    targets = "attention+ff" if model.defaults.targets == "all-linear" else None
+    return example(replace(CASES["lora"], targets=targets), model)
 
 
 def numbers(key: str, tensor: Tensor) -> dict[str, list[float]]:

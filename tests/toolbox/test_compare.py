@@ -86,7 +86,7 @@ def test_modules_that_one_lacks(tiny: Model, state: AdapterState, path: Path, tm
 
 def test_metadata(tiny: Model, path: Path, tmp_path: Path) -> None:
     tensors, metadata = read_safetensors(path)
-    save_file(tensors, tmp_path / "b.safetensors", {**metadata, "ss_output_name": "other", "new": "x"})
+    save_file(dict(tensors), tmp_path / "b.safetensors", {**metadata, "ss_output_name": "other", "new": "x"})
     found = compare(path, tmp_path / "b.safetensors")
     assert found.metadata == {"new": (None, "x"), "ss_output_name": ("a", "other")}
     assert not found.is_same()

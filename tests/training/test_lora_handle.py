@@ -133,7 +133,8 @@ class Doors:
 
     def _planned(self, **settings: Any) -> str:
         config = TrainConfig(targets="mid_block.attentions.0.transformer_blocks.0.attn1.to_q", rank=2, **settings)
-        return "\n".join(plan_job(self.tiny.denoiser, config, "cpu").notes)
+        notes = plan_job(self.tiny.denoiser, config, "cpu").notes
+        return "\n".join(note for note in notes if not note.startswith("targets match"))  # one layer, on purpose
 
     def loader(self, name: str, **values: Any) -> str:
         said: list[Any] = []

@@ -204,7 +204,7 @@ def _magnitude_misfit(weights: AdapterWeights) -> Unfit | None:
         return Unfit("dora_scale", f"is beside an adapter of the kind {weights.algorithm}, which has no magnitudes")
     scale = tuple(weights.tensors["dora_scale"].shape)
     by_output = bool(scale) and scale[0] == math.prod(scale) == known[0]
-    by_input = scale[:1] == (1,) and len(scale) > 1 and known[1] % math.prod(scale) == 0 < math.prod(scale)
+    by_input = scale[:1] == (1,) and len(scale) > 1 and math.prod(scale) > 0 and known[1] % math.prod(scale) == 0
     if by_output or by_input:
         return None
     return Unfit("dora_scale", f"must have a number for each output or input of {known}, and has the shape {scale}")

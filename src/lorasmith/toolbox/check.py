@@ -118,23 +118,23 @@ def fix_lora(
         raise LoraError(f"no finding of {checked.path} can be repaired by --fix; follow the remedies instead")
     target = free_target(Path(output), overwrite=overwrite)
     given, metadata = read_lora_tensors(checked.path)
-    tensors, repaired = given, dict[str, FileFault]()
+    tensors, repaired, touched = given, dict[str, FileFault](), set[str]()
     with spooled(target.parent, tensors.values()) as spool:
         for _ in range(_MOST_ROUNDS):
             repaired |= {finding.problem: finding for finding in found}
-            tensors, changed = _mended(tensors, [one.mend for one in found if one.mend is not None], spool)
+            tensors, keys = _mended(tensors, [one.mend for one in found if one.mend is not None], spool)
             if not tensors:
                 raise LoraError(f"nothing of {checked.path} would be left, so no file was written; get the file again")
             if "sshs_model_hash" in metadata:
                 metadata = metadata | sshs_hashes(tensors, metadata)
             again = faults_of(tensors, metadata, checked.names, is_model_sure=checked.is_model_sure)
             found = _repairable(again, notes=notes)
-            if not found or not changed:
+            touched |= keys
+            if not found or not keys:
                 break
         write_safetensors(target, tensors, metadata)
         gone = given.keys() - tensors.keys()
-        new = {key for key, tensor in tensors.items() if tensor is not given.get(key)}
-    return Fixed(tuple(repaired.values()), _modules(given, gone), _modules(tensors, new))
+    return Fixed(tuple(repaired.values()), _modules(given, gone), _modules(tensors, touched & tensors.keys()))
 
 
 def _repairable(findings: Sequence[FileFault], *, notes: bool) -> list[FileFault]:
@@ -152,12 +152,12 @@ def _modules(tensors: Mapping[str, Tensor], keys: Collection[str]) -> tuple[str,
 _MOST_ROUNDS = 10  # a repair brings few further faults to light, such as alphas that differ once others are repaired
 
 
-def _mended(tensors: Mapping[str, Tensor], mends: Sequence[Mend], spool: Spool) -> tuple[dict[str, Tensor], bool]:
-    """Tensors with repairs, and whether any key has been left out, added or changed."""
+def _mended(tensors: Mapping[str, Tensor], mends: Sequence[Mend], spool: Spool) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors with repairs, and the keys that have been left out, added or changed."""
     left_out = frozenset().union(*(mend.left_out for mend in mends))
     changed = {key: change for mend in mends for key, change in mend.changed.items() if key not in left_out}
     for key, change in changed.items():
         spool.add({key: change(tensors.get(key))})
     written = spool.tensors()
     kept = {key: tensor for key, tensor in tensors.items() if key not in left_out}
-    return {**kept, **{key: written[key] for key in changed}}, bool(changed or left_out & tensors.keys())
+    return {**kept, **{key: written[key] for key in changed}}, {*changed, *(left_out & tensors.keys())}

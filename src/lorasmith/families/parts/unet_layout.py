@@ -18,7 +18,7 @@ from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConf
 from lorasmith.families.files.original_weights import block_count
 from lorasmith.formats.names import OriginalName, ProgramLimits
 
-CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
+CROSS_ATTENTION = r"\A(?=.*?((down|up|input|output)_blocks_\d|(mid|middle)_block_)).*attn2_(processor_)?to_[kv]$"
 """Finds a LoRA's modules whose input is the text; its width distinguishes versions."""
 
 _ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
