@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +21,26 @@ from tests.cuda.arithmetic import CudaDivision
 CPU = torch.device("cpu")
 
 
+@functools.cache
+def _has_fp8_products() -> bool:
+    a, b = (torch.zeros(size, 96, dtype=torch.float8_e4m3fn) for size in (7, 64))
+    try:
+        for second in (b.t(), b.t().contiguous()):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                torch._scaled_mm(a, second, torch.ones(()), torch.ones(()), out_dtype=dtype)
+    except RuntimeError:
+        return False
+    return True
+
+
 def needing(kind: str) -> Any:
     """A kind of quantization, whose tests are skipped where this processor has no products with it."""
     if kind.startswith("int8"):
         return pytest.param(
             kind, marks=pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
         )
-    try:
-        torch._scaled_mm(*torch.zeros(2, 16, 16, dtype=torch.float8_e4m3fn), torch.ones(()), torch.ones(()))
-    except NotImplementedError:
-        return pytest.param(kind, marks=pytest.mark.skip(reason="this torch has no products in fp8 on the CPU"))
+    if not _has_fp8_products():
+        return pytest.param(kind, marks=pytest.mark.skip(reason="this torch has no products in fp8 on this processor"))
     return kind
 
 
