@@ -193,27 +193,54 @@ def test_a_folder_that_was_killed_between_its_two_moves_is_moved_back(tmp_path: 
     restore_folders(tmp_path / "gone")
 
 
-def test_what_a_killed_process_has_written_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
-    target = tmp_path / "a model"
+@pytest.mark.parametrize("how", ["atomic_path", "atomic_folder"])
+def test_what_a_killed_process_has_written_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path, how: str) -> None:
     killed = textwrap.dedent(
-        """
+        f"""
         import os, sys
         from pathlib import Path
-        from lorasmith.core.files import atomic_folder
+        from lorasmith.core.files import {how}
 
-        with atomic_folder(Path(sys.argv[1])) as folder:
-            (folder / "a").write_text("new")
+        with {how}(Path(sys.argv[1])) as place:
+            (place / "a" if place.is_dir() else place).write_text("new")
             os._exit(9)
         """
     )
+    target = tmp_path / "a model"
     subprocess.run([sys.executable, "-c", killed, str(target)], check=False)
     assert len(names(tmp_path)) == 1
-    with atomic_folder(target) as first:
-        assert names(tmp_path) == [first.parent.name]
-        with atomic_folder(target) as second:
-            (second / "b").write_text("2")
-        (first / "b").write_text("1")
-    assert (target / "b").read_text() == "1" and names(tmp_path) == ["a model"]
+    write_atomic(tmp_path / "another", "")
+    assert names(tmp_path) == ["another"]
+    with getattr(files, how)(target) as first:
+        files.remove_left(tmp_path)
+        assert names(tmp_path) == [first.parent.name, "another"]
+        with getattr(files, how)(target) as second:
+            (second / "b" if second.is_dir() else second).write_text("2")
+        (first / "b" if first.is_dir() else first).write_text("1")
+    assert names(tmp_path) == ["a model", "another"]
+    assert next(path for path in (target / "b", target) if path.is_file()).read_text() == "1"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes of POSIX systems")
+def test_what_is_not_surely_of_a_killed_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    precious = tmp_path / "precious"
+    for folder in (precious, tmp_path / ".of a pipe.tmp", tmp_path / ".of others.tmp"):
+        folder.mkdir()
+    for file in (precious / "lorasmith.lock", tmp_path / ".of others.tmp" / "lock"):
+        file.touch()
+    os.mkfifo(tmp_path / ".of a pipe.tmp" / "lorasmith.lock")
+    (tmp_path / ".a link.tmp").symlink_to(precious)
+    before = sorted(tmp_path.rglob("*"))
+    files.remove_left(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    (left := tmp_path / ".left.tmp" / "lorasmith.lock").parent.mkdir()
+    left.touch()
+    with monkeypatch.context() as without_locks:
+        without_locks.setattr(files, "_lock", fail(errno.ENOLCK))
+        files.remove_left(tmp_path)
+        assert left.exists()
+    files.remove_left(tmp_path)
+    assert not left.parent.exists()
 
 
 def test_what_another_name_has_now_is_not_moved_back(tmp_path: Path) -> None:
@@ -247,7 +274,7 @@ def test_the_content_reaches_the_disk_before_it_takes_the_name(tmp_path: Path, m
     ],
     ids=["full", "denied"],
 )
-@pytest.mark.parametrize("where", ["os.fsync", "tempfile.mkstemp", "pathlib.Path.replace", "pathlib.Path.write_bytes"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.mkdir", "pathlib.Path.replace", "pathlib.Path.write_bytes"])
 def test_a_disk_that_refuses_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, sentence: str, where: str
 ) -> None:

@@ -406,14 +406,13 @@ def test_what_else_is_in_the_folder_is_neither_read_nor_removed(tmp_path: Path) 
     assert len(list(folder.iterdir())) == 5 - (not hasattr(os, "mkfifo"))
 
 
-def test_leftovers_of_killed_processes_go_when_they_are_old(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
     (path,) = filled(tmp_path, range(1))
-    old, new = (path.with_name(f".{path.name[:40]}.{name}.tmp") for name in ("old", "new"))
-    for one in (old, new):
-        one.write_bytes(b"half")
-    aged(old, 1)
+    (left := path.with_name(".a shard.x.tmp")).mkdir()
+    for name in ("lorasmith.lock", "new"):
+        (left / name).touch()
     filled(tmp_path, range(1, 2))
-    assert not old.exists() and new.exists()
+    assert not left.exists()
 
 
 def test_clear_by_age_and_summary(tmp_path: Path) -> None:

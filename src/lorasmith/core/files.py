@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -73,26 +73,18 @@ def stamp_of(path: Path) -> Stamp:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path that replaces `target` (fsync, then `os.replace`) on success. Raises OutputError."""
-    ensure_folder(target.parent)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise _explained(target, error) from error
-    temporary = Path(name)
-    try:
+    """A temporary path that replaces `target` (fsync, then `os.replace`) on success. Raises OutputError.
+
+    There is no file at the temporary path before the block writes one. What a killed process has left is removed by the
+    first write of another process to the folder.
+    """
+    with temporary_folder(target) as folder, _explaining(target):
+        temporary = folder / "new"
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes private files; saved files get the usual permissions.
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
         _flush_folder(target.parent)
-    except OSError as error:
-        raise _explained(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -104,13 +96,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     ensure_folder(target.parent)
     restore_folders(target.parent)
-    _remove_left(target)
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise _explained(target, error) from error
-    fresh, old = temporary / "new", temporary / "old" / target.name
-    with locked(temporary / _LOCK, f"{temporary} is being removed"):
+    remove_left(target.parent)
+    with temporary_folder(target) as temporary, _explaining(target):
+        fresh, old = temporary / "new", temporary / "old" / target.name
         try:
             fresh.mkdir()
             yield fresh
@@ -119,23 +107,65 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 target.rename(old)
             fresh.rename(target)
             _flush_folder(target.parent)
-        except OSError as error:
-            raise _explained(target, error) from error
         finally:
             if old.exists() and not target.exists():  # the second of the two moves failed
                 old.rename(target)
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
-_LOCK = "lock"
-"""A file in the folder that `atomic_folder` makes, locked as long as its process lives."""
+@contextlib.contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` for what is not complete yet, removed afterwards. Raises OutputError.
+
+    It is locked as long as its process lives, so that the next one can tell what a killed process has left. The lock is
+    a file of its own, as some systems do not let a locked file be written.
+    """
+    ensure_folder(target.parent)
+    if (parent := os.fspath(target.parent)) not in _TIDIED:
+        _TIDIED.add(parent)
+        remove_left(target.parent)
+    with contextlib.ExitStack() as held:
+        for attempt in reversed(range(10)):  # another process may have removed it before it was locked
+            temporary = target.with_name(f".{target.name[:_KEPT]}.{secrets.token_hex(4)}.tmp")
+            with _explaining(target):
+                temporary.mkdir()
+            held.callback(shutil.rmtree, temporary, ignore_errors=True)  # Windows removes no folder of an open file
+            try:
+                held.enter_context(locked(temporary / _LOCK, f"{temporary} is being removed"))
+                break
+            except OutputError:
+                if not attempt:
+                    raise
+        held.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
 
 
-def _remove_left(target: Path) -> None:
-    """Remove the folders for `target` of processes that were killed."""
-    for lock in target.parent.glob(f".{glob.escape(target.name[:_KEPT])}.*.tmp/{_LOCK}"):
-        with contextlib.suppress(OutputError), locked(lock, f"{lock.parent} is in use"):
-            shutil.rmtree(lock.parent, ignore_errors=True)
+_LOCK = "lorasmith.lock"
+"""A file in the folder of `temporary_folder`, locked as long as its process lives."""
+
+_TIDIED: set[str] = set()
+"""Folders in which this process has removed what killed ones had left."""
+
+
+def remove_left(parent: Path) -> None:
+    """Remove the temporary folders that killed processes have left in `parent`; none where there are no locks."""
+    for lock in parent.glob(f".*.tmp/{_LOCK}"):
+        left = lock.parent
+        if left.is_symlink() or lock.is_symlink() or not is_regular(lock):
+            continue
+        with contextlib.suppress(OutputError), locked(lock, f"{left} is in use", surely=True):
+            if all(os.path.lexists(parent / old.name) for old in left.glob("old/*")):  # else it is to be restored
+                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            left.rmdir()
+
+
+@contextlib.contextmanager
+def _explaining(target: Path) -> Iterator[None]:
+    """OSErrors as OutputErrors that name `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise _explained(target, error) from error
 
 
 def restore_folders(parent: Path) -> None:
@@ -197,10 +227,10 @@ def is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, owned: str) -> Iterator[None]:
+def locked(path: Path, owned: str, *, surely: bool = False) -> Iterator[None]:
     """Hold a lock on a file, released however the process ends; the file is removed afterwards.
 
-    Raises OutputError, starting with `owned`, if it is taken.
+    Raises OutputError, starting with `owned`, if it is taken, and with `surely` also if the file system has no locks.
     """
     with contextlib.ExitStack() as opened:
         for _ in range(10):  # more often only where files have no numbers
@@ -212,7 +242,7 @@ def locked(path: Path, owned: str) -> Iterator[None]:
             try:
                 _lock(file.fileno())
             except OSError as error:
-                if error.errno in _BUSY:
+                if surely or error.errno in _BUSY:
                     raise OutputError(f"{owned}; wait for it, or choose another output") from error
                 # Any other error means that the file system has no locks; the run continues without.
             if _is_open(file, path):  # and was not removed by the process that had locked it
@@ -305,10 +335,3 @@ def _explained(target: Path, error: OSError) -> OutputError:
     if is_full(error):
         return OutputError(f"{target} was not written because the disk is full; free some space and save again")
     return OutputError(f"{target} cannot be written ({error.strerror or error}); check the folder's permissions")
-
-
-def _umask() -> int:
-    # The umask can only be read by setting it. Done once per save, so the race is harmless.
-    current = os.umask(0)
-    os.umask(current)
-    return current

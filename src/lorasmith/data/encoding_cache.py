@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError, LorasmithError, OutputError
-from lorasmith.core.files import atomic_path, ensure_folder
+from lorasmith.core.files import atomic_path, ensure_folder, remove_left
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.mapped_files import MappedFile, may_stay_mapped
 from lorasmith.core.tensor_digests import digest_of_tensors
@@ -60,8 +60,6 @@ _KEY = "lorasmith.encodings"
 _FORMAT = 1
 _MAX_TITLE = 200
 _NAME = re.compile(r"[\w.\-]{1,100}", re.ASCII)
-_LEFT_SECONDS = 3600  # age from which a temporary file is a leftover of a killed process
-_TEMPORARY_NAME = re.compile(r"\..+\.tmp")  # as `core.files.atomic_path` calls them
 
 
 @dataclass(frozen=True)
@@ -466,9 +464,6 @@ def _removed(path: Path) -> bool:
 
 
 def _cleared(folder: Path, name: re.Pattern[str], before: float) -> list[int]:
-    """Remove files last used before a time, and temporary ones of killed processes; sizes of the former in bytes."""
-    left = time.time() - _LEFT_SECONDS
-    for path, stat in _files(folder, _TEMPORARY_NAME):
-        if stat.st_mtime < left:
-            _removed(path)
+    """Remove files last used before a time, and what killed processes have left; sizes of the former in bytes."""
+    remove_left(folder)
     return [stat.st_size for path, stat in _files(folder, name) if stat.st_mtime < before and _removed(path)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
-from lorasmith.core.files import ensure_folder, is_regular, read_regular, write_atomic
+from lorasmith.core.files import is_regular, read_regular, temporary_folder, write_atomic
 from lorasmith.formats.acceptance import made_portable
 from lorasmith.formats.container import count_non_finite, read_safetensors, write_safetensors
 from lorasmith.formats.layouts.adapter_config import ADAPTER_METADATA, header_fields, without_config
@@ -410,18 +409,14 @@ def save_streamed(
 @contextlib.contextmanager
 def spooled(folder: Path, mapped: Iterable[Tensor]) -> Iterator[Spool]:
     """A temporary file in `folder` for computed tensors; `mapped` are on disk already."""
-    ensure_folder(folder)
-    try:
-        handle, name = tempfile.mkstemp(prefix=".lora.", suffix=".spool", dir=folder)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written to ({error.strerror}); check its permissions") from error
-    try:
-        with open(handle, "wb") as file:  # noqa: PTH123 - an open file has no path to open it by
-            yield Spool(Path(name), file, {tensor.untyped_storage().data_ptr() for tensor in mapped})
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written to ({error.strerror}); free some space and try again") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with temporary_folder(folder / "lora") as own:
+        try:
+            with (own / "spool").open("wb") as file:
+                yield Spool(own / "spool", file, {tensor.untyped_storage().data_ptr() for tensor in mapped})
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be written to ({error.strerror}); free some space and try again"
+            ) from error
 
 
 class Spool:

@@ -206,18 +206,12 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Remove temporary files and folders of a killed process; without a run, only those of `run.json`."""
-        if not self.exists:
-            for path in self.path.glob(f".{RECORD}.*.tmp"):
-                path.unlink(missing_ok=True)
-            return
-        left = [
-            *self.path.glob(".*.tmp"),
-            *(self.path / STATES).glob(".*.tmp"),
-            *(self.path / "samples").glob(".*.tmp"),
-            *(self.path / AVERAGES).glob(".*.tmp"),
-        ]
-        if self.outcome() is None:  # otherwise it is a LoRA with that name
-            left.append(self.path / PREVIEW_LORA)
+        if self.exists:
+            left = [one for name in ("", STATES, "samples", AVERAGES) for one in (self.path / name).glob(".*.tmp")]
+            if self.outcome() is None:  # otherwise it is a LoRA with that name
+                left.append(self.path / PREVIEW_LORA)
+        else:
+            left = list(self.path.glob(f".{RECORD}.*.tmp"))
         for path in left:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
