@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from lorasmith.families.base import FAMILIES
+from lorasmith.runs.memory_estimate import estimate_memory
+from lorasmith.training.config import TrainConfig
 from tests.families.flux_parts import comfyui_folder
 
 Command = Callable[..., Any]
@@ -145,6 +148,24 @@ def test_a_plan_is_printed_for_a_card(lorasmith: Command, models: Path) -> None:
         assert line in ran.out, line
     parsed = json.loads(lorasmith(*asked, "--memory", 8, "--json").out)
     assert (parsed["fits"], parsed["proposal"]["settings"], parsed["batch_size"]) == (True, {}, 1)
+
+
+def test_a_desktops_part_of_the_card_is_left_to_it(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in model fits a card of 1 GiB, of which the driver takes half, but not beside a desktop."""
+    once = functools.cache(lambda *files, **_: estimate_memory(*files, TrainConfig(), card_bytes=2**30, resolution=64))
+    monkeypatch.setattr("lorasmith.runs.memory_estimate.estimate_memory", lambda files, *_, **__: once(files))
+    for flags, drives_display, left in (
+        ((), False, 0),
+        ((), True, 768),
+        (("--desktop",), False, 768),
+        (("--no-desktop",), True, 0),
+    ):
+        monkeypatch.setattr("lorasmith.core.placement.drives_display", lambda says=drives_display: says)
+        ran = lorasmith("plan", "--model", "lorasmith-tiny", "--memory", 1, *flags)
+        assert ("Desktop   768 MiB are left to it" in ran.out) is bool(left)
+        assert ("Fits 1.0 GiB" in ran.out, ran.code) == ((False, 1) if left else (True, 0))
+        ran = lorasmith("plan", "--model", "lorasmith-tiny", "--memory", 1, *flags, "--json")
+        assert json.loads(ran.out)["desktop_bytes"] == left * 2**20
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def without_headers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(kernels, "REFUSALS", found)
+    monkeypatch.setattr(kernels, "_REFUSALS", found)
     return found
 
 

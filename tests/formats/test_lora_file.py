@@ -15,6 +15,7 @@ from lorasmith.formats.inspect import faults_of
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import StrangerReason, Unapplied, load_lora, save_lora, state_from_tensors, unapplied
 from lorasmith.formats.metadata import sha256_body
+from lorasmith.formats.names import ModelNames, OriginalName
 from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -226,6 +227,33 @@ def test_a_fused_adapter_that_cannot_be_cut_is_named_and_its_model_is_not_doubte
         (finding,) = [one for one in faults_of(tensors, {}, flux_names, is_model_sure=sure) if base in one.problem]
         assert "separate q, k and v" in finding.remedy
         assert finding.mend is None
+
+
+@pytest.mark.parametrize("factor", [4, 6, 8, 12, 16])
+@pytest.mark.parametrize("magnitudes", [False, True], ids=["plain", "dora"])
+def test_a_lokr_on_the_fused_projections_of_grouped_queries(tmp_path: Path, factor: int, magnitudes: bool) -> None:
+    """Krea 2 has 6144 rows of queries, 1536 of keys and of values: a factor of 4, 8 or 16 has blocks across them."""
+    rows = {"to_q": 6144, "to_k": 1536, "to_v": 1536}
+    shapes = {f"transformer_blocks.0.attn.{part}": (count, 48) for part, count in rows.items()}
+    names = ModelNames("krea2", {path: OriginalName(path) for path in shapes}, "transformer", weight_shapes=shapes)
+    base = "lycoris_transformer_blocks_0_attn_to_qkv"
+    generator = torch.Generator().manual_seed(0)
+    w1, w2 = torch.randn(factor, 4, generator=generator), torch.randn(9216 // factor, 12, generator=generator)
+    tensors = {f"{base}.lokr_w1": w1, f"{base}.lokr_w2": w2}
+    tensors |= {f"{base}.dora_scale": torch.rand(9216, 1, generator=generator)} if magnitudes else {}
+    state = state_from_tensors(tensors, {}, names)
+    if factor % 6:
+        assert not state.adapters and state.unknown.keys() == tensors.keys()
+        write_safetensors(tmp_path / "x.safetensors", tensors, {})
+        with pytest.raises(LoraError, match=r"fused layers that cannot be cut, .*; train it with separate q, k"):
+            load_lora(tmp_path / "x.safetensors", names)
+        return
+    save_lora(tmp_path / "saved.safetensors", state, names)
+    again = load_lora(tmp_path / "saved.safetensors", names)
+    whole = torch.kron(w1, w2).split(list(rows.values()))
+    for path, part in zip(shapes, whole, strict=True):
+        tensors = again.adapters[ModuleRef(DENOISER, path)].tensors
+        assert torch.equal(torch.kron(tensors["lokr_w1"], tensors["lokr_w2"]), part)
 
 
 def test_a_name_is_doubted_where_the_model_is_the_right_one(flux_names, make_state) -> None:

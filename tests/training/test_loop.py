@@ -450,7 +450,7 @@ def test_a_run_that_shrank_goes_on_to_the_bit(
 def test_a_kernel_that_is_not_used_is_named_once(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.training.loop.REFUSALS", ["The Triton kernel for doubling is not used."])
+    monkeypatch.setattr("lorasmith.core.kernels._REFUSALS", ["The Triton kernel for doubling is not used."])
     audience = Audience()
     run(dataset, steps=3, on_event=audience)
     assert [one.message for one in audience.of(Warned)].count("The Triton kernel for doubling is not used.") == 1

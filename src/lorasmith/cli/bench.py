@@ -80,7 +80,7 @@ def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device:
     import torch
 
     from lorasmith.bench.benchmark import limits, shares
-    from lorasmith.core.kernels import REFUSALS
+    from lorasmith.core.kernels import refused_kernels
     from lorasmith.training.storage.fingerprint import environment
 
     return {
@@ -96,7 +96,7 @@ def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device:
         "images_per_hour": found.images_per_hour,
         "shares": [dataclasses.asdict(share) for share in shares(found)],
         "limits": limits(found),
-        "notes": (*job.notes, *REFUSALS),
+        "notes": (*job.notes, *refused_kernels()),
     }
 
 
@@ -105,7 +105,7 @@ def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str) -> No
     from rich.text import Text
 
     from lorasmith.bench.benchmark import limits
-    from lorasmith.core.kernels import REFUSALS
+    from lorasmith.core.kernels import refused_kernels
 
     facts, config, counts = job.model.facts, job.config, found.counts
     echo(f"{facts.title} ({facts.family_title}) on {_machine(device)}, products in {config.training_dtype}")
@@ -140,7 +140,7 @@ def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str) -> No
     heading("What limits it")
     for sentence in limits(found):
         echo(f"- {sentence}")
-    for note in (*job.notes, *REFUSALS):
+    for note in (*job.notes, *refused_kernels()):
         print_note(note)
 
 

@@ -28,7 +28,7 @@ def idle_change(changes: Iterable[float | None]) -> float | None:
     """
     largest = None
     for change in changes:
-        if change is None or not change < LEAST_EFFECT:  # NaN is no small change
+        if change is None or not change < LEAST_EFFECT:  # a change of NaN is not small
             return None
         largest = change if largest is None else max(largest, change)
     return largest

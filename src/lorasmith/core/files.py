@@ -75,7 +75,7 @@ def stamp_of(path: Path) -> Stamp:
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary path that replaces `target` (fsync, then `os.replace`) on success. Raises OutputError.
 
-    There is no file at the temporary path before the block writes one. What a killed process has left is removed by the
+    The block writes the file. What a killed process has left is removed by the
     first write of another process to the folder.
     """
     with temporary_folder(target) as folder, _explaining(target):

@@ -115,13 +115,13 @@ _active = _Active()
 
 
 def active_values() -> KeptValues | None:
-    """Those that are told of changes in this thread."""
+    """The values that this thread copies before they change."""
     return _active.values
 
 
 @contextlib.contextmanager
 def changes_watched(values: KeptValues | None) -> Iterator[None]:
-    """Inside the context, this thread's changes in place are told to `values`; with None it does nothing."""
+    """Inside the context, `values` are copied before this thread changes them in place; with None it does nothing."""
     if values is None:
         yield
         return
@@ -173,7 +173,7 @@ def changes_intercepted() -> Iterator[None]:
 
 @functools.cache
 def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
-    return [(place, name, _told(function, name)) for place, name, function in _changing_functions()]
+    return [(place, name, _reported(function, name)) for place, name, function in _changing_functions()]
 
 
 def _changing_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
@@ -191,7 +191,7 @@ def _changing_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
                 yield place, name, function
 
 
-def _told(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _reported(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     takes_out, is_statement = not name.endswith("_"), name.startswith("__i")
 
     @functools.wraps(function)

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lorasmith.core.allocator import has_lost_device, is_out_of_memory
 from lorasmith.core.printable import first_line
 
-REFUSALS: list[str] = []
-"""A sentence for each kernel that this process tried and does not use."""
+_REFUSALS: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,11 @@ class Kernel:
     refusal: str = ""  # a sentence on why it is not the Triton kernel; empty if it is, or if the device has none
 
 
+def refused_kernels(since: int = 0) -> Sequence[str]:
+    """A sentence for each kernel that this process tried and does not use, after the first `since` of them."""
+    return _REFUSALS[since:]
+
+
 def kernel_or(
     name: str,
     plain: Callable[..., Any],
@@ -36,7 +40,7 @@ def kernel_or(
     expected: Callable[..., Any] | None = None,
     tolerance: float = 0.0,
 ) -> Kernel:
-    """What `load` imports, if it returns what is `expected` of it, else `plain`, which `REFUSALS` then says.
+    """What `load` imports, if it returns what is `expected` of it, else `plain`, and a sentence in `refused_kernels`.
 
     Raises what the device raises when it is out of memory or lost, which says nothing of the kernel.
 
@@ -60,7 +64,7 @@ def kernel_or(
             return Kernel(name, kernel)
         reason = "its numbers are not torch's on this device; report it with the output of lorasmith doctor"
     refusal = f"The Triton kernel for {name} is not used, and torch's operations, which are slower, are: {reason}."
-    REFUSALS.append(refusal)
+    _REFUSALS.append(refusal)
     return Kernel(name, plain, refusal)
 
 

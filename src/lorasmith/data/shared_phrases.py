@@ -75,8 +75,8 @@ def _runs(clauses: Sequence[_Words], length: int) -> list[_Words]:
 
 def _core(phrase: _Words) -> _Words:
     """A phrase without the words at its ends that say nothing."""
-    told = [place for place, word in enumerate(phrase) if word not in _SAYING_NOTHING]
-    return phrase[told[0] : told[-1] + 1] if told else ()
+    named = [place for place, word in enumerate(phrase) if word not in _SAYING_NOTHING]
+    return phrase[named[0] : named[-1] + 1] if named else ()
 
 
 def _spelled(phrase: _Words, captions: Sequence[str]) -> tuple[int, str]:

@@ -25,12 +25,12 @@ from lorasmith.core.effect import idle_change
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
 from lorasmith.formats.container import count_non_finite
-from lorasmith.formats.layouts.adapter_config import stated_alphas
+from lorasmith.formats.layouts.adapter_config import stated_alphas, unread_scales
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.lora_file import StrangerReason, bundle_of, read_lora_tensors, state_from_tensors, unapplied
 from lorasmith.formats.metadata import autov1, need_of, sha256_body, sha256_file, sshs_model_hash, steps_of
 from lorasmith.formats.names import ModelNames
-from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
+from lorasmith.formats.scales import full_alpha, idle_alpha, loras_in, rank_of, scale_of
 from lorasmith.formats.spelling import (
     XLABS,
     ModuleTensors,
@@ -177,6 +177,7 @@ def faults_in_file(
         *_unfit(unfit, groups),
         *_idle(modules, groups, map(nominal_change, modules.values()) if changes is None else changes),
         *_alphas(modules, groups, layout),
+        *_scales(modules, metadata),
         *_hash(tensors, metadata),
     ]
 
@@ -312,6 +313,18 @@ def _alphas(modules: Modules, groups: GroupedKeys, layout: Layout) -> Iterator[F
             "--fix adds the alpha that changes nothing",
             True,
             Mend(changed={f"{base}.alpha": scalar(idle_alpha(adapters[base])) for base in needing}),
+        )
+
+
+def _scales(modules: Modules, metadata: Mapping[str, str]) -> Iterator[FileFault]:
+    """Alphas of the header that are not applied."""
+    loras = loras_in({base: module.adapter for base, module in modules.items() if module.adapter is not None})
+    ranks = {component_of(base): rank_of(lora) or 1 for base, lora in loras.items() if lora.alpha is None}
+    for entry, scale in unread_scales(metadata, ranks).items():
+        yield FileFault(
+            f"its scale is unknown: by the header's {entry} it is {scale:g}, and by ComfyUI, which does not read it, 1",
+            f"compare pictures at the strengths 1 and {scale:g}",
+            False,
         )
 
 

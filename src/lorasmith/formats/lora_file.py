@@ -357,6 +357,12 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
             raise LoraError(
                 f"{path} has no module that can be applied: {next(iter(unfit.values()))}; get the file again"
             )
+        if fused := [part for part in unapplied(state, names) if part.reason is StrangerReason.FUSED]:
+            reason = StrangerReason.FUSED
+            raise LoraError(
+                f"{path} has no module that can be applied: {len(fused)} {reason.text}, such as {fused[0].name}; "
+                f"{reason.remedy}"
+            )
         raise LoraError(
             f"{path} {looks}, and none of its {len(groups)} modules fits the loaded {names.family} model; "
             "load the model that it was trained on"

@@ -96,8 +96,10 @@ def put_back(base: Path, removed: str, name: str, folder: Path) -> int:
 
 
 def put_folder_back(base: Path, removed: str, folder: Path, *, is_run: bool = False) -> None:
-    """Move a folder that `set_aside` put into `removed` back to its place. Raises FileNotFoundError if it is not there,
-    or is no run where it should be one or the other way round, FileExistsError if its place is taken, and OutputError.
+    """Move a folder that `set_aside` put into `removed` back to its place.
+
+    Raises FileNotFoundError if it is missing, or holds a run where `is_run` is False or none where it is True,
+    FileExistsError if its place is taken, and OutputError.
     """
     parent = _removed(base, removed, folder.name)
     source = parent / folder.name

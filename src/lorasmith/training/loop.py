@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorasmith.core.allocator import has_lost_device, is_of_gpu, is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
-from lorasmith.core.kernels import REFUSALS
+from lorasmith.core.kernels import refused_kernels
 from lorasmith.core.placement import memory_used
 from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -421,9 +421,9 @@ class Loop:
             )
             if warning := self._spilling.warning(step + 1, taken.shapes, seconds):
                 self.emit(Warned(message=warning))
-            for refusal in REFUSALS[self._refusals :]:
+            for refusal in refused_kernels(since=self._refusals):
+                self._refusals += 1
                 self.emit(Warned(message=refusal))
-            self._refusals = len(REFUSALS)
 
     def _settle(self) -> None:
         """Process the results still in transit after an error."""

@@ -30,7 +30,7 @@ from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.loading import released_names
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.embeddings import Word, bundled_vectors
-from lorasmith.formats.layouts.adapter_config import stated_alphas
+from lorasmith.formats.layouts.adapter_config import stated_alphas, unread_scales
 from lorasmith.formats.lora_file import (
     PORTABLE,
     StrangerReason,
@@ -46,7 +46,7 @@ from lorasmith.formats.lora_file import (
 )
 from lorasmith.formats.metadata import LeveledRanks, steps_of
 from lorasmith.formats.names import ModelNames
-from lorasmith.formats.scales import rank_of
+from lorasmith.formats.scales import loras_in, rank_of
 from lorasmith.formats.spelling import BUNDLE, ModuleTensors, all_assembled, fits, grouped, guessed_family
 from lorasmith.report.pictures import card
 from lorasmith.training.trainable import Trainable
@@ -296,7 +296,7 @@ class Lora:
             )
         if note and strict:
             raise LoraError(f"{note}, or leave strict off to apply the others")
-        return Applied(denoiser, encoder, note)
+        return Applied(denoiser, encoder, note or self._note_on_scale)
 
     @overload
     def applied_to(self, denoiser: H, *, strength: float = ..., bypass: bool | None = ..., strict: bool = ...) -> H: ...
@@ -348,6 +348,18 @@ class Lora:
     def _left_over(self) -> Sequence[Unapplied]:
         """Parts of the file that the model for which it was loaded does not use."""
         return unapplied(self.state, self.names) if self.state.unknown else ()
+
+    @property
+    def _note_on_scale(self) -> str:
+        """A sentence on an alpha in the header that is not applied; empty if there is none."""
+        loras = loras_in(self.state.adapters)
+        ranks = {ref.component: rank_of(lora) or 1 for ref, lora in loras.items() if lora.alpha is None}
+        for entry, scale in unread_scales(self.state.metadata, ranks).items():
+            return (
+                f"{printable(self.name, limit=60)} is applied with the scale 1, and by its header's {entry}, on which "
+                f"programs do not agree, it is {scale:g}; compare pictures at the strengths 1 and {scale:g}"
+            )
+        return ""
 
     @property
     def _modules(self) -> Sequence[ModuleRef]:

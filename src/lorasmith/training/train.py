@@ -223,7 +223,7 @@ def _begun(
         path = where if plan.claim is not None else unfinished_run(where, plan.title, wanted)
         if path is None or not (folder := RunFolder(path)).exists:
             continue
-        with contextlib.suppress(LorasmithError):  # of a damaged record, which is told when the run begins
+        with contextlib.suppress(LorasmithError):  # a damaged record is reported when the run begins
             record = folder.record()
             if is_same_or_longer(record.fingerprint, wanted):
                 before = record.all_environments[-1]

@@ -13,9 +13,11 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats import lora_file
 from lorasmith.formats.container import write_safetensors
+from lorasmith.formats.inspect import faults_of
 from lorasmith.formats.layouts.adapter_config import ADAPTER_METADATA
 from lorasmith.formats.layouts.diffusers import DiffusersLayout
 from lorasmith.formats.names import ModelNames, OriginalName
+from lorasmith.training.lora_handle import Lora
 
 LAYOUT = DiffusersLayout()
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -347,3 +349,58 @@ def test_an_alpha_of_its_own_entry_that_is_no_number_is_named(flux_names, make_s
     tensors = LAYOUT.write(make_state(flux_names, ["transformer_blocks.0.attn.to_q"]), flux_names)
     with pytest.raises(LoraError, match=r"the header entry transformer\.lora_alpha must be, with those beside it"):
         LAYOUT.read(tensors, {"transformer.lora_alpha": "twice"}, flux_names)
+
+
+def renamed(make_state, names, prefix: str) -> dict[str, torch.Tensor]:
+    """A LoRA of rank 4 without alphas under another prefix than diffusers'."""
+    tensors = LAYOUT.write(make_state(names, ["transformer_blocks.0.attn.to_q"], alpha=None), names)
+    flat = str.maketrans({".": "_"} if prefix.endswith("_") else {})
+    return {
+        f"{prefix}{base.translate(flat)}.lora_{end}": tensor
+        for key, tensor in tensors.items()
+        for base, end in [key.removeprefix("transformer.").split(".lora_")]
+    }
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_", "lora_transformer_", "base_model.model.", ""])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"transformer.lora_alpha": "8", "transformer.r": "4"},
+        {"unet.lora_alpha": "8", "text_encoder.lora_alpha": "2"},
+        {ADAPTER_METADATA: json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})},
+    ],
+    ids=["by component", "of two components", "JSON"],
+)
+def test_alphas_of_a_component_whose_keys_were_renamed(flux_names, make_state, prefix: str, header) -> None:
+    """diffusers renames keys before it reads its header, and so reads it for keys of any prefix."""
+    (found,) = lora_file.state_from_tensors(
+        renamed(make_state, flux_names, prefix), header, flux_names
+    ).adapters.values()
+    assert found.alpha == 8.0
+
+
+@pytest.mark.parametrize(
+    ("header", "entry"),
+    [
+        ({"unet.lora_alpha": "8", "transformer.lora_alpha": "16"}, "unet.lora_alpha"),
+        ({"transformer.lora_alpha": "8", "transformer.alpha_pattern": '{"attn.to_k": 6}'}, "transformer.lora_alpha"),
+        ({"alpha": "8", "rank": "4"}, "alpha"),
+        ({"network_alpha": "8"}, "network_alpha"),
+    ],
+    ids=["two", "patterns", "alpha", "network_alpha"],
+)
+def test_a_scale_that_programs_do_not_agree_on_is_named(
+    tmp_path: Path, flux_names, make_state, header: dict[str, str], entry: str
+) -> None:
+    tensors = renamed(make_state, flux_names, "diffusion_model.")
+    said = [fault.problem for fault in faults_of(tensors, header, flux_names, is_model_sure=True)]
+    assert any(f"its scale is unknown: by the header's {entry} it is 2," in problem for problem in said)
+    state = lora_file.state_from_tensors(tensors, header, flux_names)
+    assert [adapter.alpha for adapter in state.adapters.values()] == [None]
+    note = Lora(state, flux_names).applied(None, None).note
+    assert f"is applied with the scale 1, and by its header's {entry}" in note
+    for plain in ({}, {"alpha": "4"}, {"alpha": "full"}, {"text_encoder.lora_alpha": "8"}):
+        said = [fault.problem for fault in faults_of(tensors, plain, flux_names, is_model_sure=True)]
+        assert not any("scale is unknown" in problem for problem in said)
+        assert Lora(lora_file.state_from_tensors(tensors, plain, flux_names), flux_names).applied(None, None).note == ""

@@ -15,7 +15,8 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,11 +26,13 @@ from lorasmith.adapters.algorithms import algorithms
 from lorasmith.core.errors import LoraError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.scales import checked_scale
+from lorasmith.formats.spelling import component_of
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Header entry in which diffusers keeps the fields of PEFT's LoraConfig, each after its component's name."""
 
 _ALPHA = "lora_alpha"
+_LOOSE = ("network_alpha", "alpha")  # entries that SGLang reads, and diffusers for one family
 _FIELDS = (_ALPHA, "r", "rank_pattern", "alpha_pattern", "use_rslora")  # that decide a scale
 
 # Initializations that change the base model's weights, so that the adapter fits the changed model alone.
@@ -97,6 +100,11 @@ class Config:
     alpha_pattern: _Patterns
     rank_stabilized: bool  # whether the scale is alpha / √rank
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all modules have one alpha."""
+        return not self.alpha_pattern.ends and not self.alpha_pattern.expressions
+
     def rank_of(self, path: str) -> float:
         """The rank of a module."""
         return self.rank_pattern.value(path, self.rank)
@@ -142,14 +150,47 @@ def stated_alphas(
 ) -> dict[str, float]:
     """Alphas of `grouped` tensors by base, from the header. Raises LoraError when its entry is malformed."""
     alphas = {}
-    for prefix, config in configs_of(metadata).items():
-        bases = {base: keys for base, keys in groups.items() if base.startswith(prefix)}
+    for prefix, config, bases in _configured(groups, metadata):
         config.alpha_pattern.refuse_slow(bases)
-        for base, keys in bases.items():
-            if "alpha" not in keys:
+        for base in bases:
+            if "alpha" not in (keys := groups[base]):
                 shape = tensors[keys["down"]].shape if "down" in keys else ()
                 alphas[base] = config.alpha_of(base.removeprefix(prefix), shape[0] if shape else None)
     return alphas
+
+
+def _configured(bases: Collection[str], metadata: Mapping[str, str]) -> Iterator[tuple[str, Config, Collection[str]]]:
+    """Each prefix and configuration of a header, and the bases that it is for.
+
+    These begin with the prefix. If none does, as in a file whose keys were renamed, they are those of the same
+    component, unless several configurations are for it, or one has patterns, which are of the former names.
+    """
+    configs = configs_of(metadata)
+    found = {prefix: [base for base in bases if base.startswith(prefix)] for prefix in configs}
+    idle = Counter(component_of(prefix) for prefix, own in found.items() if not own)
+    rest = set(bases).difference(*found.values())
+    for prefix, config in configs.items():
+        component = component_of(prefix)
+        if found[prefix] or idle[component] > 1 or not config.is_uniform:
+            yield prefix, config, found[prefix]
+        else:
+            yield "", config, [base for base in rest if component_of(base) == component]
+
+
+def unread_scales(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Scales in a header that programs do not agree on, and that are not applied, by entry.
+
+    Args:
+        metadata: the header.
+        ranks: rank of a LoRA without alpha, by component that has one.
+    """
+    stated = {prefix + _ALPHA: (component_of(prefix), config.alpha) for prefix, config in configs_of(metadata).items()}
+    for entry in _LOOSE:
+        value = _value(metadata.get(entry, ""))
+        if isinstance(value, int | float) and ranks:
+            stated[entry] = next(iter(ranks)), float(value)
+    scales = {entry: alpha / ranks[component] for entry, (component, alpha) in stated.items() if component in ranks}
+    return {entry: scale for entry, scale in scales.items() if scale != 1}
 
 
 def header_fields(config: str, prefix: str) -> dict[str, Any]:
