@@ -25,11 +25,22 @@ from lorasmith.core.errors import LorasmithError, OutputError, TrainingError
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
+from lorasmith.report.contact_sheet import PreviewFolder
 from lorasmith.runs import run as running
 from lorasmith.training import engine
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Resumed, RolledBack, Shrunk, StateSaved, StepDone, Warned
+from lorasmith.training.events import (
+    Event,
+    Previewed,
+    Resumed,
+    RolledBack,
+    RunFinished,
+    Shrunk,
+    StateSaved,
+    StepDone,
+    Warned,
+)
 from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.loop import Loop, _Taken
 from lorasmith.training.lora_handle import Lora
@@ -152,6 +163,29 @@ def test_a_run_that_is_killed_while_it_writes_files_of_a_step_has_them_in_the_en
         run(dataset, output=tmp_path / name, **settings)
     files = [sorted(path.name for path in (tmp_path / name).rglob("*step*")) for name in ("killed", "whole")]
     assert files[0] == files[1]
+
+
+def test_a_preview_that_a_kill_prevented_is_drawn_when_the_run_continues(
+    run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
+    settings = {"steps": 4, "save_state_every": 2, "previews": "a lion", "preview_every": 2, "preview_steps": 1}
+
+    def killed() -> None:
+        PreviewFolder.write_step = lambda *given: os._exit(9)  # type: ignore[method-assign]
+        run(dataset, output=tmp_path, **settings)
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == 9
+    assert not list((tmp_path / "samples").glob("step-*"))
+    audience = Audience(cancel_at=3)
+    run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled, **settings)
+    drawn = [event.step for event in audience.of(Previewed) if event.strength == 1]
+    assert drawn == [2] and (tmp_path / "samples" / "step-000002-1.png").is_file()
+    audience = Audience()
+    run(dataset, output=tmp_path, on_event=audience, **settings)
+    assert [event.step for event in audience.of(Previewed) if event.strength == 1] == [4]
 
 
 def test_checkpoints_come_by_minutes_whatever_the_clock_on_the_wall_does(
@@ -609,6 +643,34 @@ def test_a_lora_takes_the_room_of_run_states_on_a_full_disk(
     assert result.path is not None and result.path.is_file()
     assert len(list(states.iterdir())) == is_stopped
     assert any("a run state is removed" in event.message for event in audience.of(Warned))
+
+
+def test_a_log_without_its_end_is_said(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the run ends; with space it is completed, and the same."""
+    log = RunFolder.__call__
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(self: RunFolder, event: Event) -> None:
+        with monkeypatch.context() as disk:
+            if isinstance(event, RunFinished):
+                self.close()
+                disk.setattr(Path, "open", no_space)
+            log(self, event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "__call__", full)
+        audience = Audience()
+        run(dataset, output=tmp_path, on_event=audience)
+    assert "counts as interrupted; free some space and resume it" in audience.of(Warned)[-1].message
+    assert RunFolder(tmp_path).outcome() is None
+    before, audience = saved(tmp_path), Audience()
+    run(dataset, output=tmp_path, on_event=audience)
+    assert RunFolder(tmp_path).outcome() == "finished" and same(saved(tmp_path), before)
+    assert not any("counts as interrupted" in event.message for event in audience.of(Warned))
 
 
 def test_a_report_that_fails_costs_the_report_alone(

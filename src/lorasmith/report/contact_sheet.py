@@ -205,6 +205,10 @@ class PreviewFolder:
         """Write the pictures with the LoRA of a step; `lora` is its file name."""
         return self._write(f"step-{step:06}", pictures, {"LoRA": lora, "Step": step, "Strength": 1.0})
 
+    def has_step(self, step: int) -> bool:
+        """Whether all pictures of a step are there."""
+        return any(self.folder.glob(f"step-{step:06}-{len(self.prompts)}.*"))
+
     def write_strength(
         self, pictures: Sequence[PictureOrClip], strength: float, step: int, lora: str, *, final: bool = True
     ) -> tuple[Path, ...]:

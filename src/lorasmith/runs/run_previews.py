@@ -395,6 +395,10 @@ class RunPreviews:
         self._failures = 0
         self._measuring = measuring
 
+    def has_drawn(self, step: int) -> bool:
+        """Whether the pictures of a step are in the folder."""
+        return self._files.has_step(step)
+
     def draw_base(self, step: int) -> list[Event]:
         """Draw the model without the LoRA, before the first step; returns events as a call does."""
         events = self._drawn(step, self._frozen(self._base(step, self._counted(1))))

@@ -45,7 +45,7 @@ from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, Results, TrainResult
 from lorasmith.training.run_requests import DrawRequest, RequestWatch
 from lorasmith.training.storage.fingerprint import Fingerprint, differences, environment, fingerprint
-from lorasmith.training.storage.records import RunRecord, check_title, read_history, run_record
+from lorasmith.training.storage.records import EVENTS, RunRecord, check_title, read_history, run_record
 from lorasmith.training.storage.run_folder import (
     PREVIEW_LORA,
     RunFolder,
@@ -336,6 +336,8 @@ class _Run:
         try:
             if start is not None:
                 loop.load(start)
+                if self._previews is not None:
+                    self._previews.is_resumed = True
             elif job.config.existing_state is not None:
                 loop.load(
                     job.runtime.processes.broadcast_from_rank0(lambda: _continued(Path(str(job.config.existing_state))))
@@ -376,6 +378,10 @@ class _Run:
             raise
         # The end is logged last: a run that is killed before it has its report is not complete, and is resumed.
         self._emit(end)
+        if self._folder is not None and self._folder.lacks_last:
+            log = self._folder.path / EVENTS
+            message = f"The end of the run is not in {log}, which cannot be written, so that it counts as interrupted"
+            self._emit(Warned(message=f"{message}; free some space and resume it"))
         return result
 
     def _salvaged(self, loop: Loop, end: RunFinished, *, with_extras: bool) -> str:

@@ -217,6 +217,10 @@ class Draw(Protocol):
         """Those after which it is to be called on the way."""
         ...
 
+    def has_drawn(self, step: int) -> bool:
+        """Whether the pictures of a step are there."""
+        ...
+
     def draw_base(self, step: int) -> Sequence[Event]:
         """Draw the model without the LoRA, before the first step; `step` are the updates that a state brought."""
         ...
@@ -228,6 +232,7 @@ class PreviewWatch(Watcher):
     """Draws previews from the LoRA as it would be saved, in a temporary file at `path`."""
 
     needs_frozen_model = True
+    is_resumed = False  # whether the run continues a killed or stopped one
 
     def __init__(self, draw: Draw, save: Callable[[Loop, Path], None], path: Path) -> None:
         self.needs_bare_model = not draw.in_place
@@ -237,6 +242,9 @@ class PreviewWatch(Watcher):
 
     def due(self, loop: Loop) -> bool:
         return loop.step in self._draw.steps  # the last preview uses the final file
+
+    def missed(self, loop: Loop) -> bool:
+        return self.is_resumed and self.due(loop) and not self._draw.has_drawn(loop.step)
 
     def __call__(self, loop: Loop) -> None:
         self.drawn(loop)

@@ -56,6 +56,7 @@ class RunFolder:
         self.path = path
         self._log: FileIO | None = None
         self._is_cut = False  # whether the last line is incomplete
+        self.lacks_last = False  # whether the last event is not in the log, for want of space
         self._claim: contextlib.ExitStack | None = None
 
     @property
@@ -194,10 +195,11 @@ class RunFolder:
     def __call__(self, event: Event) -> None:
         """Append an event. A full disk costs the events until there is room again, not the run."""
         line = b"\n" * self._is_cut + f"{encoded(event)}\n".encode()
+        self.lacks_last = True
         with contextlib.suppress(OSError):
             if self._log is None:
                 self._log = (self.path / EVENTS).open("ab", buffering=0)
-            self._is_cut = self._log.write(line) < len(line)
+            self._is_cut = self.lacks_last = self._log.write(line) < len(line)
 
     def flush(self) -> None:
         if self._log is not None:
