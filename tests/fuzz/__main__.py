@@ -49,24 +49,26 @@ def main() -> int:
 
 
 def _report(results: Iterable[Result]) -> list[Finding]:
-    """Print the split by kind, and each fault once, with the first case and the number of cases; returns all."""
+    """Print each fault when it is first found, then the split by kind and the number of cases of each; returns all."""
     counts: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
     findings: list[Finding] = []
+    same: defaultdict[tuple[str, str], list[Finding]] = defaultdict(list)
     started = time.monotonic()
     for kind, taken, found in results:
         counts[kind] += 1
         seconds[kind] += taken
         findings += found
+        for one in found:
+            same[kind, one.summary].append(one)
+            if len(same[kind, one.summary]) == 1:
+                print(one, flush=True)
         if sum(counts.values()) % 5000 == 0:
             print(f"{sum(counts.values()):,} cases, {len(findings)} findings", flush=True)
     for kind, count in counts.items():
         bad = len({one.seed for one in findings if one.kind == kind})
         print(f"{kind:<12}{count:>8,} cases {seconds[kind]:>8.1f} s of processor time {bad:>6} bad")
     print(f"{sum(counts.values()):,} cases in {time.monotonic() - started:.0f} s")
-    same: defaultdict[tuple[str, str], list[Finding]] = defaultdict(list)
-    for one in findings:
-        same[one.kind, one.summary].append(one)
     for ones in sorted(same.values(), key=len, reverse=True):
         print(f"{len(ones):>6} × {ones[0]}")
     return findings

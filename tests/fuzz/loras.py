@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -183,6 +184,7 @@ def _damage_tensors(rng: random.Random, tensors: dict[str, Tensor], metadata: di
         case 11:
             word, encoder = rng.choice(("a", "<s0>", nasty_text(rng)[:50])), rng.choice(("clip_l", "clip_g", "x", ""))
             shape = [rng.choice((0, 1, 4, 768)) for _ in range(rng.choice((0, 1, 2, 2, 3)))]
+            shape = shape if math.prod(shape) < 2**24 else shape[:2]  # at most 9 MB
             tensors[f"bundle_emb.{word}.{encoder}"] = torch.ones(shape, dtype=rng.choice((torch.float32, torch.int8)))
         case 1:
             tensors[f"{nasty_text(rng)[:2000]}{key}"] = tensors.pop(key)

@@ -66,7 +66,11 @@ def _results_of(chunk: list[Case]) -> list[Result]:
 def _result_of(kind: str, seed: int) -> Result:
     _trace.write_text(f"{kind} {seed}")
     started = time.process_time()
-    found = run_case(KINDS[kind], seed)
+    try:
+        found = run_case(KINDS[kind], seed)
+    except Exception as error:  # of the kind, which could not write its files
+        error.add_note(f"in the case {kind} {seed}")
+        raise
     taken = time.process_time() - started
     _trace.write_text("")
     return kind, taken, found
