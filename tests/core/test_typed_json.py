@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lorasmith.core.typed_json import Scalar, json_schemas, typed
+from lorasmith.core.typed_json import Scalar, json_schemas, json_values, typed
 
 
 class Colour(StrEnum):
@@ -90,6 +90,11 @@ def test_what_does_not_fit_is_refused_with_its_place(value: Any, sentence: str) 
     with pytest.raises(ValueError) as caught:
         typed(value, Outer)
     assert str(caught.value) == sentence
+
+
+def test_fields_that_were_missing_are_among_the_json_values() -> None:
+    (found,) = json_values((typed({"rate": 1}, Outer),))
+    assert found.keys() == Outer.__annotations__.keys()
 
 
 def test_numbers_of_more_than_64_bits_are_refused() -> None:

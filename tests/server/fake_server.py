@@ -19,16 +19,16 @@ from aiohttp.test_utils import TestServer
 from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
-from lorasmith.runs.queue import Job, JobState, JobStore
-from lorasmith.server.dispatcher import Dispatcher, RefusedError
-from lorasmith.server.downloads import Downloads
+from lorasmith.runs.queue import Job, JobState
+from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.http_server import make_app
-from lorasmith.server.hub import Hub, LogBook, Notice
+from lorasmith.server.hub import Notice
 from lorasmith.server.questions.graph_questions import answer_to
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.workflow import Node, NodeContext, node, object_info, socket
 from lorasmith.workflow.editor_format import prompt_of_editor
+from tests.server.fakes import server_context
 
 TOYS: Registry[Node] = Registry("node")
 
@@ -165,16 +165,8 @@ class Played:
 @contextlib.asynccontextmanager
 async def serving(base: Path, *, token: str | None = None, names: Sequence[str] = ()) -> AsyncIterator[Played]:
     """A server on the files of `base`."""
-    folders = Folders(base)
-    config = ServerConfig(base=base, token=token, names=names)
-    hub = Hub()
-    log = LogBook(None, hub)
-    store = JobStore(config.folder / "jobs.sqlite3")
-    assistant = FakeAssistant(folders)
-    parts: dict[str, Any] = {"store": store, "hub": hub, "log": log, "assistant": assistant}
-    dispatcher = Dispatcher(config, **parts)
-    downloads = Downloads(config, log)
-    context = ServerContext(config=config, folders=folders, dispatcher=dispatcher, downloads=downloads, **parts)
+    assistant = FakeAssistant(Folders(base))
+    context = server_context(ServerConfig(base=base, token=token, names=names), assistant)
     app = make_app(context)
     server = TestServer(app, host="127.0.0.1")
     try:
@@ -183,6 +175,6 @@ async def serving(base: Path, *, token: str | None = None, names: Sequence[str] 
         async with aiohttp.ClientSession(address, cookie_jar=aiohttp.DummyCookieJar()) as http:
             yield Played(context, http, assistant, app, server.port or 0)
     finally:
-        hub.close()
+        context.hub.close()
         await server.close()
-        store.close()
+        context.store.close()

@@ -38,13 +38,19 @@ def fake_config(base: Path, **settings: Any) -> ServerConfig:
 
 def fake_context(base: Path, **settings: Any) -> ServerContext:
     """The parts of a server, none of them started."""
-    config, hub = fake_config(base, **settings), Hub()
-    log = LogBook(config.log, hub)
+    return server_context(fake_config(base, **settings))
+
+
+def server_context(config: ServerConfig, assistant: Any = None) -> ServerContext:
+    """The parts of a server, none of them started; with an `assistant` in this process, nothing is logged to a file."""
+    hub = Hub()
+    log = LogBook(config.log if assistant is None else None, hub)
     store = JobStore(config.folder / "jobs.sqlite3")
-    assistant = Assistant(config.assistant, on_line=lambda line: log.add("assistant", line))
+    if assistant is None:
+        assistant = Assistant(config.assistant, on_line=lambda line: log.add("assistant", line))
     return ServerContext(
         config=config,
-        folders=Folders(base),
+        folders=Folders(config.base),
         store=store,
         dispatcher=Dispatcher(config, store, hub, assistant, log),
         downloads=Downloads(config, log),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,10 @@ def write_run(
     *,
     title: str = "fox",
     captions: Sequence[str] = ("a fox",),
+    more: Mapping[str, Any] = {},
     **settings: object,
 ) -> Path:
-    """A run folder with a record and a log of `events`; `settings` are those of the run."""
+    """A run folder with a record and a log of `events`; `settings` are those of the run, `more` is in its record."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "title": title,
@@ -67,6 +68,7 @@ def write_run(
         ],
         "adapters": {"down_blocks.0": 1000},
         "environment": {"versions": {"python": "3.11.2", "lorasmith": "0.1.0", "torch": "2.9.0"}},
+        **more,
     }
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     log_events(folder, events)

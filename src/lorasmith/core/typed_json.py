@@ -11,7 +11,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 Scalar = bool | int | float | str | None  # a setting or another single value
@@ -34,6 +34,25 @@ def typed(value: Any, kind: type[_T], place: str = "") -> _T:
         raise
     _refuse_large_integers(value, place)
     return found
+
+
+def json_values(value: Any, enc_hook: Callable[[Any], Any] | None = None) -> Any:
+    """Typed values as JSON values. Fields that `typed` gave their defaults are among them, which msgspec leaves out."""
+    import msgspec
+
+    return msgspec.to_builtins(_whole(value), enc_hook=enc_hook)
+
+
+def _whole(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float, bytes)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_whole(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _whole(one) for name, one in value.items()}
+    if dataclasses.is_dataclass(value):
+        return {one.name: _whole(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    return value
 
 
 def _refuse_large_integers(value: Any, place: str) -> None:

@@ -257,5 +257,5 @@ class _Handler(logging.Handler):
         self._receive = receive
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not record.exc_info or not isinstance(record.exc_info[1], HttpProcessingError):
+        if not record.exc_info or not isinstance(record.exc_info[1], (HttpProcessingError, ConnectionError)):
             self._receive(self.format(record))

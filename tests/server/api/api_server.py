@@ -14,21 +14,21 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
-from lorasmith.runs.queue import JobStore
 from lorasmith.server.access import add_headers
 from lorasmith.server.api import routes
-from lorasmith.server.dispatcher import Assistant, Dispatcher, RefusedError
-from lorasmith.server.downloads import Downloads
-from lorasmith.server.hub import Hub, LogBook
+from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.request_handling import CONTEXT, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
 from tests.launched import LONG_S
+from tests.server.fakes import server_context
 
 AT = "/lorasmith/v1"
 
 
 class LocalAssistant:
-    """Answers in this process, by the real functions; what is in `made_up` comes first."""
+    """Answers in this process, by the real functions; what is in `made_up` comes first: an answer, an error, or a
+    function of the arguments.
+    """
 
     is_ready = True
 
@@ -43,12 +43,12 @@ class LocalAssistant:
             found = self.made_up[question]
             if isinstance(found, Exception):
                 raise found
-            return found
+            return found(**arguments) if callable(found) else found
         from lorasmith.server.questions.question_registry import answer, load_questions
 
         load_questions()
         try:
-            found = answer(question, json.loads(json.dumps(arguments)), self._folders)
+            found = await asyncio.to_thread(answer, question, json.loads(json.dumps(arguments)), self._folders)
         except LorasmithError as error:
             raise RefusedError(type(error).__name__, str(error), getattr(error, "details", None)) from error
         return found if isinstance(found, bytes) else json.loads(json.dumps(found, allow_nan=False))
@@ -89,21 +89,7 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     """A server in this process on a base folder."""
     base.mkdir(exist_ok=True)
     settings = ServerConfig(base=base, devices=(), **config)
-    hub, folders = Hub(), Folders(base)
-    store = JobStore(settings.folder / "jobs.sqlite3")
-    assistant = cast(Assistant, LocalAssistant(folders))
-    log = LogBook(None, hub)
-    dispatcher = Dispatcher(settings, store, hub, assistant, log)
-    context = ServerContext(
-        config=settings,
-        folders=folders,
-        store=store,
-        dispatcher=dispatcher,
-        downloads=Downloads(settings, log),
-        hub=hub,
-        assistant=assistant,
-        log=log,
-    )
+    context = server_context(settings, LocalAssistant(Folders(base)))
     app = web.Application(middlewares=[errors_answered])
     app[CONTEXT] = context
     app.on_response_prepare.append(add_headers)
@@ -111,9 +97,9 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     try:
         async with TestClient(TestServer(app), timeout=ClientTimeout(total=LONG_S)) as http:
             yield Client(http, context)
-            hub.close()
+            context.hub.close()
     finally:
-        store.close()
+        context.store.close()
 
 
 def with_api(base: Path, test: Callable[[Client], Awaitable[None]], **config: Any) -> None:

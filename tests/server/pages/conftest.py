@@ -1,19 +1,19 @@
-"""A browser, and the page on a server with made-up answers."""
+"""A browser, and the page on the application with a scripted worker."""
 
 from __future__ import annotations
 
-import asyncio
-import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
+from lorasmith.runs import supervisor
+from lorasmith.server import downloads
+from lorasmith.server.api import event_streams
 from tests.launched import LONG_S
-from tests.server.pages.fake_api import FakeServer
+from tests.server.pages.served_page import ServedPage
 from tools.browsing import chromium, opened_browser
 
 PagesOpener = Callable[..., Any]
@@ -30,69 +30,15 @@ def browser() -> Iterator[Any]:
         yield opened
 
 
-class ServedPage:
-    """The page on a fake server in a thread of its own."""
-
-    def __init__(self) -> None:
-        self.server = FakeServer(step_seconds=0.01)
-        self.port = 0
-        self._loop = asyncio.new_event_loop()
-        self._runner: web.AppRunner | None = None
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self.start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-    def start(self) -> None:
-        self._call(self._started())
-
-    def stop(self) -> None:
-        """As a server that is killed: connections break."""
-        self._call(self._stopped())
-
-    def publish(self, job: dict[str, Any], **changes: Any) -> None:
-        """Change a job, and send it to all pages."""
-        self._loop.call_soon_threadsafe(lambda: self.server.publish(job, **changes))
-
-    def change_draft(self, dataset: str, /, **changes: Any) -> None:
-        """As another page does."""
-        self._loop.call_soon_threadsafe(lambda: self.server.change_draft(dataset, **changes))
-
-    def close(self) -> None:
-        self.stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _call(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=LONG_S)
-
-    async def _started(self) -> None:
-        self.server.is_closing = False
-        self._runner = web.AppRunner(self.server.app(), access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=sys.platform != "win32").start()
-        self.port = self._runner.addresses[0][1]
-
-    async def _stopped(self) -> None:
-        self.server.is_closing = True
-        await asyncio.sleep(0.05)  # streams look up every 20 ms
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
-        others = [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.sleep(0.02)  # transports close in the next rounds of the loop
-
-
 @pytest.fixture
-def served() -> Iterator[ServedPage]:
-    page = ServedPage()
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedPage]:
+    page = ServedPage(tmp_path / "base")
+    for module in (supervisor, downloads):
+        monkeypatch.setattr(module, "ChildProcess", page.new_process)
+    monkeypatch.setattr(event_streams, "_POLL_S", 0.02)
+    monkeypatch.setattr(event_streams, "_RETRY_MS", 300)
+    monkeypatch.chdir(page.base)  # as the assistant's
+    page.start()
     yield page
     page.close()
 
@@ -123,7 +69,7 @@ def open_pages(browser: Any) -> Iterator[PagesOpener]:
 
 @pytest.fixture
 def open_page(open_pages: PagesOpener, served: ServedPage) -> PagesOpener:
-    """Opens views of the page on the fake server."""
+    """Opens views of the page."""
     return lambda view="", **looks: open_pages(served.address + view, **looks)
 
 
@@ -133,6 +79,14 @@ def expected(locator: Any) -> Any:
 
     expect.set_options(timeout=1000 * LONG_S)
     return expect(locator)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until something holds on the server, where no part of the page shows it."""
+    end = time.monotonic() + LONG_S
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
 
 
 def assert_legible(page: Any, name: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lorasmith.training.events import StepDone
-from tests.server.pages.conftest import ServedPage, assert_legible, expected
-from tests.server.pages.fake_api import EVALUATED, started
+from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.runs.presets import PRESETS
+from lorasmith.server.dispatcher import RefusedError
+from lorasmith.server.questions.question_registry import answer
+from tests.families.flux_parts import denoiser
+from tests.families.original_models import save
+from tests.server.pages.conftest import assert_legible, expected
+from tests.server.pages.run_folders import ScriptedRun, events_of, step_done, write_evaluation, write_record
+from tests.server.pages.served_page import ServedPage
+from tests.training.run_cases import picture, started
 
 Opener = Callable[..., Any]
 
@@ -23,6 +31,12 @@ def waits(page: Any, text: str) -> None:
 
 
 def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: Opener, photos: Path) -> None:
+    models = served.base / "models"
+    for kind in ("checkpoints", "diffusion_models"):
+        (models / kind).mkdir(parents=True)
+    built_in = BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors"
+    shutil.copyfile(built_in, models / "checkpoints" / "mine.safetensors")
+    save(models / "diffusion_models" / "flux1-dev.safetensors", denoiser())
     page = open_page(width=390, scheme="dark")  # a phone
     assert_legible(page)
     page.locator("input[type=file]").nth(1).set_input_files(photos)
@@ -30,11 +44,9 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.wait_for_url("**/#/new/my-dog/photos")  # named after the folder
     assert page.locator(".tile img").first.get_attribute("src").startswith("blob:")  # seen before it is sent
     waits(page, "3 files were not added")
-    assert sorted(page.locator(".notice .file-list li").all_inner_texts()) == [
-        "broken.jpg is not a picture that can be read.",
-        "notes.pdf is not a picture.",
-        "sea.mp4 is a video; run lorasmith train.",
-    ]
+    broken, notes, sea = sorted(page.locator(".notice .file-list li").all_inner_texts())
+    assert broken.startswith("broken.jpg is not an image in spite of its name")
+    assert notes == "notes.pdf is not a picture." and sea.startswith("sea.mp4 is a video, which the page does not take")
     waits(page, "2 photos lack the picture before the edit")
     page.get_by_role("button", name="Remove the picture before, dog 0.jpg").click()  # of the folder control
     waits(page, "2 of 3 with a caption")
@@ -43,39 +55,46 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.get_by_role("button", name="Next: model").click()
 
     page.wait_for_selector("input[name=model]:checked")
-    assert page.locator("input[name=model]:checked").get_attribute("value") == "checkpoints/sdxl.safetensors"
+    assert page.locator("input[name=model]:checked").get_attribute("value") == "mine.safetensors"
     assert page.locator("input[name=model]:disabled").count() == 1  # the one without its parts
-    waits(page, "Missing: text encoder 2 (t5xxl_fp16.safetensors), vae (ae.safetensors)")
+    waits(page, "text encoder 2 (t5xxl_fp16.safetensors), vae (ae.safetensors)")
     page.get_by_role("button", name="Next: settings").click()
 
     page.wait_for_selector("input[name=preset]:checked")
     assert page.locator("input[name=preset]:checked").get_attribute("value") == "balanced"
-    waits(page, "Takes about 25 seconds")  # measured by itself
+    waits(page, "Takes about")  # measured by itself
     assert_legible(page)
     page.get_by_role("button", name="Start training").click()
 
     page.wait_for_url("**/#/jobs/*")
+    job = served.taken()
+    job.prepare("3 photos found", "Loading mine.safetensors…")
+    waits(page, "3 photos found")
+    run = job.train()
+    run.show(started(400))
+    run.preview(0, 0.0)
     expected(page.get_by_role("img", name="Base model: a photo of foxy in the snow")).to_have_count(1)  # from the start
+    run.show(*events_of(run.folder)[2:])
+    run.finish()
+    job.end()
     page.wait_for_url("**/#/runs/*")  # it has ended
     expected(page.locator(".verdict")).to_have_text("Finished after 60 steps; use the last one.")
-    assert page.get_by_role("link", name="Download").all_inner_texts() == ["Download step 60 (43 MiB)"]
+    (download,) = page.get_by_role("link", name=re.compile("^Download step")).all_inner_texts()
+    assert download.startswith("Download step 60 (")
     page.get_by_role("heading", name="Details").click()
     waits(page, "The LoRA improves on held-out images, most at step 50; a little overfitting after that.")
     assert_legible(page)
-    [job] = [body for method, path, body in served.server.calls if path.endswith("/jobs")]
-    assert job == {
-        "kind": "train",
-        "dataset": "my-dog",
-        "model": "checkpoints/sdxl.safetensors",
-        "edit": None,
-        "trigger": "bello",
+    [queued] = served.jobs("train")
+    assert queued.request == {
+        "sources": [{"path": "input/my-dog"}],
+        "model": "mine.safetensors",
         "name": "bello",
-        "settings": {"steps": 60, "rank": 16},
+        "settings": {"steps": 400, "save_every": 80, "rank": 16, "trigger": "bello"},
     }
 
 
 def colour(page: Any, picture: Any) -> str:
-    """The colour of a picture before an edit, of one colour, as it is shown."""
+    """The colour of a picture before an edit, of one colour, as it is shown: channels are full or empty."""
     picture.scroll_into_view_if_needed()
     expected(picture).to_have_js_property("complete", True)
     return str(
@@ -84,7 +103,7 @@ def colour(page: Any, picture: Any) -> str:
                 const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
                 const pen = canvas.getContext("2d");
                 pen.drawImage(one, 0, 0, 1, 1);
-                return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).join();
+                return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map((each) => (each > 127 ? 255 : 0)).join();
             }"""
         )
     )
@@ -92,7 +111,15 @@ def colour(page: Any, picture: Any) -> str:
 
 @pytest.mark.slow
 def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
-    served.server.add_dataset("fox", 3)
+    folder = served.add_dataset("fox", 3)
+    model = served.base / "models" / "diffusion_models" / "flux1-kontext.safetensors"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    listed = answer("models", {}, served.folders)
+    kontext = {"name": model.name, "title": "flux1-kontext", "family": "Flux.1", "builtin": False, "edit": "kontext"}
+    edits = {"edits": ["kontext"], "recognised_by": "name", "takes_controls": True}
+    listed["models"].append({**listed["models"][0], **kontext, **edits})
+    served.made_up["models"] = listed
     for name, one in (("fox_1", "red"), ("fox_2", "lime"), ("stray", "blue"), ("new", "white")):
         Image.new("RGB", (64, 48), one).save(tmp_path / f"{name}.png")
     page = open_page("#/new/fox/photos")
@@ -127,7 +154,7 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     expected(pictures[0]).to_have_attribute("src", re.compile("v=3"))
     page.get_by_role("button", name="Remove the picture before, fox_2.png").click()
     expected(before[1]).to_contain_text("No picture before")
-    assert set(served.server.controls["fox"]) == {"fox_1.png", "fox_3.png"}
+    assert {one.name for one in (folder / "control").iterdir()} == {"fox_1.png", "fox_3.png"}
     page.reload()
     expected(pictures[0]).to_have_count(1)
     assert colour(page, pictures[0]) == "255,255,255"
@@ -149,25 +176,12 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     page.get_by_role("button", name="Next: settings").click()
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url("**/#/jobs/**")
-    (body,) = [body for method, path, body in served.server.calls if method == "POST" and path.endswith("/jobs")]
-    assert body["settings"]["pairs"] == "slider"
+    assert served.taken().request["settings"]["pairs"] == "slider"
 
 
 @pytest.mark.slow
 def test_a_slider_is_a_strip_over_its_strengths(served: ServedPage, open_page: Opener) -> None:
-    previews = [
-        {
-            "step": step,
-            "strength": strength,
-            "prompt": "a lion",
-            "number": 1,
-            "file": f"previews/{step}-{strength}-0.png",
-        }
-        for step in (20, 60)
-        for strength in (-2.0, -1.0, 0.0, 1.0, 2.0)
-    ]
-    served.server.add_run("runs/fox-001", previews=previews)
-    served.server.least_strength = -2.0
+    served.add_run(strengths=(-2.0, -1.0, 0.0, 1.0, 2.0), prompts=("a lion",), slider_positive="a big lion")
     page = open_page("#/runs/runs%2Ffox-001", scheme="dark", width=390)
     titles = ["Strength -2", "Strength -1", "Base model", "Strength 1", "Strength 2"]
     strip = page.locator(".pictures thead")
@@ -181,19 +195,19 @@ def test_a_slider_is_a_strip_over_its_strengths(served: ServedPage, open_page: O
         expected(chosen).to_have_attribute("aria-valuetext", f"strength {strength}")
     assert_legible(page)
     page.locator("#preview-step").press("Home")
-    expected(picture).to_have_attribute("src", re.compile(r"20--2\.0-0\.png"))
+    expected(picture).to_have_attribute("src", re.compile(r"20--2\.0-1\.png"))
     strength = page.get_by_role("textbox", name="Strength")
     strength.fill("-2.5")
     waits(page, "Must be a number from -2 to 2.")
     strength.fill("-1.5")
     page.get_by_role("button", name="Draw", exact=True).click()
     expected(page.locator(".try")).to_have_count(1)
-    assert served.server.calls[-1][2]["strength"] == -1.5
+    assert served.of("draw_request")[-1]["strength"] == -1.5
 
 
 @pytest.mark.slow
 def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
     page = open_page("#/new/fox/photos")
     first = page.get_by_label("Caption of fox_1.png")
     first.fill("a fox <b>asleep</b>")
@@ -204,32 +218,31 @@ def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_p
     waits(page, "In 3 captions.")
     page.get_by_role("button", name="Replace", exact=True).click()
     waits(page, "3 captions changed.")
-    captions = lambda: [caption for _, caption in served.server.datasets["fox"].values()]  # noqa: E731
-    assert captions() == ["a cat <b>asleep</b>", "", "a red cat, picture 2", "a red cat, picture 3"]
+    assert served.captions() == ["a cat <b>asleep</b>", "", "a red cat, picture 2", "a red cat, picture 3"]
     assert first.input_value() == "a cat <b>asleep</b>"
     page.get_by_role("button", name="Undo", exact=True).click()
     expected(first).to_have_value("a fox <b>asleep</b>")
     page.reload()
     page.wait_for_selector("textarea")
-    assert captions() == ["a fox <b>asleep</b>", "", "a red fox, picture 2", "a red fox, picture 3"]
+    assert served.captions() == ["a fox <b>asleep</b>", "", "a red fox, picture 2", "a red fox, picture 3"]
     assert first.input_value() == "a fox <b>asleep</b>"
 
 
 @pytest.mark.slow
 def test_advice_on_pictures_is_followed_and_undone(served: ServedPage, open_page: Opener) -> None:
-    server = served.server
-    server.add_dataset("fox")
-    server.add_advised_run("runs/fox-001")
+    served.add_dataset()
+    served.add_run()
+    served.advise("runs/fox-001")
     page = open_page("#/runs/runs%2Ffox-001")
-    expected(page.locator(".thumbs .faint")).to_have_text(["Never learnt", "Learnt by heart"])
+    expected(page.locator(".thumbs .faint")).to_have_text(["Never learnt", "Learnt by heart", "Held out."])
     expected(page.get_by_role("button", name="Repeat less")).to_have_count(1)
 
     page.get_by_role("button", name="Leave out: fox_2.png").click()
     waits(page, "fox_2.png was moved to the removed files.")
-    assert set(server.datasets["fox"]) == {"fox_1.png", "fox_3.png", "fox_4.png"}
+    assert served.photos() == ["fox_1.png", "fox_3.png", "fox_4.png"]
     page.get_by_role("button", name="Undo: fox_2.png").click()
     page.get_by_role("button", name="Leave out: fox_2.png").wait_for()
-    assert server.datasets["fox"]["fox_2.png"][0]
+    assert "fox_2.png" in served.photos()
 
     page.get_by_role("button", name="Repeat less: fox_3.png").click()
     page.get_by_role("button", name="Undo: fox_3.png").click()
@@ -246,30 +259,28 @@ def test_advice_on_pictures_is_followed_and_undone(served: ServedPage, open_page
     page.get_by_role("button", name="Next: settings").click()
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url("**/#/jobs/*")
-    assert server.datasets["fox"]["fox_2.png"][1] == "a grey fox"
-    [job] = [body for _, path, body in server.calls if path.endswith("/jobs")]
-    assert job["settings"]["image_repeats"] == "fox_3.png=0.1"
+    assert served.captions()[1] == "a grey fox"
+    assert served.taken().request["settings"]["image_repeats"] == "fox_3.png=0.1"
 
 
 @pytest.mark.slow
 def test_a_removed_photo_comes_back(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
     page = open_page("#/new/fox/photos")
     page.get_by_role("button", name="Remove fox_1.png").click()
     waits(page, "3 photos")
     page.get_by_role("button", name="Undo", exact=True).click()
     waits(page, "4 photos")
-    assert "fox_1.png" in served.server.datasets["fox"]
+    assert "fox_1.png" in served.photos()
 
 
 @pytest.mark.slow
 def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    folder = served.add_dataset()
     page = open_page("#/new/fox/photos")
-    files = served.server.datasets["fox"]
 
-    def elsewhere(text: str, file: str = "fox_1.png") -> None:
-        files[file] = (files[file][0], text)
+    def elsewhere(text: str) -> None:
+        (folder / "fox_1.txt").write_text(text)
 
     field = page.get_by_label("Caption of fox_1.png")
     expected(field).to_have_value("a red fox, picture 0")
@@ -283,7 +294,7 @@ def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: Serve
         field.fill(f"{mine}!")  # goes on typing
         field.fill(mine)
         field.blur()
-        assert files["fox_1.png"][1] == theirs and field.input_value() == mine
+        assert served.captions()[0] == theirs and field.input_value() == mine
         assert_legible(page, "conflict")
         if choice == "Use that one":
             conflict.get_by_role("button", name=choice).click()
@@ -292,7 +303,7 @@ def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: Serve
                 conflict.get_by_role("button", name=choice).click()
         expected(conflict).to_have_count(0)
         expected(field).to_have_value(theirs if choice == "Use that one" else mine)
-    assert files["fox_1.png"][1] == "again mine"
+    assert served.captions()[0] == "again mine"
     elsewhere("theirs, a third time")
     page.get_by_role("button", name="Find and replace in captions").click()
     page.get_by_label("Find", exact=True).fill("mine")
@@ -305,15 +316,18 @@ def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: Serve
     waits(page, "In 1 caption.")
     replace.click()
     waits(page, "1 caption changed.")
-    assert files["fox_1.png"][1] == "yours, a third time"
+    assert served.captions()[0] == "yours, a third time"
 
 
 @pytest.mark.slow
 def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    folder = served.add_dataset()
+    for copy in ("fox_3.png", "fox_4.png"):
+        (folder / copy).write_bytes((folder / "fox_1.png").read_bytes())
+    served.trains_four_fifths()
     page = open_page("#/new/fox/photos")
-    waits(page, "no caption")
-    waits(page, "2 pictures are copies of each other; keep one.")
+    waits(page, "has no caption: fox_2.png")
+    waits(page, "2 images are copies of others")
     assert page.locator(".crop").count() == 4
     crop, picture = page.locator(".crop").first.bounding_box(), page.locator(".whole img").first.bounding_box()
     assert crop["width"] == pytest.approx(0.8 * picture["width"], abs=1)
@@ -324,17 +338,17 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     page.get_by_role("button", name="Remove fox_3.png").click()
     expected(page.locator(".tile")).to_have_count(1)
     waits(page, "fox_3.png was moved to the removed files.")
-    assert "fox_3.png" not in served.server.datasets["fox"]
+    assert "fox_3.png" not in served.photos()
     page.get_by_role("button", name="Remove all").click()
     page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
-    waits(page, "The photos were moved to user/lorasmith/removed/1.")
+    waits(page, "The photos were moved to user/lorasmith/removed/")
     page.wait_for_url("**/#/")
-    assert served.server.datasets == {}
+    assert not folder.exists()
 
 
 def test_without_a_model_the_page_says_what_to_install(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
-    served.server.models = {"models": [], "other": [], "notes": ["lorasmith-tiny is not installed; run this"]}
+    served.add_dataset()
+    served.made_up["models"] = {"models": [], "other": [], "notes": ["lorasmith-tiny is not installed; run this"]}
     page = open_page("#/new/fox/model")
     page.get_by_text("Also, lorasmith-tiny is not installed; run this.").wait_for()
     assert page.get_by_text("the small one that is built in").count() == 0
@@ -342,43 +356,62 @@ def test_without_a_model_the_page_says_what_to_install(served: ServedPage, open_
 
 @pytest.mark.slow
 def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
+    plan = served.made_up["plan"]
+
+    def refusing(wanted: Any, **given: Any) -> Any:
+        """The plan of a model that takes a rank of at most 64."""
+        if (rank := wanted["settings"].get("rank", 1)) > 64:
+            raise RefusedError("OptionError", f"rank must be between 1 and 64, got {rank}; choose another")
+        return plan(wanted, **given)
+
+    served.made_up["plan"] = refusing
     page = open_page("#/new/fox/model")
     page.get_by_role("button", name="Next: settings").click()
     page.get_by_text("All settings").click()
-    rank = page.get_by_label("Rank")
+    rank = page.get_by_label("Rank", exact=True).or_(page.get_by_label("Rank changed", exact=True))
     assert rank.input_value() == "16"  # that of the preset
-    rank.fill("1000")
+    rank.fill("100000")
     rank.blur()
-    waits(page, "Must be a whole number between 1 and 128.")
+    waits(page, "Must be a whole number between 1 and")
     assert rank.get_attribute("aria-invalid") == "true"
     page.get_by_text("All settings").click()
     page.get_by_role("button", name="Start training").click()  # waits, and shows the field
     expected(rank).to_be_focused()
-    assert rank.input_value() == "1000"
+    assert rank.input_value() == "100000"
     rank.fill("100")  # that the declaration allows, and this model refuses
     rank.blur()
-    page.locator(".field .field-error", has_text="Rank must be between 1 and 64, got 100.").wait_for()
+    page.locator(".field .field-error", has_text="Rank must be between 1 and 64, got 100; choose another.").wait_for()
     rank.fill("24")
     rank.blur()
-    page.locator("summary", has_text="LoRA and targets").click()
+    search = page.get_by_role("searchbox")
+    search.fill("algorithm")
     page.get_by_label("Algorithm").select_option("LoKr")
+    search.fill("flip")
     page.get_by_label("Flip").check()
     page.reload()  # the choices outlive it
     page.get_by_text("3 changes").wait_for()
     page.get_by_text("All settings").click()
-    assert page.get_by_label("Algorithm").input_value() == "LoKr"  # groups with changes are open
+    assert page.get_by_label("Algorithm changed").input_value() == "LoKr"  # groups with changes are open
     page.get_by_role("button", name="Back to off").click()
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url("**/#/jobs/*")
-    [job] = [body for _, path, body in served.server.calls if path.endswith("/jobs")]
-    assert job["settings"] == {"steps": 60, "rank": 24, "algorithm": "LoKr"}
+    assert served.taken().request["settings"] == {"steps": 400, "save_every": 80, "rank": 24, "algorithm": "LoKr"}
 
 
 @pytest.mark.slow
 def test_a_distilled_model_is_trained_with_its_adapter_if_that_is_chosen(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
-    served.server.distilled = {"distilled": "It is distilled to few steps.", "usual_adapter": "turbo_v2.safetensors"}
+    served.add_dataset()
+    adapter = served.base / "models" / "loras" / "turbo_v2.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter.touch()
+    plan = served.made_up["plan"]
+
+    def distilled(wanted: Any, **given: Any) -> Any:
+        said = {"distilled": "It is distilled to few steps.", "usual_adapter": adapter.name}
+        return {**plan(wanted, **given), **({} if "training_adapter" in wanted["settings"] else said)}
+
+    served.made_up["plan"] = distilled
     page = open_page("#/new/fox/model")
     waits(page, "It is distilled to few steps.")
     page.get_by_role("button", name="Next: settings").click()
@@ -389,31 +422,34 @@ def test_a_distilled_model_is_trained_with_its_adapter_if_that_is_chosen(served:
     page.get_by_role("button", name="Train with turbo_v2.safetensors").click()
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url("**/#/jobs/*")
-    [job] = [body for _, path, body in served.server.calls if path.endswith("/jobs")]
-    assert job["settings"]["training_adapter"] == "turbo_v2.safetensors"
+    assert served.taken().request["settings"]["training_adapter"] == str(adapter)
 
 
 @pytest.mark.slow
 def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
     page = open_page("#/new/fox/model")
     page.get_by_role("button", name="Next: settings").click()
-    served.server.refusals["POST /lorasmith/v1/jobs"] = (429, "10,000 jobs wait already; let some of them end first")
+    full = RefusedError("QueueFullError", "10,000 jobs wait already; let some of them end first")
+    served.made_up["train_request"] = full
     page.get_by_role("button", name="Start training").click()
     page.get_by_role("alert").get_by_text("10,000 jobs wait already; let some of them end first.").wait_for()
     page.goto(served.address + "#/new/absent/photos")
     waits(page, "There is no folder of photos that is called “absent”.")
     page.goto(served.address + "#/jobs/absent")
-    page.get_by_role("alert").get_by_text("There is no such job; it may have been removed.").wait_for()
+    page.get_by_role("alert").get_by_text("There is no job absent; it may have been removed.").wait_for()
 
 
 @pytest.mark.slow
 def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Opener) -> None:
-    served.server.step_seconds = 0.05
-    served.server.add_dataset("fox")
+    served.add_dataset()
     page = open_page("#/new/fox/model")
     page.get_by_role("button", name="Next: settings").click()
     page.get_by_role("button", name="Start training").click()
+    job = served.taken()
+    run = job.train()
+    run.show(started(400))
+    run.preview(20)
     page.wait_for_selector(".film img")
     page.get_by_role("button", name="Pause").click()
     page.get_by_text("It is paused.").wait_for()
@@ -422,19 +458,23 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     page.get_by_role("heading", name="Details").click()
     page.wait_for_selector(".plot canvas")
     page.get_by_role("button", name="Continue", exact=True).click()
+    job = served.taken()
+    run = job.train()
+    run.show(started(400))
+    run.take_steps(to=30)
     page.get_by_role("button", name="Stop and keep").click()
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text(re.compile(r"What was learnt in \d+ steps is kept")).wait_for()
+    dialog.get_by_text("What was learnt in 30 steps is kept").wait_for()
     dialog.get_by_role("button", name="Stop and keep").click()
     page.wait_for_url("**/#/runs/*")
-    page.get_by_text("Stopped early").wait_for()
+    expected(page.locator(".verdict")).to_have_text("Stopped after 30 steps; use the last one.")
 
 
 @pytest.mark.slow
 def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_run("runs/fox-001")
+    served.add_run()
     page = open_page("#/runs")
-    waits(page, "runs/fox-001")
+    page.get_by_role("link", name="fox-001").first.wait_for()
     served.stop()
     lost = page.get_by_text("The connection to the server is lost.")
     lost.wait_for()
@@ -444,7 +484,7 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
     expected(page.get_by_text("Waiting for the server…")).to_have_count(1)
     served.start()
     lost.wait_for(state="detached")
-    waits(page, "runs/fox-001")
+    page.get_by_role("link", name="fox-001").first.wait_for()
     page.context.set_offline(True)
     page.get_by_role("link", name="fox-001").first.click()
     lost.wait_for()
@@ -455,37 +495,34 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
 
 @pytest.mark.slow
 def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_page: Opener) -> None:
-    job = served.server.add_job(
-        "interrupted", run=None, request={"name": "fox", "settings": {"steps": 3}, "model": "m"}
-    )
+    job = served.add_job("interrupted")
     page = open_page()
     row = page.get_by_role("listitem").filter(has_text="Interrupted")  # in the queue, and only there
     expected(row.get_by_role("button", name="Continue")).to_have_count(1)
     expected(page.get_by_text("was interrupted")).to_have_count(0)
-    served.server.add_dataset("fox")
+    served.add_dataset()
     page.goto(served.address + "#/new/fox/photos")
     waits(page, "was interrupted")
     page.get_by_role("group", name="Interrupted training").get_by_role("button", name="Continue").click()
-    page.wait_for_url(f"**/#/jobs/{job['id']}")
+    page.wait_for_url(f"**/#/jobs/{job.id}")
 
 
 @pytest.mark.slow
 def test_a_run_of_the_command_line_is_shown_live(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_run(
-        "runs/cli-001", state="running", status="Running", mood="fair", lora=None, previews=[], job=None
-    )
-    served.server.show("runs/cli-001", started(40))
+    run = ScriptedRun(write_record(served.base, "runs/cli-001", [], steps=40))
+    run.show(started(40))
     page = open_page("#/runs/runs%2Fcli-001")
-    served.server.show("runs/cli-001", StepDone(step=1, loss=0.5, grad_norm=1.0))
-    served.server.show("runs/cli-001", StepDone(step=2, loss=math.nan, grad_norm=1.0))
+    run.show(step_done(1), step_done(2, math.nan))
     waits(page, "of 40 steps")
     expected(page.locator("progress")).to_have_js_property("value", 2)
+    run.close()
 
 
 @pytest.mark.slow
 def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
     for number in (1, 2):
-        served.server.add_run(f"runs/fox-00{number}", model=f"<i>model {number}</i>")
+        record = served.add_run(f"runs/fox-00{number}", rank=8 * number) / "run.json"
+        record.write_text(record.read_text().replace('"name": "lorasmith-tiny"', f'"name": "<i>model {number}</i>"'))
     page = open_page("#/runs")
     for box in page.get_by_role("checkbox").all():
         box.check()
@@ -500,7 +537,7 @@ def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
 
 @pytest.mark.slow
 def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_run("runs/fox-001")
+    folder = served.add_run()
     page = open_page("#/runs/runs%2Ffox-001")
     page.get_by_role("heading", name="Details").click()
     page.wait_for_selector(".pictures thead th")
@@ -517,21 +554,34 @@ def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: O
     page.get_by_role("button", name="Copy to ComfyUI").click()
     page.get_by_label("Which one").select_option("50")
     page.get_by_role("button", name="Copy", exact=True).click()
-    waits(page, "Copied to models/loras as fox.safetensors.")
+    name = "fox-step00000050.safetensors"
+    waits(page, f"Copied to models/loras as {name}.")
+    assert (served.base / "models" / "loras" / name).read_bytes() == (folder / name).read_bytes()
     page.get_by_text("More", exact=True).click()
     page.get_by_role("button", name="Train it further").click()
     page.get_by_label("More steps").fill("15")
     page.get_by_role("button", name="Train 15 more steps").click()
     page.wait_for_url("**/#/jobs/*")
-    bodies = {path.split("/")[-1]: body for _, path, body in served.server.calls}
-    assert bodies["install"] == {"step": 50, "name": ""}
-    assert bodies["train-on"] == {"steps": 75}
+    request = served.taken().request
+    assert request["settings"]["steps"] == 75
+    assert request["settings"]["existing_state"] == str(folder.resolve() / "states" / "step-000060.safetensors")
+
+
+def draw_on(served: ServedPage, folder: Path) -> None:
+    """Draw the two pictures of the next job."""
+    job = served.taken()
+    job.progress(4)
+    files = [f"tried/{job.id}-{number}.png" for number in (1, 2)]
+    for file in files:
+        picture(folder / file, "", (200, 90, 40), edge=64)
+    job.end(outputs={"pictures": files, "notes": []})
 
 
 @pytest.mark.slow
 def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_run("runs/fox-001")
-    training = served.server.add_job("running")
+    folder = served.add_run()
+    served.submit()
+    training = served.taken()
     page = open_page("#/runs/runs%2Ffox-001")
     prompt, draw = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Draw", exact=True)
     assert prompt.input_value() == "foxy"
@@ -549,7 +599,8 @@ def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Op
     expected(page.locator(".try .status")).to_have_text("Stopped")
     draw.click()
     waits(page, "It waits for the training that runs.")
-    training["state"] = "completed"
+    training.end()
+    draw_on(served, folder)
     tried = page.locator(".try").first
     expected(tried.locator("img")).to_have_count(2)
     assert tried.locator("figcaption").all_inner_texts() == ["Base model", "Strength 0.8"]
@@ -557,6 +608,7 @@ def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Op
     page.get_by_label("Seed").fill("8")
     draw.click()
     expected(page.locator(".try")).to_have_count(3)
+    draw_on(served, folder)
     expected(page.locator(".try img")).to_have_count(4)
     tried.get_by_role("button", name="Strength 0.8").click()
     waits(page, "2 of 2")
@@ -564,34 +616,40 @@ def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Op
     page.get_by_role("link", name="Runs", exact=True).first.click()
     page.go_back()
     expected(page.locator(".try img")).to_have_count(4)
-    bodies = [body for _, path, body in served.server.calls if path.endswith("drawing")]
-    assert bodies[0] == {
+    assert served.of("draw_request")[0] == {
+        "id": "runs/fox-001",
         "prompt": "foxy <i>in</i> snow",
         "strength": 0.8,
         "seed": 7,
         "control": "",
-        "lora": "fox-40.safetensors",
+        "lora": "fox-step00000040.safetensors",
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_a_run_is_evaluated(served: ServedPage, open_page: Opener, scheme: str, width: int) -> None:
-    served.server.add_run("runs/fox-001")
+    folder = served.add_run()
+    served.made_up["evaluation_request"] = lambda id, **_: {"run": id}  # it needs a package more
     page = open_page("#/runs/runs%2Ffox-001", scheme=scheme, width=width)
     page.get_by_role("button", name="Evaluate the LoRAs").click()
+    job = served.taken()
+    job.progress(4)
+    page.get_by_role("region", name="Which step?").get_by_role("progressbar").wait_for()
+    evaluated = write_evaluation(folder)
+    job.end()
     which = page.get_by_role("region", name="Which step?")
-    expected(which.get_by_text(EVALUATED["sentence"])).to_have_count(1)
+    expected(which.get_by_text(evaluated["sentence"])).to_have_count(1)
     expected(which.locator(".thumbs img")).to_have_count(2)
     waits(page, "foxy, <b>on</b> a beach")  # as text
     slider = which.get_by_label("LoRA", exact=True)
-    expected(which.locator("output")).to_have_text("Step 50 (recommended)")
+    expected(which.locator("output")).to_have_text("Step 40 (recommended)")
     expected(which.get_by_role("link", name="Use this one")).to_have_attribute(
-        "href", re.compile(r"fox-50\.safetensors$")
+        "href", re.compile(r"fox-step00000040\.safetensors$")
     )
     slider.press("ArrowRight")
-    expected(which.locator("output")).to_have_text("Step 100")
-    expected(which.locator(".thumbs img").first).to_have_attribute("alt", "Step 100: foxy")
+    expected(which.locator("output")).to_have_text("Step 60")
+    expected(which.locator(".thumbs img").first).to_have_attribute("alt", "Step 60: foxy")
     slider.press("Home")
     expected(which.locator("output")).to_have_text("Base model")
     which.get_by_role("button", name="Base model: foxy").first.click()
@@ -605,56 +663,57 @@ def test_a_run_is_evaluated(served: ServedPage, open_page: Opener, scheme: str, 
 def test_what_a_run_is_drawn_for_is_found_again_and_asked_where_nothing_says_it(
     served: ServedPage, open_page: Opener
 ) -> None:
-    served.server.add_run("runs/fox-001")
-    served.server.step_seconds = 3600  # they run until they are cancelled
-    served.server.evaluation["subject"] = served.server.gallery["subject"] = ""
+    served.add_run(trigger="", captions=("one", "two", "three", "four"))
+    served.made_up["evaluation_request"] = lambda id, **_: {"run": id}  # it needs a package more
     page = open_page("#/runs/runs%2Ffox-001")
-    for name, button in (("Which step?", "Evaluate the LoRAs"), ("Gallery", "Draw 10 pictures")):
-        region = page.get_by_role("region", name=name)
-        expected(region.get_by_role("button", name=button)).to_be_disabled()
+    regions = {
+        "Evaluate the LoRAs": page.get_by_role("region", name="Which step?"),
+        "Draw 16 pictures": page.get_by_role("region", name="Gallery"),
+    }
+    for name, region in regions.items():
+        expected(region.get_by_role("button", name=name)).to_be_disabled()
         region.get_by_label("What should I draw?").fill(" a fox ")
-        region.get_by_role("button", name=button).click()
-        expected(region.get_by_role("progressbar")).to_have_count(1)
-    assert [body["subject"] for _, path, body in served.server.calls if path.startswith("/lorasmith/v1/runs/")] == [
-        "a fox",
-        "a fox",
-    ]
+        region.get_by_role("button", name=name).click()
+        region.get_by_role("button", name="Cancel").wait_for()
+    assert served.of("evaluation_request")[0]["subject"] == served.of("grid_request")[0]["subject"] == "a fox"
     page.reload()
-    for name, button in (("Which step?", "Evaluate the LoRAs"), ("Gallery", "Draw 10 pictures")):
-        region = page.get_by_role("region", name=name)
-        expected(region.get_by_role("progressbar")).to_have_count(1)
+    evaluation, grid = regions.values()
+    expected(evaluation.get_by_role("progressbar")).to_have_count(1)
+    expected(grid.get_by_text("It waits for its turn.")).to_have_count(1)
+    for name, region in regions.items():
         region.get_by_role("button", name="Cancel").click()
-        expected(region.get_by_role("button", name=button)).to_have_count(1)
+        expected(region.get_by_role("button", name=name)).to_have_count(1)
 
 
 @pytest.mark.slow
 def test_an_edit_model_is_tried_on_a_picture(served: ServedPage, open_page: Opener, photos: Path) -> None:
-    served.server.add_run("runs/fox-001")
-    served.server.control = "required"
+    folder = served.add_run()
+    served.made_up["drawing_facts"] = {"control": "required", "least_strength": 0.0}  # of another model
+    served.made_up["draw_request"] = lambda id, **given: {"run": id, **given}
     page = open_page("#/runs/runs%2Ffox-001", scheme="dark", width=390)
     waits(page, "choose one first")
     page.get_by_label("Prompt", exact=True).fill("as a sketch")
     draw = page.get_by_role("button", name="Draw", exact=True)
     draw.click(force=True)
-    assert [path for _, path, _ in served.server.calls if path.endswith("drawing")] == []
+    assert served.of("draw_request") == []
     page.get_by_label("Picture to edit").set_input_files(photos / "dog 0.jpg")
     page.get_by_role("img", name="Picture to edit").wait_for()
-    at = "/lorasmith/v1/runs/runs/fox-001/controls"
-    served.server.refusals[f"POST {at}"] = (400, "the picture is damaged; choose another one")
+    served.made_up["keep_control"] = RefusedError("DataError", "the picture is damaged; choose another one")
     draw.click()
     waits(page, "The picture is damaged; choose another one.")
-    served.server.refusals.clear()
+    del served.made_up["keep_control"]
     draw.click()
+    draw_on(served, folder)
     captions = page.locator(".try figcaption")
     expected(captions).to_have_count(3)
     assert captions.all_inner_texts() == ["Picture to edit", "Base model", "Strength 1"]
-    assert served.server.calls[-1][2]["control"] == "control-1.png"
+    assert (folder / "tried" / served.of("draw_request")[0]["control"]).is_file()
     assert_legible(page)
 
 
 @pytest.mark.slow
 def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
     page = open_page("#/new/fox/photos")
     page.get_by_role("button", name="Find and replace in captions").focus()
     page.keyboard.press("Enter")
@@ -670,7 +729,7 @@ def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: 
 
 @pytest.mark.slow
 def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox", 2)
+    served.add_dataset("fox", 2)
     page = open_page("#/new/fox/photos")
     page.wait_for_selector("textarea")
     reached = set()
@@ -698,8 +757,8 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPa
 @pytest.mark.slow
 def test_runs_are_told_apart_named_starred_deleted_and_brought_back(served: ServedPage, open_page: Opener) -> None:
     for number in (1, 2):
-        served.server.add_run(f"runs/fox-00{number}", label=f"fox-00{number}", starred=False, note="")
-    job = served.server.add_job("paused", run="runs/fox-001")
+        served.add_run(f"runs/fox-00{number}")
+    job = served.add_job("paused", run="runs/fox-001")
     page = open_page("#/runs")
     row = page.get_by_role("listitem", name="fox-001")
     expected(row.locator(".status")).to_have_text("Paused")  # that of its job, which is no row of its own
@@ -709,7 +768,7 @@ def test_runs_are_told_apart_named_starred_deleted_and_brought_back(served: Serv
     expected(page.locator(".run-rows b").first).to_have_text("fox-001")  # above the newer one
     row.get_by_role("button", name="Continue").click()
     expected(page.locator(".status").first).not_to_have_text("Paused")
-    assert served.server.jobs[job["id"]]["state"] != "paused"
+    assert served.taken().id == job.id
 
     page.get_by_role("link", name="fox-002", exact=True).click()
     page.get_by_text("More", exact=True).click()
@@ -729,10 +788,10 @@ def test_runs_are_told_apart_named_starred_deleted_and_brought_back(served: Serv
 
 @pytest.mark.slow
 def test_training_again_keeps_what_was_chosen_as_a_choice(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
-    quick = {"steps": 40, "rank": 8}
-    served.server.add_run("runs/fox-001", dataset="fox", changed={**quick, "trigger": "foxy"})
-    served.server.add_run("runs/fox-002", dataset="fox", changed={**quick, "algorithm": "LoKr"})
+    served.add_dataset()
+    quick = PRESETS["quick"].settings_for(4)
+    served.add_run("runs/fox-001", **quick)
+    served.add_run("runs/fox-002", **quick, algorithm="LoKr", trigger="")
     page = open_page("#/runs/runs%2Ffox-001")
     page.get_by_role("button", name="Train again with changes").click()
     page.wait_for_url("**/settings")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.server.pages.conftest import ServedPage, assert_legible
+from lorasmith.training.events import Outcome
+from tests.server.pages.conftest import assert_legible
+from tests.server.pages.served_page import TRAINING, ServedPage
 
 VIEWS = {
     "home": ("", ".card"),
@@ -28,14 +31,18 @@ VIEWS = {
 def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
     served: ServedPage, open_page: Callable[..., Any], scheme: str, width: int
 ) -> None:
-    served.server.measured = True
-    served.server.add_dataset("fox")
-    served.server.add_job("interrupted")
-    served.server.sweeps.append({"id": "fox-sweep-001", "runs": 2, "states": {"completed": 1, "failed": 1}})
+    folder = served.add_dataset()
+    (folder / "fox_4.png").write_bytes((folder / "fox_3.png").read_bytes())  # a remark
+    served.trains_four_fifths()
+    served.add_job("interrupted")
+    request = {**TRAINING, "output": "runs/fox-sweep-001/rank-8"}
+    served.do(lambda: served.context.store.add("train", request, sweep="fox-sweep-001", varied={"rank": 8}))
     for number in (1, 2, 3):
-        marks = {"label": f"fox {number}", "starred": number == 2, "note": "for mum"}
-        served.server.add_run(f"runs/fox-00{number}", state="failed" if number == 3 else "finished", **marks)
-    served.server.add_advised_run("runs/fox-004")
+        run = served.add_run(f"runs/fox-00{number}", outcome=Outcome.FAILED if number == 3 else Outcome.FINISHED)
+        marks = {"title": f"fox {number}", "starred": number == 2, "note": "for mum"}
+        (run / "marks.json").write_text(json.dumps(marks))
+    served.add_run("runs/fox-004")
+    served.advise("runs/fox-004")
     page = open_page(scheme=scheme, width=width)
     for name, (view, ready) in VIEWS.items():
         page.goto(served.address + view)
@@ -48,6 +55,5 @@ def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
             page.get_by_role("heading", name="Details").click()
             page.wait_for_selector(".plot canvas")
         if name == "model":
-            page.get_by_text("Get a model").click()
             page.get_by_text("Too large for this machine").wait_for()
         assert_legible(page, name)

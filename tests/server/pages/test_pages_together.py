@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.launched import LONG_S
-from tests.server.pages.conftest import ServedPage, expected
+from tests.server.pages.conftest import expected, until
+from tests.server.pages.served_page import ServedPage
 
 Opener = Callable[..., Any]
 
@@ -26,36 +27,36 @@ def beside(page: Any, address: str) -> Any:
 
 @pytest.mark.slow
 def test_eight_tabs_work_over_one_connection(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
-    jobs = [served.server.add_job("running", name=f"fox-{number}") for number in range(TABS)]
-    first = open_page(f"#/jobs/{jobs[0]['id']}")
-    pages = [first, *(beside(first, f"{served.address}#/jobs/{job['id']}") for job in jobs[1:])]
+    served.add_dataset()
+    jobs = [served.add_job() for _ in range(TABS)]
+    first = open_page(f"#/jobs/{jobs[0].id}")
+    pages = [first, *(beside(first, f"{served.address}#/jobs/{job.id}") for job in jobs[1:])]
+    for page in pages:
+        expected(page.get_by_role("button", name="Do not train")).to_have_count(1)
     for page, job in zip(pages, jobs, strict=True):
-        expected(page.get_by_role("heading", name=job["name"], exact=True)).to_have_count(1)
-    for page, job in zip(pages, jobs, strict=True):
-        served.publish(job, state="paused")
+        served.do(lambda id=job.id: served.context.dispatcher.cancel(id, pause=True))  # type: ignore[misc]
         expected(page.get_by_text("It is paused.")).to_have_count(1)
     expected(pages[0].get_by_text("It is paused.")).to_have_count(1)
-    assert served.server.streams == 1
+    until(lambda: served.streams == 1)
     for page in pages[1:]:
         page.close()
-    served.publish(jobs[0], state="running")
+    served.do(lambda: served.context.dispatcher.proceed(jobs[0].id))
     expected(first.get_by_role("button", name="Pause")).to_have_count(1)
 
 
 def test_without_shared_workers_a_page_has_its_own_connection(served: ServedPage, open_page: Opener) -> None:
     page = open_page("pages/icon.svg")
     page.context.add_init_script("delete window.SharedWorker")
-    job = served.server.add_job("running")
-    page.goto(f"{served.address}#/jobs/{job['id']}")
+    job = served.submit()
+    page.goto(f"{served.address}#/jobs/{job.id}")
     expected(page.get_by_role("button", name="Pause")).to_have_count(1)
-    served.publish(job, state="paused")
+    served.do(lambda: served.context.dispatcher.cancel(job.id, pause=True))
     expected(page.get_by_text("It is paused.")).to_have_count(1)
 
 
 @pytest.mark.slow
 def test_name_trigger_captions_and_photos_are_those_of_the_server(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
     one = open_page("#/new/fox/photos")
     two = beside(one, f"{served.address}#/new/fox/photos")
     one.get_by_label("Trigger word").fill("bello")
@@ -76,7 +77,7 @@ def test_name_trigger_captions_and_photos_are_those_of_the_server(served: Served
 
 
 def test_what_two_pages_type_at_once_is_lost_in_neither(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
     one = open_page("#/new/fox/photos")
     two = beside(one, f"{served.address}#/new/fox/photos")
     trigger, others = one.get_by_label("Trigger word"), two.get_by_label("Trigger word")
@@ -85,7 +86,7 @@ def test_what_two_pages_type_at_once_is_lost_in_neither(served: ServedPage, open
     one.context.set_offline(True)
     trigger.fill("bello one")
     one.get_by_label("Name of the LoRA").fill("of one")
-    served.change_draft("fox", trigger="bello two")
+    served.draft("fox", trigger="bello two")
     one.context.set_offline(False)
     conflict = one.get_by_role("alert").filter(has_text="It was changed elsewhere")
     expected(conflict).to_contain_text("bello two")
@@ -99,7 +100,7 @@ def test_what_two_pages_type_at_once_is_lost_in_neither(served: ServedPage, open
 
 @pytest.mark.slow
 def test_drafts_of_earlier_pages_are_taken_over(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_dataset("fox")
+    served.add_dataset()
     page = open_page("pages/icon.svg")
     stored = '{"name": "old", "trigger": "foxy", "isChosen": true}'
     page.evaluate("text => localStorage.setItem('lorasmith.draft.fox', text)", stored)
@@ -108,5 +109,5 @@ def test_drafts_of_earlier_pages_are_taken_over(served: ServedPage, open_page: O
     page.get_by_role("link", name="Runs").click()
     page.go_back()
     expected(page.get_by_label("Name of the LoRA")).to_have_value("old")
-    draft, _ = served.server.drafts["fox"]
+    draft = served.draft("fox")
     assert (draft["name"], draft["trigger"], draft["is_chosen"]) == ("old", "foxy", True)

@@ -1,109 +1,159 @@
-"""The shelf of models in a browser, on made-up answers: what is offered, what is asked before the first byte, and files
-that one has already.
+"""The shelf of models in a browser: what is offered, what is asked before the first byte, and files that one has
+already. The hub's part is made up; test_shelf_on_a_server.py downloads from one on the loopback.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.pages.conftest import ServedPage, assert_legible
+from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.server.dispatcher import RefusedError
+from lorasmith.server.questions.question_registry import answer
+from tests.families.flux_parts import denoiser
+from tests.families.original_models import save
+from tests.server.pages.conftest import assert_legible, until
+from tests.server.pages.served_page import ServedPage
 
 Opener = Callable[..., Any]
 pytestmark = pytest.mark.slow
 
-
-def shelf_of(open_page: Opener, served: ServedPage, **looks: Any) -> Any:
-    served.server.add_dataset("fox")
-    page = open_page("#/new/fox/model", **looks)
-    page.get_by_text("Get a model").click()
-    page.get_by_text("Too large for this machine").wait_for()
-    return page
+LARGE = {"file": "model.safetensors", "done_bytes": 2 * 2**30, "total_bytes": 6 * 2**30, "bytes_per_s": 50.0 * 2**20}
 
 
-def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, open_page: Opener) -> None:
-    page = shelf_of(open_page, served)
-    card = page.locator(".release").first
-    assert "6.5 GiB to download" in card.inner_text() and "Fits this machine" in card.inner_text()
+@pytest.fixture
+def shelf(served: ServedPage, open_page: Opener) -> Callable[..., Any]:
+    """Opens the shelf; a part of Z-Image is here, and the model of Flux.1 without its other files."""
+    folder = served.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    save(folder / "flux1-dev.safetensors", denoiser())
+    part = folder / "z_image_bf16.safetensors.part"
+    part.touch()
+    os.truncate(part, 4_200_000_000)
+    served.add_dataset()
+    file = {"file": "model.safetensors", "repository": "maker/model", "folder": "models/checkpoints"}
+    row = {**file, "size_bytes": 6_940_000_000, "kept_bytes": 0}
+    served.made_up["check_download"] = {"title": "A model", "files": [row], "free_bytes": 10**11}
+    served.made_up["download_files"] = {"title": "A model", "files": [{**file, "path": "x"}]}
+
+    def shelf_of() -> Any:
+        found = answer("shelf", {}, served.folders)
+        z_image = next(one for one in found["models"] if one["name"] == "z-image")
+        for one in z_image["files"]:
+            one["found"] = one["part"] != "denoiser"
+        return found
+
+    served.made_up["shelf"] = shelf_of
+
+    def opened(**looks: Any) -> Any:
+        page = open_page("#/new/fox/model", **looks)
+        page.get_by_text("Get a model").click()
+        page.get_by_text("Too large for this machine").wait_for()
+        return page
+
+    return opened
+
+
+def card_of(page: Any, title: str) -> Any:
+    return page.locator(".release").filter(has=page.get_by_role("heading", name=title, exact=True))
+
+
+def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, shelf: Callable[..., Any]) -> None:
+    page = shelf()
+    card = card_of(page, "Stable Diffusion XL 1.0")
+    card.get_by_text("Fits this machine").wait_for()
+    assert "6.5 GiB to download" in card.inner_text()
     assert card.get_by_role("link").get_attribute("href").endswith("stable-diffusion-xl-base-1.0")
-    kept = page.locator(".release").nth(1)
-    assert "Here already: autoencoder. Missing: model." in kept.inner_text()
+    kept = card_of(page, "Z-Image")
+    assert "Here already: text encoder, autoencoder. Missing: model." in kept.inner_text()
     assert "3.9 GiB are here" in kept.inner_text()
-    assert served.server.calls == [] or all("/downloads" not in path for _, path, _ in served.server.calls)
+    assert served.of("check_download") == []
 
     card.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("maker/model → models/checkpoints").wait_for()
     assert_legible(page, "dialog")
-    assert all(path != "/lorasmith/v1/downloads" for _, path, _ in served.server.calls)
+    assert served.of("download_files") == []
     dialog.get_by_role("button", name="Download 6.5 GiB").click()
+    card.get_by_text("Asking the hub").wait_for()
+    served.download(**LARGE)
     card.get_by_text("2 GiB of 6 GiB · 50 MiB a second").wait_for()
     assert_legible(page, "download")
     page.reload()
     page.get_by_text("2 GiB of 6 GiB").wait_for()  # open, as something is on its way
-    served.server.downloads[0].update(is_checking=True)
+    served.download(**LARGE, is_checking=True)
     card.get_by_text("Checking model.safetensors").wait_for()
-    served.server.models["models"].append({**served.server.models["models"][1], "name": "new", "title": "arrived"})
-    served.server.downloads[0].update(state="completed")
-    page.get_by_text("arrived", exact=True).first.wait_for()
+    arrived = served.base / "models" / "checkpoints" / "arrived.safetensors"
+    arrived.parent.mkdir()
+    shutil.copyfile(BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors", arrived)
+    served.end_download()
+    page.get_by_role("radio", name="arrived").wait_for()
 
 
-def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, open_page: Opener) -> None:
-    page = shelf_of(open_page, served)
+def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, shelf: Callable[..., Any]) -> None:
+    page = shelf()
     page.get_by_role("button", name="Continue: Z-Image").click()
     page.get_by_role("button", name="Download").click()
-    card = page.locator(".release").nth(1)
+    card = card_of(page, "Z-Image")
     card.get_by_role("button", name="Cancel the download").click()
     card.get_by_role("button", name="Continue: Z-Image").click()
     page.get_by_role("button", name="Download").click()
-    served.server.downloads[0].update(state="failed", error="the connection broke; get it again to continue")
+    card.get_by_role("button", name="Cancel the download").wait_for()
+    served.end_download("failed", "the connection broke; get it again to continue")
     card.get_by_text("The connection broke; get it again to continue").wait_for()
     assert_legible(page, "failed")
     card.get_by_role("button", name="Close").click()
     card.get_by_text("The connection broke").wait_for(state="detached")
 
 
-def test_a_gated_model_says_where_to_accept_and_takes_a_token(served: ServedPage, open_page: Opener) -> None:
-    page = shelf_of(open_page, served, width=390, scheme="dark")
+def test_a_gated_model_says_where_to_accept_and_takes_a_token(served: ServedPage, shelf: Callable[..., Any]) -> None:
+    accept = "https://huggingface.co/black-forest-labs/FLUX.1-dev"
+    given = served.made_up["check_download"]
+    served.made_up["check_download"] = RefusedError("GatedError", "accept it", {"accept": accept, "has_token": False})
+    served.made_up["store_hub_token"] = lambda token: (
+        served.made_up.update(check_download=given) or {"stored": token == "hf_secret"}
+    )
+    page = shelf(width=390, scheme="dark")
     page.get_by_role("button", name="Get it: Flux.1 dev").click()
     dialog = page.get_by_role("dialog")
-    assert dialog.get_by_role("link").get_attribute("href") == "https://huggingface.co/black-forest-labs/FLUX.1-dev"
+    assert dialog.get_by_role("link").get_attribute("href") == accept
     assert_legible(page, "gated")
     dialog.get_by_label("Access token").fill("hf_secret")
     dialog.get_by_role("button", name="Store the token").click()
     dialog.get_by_role("button", name="Download 6.5 GiB").wait_for()
-    assert ("PUT", "/lorasmith/v1/hub-token", {"token": "hf_secret"}) in served.server.calls
+    assert served.of("store_hub_token") == [{"token": "hf_secret"}]
 
 
-def test_a_full_disk_is_said_before_the_first_byte(served: ServedPage, open_page: Opener) -> None:
-    served.server.disk_free_bytes = 10**9
-    page = shelf_of(open_page, served)
+def test_a_full_disk_is_said_before_the_first_byte(served: ServedPage, shelf: Callable[..., Any]) -> None:
+    served.made_up["check_download"]["free_bytes"] = 10**9
+    page = shelf()
     page.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
     page.get_by_text("6.5 GiB do not fit: the disk has 954 MiB free.").wait_for()
     page.get_by_role("button", name="Download").click(force=True)
-    assert served.server.downloads == []
+    assert served.of("download_files") == []
 
 
-def test_missing_parts_of_a_model_are_one_press_away(served: ServedPage, open_page: Opener) -> None:
-    page = shelf_of(open_page, served)
-    page.get_by_role("button", name="Get what is missing of flux1-dev.safetensors").click()
+def test_missing_parts_of_a_model_are_one_press_away(served: ServedPage, shelf: Callable[..., Any]) -> None:
+    page = shelf()
+    page.get_by_role("button", name="Get what is missing of flux1-dev").click()
     page.get_by_role("button", name="Download").click()
-    page.get_by_text("2 GiB of 6 GiB").wait_for()
-    assert served.server.downloads[0]["subject"] == "model:diffusion_models/flux1-dev.safetensors"
+    until(lambda: bool(served.of("download_files")))
+    assert served.of("download_files") == [{"kind": "model", "name": "flux1-dev.safetensors"}]
+    page.get_by_role("button", name="Cancel the download").wait_for()
 
 
-def test_a_file_that_one_has_is_sent(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
+def test_a_file_that_one_has_is_sent(shelf: Callable[..., Any], tmp_path: Path) -> None:
     mine, odd = tmp_path / "mine.safetensors", tmp_path / "odd.safetensors"
-    for path in (mine, odd):
-        path.write_bytes(b"x" * 1000)
-    page = shelf_of(open_page, served)
+    shutil.copyfile(BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors", mine)
+    odd.write_bytes(b"x" * 1000)
+    page = shelf()
     page.get_by_label("A model file").set_input_files(odd)
-    page.get_by_text("Odd.safetensors cannot be used; send a checkpoint.").or_(
-        page.get_by_text("odd.safetensors cannot be used; send a checkpoint.")
-    ).wait_for()
+    page.get_by_role("alert").filter(has_text="cannot be used").wait_for()
     page.get_by_label("A model file").set_input_files(mine)
     page.get_by_text("mine.safetensors is in models/checkpoints.").wait_for()
-    page.get_by_role("radio", name="mine.safetensors").wait_for()
+    page.get_by_role("radio", name="mine").wait_for()

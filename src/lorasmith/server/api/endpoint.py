@@ -19,7 +19,7 @@ from aiohttp import web
 from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
-from lorasmith.core.typed_json import DIALECT, json_schemas, typed
+from lorasmith.core.typed_json import DIALECT, json_schemas, json_values, typed
 from lorasmith.runs.queue import JobKind
 from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import ErrorAnswer
@@ -118,10 +118,8 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
 
 def json_response(value: Any, status: int = 200) -> web.Response:
     """A JSON response that is never cached. `value` is a type of `api_shapes`, or JSON values."""
-    import msgspec  # imported late, to start fast
-
     # Not msgspec.json.encode, which refuses the lone surrogates in undecodable file names.
-    text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(json_values(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return web.Response(
         body=text.encode("utf-8", "replace"),
         status=status,

@@ -9,12 +9,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import msgspec
-
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
-from lorasmith.core.typed_json import typed
+from lorasmith.core.typed_json import json_values, typed
 from lorasmith.server.job_reporter import finite
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -58,7 +56,7 @@ def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
     except ValueError as error:
         raise OptionError(f"{error}; correct it") from error
     found = function(folders, **given)
-    return found if isinstance(found, bytes) else finite(msgspec.to_builtins(found, enc_hook=_plain))
+    return found if isinstance(found, bytes) else finite(json_values(found, _plain))
 
 
 def _plain(value: Any) -> str:

@@ -8,6 +8,8 @@ const SEND_AFTER_MS = 300;
 const TEXTS = ["name", "trigger"]; // typed, so that two of them are shown instead of one of them lost
 const OLD_KEY = "lorasmith.draft."; // of the browser's storage, where earlier pages kept them
 
+const NOTHING = { seen: null, mine: null, theirs: {}, version: -1 };
+
 const drafts = new Map();
 
 /** The draft of a folder: a store of {seen, mine, theirs, version}, `seen` null until it is loaded; `theirs` are texts of others that `mine` differs from. */
@@ -19,7 +21,8 @@ function draftOf(dataset) {
 class Draft {
   constructor(dataset) {
     this.dataset = dataset;
-    this.store = createStore({ seen: null, mine: null, theirs: {}, version: -1 });
+    this.store = createStore(NOTHING);
+    this.isGone = false; // its folder was removed; what is loaded next is of another one
     this.timer = 0;
     this.sending = null;
   }
@@ -50,7 +53,7 @@ class Draft {
     clearTimeout(this.timer);
     while (this.sending) await this.sending;
     const { seen, mine, theirs } = this.store.get();
-    if (!seen) return;
+    if (!seen || this.isGone) return;
     const draft = { ...mine, ...Object.fromEntries(Object.keys(theirs).map((name) => [name, seen[name]])) };
     if (same(draft, seen)) return;
     this.sending = put(["datasets", this.dataset, "draft"], { draft, seen }, { keepalive: true }).then(
@@ -67,14 +70,15 @@ class Draft {
   }
 
   async hear({ draft, version }) {
-    if (!draft) return drafts.delete(this.dataset);
     while (this.sending) await this.sending; // its answer is the newer one
-    if (version > this.store.get().version) this.#take({ draft, version });
+    if (!draft) this.isGone = true; // a view may still show it
+    else if (this.isGone || version > this.store.get().version) this.#take({ draft, version });
   }
 
   /** Take what the server has; `sent` is what it was made from here. */
   #take({ draft, version }, sent = null) {
-    const { seen, mine, theirs } = this.store.get();
+    const { seen, mine, theirs } = this.isGone ? NOTHING : this.store.get();
+    this.isGone = false;
     if (!seen) {
       this.store.set({ seen: draft, mine: { ...draft, ...mine }, theirs, version });
       return;
@@ -145,7 +149,7 @@ export function useConflicts(dataset) {
 /** The draft of a folder, which is loaded if it is not. */
 export async function currentDraft(dataset) {
   const draft = draftOf(dataset);
-  if (!draft.store.get().seen) await draft.load();
+  if (!draft.store.get().seen || draft.isGone) await draft.load();
   return draft.store.get().mine;
 }
 
