@@ -84,6 +84,19 @@ def test_steps_of_several_attempts_count_once_and_time_is_that_of_training_alone
     assert after().seconds == 0 and after(started(at=1000), step(1, at=900)).seconds == 0, "a clock jumped"
 
 
+@pytest.mark.parametrize("jump", [86_400, -86_400])
+def test_a_clock_that_is_set_and_a_computer_that_sleeps_change_neither_speed_nor_time(jump: float) -> None:
+    before = [started(), *(step(number, at=2 * number) for number in range(1, 6))]
+    later = [step(number, at=2 * number + jump) for number in range(6, 9)]
+    view = after(*before, later[0])
+    assert (view.seconds_per_step, view.seconds_left) == (2, 8), "at once"
+    view = after(*before, *later)
+    assert (view.seconds_per_step, view.seconds_left) == (2, 4)
+    assert view.seconds == pytest.approx(16, abs=2), "the step of the jump may be missing"
+    view = after(*before, StateSaved(step=5, path="", at=10 - abs(jump)), *later)
+    assert view.seconds_per_step == 2, "back while it saves"
+
+
 def test_a_run_that_is_resumed_has_what_its_log_has() -> None:
     log = [started(), *map(step, (1, 2, 3)), judged(3), started(at=50)]
     resumed = Resumed(step=3, message="It continues.", at=51)

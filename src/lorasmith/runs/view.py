@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PureWindowsPath
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from lorasmith.core.folders import TRIED
@@ -50,6 +51,8 @@ from lorasmith.training.events import (
 )
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
+_OUTLIER = 10  # times the usual step: the clock was set, the computer slept, or a step compiled
+_SLEPT_S = 600  # from which such a step is no training time either
 _POINTS = 500  # of a curve in JSON, so that it stays below 20 kB
 _MOST_POINTS = 200_000  # that are kept; of a longer run every second, fourth … step, and the last
 _MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS, _MOST_LETTERS = 1000, 100, 1000, 2000
@@ -90,6 +93,7 @@ class RunView:
     """The state of a run after the events that `take` has received.
 
     `activity` is the work between steps, such as `encoding captions` with (done, total). `steps` is 0 before the start.
+    `seconds` is the training time, without pauses before resumptions and jumps of the clock.
     """
 
     def __init__(self) -> None:
@@ -114,8 +118,8 @@ class RunView:
         self._status = "Waiting for the model and the images."
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._since: float | None = None  # of the last event, once a step was taken
-        self._start: float | None = None  # of this attempt
-        self._latest = self._earlier_seconds = 0.0
+        self._latest: float | None = None  # time of the last event of this attempt
+        self.seconds = 0.0
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> RunView:
@@ -134,7 +138,7 @@ class RunView:
             self._take_step(event)
             if self.outcome is None:
                 self._status = "Training."
-            self._since = self._latest = event.at
+            self._since = event.at
             return
         self.activity = _activity(event)
         if (prepared := _preparation(event)) is not None:
@@ -144,8 +148,7 @@ class RunView:
             _limit(self.notes, _MOST_NOTES)
         match event:
             case RunStarted():
-                self._earlier_seconds = self.seconds
-                self._start = event.at
+                self._latest = event.at
                 self.steps, self.folder, self.outcome, self._since = event.steps, event.folder, None, None
                 self._times.clear()
             case Resumed():
@@ -171,7 +174,7 @@ class RunView:
         self._status = self._status_after(event, note)
         if self._since is not None:
             self._since = event.at
-        self._latest = event.at
+        self._pass_time(event.at)
 
     @property
     def loss(self) -> RecentLoss:
@@ -194,14 +197,13 @@ class RunView:
         return min((one for one in self.validations if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
 
     @property
-    def seconds(self) -> float:
-        """Training time without pauses before resumptions."""
-        return self._earlier_seconds + (0.0 if self._start is None else max(0.0, self._latest - self._start))
-
-    @property
     def seconds_per_step(self) -> float | None:
-        """Mean of the last steps, without the time between them; None before the second one."""
-        return sum(self._times) / len(self._times) if self._times else None
+        """Mean of the last steps, without the time between them and without outliers; None before the second one."""
+        if not self._times:
+            return None
+        most = _OUTLIER * median_low(self._times)
+        times = [one for one in self._times if one <= most]
+        return sum(times) / len(times)
 
     @property
     def seconds_left(self) -> float | None:
@@ -311,8 +313,19 @@ class RunView:
             self._every *= 2
             self.points = [one for one in self.points if one.step % self._every == 0 or one.step == event.step]
         # Excludes the first step, which compiles and plans, and the time between steps.
-        if self._since is not None:
-            self._times.append(max(0.0, event.at - self._since))
+        time = None if self._since is None else event.at - self._since
+        self._pass_time(event.at, step_s=time or 0.0)
+        if time is not None and time >= 0:
+            self._times.append(time)
+
+    def _pass_time(self, at: float, *, step_s: float = 0.0) -> None:
+        """Add the time since the last event, unless the clock was set back, or forward in a step of `step_s`."""
+        if self._latest is None:
+            return
+        slept = step_s > _SLEPT_S and bool(self._times) and step_s > _OUTLIER * median_low(self._times)
+        if at > self._latest and not slept:
+            self.seconds += at - self._latest
+        self._latest = at
 
     def _go_back(self, step: int) -> None:
         self.step = step
