@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from lorasmith.core.errors import DataError
+from lorasmith.core.cancellation import answering
+from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.crops import framings
 from lorasmith.data.data_config import DataConfig
@@ -38,6 +40,23 @@ def checked(folder: Path, *, resolution: int = 256, multiple: int = 16, config=N
     config = config or DataConfig()
     scan = scan_folder(folder, config)
     return preflight(scan, config, folder=folder, resolution=resolution, multiple=multiple, **settings)
+
+
+def test_a_check_that_nobody_waits_for_ends_in_the_middle(tmp_path: Path) -> None:
+    for number in range(6):
+        add(tmp_path / f"{number}.png", photo(number))
+    given_up, seen = threading.Event(), []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 2:
+            given_up.set()
+
+    with answering(given_up), pytest.raises(CancelledError, match="nobody waits"):
+        checked(tmp_path, progress=progress)
+    assert seen == [(1, 6), (2, 6)]
+    with answering(given_up), pytest.raises(CancelledError, match="nobody waits"):
+        scan_folder(tmp_path)
 
 
 def kinds(found: Preflight) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.core.cancellation import check_wanted
+from lorasmith.core.cancellation import check_wanted, report_progress
 from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.files import locked
 from lorasmith.runs import worker
@@ -223,6 +223,8 @@ def test_a_question_is_given_up_where_nobody_waits(monkeypatch: pytest.MonkeyPat
         while question == "long":
             check_wanted()
             answered.wait(0.01)
+        for done in range(1, 1001):
+            report_progress(done, 1000)
         return question
 
     monkeypatch.setattr("lorasmith.runs.training_jobs.answers", lambda start: answer, raising=False)
@@ -240,7 +242,12 @@ def test_a_question_is_given_up_where_nobody_waits(monkeypatch: pytest.MonkeyPat
         assert is_asked.wait(LONG_S)
         for number in (2, 1):
             channel.send({"type": "give up", "number": number})
-        answers = [found[0] for found in (channel.receive() for _ in range(3)) if found is not None]
+        answers: list[dict[str, Any]] = []
+        progress: list[dict[str, Any]] = []
+        while len(answers) < 3 and (found := channel.receive()) is not None:
+            (answers if found[0]["type"] == "answer" else progress).append(found[0])
+        assert progress[-1] == {"type": "progress", "number": 3, "done": 1000, "total": 1000}
+        assert len(progress) < 1000, "a few a second"
         assert [one.get("result", one.get("error", {}).get("kind")) for one in answers] == [
             "CancelledError",
             "CancelledError",  # which had not begun

@@ -35,6 +35,10 @@ def main() -> None:
                     channel.send(one)
             case "given up":
                 channel.send({**answer, "result": given_up})
+            case "counted":
+                for done in (1, 2):
+                    channel.send({"type": "progress", "number": head["number"], "done": done, "total": 2})
+                channel.send({**answer, "result": None})
             case "picture":
                 channel.send({**answer, "is_bytes": True}, b"\x00picture")
             case "refuse":

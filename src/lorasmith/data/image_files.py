@@ -23,6 +23,7 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from lorasmith.core.cancellation import check_wanted
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import open_regular
 from lorasmith.formats.metadata import sha256_file
@@ -214,14 +215,16 @@ def upright_original(image: Image.Image) -> Image.Image:
 def in_threads(function: Callable[[S], T], items: Sequence[S], *, most: int) -> Iterator[T]:
     """`function` of each item in order, in at most `most` threads: Pillow decodes without the GIL.
 
-    Few items are submitted ahead, so that an interrupted call ends soon.
+    Few items are submitted ahead, so that an interrupted call ends soon. Raises CancelledError, as `check_wanted`.
     """
     image_suffixes()  # Pillow's readers are registered before several threads ask for them
     threads = max(1, min(most, os.cpu_count() or 1))
     # Each file is opened with warnings off, which is not safe in threads: so they are off around all of them.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads, "read images") as pool:
         for start in range(0, len(items), 64 * threads):
-            yield from pool.map(function, items[start : start + 64 * threads])
+            for result in pool.map(function, items[start : start + 64 * threads]):
+                check_wanted()
+                yield result
 
 
 def to_tensor(image: Image.Image) -> Tensor:

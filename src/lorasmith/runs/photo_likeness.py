@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorasmith.core.cancellation import check_wanted
 from lorasmith.core.printable import count_text
 from lorasmith.data.captions import COMMON_WORDS
 from lorasmith.data.clips import open_still
@@ -80,6 +81,7 @@ def _shared_words(captions: Sequence[str], others: Sequence[str]) -> str:
 
 
 def _features(path: Path) -> Tensor:
+    check_wanted()
     status = path.stat()
     return _features_of(str(path), status.st_mtime_ns, status.st_size)
 

@@ -37,6 +37,7 @@ _KINDS = {"runs": "lorasmith.runs.training_jobs", "server": "lorasmith.server.wo
 _LOCK_PAUSE_S = 0.1
 _MARGIN_S = 5.0
 _THREADS = 8  # questions at once
+_PROGRESS_S = 0.3
 _MODULE = "lorasmith.runs.worker"
 
 Ended: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -208,7 +209,7 @@ def _reply(
 ) -> None:
     body = b""
     try:
-        with answering(inbox.given_up(asked["number"])):
+        with answering(inbox.given_up(asked["number"]), _ProgressMessages(channel, asked["number"])):
             check_wanted()
             found = answer(asked["question"], asked["arguments"])
         result = {"is_bytes": True} if isinstance(found, bytes) else {"result": found}
@@ -226,6 +227,20 @@ def _reply(
         inbox.answered(asked["number"])
     with contextlib.suppress(OSError):  # the supervisor has exited
         channel.send({"type": "answer", "number": asked["number"], **result}, body)
+
+
+class _ProgressMessages:
+    """Sends how far the answer to a question is, a few times a second, and the end."""
+
+    def __init__(self, channel: BlockingChannel, number: int) -> None:
+        self._channel, self._number, self._last = channel, number, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last >= _PROGRESS_S:
+            self._last = now
+            with contextlib.suppress(OSError):  # the supervisor has exited
+                self._channel.send({"type": "progress", "number": self._number, "done": done, "total": total})
 
 
 def _refusal(kind: str, message: str, details: Any = None) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Assistant:
         self.on_line = on_line
         self._numbers = itertools.count(1)
         self._open: dict[int, tuple[Mapping[str, Any], asyncio.Future[Any], int]] = {}
+        self._progress: dict[int, Callable[[int, int], object]] = {}  # of open questions
         self._process = RestartedProcess(config, self, {})
         self._is_stopping = False
         self.is_ready = False  # questions wait until it is
@@ -58,8 +59,11 @@ class Assistant:
         self._open.clear()
         await self._process.stop(grace_s=2)
 
-    async def ask(self, question: str, **arguments: Any) -> Any:
-        """Call a function of `server.questions` with JSON arguments; returns a JSON value, or bytes. Raises
+    async def ask(
+        self, question: str, *, on_progress: Callable[[int, int], object] | None = None, **arguments: Any
+    ) -> Any:
+        """Call a function of `server.questions` with JSON arguments; returns a JSON value, or bytes. `on_progress`
+        receives (done, total) while it works, if the function reports it. Raises
         RefusedError if the call fails, and UnavailableError if the process ends twice during it or the server stops.
         """
         if self._is_stopping:
@@ -68,6 +72,8 @@ class Assistant:
         head = {"type": "ask", "question": question, "arguments": arguments}
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._open[number] = head, answer, 0
+        if on_progress is not None:
+            self._progress[number] = on_progress
         if self.is_ready:
             self._process.send({**head, "number": number})
         try:
@@ -78,12 +84,15 @@ class Assistant:
             raise
         finally:
             self._open.pop(number, None)
+            self._progress.pop(number, None)
 
     def on_message(self, head: dict[str, Any], body: bytes) -> None:
         if head["type"] == "ready":
             self.is_ready = True
             for number, (asked, *_) in self._open.items():
                 self._process.send({**asked, "number": number})
+        if head["type"] == "progress" and (on_progress := self._progress.get(head["number"])) is not None:
+            on_progress(head["done"], head["total"])
         if head["type"] != "answer":
             return
         _, answer, _ = self._open.get(head["number"], (None, None, 0))

@@ -20,7 +20,7 @@ from aiohttp.http import HttpProcessingError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.printable import printable
 
-NoticeKind: TypeAlias = Literal["job", "queue", "dataset", "draft", "graph", "view", "progress", "log"]
+NoticeKind: TypeAlias = Literal["job", "queue", "dataset", "check", "draft", "graph", "view", "progress", "log"]
 
 MOST_WAITING = 1_000  # unread notices after which a subscription is cut off
 
@@ -33,10 +33,11 @@ class Notice:
     """A change of a job, the queue, a dataset, a draft or the log.
 
     `job`: its state changed, `data` is its summary. `queue`: `{"pending": n, "running": n}`. `dataset`: its pictures or
-    captions changed, `{"name"}`. `draft`: what is chosen for a training, `{"dataset", "draft", "version"}`. `graph`: an
-    event of `workflow.execution_events`, whose class is `data["event"]`. `view`: `{"node_id", "view"}`, a
-    `runs.view.RunView` as JSON, with the id of its node inside graphs. `progress`: `{"value", "maximum"}` of a drawing.
-    `log`: a line, `{"t": ISO time, "m": text}`.
+    captions changed, `{"name"}`. `check`: how many images of one are checked, `{"name", "done", "total"}`.
+    `draft`: what is chosen for a training, `{"dataset", "draft", "version"}`. `graph`: an event of
+    `workflow.execution_events`, whose class is `data["event"]`. `view`: `{"node_id", "view"}`, a `runs.view.RunView` as
+    JSON, with the id of its node inside graphs. `progress`: `{"value", "maximum"}` of a drawing. `log`: a line,
+    `{"t": ISO time, "m": text}`.
     """
 
     kind: NoticeKind

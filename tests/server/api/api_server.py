@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +14,7 @@ from typing import Any, cast
 from aiohttp import ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 
+from lorasmith.core.cancellation import answering
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
 from lorasmith.server.access import add_headers
@@ -37,7 +40,9 @@ class LocalAssistant:
         self.made_up: dict[str, Any] = {}
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
-    async def ask(self, question: str, **arguments: Any) -> Any:
+    async def ask(
+        self, question: str, *, on_progress: Callable[[int, int], object] | None = None, **arguments: Any
+    ) -> Any:
         self.asked.append((question, arguments))
         if question in self.made_up:
             found = self.made_up[question]
@@ -48,7 +53,10 @@ class LocalAssistant:
 
         load_questions()
         try:
-            found = await asyncio.to_thread(answer, question, json.loads(json.dumps(arguments)), self._folders)
+            loop = asyncio.get_running_loop()
+            progress = None if on_progress is None else functools.partial(loop.call_soon_threadsafe, on_progress)
+            with answering(threading.Event(), progress):
+                found = await asyncio.to_thread(answer, question, json.loads(json.dumps(arguments)), self._folders)
         except LorasmithError as error:
             raise RefusedError(type(error).__name__, str(error), getattr(error, "details", None)) from error
         return found if isinstance(found, bytes) else json.loads(json.dumps(found, allow_nan=False))

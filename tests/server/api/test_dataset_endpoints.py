@@ -49,7 +49,10 @@ def test_a_dataset_from_its_name_to_its_end(tmp_path: Path) -> None:
         ]
         assert (await client.ask("PUT", f"{at}/captions", {"b.png": "a blue box", "a.png": ""}))["changed"] == 2
         assert [one["caption"] for one in (await client.ask("GET", at))["images"]] == ["", "a blue box"]
-        checked = await client.ask("GET", f"{at}/check?trigger=box&resolution=32&upscale=true&token=x")
+        with client.context.hub.subscribe(kinds=("check",)) as notices:
+            checked = await client.ask("GET", f"{at}/check?trigger=box&resolution=32&upscale=true&token=x")
+            for done in (1, 2):
+                assert (await anext(notices)).data == {"name": "Mein Füchs_ 1", "done": done, "total": 2}
         assert set(checked["images"]) == {"a.png", "b.png"} and checked["resolutions"] == [32]
         await client.ask("DELETE", f"{at}/images/a.png")
         rows = {one["name"]: one for one in (await client.ask("GET", "/datasets"))["datasets"]}

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.server.api_shapes import Crop
+from lorasmith.server.hub import Notice
 from lorasmith.server.questions.dataset_questions import dataset
 from tests.server.pages.conftest import assert_legible, expected
 from tests.server.pages.served_page import PICTURES, ServedPage
@@ -95,6 +96,16 @@ def test_a_mask_that_is_dropped_finds_its_photo(served: ServedPage, open_page: O
     expected(page.get_by_text("Mask: fox_1.mask.png (used with “masks: files” in the settings)")).to_have_count(1)
     expected(page.get_by_text("Waiting…")).to_have_count(0)
     expected(page.locator(".tile")).to_have_count(2)
+
+
+def test_a_long_check_says_how_far_it_is(served: ServedPage, open_page: Opener) -> None:
+    served.add_dataset("fox", 2)
+    page = open_page(PHOTOS)
+    page.get_by_text("remark").first.wait_for()
+    for name, done, shown in (("fox", 1200, 1), ("other", 9000, 1), ("fox", 10_000, 0)):
+        notice = Notice(kind="check", data={"name": name, "done": done, "total": 10_000})
+        served.do(lambda: served.context.hub.publish(notice))  # noqa: B023 - called at once
+        expected(page.get_by_text("Checking photos: 1,200 of 10,000…")).to_have_count(shown)
 
 
 @pytest.mark.slow

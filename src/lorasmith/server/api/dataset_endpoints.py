@@ -47,6 +47,7 @@ from lorasmith.server.api_shapes import (
 )
 from lorasmith.server.contained_files import send_file
 from lorasmith.server.dispatcher import RefusedError
+from lorasmith.server.hub import Notice
 from lorasmith.server.request_handling import ServerContext, TooLargeError, form_parts, received, upload_folder
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import TrainConfig
@@ -190,9 +191,15 @@ async def _check(context: ServerContext, call: Call) -> Any:
     query = {name: text for name, text in call.request.query.items() if name != "token"}
     model, trigger, edit = query.pop("model", None), query.pop("trigger", ""), query.pop("edit", None)
     settings = {name: _value(name, text) for name, text in query.items()}
+    name = call.path("name")
+
+    def publish(done: int, total: int) -> None:
+        context.hub.publish(Notice(kind="check", data={"name": name, "done": done, "total": total}, droppable=True))
+
     return await context.assistant.ask(
         "check_dataset",
-        name=call.path("name"),
+        on_progress=publish,
+        name=name,
         model=model or None,
         edit=edit or None,
         trigger=trigger,

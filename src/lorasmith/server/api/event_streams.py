@@ -30,13 +30,13 @@ _open: set[object] = set()
 
 
 async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
-    """`queue`, `job`, `dataset` and `draft` events: first the waiting and running jobs, then every change; and the
-    events of each `topic`, `jobs/ID` or `runs/ID`, as in its own stream, with that topic in their data.
+    """`queue`, `job`, `dataset`, `check` and `draft` events: first the waiting and running jobs, then every change; and
+    the events of each `topic`, `jobs/ID` or `runs/ID`, as in its own stream, with that topic in their data.
     """
     topics = sorted(set(call.request.query.getall("topic", [])))
     if len(topics) > MOST_TOPICS:
         raise TooManyError(f"a stream must have at most {MOST_TOPICS} topics, got {len(topics):,}; close other pages")
-    with context.hub.subscribe(kinds=("job", "queue", "dataset", "draft")) as notices:
+    with context.hub.subscribe(kinds=("job", "queue", "dataset", "check", "draft")) as notices:
         async with _stream(call.request) as stream:
             await stream.send("queue", context.store.queue_counts())
             for job in context.store.active(_FIRST_JOBS):

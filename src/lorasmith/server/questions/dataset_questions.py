@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorasmith.core.cancellation import report_progress
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import Stamp, is_folder, is_regular, stamp_of
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
@@ -362,6 +363,7 @@ def check_dataset(
             folders=folders,
             batch=training.samples_per_step,
             validation_share=training.validation_share,
+            progress=report_progress,
         )
     except DataError as error:
         found, skipped, notes = pictures_in(folders, folder)

@@ -74,7 +74,7 @@ export class EventHub {
       this.#begin(this.#wait);
       this.#wait = Math.min(this.#wait * 2, LONGEST_WAIT_MS);
     };
-    for (const name of ["job", "queue", "dataset", "draft", "view", "graph", "progress", "fault"]) {
+    for (const name of ["job", "queue", "dataset", "check", "draft", "view", "graph", "progress", "fault"]) {
       source.addEventListener(name, (event) => {
         if (typeof event.data === "string") this.#tell({ type: "event", name, data: JSON.parse(event.data) });
       });

@@ -1,6 +1,6 @@
 // What is remarked about the photos, in one card; and what mends it, which can be undone.
 import { html } from "../lib/html.mjs";
-import { capital, count } from "../lib/words.mjs";
+import { capital, count, whole } from "../lib/words.mjs";
 import { Button, Notice } from "./basics.mjs";
 import { sourceOf } from "./photo_tile.mjs";
 
@@ -38,13 +38,15 @@ export const removedBy = (remarks) => [...new Set(remarks.flatMap((one) => one.r
 
 /**
  * @param remarks of `remarksOf`
+ * @param checking {done, total} images while they are checked, else null
  * @param onFix called with remarks whose photos are to be removed; null where nothing can be changed
  * @param onShow called with a remark whose photos are to be shown alone
  * @param onCaption opens the dialog that writes captions; null where nothing can be changed
  */
-export function Remarks({ dataset, remarks, images, isChecked, error, onFix, onShow, onCaption }) {
+export function Remarks({ dataset, remarks, images, isChecked, error, checking, onFix, onShow, onCaption }) {
   if (error) return html`<${Notice} mood="fair"><p>The photos were not checked. ${error.message}</p><//>`;
   if (!images.length) return null;
+  if (checking) return html`<p class="faint" role="status">Checking photos: ${whole(checking.done)} of ${whole(checking.total)}…</p>`;
   if (!remarks.length) return isChecked ? html`<p class="all-good"><span aria-hidden="true">✓</span> Nothing to mend in these photos.</p>` : null;
   const byName = new Map(images.map((one) => [one.file, one]));
   const fixable = removedBy(remarks);

@@ -71,7 +71,7 @@ export function PhotosView({ dataset, edited }) {
   const onTheWay = sent.filter((one) => one.state !== "done" || (!stored.has(one.file) && !gone.has(one.file)));
   const underway = onTheWay.filter((one) => one.state === "waiting" || one.state === "sending").length;
   const captionOf = (image) => captions[image.file] ?? image.caption ?? "";
-  const [check, checkError] = useCheck(dataset, draft, images, captions, controls, version);
+  const [check, checkError, checking] = useCheck(dataset, draft, images, captions, controls, version);
 
   useEffect(() => {
     const pressed = (event) => {
@@ -270,7 +270,7 @@ export function PhotosView({ dataset, edited }) {
       ${!found && !error && html`<${Loading} what="photos" />`}
       <${LeftOut} dataset=${dataset} />
       <${CaptioningState} dataset=${dataset} onUndo=${(written) => store(Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one.before])), Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one.caption])))} />
-      <${Remarks} dataset=${dataset} remarks=${remarks} images=${images} isChecked=${Boolean(check)} error=${checkError} onFix=${canChange ? fix : null} onShow=${setOnly} onCaption=${canChange ? () => setCaptioning(true) : null} />
+      <${Remarks} dataset=${dataset} remarks=${remarks} images=${images} isChecked=${Boolean(check)} error=${checkError} checking=${checking} onFix=${canChange ? fix : null} onShow=${setOnly} onCaption=${canChange ? () => setCaptioning(true) : null} />
       ${images.length > 0 && html`<div class="tools">
         ${canChange && html`<${Button} class="small" onClick=${() => setCaptioning(true)}>Write captions<//>
           <${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>
@@ -316,9 +316,14 @@ function noteOf(total, underway) {
   return total < FEW ? "It works with a few, and better with ten or more." : "";
 }
 
-/** The check of the dataset, made again when photos, captions, trigger or model have settled. */
+/**
+ * The check of the dataset, made again when photos, captions, trigger or model have settled: [check, error, checking],
+ * where checking is {done, total} images during a long one, else null.
+ */
 function useCheck(dataset, draft, images, captions, controls, version) {
   const [result, setResult] = useState([null, null]);
+  const [checking, setChecking] = useState(null);
+  useEvents("", { check: ({ name, done, total }) => name === dataset && setChecking(done < total ? { done, total } : null) });
   const files = images.map((one) => one.file).join("\n");
   const words = JSON.stringify(captions);
   useEffect(() => {
@@ -341,7 +346,8 @@ function useCheck(dataset, draft, images, captions, controls, version) {
     return () => {
       clearTimeout(timer);
       stop.abort();
+      setChecking(null);
     };
   }, [dataset, files, words, draft.trigger, draft.model, draft.edit, draft.settings.resolution, version, controls.length]);
-  return result;
+  return [...result, checking];
 }
