@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lorasmith.report import curves
 from lorasmith.report.curves import Curves, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, document, tag
 from lorasmith.report.pictures import PictureTable, data_uri, picture_table, thinned
@@ -163,13 +164,22 @@ def test_any_losses_are_drawn(losses: list[float]) -> None:
 
 
 def test_a_figure_takes_its_colours_from_the_page() -> None:
-    curves = Curves(losses=[0.5, 0.4, 0.3], rates=[3e-3, 2e-3, 1e-3], validations=[(3, 0.4)], base_loss=0.5, faults=[2])
-    drawn = loss_figure(curves, label="loss")
+    shown = Curves(losses=[0.5, 0.4, 0.3], rates=[3e-3, 2e-3, 1e-3], validations=[(3, 0.4)], base_loss=0.5, faults=[2])
+    drawn = loss_figure(shown, label="loss")
     assert set(re.findall(r"var\((--[\w-]+)\)", drawn)) == {
         "--raw", "--smooth", "--held-out", "--grid", "--faint", "--bad",
     }  # fmt: skip
     assert not re.findall(r"#[0-9a-f]{6}\b", drawn)
     assert "--bad" not in loss_figure(Curves(losses=[0.5]), label="loss")
+
+
+def test_a_figure_is_drawn_once_for_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def figure(*losses: float) -> str:
+        return loss_figure(Curves(losses=losses), label="loss")
+
+    first, other = figure(0.25, NAN, 0.5), figure(0.25, NAN, 0.75)
+    monkeypatch.setattr(curves, "_svg", None)
+    assert figure(0.25, float("nan"), 0.5) == first != other
 
 
 def test_the_learning_rate_is_drawn_only_where_it_changes() -> None:

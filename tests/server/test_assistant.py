@@ -36,7 +36,7 @@ def test_answers_reach_whoever_asked(tmp_path: Path) -> None:
         assert await assistant.ask("given up") == [3]
         assert await assistant.ask("picture") == b"\x00picture"
         seen: list[tuple[int, int]] = []
-        await assistant.ask("counted", on_progress=lambda *counts: seen.append(counts))
+        await assistant.ask("counted", lambda *counts: seen.append(counts))
         await assistant.ask("counted")
         assert seen == [(1, 2), (2, 2)]
         assert not slow.done()

@@ -6,8 +6,10 @@ style shows one of them.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
+import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ def loss_figure(curves: Curves, *, label: str) -> Html:
         bottom.set_xlabel("step", color=TEXT)
         _legend(top)
 
-    return _figure("loss", draw, label=label)
+    return _figure("loss", draw, label=label, shows=curves)
 
 
 def quantile_figure(curve: QuantileLosses, *, label: str) -> Html:
@@ -113,7 +115,7 @@ def quantile_figure(curve: QuantileLosses, *, label: str) -> Html:
         axes.set_xlabel("step", color=TEXT)
         _legend(axes)
 
-    return _figure("quantiles", draw, label=label)
+    return _figure("quantiles", draw, label=label, shows=curve)
 
 
 def comparison_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], *, label: str) -> Html:
@@ -139,7 +141,7 @@ def comparison_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]],
         longest = max(len(name) for name, _ in curves[: len(_DISTINCT)])
         _legend(axes, columns=max(1, int(11 * figure.get_figwidth() / (longest + 5))))
 
-    return _figure("comparison", draw, label=label)
+    return _figure("comparison", draw, label=label, shows=curves)
 
 
 def measure_figure(
@@ -168,7 +170,7 @@ def measure_figure(
         axes.set_xlabel("step", color=TEXT)
         _legend(axes, columns=3 if figure.get_figwidth() > 6 else 1)
 
-    return _figure("measures", draw, label=label)
+    return _figure("measures", draw, label=label, shows=(steps, lines, levels, best))
 
 
 def _draw_rates(axes: Any, rates: Sequence[float], every: int) -> None:
@@ -194,11 +196,20 @@ def _legend(axes: Any, columns: int | None = None) -> None:
     axes.legend(ncols=columns, fontsize=9, frameon=False, labelcolor=TEXT, **place)
 
 
-def _figure(name: str, draw: Callable[[Any], None], *, label: str) -> Html:
-    shapes = {"wide": (9.0, 4.4), "narrow": (4.6, 4.4)}
-    return tag(
-        "div", [tag("div", _svg(draw, f"{name}-{kind}", size, label), class_=kind) for kind, size in shapes.items()]
-    )
+_MOST_KEPT = 16
+_kept: dict[bytes, Html] = {}
+
+
+def _figure(name: str, draw: Callable[[Any], None], *, label: str, shows: object) -> Html:
+    """A figure, which takes a quarter of a second: it is kept until what it shows has changed."""
+    key = hashlib.sha256(pickle.dumps((name, label, shows))).digest()
+    if (found := _kept.get(key)) is None:
+        shapes = {"wide": (9.0, 4.4), "narrow": (4.6, 4.4)}
+        drawn = [tag("div", _svg(draw, f"{name}-{kind}", size, label), class_=kind) for kind, size in shapes.items()]
+        found = _kept[key] = tag("div", drawn)
+        for old in list(_kept)[:-_MOST_KEPT]:
+            _kept.pop(old, None)
+    return found
 
 
 def _svg(draw: Callable[[Any], None], prefix: str, size: tuple[float, float], label: str) -> Html:

@@ -60,7 +60,7 @@ class Assistant:
         await self._process.stop(grace_s=2)
 
     async def ask(
-        self, question: str, *, on_progress: Callable[[int, int], object] | None = None, **arguments: Any
+        self, question: str, on_progress: Callable[[int, int], object] | None = None, /, **arguments: Any
     ) -> Any:
         """Call a function of `server.questions` with JSON arguments; returns a JSON value, or bytes. `on_progress`
         receives (done, total) while it works, if the function reports it. Raises

@@ -41,7 +41,7 @@ class LocalAssistant:
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     async def ask(
-        self, question: str, *, on_progress: Callable[[int, int], object] | None = None, **arguments: Any
+        self, question: str, on_progress: Callable[[int, int], object] | None = None, /, **arguments: Any
     ) -> Any:
         self.asked.append((question, arguments))
         if question in self.made_up:

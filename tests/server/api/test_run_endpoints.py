@@ -249,7 +249,7 @@ def test_a_question_is_given_up_when_its_client_disconnects(tmp_path: Path, monk
     async def test(client: Client) -> None:
         is_asked, is_answered = asyncio.Event(), asyncio.Event()
 
-        async def ask(question: str, **arguments: Any) -> Any:
+        async def ask(question: str, *progress: Any, **arguments: Any) -> Any:
             is_asked.set()
             try:
                 await is_answered.wait()

@@ -198,7 +198,7 @@ async def _check(context: ServerContext, call: Call) -> Any:
 
     return await context.assistant.ask(
         "check_dataset",
-        on_progress=publish,
+        publish,
         name=name,
         model=model or None,
         edit=edit or None,

@@ -138,7 +138,8 @@ class Ledger:
         if judged.any():
             logs, bins = np.log(np.maximum(loss, _TINY)), _bins_of(quantile, _TIME_BINS)
             levels = logs - _expected(logs, bins, (judged / np.maximum(looks, 1))[image], _TIME_BINS)[bins]
-            levels, ends = levels[np.argsort(image, kind="stable")], np.cumsum(looks)  # image by image
+            few = image.astype(np.uint16) if len(looks) <= 2**16 else image  # of which numpy sorts in linear time
+            levels, ends = levels[np.argsort(few, kind="stable")], np.cumsum(looks)  # image by image
             thirds = {
                 index: _Thirds.of(levels[ends[index] - looks[index] : ends[index]])
                 for index in map(int, np.flatnonzero(judged))
