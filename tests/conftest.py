@@ -10,6 +10,7 @@ import functools
 import gc
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
     if axes:
         metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases behind the first ones of a `slow_after` mark are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        for mark in item.iter_markers("slow_after"):
+            test = item.nodeid.partition("[")[0]
+            seen[test] += item.get_closest_marker("slow") is None
+            if seen[test] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -250,6 +250,7 @@ def test_what_is_slower_than_expected_is_named() -> None:
     assert comparison({"card": "NVIDIA GeForce RTX 4090"}, results) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows the tracked files")
 def test_what_is_carried_to_a_gpu_is_small(tmp_path: Path) -> None:
     wheels = 8_000_000

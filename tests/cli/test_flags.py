@@ -61,7 +61,14 @@ def app() -> typer.Typer:
     return app
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OPTIONS for value in values(name)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param(name, value, marks=pytest.mark.slow if row else ())
+        for name in OPTIONS
+        for row, value in enumerate(values(name))
+    ],
+)
 def test_what_a_run_says_to_type_gives_its_configuration_again(
     app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:

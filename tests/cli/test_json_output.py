@@ -183,6 +183,7 @@ def test_quiet_leaves_the_result_and_the_log_has_all(lorasmith: Command, photos:
     assert (tmp_path / "log.txt").read_text().startswith(log) and "error: " in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_what_is_no_terminal_gets_lines(
     lorasmith: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: Arguments

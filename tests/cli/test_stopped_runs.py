@@ -111,6 +111,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
     assert tensors_of(tmp_path / "my run") == tensors_of(whole)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", [ModelLoading, ImagesChecked, ImageEncoded])
@@ -169,6 +170,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(
     assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 @pytest.mark.parametrize("at", [2, 5], ids=["between steps", "after the last step"])
 def test_a_second_ctrl_c_waits_for_no_hash_of_the_base_model(
@@ -238,6 +240,7 @@ def test_fresh_moves_what_is_in_the_output_aside_and_says_so(
     assert RunFolder(broken).outcome() == "finished"
 
 
+@pytest.mark.slow
 def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Command, images: Path, broken: Path) -> None:
     ran = lorasmith("train", images, *RUN, "--seed", 7, "--output", "runs/cat-001")
     assert ran.code == 1
@@ -246,6 +249,7 @@ def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Comma
     assert RunFolder(broken).outcome() == "cancelled"
 
 
+@pytest.mark.slow
 def test_the_command_of_a_finished_run_with_more_steps_trains_on(
     lorasmith: Command, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,6 +308,7 @@ def further(pack: Any, **changes: Any) -> dict[str, Any]:
     return dict(chosen)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_encode_their_texts_with_comfyuis_clip(
     pack: Any, train: Train, interrupted: Any, tmp_path: Path, name: str

@@ -306,6 +306,7 @@ def test_a_gpu_without_the_kernel_is_given_what_its_product_takes(rows: int) -> 
         assert right.t().is_contiguous() and torch.equal(right, b)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_they_are_one_graph(kind: str) -> None:

@@ -19,10 +19,12 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> Any:
     return interpreted("lorasmith.core.rounding_kernel", monkeypatch).rounded
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 144), (2, 2500)], ids=["one", "a part", "blocks"])
-@pytest.mark.parametrize("has_factors", [False, True])
-@pytest.mark.parametrize("in_columns", [False, True])
+@pytest.mark.pairwise(
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    shape={"one": (1, 1), "a part": (3, 144), "blocks": (2, 2500)},
+    has_factors=[False, True],
+    in_columns=[False, True],
+)
 def test_it_has_the_codes_and_scales_of_torch(
     rounded: Any, dtype: torch.dtype, shape: tuple[int, int], has_factors: bool, in_columns: bool
 ) -> None:

@@ -52,6 +52,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_except([one for one in FAMILIES if one not in UNETS], "flux1"))
 def test_sizes_of_one_number_of_tokens_are_one_graph(family: str, tmp_path: Path) -> None:
     model = small_model(family, tmp_path)

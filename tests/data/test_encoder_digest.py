@@ -289,6 +289,7 @@ def test_versions_count(tiny: Model, monkeypatch: pytest.MonkeyPatch, package: s
     assert (after[1] != before[1]) == (package != "transformers")
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("damage", ["flip", "cut", "other", "nothing", "swapped", "folder"])
 def test_a_damaged_memory_is_none(file: Path, remembered: RememberedDigests, hashed: list[int], damage: str) -> None:
     before = both(load_model(file), remembered)

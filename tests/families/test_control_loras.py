@@ -84,6 +84,7 @@ def test_copying_the_control_is_learnt_and_from_shuffled_ones_it_is_not(editing:
     assert min(shuffled, other) > 2 * copied, (copied, shuffled, other)
 
 
+@pytest.mark.slow_after(1)
 def test_controls_are_free_of_noise_and_outside_the_loss(editing: Case) -> None:
     model, data = editing.ours, pairs(editing.ours)
     job = plan_job(model.denoiser, TrainConfig(batch_size=4, training_dtype="fp32"), torch.device("cpu"))
@@ -97,6 +98,7 @@ def test_controls_are_free_of_noise_and_outside_the_loss(editing: Case) -> None:
         assert prediction.shape == batch.clean.shape
 
 
+@pytest.mark.slow_after(1)
 def test_a_lora_trained_with_controls_is_applied_completely_by_diffusers(editing: Case, tmp_path: Path) -> None:
     result = run(editing.ours, pairs(editing.ours), steps=2, batch_size=2, learning_rate=1e-2)
     lora = assert_applied(editing, result.lora.save(tmp_path / "edit.safetensors"))
@@ -107,6 +109,7 @@ def test_a_lora_trained_with_controls_is_applied_completely_by_diffusers(editing
     )
 
 
+@pytest.mark.slow_after(1)
 def test_blocks_that_run_again_in_the_backward_pass_know_the_controls(editing: Case) -> None:
     data, settings = pairs(editing.ours), {"steps": 2, "batch_size": 2, "algorithm": "LoRA"}
     plain, again = (run(editing.ours, data, gradient_checkpointing=one, **settings) for one in (False, True))
@@ -117,6 +120,7 @@ def test_blocks_that_run_again_in_the_backward_pass_know_the_controls(editing: C
             torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow_after(1)
 def test_samples_of_other_numbers_and_sizes_of_controls_train_together_as_they_do_alone(editing: Case) -> None:
     data, found = pairs(editing.ours), colours(editing.ours)
     given = [

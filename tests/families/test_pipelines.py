@@ -149,6 +149,7 @@ def test_half_precision_is_shared_too() -> None:
     assert {one.dtype for one in pipe.unet.parameters()} == {torch.float16}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
 def test_pipelines_for_other_tasks_have_the_same_parts(pipe: Any, name: str) -> None:
     import diffusers

@@ -125,6 +125,7 @@ def route_of(tokens: int, first: int, last: int) -> tuple[Route, Tensor]:
     return Route(kept, tokens, first, last), torch.ones(BATCH, tokens, dtype=torch.bool).scatter(1, kept, False)
 
 
+@pytest.mark.slow_by_family
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 1), (0, 0)])
 def test_kept_tokens_are_computed_without_the_others(case: Case, first: int, last: int) -> None:
     model, routing = case.ours, case.ours.family.routing

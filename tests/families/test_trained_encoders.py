@@ -67,6 +67,7 @@ def step(model: Model, data: EncodedDataset, *, fresh: bool = True, **settings: 
     return engine, losses
 
 
+@pytest.mark.slow_after(1)
 def test_a_fresh_lora_has_the_loss_of_the_captions_as_they_are_cached(model: Model, data: EncodedDataset) -> None:
     _, cached = step(model, data)
     _, live = step(model, data, train_text_encoder=True)
@@ -99,6 +100,7 @@ KEYS = {
 """Of the vectors of a new word."""
 
 
+@pytest.mark.slow_after(1)
 def test_a_new_word_has_vectors_for_each_encoder(model: Model, data: EncodedDataset, tmp_path: Path) -> None:
     word: dict[str, Any] = {"new_word": "fox", "new_word_vectors": 3, "new_word_t5": True}
     tokens = len(model.components.tokenizers["text_encoder"]("fox", add_special_tokens=False).input_ids)
@@ -120,6 +122,7 @@ def test_a_new_word_has_vectors_for_each_encoder(model: Model, data: EncodedData
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow_after(1)
 def test_files_have_the_keys_of_the_field_and_are_applied_as_they_were_trained(
     model: Model, data: EncodedDataset, tmp_path: Path
 ) -> None:

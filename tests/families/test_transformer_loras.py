@@ -50,6 +50,7 @@ def run(model: Model, data: EncodedDataset, **settings: Any) -> TrainResult:
     return train(model, data, **{**given, **settings})
 
 
+@pytest.mark.slow_by_family
 def test_a_step_changes_adapters_alone(case: Case, four: EncodedDataset) -> None:
     model = case.ours
 
@@ -189,6 +190,7 @@ def test_every_layout_keeps_the_change(case: Case, layout: str, tmp_path: Path) 
         assert_applied(case, path)
 
 
+@pytest.mark.slow_by_family
 @pytest.mark.parametrize("naming", ["diffusers", "original"])
 def test_its_files_are_recognised_without_a_model(case: Case, naming: str) -> None:
     """By the names and widths of the released model."""

@@ -59,6 +59,7 @@ def test_diffusers_reads_the_same_file(case: Case, tmp_path: Path) -> None:
     assert [name for name, tensor in theirs.state_dict().items() if not torch.equal(state[name], tensor)] == []
 
 
+@pytest.mark.slow_by_family
 def test_streamed_text_encoders_give_the_same_numbers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = case.ours.text_encoder
     modules = encoder.encoders.modules.values()
@@ -104,6 +105,7 @@ def test_prompts_are_encoded_as_in_diffusers(case: Case, text: str) -> None:
         torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_by_family
 def test_escaped_brackets_are_brackets_as_in_comfyui(case: Case) -> None:
     """Its tokenizers take the backslash away even where brackets are no syntax; diffusers' keep it."""
     if case.tiny.reads_weights:
@@ -153,6 +155,7 @@ def test_pictures_are_those_of_diffusers(case: Case, guidance: float) -> None:
     assert np.asarray(ours).std() > 1, "a picture, and no plain surface"
 
 
+@pytest.mark.slow_by_family
 def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
     model = case.ours
     family, denoiser = model.family, model.components.denoiser
@@ -166,6 +169,7 @@ def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_by_family
 def test_latents_go_there_and_back(case: Case) -> None:
     model = case.ours
     pixels = models.seeded("pixels", (2, 3, SIDE, 2 * SIDE), seed=0, std=0.3)
@@ -318,6 +322,7 @@ def test_a_cut_file_is_refused(case: Case, tmp_path: Path) -> None:
             case.tiny.loaded({**case.files, part: cut})
 
 
+@pytest.mark.slow_by_family
 def test_a_file_under_diffusers_names_is_the_same_denoiser(case: Case, tmp_path: Path) -> None:
     state = case.tiny.parts()["transformer"].state_dict()
     model = load_model(save(tmp_path / "diffusion_pytorch_model.safetensors", dict(state)))

@@ -109,6 +109,7 @@ def given_nothing(model: Model, conditioning: Conditioning) -> Conditioning:
     return Conditioning({name: one for name, one in conditioning.tensors.items() if name != "known"})
 
 
+@pytest.mark.slow_after(1)
 @torch.no_grad()
 def test_a_batch_is_its_samples_one_by_one(case: tuple[TinyFamily, Model]) -> None:
     _, model = case
@@ -123,6 +124,7 @@ def test_a_batch_is_its_samples_one_by_one(case: tuple[TinyFamily, Model]) -> No
     torch.testing.assert_close(ours, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_after(1)
 @torch.no_grad()
 def test_prompts_of_other_lengths_share_a_batch(case: tuple[TinyFamily, Model]) -> None:
     """512 rows always where the network finds the text behind a picture by its length."""

@@ -56,6 +56,7 @@ def trained(folders: Folders, nodes: dict[str, Any], wanted: str) -> tuple[list[
     return result[1][0]["loss"], result[0][0]
 
 
+@pytest.mark.slow
 def test_mixed_sizes_train_in_buckets_and_are_saved(folders: Folders, tiny: Model) -> None:
     losses, lora = trained(folders, graph("mixed", "4", bucket_mode=True, batch_size=2), "123478")
     assert len(losses) == 2

@@ -177,6 +177,7 @@ def test_a_training_graph_trains_on_opposites(base: Path, monkeypatch: pytest.Mo
         run(base, graph)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("by", ["references", "pairs"])
 def test_a_training_graph_trains_on_its_pairs(
     base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch, by: str

@@ -112,6 +112,7 @@ def test_the_folder_example_trains_on_images_of_several_sizes(tmp_path: Path, ti
     assert any(one.tensors["down"].any() for one in saved.state.adapters.values())
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["preserve", "text_encoder"])
 def test_examples_with_a_clip_train(tmp_path: Path, tiny: Model, name: str) -> None:
     fewer = ["20.steps=2", "20.rank=2", "20.targets=*.attn2.to_q", "20.learning_rate=0.01", "20.previews="]

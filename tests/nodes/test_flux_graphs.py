@@ -76,6 +76,7 @@ def test_parts_are_sampled_together(base: Path) -> None:
     assert outputs["decode"][0][0].shape == (1, 32, 64, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_dtype", slow_except(["default", "fp8_e4m3fn"], "fp8_e4m3fn"))
 def test_a_graph_with_peoples_habits_trains_and_samples(base: Path, weight_dtype: str) -> None:
     events: list[Event] = []

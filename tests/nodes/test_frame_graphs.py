@@ -61,6 +61,7 @@ def made(bench: Any, name: str, model: Model, folder: Path, **other: Any) -> tup
     return outputs[0][0][0], outputs[2][0]
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("name", CASES)
 def test_nodes_and_predictions_are_comfyuis(bench: Any, loaded: dict[str, tuple[Model, Path]], name: str) -> None:
     (model, folder), recorded = loaded[name], GOLDEN[name]
@@ -175,6 +176,7 @@ def training_graph(model: str, **more: dict[str, Any]) -> dict[str, dict[str, An
     }
 
 
+@pytest.mark.slow
 def test_a_graph_trains_on_clips_from_their_first_frames(
     loaded: dict[str, tuple[Model, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

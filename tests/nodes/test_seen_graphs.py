@@ -155,6 +155,7 @@ def test_a_text_encoder_that_sees_nothing_is_refused(base: Path) -> None:
         run(base, graph)
 
 
+@pytest.mark.slow
 def test_a_training_graph_trains_on_prompts_with_pictures(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pairs of two folders, by the order of their names."""
     seen = predicted_with(monkeypatch)

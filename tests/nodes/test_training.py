@@ -248,6 +248,7 @@ def test_every_algorithm_trains_with_the_nodes_own_defaults(
     assert not [text for text in bench.messages("warning") if "has no effect" in text]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["bucket_mode", "bypass_mode", "offloading"])
 def test_a_mode_that_changes_nothing_says_so(train: Make, bench: Any, name: str) -> None:
     train(steps=1, **{name: True})

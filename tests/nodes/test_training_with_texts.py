@@ -64,6 +64,7 @@ def parts(lora: Lora) -> set[str]:
     return {ref.component for ref in lora.state.adapters}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("settings", slow_except(METHODS, METHODS[0], METHODS[3]), ids=lambda one: next(iter(one)))
 def test_what_encodes_texts_trains(train: Make, bench: Any, settings: dict[str, Any]) -> None:
     result, plain = weights(train(**settings, learning_rate=1e-2)), weights(train(clip=None, learning_rate=1e-2))
@@ -87,6 +88,7 @@ def test_the_class_takes_the_place_of_the_trigger(train: Make, monkeypatch: pyte
     assert result.outputs[0][0].state.metadata["modelspec.trigger_phrase"] == "fox"
 
 
+@pytest.mark.slow
 def test_a_graph_and_the_library_train_alike(train: Make, tiny: Model, tmp_path: Path) -> None:
     """Preservation in a graph and in Python has the same losses on the same samples."""
     settings = {"preserve": "blank", "learning_rate": 1e-2}
@@ -188,6 +190,7 @@ def test_the_saved_lora_has_both_parts_and_load_lora_applies_them(bench: Any, ti
     assert not torch.equal(*contexts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", slow_except([METHODS[0], METHODS[3]], METHODS[3]), ids=lambda one: next(iter(one)))
 def test_a_cancelled_graph_goes_on(bench: Any, settings: dict[str, Any]) -> None:
     def took(stop_at: int) -> tuple[list[Event], list[float]]:

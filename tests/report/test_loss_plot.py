@@ -46,6 +46,7 @@ def test_picture_and_its_metadata() -> None:
     assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     "losses",
     [

@@ -23,6 +23,7 @@ def test_it_trains_on_the_pictures_of_the_package(tmp_path: Path, monkeypatch: p
     assert (len(program.prompts), program.strengths, [*program.steps]) == (8, (0.5, 1.0), [])
 
 
+@pytest.mark.slow
 def test_a_stopped_demo_has_its_pictures_when_it_is_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     spec = demo_spec(steps=2, seed=1, output=folder, device="cpu")

@@ -57,6 +57,7 @@ def asked(files: dict[str, Path], photos: Path, **settings: Any) -> RunSpec:
     ).resolved()
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_draws(
     files: dict[str, Path],
     photos: Path,

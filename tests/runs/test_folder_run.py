@@ -65,6 +65,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     assert "ImageEncoded" not in audience.names() and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("others", [False, True])
 def test_a_second_run_on_a_folder_is_refused_while_the_first_one_prepares(
     images: Path, tmp_path: Path, others: bool

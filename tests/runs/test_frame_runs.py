@@ -143,6 +143,7 @@ def test_without_an_edit_5b_trains_on_clips_as_text_to_video(base: Path, clips: 
     assert not any(one.conditioning.beside for one in ready.data.samples)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("model", [I2V, FLF2V])
 def test_wan21_trains_with_states_of_its_frames(base: Path, clips: Path, model: str, tmp_path: Path) -> None:
     ready = plan(replace(asked(base, clips, model), output=str(tmp_path / "run")), Small())

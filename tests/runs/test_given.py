@@ -37,6 +37,7 @@ def pictures() -> Iterator[Any]:
         yield one, "a dog"
 
 
+@pytest.mark.slow
 def test_models_and_data_in_any_form_give_one_run(tiny: ls.Model, data: ls.EncodedDataset) -> None:
     plain = ls.train(tiny, data, **SHORT).losses
     others: list[Any] = [list(data), iter(data), data[:], data[0:4]]

@@ -94,6 +94,7 @@ def cancelled_after(step: int, tiny: Model, folder: Path) -> TrainResult:
     return go(tiny, folder, on_event=listen, cancelled=lambda: step in measured)
 
 
+@pytest.mark.slow
 def test_a_preview_that_a_kill_has_cost_is_drawn_before_the_next_step(told: None, tiny: Model, tmp_path: Path) -> None:
     """The state of a step is saved before its preview is drawn."""
 

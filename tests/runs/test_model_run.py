@@ -60,6 +60,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(tiny: Model, data: 
         train(tiny, data, stepz=3)
 
 
+@pytest.mark.slow
 def test_previews_are_drawn_into_the_folder_of_the_run(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
     audience = Audience()
     asked = {"previews": "a fox", "preview_every": 1, "preview_steps": 1}

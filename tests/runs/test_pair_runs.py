@@ -57,6 +57,7 @@ def asked(klein: dict[str, Path], pairs: Path, **settings: Any) -> RunSpec:
     ).resolved()
 
 
+@pytest.mark.slow
 def test_a_run_on_pairs_is_recorded_resumed_and_reproduced(
     klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ def test_the_program_of_a_run_is_at_most_a_tenth_of_its_passes(tiny: Model) -> N
         unasked_program(TrainConfig(preview_strengths="much"), tiny, samples(side), "a fox")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("settings", "drawn"), [({}, 0), ({"previews": "a lion", "preview_steps": 1}, 3)])
 def test_a_short_run_draws_what_was_asked_for_alone(
     tiny: Model, captions: list[Conditioning], tmp_path: Path, settings: dict[str, Any], drawn: int

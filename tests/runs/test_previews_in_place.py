@@ -96,6 +96,7 @@ def test_previews_on_the_way_pack_nothing_and_change_nothing(
     assert not np.array_equal(drawn["base-1.png"], drawn["step-000002-1.png"])
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_bare_model(
     tiny: Model, data: EncodedDataset, tmp_path: Path, packings: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

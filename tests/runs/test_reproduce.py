@@ -34,6 +34,7 @@ def differences(audience: Audience) -> list[Differs]:
     return [event for event in audience.events if isinstance(event, Differs)]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_the_run_of_a_lora_is_repeated_and_its_fingerprint_taken_once(
     lora: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool

@@ -83,6 +83,7 @@ def test_a_requested_preview_and_lora_change_no_number(train: Train, tmp_path: P
     assert not (folder / REQUESTS).exists()
 
 
+@pytest.mark.slow
 def test_a_prompt_is_drawn_while_the_run_trains(train: Train, tmp_path: Path) -> None:
     folder, ids = tmp_path / "run", list[str]()
 

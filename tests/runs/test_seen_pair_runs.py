@@ -123,6 +123,7 @@ def test_the_command_line_draws_from_a_picture(
         assert picture.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_other_pictures_are_other_prompts(qwen: dict[str, Path], pairs: Path) -> None:
     model = TINY["qwen-image"].loaded(qwen)
     with Image.open(pairs / "before" / "a.png") as one, Image.open(pairs / "before" / "b.png") as other:
@@ -152,6 +153,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(qwen: dict[str, Path], pairs
     assert "needs the text encoder qwen25vl" in told(ModelError, replace(model, components=components), 1)
 
 
+@pytest.mark.slow
 def test_the_memory_plan_counts_tokens_of_controls_and_of_what_is_seen(
     qwen: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_family_without_one_name_there_has_its_own(tmp_path: Path, family: str
     assert civitai["trainedWords"] == [] and user["activation text"] == ""
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("private", [False, True])
 def test_a_run_writes_them_on_request_and_a_private_one_no_more_than_its_lora_has(
     images: Path, tmp_path: Path, private: bool

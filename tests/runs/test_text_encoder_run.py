@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image, ImageChops
 
 from lorasmith.formats.container import read_safetensors
@@ -38,6 +39,7 @@ def drawn(images: Path, folder: Path, **settings: Any) -> list[int]:
     return distances
 
 
+@pytest.mark.slow
 def test_previews_are_drawn_with_the_trained_encoder(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "text"
     first, last, half = drawn(images, folder, train_text_encoder=True, text_encoder_rate=0.05)
@@ -59,6 +61,7 @@ def test_previews_are_drawn_with_the_new_word(images: Path, tmp_path: Path) -> N
     assert bundle["bundle_emb.cat.clip_l"].equal(beside["clip_l"])
 
 
+@pytest.mark.slow
 def test_a_run_with_a_new_word_is_resumed_to_the_bit(images: Path, tmp_path: Path) -> None:
     word = {"trigger": "cat", "new_word": "cat", "new_word_vectors": 2, "steps": 3}
     run(planned(images, tmp_path / "whole", **word), Host())

@@ -155,6 +155,7 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker, mo
     assert [path.name for path in (worker.base / "runs").iterdir()] == ["lora-001"]
 
 
+@pytest.mark.slow
 def test_methods_and_text_encoders_train_from_the_page(worker: Worker) -> None:
     settings = {"preserve": "class", "preserve_class": "dog", "train_text_encoder": True, "activations": "auto"}
     asked = JobBody(
@@ -168,6 +169,7 @@ def test_methods_and_text_encoders_train_from_the_page(worker: Worker) -> None:
     assert {name: record.asked[name] for name in settings} == settings
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("beside", [None, "", "notes.txt"])
 def test_a_training_with_an_output_has_its_run_there(worker: Worker, beside: str | None) -> None:
     folder = worker.base / "runs/some-sweep/rank-2"
@@ -297,6 +299,7 @@ def test_settings_that_cannot_be_measured_are_refused(worker: Worker) -> None:
     assert "a measurement needs a model" in worker.refused("measure", {"settings": {}})
 
 
+@pytest.mark.slow
 def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
     worker.run("train", {**TRAINING, "settings": {**SETTINGS, "learning_rate": 0.1}})
     request = {

@@ -50,6 +50,7 @@ def by_step(run: Path) -> list[Mapping[str, Tensor]]:
     ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.08, 0.1])
 def test_it_is_the_weighted_mean_of_all_steps(whole: Path, tiny: Model, tmp_path: Path, sigma_rel: float) -> None:
     done = average_run(whole, tmp_path / "average.safetensors", sigma_rel=sigma_rel)
@@ -83,6 +84,7 @@ def test_what_is_missing_is_named(whole: Path, tmp_path: Path) -> None:
         average_run(tmp_path / "run", tmp_path / "none.safetensors", sigma_rel=0.08)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("settings", [{"lora_dtype": "bf16"}, {"tlora": "orthogonal"}], ids=["bf16", "with a start"])
 def test_other_files_are_averaged_too(tiny: Model, tmp_path: Path, whole: Path, settings: dict[str, Any]) -> None:
     run = trained(tiny, tmp_path / "dog", steps=8, post_hoc_ema=4, save_every=1, **settings)

@@ -173,6 +173,7 @@ def test_a_repair_takes_out_nothing_but_the_module_at_fault(tmp_path: Path) -> N
     assert all(torch.equal(mended[key], tensors[key]) for key in mended)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("algorithm", ["lora", "dora", "glora"])
 def test_an_effect_is_measured_against_the_weights_of_a_named_model(
     tmp_path: Path, tiny: Model, algorithm: str

@@ -50,6 +50,7 @@ def change(weights: AdapterWeights) -> Tensor:
     return up @ down * ((weights.alpha or len(down)) / len(down))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("alpha", slow_except([2.0, 3.0], 3.0))
 @pytest.mark.parametrize(("first", "second"), slow_except(PAIRS, *PAIRS[::6]))
 def test_there_and_back_again(tmp_path: Path, tiny: Model, first: str, second: str, alpha: float) -> None:

@@ -31,6 +31,7 @@ def change(model: Model, patches: Sequence[Patch]) -> dict[str, Tensor]:
         return {name: one.detach().float() - before[name] for name, one in module.named_parameters()}
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("algorithm", ["loha", "lokr", "oft", "lora"])
 @pytest.mark.parametrize("rank", [400, None])
 def test_every_algorithm_comes_out(tiny: Model, algorithm: str, rank: int | None) -> None:

@@ -153,6 +153,7 @@ ENCODER_FILES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ENCODER_FILES)
 def test_a_lora_of_a_text_encoder_alone(tiny: Model, tiny_file: Path, tmp_path: Path, name: str) -> None:
     """Read, applied, converted and merged; the denoiser stays as it is."""
@@ -190,6 +191,7 @@ def test_a_lora_of_a_text_encoder_alone(tiny: Model, tiny_file: Path, tmp_path: 
         torch.testing.assert_close(folded.read(one), theirs.get_submodule(path).weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("layout", ["kohya", "comfy", "diffusers", "ai-toolkit", "peft", "portable"])
 def test_a_rank_for_each_layer_passes_through_every_layout(
     tiny: Model, tiny_file: Path, tmp_path: Path, layout: str

@@ -141,6 +141,7 @@ def test_the_export_is_the_shipped_file(tiny: Model) -> None:
     assert architecture["defaults"] == DEFAULTS
 
 
+@pytest.mark.slow
 def test_the_transformer_is_a_family_whose_tokens_can_be_routed(tiny: Model, tmp_path: Path) -> None:
     ls.register("families", DRAWING_TRANSFORMER, DrawingTransformer)
     network = build().eval()

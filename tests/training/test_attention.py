@@ -170,6 +170,7 @@ def test_where_a_run_chooses(tiny: Model) -> None:
     assert any("attention cudnn has no effect on the CPU" in note for note in job.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measuring")
 def test_a_resumed_run_keeps_its_kernel(
     run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], tmp_path: Path

@@ -122,6 +122,7 @@ def test_replayed_steps_with_token_routing(tmp_path: Path) -> None:
 FEW: dict[str, Any] = {"targets": "*.0.attn2.to_q", "grad_accumulation_steps": 1}
 
 
+@pytest.mark.slow
 def test_gradients_that_are_added_at_once_as_on_a_gpu_are_captured(
     tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_each_shape_has_a_graph(tiny: Model, mixed: EncodedDataset, monkeypatch:
     assert len(assert_replayed(tiny, data, steps=12, **FEW | {"batch_size": 1})) == 2  # the third is computed without
 
 
+@pytest.mark.slow
 def test_a_resumed_run_captures_again_and_is_the_same(tiny: Model, dataset: EncodedDataset) -> None:
     def loop(*, graphs: bool, until: int | None = None) -> Loop:
         return Loop(engine_of(planned(tiny, graphs=graphs, steps=8, **FEW)), dataset, until=until)

@@ -43,6 +43,7 @@ def test_a_rate_that_rises_later_is_waited_for(run: Run, dataset: EncodedDataset
     assert named(run, dataset, learning_rate=3e-4, schedule="cosine", warmup_steps=7) == []
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -81,6 +81,7 @@ def test_a_batch_of_four_is_four_accumulated_batches_of_one(
     assert_same(tensors(together), tensors(apart), rtol=2e-2)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_added_as_on_a_gpu_are_the_same(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, dtype: str

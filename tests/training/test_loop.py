@@ -98,7 +98,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(SETTINGS, "validated"))
+@pytest.mark.parametrize("name", slow_except(SETTINGS, "validated", "T-LoRA", "pairs"))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(
     run: Run, tiny: Model, mixed: EncodedDataset, tmp_path: Path, name: str

@@ -79,6 +79,7 @@ def test_a_loss_that_computes_what_ours_does_trains_the_same(
     assert not same(ours, run(masked, loss=lambda *compared: 2 * squared(*compared), **common))
 
 
+@pytest.mark.slow
 def test_runs_together_have_their_own_losses_optimizers_and_schedules(tiny: ls.Model, dataset: EncodedDataset) -> None:
     own: list[dict[str, Any]] = [
         {"loss": squared, "schedule": falling},

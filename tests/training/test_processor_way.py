@@ -179,6 +179,7 @@ def test_a_step_is_timed_without_training(tiny: Model, dataset: EncodedDataset, 
     assert torch.equal(stream, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_format_and_threads(
     run: Run,
     dataset: EncodedDataset,

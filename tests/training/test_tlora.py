@@ -94,6 +94,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("lever", slow_except(LEVERS, "orthogonal", "power and least", "checkpointing"))
 def test_each_sample_trains_the_ranks_of_its_level(tiny: Model, dataset: EncodedDataset, lever: str) -> None:
     job = moved(planned(tiny, **({"batch_size": 4} | LEVERS[lever])))
@@ -171,6 +172,7 @@ def predictions(model: Denoiser, time: Tensor) -> Tensor:
         return model.predict(latents.repeat(len(time), 1, 1, 1), time, Conditioning(tensors))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("tlora", ["plain", "orthogonal"])
 @pytest.mark.parametrize("name", ["tiny", "flux"])
 def test_a_file_is_applied_with_the_ranks_of_each_sample(
@@ -235,6 +237,7 @@ def test_held_out_losses_use_the_ranks_of_their_level(tiny: Model, dataset: Enco
     assert ((found - everything).abs() > 1e-4).any()
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_to_the_bit_with_its_averages(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 4, "tlora": "orthogonal", "rank_dropout": 0.3, "post_hoc_ema": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"

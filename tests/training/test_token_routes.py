@@ -145,6 +145,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("lever", LEVERS)
 def test_levers_of_memory_keep_the_numbers(
     flux: Model, data: EncodedDataset, small_is_worth_it: None, lever: str
@@ -177,6 +178,7 @@ def test_compiled_blocks_are_one_graph_of_a_kind_and_number_of_tokens(
     torch._dynamo.reset()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "variant", [{}, {"algorithm": "LoKr"}, {"algorithm": "OFT"}, {"dora": "input"}, {"rank_dropout": 0.3}]
 )
@@ -187,6 +189,7 @@ def test_micro_batches_have_the_routes_of_a_batch(flux: Model, data: EncodedData
     assert together.losses == pytest.approx(apart.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_state_bit_for_bit(flux: Model, data: EncodedDataset) -> None:
     first = Trainer(flux, data, **RUN)
     for step in first:

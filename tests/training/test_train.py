@@ -110,6 +110,7 @@ def test_what_belongs_to_no_layer_of_the_denoiser_is_carried_along(
         assert torch.equal(saved[key], tensor), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_except(["kohya", "comfy", "diffusers"], "diffusers"))
 def test_any_layout_can_be_continued(run: Run, dataset: EncodedDataset, tmp_path: Path, layout: str) -> None:
     first = run(dataset, steps=2, targets="all", learning_rate=1e-2)

@@ -76,6 +76,7 @@ def trained(model: Trainable, data: EncodedDataset, output: Path | None = None, 
     return run(Plan(job=job, data=data, output=output), Doors())
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("diffusion", ["flow", "epsilon", "v"])
 @pytest.mark.parametrize("changes", [{}, {"training_dtype": "bf16"}, {"quantization": "int8", "algorithm": "LoKr"}])
 def test_it_learns_and_is_left_as_it_was(
@@ -194,6 +195,7 @@ def clips() -> EncodedDataset:
     )
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT", "BOFT", "GLoRA", "Full"])
 def test_convolutions_are_trained_where_no_linear_layer_is_called(clips: EncodedDataset, algorithm: str) -> None:
     result = trained(Trainable(Frames()), clips, algorithm=algorithm)

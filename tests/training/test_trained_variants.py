@@ -95,6 +95,7 @@ def trained(quick: Run) -> Callable[[dict[str, Any]], TrainResult]:
 TRAINED: dict[str, TrainResult] = {}
 
 
+@pytest.mark.slow_after(2)
 @some
 def test_it_starts_as_the_model_itself_and_moves(
     quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]
@@ -126,6 +127,7 @@ def test_half_precision_follows(quick: Run, trained: Callable[..., TrainResult],
     assert half.losses == pytest.approx(full.losses, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     slow_except(["DoRA with dropout", "DoRA of PiSSA", "Tucker", "OFT", "LoKr", "norms and biases"], "LoKr"),

@@ -41,6 +41,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("changes", [{}, {"grad_accumulation_steps": 2, "ema_decay": 0.9, "rank_dropout": 0.2}])
 def test_its_numbers_are_those_of_a_run(tiny: Model, mixed: EncodedDataset, changes: dict[str, Any]) -> None:
     settings = {**SETTINGS, "steps": 4, **changes}
@@ -159,6 +160,7 @@ def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: Enc
     assert equal(tensors(back), tensors(whole))
 
 
+@pytest.mark.slow
 def test_one_loop_steps_a_trainer(tiny: Model, dataset: EncodedDataset) -> None:
     trainer = Trainer(tiny, dataset, **SETTINGS, steps=3)
     first = iter(trainer)

@@ -153,6 +153,7 @@ def test_a_folder_that_is_none_is_refused(folders: Folders, folder: str) -> None
         train_request(folders, JobBody(model="lorasmith-tiny", folder=folder))
 
 
+@pytest.mark.slow
 def test_a_plan_says_which_photo_lacks_its_control(folders: Folders) -> None:
     dog = folders.place("input") / "pairs"
     (dog / "control").mkdir(parents=True)

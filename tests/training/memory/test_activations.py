@@ -43,6 +43,7 @@ def test_no_bit_changes(tiny: Model, dataset: EncodedDataset, algorithm: str) ->
         assert_same(one_step(tiny, dataset, {"activations": kind}, **settings), expected)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.pairwise(kind=SPARING, dtype=["fp32", "bf16"], depth=[0, 1])
 def test_no_bit_changes_in_a_transformer(flux: Model, kind: str, dtype: str, depth: int) -> None:
     data = flux_dataset()

@@ -246,6 +246,7 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
     assert graphs() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "share", "depth"),
     slow_except([("none", 1.0, 0), ("nf4", 1.0, 1), ("int8", 0.5, 0), ("fp8_e4m3", 0.5, 1)], ("int8", 0.5, 0)),

@@ -77,6 +77,7 @@ def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
 EVERY_KIND = [kind for kind in PACKINGS if kind != "none"]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dora", slow_except(["input", "output"], "output"))
 @pytest.mark.parametrize("kind", slow_except(EVERY_KIND, "nf4", "fp8_e4m3"))
 def test_the_magnitudes_of_dora_learn_on_packed_weights(
@@ -126,6 +127,7 @@ def test_a_difference_of_a_lora_beside_the_weights_counts_once(tiny: Model, data
     assert torch.equal(*found)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("changes", [{}, {"offloading": True}], ids=str)
 def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
     dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -178,6 +180,7 @@ def patched(tiny: Model, *, strength: float = 0.7) -> Denoiser:
 SMALL: dict[str, Any] = {"steps": 2, "width": 64, "height": 64}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("strength", [0.0, 0.7])
 def test_a_lora_beside_weights_that_stay_as_stored_draws_what_the_merged_one_draws(
     strength: float, monkeypatch: pytest.MonkeyPatch
@@ -228,6 +231,7 @@ PRODUCTS_OF = [
 ]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("products", "kind"), PRODUCTS_OF)
 @pytest.mark.parametrize("changes", slow_except([{}, {"offloading": True}, {"checkpoint_depth": 1}], {}), ids=str)
 def test_products_are_those_of_the_unpacked_weights_to_rounding(
@@ -326,6 +330,7 @@ def test_the_name_of_a_graph_for_products_in_fp8_is_read_and_kept_in_one_place()
         TrainConfig(quantized_backward=True, products="int8")
 
 
+@pytest.mark.slow
 @needs_int8
 def test_a_run_with_products_in_int8_continues_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 4, "quantization": "int8_convrot", "products": "int8", "targets": "attention"}
@@ -485,6 +490,7 @@ class Transformer(nn.Module):
         return x
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.pairwise(depth=[0, 1], kind=["none", "int8", "nf4"])
 def test_a_model_of_twice_the_budget_trains_within_it(kind: str, depth: int) -> None:
     torch.manual_seed(0)

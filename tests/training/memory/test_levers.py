@@ -52,6 +52,7 @@ def plain_step(tiny: Model, dataset: EncodedDataset, flux: Model) -> Step:
     return step
 
 
+@pytest.mark.slow_after(8)
 @pytest.mark.pairwise(
     kind=[kind for kind in PACKINGS if not kind.endswith("_tensor")],  # those are scaled for the whole weight
     kept=list(get_args(Activations)),
@@ -70,6 +71,7 @@ def test_all_of_them_together(
 HARDEST = (("selective", 0), ("host", 2))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("variant", "kept", "depth"),
     [

@@ -88,6 +88,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("changes", slow_except(CHANGES, CHANGES[0], CHANGES[-1]), ids=str)
 def test_a_step_is_that_of_the_plain_weights(pair: Pair, changes: dict[str, Any]) -> None:
     assert_same_step(pair, changes)
@@ -152,6 +153,7 @@ def test_codes_of_a_file_are_multiplied_in_their_format(
     assert torch.cosine_similarity(one, other, dim=0) > (0.9 if products == "nvfp4" else 0.97)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("bypass_mode", slow_except([False, True], True))
 def test_training_works_whatever_bypass_mode_says(pair: Pair, bypass_mode: bool) -> None:
     packed, plain = (run(model, bypass_mode=bypass_mode) for model in pair)
@@ -199,6 +201,7 @@ def test_it_predicts_what_its_weights_do(tmp_path: Path, kind: str) -> None:
     assert 0 < (found - original).norm() < 5 * packed_files.ROUNDING[kind] * original.norm()
 
 
+@pytest.mark.slow_after(1)
 def test_adapters_start_from_the_weights_with_what_runs_beside_them(pair: Pair) -> None:
     packed, plain = pair
     lora = run(plain, learning_rate=1e-2).lora
@@ -218,6 +221,7 @@ def test_adapters_start_from_the_weights_with_what_runs_beside_them(pair: Pair) 
     assert packed_layers(packed.components.denoiser) == before
 
 
+@pytest.mark.slow_after(1)
 def test_a_difference_of_a_whole_weight_runs_beside_codes(pair: Pair) -> None:
     packed, plain = pair
     lora = run(plain, algorithm="Full", learning_rate=1e-2).lora
@@ -230,6 +234,7 @@ def test_a_model_of_other_codes_is_another_one(pair: Pair) -> None:
     assert_codes_are_in_the_print(pair)
 
 
+@pytest.mark.slow_after(1)
 def test_a_model_of_other_codes_is_another_one_in_other_formats(pair_of_kind: Pair) -> None:
     assert_codes_are_in_the_print(pair_of_kind)
 

@@ -33,6 +33,7 @@ def texts(tiny: Model, dataset: EncodedDataset) -> EncodedDataset:
     return EncodedDataset(dataset.samples[:4], EncodedCaptions(tiny.text_encoder.encode))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("settings", [{"preserve": "blank"}, SLIDER])
 def test_memory_is_planned_without_their_texts(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
     plain = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "training_dtype": "fp32", **settings}
@@ -63,6 +64,7 @@ def test_pictures_of_the_class_are_held_to_the_base_model(tiny: Model, texts: En
     check(gradients(tiny, data, reference, prior_target="model"))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("objective", ["native", "x0"])
 def test_the_base_model_is_the_target_outside_of_masks(tiny: Model, texts: EncodedDataset, objective: str) -> None:
     kind = PARAMETERIZATIONS[tiny.denoiser.diffusion.parameterization]
@@ -132,6 +134,7 @@ def test_the_guidance_of_training_is_the_networks_input(flux: Model, flux_texts:
     assert train(flux, flux_texts, steps=1, rank=2, training_guidance=1.0).losses != plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("neutral", "anchors"),
     slow_except(itertools.product([None, "a bus"], [None, "a dog | a car"]), ("a bus", "a dog | a car")),
@@ -155,6 +158,7 @@ def test_a_slider_moves_to_both_ends(
     check(gradients(tiny, texts, reference, **settings, gradient_checkpointing=True))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("settings", [{}, {"pissa": True}, {"targets": "all"}, {"alpha": 2.0}])
 def test_the_change_of_the_weights_has_a_price(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(rank=4, weight_change=0.3, training_dtype="fp32", **settings), "cpu")

@@ -58,6 +58,7 @@ def of_slider(kind: str, focus: float) -> Any:
     return reference
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -74,6 +74,7 @@ def gradients(job: TrainJob, data: EncodedDataset) -> tuple[Tensor, Tensor]:
     return whole, engine.flat.grad.clone()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("lever", slow_except(LEVERS, "LoRA", "OFT", "DoRA of outputs", "checkpointing", "mixed sizes"))
 def test_the_gradient_is_the_plain_one_and_that_of_the_term(tiny: Model, texts: EncodedDataset, lever: str) -> None:
     settings = {"batch_size": 2, **LEVERS[lever]}
