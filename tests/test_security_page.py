@@ -524,17 +524,14 @@ REQUESTS = {
         "server/questions/test_run_questions.py test_links_out_of_a_run_are_not_followed"
     ),
     "removal, and upload that overwrites": (
-        "server/questions/test_dataset_questions.py test_what_is_removed_is_moved, "
         "server/comfyui/test_user_files.py test_workflows_are_written_read_listed_moved_and_set_aside, "
         "server/comfyui/test_file_routes.py test_what_an_upload_replaces_is_set_aside, "
-        "server/api/test_dataset_endpoints.py test_a_dataset_that_a_job_needs_is_not_removed, "
+        "server/api/test_dataset_endpoints.py test_what_is_removed_is_moved "
+        "test_a_dataset_that_a_job_needs_is_not_removed, "
         "server/api/test_run_endpoints.py test_a_run_is_named_starred_noted_removed_and_brought_back"
     ),
     "return of a run": "server/api/test_run_endpoints.py test_a_run_is_named_starred_noted_removed_and_brought_back",
-    "caption": (
-        "server/questions/test_dataset_questions.py test_a_caption_is_replaced_if_it_is_the_one_that_was_seen, "
-        "server/api/test_dataset_endpoints.py test_a_stale_caption_is_refused_with_the_one_that_is_there"
-    ),
+    "caption": "server/api/test_dataset_endpoints.py test_a_caption_is_replaced_if_it_is_the_one_that_was_seen",
     "settings of the editor": (
         "server/comfyui/test_user_files.py test_settings_that_cannot_be_read_are_set_aside_before_others_are_written"
     ),

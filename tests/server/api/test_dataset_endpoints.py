@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,84 @@ def test_a_dataset_from_its_name_to_its_end(tmp_path: Path) -> None:
     with_api(tmp_path, test)
 
 
-def test_a_stale_caption_is_refused_with_the_one_that_is_there(tmp_path: Path) -> None:
+@pytest.fixture
+def dog(tmp_path: Path) -> Path:
+    """A dataset of three pictures, two of them with captions."""
+    folder = tmp_path / "input" / "dog"
+    folder.mkdir(parents=True)
+    for number, colour in ((1, "red"), (2, "green"), (10, "blue")):
+        (folder / f"{number}.png").write_bytes(png(colour))
+    (folder / "1.txt").write_text("a dog\non grass\n")
+    (folder / "2.caption").write_text("a dog in snow")
+    return folder
+
+
+CAPTIONS = "/datasets/dog/captions"
+
+
+async def captions(client: Client) -> list[str]:
+    return [one["caption"] for one in (await client.ask("GET", "/datasets/dog"))["images"]]
+
+
+def test_captions_are_written_and_taken_away(tmp_path: Path, dog: Path) -> None:
     async def test(client: Client) -> None:
-        shutil.copytree(FOX, tmp_path / "input" / "dog")
-        at = "/datasets/dog/captions"
-        there = (await client.ask("GET", "/datasets/dog"))["images"][0]["caption"]
-        first, second = ({"caption": text, "seen": there} for text in ("one tab", "another"))
-        await client.ask("PUT", at, {"fox_1.png": first})
-        error = (await client.ask("PUT", at, {"fox_1.png": second}, status=409))["error"]
-        assert (error["kind"], error["details"]) == ("StaleCaptionError", {"fox_1.png": "one tab"})
-        await client.ask("PUT", at, {"fox_1.png": {**second, "seen": "one tab"}})
-        await client.error("PUT", at, {"fox_1.png": {"seen": "another"}}, status=400)
+        written = {"1.png": "a dog\non grass", "2.png": "", "10.png": "  ten  "}
+        assert (await client.ask("PUT", CAPTIONS, written))["changed"] == 2
+        assert await captions(client) == ["a dog\non grass", "", "ten"]
+        assert not (dog / "2.caption").exists()
+        assert len(list((tmp_path / "user/lorasmith/removed").rglob("2.caption"))) == 1
+
+    with_api(tmp_path, test)
+
+
+def test_one_wrong_caption_writes_none(tmp_path: Path, dog: Path) -> None:
+    async def test(client: Client) -> None:
+        for wrong, text, status, said in (
+            ("gone.png", "x", 404, "no picture 'gone.png'"),
+            ("2.png", "x" * 20_001, 400, "at most 20,000 characters"),
+            ("../x.png", "x", 404, "no picture"),
+        ):
+            assert said in await client.error("PUT", CAPTIONS, {"1.png": "new", wrong: text}, status=status)
+        assert (dog / "1.txt").read_text() == "a dog\non grass\n"
+
+    with_api(tmp_path, test)
+
+
+def test_a_caption_is_replaced_if_it_is_the_one_that_was_seen(tmp_path: Path, dog: Path) -> None:
+    async def test(client: Client) -> None:
+        async def write(status: int = 200, **edits: Any) -> Any:
+            """Store captions of pictures such as `1.png`, by number: a text, or a text and the one that was seen."""
+            body = {f"{key[1:]}.png": {"caption": one[0], "seen": one[1]} for key, one in edits.items()}
+            return await client.ask("PUT", CAPTIONS, body, status=status)
+
+        first, snow = "a dog\non grass", "a dog in snow"
+        assert (await write(_1=("from one tab", first)))["changed"] == 1
+        error = (await write(409, _1=("from another", first), _2=("new", snow)))["error"]
+        assert (error["kind"], error["details"]) == ("StaleCaptionError", {"1.png": "from one tab"})
+        assert "1.png was changed elsewhere, and nothing" in error["message"]
+        assert (await captions(client))[:2] == ["from one tab", snow]
+        await write(409, _1=("", first))
+        assert (await write(_1=("from one tab", first)))["changed"] == 0  # sent again after a lost answer
+        # White space is stored as it is read.
+        assert (await write(_1=("from  another ", " from one  tab\n")))["changed"] == 1
+        assert (await client.ask("PUT", CAPTIONS, {"1.png": "last"}))[
+            "changed"
+        ] == 1  # by a script that has seen nothing
+        await client.error("PUT", CAPTIONS, {"1.png": {"seen": "last"}})
+        log = (tmp_path / "user" / "lorasmith" / "removed" / "dog-captions.jsonl").read_text().splitlines()
+        replaced = [(one["file"], one["caption"]) for one in map(json.loads, log)]
+        assert replaced == [("1.png", first), ("1.png", "from one tab"), ("1.png", "from another")]
+
+    with_api(tmp_path, test)
+
+
+def test_what_is_removed_is_moved(tmp_path: Path, dog: Path) -> None:
+    async def test(client: Client) -> None:
+        removed = tmp_path / (await client.ask("DELETE", "/datasets/dog/images/1.png"))["removed"]
+        assert {path.name for path in removed.iterdir()} == {"1.png", "1.txt"}
+        again = tmp_path / (await client.ask("DELETE", "/datasets/dog"))["removed"]
+        assert {path.name for path in (again / "dog").iterdir()} == {"2.png", "2.caption", "10.png"}
+        assert removed != again and not dog.exists()
 
     with_api(tmp_path, test)
 
@@ -158,6 +226,8 @@ def test_pictures_are_served_as_pictures_and_small_ones_are_cached(tmp_path: Pat
         assert client.context.assistant.asked[asked:] == [  # type: ignore[attr-defined]
             ("picture_file", {"name": "dog", "file": "fox_1.png"})
         ]
+        async with client.http.get(f"{AT}/datasets/fox/images/fox_1.png?width=32") as response:
+            assert response.status == 200, "of the package"
         await client.error("GET", "/datasets/dog/images/evil.png?width=32")
         await client.error("GET", "/datasets/dog/images/fox_1.png?width=9999999")
         await client.error("GET", "/datasets/dog/images/LICENSE.txt", status=404)
@@ -182,17 +252,37 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "a list": ("POST", "/datasets", [1], 400, "must be an object"),
     "captions of numbers": ("PUT", "/datasets/fox/captions", {"fox_1.png": 1}, 400, "must be text"),
     "the package": ("PUT", "/datasets/fox/captions", {"fox_1.png": "x"}, 400, "belongs to Lorasmith"),
+    "the package as a whole": ("DELETE", "/datasets/fox", None, 400, "belongs to Lorasmith"),
+    "a picture of the package": ("DELETE", "/datasets/fox/images/fox_1.png", None, 400, "belongs to Lorasmith"),
+    "one more for the package": ("POST", "/datasets/fox/images", {}, 400, "belongs to Lorasmith"),
+    "no optimizer": ("GET", "/datasets/fox/check?optimizer=os.system", None, 400, "would run code"),
+    "no schedule": ("GET", "/datasets/fox/check?schedule=os:system", None, 400, "would run code"),
+    "no loss": ("GET", "/datasets/fox/check?loss_function=os:system", None, 400, "would run code"),
+    "no steps": ("GET", "/datasets/fox/check?steps=0", None, 400, "between"),
     "a setting": ("GET", "/datasets/fox/check?resolutoin=3", None, 400, "unknown option 'resolutoin'"),
     "a number": ("GET", "/datasets/fox/check?resolution=a", None, 400, "resolution must be a number"),
     "a folder of masks": ("GET", "/datasets/fox/check?masks=files&mask_folder=/etc", None, 400, "is not for requests"),
     "links": ("GET", "/datasets/fox/check?follow_links=true", None, 400, "follow_links is not for requests"),
     "a model": ("GET", "/datasets/fox/check?model=gone.safetensors", None, 400, "gone.safetensors"),
-}
+    **{
+        f"no dataset {name}": ("GET", f"/datasets/{name}", None, 404, "there is no dataset")
+        for name in ("..%2Fdog", "dog%2F..%2Fdog", "a%5Cb", "c%3A", ".hidden", "x%00")
+    },
+    **{
+        f"no picture {file}, {method}{width}": (
+            method, f"/datasets/dog/images/{file}{width}", None, 404, "there is no picture",
+        )
+        for file in ("..%2Fdog%2Ffox_1.png", "fox_1.txt", "gone.png", "x%00.png", ".fox_1.png", "a%2Ffox_1.png")
+        for method, width in (("GET", ""), ("GET", "?width=32"), ("DELETE", ""))
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return refusals_of(REFUSED, tmp_path_factory.mktemp("refusals"))
+    base = tmp_path_factory.mktemp("refusals")
+    shutil.copytree(FOX, base / "input" / "dog")
+    return refusals_of(REFUSED, base)
 
 
 @pytest.mark.parametrize("case", REFUSED)

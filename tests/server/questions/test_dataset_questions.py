@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -47,13 +46,6 @@ def write(folders: Folders, captions: dict[str, str], **seen: str) -> int:
     """Store captions in `dog`, having `seen` those of pictures such as `1.png`, by number."""
     edits = {file: CaptionEdit(caption=text, seen=seen.get(f"_{file[:-4]}")) for file, text in captions.items()}
     return dataset_changes.set_captions(folders, "dog", edits).changed
-
-
-def kept(folders: Folders) -> list[tuple[str, str]]:
-    """The captions that were replaced: picture and text."""
-    log = folders.base / "user" / "lorasmith" / "removed" / "dog-captions.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [(one["file"], one["caption"]) for one in map(json.loads, lines)]
 
 
 def sent(tmp_path: Path, content: bytes | Image.Image, kind: str = "png") -> str:
@@ -127,22 +119,6 @@ def test_captions_of_a_metadata_file_are_shown_and_a_text_replaces_them(folders:
     assert questions.dataset(folders, "dog").images[2].caption == "from metadata"
     assert write(folders, {"10.png": "mine"}, _10="from metadata") == 1
     assert questions.dataset(folders, "dog").images[2].caption == "mine"
-
-
-NO_NAMES = ["", ".", "..", "../dog", "dog/../dog", "a\\b", "c:", ".hidden", "x\x00", "gone"]
-
-
-@pytest.mark.parametrize("name", NO_NAMES)
-def test_a_name_that_is_no_dataset_is_unknown(folders: Folders, dog: Path, name: str) -> None:
-    with pytest.raises(UnknownFileError, match="there is no dataset"):
-        questions.dataset(folders, name)
-
-
-@pytest.mark.parametrize("file", ["", "..", "../dog/1.png", "1.txt", "gone.png", "x\x00.png", ".1.png", "a/1.png"])
-def test_a_file_that_is_no_picture_is_unknown(folders: Folders, dog: Path, file: str) -> None:
-    for ask in (questions.thumbnail, questions.picture_file, dataset_changes.remove_image):
-        with pytest.raises(UnknownFileError, match="there is no picture"):
-            ask(folders, "dog", file)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
@@ -317,45 +293,6 @@ def test_an_uploaded_text_is_a_caption(folders: Folders, dog: Path, tmp_path: Pa
         assert (dog / answer["added"]).read_text().split() == content.decode().split()
 
 
-def test_captions_are_written_and_taken_away(folders: Folders, dog: Path) -> None:
-    assert write(folders, {"1.png": "a dog\non grass", "2.png": "", "10.png": "  ten  "}) == 2
-    assert [one.caption for one in questions.dataset(folders, "dog").images] == ["a dog\non grass", "", "ten"]
-    assert not (dog / "2.caption").exists()
-    assert len(list((folders.base / "user/lorasmith/removed").rglob("2.caption"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("captions", "error", "match"),
-    [
-        ({"1.png": "new", "gone.png": "x"}, UnknownFileError, "no picture 'gone.png'"),
-        ({"1.png": "new", "2.png": "x" * 20_001}, OptionError, "at most 20,000 characters"),
-        ({"1.png": "new", "../x.png": "x"}, UnknownFileError, "no picture"),
-    ],
-)
-def test_one_wrong_caption_writes_none(
-    folders: Folders, dog: Path, captions: dict[str, str], error: type[Exception], match: str
-) -> None:
-    with pytest.raises(error, match=match):
-        write(folders, captions)
-    assert (dog / "1.txt").read_text() == "a dog\non grass\n"
-
-
-def test_a_caption_is_replaced_if_it_is_the_one_that_was_seen(folders: Folders, dog: Path) -> None:
-    assert write(folders, {"1.png": "from one tab"}, _1="a dog\non grass") == 1
-    with pytest.raises(dataset_changes.StaleCaptionError, match=r"1\.png was changed elsewhere, and nothing") as stale:
-        write(folders, {"1.png": "from another", "2.png": "new"}, _1="a dog\non grass", _2="a dog in snow")
-    assert stale.value.details == {"1.png": "from one tab"}
-    assert [one.caption for one in questions.dataset(folders, "dog").images][:2] == ["from one tab", "a dog in snow"]
-    with pytest.raises(dataset_changes.StaleCaptionError):
-        write(folders, {"1.png": ""}, _1="a dog\non grass")
-    assert write(folders, {"1.png": "from one tab"}, _1="a dog\non grass") == 0  # sent again after a lost answer
-    assert (
-        write(folders, {"1.png": "from  another "}, _1=" from one  tab\n") == 1
-    )  # white space is stored as it is read
-    assert write(folders, {"1.png": "last"}) == 1  # by a script that has seen nothing
-    assert kept(folders) == [("1.png", "a dog\non grass"), ("1.png", "from one tab"), ("1.png", "from another")]
-
-
 def test_a_caption_file_that_cannot_be_read_is_set_aside(folders: Folders, dog: Path) -> None:
     (dog / "1.txt").write_bytes(b"zero\x00byte")
     assert write(folders, {"1.png": "new"}, _1="") == 1
@@ -378,28 +315,6 @@ def test_what_is_removed_comes_back(folders: Folders, dog: Path) -> None:
     assert {one.name: one.read_bytes() for one in dog.iterdir()} == before
     with pytest.raises(UnknownFileError):
         dataset_changes.restore_removed(folders, "dog", removed=removed)
-
-
-def test_what_is_removed_is_moved(folders: Folders, dog: Path) -> None:
-    removed = folders.base / dataset_changes.remove_image(folders, "dog", "1.png").removed
-    assert {path.name for path in removed.iterdir()} == {"1.png", "1.txt"}
-    again = folders.base / dataset_changes.remove_dataset(folders, "dog").removed
-    assert {path.name for path in (again / "dog").iterdir()} == {"2.png", "2.caption", "10.png"}
-    assert removed != again and not dog.exists()
-
-
-def test_the_package_stays_as_it_is(folders: Folders, tmp_path: Path) -> None:
-    assert questions.dataset(folders, "fox").builtin
-    assert questions.thumbnail(folders, "fox", "fox_1.png")
-    changes: dict[str, Any] = {
-        "remove": lambda: dataset_changes.remove_dataset(folders, "fox"),
-        "image": lambda: dataset_changes.remove_image(folders, "fox", "fox_1.png"),
-        "captions": lambda: dataset_changes.set_captions(folders, "fox", {"fox_1.png": CaptionEdit(caption="x")}),
-        "add": lambda: dataset_changes.add_image(folders, "fox", file="x.png", temporary=sent(tmp_path, noise())),
-    }
-    for change in changes.values():
-        with pytest.raises(OutputError, match="belongs to Lorasmith"):
-            change()
 
 
 def test_a_check_says_what_is_wrong_with_each_picture(folders: Folders, dog: Path) -> None:
@@ -434,21 +349,6 @@ def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> Non
     (finding,) = dataset_questions.check_dataset(folders, "new").findings
     assert finding.severity == "problem" and "holds no usable image" in finding.message
     assert dataset_questions.check_dataset(folders, "new").skipped[0].file == "a.png"
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"optimizer": "os.system"}, "would run code"),
-        ({"schedule": "os:system"}, "would run code"),
-        ({"loss_function": "os:system"}, "would run code"),
-        ({"stepz": 3}, "unknown option 'stepz'"),
-        ({"steps": 0}, "between"),
-    ],
-)
-def test_settings_are_checked(folders: Folders, dog: Path, settings: dict[str, Any], match: str) -> None:
-    with pytest.raises(OptionError, match=match):
-        dataset_questions.check_dataset(folders, "dog", settings=settings)
 
 
 def test_what_is_said_of_pairs_is_a_sentence_without_flags(folders: Folders, dog: Path) -> None:
