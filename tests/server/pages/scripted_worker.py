@@ -54,6 +54,7 @@ class ScriptedProcess:
 
     def ended(self, id: str, state: str, **end: Any) -> None:
         """Report the end of a job, and be ready for the next one."""
+        self.before_cancel = lambda: None
         self.tell("ended", id=id, state=state, **end)
         self.tell("ready")
 

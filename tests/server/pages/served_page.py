@@ -16,6 +16,7 @@ from aiohttp import web
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.runs.child_process import ChildOwner
 from lorasmith.runs.queue import Job, JobState
+from lorasmith.runs.view import RunView
 from lorasmith.server.api import event_streams
 from lorasmith.server.api_shapes import CaptionEdit, Draft
 from lorasmith.server.http_server import make_app
@@ -51,14 +52,14 @@ class ServedPage:
         processes: that the server has started.
     """
 
-    def __init__(self, base: Path, port: int = 0) -> None:
+    def __init__(self, base: Path) -> None:
         load_questions()
         self.base = base
         base.mkdir(exist_ok=True)
         self.folders = Folders(base)
         self.assistant = LocalAssistant(self.folders)
         self.made_up.update(plan=self._plan, check_dataset=self._check, shelf_memory=_memory)
-        self.port = port
+        self.port = 0
         self.context: ServerContext
         self.processes: list[ScriptedProcess] = []
         self._loop = asyncio.new_event_loop()
@@ -80,13 +81,9 @@ class ServedPage:
         """Answers to questions: a value, an error to raise, or a function of the arguments."""
         return self.assistant.made_up
 
-    @property
-    def asked(self) -> list[tuple[str, dict[str, Any]]]:
-        return self.assistant.asked
-
     def of(self, question: str) -> list[dict[str, Any]]:
         """The arguments that a question was asked with."""
-        return [arguments for name, arguments in self.asked if name == question]
+        return [arguments for name, arguments in self.assistant.asked if name == question]
 
     def do(self, act: Callable[[], T]) -> T:
         """Call something in the thread of the server."""
@@ -112,13 +109,13 @@ class ServedPage:
         self._thread.join()
         self._loop.close()
 
-    def add_dataset(self, name: str = "fox", number: int = 4, *, captions: bool = True) -> Path:
+    def add_dataset(self, name: str = "fox", number: int = 4) -> Path:
         """A dataset of pictures of foxes, all but the second with captions."""
         folder = self.base / "input" / name
         folder.mkdir(parents=True)
         for index, one in enumerate(sorted(PICTURES.glob("*.png"))[:number]):
             shutil.copyfile(one, folder / one.name)
-            if captions and index != 1:
+            if index != 1:
                 (folder / one.name).with_suffix(".txt").write_text(f"a red fox, picture {index}")
         return folder
 
@@ -178,12 +175,6 @@ class ServedPage:
     def streams(self) -> int:
         """The number of open streams of events."""
         return len(event_streams._open)
-
-    def jobs(self, *kinds: str) -> list[Job]:
-        """All jobs, or those of some kinds, the first one first."""
-        ids = self.do(lambda: [one.id for one in (*self.context.store.active(100), *self.context.store.ended())])
-        found = [self.do(lambda id=id: self.context.store.get(id)) for id in ids]  # type: ignore[misc]
-        return sorted((one for one in found if not kinds or one.kind in kinds), key=lambda one: one.created)
 
     def taken(self) -> ScriptedJob:
         """The next job that the worker has taken, but for measurements; waits for it."""
@@ -293,8 +284,7 @@ class ScriptedJob:
 
     def prepare(self, *lines: str) -> None:
         """Report what happens before there is a run."""
-        view = {"step": 0, "steps": 0, "preparation": lines, "metrics": [], "notes": [], "previews": [], "run": ""}
-        self.notice("view", {"node_id": None, "view": view})
+        self.notice("view", {"node_id": None, "view": {**RunView().to_json(), "preparation": lines}})
 
     def train(self) -> ScriptedRun:
         """Begin the run that a job asks for, or go on with it."""

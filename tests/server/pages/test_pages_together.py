@@ -54,6 +54,36 @@ def test_without_shared_workers_a_page_has_its_own_connection(served: ServedPage
     expected(page.get_by_text("It is paused.")).to_have_count(1)
 
 
+SECOND_TOPICS = """async () => {
+  const made = [];
+  globalThis.EventSource = class {
+    constructor(url) { this.url = String(url); made.push(this); }
+    addEventListener() {}
+    close() {}
+  };
+  const until = async (holds) => {
+    for (let n = 0; n < 400 && !holds(); n++) await new Promise((next) => setTimeout(next, 5));
+  };
+  const { EventHub } = await import(new URL("pages/lib/event_hub.mjs", location.href));
+  const hub = new EventHub(new URL("events", location.href).href);
+  const received = [];
+  const client = { send: ({ type }) => received.push(type) };
+  hub.watch(client, []);
+  await until(() => made.length === 1);
+  hub.watch(client, ["runs/a"]);
+  made[0].onopen();
+  const early = received.length;
+  await until(() => made.length === 2);
+  made[1].onopen();
+  return [early, received, new URL(made[1].url).search];
+}"""
+
+
+def test_topics_that_are_wanted_while_a_stream_opens_have_one_of_their_own(open_page: Opener) -> None:
+    page = open_page()
+    assert page.evaluate(SECOND_TOPICS) == [0, ["open"], "?topic=runs%2Fa"]
+
+
 @pytest.mark.slow
 def test_name_trigger_captions_and_photos_are_those_of_the_server(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
@@ -109,5 +139,6 @@ def test_drafts_of_earlier_pages_are_taken_over(served: ServedPage, open_page: O
     page.get_by_role("link", name="Runs").click()
     page.go_back()
     expected(page.get_by_label("Name of the LoRA")).to_have_value("old")
+    until(lambda: served.draft("fox").get("name") == "old")
     draft = served.draft("fox")
     assert (draft["name"], draft["trigger"], draft["is_chosen"]) == ("old", "foxy", True)

@@ -12,7 +12,7 @@ from PIL import Image
 from lorasmith.server.api_shapes import Crop
 from lorasmith.server.hub import Notice
 from lorasmith.server.questions.dataset_questions import dataset
-from tests.server.pages.conftest import assert_legible, expected
+from tests.server.pages.conftest import assert_legible, expected, until
 from tests.server.pages.served_page import PICTURES, ServedPage
 
 Opener = Callable[..., Any]
@@ -130,7 +130,7 @@ def test_a_photo_is_large_beside_its_caption(served: ServedPage, open_page: Open
     expected(dialog.get_by_label("Tags of fox_2.png").locator("li")).to_have_count(2)
     page.keyboard.press("ArrowLeft")
     expected(dialog.get_by_text("1 of 4")).to_have_count(1)
-    assert served.captions()[:2] == ["a fox", "another fox, asleep"]
+    until(lambda: served.captions()[:2] == ["a fox", "another fox, asleep"])
     dialog.get_by_role("button", name="Undo the last change").click()
     expected(page.get_by_text("Undone: The caption of fox_2.png was changed.")).to_have_count(1)
     assert served.captions()[:2] == ["a fox", ""]
@@ -211,7 +211,7 @@ def test_tags_are_chips_of_one_caption_and_of_all(served: ServedPage, open_page:
     assert_legible(page)
     page.get_by_role("button", name="Add it to the other 1").click()
     expected(page.locator(".tile")).to_have_count(4)
-    assert served.captions()[1] == "a red fox"
+    until(lambda: served.captions()[1] == "a red fox")
     page.get_by_role("button", name="Remove it from 4 captions").click()
     page.get_by_text("“a red fox” was removed from 4 captions.").wait_for()
     assert served.captions() == ["snow", "", "picture 2", "picture 3"]
@@ -259,7 +259,7 @@ def test_a_captioner_is_got_and_writes_what_can_be_undone(served: ServedPage, op
     assert served.captions()[1] == "foxy, written"
     page.get_by_role("button", name="Undo", exact=True).click()
     expected(page.get_by_text("3 of 4 with a caption")).to_have_count(1)
-    assert served.captions()[1] == ""
+    until(lambda: served.captions()[1] == "")
 
     page.get_by_role("button", name="Write captions").first.click()
     dialog.get_by_label("All 4 photos").check()
@@ -288,7 +288,7 @@ def test_photos_that_were_added_and_removed_come_and_go(
     page.get_by_text("of 4 with a caption").wait_for()
     page.get_by_role("button", name="Undo", exact=True).click()
     expected(page.locator(".tile")).to_have_count(2)
-    assert served.photos() == ["fox_1.png", "fox_2.png"]
+    until(lambda: served.photos() == ["fox_1.png", "fox_2.png"])
 
     page.get_by_role("button", name="Remove all").click()
     page.get_by_role("dialog").get_by_role("button", name="Remove all").click()

@@ -1,5 +1,5 @@
 """The shelf of models in a browser: what is offered, what is asked before the first byte, and files that one has
-already. The hub's part is made up; test_shelf_on_a_server.py downloads from one on the loopback.
+already. The hub's part is made up; test_shelf_on_a_server.py asks one on the loopback, also for gated models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from lorasmith.core.folders import BUILT_IN_BASE
-from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.questions.question_registry import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
@@ -96,7 +95,7 @@ def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, shelf
 
 
 def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, shelf: Callable[..., Any]) -> None:
-    page = shelf()
+    page = shelf(width=390, scheme="dark")
     page.get_by_role("button", name="Continue: Z-Image").click()
     page.get_by_role("button", name="Download").click()
     card = card_of(page, "Z-Image")
@@ -109,24 +108,6 @@ def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, sh
     assert_legible(page, "failed")
     card.get_by_role("button", name="Close").click()
     card.get_by_text("The connection broke").wait_for(state="detached")
-
-
-def test_a_gated_model_says_where_to_accept_and_takes_a_token(served: ServedPage, shelf: Callable[..., Any]) -> None:
-    accept = "https://huggingface.co/black-forest-labs/FLUX.1-dev"
-    given = served.made_up["check_download"]
-    served.made_up["check_download"] = RefusedError("GatedError", "accept it", {"accept": accept, "has_token": False})
-    served.made_up["store_hub_token"] = lambda token: (
-        served.made_up.update(check_download=given) or {"stored": token == "hf_secret"}
-    )
-    page = shelf(width=390, scheme="dark")
-    page.get_by_role("button", name="Get it: Flux.1 dev").click()
-    dialog = page.get_by_role("dialog")
-    assert dialog.get_by_role("link").get_attribute("href") == accept
-    assert_legible(page, "gated")
-    dialog.get_by_label("Access token").fill("hf_secret")
-    dialog.get_by_role("button", name="Store the token").click()
-    dialog.get_by_role("button", name="Download 6.5 GiB").wait_for()
-    assert served.of("store_hub_token") == [{"token": "hf_secret"}]
 
 
 def test_a_full_disk_is_said_before_the_first_byte(served: ServedPage, shelf: Callable[..., Any]) -> None:

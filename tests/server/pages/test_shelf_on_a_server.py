@@ -13,7 +13,7 @@ import pytest
 
 from lorasmith.core.folders import BUILT_IN_BASE
 from tests.fake_hub import TOKEN, FakeHub, hub
-from tests.server.pages.conftest import PagesOpener
+from tests.server.pages.conftest import PagesOpener, assert_legible
 from tests.server.pages.test_page_on_a_server import PATIENCE_MS
 from tools.browsing import served
 
@@ -95,6 +95,7 @@ def test_a_model_comes_from_the_hub(
             dialog = get(page, "Get it: Flux.1 dev")
             link = dialog.get_by_role("link", name=f"{found.address}/black-forest-labs/FLUX.1-dev")
             link.wait_for()
+            assert_legible(page, "gated")
             dialog.get_by_label("Access token").fill("hf_" + "y" * 34)
             dialog.get_by_role("button", name="Store the token").click()
             dialog.get_by_text("The hub does not know this token").wait_for()

@@ -3,7 +3,7 @@ import { get } from "./lib/api.mjs";
 import { html, render, useEffect, useRef } from "./lib/html.mjs";
 import { listen } from "./lib/live.mjs";
 import { link, useRoute } from "./lib/router.mjs";
-import { announcement, status, useStore, work } from "./lib/stores.mjs";
+import { announcement, newest, status, useStore, work } from "./lib/stores.mjs";
 import { bytes, capital } from "./lib/words.mjs";
 import { Messages } from "./parts/basics.mjs";
 import { Offers } from "./parts/jobs.mjs";
@@ -108,13 +108,19 @@ function watchServer() {
     if (!ended) timer = setTimeout(look, wait);
   };
   const load = async () => {
+    const asked = work.get();
     try {
       const { jobs } = await get(["jobs"], { limit: 200 });
       const queue = {
         pending: jobs.filter((job) => job.state === "pending").length,
         running: jobs.filter((job) => job.state === "running").length,
       };
-      work.set({ jobs: new Map(jobs.map((job) => [job.id, job])), queue });
+      work.set((now) => {
+        const isNews = ([id, job]) => job !== asked?.jobs.get(id);
+        const there = jobs.filter(({ id }) => now?.jobs.has(id) || !asked?.jobs.has(id)); // others were removed since
+        const found = there.map((job) => [job.id, newest(job, asked, now)]);
+        return { jobs: new Map([...[...(now?.jobs ?? [])].filter(isNews), ...found]), queue: now?.queue === asked?.queue ? queue : now.queue };
+      });
     } catch {
       // The stream of events reports a lost connection, and loads again when it is back.
     }

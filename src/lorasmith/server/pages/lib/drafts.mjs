@@ -48,10 +48,10 @@ class Draft {
     this.change({ [name]: isMine ? mine[name] : text });
   }
 
-  /** Store what is changed here; resolves when it is stored, or refused. */
-  async send() {
+  /** Store what is changed here; resolves when it is stored, or refused. A page that is left cannot wait for an earlier answer. */
+  async send({ isLeaving = false } = {}) {
     clearTimeout(this.timer);
-    while (this.sending) await this.sending;
+    while (this.sending && !isLeaving) await this.sending;
     const { seen, mine, theirs } = this.store.get();
     if (!seen || this.isGone) return;
     const draft = { ...mine, ...Object.fromEntries(Object.keys(theirs).map((name) => [name, seen[name]])) };
@@ -126,7 +126,7 @@ listen("", { draft: (notice) => drafts.get(notice.dataset)?.hear(notice) }, {
   },
 });
 addEventListener("pagehide", () => {
-  for (const draft of drafts.values()) draft.send();
+  for (const draft of drafts.values()) draft.send({ isLeaving: true });
 });
 
 /** Loads the draft of a folder; raises an ApiError, of status 404 where there is no such folder. */

@@ -52,7 +52,8 @@ export class EventHub {
     }
     if (this.#source && !this.#waiting.size) return; // topics that nobody watches any more stay until the next change
     const url = new URL(this.#url);
-    for (const topic of new Set(watching.flat())) url.searchParams.append("topic", topic);
+    const topics = new Set(watching.flat());
+    for (const topic of topics) url.searchParams.append("topic", topic);
     const source = new EventSource(url);
     this.#next = source;
     source.onopen = () => {
@@ -62,8 +63,11 @@ export class EventHub {
         this.#source = source;
         this.#next = null;
       }
-      for (const client of this.#waiting) client.send({ type: "open" });
-      this.#waiting.clear();
+      for (const client of this.#waiting) {
+        if (!(this.#clients.get(client) ?? []).every((one) => topics.has(one))) continue; // it has asked for more since
+        this.#waiting.delete(client);
+        client.send({ type: "open" });
+      }
     };
     source.onerror = () => {
       if (source !== this.#source && source !== this.#next) return;

@@ -34,6 +34,13 @@ export const connection = createStore({ lost: false });
 export const status = createStore(null);
 /** {jobs: Map of id → job, queue: {pending, running}}, null before the first answer. */
 export const work = createStore(null);
+
+/** The job of an answer, with what was heard of it since it was asked for, which is newer; `asked` is what was known then. */
+export function newest(job, asked, now) {
+  const heard = now?.jobs.get(job.id);
+  return heard === asked?.jobs.get(job.id) ? { ...heard, ...job } : { ...job, ...heard };
+}
+
 /** A short message at the edge of the page: {text, mood, undo}. */
 export const toast = createStore(null);
 /** Text that screen readers read out when it changes. */

@@ -2,7 +2,7 @@
 import { post, remove, sentence } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { link } from "../lib/router.mjs";
-import { say, useStore, work } from "../lib/stores.mjs";
+import { newest, say, useStore, work } from "../lib/stores.mjs";
 import { moment } from "../lib/words.mjs";
 import { Button, State } from "./basics.mjs";
 
@@ -14,12 +14,13 @@ const WORK = { train: "Training", measure: "Measurement", graph: "Workflow", dra
 
 /** Runs an action on a job; its failure is said at the edge of the page. */
 export async function act(job, action, body) {
+  const asked = work.get();
   try {
     const changed = action === "remove" ? await remove(["jobs", job.id]) : await post(["jobs", job.id, action], body);
     work.set((before) => {
       const jobs = new Map(before?.jobs ?? []);
       if (action === "remove") jobs.delete(job.id);
-      else if (changed?.id) jobs.set(changed.id, { ...jobs.get(changed.id), ...changed });
+      else if (changed?.id) jobs.set(changed.id, newest(changed, asked, before));
       return { queue: { pending: 0, running: 0 }, ...before, jobs };
     });
     return changed ?? true;
