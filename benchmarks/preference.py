@@ -42,7 +42,7 @@ def measured(folder: Path, *, steps: int, seeds: int, **settings: object) -> dic
             Validator(job.model, samples, draws=8, batch_size=8, device=torch.device("cpu"), dtype=torch.float32)
             for samples in (data.samples, rejected)
         ]
-        with job.model.frozen(job.config, job.runtime):
+        with job.model.frozen(job.config, job.way):
             preferred, opposite = (one() for one in of_each)
         return opposite - preferred
 

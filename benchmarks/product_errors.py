@@ -120,15 +120,15 @@ def step(
     errors: dict[str, list[float]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The prediction, and the gradients of the LoRA in one vector; with `errors` exact, and those are recorded."""
-    runtime = replace(job.runtime, products=products)
-    maker = batch_maker(job.model, samples, job.config, runtime)
+    ran = replace(job.way, products=products)
+    maker = batch_maker(job.model, samples, job.config, ran)
     [batch] = maker.step(0)
-    with prepared(job.model, job.adapters, job.config, runtime, job.differences), _replaced(job, errors, outliers):
+    with prepared(job.model, job.adapters, job.config, ran, job.differences), _replaced(job, errors, outliers):
         with torch.no_grad():
             prediction = job.model.predict(batch.noised, batch.level.time, batch.conditioning)
         if errors is not None:
             errors.clear()
-        sample_losses(job.model, batch, job.config, runtime).sum().backward()
+        sample_losses(job.model, batch, job.config, ran).sum().backward()
     grads = [one.grad.flatten() for _, adapter in job.trained for one in adapter.parameters() if one.grad is not None]
     for _, adapter in job.trained:
         adapter.zero_grad()

@@ -110,10 +110,10 @@ def _format(kind: str) -> str:
 def loss_on(denoiser: Denoiser, data: EncodedDataset, device: torch.device) -> float:
     """Mean loss over all pictures, in fp32, at noise of a seed of its own."""
     job = plan_job(denoiser, TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32"), device)
-    maker = batch_maker(job.model, data.samples, job.config, job.runtime)
-    with torch.no_grad(), job.model.frozen(job.config, job.runtime):
+    maker = batch_maker(job.model, data.samples, job.config, job.way)
+    with torch.no_grad(), job.model.frozen(job.config, job.way):
         batches = [batch for step in range(8) for batch in maker.step(step)]
-        losses = [sample_losses(job.model, batch, job.config, job.runtime) for batch in batches]
+        losses = [sample_losses(job.model, batch, job.config, job.way) for batch in batches]
     return torch.cat(losses).mean().item()
 
 

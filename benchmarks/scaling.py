@@ -67,9 +67,9 @@ def _offloaded(work: Work, results: Results) -> None:
     """Some steps with weights in host memory: what is on the device, against all of them."""
     module = work.model.components.denoiser
     side = Ours(work, offloading=True)
-    runtime = replace(side.job.runtime, offloading=True)  # which runs on the CPU ignore
+    way = replace(side.job.way, offloading=True)  # which runs on the CPU ignore
     whole = weight_bytes(module)
-    with training_steps(replace(side.job, runtime=runtime), work.samples) as once:
+    with training_steps(replace(side.job, way=way), work.samples) as once:
         for _ in range(3):
             once()
         streamed, here = sum(stream.size_bytes for stream in streams_of(module)), weight_bytes(module)

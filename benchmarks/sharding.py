@@ -94,7 +94,7 @@ def _found(
     job = plan_job(model.denoiser, config, CPU)
     before, times = anonymous_bytes(), []
     engine, steps = engine_of(job), itertools.count()
-    maker = batch_maker(job.model, samples, job.config, job.runtime)
+    maker = batch_maker(job.model, samples, job.config, job.way)
 
     def once() -> None:
         step = next(steps)

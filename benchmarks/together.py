@@ -240,7 +240,7 @@ def _process(case: Case, arguments: argparse.Namespace) -> None:
             share = replace(config, batch_size=case.samples // 2) if block == _APART else config
             job = plan_job(model.denoiser, share, device)
             processes: Processes = ALONE if block in ("one process", _APART) else together
-            engines[block] = engine_of(replace(job, runtime=replace(job.runtime, processes=processes)))
+            engines[block] = engine_of(replace(job, way=replace(job.way, processes=processes)))
         flat = engines["two processes"].flat
         at_end = engines["two, one sum at the end"]
         at_end._sums = GradientSums(at_end.flat, together, bucket_numbers=len(flat.master))
@@ -269,7 +269,7 @@ def _process(case: Case, arguments: argparse.Namespace) -> None:
 
 def _block(engine: Engine, samples: Sequence[Any], steps: int, first: int) -> dict[str, float]:
     """Medians of the parts of some steps, after one that is not counted."""
-    maker = batch_maker(engine.model, samples, engine.config, engine.runtime, engine.rank_masks)
+    maker = batch_maker(engine.model, samples, engine.config, engine.way, engine.rank_masks)
     found = []
     with engine.prepared(), _backward_timed() as backward:
         for step in range(first, first + steps + 1):

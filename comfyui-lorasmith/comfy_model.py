@@ -30,8 +30,8 @@ from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable, evaluating
+from lorasmith.training.way import Way
 
 from .bypassed import bypassed_adapters, bypassed_in_weights
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
@@ -127,24 +127,24 @@ class ComfyModel(Trainable):
                     management.load_models_gpu([self.patcher])
 
     @contextlib.contextmanager
-    def frozen(self, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
+    def frozen(self, config: ResolvedConfig, way: Way) -> Iterator[None]:
         for name, is_on in {
             "quantization": config.quantization != "none",
-            "sharding": runtime.sharding,
-            "compile": runtime.compile,
-            "cuda_graphs": runtime.cuda_graphs,
+            "sharding": way.sharding,
+            "compile": way.compile,
+            "cuda_graphs": way.cuda_graphs,
         }.items():
             if is_on:
                 raise OptionError(
                     f"{name} does not apply to a MODEL, whose weights ComfyUI holds; choose it when it is loaded"
                 )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(reproducible(config.deterministic, runtime.device))
-            stack.enter_context(self.loaded(runtime.dtype, offloading=runtime.offloading))
+            stack.enter_context(reproducible(config.deterministic, way.device))
+            stack.enter_context(self.loaded(way.dtype, offloading=way.offloading))
             stack.enter_context(evaluating(self.module))
             stack.enter_context(kernels_with_gradients())
-            stack.enter_context(norms_resident(self.module, runtime.device))
-            stack.enter_context(casts_on_use(self.module, runtime.device, runtime.dtype))
+            stack.enter_context(norms_resident(self.module, way.device))
+            stack.enter_context(casts_on_use(self.module, way.device, way.dtype))
             # Of a LoRA that is continued, and below what is trained.
             below = [replace(patch, bypass=True) for patch in self.patches]
             stack.enter_context(patches_applied(self.module, below))

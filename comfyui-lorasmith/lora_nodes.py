@@ -191,6 +191,6 @@ class ValidateLora:
 
 def _losses(model: ComfyModel, samples: Sequence[Sample], draws: int) -> Tensor:
     job = plan_job(model, config_of({"rank": 1, "training_dtype": "none"}, (), model), model.device)
-    validator = Validator(model, samples, draws=draws, batch_size=1, device=job.runtime.device, dtype=job.runtime.dtype)
-    with model.frozen(job.config, job.runtime):
+    validator = Validator(model, samples, draws=draws, batch_size=1, device=job.way.device, dtype=job.way.dtype)
+    with model.frozen(job.config, job.way):
         return validator()

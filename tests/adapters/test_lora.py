@@ -164,7 +164,7 @@ def test_lora_plus_takes_pefts_steps() -> None:
     from lorasmith.training.engine import _rate, _trained
     from lorasmith.training.optim.flat import FlatParameters
     from lorasmith.training.optim.optimizers import GatedOptimizer
-    from lorasmith.training.runtime import Runtime
+    from lorasmith.training.way import Way
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -183,13 +183,13 @@ def test_lora_plus_takes_pefts_steps() -> None:
         learning_rate=1e-2, lora_plus_ratio=16.0, alpha=2.0, targets="all", schedule="constant", timesteps="uniform",
         min_noise=0.0, max_noise=1.0, training_dtype="fp32",
     )  # fmt: skip
-    runtime = Runtime.of(config, base, torch.device("cpu"))
+    way = Way.of(config, base, torch.device("cpu"))
     trained = list(_trained(adapters, {}, None))
     flat = FlatParameters(
         {name: parameter for _, name, parameter in trained},
-        device=runtime.device,
-        dtype=runtime.dtype,
-        rates={name: _rate(path, name, config, runtime) for path, name, _ in trained},
+        device=way.device,
+        dtype=way.dtype,
+        rates={name: _rate(path, name, config, way) for path, name, _ in trained},
     )
     ours = GatedOptimizer("AdamW", flat.groups, weight_decay=0.0)
     with adapters_attached(base.requires_grad_(False), [Attached(adapters)]):

@@ -201,7 +201,7 @@ class Streams:
 
 
 class _Runtime:
-    """CUDA's runtime, as far as it registers host memory."""
+    """CUDA's way, as far as it registers host memory."""
 
     @staticmethod
     def cudaHostRegister(*_: Any) -> int:

@@ -5,6 +5,7 @@ Dynamo asks no device for that, so that these are real steps on the CPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,14 @@ def test_sizes_of_one_number_of_tokens_are_one_graph(family: str, tmp_path: Path
     model = small_model(family, tmp_path)
     given = {"rank": 4, "learning_rate": 1e-3, "training_dtype": "fp32", "compile": True}
     job = plan_job(model.denoiser, TrainConfig(**given), torch.device("cpu"))
-    assert not job.runtime.varying_sizes
+    assert not job.way.varying_sizes
     samples = [synthetic_samples(model, 1, *size)[0] for size in ((8, 8), (4, 16), (16, 4))]
     assert not sizes_vary(samples, job.model.routing)
     engine = engine_of(job)
     graphs = []
     with engine.prepared():
         for sample in samples:
-            maker = batch_maker(job.model, [sample], job.config, job.runtime, engine.rank_masks)
+            maker = batch_maker(job.model, [sample], job.config, job.way, engine.rank_masks)
             engine.update(0, *engine.gradient(maker.step(0)))
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] == graphs[2] > 0
@@ -81,9 +82,9 @@ def test_a_block_is_one_graph(family: str, lever: str, tmp_path: Path) -> None:
     given = {"rank": 4, "batch_size": 2, "learning_rate": 1e-3, "training_dtype": "fp32", "compile": True}
     job = plan_job(model.denoiser, TrainConfig(**{**given, **LEVERS[lever]}), torch.device("cpu"))
     engine = engine_of(job)
-    engine.change(offloading=job.config.offloading)  # which a plan leaves out on the CPU
+    engine.way = replace(engine.way, offloading=job.config.offloading)  # which a plan leaves out on the CPU
     samples = samples_of(model, 2, is_masked=False)
-    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.rank_masks)
+    maker = batch_maker(job.model, samples, job.config, job.way, engine.rank_masks)
     with engine.prepared():
         for step in range(2):
             engine.update(step, *engine.gradient(maker.step(step)))

@@ -16,7 +16,7 @@ from lorasmith.core import pinned_memory
 from lorasmith.core.placement import placed, sent
 from lorasmith.core.quantization import packed
 from lorasmith.training.batches import prefetched
-from lorasmith.training.loop import Mailbox
+from lorasmith.training.step_results import Mailbox
 from tests.cuda.streams import Event, Stream, Streams
 from tests.cuda.tracing import DEVICE, MODE, Devices, Watch, faked
 

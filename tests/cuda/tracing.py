@@ -409,13 +409,13 @@ def traced(
     """Steps on the fake device; `model` cannot be used afterwards.
 
     Args:
-        changes: to the runtime, behind the plan.
+        changes: to the way, behind the plan.
         scales_by_row: whether the device multiplies with a scale for each row.
     """
     given = {"rank": 4, "training_dtype": "bf16", "exact_dtype": True, "learning_rate": 1e-3, **settings}
     # Planned on the CPU: some algorithms compute their first weights.
     job = plan_job(model.denoiser, TrainConfig(**given), torch.device("cpu"))
-    runtime = replace(job.runtime, device=DEVICE, **(changes or {}))
+    way = replace(job.way, device=DEVICE, **(changes or {}))
     found, streams = Traced(layers=len(job.adapters)), Streams()
     dtypes = (torch.float32, torch.bfloat16) if scales_by_row else ()
     by_torch = partial(Kernel, "")
@@ -438,9 +438,9 @@ def traced(
         with MODE:
             for module in (model.components.denoiser, *job.adapters.values(), *job.differences.values()):
                 faked(module)
-            engine = Engine(job.model, job.adapters, job.config, runtime, job.differences)
+            engine = Engine(job.model, job.adapters, job.config, way, job.differences)
             prepared.enter_context(engine.prepared())
-        maker = batch_maker(job.model, samples, job.config, runtime, engine.rank_masks)
+        maker = batch_maker(job.model, samples, job.config, way, engine.rank_masks)
         for step in range(steps):
             devices.waits.clear()
             streams_before = streams.count

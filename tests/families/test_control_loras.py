@@ -62,10 +62,10 @@ def loss_of(model: Any, data: EncodedDataset) -> float:
     """Mean loss at noise that no run has seen."""
     config = TrainConfig(batch_size=4, seed=987_654, training_dtype="fp32")
     job = plan_job(model, config, torch.device("cpu"))
-    maker = engine.batch_maker(job.model, data.samples, job.config, job.runtime)
+    maker = engine.batch_maker(job.model, data.samples, job.config, job.way)
     with torch.no_grad(), model.active():
         batches = [batch for step in range(8) for batch in maker.step(step)]
-        losses = [engine.sample_losses(job.model, batch, job.config, job.runtime) for batch in batches]
+        losses = [engine.sample_losses(job.model, batch, job.config, job.way) for batch in batches]
     return torch.cat(losses).mean().item()
 
 
@@ -88,13 +88,13 @@ def test_copying_the_control_is_learnt_and_from_shuffled_ones_it_is_not(editing:
 def test_controls_are_free_of_noise_and_outside_the_loss(editing: Case) -> None:
     model, data = editing.ours, pairs(editing.ours)
     job = plan_job(model.denoiser, TrainConfig(batch_size=4, training_dtype="fp32"), torch.device("cpu"))
-    maker = engine.batch_maker(job.model, data.samples, job.config, job.runtime)
+    maker = engine.batch_maker(job.model, data.samples, job.config, job.way)
     for step in range(2):
         (batch,) = maker.step(step)
         (control,) = batch.conditioning.controls
         assert torch.equal(control, batch.clean) and not torch.equal(batch.noised, batch.clean)
         with torch.no_grad(), model.denoiser.active():
-            prediction = engine.prediction_of(job.model, batch, job.runtime)
+            prediction = engine.prediction_of(job.model, batch, job.way)
         assert prediction.shape == batch.clean.shape
 
 

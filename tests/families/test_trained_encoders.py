@@ -61,7 +61,7 @@ def step(model: Model, data: EncodedDataset, *, fresh: bool = True, **settings: 
     if not fresh:
         g = torch.Generator().manual_seed(0)
         engine.flat.master.add_(0.02 * torch.randn(len(engine.flat.master), generator=g))
-    batches = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    batches = batch_maker(job.model, data, job.config, engine.way).step(0)
     with engine.prepared():
         losses, _ = engine.gradient(batches)
     return engine, losses

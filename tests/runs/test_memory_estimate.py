@@ -24,7 +24,7 @@ from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory, estimate_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
-from lorasmith.training.job import plan_job
+from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.memory.memory_plan import measured_plans
 from tests.covering import slow_except
 from tests.families.flux_parts import comfyui_folder
@@ -72,15 +72,9 @@ def test_activations_are_those_that_auto_measures(
     model = load_model(path)
     side = latent_side(model, 256)
     job = plan_job(model.denoiser, settings, CPU)
-    measured: list[Any] = []
-
-    def plan() -> Any:
-        samples = synthetic_samples(model, 1, side, side)
-        measured.extend(measured_plans(job.model, samples, job.config, job.runtime, 0))
-        return job.runtime
-
-    with prepared(job.model, job.adapters, job.config, job.runtime, planned=plan):
-        pass
+    engine, samples = engine_of(job), synthetic_samples(model, 1, side, side)
+    with engine.frozen(), engine.adapted():
+        measured = list(measured_plans(job.model, samples, job.config, job.way, 0))
     assert tuple(one.activations for one in found.plans) == EVERY_PLAN
     for here, there in zip(found.plans, measured, strict=True):
         assert (here.activations, here.checkpoint_depth) == (there.activations, there.checkpoint_depth)
@@ -117,7 +111,7 @@ def test_weights_are_as_large_as_in_a_run(sd1: Path, kind: Any, dtype: str) -> N
     job = plan_job(model.denoiser, settings, CPU)
     sizes: list[int] = []
     take: Callable[[], None] = lambda: sizes.append(weight_bytes(model.denoiser.module))  # noqa: E731
-    with prepared(job.model, {}, job.config, job.runtime, first=take):
+    with prepared(job.model, {}, job.config, job.way, first=take):
         pass
     assert found.weights[kind] == pytest.approx(sizes[0], rel=0.001)
 

@@ -21,7 +21,7 @@ from lorasmith.runs import run_previews
 from lorasmith.runs.library import train
 from lorasmith.training.events import Previewed, Warned
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.way import Way
 from tests.covering import slow_except
 from tests.hosts import Audience
 
@@ -33,16 +33,16 @@ PREVIEWS: dict[str, Any] = {"previews": "a fox", "preview_every": 1, "preview_st
 @pytest.fixture
 def packings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Runs on the CPU draw and offload as on a GPU; how often weights were packed, by event before."""
-    made, pack, counted = Runtime.of, frozen_weights.packed_weight, Counter[str]()
+    made, pack, counted = Way.of, frozen_weights.packed_weight, Counter[str]()
 
     def packed_weight(*args: Any) -> Any:
         counted["all"] += 1
         return pack(*args)
 
-    def of(config: Any, *args: Any, **settings: Any) -> Runtime:
+    def of(config: Any, *args: Any, **settings: Any) -> Way:
         return replace(made(config, *args, **settings), offloading=config.offloading)
 
-    monkeypatch.setattr(Runtime, "of", of)
+    monkeypatch.setattr(Way, "of", of)
     monkeypatch.setattr(frozen_weights, "packed_weight", packed_weight)
     monkeypatch.setattr(run_previews, "_may_stay", lambda plan: True)
     yield counted

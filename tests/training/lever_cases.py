@@ -25,7 +25,7 @@ from lorasmith.training import engine
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
 from lorasmith.training.job import TrainJob, plan_job
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.way import Way
 
 CPU = torch.device("cpu")
 
@@ -89,20 +89,20 @@ def one_step(
     """Losses and gradients of one step, by name.
 
     Args:
-        changes: to runtime and settings, behind the plan.
+        changes: to way and settings, behind the plan.
         job: planned before, instead of from the settings.
     """
     job = planned(model, **settings) if job is None else job
-    own = {field.name for field in fields(Runtime)}
-    runtime = replace(job.runtime, **{name: value for name, value in (changes or {}).items() if name in own})
+    own = {field.name for field in fields(Way)}
+    way = replace(job.way, **{name: value for name, value in (changes or {}).items() if name in own})
     config = replace(job.config, **{name: value for name, value in (changes or {}).items() if name not in own})
     for number, adapter in enumerate(job.adapters.values()):  # no longer the identity
         randomise(adapter, seed=number)
     for one in (*job.adapters.values(), *job.differences.values()):
-        one.to(runtime.dtype)
-    maker = engine.batch_maker(job.model, data.samples, config, runtime)
-    with prepared(job.model, job.adapters, config, runtime, job.differences):
-        loss = sample_losses(job.model, maker.step(0)[0], config, runtime)
+        one.to(way.dtype)
+    maker = engine.batch_maker(job.model, data.samples, config, way)
+    with prepared(job.model, job.adapters, config, way, job.differences):
+        loss = sample_losses(job.model, maker.step(0)[0], config, way)
         loss.sum().backward()
     trained = [*job.adapters.items(), *job.differences.items()]
     named = ((f"{path}.{name}", p) for path, one in trained for name, p in one.named_parameters())

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import attention, measured_times
-from lorasmith.training import runtime as runtime_module
+from lorasmith.training import way as ways
 from lorasmith.training.attention import (
     KERNELS,
     AttentionCall,
@@ -29,7 +29,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import AttentionPlanned, Event, StepDone
 from lorasmith.training.job import plan_job
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.way import Way
 
 CPU = torch.device("cpu")
 Run = Callable[..., TrainResult]
@@ -60,7 +60,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, kept: Path) -> Callable[..., Timer]:
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU has kernels to choose from."""
-    monkeypatch.setattr(runtime_module, "_attention", lambda config, device: config.attention)
+    monkeypatch.setattr(ways, "_attention", lambda config, device: config.attention)
 
 
 def call(name: str = "a", count: int = 1) -> AttentionCall:
@@ -160,7 +160,7 @@ def test_a_kernel_comes_first_inside_of_the_context_alone() -> None:
 def test_where_a_run_chooses(tiny: Model) -> None:
     def found(device: str, **settings: Any) -> str:
         job = plan_job(tiny.denoiser, TrainConfig(targets="*.attn2.to_q", **settings), CPU)
-        return Runtime.of(job.config, tiny.components.denoiser, torch.device(device)).attention
+        return Way.of(job.config, tiny.components.denoiser, torch.device(device)).attention
 
     assert found("cuda") == "auto" and found("cpu") == "torch"
     assert found("cuda", deterministic=True) == "torch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lorasmith.adapters import frozen_weights
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import autotune
-from lorasmith.training.autotune import Tuned, Way, tuned
+from lorasmith.training.autotune import Tuned, tuned
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import Autotuned, Event, StepDone
@@ -23,12 +24,11 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import TrainableDenoiser
+from lorasmith.training.way import Way
 from tests.covering import slow_except
 
 CPU = torch.device("cpu")
-KEEP = Way("keep", 0, "training_dtype", compile=False)
 Run = Callable[..., TrainResult]
 
 
@@ -67,7 +67,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Timer]:
 
 def engine_of(model: Model, **settings: Any) -> Engine:
     job = plan_job(model.denoiser, TrainConfig(targets="*.attn2.to_q", batch_size=2, **settings), CPU)
-    return Engine(job.model, job.adapters, job.config, job.runtime)
+    return Engine(job.model, job.adapters, job.config, job.way)
 
 
 def plan(activations: Any, depth: int = 0) -> MemoryPlan:
@@ -75,7 +75,7 @@ def plan(activations: Any, depth: int = 0) -> MemoryPlan:
 
 
 def choose(engine: Engine, dataset: EncodedDataset, steps: int = 1000, plans: Sequence[MemoryPlan] = ()) -> Tuned:
-    maker = batch_maker(engine.model, dataset, engine.config, engine.runtime, engine.rank_masks)
+    maker = batch_maker(engine.model, dataset, engine.config, engine.way, engine.rank_masks)
     with engine.frozen():
         return tuned(engine, maker.step(0), plans, steps)
 
@@ -87,7 +87,7 @@ def test_the_fastest_of_activations_products_and_code(
     engine = engine_of(tiny, quantization="int8")
     timer = timed(keep=3.0, lean=4.0, depth=2.0, int8=1.0, compile=0.8)
     found = choose(engine, dataset, plans=[plan("keep"), plan("lean"), plan("keep", 2)])
-    assert found.way == Way("keep", 2, "int8", compile=True)
+    assert found.way == replace(engine.way, checkpoint_depth=2, products="int8", compile=True)
     depth = "blocks recomputed at depth 2"
     both = f"{depth}, products in int8"
     assert timer.asked == ["keep", "lean", depth, both, f"{both}, compiled"]
@@ -144,21 +144,26 @@ def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(
     tiny: Model, dataset: EncodedDataset, compile: bool
 ) -> None:
     engine = engine_of(tiny)
-    before = engine.runtime
+    before = engine.way
     ticks = iter(range(0, 10_000, 3))
-    maker = batch_maker(engine.model, dataset, engine.config, engine.runtime, engine.rank_masks)
+    maker = batch_maker(engine.model, dataset, engine.config, engine.way, engine.rank_masks)
     with engine.frozen():
         [batches] = [maker.step(0)]
-        way = Way("keep" if compile else "lean", 0 if compile else 1, "training_dtype", compile=compile)
+        way = replace(
+            before,
+            activations="keep" if compile else "lean",
+            checkpoint_depth=0 if compile else 1,
+            compile=compile,
+        )
         expected = {"step": 1.0, "compiling": 2.0} if compile else {"step": 1.0}
         assert autotune._times(engine, way, batches, lambda: next(ticks)) == expected
-    assert engine.runtime == before
+    assert engine.way == before
 
 
 def test_compiled_blocks_are_all_recomputed(tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]) -> None:
     timer = timed(depth=2.0, compile=1.0)
     engine = engine_of(tiny)
-    engine.change(checkpoint_depth=1, kept_blocks=3)
+    engine.way = replace(engine.way, checkpoint_depth=1, kept_blocks=3)
     way = choose(engine, dataset).way
     assert way.compile and way.kept_blocks == 1
     assert timer.asked == [
@@ -177,19 +182,19 @@ def test_a_way_that_fails_is_not_taken(tiny: Model, dataset: EncodedDataset, mon
     engine = engine_of(tiny)
     with engine.frozen():
         monkeypatch.setattr(Engine, "gradient", fail(torch.OutOfMemoryError("CUDA out of memory")))
-        assert autotune._times(engine, KEEP, [], lambda: 0.0) == {}
+        assert autotune._times(engine, engine.way, [], lambda: 0.0) == {}
         monkeypatch.setattr(Engine, "gradient", fail(NotImplementedError("no such operation")))
-        assert autotune._times(engine, Way("keep", 0, "training_dtype", compile=True), [], lambda: 0.0) == {}
+        assert autotune._times(engine, replace(engine.way, compile=True), [], lambda: 0.0) == {}
         with pytest.raises(NotImplementedError):
-            autotune._times(engine, KEEP, [], lambda: 0.0)
+            autotune._times(engine, engine.way, [], lambda: 0.0)
 
 
 def test_where_nothing_is_chosen(tiny: Model) -> None:
-    assert engine_of(tiny, autotune=True).runtime.autotune
-    assert not engine_of(tiny).runtime.autotune
+    assert engine_of(tiny, autotune=True).way.autotune
+    assert not engine_of(tiny).way.autotune
     config = TrainConfig(targets="*.attn2.to_q", autotune=True, deterministic=True)
     job = plan_job(tiny.denoiser, config, CPU)
-    assert not job.runtime.autotune
+    assert not job.way.autotune
     assert "autotune has no effect, as deterministic is on." in job.notes
 
 
@@ -244,9 +249,9 @@ def test_the_frozen_model_is_made_again_for_compiled_blocks(
     compiled: list[bool] = []
     original = TrainableDenoiser.frozen
 
-    def noted(self: TrainableDenoiser, config: Any, runtime: Runtime) -> Any:
-        compiled.append(runtime.compile)
-        return original(self, config, runtime)
+    def noted(self: TrainableDenoiser, config: Any, way: Way) -> Any:
+        compiled.append(way.compile)
+        return original(self, config, way)
 
     monkeypatch.setattr(TrainableDenoiser, "frozen", noted)
     timed(keep=1000.0, compile=1.0)

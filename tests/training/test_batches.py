@@ -22,7 +22,7 @@ from lorasmith.diffusion.schedule import FlowSchedule, quantile_map, uniform_num
 from lorasmith.families.base import collate
 from lorasmith.families.model import Model
 from lorasmith.training.batches import BatchMaker, no_masks, prefetched
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.way import Way
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def maker(
         join=functools.partial(collate, repeatable=repeatable),
         memory_format=torch.contiguous_format,
         config=config,
-        runtime=Runtime.of(config, tiny.components.denoiser, CPU),
+        way=Way.of(config, tiny.components.denoiser, CPU),
         masks=masks,
     )
 
@@ -116,7 +116,7 @@ def test_a_step_in_smaller_pieces_has_the_same_draws(
 ) -> None:
     settings = {"batch_size": batch_size, "grad_accumulation_steps": accumulation, "stratified": stratified}
     made = maker(mixed, tiny, noise_offset=0.1, **settings)
-    small = replace(made, runtime=replace(made.runtime, micro_batch=min(micro_batch, batch_size)))
+    small = replace(made, way=replace(made.way, micro_batch=min(micro_batch, batch_size)))
     whole, pieces = drawn(made, range(step, step + 1)), drawn(small, range(step, step + 1))
 
     assert sorted(pieces) == list(range(step * made.per_step, (step + 1) * made.per_step))
@@ -225,7 +225,7 @@ def test_a_process_draws_only_captions_of_its_share(
     mixed: EncodedDataset, tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = maker(mixed, tiny)
-    together = replace(alone, runtime=replace(alone.runtime, processes=OneOfTwo()))
+    together = replace(alone, way=replace(alone.way, processes=OneOfTwo()))
     drawn, original = [], Sample.drawn
     monkeypatch.setattr(Sample, "drawn", lambda one, seed, draw: (drawn.append(draw), original(one, seed, draw))[1])
     batches, facts = together.step(1), together.drawn(1)

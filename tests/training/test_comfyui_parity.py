@@ -29,8 +29,8 @@ from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.training.batches import Batch
 from lorasmith.training.engine import prepared, sample_losses
-from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import trainable
+from lorasmith.training.way import Way
 from tests.covering import slow_except
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -98,9 +98,9 @@ def losses_and_gradients(recording: Recording, kind: str, step: int) -> tuple[fl
     adapters = load_adapters(module, {path: one for path, one in given.items() if path not in embeddings})
     differences = {ref.path: one for ref, one in state.differences.items()}
     model = trainable(recording.model.denoiser.patched(Patch(embeddings, differences)))
-    runtime = Runtime.of(CONFIG, model.module, torch.device("cpu"))
-    with prepared(model, adapters, CONFIG, runtime):
-        loss = sample_losses(model, recording.batch(step), CONFIG, runtime).sum()
+    way = Way.of(CONFIG, model.module, torch.device("cpu"))
+    with prepared(model, adapters, CONFIG, way):
+        loss = sample_losses(model, recording.batch(step), CONFIG, way).sum()
         loss.backward()
     gradients = {}
     for path, adapter in adapters.items():

@@ -62,7 +62,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 def planned(model: Model, *, graphs: bool, **settings: Any) -> TrainJob:
     job = plan_job(model.denoiser, TrainConfig(**{**SETTINGS, **settings}), torch.device("cpu"))
-    return replace(job, runtime=replace(job.runtime, cuda_graphs=graphs))  # which it leaves out on the CPU
+    return replace(job, way=replace(job.way, cuda_graphs=graphs))  # which it leaves out on the CPU
 
 
 def stepped(
@@ -71,7 +71,7 @@ def stepped(
     """What updates returned, and the state after them."""
     job = planned(model, graphs=graphs, **settings)
     ours = engine_of(job)
-    maker = batch_maker(job.model, data, job.config, job.runtime, ours.rank_masks)
+    maker = batch_maker(job.model, data, job.config, job.way, ours.rank_masks)
     with ours.prepared():
         found = [ours.update(step, *ours.gradient(maker.step(step))) for step in range(steps)]
     return found, ours.state()[0]
@@ -268,5 +268,5 @@ def test_what_needs_the_host_in_each_step_is_refused(settings: dict[str, Any], s
 
 def test_elsewhere_it_has_no_effect(tiny: Model) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(cuda_graphs=True, **SETTINGS), torch.device("cpu"))
-    assert not job.runtime.cuda_graphs
+    assert not job.way.cuda_graphs
     assert any(note.startswith("cuda_graphs has no effect here") for note in job.notes)

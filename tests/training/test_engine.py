@@ -112,12 +112,12 @@ def test_each_sample_meets_its_own_caption(run: Run, dataset: EncodedDataset, mo
     original = engine.sample_losses
     checked = 0
 
-    def checking(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
+    def checking(denoiser: Denoiser, batch: Any, config: Any, way: Any, *target: Any) -> Tensor:
         nonlocal checked
         for name, context in zip(batch.names, batch.conditioning.tensors["context"], strict=True):
             assert torch.equal(context[: captions[name].shape[1]], captions[name][0])
             checked += 1
-        return original(denoiser, batch, config, runtime, *target)
+        return original(denoiser, batch, config, way, *target)
 
     monkeypatch.setattr(engine, "sample_losses", checking)
     run(dataset, steps=2, batch_size=5)
@@ -172,10 +172,10 @@ def test_nan_stops_with_step_images_and_the_last_good_state(
     steps = 0
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, way: Any, *target: Any) -> Tensor:
         nonlocal steps
         steps += 1
-        return original(denoiser, batch, config, runtime, *target) * (float("nan") if steps == 3 else 1.0)
+        return original(denoiser, batch, config, way, *target) * (float("nan") if steps == 3 else 1.0)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
     with pytest.raises(TrainingError, match=r"at step 3 \(images: \d\.png\); the LoRA before") as caught:
@@ -202,9 +202,9 @@ def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> 
     """What a training step keeps for its backward pass, frozen weights themselves aside."""
     config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "targets": "all", "learning_rate": 1e-3} | settings))
     job = plan_job(tiny.denoiser, config)
-    maker = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime)
+    maker = engine.batch_maker(job.model, dataset.samples, job.config, job.way)
     kept: list[Tensor] = []
-    with prepared(job.model, job.adapters, job.config, job.runtime):
+    with prepared(job.model, job.adapters, job.config, job.way):
         frozen = {parameter.data_ptr() for parameter in tiny.components.denoiser.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            sample_losses(job.model, maker.step(0)[0], job.config, job.runtime).sum().backward()
+            sample_losses(job.model, maker.step(0)[0], job.config, job.way).sum().backward()
     return kept
 
 

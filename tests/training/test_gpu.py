@@ -33,13 +33,13 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Previewed, RolledBack, StepDone, Warned
 from lorasmith.training.job import engine_of, plan_job
-from lorasmith.training.loop import Mailbox
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.backward_passes import rotary_embedding
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.optimizers import LossScale
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 from lorasmith.training.results import TrainResult
+from lorasmith.training.step_results import Mailbox
 
 DEVICE = torch.device(os.environ.get("LORASMITH_GPU_TESTS", "cuda"))
 
@@ -245,7 +245,7 @@ def test_each_optimizer_agrees_with_the_cpus(
 def test_batches_are_the_cpus_to_the_bit(tiny: Model, mixed: EncodedDataset) -> None:
     config = TrainConfig(batch_size=4, grad_accumulation_steps=2, noise_offset=0.1, training_dtype="fp32")
     jobs = [plan_job(tiny.denoiser, config, one) for one in ("cpu", DEVICE)]
-    on_cpu, on_gpu = (batch_maker(job.model, mixed.samples, job.config, job.runtime) for job in jobs)
+    on_cpu, on_gpu = (batch_maker(job.model, mixed.samples, job.config, job.way) for job in jobs)
     for step in range(2):
         for ours, theirs in zip(on_gpu.step(step), on_cpu.step(step), strict=True):
             assert (ours.draws, ours.names, ours.quantiles) == (theirs.draws, theirs.names, theirs.quantiles)
@@ -289,7 +289,7 @@ def test_numbers_come_to_the_host_without_anybody_waiting() -> None:
 def test_a_step_waits_for_nothing(tiny: Model, mixed: EncodedDataset, settings: dict[str, Any]) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(rank=4, batch_size=3, **{"training_dtype": "fp32"} | settings), DEVICE)
     engine = engine_of(job)
-    maker = batch_maker(job.model, mixed.samples, job.config, job.runtime, engine.rank_masks)
+    maker = batch_maker(job.model, mixed.samples, job.config, job.way, engine.rank_masks)
     with engine.prepared(lambda: None):
         for step in range(3):  # the optimizer makes its state in the first
             engine.update(step, *engine.gradient(maker.step(step)))

@@ -296,7 +296,7 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def gradient(self: Engine, batches: Any) -> Any:
-        if self.config.batch_size == 2 and self.runtime.micro_batch == 2:
+        if self.config.batch_size == 2 and self.way.micro_batch == 2:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, batches)
@@ -492,7 +492,7 @@ def test_models_devices_loras_and_processes_that_differ_are_refused(flux: Model,
     with pytest.raises(OptionError, match=r"must have one model, got .* loaded one by one; load it once"):
         check_alike([one, job(tiny, {})])
     with pytest.raises(OptionError, match="must have the same device, got 'cpu' and 'meta'"):
-        check_alike([one, replace(one, runtime=replace(one.runtime, device=torch.device("meta")))])
+        check_alike([one, replace(one, way=replace(one.way, device=torch.device("meta")))])
     path, adapter = next(iter(one.adapters.items()))
     patched = replace(one, model=one.model.patched(Patch({path: adapter.to_weights()})))
     with pytest.raises(OptionError, match="same LoRAs beneath them, but training_adapter, existing_lora or"):
@@ -501,7 +501,7 @@ def test_models_devices_loras_and_processes_that_differ_are_refused(flux: Model,
     class Two:
         size = 2
 
-    several = replace(one, runtime=replace(one.runtime, processes=Two()))  # type: ignore[arg-type]
+    several = replace(one, way=replace(one.way, processes=Two()))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="are trained in one process, got 2; start one"):
         check_alike([several, several])
 

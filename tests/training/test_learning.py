@@ -21,10 +21,10 @@ def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
     """Mean loss over the samples at noise that no run here has seen."""
     config = TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32")
     job = plan_job(denoiser, config, torch.device("cpu"))
-    maker = engine.batch_maker(job.model, samples, job.config, job.runtime)  # type: ignore[arg-type]
+    maker = engine.batch_maker(job.model, samples, job.config, job.way)  # type: ignore[arg-type]
     with torch.no_grad(), denoiser.active():
         batches = [batch for step in range(8) for batch in maker.step(step)]
-        losses = [engine.sample_losses(job.model, batch, job.config, job.runtime) for batch in batches]
+        losses = [engine.sample_losses(job.model, batch, job.config, job.way) for batch in batches]
     return torch.cat(losses).mean().item()
 
 

@@ -42,10 +42,11 @@ from lorasmith.training.events import (
     Warned,
 )
 from lorasmith.training.job import engine_of, plan_job
-from lorasmith.training.loop import Loop, _Taken
+from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.recovery import RunState, exploded
 from lorasmith.training.results import Results, TrainResult
+from lorasmith.training.step_results import Taken
 from lorasmith.training.storage import run_states
 from lorasmith.training.storage.run_folder import RunFolder, unfinished_run
 from lorasmith.training.validation import History
@@ -298,10 +299,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], float], *, s
     count = start
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, way: Any, *target: Any) -> Tensor:
         nonlocal count
         count += 1
-        return original(denoiser, batch, config, runtime, *target) * spoilt(count)
+        return original(denoiser, batch, config, way, *target) * spoilt(count)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
 
@@ -340,10 +341,10 @@ def test_a_layer_whose_gradient_is_nan_is_named_and_no_image(
 
 
 def test_an_image_is_named_for_its_own_loss_alone() -> None:
-    taken = _Taken(("a", "b", "a", "c"), (0, 1, 2, 3), (0.5,) * 4, 4, ())
+    taken = Taken(("a", "b", "a", "c"), (0, 1, 2, 3), (0.5,) * 4, 4, ())
     assert taken.at_fault([1.0, math.nan, 2.0, 30.0], bound=10) == ("b", "c")
     assert taken.at_fault([math.nan] * 4, bound=10) == ()
-    assert _Taken(("a",), (0,), (0.5,), 1, ()).at_fault([math.inf], bound=math.inf) == ("a",)
+    assert Taken(("a",), (0,), (0.5,), 1, ()).at_fault([math.inf], bound=math.inf) == ("a",)
 
 
 @pytest.mark.slow
@@ -433,11 +434,11 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[int, int
     seen: list[int] = []
     original = engine.sample_losses
 
-    def scarce(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
-        if too_large(len(batch.names), runtime.checkpoint_depth):
+    def scarce(denoiser: Denoiser, batch: Any, config: Any, way: Any, *target: Any) -> Tensor:
+        if too_large(len(batch.names), way.checkpoint_depth):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
         seen.append(len(batch.names))
-        return original(denoiser, batch, config, runtime, *target)
+        return original(denoiser, batch, config, way, *target)
 
     monkeypatch.setattr(engine, "sample_losses", scarce)
     return seen
@@ -774,7 +775,7 @@ def test_memory_that_runs_out_while_a_batch_is_made_is_handled_too(
     original = BatchMaker.step
 
     def scarce(self: BatchMaker, step: int) -> list[Batch]:
-        if step == 1 and self.runtime.micro_batch == 4:
+        if step == 1 and self.way.micro_batch == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, step)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorasmith.training.loop import Mailbox
+from lorasmith.training.step_results import Mailbox
 
 
 def test_the_mailbox_delivers_in_order() -> None:

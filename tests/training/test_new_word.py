@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_a_larger_table(tiny: Model, data: EncodedDatase
     job, engine = prepared_step(tiny, batch_size=5)
     losses, found = gradient(job, engine, plain)
     encoder, tokenizer = tiny.components.text_encoders["text_encoder"], tiny.components.tokenizers["text_encoder"]
-    (batch,) = batch_maker(job.model, plain, job.config, engine.runtime).step(0)
+    (batch,) = batch_maker(job.model, plain, job.config, engine.way).step(0)
     vectors = engine.flat.parameters[WORD].detach().clone().requires_grad_()
     weights = {name: one.float() for name, one in encoder.state_dict().items()}
     (table,) = (name for name in weights if name.endswith("token_embedding.weight"))
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_a_larger_table(tiny: Model, data: EncodedDatase
         chunk = [one for one, _ in tokenize_prompt(" ".join(words), tokenizer)[0]]
         ids.append([new for one in chunk for new in ((rows, rows + 1) if one == token else (one,))][:77])
     assert sum(one.count(rows) for one in ids) == 3
-    with job.model.frozen(job.config, engine.runtime), adapters_attached(job.model.module, [engine.trained]):
+    with job.model.frozen(job.config, engine.way), adapters_attached(job.model.module, [engine.trained]):
         context = torch.func.functional_call(encoder, weights, (torch.tensor(ids),)).last_hidden_state
         prediction = job.model.predict(batch.noised, batch.level.time, Conditioning({"context": context}))
         kind = PARAMETERIZATIONS[job.model.diffusion.parameterization]
@@ -100,7 +100,7 @@ def test_levers_of_memory(tiny: Model, data: EncodedDataset, small_is_worth_it: 
         "gradient_checkpointing": {lever: True}, "offloading": {}, "int8": {"quantization": lever}
     }.get(lever, {"activations": lever})  # fmt: skip
     job, engine = prepared_step(tiny, train_text_encoder=True, **chosen)
-    engine.change(offloading=lever == "offloading")
+    engine.way = replace(engine.way, offloading=lever == "offloading")
     found = gradient(job, engine, data)
     expected = gradient(*prepared_step(tiny, train_text_encoder=True), data)
     if lever == "int8":
@@ -169,7 +169,7 @@ def test_a_start_rates_and_the_last_step(tiny: Model, data: EncodedDataset) -> N
         plan_job(tiny.denoiser, job.requested, "cpu").model.word.vectors["text_encoder"],  # type: ignore[union-attr]
         layer.weight[[fox] * 3].float(),
     )
-    assert job.runtime.learning_rates["new_word"] == pytest.approx(1e-2)
+    assert job.way.learning_rates["new_word"] == pytest.approx(1e-2)
     random = plan_job(tiny.denoiser, TrainConfig(**(SETTINGS | {"new_word_vectors": 64})), "cpu").model.word
     assert random is not None
     assert float(random.vectors["text_encoder"].detach().std()) == pytest.approx(
@@ -200,13 +200,13 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(tiny: Model, data: EncodedData
 
 def test_the_frozen_model_reads_the_word_as_text(tiny: Model, data: EncodedDataset) -> None:
     job, engine = prepared_step(tiny, preserve="blank")
-    (batch,) = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    (batch,) = batch_maker(job.model, data, job.config, engine.way).step(0)
 
     def predicted() -> Tensor:
         with torch.no_grad():
             return job.model.predict(batch.noised, batch.level.time, batch.conditioning)
 
-    with job.model.frozen(job.config, engine.runtime):
+    with job.model.frozen(job.config, engine.way):
         frozen = predicted()
         with job.model.texts_read(1.0):
             trained = predicted()

@@ -57,10 +57,10 @@ def test_a_range_of_noise_is_trained_and_judged_alone(tiny: Model, dataset: Enco
     config = TrainConfig(min_noise=0.75, rank=2, batch_size=16, validation_draws=4)
     job = plan_job(tiny.denoiser, config)
     assert job.config.noise_range == (0.75, 1.0)
-    maker = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime)
+    maker = engine.batch_maker(job.model, dataset.samples, job.config, job.way)
     quantiles = [one for batch in maker.step(0) for one in batch.quantiles]
     assert len(quantiles) == 16 and all(0.75 <= one <= 1 for one in quantiles)
-    judge = ValidationWatch(job.model, dataset.samples, job.config, job.runtime)
+    judge = ValidationWatch(job.model, dataset.samples, job.config, job.way)
     assert bool((judge._losses.quantiles >= 0.75).all()) and judge._losses.quantiles.shape[1] == 4
     with pytest.raises(OptionError, match=r"min_noise must be below max_noise, got 0\.5 and 0\.5"):
         TrainConfig(min_noise=0.5, max_noise=0.5)
@@ -103,7 +103,7 @@ def test_a_zero_terminal_schedule_trains_v_predictions(tiny: Model, dataset: Enc
     assert tiny.components.parameterization == "v"
     config = TrainConfig(zero_terminal_snr=True, timestep_shift=100.0, batch_size=16, training_dtype="fp32", steps=2)
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
-    [batch] = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime).step(0)
+    [batch] = engine.batch_maker(job.model, dataset.samples, job.config, job.way).step(0)
 
     assert batch.level.alpha.min() == 0  # pure noise is among what it learns
     for weighting in ("none", "soft_min_snr"):

@@ -12,7 +12,8 @@ import torch
 
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training import processor_way, runtime
+from lorasmith.training import processor_way
+from lorasmith.training import way as ways
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
@@ -33,7 +34,7 @@ class Timer:
         monkeypatch.setattr(processor_way, "_times", self)
 
     def __call__(self, engine: Engine, batches: object, least: float, clock: object) -> dict[str, float]:
-        name = "fp32" if engine.runtime.dtype == torch.float32 else "bf16"
+        name = "fp32" if engine.way.dtype == torch.float32 else "bf16"
         self.asked.append(f"{name} {torch.get_num_threads()}")
         found = self.seconds[self.asked[-1]]
         return {} if found is None else {"step": found}
@@ -47,7 +48,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, kept: Path) -> Timer:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, busy: list[float]) -> Iterator[None]:
     """It has four processors with units for bf16, and the environment sets no threads."""
-    monkeypatch.setattr(runtime, "multiplies", lambda dtype, device: True)
+    monkeypatch.setattr(ways, "multiplies", lambda dtype, device: True)
     monkeypatch.setattr(processor_way, "threads_are_set", lambda: False)
     monkeypatch.setattr(processor_way, "usable_processors", lambda: 4)
     monkeypatch.setattr(processor_way, "busy_processors", lambda: busy[0])
@@ -93,7 +94,7 @@ def test_the_fastest_format_and_threads(
     job, threads = choose()
     assert timer.asked == asked
     assert f"{job.config.training_dtype} {threads}" == way
-    assert job.runtime.dtype == (torch.float32 if "fp32" in way else torch.bfloat16)
+    assert job.way.dtype == (torch.float32 if "fp32" in way else torch.bfloat16)
     assert torch.get_num_threads() == 4, "restored"
 
 

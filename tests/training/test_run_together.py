@@ -24,7 +24,7 @@ from lorasmith.runs.run import run
 from lorasmith.training import engine as engines
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Outcome, Shrunk, StepDone, Validated
-from lorasmith.training.loop import Mailbox
+from lorasmith.training.step_results import Mailbox
 from lorasmith.training.train import Plan
 from tests.hosts import NoFiles
 from tests.training.processes_together import processes_together
@@ -181,7 +181,7 @@ def test_bytes_of_a_step_are_those_of_the_parameters(tiny: Model, dataset: Encod
 
         processes.summing = counted  # type: ignore[method-assign]
         run(Plan(denoiser=tiny.denoiser, job=job, data=dataset), NoFiles())
-        return sum(summed), Engine(job.model, job.adapters, job.config, job.runtime).flat.master.numel()
+        return sum(summed), Engine(job.model, job.adapters, job.config, job.way).flat.master.numel()
 
     summed, numbers = processes_together(2, one)[0]
     assert summed == 2 * 4 * (numbers + SETTINGS["batch_size"] + 1)
@@ -195,7 +195,7 @@ def test_what_memory_is_too_small_for_in_one_process_is_repeated_in_all(
     whole, failed = Engine.gradient, []
 
     def gradient(self: Engine, batches: Any) -> Any:
-        if self.runtime.processes.rank == 1 and self.runtime.micro_batch == 4 and not failed:
+        if self.way.processes.rank == 1 and self.way.micro_batch == 4 and not failed:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, batches)
@@ -214,9 +214,9 @@ def test_all_processes_skip_a_step_that_diverged_in_one(
     whole, broken = engines.sample_losses, []
     collect = Mailbox.collect
 
-    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
-        found = whole(denoiser, batch, config, runtime, *target)
-        if runtime.processes.rank == 1 and not broken:
+    def losses(denoiser: Any, batch: Any, config: Any, way: Any, *target: Any) -> Tensor:
+        found = whole(denoiser, batch, config, way, *target)
+        if way.processes.rank == 1 and not broken:
             broken.append(True)
             return found * float("nan")
         return found

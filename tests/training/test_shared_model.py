@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_run_with_the_least_memory_says_how_activations_are_kept(tiny: Model
     one, shared = engine(tiny)
     other, _ = engine(tiny)
     for each, plan in zip((one, other), plans, strict=True):
-        each.change(activations=plan)
+        each.way = replace(each.way, activations=plan)
     shared.attach([one, other])
     try:
         assert shared.activations == kept
@@ -83,14 +84,14 @@ def test_blocks_are_kept_as_in_the_run_that_recomputes_most(tiny: Model) -> None
         recomputing: Recomputing = block.forward.func.__self__
         return recomputing._kept
 
-    one.change(checkpoint_depth=1, kept_blocks=3)
+    one.way = replace(one.way, checkpoint_depth=1, kept_blocks=3)
     try:
         shared.attach([one, other])
         assert kept() == 3
-        other.change(checkpoint_depth=1, kept_blocks=2)
+        other.way = replace(other.way, checkpoint_depth=1, kept_blocks=2)
         shared.attach([one, other])
         assert kept() == 2
-        other.change(kept_blocks=1)  # memory ran out
+        other.way = replace(other.way, kept_blocks=1)  # memory ran out
         shared.attach([one, other])
         assert kept() == 1
     finally:

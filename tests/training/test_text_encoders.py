@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def prepared_step(model: Model, data: EncodedDataset, **settings: Any) -> tuple[
 
 
 def gradient(job: TrainJob, engine: Engine, data: EncodedDataset) -> tuple[Tensor, Tensor]:
-    batches = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    batches = batch_maker(job.model, data, job.config, engine.way).step(0)
     with engine.prepared():
         losses, _ = engine.gradient(batches)
     return losses, engine.flat.grad.clone()
@@ -81,7 +82,7 @@ def test_the_gradient_is_that_of_merged_weights(tiny: Model, dataset: EncodedDat
     job, engine = prepared_step(tiny, data)
     losses, found = gradient(job, engine, data)
     encoder, tokenizer = tiny.components.text_encoders["text_encoder"], tiny.components.tokenizers["text_encoder"]
-    (batch,) = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    (batch,) = batch_maker(job.model, data, job.config, engine.way).step(0)
     leaves, weights = {}, {name: one.float() for name, one in encoder.state_dict().items()}
     for path, adapter in job.text_adapters.items():
         down, up = (one.detach().clone().requires_grad_() for one in (adapter.down, adapter.up))  # type: ignore[operator]
@@ -89,7 +90,7 @@ def test_the_gradient_is_that_of_merged_weights(tiny: Model, dataset: EncodedDat
         name = f"{path.partition('.')[2]}.weight"
         weights[name] = weights[name] + adapter.scale * up @ down  # type: ignore[operator]
     ids = [[token for token, _ in tokenize_prompt(text, tokenizer)[0]] for text in batch.conditioning.texts]
-    with job.model.frozen(job.config, engine.runtime), adapters_attached(job.model.module, [engine.trained]):
+    with job.model.frozen(job.config, engine.way), adapters_attached(job.model.module, [engine.trained]):
         context = torch.func.functional_call(encoder, weights, (torch.tensor(ids),)).last_hidden_state
         prediction = job.model.predict(batch.noised, batch.level.time, Conditioning({"context": context}))
         kind = PARAMETERIZATIONS[job.model.diffusion.parameterization]
@@ -115,7 +116,7 @@ def test_levers_of_memory_reach_the_encoders(
     elif lever == "gradient_checkpointing":
         settings = {lever: True}
     job, engine = prepared_step(tiny, dataset, **settings)
-    engine.change(offloading=lever == "offloading")  # planning leaves it out on the CPU
+    engine.way = replace(engine.way, offloading=lever == "offloading")  # planning leaves it out on the CPU
     losses, found = gradient(job, engine, dataset)
     plain, other = prepared_step(tiny, dataset)
     if lever in ("int8", "nf4"):
@@ -135,14 +136,14 @@ def test_the_frozen_model_of_a_method_has_frozen_encoders(tiny: Model, dataset: 
     _, whole = gradient(job, engine, data)
     plain, other = prepared_step(tiny, data)
     _, alone = gradient(plain, other, data)
-    (batch,) = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    (batch,) = batch_maker(job.model, data, job.config, engine.way).step(0)
     assert job.model.encoders is not None
 
     def predicted() -> Tensor:
         return job.model.predict(batch.noised, batch.level.time, batch.texts["preserved"])
 
     engine.flat.zero()
-    with job.model.frozen(job.config, engine.runtime):
+    with job.model.frozen(job.config, engine.way):
         with torch.no_grad():
             kept = predicted()
         with (
@@ -184,7 +185,7 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(tiny: Model, dataset: EncodedD
 
 def test_rates_and_ranks_of_their_own(tiny: Model, dataset: EncodedDataset) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(**SETTINGS, learning_rate=1e-3, text_encoder_rank=3), "cpu")
-    assert {job.runtime.learning_rates[path] for path in job.text_adapters} == {1e-4}
+    assert {job.way.learning_rates[path] for path in job.text_adapters} == {1e-4}
     assert {len(one.to_weights().tensors["down"]) for one in job.text_adapters.values()} == {3}
     given = SETTINGS | {"optimizer": "SGD", "text_encoder_rate": 7e-3}
     result = train(tiny, dataset, steps=1, learning_rate=1e-7, **given)

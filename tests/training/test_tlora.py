@@ -101,14 +101,14 @@ def test_each_sample_trains_the_ranks_of_its_level(tiny: Model, dataset: Encoded
     schedule, rank = job.config.rank_schedule, job.config.rank
     assert schedule is not None
     engine = engine_of(job)
-    batches = batch_maker(job.model, dataset, job.config, engine.runtime, engine.rank_masks).step(0)
+    batches = batch_maker(job.model, dataset, job.config, engine.way, engine.rank_masks).step(0)
     with engine.prepared():
         losses, _ = engine.gradient(batches)
     found = {name: tensor.clone() for name, tensor in gradients(job).items()}
     engine.flat.zero()
     expected = {name: torch.zeros_like(gradient) for name, gradient in found.items()}
     seen, alone = set(), []
-    with job.model.frozen(job.config, engine.runtime), adapters_attached(job.model.module, [Attached(job.adapters)]):
+    with job.model.frozen(job.config, engine.way), adapters_attached(job.model.module, [Attached(job.adapters)]):
         for batch in batches:
             for row, used in enumerate(schedule.ranks(job.model.diffusion.schedule.share(batch.level.time), rank)):
                 for adapter in job.adapters.values():
@@ -222,16 +222,16 @@ def test_held_out_losses_use_the_ranks_of_their_level(tiny: Model, dataset: Enco
     job = moved(planned(tiny))
     engine = engine_of(job)
     measure = Validator(
-        job.model, dataset.samples[:1], draws=4, batch_size=4, device=engine.runtime.device, dtype=torch.float32
+        job.model, dataset.samples[:1], draws=4, batch_size=4, device=engine.way.device, dtype=torch.float32
     )
     with engine.prepared():
         found, everything = measure(engine.rank_masks), measure()
     lora = lora_of(job, {})
     for draw, used in enumerate([5, 4, 2, 1]):
         alone = trainable(cut(lora, used, 1).applied_to(tiny.denoiser))
-        with alone.frozen(job.config, engine.runtime):
+        with alone.frozen(job.config, engine.way):
             expected = Validator(
-                alone, dataset.samples[:1], draws=4, batch_size=4, device=engine.runtime.device, dtype=torch.float32
+                alone, dataset.samples[:1], draws=4, batch_size=4, device=engine.way.device, dtype=torch.float32
             )()
         torch.testing.assert_close(found[0, draw], expected[0, draw], rtol=1e-3, atol=1e-5)
     assert ((found - everything).abs() > 1e-4).any()

@@ -98,7 +98,7 @@ def test_masks_and_given_frames_are_kept_before_all_others() -> None:
 def test_dropped_tokens_skip_the_blocks_bit_for_bit(flux: Model, data: EncodedDataset) -> None:
     job = planned(flux, **TREAD)
     engine = engine_of(job)
-    (batch,) = batch_maker(job.model, data, job.config, job.runtime).step(0)
+    (batch,) = batch_maker(job.model, data, job.config, job.way).step(0)
     network: Any = job.model.module
     seen: dict[str, Tensor] = {}
 
@@ -117,7 +117,7 @@ def test_dropped_tokens_skip_the_blocks_bit_for_bit(flux: Model, data: EncodedDa
     ]
     try:
         with engine.prepared():
-            prediction_of(job.model, batch, job.runtime)
+            prediction_of(job.model, batch, job.way)
     finally:
         for handle in handles:
             handle.remove()
@@ -231,7 +231,7 @@ def test_the_frozen_model_of_a_method_has_the_route_of_the_trained_one(flux: Mod
         job = planned(flux, preserve=preserve, preserve_weight=1000.0, **TREAD)
         engine = engine_of(job)
         with engine.prepared():
-            engine.gradient(batch_maker(job.model, texts, job.config, job.runtime).step(0))
+            engine.gradient(batch_maker(job.model, texts, job.config, job.way).step(0))
         losses[preserve] = engine.flat.grad.clone()
     assert torch.equal(losses["none"], losses["blank"])
 
@@ -240,7 +240,7 @@ def test_plans_of_memory_count_fewer_tokens(flux: Model, data: EncodedDataset) -
     def needed(**settings: Any) -> int:
         job = planned(flux, **settings)
         with engine_of(job).prepared():
-            return next(measured_plans(job.model, data.samples, job.config, job.runtime, 0)).needed_bytes
+            return next(measured_plans(job.model, data.samples, job.config, job.way, 0)).needed_bytes
 
     assert needed(**TREAD) < needed()
 

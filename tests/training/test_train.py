@@ -44,9 +44,9 @@ def test_the_first_loss_of_a_continued_run_is_that_of_the_merged_model(
     def loss_at_step_11(denoiser: Denoiser) -> float:
         config = TrainConfig(training_dtype="fp32", seed=9)
         job = plan_job(denoiser, config, torch.device("cpu"))
-        (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime).step(10)
+        (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.way).step(10)
         with torch.no_grad(), denoiser.active():
-            return engine.sample_losses(job.model, batch, job.config, job.runtime).item()
+            return engine.sample_losses(job.model, batch, job.config, job.way).item()
 
     assert continued.losses[0] == pytest.approx(loss_at_step_11(first.lora.applied_to(tiny.denoiser)), rel=1e-5)
     assert continued.losses[0] != pytest.approx(loss_at_step_11(tiny.denoiser), rel=5e-5)

@@ -155,14 +155,14 @@ def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
 
     config = TrainConfig(training_dtype="fp32", seed=12)
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
-    (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime).step(2)
+    (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.way).step(2)
     for bypass in (False, True):
         denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser, bypass=bypass)
         with torch.no_grad(), denoiser.active():
-            loss = engine.sample_losses(trainable(denoiser), batch, job.config, job.runtime).item()
+            loss = engine.sample_losses(trainable(denoiser), batch, job.config, job.way).item()
         assert continued.losses[0] == pytest.approx(loss, rel=2e-5)
     with torch.no_grad():
-        plain = engine.sample_losses(job.model, batch, job.config, job.runtime).item()
+        plain = engine.sample_losses(job.model, batch, job.config, job.way).item()
     assert loss != pytest.approx(plain, rel=1e-4)
 
     before, after = first.lora.state, continued.lora.state
@@ -217,11 +217,11 @@ def test_a_layer_with_an_adapter_and_differences_keeps_them_all(
     assert not torch.equal(saved[f"{name}.diff_b"], extra[f"{name}.diff_b"])
     config = TrainConfig(training_dtype="fp32", seed=9)
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
-    (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime).step(0)
+    (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.way).step(0)
     denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser)
     with torch.no_grad(), denoiser.active():
         assert result.losses[0] == pytest.approx(
-            engine.sample_losses(trainable(denoiser), batch, job.config, job.runtime).item(), rel=2e-5
+            engine.sample_losses(trainable(denoiser), batch, job.config, job.way).item(), rel=2e-5
         )
 
 
@@ -235,11 +235,11 @@ def test_a_dora_on_top_of_a_lora_starts_as_the_model_with_that_lora(
         for variant in ({"dora": "input"}, {"dora": "output"}, {"pissa": True}):
             config = TrainConfig(targets=LAYERS, rank=4, training_dtype="fp32", **variant)
             job = plan_job(below, config)
-            (batch,) = engine.batch_maker(below, dataset.samples, job.config, job.runtime).step(0)
-            with torch.no_grad(), engine.prepared(below, job.adapters, job.config, job.runtime):
-                fresh = engine.sample_losses(trainable(below), batch, job.config, job.runtime).item()
+            (batch,) = engine.batch_maker(below, dataset.samples, job.config, job.way).step(0)
+            with torch.no_grad(), engine.prepared(below, job.adapters, job.config, job.way):
+                fresh = engine.sample_losses(trainable(below), batch, job.config, job.way).item()
             with torch.no_grad(), below.active():
-                expected = engine.sample_losses(trainable(below), batch, job.config, job.runtime).item()
+                expected = engine.sample_losses(trainable(below), batch, job.config, job.way).item()
             assert fresh == pytest.approx(expected, rel=1e-5)
 
 

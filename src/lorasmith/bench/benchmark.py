@@ -39,7 +39,6 @@ from lorasmith.training.engine import prepared
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.memory.memory_plan import MemoryPlan, plan_for
-from lorasmith.training.runtime import Runtime
 
 _WARMUP = 2
 _ENOUGH_S = 6.0  # total seconds of steps and passes if their number is not given
@@ -68,15 +67,14 @@ def measured(
     With `floor` the frozen model is measured too, on one batch. `on_stage` receives the name of each stage, such as
     `steps`, before it and during it; what it raises ends the measurement.
     """
-    config, device = job.config, job.runtime.device
+    config, device = job.config, job.way.device
     plan = None
-    if job.runtime.activations == "auto":
+    if job.way.activations == "auto":
         on_stage("activations")
         plan = _plan(job, samples)
-        runtime = replace(job.runtime, **plan.runtime_settings)
-        job = replace(job, runtime=runtime)
+        job = replace(job, way=plan.applied(job.way))
     on_stage("rates of this device")
-    rates = measured_rates(device, job.runtime.dtype)
+    rates = measured_rates(device, job.way.dtype)
     frozen = _Floor(job, samples[: config.batch_size]) if floor else None
     if frozen is not None:
         on_stage("the floor")
@@ -115,16 +113,10 @@ def measured(
 
 
 def _plan(job: TrainJob, samples: Sequence[Sample]) -> MemoryPlan:
-    found: list[MemoryPlan] = []
-
-    def planned() -> Runtime:
-        found.append(plan_for(engine, samples))
-        return replace(job.runtime, activations="keep")
-
     engine = engine_of(job)
     try:
-        with engine.prepared(planned=planned):
-            return found[0]
+        with engine.frozen(), engine.adapted():
+            return plan_for(engine, samples)
     finally:
         engine.release()
 
@@ -141,7 +133,7 @@ class _Floor:
 
     def measure(self, steps: int | None) -> int:
         """Time `steps` passes, or as many as take some seconds; returns their number, 0 if memory is too small."""
-        device = self._job.runtime.device
+        device = self._job.way.device
         try:
             with self._open() as once, self._open(backward=False) as forward:
                 first = pass_seconds(once, steps=1, warmup=1, device=device).median
@@ -157,21 +149,19 @@ class _Floor:
         return steps
 
     def _open(self, *, backward: bool = True) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        runtime = self._job.runtime
-        return frozen_floor(
-            self._job.model, self._samples, device=runtime.device, dtype=runtime.dtype, backward=backward
-        )
+        way = self._job.way
+        return frozen_floor(self._job.model, self._samples, device=way.device, dtype=way.dtype, backward=backward)
 
 
 def _steps(job: TrainJob, samples: Sequence[Sample], on_event: EventHandler) -> tuple[Steps, int, int | None]:
     """The steps after the warm-up, bytes of the frozen weights, and peak of allocated GPU memory."""
-    weights, device = 0, job.runtime.device
+    weights, device = 0, job.way.device
 
     def look() -> None:
         nonlocal weights
         weights = weight_bytes(job.model.module)
 
-    with prepared(job.model, job.adapters, job.config, job.runtime, job.differences, first=look):
+    with prepared(job.model, job.adapters, job.config, job.way, job.differences, first=look):
         pass
     if device.type != "cuda":
         return measured_steps(job, samples, warmup=_WARMUP, on_event=on_event), weights, None

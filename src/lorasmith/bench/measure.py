@@ -194,7 +194,7 @@ def training_steps(
     """
     with counter or contextlib.nullcontext():
         engine = engine_of(job)
-    maker = batch_maker(job.model, stand_in_captions(samples), job.config, job.runtime, engine.rank_masks)
+    maker = batch_maker(job.model, stand_in_captions(samples), job.config, job.way, engine.rank_masks)
     steps = itertools.count()
 
     def once() -> None:
@@ -260,7 +260,7 @@ def measured_steps(
     events, and waiting is wall time of the host. `on_event` receives the run's events, such as a `Shrunk` if memory
     runs out.
     """
-    ends = _Ends(job.runtime.device, clock)
+    ends = _Ends(job.way.device, clock)
     engine = engine_of(job)
     loop = Loop(engine, stand_in_captions(samples), on_event=on_event, watchers=[ends])
     try:
@@ -274,8 +274,8 @@ def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
-    maker = batch_maker(job.model, stand_in_captions(samples), job.config, job.runtime, engine.rank_masks)
-    device = job.runtime.device
+    maker = batch_maker(job.model, stand_in_captions(samples), job.config, job.way, engine.rank_masks)
+    device = job.way.device
     rows = []
     try:
         with (

@@ -40,7 +40,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, optimizer_bytes
 from lorasmith.training.optim.flat import buffer_bytes
-from lorasmith.training.runtime import dtype_on_device
+from lorasmith.training.way import dtype_on_device
 
 _KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 """Quantizations that are proposed; those in fp8 take the memory of int8, and change the weights more."""
@@ -228,7 +228,7 @@ def estimate_of(
     model.check_clips("frames", frames)
     frames = latent.whole_frames(frames)
     job = plan_job(model.denoiser, config, "cpu")
-    family, components, products = model.family, model.components, job.runtime.dtype
+    family, components, products = model.family, model.components, job.way.dtype
 
     parts = [one for one in (model.denoiser.module, job.model.encoders) if one is not None]
 
@@ -310,10 +310,10 @@ def _activation_plans(
     if sight is not None and controls:
         tokens = model.family.usual_tokens + sum(sight.tokens(*one) for one in controls)
     samples = synthetic_samples(model, 1, side, side, frames=frames, tokens=tokens, controls=beside)
-    runtime, module = replace(job.runtime, device=_META), model.denoiser.module
+    way, module = replace(job.way, device=_META), model.denoiser.module
     encoders = job.model.encoders or nn.ModuleDict()
     for one in (module, encoders, *(trained for _, trained in job.trained)):
-        _emptied(one, runtime.dtype)
+        _emptied(one, way.dtype)
     with (
         adapters_attached(module, [Attached(job.adapters, differences=job.differences)]),
         adapters_attached(encoders, [Attached(job.text_adapters)]),
@@ -321,7 +321,7 @@ def _activation_plans(
         model.family.unread_left_out(module),
         _autocast_on_meta(),
     ):
-        return tuple(measured_plans(job.model, samples, job.config, runtime, 0, within=_FusedAttention))
+        return tuple(measured_plans(job.model, samples, job.config, way, 0, within=_FusedAttention))
 
 
 def _emptied(module: nn.Module, dtype: torch.dtype) -> None:

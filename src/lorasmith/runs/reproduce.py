@@ -160,9 +160,7 @@ class Reproduction(Host):
     def _differences(self, fingerprint: Fingerprint) -> tuple[str, ...]:
         """Emit all differences from the original run; returns the decisive ones."""
         job, before = self.plan.job, self._before
-        now = environment(
-            job.runtime.device, job.config.optimizer, compile=job.config.compile, extensions=job.extensions
-        )
+        now = environment(job.way.device, job.config.optimizer, compile=job.config.compile, extensions=job.extensions)
         for what in dict.fromkeys(one for there in before.all_environments for one in differences(there, now)):
             self.on_event(Differs(what=what, is_decisive=False))
         decisive = differences(before.fingerprint, fingerprint)

@@ -55,9 +55,9 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Drawing, Event, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.run_requests import DrawRequest
-from lorasmith.training.runtime import dtype_on_device
 from lorasmith.training.train import Plan, RunHost
 from lorasmith.training.watchers import likeness_steps, preview_steps
+from lorasmith.training.way import dtype_on_device
 
 _MOST_FAILURES = 2  # consecutive failures after which a run draws no more previews
 
@@ -238,7 +238,7 @@ def previews_of(
     The host is asked between evaluations of the network whether to stop. ModelError if the model lacks a text encoder
     or an autoencoder.
     """
-    denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
+    denoiser, config, device = plan.denoiser, plan.job.config, plan.job.way.device
     assert denoiser is not None
     base, text_encoder = denoiser.base, denoiser.base.text_encoder
     in_place = partner is None and _may_stay(plan)
@@ -314,12 +314,12 @@ def _may_stay(plan: Plan) -> bool:
     Pictures are those of the LoRA on the base model that it is trained on. On a CPU, in fp32, weights are placed in no
     time and merged.
     """
-    job, denoiser, runtime = plan.job, plan.denoiser, plan.job.runtime
+    job, denoiser, way = plan.job, plan.denoiser, plan.job.way
     assert denoiser is not None
     return (
-        runtime.device.type != "cpu"
-        and runtime.dtype == _sampling_dtype(denoiser, job.config, runtime.device)
-        and not runtime.sharding
+        way.device.type != "cpu"
+        and way.dtype == _sampling_dtype(denoiser, job.config, way.device)
+        and not way.sharding
         and job.model.encoders is None
         # No training adapter, which previews leave out, and no T-LoRA below, whose ranks are chosen in each evaluation.
         and [*map(id, job.model.patches)] == [*map(id, denoiser.patches)]
@@ -429,7 +429,7 @@ class RunPreviews:
 
     def _frozen(self, rows: Iterator[Event]) -> Iterator[Event]:
         """Rows that are drawn with the bare model, which is as for those on the way inside."""
-        with self._job.model.frozen(self._job.config, self._job.runtime) if self.in_place else contextlib.nullcontext():
+        with self._job.model.frozen(self._job.config, self._job.way) if self.in_place else contextlib.nullcontext():
             yield from rows
 
     def _drawn(self, step: int, rows: Iterator[Event]) -> list[Event]:
@@ -500,7 +500,7 @@ def draw_requested(
     """Draw a prompt without and with the LoRA at `lora`, or the saved one that the request names, into the folder of
     what is tried; returns the files and a note. The request is untrusted. Raises LorasmithError.
     """
-    denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
+    denoiser, config, device = plan.denoiser, plan.job.config, plan.job.way.device
     if denoiser is None:
         raise OptionError(
             f"drawing needs a model of a known family, got {plan.job.model.title}; draw with code of yours"

@@ -36,6 +36,7 @@ from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.spilling import memory_capped
 from lorasmith.training.methods.all_methods import other_texts
+from lorasmith.training.planning import choose_way
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
@@ -271,10 +272,10 @@ class Trainer:
 
     def __enter__(self) -> Self:
         if not self._depth:
-            device = self.engine.runtime.device
+            device = self.engine.way.device
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
-                stack.enter_context(memory_capped(device, self.engine.runtime.memory_cap))
+                stack.enter_context(memory_capped(device, self.engine.way.memory_cap))
                 stack.enter_context(
                     captions_ready(
                         self._data,
@@ -286,7 +287,9 @@ class Trainer:
                         model=self.job.model,
                     )
                 )
-                stack.enter_context(self.engine.prepared(planned=self._loop.planned))
+                stack.enter_context(self.engine.frozen())
+                choose_way(self.engine, self._data, self._loop.emit)
+                stack.enter_context(self.engine.attached())
                 self._open = stack.pop_all()
         self._depth += 1
         return self
@@ -303,9 +306,9 @@ class Trainer:
 
         After a state was loaded in the loop, the next step is that of the state.
         """
-        engine, first = self.engine, self.engine.runtime.first_step
+        engine, first = self.engine, self.engine.steps_before
         with self:
-            maker = batch_maker(engine.model, self._data, engine.config, engine.runtime, engine.rank_masks)
+            maker = batch_maker(engine.model, self._data, engine.config, engine.way, engine.rank_masks)
             while self.step < self._loop.steps:
                 ahead = range(first + self.step, first + self._loop.steps)
                 with contextlib.closing(prefetched(maker, ahead)) as coming:
@@ -327,7 +330,7 @@ class Trainer:
             raise OptionError(
                 "predict applies no rank_dropout, module_dropout or tlora; leave them out, or use gradient()"
             )
-        return prediction_of(self.engine.model, batch, self.engine.runtime)
+        return prediction_of(self.engine.model, batch, self.engine.way)
 
     def target(self, batch: Batch) -> Tensor:
         """What `predict` is trained to return for a batch: its noise, velocity or flow, fp32."""

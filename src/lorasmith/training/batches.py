@@ -32,9 +32,9 @@ from lorasmith.families.token_routing import Route
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import CaptionsPlanned, EventHandler
 from lorasmith.training.methods.texts import OtherTexts
-from lorasmith.training.runtime import Runtime
 from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable
+from lorasmith.training.way import Way
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class BatchMaker:
     join: Callable[[Sequence[Conditioning]], Conditioning]  # see `Family.join`
     memory_format: torch.memory_format
     config: ResolvedConfig
-    runtime: Runtime
+    way: Way
     masks: Callable[[Sequence[int], Tensor], Tensor | None] = no_masks  # see `RankMasks.masks`
     lengths_apart: bool = False  # whether contexts of different length are in separate batches
     texts: OtherTexts | None = None  # that the run's methods need
@@ -116,7 +116,7 @@ class BatchMaker:
 
     def drawn(self, step: int) -> list[tuple[str, int, float]] | None:
         """Name, dataset index and quantile of each draw of a step, those of all processes; None in a single process."""
-        if self.runtime.processes.size == 1:
+        if self.way.processes.size == 1:
             return None
         found = []
         for draw in range(step * self.per_step, (step + 1) * self.per_step):
@@ -132,19 +132,19 @@ class BatchMaker:
         With sharded weights all processes have equally many: padding batches have no names or draws, and weights of 0.
         """
         draws: Sequence[int] = range(step * self.per_step, (step + 1) * self.per_step)
-        processes = self.runtime.processes
+        processes = self.way.processes
         if processes.size == 1:
             return [self._batch(group) for group in self._groups(draws)]
         sizes = [self.samples[self.index(draw)].size_drawn(self.config.seed, draw) for draw in draws]
         dealt = [[draws[place] for place in places] for places in shares(sizes, processes.size)]
         batches = [self._batch(group) for group in self._groups(dealt[processes.rank])]
-        if self.runtime.sharding:
+        if self.way.sharding:
             longest = max(len(self._groups(each)) for each in dealt)
             batches += [_padding(batches[-1])] * (longest - len(batches))
         return batches
 
     def _groups(self, draws: Sequence[int]) -> list[dict[int, Sample]]:
-        size = self.runtime.micro_batch
+        size = self.way.micro_batch
         found: list[dict[int, Sample]] = []
         for start in range(0, len(draws), size):
             groups: dict[object, dict[int, Sample]] = {}
@@ -175,7 +175,7 @@ class BatchMaker:
         level = self.schedule.at(quantiles)
         share = self.schedule.share(level.time)
         masks = self.masks(draws, share)
-        device, dtype = self.runtime.device, self.runtime.dtype
+        device, dtype = self.way.device, self.way.dtype
         places, weights = places_of(samples), [sample.weight for sample in samples]
         others = [self._texts(sample) for sample in samples]
         of_class = [sample.is_class for sample in samples]
@@ -226,7 +226,7 @@ class BatchMaker:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         layout = self.memory_format if tensor.ndim == 4 else torch.preserve_format  # latents may have frames
-        return sent(tensor, self.runtime.device, tensor.dtype, layout)
+        return sent(tensor, self.way.device, tensor.dtype, layout)
 
 
 def _pyramid(noise: Tensor, discount: float, seed: int, draw: int) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,9 +40,9 @@ from lorasmith.training.methods.method import Goal, Passes, prediction_losses
 from lorasmith.training.new_word import NEW_WORD, NewWord
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
-from lorasmith.training.runtime import Runtime
 from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable
+from lorasmith.training.way import Way
 
 
 @contextlib.contextmanager
@@ -51,89 +50,84 @@ def prepared(
     model: Trainable,
     adapters: Mapping[str, Adapter],
     config: ResolvedConfig,
-    runtime: Runtime,
+    way: Way,
     differences: Mapping[str, Difference] | None = None,
     *,
     strength: float | Dial = 1.0,
     text_adapters: Mapping[str, Adapter] | None = None,
     first: Callable[[], None] = lambda: None,
-    planned: Callable[[], Runtime] | None = None,
 ) -> Iterator[None]:
     """Inside the context, the denoiser is ready for steps: frozen, adapters attached, blocks checkpointed and compiled.
 
     `text_adapters` are those of `model.encoders`, which are frozen and checkpointed as the denoiser is. `first` is
-    called with the denoiser frozen, before adapters are attached; `planned` with adapters attached, and returns the
-    runtime with `activations`, `attention` and `offloading_share` resolved by measurement.
+    called with the denoiser frozen, before adapters are attached.
     """
-    trained = Attached(adapters, strength, differences or {})
-    with model.frozen(config, runtime):
+    with model.frozen(config, way):
         first()
-        with attached(model, trained, runtime, text_adapters or {}, planned):
+        with attached(model, Attached(adapters, strength, differences or {}), way, text_adapters or {}):
             yield
 
 
 @contextlib.contextmanager
-def attached(
-    model: Trainable,
-    trained: Attached,
-    runtime: Runtime,
-    text_adapters: Mapping[str, Adapter],
-    planned: Callable[[], Runtime] | None,
-) -> Iterator[None]:
+def adapted(model: Trainable, trained: Attached, text_adapters: Mapping[str, Adapter]) -> Iterator[None]:
+    """Inside the context, adapters are attached to a frozen denoiser and its text encoders."""
+    with contextlib.ExitStack() as stack:
+        if model.encoders is not None:
+            stack.enter_context(adapters_attached(model.encoders, [Attached(text_adapters, trained.strength)]))
+            stack.enter_context(model.texts_read(trained.strength))
+        stack.enter_context(adapters_attached(model.module, [trained]))
+        yield
+
+
+@contextlib.contextmanager
+def attached(model: Trainable, trained: Attached, way: Way, text_adapters: Mapping[str, Adapter]) -> Iterator[None]:
     """Inside the context, a frozen denoiser is `prepared`."""
     module, encoders = model.module, model.encoders
-    with contextlib.ExitStack() as on_text:
-        if encoders is not None:
-            on_text.enter_context(adapters_attached(encoders, [Attached(text_adapters, trained.strength)]))
-            on_text.enter_context(model.texts_read(trained.strength))
-        with adapters_attached(module, [trained]):
-            runtime = runtime if planned is None else planned()
-            if encoders is not None:
-                on_text.enter_context(blocks_checkpointed(encoders, runtime.checkpoint_depth))
-            changes = changes_in_place(model, runtime) or runtime.activations in ("lean", "selective")
-            with (
-                changes_intercepted() if changes else contextlib.nullcontext(),
-                attention_preferred(runtime.attention),
-                activations_reduced(module, runtime.activations),
-                blocks_checkpointed(
-                    module, runtime.checkpoint_depth, kept=runtime.kept_blocks, compiled=runtime.compile
-                ),
-                blocks_compiled(module, runtime.compile, varying_sizes=runtime.varying_sizes),
-            ):
-                yield
+    changes = changes_in_place(model, way) or way.activations in ("lean", "selective")
+    with (
+        adapted(model, trained, text_adapters),
+        contextlib.nullcontext() if encoders is None else blocks_checkpointed(encoders, way.checkpoint_depth),
+        changes_intercepted() if changes else contextlib.nullcontext(),
+        attention_preferred(way.attention),
+        activations_reduced(module, way.activations),
+        blocks_checkpointed(module, way.checkpoint_depth, kept=way.kept_blocks, compiled=way.compile),
+        blocks_compiled(module, way.compile, varying_sizes=way.varying_sizes),
+    ):
+        yield
 
 
-def changes_in_place(model: Trainable, runtime: Runtime) -> bool:
+def changes_in_place(model: Trainable, way: Way) -> bool:
     """Whether a forward pass may change tensors that its backward pass needs; compiled code changes none."""
-    return model.changes_in_place and not runtime.compile
+    return model.changes_in_place and not way.compile
 
 
-def prediction_of(model: Trainable, batch: Batch, runtime: Runtime, conditioning: Conditioning | None = None) -> Tensor:
+def prediction_of(model: Trainable, batch: Batch, way: Way, conditioning: Conditioning | None = None) -> Tensor:
     """The model's prediction for a batch, of the latents' shape, differentiable like `sample_losses`.
 
     `conditioning` replaces the batch's.
     """
     conditioning = batch.conditioning if conditioning is None else conditioning
     with (
-        activations_packed(runtime.activations, model.module, watched=changes_in_place(model, runtime)),
+        activations_packed(way.activations, model.module, watched=changes_in_place(model, way)),
         tokens_routed(model.module, model.routing, batch.route, conditioning),
     ):
-        return model.predict(batch.noised.to(runtime.dtype), batch.level.time, conditioning)
+        return model.predict(batch.noised.to(way.dtype), batch.level.time, conditioning)
 
 
 def sample_losses(
-    model: Trainable, batch: Batch, config: ResolvedConfig, runtime: Runtime, target: Tensor | None = None
+    model: Trainable, batch: Batch, config: ResolvedConfig, way: Way, target: Tensor | None = None
 ) -> Tensor:
     """Loss of each sample, (batch,) fp32, differentiable in the parameters of the attached adapters."""
-    prediction = prediction_of(model, batch, runtime)
+    prediction = prediction_of(model, batch, way)
     return prediction_losses(prediction, batch, config, model.diffusion.parameterization, target)
 
 
 class Engine:
     """A denoiser with fp32 adapters and the training state: weights, their average, optimizer and loss scale.
 
-    Trained parameters are views of a flat buffer until `release`. `runtime` changes with `change`; `rate_factor`
-    multiplies the scheduled learning rate.
+    Trained parameters are views of a flat buffer until `release`. `rate_factor` multiplies the scheduled learning rate.
+    Draws start behind those of `steps_before`, of a continued LoRA, so that it gets new noise and the rest of the
+    epoch; `learning_rates` are by module path, where not the configuration's.
     """
 
     def __init__(
@@ -141,13 +135,17 @@ class Engine:
         model: Trainable,
         adapters: Mapping[str, Adapter],
         config: ResolvedConfig,
-        runtime: Runtime,
+        way: Way,
         differences: Mapping[str, Difference] | None = None,
         text_adapters: Mapping[str, Adapter] | None = None,
+        *,
+        steps_before: int = 0,
+        learning_rates: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.config = config
-        self.runtime = runtime
+        self.way = way
+        self.steps_before = steps_before
         self.rate_factor = 1.0
         self.rank_masks = RankMasks(
             adapters,
@@ -164,9 +162,9 @@ class Engine:
         self._names = [(path, name) for path, name, _ in named]
         self.flat = FlatParameters(
             {name: parameter for _, name, parameter in named},
-            device=runtime.device,
-            dtype=runtime.dtype,
-            rates={name: _rate(path, name, config, runtime) for path, name, _ in named},
+            device=way.device,
+            dtype=way.dtype,
+            rates={name: _rate(path, name, config, learning_rates or {}) for path, name, _ in named},
         )
         # Steps of the run after which parameters keep their values.
         last = {NEW_WORD: config.new_word_steps, **dict.fromkeys(self.text_adapters, config.text_encoder_steps)}
@@ -174,37 +172,35 @@ class Engine:
         self._optimizer = GatedOptimizer(
             config.optimizer, self.flat.groups, weight_decay=config.weight_decay, arguments=config.optimizer_args
         )
-        self._scale = LossScale(runtime.device, enabled=runtime.dtype == torch.float16)
+        self._scale = LossScale(way.device, enabled=way.dtype == torch.float16)
         self._average = self.flat.master.clone() if config.ema_decay else None
         # (lengths, numbers) fp32, see `core.power_average`
         self.power_averages = self.flat.master.repeat(len(LENGTHS), 1) if config.post_hoc_ema else None
-        self._sound = torch.ones((), dtype=torch.bool, device=runtime.device)
-        self._sums = GradientSums(self.flat, runtime.processes) if runtime.processes.size > 1 else None
+        self._sound = torch.ones((), dtype=torch.bool, device=way.device)
+        self._sums = GradientSums(self.flat, way.processes) if way.processes.size > 1 else None
         self._graphs: CudaGraphs | None = None
 
     @contextlib.contextmanager
-    def prepared(
-        self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
-    ) -> Iterator[None]:
+    def prepared(self, first: Callable[[], None] = lambda: None) -> Iterator[None]:
         with self.frozen():
             first()
-            with self.attached(planned):
+            with self.attached():
                 yield
 
     def frozen(self) -> contextlib.AbstractContextManager[None]:
-        return self.model.frozen(self.config, self.runtime)
+        return self.model.frozen(self.config, self.way)
+
+    def adapted(self) -> contextlib.AbstractContextManager[None]:
+        return adapted(self.model, self.trained, self.text_adapters)
 
     @contextlib.contextmanager
-    def attached(self, planned: Callable[[], Runtime] | None = None) -> Iterator[None]:
-        with attached(self.model, self.trained, self.runtime, self.text_adapters, planned):
-            self._graphs = CudaGraphs(self.flat.grad) if self.runtime.cuda_graphs else None
+    def attached(self) -> Iterator[None]:
+        with attached(self.model, self.trained, self.way, self.text_adapters):
+            self._graphs = CudaGraphs(self.flat.grad) if self.way.cuda_graphs else None
             try:
                 yield
             finally:
                 self._graphs = None
-
-    def change(self, **runtime: Any) -> None:
-        self.runtime = replace(self.runtime, **runtime)
 
     def rate(self, step: int) -> float:
         return self.rate_factor * self.config.scheduled(step)
@@ -218,11 +214,11 @@ class Engine:
         flat, sums = self.flat, self._sums
         flat.zero()
         if self._last:
-            step = batches[0].draws[0] // self.config.samples_per_step - self.runtime.first_step
+            step = batches[0].draws[0] // self.config.samples_per_step - self.steps_before
             for name, last in self._last.items():
                 flat.parameters[name].requires_grad_(step < last)
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
-        if self.runtime.processes.is_first:
+        if self.way.processes.is_first:
             for method in self.methods:
                 penalty = method.penalty(self._all_adapters)
                 if penalty is not None:
@@ -251,7 +247,7 @@ class Engine:
             goal, loss = self._passes(batch, per_step)
             with reduced or contextlib.nullcontext():
                 if loss is None:
-                    loss = sample_losses(self.model, goal.batch, self.config, self.runtime, goal.target)
+                    loss = sample_losses(self.model, goal.batch, self.config, self.way, goal.target)
                     self._backward(loss, batch, per_step)
         if reduced is None:
             self.flat.collect()
@@ -267,11 +263,9 @@ class Engine:
             return goal, replacing
 
         def predict(drawn: Batch, conditioning: Conditioning) -> Tensor:
-            return prediction_of(self.model, drawn, self.runtime, conditioning)
+            return prediction_of(self.model, drawn, self.way, conditioning)
 
-        passes = Passes(
-            batch, self.model.diffusion.parameterization, predict, self._dial, are_equal=self.runtime.sharding
-        )
+        passes = Passes(batch, self.model.diffusion.parameterization, predict, self._dial, are_equal=self.way.sharding)
         for method in self.methods:
             goal = method.goal(goal, passes)
             for term in method.terms(passes):
@@ -311,12 +305,12 @@ class Engine:
         `own` is the result of `gradient`, None if it failed here. Returns what `gradient` returns in a single process:
         the losses of all samples in draw order, and the norm of the first process's first batch.
         """
-        sums, processes = self._sums, self.runtime.processes
+        sums, processes = self._sums, self.way.processes
         if sums is None:
             assert own is not None
             return own
         per_step = self.config.samples_per_step
-        shared = torch.zeros(per_step + 1, device=self.runtime.device)  # losses, and the norm
+        shared = torch.zeros(per_step + 1, device=self.way.device)  # losses, and the norm
         sums.finish()
         if own is not None:
             losses, first = own
@@ -329,7 +323,7 @@ class Engine:
 
     def check_same_weights(self) -> None:
         """Raise TrainingError if the weights of the processes differ in any bit."""
-        processes = self.runtime.processes
+        processes = self.way.processes
         if processes.size == 1:
             return
         sums = processes.gathered(int(self.flat.master.view(torch.int32).sum(dtype=torch.int64)))
@@ -469,7 +463,7 @@ def batch_maker(
     model: Trainable,
     samples: Sequence[Sample] | EncodedDataset,
     config: ResolvedConfig,
-    runtime: Runtime,
+    way: Way,
     rank_masks: RankMasks | None = None,
 ) -> BatchMaker:
     """The `BatchMaker` of a run; `rank_masks` are of its adapters.
@@ -491,13 +485,13 @@ def batch_maker(
         quantiles=quantiles,
         join=model.join,
         # A route is of one call of the network.
-        lengths_apart=(runtime.sharding or routes is not None) and model.facts.predicts_by_length,
+        lengths_apart=(way.sharding or routes is not None) and model.facts.predicts_by_length,
         memory_format=memory_format_for(model.module),
         masks=no_masks if rank_masks is None else rank_masks.masks,
         texts=other_texts(samples, config),
         routes=routes,
         config=config,
-        runtime=runtime,
+        way=way,
     )
 
 
@@ -513,7 +507,7 @@ def _trained(
         yield from ((NEW_WORD, f"{NEW_WORD}.{name}", parameter) for name, parameter in word.vectors.named_parameters())
 
 
-def _rate(path: str, name: str, config: ResolvedConfig, runtime: Runtime) -> float:
+def _rate(path: str, name: str, config: ResolvedConfig, own: Mapping[str, float]) -> float:
     """The learning rate of a parameter; LoRA+ has a higher one for up matrices."""
-    rate = runtime.learning_rates.get(path, config.learning_rate)
+    rate = own.get(path, config.learning_rate)
     return rate * config.lora_plus_ratio if name.endswith(".up") else rate

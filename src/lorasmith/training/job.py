@@ -43,9 +43,8 @@ from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.extensions import Extension
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
-from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
+from lorasmith.core.placement import best_device
 from lorasmith.core.printable import count_text
-from lorasmith.core.processes import current
 from lorasmith.core.registry import Registry, extensions_of, nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import Sample
@@ -64,9 +63,9 @@ from lorasmith.training.new_word import NEW_WORD
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import check_schedule, rule_of
-from lorasmith.training.runtime import Runtime, dtype_on_device, products_on_device
 from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable, trainable
+from lorasmith.training.way import Way, dtype_on_device, notes_on_device, products_on_device
 
 
 @dataclass(frozen=True)
@@ -75,28 +74,25 @@ class TrainJob:
 
     config: ResolvedConfig
     requested: TrainConfig  # as passed to `plan_job`, some settings open
-    runtime: Runtime
+    way: Way
     adapters: dict[str, Adapter]  # trained, by module path, as `differences`
     model: Trainable  # frozen, with its LoRAs and the training adapter
     differences: dict[str, Difference] = field(default_factory=dict)
     text_adapters: dict[str, Adapter] = field(default_factory=dict)  # trained, by path in `model.encoders`
     carried: AdapterState = field(default_factory=AdapterState)  # parts of a continued LoRA that are saved untrained
     notes: tuple[str, ...] = ()  # remarks for the user, one sentence each
+    steps_before: int = 0  # of the LoRA that is continued
+    learning_rates: Mapping[str, float] = field(default_factory=dict)  # by module path, where not the configuration's
 
     def for_samples(self, samples: Sequence[Sample]) -> TrainJob:
-        """The job with what its runtime depends on of the samples."""
+        """The job with what its way depends on of the samples."""
         varying = sizes_vary(samples, self.model.routing)
-        return replace(self, runtime=replace(self.runtime, varying_sizes=varying))
-
-    @property
-    def steps_before(self) -> int:
-        """Steps of the LoRA that is continued."""
-        return self.runtime.first_step
+        return replace(self, way=replace(self.way, varying_sizes=varying))
 
     @property
     def draws(self) -> range:
         """Global indices of all draws of the run."""
-        first, per_step = self.runtime.first_step, self.config.samples_per_step
+        first, per_step = self.steps_before, self.config.samples_per_step
         return range(first * per_step, (first + self.config.steps) * per_step)
 
     @property
@@ -235,7 +231,7 @@ def plan_job(
     return TrainJob(
         config,
         requested,
-        Runtime.of(config, model.module, device, first_step=existing.steps, learning_rates=rates),
+        Way.of(config, model.module, device),
         adapters,
         model,
         differences,
@@ -249,7 +245,7 @@ def plan_job(
                 else []
             ),
             *([f"{beneath}."] if beneath else []),
-            *_on_device(requested, model.module, device),
+            *notes_on_device(requested, model.module, device),
             *notes_on_products(requested, model, device),
             *notes_on(
                 replace(requested, schedule=config.schedule),
@@ -262,12 +258,23 @@ def plan_job(
             ),
             *notes_on_file(model, adapters, differences, text_adapters),
         ),
+        existing.steps,
+        rates,
     )
 
 
 def engine_of(job: TrainJob) -> Engine:
     """The engine that trains a job."""
-    return Engine(job.model, job.adapters, job.config, job.runtime, job.differences, job.text_adapters)
+    return Engine(
+        job.model,
+        job.adapters,
+        job.config,
+        job.way,
+        job.differences,
+        job.text_adapters,
+        steps_before=job.steps_before,
+        learning_rates=job.learning_rates,
+    )
 
 
 def _fresh_adapters(
@@ -335,38 +342,6 @@ def _training_guidance(model: Trainable, config: TrainConfig) -> float | None:
     if config.training_guidance is None and model.facts.takes_guidance:
         return USUAL_TRAINING_GUIDANCE
     return config.training_guidance
-
-
-def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> Iterator[str]:
-    """Notes on settings with little or no effect on this device."""
-    if config.training_dtype != "auto" and not multiplies(asked := chosen_dtype(config.training_dtype, module), device):
-        name = dtype_name(asked)
-        if config.exact_dtype:
-            yield f"This device has no units for {name} products and emulates them, slowly, as exact_dtype is on."
-        else:
-            yield (
-                f"This device has no units for {name} products, so that they are in fp32, which is faster; weights "
-                "stay as stored. Turn exact_dtype on to emulate them."
-            )
-    if config.activations == "host" and device.type == "cpu":
-        yield "activations host has no effect on the CPU, whose memory is the host's; use lean or selective."
-    if config.memory_cap is not None and device.type == "cpu":
-        yield f"memory_cap {config.memory_cap:g} has no effect on the CPU; memory_budget bounds activations auto there."
-    if config.attention not in ("auto", "torch") and device.type == "cpu":
-        yield f"attention {config.attention} has no effect on the CPU, which has one kernel."
-    if config.offloading and device.type == "cpu":
-        yield "offloading has no effect on the CPU, whose memory is the host's; use quantization to save memory."
-    elif config.offloading and config.compile and not config.gradient_checkpointing:
-        yield "Offloaded blocks are recomputed in the backward pass, as compile is on; see gradient_checkpointing."
-    if config.sharding and current().size == 1:
-        yield "sharding has no effect in one process, which keeps all weights; start several, with --gpus or torchrun."
-    if config.autotune and (config.deterministic or current().size > 1):
-        why = "deterministic is on" if config.deterministic else "several processes must do the same"
-        yield f"autotune has no effect, as {why}."
-    if config.cuda_graphs and device.type != "cuda":
-        yield "cuda_graphs has no effect here, as they are of GPUs; leave it out."
-    elif config.cuda_graphs and current().size > 1:
-        yield "cuda_graphs has no effect in several processes, which exchange gradients during the backward pass."
 
 
 def _default_rate(model: Trainable, config: TrainConfig, algorithm: str) -> float:

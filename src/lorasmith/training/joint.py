@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -43,7 +44,6 @@ from lorasmith.training.memory.activations import activations_packed, activation
 from lorasmith.training.methods.all_methods import methods_of
 from lorasmith.training.methods.method import prediction_losses
 from lorasmith.training.recovery import StepRepeated
-from lorasmith.training.runtime import Runtime
 
 T = TypeVar("T")
 EngineMaker = Callable[[TrainJob], Engine]
@@ -76,9 +76,9 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             raise OptionError(
                 f"runs that train together use none of {', '.join(APART)}, got {name} on; leave it out, or train apart"
             )
-    if first.runtime.processes.size > 1:
+    if first.way.processes.size > 1:
         raise OptionError(
-            f"runs that train together are trained in one process, got {first.runtime.processes.size}; start one, or "
+            f"runs that train together are trained in one process, got {first.way.processes.size}; start one, or "
             "train each run over all processes"
         )
     for job in others:
@@ -88,7 +88,7 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
                 f"{job.model.title}, loaded one by one; load it once"
             )
         facts = {name: (getattr(first.config, name), getattr(job.config, name)) for name in SHARED_SETTINGS}
-        facts["device"] = str(first.runtime.device), str(job.runtime.device)
+        facts["device"] = str(first.way.device), str(job.way.device)
         for name, (one, other) in facts.items():
             if one != other:
                 raise OptionError(
@@ -222,7 +222,7 @@ class _Coordinator:
     def __init__(self, jobs: Sequence[TrainJob], works: Sequence[Callable[[EngineMaker], Any]]) -> None:
         self._model = SharedModel(jobs[0])
         self._participants = [_Participant(number, work, self._model, len(jobs)) for number, work in enumerate(works)]
-        self._device = jobs[0].runtime.device
+        self._device = jobs[0].way.device
         self._is_apart = False
 
     def run(self, each_round: Callable[[], None]) -> list[Any]:
@@ -364,8 +364,9 @@ class _Share:
 
 class _JointEngine(Engine):
     def __init__(self, job: TrainJob, participant: _Participant[Any], model: SharedModel, *, share: float) -> None:
-        super().__init__(job.model, job.adapters, job.config, job.runtime, job.differences)
-        self.change(memory_share=share)
+        super().__init__(job.model, job.adapters, job.config, job.way, job.differences)
+        way = job.way if job.way.activations == "auto" else job.way.settled
+        self.way = replace(way, memory_share=share)
         self._participant, self._model = participant, model
         self._has_arrived = self._is_prepared = False
 
@@ -378,10 +379,12 @@ class _JointEngine(Engine):
         yield
 
     @contextlib.contextmanager
-    def attached(self, planned: Callable[[], Runtime] | None = None) -> Iterator[None]:
-        if planned is not None and self.runtime.activations == "auto":
-            self._model.attach([self], reduced=False)
-            planned()
+    def adapted(self) -> Iterator[None]:
+        self._model.attach([self], reduced=False)
+        yield
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
         self._is_prepared = True
         try:
             yield
@@ -429,7 +432,7 @@ class SharedModel:
 
     def __init__(self, job: TrainJob) -> None:
         self.rows = SampleRows()  # the runs' samples in a pass
-        self.dtype = job.runtime.dtype  # of passes
+        self.dtype = job.way.dtype  # of passes
         self.activations: ActivationPlan = "keep"  # how they are kept in passes
         self._job = job
         self._frozen, self._attached = contextlib.ExitStack(), contextlib.ExitStack()
@@ -445,8 +448,8 @@ class SharedModel:
         """Place the weights as the runs train with them, with nothing attached."""
         self._detach()
         if not self._is_frozen:
-            self._frozen.enter_context(self._job.model.frozen(self._job.config, self._job.runtime))
-            self._frozen.enter_context(attention_preferred(self._job.runtime.attention))  # with auto torch's own choice
+            self._frozen.enter_context(self._job.model.frozen(self._job.config, self._job.way))
+            self._frozen.enter_context(attention_preferred(self._job.way.attention))  # with auto torch's own choice
             self._is_frozen = True
 
     def attach(self, engines: Sequence[Engine], *, reduced: bool = True) -> None:
@@ -455,8 +458,8 @@ class SharedModel:
         activations: ActivationPlan = "keep"
         depth, kept = 0, 1
         if reduced:
-            activations = max((engine.runtime.activations for engine in engines), key=_FRUGAL.index)
-            recomputing = [engine.runtime for engine in engines if engine.runtime.checkpoint_depth]
+            activations = max((engine.way.activations for engine in engines), key=_FRUGAL.index)
+            recomputing = [engine.way for engine in engines if engine.way.checkpoint_depth]
             depth, kept = min(((one.checkpoint_depth, one.kept_blocks) for one in recomputing), default=(0, 1))
         state = [*map(id, engines)], activations, depth, kept, reduced
         if state == self._state:

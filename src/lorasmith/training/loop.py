@@ -7,13 +7,12 @@ exception that leaves the prepared model, which is prepared again for the next s
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,21 +25,13 @@ from lorasmith.core.kernels import refused_kernels
 from lorasmith.core.placement import memory_used
 from lorasmith.core.printable import first_line
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.training.attention import calls_in, fastest_kernel
-from lorasmith.training.autotune import Way, tuned
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.cuda_graphs import NotReplayable
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import AttentionPlanned, Autotuned, EventHandler, Outcome, StepDone, Warned
-from lorasmith.training.memory.memory_plan import (
-    MemoryPlan,
-    fitting_plans,
-    largest_pass,
-    plan_activations,
-    plan_offloading,
-)
+from lorasmith.training.events import EventHandler, Outcome, StepDone, Warned
 from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.memory.spilling import SpillCheck, memory_capped
+from lorasmith.training.planning import choose_way
 from lorasmith.training.recovery import (
     CompileFailed,
     Diverged,
@@ -55,7 +46,7 @@ from lorasmith.training.recovery import (
     exploded,
     explosion,
 )
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.step_results import Mailbox, Taken
 
 _SNAPSHOT_STEPS = 25
 """Steps between snapshots: the most that a rollback can cost."""
@@ -130,11 +121,11 @@ class Loop:
         self._until = self.steps if until is None else min(until, self.steps)
         self._cancelled = cancelled
         self._watchers = watchers
-        self._mailbox = Mailbox(engine.runtime.device)
-        self._spilling = SpillCheck(engine.runtime.device)
+        self._mailbox = Mailbox(engine.way.device)
+        self._spilling = SpillCheck(engine.way.device)
         self._refusals = 0  # of kernels, emitted
         self._noise = NoiseScale()
-        self._taken: dict[int, _Taken] = {}
+        self._taken: dict[int, Taken] = {}
         self._begun = False
         self._torn = False
         self._is_cancelled = False  # the same in all processes
@@ -155,9 +146,9 @@ class Loop:
 
     def run(self) -> Outcome:
         """Take the remaining steps. Raises TrainingError after too many rollbacks, or if one sample exceeds memory."""
-        device, processes = self.engine.runtime.device, self.engine.runtime.processes
+        device, processes = self.engine.way.device, self.engine.way.processes
         # With sharded weights, an error in one process ends the run in all.
-        shared = partial(ending_together, processes, agreed=StepFault) if self.engine.runtime.sharding else nullcontext
+        shared = partial(ending_together, processes, agreed=StepFault) if self.engine.way.sharding else nullcontext
         if self._recovery.good is None:
             self._recovery.good = self._snapshot()
         if device.type == "cuda":
@@ -165,20 +156,20 @@ class Loop:
         try:
             with (
                 torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-                memory_capped(device, self.engine.runtime.memory_cap),
+                memory_capped(device, self.engine.way.memory_cap),
             ):
                 missed = [one for one in self._watchers if self.outcome is None and one.missed(self)]
                 if missed:
                     self.engine.restore_base_model()
                 for watcher in missed:
-                    runtime, model = self.engine.runtime, self.engine.model
-                    with nullcontext() if watcher.needs_bare_model else model.frozen(self.engine.config, runtime):
+                    way, model = self.engine.way, self.engine.model
+                    with nullcontext() if watcher.needs_bare_model else model.frozen(self.engine.config, way):
                         watcher(self)
                 while self.outcome is None:
                     try:
                         with shared(), self.engine.frozen():
                             self._begin()
-                            waiting = [] if self._needs_refreezing() else self._with_frozen()
+                            waiting = [] if self._choose_way() else self._with_frozen()
                         if waiting:
                             self.engine.restore_base_model()
                         for watcher in waiting:
@@ -206,19 +197,15 @@ class Loop:
 
     def state(self) -> RunState:
         """The run state at this step; tensors are copies on the CPU."""
-        now, good, runtime = self._snapshot(), self._recovery.good, self.engine.runtime
+        now, good, engine = self._snapshot(), self._recovery.good, self.engine
         numbers: dict[str, Any] = {
             "engine": now.numbers,
             "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
             "rollbacks": self._progress.rollbacks,
             "stopped": self.outcome is Outcome.STOPPED,
             "noise_scale": asdict(self._noise),
-            "micro_batch": runtime.micro_batch,
-            "checkpoint_depth": runtime.checkpoint_depth,
-            "eager": self._recovery.compile_failed,
-            "attention": runtime.attention,
-            "way": asdict(Way.of(self.engine)) if self.engine.config.autotune and not runtime.autotune else None,
-            "layout": self.engine.flat.layout,
+            "way": engine.way.to_state(engine.config),
+            "layout": engine.flat.layout,
         }
         parts = {"engine": now.tensors}
         if good is not None and good.step != self.step:
@@ -255,17 +242,7 @@ class Loop:
             engine.load(snapshot.tensors, snapshot.numbers)  # it must fit too, before it is needed
             self._recovery.good = snapshot
         engine.load(parts["engine"], asdict(numbers.engine))
-        engine.change(micro_batch=numbers.micro_batch)
-        if engine.runtime.activations != "auto":  # which selects it again; the numbers do not depend on it
-            engine.change(checkpoint_depth=numbers.checkpoint_depth)
-        if engine.runtime.attention == "auto":
-            engine.change(attention=numbers.attention)
-        if engine.runtime.autotune and (way := numbers.way) is not None:
-            engine.change(autotune=False, products=way.products, compile=way.compile)
-            if way.compile:
-                engine.change(activations=way.activations)
-        if numbers.eager:
-            self._recovery.stop_compiling()
+        engine.way = engine.way.resumed(numbers.way)
         for watcher in self._watchers:
             # Early stopping changes no number of a step, so that a run may be resumed with another kind of it.
             if watcher.name and (watcher.name in state.numbers or not watcher.is_optional):
@@ -280,7 +257,7 @@ class Loop:
     def _with_frozen(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
         while True:
-            with self.engine.attached(self.planned):
+            with self.engine.attached():
                 waiting = self._take_steps()
             bare = [one for one in waiting if one.needs_bare_model]
             if len(bare) < len(waiting):
@@ -297,11 +274,11 @@ class Loop:
         Raises StepFault.
         """
         engine = self.engine
-        maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.rank_masks)
-        first = engine.runtime.first_step
+        maker = batch_maker(engine.model, self._samples, engine.config, engine.way, engine.rank_masks)
+        first = engine.steps_before
         with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
             # Several processes agree on it with the sum of the gradient.
-            is_ended = self._cancelled if engine.runtime.processes.size == 1 else lambda: self._is_cancelled
+            is_ended = self._cancelled if engine.way.processes.size == 1 else lambda: self._is_cancelled
             while self.step < self._until and not is_ended():
                 self._take(maker, coming)
                 waiting = self._between()
@@ -329,17 +306,17 @@ class Loop:
                     f"the GPU must finish step {self.step + 1}, but failed ({first_line(error)}), after which this "
                     "process cannot use it; run the same command again, which continues from the last run state"
                 ) from error
-            if self.engine.runtime.sharding:
+            if self.engine.way.sharding:
                 raise  # the others wait in the same pass
             if is_out_of_memory(error):
                 fault = OutOfMemory(memory_missed(error))
             elif isinstance(error, NotReplayable):
-                self.engine.change(cuda_graphs=False)
+                self.engine.way = replace(self.engine.way, cuda_graphs=False)
                 fault = StepRepeated(
                     f"cuda_graphs needs a pass that the GPU repeats alone, but that of {self.engine.model.title} "
                     f"{error}; step {self.step + 1} is repeated and the run continues without."
                 )
-            elif batches and self.engine.runtime.compile and not isinstance(error, LorasmithError):
+            elif batches and self.engine.way.compile and not isinstance(error, LorasmithError):
                 fault = CompileFailed(error)  # compilers raise any kind; another cause will be raised again
             elif is_of_gpu(error):
                 raise TrainingError(
@@ -354,7 +331,7 @@ class Loop:
             raise fault
         assert gradient is not None
         self._torn = True
-        self._taken[self.step] = _Taken.of(batches, maker.drawn(self.engine.runtime.first_step + self.step))
+        self._taken[self.step] = Taken.of(batches, maker.drawn(self.engine.steps_before + self.step))
         self._mailbox.post(self.step, self.engine.update(self.step, *gradient))
         self._progress.step += 1
         self._torn = False
@@ -363,7 +340,7 @@ class Loop:
         self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None, fault: StepFault | None
     ) -> tuple[tuple[Tensor, Tensor] | None, StepFault | None]:
         """The gradient over all processes. Raises the fault of any of them in all, so that all repeat the step."""
-        engine, processes = self.engine, self.engine.runtime.processes
+        engine, processes = self.engine, self.engine.way.processes
         if processes.size == 1:
             return own, fault
         gradient = engine.summed(batches, own)
@@ -381,7 +358,7 @@ class Loop:
         """Run the due watchers; returns those that need the model without adapters. Raises Diverged."""
         # All processes read the results of the same steps, whenever these arrive, so that all roll back after the same
         # step. The device already has the next step.
-        self._collect(before=None if self.engine.runtime.processes.size == 1 else self.step - 1)
+        self._collect(before=None if self.engine.way.processes.size == 1 else self.step - 1)
         due = [watcher for watcher in self._watchers if watcher.due(self)]
         is_snapshot_due = self.step % _SNAPSHOT_STEPS == 0
         if due or is_snapshot_due:
@@ -400,7 +377,7 @@ class Loop:
             taken = self._taken.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
             if not sound or exploded(self.losses):
-                self._mailbox = Mailbox(self.engine.runtime.device)  # later steps do not count
+                self._mailbox = Mailbox(self.engine.way.device)  # later steps do not count
                 self._taken.clear()
                 bound, loss = explosion(self.losses), self.losses.pop()
                 layers = () if sound or not math.isfinite(loss) else tuple(self.engine.non_finite_gradients())
@@ -416,7 +393,7 @@ class Loop:
                     learning_rate=self.engine.config.learning_rate * self.engine.rate(step),
                     draws=tuple(zip(taken.indices, taken.quantiles, losses, strict=True)),
                     noise_scale=self._noise.value or 0.0,
-                    memory_bytes=memory_used(self.engine.runtime.device),
+                    memory_bytes=memory_used(self.engine.way.device),
                 )
             )
             if warning := self._spilling.warning(step + 1, taken.shapes, seconds):
@@ -437,124 +414,9 @@ class Loop:
             for watcher in self._watchers:
                 watcher.begin(self.engine)
 
-    def planned(self) -> Runtime:
-        """The runtime with `attention`, `activations` and `offloading_share` chosen; called with adapters attached."""
-        if self.engine.runtime.attention == "auto":
-            self.emit(self._plan_attention())
-        if self.engine.runtime.activations == "auto":
-            self.emit(plan_activations(self.engine, tuple(self._samples)))
-        if self.engine.runtime.offloading and self.engine.runtime.offloading_share is None:
-            for event in plan_offloading(self.engine, tuple(self._samples)):
-                self.emit(event)
-        return self.engine.runtime
-
-    def _needs_refreezing(self) -> bool:
-        """Choose the way of steps if that is left to `autotune`; whether the frozen model must be made again for it."""
-        engine, before = self.engine, self.engine.runtime
-        if not before.autotune or self.step >= self._until:
-            return False
-        plans: list[MemoryPlan] = []
-
-        def planned() -> Runtime:
-            chosen = self.planned()
-            if before.activations == "auto" and (chosen.checkpoint_depth or chosen.activations != "keep"):
-                fitting = fitting_plans(engine, tuple(self._samples))
-                # Free memory was measured again, so that of the blocks another number may be kept.
-                plans.extend(plan for plan in fitting if plan.kept_blocks == 1 or chosen.kept_blocks == 1)
-            return chosen
-
-        with engine.attached(planned):
-            pass
-        maker = batch_maker(engine.model, self._samples, engine.config, engine.runtime, engine.rank_masks)
-        found = tuned(engine, maker.step(before.first_step + self.step), plans, self._until - self.step)
-        engine.change(autotune=False, **asdict(found.way))
-        self.emit(Autotuned(seconds={str(way): one for way, one in found.seconds.items()}, message=str(found)))
-        return (engine.runtime.products, engine.runtime.compile) != (before.products, before.compile)
-
-    def _plan_attention(self) -> AttentionPlanned:
-        """Select and set the kernel of attention; returns the event to emit."""
-        engine, runtime = self.engine, self.engine.runtime
-        try:
-            calls = calls_in(largest_pass(engine.model, tuple(self._samples), engine.config, runtime))
-        except (RuntimeError, MemoryError) as error:
-            if runtime.sharding or not is_out_of_memory(error):
-                raise
-            calls = []  # smaller micro-batches are left to `Recovery`
-        chosen = runtime.processes.broadcast_from_rank0(lambda: fastest_kernel(calls, runtime.device))
-        engine.change(attention=chosen.kernel)
-        return AttentionPlanned(kernel=chosen.kernel, message=str(chosen))
+    def _choose_way(self) -> bool:
+        """Whether the model must be frozen again for the way that is chosen."""
+        return choose_way(self.engine, self._samples, self.emit, step=self.step, steps=self._until - self.step)
 
     def _snapshot(self) -> RunState:
         return RunState(self.step, *self.engine.state())
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """A step whose results have not arrived yet; holds no tensors, so that none is kept alive."""
-
-    names: tuple[str, ...]
-    indices: tuple[int, ...]
-    quantiles: tuple[float, ...]
-    first: int  # samples of its first batch
-    shapes: tuple[torch.Size, ...]  # of the latents of this process's batches
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch], drawn: Sequence[tuple[str, int, float]] | None) -> _Taken:
-        """The step of these batches; `drawn` has the draws of all processes, if there are several."""
-        if drawn is None:
-            facts = [zip(batch.names, batch.indices, batch.quantiles, strict=True) for batch in batches]
-            drawn = list(itertools.chain(*facts))
-        names, indices, quantiles = zip(*drawn, strict=True)
-        return cls(names, indices, quantiles, len(batches[0].names), tuple(batch.noised.shape for batch in batches))
-
-    def at_fault(self, losses: Sequence[float], bound: float) -> tuple[str, ...]:
-        """Names of samples whose loss is above a bound or not finite; none if all of several are, as by the weights."""
-        found = [name for name, loss in zip(self.names, losses, strict=True) if not math.isfinite(loss) or loss > bound]
-        return () if 1 < len(losses) == len(found) else tuple(dict.fromkeys(found))
-
-
-class Mailbox:
-    """Transfers small tensors by step, and returns them in order: from a GPU asynchronously through pinned memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._waiting: deque[tuple[int, Tensor, torch.Event | None, torch.Event | None]] = deque()
-        self._began: torch.Event | None = None
-
-    def begin(self) -> None:
-        """Start the time of a step, on a GPU when it has done what is queued before."""
-        self._began = self._recorded() if self._device.type == "cuda" else None
-
-    def post(self, step: int, values: Tensor) -> None:
-        """Send the values (1-d) of a step, whose work is queued."""
-        if self._device.type != "cuda":
-            self._waiting.append((step, values.detach().clone(), None, None))
-            return
-        landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        landed.copy_(values.detach(), non_blocking=True)
-        self._waiting.append((step, landed, self._began, self._recorded()))
-
-    def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float], float]]:
-        """(step, values, seconds) that have arrived since the last call; can wait for all, or for those below `before`.
-
-        The seconds are the device's since `begin`, 0 where they are not measured.
-        """
-        ready = []
-        while self._waiting:
-            step, values, began, arrived = self._waiting[0]
-            if before is not None and step >= before:
-                break
-            if arrived is not None:
-                if wait or before is not None:
-                    arrived.synchronize()
-                elif not arrived.query():
-                    break
-            seconds = 0.0 if began is None or arrived is None else began.elapsed_time(arrived) / 1000
-            ready.append((step, values.tolist(), seconds))
-            self._waiting.popleft()
-        return ready
-
-    def _recorded(self) -> torch.Event:
-        event = torch.Event(self._device, enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))  # not that of the current device
-        return event

@@ -100,8 +100,8 @@ def on_processor(
     chosen for GPUs, for runs of several processes, and for the threads that the environment sets; with `deterministic`
     neither measurements nor other programs choose.
     """
-    config, runtime, before = job.config, job.runtime, torch.get_num_threads()
-    if runtime.device.type != "cpu" or runtime.processes.size > 1 or config.deterministic:
+    config, before = job.config, torch.get_num_threads()
+    if job.way.device.type != "cpu" or job.way.processes.size > 1 or config.deterministic:
         yield job
         return
     formats, load, notes = _open_formats(job), Load.now(), list[str]()
@@ -142,9 +142,9 @@ def fastest_way(
         least = seconds.get(best, math.inf)
         with _engine_for(_in_format(job, way.dtype)) as engine:
             data = stand_in_captions(samples)
-            batches = batch_maker(engine.model, data, engine.config, engine.runtime, engine.rank_masks).step(0)
+            batches = batch_maker(engine.model, data, engine.config, engine.way, engine.rank_masks).step(0)
             name = f"{described(engine, batches)}; {way}"
-            times = measured(engine.runtime.device, name, partial(_times, engine, batches, least, clock))
+            times = measured(engine.way.device, name, partial(_times, engine, batches, least, clock))
         if "step" in times:
             seconds[way] = times["step"]
         return seconds.get(way, math.inf) < FASTER * least
@@ -191,7 +191,7 @@ def _in_format(job: TrainJob, dtype: DtypeSetting) -> TrainJob:
     return replace(
         job,
         config=replace(job.config, training_dtype=dtype),
-        runtime=replace(job.runtime, dtype=chosen_dtype(dtype, job.model.module)),
+        way=replace(job.way, dtype=chosen_dtype(dtype, job.model.module)),
     )
 
 
@@ -209,4 +209,4 @@ def _is_worth_it(job: TrainJob, formats: Sequence[DtypeSetting], load: Load) -> 
         return False
     weights = 4 * sum(parameter.numel() for parameter in job.model.module.parameters())
     is_roomy = config.activations != "auto" and config.memory_budget is None
-    return is_roomy and weights < _FREE_SHARE * free_memory(job.runtime.device)
+    return is_roomy and weights < _FREE_SHARE * free_memory(job.way.device)

@@ -1,7 +1,7 @@
-"""Run states, and recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
+"""Run states, and recovery from failed steps: a smaller way, no compiling, or a rollback to the last snapshot.
 
-A step that runs out of memory is repeated with all blocks offloaded or recomputed, or in smaller micro-batches of the
-same draws; one whose compiled code fails, without compiling. A step with a non-finite loss or gradient, or an exploding
+A step that runs out of memory is repeated in the next smaller way (`Way.smaller`), with the same draws; one whose
+compiled code fails, without compiling. A step with a non-finite loss or gradient, or an exploding
 loss, is skipped: the run restores its last snapshot, halves the learning rate and continues with the draws after that
 step. All decisions are functions of the step and its past, so that a resumed run makes the same ones.
 """
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.choices import AttentionChoice
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import free_device_memory
 from lorasmith.core.printable import first_line
 from lorasmith.core.typed_json import typed
-from lorasmith.training.autotune import Way
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, Warned
+from lorasmith.training.way import WayState, state_of_earlier
 
 
 class StepFault(Exception):  # noqa: N818 - faults of a step, which never leave the loop
@@ -82,7 +81,6 @@ class Recovery:
     def __init__(self, engine: Engine, progress: RunProgress, on_event: EventHandler) -> None:
         # The last snapshot, set before the first step.
         self.good: RunState | None = None
-        self.compile_failed = False
         self._engine = engine
         self._progress = progress
         self._emit = on_event
@@ -95,7 +93,7 @@ class Recovery:
             case OutOfMemory():
                 self._shrink(fault)
             case CompileFailed():
-                self.stop_compiling()
+                self._engine.way = self._engine.way.uncompiled
                 self._emit(
                     Warned(
                         message=f"Blocks cannot be compiled here ({fault}): step {self._progress.step + 1} is repeated "
@@ -107,50 +105,23 @@ class Recovery:
             case _:
                 raise fault
 
-    def stop_compiling(self) -> None:
-        self.compile_failed = True
-        self._engine.change(compile=False)
-
     def _shrink(self, fault: OutOfMemory) -> None:
-        """Offload or recompute all blocks or use no CUDA graphs, then halve the micro-batch, or at 1 checkpoint
-        activations, for the rest of the run.
-        """
-        engine, step = self._engine, self._progress.step + 1
-        runtime, how = engine.runtime, ""
-        if runtime.offloading and runtime.offloading_share != 1 and engine.config.offloading_share is None:
-            engine.change(offloading_share=1.0)
-            how = "with all blocks offloaded"
-        elif runtime.cuda_graphs:
-            engine.change(cuda_graphs=False)
-            how = "without CUDA graphs"
-        elif runtime.kept_blocks > 1:
-            engine.change(kept_blocks=1)
-            how = "with all blocks recomputed"
-        if how:
-            self._emit(Warned(message=f"Memory ran out at step {step}: it is repeated {how}."))
-            free_device_memory(engine.runtime.device)
-            return
-        if engine.runtime.micro_batch > 1:
-            engine.change(micro_batch=-(-engine.runtime.micro_batch // 2))
-        elif engine.runtime.checkpoint_depth != 1:  # whole blocks need the least memory
-            engine.change(checkpoint_depth=1)
-        else:
+        """Take the next smaller way, for the rest of the run. Raises TrainingError if there is none."""
+        engine, before, step = self._engine, self._engine.way, self._progress.step + 1
+        found = before.smaller(engine.config)
+        if found is None:
             raise TrainingError(
                 f"memory must hold one image's forward and backward pass, but ran out at step {step} with activation "
                 f"checkpointing ({fault}); use smaller pictures or a lower rank, or quantization"
             )
-        free_device_memory(engine.runtime.device)
-        runtime = engine.runtime
-        also = ", with activation checkpointing" if runtime.checkpoint_depth else ""
-        self._emit(
-            Shrunk(
-                step=step,
-                micro_batch=runtime.micro_batch,
-                checkpoint_depth=runtime.checkpoint_depth,
-                message=f"Memory ran out at step {step}: it is repeated with the same images, "
-                f"{runtime.micro_batch} at a time{also}.",
-            )
-        )
+        engine.way, how = found
+        free_device_memory(before.device)
+        message = f"Memory ran out at step {step}: it is repeated {how}."
+        micro_batch, depth = engine.way.micro_batch, engine.way.checkpoint_depth
+        if (micro_batch, depth) == (before.micro_batch, before.checkpoint_depth):
+            self._emit(Warned(message=message))
+        else:
+            self._emit(Shrunk(step=step, micro_batch=micro_batch, checkpoint_depth=depth, message=message))
 
     def _roll_back(self, fault: Diverged) -> None:
         engine, progress, good = self._engine, self._progress, self.good
@@ -189,7 +160,7 @@ class Recovery:
         times = f", after {progress.rollbacks} rollbacks in this run" if progress.rollbacks else ""
         raise TrainingError(
             f"{fault}{times}; {kept}; try a learning rate below {engine.config.learning_rate:g}"
-            + (", or training_dtype fp32" if engine.runtime.dtype != torch.float32 else "")
+            + (", or training_dtype fp32" if engine.way.dtype != torch.float32 else "")
             + (", or leave that layer out, with ! in targets" if len(fault.layers) == 1 else "")
         )
 
@@ -315,22 +286,18 @@ class StateNumbers:
     rollbacks: int
     stopped: bool
     noise_scale: NoiseScale
-    micro_batch: int
-    checkpoint_depth: int
-    eager: bool
+    way: WayState
     layout: list[Any]
     snapshot: SnapshotNumbers | None = None
-    attention: AttentionChoice = "torch"  # `auto` before the first step
-    way: Way | None = None  # that `autotune` chose
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1 or self.checkpoint_depth < 0 or self.rollbacks < 0:
-            raise ValueError("micro_batch, checkpoint_depth or rollbacks are out of range")
+        if self.rollbacks < 0:
+            raise ValueError("rollbacks are out of range")
 
     @classmethod
     def of(cls, state: RunState, steps: int) -> StateNumbers:
         """The numbers of a state. Raises ValueError if one is missing, of another type, or contradicts the step."""
-        numbers = typed(state.numbers, cls)
+        numbers = typed(state_of_earlier(state.numbers), cls)
         if not 0 <= state.step == len(numbers.losses) <= steps:
             raise ValueError(f"step must be the number of losses and at most {steps}, got {state.step}")
         return numbers

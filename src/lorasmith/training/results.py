@@ -381,7 +381,7 @@ def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, start
     tags = _tags(data)
     buckets = Counter(_picture_sizes(job, data))
     width, height = max(buckets, key=_area)
-    dtype = dtype_name(job.runtime.dtype)
+    dtype = dtype_name(job.way.dtype)
     return {
         "ss_base_model_version": version,
         "ss_v2": version.startswith("sd_v2"),
@@ -403,7 +403,7 @@ def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, start
         "ss_num_batches_per_epoch": -(-len(data) // per_step),
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": config.learning_rate,
-        "ss_text_encoder_lr": next((job.runtime.learning_rates[path] for path in job.text_adapters), None),
+        "ss_text_encoder_lr": next((job.learning_rates[path] for path in job.text_adapters), None),
         "ss_optimizer": config.optimizer,
         "ss_batch_size_per_device": config.batch_size,
         "ss_total_batch_size": per_step,

@@ -171,7 +171,7 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
     Raises LorasmithError if the data do not fit or the loss became non-finite. If steps were taken and there is an
     output folder, their LoRA is saved and the message names the file.
     """
-    job, data, processes = plan.job, plan.data, plan.job.runtime.processes
+    job, data, processes = plan.job, plan.data, plan.job.way.processes
     with contextlib.ExitStack() as stack:
         if plan.claim is None and plan.output is not None:
             claim = RunFolder(output_folder(plan.output, plan.title))
@@ -217,7 +217,7 @@ def _begun(
     if plan.fresh or where is None or not (numbered_runs(where, plan.title) or RunFolder(where).exists):
         return None
     found = fingerprint(job, parts.training, parts.held_out)
-    environments = environment(job.runtime.device, job.config.optimizer, compile=job.config.compile)
+    environments = environment(job.way.device, job.config.optimizer, compile=job.config.compile)
     for dtype in formats:
         wanted: Fingerprint = {**found, "config": {**found["config"], "training_dtype": dtype}}
         path = where if plan.claim is not None else unfinished_run(where, plan.title, wanted)
@@ -267,7 +267,7 @@ def _claimed(plan: Plan, host: RunHost, fingerprint: Fingerprint) -> RunFolder:
 
 
 def _check_together(job: TrainJob, record: RunRecord) -> None:
-    processes, config = job.runtime.processes, job.config
+    processes, config = job.way.processes, job.config
     found = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
 
     def check() -> None:
@@ -299,7 +299,7 @@ class _Run:
         self._handlers: list[EventHandler] = [host.on_event] if folder is None else [folder, host.on_event]
         self._draw = None if folder is None else host.begin(plan, folder.path)
         # Only rank 0 saves the LoRA.
-        self._hashes = BaseHashes(job.model.facts.path if job.runtime.processes.is_first else None)
+        self._hashes = BaseHashes(job.model.facts.path if job.way.processes.is_first else None)
         self._results = Results(
             job,
             parts.training,
@@ -313,13 +313,13 @@ class _Run:
         by_likeness = job.config.stops_by_likeness
         if parts.held_out:
             on_best = (lambda loop: None) if by_likeness else self._results.save_best
-            self._validation = ValidationWatch(job.model, parts.held_out.samples, job.config, job.runtime, on_best)
+            self._validation = ValidationWatch(job.model, parts.held_out.samples, job.config, job.way, on_best)
         self._previews: PreviewWatch | None = None
         if folder is not None and self._draw is not None:
             self._previews = PreviewWatch(self._draw, self._results.save, folder.path / PREVIEW_LORA)
         self._likeness: LikenessWatch | None = None
         if by_likeness:
-            processes = job.runtime.processes
+            processes = job.way.processes
             self._likeness = LikenessWatch(self._previews, job.config, processes, self._results.save_best)
 
     def train(self, engine: Engine, start: RunState | None) -> TrainResult:
@@ -340,7 +340,7 @@ class _Run:
                     self._previews.is_resumed = True
             elif job.config.existing_state is not None:
                 loop.load(
-                    job.runtime.processes.broadcast_from_rank0(lambda: _continued(Path(str(job.config.existing_state))))
+                    job.way.processes.broadcast_from_rank0(lambda: _continued(Path(str(job.config.existing_state))))
                 )
             self._announce(start)
             if start is None and loop.step:
@@ -490,8 +490,8 @@ class _Run:
                 samples=len(self._parts.training),
                 adapters=len(job.all_adapters),
                 parameters=job.parameters,
-                device=str(job.runtime.device),
-                dtype=dtype_name(job.runtime.dtype),
+                device=str(job.way.device),
+                dtype=dtype_name(job.way.dtype),
                 folder="" if folder is None else str(folder.path),
             )
         )
@@ -534,10 +534,10 @@ class _Run:
     def _inexact(self, folder: RunFolder) -> Iterator[str]:
         found = (word for before in folder.record().all_environments for word in differences(before, self._environment))
         yield from dict.fromkeys(found)
-        runtime = self._job.runtime
-        if runtime.device.type == "cuda" and not self._job.config.deterministic:
+        way = self._job.way
+        if way.device.type == "cuda" and not self._job.config.deterministic:
             yield "the order of sums on a GPU, as deterministic is off"
-        if runtime.compile and runtime.varying_sizes:
+        if way.compile and way.varying_sizes:
             yield "the sizes that blocks are compiled for first"
 
 

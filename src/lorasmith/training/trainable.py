@@ -55,7 +55,7 @@ from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.new_word import NewWord, new_word, trained_words
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.way import Way
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 """(module, latents, time, conditioning) → prediction, as `Trainable.predict`."""
@@ -213,16 +213,16 @@ class Trainable:
         return patches_applied(self.module, self.patches)
 
     @contextlib.contextmanager
-    def frozen(self, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
+    def frozen(self, config: ResolvedConfig, way: Way) -> Iterator[None]:
         """Inside the context, the network is ready on its device: patched, cast, quantized, offloaded or sharded.
 
         Nothing is differentiable but inputs. Afterwards the module is as before, bit for bit.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(reproducible(config.deterministic, runtime.device))
-            stack.enter_context(_frozen(self.module, self.patches, config, runtime))
+            stack.enter_context(reproducible(config.deterministic, way.device))
+            stack.enter_context(_frozen(self.module, self.patches, config, way))
             if self.encoders is not None:  # whole in each process
-                whole = replace(runtime, sharding=False)
+                whole = replace(way, sharding=False)
                 stack.enter_context(_frozen(self.encoders, self.text_patches, config, whole))
             yield
 
@@ -361,11 +361,11 @@ class TrainableDenoiser(Trainable):
         return other
 
     @contextlib.contextmanager
-    def frozen(self, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
+    def frozen(self, config: ResolvedConfig, way: Way) -> Iterator[None]:
         family = self.denoiser.base.family
         # A block with another forward would be compiled once more.
-        left_out = contextlib.nullcontext() if runtime.compile else family.unread_left_out(self.module)
-        with left_out, super().frozen(config, runtime):
+        left_out = contextlib.nullcontext() if way.compile else family.unread_left_out(self.module)
+        with left_out, super().frozen(config, way):
             yield
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -436,18 +436,18 @@ def trainable(model: Trainable | Denoiser | Model) -> Trainable:
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
+def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig, way: Way) -> Iterator[None]:
     """Inside the context, a network is ready on its device; see `Trainable.frozen`."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(module))
-        device, dtype = runtime.device, runtime.dtype
+        device, dtype = way.device, way.dtype
         kind, elsewhere = config.quantization, list[nn.Module]()
         stack.enter_context(patches_merged(module, patches, dtype=dtype if kind == "none" else torch.float32))
         attached = attachments(module, patches)
-        stream = WeightStream(device) if runtime.offloading else None
-        if runtime.sharding:
+        stream = WeightStream(device) if way.offloading else None
+        if way.sharding:
             elsewhere = stack.enter_context(
-                weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
+                weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=way.processes)
             )
         packed = stack.enter_context(
             weights_packed(
@@ -456,7 +456,7 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
                 device=device,
                 dtype=dtype,
                 stream=stream,
-                share=1.0 if runtime.offloading_share is None else runtime.offloading_share,
+                share=1.0 if way.offloading_share is None else way.offloading_share,
                 without=elsewhere,
             )
         )
@@ -464,8 +464,8 @@ def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig,
         if kind == "none" and stream is None:
             stack.enter_context(weights_as_stored(module, dtype, device, without=elsewhere))
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
-        if runtime.products != "training_dtype":
-            stack.enter_context(products_enabled(module, runtime.products, device))
+        if way.products != "training_dtype":
+            stack.enter_context(products_enabled(module, way.products, device))
         place_beside(module, attached)
         stack.enter_context(adapters_attached(module, attached))
         yield

@@ -23,9 +23,9 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, LikenessMeasured, LoraSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.optim.optimizers import check_alike
-from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable
 from lorasmith.training.validation import History, Validator
+from lorasmith.training.way import Way
 
 _VALIDATIONS = 10  # in a run, and previews by which it is stopped
 
@@ -57,7 +57,7 @@ class ValidationWatch(Watcher):
         model: Trainable,
         samples: Sequence[Sample],
         config: ResolvedConfig,
-        runtime: Runtime,
+        way: Way,
         on_best: Callable[[Loop], None] = lambda loop: None,
     ) -> None:
         # All validations, None before the first step.
@@ -72,10 +72,10 @@ class ValidationWatch(Watcher):
             samples,
             draws=config.validation_draws,
             batch_size=max(config.batch_size, 4),
-            device=runtime.device,
-            dtype=runtime.dtype,
-            processes=runtime.processes,
-            equal_passes=runtime.sharding,
+            device=way.device,
+            dtype=way.dtype,
+            processes=way.processes,
+            equal_passes=way.sharding,
             noise_range=config.noise_range,
         )
 
@@ -177,7 +177,7 @@ class EffectWatch(Watcher):
         self._early = max(1, config.steps // 4)
 
     def due(self, loop: Loop) -> bool:
-        return loop.step in (self._early, loop.steps) and not loop.engine.runtime.sharding
+        return loop.step in (self._early, loop.steps) and not loop.engine.way.sharding
 
     def __call__(self, loop: Loop) -> None:
         with loop.engine.exported():

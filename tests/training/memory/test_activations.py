@@ -55,10 +55,10 @@ def test_no_bit_changes_in_a_transformer(flux: Model, kind: str, dtype: str, dep
 def kept_bytes(model: Model, data: EncodedDataset, kind: str) -> int:
     """Bytes that are kept from a forward pass for its backward pass, weights aside."""
     job = planned(model, targets="attention+ff", activations=kind)
-    batch = engine.batch_maker(job.model, data.samples, job.config, job.runtime).step(0)[0]
+    batch = engine.batch_maker(job.model, data.samples, job.config, job.way).step(0)[0]
     sizes: dict[int, int] = {}
     tensors: list[Tensor] = []
-    with prepared(job.model, job.adapters, job.config, job.runtime), recipes_recorded() as recipes:
+    with prepared(job.model, job.adapters, job.config, job.way), recipes_recorded() as recipes:
         weights = {p.untyped_storage().data_ptr() for p in model.components.denoiser.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def test_a_difference_of_a_lora_beside_the_weights_counts_once(tiny: Model, data
     job, sample = planned(tiny), dataset.samples[0]
     found = []
     for offloading in (False, True):
-        with torch.no_grad(), model.frozen(job.config, replace(job.runtime, offloading=offloading)):
+        with torch.no_grad(), model.frozen(job.config, replace(job.way, offloading=offloading)):
             found.append(model.predict(sample.latents[None], torch.tensor([500.0]), sample.conditioning))
     assert torch.equal(*found)
 
@@ -138,7 +138,7 @@ def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
     before, expected = fingerprint(tiny), one_step(tiny, dataset, targets=LAYERS)
     for small in (frozen_layer.SMALL_BYTES, 0):
         monkeypatch.setattr(frozen_layer, "SMALL_BYTES", small)
-        with job.model.frozen(job.config, replace(job.runtime, **changes)):
+        with job.model.frozen(job.config, replace(job.way, **changes)):
             sizes.append(weight_bytes(module))
         assert_same(one_step(tiny, dataset, changes, targets=LAYERS), expected)
     after = fingerprint(tiny)
@@ -159,7 +159,7 @@ def test_fp16_weights_stay_mapped_for_bf16_products_where_copies_would_take_half
     copied, expected = dict[float, int](), one_step(tiny, dataset, **settings)
     for free in (math.inf, 0):
         monkeypatch.setattr(frozen_layer, "free_memory", lambda device, free=free: free)
-        with job.model.frozen(job.config, job.runtime):
+        with job.model.frozen(job.config, job.way):
             weights = [tensor for _, tensor in named_weights(tiny.components.denoiser)]
             copied[free] = sum(one.nbytes for one in weights if place_on_file(one) is None and one.ndim == 2)
         assert_same(one_step(tiny, dataset, **settings), expected)
@@ -319,7 +319,7 @@ def test_it_says_what_products_are_of(
     monkeypatch.setattr(quantized_products, "has_products", lambda kind, device: there)
     job = planned(tiny, quantization=kind, products=products)
     assert [note for note in job.notes if re.match(sentence, note)]
-    assert job.runtime.products == (products if there else "training_dtype")
+    assert job.way.products == (products if there else "training_dtype")
 
 
 def test_the_name_of_a_graph_for_products_in_fp8_is_read_and_kept_in_one_place() -> None:

@@ -18,14 +18,14 @@ from lorasmith.bench.measure import Counter
 from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training import engine
-from lorasmith.training.engine import prepared
+from lorasmith.training import engine, planning
 from lorasmith.training.events import Planned, Shrunk, Warned
+from lorasmith.training.job import engine_of
 from lorasmith.training.memory import memory_plan
 from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.memory.memory_plan import MemoryPlan, chosen_plan, free_memory, plan_for
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.way import Way
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
@@ -36,18 +36,12 @@ pytestmark = pytest.mark.usefixtures("small_is_worth_it")
 
 def plans(model: Model, data: EncodedDataset, budget: int) -> tuple[list[MemoryPlan], MemoryPlan]:
     job = planned(model, targets="all", activations="auto")
-    chosen: list[Any] = []
-
-    def plan() -> Any:
-        batch = engine.batch_maker(job.model, data.samples, job.config, job.runtime).step(0)[0]
+    trained = engine_of(job)
+    with trained.frozen(), trained.adapted():
+        batch = engine.batch_maker(job.model, data.samples, job.config, job.way).step(0)[0]
         run = functools.partial(model.denoiser.predict, batch.noised, batch.level.time, batch.conditioning)
-        chosen.append(list(memory_plan._plans(model.components.denoiser, run, budget)))
-        chosen.append(chosen_plan(job.model, data.samples, job.config, job.runtime, budget))
-        return replace(job.runtime, activations="keep")
-
-    with prepared(job.model, job.adapters, job.config, job.runtime, planned=plan):
-        pass
-    return chosen[0], chosen[1]
+        ladder = list(memory_plan._plans(model.components.denoiser, run, budget))
+        return ladder, chosen_plan(job.model, data.samples, job.config, job.way, budget)
 
 
 @pytest.mark.slow
@@ -124,13 +118,13 @@ def test_where_memory_runs_out_all_blocks_are_recomputed_first(
 ) -> None:
     original = engine.sample_losses
 
-    def scarce(model: Any, batch: Any, config: Any, runtime: Runtime, *target: Any) -> Tensor:
-        if runtime.kept_blocks > 1:
+    def scarce(model: Any, batch: Any, config: Any, way: Way, *target: Any) -> Tensor:
+        if way.kept_blocks > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, batch, config, runtime, *target)
+        return original(model, batch, config, way, *target)
 
     monkeypatch.setattr(engine, "sample_losses", scarce)
-    monkeypatch.setattr(memory_plan, "plan_for", lambda *_: MemoryPlan("keep", 1, 1, 2, kept_blocks=2))
+    monkeypatch.setattr(planning, "plan_for", lambda *_: MemoryPlan("keep", 1, 1, 2, kept_blocks=2))
     events: list[object] = []
     result = run(dataset, batch_size=2, steps=1, activations="auto", on_event=events.append)
     assert_same(tensors(result), tensors(run(dataset, batch_size=2, steps=1)))
@@ -152,7 +146,7 @@ def test_a_run_decides_once_says_so_and_has_the_same_numbers(
         probes += 1
         return original(*args)
 
-    monkeypatch.setattr(memory_plan, "plan_for", counted)
+    monkeypatch.setattr(planning, "plan_for", counted)
     for budget, words in ((1000.0, "all are kept"), (0.1, "recomputed, at depth")):
         events: list[object] = []
         result = run(dataset, batch_size=2, activations="auto", memory_budget=budget, on_event=events.append)
@@ -168,7 +162,7 @@ def test_a_probe_that_runs_out_of_memory_is_no_end(
     def broken(*args: Any) -> MemoryPlan:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(memory_plan, "plan_for", broken)
+    monkeypatch.setattr(planning, "plan_for", broken)
     events: list[object] = []
     result = run(dataset, activations="auto", on_event=events.append)
     assert_same(tensors(result), tensors(run(dataset)), rtol=1e-3)
@@ -178,8 +172,8 @@ def test_a_probe_that_runs_out_of_memory_is_no_end(
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Runs offload on the CPU, too; the blocks of the last one, and whether they were kept on the device."""
-    made, kept, clear = Runtime.of, list[bool](), WeightStream.clear
-    monkeypatch.setattr(Runtime, "of", lambda *args, **settings: replace(made(*args, **settings), offloading=True))
+    made, kept, clear = Way.of, list[bool](), WeightStream.clear
+    monkeypatch.setattr(Way, "of", lambda *args, **settings: replace(made(*args, **settings), offloading=True))
 
     def cleared(stream: WeightStream) -> None:
         kept[:] = [block.is_kept for block in stream._blocks]
@@ -210,10 +204,10 @@ def test_where_memory_runs_out_all_blocks_are_offloaded_first(
 ) -> None:
     original = engine.sample_losses
 
-    def scarce(model: Any, batch: Any, config: Any, runtime: Runtime, *target: Any) -> Tensor:
-        if runtime.offloading_share != 1:
+    def scarce(model: Any, batch: Any, config: Any, way: Way, *target: Any) -> Tensor:
+        if way.offloading_share != 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, batch, config, runtime, *target)
+        return original(model, batch, config, way, *target)
 
     monkeypatch.setattr(engine, "sample_losses", scarce)
     events: list[object] = []
@@ -248,6 +242,6 @@ def test_one_of_several_processes_measures_a_batch_of_its_share(
     sizes: list[int] = []
     join = tiny.family.join
     monkeypatch.setattr(type(tiny.family), "join", lambda self, given: (sizes.append(len(given)), join(given))[1])
-    runtime = replace(job.runtime, processes=LastOfFour())
-    memory_plan.measured_plans(job.model, dataset.samples, job.config, runtime, 0)
+    way = replace(job.way, processes=LastOfFour())
+    memory_plan.measured_plans(job.model, dataset.samples, job.config, way, 0)
     assert sizes == [measured]

@@ -182,7 +182,7 @@ def test_a_process_holds_its_part_between_steps(
     def one(_: Processes) -> tuple[int, int]:
         job = planned(tiny, quantization=kind, sharding=True, batch_size=4)
         engine = engine_of(job)
-        batch = batch_maker(job.model, dataset.samples, job.config, job.runtime).step(0)
+        batch = batch_maker(job.model, dataset.samples, job.config, job.way).step(0)
         with engine.prepared():
             engine.gradient(batch)
             parts = [each for each in gc.get_objects() if type(each) is sharding._Bytes]
@@ -212,8 +212,8 @@ def test_all_processes_make_as_many_passes(tiny: Model, mixed: EncodedDataset) -
             for rank in range(2):
                 processes = Processes()
                 processes.rank, processes.size = rank, 2
-                runtime = replace(job.runtime, processes=processes, sharding=sharded)
-                made.append(batch_maker(job.model, mixed.samples, job.config, runtime).step(step))
+                way = replace(job.way, processes=processes, sharding=sharded)
+                made.append(batch_maker(job.model, mixed.samples, job.config, way).step(step))
             draws = sorted(draw for batches in made for batch in batches for draw in batch.draws)
             assert draws == list(range(9 * step, 9 * step + 9))
             if sharded:
@@ -245,15 +245,15 @@ def failing(
     whole = engines.sample_losses
     taken = []
 
-    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def losses(denoiser: Any, batch: Any, config: Any, way: Any) -> Tensor:
         taken.append(None)
-        if len(taken) == step + 1 and runtime.processes.rank == rank:
+        if len(taken) == step + 1 and way.processes.rank == rank:
             layer = denoiser.module.get_submodule(module)
             with torch.nn.modules.module.register_module_forward_pre_hook(
                 lambda each, _: fail() if each is layer else None
             ):
-                return whole(denoiser, batch, config, runtime)
-        return whole(denoiser, batch, config, runtime)
+                return whole(denoiser, batch, config, way)
+        return whole(denoiser, batch, config, way)
 
     monkeypatch.setattr(engines, "sample_losses", losses)
 
@@ -297,10 +297,10 @@ def test_an_end_in_the_middle_of_a_pass_is_that_of_all(
 def test_a_broken_loss_is_skipped_by_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, taken = engines.sample_losses, []
 
-    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def losses(denoiser: Any, batch: Any, config: Any, way: Any) -> Tensor:
         taken.append(None)
-        found = whole(denoiser, batch, config, runtime)
-        return found * float("nan") if runtime.processes.rank == 1 and len(taken) == 1 else found
+        found = whole(denoiser, batch, config, way)
+        return found * float("nan") if way.processes.rank == 1 and len(taken) == 1 else found
 
     monkeypatch.setattr(engines, "sample_losses", losses)
     found = processes_together(2, lambda _: trained(tiny, dataset, sharding=True, steps=3)[0])
@@ -350,7 +350,7 @@ def test_it_does_not_go_with_offloading() -> None:
 
 def test_one_process_keeps_all_and_says_so(tiny: Model, dataset: EncodedDataset) -> None:
     job = planned(tiny, sharding=True)
-    assert not job.runtime.sharding
+    assert not job.way.sharding
     assert any(note.startswith("sharding has no effect in one process") for note in job.notes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,10 @@ from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
 from lorasmith.training.job import engine_of, plan_job
-from lorasmith.training.loop import Loop, Mailbox
+from lorasmith.training.loop import Loop
 from lorasmith.training.memory import memory_plan, spilling
 from lorasmith.training.memory.spilling import SpillCheck, may_spill, memory_capped
+from lorasmith.training.step_results import Mailbox
 
 GPU = torch.device("cuda", 0)
 GIB = 2**30
@@ -109,7 +111,7 @@ def test_the_plan_of_activations_stays_below_the_cap(
     monkeypatch.setattr(memory_plan, "free_memory", free)
     engine = engine_of(plan_job(tiny.denoiser, TrainConfig(rank=4, activations="auto"), "cpu"))
     for budget, cap in ((None, None), (3 * GIB, None), (3 * GIB, 2 * GIB), (None, 2 * GIB)):
-        engine.change(memory_budget=budget, memory_cap=cap)
+        engine.way = replace(engine.way, memory_budget=budget, memory_cap=cap)
         with engine.prepared():
             memory_plan.plan_for(engine, tuple(dataset))
     engine.release()

@@ -33,7 +33,7 @@ def gradients(
     engine: Engine = engine_of(job)
     random = torch.randn(len(engine.flat.master), generator=torch.Generator().manual_seed(0))
     engine.flat.master.add_(random * 0.02)
-    (batch,) = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    (batch,) = batch_maker(job.model, data, job.config, engine.way).step(0)
     with engine.prepared():
         losses, _ = engine.gradient([batch])
     whole = engine.flat.grad.clone()
@@ -49,7 +49,7 @@ def gradients(
 
     kind = PARAMETERIZATIONS[job.model.diffusion.parameterization]
     target = kind.target(batch.clean, batch.noise, batch.level)
-    with job.model.frozen(job.config, engine.runtime):
+    with job.model.frozen(job.config, engine.way):
         expected = reference(batch, trained, frozen, target)
         expected.sum().div(job.config.samples_per_step).backward()
     engine.flat.collect()

@@ -169,7 +169,7 @@ def test_the_change_of_the_weights_has_a_price(tiny: Model, texts: EncodedDatase
         random = torch.randn(len(engine.flat.master), generator=torch.Generator().manual_seed(0))
         engine.flat.master.add_(random * 0.02)
         with engine.prepared():
-            engine.gradient(batch_maker(one.model, texts, one.config, engine.runtime).step(0))
+            engine.gradient(batch_maker(one.model, texts, one.config, engine.way).step(0))
         found.append(engine.flat.grad.clone())
     engine.flat.zero()
     total = torch.zeros(())

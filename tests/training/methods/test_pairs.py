@@ -90,7 +90,7 @@ def fresh_losses(model: Model | Trainable, data: EncodedDataset, **settings: Any
     job = plan_job(given, TrainConfig(rank=4, training_dtype="fp32", batch_size=4, **settings), "cpu")
     engine = engine_of(job)
     with engine.prepared():
-        losses, _ = engine.gradient(batch_maker(job.model, data, job.config, engine.runtime).step(0))
+        losses, _ = engine.gradient(batch_maker(job.model, data, job.config, engine.way).step(0))
     return losses, float(engine.flat.grad.norm())
 
 

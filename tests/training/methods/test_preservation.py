@@ -57,13 +57,13 @@ def gradients(job: TrainJob, data: EncodedDataset) -> tuple[Tensor, Tensor]:
     random = torch.randn(len(engine.flat.master), generator=torch.Generator().manual_seed(0))
     engine.flat.master.add_(random * 0.02)
     engine.flat.publish()
-    batches = batch_maker(job.model, data, job.config, engine.runtime).step(0)
+    batches = batch_maker(job.model, data, job.config, engine.way).step(0)
     with engine.prepared():
         engine.gradient(batches)
     whole = engine.flat.grad.clone()
     engine.flat.zero()
     attached = Attached(job.adapters, 1.0, job.differences)
-    with job.model.frozen(job.config, engine.runtime):
+    with job.model.frozen(job.config, engine.way):
         for batch in batches:
             with torch.no_grad():
                 kept = job.model.predict(batch.noised, batch.level.time, batch.texts["preserved"])

@@ -29,8 +29,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from lorasmith.adapters.inject import restore_forward
-from lorasmith.adapters.weight_stream import share_within, streams_of
-from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.choices import Activations
 from lorasmith.core.kept_values import Kept, KeptValues, changes_watched
@@ -43,15 +41,14 @@ from lorasmith.data.dataset import Sample
 from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.config import MethodSettings, ResolvedConfig
 from lorasmith.training.engine import Engine, batch_maker, changes_in_place
-from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory.activations import (
     Recipe,
     activations_reduced,
     held_by,
     recipes_recorded,
 )
-from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable
+from lorasmith.training.way import Way, recomputed_blocks
 
 _DEPTHS = 5
 _EXTRA_TIME: dict[str, float] = {"keep": 0.0, "lean": 0.04, "selective": 0.14}  # see `MemoryPlan.extra_time`
@@ -75,10 +72,10 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.needed_bytes <= self.budget_bytes
 
-    @property
-    def runtime_settings(self) -> dict[str, Any]:
-        names = ("activations", "checkpoint_depth", "kept_blocks")
-        return {name: getattr(self, name) for name in names}
+    def applied(self, way: Way) -> Way:
+        return replace(
+            way, activations=self.activations, checkpoint_depth=self.checkpoint_depth, kept_blocks=self.kept_blocks
+        )
 
     @property
     def extra_time(self) -> float:
@@ -116,17 +113,12 @@ class MemoryPlan:
         return text if self.fits else f"{text} Memory may run out; use a smaller batch or picture."
 
 
-def recomputed_blocks(kept: int) -> str:
-    """Which blocks are recomputed, in words."""
-    return f"blocks but the last {kept}" if kept > 1 else "blocks"
-
-
 def chosen_plan(
-    model: Trainable, samples: Sequence[Sample], config: ResolvedConfig, runtime: Runtime, budget_bytes: int
+    model: Trainable, samples: Sequence[Sample], config: ResolvedConfig, way: Way, budget_bytes: int
 ) -> MemoryPlan:
     """The cheapest plan that fits, otherwise the one that needs least memory; arguments as for `measured_plans`."""
     plans = []
-    for plan in measured_plans(model, samples, config, runtime, budget_bytes):
+    for plan in measured_plans(model, samples, config, way, budget_bytes):
         if plan.fits:
             return plan
         plans.append(plan)
@@ -137,7 +129,7 @@ def measured_plans(
     model: Trainable,
     samples: Sequence[Sample],
     config: ResolvedConfig,
-    runtime: Runtime,
+    way: Way,
     budget_bytes: int,
     *,
     within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
@@ -147,8 +139,8 @@ def measured_plans(
     `model` is frozen with only the adapters attached. `budget_bytes` is for a step, above what is allocated now.
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
-    run = largest_pass(model, samples, config, runtime, within=within)
-    fills = not runtime.offloading or runtime.offloading_share is not None
+    run = largest_pass(model, samples, config, way, within=within)
+    fills = not way.offloading or way.offloading_share is not None
     return _plans(model.module, run, int(_SHARE * budget_bytes), fills=fills)
 
 
@@ -156,7 +148,7 @@ def largest_pass(
     model: Trainable,
     samples: Sequence[Sample],
     config: ResolvedConfig,
-    runtime: Runtime,
+    way: Way,
     *,
     within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Callable[[], Tensor]:
@@ -164,14 +156,14 @@ def largest_pass(
     sized = (one for sample in samples for one in sample.sizes())
     largest = max(sized, key=lambda one: one.size)
     # Each process has its share of a step's samples, in batches of at most the batch size.
-    share = -(-config.samples_per_step // runtime.processes.size)
+    share = -(-config.samples_per_step // way.processes.size)
     # A step with methods needs the memory of one pass, and samples of an estimate have no texts or opposites for them.
     plain = {name: one.default for name, one in options_of(MethodSettings).items() if one.group != "Speed"}
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1, **plain)
-    maker = batch_maker(model, [replace(largest, opposite=None)], one_batch, replace(runtime, processes=ALONE))
+    maker = batch_maker(model, [replace(largest, opposite=None)], one_batch, replace(way, processes=ALONE))
     [batch] = maker.step(0)
-    noised = batch.noised.to(runtime.dtype)
-    values = KeptValues() if changes_in_place(model, runtime) else None
+    noised = batch.noised.to(way.dtype)
+    values = KeptValues() if changes_in_place(model, way) else None
 
     def run() -> Tensor:
         routed = tokens_routed(model.module, model.routing, batch.route, batch.conditioning)
@@ -181,63 +173,25 @@ def largest_pass(
     return run
 
 
-def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | Warned:
-    """Select and set the plan of a prepared engine; returns the event to emit."""
-    try:
-        plan = plan_for(engine, samples)
-    except (RuntimeError, MemoryError) as error:
-        if engine.runtime.sharding or not is_out_of_memory(error):
-            raise
-        engine.change(activations="keep", checkpoint_depth=1)  # smaller micro-batches are left to `Recovery`
-        return Warned(message="Memory ran out while activations were measured: blocks are recomputed.")
-    engine.change(**plan.runtime_settings)
-    needed, budget = plan.needed_bytes, plan.budget_bytes
-    return Planned(**plan.runtime_settings, needed_bytes=needed, budget_bytes=budget, message=str(plan))
-
-
 def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
-    return chosen_plan(engine.model, samples, engine.config, engine.runtime, _free_bytes(engine))
+    return chosen_plan(engine.model, samples, engine.config, engine.way, free_bytes(engine))
 
 
 def fitting_plans(engine: Engine, samples: Sequence[Sample]) -> list[MemoryPlan]:
     """All plans of a prepared engine that fit into the free memory of its device, cheapest first."""
-    found = measured_plans(engine.model, samples, engine.config, engine.runtime, _free_bytes(engine))
+    found = measured_plans(engine.model, samples, engine.config, engine.way, free_bytes(engine))
     return [plan for plan in found if plan.fits]
 
 
-def _free_bytes(engine: Engine) -> int:
+def free_bytes(engine: Engine) -> int:
     """Memory for a step: the least of all processes, which plan alike."""
-    runtime = engine.runtime
+    way = engine.way
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
     # One plan for all processes, as sharded weights are gathered in the same order by all.
-    limits = [limit for limit in (runtime.memory_budget, runtime.memory_cap) if limit is not None]
-    free = min(runtime.processes.gathered(free_memory(runtime.device, min(limits, default=None))))
-    return int(runtime.memory_share * free) - optimizer
-
-
-def plan_offloading(engine: Engine, samples: Sequence[Sample]) -> Iterator[Warned]:
-    """Keep as many offloaded blocks of a prepared engine on its device as a step leaves memory for; yields a remark."""
-    model, runtime = engine.model, engine.runtime
-    streams = streams_of(model.module) | (streams_of(model.encoders) if model.encoders is not None else set())
-    if not streams:  # another program offloads
-        engine.change(offloading_share=1.0)
-        return
-    kind, share = "keep" if runtime.activations == "host" else runtime.activations, 1.0
-    free = _free_bytes(engine)
-    try:
-        for plan in measured_plans(model, samples, engine.config, runtime, free):
-            if plan.checkpoint_depth or (plan.activations == kind and not runtime.checkpoint_depth):
-                share = share_within(streams, plan.budget_bytes - plan.needed_bytes)
-                break
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    share = max(runtime.processes.gathered(share))
-    engine.change(offloading_share=share)
-    for stream in streams:
-        stream.keep(share)
-    yield Warned(message=f"Offloading keeps {share:.0%} of the blocks in host memory.", is_remark=True)
+    limits = [limit for limit in (way.memory_budget, way.memory_cap) if limit is not None]
+    free = min(way.processes.gathered(free_memory(way.device, min(limits, default=None))))
+    return int(way.memory_share * free) - optimizer
 
 
 def optimizer_bytes(master_bytes: int) -> int:

@@ -165,7 +165,7 @@ def run_record(
         differences={path: _size(difference) for path, difference in job.differences.items()},
         fingerprint=taken,
         environment=environment(
-            job.runtime.device, job.config.optimizer, compile=job.config.compile, extensions=job.extensions
+            job.way.device, job.config.optimizer, compile=job.config.compile, extensions=job.extensions
         ),
         extensions=job.extensions,
     )

@@ -12,38 +12,38 @@ from torch import nn
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.runtime import Runtime, dtype_on_device
+from lorasmith.training.way import Way, dtype_on_device
 
 
-def runtime(tiny: Model, device: str, **settings: Any) -> Runtime:
-    return Runtime.of(resolved(**settings), tiny.components.denoiser, torch.device(device))
+def way(tiny: Model, device: str, **settings: Any) -> Way:
+    return Way.of(resolved(**settings), tiny.components.denoiser, torch.device(device))
 
 
 def test_a_cpu_keeps_weights_and_activations_where_they_are(tiny: Model) -> None:
-    assert not runtime(tiny, "cpu", offloading=True).offloading
-    assert runtime(tiny, "cuda", offloading=True).offloading
-    assert runtime(tiny, "cpu", activations="host").activations == "keep"
-    assert runtime(tiny, "cuda", activations="host").activations == "host"
+    assert not way(tiny, "cpu", offloading=True).offloading
+    assert way(tiny, "cuda", offloading=True).offloading
+    assert way(tiny, "cpu", activations="host").activations == "keep"
+    assert way(tiny, "cuda", activations="host").activations == "host"
 
 
 def test_compiled_code_decides_itself_what_to_keep(tiny: Model) -> None:
-    assert runtime(tiny, "cpu", compile=True, activations="lean").activations == "keep"
-    assert runtime(tiny, "cpu", activations="lean").activations == "lean"
+    assert way(tiny, "cpu", compile=True, activations="lean").activations == "keep"
+    assert way(tiny, "cpu", activations="lean").activations == "lean"
 
 
 def test_depth_is_for_checkpointing_and_budgets_are_bytes(tiny: Model) -> None:
-    assert runtime(tiny, "cpu", checkpoint_depth=3).checkpoint_depth == 0
-    assert runtime(tiny, "cpu", checkpoint_depth=3, gradient_checkpointing=True).checkpoint_depth == 3
-    assert runtime(tiny, "cpu", memory_budget=1.5).memory_budget == 3 * 2**29
-    assert runtime(tiny, "cpu").memory_budget is None
-    assert runtime(tiny, "cuda", memory_cap=1.5).memory_cap == 3 * 2**29
-    assert runtime(tiny, "cpu", memory_cap=1.5).memory_cap is None
+    assert way(tiny, "cpu", checkpoint_depth=3).checkpoint_depth == 0
+    assert way(tiny, "cpu", checkpoint_depth=3, gradient_checkpointing=True).checkpoint_depth == 3
+    assert way(tiny, "cpu", memory_budget=1.5).memory_budget == 3 * 2**29
+    assert way(tiny, "cpu").memory_budget is None
+    assert way(tiny, "cuda", memory_cap=1.5).memory_cap == 3 * 2**29
+    assert way(tiny, "cpu", memory_cap=1.5).memory_cap is None
 
 
 def test_pieces_are_whole_batches_and_the_dtype_may_be_the_models_own(tiny: Model) -> None:
-    assert runtime(tiny, "cpu", batch_size=7).micro_batch == 7
-    assert runtime(tiny, "cpu", training_dtype="bf16").dtype == torch.bfloat16
-    assert runtime(tiny, "cpu", training_dtype="none").dtype == next(tiny.components.denoiser.parameters()).dtype
+    assert way(tiny, "cpu", batch_size=7).micro_batch == 7
+    assert way(tiny, "cpu", training_dtype="bf16").dtype == torch.bfloat16
+    assert way(tiny, "cpu", training_dtype="none").dtype == next(tiny.components.denoiser.parameters()).dtype
 
 
 def test_the_models_own_format_may_be_one_that_a_processor_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
