@@ -25,7 +25,6 @@ SETTINGS = options_of(TrainConfig)
 OTHER_CONCEPTS = {
     "families.base.Defaults": "of a model, where the setting is open",
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
-    "training.recovery.StateNumbers": "of states from before the setting",
     "runs.run_previews.PreviewProgram": "steps after which previews are drawn",
     "runs.sweep_results.SweepEntry": "steps that a run has made so far",
     "report.sweep_page.ApartRun": "steps that a run has made so far",

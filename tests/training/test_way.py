@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 from lever_cases import resolved
 from torch import nn
 
+from lorasmith.core.typed_json import typed
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.way import Way, dtype_on_device
+from lorasmith.training.way import Way, WayState, dtype_on_device, state_of_earlier
 
 
 def way(tiny: Model, device: str, **settings: Any) -> Way:
@@ -79,3 +82,62 @@ def test_products_that_a_processor_would_emulate_are_in_fp32_unless_exactness_is
     said = [note for note in job.notes if "no units for" in note]
     assert len(said) == (config.training_dtype == "bf16")
     assert all(("emulates" in note) == config.exact_dtype for note in said)
+
+
+LADDER = [
+    "with all blocks offloaded",
+    "without CUDA graphs",
+    "with all blocks recomputed",
+    "with the same images, 2 at a time, with activation checkpointing",
+    "with the same images, 1 at a time, with activation checkpointing",
+    "with the same images, 1 at a time, with activation checkpointing",
+]
+
+
+def test_each_smaller_way_needs_less_memory_until_there_is_none(tiny: Model) -> None:
+    settings = resolved(batch_size=3, checkpoint_depth=2, gradient_checkpointing=True)
+    found: Way | None = replace(
+        way(tiny, "cuda", batch_size=3, checkpoint_depth=2, gradient_checkpointing=True),
+        offloading=True,
+        offloading_share=0.5,
+        cuda_graphs=True,
+        kept_blocks=4,
+    )
+    words = []
+    while found is not None and (smaller := found.smaller(settings)):
+        found, how = smaller
+        words.append(how)
+    assert words == LADDER
+    assert (found.micro_batch, found.checkpoint_depth, found.kept_blocks) == (1, 1, 1)
+    kept = replace(found, offloading_share=0.5).smaller(replace(settings, offloading_share=0.5))
+    assert kept is None  # that share is set
+
+
+TUNED = {"activations": "lean", "products": "int8", "compile": False}
+
+
+@pytest.mark.parametrize("settings", [{}, {"activations": "auto"}, {"compile": True}, {"autotune": True}], ids="".join)
+def test_states_of_earlier_versions_have_the_same_way(tiny: Model, settings: dict[str, Any]) -> None:
+    fresh, config = way(tiny, "cpu", **settings), resolved(**settings)
+    left = replace(fresh, micro_batch=1, checkpoint_depth=1, activations="keep")
+    if settings.get("compile"):
+        left = left.uncompiled
+    if settings.get("autotune"):
+        left = replace(left, autotune=False, products="int8")
+    earlier: dict[str, Any] = {
+        "losses": [],
+        "micro_batch": 1,
+        "checkpoint_depth": 1,
+        "eager": left.compile_failed,
+        "attention": "torch",
+        "way": {**TUNED, "checkpoint_depth": 1, "kept_blocks": 2} if settings.get("autotune") else None,
+    }
+    now = {"losses": [], "way": left.to_state(config)}
+    ways = [
+        fresh.resumed(typed(state_of_earlier(numbers)["way"], WayState))
+        for numbers in (json.loads(json.dumps(now)), earlier)
+    ]
+    assert ways[0] == ways[1]
+    assert ways[0].micro_batch == 1 and ways[0].compile is False
+    assert ways[0].checkpoint_depth == (0 if fresh.activations == "auto" else 1)
+    assert ways[0].products == ("int8" if settings.get("autotune") else "training_dtype")

@@ -54,6 +54,7 @@ class Option:
     # "typed": refused in requests to a server, as it names files or starts programs; "graph": only graphs use it
     door: Literal["any", "typed", "graph"] = "any"
     of_model: bool = False  # concerns the frozen model and its passes, and is shared by runs over one model
+    trains_alone: bool = False  # refused in runs that train together over one model
     of_fresh: bool = False  # has an effect only on layers without an adapter
     costs: bool = False  # affects the cost of a step
     short: str = ""  # abbreviation in names of runs

@@ -36,7 +36,6 @@ from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.spilling import memory_capped
 from lorasmith.training.methods.all_methods import other_texts
-from lorasmith.training.planning import choose_way
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
@@ -287,8 +286,7 @@ class Trainer:
                         model=self.job.model,
                     )
                 )
-                stack.enter_context(self.engine.frozen())
-                choose_way(self.engine, self._data, self._loop.emit)
+                stack.enter_context(self._loop.frozen())
                 stack.enter_context(self.engine.attached())
                 self._open = stack.pop_all()
         self._depth += 1
@@ -386,7 +384,6 @@ class Trainer:
 _IDLE = dict.fromkeys(
     name for kind in (ValidationSettings, PreviewSettings, SavingSettings) for name in options_of(kind)
 )
-_IDLE["autotune"] = None
 del _IDLE["validation_share"]
 """Settings of what surrounds the steps of a run."""
 

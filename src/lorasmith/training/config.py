@@ -869,6 +869,7 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         False,
         group="Speed",
         of_model=False,
+        trains_alone=True,
         help="Compile the model's blocks (torch.compile): the first step takes minutes, all others are faster. Needs "
         "a C++ compiler, on GPUs triton, and changes the last bits of the numbers.",
     )
@@ -884,6 +885,7 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         group="Speed",
         changes_numbers=False,
         of_model=False,
+        trains_alone=True,
         help="Capture a batch's forward and backward pass as a CUDA graph, once for each shape, and replay it, so that "
         "the host no longer limits steps of small pictures on a fast GPU. Best with few sizes and lengths of captions. "
         "Takes more GPU memory.",
@@ -892,6 +894,7 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         False,
         group="Speed",
         of_model=False,
+        trains_alone=True,
         help="Time steps in several ways before the first one, take the fastest, and keep the times for later runs: "
         "activations where auto finds several plans that fit, products in the format of quantized weights, and, in "
         "runs of more than ten minutes, compiled blocks. Changes the numbers as these settings do.",

@@ -48,7 +48,7 @@ from lorasmith.training.recovery import StepRepeated
 T = TypeVar("T")
 EngineMaker = Callable[[TrainJob], Engine]
 
-APART = ("compile", "cuda_graphs", "autotune")
+APART = tuple(name for name, declared in options_of(TrainConfig).items() if declared.trains_alone)
 """Settings of runs that train alone."""
 
 SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items() if declared.of_model)

@@ -167,9 +167,8 @@ class Loop:
                         watcher(self)
                 while self.outcome is None:
                     try:
-                        with shared(), self.engine.frozen():
-                            self._begin()
-                            waiting = [] if self._choose_way() else self._with_frozen()
+                        with shared(), self.frozen():
+                            waiting = self._with_frozen()
                         if waiting:
                             self.engine.restore_base_model()
                         for watcher in waiting:
@@ -181,6 +180,17 @@ class Loop:
             for watcher in self._watchers:
                 watcher.end(self)
         return self.outcome
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the context, the model is frozen in the way of the next steps, which is chosen where it is open."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.engine.frozen())
+            self._begin()
+            if choose_way(self.engine, self._samples, self.emit, step=self.step, steps=self._until - self.step):
+                stack.close()
+                stack.enter_context(self.engine.frozen())
+            yield
 
     def record(self, loss: float) -> None:
         """Count a step that was taken outside of `run`."""
@@ -413,10 +423,6 @@ class Loop:
             self._begun = True
             for watcher in self._watchers:
                 watcher.begin(self.engine)
-
-    def _choose_way(self) -> bool:
-        """Whether the model must be frozen again for the way that is chosen."""
-        return choose_way(self.engine, self._samples, self.emit, step=self.step, steps=self._until - self.step)
 
     def _snapshot(self) -> RunState:
         return RunState(self.step, *self.engine.state())

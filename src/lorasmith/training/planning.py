@@ -31,8 +31,8 @@ def choose_way(
     samples: Sequence[Sample] | EncodedDataset,
     emit: EventHandler,
     *,
-    step: int = 0,
-    steps: int = 0,
+    step: int,
+    steps: int,
 ) -> bool:
     """Complete the way of an engine whose model is frozen, with nothing attached, for `steps` steps from `step`.
 
