@@ -189,7 +189,7 @@ def test_lora_plus_takes_pefts_steps() -> None:
         {name: parameter for _, name, parameter in trained},
         device=way.device,
         dtype=way.dtype,
-        rates={name: _rate(path, name, config, way) for path, name, _ in trained},
+        rates={name: _rate(path, name, config, {}) for path, name, _ in trained},
     )
     ours = GatedOptimizer("AdamW", flat.groups, weight_decay=0.0)
     with adapters_attached(base.requires_grad_(False), [Attached(adapters)]):

@@ -169,7 +169,7 @@ def test_a_start_rates_and_the_last_step(tiny: Model, data: EncodedDataset) -> N
         plan_job(tiny.denoiser, job.requested, "cpu").model.word.vectors["text_encoder"],  # type: ignore[union-attr]
         layer.weight[[fox] * 3].float(),
     )
-    assert job.way.learning_rates["new_word"] == pytest.approx(1e-2)
+    assert job.learning_rates["new_word"] == pytest.approx(1e-2)
     random = plan_job(tiny.denoiser, TrainConfig(**(SETTINGS | {"new_word_vectors": 64})), "cpu").model.word
     assert random is not None
     assert float(random.vectors["text_encoder"].detach().std()) == pytest.approx(

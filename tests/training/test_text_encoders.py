@@ -185,7 +185,7 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(tiny: Model, dataset: EncodedD
 
 def test_rates_and_ranks_of_their_own(tiny: Model, dataset: EncodedDataset) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(**SETTINGS, learning_rate=1e-3, text_encoder_rank=3), "cpu")
-    assert {job.way.learning_rates[path] for path in job.text_adapters} == {1e-4}
+    assert {job.learning_rates[path] for path in job.text_adapters} == {1e-4}
     assert {len(one.to_weights().tensors["down"]) for one in job.text_adapters.values()} == {3}
     given = SETTINGS | {"optimizer": "SGD", "text_encoder_rate": 7e-3}
     result = train(tiny, dataset, steps=1, learning_rate=1e-7, **given)

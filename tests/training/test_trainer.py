@@ -190,7 +190,7 @@ def test_nothing_stays_open_if_the_model_cannot_be_prepared(
 
     monkeypatch.setattr("lorasmith.runs.trainer.captions_ready", ready)
     with monkeypatch.context() as until_now:
-        until_now.setattr(trainer.engine, "prepared", interrupted)
+        until_now.setattr(trainer.engine, "attached", interrupted)
         with pytest.raises(KeyboardInterrupt), trainer:
             pass
     assert not open_now
