@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -15,9 +18,15 @@ PACK = Path(__file__).resolve().parents[1]
 
 
 def boot(checkout: Path) -> None:
-    """Make a checkout importable, on the CPU, with the attention that users of a GPU get."""
+    """Make a checkout importable, on the CPU, with the attention that users of a GPU get.
+
+    Its folders of outputs and temporary files are elsewhere until the process ends, so nothing is left in it.
+    """
+    folder = tempfile.mkdtemp(prefix="lorasmith-proof-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sys.dont_write_bytecode = True
     sys.path.insert(0, str(checkout))
-    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention", "--base-directory", folder]
     if importlib.util.find_spec("torchaudio") is None:  # only nodes of sound need it
         for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
             module: Any = types.ModuleType(name)

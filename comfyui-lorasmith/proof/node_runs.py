@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,8 +25,7 @@ def node(family: str) -> dict[str, Any]:
     import comfy_extras.nodes_train as theirs
     import folder_paths
 
-    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
-    folder_paths.set_output_directory(str(outputs))
+    outputs = Path(folder_paths.get_output_directory())
     model, (latents, positive) = families.model_of(family), families.data_of(family)
     before = pictures(model, positive, size=families.FAMILIES[family].size)
     train = pack.NODE_CLASS_MAPPINGS["LorasmithTrainLora"]()
@@ -81,8 +79,7 @@ def others(family: str) -> dict[str, Any]:
     import comfy.model_management as management
     import folder_paths
 
-    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
-    folder_paths.set_output_directory(str(outputs))
+    outputs = Path(folder_paths.get_output_directory())
     model, (latents, positive) = families.model_of(family), families.data_of(family)
     before = pictures(model, positive, size=families.FAMILIES[family].size)
     images = [{"samples": torch.cat(latents)}]
@@ -152,10 +149,6 @@ class _Clip:
 def methods(family: str) -> dict[str, Any]:
     """Methods that encode texts: the first loss is the plain one, and what is learnt another."""
     pack = checkout.pack()
-    import folder_paths
-
-    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
-    folder_paths.set_output_directory(str(outputs))
     model, (latents, positive) = families.model_of(family), families.data_of(family)
     before = pictures(model, positive, size=families.FAMILIES[family].size)
     further, train = (pack.NODE_CLASS_MAPPINGS[f"Lorasmith{name}"]() for name in ("LoraSettings", "TrainLora"))
@@ -194,12 +187,9 @@ def methods(family: str) -> dict[str, Any]:
 def graph(family: str) -> dict[str, Any]:
     """A workflow by ComfyUI's own executor, in inference mode: stopped, queued again, and a bad one."""
     import execution
-    import folder_paths
 
     import nodes
 
-    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
-    folder_paths.set_output_directory(str(outputs))
     asyncio.run(nodes.load_custom_node(str(checkout.PACK)))
     nodes.NODE_CLASS_MAPPINGS |= {"Given": type("Given", (_Given,), {"family": family}), "Kept": _Kept}
     if not hasattr(nodes.NODE_CLASS_MAPPINGS["Given"], "RELATIVE_PYTHON_MODULE"):

@@ -36,15 +36,24 @@ from stored import kinds, memory_modes, stored
 
 def main() -> int:
     arguments = parsed()
-    if arguments.stand_in:
-        checkout.boot(arguments.checkout)
-        lacking = [*not_there(), *not_loaded()]
-        print("\n".join(lacking) or "This ComfyUI has what the stand-in has, and its own loader takes the pack.")
-        return 1 if lacking else 0
     if arguments.one:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0])))
         return 0
+    before = set(arguments.checkout.rglob("*"))
+    wrong = proved(arguments)
+    if left := set(arguments.checkout.rglob("*")) - before:
+        print(f"WRONG: left in the checkout: {', '.join(sorted(map(str, left)))}")
+    return 1 if wrong or left else 0
+
+
+def proved(arguments: argparse.Namespace) -> int:
+    """Print what holds; returns the number of things that do not."""
+    if arguments.stand_in:
+        checkout.boot(arguments.checkout)
+        lacking = [*not_there(), *not_loaded()]
+        print("\n".join(lacking) or "This ComfyUI has what the stand-in has, and its own loader takes the pack.")
+        return len(lacking)
     kinds = ["ours", *WAYS] if arguments.measure else list(PROOFS)
     wrong = 0
     for family in arguments.families or families.FAMILIES:
@@ -55,7 +64,7 @@ def main() -> int:
             wrong += len(failed)
             if found:
                 print(f"{family}, {kind}: {shown(found)}{f'; WRONG: {failed}' if failed else ''}", flush=True)
-    return 1 if wrong else 0
+    return wrong
 
 
 def limit_of(name: str) -> Callable[[Any], bool]:

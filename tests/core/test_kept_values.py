@@ -51,6 +51,8 @@ CHANGES: dict[str, tuple[Change, Change]] = {
     "silu": (lambda x, y: F.silu(x.sub_(y), inplace=True), lambda x, y: F.silu(x - y)),
     "dropout": (lambda x, y: F.dropout(x.add_(y), 0.0, True, True), lambda x, y: x + y),
     "relu_": (lambda x, y: torch.relu_(x.add_(y)), lambda x, y: (x + y).relu()),
+    "an operator": (lambda x, y: torch.ops.aten.addcmul_(x, x, y), lambda x, y: x + x * y),
+    "an overload": (lambda x, y: torch.ops.aten.mul_.Tensor(self=x, other=y), lambda x, y: x * y),
     "several": (lambda x, y: torch._foreach_mul_([x], [y]), lambda x, y: x * y),
 }
 
@@ -147,7 +149,7 @@ def test_aliases_see_a_change() -> None:
 
 
 def test_functions_of_torch_are_its_own_again() -> None:
-    places = (torch.Tensor, torch, torch._C._nn, torch._VF, F)
+    places = (torch.Tensor, torch, torch._C._nn, torch._VF, F, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
     before = [dict(vars(place)) for place in places]
     with pytest.raises(ZeroDivisionError), changes_watched(KeptValues()), changes_watched(KeptValues()):
         raise ZeroDivisionError

@@ -3,7 +3,8 @@
 Autograd refuses to differentiate through a saved tensor that was changed since; what recomputes a result from such a
 tensor would compute another one. Inside of `changes_watched`, what `KeptValues.keep` was given is copied before a
 function of torch changes its memory: `x.add_(y)`, `x += y`, `x[0] = y`, `torch.add(x, y, out=z)`,
-`F.silu(x, inplace=True)`. Only what is kept and changed is copied, and numbers are those of the same network.
+`F.silu(x, inplace=True)`, `torch.ops.aten.add_(x, y)`. Only what is kept and changed is copied, and numbers are those
+of the same network.
 
 Functions are found by the rule by which torch names them, and replaced while `changes_intercepted`; a mode of torch's
 (`TorchFunctionMode`) would take a microsecond and a half in each other function as well.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -84,19 +86,19 @@ def storage_key(tensor: Tensor) -> int | None:
     """What tensors in the same memory have in common while it is in use; None for tensors without memory."""
     try:
         address: int = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse ones, and those that wrap others
+    except RuntimeError:  # sparse ones, and those that wrap others
         return None
     return address
 
 
 def _copies(kept: Sequence[Kept]) -> Iterator[Kept]:
-    """Move tensors of one storage to a copy: of the storage, so that they share it, or of a small part."""
+    """Move tensors of one storage to a copy: of the storage, so that they share it, or of one tensor alone."""
     whole: dict[torch.dtype, Tensor] = {}
     size = kept[0].tensor.untyped_storage().nbytes()
-    is_part = len(kept) == 1 and 2 * kept[0].tensor.nbytes < size
+    is_alone = len(kept) == 1 and kept[0].tensor.nbytes <= size
     for one in kept:
-        tensor = one.value.detach()
-        if is_part or size % tensor.itemsize:
+        tensor = one.value
+        if is_alone or size % tensor.itemsize:
             one.move(tensor.clone())
         else:
             if tensor.dtype not in whole:
@@ -173,7 +175,8 @@ def changes_intercepted() -> Iterator[None]:
 
 @functools.cache
 def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
-    return [(place, name, _reported(function, name)) for place, name, function in _changing_functions()]
+    ops = [(kind, "__call__", _ops_reported(kind.__call__)) for kind in (OpOverload, OpOverloadPacket)]
+    return [*((place, name, _reported(function, name)) for place, name, function in _changing_functions()), *ops]
 
 
 def _changing_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
@@ -191,8 +194,12 @@ def _changing_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
                 yield place, name, function
 
 
+_FIRST: frozenset[int | str] = frozenset((0, "input", "self"))
+"""The first argument of a function."""
+
+
 def _reported(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    takes_out, is_statement = not name.endswith("_"), name.startswith("__i")
+    takes_out = not name.endswith("_")
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -201,32 +208,72 @@ def _reported(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             return function(*args, **kwargs)
         if takes_out:
             return _into(kwargs["out"], values, function, args, kwargs)
-        return _changing(values, function, args, kwargs, is_statement=is_statement)
+        return _changing(values, function, args, kwargs, _FIRST)
 
     return called
 
 
-def _changing(values: KeptValues, function: Any, args: Any, kwargs: Any, *, is_statement: bool) -> Any:
-    """A call of a function that changes its first argument, a tensor or several."""
-    changed = [leaf for leaf in tree_leaves([*args, *kwargs.values()][:1]) if isinstance(leaf, Tensor)]
+def _ops_reported(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of an operator of `torch.ops`, whose schema has what it changes."""
+
+    @functools.wraps(call)
+    def called(op: Any, /, *args: Any, **kwargs: Any) -> Any:
+        values = _active.values
+        if values is None or not (changed := _changed_by(op)):
+            return call(op, *args, **kwargs)
+        return _changing(values, functools.partial(call, op), args, kwargs, changed)
+
+    return called
+
+
+@functools.cache
+def _changed_by(op: OpOverload | OpOverloadPacket) -> frozenset[int | str]:
+    """Positions and names of arguments that an operator changes, or one of its overloads."""
+    overloads = [op] if isinstance(op, OpOverload) else [getattr(op, name) for name in op.overloads()]
+    return frozenset(
+        key
+        for one in overloads
+        for position, argument in enumerate(one._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for key in ((argument.name,) if argument.kwarg_only else (position, argument.name))
+    )
+
+
+def _changing(values: KeptValues, function: Any, args: Any, kwargs: Any, places: frozenset[int | str]) -> Any:
+    """A call of a function that changes the tensors at `places`, positions and names of its arguments."""
+    changed: list[Tensor] = []
+    for place, given in (*enumerate(args), *kwargs.items()):
+        if place in places:
+            changed += [leaf for leaf in _leaves(given) if isinstance(leaf, Tensor)]
     for one in changed:
         values.before_change(one)
-    if torch.is_grad_enabled() and args:
+    if torch.is_grad_enabled():
+        # Autograd saves other arguments before the change, so those in the same memory are given as copies.
         keys = {storage_key(one) for one in changed}
-
-        def apart(given: Tensor) -> Tensor:
-            """A copy of changed memory, as autograd saves other arguments before the change."""
-            return given.clone() if storage_key(given) in keys else given
-
-        args = (args[0], *tree_map_only(Tensor, apart, args[1:]))
-        kwargs = tree_map_only(Tensor, apart, kwargs)
+        args = [one if place in places else _apart(one, keys) for place, one in enumerate(args)]
+        kwargs = {name: one if name in places else _apart(one, keys) for name, one in kwargs.items()}
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:
         # A statement may give its variable another tensor; of a part of a tensor, that tensor is meant.
-        if not is_statement or "is a view and is being modified inplace" not in str(error) or _is_part(args[0]):
+        name = getattr(function, "__name__", "")
+        is_statement = name.startswith("__i") and "is a view and is being modified inplace" in str(error)
+        if not is_statement or _is_part(args[0]):
             raise
-        return getattr(Tensor, f"__{function.__name__[3:]}")(*args).to(args[0].dtype)
+        return getattr(Tensor, f"__{name[3:]}")(*args).to(args[0].dtype)
+
+
+def _leaves(given: Any) -> Sequence[Any]:
+    return (given,) if isinstance(given, Tensor) else tree_leaves(given)
+
+
+def _apart(given: Any, keys: set[int | None]) -> Any:
+    """An argument without memory of others."""
+    if isinstance(given, Tensor):
+        return given.clone() if storage_key(given) in keys else given
+    if isinstance(given, list | tuple | dict):
+        return tree_map_only(Tensor, functools.partial(_apart, keys=keys), given)
+    return given
 
 
 def _into(out: Any, values: KeptValues, function: Any, args: Any, kwargs: Any) -> Any:
