@@ -302,6 +302,18 @@ FAMILIES = {
         frames=3,
     ),
     "cosmos-predict2": Small("CosmosT2IPredict2", {**_COSMOS, "image_model": "cosmos_predict2"}, frames=1),
+    "cogvideox": Small(
+        "CogVideoX_T2V",
+        {
+            "image_model": "cogvideox",
+            "num_attention_heads": 4,
+            "time_embed_dim": 128,
+            "text_embed_dim": 128,
+            "num_layers": 2,
+            "use_rotary_positional_embeddings": True,
+        },
+        frames=3,
+    ),
     "ltxv": Small(
         "LTXV",
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,6 @@ def samplings(family: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, model in models.items():
         trained = ComfyModel(model)
-        table = model.get_model_object("model_sampling").sigmas  # between whose sigmas networks have the nearest's time
-        model.get_model_object("model_sampling").percent_to_sigma = _nearest(table)
         samples = trained.samples(latents, positive)
         trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
         found = beside_built_in(trainer, model, latents, positive, samples)
@@ -204,9 +202,11 @@ def built_in_step(
 ) -> dict[str, Any]:
     """The first step of ComfyUI's node: its start, what it drew, loss, and gradients by key.
 
-    Of layers that are not in `trained` (embeddings), which Lorasmith does not train, the LoRA is zero.
+    Of layers that are not in `trained` (embeddings), which Lorasmith does not train, the LoRA is zero. Of a table of
+    noise levels it draws entries, as Lorasmith does; at levels between two its network has the time of the nearest.
     """
     import comfy_extras.nodes_train as node
+    from comfy.model_sampling import ModelSamplingDiscrete
 
     found: dict[str, Any] = {}
     make, step, setup = node._create_optimizer, node.TrainSampler.fwd_bwd, node._setup_lora_adapters
@@ -214,6 +214,10 @@ def built_in_step(
     def named(*arguments: Any) -> Any:
         made = setup(*arguments)
         found["keys"] = list(made[0])
+        sampling = arguments[0].get_model_object("model_sampling")
+        if isinstance(sampling, ModelSamplingDiscrete):
+            sigmas = sampling.sigmas
+            sampling.percent_to_sigma = lambda percent: float(sigmas[int((1 - percent) * len(sigmas))])
         return made
 
     def optimizer(name: str, parameters: Any, rate: float) -> _Recorded:
@@ -360,7 +364,3 @@ def pictures(model: Any, positive: Any, frames: int = 1, size: tuple[int, ...] =
             model, noise, 2, 1.0, "euler", "normal", entry, entry, torch.zeros(shape), seed=5, disable_pbar=True
         )
     return found.clone()
-
-
-def _nearest(sigmas: torch.Tensor) -> Callable[[float], float]:
-    return lambda percent: float(sigmas[int((1 - percent) * len(sigmas))])

@@ -245,6 +245,8 @@ def _changing(values: KeptValues, function: Any, args: Any, kwargs: Any, places:
     for place, given in (*enumerate(args), *kwargs.items()):
         if place in places:
             changed += [leaf for leaf in _leaves(given) if isinstance(leaf, Tensor)]
+    if not changed:
+        return function(*args, **kwargs)
     for one in changed:
         values.before_change(one)
     if torch.is_grad_enabled():
