@@ -6,12 +6,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
+import ctypes
 import functools
 import gc
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -83,6 +84,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
     if axes:
         metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
+
+
+def _trimming() -> Callable[[], object]:
+    """A call that returns free memory to the system, as glibc then does with blocks above 1 MiB when they are freed."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: it grows to 32 MiB otherwise
+        return functools.partial(libc.malloc_trim, 0)
+    except (OSError, AttributeError):
+        return lambda: None
+
+
+_trim = _trimming()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_returned() -> Iterator[None]:
+    """What a file's tests have let go of is not kept for the next file."""
+    yield
+    gc.collect()
+    _trim()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -52,6 +52,12 @@ MUTATIONS = (
         'digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()', "/{purpose}", ""
     ),
     Mutation("scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) * (1 / largest)", "by_row, ", ""),
+    Mutation("return max(1, most // 2, most - round(busy))", "most - round(busy)", "most"),
+    Mutation(
+        "return replace(self, tensors=chosen, shape=torch.Size((len(chosen[0]), *self.shape[1:])))",
+        "len(chosen[0])",
+        "len(chosen)",
+    ),
     # adapters
     Mutation(
         "grad_ups.append(_scaled(_outer(rows, _rows(part)), factor) if needed[3 * index + 1] else None)",
@@ -59,24 +65,77 @@ MUTATIONS = (
         "_rows(part)), 1",
     ),
     Mutation("turn = torch.lerp(identity, inverse, 2 * strength)", "2 * strength", "strength"),
+    Mutation("term = LowRankTerm(0, strength * self.scale, down, up, mask)", "strength * self.scale", "strength"),
+    Mutation("up = self.b1 * (strength * self.alpha / self.rank)", " / self.rank", ""),
+    Mutation(
+        "{path: one for path, one in patch.adapters.items() if patch.bypass or path in beside},",
+        " or path in beside",
+        "",
+    ),
     # formats
     Mutation("ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))", "(-", "("),
     Mutation(
         "rows = whole if part.rows is None else whole[slice(*part.rows)]", "slice(*part.rows)", "slice(part.rows[1])"
     ),
+    Mutation("offset += math.prod(shape) * dtype.itemsize", " * dtype.itemsize", ""),
+    Mutation("if end - start != math.prod(shape) * _SIZE[spelling]:", "!=", ">"),
+    Mutation(
+        "square = sum(16 * float(weights.tensors[role].float().square().sum()) for role in form.vital)", "16 * ", ""
+    ),
     # diffusion
     Mutation("return shift * time / (1 + (shift - 1) * time)", "shift - 1", "1 - shift"),
     Mutation("return scale * signal / torch.maximum(level.sigma**2, signal / gamma)", "/ gamma", "* gamma"),
+    Mutation("return time / (self.shift - (self.shift - 1) * time)", "- (self.shift", "+ (self.shift"),
     # families
     Mutation(
         "return torch.where(scale == 1, states, empty.lerp(states, scale))",
         "empty.lerp(states, scale)",
         "states * scale",
     ),
+    Mutation("context = context[:, :CONTEXT_LENGTH]", ":CONTEXT_LENGTH]", "1:CONTEXT_LENGTH]"),
+    Mutation(
+        "context = context.reshape(*context.shape[:2], "
+        "denoiser.config.num_text_layers, denoiser.config.text_hidden_dim)",
+        "context.reshape",
+        "context.flip(2).reshape",
+    ),
+    Mutation(
+        "return (self.proj_out(self.norm_out(states, modulation[: len(states)])),)",
+        "self.norm_out(states, modulation[: len(states)])",
+        "states",
+    ),
+    Mutation("ids = ids[:_ROWS] if follows_diffusers else ids", "if follows", "if not follows"),
+    Mutation('return 768 if self._version == 2 and diffusion.parameterization == "v" else 512', "768 if", "640 if"),
+    Mutation(
+        "states = block(states, modulation, None if mask is None else mask[:, None, None])",
+        "None if mask is None else mask[:, None, None]",
+        "None",
+    ),
     # data
     Mutation("count = max(1, math.ceil(share * len(names) - 1e-9))", "ceil", "floor"),
+    Mutation("return tuple(min(number, len(times) - 2) for number in shown)", "- 2", "- 1"),
+    Mutation(
+        'if self.caption_dropout and keyed_uniform(seed, "caption dropout", draw) < self.caption_dropout:', ") <", ") >"
+    ),
+    Mutation("kept = max(self.keep_tags - put_in_front, int(in_front))", " - put_in_front", ""),
+    Mutation("is_all = len(lacking) == len(images)", "==", "<="),
+    Mutation(
+        "if self.bucket_min and self.bucket_max and self.bucket_min > self.bucket_max:",
+        "> self.bucket_max",
+        "< self.bucket_max",
+    ),
+    Mutation(
+        "if not isinstance(shard, dict) or not all(isinstance(shard.get(key), list) for key in _LISTS):",
+        "not isinstance(shard, dict) or ",
+        "",
+    ),
     # toolbox
     Mutation("up=(u[:, :count] * root).float().cpu(),", " * root", ""),
+    Mutation(
+        "if self.only_first or self.only_second or not all(pair.distance <= tolerance for pair in self.pairs):",
+        " or self.only_second",
+        "",
+    ),
     # sampling
     Mutation(
         'sides = (_side("positive", positive, cfg, batch), _side("negative", negative, 1 - cfg, batch))',
@@ -86,17 +145,30 @@ MUTATIONS = (
     # training
     Mutation("size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT", "-(-parameter", "(parameter"),
     Mutation("return (step + 1) / warmup_steps", "step + 1", "step"),
+    Mutation("factor = engine.rate_factor / 2", " / 2", ""),
+    Mutation(
+        "before = [loss for loss in losses[-_LAG - _WINDOW - 1 : -_LAG - 1] if math.isfinite(loss)]",
+        " if math.isfinite(loss)",
+        "",
+    ),
+    Mutation("within = progress * cycles % 1 if progress < 1 else 1.0", " % 1 ", " % 2 "),
+    Mutation("since = self.measured[self._best + 1 :] if self.measured else []", " + 1 :", " :"),
+    Mutation('coarse = keyed_normal((*noise.shape[:-2], *size), seed, f"pyramid {level}", draw)', "seed, ", "0, "),
+    Mutation("return len({sizes(sized) for sample in samples for sized in sample.sizes()}) > 1", "> 1", "> 0"),
+    Mutation("deviation = max(self.deviation, math.sqrt(own.squares / own.freedom))", "max(", "min("),
     # bench
     Mutation("self.held = max(self.held, self.live)", "self.live)", "self.peak)"),
     # report
     Mutation("decay = 1 - 1 / span", "1 / span", "2 / span"),
+    Mutation("many = len(pictures.columns) * len(pictures.rows) > _MANY", " * len(pictures.rows)", ""),
     # workflow
     Mutation(
         "yield {name: items[min(index, len(items) - 1)] for name, items in lists.items()}",
         "min(index, len(items) - 1)",
         "index % len(items)",
     ),
-    # nodes, runs, cli
+    Mutation("if not 0 <= link.output < count:", "0 <= link.output", "0 < link.output"),
+    # nodes, runs
     Mutation(
         "samples = torch.zeros(batch_size, channels, height // downscale, width // downscale)",
         "height // downscale, width // downscale",
@@ -104,6 +176,47 @@ MUTATIONS = (
     ),
     Mutation("strengths=(1.0, *program.strengths),", "(1.0, *program.strengths)", "program.strengths"),
     Mutation("return Path(path), STRENGTH.check(float(strength))", "float(strength)", "abs(float(strength))"),
+    # runs
+    Mutation("steps = self.job.steps_before + self.step", "self.job.steps_before + ", ""),
+    Mutation("return self.config.steps * self.config.samples_per_step", " * self.config.samples_per_step", ""),
+    Mutation("wanted = self.steps_per_image * (USUAL_IMAGES if images is None else images)", "is None", "is not None"),
+    Mutation(
+        "needed[disk] = needed.get(disk, 0) + max(0, facts.size_bytes - file.kept_bytes)", " - file.kept_bytes", ""
+    ),
+    Mutation("if not (isinstance(job.id, str) and job.state in STATES and objects):", " and job.state in STATES", ""),
+    Mutation("if head > MOST_JSON_BYTES or body > MOST_BODY_BYTES:", " or body > MOST_BODY_BYTES", ""),
+    # server
+    Mutation(
+        'if access.token is not None and "token" in request.query and not response.prepared:',
+        '"token" in request.query',
+        '"token" not in request.query',
+    ),
+    Mutation(
+        "fixed = path.parent != folder / CONTROL or not stays_in(path, folder.resolve())",
+        " or not stays_in(path, folder.resolve())",
+        "",
+    ),
+    Mutation("source = originals_folder(folder) / path.name", "originals_folder(folder)", "folder"),
+    Mutation("found[name], inner = merged(was or {}, new, now or {})", "new, now or {}", "now or {}, new"),
+    Mutation('if request.query.get("overwrite") == "false" and is_other:', " and is_other", ""),
+    Mutation(
+        "missing = (one.name for one in parameters if one.default is one.empty and one.name not in arguments)",
+        " and one.name not in arguments",
+        " and one.name in arguments",
+    ),
+    Mutation(
+        'if is_own(picture, folder) and not copy.with_suffix(".png").exists():', "is_own(picture, folder) and ", ""
+    ),
+    # nodes
+    Mutation("return pixels[:frames].movedim(0, 1).unsqueeze(0)", "pixels[:frames]", "pixels"),
+    Mutation(
+        "height, width = (round(side * scale) * form.downscale for side in samples.shape[-2:])",
+        "round(side * scale) * form.downscale",
+        "round(side * scale * form.downscale)",
+    ),
+    Mutation("return (((images - 0.5) * factor + 0.5).clamp(0, 1),)", ".clamp(0, 1)", ""),
+    # cli
+    Mutation("if only is not None and not 1 <= only <= len(found.runs):", "1 <= only <=", "0 <= only <="),
 )
 
 

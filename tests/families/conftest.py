@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lorasmith.families.model import Model
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Heavier tests run by default for some families alone; see `TinyFamily.is_slow`."""
+    """Tests of code that families share run by default for Flux, Z-Image and Wan alone; see `TinyFamily.is_slow`."""
     for item in items:
         if item.get_closest_marker("slow_by_family") and TINY[item.callspec.params["case"]].is_slow:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.slow)
@@ -43,6 +44,7 @@ def sdxl(sdxl_file: Path) -> Model:
 
 
 @pytest.fixture(scope="session", params=TINY)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """Each transformer family, small, in files of their usual names. Nothing may change the model."""
-    return Case.of(request.param, tmp_path_factory.mktemp(request.param))
+    yield Case.of(request.param, tmp_path_factory.mktemp(request.param))
+    TINY[request.param].forget()

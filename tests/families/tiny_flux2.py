@@ -94,6 +94,7 @@ KLEIN = TinyFamily(
     named=scaled,
     conditioning=_conditioning,
     call=_call,
+    is_slow=True,
     unlearnt=0.5,  # 64 of 128 channels
 )
 
@@ -107,7 +108,7 @@ DEV = TinyFamily(
     named=scaled,
     conditioning=_conditioning,
     call=_call,
-    is_slow=True,  # klein is heavier, and has the same blocks
+    is_slow=True,
     unlearnt=0.5,  # 64 of 128 channels
     drawn=_drawn_with_guidance,
     left_out={

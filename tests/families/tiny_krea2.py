@@ -80,4 +80,5 @@ KREA2 = TinyFamily(
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,
+    is_slow=True,
 )

@@ -133,6 +133,10 @@ class TinyFamily:
         """diffusers' parts by their names in its pipeline (`transformer`, `vae`, `text_encoder`, ...), made once."""
         return self._parts
 
+    def forget(self) -> None:
+        """Let go of the parts, which are made again when they are needed."""
+        self.__dict__.pop("_parts", None)
+
     @cached_property
     def _parts(self) -> dict[str, Any]:
         slot = self.family.autoencoder

@@ -133,7 +133,6 @@ WAN = TinyFamily(
     call=_call,
     drawn=_drawn,
     reads_weights=True,
-    is_slow=True,
 )
 
 
