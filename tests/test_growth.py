@@ -228,8 +228,8 @@ def test_a_tensor_of_a_strangers_lora_takes_a_few_hundred_calls(
     assert (calls[150] - calls[50]) / 200 < 300
 
 
-@pytest.mark.slow_after(1)
-@pytest.mark.parametrize("pattern", [r'"[^"\\]*(?:\\.[^"\\]*)*"', r".*?\s*\[(a|b)\]", r"(a+)+b", r"(.*)(.*)c"])
+@pytest.mark.slow_after(3)
+@pytest.mark.parametrize("pattern", [r".*?\s*\[(a|b)\]", r"(a+)+b", r"(.*)(.*)c", r'"[^"\\]*(?:\\.[^"\\]*)*"'])
 def test_what_is_slow_is_found(pattern: str) -> None:
     held_to = re.compile(pattern)
     texts = (make for _, make in hostile_texts(held_to))
