@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import FlowSchedule, quantile_map, uniform_numbers
 from lorasmith.families.base import collate
 from lorasmith.families.model import Model
+from lorasmith.training import batches as making
 from lorasmith.training.batches import BatchMaker, no_masks, prefetched
 from lorasmith.training.way import Way
 
@@ -177,6 +179,12 @@ def test_pyramid_noise_is_coarser_and_as_strong(dataset: EncodedDataset, tiny: M
         assert float(other.std()) == pytest.approx(1.0, abs=1e-5)
         means = [noise.reshape(4, 4, 2, 4, 2).mean((2, 4)).std() for noise in (one, other)]
         assert means[1] > 1.2 * means[0]
+
+
+def test_coarse_noise_is_drawn_by_seed_and_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making, "keyed_uniform", lambda *key: 0.0)  # of which sizes are drawn
+    drawn = [making._pyramid(torch.ones(1, 8, 8), 0.5, seed, draw) for seed, draw in ((1, 0), (2, 0), (1, 1))]
+    assert not any(torch.allclose(one, other) for one, other in itertools.combinations(drawn, 2))
 
 
 @pytest.mark.parametrize("steps", [range(5), range(3, 7), range(4, 5), range(4, 4)])
