@@ -1,10 +1,11 @@
-"""Losses, optimizers and schedules that Python code passes: as ours where they compute the same, resumed, recorded."""
+"""Losses, optimizers, schedules and timesteps that Python code passes: trained, resumed, recorded or refused."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,16 @@ def test_runs_together_have_their_own_losses_optimizers_and_schedules(tiny: ls.M
         assert result.losses == pytest.approx(alone.losses, rel=1e-4)
 
 
-OWN: dict[str, Any] = {"loss": squared, "optimizer": nadam, "schedule": lambda progress: 0.1 + progress**2}
+def cleaner(u: Tensor) -> Tensor:
+    return u**2
+
+
+OWN: dict[str, Any] = {
+    "loss": squared,
+    "optimizer": nadam,
+    "schedule": lambda progress: 0.1 + progress**2,
+    "timesteps": cleaner,
+}
 
 
 @pytest.mark.slow
@@ -107,7 +117,7 @@ def test_a_run_with_code_of_the_users_continues_to_the_bit_and_is_told_from_othe
     done = itertools.count()
     begun = run(dataset, steps=5, output=tmp_path, cancelled=lambda: next(done) == 2, **OWN)
     assert 0 < len(begun.losses) < 5
-    for other in ({"loss": "L1"}, {"optimizer": torch.optim.NAdam}, {"schedule": falling}):
+    for other in ({"loss": "L1"}, {"optimizer": torch.optim.NAdam}, {"schedule": falling}, {"timesteps": "uniform"}):
         with pytest.raises(OutputError, match="another run"):
             run(dataset, steps=5, output=tmp_path, **{**OWN, **other})
     assert same(run(dataset, steps=5, output=tmp_path, **OWN), whole)
@@ -116,6 +126,7 @@ def test_a_run_with_code_of_the_users_continues_to_the_bit_and_is_told_from_othe
         assert part["loss_function"] == f"{__name__}:squared"
         assert part["optimizer"] == f"{__name__}:nadam"
         assert part["schedule"] == f"{__name__}:<lambda>"
+        assert part["timesteps"] == f"{__name__}:cleaner"
 
 
 def test_the_loss_is_given_once(tiny: ls.Model, dataset: EncodedDataset) -> None:
@@ -240,6 +251,10 @@ def test_a_scheduler_of_torch_gives_its_own_rates_after_the_warm_up(scheduler: A
             "a finite factor of the learning rate, at least 0, but .* returned nan at prog",
         ),
         (lambda progress: 0.5 - progress, "returned -0.5 at progress 1"),
+        (
+            lambda progress: random.random(),
+            r"the progress alone, but .* returned 0\.\d+ and then 0\.\d+ at progress 0;",
+        ),
         (lambda progress: None, "cannot be used: float.* pass a function of the progress, as lambda"),
         (lambda step, steps: 1.0, "cannot be used: .*missing 1 required positional argument"),
         (
@@ -266,3 +281,74 @@ def test_settings_without_effect_are_said_of_code_of_the_users(tiny: ls.Model) -
     notes = " ".join(plan_job(tiny.denoiser, config_from(TrainConfig, settings), torch.device("cpu")).notes)
     assert f"weight_decay 0.5 has no effect with {__name__}:nadam" in notes
     assert f"schedule_cycles 5 has no effect with schedule {__name__}:falling" in notes
+
+
+@pytest.mark.parametrize("door", ["function", "path", "registered"])
+def test_timesteps_of_the_users_are_those_that_are_drawn(
+    run: Run, dataset: EncodedDataset, door: str, tmp_path: Path
+) -> None:
+    given: Any = {"function": cleaner, "path": f"{__name__}:cleaner", "registered": "cleaner"}[door]
+    if door == "registered":
+        ls.register("timesteps", "cleaner", cleaner)
+    common: dict[str, Any] = {"steps": 2, "batch_size": 4, "timestep_shift": 1.0}
+    found: dict[object, list[float]] = {}
+    for one in (given, "uniform"):
+        drawn = found[one] = []
+
+        def watch(event: ls.events.Event, drawn: list[float] = drawn) -> None:
+            if isinstance(event, ls.events.StepDone):
+                drawn += [quantile for _, quantile, _ in event.draws]
+
+        run(dataset, timesteps=one, on_event=watch, **common)
+    assert found[given] == pytest.approx([quantile**2 for quantile in found["uniform"]], abs=1e-6)
+    assert found[given] != found["uniform"]
+
+
+RULE = r"timesteps must be a function of uniform numbers \(n,\) that returns quantiles \(n,\), each from 0 to 1"
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "sentence"),
+    [
+        (
+            torch.rand_like,
+            f"{RULE}, the same in every call, but .* returns others in a second call; take no rand",
+        ),
+        (lambda u: 2 * u, f"{RULE}, but .* returns values from 0 to 2 for 257; pass one such as"),
+        (lambda u: u.log(), "returns values from -inf to 0 for 257"),
+        (lambda u: 0.5, "returns 0.5 for 257; pass one such as lambda u"),
+        (lambda u: u.mean(), r"returns a tensor of shape \(\) in float32 for 257"),
+        (lambda u: u.squeeze(), r"returns a tensor of shape \(\) in float32 for 1;"),
+        (lambda u: u.double().numpy(), "returns a ndarray for 257"),
+        (lambda u: (u > 0.5).long(), r"in int64"),
+        (lambda u: (u - u.min()) / 2, "each of one number alone, but those of .* depend on the others"),
+        (lambda u, size: u, "fails: .*missing 1 required positional argument"),
+        (lambda u: 1 - u, "must ascend with the uniform numbers, but .* does not"),
+        (torch.nn.Linear, "fails: "),
+    ],
+)
+def test_timesteps_that_draw_no_levels_are_refused_before_the_run(
+    tiny: ls.Model, timesteps: Any, sentence: str
+) -> None:
+    for name in (timesteps, "registered"):
+        if name == "registered":
+            ls.register("timesteps", "registered", timesteps)
+        with pytest.raises(OptionError, match=sentence):
+            plan_job(tiny.denoiser, TrainConfig(steps=10, timesteps=name), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        (lambda level, scale, gamma: torch.rand_like(scale), "the same in every call, but mine returns others"),
+        (lambda level, scale, gamma: -scale, "each at least 0, but mine returns values from -"),
+        (lambda level, scale, gamma: 1.0, "but mine returns 1.0 for 257"),
+        (lambda level: level.alpha, "but mine fails: .*takes 1 positional argument"),
+    ],
+)
+def test_weights_of_the_users_that_are_none_are_refused_before_the_run(
+    tiny: ls.Model, weights: Any, sentence: str
+) -> None:
+    ls.register("weightings", "mine", weights)
+    with pytest.raises(OptionError, match=f"loss_weighting must be a function of level.*{sentence}"):
+        plan_job(tiny.denoiser, TrainConfig(steps=10, loss_weighting="mine"), torch.device("cpu"))

@@ -209,8 +209,8 @@ AllowImport = Annotated[
         "--allow-import",
         "--allow-optimizer",
         metavar="PATH",
-        help="Import path of an optimizer, a schedule or a loss that the record may name; importing it runs its code. "
-        "Repeatable.",
+        help="Import path of an optimizer, a schedule, a loss or timesteps that the record may name; importing it "
+        "runs its code. Repeatable.",
     ),
 ]
 TrackNow = Annotated[

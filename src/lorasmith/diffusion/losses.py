@@ -124,7 +124,12 @@ def loss_weights(
     level: NoiseLevel, *, weighting: str, gamma: float, parameterization: str, objective: Objective
 ) -> Tensor:
     """Factor of each sample's loss, (batch,); weights saturate at the signal-to-noise ratio `gamma`."""
-    compares_clean = objective == "x0"
-    scale = torch.ones_like(level.sigma) if compares_clean else PARAMETERIZATIONS[parameterization].clean_scale(level)
-    weights: Tensor = WEIGHTINGS[weighting](level, scale, gamma)
+    weights: Tensor = WEIGHTINGS[weighting](level, level_scale(level, parameterization, objective), gamma)
     return weights
+
+
+def level_scale(level: NoiseLevel, parameterization: str, objective: Objective) -> Tensor:
+    """The clean error per error of what `objective` compares, (batch,)."""
+    if objective == "x0":
+        return torch.ones_like(level.sigma)
+    return PARAMETERIZATIONS[parameterization].clean_scale(level)

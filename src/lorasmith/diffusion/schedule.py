@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lorasmith.core.choices import TIMESTEP_DISTRIBUTIONS
 from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import Code, code_of
 from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
 
@@ -411,20 +412,20 @@ def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Ten
     return torch.tensor(numbers)
 
 
-def quantile_map(distribution: str, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
+def quantile_map(distribution: Code, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
     """The map from uniform numbers to quantiles of a schedule.
 
     `shift` is the total shift of diffusion time: a flow's levels are `shifted(distribution(u), shift)`, without its own
     shift in addition (kohya's `discrete_flow_shift`, diffusers' `shift`); on discrete schedules it shifts the step
     index. None is the shift by picture size for `shifted`, the schedule's own for other distributions.
     """
-    time = TIMESTEP_DISTRIBUTIONS[distribution]
+    time = code_of(distribution, TIMESTEP_DISTRIBUTIONS)
     by_size = shift is None and distribution == "shifted"
     whole = schedule.shift if shift is None else shift
 
     def quantiles(u: Tensor, size: tuple[int, int]) -> Tensor:
         # Consecutive shifts multiply, so the shift that the schedule applies itself is divided out.
-        return shifted(time(u), (schedule.resolution_shift(*size) if by_size else whole) / schedule.shift)
+        return shifted(time(u).clamp(0, 1), (schedule.resolution_shift(*size) if by_size else whole) / schedule.shift)
 
     return quantiles
 

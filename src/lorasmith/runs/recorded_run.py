@@ -6,8 +6,8 @@ numbers; everything else needs a flag from the person who runs the command:
 - files and folders are read where they are inside the current folder or in the package. Those elsewhere, those behind
   links out of a folder of images, and downloads from a hub, need `Typed.files` (`--as-recorded`), or other files in
   their place (`--model`, `--data`, ...);
-- the import path of an optimizer, a schedule or a loss has to be typed (`--allow-import`), and so does a tracker
-  (`--track`).
+- the import path of an optimizer, a schedule, a loss or timesteps has to be typed (`--allow-import`), and so does a
+  tracker (`--track`).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ written from one. Nothing here imports torch. A file of settings:
     weight = 0.5
 
 It is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative to the
-file's folder. A file chooses among names: the import path of an optimizer, a schedule or a loss, a tracker and
-`follow_links` have to be typed.
+file's folder. A file chooses among names: the import path of an optimizer, a schedule, a loss or timesteps, a tracker
+and `follow_links` have to be typed.
 """
 
 from __future__ import annotations

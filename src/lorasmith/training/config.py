@@ -411,11 +411,12 @@ class LossSettings(Section, group="Training"):
         help="What the loss compares: native the model's prediction (noise, velocity or flow), x0 the clean picture "
         "as in ComfyUI's trainer, which puts most of the weight on the noisiest timesteps.",
     )
-    timesteps: str | None = option(
+    timesteps: Code | None = option(
         None,
         choices=TIMESTEP_DISTRIBUTIONS,
+        code="a function of uniform numbers that returns quantiles of the noise levels",
         help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid is an alias of "
-        "logit_normal. Default: the model's own.",
+        "logit_normal; or a function of your own by its import path, module:name. Default: the model's own.",
     )
     timestep_shift: float | None = option(
         None,
@@ -1151,7 +1152,8 @@ WHOLE_RANGE = (0.0, 1.0)
 class ResolvedConfig(TrainConfig):
     """Settings with every open one (None or `auto`) resolved from model, algorithm and device."""
 
-    optimizer: str  # as is `loss_function`, a `NamedCode` if Python code passed a class or function
+    # A setting of `code_settings` is a `NamedCode` if Python code passed a class or function.
+    optimizer: str
     loss_function: str
     learning_rate: float
     alpha: float

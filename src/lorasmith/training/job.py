@@ -49,6 +49,7 @@ from lorasmith.core.registry import Registry, extensions_of, nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.loss_functions import check_loss
+from lorasmith.diffusion.own_functions import check_timesteps, check_weighting
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser, training_adapter_in
 from lorasmith.formats.layouts.layout import LAYOUTS
@@ -226,6 +227,14 @@ def plan_job(
         device=device,
     )
     check_loss(config.loss_function)
+    check_timesteps(config.timesteps)
+    check_weighting(
+        config.loss_weighting,
+        gamma=config.min_snr_gamma,
+        schedule=diffusion.schedule,
+        parameterization=diffusion.parameterization,
+        objective=config.objective,
+    )
     for step in (config.warmup_steps, config.steps):
         config.scheduled(step)  # a schedule of the user's fails here, and not in the run
     return TrainJob(

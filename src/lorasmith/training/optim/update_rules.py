@@ -311,6 +311,11 @@ def _own_factor(shape: Any, name: str, step: int, length: int, progress: float, 
             f"schedule must return a finite factor of the learning rate, at least 0, but {name} returned {factor} at "
             f"progress {progress:g}; correct it"
         )
+    if not _is_scheduler(shape) and (again := float(shape(progress))) != factor:
+        raise OptionError(
+            f"schedule must be a function of the progress alone, but {name} returned {factor:g} and then {again:g} at "
+            f"progress {progress:g}; take no random numbers in it"
+        )
     return factor
 
 
