@@ -18,11 +18,12 @@ Names are resolved when they are first used, so that importing the package is qu
     Trainable       a network of one's own to train on
     train_together  several runs over one model, which is held once
     generate        pictures from prompts, with LoRAs
+    evaluate        which LoRA of a run is good, by what each draws
     run_workflow    a ComfyUI workflow, from its file or an example of the package
     Lora            a LoRA in memory: load, apply, save
     TrainConfig, DataConfig, ImageSource     settings of a run and of its data
     register        an algorithm, a family, an optimizer or another thing of your own, by kind and name
-    Model, Denoiser, EncodedDataset, Sample, Conditioning, TrainResult     what these functions take and return
+    Model, Denoiser, EncodedDataset, Sample, Conditioning, TrainResult, Evaluation     what functions take and return
     events          what a run reports to `on_event`
     errors          the exceptions, all of them LorasmithError
 """
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
     from lorasmith.core.errors import LorasmithError
     from lorasmith.data.data_config import DataConfig, ImageSource
     from lorasmith.data.dataset import EncodedDataset, Sample
+    from lorasmith.evaluation.evaluation_record import Evaluation
     from lorasmith.families.base import Conditioning
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
     from lorasmith.runs.extending import register
-    from lorasmith.runs.library import encode, generate, load_dataset, train, train_together
+    from lorasmith.runs.library import encode, evaluate, generate, load_dataset, train, train_together
     from lorasmith.runs.trainer import Trainer
     from lorasmith.training import events
     from lorasmith.training.config import TrainConfig
@@ -61,6 +63,7 @@ __all__ = [
     "DataConfig",
     "Denoiser",
     "EncodedDataset",
+    "Evaluation",
     "ImageSource",
     "Lora",
     "LorasmithError",
@@ -73,6 +76,7 @@ __all__ = [
     "__version__",
     "encode",
     "errors",
+    "evaluate",
     "events",
     "generate",
     "load_dataset",
@@ -88,6 +92,7 @@ _HOMES = {
     "DataConfig": "data.data_config",
     "Denoiser": "families.model",
     "EncodedDataset": "data.dataset",
+    "Evaluation": "evaluation.evaluation_record",
     "ImageSource": "data.data_config",
     "Lora": "training.lora_handle",
     "LorasmithError": "core.errors",
@@ -98,6 +103,7 @@ _HOMES = {
     "Trainable": "training.trainable",
     "Trainer": "runs.trainer",
     "encode": "runs.library",
+    "evaluate": "runs.library",
     "generate": "runs.library",
     "load_dataset": "runs.library",
     "load_model": "families.loading",

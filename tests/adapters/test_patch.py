@@ -73,7 +73,10 @@ MISFITS = {
         Patch({"2": lora()}),
         r"an adapter .* down \(2, 6\), up \(6, 2\) does not fit a layer",
     ),
-    "no such bias": (Patch({}, {"2": {"bias": torch.ones(4)}}), "the LoRA changes 2.bias, which the model lacks"),
+    "no such bias": (
+        Patch({}, {"2": {"bias": torch.ones(4)}}),
+        "a LoRA must not add biases to layers without one, but this one does to 2, as PEFT's lora_bias=True",
+    ),
     "no such module": (Patch({}, {"9.x": {"bias": torch.ones(4)}}), "the LoRA changes 9.x.bias, which the model lacks"),
     "another norm": (
         Patch({}, {"1": {"weight": torch.ones(4)}}),
@@ -87,7 +90,7 @@ def test_what_does_not_fit_is_refused_and_nothing_stays_changed(model: nn.Module
     before = snapshot(model)
     fitting = Patch({"0": lora()}, {"1": {"bias": torch.ones(6)}})
     with (
-        pytest.raises(LoraError, match=f"^{sentence}.*; .*made for another model$"),
+        pytest.raises(LoraError, match=f"^{sentence}.*; .*(made for another model|lora_bias=False)$"),
         patches_applied(model, [fitting, misfit]),
     ):
         pass

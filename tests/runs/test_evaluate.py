@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import lorasmith as ls
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.evaluation import likeness
 from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict, read_evaluation
@@ -168,3 +169,29 @@ def test_loras_are_thinned_and_named_by_run(run: Path) -> None:
     again = subject_of([run, run], most=3)
     assert [one.label for one in again.candidates] == ["dog, step 1", "dog, step 1", "dog, step 2"]
     assert isinstance(again, Subject)
+
+
+def test_the_library_evaluates_runs_and_results(
+    tiny: Model, run: Path, photos: Path, tmp_path: Path, quick_features: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, told = tmp_path / "found", list[tuple[int, int]]()
+    found = ls.evaluate(
+        tiny,
+        run,
+        images=photos,
+        prompts=QUICK.prompts,
+        steps=1,
+        output=folder,
+        progress=lambda *counts: told.append(counts),
+    )
+    assert isinstance(found, ls.Evaluation) and found == read_evaluation(folder) and told
+    with_files = ls.evaluate(
+        tiny, [run / "dog.safetensors"], images=photos, prompts=QUICK.prompts, steps=1, output=folder, progress=False
+    )
+    assert [one.file for one in with_files.loras] == ["dog.safetensors"]
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(OptionError, match="noises must be between 1 and 16, got 17"):
+        ls.evaluate(tiny, run, noises=17)
+    without = train(tiny, [(picture(0), "sks dog")], steps=1, progress=False, **LINES)
+    with pytest.raises(OptionError, match=r"must have a folder, got a result without one; give"):
+        ls.evaluate(tiny, without)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -105,6 +106,22 @@ def test_what_goes_wrong_is_logged_where_nobody_listens(
     train(tiny, data, output=tmp_path / "other", progress=False, on_event=Audience(), **QUICK, previews="a fox")
     train(tiny, data, output=tmp_path / "shown", **QUICK, previews="a fox")
     assert caplog.text == ""
+
+
+def test_what_is_logged_is_printed_by_no_program_that_did_not_ask(
+    tiny: Model,
+    data: EncodedDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no picture today")
+
+    monkeypatch.setattr(Previewer, "draw", fail)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that configures none
+    train(tiny, data, output=tmp_path / "run", progress=False, **QUICK, previews="a fox")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_new_folders_are_numbered_behind_the_last(tmp_path: Path) -> None:

@@ -226,7 +226,9 @@ def test_a_difference_that_the_model_has_no_place_for_is_refused(tiny: Model, tm
     ref = next(ref for ref in shapes if ref.component == DENOISER)
     state = AdapterState({}, {ModuleRef(DENOISER, ref.path): {"bias": torch.ones(shapes[ref][0])}})
     lora = cases.saved(tmp_path / "a.safetensors", state, tiny.names)
-    with pytest.raises(LoraError, match=r"to_q\.bias, which .* lacks"):
+    with pytest.raises(
+        LoraError, match=r"add biases to layers without one, but this one does to .*to_q, as PEFT's lora_bias=True"
+    ):
         fold_into(open_model("lorasmith-tiny"), [(lora, 1.0)], tmp_path / "out.safetensors")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lorasmith as ls
 from lorasmith.core.errors import DataError, LoraError, OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
@@ -18,7 +19,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import Plan
-from lorasmith.training.trainable import Trainable
+from lorasmith.training.trainable import Trainable, TrainableDenoiser
 
 
 class Denoiser(nn.Module):
@@ -246,3 +247,29 @@ def test_quantization_of_layers_of_other_classes_only_is_said_to_have_no_effect(
 
     job = plan_job(Trainable(nn.Sequential(OwnLinear(4, 4))), TrainConfig(quantization="int8"), "cpu")
     assert "quantization int8 has no effect: the model has no plain Linear layers or convolutions." in job.notes
+
+
+def test_a_merged_network_computes_what_the_applied_one_does(network: Denoiser, data: EncodedDataset) -> None:
+    own = Trainable(network.eval())
+    lora = ls.train(own, data, progress=False, **SETTINGS).lora
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    sample = data.samples[0]
+    given = sample.latents[None], torch.ones(1), sample.conditioning.tensors["context"]
+    with torch.no_grad(), lora.applied_to(own, strength=0.8).active():
+        applied = network(*given)
+    merged = lora.merged_into(own, strength=0.8)
+    with torch.no_grad():
+        assert torch.equal(merged(*given), applied) and not torch.equal(network(*given), applied)
+        beside = lora.merged_into(lora.applied_to(own, strength=0.5, bypass=True), strength=0.3)(*given)
+    torch.testing.assert_close(beside, applied, rtol=1e-4, atol=1e-5)
+    assert type(merged) is Denoiser and merged.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_what_cannot_be_merged_is_refused(network: Denoiser, data: EncodedDataset, tiny: ls.Model) -> None:
+    own = Trainable(network)
+    lora = ls.train(own, data, progress=False, **{**SETTINGS, "steps": 1}, tlora="plain").lora
+    with pytest.raises(LoraError, match="must be the same at every noise level, and the LoRA is a T-LoRA"):
+        lora.merged_into(own)
+    with pytest.raises(LoraError, match="merged_into is for a network of your own, got lorasmith-tiny; merge into its"):
+        lora.merged_into(TrainableDenoiser(tiny.denoiser))

@@ -254,3 +254,27 @@ def test_a_step_may_take_its_gradient_elsewhere(tiny: Model, dataset: EncodedDat
         trainer.predict(step.batches[0])
     with pytest.raises(OptionError, match="state must be a RunState, got 5"):
         trainer.load(5)  # type: ignore[arg-type]
+
+
+def test_its_notes_are_shown_once_unless_progress_is_off(
+    tiny: Model, dataset: EncodedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tiny, dataset, **SETTINGS, steps=1, progress=False).lora.save(tmp_path / "a.safetensors")
+    settings: dict[str, Any] = {**SETTINGS, "steps": 1, "rank": 8, "existing_lora": str(first)}
+    sentence = "rank has no effect: every target continues existing_lora with its own values."
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="no effect on a Trainer, which leaves this to you: save_every"):
+        shown = Trainer(tiny, dataset, **settings, save_every=5)
+    assert sentence in shown.job.notes and capsys.readouterr().err.count(sentence) == 1
+    silent = Trainer(tiny, dataset, **settings, save_every=5, progress=False)
+    assert silent.job.notes == shown.job.notes and capsys.readouterr() == ("", "")
+
+
+def test_the_learning_rate_is_that_of_the_next_step(tiny: Model, dataset: EncodedDataset) -> None:
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=4, schedule="linear", progress=False)
+    rates = []
+    for step in trainer:
+        if step.number == 2:
+            trainer.engine.rate_factor = 0.5
+        rates.append(trainer.learning_rate)
+    assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4, 1.25e-4])

@@ -136,6 +136,16 @@ def strength_now(strength: float | Dial) -> float:
     return strength.strength if isinstance(strength, Dial) else strength
 
 
+def lacking(path: str, name: str, *, is_layer: bool) -> str:
+    """The message for a LoRA that changes a parameter which the model lacks; `is_layer`: whether it has the layer."""
+    if name == "bias" and is_layer:
+        return (
+            f"a LoRA must not add biases to layers without one, but this one does to {path}, as PEFT's lora_bias=True "
+            "makes it; train it with lora_bias=False"
+        )
+    return f"the LoRA changes {path}.{name}, which the model lacks; it was made for another model"
+
+
 class Difference(nn.Module):
     """Additive differences of one module's parameters."""
 
@@ -157,10 +167,11 @@ class Difference(nn.Module):
         for name, tensor in differences.items():
             shape = getattr(getattr(module, name, None), "shape", None)
             if shape != tensor.shape:
-                found = "which it lacks" if shape is None else f"which has shape {tuple(shape)}"
+                if shape is None:
+                    raise LoraError(lacking(path, name, is_layer=is_targetable(module)))
                 raise LoraError(
-                    f"a difference of shape {tuple(tensor.shape)} is for {path}.{name}, {found}; "
-                    "the LoRA was made for another model"
+                    f"a difference of shape {tuple(tensor.shape)} is for {path}.{name}, which has shape "
+                    f"{tuple(shape)}; the LoRA was made for another model"
                 )
         return cls({name: copied(tensor) for name, tensor in differences.items()})
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter, wide
 from lorasmith.adapters.catalogue import STRENGTH
-from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, placed_for_products
-from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on, load_adapters
+from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable, packable_layers, placed_for_products
+from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on, lacking, load_adapters
 from lorasmith.adapters.lora import LowRank
 from lorasmith.adapters.variants import rank_ordered
 from lorasmith.core.adapter_state import AdapterWeights
@@ -251,6 +251,5 @@ def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
     try:
         return model.get_parameter(f"{path}.{name}")
     except AttributeError:
-        raise LoraError(
-            f"the LoRA changes {path}.{name}, which the model lacks; it was made for another model"
-        ) from None
+        layers = {place for place, module in model.named_modules() if is_targetable(module)}
+        raise LoraError(lacking(path, name, is_layer=path in layers)) from None

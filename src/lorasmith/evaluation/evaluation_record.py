@@ -83,21 +83,21 @@ class StrengthRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """An evaluation, as it is stored."""
+    """An evaluation, as it is stored and as `lorasmith.evaluate` returns it; pictures are files in its folder."""
 
-    title: str
+    title: Annotated[str, "of the run or file"]
     model: Annotated[str, "title of the base model"]
-    trigger: str
-    seed: int
-    sampling_steps: int
+    trigger: Annotated[str, "phrase for the subject"]
+    seed: Annotated[int, "of the initial noise"]
+    sampling_steps: Annotated[int, "of each picture"]
     prompts: Annotated[tuple[str, ...], "of the pictures, the trigger alone first"]
     base: Annotated[tuple[str, ...], "pictures of the base model"]
     loras: Annotated[tuple[EvaluatedLora, ...], "in the order of their training"]
     training: Training
     verdict: Verdict
     sentence: Annotated[str, "the recommendation and its reason, or why there is none"]
-    strengths: tuple[StrengthRow, ...] = ()
-    notes: tuple[str, ...] = ()
+    strengths: Annotated[tuple[StrengthRow, ...], "pictures of the recommended LoRA at several strengths"] = ()
+    notes: Annotated[tuple[str, ...], "remarks, one sentence each"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The Python library's functions: `load_dataset`, `encode`, `train`, `train_together` and `generate`.
+"""The Python library's functions: `load_dataset`, `encode`, `train`, `train_together`, `generate` and `evaluate`.
 
 They add bars, and models, data and LoRAs by name, to the functions of the rooms below.
 """
@@ -26,10 +26,14 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.data.image_files import open_image, open_mask
 from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.diffusion.loss_functions import Loss
+from lorasmith.evaluation.evaluation_record import MOST_LORAS, NOISES, Evaluation
+from lorasmith.evaluation.likeness import check_installed
 from lorasmith.families.loading import DiffusersPipeline
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
+from lorasmith.runs.evaluate import DrawingSettings, subject_of
+from lorasmith.runs.evaluate import evaluate as evaluated
 from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of, trainable_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
@@ -116,7 +120,8 @@ class TrainArguments(TrainConfig):
         validation: held-out images, instead of a share of the data; as data.
         fresh: move an existing run in `output` aside, and start from scratch.
         progress: show a bar and the run's notes on standard error; False shows nothing.
-        on_event: receives all events; without it and without progress, warnings are logged (logger `lorasmith`).
+        on_event: receives all events; without it and without progress, warnings are logged (logger `lorasmith.runs`),
+            which prints nothing unless the program configures logging.
         cancelled: called between steps; True ends the run and saves the result.
     """
 
@@ -346,6 +351,8 @@ def train_together(
 
 
 _MOST_CAPTIONS = 1000  # of one sample
+_LOGGER = logging.getLogger("lorasmith.runs")
+_LOGGER.addHandler(logging.NullHandler())  # else Python prints what no program asked to see
 
 
 class _LibraryHost(Host):
@@ -367,7 +374,7 @@ class _LibraryHost(Host):
 def _logged(event: Event) -> None:
     """Log the warnings of a run without a watcher, such as a preview that cannot be drawn."""
     if isinstance(event, RolledBack | Shrunk) or (isinstance(event, Warned) and not event.is_remark):
-        logging.getLogger("lorasmith").warning(event.message)
+        _LOGGER.warning(event.message)
 
 
 def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple[TrainArguments, Plan]:
@@ -505,6 +512,115 @@ def generate(
             progress=shown,
             cancelled=cancelled,
         )
+
+
+@typed_arguments
+def evaluate(
+    model: AnyModel,
+    loras: str | os.PathLike[str] | TrainResult | Sequence[str | os.PathLike[str] | TrainResult],
+    *,
+    trigger: str | None = None,
+    images: str | os.PathLike[str] | None = None,
+    prompts: Sequence[str] = (),
+    class_word: str | None = None,
+    most: int = MOST_LORAS,
+    seed: int = Sampling.seed,
+    noises: int = NOISES,
+    clip: str | os.PathLike[str] | None = None,
+    steps: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | Callable[[int, int], None] | None = True,
+    cancelled: Callable[[], bool] | None = None,
+) -> Evaluation:
+    """Say which LoRA of a run is good, as `lorasmith evaluate` does.
+
+    Each LoRA draws the trigger alone, with wishes, and prompts without it, all from the same noise. It is measured
+    whether pictures look like the training pictures, and whether wishes are followed. Needs the extra likeness.
+
+    Args:
+        model: the base model; a name, a path or a pipeline is loaded first.
+        loras: folders of runs, LoRA files of any trainer, and results of `train` that have a folder; one, or a list.
+        trigger: phrase for the subject; that of the run, or of the file's metadata, if None.
+        images: folder of pictures of the subject to compare with; those of the run if None.
+        prompts: what to ask for beside the trigger, such as `on a beach`, or prompts that have it, at least two; by
+            default backgrounds, places, times of day and styles.
+        class_word: what the subject is, such as `dog`; the trigger without its first word if None.
+        most: LoRAs to draw, at least 1; of more, evenly spaced ones.
+        seed: of the initial noise, at least 0.
+        noises: from which the trigger and each wish are drawn, 1 to 16.
+        clip: folder of a CLIP of transformers, which recognises what was asked for more surely.
+        steps: sampling steps, at least 1; the model's if None.
+        width, height: in pixels; the model's if None.
+        output: folder of page, contact sheet and pictures, in which an earlier evaluation is replaced; `evaluation` in
+            that of the first run, or `NAME-evaluation` for a file, if None.
+        device: where to draw; the first GPU, or the CPU, if None.
+        progress: True for a bar and notes, False for neither, or a function that is called with (sampling steps done,
+            total).
+        cancelled: called between evaluations of the network; True ends the drawing.
+
+    Returns:
+        The measures of each LoRA, the verdict and its sentence.
+
+    Raises:
+        OptionError: a folder holds no run or one without LoRAs, there is not exactly one trigger, a number is out of
+            range, the model cannot draw from prompts alone, or the extra is missing.
+        ModelError: the model cannot be loaded, or lacks a text encoder or an autoencoder.
+        LoraError: a LoRA cannot be read, or is for another model.
+        DataError: the images cannot be read.
+        OutputError: `output` holds other files.
+        CancelledError: `cancelled` returned True; an earlier evaluation stays.
+    """
+    for name, value, least, greatest in (
+        ("most", most, 1, None),
+        ("seed", seed, 0, None),
+        ("noises", noises, 1, 16),
+        ("steps", steps, 1, None),
+    ):
+        if value is not None and (value < least or (greatest is not None and value > greatest)):
+            wanted = f"at least {least}" if greatest is None else f"between {least} and {greatest}"
+            raise OptionError(f"{name} must be {wanted}, got {value}")
+    check_installed()
+    given = [loras] if isinstance(loras, str | os.PathLike | TrainResult) else loras
+    subject = subject_of(
+        [_run_or_file(one) for one in given],
+        trigger=trigger,
+        images=None if images is None else Path(images),
+        most=most,
+    )
+    drawing = DrawingSettings(
+        prompts=tuple([prompts] if isinstance(prompts, str) else prompts),
+        class_word=class_word,
+        seed=seed,
+        noises=noises,
+        steps=steps,
+        width=width,
+        height=height,
+    )
+    with counted("Drawing", progress) as shown:
+        found = evaluated(
+            model_of(model),
+            subject,
+            drawing,
+            None if output is None else Path(output),
+            clip=None if clip is None else Path(clip),
+            device=chosen_device(device),
+            progress=shown,
+            cancelled=cancelled,
+        )
+    for sentence in found.notes if progress is True else ():
+        note(sentence)
+    return found
+
+
+def _run_or_file(given: str | os.PathLike[str] | TrainResult) -> Path:
+    if not isinstance(given, TrainResult):
+        return Path(given)
+    if given.folder is None:
+        raise OptionError("a run that is evaluated must have a folder, got a result without one; give train an output")
+    return given.folder
 
 
 def _listed(controls: Controls) -> Sequence[Control]:

@@ -27,6 +27,7 @@ from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
 from lorasmith.runs.given import samples_of, trainable_of
 from lorasmith.runs.library import Trained
+from lorasmith.runs.progress_bars import note
 from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.training.batches import Batch, captions_ready, prefetched
 from lorasmith.training.config import PreviewSettings, SavingSettings, TrainConfig, ValidationSettings, config_over
@@ -36,6 +37,7 @@ from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.spilling import memory_capped
 from lorasmith.training.methods.all_methods import other_texts
+from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
@@ -59,11 +61,14 @@ class TrainerArguments(TrainConfig):
         config: base settings; those passed as keywords override them.
         loss: as for `train`.
         device: where to train; the first GPU, or the CPU, if None.
+        progress: write the run's notes on standard error, and warn of settings without effect; False does neither, and
+            `Trainer.job.notes` has them.
     """
 
     config: TrainConfig | None = None
     loss: str | Loss | None = None
     device: str | torch.device | None = None
+    progress: bool = True
 
 
 def _trains(
@@ -208,7 +213,7 @@ class Trainer:
         samples = samples_of(data, _only_samples)
         config = config_over(given.config, {**settings, "loss": given.loss})
         idle = [name for name in _IDLE if getattr(config, name) and not config.is_default(name)]
-        if idle:
+        if idle and given.progress:
             warnings.warn(f"no effect on a Trainer, which leaves this to you: {', '.join(idle)}", stacklevel=2)
         job = plan_job(self.model, config, chosen_device(given.device))
         job.model.check(samples.samples)
@@ -221,6 +226,9 @@ class Trainer:
         self._open = contextlib.ExitStack()
         self._depth = 0
         self._current: TrainStep | None = None
+        for sentence in self.job.notes if given.progress else ():
+            if not isinstance(sentence, ReportNote):
+                note(sentence)
         if self.job.config.existing_state is not None:
             self.load_state(self.job.config.existing_state)
 
@@ -231,6 +239,11 @@ class Trainer:
     def step(self) -> int:
         """Updates taken."""
         return self._loop.step
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step, as the schedule and `engine.rate_factor` make it."""
+        return self.engine.learning_rate_at(self.step)
 
     @property
     def losses(self) -> list[float]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
+from lorasmith.adapters.inject import lacking
 from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError, ModelError, OptionError
 from lorasmith.core.files import atomic_folder
@@ -368,6 +369,8 @@ def _refuse_misfits(
                 if not _touches(module, name):
                     continue
                 place = model.places.get(Parameter(ref, name))
+                if place is None and Parameter(ref, "weight") in model.places:
+                    raise LoraError(lacking(ref.path, name, is_layer=True))
                 difference = module.differences.get(name)
                 if place is None or (difference is not None and tuple(difference.shape) != place.shape):
                     paths = ", ".join(str(file.path) for file, _ in files if ref in file.modules)

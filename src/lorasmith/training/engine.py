@@ -202,8 +202,13 @@ class Engine:
             finally:
                 self._graphs = None
 
-    def rate(self, step: int) -> float:
+    def factor_at(self, step: int) -> float:
+        """Factor of all learning rates at a step of the run, counted from 0: `rate_factor` times the schedule's."""
         return self.rate_factor * self.config.scheduled(step)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step; layers with rates of their own have theirs times `factor_at`."""
+        return self.config.learning_rate * self.factor_at(step)
 
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Compute the gradient of a step into the flat buffer; may be repeated after running out of memory.
@@ -354,7 +359,7 @@ class Engine:
         proceed = self._sound & finite
         stopped = [self.flat.view(self.flat.master, name) for name, last in self._last.items() if step >= last]
         kept = [one.clone() for one in stopped]
-        self._optimizer.step(proceed, self.rate(step))
+        self._optimizer.step(proceed, self.factor_at(step))
         for one, before in zip(stopped, kept, strict=True):  # momentum and decay change weights without a gradient
             one.copy_(before)
         self._scale.update(finite)

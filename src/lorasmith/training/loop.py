@@ -400,7 +400,7 @@ class Loop:
                     step=step + 1,
                     loss=self.losses[-1],
                     grad_norm=norm,
-                    learning_rate=self.engine.config.learning_rate * self.engine.rate(step),
+                    learning_rate=self.engine.learning_rate_at(step),
                     draws=tuple(zip(taken.indices, taken.quantiles, losses, strict=True)),
                     noise_scale=self._noise.value or 0.0,
                     memory_bytes=memory_used(self.engine.way.device),

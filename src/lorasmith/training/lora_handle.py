@@ -6,6 +6,7 @@ No part of a file is ignored silently: `Lora.applied` returns which parts do not
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections import Counter
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.adapters.frozen_layer import packed_layers
-from lorasmith.adapters.patch import Patch, cannot_merge
+from lorasmith.adapters.patch import Patch, cannot_merge, patches_merged
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import LoraError
@@ -49,7 +50,7 @@ from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import loras_in, rank_of
 from lorasmith.formats.spelling import BUNDLE, ModuleTensors, all_assembled, fits, grouped, guessed_family
 from lorasmith.report.pictures import card
-from lorasmith.training.trainable import Trainable
+from lorasmith.training.trainable import Trainable, TrainableDenoiser
 
 D = TypeVar("D", Denoiser, Trainable, None)
 E = TypeVar("E", TextEncoder, None)
@@ -328,6 +329,41 @@ class Lora:
             warnings.warn(applied.note, stacklevel=3)
         found: Denoiser | Trainable = applied.denoiser
         return found
+
+    @typed_arguments
+    def merged_into(self, network: Trainable, *, strength: float = 1.0, strict: bool = False) -> nn.Module:
+        """A copy of a network of your own with this LoRA in its weights, and those that were applied to it before.
+
+        It has the class, parameters, dtypes and devices of `network.module`, which stays as it is. Merging into the
+        file of a released model is `lorasmith merge --into`.
+
+        Args:
+            network: the `Trainable` that the LoRA was trained on, or one of the same title and layers.
+            strength: factor of the weight change; 1 is as trained.
+            strict: as for `applied`; else a Python warning names the parts that do not apply.
+
+        Raises:
+            LoraError: the LoRA is for another network, is refused, has to be merged into packed weights, or is a
+                T-LoRA, whose ranks depend on the noise level.
+            OptionError: `strength` is not a finite number.
+        """
+        if isinstance(network, TrainableDenoiser):
+            raise LoraError(
+                f"merged_into is for a network of your own, got {network.title}; merge into its file with "
+                "`lorasmith merge LORA --into MODEL`"
+            )
+        patches = self.applied_to(network, strength=strength, bypass=False, strict=strict).patches
+        if any(patch.ranks is not None for patch in patches):
+            raise LoraError(
+                f"a LoRA that is merged must be the same at every noise level, and {self.name} is a T-LoRA, which uses "
+                "fewer ranks where there is more noise; apply it with applied_to"
+            )
+        module = copy.deepcopy(network.module)
+        with patches_merged(module, [replace(patch, bypass=False) for patch in patches]):
+            merged = [parameter.data for parameter in module.parameters()]
+        for parameter, data in zip(module.parameters(), merged, strict=True):
+            parameter.data = data
+        return module
 
     def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0, strict: bool = False) -> TextEncoder:
         """The text encoders with this LoRA, as by `applied`, with a Python warning about parts that do not apply.

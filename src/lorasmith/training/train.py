@@ -507,11 +507,10 @@ class _Run:
 
     def _how_it_continues(self, loop: Loop) -> str:
         config = self._job.config
-        rate = config.learning_rate * loop.engine.rate(loop.step)
         return (
             f"The run continues from step {loop.step} of {config.existing_state}, with the state of its optimizer; the "
             f"learning rate is that of the {config.schedule} schedule over {count_text(config.steps, 'step')}, "
-            f"{rate:.3g} here."
+            f"{loop.engine.learning_rate_at(loop.step):.3g} here."
         )
 
     def _notes(self) -> Iterator[str]:

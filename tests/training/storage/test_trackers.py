@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,7 +95,14 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(arguments)
         return Logs()
 
+    def setup() -> SimpleNamespace:
+        found = SimpleNamespace(project=os.environ.get("WANDB_PROJECT"), run_name=os.environ.get("WANDB_NAME"))
+        return SimpleNamespace(settings=found)
+
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
     module = ModuleType("wandb")
+    module.setup = setup  # type: ignore[attr-defined]
     module.__spec__ = importlib.util.spec_from_loader("wandb", loader=None)
     module.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -112,6 +120,15 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path: Path, wandb: list[di
     assert (first["project"], first["name"], first["resume"]) == ("lorasmith", "fox", "allow")
     assert first["config"] == CONFIG
     assert first["settings"]["disable_git"] and first["settings"]["disable_code"]
+
+
+def test_the_project_and_name_of_wandbs_own_settings_count(
+    tmp_path: Path, wandb: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "foxes")
+    monkeypatch.setenv("WANDB_NAME", "monday")
+    tracker_for("wandb", tmp_path, "fox", CONFIG, on_event=refuse).close()
+    assert (wandb[0]["project"], wandb[0]["name"]) == ("foxes", "monday")
 
 
 def test_a_private_run_keeps_paths_and_prompts_from_the_network(tmp_path: Path, wandb: list[dict[str, Any]]) -> None:

@@ -116,9 +116,10 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     number = remembered.read_text(encoding="utf-8")
     private = {name for name, declared in options_of(TrainConfig).items() if declared.is_path or declared.is_prompt}
     sent = {name: value for name, value in config.items() if not (config.get("private") and name in private)}
+    chosen = wandb.setup().settings  # WANDB_PROJECT, WANDB_NAME and the package's settings files
     return wandb.init(
-        project=_PROJECT,
-        name=printable(title, limit=128),  # the server's limit
+        project=chosen.project or _PROJECT,
+        name=chosen.run_name or printable(title, limit=128),  # the server's limit
         id=number,
         resume="allow",
         dir=str(folder),
