@@ -152,7 +152,6 @@ MUTATIONS = (
         "",
     ),
     Mutation("within = progress * cycles % 1 if progress < 1 else 1.0", " % 1 ", " % 2 "),
-    Mutation("since = self.measured[self._best + 1 :] if self.measured else []", " + 1 :", " :"),
     Mutation('coarse = keyed_normal((*noise.shape[:-2], *size), seed, f"pyramid {level}", draw)', "seed, ", "0, "),
     Mutation("return len({sizes(sized) for sample in samples for sized in sample.sizes()}) > 1", "> 1", "> 0"),
     Mutation("deviation = max(self.deviation, math.sqrt(own.squares / own.freedom))", "max(", "min("),
