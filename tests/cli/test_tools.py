@@ -294,4 +294,4 @@ def test_a_bias_without_a_place_is_a_sentence(lorasmith: Command, files: Path, t
     cases.saved(files / "bias.safetensors", AdapterState({}, {ref: {"bias": torch.ones(width)}}), tiny.names)
     ran = lorasmith("merge", "bias.safetensors", "--into", "sd15.safetensors", "--output", "out.safetensors")
     assert ran.code == 1
-    assert "bias.safetensors changes mid_block" in ran.err
+    assert "a LoRA must not add biases to layers without one, but this one does to mid_block" in ran.err

@@ -72,7 +72,7 @@ class FakeAssistant:
         self.answers: dict[str, Any] = {}
         self.is_ready = True
 
-    async def ask(self, question: str, **arguments: Any) -> Any:
+    async def ask(self, question: str, on_progress: object = None, /, **arguments: Any) -> Any:
         self.asked.append((question, arguments))
         try:
             return self._answer(question, arguments)
