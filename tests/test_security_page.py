@@ -62,7 +62,7 @@ TABLES = [
 ]
 
 
-CODE = ("optimizer", "schedule", "loss_function")  # settings that may name code
+CODE = ("optimizer", "schedule", "loss_function", "timesteps")  # settings that may name code
 
 
 class Ran:
