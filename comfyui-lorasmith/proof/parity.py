@@ -216,8 +216,12 @@ def built_in_step(
         found["keys"] = list(made[0])
         sampling = arguments[0].get_model_object("model_sampling")
         if isinstance(sampling, ModelSamplingDiscrete):
-            sigmas = sampling.sigmas
-            sampling.percent_to_sigma = lambda percent: float(sigmas[int((1 - percent) * len(sigmas))])
+            sigmas, between = sampling.sigmas, sampling.percent_to_sigma
+
+            def entry(percent: float) -> float:
+                return float(sigmas[int((1 - percent) * len(sigmas))]) if 0 < percent < 1 else between(percent)
+
+            sampling.percent_to_sigma = entry
         return made
 
     def optimizer(name: str, parameters: Any, rate: float) -> _Recorded:
