@@ -18,6 +18,7 @@ from PIL import Image
 
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.options import Option
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described, printable
 from lorasmith.data import encoding
@@ -579,9 +580,7 @@ def evaluate(
         ("noises", noises, 1, 16),
         ("steps", steps, 1, None),
     ):
-        if value is not None and (value < least or (greatest is not None and value > greatest)):
-            wanted = f"at least {least}" if greatest is None else f"between {least} and {greatest}"
-            raise OptionError(f"{name} must be {wanted}, got {value}")
+        Option(name, int, None, "", min=least, max=greatest).check(value)
     check_installed()
     given = [loras] if isinstance(loras, str | os.PathLike | TrainResult) else loras
     subject = subject_of(

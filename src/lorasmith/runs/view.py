@@ -52,7 +52,7 @@ from lorasmith.training.events import (
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
 _OUTLIER = 10  # times the usual step: the clock was set, the computer slept, or a step compiled
-_SLEPT_S = 600  # from which such a step is no training time either
+_SLEPT_S = 600  # from which such a step does not count as training time either
 _POINTS = 500  # of a curve in JSON, so that it stays below 20 kB
 _MOST_POINTS = 200_000  # that are kept; of a longer run every second, fourth … step, and the last
 _MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS, _MOST_LETTERS = 1000, 100, 1000, 2000

@@ -65,7 +65,7 @@ def _measure(engine: Engine, samples: Sequence[Sample], emit: EventHandler) -> N
         emit(_plan_attention(engine, samples))
     if engine.way.activations == "auto":
         emit(_plan_activations(engine, samples))
-    if engine.way.offloading and engine.way.offloading_share is None:
+    if engine.way.is_share_open:
         _plan_offloading(engine, samples, emit)
 
 

@@ -74,17 +74,18 @@ class Way:
     @property
     def is_open(self) -> bool:
         """Whether something is left to be measured, besides what `autotune` compares."""
-        return self.attention == "auto" or self.activations == "auto" or self._is_share_open
+        return self.attention == "auto" or self.activations == "auto" or self.is_share_open
 
     @property
-    def _is_share_open(self) -> bool:
+    def is_share_open(self) -> bool:
+        """Whether the share of offloaded blocks is left to be measured."""
         return self.offloading and self.offloading_share is None
 
     @property
     def settled(self) -> Way:
         """With torch's own attention and all blocks offloaded where that is open."""
         attention: AttentionChoice = "torch" if self.attention == "auto" else self.attention
-        share = 1.0 if self._is_share_open else self.offloading_share
+        share = 1.0 if self.is_share_open else self.offloading_share
         return replace(self, attention=attention, offloading_share=share)
 
     def smaller(self, config: ResolvedConfig) -> tuple[Way, str] | None:
