@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywher
 import ctypes
 import functools
 import gc
+import inspect
 import math
 import tempfile
 from collections import Counter
@@ -31,7 +32,7 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.training import processor_way
 from lorasmith.training.memory import compilation
-from tests.covering import cases
+from tests.covering import cases, grouped
 from tests.installed import forget_extensions
 
 # Examples are counted, not timed: a busy machine makes no test fail.
@@ -84,7 +85,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Cases of `pairwise` marks; the slow ones only where slow tests are wanted, as making them takes time, too."""
     axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
     if axes:
-        metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
+        together, full = metafunc.definition.get_closest_marker("together"), slow_wanted(metafunc.config)
+        rows = grouped(axes, *together.args, full=full) if together else cases(axes, full=full)
+        metafunc.parametrize(tuple(axes), rows)
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """All rows of a `together` test; an error names its row."""
+    mark = pyfuncitem.get_closest_marker("rows")
+    if mark is None:
+        return None
+    axes = [name for mark in pyfuncitem.iter_markers("pairwise") for name in mark.kwargs]
+    names = inspect.signature(pyfuncitem.obj).parameters
+    for row in mark.args[0]:
+        values = pyfuncitem.funcargs | dict(zip(axes, row.values, strict=True))
+        try:
+            pyfuncitem.obj(**{name: values[name] for name in names})
+        except Exception as error:
+            error.add_note(f"in the case {row.id}")
+            raise
+    return True
 
 
 def _trimming() -> Callable[[], object]:

@@ -6,7 +6,8 @@
 runs over a covering array of the three axes: for any two values of two axes there is a case that has both. A fault
 that needs three particular values may need one of the other cases, which are marked slow and made for `make test-all`
 alone. An axis is a mapping, whose keys name its cases, or a sequence of values that name themselves. The axes of
-several such marks (of a module and of its function) are those of one product.
+several such marks (of a module and of its function) are those of one product. With the mark
+`together("axis")`, all cases with one value of that axis are one test: preparing one takes longer than most cases.
 """
 
 from __future__ import annotations
@@ -70,6 +71,21 @@ def cases(axes: Mapping[str, Axis], *, full: bool) -> list[Any]:
         )
         for row in rows
     ]
+
+
+def grouped(axes: Mapping[str, Axis], together: str, *, full: bool) -> list[Any]:
+    """Parameters for each value of an axis, with its cases in the mark `rows`; the slow ones have a parameter too."""
+    place, groups = list(axes).index(together), dict[tuple[str, bool], list[Any]]()
+    for row in cases(axes, full=full):
+        groups.setdefault((_name(axes[together], row.values[place]), bool(row.marks)), []).append(row)
+    return [
+        pytest.param(*group[0].values, id=name, marks=(*group[0].marks, pytest.mark.rows(group)))
+        for (name, _), group in groups.items()
+    ]
+
+
+def _name(axis: Axis, value: object) -> str:
+    return next(name for name, known in axis.items() if known is value) if isinstance(axis, Mapping) else str(value)
 
 
 def slow_except(values: Iterable[Any], *default: Any) -> list[Any]:

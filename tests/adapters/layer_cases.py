@@ -33,12 +33,11 @@ class LayerCase:
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A frozen model of two layers, of which the first, `layer`, is the one in question."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = nn.Sequential()
-            model.add_module("layer", self.make())
-            model.add_module("last", nn.Tanh())
-            return model.to(dtype).eval().requires_grad_(False)
+        torch.default_generator.manual_seed(0)
+        model = nn.Sequential()
+        model.add_module("layer", self.make())
+        model.add_module("last", nn.Tanh())
+        return model.to(dtype).eval().requires_grad_(False)
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)

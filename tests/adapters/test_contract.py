@@ -16,7 +16,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.patch import Patch, patches_applied, patches_merged
 
-pytestmark = pytest.mark.pairwise(algorithm=KINDS.keys(), case=LAYERS)
+pytestmark = [pytest.mark.pairwise(algorithm=KINDS.keys(), case=LAYERS), pytest.mark.together("algorithm")]
 
 STRENGTHS = [1.0, 0.5, -1.3, 2.0, 0.0]
 

@@ -15,7 +15,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer, give_source
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.core.quantization import Packed, packed
 
-pytestmark = pytest.mark.pairwise(algorithm=[*KINDS, "none"], case=LAYERS)
+pytestmark = [pytest.mark.pairwise(algorithm=[*KINDS, "none"], case=LAYERS), pytest.mark.together("algorithm")]
 
 
 def filled(case: LayerCase, algorithm: str) -> dict[str, Adapter]:
