@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tomllib
 from collections.abc import Mapping
-from importlib.metadata import Distribution, distributions
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,19 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, packages: Mapping[str
     """
     places = [_metadata(folder, name, things) for name, things in packages.items()]
     monkeypatch.setattr(extensions, "distributions", lambda: map(Distribution.at, places))
+    extensions._scanned.cache_clear()
     forget_extensions()
+    _installed.append(folder)
+
+
+_installed: list[Path] = []
 
 
 def forget_extensions() -> None:
     """Leave built-in things alone in every registry."""
-    if extensions.distributions is not distributions:  # what is really installed stays so: reading it takes 5 ms
+    if _installed:  # reading what is really installed takes 5 ms
         extensions._scanned.cache_clear()
+        _installed.clear()
     for one in registry.REGISTRIES.values():
         if not (one._points or one._modules or one._is_complete):
             continue
