@@ -24,12 +24,14 @@ from lorasmith.nodes.training import METHODS, SETTINGS, TLORA, beginning
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames, RunPreviews
 from lorasmith.runs.view import ViewPublisher, note_of
-from lorasmith.training.config import NONE_LORA, TextEncoderSettings, TrainConfig, lora_settings, settings_from_file
+from lorasmith.training.adapter_settings import NONE_LORA, lora_settings
+from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.records import RunRecord, read_record
+from lorasmith.training.text_encoder_settings import TextEncoderSettings
 from lorasmith.training.train import Plan
 from lorasmith.workflow import Input
 

@@ -18,7 +18,8 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.diffusion.loss_functions import LOSSES
-from lorasmith.training.config import ResolvedConfig, Section, TrainConfig
+from lorasmith.training.config import ResolvedConfig, TrainConfig
+from lorasmith.training.section import Section
 
 SETTINGS = options_of(TrainConfig)
 

@@ -19,7 +19,8 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs import run as running
 from lorasmith.runs.library import train
-from lorasmith.training.config import NONE_LORA, TrainConfig
+from lorasmith.training.adapter_settings import NONE_LORA
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Resumed
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora

@@ -60,7 +60,9 @@ def bench(
         base = load_model(in_folders(model, folders_of(base_dir, extra_model_paths), MODEL_FOLDERS))
         side = latent_side(base, resolution)
         job = plan_job(base.denoiser, config, place)
-        samples = synthetic_samples(base, config.samples_per_step, side, side, are_pairs=config.pairs != "none")
+        samples = synthetic_samples(
+            base, config.samples_per_step, side, side, are_pairs=config.consequences().are_pairs
+        )
         with on_processor(job, samples) as job:
             found = measured(
                 job,

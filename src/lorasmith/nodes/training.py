@@ -38,21 +38,16 @@ from lorasmith.nodes.values import (
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames
 from lorasmith.runs.view import ViewPublisher, note_of
-from lorasmith.training.config import (
-    NONE_LORA,
-    MethodSettings,
-    TextEncoderSettings,
-    TrainConfig,
-    lora_settings,
-    settings_from_file,
-    unused_settings,
-)
+from lorasmith.training.adapter_settings import NONE_LORA, lora_settings, unused_settings
+from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.methods.all_methods import texts_needed_by
+from lorasmith.training.methods.method_settings import MethodSettings
 from lorasmith.training.notes import OtherProgram, ReportNote
 from lorasmith.training.results import TrainResult
+from lorasmith.training.text_encoder_settings import TextEncoderSettings
 from lorasmith.training.train import Plan
 from lorasmith.training.trainable import TrainableDenoiser
 from lorasmith.workflow import Input, NodeContext, Output, node, socket
@@ -253,7 +248,7 @@ def train_lora(
         raise OptionError(_WITHOUT_CLIP.format(config.text_setting))
     if encoder is not None:
         denoiser = denoiser.with_text_encoder(encoder)
-    data = replace(_dataset(denoiser, latents, positive, are_pairs=config.pairs != "none"), trigger=trigger)
+    data = replace(_dataset(denoiser, latents, positive, are_pairs=config.consequences().are_pairs), trigger=trigger)
     if limited := sum(sample.conditioning.span != (0.0, 1.0) for sample in data.samples):
         context.warn(
             f"{limited} of {len(data)} captions are for a part of sampling (ConditioningSetTimestepRange), but "

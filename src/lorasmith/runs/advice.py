@@ -41,7 +41,7 @@ def advice_of(run: LoggedRun) -> Advice:
 
 def advice_on(record: RunRecord, images: Sequence[ImageLevels]) -> Advice:
     """The advice on images with these losses; none where a method's loss is not that of a picture and its caption."""
-    if not images or record.config.get("pairs", "none") != "none" or record.config.get("slider_positive") is not None:
+    if not images or record.consequences.learns_no_subject:
         return Advice()
     judged = [one for one in images if one.standing != UNJUDGED]
     if len(judged) < FEW_IMAGES:

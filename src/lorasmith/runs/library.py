@@ -397,7 +397,7 @@ def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple
             images,
             denoiser.base,
             trigger=given.trigger or "",
-            controls="required" if config.pairs == "none" else "opposite",
+            controls="opposite" if config.consequences().are_pairs else "required",
             device=given.device,
             progress=given.progress,
         )

@@ -206,13 +206,10 @@ def _use(run: LoggedRun, lora: Path) -> LoraUse:
         model_title=model.name or "that of the run",
         family=model.family,
         pipeline=model.pipeline,
-        controls=0 if is_on_pairs(record) else max((one.controls for one in images_in(record.data)), default=0),
+        controls=0
+        if record.consequences.are_pairs
+        else max((one.controls for one in images_in(record.data)), default=0),
     )
-
-
-def is_on_pairs(record: RunRecord) -> bool:
-    """Whether the controls of a run's images are opposites, which no model is given."""
-    return record.config.get("pairs", "none") != "none"
 
 
 def _trained_on(run: LoggedRun) -> list[TrainedImage]:

@@ -67,8 +67,7 @@ long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
 
 _OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
 
-STRENGTHS, OF_SLIDER = "0.5,1", "-2,-1,1,2"
-"""Strengths at which finished LoRAs are drawn, where the settings have none, and those of sliders."""
+_STRENGTHS = (0.5, 1.0)  # at which finished LoRAs are drawn, where the settings have none
 
 _FEWER_STEPS = (12, 8)  # sampling steps where the usual ones do not fit
 
@@ -103,7 +102,7 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
     if config.stops_by_likeness:
         return _watched_program(plan)
     if config.previews is None and plan.prompt and plan.denoiser is not None:
-        prompt = config.slider_neutral or plan.prompt
+        prompt = config.consequences().prompt or plan.prompt
         return unasked_program(config, plan.denoiser.base, plan.data.samples, prompt)
     whole = whole_program(config, None if plan.denoiser is None else plan.denoiser.base)
     return whole if whole.prompts else None
@@ -122,7 +121,7 @@ def check_likeness_stop(plan: Plan, *, has_folder: bool) -> None:
         reason = "a folder of the run for its previews, got no output"
     elif config.previews is not None and not parse_prompts(config.previews):
         reason = "previews, which are turned off"
-    elif config.is_slider or config.pairs != "none":
+    elif config.consequences().learns_no_subject:
         reason = "images that are to be alike, which a slider or preference has not"
     elif _different_pairs(plan.data.samples):
         reason = "a model that draws from a prompt alone, got pairs"
@@ -155,11 +154,13 @@ def _subject(plan: Plan) -> str:
 
 def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    usual = OF_SLIDER if config.is_slider else STRENGTHS
-    strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
+    follows = config.consequences()
+    strengths = follows.strengths or _STRENGTHS
+    if config.preview_strengths is not None:
+        strengths = parse_strengths(config.preview_strengths)
     steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
     return PreviewProgram(
-        steps, strengths, preview_steps(config), prompts=parse_prompts(config.previews), is_strip=config.is_slider
+        steps, strengths, preview_steps(config), prompts=parse_prompts(config.previews), is_strip=follows.is_slider
     )
 
 
@@ -192,7 +193,7 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
     if plan.denoiser is None or not (plan.trigger or plan.data.trigger) or not likeness.is_installed():
         return 0
     base, config = plan.denoiser.base, plan.job.config
-    if base.named_expert is not None or base.control_form is not None or config.is_slider:
+    if base.named_expert is not None or base.control_form is not None or config.consequences().is_slider:
         return 0
     side = base.defaults.resolution
     budget = _budget(config, plan.data.samples, math.prod(base.components.latent.shape(side, side, 1)))
@@ -300,7 +301,7 @@ def previews_of(
 
     decoded = _decoded(base, pairs, device)
     measuring = None
-    if likeness.is_installed() and not config.is_slider and config.pairs == "none":
+    if likeness.is_installed() and not config.consequences().learns_no_subject:
         measuring = PreviewLikeness(trained_pictures(plan), sight_of(is_built_in=_is_built_in(plan)), program.wishes)
     last = evaluated if most else None
     return RunPreviews(

@@ -39,7 +39,9 @@ from lorasmith.core.typed_json import typed
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.runs.command_lines import arguments_for, positional
-from lorasmith.training.config import NONE_LORA, TrainConfig, names_alone
+from lorasmith.training.adapter_settings import NONE_LORA
+from lorasmith.training.config import TrainConfig, names_alone
+from lorasmith.training.section import recorded_consequences
 
 SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}  # declarations of all settings of a run, by name
 
@@ -119,7 +121,7 @@ class RunSpec:
             raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
         if not self.model:
             raise OptionError("a run needs a model, got none; name a file, a diffusers folder or a hub id")
-        if (self.data.controls == "opposite") != (self.config.pairs != "none"):
+        if (self.data.controls == "opposite") != self.config.consequences().are_pairs:
             raise OptionError(
                 f"pairs and controls opposite belong together, got pairs {self.config.pairs} and controls "
                 f"{self.data.controls}; leave controls out and choose pairs"
@@ -199,7 +201,8 @@ class RunSpec:
 def settings_of_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of data among those of a run; a run on pairs has opposites in place of controls."""
     own = {name: value for name, value in settings.items() if name in options_of(DataConfig)}
-    return {"controls": "opposite", **own} if settings.get("pairs", "none") != "none" else own
+    are_pairs = recorded_consequences(TrainConfig, settings).are_pairs
+    return {"controls": "opposite", **own} if are_pairs else own
 
 
 def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:

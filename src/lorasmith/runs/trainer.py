@@ -30,7 +30,7 @@ from lorasmith.runs.library import Trained
 from lorasmith.runs.progress_bars import note
 from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.training.batches import Batch, captions_ready, prefetched
-from lorasmith.training.config import PreviewSettings, SavingSettings, TrainConfig, ValidationSettings, config_over
+from lorasmith.training.config import TrainConfig, config_over
 from lorasmith.training.engine import Engine, batch_maker, prediction_of
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
@@ -41,6 +41,7 @@ from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
+from lorasmith.training.watcher_settings import WatcherSettings
 
 P = ParamSpec("P")
 
@@ -394,10 +395,7 @@ class Trainer:
         return result
 
 
-_IDLE = dict.fromkeys(
-    name for kind in (ValidationSettings, PreviewSettings, SavingSettings) for name in options_of(kind)
-)
-del _IDLE["validation_share"]
+_IDLE = dict.fromkeys(name for name in options_of(WatcherSettings) if name != "validation_share")
 """Settings of what surrounds the steps of a run."""
 
 

@@ -260,7 +260,9 @@ class TrainingJobs:
         config = given.trusted().config
         side = latent_side(base, given.data.resolution)
         planned = plan_job(base.denoiser, config, device)
-        samples = synthetic_samples(base, config.samples_per_step, side, side, are_pairs=config.pairs != "none")
+        samples = synthetic_samples(
+            base, config.samples_per_step, side, side, are_pairs=config.consequences().are_pairs
+        )
 
         def begin(stage: str) -> None:
             if self._work.cancelled.is_set():

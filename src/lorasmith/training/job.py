@@ -48,22 +48,21 @@ from lorasmith.core.printable import count_text
 from lorasmith.core.registry import Registry, extensions_of, nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import Sample
-from lorasmith.diffusion.loss_functions import check_loss
-from lorasmith.diffusion.own_functions import check_timesteps, check_weighting
-from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser, training_adapter_in
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names import encoder_module
-from lorasmith.training.config import NO_TARGETS, USUAL_TRAINING_GUIDANCE, WHOLE_RANGE, ResolvedConfig, TrainConfig
+from lorasmith.training.adapter_settings import NO_TARGETS
+from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.loss_settings import USUAL_TRAINING_GUIDANCE
 from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.methods.all_methods import check_methods, methods_of
 from lorasmith.training.new_word import NEW_WORD
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
-from lorasmith.training.optim.update_rules import check_schedule, rule_of
+from lorasmith.training.optim.update_rules import rule_of
 from lorasmith.training.token_routes import TokenRoutes
 from lorasmith.training.trainable import Trainable, trainable
 from lorasmith.training.way import Way, dtype_on_device, notes_on_device, products_on_device
@@ -165,27 +164,15 @@ def plan_job(
     model = trainable(model)
     device = torch.device(device or best_device())
     facts_of(config.algorithm)  # imported here at last, an extension's rules are checked with the resolved settings
-    diffusion = model.diffusion
-    check_noising(diffusion.schedule, diffusion.parameterization, zero_terminal_snr=config.zero_terminal_snr)
-    check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
     requested, config = config, _decided(model, config, device)
+    config.check_for(model.diffusion)
     plan = resolve_targets(model, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), model, config)
     model = existing.below(model)
     beneath = ""
     if config.training_adapter is not None:
         model, beneath = _with_adapter(model, Path(config.training_adapter), strict=config.strict)
-    model, text_layers = model.guided(requested.training_guidance), tuple[str, ...]()
-    if config.train_text_encoder:
-        model, text_layers = model.with_encoders()
-        existing = existing.with_text(model, text_layers)
-    if config.new_word is not None:
-        model = model.with_word(config, existing.carried.words, existing.name)
-    elif existing.carried.words:
-        raise LoraError(
-            f"{existing.name} has the word {' and '.join(existing.carried.words)}, without which it draws something "
-            "else; set new_word to continue it"
-        )
+    model, text_layers, existing = _with_texts(model.guided(requested.training_guidance), config, existing)
     fresh = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.adapters))
     module = model.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
@@ -197,43 +184,23 @@ def plan_job(
             f"tlora orthogonal starts all layers, but {len(existing.adapters)} of them continue "
             f"{existing.name}; use tlora plain, or choose targets that it has"
         )
-    text_adapters = dict[str, Adapter]()
-    if model.encoders is not None and text_layers:
-        text_adapters = _on_text(model, text_layers, existing, requested, config)
+    text_adapters = _on_text(model, text_layers, existing, requested, config) if text_layers else {}
     fresh_text = len(text_adapters) - len(existing.on_text)
     TokenRoutes.of(model, config)  # raises
-    methods = methods_of(config)
-    check_methods(methods)
-    for method in methods:
-        method.check(model.facts, {**adapters, **text_adapters})
+    check_methods(methods_of(config), model.facts, {**adapters, **text_adapters})
     differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)
     rates = _learning_rates(model, requested, plan, existing.adapters)
     rates |= dict.fromkeys(text_adapters, _rate_of(config.text_encoder_rate, config, factor=0.1))
     if model.word is not None:
         rates[NEW_WORD] = _rate_of(config.new_word_rate, config, factor=10.0)
     if not (adapters or text_adapters or differences):
-        if model.word is None:
-            raise OptionError(f"targets {NO_TARGETS} leaves nothing to train; set new_word, or choose layers")
-        if config.new_word_steps is not None and config.new_word_steps < config.steps:
-            raise OptionError(
-                f"new_word_steps {config.new_word_steps} leaves nothing to train afterwards with targets {NO_TARGETS}; "
-                "set steps to it"
-            )
+        _check_word_alone(model, config)
     check_optimizer(
         config.optimizer,
         weight_decay=config.weight_decay,
         arguments=config.optimizer_args,
         rates=_distinct_rates(config, [*adapters, *text_adapters, *([NEW_WORD] if model.word else [])], rates),
         device=device,
-    )
-    check_loss(config.loss_function)
-    check_timesteps(config.timesteps)
-    check_weighting(
-        config.loss_weighting,
-        gamma=config.min_snr_gamma,
-        schedule=diffusion.schedule,
-        parameterization=diffusion.parameterization,
-        objective=config.objective,
     )
     for step in (config.warmup_steps, config.steps):
         config.scheduled(step)  # a schedule of the user's fails here, and not in the run
@@ -298,6 +265,35 @@ def _fresh_adapters(
         zero=config.zero_init,
         variant=variant_of(config),
     )
+
+
+def _with_texts(
+    model: Trainable, config: ResolvedConfig, existing: _Existing
+) -> tuple[Trainable, tuple[str, ...], _Existing]:
+    """The model with text encoders and a word in training, the encoders' layers, and the continued LoRA split so."""
+    layers = tuple[str, ...]()
+    if config.train_text_encoder:
+        model, layers = model.with_encoders()
+        existing = existing.with_text(model, layers)
+    if config.new_word is not None:
+        return model.with_word(config, existing.carried.words, existing.name), layers, existing
+    if existing.carried.words:
+        raise LoraError(
+            f"{existing.name} has the word {' and '.join(existing.carried.words)}, without which it draws something "
+            "else; set new_word to continue it"
+        )
+    return model, layers, existing
+
+
+def _check_word_alone(model: Trainable, config: ResolvedConfig) -> None:
+    """Raise OptionError if a new word, where no layer is trained, is missing or ends before the run."""
+    if model.word is None:
+        raise OptionError(f"targets {NO_TARGETS} leaves nothing to train; set new_word, or choose layers")
+    if config.new_word_steps is not None and config.new_word_steps < config.steps:
+        raise OptionError(
+            f"new_word_steps {config.new_word_steps} leaves nothing to train afterwards with targets {NO_TARGETS}; "
+            "set steps to it"
+        )
 
 
 def _on_text(

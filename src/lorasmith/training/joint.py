@@ -41,7 +41,6 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.job import TrainJob
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
-from lorasmith.training.methods.all_methods import methods_of
 from lorasmith.training.methods.method import prediction_losses
 from lorasmith.training.recovery import StepRepeated
 
@@ -57,10 +56,9 @@ SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items
 def check_alike(jobs: Sequence[TrainJob]) -> None:
     """Raise OptionError if jobs, planned on handles of one model, cannot train together over it."""
     first, *others = jobs
-    methods = [one.name for job in jobs for one in methods_of(job.config)]
-    methods += ["tread_rate" for job in jobs if job.config.tread_rate]
-    if others and methods:
-        raise OptionError(f"runs that train together take plain steps, got {methods[0]}; leave it out, or train apart")
+    further = next(filter(None, (job.config.consequences().takes_further_passes for job in jobs)), "")
+    if others and further:
+        raise OptionError(f"runs that train together take plain steps, got {further}; leave it out, or train apart")
     if any(patch.ranks for patch in first.model.patches):
         raise OptionError(
             "runs that train together need LoRAs beneath them that use all ranks at each noise level, got a T-LoRA; "

@@ -24,16 +24,7 @@ from lorasmith.core.quantization import packed
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.formats.names import encoder_module
-from lorasmith.training.config import (
-    LossSettings,
-    MemorySettings,
-    MethodSettings,
-    OptimizerSettings,
-    TextEncoderSettings,
-    TrainConfig,
-    ValidationSettings,
-    VariantSettings,
-)
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.compilation import compilable
 from lorasmith.training.trainable import Facts, Trainable
 
@@ -74,16 +65,10 @@ def notes_on(
     return (
         *_on_base(config, model, adapter),
         *_on_experts(config, model),
-        *MemorySettings.idle_settings(config),
-        *OptimizerSettings.idle_settings(config),
-        *VariantSettings.idle_settings(config),
+        *config.idle_settings(),
         *_on_quantization(config, model),
         *_on_shift(config, model),
         *_on_weighting(config, model),
-        *LossSettings.idle_settings(config),
-        *MethodSettings.idle_settings(config),
-        *TextEncoderSettings.idle_settings(config),
-        *ValidationSettings.idle_settings(config),
         *_on_word(config, model),
         *notes_on_plan(plan),
         *([] if has_fresh_text else _on_own_values(config, plan, adapters, differences)),

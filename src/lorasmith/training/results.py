@@ -414,7 +414,7 @@ def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, start
         "ss_max_grad_norm": config.max_grad_norm,
         "ss_loss_type": {"MSE": "l2", "SmoothL1": "smooth_l1"}.get(config.loss_function, config.loss_function.lower()),
         "ss_seed": config.seed,
-        "ss_slider": config.is_slider or None,
+        "ss_slider": config.consequences().is_slider or None,
         "ss_mixed_precision": "no" if dtype == "fp32" else dtype,
         "ss_cache_latents": True,
         "ss_enable_bucket": len(buckets) > 1,

@@ -52,7 +52,8 @@ from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.embeddings import Vectors, has_word
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
-from lorasmith.training.config import USUAL_TRAINING_GUIDANCE, ResolvedConfig
+from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.loss_settings import USUAL_TRAINING_GUIDANCE
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.new_word import NewWord, new_word, trained_words
 from lorasmith.training.way import Way

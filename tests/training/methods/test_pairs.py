@@ -197,7 +197,8 @@ def test_pairs_and_methods_belong_together(tiny: Model, dataset: EncodedDataset,
 
 
 def test_sliders_say_so_in_their_files(tiny: Model, pairs: EncodedDataset) -> None:
-    assert TrainConfig(pairs="slider").is_slider and TrainConfig(slider_positive="old").is_slider
+    sliders = TrainConfig(pairs="slider"), TrainConfig(slider_positive="old")
+    assert all(one.consequences().is_slider for one in sliders)
     assert not TrainConfig(pairs="dpo").is_slider
     metadata = train(tiny, pairs, steps=1, rank=2, pairs="slider").lora.metadata
     assert metadata["ss_slider"] == "True"

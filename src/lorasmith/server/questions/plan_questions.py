@@ -32,7 +32,8 @@ from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_m
 from lorasmith.server.api_shapes import JobBody, MissingPart, ModelListAnswer, ModelRow, OtherFile, PlanAnswer, PlanBody
 from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
 from lorasmith.server.questions.question_registry import question
-from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
+from lorasmith.training.adapter_settings import NONE_LORA, lora_settings
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.notes import on_distilled
 from lorasmith.training.storage.records import check_title
 from lorasmith.training.trainable import TrainableDenoiser

@@ -22,10 +22,8 @@ from lorasmith.runs.gallery import MOST_STEPS, read_grids
 from lorasmith.runs.run_images import subject_words
 from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own
-from lorasmith.runs.run_previews import OF_SLIDER
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import preview_file
-from lorasmith.sampling.previews import parse_strengths
 from lorasmith.server.api_shapes import EvaluationAnswer, GalleryAnswer
 from lorasmith.server.questions.question_registry import question
 from lorasmith.server.questions.run_questions import evaluation_of
@@ -123,7 +121,7 @@ def _drawn_steps(folder: Path) -> list[tuple[int, str]]:
 
 
 def _strengths(spec: RunSpec) -> tuple[float, ...]:
-    return parse_strengths(OF_SLIDER) if spec.config.is_slider else STRENGTHS
+    return spec.config.consequences().strengths or STRENGTHS
 
 
 def _shown(folder: Path) -> tuple[int | None, list[tuple[str, Image.Image, Image.Image]]]:

@@ -44,7 +44,9 @@ from lorasmith.server.questions.question_registry import question
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, saves_of
 from lorasmith.server.questions.run_rows import run_folder_of
 from lorasmith.server.server_disk import disk_space
-from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
+from lorasmith.training.adapter_settings import NONE_LORA, lora_settings
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.methods.method_settings import MethodSettings
 from lorasmith.training.run_requests import DrawRequest, request
 from lorasmith.training.storage.records import RECORD, RunRecord, read_record
 from lorasmith.training.storage.run_folder import RunFolder
@@ -210,8 +212,10 @@ def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path,
     if not 0 <= asked.seed < 2**32:
         raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {asked.seed}; choose another")
     folder, spec, model = drawn_with(folders, id)
-    if not (least := _least_strength(spec)) <= asked.strength <= -_LEAST:
-        raise OptionError(f"strength must be between {least:g} and {-_LEAST:g}, got {asked.strength:g}; choose another")
+    if not (least := _least_strength(spec)) <= asked.strength <= _GREATEST:
+        raise OptionError(
+            f"strength must be between {least:g} and {_GREATEST:g}, got {asked.strength:g}; choose another"
+        )
     form, control = model.control_form, asked.control
     if control and form is None:
         raise OptionError(f"{model.title} ({model.family.title}) takes no controls, got one; leave it out")
@@ -225,11 +229,11 @@ def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path,
 
 def _least_strength(spec: RunSpec) -> float:
     """The least strength at which the LoRA of a run is tried: the opposite of the greatest for sliders."""
-    return _LEAST if spec.config.is_slider else 0.0
+    return min(0.0, *spec.config.consequences().strengths)
 
 
-_LEAST = -2.0
-_OF_DRAWINGS = ("preview_frames", "pairs", "slider_positive", "slider_negative")  # settings that they depend on
+_GREATEST = 2.0  # strength
+_OF_DRAWINGS = ("preview_frames", *options_of(MethodSettings))  # settings that they depend on
 _MOST_PROMPT = 10_000  # characters
 _LONGEST = 4096  # pixels of a stored picture; models see about a megapixel
 

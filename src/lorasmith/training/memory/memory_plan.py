@@ -39,7 +39,7 @@ from lorasmith.core.processes import ALONE
 from lorasmith.core.recomputation import KEPT_SHARE
 from lorasmith.data.dataset import Sample
 from lorasmith.families.token_routing import tokens_routed
-from lorasmith.training.config import MethodSettings, ResolvedConfig
+from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.engine import Engine, batch_maker, changes_in_place
 from lorasmith.training.memory.activations import (
     Recipe,
@@ -47,6 +47,7 @@ from lorasmith.training.memory.activations import (
     held_by,
     recipes_recorded,
 )
+from lorasmith.training.methods.method_settings import MethodSettings
 from lorasmith.training.trainable import Trainable
 from lorasmith.training.way import Way, recomputed_blocks
 
@@ -158,7 +159,7 @@ def largest_pass(
     # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // way.processes.size)
     # A step with methods needs the memory of one pass, and samples of an estimate have no texts or opposites for them.
-    plain = {name: one.default for name, one in options_of(MethodSettings).items() if one.group != "Speed"}
+    plain = {name: one.default for name, one in options_of(MethodSettings).items() if one.group == "Methods"}
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1, **plain)
     maker = batch_maker(model, [replace(largest, opposite=None)], one_batch, replace(way, processes=ALONE))
     [batch] = maker.step(0)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
 
+from lorasmith.adapters.adapter import Adapter
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.methods.guidance_loss import GuidanceLoss
-from lorasmith.training.methods.mask_prior import MaskPrior
 from lorasmith.training.methods.method import Method
-from lorasmith.training.methods.preference import Preference
-from lorasmith.training.methods.preservation import Preservation
-from lorasmith.training.methods.prior_prediction import PriorPrediction
-from lorasmith.training.methods.slider import PairSlider, Slider
+from lorasmith.training.methods.method_settings import METHODS
 from lorasmith.training.methods.texts import OtherTexts
-from lorasmith.training.methods.weight_change import WeightChange
-
-_METHODS: tuple[type[Method], ...] = (
-    GuidanceLoss,
-    PriorPrediction,
-    MaskPrior,
-    Preservation,
-    Slider,
-    PairSlider,
-    Preference,
-    WeightChange,
-)
+from lorasmith.training.trainable import Facts
 
 
 def other_texts(data: Sequence[Sample] | EncodedDataset, config: ResolvedConfig) -> OtherTexts | None:
@@ -36,11 +23,18 @@ def other_texts(data: Sequence[Sample] | EncodedDataset, config: ResolvedConfig)
 
 def methods_of(config: ResolvedConfig) -> tuple[Method, ...]:
     """Those that the settings turn on."""
-    return tuple(method for kind in _METHODS if (method := kind.of(config)) is not None)
+    return tuple(method for kind in _kinds() if (method := kind.of(config)) is not None)
 
 
-def check_methods(methods: Sequence[Method]) -> None:
-    """Raise OptionError if a method has no effect, as another one takes the place of what it changes."""
+@functools.cache
+def _kinds() -> tuple[type[Method], ...]:
+    return tuple(pkgutil.resolve_name(f"{__package__}.{name}") for name in METHODS)
+
+
+def check_methods(methods: Sequence[Method], facts: Facts, adapters: Mapping[str, Adapter]) -> None:
+    """Raise OptionError if a method has no effect, as another one takes the place of what it changes, or does not fit
+    the model or its adapters.
+    """
     replacing = [one for one in methods if one.replaces_goal]
     idle = [*replacing[1:], *(one for one in methods if type(one).goal is not Method.goal)]
     if replacing and idle:
@@ -48,6 +42,8 @@ def check_methods(methods: Sequence[Method]) -> None:
             f"{replacing[0].name} takes the place of the loss of single pictures, which {idle[0].name} changes, got "
             "both; leave one of the two out"
         )
+    for method in methods:
+        method.check(facts, adapters)
 
 
 def check_opposites(samples: Iterable[Sample], config: ResolvedConfig) -> None:

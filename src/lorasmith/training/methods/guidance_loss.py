@@ -18,7 +18,7 @@ from lorasmith.adapters.adapter import Adapter
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_uniform
 from lorasmith.diffusion.schedule import per_sample
-from lorasmith.training.config import guidance_range
+from lorasmith.training.methods.guidance_settings import guidance_range
 from lorasmith.training.methods.method import Goal, Method, Passes
 from lorasmith.training.methods.texts import TextRule
 

@@ -25,8 +25,10 @@ from lorasmith.core.folders import MAX_STEM_BYTES, RUN_LOG, RUN_RECORD, file_ste
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import Scalar, typed
 from lorasmith.data.dataset import Split
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import MOST_LINE_BYTES, Event, Outcome, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.job import TrainJob
+from lorasmith.training.section import Consequences, recorded_consequences
 from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
@@ -86,6 +88,11 @@ class RunRecord:
     environment: Annotated[dict[str, Any], "the first one that it was trained in"] = field(default_factory=dict)
     environments: Annotated[tuple[dict[str, Any], ...], "all of them, if they are several"] = ()
     extensions: Annotated[tuple[Extension, ...], "what it used of other packages; missing if nothing"] = ()
+
+    @property
+    def consequences(self) -> Consequences:
+        """What follows from the settings."""
+        return recorded_consequences(TrainConfig, self.config)
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
