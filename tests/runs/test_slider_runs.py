@@ -123,5 +123,5 @@ def test_a_slider_is_drawn_as_a_strip(pairs: Path, tmp_path: Path) -> None:
 def test_the_examples_are_sliders(name: str) -> None:
     file = Path(__file__).parents[2] / "examples" / f"{name}.toml"
     spec = read_run_file(file, Typed(spec=RunSpec())).resolved()
-    assert spec.config.is_slider and spec.config.rank == 8
+    assert spec.config.consequences().is_slider and spec.config.rank == 8
     assert spec.data.controls == ("opposite" if name == "slider_pairs" else "required")

@@ -199,7 +199,7 @@ def test_pairs_and_methods_belong_together(tiny: Model, dataset: EncodedDataset,
 def test_sliders_say_so_in_their_files(tiny: Model, pairs: EncodedDataset) -> None:
     sliders = TrainConfig(pairs="slider"), TrainConfig(slider_positive="old")
     assert all(one.consequences().is_slider for one in sliders)
-    assert not TrainConfig(pairs="dpo").is_slider
+    assert not TrainConfig(pairs="dpo").consequences().is_slider
     metadata = train(tiny, pairs, steps=1, rank=2, pairs="slider").lora.metadata
     assert metadata["ss_slider"] == "True"
     assert "ss_slider" not in train(tiny, pairs, steps=1, rank=2, pairs="dpo").lora.metadata
