@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorasmith.training.methods.erasure_settings import ErasureSettings
 from lorasmith.training.methods.guidance_settings import GuidanceSettings
 from lorasmith.training.methods.pair_settings import PairSettings
 from lorasmith.training.methods.preservation_settings import PreservationSettings
@@ -14,7 +13,7 @@ from lorasmith.training.token_route_settings import TokenRouteSettings
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings(  # a dataclass has the fields of its last base first
-    ErasureSettings, SliderSettings, PairSettings, TokenRouteSettings, GuidanceSettings, PreservationSettings
+    SliderSettings, PairSettings, TokenRouteSettings, GuidanceSettings, PreservationSettings
 ):
     """What a step does besides comparing one prediction with its target; see `training.methods.method`."""
 
@@ -28,6 +27,5 @@ METHODS = (
     "slider.PairSlider",
     "preference.Preference",
     "weight_change.WeightChange",
-    "erasure.Erasure",
 )
 """File and class of each `Method`, in the order in which a step asks them. They are imported where torch is."""
