@@ -1,0 +1,48 @@
+"""What every door makes of the added feature, as JSON. `test_added_feature` runs it on a copy of the package."""
+
+from __future__ import annotations
+
+import json
+
+from PIL import Image
+from typer.testing import CliRunner
+
+import lorasmith as ls
+from lorasmith.cli.main import app
+from lorasmith.nodes import load_nodes
+from lorasmith.runs.run_previews import whole_program
+from lorasmith.runs.spec import SETTINGS
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import plan_job
+from lorasmith.training.joint import check_alike
+from lorasmith.training.storage.records import RunRecord
+
+
+def found() -> dict[str, object]:
+    model = ls.load_model("lorasmith-tiny")
+    picture = Image.new("RGB", (64, 64), "red")
+    data = ls.load_dataset([(picture, "a cat")], model, resolution=64)
+    chosen = TrainConfig(steps=1, rank=2, targets="*.attn2.to_q", previews="", erase="a dog")
+    trained = ls.train(model, data, config=chosen)
+    jobs = [plan_job(model.denoiser, chosen) for _ in range(2)]
+    try:
+        check_alike(jobs)
+    except ls.LorasmithError as error:
+        refused = str(error)
+
+    return {
+        "help": "--erase-guidance" in CliRunner().invoke(app, ["train", "--help-all"]).output,
+        "page": "erase" in SETTINGS,
+        "node": "erase" in str(load_nodes()["TrainLoraNode"]),
+        "loss": trained.losses[0],
+        "slider": trained.lora.metadata.get("ss_slider"),
+        "strengths": whole_program(chosen).strengths,
+        "prompt": chosen.consequences().prompt,
+        "idle": list(TrainConfig(erase_guidance=2.0).idle_settings()),
+        "advice": RunRecord(config={"erase": "a dog"}).consequences.learns_no_subject,
+        "together": refused,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(found()))
