@@ -80,16 +80,6 @@ def adapted(model: Trainable, trained: Attached, text_adapters: Mapping[str, Ada
 
 
 @contextlib.contextmanager
-def _products_in_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@contextlib.contextmanager
 def attached(model: Trainable, trained: Attached, way: Way, text_adapters: Mapping[str, Adapter]) -> Iterator[None]:
     """Inside the context, a frozen denoiser is `prepared`."""
     module, encoders = model.module, model.encoders
@@ -99,7 +89,6 @@ def attached(model: Trainable, trained: Attached, way: Way, text_adapters: Mappi
         contextlib.nullcontext() if encoders is None else blocks_checkpointed(encoders, way.checkpoint_depth),
         changes_intercepted() if changes else contextlib.nullcontext(),
         attention_preferred(way.attention),
-        _products_in_tf32() if way.tf32 else contextlib.nullcontext(),
         activations_reduced(module, way.activations),
         blocks_checkpointed(module, way.checkpoint_depth, kept=way.kept_blocks, compiled=way.compile),
         blocks_compiled(module, way.compile, varying_sizes=way.varying_sizes),

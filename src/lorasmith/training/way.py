@@ -41,7 +41,6 @@ class Way:
     compile_failed: bool = False  # so that `compile` is off
     attention: AttentionChoice  # `auto` is measured
     cuda_graphs: bool
-    tf32: bool  # products in fp32 have factors in TF32
     autotune: bool  # until the fastest of several is chosen
     processes: Processes = ALONE
     memory_share: float = 1.0  # part of the free memory that `auto` may use
@@ -67,7 +66,6 @@ class Way:
             compile=config.compile,
             attention=_attention(config, device),
             cuda_graphs=config.cuda_graphs and device.type == "cuda" and current().size == 1,
-            tf32=config.tf32 and device.type == "cuda",
             autotune=config.autotune and not config.deterministic and current().size == 1,
             processes=current(),
             sharding=config.sharding and current().size > 1,

@@ -115,11 +115,6 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         "the host no longer limits steps of small pictures on a fast GPU. Best with few sizes and lengths of captions. "
         "Takes more GPU memory.",
     )
-    tf32: bool = option(
-        False,
-        group="Speed",
-        help="Round the factors of fp32 products to TF32 on NVIDIA GPUs, which multiplies them several times as fast.",
-    )
     autotune: bool = option(
         False,
         group="Speed",
