@@ -4,7 +4,7 @@
     python -m benchmarks.two_subjects --ways "two class words" --pairs fox/owl --seeds 0
 
 Two subjects that the built-in model has never seen are taught in one run with the recipe for a subject of
-docs/training.md, four pictures each, every picture seen as often as by a LoRA of its subject alone (`apart`). Of
+docs/subjects.md, four pictures each, every picture seen as often as by a LoRA of its subject alone (`apart`). Of
 pictures of each trigger, alone and with four backgrounds, the judge gives the probability of its subject (own) and of
 the other one (mixed up), and `wish` is the share with the background that was asked for.
 """

@@ -34,7 +34,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "lorasmith": Recipe(
-        "docs/training.md, A subject",
+        "docs/subjects.md",
         {"train_text_encoder": True, "text_encoder_rate": 7e-4, "timesteps": "shifted", "timestep_shift": 3.0},
     ),
     "comfyui": Recipe(

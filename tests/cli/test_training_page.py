@@ -1,9 +1,10 @@
-"""What `docs/training.md` shows can be typed."""
+"""What the pages that `docs/training.md` lists show can be typed."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -22,8 +23,14 @@ from tests.covering import slow_except
 Command = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    lorasmith (train .*)$", PAGE, flags=re.MULTILINE)
+NAMES = ("training", "subjects", "sliders", "text-encoders", "resuming", "validation", "previews", "optimizers")
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    for name in (*NAMES, "noise-levels", "memory", "speed")
+}
+COMMANDS = re.findall(
+    r"^    lorasmith (train .*(?:lorasmith-tiny|sd15).*)$", "\n".join(PAGES.values()), flags=re.MULTILINE
+)
 
 
 @pytest.mark.slow
@@ -34,6 +41,8 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
     for word, package in (("Prodigy", "prodigyopt"), ("tensorboard", "tensorboard")):
         if word in command:
             pytest.importorskip(package)
+    for pair in ("high", "low", "better", "worse"):
+        shutil.copytree(photos, photos.with_name(pair))
     arguments = shlex.split(command.replace("sd15.safetensors", "lorasmith-tiny"))
     short = ["--steps", "1", "--warmup-steps", "1", "--preview-steps", "1", "--targets", "mid_block.*.attn2.to_q"]
     ran = lorasmith(*arguments, *short)
@@ -50,17 +59,19 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
 def test_code_of_the_users_is_typed_and_typed_again_to_resume(
     lorasmith: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = PAGE.split("### Your own\n")[1].split("\n## ")[0]
+    section = PAGES["optimizers"].split("## Your own\n")[1]
     code, command = re.search(
         r"```python\n(.*?)```\n\n    PYTHONPATH=\. lorasmith (.*?)\n\n", section, re.DOTALL
     ).groups()  # type: ignore[union-attr]
     (tmp_path / "own_rates.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    arguments = shlex.split(command.replace("\\\n", " "))
+    arguments = shlex.split(command)
     short = ["--steps", "3", "--targets", "mid_block.*.attn2.to_q", "--output", "run", "--no-previews"]
     with interrupted(signal.SIGINT, at=1):
         stopped = lorasmith(*arguments, *short)
-    rights = [word for name in ("gentle", "decaying", "huber") for word in ("--allow-import", f"own_rates:{name}")]
+    rights = [
+        word for name in ("gentle", "decaying", "huber", "noisier") for word in ("--allow-import", f"own_rates:{name}")
+    ]
     assert f"lorasmith resume run {' '.join(rights)}" in stopped.out, stopped.err
     monkeypatch.delitem(sys.modules, "own_rates")
     refused = lorasmith("resume", "run", "--allow-import", "own_rates:gentle")
@@ -75,8 +86,7 @@ def test_code_of_the_users_is_typed_and_typed_again_to_resume(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -> None:
-    section = PAGE.split("## Stopping and resuming\n")[1].split("\n## ")[0]
-    train, resume, *others = re.findall(r"^    lorasmith (.*)$", section, flags=re.MULTILINE)
+    train, resume, *others = re.findall(r"^    lorasmith (.*)$", PAGES["resuming"], flags=re.MULTILINE)
     again, _, _, longer, dry, reproduce = map(shlex.split, others)
     assert (resume, again[-1], longer[-2], dry[-1]) == ("resume runs/dog", "--fresh", "--steps", "--dry-run")
     short = ["--steps", "2", "--targets", "mid_block.*.attn2.to_q"]
