@@ -95,9 +95,10 @@ def tensors(folder: Path, expert: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_both_are_trained_each_on_its_range_and_resumed_to_the_bit(
+def test_both_are_trained_each_on_its_range_and_the_unfinished_folder_is_resumed_to_the_bit(
     files: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     encoded: list[int] = []
     encode = Autoencoder.encode
     monkeypatch.setattr(Autoencoder, "encode", lambda self, one: (encoded.append(1), encode(self, one))[1])
@@ -110,32 +111,20 @@ def test_both_are_trained_each_on_its_range_and_resumed_to_the_bit(
         assert (tmp_path / "whole" / expert / "report.html").is_file()
         assert both.lora(expert) == tmp_path / "whole" / expert / f"wave_{expert}.safetensors"
     # Stopped on the way through the first, then on the way through the second.
-    parts = tmp_path / "parts"
-    assert [one.reason for one in trained(runs(files, images, parts), until=1)] == ["cancelled"]
-    second = runs(files, images, parts)
+    parts = tmp_path / "runs" / "wave-001"
+    assert [one.reason for one in trained(runs(files, images, None), until=1)] == ["cancelled"]
+    second = runs(files, images, None)
     second.train(second.plan("high_noise"))
     second.train(replace(second.plan("low_noise"), until=2))
     host = Small()
-    assert len(trained(runs(files, images, parts, host))) == 1
+    assert len(trained(runs(files, images, None, host))) == 1
     assert any("high_noise expert is trained already" in one.message for one in host.events if isinstance(one, Warned))
     for expert in ("high_noise", "low_noise"):
         whole, resumed = tensors(tmp_path / "whole", expert), tensors(parts, expert)
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), expert
     high, low = tensors(parts, "high_noise"), tensors(parts, "low_noise")
     assert high.keys() == low.keys() and not any(torch.equal(high[name], low[name]) for name in high)
-
-
-@pytest.mark.slow
-def test_without_an_output_the_unfinished_folder_is_continued(
-    files: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    trained(runs(files, images, None), until=1)
-    assert [path.name for path in Path("runs").iterdir()] == ["wave-001"]
-    assert len(trained(runs(files, images, None))) == 2
-    assert sorted(path.name for path in Path("runs/wave-001").iterdir()) == ["high_noise", "low_noise"]
-    trained(runs(files, images, None), until=1)
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["wave-001", "wave-002"]
+    assert sorted(path.name for path in parts.parent.iterdir()) == ["wave-001"]
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,12 @@ from PIL import Image
 from test_transformer_loras import change, layers_of_diffusers
 from tiny_flux import FLUX1
 
-from lorasmith.cli.main import main
 from lorasmith.data.data_config import ImageSource
 from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.lora_handle import Lora
-from tests.hosts import Audience
-from tests.runs.folder_cases import tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +52,6 @@ def asked(files: dict[str, Path], photos: Path, **settings: Any) -> RunSpec:
     ).resolved()
 
 
-@pytest.mark.slow
-def test_the_command_line_trains_and_draws(
-    files: dict[str, Path],
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def ran(command: list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code
-        return capsys.readouterr().out
-
-    monkeypatch.chdir(tmp_path)
-    out = ran(asked(files, photos, steps=1).command())
-    command = shlex.split(out.splitlines()[-1])
-    assert command[:2] == ["lorasmith", "generate"]
-    assert command[-6:-2] == ["--control", str(photos / "a.png"), "--mask", str(photos / "a.mask.png")]
-    ran([*command, "--steps", "1"])
-    (path,) = (tmp_path / "output").glob("*.png")
-    with Image.open(path) as drawn:
-        assert drawn.size == (64, 64)
-
-
 def test_previews_fill_the_masks_of_pictures(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     spec = asked(files, photos, previews="a fox | a bus", preview_steps=1)
     result = run(plan(replace(spec, output=str(tmp_path / "run")), Host()), Host())
@@ -94,17 +63,6 @@ def test_previews_fill_the_masks_of_pictures(files: dict[str, Path], photos: Pat
             assert np.array_equal(np.asarray(shown.convert("L")), np.asarray(mask))
     page = (result.folder / "report.html").read_text(encoding="utf-8")
     assert f"--control {samples.resolve() / 'control-1.png'} --mask {samples.resolve() / 'mask-1.png'}" in page
-
-
-@pytest.mark.slow
-def test_a_run_resumes_to_the_bit(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    spec = asked(files, photos, steps=4, control_dropout=0.25, flip=True)
-    whole = run(plan(replace(spec, output=str(tmp_path / "whole")), Host()), Host())
-    stopped = run(plan(replace(spec, output=str(tmp_path / "stopped")), Host()), Audience(stop_at=2))
-    assert len(stopped.losses) == 2 and whole.folder is not None and stopped.folder is not None
-    again = run(plan(replace(spec, output=str(tmp_path / "stopped")), Host()), Host())
-    assert tensors_of(stopped.folder) == tensors_of(whole.folder)
-    assert again.losses == whole.losses
 
 
 def test_diffusers_applies_all_of_its_lora(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:

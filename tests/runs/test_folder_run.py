@@ -121,25 +121,6 @@ def test_of_two_runs_that_choose_one_folder_the_second_chooses_again(
     assert folders == [Path("runs/cat-002")]
 
 
-def test_training_reports_through_events_and_stops_when_asked(images: Path, tmp_path: Path) -> None:
-    audience = Audience(stop_at=1)
-    result = run(planned(images, tmp_path / "run"), audience)
-    assert (result.reason, len(result.losses)) == ("cancelled", 1)
-    assert audience.names()[0] == "RunStarted" and audience.names()[-1] == "RunFinished"
-    assert (tmp_path / "run" / "report.html").is_file()
-
-
-@pytest.mark.slow
-def test_a_run_ends_behind_a_step(images: Path, tmp_path: Path) -> None:
-    assert len(run(replace(planned(images, tmp_path / "run"), until=3), Host()).losses) == 3
-
-
-@pytest.mark.slow
-def test_the_same_run_again_continues_the_unfinished_one(images: Path, broken: Path) -> None:
-    assert run(planned(images), Host()).folder == Path("runs/cat-001")
-    assert run(planned(images), Host()).folder == Path("runs/cat-002")
-
-
 def test_previews_are_drawn_of_the_plain_model(
     images: Path, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,8 +161,3 @@ def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "sks cat" in page and "Trained on" in page and "&lt;lora:cat:1&gt; sks cat" in page
     assert len(list((tmp_path / "run" / "thumbnails").iterdir())) == 4
-
-
-def test_an_empty_text_draws_none(images: Path, tmp_path: Path) -> None:
-    run(planned(images, tmp_path / "run", previews="", steps=1), Host())
-    assert not (tmp_path / "run" / "samples").exists()

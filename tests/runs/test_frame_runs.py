@@ -1,4 +1,4 @@
-"""Runs on clips that are drawn from their first frame: samples, previews, resuming to the bit, what is refused."""
+"""Runs on clips that are drawn from their first frame: samples, previews, what is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from lorasmith.runs.expert_runs import ExpertRuns
 from lorasmith.runs.memory_estimate import estimate_memory
 from lorasmith.runs.model_list import list_models
 from lorasmith.runs.plan import plan
-from lorasmith.runs.reproduce import Reproduction
 from lorasmith.runs.run import run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import Sampling, generate, generate_clips
@@ -40,7 +39,6 @@ from lorasmith.training.events import Warned
 from tests.data.video_cases import animation, movie
 from tests.families.original_models import save
 from tests.hosts import Audience
-from tests.runs.folder_cases import CONFIRMED, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +88,7 @@ A14B, I2V, FLF2V, FIVE = (
 
 
 @pytest.mark.slow
-def test_a_run_has_previews_from_first_frames_and_continues_to_the_bit(base: Path, clips: Path, tmp_path: Path) -> None:
+def test_a_run_has_previews_from_first_frames(base: Path, clips: Path, tmp_path: Path) -> None:
     spec = asked(base, clips, A14B, previews="a", preview_steps=2, preview_strengths="1", preview_frames=9)
     ready = plan(replace(spec, output=str(tmp_path / "whole")), Small())
     shapes = {one.name: tuple(one.conditioning.tensors["known"].shape) for one in ready.data.samples}
@@ -108,16 +106,11 @@ def test_a_run_has_previews_from_first_frames_and_continues_to_the_bit(base: Pat
     report = (whole.folder / "report.html").read_text()
     assert "control" in report and "target" in report
     assert "--control" in report and "--frames 5" in report
-    stopped = run(plan(replace(spec, output=str(tmp_path / "parts")), Small()), Small(stop_at=2))
-    assert len(stopped.losses) == 2 and stopped.folder is not None
-    again = run(plan(replace(spec, output=str(tmp_path / "parts")), Small()), Small())
-    assert tensors_of(stopped.folder) == tensors_of(whole.folder) and again.losses == whole.losses
 
 
-def test_some_draws_of_5b_are_given_their_first_frame(base: Path, clips: Path, tmp_path: Path) -> None:
+def test_some_draws_of_5b_are_given_their_first_frame(base: Path, clips: Path) -> None:
     """The others are text to video, with the first frame in the loss."""
-    spec = asked(base, clips, FIVE, edit="i2v", control_dropout=0.5, steps=6, resolution=64)
-    ready = plan(replace(spec, output=str(tmp_path / "run")), Small())
+    ready = plan(asked(base, clips, FIVE, edit="i2v", control_dropout=0.5, resolution=64), Small())
     sample, seed, seen = ready.data.samples[0], 3, set()
     for draw in range(20):
         drawn, is_left_out = sample.drawn(seed, draw), keyed_uniform(seed, "controls", draw) < 0.5
@@ -132,10 +125,6 @@ def test_some_draws_of_5b_are_given_their_first_frame(base: Path, clips: Path, t
             assert places[:, :, 0].eq(0).all() and places[:, :, 1].eq(2).all() and places.mean() == 1
         seen.add(is_left_out)
     assert seen == {True, False}
-    result = run(ready, Small())
-    assert result.folder is not None and len(result.losses) == 6
-    found = Reproduction(result.folder / "cat.safetensors", Small(), CONFIRMED).reproduce()
-    assert found.is_same
 
 
 def test_without_an_edit_5b_trains_on_clips_as_text_to_video(base: Path, clips: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import lorasmith as ls
@@ -37,23 +36,18 @@ def pictures() -> Iterator[Any]:
         yield one, "a dog"
 
 
-@pytest.mark.slow
-def test_models_and_data_in_any_form_give_one_run(tiny: ls.Model, data: ls.EncodedDataset) -> None:
-    plain = ls.train(tiny, data, **SHORT).losses
-    others: list[Any] = [list(data), iter(data), data[:], data[0:4]]
-    for given in others:
-        assert ls.train(tiny.denoiser, given, **SHORT).losses == plain
-    assert ls.train(tiny, data[0], **SHORT).steps == 2
-    named = ls.train(BUILT_IN, data, **SHORT).losses
-    assert named == pytest.approx(plain, rel=1e-3), "loaded in the file's fp16"
-
-
-def test_what_load_dataset_takes_is_encoded_with_the_trigger(tiny: ls.Model) -> None:
-    result = ls.train(tiny, pictures(), trigger="sks", **SHORT)
+def test_what_load_dataset_takes_is_encoded_with_the_trigger(tiny: ls.Model, tmp_path: Path) -> None:
+    result = ls.train(tiny, pictures(), trigger="sks", output=tmp_path / "run", **SHORT)
     assert json.loads(result.lora.metadata["ss_tag_frequency"]) == {"dataset": {"a dog": 4, "sks": 4}}
-    assert ls.train(tiny, [*pictures()], validation=pictures(), **SHORT).validations
-    both = ls.train_together(tiny, pictures(), [{}, {"rank": 4}], **SHORT)
-    assert all(isinstance(one, ls.TrainResult) for one in both), both
+    source = json.loads((tmp_path / "run" / "run.json").read_text())["source"]
+    assert source == {"command": "lorasmith.train", "images": "pictures in memory"}
+    assert result.path is not None
+    with pytest.raises(ls.errors.OptionError, match=r"is from pictures in memory, .*call lorasmith.train again"):
+        Reproduction(result.path, Audience())
+    short = {**SHORT, "steps": 1}
+    assert ls.train(tiny, [*pictures()], validation=pictures(), **short).validations
+    (alone,) = ls.train_together(tiny, pictures(), [{}], **short)
+    assert isinstance(alone, ls.TrainResult), alone
 
 
 def test_samples_one_by_one_are_those_of_load_dataset(tiny: ls.Model, data: ls.EncodedDataset) -> None:
@@ -74,40 +68,6 @@ def test_captions_of_a_lone_sample_are_encoded_at_once(tiny: ls.Model, monkeypat
     assert {sample.drawn(0, draw).conditioning.text for draw in range(40)} == {"a dog", "a cat", "the cat", ""}
     with pytest.raises(ls.errors.OptionError, match="at most 1,000 variants"):
         ls.encode(tiny, PIXELS[0], "a, b, c, d, e, f, g, h", shuffle_tags=True, resolution=32)
-
-
-def test_a_run_on_pictures_in_memory_is_resumed_and_says_so(tiny: ls.Model, tmp_path: Path) -> None:
-    stops = iter((False, True, True))
-    settings = {**SHORT, "steps": 3, "output": tmp_path / "run"}
-    first = ls.train(tiny, pictures(), cancelled=lambda: next(stops), **settings)
-    assert first.reason == "cancelled"
-    resumed: list[int] = []
-    again = ls.train(
-        tiny, pictures(), on_event=lambda event: resumed.append(1) if isinstance(event, ls.events.Resumed) else None,
-        **settings,
-    )  # fmt: skip
-    assert resumed == [1] and again.losses == ls.train(tiny, pictures(), **{**SHORT, "steps": 3}).losses
-    source = json.loads((tmp_path / "run" / "run.json").read_text())["source"]
-    assert source == {"command": "lorasmith.train", "images": "pictures in memory"}
-    assert again.path is not None
-    with pytest.raises(ls.errors.OptionError, match=r"is from pictures in memory, .*call lorasmith.train again"):
-        Reproduction(again.path, Audience())
-
-
-def test_pictures_of_the_class_are_trained_beside_those_in_memory(tiny: ls.Model, tmp_path: Path) -> None:
-    for number, one in enumerate(PIXELS[:2]):
-        Image.fromarray(255 - one).save(tmp_path / f"{number}.png")
-    data = ls.load_dataset(
-        pictures(),
-        tiny,
-        resolution=32,
-        trigger="sks",
-        class_prompt="a dog",
-        class_images=str(tmp_path),
-        prior_weight=0.5,
-    )
-    assert [sample.is_class for sample in data] == [False] * 4 + [True] * 2
-    assert (data[4].conditioning.text, data[4].weight, data[0].conditioning.text) == ("a dog", 0.5, "sks, a dog")
 
 
 class Pipe:

@@ -12,7 +12,6 @@ import models
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lorasmith.bench.benchmark import latent_side
 from lorasmith.bench.measure import counted, synthetic_samples, training_steps, weight_bytes
@@ -123,13 +122,6 @@ def test_offloaded_weights_are_a_block_and_the_rest(sd1: Path) -> None:
     assert found.offloaded["nf4"] < found.offloaded["int8"] < found.offloaded["none"]
 
 
-@pytest.mark.slow
-def test_methods_need_the_activations_of_one_pass(sd1: Path) -> None:
-    plain = estimated(sd1, config(), resolution=64).plans
-    for settings in ({"pairs": "dpo"}, {"preserve": "blank"}, {"slider_positive": "old"}):
-        assert estimated(sd1, config(**settings), resolution=64).plans == plain
-
-
 def test_the_cheapest_settings_that_fit_are_proposed(flux: Path) -> None:
     whole = estimated(flux, config())
     needs = {(one.activations, one.checkpoint_depth): one.needed_bytes for one in whole.plans}
@@ -236,34 +228,6 @@ def test_text_encoders_are_counted_or_named(tmp_path: Path) -> None:
     without = estimate_memory(files, settings, card_bytes=12 * GIB, resolution=64, folders=Folders(base))
     assert without.missing == {"text_encoder_2": "t5xxl_fp16.safetensors"}
     assert not replace(found, text_encoders={"text_encoder_2": 13 * GIB}).encoders_fit
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [
-    {"dora": "output", "targets": "mid_block.*"},
-    pytest.param({"pissa": True, "targets": "mid_block.*"}, marks=pytest.mark.slow),
-    pytest.param({"algorithm": "LoKr"}, marks=pytest.mark.slow),
-    pytest.param({"differences": "norms+biases", "targets": "all"}, marks=pytest.mark.slow),
-])  # fmt: skip
-def test_every_kind_of_adapter_can_be_estimated(sd1: Path, settings: dict[str, Any]) -> None:
-    assert estimated(sd1, config(**settings), resolution=64).trained_bytes > 0
-
-
-@pytest.mark.slow
-def test_networks_that_disable_autocast_are_counted_as_others(sd1: Path) -> None:
-    model, plain = load_model(sd1), load_model(sd1)
-    first: Any = model.components.denoiser.conv_in
-    convolved = first.forward
-
-    def forward(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return convolved(x)  # type: ignore[no-any-return]
-
-    first.forward = forward
-    both = [estimate_of(one, config(), card_bytes=GIB, resolution=64).plans for one in (model, plain)]
-    assert both[0] == both[1]
-    with pytest.raises(RuntimeError):
-        torch.autocast("meta", enabled=False)
 
 
 def test_a_size_that_the_model_does_not_support_is_refused(sd1: Path) -> None:

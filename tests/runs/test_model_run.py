@@ -50,26 +50,9 @@ def test_the_docstring_names_what_is_no_setting() -> None:
     assert {name for name in own if name not in train.__doc__} == set()
 
 
-def test_settings_are_laid_over_a_configuration(tiny: Model, data: EncodedDataset) -> None:
-    result = train(tiny, data, config=TrainConfig(**{**QUICK, "rank": 4}), steps=1)
-    assert len(result.losses) == 1
-    assert {one.tensors["down"].shape[0] for one in result.lora.state.adapters.values()} == {4}
-
-
 def test_an_unknown_setting_is_refused_with_the_nearest_name(tiny: Model, data: EncodedDataset) -> None:
     with pytest.raises(OptionError, match=r"unknown option 'stepz' .did you mean 'steps'"):
         train(tiny, data, stepz=3)
-
-
-@pytest.mark.slow
-def test_previews_are_drawn_into_the_folder_of_the_run(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
-    audience = Audience()
-    asked = {"previews": "a fox", "preview_every": 1, "preview_steps": 1}
-    train(tiny, data, output=tmp_path / "run", on_event=audience, **QUICK, **asked)
-    names = {path.name for path in (tmp_path / "run" / "samples").iterdir()}
-    assert {"base-1.png", "step-000001-1.png", "step-000002-1.png", "steps.png", "strengths.png"} <= names
-    assert "Previewed" in audience.names()
-    assert "a fox" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("title", ["a/b", "..", "a\nb"])
@@ -94,33 +77,24 @@ def test_what_goes_wrong_is_logged_where_nobody_listens(
     data: EncodedDataset,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no picture today")
-
-    monkeypatch.setattr(Previewer, "draw", fail)
-    train(tiny, data, output=tmp_path / "run", progress=False, **QUICK, previews="a fox")
-    assert "preview at step 1 could not be drawn (RuntimeError: no picture today)" in caplog.text
-    caplog.clear()
-    train(tiny, data, output=tmp_path / "other", progress=False, on_event=Audience(), **QUICK, previews="a fox")
-    train(tiny, data, output=tmp_path / "shown", **QUICK, previews="a fox")
-    assert caplog.text == ""
-
-
-def test_what_is_logged_is_printed_by_no_program_that_did_not_ask(
-    tiny: Model,
-    data: EncodedDataset,
-    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And no program prints it that configured no logging."""
+
     def fail(*_: object) -> None:
         raise RuntimeError("no picture today")
 
     monkeypatch.setattr(Previewer, "draw", fail)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that configures none
-    train(tiny, data, output=tmp_path / "run", progress=False, **QUICK, previews="a fox")
+    asked: dict[str, Any] = {**QUICK, "steps": 1, "previews": "a fox"}
+    train(tiny, data, output=tmp_path / "run", progress=False, **asked)
+    assert "preview at step 1 could not be drawn (RuntimeError: no picture today)" in caplog.text
+    caplog.clear()
+    train(tiny, data, output=tmp_path / "other", progress=False, on_event=Audience(), **asked)
+    train(tiny, data, output=tmp_path / "shown", **asked)
+    assert caplog.text == "" and capsys.readouterr()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    train(tiny, data, output=tmp_path / "quiet", progress=False, **asked)
     assert capsys.readouterr() == ("", "")
 
 

@@ -18,12 +18,10 @@ from lorasmith.core.errors import DataError
 from lorasmith.data.data_config import ImageSource
 from lorasmith.runs.plan import plan
 from lorasmith.runs.recorded_run import Typed, read_run_file
-from lorasmith.runs.reproduce import Reproduction
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.sweep_file import read_sweep
 from tests.hosts import Audience
-from tests.runs.folder_cases import CONFIRMED, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +53,6 @@ def asked(klein: dict[str, Path], pairs: Path, **settings: Any) -> RunSpec:
         name="cat",
         settings={**quick, "control": control, "trigger": "blue", "control_dropout": 0.25, **settings},
     ).resolved()
-
-
-@pytest.mark.slow
-def test_a_run_on_pairs_is_recorded_resumed_and_reproduced(
-    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    spec = asked(klein, pairs)
-    ready = plan(replace(spec, output="whole"), Host())
-    sample = ready.data.samples[0]
-    assert [tuple(one.shape) for one in sample.conditioning.controls] == [(1, 128, 4, 2), (1, 128, 2, 6)]
-    whole = run(ready, Host())
-    assert whole.folder is not None
-    source = json.loads((whole.folder / "run.json").read_text())["source"]
-    assert source["control"] == [str(pairs / "before"), str(pairs / "depth")]
-    assert source["control_dropout"] == 0.25
-    stopped = run(plan(replace(spec, output="stopped"), Host()), Audience(stop_at=2))
-    assert len(stopped.losses) == 2 and stopped.folder is not None
-    again = run(plan(replace(spec, output="stopped"), Host()), Host())
-    assert tensors_of(stopped.folder) == tensors_of(whole.folder)
-    assert again.losses == whole.losses
-    found = Reproduction(whole.folder / "cat.safetensors", Host(), CONFIRMED).reproduce()
-    assert found.is_same
 
 
 def test_files_of_settings_name_controls(

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from lorasmith.core.options import options_of
@@ -31,18 +28,8 @@ def test_presets_train_longer_from_one_to_the_next_and_with_more_images() -> Non
     assert PRESETS["balanced"].settings_for() == PRESETS["balanced"].settings_for(USUAL_IMAGES)
 
 
-def test_the_usual_choice_has_the_default_rank() -> None:
-    assert PRESETS["balanced"].settings["rank"] == KNOWN["rank"].default
-
-
 def test_every_setting_of_a_page_is_a_declared_one_in_one_group() -> None:
     names = [one.name for group in setting_groups().values() for one in group]
     assert len(names) == len(set(names)) and set(names) < set(KNOWN)
     assert {"track", "existing_state", "bypass_mode"}.isdisjoint(names)
     assert all(setting_groups())  # each has a heading
-
-
-def test_presets_need_no_torch() -> None:
-    code = "import sys, lorasmith.runs.presets; print(sorted({'torch', 'numpy', 'PIL'} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

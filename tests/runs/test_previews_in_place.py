@@ -94,17 +94,3 @@ def test_previews_on_the_way_pack_nothing_and_change_nothing(
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     drawn = pixels(tmp_path / "drawn")
     assert not np.array_equal(drawn["base-1.png"], drawn["step-000002-1.png"])
-
-
-@pytest.mark.slow
-def test_pictures_are_those_of_the_bare_model(
-    tiny: Model, data: EncodedDataset, tmp_path: Path, packings: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained(tiny, data, tmp_path / "here", **PREVIEWS)
-    monkeypatch.setattr(run_previews, "_may_stay", lambda plan: False)
-    trained(tiny, data, tmp_path / "bare", **PREVIEWS)
-    here, bare = pixels(tmp_path / "here"), pixels(tmp_path / "bare")
-    assert here.keys() == bare.keys()
-    assert len(here) > 4
-    for name, one in here.items():
-        assert np.abs(one - bare[name]).max() <= 2, name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -14,16 +13,12 @@ import pytest
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import ImageSource
-from lorasmith.runs import recorded_run
 from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
 from lorasmith.runs.reproduce import plan_again
 from lorasmith.runs.run import Host
-from lorasmith.runs.run_page import report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import settings_from_file
-from lorasmith.training.storage.fingerprint import differences
-from lorasmith.training.storage.records import RunHistory, RunRecord, check_title, parsed_record
-from tests.training.run_cases import damaged
+from lorasmith.training.storage.records import RunRecord, parsed_record
 
 FILE = Path("cat.safetensors")
 
@@ -133,42 +128,6 @@ def test_a_run_that_started_from_a_state_elsewhere_needs_the_right_to_read_it(tm
     spec = RunSpec(sources=(ImageSource(str(BUILT_IN_BASE / "input" / "fox")),), model="lorasmith-tiny")
     (tmp_path / "run.json").write_text(RunRecord(asked={"existing_state": "/gone/state.safetensors"}).to_text())
     assert rights_needed(spec, tmp_path) == ["--as-recorded"]
-
-
-ODD = [None, True, -1, 0, 10**19, 2**63, 1e308, "", "x", "../..", "a\0b", "antigravity.X", [], {}, [[]], {"a": 1}]
-"""Values that are put in the place of others."""
-
-
-@pytest.mark.slow
-def test_damaged_records_end_in_our_errors(
-    record: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = json.loads((whole / "run.json").read_text())
-    whole_record = parsed_record(json.dumps(real))
-    monkeypatch.setattr(recorded_run, "_is_here", lambda path: True)
-    chance, ended = random.Random(0), {"used": 0, "refused": 0}
-    for _ in range(400):
-        text = json.dumps(damaged(damaged(real, chance, ODD), chance, ODD))
-        if chance.random() < 0.1:
-            text = text[: chance.randrange(len(text))]
-        try:
-            found = parsed_record(text)
-        except ValueError as error:
-            assert type(error) is ValueError
-            ended["refused"] += 1
-            continue
-        report_of(RunHistory(tmp_path, found, (), 0))
-        differences(found.fingerprint, whole_record.fingerprint)
-        for there in found.all_environments:
-            differences(there, whole_record.environment)
-        try:
-            source, _ = repeated(found, FILE, Typed())
-            check_title(source.name)
-            ended["used"] += 1
-        except (LorasmithError, ValueError) as error:
-            assert type(error) in (OptionError, ValueError)
-            ended["refused"] += 1
-    assert min(ended.values()) > 50, ended
 
 
 def test_a_run_folder_of_a_stranger_is_refused_in_a_sentence(whole: Path, tmp_path: Path) -> None:

@@ -107,13 +107,3 @@ def test_training_on_needs_a_complete_run_and_more_steps(whole: Path, broken: Pa
         plan_again(broken, Host(), CONFIRMED, steps=9)
     with pytest.raises(OptionError, match="must be more than the 5 steps"):
         plan_again(whole, Host(), CONFIRMED, steps=5)
-
-
-@pytest.mark.slow
-def test_a_run_of_variants_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
-    varied = {"flip": True, "crop_jitter": 0.2, "caption_dropout": 0.3, "trigger": "sks, a, b", "shuffle_tags": True}
-    whole = run(planned(images, tmp_path / "whole", **varied), Host())
-    run(planned(images, tmp_path / "run", **varied), Audience(stop_at=2))
-    assert tensors_of(tmp_path / "run") != tensors_of(tmp_path / "whole")
-    resumed = run(plan_again(tmp_path / "run", Host(), CONFIRMED), Host())
-    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole") and resumed.losses == whole.losses

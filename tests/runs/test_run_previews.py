@@ -105,25 +105,6 @@ def test_a_run_draws_base_steps_and_strengths(previews: Make, tiny: Model, saved
             assert "Seed: 9" in written.info["parameters"] and "LoRA: pets.safetensors" in written.info["parameters"]
 
 
-@pytest.mark.slow
-def test_strengths_without_1(previews: Make, saved: Path, tmp_path: Path) -> None:
-    assert rows(previews(preview_strengths="2")(10, saved, final=True)) == [(10, 0.0), (10, 1.0), (10, 2.0)]
-    assert not list((tmp_path / "samples").glob("strength-1-*"))
-    assert rows(previews(preview_strengths="")(10, saved, final=True)) == [(10, 0.0), (10, 1.0)]
-
-
-@pytest.mark.slow
-def test_a_failure_is_a_warning_and_the_next_preview_is_tried(previews: Make, broken: Make, saved: Path) -> None:
-    draw = previews()
-    for _ in range(3):
-        broken(RuntimeError("the device went away\nand more"))
-        assert warning(draw(10, saved)) == (
-            "the preview at step 10 could not be drawn (RuntimeError: the device went away); training continues"
-        )
-        broken(None)
-        assert rows(draw(20, saved))[-1] == (20, 1.0)
-
-
 def test_the_second_failure_in_a_row_is_the_last(previews: Make, broken: Make, saved: Path) -> None:
     draw = previews()
     broken(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))

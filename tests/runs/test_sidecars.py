@@ -75,7 +75,7 @@ def test_a_run_writes_them_on_request_and_a_private_one_no_more_than_its_lora_ha
 
 
 def test_a_run_writes_none_unasked(whole: Path) -> None:
-    assert not {"cat.json", "cat.civitai.info"} & {path.name for path in whole.iterdir()}
+    assert not {"cat.json", "cat.civitai.info", "samples"} & {path.name for path in whole.iterdir()}
 
 
 def test_sidecars_need_a_folder_and_do_not_replace_the_record(tiny: Model, tmp_path: Path) -> None:

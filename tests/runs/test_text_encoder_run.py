@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image, ImageChops
 
 from lorasmith.formats.container import read_safetensors
 from lorasmith.runs.plan import plan
-from lorasmith.runs.run import Host, run
+from lorasmith.runs.run import run
 from lorasmith.training.events import Previewed
 from tests.hosts import Audience
-from tests.runs.folder_cases import asked, placed, planned, tensors_of
+from tests.runs.folder_cases import asked, placed
 
 QUICK: dict[str, Any] = {
     "steps": 2,
@@ -39,18 +38,6 @@ def drawn(images: Path, folder: Path, **settings: Any) -> list[int]:
     return distances
 
 
-@pytest.mark.slow
-def test_previews_are_drawn_with_the_trained_encoder(images: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "text"
-    first, last, half = drawn(images, folder, train_text_encoder=True, text_encoder_rate=0.05)
-    assert min(first, last, half) > 2
-    assert first != last != half
-    assert max(drawn(images, tmp_path / "plain")) <= 1
-    assert json.loads((folder / "run.json").read_text())["config"]["text_encoder_rate"] == 0.05
-    keys, _ = read_safetensors(folder / "cat.safetensors")
-    assert sum(key.startswith("lora_te_") and key.endswith("lora_up.weight") for key in keys) == 12
-
-
 def test_previews_are_drawn_with_the_new_word(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "word"
     first, last, half = drawn(images, folder, trigger="cat", targets="none", new_word="cat", new_word_rate=0.05)
@@ -59,12 +46,3 @@ def test_previews_are_drawn_with_the_new_word(images: Path, tmp_path: Path) -> N
     bundle, _ = read_safetensors(folder / "cat.safetensors")
     beside, _ = read_safetensors(folder / "cat_emb.safetensors")
     assert bundle["bundle_emb.cat.clip_l"].equal(beside["clip_l"])
-
-
-@pytest.mark.slow
-def test_a_run_with_a_new_word_is_resumed_to_the_bit(images: Path, tmp_path: Path) -> None:
-    word = {"trigger": "cat", "new_word": "cat", "new_word_vectors": 2, "steps": 3}
-    run(planned(images, tmp_path / "whole", **word), Host())
-    run(planned(images, tmp_path / "two", **word), Audience(stop_at=1))
-    run(planned(images, tmp_path / "two", **word), Host())
-    assert tensors_of(tmp_path / "whole") == tensors_of(tmp_path / "two")
