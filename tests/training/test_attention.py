@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import attention, measured_times
 from lorasmith.training import way as ways
@@ -26,13 +25,10 @@ from lorasmith.training.attention import (
     kernel_seconds,
 )
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import AttentionPlanned, Event, StepDone
 from lorasmith.training.job import plan_job
-from lorasmith.training.results import TrainResult
 from lorasmith.training.way import Way
 
 CPU = torch.device("cpu")
-Run = Callable[..., TrainResult]
 
 
 class Timer:
@@ -168,31 +164,3 @@ def test_where_a_run_chooses(tiny: Model) -> None:
     assert found("cpu", attention="cudnn") == "torch"
     job = plan_job(tiny.denoiser, TrainConfig(targets="*.attn2.to_q", attention="cudnn"), CPU)
     assert any("attention cudnn has no effect on the CPU" in note for note in job.notes)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("measuring")
-def test_a_resumed_run_keeps_its_kernel(
-    run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], tmp_path: Path
-) -> None:
-    plain = run(dataset, steps=3, attention="torch")
-    heard: list[Event] = []
-
-    def some(until: int) -> TrainResult:
-        return run(
-            dataset,
-            steps=3,
-            output=tmp_path / "run",
-            on_event=heard.append,
-            cancelled=lambda: sum(isinstance(event, StepDone) for event in heard) >= until,
-        )
-
-    def chosen() -> Iterator[str]:
-        return (event.kernel for event in heard if isinstance(event, AttentionPlanned))
-
-    timed(torch=10, efficient=1)
-    assert some(until=1).reason == "cancelled"
-    assert list(chosen()) == ["efficient"]
-    timer = timed(torch=1, flash=0.1)
-    assert some(until=9).losses == plain.losses, "there is one kernel on the CPU"
-    assert list(chosen()) == ["efficient"] and not timer.asked

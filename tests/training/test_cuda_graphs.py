@@ -26,7 +26,6 @@ from lorasmith.training.events import Event, Warned
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.methods.weight_change import WeightChange
-from lorasmith.training.optim import flat
 from lorasmith.training.trainable import Trainable
 from tests.covering import slow_except
 from tests.cuda.cases import FAMILIES, samples_of, small_model
@@ -122,14 +121,6 @@ def test_replayed_steps_with_token_routing(tmp_path: Path) -> None:
 FEW: dict[str, Any] = {"targets": "*.0.attn2.to_q", "grad_accumulation_steps": 1}
 
 
-@pytest.mark.slow
-def test_gradients_that_are_added_at_once_as_on_a_gpu_are_captured(
-    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flat, "_ADDED_BY_AUTOGRAD", ())
-    assert_replayed(tiny, dataset, **FEW | {"training_dtype": "bf16", "exact_dtype": True})
-
-
 def test_nodes_of_a_penalty_are_gone_before_a_pass(
     tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,24 +145,6 @@ def test_each_shape_has_a_graph(tiny: Model, mixed: EncodedDataset, monkeypatch:
     data = EncodedDataset(tuple(shapes.values()))
     assert len(data.samples) == 3
     assert len(assert_replayed(tiny, data, steps=12, **FEW | {"batch_size": 1})) == 2  # the third is computed without
-
-
-@pytest.mark.slow
-def test_a_resumed_run_captures_again_and_is_the_same(tiny: Model, dataset: EncodedDataset) -> None:
-    def loop(*, graphs: bool, until: int | None = None) -> Loop:
-        return Loop(engine_of(planned(tiny, graphs=graphs, steps=8, **FEW)), dataset, until=until)
-
-    expected = loop(graphs=False)
-    expected.run()
-    with graphs_on_tape() as tapes:
-        first = loop(graphs=True, until=4)
-        first.run()
-        second = loop(graphs=True)
-        second.load(first.state())
-        second.run()
-    assert [tape.replays for tape in tapes] == [3, 3]
-    assert second.losses == expected.losses
-    torch.testing.assert_close(second.state().tensors, expected.state().tensors, rtol=0, atol=0)
 
 
 def run_twice(tiny: Model, dataset: EncodedDataset, prepare: Callable[[], None] = lambda: None) -> list[str]:

@@ -145,20 +145,11 @@ ALGORITHMS: dict[str, Settings] = {
 }
 
 
-CONVOLVED = ("LoRA", "LoHa", "LoKr", "Tucker", "differences")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("levers", [{}, {"quantization": "nf4", "gradient_checkpointing": True}])
 def test_each_algorithm(flux: Model, flux_data: EncodedDataset, name: str, levers: Settings) -> None:
     assert_each_alike(flux, flux_data, name, levers)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONVOLVED)
-def test_each_algorithm_that_takes_convolutions(tiny: Model, mixed: EncodedDataset, name: str) -> None:
-    assert_each_alike(tiny, mixed, name, {"steps": 2})
 
 
 def assert_each_alike(model: Model, data: EncodedDataset, name: str, levers: Settings) -> None:
@@ -186,25 +177,9 @@ def test_quantized_and_recomputed(
         assert_alike(result, alone(flux, flux_data, settings))
 
 
-@pytest.mark.slow
-def test_products_in_int8(flux: Model, flux_data: EncodedDataset) -> None:
-    """Rows have scales of their own, whoever's they are; a sum that differs in its last bit may get another code."""
-    runs = [{"quantization": "int8", "products": "int8", **one} for one in ({}, {"rank": 2, "seed": 4})]
-    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
-        assert isinstance(result, TrainResult)
-        assert result.losses == pytest.approx(alone(flux, flux_data, settings).losses, rel=1e-3)
-
-
 @pytest.fixture(scope="module")
 def flux_data() -> EncodedDataset:
     return flux_dataset()
-
-
-@pytest.mark.slow
-def test_activations_are_planned_for_all(flux: Model, flux_data: EncodedDataset) -> None:
-    runs: list[Settings] = [{"activations": "auto"}, {"activations": "auto", "rank": 8}]
-    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
-        assert_alike(result, alone(flux, flux_data, settings))
 
 
 @pytest.mark.slow

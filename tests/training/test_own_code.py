@@ -80,23 +80,6 @@ def test_a_loss_that_computes_what_ours_does_trains_the_same(
     assert not same(ours, run(masked, loss=lambda *compared: 2 * squared(*compared), **common))
 
 
-@pytest.mark.slow
-def test_runs_together_have_their_own_losses_optimizers_and_schedules(tiny: ls.Model, dataset: EncodedDataset) -> None:
-    own: list[dict[str, Any]] = [
-        {"loss": squared, "schedule": falling},
-        {"loss": lambda prediction, target, batch: (prediction - target).abs().flatten(1).mean(1)},
-        {"optimizer": nadam, "learning_rate": 1e-2},
-        {"loss": lambda prediction, target, batch: (prediction - target).mean()},
-    ]
-    common: dict[str, Any] = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "training_dtype": "fp32"}
-    *together, failed = ls.train_together(tiny, dataset, own, **common)
-    assert isinstance(failed, OptionError) and "must return a differentiable float tensor" in str(failed)
-    for result, settings in zip(together, own, strict=False):
-        alone = ls.train(tiny, dataset, progress=False, **common, **settings)
-        assert isinstance(result, TrainResult)
-        assert result.losses == pytest.approx(alone.losses, rel=1e-4)
-
-
 def cleaner(u: Tensor) -> Tensor:
     return u**2
 

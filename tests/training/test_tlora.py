@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
@@ -28,7 +27,6 @@ from lorasmith.runs.library import train
 from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
-from lorasmith.training.events import Event, StepDone
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult, lora_of
@@ -235,27 +233,6 @@ def test_held_out_losses_use_the_ranks_of_their_level(tiny: Model, dataset: Enco
             )()
         torch.testing.assert_close(found[0, draw], expected[0, draw], rtol=1e-3, atol=1e-5)
     assert ((found - everything).abs() > 1e-4).any()
-
-
-@pytest.mark.slow
-def test_a_run_is_resumed_to_the_bit_with_its_averages(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 4, "tlora": "orthogonal", "rank_dropout": 0.3, "post_hoc_ema": 2}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(dataset, output=whole, **settings)
-    steps: list[Event] = []
-    run(
-        dataset,
-        output=broken,
-        on_event=steps.append,
-        cancelled=lambda: sum(isinstance(one, StepDone) for one in steps) == 3,
-        **settings,
-    )
-    run(dataset, output=broken, **settings)
-    files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors") if "states" not in path.parts)
-    assert len(files) == 1 + 2 * 2
-    for name in files:
-        one, other = load_file(whole / name), load_file(broken / name)
-        assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 
 
 def test_the_orthogonal_start_is_that_of_a_random_matrix() -> None:

@@ -189,21 +189,6 @@ def test_micro_batches_have_the_routes_of_a_batch(flux: Model, data: EncodedData
     assert together.losses == pytest.approx(apart.losses, rel=1e-4)
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_from_its_state_bit_for_bit(flux: Model, data: EncodedDataset) -> None:
-    first = Trainer(flux, data, **RUN)
-    for step in first:
-        step.update()
-        if first.step == 2:
-            state = first.state()
-    second = Trainer(flux, data, **RUN)
-    second.load(state)
-    for step in second:
-        step.update()
-    assert first.losses == second.losses
-    assert all(torch.equal(one, second.weights[name]) for name, one in first.weights.items())
-
-
 @pytest.mark.parametrize("sharding", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_are_one(flux: Model, data: EncodedDataset, sharding: bool) -> None:
     def losses(processes: Processes | None) -> list[float]:

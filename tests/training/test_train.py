@@ -18,38 +18,18 @@ from lorasmith.core.errors import LoraError, OptionError, OutputError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.metadata import autov1, sha256_file
-from lorasmith.training import engine, results
+from lorasmith.training import results
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted, StepDone, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
-from tests.covering import slow_except
 from tests.launched import LONG_S
 
 Run = Callable[..., TrainResult]
-
-
-@pytest.mark.slow
-def test_the_first_loss_of_a_continued_run_is_that_of_the_merged_model(
-    run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
-) -> None:
-    first = run(dataset, steps=10, learning_rate=1e-2, alpha=2.0)
-    file = first.lora.save(tmp_path / "any name.safetensors")
-    continued = run(dataset, steps=1, existing_lora=str(file), seed=9)
-
-    def loss_at_step_11(denoiser: Denoiser) -> float:
-        config = TrainConfig(training_dtype="fp32", seed=9)
-        job = plan_job(denoiser, config, torch.device("cpu"))
-        (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.way).step(10)
-        with torch.no_grad(), denoiser.active():
-            return engine.sample_losses(job.model, batch, job.config, job.way).item()
-
-    assert continued.losses[0] == pytest.approx(loss_at_step_11(first.lora.applied_to(tiny.denoiser)), rel=1e-5)
-    assert continued.losses[0] != pytest.approx(loss_at_step_11(tiny.denoiser), rel=5e-5)
 
 
 def test_a_continued_run_meets_new_noise_and_the_rest_of_the_epoch(
@@ -108,16 +88,6 @@ def test_what_belongs_to_no_layer_of_the_denoiser_is_carried_along(
     saved = load_file(carried.lora.save(tmp_path / "c.safetensors"))
     for key, tensor in extra.items():
         assert torch.equal(saved[key], tensor), key
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", slow_except(["kohya", "comfy", "diffusers"], "diffusers"))
-def test_any_layout_can_be_continued(run: Run, dataset: EncodedDataset, tmp_path: Path, layout: str) -> None:
-    first = run(dataset, steps=2, targets="all", learning_rate=1e-2)
-    file = first.lora.save(tmp_path / "first.safetensors", layout=layout)
-    kohya = first.lora.save(tmp_path / "kohya.safetensors")
-    losses = [run(dataset, steps=1, targets="all", existing_lora=str(one)).losses[0] for one in (file, kohya)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_rank_above_a_layers_size_is_capped_and_said(run: Run, dataset: EncodedDataset) -> None:
@@ -183,12 +153,6 @@ def test_a_full_disk_while_saving_is_one_sentence(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_file_where_the_output_folder_should_be(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("not a folder")
-    with pytest.raises(OutputError, match="must be a folder but is a file"):
-        run(dataset, output=tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "sentence"),
     [
@@ -237,25 +201,6 @@ def test_bad_settings_are_refused_in_a_sentence(
 def test_combo_values_are_accepted_whatever_their_case(run: Run, dataset: EncodedDataset) -> None:
     result = run(dataset, steps=1, algorithm="lora", optimizer="adamw", loss_function="mse")
     assert len(result.losses) == 1
-
-
-LEARNERS = [(optimizer, "MSE") for optimizer in ("AdamW", "Adam", "SGD", "RMSprop")]
-LEARNERS += [("AdamW", loss) for loss in ("L1", "Huber", "SmoothL1")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("optimizer", "loss_function"),
-    [one if one in LEARNERS[3:4] else pytest.param(*one, marks=pytest.mark.slow) for one in LEARNERS],
-)
-def test_every_optimizer_and_every_loss_learns(
-    run: Run, dataset: EncodedDataset, optimizer: str, loss_function: str
-) -> None:
-    """On one sample, where the loss must fall."""
-    one = EncodedDataset(dataset.samples[:1])
-    rate, steps = (1.0, 60) if optimizer == "SGD" else (1e-2, 12)
-    result = run(one, steps=steps, optimizer=optimizer, loss_function=loss_function, learning_rate=rate, batch_size=4)
-    assert sum(result.losses[-4:]) < sum(result.losses[:4])
 
 
 @pytest.mark.parametrize("zero", ["up", "down"])

@@ -62,7 +62,6 @@ def those(*names: str) -> pytest.MarkDecorator:
 
 
 some = those("LoKr", "OFT", "DoRA of PiSSA", "Tucker", "norms and biases")
-few = those("OFT", "DoRA of LoKr")
 
 
 def tensors(result: TrainResult) -> dict[str, Tensor]:
@@ -108,35 +107,6 @@ def test_it_starts_as_the_model_itself_and_moves(
     changed = [key for key, tensor in moved.items() if not torch.allclose(tensor, still[key], atol=1e-6)]
     assert len(changed) > 0.4 * len(moved)  # of some algorithms one factor stays where it is at first
     assert all(tensor.isfinite().all() for tensor in moved.values())
-
-
-@pytest.mark.slow
-@few
-def test_the_same_seed_gives_the_same_bytes(
-    quick: Run, trained: Callable[..., TrainResult], tmp_path: Path, variant: dict[str, Any]
-) -> None:
-    first = load_file(trained(variant).lora.save(tmp_path / "a.safetensors"))
-    second = load_file(quick(**variant).lora.save(tmp_path / "b.safetensors"))
-    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
-
-
-@pytest.mark.slow
-@few
-def test_half_precision_follows(quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]) -> None:
-    full, half = trained(variant), quick(**variant, training_dtype="bf16", gradient_checkpointing=True)
-    assert half.losses == pytest.approx(full.losses, rel=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    slow_except(["DoRA with dropout", "DoRA of PiSSA", "Tucker", "OFT", "LoKr", "norms and biases"], "LoKr"),
-)
-def test_a_batch_of_four_is_four_accumulated_batches_of_one(quick: Run, name: str) -> None:
-    together = quick(**VARIANTS[name], batch_size=4, gradient_checkpointing=True)
-    apart = quick(**VARIANTS[name], batch_size=1, grad_accumulation_steps=4)
-
-    assert together.losses == pytest.approx(apart.losses, rel=1e-4)
 
 
 @some

@@ -160,17 +160,6 @@ def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: Enc
     assert equal(tensors(back), tensors(whole))
 
 
-@pytest.mark.slow
-def test_one_loop_steps_a_trainer(tiny: Model, dataset: EncodedDataset) -> None:
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=3)
-    first = iter(trainer)
-    next(first).gradient()
-    assert [step.number for step in trainer if step.update()] == [0, 1, 2], "the other loop took no step"
-    with pytest.raises(OptionError, match=r"step 1 is over, as .* another loop over its Trainer has begun"):
-        next(first)
-    assert trainer.losses == train(tiny, dataset, **SETTINGS, steps=3).losses
-
-
 def test_nothing_stays_open_if_the_model_cannot_be_prepared(
     tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

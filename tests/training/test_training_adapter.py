@@ -21,7 +21,6 @@ from lorasmith.runs import run as running
 from lorasmith.runs.library import train
 from lorasmith.training.adapter_settings import NONE_LORA
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Resumed
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
@@ -93,18 +92,6 @@ def test_it_is_part_of_what_makes_a_run_the_same_wherever_the_file_is(
     assert differences(taken(adapter), taken(moved)) == []
     assert differences(taken(adapter), taken(other)) == ["LoRAs applied to the base model"]
     assert differences(taken(adapter), taken(None)) == ["LoRAs applied to the base model"]
-
-
-@pytest.mark.slow
-def test_a_run_with_it_is_resumed(dataset: EncodedDataset, tiny: Model, adapter: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 3, "rank": 2, "targets": LAYER, "training_adapter": str(adapter)}
-    whole = train(tiny, dataset, **settings)
-    steps = iter((False, True))
-    train(tiny, dataset, output=tmp_path / "run", **settings, cancelled=lambda: next(steps, True))
-    events: list[Any] = []
-    resumed = train(tiny, dataset, output=tmp_path / "run", **settings, on_event=events.append)
-    assert any(isinstance(event, Resumed) for event in events)
-    assert resumed.losses == whole.losses
 
 
 def test_a_lora_of_another_family_is_refused(run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path) -> None:

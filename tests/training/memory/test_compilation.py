@@ -27,7 +27,6 @@ from lorasmith.adapters.frozen_weights import products_enabled, weights_packed
 from lorasmith.adapters.inject import Attached, Difference, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import InputDora, OutputDora, RankMasks
-from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.core.blocks import units
 from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS, Packed
@@ -38,7 +37,7 @@ from lorasmith.families.files.packed_weights import PackedWeights
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, Resumed, StepDone, Warned
+from lorasmith.training.events import Event, Resumed, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.activations import blocks_checkpointed
@@ -247,43 +246,6 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "share", "depth"),
-    slow_except([("none", 1.0, 0), ("nf4", 1.0, 1), ("int8", 0.5, 0), ("fp8_e4m3", 0.5, 1)], ("int8", 0.5, 0)),
-)
-def test_offloaded_weights(toy: Toy, kind: str, share: float, depth: int) -> None:
-    adapters, stream = adapters_for(toy), WeightStream(CPU)
-    with (
-        weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32, stream=stream),
-        adapters_attached(toy, [Attached(adapters)]),
-    ):
-        stream.keep(share)
-        plain = gradients(toy, adapters)
-        before = stream.copies
-        with blocks_checkpointed(toy, depth, compiled=True), blocks_compiled(toy, True):
-            for _ in range(2):
-                assert_close(gradients(toy, adapters), plain)
-    assert stream.copies > before + 2
-    assert graphs() == 2
-    assert not counters["graph_break"]
-
-
-@pytest.mark.slow
-def test_offloaded_weights_of_recomputed_stages(toy: Toy) -> None:
-    torch.manual_seed(0)
-    model, stream = stages().requires_grad_(False), WeightStream(CPU)
-    adapters = adapters_for(model)
-    with (
-        weights_packed(model, kind="none", device=CPU, dtype=torch.float32, stream=stream),
-        adapters_attached(model, [Attached(adapters)]),
-    ):
-        plain = gradients(model, adapters)
-        with blocks_checkpointed(model, 1, compiled=True), blocks_compiled(model, True):
-            assert_close(gradients(model, adapters), plain)
-    assert graphs() == 1
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not has_products("int8", CPU), reason="sums of int8 products saturate here")
 @pytest.mark.parametrize("kind", slow_except(["int8", "int8_convrot"], "int8_convrot"))
 def test_products_in_int8(toy: Toy, kind: str) -> None:
@@ -431,22 +393,6 @@ def test_blocks_of_tokens_know_neither_height_nor_width(dataset: EncodedDataset)
     assert vary((8, 8), (4, 18))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(compiler(CPU) == "none", reason="needs a C++ compiler")
-def test_machine_code(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    del toy.wide[:], toy.narrow[1:]  # seconds for each kind
-    adapters = adapters_for(toy)
-    with (
-        weights_packed(toy, kind="int8", device=CPU, dtype=torch.float32),
-        adapters_attached(toy, [Attached(adapters)]),
-    ):
-        plain = gradients(toy, adapters)
-        with blocks_compiled(toy, True):
-            assert_close(gradients(toy, adapters), plain)
-    assert graphs() == 1
-
-
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -490,26 +436,6 @@ def test_where_torch_cannot_compile_the_run_goes_on(
     (message,) = (event.message for event in heard if isinstance(event, Warned) and "compile" in event.message)
     assert "there is no compiler here" in message and "\n" not in message and "step 1 is repeated" in message
     assert result.losses == run(dataset).losses, "to the bit, as nothing was compiled"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_block")
-def test_a_run_that_went_on_without_stays_so_when_it_is_resumed(
-    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    heard: list[Event] = []
-
-    def some(**settings: Any) -> TrainResult:
-        return run(dataset, compile=True, output=tmp_path / "run", on_event=heard.append, **settings)
-
-    monkeypatch.setattr(compilation, "BACKEND", failing_forward)
-    stopped = some(cancelled=lambda: any(isinstance(event, StepDone) for event in heard))
-    assert stopped.reason == "cancelled"
-    monkeypatch.setattr(compilation, "BACKEND", "eager")
-    before = graphs()
-    assert some().losses == run(dataset).losses
-    assert graphs() == before
-    assert sum(isinstance(event, Warned) and "cannot be compiled" in event.message for event in heard) == 1
 
 
 @pytest.mark.slow

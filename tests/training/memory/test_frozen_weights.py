@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +17,6 @@ from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
 from lorasmith.adapters import frozen_layer
-from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.frozen_layer import (
     PRODUCTS,
     FrozenLayer,
@@ -37,19 +33,16 @@ from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import placement, quantized_products
 from lorasmith.core.errors import OptionError
-from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.mapped_files import place_on_file
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.results import TrainResult
 from lorasmith.training.trainable import trainable
@@ -58,20 +51,6 @@ from tests.covering import slow_except
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
 LAYERS = "attention, *.conv1"
 Run = Callable[..., TrainResult]
-
-
-@pytest.mark.slow
-@pytest.mark.pairwise(kind=QUANTIZED, offloading=[False, True], depth=[0, 1], algorithm=["LoRA", "LoKr"])
-def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
-    tiny: Model, dataset: EncodedDataset, kind: str, offloading: bool, depth: int, algorithm: str
-) -> None:
-    with rounded(tiny.components.denoiser, kind):
-        expected = one_step(tiny, dataset, algorithm=algorithm, targets=LAYERS)
-    changes = {"quantization": kind, "offloading": offloading, "checkpoint_depth": depth}
-    found = one_step(tiny, dataset, changes, algorithm=algorithm, targets=LAYERS)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 EVERY_KIND = [kind for kind in PACKINGS if kind != "none"]
@@ -275,19 +254,6 @@ def counted(monkeypatch: pytest.MonkeyPatch, products: str) -> Counter[str]:
     return calls
 
 
-@pytest.mark.slow
-def test_a_run_with_products_in_fp8_learns_as_the_others_do(
-    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings: dict[str, Any] = {"steps": 4, "quantization": "fp8_e4m3", "targets": "attention"}
-    plain = run(dataset, **settings)
-    assert run(dataset, products="fp8", **settings).losses == plain.losses  # this device has none
-    monkeypatch.setattr(quantized_products, "has_products", lambda kind, device: True)
-    lossy = run(dataset, products="fp8", **settings)
-    assert lossy.losses != plain.losses
-    assert lossy.losses == pytest.approx(plain.losses, rel=0.03)
-
-
 @pytest.mark.parametrize(
     ("products", "kind", "there", "sentence"),
     [
@@ -330,44 +296,6 @@ def test_the_name_of_a_graph_for_products_in_fp8_is_read_and_kept_in_one_place()
         TrainConfig(quantized_backward=True, products="int8")
 
 
-@pytest.mark.slow
-@needs_int8
-def test_a_run_with_products_in_int8_continues_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 4, "quantization": "int8_convrot", "products": "int8", "targets": "attention"}
-    whole = run(dataset, output=tmp_path / "whole", **settings)
-    calls = itertools.count()
-    broken = run(dataset, output=tmp_path / "broken", cancelled=lambda: next(calls) >= 2, **settings)
-    assert 0 < len(broken.losses) < 4
-    resumed = run(dataset, output=tmp_path / "broken", **settings)
-    assert resumed.losses == whole.losses
-    assert_same(tensors(resumed), tensors(whole))
-    plain = run(dataset, **{**settings, "products": "training_dtype"})
-    assert whole.losses != plain.losses
-    assert whole.losses == pytest.approx(plain.losses, rel=0.03)
-
-
-COMBINED: list[dict[str, Any]] = [
-    *({"algorithm": algorithm} for algorithm in ALGORITHMS),
-    {"dora": "input"},
-    {"dora": "output"},
-    {"activations": "auto"},
-    {"activations": "selective", "gradient_checkpointing": True},
-    {"differences": "norms+biases"},
-    {"grad_accumulation_steps": 2, "rank_dropout": 0.3},
-    {"training_dtype": "bf16", "exact_dtype": True},
-]
-
-
-@needs_int8
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", COMBINED, ids=str)
-def test_products_in_int8_go_with(run: Run, dataset: EncodedDataset, settings: dict[str, Any]) -> None:
-    common: dict[str, Any] = {"steps": 2, "quantization": "int8", "targets": "attention", **settings}
-    plain, found = (run(dataset, products=products, **common) for products in ("training_dtype", "int8"))
-    assert found.losses != plain.losses
-    assert found.losses == pytest.approx(plain.losses, rel=0.02)
-
-
 def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
     module = tiny.components.denoiser
     layers = packable_layers(module)
@@ -396,54 +324,6 @@ def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedData
     assert before[:2] == after[:2]
     assert_same(before[2], after[2])
     assert not any("weight_source" in vars(module) for module in tiny.components.denoiser.modules())
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "steps": 4,
-        "quantization": "nf4",
-        "grad_accumulation_steps": 2,
-        "ema_decay": 0.9,
-        "gradient_checkpointing": True,
-        "save_state_every": 1,
-        "validation_share": 0.3,
-        "validation_draws": 2,
-        "validate_every": 2,
-    }
-    whole = run(dataset, **settings)
-    seen: list[object] = []
-    broken = run(
-        dataset,
-        **settings,
-        output=tmp_path / "run",
-        on_event=lambda event: seen.append(event) if isinstance(event, StepDone) else None,
-        cancelled=lambda: len(seen) >= 1,
-    )
-    assert 0 < broken.steps < 4
-    resumed = run(dataset, **settings, output=tmp_path / "run")
-    assert resumed.losses == whole.losses
-    assert resumed.validations == whole.validations
-    assert_same(tensors(resumed), tensors(whole))
-
-
-@pytest.mark.slow
-def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDataset) -> None:
-    plain, coarse = (
-        run(dataset, steps=1, validation_share=0.3, validation_draws=2, quantization=kind) for kind in ("none", "nf4")
-    )
-    assert plain.base_loss is not None
-    assert coarse.base_loss is not None
-    assert coarse.base_loss != plain.base_loss
-    assert coarse.base_loss == pytest.approx(plain.base_loss, rel=0.05)
-
-
-@pytest.mark.slow
-def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
-    for settings in ({"dora": "output"}, {"pissa": True}):
-        plain, coarse = (planned(tiny, quantization=kind, **settings) for kind in ("none", "nf4"))
-        for path, adapter in plain.adapters.items():
-            assert_same(adapter.to_weights().tensors, coarse.adapters[path].to_weights().tensors)
 
 
 def test_it_says_what_share_is_quantized(tiny: Model) -> None:
@@ -547,26 +427,3 @@ def test_only_plain_layers_that_share_nothing_are_taken() -> None:
     model = Tied()
     assert packable_layers(model) == [model.plain]
     assert is_targetable(model.head)
-
-
-@pytest.fixture(scope="module")
-def taught(tiny: Model) -> Callable[[str], float]:
-    """Held-out loss of a short run on a base of some packing."""
-    data = load_dataset(BUILT_IN_BASE / "input" / "high-contrast", tiny)
-    settings: dict[str, Any] = {"steps": 12, "batch_size": 4, "rank": 8, "seed": 1, "training_dtype": "fp32"}
-    settings |= {"validation_share": 0.25, "validation_draws": 4, "validate_every": 12}
-
-    @cache
-    def loss(kind: str) -> float:
-        result = train(tiny, data, quantization=kind, **settings)
-        assert result.base_loss is not None
-        assert result.validations[-1][1] < 0.95 * result.base_loss
-        return result.validations[-1][1]
-
-    return loss
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_quantized_base_teaches_as_much_as_a_plain_one(taught: Callable[[str], float], kind: str) -> None:
-    assert taught(kind) == pytest.approx(taught("none"), rel=0.02)

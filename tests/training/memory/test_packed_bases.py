@@ -68,12 +68,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_pair(tmp_path_factory.mktemp("pair"), request.param)
 
 
-@pytest.fixture(scope="module", params=["int8 by row", "int8 with ConvRot", "nvfp4 with factors", "mxfp8"])
-def pair_of_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """The same of the other formats of `families.files.packed_weights`."""
-    return make_pair(tmp_path_factory.mktemp("pair"), request.param)
-
-
 def run(model: Model, **settings: Any) -> TrainResult:
     base = {"steps": 3, "rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "lora_dtype": "fp32", "seed": 3}
     return train(model, flux_dataset(), **(base | {"targets": "attention"} | settings))
@@ -92,17 +86,6 @@ CHANGES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", slow_except(CHANGES, CHANGES[0], CHANGES[-1]), ids=str)
 def test_a_step_is_that_of_the_plain_weights(pair: Pair, changes: dict[str, Any]) -> None:
     assert_same_step(pair, changes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    slow_except([*CHANGES, {"offloading": True, "products": "fp8"}], CHANGES[-1]),
-    ids=str,
-)
-def test_a_step_is_that_of_the_plain_weights_in_other_formats(pair_of_kind: Pair, changes: dict[str, Any]) -> None:
-    """No scale of blocks is mistaken for one of rows by products in fp8."""
-    assert_same_step(pair_of_kind, changes)
 
 
 def assert_same_step(pair: Pair, changes: dict[str, Any]) -> None:
@@ -232,11 +215,6 @@ def test_a_difference_of_a_whole_weight_runs_beside_codes(pair: Pair) -> None:
 
 def test_a_model_of_other_codes_is_another_one(pair: Pair) -> None:
     assert_codes_are_in_the_print(pair)
-
-
-@pytest.mark.slow_after(1)
-def test_a_model_of_other_codes_is_another_one_in_other_formats(pair_of_kind: Pair) -> None:
-    assert_codes_are_in_the_print(pair_of_kind)
 
 
 def assert_codes_are_in_the_print(pair: Pair) -> None:

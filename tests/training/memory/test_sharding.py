@@ -32,7 +32,6 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training import engine as engines
-from lorasmith.training import watchers
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Planned, Validated, Warned
@@ -151,15 +150,6 @@ def test_a_run_of_each_family(case: Case, four: EncodedDataset) -> None:
     for settings in ({}, levers):
         plain, sharded = both(case.ours, four, **settings, learning_rate=1e-3)
         assert_alike(plain, sharded)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [{}, {"quantization": "nf4", "gradient_checkpointing": True}], ids=["plain", "nf4"]
-)
-def test_four_processes(tiny: Model, mixed: EncodedDataset, settings: dict[str, Any]) -> None:
-    plain, sharded = both(tiny, mixed, 4, **settings)
-    assert_alike(plain, sharded)
 
 
 @pytest.mark.slow
@@ -294,20 +284,6 @@ def test_an_end_in_the_middle_of_a_pass_is_that_of_all(
 
 
 @pytest.mark.slow
-def test_a_broken_loss_is_skipped_by_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, taken = engines.sample_losses, []
-
-    def losses(denoiser: Any, batch: Any, config: Any, way: Any) -> Tensor:
-        taken.append(None)
-        found = whole(denoiser, batch, config, way)
-        return found * float("nan") if way.processes.rank == 1 and len(taken) == 1 else found
-
-    monkeypatch.setattr(engines, "sample_losses", losses)
-    found = processes_together(2, lambda _: trained(tiny, dataset, sharding=True, steps=3)[0])
-    assert [[loss == loss for loss in each] for each in found] == 2 * [[False, True, True]]
-
-
-@pytest.mark.slow
 def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
     """And the run goes on without sharding, and with it again, as if nothing had been."""
 
@@ -325,13 +301,6 @@ def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDatase
 
     for _, counts in processes_together(2, one):
         assert counts == [2, 4, 6]
-
-
-@pytest.mark.slow
-def test_early_stopping_stops_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchers.History, "should_stop", lambda history, patience: True)
-    plain, sharded = both(tiny, dataset, validation_share=0.4, validate_every=2, steps=6)
-    assert len(plain[0]) == len(sharded[0]) == 2
 
 
 @pytest.mark.slow
