@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.cli.flags import split_strength
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import options_of
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
-from tests.covering import slow_except
 
 Command = Callable[..., Any]
 QUICK = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 2, "--targets", "attention", "--no-previews")
@@ -67,74 +58,6 @@ def test_a_file_of_settings_names_the_second_expert(lorasmith: Command, photos: 
     assert ran.code == 1 and "class_images must be given with low_noise_model" in ran.err
 
 
-@pytest.mark.slow
-def test_the_record_of_a_run_is_a_file_of_its_settings(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
-    assert lorasmith("train", photos, *QUICK, "--trigger", "sks cat", "--name", "cat", "--output", "first").code == 0
-    ran = lorasmith("train", "--config", "first/run.json", "--output", "second")
-    assert ran.code == 0, ran.err
-    first, second = (load_file(tmp_path / name / "cat.safetensors") for name in ("first", "second"))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    ran = lorasmith("train", "--config", "first/run.json", "--output", "third", "--steps", 1, "--trigger", "")
-    assert ran.code == 0 and "1 × batch 1" in ran.out, ran.err
-    asked = json.loads((tmp_path / "third" / "run.json").read_text())
-    assert (asked["asked"]["steps"], asked["asked"]["rank"], "trigger" in asked["source"]) == (1, 2, False)
-    record = json.loads((tmp_path / "first" / "run.json").read_text())
-    record["asked"] |= {"optimizer": "antigravity.X", "track": "wandb"}
-    (tmp_path / "first" / "run.json").write_text(json.dumps(record))
-    ran = lorasmith("train", "--config", "first/run.json", "--output", "fourth")
-    assert (ran.code, ran.err.count("\n")) == (1, 1) and "type --optimizer antigravity.X" in ran.err
-    assert "a tracker, which is not started; --track wandb starts it" in ran.out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "LoKr"))
-def test_every_algorithm_trains(lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model, algorithm: str) -> None:
-    """At its own default rate, and what is saved changes the model."""
-    quick = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 4, "--targets", "*.attn2.to_q")
-    ran = lorasmith("train", photos, *quick, "--algorithm", algorithm.lower())
-    assert ran.code == 0, ran.err
-    file = tmp_path / "runs" / "photos-001" / "photos.safetensors"
-    lora = Lora.load(file, tiny)
-    trained = {ref.path for ref in (*lora.state.adapters, *lora.state.differences)}
-    assert len(trained) == 7
-    path = min(trained)
-    before = tiny.components.denoiser.get_submodule(path).weight.clone()
-    with lora.applied_to(tiny.denoiser).active():
-        assert not torch.equal(tiny.components.denoiser.get_submodule(path).weight, before)
-    assert lorasmith("check", file, "--model", "lorasmith-tiny").code == 0
-
-
-@pytest.mark.slow
-def test_a_second_run_gets_a_folder_of_its_own(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
-    for _ in range(2):
-        assert lorasmith("train", photos, *QUICK).code == 0
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"photos-001", "photos-002"}
-
-
-@pytest.mark.slow
-def test_generate_then_inspect(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
-    assert lorasmith("train", photos, *QUICK, "--output", "run", "--name", "cat").code == 0
-    ran = lorasmith(
-        "generate", "--model", "lorasmith-tiny", "--lora", "run/cat.safetensors:0.8", "--prompt", "a cat",
-        "--prompt", "a dog", "--steps", 2, "--seed", 5,
-    )  # fmt: skip
-    assert ran.code == 0, ran.err
-    pictures = sorted((tmp_path / "output").iterdir())
-    assert [path.name for path in pictures] == ["lorasmith_00001_.png", "lorasmith_00002_.png"]
-    with Image.open(pictures[0]) as image:
-        assert image.size == (64, 64)
-        assert "a cat" in image.info["parameters"]
-    again = lorasmith("generate", "--model", "lorasmith-tiny", "--prompt", "a cat", "--steps", 2, "--seed", 5)
-    assert again.code == 0
-    assert (tmp_path / "output" / "lorasmith_00003_.png").is_file()
-    shown = lorasmith("inspect", "run/cat.safetensors")
-    assert shown.code == 0
-    for text in ("kohya", "lora × 56", "2 × 56", "modelspec.title", "SHA256"):
-        assert text in shown.out, text
-    parsed = json.loads(lorasmith("inspect", "run/cat.safetensors", "--json").out)
-    assert parsed["components"] == {"denoiser": 56}
-
-
 def test_a_lora_that_applies_in_part_is_said_and_refused_if_strict(
     lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model
 ) -> None:
@@ -158,17 +81,6 @@ def test_a_lora_that_applies_in_part_is_said_and_refused_if_strict(
     ran = lorasmith(*draw)
     assert (ran.code, "must hold finite numbers" in ran.err) == (1, True), ran
     assert len(list((tmp_path / "output").iterdir())) == 1
-
-
-@pytest.mark.slow
-def test_pictures_in_half_precision_are_nearly_the_same(lorasmith: Command, tmp_path: Path) -> None:
-    for dtype in ("fp32", "bf16"):
-        ran = lorasmith(
-            "generate", "--model", "lorasmith-tiny", "--prompt", "a cat", "--steps", 4, "--dtype", dtype,
-        )  # fmt: skip
-        assert ran.code == 0, ran.err
-    full, half = (np.asarray(Image.open(path), float) for path in sorted((tmp_path / "output").iterdir()))
-    assert 0 < abs(full - half).mean() < 4
 
 
 def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Path) -> None:
@@ -311,35 +223,6 @@ def test_what_is_wrong_is_said_in_a_sentence(lorasmith: Command, photos: Path, t
     assert sentence in ran.err
     assert "Traceback" not in ran.err + ran.out
     assert not (tmp_path / "runs").exists()
-
-
-def test_every_option_of_a_run_is_a_flag(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    shown = lorasmith("train", "--help-all").out
-    for name in options_of(TrainConfig):
-        assert f"--{name.replace('_', '-')}" in shown, name
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_what_there_is(photos: Path, tmp_path: Path, tiny: Model, number: signal.Signals) -> None:
-    command = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", "train", str(photos)]
-    command += ["--model", "lorasmith-tiny", "--steps", "100000", "--output", "run", "--name", "cat"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        events = tmp_path / "run" / "events.jsonl"
-        while not (events.exists() and events.stat().st_size > 2000):
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(number)
-        out, _ = process.communicate()
-    assert process.returncode == 128 + number
-    assert "the LoRA of those steps is saved" in out
-    lora = Lora.load(tmp_path / "run" / "cat.safetensors", tiny)
-    steps = int(lora.state.metadata["lorasmith.steps"])
-    assert 0 < steps < 100_000
-    tensors = load_file(tmp_path / "run" / "cat.safetensors")
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(

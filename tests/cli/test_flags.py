@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_a_base_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"^--base-dir must be a folder, but .*nope does not exist; correct the path"):
+        folders_of(tmp_path / "nope", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="file is not a folder"):
+        folders_of(tmp_path / "file", None)
+    assert folders_of(None, None).base == Path.cwd()
+
+
 def values(name: str) -> list[Any]:
     """Some that are not the default, falsy ones above all."""
     one = OPTIONS[name]
@@ -52,45 +62,40 @@ def values(name: str) -> list[Any]:
     return [value for value in {one.type(one.min), one.type(min(one.max, 1e6))} if value != one.default]
 
 
-@pytest.fixture(scope="module")
-def app() -> typer.Typer:
-    """`lorasmith` with one command."""
-    app = typer.Typer()
+def spec_of(folder: Path, settings: dict[str, Any]) -> RunSpec:
+    return RunSpec(sources=(ImageSource(str(folder)),), model="lorasmith-tiny", settings=settings).resolved()
+
+
+def groups(folder: Path) -> list[dict[str, Any]]:
+    """Every value of every option, together with as many others as a run may have."""
+    found: list[dict[str, Any]] = []
+    for name in OPTIONS:
+        for value in values(name):
+            for group in [*(one for one in found if name not in one), {}]:
+                settings = {**group, name: value, **NEEDED.get(name, {})}
+                with contextlib.suppress(OptionError):
+                    assert spec_of(folder, settings).config.steps
+                    found = [*(one for one in found if one is not group), settings]
+                    break
+            else:
+                pytest.fail(f"{name} {value!r} is refused alone")
+    return found
+
+
+def test_what_a_run_says_to_type_gives_its_configuration_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, seen = typer.Typer(), list[RunSpec]()
     train_command.register(app)
     app.callback()(lambda: None)
-    return app
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        pytest.param(name, value, marks=pytest.mark.slow if row else ())
-        for name in OPTIONS
-        for row, value in enumerate(values(name))
-    ],
-)
-def test_what_a_run_says_to_type_gives_its_configuration_again(
-    app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
-) -> None:
-    changes = {name: value, **NEEDED.get(name, {})}
-    sources = (ImageSource(str(tmp_path)),)
-    spec = RunSpec(sources=sources, model="lorasmith-tiny", settings=changes).resolved()
-    seen: list[RunSpec] = []
 
     def listen(spec: RunSpec, host: object) -> None:
         seen.append(spec)
         raise typer.Exit
 
     monkeypatch.setattr(planning, "plan", listen)
-    ran = CliRunner().invoke(app, spec.command()[1:])
-    assert ran.exit_code == 0, ran.output
-    assert [(one.data, one.config) for one in seen] == [(spec.data, spec.config)]
-
-
-def test_a_base_folder_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"^--base-dir must be a folder, but .*nope does not exist; correct the path"):
-        folders_of(tmp_path / "nope", None)
-    (tmp_path / "file").touch()
-    with pytest.raises(OptionError, match="file is not a folder"):
-        folders_of(tmp_path / "file", None)
-    assert folders_of(None, None).base == Path.cwd()
+    all_groups = groups(tmp_path)
+    assert {name for group in all_groups for name in group} == OPTIONS.keys()
+    for settings in all_groups:
+        spec = spec_of(tmp_path, settings)
+        ran = CliRunner().invoke(app, spec.command()[1:])
+        assert ran.exit_code == 0, ran.output
+        assert (seen[-1].data, seen[-1].config) == (spec.data, spec.config)

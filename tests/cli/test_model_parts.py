@@ -64,21 +64,6 @@ def test_a_run_finds_its_parts_and_is_repeated_with_them(
     assert "initial weights are the same" in dry.out, dry.err
 
 
-@pytest.mark.slow
-def test_parts_are_given_by_flags(lorasmith: Command, photos: Path, models: Path, tmp_path: Path) -> None:
-    parts = (
-        "--model", models / "diffusion_models" / "flux1-dev.safetensors", "--vae", models / "vae" / "ae.safetensors",
-        "--text-encoder", models / "text_encoders" / "t5xxl_fp16.safetensors",
-        "--text-encoder", models / "text_encoders" / "clip_l.safetensors",
-    )  # fmt: skip
-    ran = lorasmith("train", photos, *parts, *QUICK, "--output", "run")
-    assert ran.code == 0, ran.err
-    assert "found in" not in ran.out
-    drawn = lorasmith("generate", *parts, "--prompt", "a fox", "--steps", 1, "--width", 64, "--height", 64)
-    assert drawn.code == 0, drawn.err
-    assert len(list((tmp_path / "output").iterdir())) == 1
-
-
 def test_a_missing_part_is_refused_with_the_file_to_get(
     lorasmith: Command, photos: Path, models: Path, tmp_path: Path
 ) -> None:
@@ -90,23 +75,6 @@ def test_a_missing_part_is_refused_with_the_file_to_get(
     assert "Flux.1 needs the text encoder t5xxl" in ran.err and "t5xxl_fp16.safetensors" in ran.err
     assert "broken.safetensors in models/text_encoders is skipped" in ran.out
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-def test_a_stopped_run_is_resumed_with_its_parts(
-    lorasmith: Command, photos: Path, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import signal
-
-    from tests.cli.test_stopped_runs import interrupted
-
-    monkeypatch.setenv("LORASMITH_BASE_DIR", str(models.parent))
-    with interrupted(signal.SIGINT, at=1):
-        ran = lorasmith("train", photos, "--model", "flux1-dev.safetensors", *QUICK, "--output", "run")
-    assert "To continue" in ran.out, ran.err
-    monkeypatch.delenv("LORASMITH_BASE_DIR")
-    resumed = lorasmith("resume", "run")
-    assert "continues from step 1, bit-identically" in resumed.out, resumed.err
 
 
 def test_models_are_listed_with_their_parts(lorasmith: Command, models: Path) -> None:
@@ -166,23 +134,6 @@ def test_a_desktops_part_of_the_card_is_left_to_it(lorasmith: Command, monkeypat
         assert ("Fits 1.0 GiB" in ran.out, ran.code) == ((False, 1) if left else (True, 0))
         ran = lorasmith("plan", "--model", "lorasmith-tiny", "--memory", 1, *flags, "--json")
         assert json.loads(ran.out)["desktop_bytes"] == left * 2**20
-
-
-@pytest.mark.slow
-def test_a_plan_that_fits_nowhere_says_so(lorasmith: Command, models: Path) -> None:
-    small = ("plan", "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--memory", 1)
-    ran = lorasmith(*small, "--resolution", 2048, "--batch", 64)
-    assert ran.code == 1
-    assert "Does not fit 1.0 GiB: with " in ran.out
-    assert "too much; use smaller pictures, a smaller batch or fewer targets." in ran.out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [("targets",), ("bench", "--resolution", 64, "--steps", 2, "--no-floor")])
-def test_a_model_is_named_as_it_is_in_the_folders(lorasmith: Command, models: Path, command: tuple[Any, ...]) -> None:
-    ran = lorasmith(*command, "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--targets", "*.to_q")
-    assert ran.code == 0, ran.err
-    assert "on *.to_q" in ran.out
 
 
 @pytest.mark.slow

@@ -141,22 +141,6 @@ def test_two_runs_and_one_that_fails(lorasmith: Command, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @posix
-def test_methods_and_text_encoders_are_swept(lorasmith: Command, tmp_path: Path) -> None:
-    pictures(tmp_path / "photos", 4)
-    grid = 'preserve = ["class", "blank"]\ntrain_text_encoder = [true]\n'
-    text = (tmp_path / "sweep.toml", sweep_of(tmp_path, "rank = [2]\n"))[0].read_text().replace("rank = [2]\n", grid)
-    text = 'trigger = "fox"\npreserve_class = "lion"\n' + text
-    (tmp_path / "sweep.toml").write_text(text)
-    ran = lorasmith("sweep", "sweep.toml", "--devices", "cpu")
-    assert ran.code == 0, ran.err
-    found = result(tmp_path / "runs" / "sweep")
-    assert len(found) == 2 and {one["state"] for one in found.values()} == {"complete"}
-    together = lorasmith("sweep", "sweep.toml", "--devices", "cpu", "--together", "2", "--output", "runs/together")
-    assert together.code == 1 and "runs that train together take plain steps, got preserve" in together.out
-
-
-@pytest.mark.slow
-@posix
 def test_ctrl_c_stops_and_saves_and_the_same_command_continues_to_the_bit(lorasmith: Command, tmp_path: Path) -> None:
     pictures(tmp_path / "photos", 4)
     sweep = sweep_of(tmp_path, "seed = [3]\n")
@@ -183,43 +167,6 @@ def test_ctrl_c_stops_and_saves_and_the_same_command_continues_to_the_bit(lorasm
     ran = lorasmith("sweep", "sweep.toml", "--output", "whole")
     assert ran.code == 0, ran.err
     assert tensors_of(part / name) == tensors_of(tmp_path / "whole" / name)
-
-
-@pytest.mark.slow
-@posix
-def test_runs_together_are_those_apart_stopped_and_continued_too(lorasmith: Command, tmp_path: Path) -> None:
-    pictures(tmp_path / "photos", 4)
-    sweep = sweep_of(tmp_path, 'rank = [2, 4]\nalgorithm = ["LoRA", "LoKr"]\n')
-    text = (tmp_path / "sweep.toml").read_text().replace("steps = 4", 'steps = 12\ntraining_dtype = "fp32"')
-    (tmp_path / "sweep.toml").write_text(text)
-    names, part = names_of(sweep), tmp_path / "part"
-    started = command("sweep", "sweep.toml", "--output", "part", "--together", "3")
-    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE)
-    until = time.monotonic() + 300
-    while not all(has_step(part / name) for name in names[:3]):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, out
-    assert [result(part)[name]["state"] for name in names] == ["stopped"] * 3 + ["waiting"]
-    assert len({result(part)[name]["steps"] for name in names[:3]}) == 1, "after the same step"
-    alone = lorasmith("resume", part / names[1])
-    assert alone.code == 0, alone.err
-
-    for arguments in (("--output", "part", "--together", 3), ("--output", "whole", "--together", 4), ()):
-        ran = lorasmith("sweep", "sweep.toml", *arguments)
-        assert ran.code == 0, ran.err
-    apart = result(tmp_path / "runs" / "sweep")
-    for found in (result(part), result(tmp_path / "whole")):
-        assert list(found) == list(apart), "ranked alike"
-        for name, one in found.items():
-            assert one["state"] == "complete" and one["loss"] == pytest.approx(apart[name]["loss"], rel=1e-4)
-
-
-def has_step(folder: Path) -> bool:
-    events = folder / "events.jsonl"
-    return events.exists() and '"StepDone"' in events.read_text()
 
 
 SBATCH = """\

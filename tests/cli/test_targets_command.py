@@ -76,20 +76,6 @@ def test_rank_is_called_what_it_is(lorasmith: Command, algorithm: str, word: str
     assert [one for one in ("Rank", "Factor", "Block size") if one in header] == ([word] if word else [])
 
 
-@pytest.mark.slow
-def test_train_calls_it_so_too(lorasmith: Command, photos: Path) -> None:
-    quick = ("--model", "lorasmith-tiny", "--steps", 1, "--targets", "*.0.attn2.to_q", "--rank", 4)
-    for algorithm, words in {
-        "LoRA": "LoRA, rank 4, alpha 4, on *.0.attn2.to_q: 7 layers",
-        "LoKr": "LoKr, factor 4, on",
-        "OFT": "OFT, block size 4, alpha 0, on",
-        "Full": "Full, on",
-    }.items():
-        assert words in lorasmith("train", photos, *quick, "--algorithm", algorithm).out
-    out = lorasmith("train", photos, *quick, "--dora", "input", "--pissa").out
-    assert "LoRA, dora input, pissa, rank 4, alpha 4, on" in out
-
-
 def test_the_structure_of_a_file_costs_no_weights() -> None:
     model = load_structure(built_in_models()["lorasmith-tiny"])
     weights = {name: p.device.type for name, p in model.components.denoiser.named_parameters() if p.ndim > 1}

@@ -185,17 +185,6 @@ def test_a_run_is_continued_by_any_number_of_processes(mixed: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_command_that_resumes_does_so_together(alone: Path, tmp_path: Path) -> None:
-    with running([*torchrun(2), *TRAIN, "--output", "parts"], tmp_path) as launcher:
-        wait_for_step(launcher, tmp_path / "parts", 2)
-        launcher.send_signal(signal.SIGINT)
-        launcher.communicate(timeout=300)
-    command = [*torchrun(2), "resume", "parts"]
-    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, timeout=600)
-    assert_same_tensors(tmp_path / "parts", alone)
-
-
-@pytest.mark.slow
 def test_both_experts_of_a_model_are_trained_together(tmp_path: Path) -> None:
     files = expert_files(tmp_path)
     for number in range(2):

@@ -15,10 +15,9 @@ from lorasmith.core.errors import OptionError, OutputError, TrainingError
 from lorasmith.core.files import locked
 from lorasmith.runs import sweep_run
 from lorasmith.runs.queue import JobStore, jobs_in
-from lorasmith.runs.sweep_file import Sweep, read_sweep
+from lorasmith.runs.sweep_file import Sweep
 from lorasmith.runs.sweep_run import QUEUE, failures_in, grouped, run_sweep, sweep_devices, sweep_folder
 from tests.launched import LONG_S
-from tests.runs.folder_cases import pictures
 from tests.runs.sweep_cases import ended_with, names_of, sweep_of
 
 WORKER = (sys.executable, str(Path(__file__).parent / "sweep_worker.py"))
@@ -222,25 +221,6 @@ def test_groups_have_what_is_of_the_model_in_common(tmp_path: Path) -> None:
     assert numbers(interleaved, 2) == [[1, 3], [2, 4], [5], [6]]
     for name in ("compile", "cuda_graphs", "autotune"):
         assert numbers(sweep_of(tmp_path, f"{name} = [true]\n{rates}"), 3) == [[1], [2], [3]]
-
-
-@pytest.mark.slow
-def test_runs_train_together_and_one_without_images_fails_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pictures(tmp_path / "photos", 4)
-    (tmp_path / "empty").mkdir()
-    sweep_of(tmp_path, "rank = [2, 4]\n")
-    text = (tmp_path / "sweep.toml").read_text().replace('sources = "photos"\n', "")
-    (tmp_path / "sweep.toml").write_text(text.replace("[grid]", '[grid]\nfolder = ["photos", "empty"]'))
-    sweep = read_sweep(tmp_path / "sweep.toml")
-    output, told = run(sweep, together=4)
-    names = names_of(sweep)
-    assert [told.failures[name] for name in names[:2]] == ["", ""]
-    assert all("empty" in str(told.failures[name]) for name in names[2:])
-    assert (output / names[0] / "cat.safetensors").is_file()
-    assert "held out of training" in log_of(output, names[1])
 
 
 def test_a_run_s_own_folder_is_no_folder_of_a_sweep(tmp_path: Path) -> None:
