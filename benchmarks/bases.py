@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule
-from lorasmith.families.base import FAMILIES, Components, Diffusion
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.forms import Diffusion
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.slots import Components
 
 
 @dataclass(frozen=True)

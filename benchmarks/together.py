@@ -49,7 +49,7 @@ from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.launched import launched_process
 from lorasmith.core.placement import dtype_from_name, placed
 from lorasmith.core.processes import ALONE, Processes, joined
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.parts.flux_layout import image_positions, packed_latents, unpacked_latents
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job

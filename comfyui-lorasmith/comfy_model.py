@@ -28,7 +28,7 @@ from lorasmith.core.placement import reproducible
 from lorasmith.core.printable import first_line
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.trainable import Trainable, evaluating
 from lorasmith.training.way import Way

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 from .controls import Control
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.nodes.training import settings_of
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.methods.all_methods import methods_of, texts_needed_by

@@ -32,7 +32,7 @@ from lorasmith.diffusion.schedule import (
     NoiseSchedule,
     per_sample,
 )
-from lorasmith.families.base import Diffusion
+from lorasmith.families.forms import Diffusion
 
 _PREDICTED = {
     "EPS": "epsilon",

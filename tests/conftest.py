@@ -26,7 +26,7 @@ from PIL import Image
 
 from lorasmith.core.extras import TINY
 from lorasmith.evaluation import likeness
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lorasmith.data.data_config import DataConfig, ImageSource
     from lorasmith.data.dataset import EncodedDataset, Sample
     from lorasmith.evaluation.evaluation_record import Evaluation
-    from lorasmith.families.base import Conditioning
+    from lorasmith.families.conditionings import Conditioning
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
@@ -88,7 +88,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Conditioning": "families.base",
+    "Conditioning": "families.conditionings",
     "DataConfig": "data.data_config",
     "Denoiser": "families.model",
     "EncodedDataset": "data.dataset",

@@ -14,7 +14,7 @@ from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
 from lorasmith.data.encoding import encode_images
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.picture_encoding import PictureEncoder
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 
 class Encoder:

@@ -15,7 +15,7 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.data.image_files import ImageError
 from lorasmith.data.preflight import preflight
-from lorasmith.families.base import LatentFormat
+from lorasmith.families.forms import LatentFormat
 
 FORM = ClipForm(9, 5.0, LatentFormat(3, 4, 1.0, frames=True, time_downscale=4))
 

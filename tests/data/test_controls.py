@@ -19,7 +19,7 @@ from lorasmith.data.crops import framings
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding import load_dataset
 from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
-from lorasmith.families.base import ControlForm
+from lorasmith.families.forms import ControlForm
 from lorasmith.families.model import Model
 from tests.data.folder_cases import add_image
 

@@ -5,7 +5,7 @@ import torch
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.dataset import EncodedDataset, Sample, places_of
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 CONDITIONING = Conditioning({"context": torch.zeros(1, 3, 2)}, "a dog")
 

@@ -9,7 +9,7 @@ import torch
 
 from lorasmith.data.dataset import EncodedCaptions, _conditioning
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 DIGEST = "0" * 64
 

@@ -25,11 +25,11 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.data import encoder_digest
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import EncodingCache
-from lorasmith.families.base import Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.model import Model
 from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.slots import Encoding
 from lorasmith.formats.container import read_safetensors, write_safetensors
 
 Edit = Callable[[dict[str, Tensor]], None]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core import files
 from lorasmith.core.errors import DataError, OutputError
 from lorasmith.data.saved_samples import INDEX, LatentBatch, SavedSamples, read_samples, write_samples
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 
 def conditioning(seed: int, tokens: int = 5, **more: Any) -> Conditioning:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.dataset import AUTOMATIC_FROM, EncodedDataset, Sample, Split, held_out_names, split
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 NAMES = st.lists(st.text(min_size=1, max_size=6), min_size=2, max_size=40, unique=True)
 

@@ -17,7 +17,7 @@ from lorasmith.core.named_code import NamedCode
 from lorasmith.diffusion.loss_functions import LOSSES, LossBatch, check_loss
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseSchedule
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.losses import WEIGHTINGS, diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseLevel, NoiseSchedule
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.training.batches import Batch
 
 SD = DiscreteSchedule.scaled_linear()

@@ -18,10 +18,12 @@ from transformer_models import Case
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import FAMILIES, Conditioning, Encoding
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.files.checkpoint import CheckpointShapes
 from lorasmith.families.loading import load_model
 from lorasmith.families.part_loading import load_text_encoder
+from lorasmith.families.slots import Encoding
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names import matches
 from lorasmith.formats.spelling import guessed_family

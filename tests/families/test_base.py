@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families import z_image
-from lorasmith.families.base import FAMILIES, Conditioning, Expert, LatentFormat, collate
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning, collate
+from lorasmith.families.forms import Expert, LatentFormat
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
 
 

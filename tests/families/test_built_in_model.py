@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import BUILT_IN_BASE
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.files.checkpoint import ARCHITECTURE
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformer_models import TINY, Case
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import FAMILIES, Conditioning, Encoding
+from lorasmith.families.base import FAMILIES
 from lorasmith.families.chroma import _KeysHidden
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
+from lorasmith.families.slots import Encoding
 
 CHROMA = TINY["chroma"]
 FAMILY = FAMILIES["chroma"]

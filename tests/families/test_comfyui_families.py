@@ -20,7 +20,7 @@ from torch import Tensor
 from transformer_models import TINY, Case
 
 from lorasmith.diffusion.schedule import NoiseSchedule
-from lorasmith.families.base import CONTROL_METHODS, Conditioning
+from lorasmith.families.conditionings import CONTROL_METHODS, Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.sampling.samplers import SIGMA_SCHEDULES, sigmas_for
 from tests.covering import slow_except

@@ -15,7 +15,7 @@ from original_models import save
 from safetensors import safe_open
 from torch import Tensor
 
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"

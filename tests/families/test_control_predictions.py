@@ -15,7 +15,8 @@ from torch import Tensor
 from transformer_models import TINY, Case
 
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.flux import KONTEXT_SIZES
 from lorasmith.families.loading import load_model
 from lorasmith.training.batches import kind_of

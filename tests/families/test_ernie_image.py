@@ -19,7 +19,8 @@ from torch import nn
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
-from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.files.checkpoint import PipelineConfigs
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import ModelFiles

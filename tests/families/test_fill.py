@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning, Encoding
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.slots import Encoding
 from lorasmith.runs.library import train
 from lorasmith.runs.memory_estimate import estimate_of
 from lorasmith.sampling.generate import generate

@@ -15,7 +15,7 @@ from original_models import save
 from torch import Tensor
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.flux_layout import image_positions, packed_latents, unpacked_latents

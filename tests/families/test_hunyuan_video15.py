@@ -21,10 +21,12 @@ from tiny_parts import original_tensors, randomized
 from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.families.base import FAMILIES, Conditioning, Encoding
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.hunyuan_video15 import _quoted
 from lorasmith.families.loading import load_model, original_shapes
 from lorasmith.families.model import Model
+from lorasmith.families.slots import Encoding
 from lorasmith.formats.spelling import guessed_family
 from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.sampling.sample import prepare_noise

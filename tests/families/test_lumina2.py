@@ -14,9 +14,9 @@ from tiny_lumina2 import LUMINA2
 from transformer_models import TINY
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.slots import Encoding
 
 
 @pytest.fixture(scope="module")

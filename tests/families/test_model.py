@@ -17,7 +17,7 @@ from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.families import model
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model, TextEncoder, left_out

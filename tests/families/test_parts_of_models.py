@@ -17,7 +17,8 @@ from torch import Tensor
 from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
-from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS

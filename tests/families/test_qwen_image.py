@@ -11,7 +11,8 @@ from original_models import save
 from transformer_models import TINY
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.files.checkpoint import PipelineConfigs
 from lorasmith.families.files.gguf import names_of
 from lorasmith.families.files.original_weights import PartSource

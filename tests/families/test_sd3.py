@@ -18,9 +18,10 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.folders import Folders
-from lorasmith.families.base import Conditioning, Encoding, TextEncoders
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.slots import Encoding, TextEncoders
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
 from lorasmith.training.lora_handle import Lora
 from tests.covering import slow_except

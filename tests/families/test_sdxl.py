@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from lorasmith.adapters.inject import Rule, plan_adapters
 from lorasmith.core.errors import ModelError
 from lorasmith.data.encoding import load_dataset
-from lorasmith.families.base import FAMILIES, Conditioning, Encoding, PictureSize
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning, PictureSize
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.slots import Encoding
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 from tests.covering import slow_except

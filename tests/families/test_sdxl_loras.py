@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning, PictureSize
+from lorasmith.families.conditionings import Conditioning, PictureSize
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.spelling import guessed_family

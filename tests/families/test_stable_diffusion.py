@@ -14,10 +14,11 @@ from original_models import SD1, SD2, SMALLEST, TinyModel, openclip, save
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import Conditioning, Encoding
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.clip import clip_tokenizer
+from lorasmith.families.slots import Encoding
 from tests.covering import slow_except
 
 PREFIX = "model.diffusion_model."

@@ -12,7 +12,7 @@ from transformer_models import TINY
 
 from lorasmith.data.image_files import to_tensor
 from lorasmith.families import model, tiling
-from lorasmith.families.base import LatentFormat
+from lorasmith.families.forms import LatentFormat
 from lorasmith.families.locating import BUILT_IN_BASE
 from lorasmith.families.model import Autoencoder, Model
 from lorasmith.families.parts.autoencoders import AutoencoderKind

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_models import Case
 
-from lorasmith.families.base import AT_ZERO, FAMILIES, FIRST_FRAME, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import AT_ZERO, FIRST_FRAME, Conditioning
 from lorasmith.families.token_routing import Route, tokens_routed
 
 TEXT_FIRST = {"flux1", "flux2", "flux2-klein", "chroma", "krea2", "lumina2", "qwen-image"}

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import PictureSize
+from lorasmith.families.conditionings import PictureSize
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training.config import TrainConfig

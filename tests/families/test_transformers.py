@@ -21,12 +21,14 @@ from lorasmith.adapters.weight_stream import StreamedWeight
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import weight_source
-from lorasmith.families.base import FAMILIES, Conditioning, Encoding
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import EMBEDDED, ENCODERS
+from lorasmith.families.slots import Encoding
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 from lorasmith.sampling.samplers import sigmas_for

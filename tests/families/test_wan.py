@@ -21,7 +21,8 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.core.errors import DataError, LoraError, ModelError
 from lorasmith.core.placement import placed
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model, original_shapes
 from lorasmith.families.model import Model
 from lorasmith.families.wan import Wan

@@ -20,7 +20,8 @@ from transformer_models import Case
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, ModelError, OptionError
-from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model, original_shapes
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora

@@ -18,11 +18,12 @@ import models
 import torch
 from torch import Tensor, nn
 
-from lorasmith.families.base import FAMILIES, AutoencoderSlot, Family
+from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.clip import clip_tokenizer
 from lorasmith.families.parts.encoders import qwen_tokenizer, t5_tokenizer
+from lorasmith.families.slots import AutoencoderSlot
 from tests.families.original_models import save
 
 CHAT = (

@@ -18,8 +18,8 @@ from spiece_models import spiece_model
 from tiny_parts import TinyFamily, randomized, t5_names, wan_names
 from torch import Tensor, nn
 
-from lorasmith.families.base import AutoencoderSlot
 from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22
+from lorasmith.families.slots import AutoencoderSlot
 
 
 def _sizes(channels: int) -> dict[str, Any]:

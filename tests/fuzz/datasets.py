@@ -16,7 +16,7 @@ import torch
 
 from lorasmith.core.folders import Folders
 from lorasmith.data.saved_samples import INDEX, LatentBatch, SavedSamples, write_samples
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import NodeContext

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.core.folders import Folders
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Denoiser
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import Executor, validate

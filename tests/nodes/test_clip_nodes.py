@@ -15,7 +15,7 @@ from tiny_parts import randomized
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.base import LatentFormat
+from lorasmith.families.forms import LatentFormat
 from lorasmith.families.model import Autoencoder, Model
 from lorasmith.nodes.values import check_latents
 

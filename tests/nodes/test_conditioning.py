@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 
 def test_combining_keeps_the_order(bench: Any, captions: list[Conditioning]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes.sampling import Guider, Noise
 from lorasmith.sampling.samplers import sigmas_for

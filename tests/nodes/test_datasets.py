@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.workflow.execution_events import NodeProgress
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.nodes.values import for_model

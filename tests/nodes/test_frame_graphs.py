@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.data.dataset import places_of
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.training import _dataset

@@ -11,7 +11,7 @@ import torch
 from lorasmith.adapters.frozen_layer import cast_weights
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model

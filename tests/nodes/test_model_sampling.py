@@ -9,7 +9,7 @@ import torch
 
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Denoiser, Model
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lorasmith.core.errors import DataError, LoraError, OutputError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 

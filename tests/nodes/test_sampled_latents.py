@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.base import Conditioning, LatentFormat
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.forms import LatentFormat
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.nodes.sampling import Guider, Noise, sampled
 

@@ -10,7 +10,7 @@ import torch
 
 from lorasmith.core.errors import CancelledError, DataError, GraphError
 from lorasmith.core.folders import Folders
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.sampling.sample import prepare_noise, sample_latents

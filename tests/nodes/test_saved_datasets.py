@@ -12,7 +12,7 @@ import torch
 
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.folders import Folders
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.nodes import load_nodes
 
 Make = Callable[..., Any]

@@ -10,7 +10,7 @@ from flux_files import save_flux_files
 from safetensors.torch import save_file
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model, TextEncoder
 from lorasmith.families.part_loading import load_text_encoder

@@ -18,7 +18,7 @@ from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import CancelledError, DataError, LoraError, NodeError, OptionError, TrainingError
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.runs.view import RunView

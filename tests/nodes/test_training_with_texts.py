@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.core.errors import CancelledError, DataError, ModelError, OptionError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.library import train as train_here

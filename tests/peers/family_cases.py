@@ -16,7 +16,7 @@ from original_models import save
 from torch import Tensor
 from transformer_models import TINY
 
-from lorasmith.families.base import CONTROL_METHODS
+from lorasmith.families.conditionings import CONTROL_METHODS
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 

@@ -24,7 +24,7 @@ from transformer_models import TINY
 from lorasmith.adapters.inject import Difference, Rule, create_adapters, plan_adapters
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora

@@ -261,7 +261,7 @@ def _command(*arguments: object) -> None:
 def _flux_dataset() -> EncodedDataset:
     # The only imports below the public API: no text encoder of Flux.1 comes with the package.
     from lorasmith.data.dataset import EncodedDataset, Sample
-    from lorasmith.families.base import Conditioning
+    from lorasmith.families.conditionings import Conditioning
 
     shape = models.FLUX_TINY
     samples = []

@@ -18,7 +18,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.data.data_config import ImageSource
 from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import Diffusion
+from lorasmith.families.forms import Diffusion
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Autoencoder, Model

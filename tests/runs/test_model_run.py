@@ -13,7 +13,7 @@ import lorasmith as ls
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.runs.library import TrainArguments, train

@@ -11,7 +11,7 @@ import torch
 
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.presets import PRESETS, Preset
 from lorasmith.runs.run import run

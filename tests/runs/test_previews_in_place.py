@@ -15,7 +15,7 @@ from PIL import Image
 
 from lorasmith.adapters import frozen_weights
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs import run_previews
 from lorasmith.runs.library import train

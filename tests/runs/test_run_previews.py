@@ -12,7 +12,7 @@ from PIL import Image
 
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs import run_previews as previewing
 from lorasmith.runs.library import train

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import TRIED
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.run import run
 from lorasmith.runs.view import RunView

@@ -16,7 +16,8 @@ from transformer_models import TINY
 
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.data.data_config import ImageSource
-from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run

@@ -14,7 +14,7 @@ from transformer_models import TINY, Case
 
 import lorasmith
 from lorasmith.core.errors import OptionError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.generate import Sampling, encoded_controls, generate
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.sampling.sample import guided
 
 

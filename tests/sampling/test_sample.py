@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
 from lorasmith.sampling.samplers import SAMPLERS, sigmas_for
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from tools.schemas import FOLDER, schemas

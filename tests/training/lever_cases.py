@@ -18,7 +18,7 @@ from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import packed
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training import engine

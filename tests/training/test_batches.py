@@ -20,7 +20,7 @@ from lorasmith.core.processes import Processes
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import FlowSchedule, quantile_map, uniform_numbers
-from lorasmith.families.base import collate
+from lorasmith.families.conditionings import collate
 from lorasmith.families.model import Model
 from lorasmith.training import batches as making
 from lorasmith.training.batches import BatchMaker, no_masks, prefetched

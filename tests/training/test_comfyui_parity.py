@@ -23,7 +23,7 @@ from lorasmith.adapters.inject import load_adapters
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.diffusion.schedule import NoiseLevel
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import state_from_tensors

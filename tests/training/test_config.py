@@ -24,7 +24,7 @@ from lorasmith.training.section import Section
 SETTINGS = options_of(TrainConfig)
 
 OTHER_CONCEPTS = {
-    "families.base.Defaults": "of a model, where the setting is open",
+    "families.forms.Defaults": "of a model, where the setting is open",
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "runs.run_previews.PreviewProgram": "steps after which previews are drawn",
     "runs.sweep_results.SweepEntry": "steps that a run has made so far",

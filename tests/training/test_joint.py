@@ -20,7 +20,7 @@ from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.options import config_from
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
-from lorasmith.families.base import PictureSize
+from lorasmith.families.conditionings import PictureSize
 from lorasmith.families.model import Model
 from lorasmith.runs.run import Host, run
 from lorasmith.training import joint

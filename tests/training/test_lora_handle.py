@@ -21,7 +21,7 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model, released_names
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model

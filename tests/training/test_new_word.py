@@ -19,7 +19,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
 from lorasmith.data.encoder_digest import text_encoder_digest
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model, TextEncoder

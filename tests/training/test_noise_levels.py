@@ -14,7 +14,7 @@ import torch
 
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.base import Expert
+from lorasmith.families.forms import Expert
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training import engine

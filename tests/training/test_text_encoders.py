@@ -20,7 +20,7 @@ from lorasmith.core.errors import DataError, OptionError
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
 from lorasmith.data.encoding import load_dataset
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model, TextEncoder
 from lorasmith.families.parts.clip import tokenize_prompt
 from lorasmith.runs.library import train

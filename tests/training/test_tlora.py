@@ -20,7 +20,7 @@ from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.metadata import RANKS_ENTRY, LeveledRanks
 from lorasmith.runs.library import train

@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 from lorasmith.core.errors import OptionError
 from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
-from lorasmith.families.base import FIRST_FRAME, Conditioning, Routing
+from lorasmith.families.conditionings import FIRST_FRAME, Conditioning
+from lorasmith.families.forms import Routing
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.runs.memory_estimate import estimate_of

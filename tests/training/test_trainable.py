@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorasmith as ls
 from lorasmith.core.errors import DataError, LoraError, OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.runs.run import Host, run
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job

@@ -16,20 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from lorasmith.families.base import (
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderNames,
-    Encoding,
-    Family,
-    FlowSchedule,
-    Routing,
-    Rule,
-    TextEncoders,
-)
+from lorasmith.adapters.inject import Rule
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.forms import Defaults, Diffusion, Routing
+from lorasmith.families.slots import Encoding, TextEncoders
 from lorasmith.families.stable_diffusion import StableDiffusion
 from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.names import EncoderNames
 from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 from tools.pretrain.text_encoder import SHORT, encode

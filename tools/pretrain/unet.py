@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import DiscreteSchedule
 from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.training.batches import Batch
 from tools.pretrain.autoencoder import fold_statistics
 from tools.pretrain.data import CONCEPTS, ICON_SIZES, Icons, caption

@@ -31,7 +31,7 @@ from lorasmith.adapters.weight_stream import streams_of
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.batches import prefetched, stand_in_captions
 from lorasmith.training.engine import batch_maker

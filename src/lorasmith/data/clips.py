@@ -32,7 +32,7 @@ from lorasmith.data.captions import read_caption_file
 from lorasmith.data.data_config import MOST_FRAMES, DataConfig
 from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped, list_folders, stem_of
 from lorasmith.data.image_files import ImageError, image_size, open_animation, open_reduced
-from lorasmith.families.base import LatentFormat
+from lorasmith.families.forms import LatentFormat
 from lorasmith.families.model import Model
 
 _READ_S = 60.0  # of a clip; more than a run trains on, unless its settings say so

@@ -17,7 +17,7 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import SeenPicture
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.picture_encoding import FramedImage
-from lorasmith.families.base import ControlForm, controls_taken
+from lorasmith.families.forms import ControlForm, controls_taken
 from lorasmith.families.model import Model
 
 _NAMED = 3  # images in a sentence

@@ -30,7 +30,7 @@ from lorasmith.data.clips import clip_frames
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import ImageError, open_layers, open_mask, read_image, to_tensor
-from lorasmith.families.base import PictureSize
+from lorasmith.families.conditionings import PictureSize
 
 _VARIANTS_SEED = 0  # a constant; see above
 _COLOURS = ("brightness", "contrast", "saturation")

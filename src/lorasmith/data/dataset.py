@@ -33,7 +33,7 @@ from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.random import keyed_uniform
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.encoding_cache import CacheEntries, key_of
-from lorasmith.families.base import FIRST_FRAME, Conditioning, PictureSize
+from lorasmith.families.conditionings import FIRST_FRAME, Conditioning, PictureSize
 
 _TENSOR, _MASK = "tensor.", "mask"
 AUTOMATIC_FROM = 12

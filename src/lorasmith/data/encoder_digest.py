@@ -37,9 +37,11 @@ from lorasmith.core.mapped_files import FileState, file_state, place_on_file, re
 from lorasmith.core.registry import Registry
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, ensure_private, is_digest, key_of
-from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, Sight
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.forms import Sight
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
+from lorasmith.families.slots import IMAGE_ENCODER
 from lorasmith.formats.metadata import sha256_file
 
 ENCODING_VERSION = 2  # raise it when Lorasmith computes other encodings from the same inputs

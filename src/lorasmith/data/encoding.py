@@ -49,7 +49,7 @@ from lorasmith.data.picture_encoding import (
     PictureEncoder,
     encode_pictures,
 )
-from lorasmith.families.base import Conditioning, named_controls
+from lorasmith.families.conditionings import Conditioning, named_controls
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
 _BATCH_PIXELS = 4 * 1024**2

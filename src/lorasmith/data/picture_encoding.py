@@ -26,7 +26,8 @@ from lorasmith.data.dataset import check_latents
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import file_digest
-from lorasmith.families.base import Conditioning, ControlForm, PictureSize
+from lorasmith.families.conditionings import Conditioning, PictureSize
+from lorasmith.families.forms import ControlForm
 
 EncodingProgress = Callable[[int, int, str, int], None]
 """Receives images done, all images, the name of the last one, and the number found in the cache."""

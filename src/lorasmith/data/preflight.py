@@ -24,7 +24,7 @@ from lorasmith.data.folder_listing import Reason
 from lorasmith.data.image_files import in_threads
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
 from lorasmith.data.source_files import Candidate
-from lorasmith.families.base import ControlForm
+from lorasmith.families.forms import ControlForm
 
 _USUAL = (1024, 768, 512, 256)
 _FILLED = 0.75  # share of the images that a resolution must not enlarge

@@ -31,7 +31,7 @@ from lorasmith.core.folders import DATASET_SHARD
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.tensor_pickles import unpickled
 from lorasmith.core.typed_json import typed
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.formats.container import count_non_finite, read_safetensors, serialised
 
 INDEX = "index.json"  # which ComfyUI's data sets lack

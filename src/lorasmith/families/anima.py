@@ -8,13 +8,28 @@ Nothing is fused in the original layout.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorasmith.adapters.inject import Rule
+from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
-from lorasmith.families.base import *
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import Conditioning, check_even, collate
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import Defaults, Diffusion, Routing
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import parse_weights, t5_tokenizer
 from lorasmith.families.parts.language_models import hidden_states, t5_tokens
+from lorasmith.families.slots import EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _ROWS = 512  # of conditioning, at least
 _NO_TOKEN = -1

@@ -9,8 +9,19 @@ hiding anything; here it is boolean.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
-from lorasmith.families.base import *
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import Conditioning, check_even
+from lorasmith.families.files.original_weights import block_count, norm_name
+from lorasmith.families.forms import Defaults, Diffusion, LatentFormat, Routing
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.flux_layout import (
@@ -24,6 +35,9 @@ from lorasmith.families.parts.flux_layout import (
     unpacked_latents,
 )
 from lorasmith.families.parts.language_models import T5XXL_SLOT, encode_t5
+from lorasmith.families.slots import Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import Signature
 
 _TOKENS = 512  # ChromaPipeline's longest prompt
 _APPROXIMATOR = "distilled_guidance_layer."

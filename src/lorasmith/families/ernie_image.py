@@ -7,10 +7,25 @@ tensors of the base model; LoRAs are trained on the base.
 
 from __future__ import annotations
 
-from lorasmith.families.base import *
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import Defaults, Diffusion, Routing
 from lorasmith.families.parts.autoencoders import FLUX2_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.slots import EncoderSlot, Encoding, TextEncoders
+from lorasmith.formats.names import ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _LAYER = -2  # of the encoder's states
 _SHIFT = 3.0  # ComfyUI's `supported_models.ErnieImage` for KSampler

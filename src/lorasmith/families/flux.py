@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lorasmith.adapters.inject import forward_replaced
-from lorasmith.families.base import *
+from lorasmith.adapters.inject import Rule, forward_replaced
+from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import BY_INDEX, BY_OFFSET, BY_UXO, Conditioning, check_even
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
+from lorasmith.families.files.original_weights import norm_name
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, LatentFormat, Routing
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.clip import CLIP_L_SLOT, encode_prompt, released_paths, trained_paths
@@ -32,6 +42,9 @@ from lorasmith.families.parts.flux_layout import (
     unpacked_latents,
 )
 from lorasmith.families.parts.language_models import RELEASED_PATHS, T5XXL_SLOT, encode_t5
+from lorasmith.families.slots import Components, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import EncoderNames, OriginalName, ProgramLimits
+from lorasmith.formats.spelling import Signature
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _CHANNELS, _FILL_CHANNELS = 64, 384  # of a token; Fill has 64 of the given picture and 256 of the mask, too

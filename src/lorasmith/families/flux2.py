@@ -9,14 +9,27 @@ value of double blocks; diffusers splits them.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from lorasmith.families.base import *
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import BY_INDEX, BY_OFFSET, BY_UXO, Conditioning
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, LatentFormat, Routing
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX2_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import attention_arguments, control_corners, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.slots import EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import Signature
 
 _TOKENS = 512  # of text, which is filled with padding that the transformer sees
 _SPACING = 10  # of the indices of controls

@@ -12,14 +12,28 @@ the same fusion, those of the authors have no fusion.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-from lorasmith.families.base import *
-from lorasmith.families.base import CLIP_VISION, IMAGE_ENCODER
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import CLIP_VISION, Conditioning
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, LatentFormat, Routing
 from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import DOUBLE_ATTENTION, DOUBLE_FEED_FORWARD, in_double_block, rope_axes
 from lorasmith.families.parts.language_models import ANSWER, encode_umt5, hidden_states, seen_from
+from lorasmith.families.slots import IMAGE_ENCODER, AutoencoderSlot, Components, EncoderSlot, Encoding, TextEncoders
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import Signature
 
 _HEAD, _WIDTH = 128, 2048  # of a head, and of the released model
 _LAYER = -3  # of Qwen's states

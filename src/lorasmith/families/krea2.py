@@ -11,8 +11,18 @@ text alone. References are modulated at time 0, as in that template and in ai-to
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lorasmith.families.base import *
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import AT_ZERO, BY_INDEX, Conditioning, check_even
+from lorasmith.families.files.original_weights import block_count, norm_name
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Routing
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import image_positions, packed_latents, unpacked_latents
@@ -25,6 +35,9 @@ from lorasmith.families.parts.language_models import (
     seen_from,
     sight_of,
 )
+from lorasmith.families.slots import EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _LAYERS = tuple(range(2, 36, 3))  # of the encoder's states
 _MU = 1.15  # ComfyUI's shift for KSampler

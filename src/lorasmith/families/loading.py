@@ -32,7 +32,7 @@ from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.pretrained import prepare_libraries
 from lorasmith.core.printable import described
 from lorasmith.core.quantization import Packed
-from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, Components, Diffusion, Family, TextEncoders, encoder_title
+from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.files.checkpoint import (
     LORA_MARKS,
     CheckpointShapes,
@@ -43,6 +43,7 @@ from lorasmith.families.files.checkpoint import (
     source_of_module,
 )
 from lorasmith.families.files.original_weights import PartSource, build, from_original_tensors
+from lorasmith.families.forms import Diffusion
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located, named_path
 from lorasmith.families.model import Model
@@ -59,6 +60,7 @@ from lorasmith.families.part_loading import (
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
+from lorasmith.families.slots import IMAGE_ENCODER, Components, TextEncoders, encoder_title
 from lorasmith.formats.names import ModelNames, OriginalName, matches
 
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`

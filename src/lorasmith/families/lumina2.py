@@ -9,11 +9,25 @@ have a third of the heads. The autoencoder is that of Flux.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from lorasmith.families.base import *
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import Conditioning, check_even
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import Defaults, Diffusion, Routing
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.encoders import parse_weights, weighted_states
 from lorasmith.families.parts.language_models import attention_capped, hidden_states
+from lorasmith.families.slots import EncoderSlot, Encoding, HubFolder, TextEncoders
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _WIDTH = 2304
 _LAYER = -2  # of the encoder's states

@@ -34,30 +34,24 @@ from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype, free_memory
 from lorasmith.core.printable import count_text, printable
-from lorasmith.families.base import (
-    AT_ZERO,
-    CLIP_VISION,
-    CONTROL_METHODS,
+from lorasmith.families.base import Family
+from lorasmith.families.conditionings import AT_ZERO, CLIP_VISION, CONTROL_METHODS, Conditioning
+from lorasmith.families.forms import (
     NO_EDIT,
-    Components,
-    Conditioning,
     ControlForm,
     ControlSource,
     Defaults,
     Diffusion,
-    EncoderSlot,
-    Encoding,
     Expert,
-    Family,
     LatentFormat,
     Sight,
-    TextEncoders,
     controls_taken,
     letters,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.embeddings import EmbeddingFiles, Place, Vectors, VectorTokenizer, Word, vectors_read
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, parse_weights
+from lorasmith.families.slots import Components, EncoderSlot, Encoding, TextEncoders
 from lorasmith.families.tiling import decode_tiled, encode_tiled, within_memory
 from lorasmith.formats.names import ModelNames
 from lorasmith.report.pictures import card

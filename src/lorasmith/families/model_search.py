@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
-from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family, encoder_title
+from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import family_of, load_model, recognise, with_parts
 from lorasmith.families.locating import BUILT_IN, ModelFiles
@@ -23,6 +23,7 @@ from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
+from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, encoder_title
 
 MODEL_FOLDERS = ("checkpoints", "diffusion_models")
 ENCODER_FOLDERS = ("text_encoders", "clip_vision")

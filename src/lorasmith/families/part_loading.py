@@ -14,7 +14,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import model_packages
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.pretrained import prepare_libraries
-from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, EncoderSlot, Family, TextEncoders, encoder_title
+from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.files.checkpoint import (
     CheckpointShapes,
     OriginalCheckpoint,
@@ -28,6 +28,7 @@ from lorasmith.families.locating import located
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.families.parts.autoencoders import AutoencoderKind, recognised_autoencoder
 from lorasmith.families.parts.encoders import EMBEDDED, EncoderKind, TokenizerSource, recognised_encoder
+from lorasmith.families.slots import IMAGE_ENCODER, EncoderSlot, TextEncoders, encoder_title
 
 
 @model_packages("a text encoder")

@@ -14,9 +14,20 @@ they follow that of the largest picture, which is the same unless a control has 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from lorasmith.families.base import *
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import AT_ZERO, BY_INDEX, Conditioning, check_even
+from lorasmith.families.files.original_weights import block_count, norm_name
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Routing
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
@@ -29,6 +40,9 @@ from lorasmith.families.parts.language_models import (
     seen_from,
     sight_of,
 )
+from lorasmith.families.slots import EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import ProgramLimits
+from lorasmith.formats.spelling import Signature
 
 _TOKENS = 512  # QwenImagePipeline's longest prompt unless given another
 _MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1

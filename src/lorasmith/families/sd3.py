@@ -11,13 +11,27 @@ of the picture to itself; large has 38 blocks. Their latents have the form of Fl
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from lorasmith.adapters.inject import Rule
+from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.placement import device_of
-from lorasmith.families.base import *
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import Conditioning, check_even
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import Defaults, Diffusion, Routing
 from lorasmith.families.parts.clip import CLIP_L_SLOT, CONTEXT_LENGTH, encode_prompts, released_paths, trained_paths
 from lorasmith.families.parts.language_models import RELEASED_PATHS, T5XXL_SLOT, encode_t5
+from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import EncoderNames, OriginalName, ProgramLimits
+from lorasmith.formats.spelling import Signature
 
 _HEAD_WIDTH = 64
 _CHANNELS = 16

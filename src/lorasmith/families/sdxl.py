@@ -8,9 +8,23 @@ Illustrious), are marked by tensors `v_pred` and `ztsnr`.
 
 from __future__ import annotations
 
-from lorasmith.families.base import *
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families.base import register
+from lorasmith.families.conditionings import Conditioning, PictureSize
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.forms import Diffusion
 from lorasmith.families.parts import unet_layout
 from lorasmith.families.parts.clip import encode_prompts, released_paths, trained_paths, written_paths
+from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import EncoderNames
+from lorasmith.formats.spelling import Signature
 
 _CONTEXT_WIDTH = 2048
 _HEAD_DIM = 64

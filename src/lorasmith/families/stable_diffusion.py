@@ -6,9 +6,20 @@ attention heads and, for the 768-pixel 2.x models, the parameterization.
 
 from __future__ import annotations
 
-from lorasmith.families.base import *
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorasmith.families.base import register
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
+from lorasmith.families.forms import Diffusion
 from lorasmith.families.parts import unet_layout
 from lorasmith.families.parts.clip import encode_prompt, released_paths, trained_paths, written_paths
+from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import EncoderNames
+from lorasmith.formats.spelling import SIGNATURES, Signature
 
 _CONTEXT_WIDTH = {1: 768, 2: 1024}
 _ENCODER = {

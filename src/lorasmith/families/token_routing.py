@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.placement import sent
-from lorasmith.families.base import Conditioning, Layout, Routing
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.forms import Layout, Routing
 
 
 @dataclass(frozen=True)

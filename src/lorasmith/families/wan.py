@@ -12,12 +12,36 @@ there is one model for both, the first frame has no noise and its tokens the tim
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from lorasmith.families.base import *
-from lorasmith.families.base import CLIP_VISION, FIRST_FRAME, IMAGE_ENCODER
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import CLIP_VISION, FIRST_FRAME, Conditioning, check_even
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Expert, LatentFormat, Routing
 from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22, QWEN_AUTOENCODER, wan_latents
 from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.parts.language_models import encode_umt5
+from lorasmith.families.slots import (
+    IMAGE_ENCODER,
+    AutoencoderSlot,
+    Components,
+    EncoderSlot,
+    Encoding,
+    HubFolder,
+    Release,
+    TextEncoders,
+)
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _TOKENS = 512  # of text
 _HEAD = 128  # width of a head in every size

@@ -8,10 +8,25 @@ same tensors as the base model: only names tell them apart.
 
 from __future__ import annotations
 
-from lorasmith.families.base import *
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import Rule
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family, register
+from lorasmith.families.conditionings import Conditioning, check_even
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import Defaults, Diffusion, Routing
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.slots import EncoderSlot, Encoding, HubFolder, Release, TextEncoders
+from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _HEAD_WIDTH = 128
 _LUMINA_MODULATION = "layers.0.adaLN_modulation.1.weight"  # Lumina 2 is built alike, with an activation before it

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.families.base import CONTROL_METHODS, Conditioning, PictureSize
+from lorasmith.families.conditionings import CONTROL_METHODS, Conditioning, PictureSize
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.nodes.values import CONCAT_IMAGE, CONCAT_MASK, Latent, latent_of, pixels_from_image

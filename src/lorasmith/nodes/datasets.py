@@ -28,7 +28,7 @@ from lorasmith.data.saved_samples import (
     read_samples,
     write_samples,
 )
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.nodes.conditioning import check_encoder, with_embeddings
 from lorasmith.nodes.picture_prompts import prompt_with, sees_pictures

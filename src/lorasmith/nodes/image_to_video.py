@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import DataError
 from lorasmith.core.placement import best_device
-from lorasmith.families.base import CLIP_VISION, FAMILIES, Conditioning
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.conditionings import CLIP_VISION, Conditioning
 from lorasmith.families.model import Autoencoder
 from lorasmith.families.part_loading import load_image_encoder
 from lorasmith.families.parts.clip_vision import picture_states

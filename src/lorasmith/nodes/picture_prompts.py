@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import Conditioning, ControlForm, Sight
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.forms import ControlForm, Sight
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.families.parts.language_models import sight_of
 from lorasmith.nodes.conditioning import check_encoder, with_embeddings

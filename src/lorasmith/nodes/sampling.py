@@ -18,7 +18,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.diffusion.schedule import EXPONENTIAL_STEPS, DiscreteSchedule, FlowSchedule, ResolutionShift
-from lorasmith.families.base import Conditioning, Diffusion, LatentFormat
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.forms import Diffusion, LatentFormat
 from lorasmith.families.model import Denoiser
 from lorasmith.nodes.values import Latent, check_latents, first_frames, for_model, latent_of, with_frames
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents

@@ -19,7 +19,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
-from lorasmith.families.base import Conditioning, LatentFormat
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.forms import LatentFormat
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.nodes.loaders import check_part_files
 from lorasmith.nodes.outputs import save_lora

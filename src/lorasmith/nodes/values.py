@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.printable import count_text
-from lorasmith.families.base import FIRST_FRAME, Conditioning, LatentFormat
+from lorasmith.families.conditionings import FIRST_FRAME, Conditioning
+from lorasmith.families.forms import LatentFormat
 from lorasmith.families.model import Autoencoder, Model
 from lorasmith.workflow import NodeContext, socket
 

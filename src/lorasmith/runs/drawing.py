@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import Folders, next_counter
-from lorasmith.families.base import Expert
+from lorasmith.families.forms import Expert
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.model_search import FoundPart, load_completed

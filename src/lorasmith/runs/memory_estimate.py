@@ -30,7 +30,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, dtype_name, fast_dtype, full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
-from lorasmith.families.base import controls_taken
+from lorasmith.families.forms import controls_taken
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import FoundPart, load_completed

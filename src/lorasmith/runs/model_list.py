@@ -10,8 +10,9 @@ from typing import Any, Literal
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.families import loading  # noqa: F401  registers the families
-from lorasmith.families.base import FAMILIES, ControlSource, Defaults, Family, HubFolder
+from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.files.checkpoint import PipelineConfigs
+from lorasmith.families.forms import ControlSource, Defaults
 from lorasmith.families.loading import load_structure
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
@@ -24,6 +25,7 @@ from lorasmith.families.model_search import (
     scanned,
 )
 from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.slots import HubFolder
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import nearest
-from lorasmith.families.base import FAMILIES, AutoencoderSlot, EncoderSlot, Family, HubFolder, Release
+from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.loading import original_shapes
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import (
@@ -30,6 +30,7 @@ from lorasmith.families.model_search import (
     best_encoder,
     scanned,
 )
+from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, HubFolder, Release
 from lorasmith.runs.hub_download import HubFile
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedModel

@@ -14,7 +14,8 @@ from torch import Tensor
 from lorasmith.adapters.frozen_layer import sampling_dtype
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
-from lorasmith.families.base import Conditioning, ControlForm, Defaults, controls_taken, named_controls
+from lorasmith.families.conditionings import Conditioning, named_controls
+from lorasmith.families.forms import ControlForm, Defaults, controls_taken
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip
 from lorasmith.sampling.sample import prepare_noise, sample_latents

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.families.base import Conditioning, Sight
+from lorasmith.families.conditionings import Conditioning
+from lorasmith.families.forms import Sight
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.sampling.generate import Experts, Sampling, clips

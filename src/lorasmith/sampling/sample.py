@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasmith.core.errors import CancelledError, LorasmithError, OptionError
 from lorasmith.core.random import keyed_normal
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, NoiseSchedule
-from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.conditionings import Conditioning, collate
 from lorasmith.sampling.samplers import SAMPLERS
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]

@@ -27,7 +27,7 @@ from lorasmith.core.processes import current
 from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
 from lorasmith.data.dataset import Caption, EncodedCaptions, EncodedDataset, Sample, SeenCaption, Variants, places_of
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.token_routing import Route
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import CaptionsPlanned, EventHandler

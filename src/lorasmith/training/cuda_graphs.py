@@ -32,7 +32,7 @@ from lorasmith.core.allocator import has_lost_device, is_out_of_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import side_stream
 from lorasmith.core.printable import first_line
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.training.batches import Batch
 
 _MOST = 32

@@ -27,7 +27,7 @@ from lorasmith.core.placement import memory_format_for
 from lorasmith.core.power_average import LENGTHS, exponent, kept_share
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.token_routing import tokens_routed
 from lorasmith.training.attention import attention_preferred
 from lorasmith.training.batches import Batch, BatchMaker, no_masks

@@ -17,7 +17,8 @@ from torch import Tensor
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import FIRST_FRAME, Routing
+from lorasmith.families.conditionings import FIRST_FRAME
+from lorasmith.families.forms import Routing
 from lorasmith.families.token_routing import Route
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.trainable import Trainable

@@ -36,17 +36,10 @@ from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
-from lorasmith.families.base import (
-    COMMON_PRESETS,
-    FAMILIES,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    Expert,
-    Routing,
-    collate,
-)
+from lorasmith.families.base import COMMON_PRESETS, FAMILIES
+from lorasmith.families.conditionings import Conditioning, collate
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
+from lorasmith.families.forms import Defaults, Diffusion, Expert, Routing
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.embeddings import Vectors, has_word

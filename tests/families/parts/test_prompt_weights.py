@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.families.base import Encoding
 from lorasmith.families.parts.encoders import literal_text, parse_weights, weighted_states
+from lorasmith.families.slots import Encoding
 
 
 @pytest.mark.parametrize(

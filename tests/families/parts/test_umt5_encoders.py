@@ -15,10 +15,10 @@ from tiny_wan import WAN
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import Encoding
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.families.parts.language_models import encode_umt5
+from lorasmith.families.slots import Encoding
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from tiny_towers import tower_of
 from torch import Tensor
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.families.base import Sight
 from lorasmith.families.files.original_weights import PartSource
+from lorasmith.families.forms import Sight
 from lorasmith.families.parts.encoders import ENCODERS, qwen_tokenizer
 from lorasmith.families.parts.language_models import hidden_states, sight_of
 from lorasmith.families.parts.vision_towers import PICTURE, token_positions

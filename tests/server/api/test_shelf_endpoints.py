@@ -13,7 +13,8 @@ import pytest
 from aiohttp import FormData
 
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
-from lorasmith.families.base import FAMILIES, EncoderSlot, HubFolder
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.slots import EncoderSlot, HubFolder
 from lorasmith.runs import shelf
 from lorasmith.server import downloads as server_downloads
 from tests.fake_hub import FakeHub, hub

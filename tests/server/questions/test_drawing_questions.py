@@ -12,7 +12,7 @@ from PIL import Image
 
 from lorasmith.core.errors import DataError, LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
-from lorasmith.families.base import ControlForm
+from lorasmith.families.forms import ControlForm
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.runs.evaluate import subject_of

@@ -32,8 +32,8 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS, Packed
 from lorasmith.core.quantized_products import has_products
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Routing
 from lorasmith.families.files.packed_weights import PackedWeights
+from lorasmith.families.forms import Routing
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig

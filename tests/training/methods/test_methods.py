@@ -14,7 +14,7 @@ from torch import Tensor
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training.batches import Batch

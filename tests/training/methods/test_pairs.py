@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training.batches import Batch

@@ -10,7 +10,7 @@ import torch
 
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.formats.metadata import autov1, sha256_file, steps_of
 from lorasmith.training.config import TrainConfig

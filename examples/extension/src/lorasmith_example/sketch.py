@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from lorasmith.families.base import *
+from lorasmith.adapters.inject import Rule
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import Family
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.files.original_weights import PartSource, build
+from lorasmith.families.forms import Defaults, Diffusion, LatentFormat
 from lorasmith.families.parts.autoencoders import AutoencoderKind
+from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, TextEncoders
+from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _PATCH = 4  # pixels per latent
 _CHANNELS = 3 * _PATCH**2

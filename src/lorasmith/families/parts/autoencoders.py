@@ -30,9 +30,10 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.quantization import plain_weights
 from lorasmith.core.registry import Registry, instance_of
-from lorasmith.families.base import AutoencoderSlot, HubFolder, LatentFormat
 from lorasmith.families.files.checkpoint import CheckpointShapes
 from lorasmith.families.files.original_weights import PartSource, block_count, build
+from lorasmith.families.forms import LatentFormat
+from lorasmith.families.slots import AutoencoderSlot, HubFolder
 
 _RENAMES = (
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),

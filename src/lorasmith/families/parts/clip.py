@@ -25,7 +25,6 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.core.pretrained import load_pretrained
 from lorasmith.core.quantization import Packed, of_rows
-from lorasmith.families.base import EncoderSlot, HubFolder
 from lorasmith.families.files.original_weights import PartSource, build, numbered
 from lorasmith.families.parts.embeddings import token_groups
 from lorasmith.families.parts.encoders import (
@@ -37,6 +36,7 @@ from lorasmith.families.parts.encoders import (
     parse_weights,
     weighted_states,
 )
+from lorasmith.families.slots import EncoderSlot, HubFolder
 
 _OPENCLIP = (
     (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),

@@ -32,8 +32,8 @@ from lorasmith.core.pretrained import load_pretrained
 from lorasmith.core.printable import first_line, printable
 from lorasmith.core.quantization import weight_source
 from lorasmith.core.registry import Registry, instance_of
-from lorasmith.families.base import Encoding
 from lorasmith.families.files.original_weights import PartSource
+from lorasmith.families.slots import Encoding
 
 
 class EncoderKind(ABC):

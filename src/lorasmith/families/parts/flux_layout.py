@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.families.base import BY_INDEX, BY_OFFSET, BY_UXO, Conditioning
+from lorasmith.families.conditionings import BY_INDEX, BY_OFFSET, BY_UXO, Conditioning
 from lorasmith.families.files.original_weights import block_count, norm_name
 from lorasmith.formats.names import OriginalName
 

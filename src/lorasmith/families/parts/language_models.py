@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.core.printable import count_text
-from lorasmith.families.base import EncoderSlot, HubFolder, Sight
 from lorasmith.families.files.original_weights import PartSource, block_count, build
+from lorasmith.families.forms import Sight
 from lorasmith.families.parts.encoders import (
     ENCODERS,
     EncoderKind,
@@ -38,6 +38,7 @@ from lorasmith.families.parts.encoders import (
     weighted_states,
 )
 from lorasmith.families.parts.vision_towers import PICTURE, QWEN3_TOWER, QWEN25_TOWER, TowerKind, VisionTower
+from lorasmith.families.slots import EncoderSlot, HubFolder
 
 T5XXL_SLOT = EncoderSlot(
     "t5xxl",

@@ -11,11 +11,13 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import ModelError
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule
-from lorasmith.families.base import Defaults, Diffusion, Family, LatentFormat, Rule
+from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.forms import Defaults, Diffusion, LatentFormat
 from lorasmith.formats.names import OriginalName, ProgramLimits
 
 CROSS_ATTENTION = r"\A(?=.*?((down|up|input|output)_blocks_\d|(mid|middle)_block_)).*attn2_(processor_)?to_[kv]$"

@@ -36,7 +36,7 @@ from lorasmith.core.quantization import weight_source
 from lorasmith.core.quantized_products import ACTIVATION, has_products, int8_product_on, rounding_on
 from lorasmith.core.recomputation import recomputed
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import Routing
+from lorasmith.families.forms import Routing
 from lorasmith.training.memory.activations import without_recomputing
 from lorasmith.training.memory.backward_passes import rotation_on
 

@@ -22,7 +22,7 @@ from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import Dial
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:

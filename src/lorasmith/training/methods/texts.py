@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import Caption, EncodedDataset, Sample, SeenCaption, parts_of
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 
 TextRule = Callable[[str, str], str]
 """The text for a caption, as it is drawn, and the trigger."""
