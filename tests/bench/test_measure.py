@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasmith.bench.benchmark import Measured, Rates, latent_side, limits, measured, measured_rates, shares
+from lorasmith.bench.benchmark import Measured, Rates, latent_side, limits, shares
 from lorasmith.bench.measure import (
     Counter,
     Counts,
@@ -120,31 +120,6 @@ def test_what_a_step_keeps_is_what_autograd_saves(tiny: Model) -> None:
     assert counts.state == pytest.approx(16 * job.parameters, rel=0.1)
 
 
-@pytest.mark.slow
-def test_counts_show_what_settings_do(tiny: Model) -> None:
-    counts_of(tiny)  # draws the order of samples, which is kept
-    plain, again, packed = (
-        counts_of(tiny),
-        counts_of(tiny, gradient_checkpointing=True),
-        counts_of(tiny, quantization="int8"),
-    )
-    assert again.held < plain.held / 2  # the last block is kept
-    assert again.flops > 1.2 * plain.flops
-    assert packed.flops == plain.flops
-    assert packed.held == pytest.approx(plain.held, rel=0.01)
-    assert counts_of(tiny) == plain
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"preserve": "blank"}, {"train_text_encoder": True}])
-def test_steps_of_methods_are_measured(tiny: Model, settings: dict[str, Any]) -> None:
-    samples = synthetic_samples(tiny, 2, 8, 8)
-    config = TrainConfig(rank=2, targets="*.attn2.to_q", training_dtype="fp32", batch_size=2, steps=2, **settings)
-    with training_steps(plan_job(tiny.denoiser, config, "cpu"), samples) as step:
-        step()
-    assert measured_steps(plan_job(tiny.denoiser, config, "cpu"), samples).seconds.median > 0
-
-
 def test_the_floor_is_the_frozen_model_and_leaves_it_alone(tiny: Model) -> None:
     samples = synthetic_samples(tiny, 2, 8, 8)
     before = [(p.data_ptr(), p.stride(), p.requires_grad) for p in tiny.denoiser.module.parameters()]
@@ -192,13 +167,6 @@ def test_a_profile_tells_products_from_others() -> None:
     assert others.others > 5 * others.products
     assert next(iter(others.longest)) == "aten::exp"
     assert product.products + product.others + product.between == pytest.approx(product.whole)
-
-
-@pytest.mark.slow
-def test_a_large_product_reaches_more_than_a_thin_one() -> None:
-    rate = measured_rates(CPU, torch.float32)
-    assert rate.products > 1e9
-    assert rate.copies is None
 
 
 def test_the_time_that_steps_wait_for_their_batches_is_measured(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,17 +263,3 @@ def test_nothing_is_said_that_does_not_hold() -> None:
     assert SOUND.images_per_hour == 7200
     assert SOUND.of_floor == pytest.approx(0.8)
     assert replace(SOUND, passes=2, images=4).images_per_hour == 14400
-
-
-@pytest.mark.slow
-def test_a_job_is_measured_as_a_whole(tiny: Model) -> None:
-    job = planned(tiny, grad_accumulation_steps=2, quantization="int8", targets="all")
-    found = measured(job, synthetic_samples(tiny, 4, 8, 8), steps=2)
-    assert found.images == 4
-    assert len(found.step.seconds) == len(found.waited.seconds) == 2
-    assert 0 <= found.waiting < 1
-    assert found.floor is not None and found.floor_counts is not None
-    assert len(found.floor.seconds) == 2
-    assert 2 * found.floor_counts.flops < found.counts.flops
-    assert found.weights < 0.4 * weight_bytes(tiny.denoiser.module)
-    assert found.peak > found.above == found.counts.peak

@@ -8,16 +8,12 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
-import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
 from benchmarks.bases import MODELS
-from benchmarks.gpu import GROUP_S, GROUPS, PLANNED, ROOT, TEST_FILES, TESTS, Part, Run, pack, parts
+from benchmarks.gpu import GROUP_S, GROUPS, PLANNED, ROOT, TEST_FILES, TESTS, Part, Run, parts
 from benchmarks.gpu_expected import comparison
 from tests.launched import LONG_S
 
@@ -94,20 +90,6 @@ time.sleep(3600)
     assert not state.exists() or state.read_text().split(") ")[1][0] == "Z"
 
 
-@pytest.mark.slow
-def test_tests_are_counted(tmp_path: Path) -> None:
-    test = tmp_path / "test_three.py"
-    test.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): pytest.skip('no')\n")
-    run = Run(tmp_path, seconds=60)
-    run.part(Part("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)), 1, report="--junit-xml"))
-    found = written(tmp_path)["tests"]
-    assert found["outcome"] == "failed"
-    counts, failures = found["tables"]  # type: ignore[misc]
-    assert dict(zip(counts["columns"], counts["rows"][0], strict=True)) == {"passed": 1, "failed": 1, "skipped": 1}
-    assert failures["rows"][0][0].endswith("test_b")
-    assert "assert 1 == 2" in failures["rows"][0][1]
-
-
 def arguments(folder: Path) -> argparse.Namespace:
     return argparse.Namespace(
         tests=["tests"],
@@ -149,60 +131,11 @@ def test_a_first_day_is_three_commands_of_less_than_ten_minutes(tmp_path: Path) 
     assert [one.name for one in found if one.is_named(["tests", "levers:sd15"])] == ["tests", "levers:sd15"]
 
 
-def test_a_rehearsal_runs_what_a_gpu_runs(tmp_path: Path) -> None:
-    """The same modules, options, sides and levers; only sizes and numbers of steps differ."""
-    models = known_models()
-    planned = {one.name for one in PLANNED}
-    full, small = (
-        {one.name: one for one in parts(models, arguments(tmp_path), rehearsed=is_small)} for is_small in (0, 1)
-    )
-    assert full.keys() == small.keys()
-    for name in full:
-        if name in TESTS:
-            chosen = [tuple(word for word in one[name].command if not word.isdigit()) for one in (full, small)]
-            assert chosen[0] == chosen[1]
-        elif name.partition(":")[0] in planned:
-            given, rehearsed = (_options(one[name].command) for one in (full, small))
-            sizes = {"--backend", "--small", "--preview-steps", "--steps"}
-            assert given.keys() - sizes == rehearsed.keys() - sizes
-            for option in ("--sides", "--levers", "--traces"):
-                assert given.get(option) == rehearsed.get(option), name
-
-
-def _options(command: tuple[str, ...]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for word in command:
-        if word.startswith("--"):
-            found[word] = []
-        elif found:
-            list(found.values())[-1].append(word)
-    return found
-
-
 def test_files_with_gpu_tests_are_all_named() -> None:
     marked = [
         path for path in (ROOT / "tests").rglob("test_*.py") if "mark." + "gpu" in path.read_text(encoding="utf-8")
     ]
     assert {path.relative_to(ROOT).as_posix() for path in marked} == set(TEST_FILES)
-
-
-def test_rows_are_in_the_results_while_a_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_SAVED_EVERY_S", 0.1)
-    seen = f"""
-import json
-results_file = Path({str(tmp_path / "results.json")!r})
-ends = time.monotonic() + {LONG_S}
-def rows():
-    return [one["tables"] for one in json.loads(results_file.read_text())["parts"] if one["outcome"] == "running"]
-while time.monotonic() < ends:
-    if results_file.exists() and any(rows()):
-        raise SystemExit(0)
-    time.sleep(0.05)
-raise SystemExit(1)
-"""
-    run = Run(tmp_path, seconds=2 * LONG_S)
-    run.part(Part("long", ("-c", ROWS + seen), LONG_S / 60))
-    assert written(tmp_path)["long"]["outcome"] == "passed"
 
 
 def test_a_group_ends_by_itself(tmp_path: Path) -> None:
@@ -217,29 +150,6 @@ def test_a_group_ends_by_itself(tmp_path: Path) -> None:
     }
 
 
-def test_traces_are_one_file(tmp_path: Path) -> None:
-    run = Run(tmp_path, seconds=2 * LONG_S)
-    for name in ("a", "b"):
-        folder = f"p = Path({str(tmp_path)!r}) / 'traces'"
-        save = f"from pathlib import Path; {folder}; p.mkdir(); (p / '{name}.json.gz').touch()"
-        run.part(Part(name, ("-c", save), LONG_S / 60, report=None))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "results.json", "tables.md", "traces.zip"]
-    with zipfile.ZipFile(tmp_path / "traces.zip") as archive:
-        assert archive.namelist() == ["a.json.gz", "b.json.gz"]
-
-
-def test_a_package_that_is_missing_is_named() -> None:
-    described = subprocess.run(
-        [sys.executable, "-c", gpu._DESCRIBE, json.dumps([[], ["nowhere", "pytest"], []])],
-        env=gpu.environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert described.returncode and described.stderr.strip().endswith("given with --wheels: nowhere")
-
-
 def test_what_is_slower_than_expected_is_named() -> None:
     columns = {"latents": "", "batch": "d", "side": "", "step, s": ".4f"}
     rows = [["128×128", 1, "floor", 0.4], ["128×128", 1, "lorasmith", 0.9], ["64×64", 1, "lorasmith", 0.15]]
@@ -248,41 +158,6 @@ def test_what_is_slower_than_expected_is_named() -> None:
     assert "| 128×128, lorasmith | 0.9 | 0.41 to 0.465 | 1.94 | which backend attention has" in lines
     assert "| 64×64, lorasmith | 0.15 | 0.125 to 0.2 | 1.00 |  |" in lines and "floor" not in lines
     assert comparison({"card": "NVIDIA GeForce RTX 4090"}, results) == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows the tracked files")
-def test_what_is_carried_to_a_gpu_is_small(tmp_path: Path) -> None:
-    wheels = 8_000_000
-    assert pack(tmp_path / "gpu.tar.gz", None) + wheels < 60_000_000
-    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
-        names = archive.getnames()
-    assert {f"lorasmith/{name}" for name in (*TEST_FILES, "benchmarks/gpu.py", "pyproject.toml", "Makefile")} <= {
-        *names
-    }
-
-
-def test_cheap_parts_are_rehearsed(tmp_path: Path) -> None:
-    run = Run(tmp_path, seconds=2 * LONG_S)
-    for part in parts(known_models(), arguments(tmp_path), rehearsed=True):
-        if part.is_named(["kernels"]):
-            run.part(replace(part, minutes=LONG_S / 60))
-    used, measured = written(tmp_path)["kernels"]["tables"]  # type: ignore[misc]
-    rows = measured["rows"]
-    assert list(used["columns"]) == ["kernel", "why it is not used"]  # without rows: there is no GPU
-    assert {row[0].split()[0] for row in rows} == {
-        "launch",
-        "copy",
-        "attention",
-        "product",
-        "codes",
-        "GroupNorm",
-        "Conv2d",
-        "rotary",
-        "rounding",
-        "dequantization",
-    }
-    assert all(row[2] is not None for row in rows if row[0].startswith(("launch", "copy", "rotary", "dequantization")))
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_an_adapted_layer_takes_no_more_operations_than_before(device: FakeDevic
     assert (many.operations - few.operations) / (many.layers - few.layers) <= most
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", RATIOS)
 def test_a_gradient_takes_few_operations_more_than_the_floor(device: FakeDevice, name: str) -> None:
     most, settings = RATIOS[name]

@@ -67,11 +67,9 @@ CAPTIONS = {"plain": False, "masked": True}
 
 QUICK = [
     ("flux1", "offloading-int8-checkpointing", "masked", 2),
-    ("lumina2", "plain", "masked", 2),
     ("qwen-image", "nf4", "masked", 2),
     ("chroma", "fp8_e4m3-products", "plain", 2),
     ("wan", "host", "masked", 2),
-    ("z-image", "checkpointing", "masked", 1),
 ]
 """Those of the default run: families whose captions are hard, and levers that copy."""
 

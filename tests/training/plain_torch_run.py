@@ -24,12 +24,9 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.to_q = nn.Linear(WIDTH, WIDTH)
-        self.to_k = nn.Linear(CONTEXT, WIDTH)
-        self.to_v = nn.Linear(CONTEXT, WIDTH)
-        self.inner = nn.Linear(WIDTH, 4 * WIDTH)
-        self.outer = nn.Linear(4 * WIDTH, WIDTH)
+        self.norm, self.to_q = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.to_k, self.to_v = nn.Linear(CONTEXT, WIDTH), nn.Linear(CONTEXT, WIDTH)
+        self.inner, self.outer = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + nn.functional.scaled_dot_product_attention(self.to_q(x), self.to_k(context), self.to_v(context))
@@ -42,10 +39,8 @@ class HandMade(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(CHANNELS, WIDTH, 3, padding=1)
-        self.time = nn.Linear(1, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.leave = nn.Conv2d(WIDTH, CHANNELS, 3, padding=1)
+        self.enter, self.leave = nn.Conv2d(CHANNELS, WIDTH, 3, padding=1), nn.Conv2d(WIDTH, CHANNELS, 3, padding=1)
+        self.time, self.blocks = nn.Linear(1, WIDTH), nn.ModuleList(Block() for _ in range(2))
 
     def forward(self, latents: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.enter(latents)
@@ -57,40 +52,22 @@ class HandMade(nn.Module):
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    file = Path(sys.argv[1], "lora.safetensors")
     torch.manual_seed(0)
     module = HandMade()
     model = ls.Trainable(module, title="hand-made")
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    g = torch.Generator().manual_seed(1)
-    data = [
-        ls.Sample(
-            torch.randn(CHANNELS, 8, 8, generator=g),
-            ls.Conditioning({"context": torch.randn(1, 5, CONTEXT, generator=g)}),
-        )
-        for _ in range(4)
-    ]
-    common: dict[str, Any] = {
-        "steps": 30,
-        "targets": "all",
-        "rank": 4,
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "training_dtype": "fp32",
-    }
-    result = ls.train(model, data, output=folder / "run", **common)
+    contexts = [ls.Conditioning({"context": torch.randn(1, 5, CONTEXT)}) for _ in range(4)]
+    data = [ls.Sample(torch.randn(CHANNELS, 8, 8), context) for context in contexts]
+    common: dict[str, Any] = {"steps": 30, "targets": "all", "rank": 4, "batch_size": 4, "learning_rate": 1e-2}
+    result = ls.train(model, data, training_dtype="fp32", **common)
     levers: dict[str, Any] = {"quantization": "int8", "activations": "selective", "gradient_checkpointing": True}
-    spared = ls.train(model, data, **common, **levers)
-    assert result.path is not None
-    again = ls.Lora.load(result.path, model)
-    print(
-        json.dumps(
-            {
-                "losses": result.losses,
-                "spared": spared.losses,
-                "trained": sorted(ref.path for ref in again.state.adapters),
-                "layers": sorted(path for path, layer in module.named_modules() if is_targetable(layer)),
-                "changed": [name for name, one in module.state_dict().items() if not torch.equal(one, weights[name])],
-            }
-        )
-    )
+    spared = ls.train(model, data, training_dtype="fp32", **common, **levers)
+    found = {
+        "losses": result.losses,
+        "spared": spared.losses,
+        "trained": sorted(ref.path for ref in ls.Lora.load(result.lora.save(file), model).state.adapters),
+        "layers": sorted(path for path, layer in module.named_modules() if is_targetable(layer)),
+        "changed": [name for name, one in module.state_dict().items() if not torch.equal(one, weights[name])],
+    }
+    print(json.dumps(found))

@@ -24,7 +24,6 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
 from lorasmith.training.results import TrainResult
-from lorasmith.training.trainable import TrainableDenoiser
 from lorasmith.training.way import Way
 from tests.covering import slow_except
 
@@ -239,21 +238,3 @@ def test_a_resumed_run_keeps_its_way(
     assert some(until=9).losses == plain.losses
     assert not timer.asked and len(list(said())) == 1
     assert enabled == ["int8"] * 3
-
-
-@pytest.mark.slow
-def test_the_frozen_model_is_made_again_for_compiled_blocks(
-    run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some of its blocks have another forward then; see `Family.unread_left_out`."""
-    compiled: list[bool] = []
-    original = TrainableDenoiser.frozen
-
-    def noted(self: TrainableDenoiser, config: Any, way: Way) -> Any:
-        compiled.append(way.compile)
-        return original(self, config, way)
-
-    monkeypatch.setattr(TrainableDenoiser, "frozen", noted)
-    timed(keep=1000.0, compile=1.0)
-    run(dataset, steps=2, autotune=True)
-    assert compiled == [False, True]

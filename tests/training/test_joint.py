@@ -93,6 +93,13 @@ def assert_alike(one: TrainResult | Exception, other: TrainResult, tolerance: fl
         assert (found[name] - tensor).norm() <= 20 * tolerance * tensor.norm() + 1e-9, name
 
 
+def assert_as_alone(
+    results: Sequence[TrainResult | Exception], model: Model, data: EncodedDataset, runs: Sequence[Settings]
+) -> None:
+    for result, settings in zip(results, runs, strict=True):
+        assert_alike(result, alone(model, data, settings))
+
+
 def assert_same(one: TrainResult | Exception, other: TrainResult | Exception) -> None:
     assert isinstance(one, TrainResult) and isinstance(other, TrainResult), (one, other)
     assert one.losses == other.losses
@@ -121,8 +128,7 @@ def test_each_run_is_the_one_that_it_is_alone(tiny: Model, dataset: EncodedDatas
 
 def test_two_runs_on_a_quantized_model_are_those_that_they_are_alone(flux: Model, flux_data: EncodedDataset) -> None:
     runs: list[Settings] = [{"quantization": "nf4"}, {"quantization": "nf4", "rank": 2, "batch_size": 2, "steps": 2}]
-    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
-        assert_alike(result, alone(flux, flux_data, settings))
+    assert_as_alone(together(flux, flux_data, runs), flux, flux_data, runs)
 
 
 ALGORITHMS: dict[str, Settings] = {
@@ -166,17 +172,6 @@ def assert_each_alike(model: Model, data: EncodedDataset, name: str, levers: Set
             assert_alike(result, expected, 1e-3 if name == "AdamW" else 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("activations", ["keep", "lean", "selective"])
-@pytest.mark.parametrize("more", [{"quantization": "nf4"}, {"gradient_checkpointing": True}])
-def test_quantized_and_recomputed(
-    flux: Model, flux_data: EncodedDataset, activations: str, more: Settings, small_is_worth_it: None
-) -> None:
-    runs = [{"activations": activations, **more, **one} for one in ({}, {"rank": 2, "seed": 4, "algorithm": "LoKr"})]
-    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
-        assert_alike(result, alone(flux, flux_data, settings))
-
-
 @pytest.fixture(scope="module")
 def flux_data() -> EncodedDataset:
     return flux_dataset()
@@ -214,8 +209,7 @@ def test_every_family(family: str, quantization: str, targets: str | None, tmp_p
     ]
     events: list[Event] = []
     results = together(model, data, runs, *[Around(NoFiles(also=events.append))] * 3)
-    for result, settings in zip(results, runs, strict=True):
-        assert_alike(result, alone(model, data, settings))
+    assert_as_alone(results, model, data, runs)
     told = [one for one in events if isinstance(one, Warned) and "mixes the samples" in one.message]
     assert bool(told) is (targets == "all" and family == "z-image")
 
@@ -282,8 +276,7 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
     events: list[list[Event]] = [[], []]
     results = together(flux, flux_data, runs, *[Around(NoFiles(also=one.append)) for one in events])
     monkeypatch.undo()
-    for result, settings in zip(results, runs, strict=True):
-        assert_alike(result, alone(flux, flux_data, settings))
+    assert_as_alone(results, flux, flux_data, runs)
     for told in events:
         said = [one.message for one in told if isinstance(one, Warned) and "2 runs at once" in one.message]
         assert said == [
@@ -292,24 +285,6 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
         ]
     assert [[one.micro_batch for one in told if isinstance(one, Shrunk)] for told in events] == [[1], []]
     assert failed == [True]
-
-
-@pytest.mark.slow
-def test_an_error_in_a_pass_of_all_is_that_of_the_run_that_has_it_alone(
-    flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = joint.prediction_losses
-
-    def losses(prediction: Any, batch: Any, config: Any, *others: Any) -> Tensor:
-        if config.rank == 2:
-            raise OptionError("rank 2 is odd")
-        return whole(prediction, batch, config, *others)
-
-    monkeypatch.setattr(joint, "prediction_losses", losses)
-    monkeypatch.setattr("lorasmith.training.engine.prediction_losses", losses)
-    results = together(flux, flux_data, [{}, {"rank": 2}])
-    assert isinstance(results[1], OptionError)
-    assert_alike(results[0], alone(flux, flux_data, {}))
 
 
 def test_a_stop_between_two_runs_ends_both_after_the_same_step(flux: Model, flux_data: EncodedDataset) -> None:
@@ -345,8 +320,7 @@ def test_a_pass_that_fails_where_no_run_does_alone_is_given_up(
     monkeypatch.setattr(joint._Coordinator, "_pass", broken)
     events: list[Event] = []
     results = together(flux, flux_data, [{}, {"rank": 2}], Around(), Around(NoFiles(also=events.append)))
-    for result, settings in zip(results, [{}, {"rank": 2}], strict=True):
-        assert_alike(result, alone(flux, flux_data, settings))
+    assert_as_alone(results, flux, flux_data, [{}, {"rank": 2}])
     said = [one.message for one in events if isinstance(one, Warned) and "a bug" in one.message]
     assert len(said) == 1
     assert said[0].startswith(
@@ -391,8 +365,7 @@ def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: Enc
     saved = [one.name for number in range(2) for one in (tmp_path / str(number)).glob("*.safetensors")]
     assert saved == ["lora.safetensors"] * 2
     results = together(flux, flux_data, [{}, {"rank": 2}], *outputs)
-    for result, settings in zip(results, [{}, {"rank": 2}], strict=True):
-        assert_alike(result, alone(flux, flux_data, settings))
+    assert_as_alone(results, flux, flux_data, [{}, {"rank": 2}])
 
 
 class Looks:
@@ -429,14 +402,7 @@ def test_previews_find_the_bare_model_and_the_other_runs_wait(
     plans = Around(output=tmp_path / "run").plan(flux, jobs[0], flux_data), Around().plan(flux, jobs[1], flux_data)
     results = train_jointly(jobs, [partial(run_job, plans[0], Looking()), partial(run_job, plans[1], RunHost())])
     assert looks.seen == [(0, False), (2, False), (4, True)]
-    for result, settings in zip(results, runs, strict=True):
-        assert_alike(result, alone(flux, flux_data, settings))
-
-
-@pytest.mark.slow
-def test_one_run_is_that_of_an_engine_of_its_own(flux: Model, flux_data: EncodedDataset) -> None:
-    (result,) = together(flux, flux_data, [{"validation_share": 0.3, "validate_every": 2}])
-    assert_same(result, alone(flux, flux_data, {"validation_share": 0.3, "validate_every": 2}))
+    assert_as_alone(results, flux, flux_data, runs)
 
 
 @pytest.mark.parametrize(

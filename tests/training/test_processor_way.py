@@ -16,12 +16,9 @@ from lorasmith.training import processor_way
 from lorasmith.training import way as ways
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.processor_way import ProcessorWay, on_processor
-from lorasmith.training.results import TrainResult
 
-Run = Callable[..., TrainResult]
 Choose = Callable[..., tuple[TrainJob, int]]
 
 
@@ -178,41 +175,3 @@ def test_a_step_is_timed_without_training(tiny: Model, dataset: EncodedDataset, 
     after = {name: tensor for path, one in job.trained for name, tensor in one.state_dict(prefix=path).items()}
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert torch.equal(stream, torch.get_rng_state())
-
-
-@pytest.mark.slow
-def test_a_run_that_goes_on_keeps_format_and_threads(
-    run: Run,
-    dataset: EncodedDataset,
-    timer: Timer,
-    busy: list[float],
-    kept: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whatever is measured then, on a machine that is busy by now."""
-    monkeypatch.setattr(processor_way, "_WORTH_STEPS", 1)
-    timer.seconds = {"bf16 4": 1.0, "fp32 4": 0.5, "fp32 2": 0.4, "fp32 1": 0.5}
-    heard: list[Event] = []
-
-    def some(until: int) -> TrainResult:
-        return run(
-            dataset,
-            training_dtype="auto",
-            steps=3,
-            output=tmp_path / "run",
-            on_event=heard.append,
-            cancelled=lambda: sum(isinstance(event, StepDone) for event in heard) >= until,
-        )
-
-    assert some(until=1).reason == "cancelled"
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["config"]["training_dtype"] == "fp32" and record["environment"]["threads"] == 2
-    assert any(isinstance(event, Warned) and "Products in fp32" in event.message for event in heard)
-    kept.unlink()
-    timer.seconds, busy[0] = {"bf16 4": 0.1, "fp32 4": 1.0, "bf16 2": 0.2}, 3.0
-    timer.asked.clear()
-    result = some(until=9)
-    [resumed] = [event for event in heard if isinstance(event, Resumed)]
-    assert resumed.message.endswith("continues from step 1, bit-identically.")
-    assert (result.steps, timer.asked) == (3, [])

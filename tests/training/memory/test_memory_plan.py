@@ -23,7 +23,7 @@ from lorasmith.training.events import Planned, Shrunk, Warned
 from lorasmith.training.job import engine_of
 from lorasmith.training.memory import memory_plan
 from lorasmith.training.memory.activations import blocks_checkpointed
-from lorasmith.training.memory.memory_plan import MemoryPlan, chosen_plan, free_memory, plan_for
+from lorasmith.training.memory.memory_plan import MemoryPlan, chosen_plan, free_memory
 from lorasmith.training.results import TrainResult
 from lorasmith.training.way import Way
 from tests.covering import slow_except
@@ -131,29 +131,6 @@ def test_where_memory_runs_out_all_blocks_are_recomputed_first(
     assert [event for event in events if isinstance(event, Planned) and "blocks but the last 2 are" in event.message]
     assert [event for event in events if isinstance(event, Warned) and "with all blocks recomputed" in event.message]
     assert not [event for event in events if isinstance(event, Shrunk)]
-
-
-@pytest.mark.slow
-def test_a_run_decides_once_says_so_and_has_the_same_numbers(
-    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = run(dataset, batch_size=2)
-    probes = 0
-    original = plan_for
-
-    def counted(*args: Any) -> MemoryPlan:
-        nonlocal probes
-        probes += 1
-        return original(*args)
-
-    monkeypatch.setattr(planning, "plan_for", counted)
-    for budget, words in ((1000.0, "all are kept"), (0.1, "recomputed, at depth")):
-        events: list[object] = []
-        result = run(dataset, batch_size=2, activations="auto", memory_budget=budget, on_event=events.append)
-        (planned_event,) = [event for event in events if isinstance(event, Planned)]
-        assert words in planned_event.message
-        assert_same(tensors(result), tensors(plain))
-    assert probes == 2
 
 
 def test_a_probe_that_runs_out_of_memory_is_no_end(

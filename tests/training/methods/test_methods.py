@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,6 @@ from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.job import engine_of, plan_job
-from tests.covering import slow_except
 from tests.training.methods.gradient_cases import Predict, check, gradients, mean
 
 SLIDER = {"slider_positive": "a red apple", "slider_negative": "a lion", "slider_guidance": 2.0}
@@ -118,10 +116,6 @@ def test_pictures_are_trained_at_the_usual_guidance_unless_they_have_their_own(
     assert job.config.training_guidance == (1.0 if asked is None else asked)
 
 
-def test_other_models_have_no_guidance_of_training(tiny: Model) -> None:
-    assert plan_job(tiny.denoiser, TrainConfig(rank=2), "cpu").config.training_guidance is None
-
-
 def test_the_guidance_of_training_is_the_networks_input(flux: Model, flux_texts: EncodedDataset) -> None:
     def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
         given = torch.full((len(batch.names),), 1.5)
@@ -132,30 +126,6 @@ def test_the_guidance_of_training_is_the_networks_input(flux: Model, flux_texts:
     plain = train(flux, flux_texts, steps=1, rank=2).losses
     assert train(flux, flux_texts, steps=1, rank=2, training_guidance=3.5).losses == plain  # the samples' own
     assert train(flux, flux_texts, steps=1, rank=2, training_guidance=1.0).losses != plain
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("neutral", "anchors"),
-    slow_except(itertools.product([None, "a bus"], [None, "a dog | a car"]), ("a bus", "a dog | a car")),
-)
-def test_a_slider_moves_to_both_ends(
-    tiny: Model, texts: EncodedDataset, neutral: str | None, anchors: str | None
-) -> None:
-    def reference(batch: Batch, trained: Any, frozen: Predict, target: Tensor) -> Tensor:
-        given = {name: batch.texts[name] for name in batch.texts}
-        middle = given.get("neutral", batch.conditioning)
-        change = 2.0 * (frozen(given["positive"]) - frozen(given["negative"]))
-        loss = torch.zeros(len(batch.names))
-        for strength in (1.0, -1.0):
-            loss = loss + mean(trained(middle, strength) - frozen(middle) - strength * change) / 2
-            for name in sorted(name for name in given if name.startswith("anchor")):
-                loss = loss + mean(trained(given[name], strength) - frozen(given[name])) / 2
-        return loss
-
-    settings: dict[str, Any] = {**SLIDER, "slider_neutral": neutral, "slider_anchors": anchors}
-    check(gradients(tiny, texts, reference, **settings))
-    check(gradients(tiny, texts, reference, **settings, gradient_checkpointing=True))
 
 
 @pytest.mark.slow_after(2)

@@ -164,15 +164,6 @@ def test_a_preference_is_that_of_the_paper(kind: str) -> None:
     assert norm > 0
 
 
-@pytest.mark.slow
-def test_a_preference_is_learnt_by_every_kind_of_adapter(tiny: Model, pairs: EncodedDataset) -> None:
-    for settings in ({"algorithm": "OFT"}, {"dora": "input"}, {"gradient_checkpointing": True, "rank_dropout": 0.5}):
-        common: dict[str, Any] = {"pairs": "dpo", "steps": 6, "learning_rate": 1e-3, "batch_size": 4, "seed": 1}
-        losses = train(tiny, pairs, **common, **settings).losses
-        assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
-        assert losses[-1] < losses[0]
-
-
 def test_pairs_and_methods_belong_together(tiny: Model, dataset: EncodedDataset, pairs: EncodedDataset) -> None:
     with pytest.raises(
         OptionError, match=r"pairs slider needs two pictures for each sample, but 0.png has no opposite"
