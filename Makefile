@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Modules are compiled when they are first imported, and kept, as are the rewritten tests: empty means no.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all crash fuzz gpu lint collected clean
+.PHONY: demo test test-all crash fuzz gpu lint lint-pages collected clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
@@ -40,10 +40,24 @@ gpu:
 	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PARTS),--parts $(PARTS)) \
 	  $(if $(COMFYUI),--comfyui $(COMFYUI)) $(if $(SD_SCRIPTS),--sd-scripts $(SD_SCRIPTS))
 
-lint: .venv/installed-dev
+lint: .venv/installed-dev lint-pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The modules of the page. Skipped where there is no npm, but not in continuous integration.
+PAGES := tools/pages/node_modules
+ifeq ($(shell command -v npm)$(CI),)
+lint-pages:
+	@echo "The modules of the page are not checked: there is no npm."
+else
+lint-pages: $(PAGES)/installed
+	$(PAGES)/.bin/biome format --config-path=tools/pages src/lorasmith/server/pages
+endif
+
+$(PAGES)/installed: tools/pages/package-lock.json
+	cd tools/pages && npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
 
 # Once, instead of in each of the tests' processes at the same time.
 collected: .venv/installed-dev
@@ -62,4 +76,4 @@ collected: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis $(PAGES)

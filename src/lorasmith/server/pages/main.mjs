@@ -39,13 +39,20 @@ function Page() {
   }, [address]);
   useEffect(watchServer, []);
   return html`
-    <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current?.focus(); }}>Skip to the content</a>
+    <a class="skip" href="#main"
+        onClick=${(event) => {
+          event.preventDefault();
+          main.current?.focus();
+        }}>
+      Skip to the content
+    </a>
     <${Bar} at=${parts[0] ?? ""} />
     <main id="main" ref=${main} tabindex="-1">
       <${Offers} hidden=${[undefined, "jobs", "runs"].includes(parts[0])} />
       ${view}
     </main>
-    <${Messages} />`;
+    <${Messages} />
+  `;
 }
 
 function viewOf([name, ...rest]) {
@@ -55,7 +62,11 @@ function viewOf([name, ...rest]) {
     case "new": {
       const [dataset, step = "photos", file] = rest;
       const view = { photos: PhotosView, model: ModelView, settings: SettingsView }[step];
-      if (dataset && view) return [html`<${WithDraft} dataset=${dataset} view=${view} edited=${file} key=${`${dataset} ${step}`} />`, capital(step)];
+      if (dataset && view)
+        return [
+          html`<${WithDraft} dataset=${dataset} view=${view} edited=${file} key=${`${dataset} ${step}`} />`,
+          capital(step),
+        ];
       break;
     }
     case "jobs":
@@ -71,7 +82,12 @@ function viewOf([name, ...rest]) {
       return [html`<${CompareView} ids=${rest} key=${rest.join(" ")} />`, "Comparison"];
     default:
   }
-  return [html`<section><h1>Nothing here</h1><p>This address leads nowhere. <a href="#/">Start from the beginning.</a></p></section>`, "Nothing here"];
+  return [
+    html`<section>
+      <h1>Nothing here</h1><p>This address leads nowhere. <a href="#/">Start from the beginning.</a></p>
+    </section>`,
+    "Nothing here",
+  ];
 }
 
 function Bar({ at }) {
@@ -84,10 +100,17 @@ function Bar({ at }) {
     <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="26" height="26" />Lorasmith</a>
     <nav aria-label="Main">
       <a href="#/" aria-current=${here("")}>New LoRA</a>
-      <a href=${link("runs")} aria-current=${here("runs") ?? here("jobs") ?? here("sweeps") ?? here("compare")}>Runs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}</a>
+      <a href=${link("runs")} aria-current=${here("runs") ?? here("jobs") ?? here("sweeps") ?? here("compare")}>
+        Runs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}
+      </a>
       ${server?.editor !== false && html`<a href="editor/">Editor</a>`}
     </nav>
-    ${device && html`<span class="device">${device.title ?? device.name}${device.memory_bytes ? ` · ${bytes(device.memory_bytes)}` : ""}</span>`}
+    ${
+      device &&
+      html`<span class="device">
+        ${device.title ?? device.name}${device.memory_bytes ? ` · ${bytes(device.memory_bytes)}` : ""}
+      </span>`
+    }
   </div>`;
 }
 
@@ -119,7 +142,10 @@ function watchServer() {
         const isNews = ([id, job]) => job !== asked?.jobs.get(id);
         const there = jobs.filter(({ id }) => now?.jobs.has(id) || !asked?.jobs.has(id)); // others were removed since
         const found = there.map((job) => [job.id, newest(job, asked, now)]);
-        return { jobs: new Map([...[...(now?.jobs ?? [])].filter(isNews), ...found]), queue: now?.queue === asked?.queue ? queue : now.queue };
+        return {
+          jobs: new Map([...[...(now?.jobs ?? [])].filter(isNews), ...found]),
+          queue: now?.queue === asked?.queue ? queue : now.queue,
+        };
       });
     } catch {
       // The stream of events reports a lost connection, and loads again when it is back.
@@ -137,12 +163,16 @@ function watchServer() {
   const counted = (queue) => work.set((before) => ({ jobs: before?.jobs ?? new Map(), queue }));
   look();
   load();
-  const stop = listen("", { job: changed, queue: counted }, {
-    onOpen: () => {
-      look();
-      load();
+  const stop = listen(
+    "",
+    { job: changed, queue: counted },
+    {
+      onOpen: () => {
+        look();
+        load();
+      },
     },
-  });
+  );
   return () => {
     ended = true;
     clearTimeout(timer);

@@ -43,7 +43,10 @@ async function request(method, url, { body, signal, keepalive }) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     connection.set({ lost: true });
-    throw new ApiError("offline", "The server does not answer. If it was stopped, start it again with: lorasmith serve");
+    throw new ApiError(
+      "offline",
+      "The server does not answer. If it was stopped, start it again with: lorasmith serve",
+    );
   }
   if (connection.get().lost) connection.set({ lost: false });
   if (response.ok) return response.status === 204 ? null : response.json();
@@ -53,11 +56,19 @@ async function request(method, url, { body, signal, keepalive }) {
   } catch {
     // Not one of the API's own errors.
   }
-  if (found?.message) throw new ApiError(found.kind ?? "error", sentence(found.message), response.status, found.details);
-  throw new ApiError("error", `The server answered with an error (${response.status} ${response.statusText}).`, response.status);
+  if (found?.message)
+    throw new ApiError(found.kind ?? "error", sentence(found.message), response.status, found.details);
+  throw new ApiError(
+    "error",
+    `The server answered with an error (${response.status} ${response.statusText}).`,
+    response.status,
+  );
 }
 
-/** A message as a sentence: a capital at its start (unless it starts with a name such as sd-scripts), a full stop at its end. */
+/**
+ * A message as a sentence: a capital at its start (unless it starts with a name such as sd-scripts), a full stop at
+ * its end.
+ */
 export function sentence(text) {
   const trimmed = String(text).trim();
   if (!trimmed) return trimmed;

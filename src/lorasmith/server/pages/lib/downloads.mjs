@@ -6,8 +6,8 @@ const PAUSE_MS = 1000;
 export const isOnItsWay = (download) => download?.state === "waiting" || download?.state === "running";
 
 /**
- * All downloads since the server started, the last first, and a function that looks again: [downloads, refresh]. They are
- * looked at each second while one is on its way.
+ * All downloads since the server started, the last first, and a function that looks again: [downloads, refresh].
+ * They are looked at each second while one is on its way.
  *
  * @param onEnded called when one has ended
  */
@@ -54,10 +54,12 @@ export function sendModel(file, onProgress) {
     request.open("POST", address(["models"]));
     request.responseType = "json";
     request.upload.onprogress = (event) => onProgress(event.total ? event.loaded / event.total : 0);
-    request.onerror = () => reject(new ApiError("offline", "The file could not be sent. Look whether the server runs, and send it again."));
+    request.onerror = () =>
+      reject(new ApiError("offline", "The file could not be sent. Look whether the server runs, and send it again."));
     request.onload = () => {
       if (request.status < 300) return resolve(request.response);
-      const { kind = "error", message = `The server answered with an error (${request.status}).` } = request.response?.error ?? {};
+      const { kind = "error", message = `The server answered with an error (${request.status}).` } =
+        request.response?.error ?? {};
       return reject(new ApiError(kind, sentence(message), request.status));
     };
     request.send(body);

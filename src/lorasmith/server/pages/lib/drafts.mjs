@@ -1,4 +1,5 @@
-// What is chosen for a training that is not started yet. The server keeps it for each folder of photos, so that all pages agree.
+// What is chosen for a training that is not started yet. The server keeps it for each folder of photos, so that all
+// pages agree.
 import { ApiError, get, put } from "./api.mjs";
 import { useEffect } from "./html.mjs";
 import { listen } from "./live.mjs";
@@ -12,7 +13,10 @@ const NOTHING = { seen: null, mine: null, theirs: {}, version: -1 };
 
 const drafts = new Map();
 
-/** The draft of a folder: a store of {seen, mine, theirs, version}, `seen` null until it is loaded; `theirs` are texts of others that `mine` differs from. */
+/**
+ * The draft of a folder: a store of {seen, mine, theirs, version}, `seen` null until it is loaded; `theirs` are texts
+ * of others that `mine` differs from.
+ */
 function draftOf(dataset) {
   if (!drafts.has(dataset)) drafts.set(dataset, new Draft(dataset));
   return drafts.get(dataset);
@@ -48,7 +52,10 @@ class Draft {
     this.change({ [name]: isMine ? mine[name] : text });
   }
 
-  /** Store what is changed here; resolves when it is stored, or refused. A page that is left cannot wait for an earlier answer. */
+  /**
+   * Store what is changed here; resolves when it is stored, or refused. A page that is left cannot wait for an
+   * earlier answer.
+   */
   async send({ isLeaving = false } = {}) {
     clearTimeout(this.timer);
     while (this.sending && !isLeaving) await this.sending;
@@ -71,7 +78,8 @@ class Draft {
 
   async hear({ draft, version }) {
     while (this.sending) await this.sending; // its answer is the newer one
-    if (!draft) this.isGone = true; // a view may still show it
+    if (!draft)
+      this.isGone = true; // a view may still show it
     else if (this.isGone || version > this.store.get().version) this.#take({ draft, version });
   }
 
@@ -89,7 +97,8 @@ class Draft {
     for (const name of Object.keys(draft)) {
       if (name === "settings" || same(mine[name], draft[name])) continue;
       if (same(mine[name], base[name]) && !(name in theirs)) continue; // only they have changed it
-      if (same(draft[name], base[name]) && !(name in theirs)) next[name] = mine[name]; // only this page has
+      if (same(draft[name], base[name]) && !(name in theirs))
+        next[name] = mine[name]; // only this page has
       else if (TEXTS.includes(name)) {
         next[name] = mine[name];
         others[name] = draft[name];
@@ -103,11 +112,21 @@ class Draft {
 /** `theirs` with what `mine` changes of `base`, by name. */
 function rebased(base, mine, theirs) {
   const names = new Set([...Object.keys(base), ...Object.keys(mine), ...Object.keys(theirs)]);
-  return Object.fromEntries([...names].map((name) => [name, same(mine[name], base[name]) || !same(theirs[name], base[name]) ? theirs[name] : mine[name]]).filter(([, value]) => value !== undefined));
+  return Object.fromEntries(
+    [...names]
+      .map((name) => [
+        name,
+        same(mine[name], base[name]) || !same(theirs[name], base[name]) ? theirs[name] : mine[name],
+      ])
+      .filter(([, value]) => value !== undefined),
+  );
 }
 
 const same = (a, b) => sorted(a ?? null) === sorted(b ?? null);
-const sorted = (value) => JSON.stringify(value, (_, one) => (one && typeof one === "object" && !Array.isArray(one) ? Object.fromEntries(Object.entries(one).sort()) : one));
+const sorted = (value) =>
+  JSON.stringify(value, (_, one) =>
+    one && typeof one === "object" && !Array.isArray(one) ? Object.fromEntries(Object.entries(one).sort()) : one,
+  );
 
 function oldDraft(dataset) {
   try {
@@ -119,12 +138,21 @@ function oldDraft(dataset) {
   }
 }
 
-listen("", { draft: (notice) => drafts.get(notice.dataset)?.hear(notice) }, {
-  onOpen: () => {
-    // What fails here is done when the connection is back.
-    for (const draft of drafts.values()) if (draft.store.get().seen) draft.load().then(() => draft.send()).catch(() => {});
+listen(
+  "",
+  { draft: (notice) => drafts.get(notice.dataset)?.hear(notice) },
+  {
+    onOpen: () => {
+      // What fails here is done when the connection is back.
+      for (const draft of drafts.values())
+        if (draft.store.get().seen)
+          draft
+            .load()
+            .then(() => draft.send())
+            .catch(() => {});
+    },
   },
-});
+);
 addEventListener("pagehide", () => {
   for (const draft of drafts.values()) draft.send({ isLeaving: true });
 });
@@ -140,7 +168,10 @@ export function useDraft(dataset) {
   return [mine, (parts) => draft.change(parts)];
 }
 
-/** Texts that were changed elsewhere while others were typed here, by name, and a function that chooses (name, whether it is the one here). */
+/**
+ * Texts that were changed elsewhere while others were typed here, by name, and a function that chooses (name, whether
+ * it is the one here).
+ */
 export function useConflicts(dataset) {
   const draft = draftOf(dataset);
   return [useStore(draft.store).theirs, (name, isMine) => draft.choose(name, isMine)];

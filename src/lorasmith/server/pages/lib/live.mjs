@@ -68,7 +68,10 @@ function connected() {
     return { watch: (topics) => alone.watch(client, topics) };
   };
   if (!globalThis.SharedWorker) return own();
-  const worker = new SharedWorker(new URL("./shared_events.mjs", import.meta.url), { type: "module", name: "lorasmith 1" });
+  const worker = new SharedWorker(new URL("./shared_events.mjs", import.meta.url), {
+    type: "module",
+    name: "lorasmith 1",
+  });
   const shared = { watch: (topics) => worker.port.postMessage({ topics }) };
   const failed = () => {
     clearTimeout(late);

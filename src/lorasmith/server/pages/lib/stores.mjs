@@ -35,7 +35,10 @@ export const status = createStore(null);
 /** {jobs: Map of id → job, queue: {pending, running}}, null before the first answer. */
 export const work = createStore(null);
 
-/** The job of an answer, with what was heard of it since it was asked for, which is newer; `asked` is what was known then. */
+/**
+ * The job of an answer, with what was heard of it since it was asked for, which is newer; `asked` is what was known
+ * then.
+ */
 export function newest(job, asked, now) {
   const heard = now?.jobs.get(job.id);
   return heard === asked?.jobs.get(job.id) ? { ...heard, ...job } : { ...job, ...heard };

@@ -1,11 +1,20 @@
 // Tags: the parts of a caption between commas.
 
 /** The tags of a caption; none of one with several lines, which are several captions. */
-export const tagsOf = (caption) => (caption.includes("\n") ? [] : caption.split(",").map((one) => one.trim()).filter(Boolean));
+export const tagsOf = (caption) =>
+  caption.includes("\n")
+    ? []
+    : caption
+        .split(",")
+        .map((one) => one.trim())
+        .filter(Boolean);
 
 const same = (a, b) => a.toLowerCase() === b.toLowerCase();
 export const hasTag = (caption, tag) => tagsOf(caption).some((one) => same(one, tag));
-export const withoutTag = (caption, tag) => tagsOf(caption).filter((one) => !same(one, tag)).join(", ");
+export const withoutTag = (caption, tag) =>
+  tagsOf(caption)
+    .filter((one) => !same(one, tag))
+    .join(", ");
 export const withTag = (caption, tag) => (hasTag(caption, tag) ? caption : [...tagsOf(caption), tag.trim()].join(", "));
 
 /** The tags of some captions with their numbers, the most frequent first: [[tag, number]]. */

@@ -14,12 +14,15 @@ export function doneTo(dataset) {
  * Notes what was done, and says it with a button that takes it back.
  *
  * @param undo takes it back; may return a promise, whose failure is said
- * @param key of changes that are one if they follow each other, such as typing; `before` is what the first of them replaced
+ * @param key of changes that are one if they follow each other, such as typing; `before` is what the first of them
+ *   replaced
  * @param quiet whether nothing is said
  */
 export function did(dataset, text, undo, { key = null, before = null, quiet = false } = {}) {
   const entry = { text, undo, key, before };
-  doneTo(dataset).set((all) => [...(key !== null && all.at(-1)?.key === key ? all.slice(0, -1) : all), entry].slice(-MOST));
+  doneTo(dataset).set((all) =>
+    [...(key !== null && all.at(-1)?.key === key ? all.slice(0, -1) : all), entry].slice(-MOST),
+  );
   if (!quiet) say(text, { undo: () => takeBack(dataset, entry) });
 }
 

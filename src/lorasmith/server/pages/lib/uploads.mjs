@@ -40,7 +40,10 @@ export async function sorted(files) {
   return found;
 }
 
-/** The number of the folder for controls, the pictures before an edit, that a file is in: 0 for `control`, 1 for `control_1`; null if it is in none. */
+/**
+ * The number of the folder for controls, the pictures before an edit, that a file is in: 0 for `control`, 1 for
+ * `control_1`; null if it is in none.
+ */
 function controlFolder(path) {
   const found = /(^|\/)control(_([1-9]))?\//.exec(path);
   return found && Number(found[3] ?? 0);
@@ -50,7 +53,10 @@ const stem = (path) => path.replace(/\.[^./]*$/, "");
 const suffix = (path) => path.slice(stem(path).length);
 const nameOf = (path) => path.split("/").pop();
 
-/** Uploads of a dataset: a store of [{key, name, preview, isBefore, state: "waiting"|"sending"|"done", file, replaced}]. */
+/**
+ * Uploads of a dataset: a store of [{key, name, preview, isBefore, state: "waiting"|"sending"|"done", file,
+ * replaced}].
+ */
 export function uploadsOf(dataset) {
   if (!stores.has(dataset)) stores.set(dataset, createStore([]));
   return stores.get(dataset);
@@ -78,8 +84,15 @@ export async function upload(dataset, files, before = null) {
     const isBefore = before !== null || (hasOthers && controlFolder(path) !== null);
     const sent = before ? stem(before) + suffix(name) : number ? `${stem(name)}_${number}${suffix(name)}` : name;
     return {
-      key: ++lastKey, name, preview: URL.createObjectURL(file), state: "waiting", isBefore,
-      sent: isBefore ? `control/${sent}` : name, picture: file, caption: isBefore ? null : captions.get(stem(path)) ?? null, file: null,
+      key: ++lastKey,
+      name,
+      preview: URL.createObjectURL(file),
+      state: "waiting",
+      isBefore,
+      sent: isBefore ? `control/${sent}` : name,
+      picture: file,
+      caption: isBefore ? null : (captions.get(stem(path)) ?? null),
+      file: null,
     };
   });
   store.set((before) => [...before, ...entries]);
@@ -95,7 +108,8 @@ export async function upload(dataset, files, before = null) {
   return entries;
 }
 
-const leaveOut = (dataset, some) => some.length && leftOut.set((before) => ({ ...before, [dataset]: [...(before[dataset] ?? []), ...some] }));
+const leaveOut = (dataset, some) =>
+  some.length && leftOut.set((before) => ({ ...before, [dataset]: [...(before[dataset] ?? []), ...some] }));
 
 /** The reason of a failure as other reasons are: what follows the name of a file. */
 function reasonOf(error) {
@@ -108,9 +122,15 @@ async function sendCaptions(dataset, texts) {
   for (const { file, path } of texts) body.append("file", file, nameOf(path));
   try {
     const answer = await post(["datasets", dataset, "images"], body);
-    leaveOut(dataset, answer.skipped.map(({ file, reason }) => ({ name: file, reason })));
+    leaveOut(
+      dataset,
+      answer.skipped.map(({ file, reason }) => ({ name: file, reason })),
+    );
   } catch (error) {
-    leaveOut(dataset, texts.map(({ path }) => ({ name: nameOf(path), reason: reasonOf(error) })));
+    leaveOut(
+      dataset,
+      texts.map(({ path }) => ({ name: nameOf(path), reason: reasonOf(error) })),
+    );
   }
 }
 
@@ -123,7 +143,10 @@ async function send(dataset, store, entry) {
   try {
     const answer = await post(["datasets", dataset, "images"], body);
     const added = answer.added.find((file) => !file.endsWith(".txt"));
-    leaveOut(dataset, answer.skipped.map(({ file, reason }) => ({ name: file, reason })));
+    leaveOut(
+      dataset,
+      answer.skipped.map(({ file, reason }) => ({ name: file, reason })),
+    );
     if (added) change({ state: "done", file: added, replaced: answer.replaced?.[added] ?? null });
     else forget(dataset, entry.key);
   } catch (error) {
@@ -166,7 +189,8 @@ async function walk(entry, folder, found) {
 }
 
 /** The files of a file input: a list of {file, path}. */
-export const filesOfInput = (input) => visible([...input.files].map((file) => ({ file, path: file.webkitRelativePath || file.name })));
+export const filesOfInput = (input) =>
+  visible([...input.files].map((file) => ({ file, path: file.webkitRelativePath || file.name })));
 
 /** Hidden files and those in hidden folders are a system's own. */
 const visible = (files) => files.filter(({ path }) => !/(^|\/)\./.test(path));

@@ -37,7 +37,12 @@ export function duration(seconds, { about = false } = {}) {
   return `${prefix}${count(Math.round(hours / 24), "day")}`;
 }
 
-const sameYear = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+const sameYear = new Intl.DateTimeFormat("en-GB", {
+  day: "numeric",
+  month: "short",
+  hour: "2-digit",
+  minute: "2-digit",
+});
 const otherYear = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", year: "numeric" });
 export function moment(seconds) {
   if (!Number.isFinite(seconds)) return "–";
@@ -77,7 +82,8 @@ export function valueWords(value) {
   if (value === null || value === undefined || value === "") return "automatic";
   if (value === true) return "on";
   if (value === false) return "off";
-  if (typeof value === "number") return Math.abs(value) > 0 && Math.abs(value) < 0.001 ? value.toExponential().replace("e-", "e−") : String(value);
+  if (typeof value === "number")
+    return Math.abs(value) > 0 && Math.abs(value) < 0.001 ? value.toExponential().replace("e-", "e−") : String(value);
   return Array.isArray(value) ? value.map(valueWords).join(", ") : String(value);
 }
 

@@ -14,7 +14,13 @@ async function choose(run) {
   const { settings: before } = await currentDraft(run.dataset);
   const chosen = asPreset(changed, presets);
   if (before.image_repeats !== undefined) chosen.settings = { ...chosen.settings, image_repeats: before.image_repeats };
-  await changeDraft(run.dataset, { name: run.name, trigger: run.trigger, model: run.model, is_chosen: true, ...chosen });
+  await changeDraft(run.dataset, {
+    name: run.name,
+    trigger: run.trigger,
+    model: run.model,
+    is_chosen: true,
+    ...chosen,
+  });
 }
 
 const shown = (work) => async () => {
@@ -26,16 +32,19 @@ const shown = (work) => async () => {
 };
 
 /** Leads to the settings for training a run again. */
-export const trainAgain = (run) => shown(async () => {
-  await choose(run);
-  go("new", run.dataset, "settings");
-})();
+export const trainAgain = (run) =>
+  shown(async () => {
+    await choose(run);
+    go("new", run.dataset, "settings");
+  })();
 
 /** Settings as those of the preset that most of them are, and what differs from it: {preset, settings}. */
 export function asPreset(changed, presets) {
   const apart = (preset) => Object.entries(changed).filter(([name, value]) => preset.settings[name] !== value);
   const whole = presets.filter((one) => Object.keys(one.settings).every((name) => name in changed));
-  const [best] = [...whole, ...presets.filter((one) => one.name === "balanced")].sort((a, b) => apart(a).length - apart(b).length);
+  const [best] = [...whole, ...presets.filter((one) => one.name === "balanced")].sort(
+    (a, b) => apart(a).length - apart(b).length,
+  );
   return { preset: best.name, settings: Object.fromEntries(apart(best)) };
 }
 
@@ -43,55 +52,114 @@ export function asPreset(changed, presets) {
 export const findingOf = (run, file) => capital(run.advice.find((one) => one.file === file)?.finding ?? "");
 
 export function Advice({ run }) {
-  const [photos, , reload] = useLoaded(async (signal) => {
-    if (!run.dataset || !run.advice.length) return null;
-    await currentDraft(run.dataset); // which the actions change
-    return get(["datasets", run.dataset], {}, signal);
-  }, [run.id]);
+  const [photos, , reload] = useLoaded(
+    async (signal) => {
+      if (!run.dataset || !run.advice.length) return null;
+      await currentDraft(run.dataset); // which the actions change
+      return get(["datasets", run.dataset], {}, signal);
+    },
+    [run.id],
+  );
   const [away, setAway] = useState({}); // where pictures were moved to that were left out here
   if (!run.advice.length) return null;
   const pictures = new Map(run.images.map((one) => [one.file, one]));
-  const restore = (file, removed) => shown(async () => {
-    await post(["datasets", run.dataset, "restore"], { removed });
-    setAway(({ [file]: _, ...others }) => others);
-    reload();
-  });
-  const leaveOut = (file) => shown(async () => {
-    const { removed } = await remove(["datasets", run.dataset, "images", file]);
-    setAway((all) => ({ ...all, [file]: removed }));
-    reload();
-    say(`${file} was moved to the removed files.`, { undo: restore(file, removed) });
-  });
-  const edit = (file) => shown(async () => {
-    await choose(run);
-    go("new", run.dataset, "photos", file);
-  })();
-  return html`<section aria-labelledby="advice"><h2 id="advice">Picture by picture</h2>
-    <ul class="rows">${run.advice.map((one) => html`<li class="row" key=${one.file}>
-      <span class="row-picture">${pictures.get(one.file)?.thumbnail && html`<img src=${fileOfRun(run.id, pictures.get(one.file).thumbnail)} alt="" loading="lazy" />`}</span>
-      <div class="row-text"><b>${one.file} <span class="tag">${capital(one.finding)}</span></b><span>${one.remedy}</span><span class="faint">${one.reason}</span>
-        ${pictures.get(one.file)?.caption && html`<span class="faint">Its caption: “${pictures.get(one.file).caption}”</span>`}</div>
-      ${photos && html`<${Actions} run=${run} advice=${one} isThere=${!photos.builtin && photos.images.some((image) => image.file === one.file)} removed=${away[one.file]}
-        onLeaveOut=${leaveOut(one.file)} onRestore=${restore(one.file, away[one.file])} onEdit=${() => edit(one.file)} />`}</li>`)}</ul>
-    ${photos && html`<div class="actions"><${Button} onClick=${() => trainAgain(run)}>Train again with these changes<//></div>`}
+  const restore = (file, removed) =>
+    shown(async () => {
+      await post(["datasets", run.dataset, "restore"], { removed });
+      setAway(({ [file]: _, ...others }) => others);
+      reload();
+    });
+  const leaveOut = (file) =>
+    shown(async () => {
+      const { removed } = await remove(["datasets", run.dataset, "images", file]);
+      setAway((all) => ({ ...all, [file]: removed }));
+      reload();
+      say(`${file} was moved to the removed files.`, { undo: restore(file, removed) });
+    });
+  const edit = (file) =>
+    shown(async () => {
+      await choose(run);
+      go("new", run.dataset, "photos", file);
+    })();
+  return html`<section aria-labelledby="advice">
+    <h2 id="advice">Picture by picture</h2>
+    <ul class="rows">
+      ${run.advice.map(
+        (one) => html`<li class="row" key=${one.file}>
+          <span class="row-picture">
+            ${
+              pictures.get(one.file)?.thumbnail &&
+              html`<img src=${fileOfRun(run.id, pictures.get(one.file).thumbnail)} alt="" loading="lazy" />`
+            }
+          </span>
+          <div class="row-text">
+            <b>${one.file} <span class="tag">${capital(one.finding)}</span></b><span>${one.remedy}</span>
+            <span class="faint">${one.reason}</span>
+            ${
+              pictures.get(one.file)?.caption &&
+              html`<span class="faint">Its caption: “${pictures.get(one.file).caption}”</span>`
+            }
+          </div>
+          ${
+            photos &&
+            html`<${Actions} run=${run} advice=${one}
+              isThere=${!photos.builtin && photos.images.some((image) => image.file === one.file)}
+              removed=${away[one.file]} onLeaveOut=${leaveOut(one.file)}
+              onRestore=${restore(one.file, away[one.file])} onEdit=${() => edit(one.file)} />`
+          }
+        </li>`,
+      )}
+    </ul>
+    ${
+      photos &&
+      html`<div class="actions"><${Button} onClick=${() => trainAgain(run)}>Train again with these changes<//></div>`
+    }
   </section>`;
 }
 
 function Actions({ run, advice, isThere, removed, onLeaveOut, onRestore, onEdit }) {
   const [draft, change] = useDraft(run.dataset);
-  const rules = (draft.settings.image_repeats ?? run.changed.image_repeats ?? "").split("|").map((one) => one.trim()).filter(Boolean);
+  const rules = (draft.settings.image_repeats ?? run.changed.image_repeats ?? "")
+    .split("|")
+    .map((one) => one.trim())
+    .filter(Boolean);
   const isLess = rules.includes(advice.drawn_less);
   const nameIn = (rule) => rule.slice(0, rule.lastIndexOf("="));
   const others = rules.filter((rule) => nameIn(rule) !== nameIn(advice.drawn_less));
   const store = (chosen) => change({ settings: { ...draft.settings, image_repeats: chosen.join(" | ") } });
-  const before = (run.changed.image_repeats ?? "").split("|").map((one) => one.trim()).filter((rule) => rule && nameIn(rule) === nameIn(advice.drawn_less));
+  const before = (run.changed.image_repeats ?? "")
+    .split("|")
+    .map((one) => one.trim())
+    .filter((rule) => rule && nameIn(rule) === nameIn(advice.drawn_less));
   const of = (what) => `${what}: ${advice.file}`;
-  if (removed) return html`<div class="actions"><span class="faint">Left out.</span> <${Button} class="small" aria-label=${of("Undo")} onClick=${onRestore}>Undo<//></div>`;
+  if (removed)
+    return html`<div class="actions">
+      <span class="faint">
+        Left out.
+      </span> <${Button} class="small" aria-label=${of("Undo")} onClick=${onRestore}>Undo<//>
+    </div>`;
   return html`<div class="actions">
-    ${advice.drawn_less && (isLess
-      ? html`<span class="faint">It will be drawn less often.</span> <${Button} class="small" aria-label=${of("Undo")} onClick=${() => store([...before, ...others])}>Undo<//>`
-      : html`<${Button} class="small" aria-label=${of("Repeat less")} onClick=${() => store([advice.drawn_less, ...others])}>Repeat less<//>`)}
-    ${isThere && html`<${Button} class="small" aria-label=${of("Edit the caption")} onClick=${onEdit}>Edit the caption<//>
-      <${Button} class="small" aria-label=${of("Leave out")} onClick=${onLeaveOut}>Leave out<//>`}
+    ${
+      advice.drawn_less &&
+      (isLess
+        ? html`
+          <span class="faint">
+            It will be drawn less often.
+          </span> <${Button} class="small" aria-label=${of("Undo")} onClick=${() => store([...before, ...others])}>
+            Undo
+          <//>
+        `
+        : html`<${Button} class="small" aria-label=${of("Repeat less")}
+            onClick=${() => store([advice.drawn_less, ...others])}>
+          Repeat less
+        <//>`)
+    }
+    ${
+      isThere &&
+      html`
+        <${Button} class="small" aria-label=${of("Edit the caption")} onClick=${onEdit}>Edit the caption<//>
+        <${Button} class="small" aria-label=${of("Leave out")} onClick=${onLeaveOut}>Leave out<//>
+      `
+    }
   </div>`;
 }

@@ -11,30 +11,57 @@ import { Field } from "./basics.mjs";
 export function AllSettings({ groups, hidden, base, own, error, onChange }) {
   const [wanted, setWanted] = useState("");
   const changed = Object.keys(own).length;
-  const matching = (one) => !hidden.has(one.name) && (!wanted || `${one.name} ${one.label} ${one.help}`.toLowerCase().includes(wanted.toLowerCase()));
-  const shown = groups.map((group) => ({ ...group, settings: group.settings.filter(matching) })).filter((group) => group.settings.length);
+  const matching = (one) =>
+    !hidden.has(one.name) &&
+    (!wanted || `${one.name} ${one.label} ${one.help}`.toLowerCase().includes(wanted.toLowerCase()));
+  const shown = groups
+    .map((group) => ({ ...group, settings: group.settings.filter(matching) }))
+    .filter((group) => group.settings.length);
   const set = (name, value) => {
     const next = { ...own };
     if (value === undefined) delete next[name];
     else next[name] = value;
     onChange(next);
   };
-  const control = (one) => html`<${Setting} key=${one.name} setting=${one} preset=${base[one.name]} value=${own[one.name]} error=${error} onChange=${(value) => set(one.name, value)} />`;
+  const control = (one) => html`<${Setting} key=${one.name} setting=${one} preset=${base[one.name]}
+    value=${own[one.name]} error=${error} onChange=${(value) => set(one.name, value)} />`;
   const main = shown.flatMap((group) => group.settings.filter((one) => one.main));
-  return html`<section class="all-settings"><details>
-    <summary><h2>All settings</h2>${changed > 0 && html`<span class="tag">${count(changed, "change")}</span>`}</summary>
-    <div class="tools"><label class="search"><span class="unseen">Search settings</span><input type="search" placeholder="Search" value=${wanted} onInput=${(event) => setWanted(event.currentTarget.value)} /></label>
-      ${changed > 0 && html`<button type="button" class="button small" onClick=${() => onChange({})}>Undo all changes</button>`}</div>
-    ${!shown.length && html`<p class="faint">No setting has these words.</p>`}
-    ${main.length > 0 && html`<fieldset><legend>The most important</legend><div class="fields two">${main.map(control)}</div></fieldset>`}
-    ${shown.map((group) => {
-      const rest = group.settings.filter((one) => !one.main);
-      const touched = rest.filter((one) => one.name in own).length;
-      return rest.length > 0 && html`<details class="group" key=${group.title} open=${wanted !== "" || touched > 0}>
-        <summary>${group.title}${touched > 0 && html` <span class="tag">${count(touched, "change")}</span>`}</summary>
-        <div class="fields two" role="group" aria-label=${group.title}>${rest.map(control)}</div></details>`;
-    })}
-  </details></section>`;
+  return html`<section class="all-settings">
+    <details>
+      <summary>
+        <h2>All settings</h2>${changed > 0 && html`<span class="tag">${count(changed, "change")}</span>`}
+      </summary>
+      <div class="tools">
+        <label class="search">
+          <span class="unseen">Search settings</span>
+          <input type="search" placeholder="Search" value=${wanted}
+            onInput=${(event) => setWanted(event.currentTarget.value)} />
+        </label>
+        ${
+          changed > 0 &&
+          html`<button type="button" class="button small" onClick=${() => onChange({})}>Undo all changes</button>`
+        }
+      </div>
+      ${!shown.length && html`<p class="faint">No setting has these words.</p>`}
+      ${
+        main.length > 0 &&
+        html`<fieldset><legend>The most important</legend><div class="fields two">${main.map(control)}</div></fieldset>`
+      }
+      ${shown.map((group) => {
+        const rest = group.settings.filter((one) => !one.main);
+        const touched = rest.filter((one) => one.name in own).length;
+        return (
+          rest.length > 0 &&
+          html`<details class="group" key=${group.title} open=${wanted !== "" || touched > 0}>
+            <summary>
+              ${group.title}${touched > 0 && html` <span class="tag">${count(touched, "change")}</span>`}
+            </summary>
+            <div class="fields two" role="group" aria-label=${group.title}>${rest.map(control)}</div>
+          </details>`
+        );
+      })}
+    </details>
+  </section>`;
 }
 
 /** Shows the first field whose text is not a value, and gives it the focus; whether there is one. */
@@ -51,8 +78,14 @@ function Setting({ setting, preset, value, error, onChange }) {
   const isChanged = value !== undefined;
   const [typed, setTyped] = useState(null); // what stands in the field while it is typed, or is not a valid value
   const [isWrong, setIsWrong] = useState(false);
-  const problem = isWrong ? rangeOf(setting) : isChanged && error?.message?.toLowerCase().startsWith(setting.name) ? error.message : null;
-  const label = html`${setting.label || nameWords(setting.name)}${isChanged && html` <span class="tag">changed</span>`}`;
+  const problem = isWrong
+    ? rangeOf(setting)
+    : isChanged && error?.message?.toLowerCase().startsWith(setting.name)
+      ? error.message
+      : null;
+  const label = html`
+    ${setting.label || nameWords(setting.name)}${isChanged && html` <span class="tag">changed</span>`}
+  `;
   const choose = (next) => onChange(next === standard ? undefined : next);
   useEffect(() => void (isWrong || setTyped(null)), [value]); // chosen elsewhere, too
   const back = () => {
@@ -67,28 +100,43 @@ function Setting({ setting, preset, value, error, onChange }) {
       return;
     }
     const found = setting.type === "text" ? text : Number(text);
-    const valid = setting.type === "text" || (Number.isFinite(found) && (setting.type !== "integer" || Number.isInteger(found)) &&
-      (setting.min === null || found >= setting.min) && (setting.max === null || found <= setting.max));
+    const valid =
+      setting.type === "text" ||
+      (Number.isFinite(found) &&
+        (setting.type !== "integer" || Number.isInteger(found)) &&
+        (setting.min === null || found >= setting.min) &&
+        (setting.max === null || found <= setting.max));
     setTyped(valid ? null : text);
     setIsWrong(!valid);
     if (valid) choose(found);
   };
-  const reset = isChanged && html`<button type="button" class="as-link" onClick=${back}>Back to ${valueWords(standard)}</button>`;
+  const reset =
+    isChanged && html`<button type="button" class="as-link" onClick=${back}>Back to ${valueWords(standard)}</button>`;
   const help = html`${setting.help} ${reset}`;
   if (setting.type === "boolean") {
-    return html`<${Field} label=${label} help=${help} error=${problem} class="switch">${(attributes) =>
-      html`<input ...${attributes} type="checkbox" checked=${current === true} onChange=${(event) => choose(event.currentTarget.checked)} />`}<//>`;
+    return html`<${Field} label=${label} help=${help} error=${problem} class="switch">
+      ${(attributes) =>
+        html`<input ...${attributes} type="checkbox" checked=${current === true}
+          onChange=${(event) => choose(event.currentTarget.checked)} />`}
+    <//>`;
   }
   if (setting.choices?.length) {
-    return html`<${Field} label=${label} help=${help} error=${problem}>${(attributes) =>
-      html`<select ...${attributes} value=${current ?? ""} onChange=${(event) => choose(event.currentTarget.value || undefined)}>
-        ${(standard === null || standard === undefined) && html`<option value="">automatic</option>`}
-        ${setting.choices.map((choice) => html`<option key=${choice} value=${choice}>${choice}</option>`)}</select>`}<//>`;
+    return html`<${Field} label=${label} help=${help} error=${problem}>
+      ${(attributes) =>
+        html`<select ...${attributes} value=${current ?? ""}
+            onChange=${(event) => choose(event.currentTarget.value || undefined)}>
+          ${(standard === null || standard === undefined) && html`<option value="">automatic</option>`}
+          ${setting.choices.map((choice) => html`<option key=${choice} value=${choice}>${choice}</option>`)}
+        </select>`}
+    <//>`;
   }
-  return html`<${Field} label=${label} help=${help} error=${problem}>${(attributes) =>
-    html`<input ...${attributes} type="text" inputmode=${{ integer: "numeric", number: "decimal" }[setting.type]} autocomplete="off" spellcheck=${false}
-      value=${typed ?? (isChanged ? value : standard ?? "")} placeholder=${standard === null || standard === undefined ? "automatic" : ""}
-      onInput=${(event) => setTyped(event.currentTarget.value)} onChange=${type} />`}<//>`;
+  return html`<${Field} label=${label} help=${help} error=${problem}>
+    ${(attributes) =>
+      html`<input ...${attributes} type="text" inputmode=${{ integer: "numeric", number: "decimal" }[setting.type]}
+        autocomplete="off" spellcheck=${false} value=${typed ?? (isChanged ? value : (standard ?? ""))}
+        placeholder=${standard === null || standard === undefined ? "automatic" : ""}
+        onInput=${(event) => setTyped(event.currentTarget.value)} onChange=${type} />`}
+  <//>`;
 }
 
 function rangeOf({ type, min, max }) {

@@ -21,13 +21,16 @@ export function Button({ kind = "plain", onClick, children, disabled, busyText, 
   };
   // aria-disabled instead of disabled keeps the focus where it is.
   return html`<button type="button" ...${rest} class=${`button ${kind} ${rest.class ?? ""}`} onClick=${press}
-    aria-disabled=${busy || disabled ? "true" : undefined}>${busy && busyText ? busyText : children}</button>`;
+      aria-disabled=${busy || disabled ? "true" : undefined}>
+    ${busy && busyText ? busyText : children}
+  </button>`;
 }
 
 /** A failure as its sentence, with a button to try again where that can help. */
 export function Problem({ error, onRetry }) {
   if (!error) return null;
-  if (error.kind === "offline") return html`<p class="faint loading" role="status">Waiting for the server…</p>`; // the page says why, once
+  // The page says why, once.
+  if (error.kind === "offline") return html`<p class="faint loading" role="status">Waiting for the server…</p>`;
   if (error.status === 503) return html`<p class="faint loading" role="status">${error.message} Trying again…</p>`;
   return html`<div class="notice bad-notice" role="alert">
     <p>${error.message ?? String(error)}</p>
@@ -38,8 +41,10 @@ export function Problem({ error, onRetry }) {
 /** A part that is folded up until it is opened, and made then. */
 export function Fold({ title, children, id }) {
   const [isOpen, setOpen] = useState(false);
-  return html`<details class="fold" onToggle=${(event) => event.currentTarget === event.target && setOpen(event.currentTarget.open)}>
-    <summary><h2 id=${id}>${title}</h2></summary>${isOpen && children}</details>`;
+  return html`<details class="fold"
+      onToggle=${(event) => event.currentTarget === event.target && setOpen(event.currentTarget.open)}>
+    <summary><h2 id=${id}>${title}</h2></summary>${isOpen && children}
+  </details>`;
 }
 
 export const Notice = ({ mood = "faint", children }) => html`<div class=${`notice ${mood}-notice`}>${children}</div>`;
@@ -65,15 +70,20 @@ export function Field({ label, help, error, optional, class: extra = "", childre
 export const Elsewhere = ({ there, onChoose, what }) => html`<div class="conflict" role="alert">
   <p>It was changed elsewhere, so your text is not stored. The ${what} is now:</p>
   <p class="there">${there || `(no ${what})`}</p>
-  <div class="actions"><button type="button" class="button small" onClick=${() => onChoose(true)}>Keep mine</button>
-    <button type="button" class="button small" onClick=${() => onChoose(false)}>Use that one</button></div>
+  <div class="actions">
+    <button type="button" class="button small" onClick=${() => onChoose(true)}>Keep mine</button>
+    <button type="button" class="button small" onClick=${() => onChoose(false)}>Use that one</button>
+  </div>
 </div>`;
 
 /** A progress bar with a name. */
 export const Progress = ({ value, max, label }) =>
   html`<progress value=${value ?? undefined} max=${max || 1} aria-label=${label}></progress>`;
 
-/** A dialog that holds the focus until it is closed (Escape, its cross, or `onClose`); `wide` may be the class of a wider one. */
+/**
+ * A dialog that holds the focus until it is closed (Escape, its cross, or `onClose`); `wide` may be the class of a
+ * wider one.
+ */
 export function Dialog({ title, onClose, children, wide }) {
   const box = useRef(null);
   const id = useId();
@@ -83,11 +93,15 @@ export function Dialog({ title, onClose, children, wide }) {
     return () => before?.isConnected && before.focus();
   }, []);
   return html`<dialog ref=${box} class=${wide === true ? "wide-dialog" : wide || ""} aria-labelledby=${id}
-    onCancel=${(event) => { event.preventDefault(); onClose(); }}
-    onClick=${(event) => event.target === box.current && onClose()}>
+      onCancel=${(event) => {
+        event.preventDefault();
+        onClose();
+      }} onClick=${(event) => event.target === box.current && onClose()}>
     <div class="dialog-body">
-      <div class="dialog-head"><h2 id=${id}>${title}</h2>
-        <button type="button" class="icon-button" aria-label="Close" onClick=${onClose}>✕</button></div>
+      <div class="dialog-head">
+        <h2 id=${id}>${title}</h2>
+        <button type="button" class="icon-button" aria-label="Close" onClick=${onClose}>✕</button>
+      </div>
       ${children}
     </div>
   </dialog>`;
@@ -107,7 +121,9 @@ export function Question({ title, children, yes, kind = "primary", onYes, onClos
   return html`<${Dialog} title=${title} onClose=${onClose}>
     ${children}
     <${Problem} error=${error} />
-    <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind=${kind} onClick=${confirm}>${yes}<//></div>
+    <div class="actions end">
+      <${Button} onClick=${onClose}>Cancel<//><${Button} kind=${kind} onClick=${confirm}>${yes}<//>
+    </div>
   <//>`;
 }
 
@@ -121,10 +137,15 @@ export function Command({ label, text }) {
       setTimeout(() => setCopied(false), 2000);
     }
   };
-  return html`<figure class="command"><figcaption>${label}</figcaption>
-    <div class="copyable"><pre tabindex="0"><code>${text}</code></pre>
-      <button type="button" class="button small" onClick=${copy} aria-label=${`Copy: ${label}`}>${copied ? "Copied" : "Copy"}</button>
-    </div></figure>`;
+  return html`<figure class="command">
+    <figcaption>${label}</figcaption>
+    <div class="copyable">
+      <pre tabindex="0"><code>${text}</code></pre>
+      <button type="button" class="button small" onClick=${copy} aria-label=${`Copy: ${label}`}>
+        ${copied ? "Copied" : "Copy"}
+      </button>
+    </div>
+  </figure>`;
 }
 
 async function copyText(text) {
@@ -150,18 +171,46 @@ export function Messages() {
   const spoken = useStore(announcement);
   return html`
     <div class="messages">
-      <div role="alert">${lost && html`<div class="toast fair-toast"><span class="dot"></span>The connection to the server is lost. If it was stopped, start it again with: lorasmith serve. Trying to reach it again…</div>`}</div>
-      <div role="status">${message && html`<div class=${`toast ${message.mood}-toast`}>${message.text}
-        ${message.undo && html`<button type="button" class="button small" onClick=${() => { message.undo(); toast.set(null); }}>Undo</button>`}</div>`}</div>
+      <div role="alert">
+        ${
+          lost &&
+          html`<div class="toast fair-toast">
+            <span class="dot"></span>The connection to the server is lost. If it was stopped, start it again with:
+            lorasmith serve. Trying to reach it again…
+          </div>`
+        }
+      </div>
+      <div role="status">
+        ${
+          message &&
+          html`<div class=${`toast ${message.mood}-toast`}>
+            ${message.text}
+            ${
+              message.undo &&
+              html`<button type="button" class="button small"
+                  onClick=${() => {
+                    message.undo();
+                    toast.set(null);
+                  }}>
+                Undo
+              </button>`
+            }
+          </div>`
+        }
+      </div>
     </div>
-    <div class="unseen" role="status" aria-live="polite">${spoken}</div>`;
+    <div class="unseen" role="status" aria-live="polite">${spoken}</div>
+  `;
 }
 
 const AGAIN_MS = 2000;
 /** Whether an error passes by itself: the server starts (503), or does not answer (0). */
 export const isPassing = (error) => error?.status === 503 || error?.status === 0;
 
-/** Loads a value and loads it again when `keys` change, and until it is there if the server is not: [value, error, reload]. */
+/**
+ * Loads a value and loads it again when `keys` change, and until it is there if the server is not: [value, error,
+ * reload].
+ */
 export function useLoaded(load, keys) {
   const [state, setState] = useState({ value: null, error: null });
   const [round, setRound] = useState(0);

@@ -4,7 +4,12 @@ import { Button } from "./basics.mjs";
 
 const LEAST = 0.05; // of each side
 const STEP = 0.01;
-const RATIOS = { free: ["Any shape", null], square: ["Square", 1], portrait: ["Portrait, 3 : 4", 3 / 4], landscape: ["Landscape, 4 : 3", 4 / 3] };
+const RATIOS = {
+  free: ["Any shape", null],
+  square: ["Square", 1],
+  portrait: ["Portrait, 3 : 4", 3 / 4],
+  landscape: ["Landscape, 4 : 3", 4 / 3],
+};
 const CORNERS = { "top left": [0, 0], "top right": [1, 0], "bottom left": [0, 1], "bottom right": [1, 1] };
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const WHOLE = { x: 0, y: 0, width: 1, height: 1 };
@@ -28,7 +33,8 @@ export function Cropper({ name, source, size, crop, onCrop, onCancel }) {
     const target = event.currentTarget;
     target.focus();
     target.setPointerCapture(event.pointerId);
-    target.onpointermove = (moved) => setBox(dragged(start, corner, (moved.clientX - from[0]) / width, (moved.clientY - from[1]) / height, ratio));
+    target.onpointermove = (moved) =>
+      setBox(dragged(start, corner, (moved.clientX - from[0]) / width, (moved.clientY - from[1]) / height, ratio));
     target.onpointerup = target.onpointercancel = () => (target.onpointermove = null);
   };
   const press = (corner) => (event) => {
@@ -49,23 +55,53 @@ export function Cropper({ name, source, size, crop, onCrop, onCancel }) {
   const place = { left: share(box.x), top: share(box.y), width: share(box.width), height: share(box.height) };
   const pixels = `${Math.round(box.width * size.width)} × ${Math.round(box.height * size.height)} pixels`;
   return html`<div class="cropper">
-    <div class="stage"><div class="whole" ref=${stage}><img src=${source} alt=${`All of ${name}`} draggable="false" />
-      <div class="crop-shade"><div style=${place}></div></div>
-      <div class="crop-frame" style=${place}>
-        <button type="button" class="crop-move" aria-label="Move the frame" title="Drag, or press the arrow keys" onPointerDown=${drag(null)} onKeyDown=${press(null)}></button>
-        ${Object.entries(CORNERS).map(([corner, at]) => html`<button type="button" key=${corner} class=${`crop-handle ${corner.replace(" ", "-")}`} aria-label=${`Corner ${corner}`} onPointerDown=${drag(at)} onKeyDown=${press(at)}></button>`)}
-      </div></div></div>
+    <div class="stage">
+      <div class="whole" ref=${stage}>
+        <img src=${source} alt=${`All of ${name}`} draggable="false" />
+        <div class="crop-shade"><div style=${place}></div></div>
+        <div class="crop-frame" style=${place}>
+          <button type="button" class="crop-move" aria-label="Move the frame" title="Drag, or press the arrow keys"
+            onPointerDown=${drag(null)} onKeyDown=${press(null)}></button>
+          ${Object.entries(CORNERS).map(
+            ([corner, at]) => html`<button type="button" key=${corner}
+              class=${`crop-handle ${corner.replace(" ", "-")}`} aria-label=${`Corner ${corner}`}
+              onPointerDown=${drag(at)} onKeyDown=${press(at)}></button>`,
+          )}
+        </div>
+      </div>
+    </div>
     <div class="actions spread">
-      <span class="short"><label for="crop-shape">Shape</label> <select id="crop-shape" value=${shape} onChange=${choose}>${Object.entries(RATIOS).map(([value, [title]]) => html`<option key=${value} value=${value}>${title}</option>`)}</select></span>
+      <span class="short">
+        <label for="crop-shape">
+          Shape
+        </label> <select id="crop-shape" value=${shape} onChange=${choose}>
+          ${Object.entries(RATIOS).map(
+            ([value, [title]]) => html`<option key=${value} value=${value}>${title}</option>`,
+          )}
+        </select>
+      </span>
       <span class="faint" role="status">${pixels}</span>
-      <div class="actions"><${Button} onClick=${() => { setShape("free"); setBox(WHOLE); }}>Whole photo<//><${Button} onClick=${onCancel}>Cancel<//>
-        <${Button} kind="primary" busyText="Cropping…" onClick=${() => onCrop(box)}>Crop<//></div></div>
+      <div class="actions">
+        <${Button}
+            onClick=${() => {
+              setShape("free");
+              setBox(WHOLE);
+            }}>
+          Whole photo
+        <//>
+        <${Button} onClick=${onCancel}>Cancel<//>
+        <${Button} kind="primary" busyText="Cropping…" onClick=${() => onCrop(box)}>Crop<//>
+      </div>
+    </div>
   </div>`;
 }
 
 const within = (number, low, high) => Math.min(Math.max(number, low), high);
 
-/** A frame whose corner, or all of which, was moved by shares of the photo; `ratio` is width by height in shares, null for any. */
+/**
+ * A frame whose corner, or all of which, was moved by shares of the photo; `ratio` is width by height in shares, null
+ * for any.
+ */
 export function dragged({ x, y, width, height }, corner, byX, byY, ratio) {
   if (!corner) return { x: within(x + byX, 0, 1 - width), y: within(y + byY, 0, 1 - height), width, height };
   const [isRight, isBottom] = corner;

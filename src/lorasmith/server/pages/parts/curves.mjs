@@ -48,10 +48,16 @@ export function Curves({ lines, label, axis = "Loss", marks = [] }) {
 
 function joined(lines) {
   const tables = lines.map((line) => [line.xs.length ? line.xs : [0], line.xs.length ? line.ys : [null]]);
-  return UPlot.join(tables, tables.map((table) => table.slice(1).map(() => 1)));
+  return UPlot.join(
+    tables,
+    tables.map((table) => table.slice(1).map(() => 1)),
+  );
 }
 
-const sizeOf = (host) => ({ width: Math.max(240, host.clientWidth), height: host.clientWidth < 520 ? NARROW_HEIGHT : HEIGHT });
+const sizeOf = (host) => ({
+  width: Math.max(240, host.clientWidth),
+  height: host.clientWidth < 520 ? NARROW_HEIGHT : HEIGHT,
+});
 
 function options(host, lines, name, marks) {
   const style = getComputedStyle(host);
@@ -63,8 +69,22 @@ function options(host, lines, name, marks) {
     padding: [10, 12, 0, 0],
     scales: { x: { time: false, range: (_, low, high) => [Math.min(low ?? 0, 0), Math.max(high ?? 1, 1)] } },
     axes: [
-      { ...axis, label: "Step", labelFont: font, labelSize: 18, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")), size: 32 },
-      { ...axis, label: name, labelFont: font, labelSize: 18, size: 54, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toPrecision(6)))) },
+      {
+        ...axis,
+        label: "Step",
+        labelFont: font,
+        labelSize: 18,
+        values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")),
+        size: 32,
+      },
+      {
+        ...axis,
+        label: name,
+        labelFont: font,
+        labelSize: 18,
+        size: 54,
+        values: (_, ticks) => ticks.map((tick) => String(Number(tick.toPrecision(6)))),
+      },
     ],
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     legend: { live: true },
@@ -97,7 +117,11 @@ function options(host, lines, name, marks) {
               plot.ctx.fillStyle = color("--good");
               plot.ctx.font = `${12 * devicePixelRatio}px ${style.fontFamily}`;
               plot.ctx.textAlign = isLeft ? "right" : "left";
-              plot.ctx.fillText(mark.label, x + (isLeft ? -6 : 6) * devicePixelRatio, plot.bbox.top + 12 * devicePixelRatio);
+              plot.ctx.fillText(
+                mark.label,
+                x + (isLeft ? -6 : 6) * devicePixelRatio,
+                plot.bbox.top + 12 * devicePixelRatio,
+              );
             }
             plot.ctx.restore();
           }

@@ -7,10 +7,28 @@ import { moment } from "../lib/words.mjs";
 import { Button, State } from "./basics.mjs";
 
 export const titleOf = (job) =>
-  (job.kind === "train" && job.run?.split("/").pop()) || job.title || job.name || job.request?.name ||
-  ({ train: "Training", measure: "Measuring a step", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation", caption: "Captions" }[job.kind] ?? "Job");
+  (job.kind === "train" && job.run?.split("/").pop()) ||
+  job.title ||
+  job.name ||
+  job.request?.name ||
+  ({
+    train: "Training",
+    measure: "Measuring a step",
+    graph: "Workflow",
+    draw: "Drawing",
+    evaluate: "Evaluation",
+    caption: "Captions",
+  }[job.kind] ??
+    "Job");
 
-const WORK = { train: "Training", measure: "Measurement", graph: "Workflow", draw: "Drawing", evaluate: "Evaluation", caption: "Captions" };
+const WORK = {
+  train: "Training",
+  measure: "Measurement",
+  graph: "Workflow",
+  draw: "Drawing",
+  evaluate: "Evaluation",
+  caption: "Captions",
+};
 
 /** Runs an action on a job; its failure is said at the edge of the page. */
 export async function act(job, action, body) {
@@ -32,7 +50,11 @@ export async function act(job, action, body) {
 
 /** The job of a run that runs, waits or stands still, by the run's id: their state is that of the run. */
 export const jobsOfRuns = (known) =>
-  new Map([...(known?.jobs.values() ?? [])].filter((job) => job.run && job.kind === "train" && job.state in ORDER).map((job) => [job.run, job]));
+  new Map(
+    [...(known?.jobs.values() ?? [])]
+      .filter((job) => job.run && job.kind === "train" && job.state in ORDER)
+      .map((job) => [job.run, job]),
+  );
 
 /** What is done with a training that does not run: the one thing, by its state. */
 export const CONTINUED = ["paused", "interrupted", "cancelled", "failed"];
@@ -42,17 +64,30 @@ export function Offers({ hidden }) {
   const known = useStore(work);
   const [later, setLater] = useState(() => new Set(JSON.parse(sessionStorage.getItem("lorasmith.later") ?? "[]")));
   if (hidden || !known) return null;
-  const waiting = [...known.jobs.values()].filter((job) => job.kind === "train" && job.state === "interrupted" && !later.has(job.id));
+  const waiting = [...known.jobs.values()].filter(
+    (job) => job.kind === "train" && job.state === "interrupted" && !later.has(job.id),
+  );
   const postpone = (job) => {
     const next = new Set([...later, job.id]);
     setLater(next);
     sessionStorage.setItem("lorasmith.later", JSON.stringify([...next]));
   };
-  return waiting.slice(0, 3).map((job) => html`<div class="notice fair-notice offer" key=${job.id} role="group" aria-label="Interrupted training">
-    <p><b>${titleOf(job)}</b> was interrupted${job.error ? `: ${sentence(job.error.message)}` : ". It continues where it stopped."}</p>
-    <div class="actions"><${Button} onClick=${() => postpone(job)}>Not now<//>
-      <${Button} kind="primary" onClick=${() => act(job, "continue").then((done) => done && (location.hash = link("jobs", job.id)))}>Continue<//></div>
-  </div>`);
+  return waiting.slice(0, 3).map(
+    (job) => html`<div class="notice fair-notice offer" key=${job.id} role="group"
+        aria-label="Interrupted training">
+      <p>
+        <b>${titleOf(job)}</b> was
+        interrupted${job.error ? `: ${sentence(job.error.message)}` : ". It continues where it stopped."}
+      </p>
+      <div class="actions">
+        <${Button} onClick=${() => postpone(job)}>Not now<//>
+        <${Button} kind="primary"
+            onClick=${() => act(job, "continue").then((done) => done && (location.hash = link("jobs", job.id)))}>
+          Continue
+        <//>
+      </div>
+    </div>`,
+  );
 }
 
 const ORDER = { running: 0, pending: 1, paused: 2, interrupted: 3 };
@@ -65,18 +100,38 @@ export function Queue({ except, runs }) {
     .filter((job) => job.state in ORDER && job.id !== except && !(job.kind === "train" && runs?.has(job.run)))
     .sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.number ?? 0) - (b.number ?? 0));
   if (!jobs.length) return null;
-  return html`<section aria-labelledby="queue"><h2 id="queue">Queue</h2><ul class="rows">
-    ${jobs.map((job) => html`<li key=${job.id} class="row">
-      <div class="row-text">${job.kind === "train" ? html`<a href=${link("jobs", job.id)}>${titleOf(job)}</a>` : html`<b>${titleOf(job)}</b>`}
-        <span class="faint">${WORK[job.kind] ?? job.kind} · ${moment(job.started ?? job.created)}</span>
-        ${job.state === "interrupted" && job.error && html`<span>${sentence(job.error.message)}</span>`}</div>
-      <${State} state=${job.state} />
-      <div class="actions">
-        ${job.state === "pending" && html`<${Button} class="small" onClick=${() => act(job, "move", { front: true })}>To the front<//>`}
-        ${(job.state === "paused" || job.state === "interrupted") && html`<${Button} class="small" onClick=${() => act(job, "continue")}>Continue<//>`}
-        ${job.state === "running"
-          ? html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Stop<//>`
-          : html`<${Button} class="small" onClick=${() => act(job, "remove")}>Remove<//>`}
-      </div></li>`)}
-  </ul></section>`;
+  return html`<section aria-labelledby="queue">
+    <h2 id="queue">Queue</h2>
+    <ul class="rows">
+      ${jobs.map(
+        (job) => html`<li key=${job.id} class="row">
+          <div class="row-text">
+            ${
+              job.kind === "train"
+                ? html`<a href=${link("jobs", job.id)}>${titleOf(job)}</a>`
+                : html`<b>${titleOf(job)}</b>`
+            }
+            <span class="faint">${WORK[job.kind] ?? job.kind} · ${moment(job.started ?? job.created)}</span>
+            ${job.state === "interrupted" && job.error && html`<span>${sentence(job.error.message)}</span>`}
+          </div>
+          <${State} state=${job.state} />
+          <div class="actions">
+            ${
+              job.state === "pending" &&
+              html`<${Button} class="small" onClick=${() => act(job, "move", { front: true })}>To the front<//>`
+            }
+            ${
+              (job.state === "paused" || job.state === "interrupted") &&
+              html`<${Button} class="small" onClick=${() => act(job, "continue")}>Continue<//>`
+            }
+            ${
+              job.state === "running"
+                ? html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Stop<//>`
+                : html`<${Button} class="small" onClick=${() => act(job, "remove")}>Remove<//>`
+            }
+          </div>
+        </li>`,
+      )}
+    </ul>
+  </section>`;
 }

@@ -15,11 +15,22 @@ export function Star({ run, onChange }) {
       say(failure.message, { mood: "bad" });
     }
   };
-  return html`<button type="button" class="icon-button star" aria-label=${`Star ${nameOfRun(run)}`} aria-pressed=${run.starred ? "true" : "false"} title=${run.starred ? "Starred" : "Star"} onClick=${star}>${run.starred ? "★" : "☆"}</button>`;
+  return html`<button type="button" class="icon-button star" aria-label=${`Star ${nameOfRun(run)}`}
+      aria-pressed=${run.starred ? "true" : "false"} title=${run.starred ? "Starred" : "Star"} onClick=${star}>
+    ${run.starred ? "★" : "☆"}
+  </button>`;
 }
 
 export function EditMarks({ run, onClose, onDone }) {
-  const [title, setTitle] = useState(run.label === run.id.split("/").slice(run.id.startsWith("output/") ? 2 : 1).join("/") ? "" : run.label);
+  const [title, setTitle] = useState(
+    run.label ===
+      run.id
+        .split("/")
+        .slice(run.id.startsWith("output/") ? 2 : 1)
+        .join("/")
+      ? ""
+      : run.label,
+  );
   const [note, setNote] = useState(run.note ?? "");
   const [error, setError] = useState(null);
   const store = async () => {
@@ -32,10 +43,19 @@ export function EditMarks({ run, onClose, onDone }) {
     }
   };
   return html`<${Dialog} title="Name and note" onClose=${onClose}>
-    <${Field} label="Name" optional help="The folder and the LoRA keep theirs.">${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${title} placeholder=${run.id.split("/").pop()} onInput=${(event) => setTitle(event.currentTarget.value)} />`}<//>
-    <${Field} label="Note" optional>${(attributes) => html`<textarea ...${attributes} rows="4" maxlength="4000" value=${note} onInput=${(event) => setNote(event.currentTarget.value)}></textarea>`}<//>
+    <${Field} label="Name" optional help="The folder and the LoRA keep theirs.">
+      ${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${title}
+        placeholder=${run.id.split("/").pop()} onInput=${(event) => setTitle(event.currentTarget.value)} />`}
+    <//>
+    <${Field} label="Note" optional>
+      ${(attributes) => html`<textarea ...${attributes} rows="4" maxlength="4000" value=${note}
+        onInput=${(event) => setNote(event.currentTarget.value)}></textarea>`}
+    <//>
     <${Problem} error=${error} />
-    <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" onClick=${store}>Store<//></div><//>`;
+    <div class="actions end">
+      <${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" onClick=${store}>Store<//>
+    </div>
+  <//>`;
 }
 
 /** Moves a run to the removed things; `onDone` is called then, and with true when it is back. */

@@ -12,11 +12,24 @@ const LARGE = 1600; // pixels
 /**
  * @param images the photos to go through
  * @param file the one that is shown
- * @param actions {caption(image, text, seen), tags(image, text), crop(image, crop), remove(image), show(file)}; those that change are null where nothing can be changed
+ * @param actions {caption(image, text, seen), tags(image, text), crop(image, crop), remove(image), show(file)}; those
+ *   that change are null where nothing can be changed
  * @param known tags of all captions
  * @param undo what `actions.undo` takes back, of `doneTo`; undefined for nothing
  */
-export function PhotoEditor({ dataset, images, file, captionOf, facts, problemsOf, trigger, known, undo, actions, onClose }) {
+export function PhotoEditor({
+  dataset,
+  images,
+  file,
+  captionOf,
+  facts,
+  problemsOf,
+  trigger,
+  known,
+  undo,
+  actions,
+  onClose,
+}) {
   const at = images.findIndex((one) => one.file === file);
   const image = images[at];
   const [isCropping, setCropping] = useState(false);
@@ -43,7 +56,11 @@ export function PhotoEditor({ dataset, images, file, captionOf, facts, problemsO
     actions.show(next.file);
   };
   press.current = (event) => {
-    const step = { PageDown: 1, PageUp: -1, ...(event.target.closest?.("input, textarea, select, .cropper") ? {} : { ArrowRight: 1, ArrowLeft: -1 }) }[event.key];
+    const step = {
+      PageDown: 1,
+      PageUp: -1,
+      ...(event.target.closest?.("input, textarea, select, .cropper") ? {} : { ArrowRight: 1, ArrowLeft: -1 }),
+    }[event.key];
     if (!step || event.ctrlKey || event.metaKey || event.altKey || isCropping) return;
     event.preventDefault();
     go(step);
@@ -62,35 +79,77 @@ export function PhotoEditor({ dataset, images, file, captionOf, facts, problemsO
       setError(failure);
     }
   };
-  const whole = image.crop ? { width: Math.round(image.width / image.crop.width), height: Math.round(image.height / image.crop.height) } : image;
+  const whole = image.crop
+    ? { width: Math.round(image.width / image.crop.width), height: Math.round(image.height / image.crop.height) }
+    : image;
   const { trained, tokens } = facts[image.file] ?? {};
   const caption = captionOf(image);
   return html`<${Dialog} title=${image.file} onClose=${onClose} wide="photo-dialog">
     <div class="photo-editor">
       <div class="photo-large">
-        ${isCropping
-          ? html`<${Cropper} name=${image.file} size=${whole} crop=${image.crop} onCrop=${crop} onCancel=${() => setCropping(false)}
+        ${
+          isCropping
+            ? html`<${Cropper} name=${image.file} size=${whole} crop=${image.crop} onCrop=${crop}
+              onCancel=${() => setCropping(false)}
               source=${address(["datasets", dataset, "images", image.file], { width: LARGE, original: "true" })} />`
-          : html`<div class="stage"><div class="whole"><img key=${image.file} src=${sourceOf(dataset, image, LARGE)} alt=${caption || image.file} />${facts[image.file]?.crop && html`<${Crop} crop=${facts[image.file].crop} />`}</div></div>`}
+            : html`<div class="stage">
+              <div class="whole">
+                <img key=${image.file} src=${sourceOf(dataset, image, LARGE)} alt=${caption || image.file} />
+                ${facts[image.file]?.crop && html`<${Crop} crop=${facts[image.file].crop} />`}
+              </div>
+            </div>`
+        }
         <${Problem} error=${error} />
-        ${!isCropping && html`<p class="faint photo-facts">${image.width ? `${image.width} × ${image.height}` : ""}${trained ? ` · trained at ${trained[0]} × ${trained[1]}` : ""}${image.bytes ? ` · ${bytes(image.bytes)}` : ""}${image.crop ? " · cropped" : ""}</p>`}
+        ${
+          !isCropping &&
+          html`<p class="faint photo-facts">
+            ${image.width ? `${image.width} × ${image.height}` : ""}
+            ${trained ? ` · trained at ${trained[0]} × ${trained[1]}` : ""}
+            ${image.bytes ? ` · ${bytes(image.bytes)}` : ""}${image.crop ? " · cropped" : ""}
+          </p>`
+        }
       </div>
       <div class="photo-words">
-        ${problemsOf(image).length > 0 && html`<ul class="problems" aria-label="Remarks">${problemsOf(image).map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
+        ${
+          problemsOf(image).length > 0 &&
+          html`<ul class="problems" aria-label="Remarks">
+            ${problemsOf(image).map((text) => html`<li key=${text}>${text}</li>`)}
+          </ul>`
+        }
         <h3>Caption${tokens ? html` <span class="faint">${tokens} tokens</span>` : ""}</h3>
-        ${actions.caption
-          ? html`<${Caption} key=${image.file} name=${image.file} caption=${caption} trigger=${trigger} rows=${7} isEdited=${isWriting} onCaption=${(text, seen) => actions.caption(image, text, seen)} />
-            <${Chips} key=${`tags ${image.file}`} name=${image.file} caption=${caption} known=${known} onCaption=${(text) => actions.tags(image, text)} />`
-          : html`<p>${caption || "No caption"}</p>`}
+        ${
+          actions.caption
+            ? html`
+              <${Caption} key=${image.file} name=${image.file} caption=${caption} trigger=${trigger} rows=${7}
+                isEdited=${isWriting} onCaption=${(text, seen) => actions.caption(image, text, seen)} />
+              <${Chips} key=${`tags ${image.file}`} name=${image.file} caption=${caption} known=${known}
+                onCaption=${(text) => actions.tags(image, text)} />
+            `
+            : html`<p>${caption || "No caption"}</p>`
+        }
       </div>
     </div>
     <div class="actions spread photo-bar">
-      <div class="actions"><${Button} disabled=${at === 0 || isCropping} onClick=${() => go(-1)} aria-label="Previous photo">←<//>
+      <div class="actions">
+        <${Button} disabled=${at === 0 || isCropping} onClick=${() => go(-1)} aria-label="Previous photo">←<//>
         <span class="faint nowrap">${at + 1} of ${images.length}</span>
-        <${Button} disabled=${at === images.length - 1 || isCropping} onClick=${() => go(1)} aria-label="Next photo">→<//></div>
-      ${actions.remove && !isCropping && html`<div class="actions">${undo && html`<${Button} title=${undo.text} aria-label="Undo the last change" onClick=${actions.undo}>Undo<//>`}
-        ${image.width && html`<${Button} onClick=${() => setCropping(true)}>Crop<//>`}
-        <${Button} onClick=${remove}>Leave out<//></div>`}
+        <${Button} disabled=${at === images.length - 1 || isCropping} onClick=${() => go(1)}
+            aria-label="Next photo">
+          →
+        <//>
+      </div>
+      ${
+        actions.remove &&
+        !isCropping &&
+        html`<div class="actions">
+          ${
+            undo &&
+            html`<${Button} title=${undo.text} aria-label="Undo the last change" onClick=${actions.undo}>Undo<//>`
+          }
+          ${image.width && html`<${Button} onClick=${() => setCropping(true)}>Crop<//>`}
+          <${Button} onClick=${remove}>Leave out<//>
+        </div>`
+      }
     </div>
   <//>`;
 }

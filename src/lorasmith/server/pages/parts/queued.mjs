@@ -48,10 +48,19 @@ export function Queued({ label, isIt, start, said, onDone, disabled, children })
     ${job?.state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
     ${job?.state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
     <${Problem} error=${error} />
-    <div class="actions">${isActive
-      ? html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//>`
-      : html`<${Button} disabled=${disabled} onClick=${begin}>${label}<//>`}</div>`;
+    <div class="actions">
+      ${
+        isActive
+          ? html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//>`
+          : html`<${Button} disabled=${disabled} onClick=${begin}>${label}<//>`
+      }
+    </div>
+  `;
 }
 
 /** What a run without a trigger learnt, where its captions do not say it either. */
-export const SubjectField = ({ value, onValue }) => html`<${Field} label="What should I draw?" help="The word for what was learnt, such as “a fox”.">${(attributes) => html`<input ...${attributes} type="text" maxlength="1000" value=${value} onInput=${(event) => onValue(event.currentTarget.value)} />`}<//>`;
+export const SubjectField = ({ value, onValue }) => html`<${Field} label="What should I draw?"
+    help="The word for what was learnt, such as “a fox”.">
+  ${(attributes) => html`<input ...${attributes} type="text" maxlength="1000" value=${value}
+    onInput=${(event) => onValue(event.currentTarget.value)} />`}
+<//>`;

@@ -10,11 +10,16 @@ export const nameOfRun = (run) => run.label || run.id.split("/").pop();
 
 export function RunCard({ run }) {
   return html`<a class="card" href=${link("runs", run.id)}>
-    <span class="card-picture">${run.cover && html`<img src=${fileOfRun(run.id, run.cover)} alt="" loading="lazy" />`}</span>
+    <span class="card-picture">
+      ${run.cover && html`<img src=${fileOfRun(run.id, run.cover)} alt="" loading="lazy" />`}
+    </span>
     <b>${run.starred && html`<span class="star" role="img" aria-label="Starred">★</span> `}${nameOfRun(run)}</b>
     <span class="card-state"><${State} state=${run.state} /> <span class="faint">${stepsOf(run)}</span></span>
-    <span class="faint">${run.model ? `${run.model} · ` : ""}${moment(run.started)}</span></a>`;
+    <span class="faint">${run.model ? `${run.model} · ` : ""}${moment(run.started)}</span>
+  </a>`;
 }
 
 export const stepsOf = (run) =>
-  run.step === run.steps || !run.steps ? `${whole(run.step ?? 0)} steps` : `${whole(run.step ?? 0)} of ${whole(run.steps)} steps`;
+  run.step === run.steps || !run.steps
+    ? `${whole(run.step ?? 0)} steps`
+    : `${whole(run.step ?? 0)} of ${whole(run.steps)} steps`;

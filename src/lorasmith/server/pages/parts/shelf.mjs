@@ -21,13 +21,18 @@ export function Shelf({ downloads, onGet, onChange, round }) {
   const memory = useMemory(found?.models);
   if (error) return html`<${Problem} error=${error} onRetry=${reload} />`;
   const offered = (found?.models ?? []).filter((one) => one.files.some((file) => !file.found));
-  return html`<ul class="releases" aria-label="Models to get">${offered.map(
-    (one) => html`<${ReleaseCard} key=${one.name} release=${one} memory=${memory[one.name]} onGet=${onGet} onChange=${onChange}
-      download=${downloads.find((each) => each.subject === `release:${one.name}`)} />`,
-  )}</ul>`;
+  return html`<ul class="releases" aria-label="Models to get">
+    ${offered.map(
+      (one) => html`<${ReleaseCard} key=${one.name} release=${one} memory=${memory[one.name]} onGet=${onGet}
+        onChange=${onChange} download=${downloads.find((each) => each.subject === `release:${one.name}`)} />`,
+    )}
+  </ul>`;
 }
 
-/** The memory that training each model needs, by its name. They are computed one after another, as each takes a moment. */
+/**
+ * The memory that training each model needs, by its name. They are computed one after another, as each takes a
+ * moment.
+ */
 function useMemory(models) {
   const [memory, setMemory] = useState({});
   const names = models?.map((one) => one.name).join(" ");
@@ -53,17 +58,39 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
   return html`<li class="release">
     <h3>${release.title}</h3>
     <p>${release.about}</p>
-    <p class="faint">${bytes(sum(missing.map((one) => one.size_bytes)))} to download · <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>${release.gated ? ", to be accepted first" : ""}</p>
-    ${here.length > 0 && html`<p class="faint">Here already: ${here.map((one) => partWords(one.part)).join(", ")}. Missing: ${missing.map((one) => partWords(one.part)).join(", ")}.</p>`}
+    <p class="faint">
+      ${bytes(sum(missing.map((one) => one.size_bytes)))} to download
+      · <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>
+      ${release.gated ? ", to be accepted first" : ""}
+    </p>
+    ${
+      here.length > 0 &&
+      html`<p class="faint">
+        Here already: ${here.map((one) => partWords(one.part)).join(", ")}.
+        Missing: ${missing.map((one) => partWords(one.part)).join(", ")}.
+      </p>`
+    }
     <p class=${memory && memory.fits === false ? "fair" : "faint"}>${memoryWords(memory)}</p>
-    ${download && (isOnItsWay(download) || download.error) && html`<${DownloadState} download=${download} onChange=${onChange} />`}
-    ${!isOnItsWay(download) && html`<div class="actions">
-      <${Button} onClick=${() => onGet({ kind: "release", name: release.name })} aria-label=${`${kept ? "Continue" : "Get it"}: ${release.title}`}>${kept ? "Continue" : "Get it"}<//>
-      ${kept > 0 && html`<span class="faint">${bytes(kept)} are here</span>`}</div>`}
+    ${
+      download &&
+      (isOnItsWay(download) || download.error) &&
+      html`<${DownloadState} download=${download} onChange=${onChange} />`
+    }
+    ${
+      !isOnItsWay(download) &&
+      html`<div class="actions">
+        <${Button} onClick=${() => onGet({ kind: "release", name: release.name })}
+            aria-label=${`${kept ? "Continue" : "Get it"}: ${release.title}`}>
+          ${kept ? "Continue" : "Get it"}
+        <//>
+        ${kept > 0 && html`<span class="faint">${bytes(kept)} are here</span>`}
+      </div>`
+    }
   </li>`;
 }
 
-const partWords = (part) => (part === "denoiser" ? "model" : part === "vae" ? "autoencoder" : part.replaceAll("_", " "));
+const partWords = (part) =>
+  part === "denoiser" ? "model" : part === "vae" ? "autoencoder" : part.replaceAll("_", " ");
 
 function memoryWords(memory) {
   if (memory === undefined) return "Computing the memory that it needs…";
@@ -71,7 +98,9 @@ function memoryWords(memory) {
   const needed = bytes(memory.memory_bytes);
   if (memory.fits === null) return `Training needs about ${needed} of memory`;
   if (!memory.fits) return `Too large for this machine: training needs ${needed} of memory`;
-  return memory.encoders_fit ? `Fits this machine: training needs about ${needed} of memory` : `Training needs about ${needed} of memory, which fits; captions take seconds each to encode`;
+  return memory.encoders_fit
+    ? `Fits this machine: training needs about ${needed} of memory`
+    : `Training needs about ${needed} of memory, which fits; captions take seconds each to encode`;
 }
 
 /** How far a download is, or why it ended. */
@@ -86,17 +115,34 @@ export function DownloadState({ download, onChange }) {
     onChange();
   };
   if (error) {
-    return html`<${Notice} mood="bad"><p role="alert">${capital(error)}</p>
-      ${download.accept && html`<p><a href=${download.accept} target="_blank" rel="noreferrer">${download.accept}</a></p>`}
-      <${Button} class="small" onClick=${act(() => remove(["downloads", id]))}>Close<//><//>`;
+    return html`<${Notice} mood="bad">
+      <p role="alert">${capital(error)}</p>
+      ${
+        download.accept &&
+        html`<p><a href=${download.accept} target="_blank" rel="noreferrer">${download.accept}</a></p>`
+      }
+      <${Button} class="small" onClick=${act(() => remove(["downloads", id]))}>Close<//>
+    <//>`;
   }
   const total = download.total_bytes;
-  const doing = state === "waiting" ? "Waits for another download" : !total ? "Asking the hub" : download.is_checking ? `Checking ${file}`
-    : `${bytes(download.done_bytes)} of ${bytes(total)}${download.bytes_per_s ? ` · ${bytes(download.bytes_per_s)} a second` : ""}`;
+  const doing =
+    state === "waiting"
+      ? "Waits for another download"
+      : !total
+        ? "Asking the hub"
+        : download.is_checking
+          ? `Checking ${file}`
+          : `${bytes(download.done_bytes)} of ${bytes(total)}` +
+            (download.bytes_per_s ? ` · ${bytes(download.bytes_per_s)} a second` : "");
   return html`<div class="download">
     <${Progress} value=${total ? download.done_bytes : null} max=${total} label=${`Download of ${title}`} />
-    <div class="actions spread"><span class="faint">${doing}</span>
-      <${Button} class="small" onClick=${act(() => post(["downloads", id, "cancel"]))} aria-label=${`Cancel the download of ${title}`}>Cancel<//></div>
+    <div class="actions spread">
+      <span class="faint">${doing}</span>
+      <${Button} class="small" onClick=${act(() => post(["downloads", id, "cancel"]))}
+          aria-label=${`Cancel the download of ${title}`}>
+        Cancel
+      <//>
+    </div>
   </div>`;
 }
 
@@ -118,15 +164,47 @@ export function GetDialog({ wanted, onStarted, onClose }) {
   const left = sum((found?.files ?? []).map((one) => one.size_bytes - one.kept_bytes));
   const isFull = found && left > found.free_bytes;
   return html`<${Dialog} title=${found ? `Get ${found.title}` : "Get a model"} onClose=${onClose}>
-    ${!found && !error && html`<p class="faint loading" role="status">Asking the hub (huggingface.co) what there is to download…</p>`}
-    ${error?.kind === "GatedError" ? html`<${Gated} error=${error} onAgain=${reload} />` : html`<${Problem} error=${error ?? failure} onRetry=${error ? reload : undefined} />`}
-    ${found && html`
-      <ul class="rows">${found.files.map((one) => html`<li class="row" key=${one.file}><span class="row-text"><b>${one.file}</b>
-        <span class="faint">${one.repository} → ${one.folder}</span></span>
-        <span class="nowrap">${one.kept_bytes ? `${bytes(one.size_bytes - one.kept_bytes)} of ` : ""}${bytes(one.size_bytes)}</span></li>`)}</ul>
-      <p class=${isFull ? "fair" : "faint"}>${isFull ? `${bytes(left)} do not fit: the disk has ${bytes(found.free_bytes)} free.` : `The disk has ${bytes(found.free_bytes)} free. Each file is checked against the hub's SHA-256 before it is used.`}</p>
-      <div class="actions end"><${Button} onClick=${onClose}>Cancel<//>
-        <${Button} kind="primary" disabled=${isFull} onClick=${start} busyText="Starting…">Download ${bytes(left)}<//></div>`}
+    ${
+      !found &&
+      !error &&
+      html`<p class="faint loading" role="status">Asking the hub (huggingface.co) what there is to download…</p>`
+    }
+    ${
+      error?.kind === "GatedError"
+        ? html`<${Gated} error=${error} onAgain=${reload} />`
+        : html`<${Problem} error=${error ?? failure} onRetry=${error ? reload : undefined} />`
+    }
+    ${
+      found &&
+      html`
+        <ul class="rows">
+          ${found.files.map(
+            (one) => html`<li class="row" key=${one.file}>
+              <span class="row-text">
+                <b>${one.file}</b><span class="faint">${one.repository} → ${one.folder}</span>
+              </span>
+              <span class="nowrap">
+                ${one.kept_bytes ? `${bytes(one.size_bytes - one.kept_bytes)} of ` : ""}${bytes(one.size_bytes)}
+              </span>
+            </li>`,
+          )}
+        </ul>
+        <p class=${isFull ? "fair" : "faint"}>
+          ${
+            isFull
+              ? `${bytes(left)} do not fit: the disk has ${bytes(found.free_bytes)} free.`
+              : html`The disk has ${bytes(found.free_bytes)} free.
+                Each file is checked against the hub's SHA-256 before it is used.`
+          }
+        </p>
+        <div class="actions end">
+          <${Button} onClick=${onClose}>Cancel<//>
+          <${Button} kind="primary" disabled=${isFull} onClick=${start} busyText="Starting…">
+            Download ${bytes(left)}
+          <//>
+        </div>
+      `
+    }
   <//>`;
 }
 
@@ -147,13 +225,29 @@ function Gated({ error, onAgain }) {
   };
   return html`
     <ol>
-      <li>Accept the licence, with an account of the hub: <a href=${accept} target="_blank" rel="noreferrer">${accept}</a></li>
-      <li>${hasToken ? "Use the token of that account: the one that is stored has no access yet." : "Make an access token there (Settings, Access Tokens, Read), and paste it here."}</li>
+      <li>
+        Accept the licence, with an account of the
+        hub: <a href=${accept} target="_blank" rel="noreferrer">${accept}</a>
+      </li>
+      <li>
+        ${
+          hasToken
+            ? "Use the token of that account: the one that is stored has no access yet."
+            : "Make an access token there (Settings, Access Tokens, Read), and paste it here."
+        }
+      </li>
     </ol>
-    <${Field} label="Access token" help="Stored on the machine of the server where the hub's own programs keep it, and sent to the hub alone." error=${failure?.message}>
-      ${(attributes) => html`<input type="password" autocomplete="off" ...${attributes} value=${token} onInput=${(event) => setToken(event.currentTarget.value)} />`}<//>
-    <div class="actions end"><${Button} onClick=${onAgain}>I have accepted: ask again<//>
-      <${Button} kind="primary" disabled=${!token.trim()} onClick=${store} busyText="Storing…">Store the token<//></div>`;
+    <${Field} label="Access token"
+        help="Stored on the machine of the server where the hub's own programs keep it, and sent to the hub alone."
+        error=${failure?.message}>
+      ${(attributes) => html`<input type="password" autocomplete="off" ...${attributes} value=${token}
+        onInput=${(event) => setToken(event.currentTarget.value)} />`}
+    <//>
+    <div class="actions end">
+      <${Button} onClick=${onAgain}>I have accepted: ask again<//>
+      <${Button} kind="primary" disabled=${!token.trim()} onClick=${store} busyText="Storing…">Store the token<//>
+    </div>
+  `;
 }
 
 /** A place for a model file that one has already: dropped or chosen, it is copied to the folder for what it holds. */
@@ -186,12 +280,35 @@ export function OwnFile({ place, onAdded }) {
     send(event.dataTransfer?.files[0]);
   };
   return html`
-    <div class=${`drop-zone ${over ? "over" : ""}`} onDragEnter=${dragged(true)} onDragOver=${dragged(true)} onDragLeave=${dragged(false)} onDrop=${dropped}>
-      <p><b>I have a file</b> <span class="faint">${share === null ? "Drop a checkpoint or a part of a model here (.safetensors, .gguf)" : share < 1 ? `${Math.round(100 * share)} % are copied` : "Looking what it holds…"}</span></p>
-      <div class="actions"><${Button} disabled=${share !== null} onClick=${() => input.current.click()}>Choose a file<//></div>
-      <input ref=${input} type="file" accept=".safetensors,.sft,.gguf" class="unseen" tabindex="-1" aria-label="A model file" onChange=${(event) => { send(event.currentTarget.files[0]); event.currentTarget.value = ""; }} />
+    <div class=${`drop-zone ${over ? "over" : ""}`} onDragEnter=${dragged(true)} onDragOver=${dragged(true)}
+        onDragLeave=${dragged(false)} onDrop=${dropped}>
+      <p>
+        <b>
+          I have a file
+        </b> <span class="faint">
+          ${
+            share === null
+              ? "Drop a checkpoint or a part of a model here (.safetensors, .gguf)"
+              : share < 1
+                ? `${Math.round(100 * share)} % are copied`
+                : "Looking what it holds…"
+          }
+        </span>
+      </p>
+      <div class="actions">
+        <${Button} disabled=${share !== null} onClick=${() => input.current.click()}>Choose a file<//>
+      </div>
+      <input ref=${input} type="file" accept=".safetensors,.sft,.gguf" class="unseen" tabindex="-1"
+        aria-label="A model file"
+        onChange=${(event) => {
+          send(event.currentTarget.files[0]);
+          event.currentTarget.value = "";
+        }} />
     </div>
     ${share !== null && html`<${Progress} value=${share} max=${1} label="Copying the model" />`}
     <${Problem} error=${error} />
-    <p class="faint">It is copied into the model folders. Without a copy: put it into <code>${place}</code> yourself, and look again.</p>`;
+    <p class="faint">
+      It is copied into the model folders. Without a copy: put it into <code>${place}</code> yourself, and look again.
+    </p>
+  `;
 }

@@ -22,12 +22,29 @@ export function Chips({ name, caption, known, onCaption }) {
   };
   if (caption.includes("\n")) return html`<p class="faint">These are several captions, a line each.</p>`;
   return html`<div class="chips-field">
-    <ul class="chips" aria-label=${`Tags of ${name}`}>${tags.map((tag, index) => html`<li class="chip" key=${`${index} ${tag}`}><span>${tag}</span>
-      <button type="button" aria-label=${`Remove the tag ${tag}`} onClick=${() => onCaption(withoutTag(caption, tag))}>✕</button></li>`)}</ul>
-    <form class="add-tag" onSubmit=${add}><label class="unseen" for=${id}>Add a tag</label>
-      <input id=${id} type="text" list=${`${id}l`} value=${added} placeholder="Add a tag" autocapitalize="off" onInput=${(event) => setAdded(event.currentTarget.value)} />
-      <datalist id=${`${id}l`}>${known.filter((tag) => !hasTag(caption, tag)).slice(0, SHOWN).map((tag) => html`<option key=${tag} value=${tag}></option>`)}</datalist>
-      <button type="submit" class="button small" aria-disabled=${added.trim() ? undefined : "true"}>Add</button></form>
+    <ul class="chips" aria-label=${`Tags of ${name}`}>
+      ${tags.map(
+        (tag, index) => html`<li class="chip" key=${`${index} ${tag}`}>
+          <span>${tag}</span>
+          <button type="button" aria-label=${`Remove the tag ${tag}`}
+              onClick=${() => onCaption(withoutTag(caption, tag))}>
+            ✕
+          </button>
+        </li>`,
+      )}
+    </ul>
+    <form class="add-tag" onSubmit=${add}>
+      <label class="unseen" for=${id}>Add a tag</label>
+      <input id=${id} type="text" list=${`${id}l`} value=${added} placeholder="Add a tag" autocapitalize="off"
+        onInput=${(event) => setAdded(event.currentTarget.value)} />
+      <datalist id=${`${id}l`}>
+        ${known
+          .filter((tag) => !hasTag(caption, tag))
+          .slice(0, SHOWN)
+          .map((tag) => html`<option key=${tag} value=${tag}></option>`)}
+      </datalist>
+      <button type="submit" class="button small" aria-disabled=${added.trim() ? undefined : "true"}>Add</button>
+    </form>
   </div>`;
 }
 
@@ -43,14 +60,47 @@ export function TagList({ images, captionOf, chosen, onChoose, onChange }) {
   if (!all.length) return null;
   const shown = isWhole ? all : all.slice(0, SHOWN);
   const having = chosen === null ? [] : images.filter((one) => hasTag(captionOf(one), chosen));
-  const lacking = chosen === null ? [] : images.filter((one) => !hasTag(captionOf(one), chosen) && !captionOf(one).includes("\n"));
+  const lacking =
+    chosen === null ? [] : images.filter((one) => !hasTag(captionOf(one), chosen) && !captionOf(one).includes("\n"));
   const changed = (some, change) => Object.fromEntries(some.map((one) => [one.file, change(captionOf(one), chosen)]));
-  return html`<details class="tag-list"><summary>${count(all.length, "tag")} in the captions</summary>
-    <ul class="chips" aria-label="Tags of all captions">${shown.map(([tag, number]) => html`<li key=${tag}><button type="button" class="chip" aria-pressed=${chosen !== null && tag.toLowerCase() === chosen.toLowerCase() ? "true" : "false"}
-      onClick=${() => onChoose(tag === chosen ? null : tag)}><span>${tag}</span> <span class="number">${number}</span></button></li>`)}</ul>
-    ${all.length > shown.length && html`<p><button type="button" class="as-link" onClick=${() => setWhole(true)}>Show all ${all.length}</button></p>`}
-    ${chosen !== null && onChange && html`<div class="actions">
-      <${Button} class="small" onClick=${() => onChange(changed(having, withoutTag), `“${chosen}” was removed from ${count(having.length, "caption")}.`)}>Remove it from ${count(having.length, "caption")}<//>
-      ${lacking.length > 0 && html`<${Button} class="small" onClick=${() => onChange(changed(lacking, withTag), `“${chosen}” was added to ${count(lacking.length, "caption")}.`)}>Add it to the other ${lacking.length}<//>`}</div>`}
+  return html`<details class="tag-list">
+    <summary>${count(all.length, "tag")} in the captions</summary>
+    <ul class="chips" aria-label="Tags of all captions">
+      ${shown.map(
+        ([tag, number]) => html`<li key=${tag}>
+          <button type="button" class="chip"
+              aria-pressed=${chosen !== null && tag.toLowerCase() === chosen.toLowerCase() ? "true" : "false"}
+              onClick=${() => onChoose(tag === chosen ? null : tag)}>
+            <span>${tag}</span> <span class="number">${number}</span>
+          </button>
+        </li>`,
+      )}
+    </ul>
+    ${
+      all.length > shown.length &&
+      html`<p><button type="button" class="as-link" onClick=${() => setWhole(true)}>Show all ${all.length}</button></p>`
+    }
+    ${
+      chosen !== null &&
+      onChange &&
+      html`<div class="actions">
+        <${Button} class="small"
+            onClick=${() =>
+              onChange(
+                changed(having, withoutTag),
+                `“${chosen}” was removed from ${count(having.length, "caption")}.`,
+              )}>
+          Remove it from ${count(having.length, "caption")}
+        <//>
+        ${
+          lacking.length > 0 &&
+          html`<${Button} class="small"
+              onClick=${() =>
+                onChange(changed(lacking, withTag), `“${chosen}” was added to ${count(lacking.length, "caption")}.`)}>
+            Add it to the other ${lacking.length}
+          <//>`
+        }
+      </div>`
+    }
   </details>`;
 }

@@ -1,4 +1,5 @@
-// Prompts drawn with a LoRA of a run beside its base model, also while it trains. The page keeps them until it is loaded
+// Prompts drawn with a LoRA of a run beside its base model, also while it trains. The page keeps them until it is
+// loaded
 // again.
 import { fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
@@ -26,11 +27,20 @@ function triesOf(run) {
 export function TryIt({ run, view = null }) {
   const [facts, error, reload] = useLoaded((signal) => get(["runs", run.id, "drawing"], {}, signal), [run.id]);
   const refusal = error && !isPassing(error);
-  return html`<section aria-labelledby="try"><h2 id="try">Try it</h2>
-    ${facts ? html`<${TryForm} key=${run.id} run=${run} isTraining=${view !== null} control=${facts.control} least=${facts.least_strength ?? 0} />`
-      : refusal ? html`<p class="faint">${error.message}</p>`
-      : error ? html`<${Problem} error=${error} onRetry=${reload} />` : html`<${Loading} what="the model" />`}
-    <${Tries} key=${run.id} run=${run} view=${view} /></section>`;
+  return html`<section aria-labelledby="try">
+    <h2 id="try">Try it</h2>
+    ${
+      facts
+        ? html`<${TryForm} key=${run.id} run=${run} isTraining=${view !== null} control=${facts.control}
+          least=${facts.least_strength ?? 0} />`
+        : refusal
+          ? html`<p class="faint">${error.message}</p>`
+          : error
+            ? html`<${Problem} error=${error} onRetry=${reload} />`
+            : html`<${Loading} what="the model" />`
+    }
+    <${Tries} key=${run.id} run=${run} view=${view} />
+  </section>`;
 }
 
 function TryForm({ run, isTraining, control, least }) {
@@ -47,28 +57,73 @@ function TryForm({ run, isTraining, control, least }) {
   const draw = async () => {
     setError(null);
     try {
-      const body = { prompt, strength: Number(strength), seed: Number(seed), control: picture ? await stored(run, picture) : "", lora };
+      const body = {
+        prompt,
+        strength: Number(strength),
+        seed: Number(seed),
+        control: picture ? await stored(run, picture) : "",
+        lora,
+      };
       const step = saves.find((one) => one.file === lora)?.step;
-      const sent = isTraining ? await post(["runs", run.id, "requests"], { what: "drawing", drawing: body }) : await post(["runs", run.id, "drawing"], body);
+      const sent = isTraining
+        ? await post(["runs", run.id, "requests"], { what: "drawing", drawing: body })
+        : await post(["runs", run.id, "drawing"], body);
       triesOf(run.id).set((before) => [{ ...body, id: sent.id, job: isTraining ? null : sent, step }, ...before]);
     } catch (failure) {
       setError(failure);
     }
   };
   return html`
-    <p>One picture without the LoRA and one with it, from the same noise.${isTraining ? " They are drawn after the step that runs; the training waits for them, and stays the same." : ""}</p>
-    <${Field} label="Prompt">${(attributes) => html`<textarea ...${attributes} rows="2" maxlength="10000" value=${prompt} onInput=${(event) => setPrompt(event.currentTarget.value)}></textarea>`}<//>
+    <p>
+      One picture without the LoRA and one with it, from the same noise.
+      ${isTraining ? " They are drawn after the step that runs; the training waits for them, and stays the same." : ""}
+    </p>
+    <${Field} label="Prompt">
+      ${(attributes) => html`<textarea ...${attributes} rows="2" maxlength="10000" value=${prompt}
+        onInput=${(event) => setPrompt(event.currentTarget.value)}></textarea>`}
+    <//>
     <div class="fields three">
-      ${(isTraining || saves.length > 1) && html`<${Field} label="LoRA">${(attributes) => html`<select ...${attributes} value=${lora} onChange=${(event) => setLora(event.currentTarget.value)}>
-        ${isTraining ? html`<option value="">As it is now</option>` : !saves.some((one) => one.file === lora) && html`<option value=${lora}>The last one</option>`}
-        ${saves.map((one) => html`<option key=${one.file} value=${one.file}>Step ${whole(one.step)}${one.file === run.recommended?.file ? " (recommended)" : ""}</option>`)}</select>`}<//>`}
-      <${Field} label="Strength" error=${hasStrength ? null : `Must be a number from ${least} to ${WIDEST_STRENGTH}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="decimal" value=${strength} onInput=${(event) => setStrength(event.currentTarget.value)} />`}<//>
-      <${Field} label="Seed" error=${hasSeed ? null : `Must be a whole number from 0 to ${MOST_SEED}.`}>${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${seed} onInput=${(event) => setSeed(event.currentTarget.value)} />`}<//>
+      ${
+        (isTraining || saves.length > 1) &&
+        html`<${Field} label="LoRA">
+          ${(attributes) => html`<select ...${attributes} value=${lora}
+              onChange=${(event) => setLora(event.currentTarget.value)}>
+            ${
+              isTraining
+                ? html`<option value="">As it is now</option>`
+                : !saves.some((one) => one.file === lora) && html`<option value=${lora}>The last one</option>`
+            }
+            ${saves.map(
+              (one) => html`<option key=${one.file} value=${one.file}>
+                Step ${whole(one.step)}${one.file === run.recommended?.file ? " (recommended)" : ""}
+              </option>`,
+            )}
+          </select>`}
+        <//>`
+      }
+      <${Field} label="Strength"
+          error=${hasStrength ? null : `Must be a number from ${least} to ${WIDEST_STRENGTH}.`}>
+        ${(attributes) => html`<input ...${attributes} type="text" inputmode="decimal" value=${strength}
+          onInput=${(event) => setStrength(event.currentTarget.value)} />`}
+      <//>
+      <${Field} label="Seed" error=${hasSeed ? null : `Must be a whole number from 0 to ${MOST_SEED}.`}>
+        ${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${seed}
+          onInput=${(event) => setSeed(event.currentTarget.value)} />`}
+      <//>
     </div>
-    ${control !== "none" && html`<${PictureZone} picture=${picture} isNeeded=${control === "required"} onPicture=${setPicture} />`}
+    ${
+      control !== "none" &&
+      html`<${PictureZone} picture=${picture} isNeeded=${control === "required"} onPicture=${setPicture} />`
+    }
     <${Problem} error=${error} />
-    <div class="actions"><${Button} kind="primary" busyText="Sending…" disabled=${!hasStrength || !hasSeed || lacksPicture} onClick=${draw}>Draw<//>
-      ${lacksPicture && html`<span class="faint">This model edits pictures: choose one first.</span>`}</div>`;
+    <div class="actions">
+      <${Button} kind="primary" busyText="Sending…" disabled=${!hasStrength || !hasSeed || lacksPicture}
+          onClick=${draw}>
+        Draw
+      <//>
+      ${lacksPicture && html`<span class="faint">This model edits pictures: choose one first.</span>`}
+    </div>
+  `;
 }
 
 /** The name of a picture on the server, sent once for each run. */
@@ -86,7 +141,8 @@ function PictureZone({ picture, isNeeded, onPicture }) {
   const input = useRef(null);
   const accept = useAccept();
   const [over, setOver] = useState(false);
-  const take = ([found]) => found && onPicture({ file: found.file, name: found.file.name, preview: URL.createObjectURL(found.file) });
+  const take = ([found]) =>
+    found && onPicture({ file: found.file, name: found.file.name, preview: URL.createObjectURL(found.file) });
   useEffect(() => () => picture && URL.revokeObjectURL(picture.preview), [picture]);
   const dropped = async (event) => {
     event.preventDefault();
@@ -94,20 +150,33 @@ function PictureZone({ picture, isNeeded, onPicture }) {
     take(await filesOf(event.dataTransfer));
   };
   return html`<div class=${`drop-zone ${over ? "over" : ""}`} onDrop=${dropped} onDragLeave=${() => setOver(false)}
-      onDragOver=${(event) => { event.preventDefault(); setOver(true); }}>
+      onDragOver=${(event) => {
+        event.preventDefault();
+        setOver(true);
+      }}>
     ${picture && html`<img class="control-thumb" src=${picture.preview} alt="Picture to edit" />`}
-    <p><b>${picture ? picture.name : "Drop the picture to edit here"}</b>${!isNeeded && !picture && html` <span class="faint">(optional)</span>`}</p>
-    <div class="actions"><${Button} onClick=${() => input.current.click()}>${picture ? "Choose another" : "Choose a picture"}<//>
-      ${picture && html`<${Button} onClick=${() => onPicture(null)}>Take it away<//>`}</div>
+    <p>
+      <b>${picture ? picture.name : "Drop the picture to edit here"}</b>
+      ${!isNeeded && !picture && html` <span class="faint">(optional)</span>`}
+    </p>
+    <div class="actions">
+      <${Button} onClick=${() => input.current.click()}>${picture ? "Choose another" : "Choose a picture"}<//>
+      ${picture && html`<${Button} onClick=${() => onPicture(null)}>Take it away<//>`}
+    </div>
     <input ref=${input} type="file" accept=${accept} class="unseen" tabindex="-1" aria-label="Picture to edit"
-      onChange=${(event) => { take(filesOfInput(event.currentTarget)); event.currentTarget.value = ""; }} />
+      onChange=${(event) => {
+        take(filesOfInput(event.currentTarget));
+        event.currentTarget.value = "";
+      }} />
   </div>`;
 }
 
 function Tries({ run, view }) {
   const tries = useStore(triesOf(run.id));
   if (!tries.length) return null;
-  return html`<ul class="rows">${tries.map((one) => html`<${one.job ? Try : Requested} key=${one.id} run=${run} one=${one} view=${view} />`)}</ul>`;
+  return html`<ul class="rows">
+    ${tries.map((one) => html`<${one.job ? Try : Requested} key=${one.id} run=${run} one=${one} view=${view} />`)}
+  </ul>`;
 }
 
 /** What the training itself draws. */
@@ -119,13 +188,31 @@ function Requested({ run, one, view }) {
   }, [Boolean(found)]);
   const { pictures = [], note, error, step } = one.found ?? {};
   const isOver = !view || view.outcome;
-  return html`<li class="try"><${TryHead} one=${{ ...one, step: one.lora ? one.step : step }} />
-    ${!one.found && (isOver ? html`<p class="faint">The training ended before it was drawn. Draw it again.</p>` : html`<p class="faint" role="status">${view.status.startsWith("Drawing") ? view.status : "It is drawn after the step that runs."}</p>`)}
+  return html`<li class="try">
+    <${TryHead} one=${{ ...one, step: one.lora ? one.step : step }} />
+    ${
+      !one.found &&
+      (isOver
+        ? html`<p class="faint">The training ended before it was drawn. Draw it again.</p>`
+        : html`<p class="faint" role="status">
+          ${view.status.startsWith("Drawing") ? view.status : "It is drawn after the step that runs."}
+        </p>`)
+    }
     <${Problem} error=${error ? { message: sentence(error) } : null} />
-    <${Drawn} run=${run} one=${one} pictures=${pictures} notes=${note ? [note] : []} /></li>`;
+    <${Drawn} run=${run} one=${one} pictures=${pictures} notes=${note ? [note] : []} />
+  </li>`;
 }
 
-const TryHead = ({ one, children }) => html`<div class="head"><p><b>${one.prompt || "No prompt"}</b> <span class="faint">${one.step ? `step ${whole(one.step)}, ` : ""}strength ${one.strength}, seed ${one.seed}</span></p>${children}</div>`;
+const TryHead = ({ one, children }) => html`<div class="head">
+  <p>
+    <b>
+      ${one.prompt || "No prompt"}
+    </b> <span class="faint">
+      ${one.step ? `step ${whole(one.step)}, ` : ""}strength ${one.strength}, seed ${one.seed}
+    </span>
+  </p>
+  ${children}
+</div>`;
 
 /** The picture without the LoRA and that with it. */
 function Drawn({ run, one, pictures, notes }) {
@@ -134,11 +221,32 @@ function Drawn({ run, one, pictures, notes }) {
   const shots = pictures.map((file, index) => ({ file, title: titles[index], prompt: one.prompt }));
   const source = (file) => fileOfRun(run.id, file);
   return html`
-    ${shots.length > 0 && html`<div class="beside">
-      ${one.control && html`<figure><img src=${source(`tried/${one.control}`)} alt="The picture to edit" /><figcaption>Picture to edit</figcaption></figure>`}
-      ${shots.map((shot, index) => html`<figure key=${shot.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} /></button><figcaption>${shot.title}</figcaption></figure>`)}</div>`}
+    ${
+      shots.length > 0 &&
+      html`<div class="beside">
+        ${
+          one.control &&
+          html`<figure>
+            <img src=${source(`tried/${one.control}`)} alt="The picture to edit" />
+            <figcaption>Picture to edit</figcaption>
+          </figure>`
+        }
+        ${shots.map(
+          (shot, index) => html`<figure key=${shot.file}>
+            <button type="button" class="picture" onClick=${() => setLarge(index)}>
+              <img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} />
+            </button>
+            <figcaption>${shot.title}</figcaption>
+          </figure>`,
+        )}
+      </div>`
+    }
     ${notes.map((note) => html`<p class="faint" key=${note}>${sentence(note)}</p>`)}
-    ${large !== null && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}`;
+    ${
+      large !== null &&
+      html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`
+    }
+  `;
 }
 
 function Try({ run, one }) {
@@ -156,18 +264,34 @@ function Try({ run, one }) {
       announcement.set("The pictures are drawn.");
     }, setError);
   }, [state]);
-  const isWaitingForOther = [...(known?.jobs.values() ?? [])].some((other) => other.state === "running" && other.kind === "train");
+  const isWaitingForOther = [...(known?.jobs.values() ?? [])].some(
+    (other) => other.state === "running" && other.kind === "train",
+  );
   const isKnown = known?.jobs.has(one.id);
   useEffect(() => {
-    if (known && !isKnown) get(["jobs", one.id]).catch(setError); // removed from the queue, unless it is about to be announced
+    // Removed from the queue, unless it is about to be announced.
+    if (known && !isKnown) get(["jobs", one.id]).catch(setError);
   }, [isKnown]);
   const pictures = outputs?.pictures ?? [];
   return html`<li class="try">
     <${TryHead} one=${one}>${!pictures.length && !error && html`<${State} state=${state} />`}<//>
-    ${state === "pending" && !error && html`<p class="faint" role="status">${isWaitingForOther ? "It waits for the training that runs." : "It waits for its turn."}</p>`}
+    ${
+      state === "pending" &&
+      !error &&
+      html`<p class="faint" role="status">
+        ${isWaitingForOther ? "It waits for the training that runs." : "It waits for its turn."}
+      </p>`
+    }
     ${state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
-    ${(state === "pending" || state === "running") && !error && html`<div class="actions"><${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//></div>`}
+    ${
+      (state === "pending" || state === "running") &&
+      !error &&
+      html`<div class="actions">
+        <${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//>
+      </div>`
+    }
     ${state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
     <${Problem} error=${error} />
-    <${Drawn} run=${run} one=${one} pictures=${pictures} notes=${outputs?.notes ?? []} /></li>`;
+    <${Drawn} run=${run} one=${one} pictures=${pictures} notes=${outputs?.notes ?? []} />
+  </li>`;
 }

@@ -10,14 +10,35 @@ import { Queued, SubjectField } from "./queued.mjs";
 export function WhichStep({ run, onDone }) {
   const [subject, setSubject] = useState("");
   const [found, error, reload] = useLoaded((signal) => get(["runs", run.id, "evaluation"], {}, signal), [run.id]);
-  return html`<section aria-labelledby="which"><h2 id="which">Which step?</h2>
+  return html`<section aria-labelledby="which">
+    <h2 id="which">Which step?</h2>
     ${error && html`<${Problem} error=${error} onRetry=${reload} />`}
     ${!found && !error && html`<${Loading} what="the evaluation" />`}
-    ${found?.evaluation && html`<${Evaluated} key=${found.evaluation.sentence} run=${run} evaluation=${found.evaluation} folder=${found.folder} />`}
-    ${found && html`<${Queued} label=${found.evaluation ? "Evaluate again" : "Evaluate the LoRAs"} isIt=${(job) => job.kind === "evaluate" && job.about === run.id} said="The LoRAs are evaluated." onDone=${() => { reload(); onDone(); }}
-      disabled=${found.subject === "" && !subject.trim()} start=${() => post(["runs", run.id, "evaluation"], { subject: subject.trim() })}>
-      ${!found.evaluation && html`<p>Draws with each LoRA that was saved, measures whether it looks like your photos and still does what prompts say, and recommends one.</p>`}
-      ${found.subject === "" && html`<${SubjectField} value=${subject} onValue=${setSubject} />`}<//>`}</section>`;
+    ${
+      found?.evaluation &&
+      html`<${Evaluated} key=${found.evaluation.sentence} run=${run} evaluation=${found.evaluation}
+        folder=${found.folder} />`
+    }
+    ${
+      found &&
+      html`<${Queued} label=${found.evaluation ? "Evaluate again" : "Evaluate the LoRAs"}
+          isIt=${(job) => job.kind === "evaluate" && job.about === run.id} said="The LoRAs are evaluated."
+          onDone=${() => {
+            reload();
+            onDone();
+          }} disabled=${found.subject === "" && !subject.trim()}
+          start=${() => post(["runs", run.id, "evaluation"], { subject: subject.trim() })}>
+        ${
+          !found.evaluation &&
+          html`<p>
+            Draws with each LoRA that was saved, measures whether it looks like your photos and still does what
+            prompts say, and recommends one.
+          </p>`
+        }
+        ${found.subject === "" && html`<${SubjectField} value=${subject} onValue=${setSubject} />`}
+      <//>`
+    }
+  </section>`;
 }
 
 function Evaluated({ run, evaluation, folder }) {
@@ -29,19 +50,47 @@ function Evaluated({ run, evaluation, folder }) {
   const row = rows[at];
   const source = (file) => fileOfRun(run.id, `${folder}/${file}`);
   const measures = row.measures ?? {};
-  const shown = [["likeness", measures.likeness], ["adherence to prompts", measures.adherence]].filter(([, value]) => typeof value === "number");
+  const shown = [
+    ["likeness", measures.likeness],
+    ["adherence to prompts", measures.adherence],
+  ].filter(([, value]) => typeof value === "number");
   const shots = row.pictures.map((file, index) => ({ file, title: capital(row.label), prompt: prompts[index] }));
   const isThere = run.saves.some((one) => one.file === row.file);
   return html`
     <p>${evaluation.sentence}</p>
-    <div class="slider"><label for="which-lora">LoRA</label>
-      <input id="which-lora" type="range" min="0" max=${rows.length - 1} value=${at} aria-valuetext=${row.label} onInput=${(event) => setAt(Number(event.currentTarget.value))} />
-      <output>${capital(row.label)}${at === best ? " (recommended)" : ""}</output></div>
-    ${shown.length > 0 && html`<p class="faint">${capital(shown.map(([name, value]) => `${name} ${value.toFixed(2)}`).join(", "))}</p>`}
-    <ul class="thumbs">${shots.map((shot, index) => html`<li key=${prompts[index]}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} loading="lazy" /></button>
-      <span class="faint">${shot.prompt}</span></li>`)}</ul>
-    <div class="actions">${isThere && html`<a class="button" href=${fileOfRun(run.id, row.file)} download>${at === best ? "Use this one" : "Download this one"}</a>`}
-      <a class="button" href=${source("contact sheet.png")} target="_blank" rel="noopener">Contact sheet</a></div>
+    <div class="slider">
+      <label for="which-lora">LoRA</label>
+      <input id="which-lora" type="range" min="0" max=${rows.length - 1} value=${at} aria-valuetext=${row.label}
+        onInput=${(event) => setAt(Number(event.currentTarget.value))} />
+      <output>${capital(row.label)}${at === best ? " (recommended)" : ""}</output>
+    </div>
+    ${
+      shown.length > 0 &&
+      html`<p class="faint">${capital(shown.map(([name, value]) => `${name} ${value.toFixed(2)}`).join(", "))}</p>`
+    }
+    <ul class="thumbs">
+      ${shots.map(
+        (shot, index) => html`<li key=${prompts[index]}>
+          <button type="button" class="picture" onClick=${() => setLarge(index)}>
+            <img src=${source(shot.file)} alt=${`${shot.title}: ${shot.prompt}`} loading="lazy" />
+          </button>
+          <span class="faint">${shot.prompt}</span>
+        </li>`,
+      )}
+    </ul>
+    <div class="actions">
+      ${
+        isThere &&
+        html`<a class="button" href=${fileOfRun(run.id, row.file)} download>
+          ${at === best ? "Use this one" : "Download this one"}
+        </a>`
+      }
+      <a class="button" href=${source("contact sheet.png")} target="_blank" rel="noopener">Contact sheet</a>
+    </div>
     ${evaluation.notes.map((note) => html`<p class="faint" key=${note}>${note}</p>`)}
-    ${large !== null && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}`;
+    ${
+      large !== null &&
+      html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`
+    }
+  `;
 }

@@ -25,7 +25,8 @@ export function HomeView() {
       if (!files.length) return;
       const { pictures, refused } = await sorted(files);
       const [first] = refused;
-      if (!pictures.length) throw new Error(`There are no pictures among these files${first ? `: ${first.name} ${first.reason}` : ""}.`);
+      if (!pictures.length)
+        throw new Error(`There are no pictures among these files${first ? `: ${first.name} ${first.reason}` : ""}.`);
       const folders = new Set(files.map(({ path }) => path.split("/")[0]));
       const folder = folders.size === 1 && files[0].path.includes("/") ? slug([...folders][0]) : "";
       const name = await created(folder || "photos", datasets?.datasets ?? []);
@@ -43,23 +44,58 @@ export function HomeView() {
   return html`
     <section class="hero">
       <h1>Turn photos into a LoRA</h1>
-      <p class="lead">A LoRA is a small file that teaches an image model something new: a person, a pet, a thing, a style. Ten photos are enough.</p>
+      <p class="lead">
+        A LoRA is a small file that teaches an image model something new: a person, a pet, a thing, a style. Ten
+        photos are enough.
+      </p>
       <${DropZone} onFiles=${take} big />
       <${Problem} error=${error} />
     </section>
     <${Queue} />
-    ${datasetsError ? html`<section><h2>Your photos</h2><${Problem} error=${datasetsError} onRetry=${reloadDatasets} /></section>`
-      : !datasets ? html`<section><h2>Your photos</h2><${Loading} what="folders of photos" /></section>`
-      : known.length > 0 && html`<section aria-labelledby="known"><h2 id="known">Your photos</h2>
-        <ul class="cards">${known.map(card)}</ul></section>`}
-    ${latest.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2>${runs.total > 1 && html`<a href=${link("runs")}>All ${count(runs.total, "run")}</a>`}</div>
-      <ul class="cards">${latest.map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul></section>`}
-    ${examples.length > 0 && html`<section aria-labelledby="examples"><h2 id="examples">No photos at hand?</h2><ul class="cards">${examples.map(card)}</ul></section>`}`;
+    ${
+      datasetsError
+        ? html`<section><h2>Your photos</h2><${Problem} error=${datasetsError} onRetry=${reloadDatasets} /></section>`
+        : !datasets
+          ? html`<section><h2>Your photos</h2><${Loading} what="folders of photos" /></section>`
+          : known.length > 0 &&
+            html`<section aria-labelledby="known">
+              <h2 id="known">Your photos</h2>
+              <ul class="cards">${known.map(card)}</ul>
+            </section>`
+    }
+    ${
+      latest.length > 0 &&
+      html`<section aria-labelledby="latest">
+        <div class="head">
+          <h2 id="latest">Latest runs</h2>
+          ${runs.total > 1 && html`<a href=${link("runs")}>All ${count(runs.total, "run")}</a>`}
+        </div>
+        <ul class="cards">${latest.map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul>
+      </section>`
+    }
+    ${
+      examples.length > 0 &&
+      html`<section aria-labelledby="examples">
+        <h2 id="examples">No photos at hand?</h2><ul class="cards">${examples.map(card)}</ul>
+      </section>`
+    }
+  `;
 }
 
-const card = (one) => html`<li key=${one.name}><a class="card" href=${link("new", one.name, "photos")}>
-  <span class="card-picture">${one.cover && html`<img src=${address(["datasets", one.name, "images", one.cover], { width: 320 })} alt="" loading="lazy" />`}</span>
-  <b>${one.name}</b><span class="faint">${count(one.images, "picture")}, ${one.captions ? count(one.captions, "caption") : "no captions"}</span></a></li>`;
+const card = (one) => html`<li key=${one.name}>
+  <a class="card" href=${link("new", one.name, "photos")}>
+    <span class="card-picture">
+      ${
+        one.cover &&
+        html`<img src=${address(["datasets", one.name, "images", one.cover], { width: 320 })} alt="" loading="lazy" />`
+      }
+    </span>
+    <b>${one.name}</b>
+    <span class="faint">
+      ${count(one.images, "picture")}, ${one.captions ? count(one.captions, "caption") : "no captions"}
+    </span>
+  </a>
+</li>`;
 
 /** Creates a folder of photos under a free name and returns the name. */
 async function created(wanted, known) {

@@ -27,7 +27,13 @@ export function RunsView() {
   }, [ended]);
   const runs = found?.runs ?? [];
   const shown = runs
-    .filter((run) => !words || `${nameOfRun(run)} ${run.id} ${run.model} ${run.family} ${run.state} ${run.note}`.toLowerCase().includes(words.toLowerCase()))
+    .filter(
+      (run) =>
+        !words ||
+        `${nameOfRun(run)} ${run.id} ${run.model} ${run.family} ${run.state} ${run.note}`
+          .toLowerCase()
+          .includes(words.toLowerCase()),
+    )
     .sort((a, b) => (b.starred ?? false) - (a.starred ?? false)); // starred ones first, then as they come: the newest
   const jobs = jobsOfRuns(known);
   const choose = (id, on) => setChosen((ids) => (on ? [...ids, id] : ids.filter((one) => one !== id)));
@@ -35,34 +41,100 @@ export function RunsView() {
     <${Queue} runs=${new Set(runs.map((run) => run.id))} />
     <${Sweeps} />
     <section aria-labelledby="runs">
-      <div class="head"><h1 id="runs">Runs</h1>${runs.length > 3 && html`<label class="search"><span class="unseen">Search runs</span><input type="search" placeholder="Search" value=${words} onInput=${(event) => setWords(event.currentTarget.value)} /></label>`}</div>
+      <div class="head">
+        <h1 id="runs">Runs</h1>
+        ${
+          runs.length > 3 &&
+          html`<label class="search">
+            <span class="unseen">Search runs</span>
+            <input type="search" placeholder="Search" value=${words}
+              onInput=${(event) => setWords(event.currentTarget.value)} />
+          </label>`
+        }
+      </div>
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="runs" />`}
       ${found && !runs.length && html`<p>There is no run yet. <a href="#/">Turn some photos into a LoRA.</a></p>`}
       ${runs.length > 1 && html`<p class="faint">Mark two or more to compare them.</p>`}
-      <ul class="rows run-rows">${shown.map((run) => html`<li class="row" key=${run.id} aria-label=${nameOfRun(run)}>
-        ${runs.length > 1 && html`<input type="checkbox" aria-label=${`Compare ${nameOfRun(run)}`} checked=${chosen.includes(run.id)} disabled=${!chosen.includes(run.id) && chosen.length >= MOST_COMPARED} onChange=${(event) => choose(run.id, event.currentTarget.checked)} />`}
-        <a class="row-picture" href=${link("runs", run.id)} tabindex="-1" aria-hidden="true">${run.cover && html`<img src=${fileOfRun(run.id, run.cover)} alt="" loading="lazy" />`}</a>
-        <div class="row-text"><a href=${link("runs", run.id)}><b>${nameOfRun(run)}</b></a>
-          ${run.note && html`<span class="note clip">${run.note}</span>`}
-          <span class="faint">${[run.id, run.model].filter(Boolean).join(" · ")}</span>
-          <span class="faint">${[moment(run.started), stepsOf(run), run.seconds ? duration(run.seconds) : null, run.held_out ? `held-out loss ${measured(run.held_out)}` : run.loss ? `loss ${measured(run.loss)}` : null].filter(Boolean).join(" · ")}</span></div>
-        <${RunState} run=${run} job=${jobs.get(run.id)} />
-        <${Star} run=${run} onChange=${reload} />
-        <button type="button" class="icon-button" aria-label=${`Delete ${nameOfRun(run)}`} title="Delete" onClick=${() => removeRun(run, reload)}>✕</button></li>`)}</ul>
-      ${!isAll && found?.total > FIRST && html`<p><${Button} onClick=${() => setAll(true)}>Show all ${count(found.total, "run")}<//></p>`}
+      <ul class="rows run-rows">
+        ${shown.map(
+          (run) => html`<li class="row" key=${run.id} aria-label=${nameOfRun(run)}>
+            ${
+              runs.length > 1 &&
+              html`<input type="checkbox" aria-label=${`Compare ${nameOfRun(run)}`}
+                checked=${chosen.includes(run.id)}
+                disabled=${!chosen.includes(run.id) && chosen.length >= MOST_COMPARED}
+                onChange=${(event) => choose(run.id, event.currentTarget.checked)} />`
+            }
+            <a class="row-picture" href=${link("runs", run.id)} tabindex="-1" aria-hidden="true">
+              ${run.cover && html`<img src=${fileOfRun(run.id, run.cover)} alt="" loading="lazy" />`}
+            </a>
+            <div class="row-text">
+              <a href=${link("runs", run.id)}><b>${nameOfRun(run)}</b></a>
+              ${run.note && html`<span class="note clip">${run.note}</span>`}
+              <span class="faint">${[run.id, run.model].filter(Boolean).join(" · ")}</span>
+              <span class="faint">
+                ${[
+                  moment(run.started),
+                  stepsOf(run),
+                  run.seconds ? duration(run.seconds) : null,
+                  run.held_out
+                    ? `held-out loss ${measured(run.held_out)}`
+                    : run.loss
+                      ? `loss ${measured(run.loss)}`
+                      : null,
+                ]
+                  .filter(Boolean)
+                  .join(" · ")}
+              </span>
+            </div>
+            <${RunState} run=${run} job=${jobs.get(run.id)} />
+            <${Star} run=${run} onChange=${reload} />
+            <button type="button" class="icon-button" aria-label=${`Delete ${nameOfRun(run)}`} title="Delete"
+                onClick=${() => removeRun(run, reload)}>
+              ✕
+            </button>
+          </li>`,
+        )}
+      </ul>
+      ${
+        !isAll &&
+        found?.total > FIRST &&
+        html`<p><${Button} onClick=${() => setAll(true)}>Show all ${count(found.total, "run")}<//></p>`
+      }
       ${words && !shown.length && runs.length > 0 && html`<p class="faint">No run has these words.</p>`}
-      ${found?.damaged?.length > 0 && html`<${Notice} mood="fair"><p>${count(found.damaged.length, "folder looks", "folders look")} like a run and cannot be read:</p><ul>${found.damaged.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul><//>`}
+      ${
+        found?.damaged?.length > 0 &&
+        html`<${Notice} mood="fair">
+          <p>${count(found.damaged.length, "folder looks", "folders look")} like a run and cannot be read:</p>
+          <ul>${found.damaged.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul>
+        <//>`
+      }
     </section>
-    ${chosen.length > 0 && html`<${NextBar} note=${`${count(chosen.length, "run")} marked`}>
-      <${Button} onClick=${() => setChosen([])}>Clear<//>
-      <${Button} kind="primary" disabled=${chosen.length < 2} onClick=${() => go("compare", ...chosen)}>Compare<//><//>`}`;
+    ${
+      chosen.length > 0 &&
+      html`<${NextBar} note=${`${count(chosen.length, "run")} marked`}>
+        <${Button} onClick=${() => setChosen([])}>Clear<//>
+        <${Button} kind="primary" disabled=${chosen.length < 2} onClick=${() => go("compare", ...chosen)}>Compare<//>
+      <//>`
+    }
+  `;
 }
 
 /** The state of a run, which is that of its job while it has one that has not ended, and what can be done in it. */
 function RunState({ run, job }) {
   const state = job?.state ?? run.state;
-  return html`<${State} state=${state} />
-    ${job && CONTINUED.includes(state) && html`<${Button} class="small" onClick=${() => act(job, "continue")}>Continue<//>`}
-    ${job && (state === "running" || state === "pending") && html`<a class="button small" href=${link("jobs", job.id)}>Watch</a>`}`;
+  return html`
+    <${State} state=${state} />
+    ${
+      job &&
+      CONTINUED.includes(state) &&
+      html`<${Button} class="small" onClick=${() => act(job, "continue")}>Continue<//>`
+    }
+    ${
+      job &&
+      (state === "running" || state === "pending") &&
+      html`<a class="button small" href=${link("jobs", job.id)}>Watch</a>`
+    }
+  `;
 }

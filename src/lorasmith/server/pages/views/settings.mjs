@@ -21,19 +21,26 @@ export function SettingsView({ dataset }) {
   const [declared, error, reload] = useLoaded((signal) => get(["settings"], { images }, signal), [images]);
   const [failure, setFailure] = useState(null);
   const presets = declared?.presets ?? [];
-  const preset = presets.find((one) => one.name === draft.preset) ?? presets.find((one) => one.name === "balanced") ?? presets[0];
+  const preset =
+    presets.find((one) => one.name === draft.preset) ?? presets.find((one) => one.name === "balanced") ?? presets[0];
   // A run that is trained again may have settings that are not for pages, such as the state that it continued from.
   const offered = new Set((declared?.groups ?? []).flatMap((group) => group.settings.map((one) => one.name)));
-  const own = Object.fromEntries(Object.entries(draft.settings).filter(([name]) => offered.has(name) && !OWN_FIELDS.has(name)));
+  const own = Object.fromEntries(
+    Object.entries(draft.settings).filter(([name]) => offered.has(name) && !OWN_FIELDS.has(name)),
+  );
   const [plans, planErrors, replan] = usePlans(dataset, draft, presets, own);
   const plan = plans[preset?.name];
   // A step of another choice takes about as long: the rank costs little.
-  const stepSeconds = plan?.seconds_per_step ?? Object.values(plans).find((one) => one?.seconds_per_step)?.seconds_per_step ?? null;
+  const stepSeconds =
+    plan?.seconds_per_step ?? Object.values(plans).find((one) => one?.seconds_per_step)?.seconds_per_step ?? null;
   const planError = planErrors[preset?.name];
   const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
 
   const body = () => ({
-    dataset, model: draft.model, edit: draft.edit, trigger: draft.trigger.trim(),
+    dataset,
+    model: draft.model,
+    edit: draft.edit,
+    trigger: draft.trigger.trim(),
     name: draft.name.trim() || slug(draft.trigger) || dataset,
     settings: { ...plan?.memory_settings, ...preset.settings, ...own },
   });
@@ -50,7 +57,13 @@ export function SettingsView({ dataset }) {
   }
 
   if (!draft.model) {
-    return html`<${Stepper} at="settings" dataset=${dataset} /><section><h1>Settings</h1><p>Choose a model first.</p><a class="button primary" href=${link("new", dataset, "model")}>Choose a model</a></section>`;
+    return html`
+      <${Stepper} at="settings" dataset=${dataset} />
+      <section>
+        <h1>Settings</h1><p>Choose a model first.</p>
+        <a class="button primary" href=${link("new", dataset, "model")}>Choose a model</a>
+      </section>
+    `;
   }
   return html`
     <${Stepper} at="settings" dataset=${dataset} />
@@ -59,47 +72,101 @@ export function SettingsView({ dataset }) {
       <${Problem} error=${error} onRetry=${reload} />
       ${!declared && !error && html`<${Loading} what="settings" />`}
       <div role="radiogroup" aria-label="How thoroughly" class="choices three">
-        ${presets.map((one) => html`<label key=${one.name} class=${`choice ${one === preset ? "chosen" : ""}`}>
-          <input type="radio" name="preset" value=${one.name} checked=${one === preset} onChange=${() => change({ preset: one.name })} />
-          <span class="choice-body"><span class="choice-title"><b>${one.title}</b></span><span class="faint">${one.summary}</span>
-            <${Estimate} plan=${plans[one.name]} stepSeconds=${stepSeconds} error=${planErrors[one.name]} /></span></label>`)}
+        ${presets.map(
+          (one) => html`<label key=${one.name} class=${`choice ${one === preset ? "chosen" : ""}`}>
+            <input type="radio" name="preset" value=${one.name} checked=${one === preset}
+              onChange=${() => change({ preset: one.name })} />
+            <span class="choice-body">
+              <span class="choice-title"><b>${one.title}</b></span><span class="faint">${one.summary}</span>
+              <${Estimate} plan=${plans[one.name]} stepSeconds=${stepSeconds} error=${planErrors[one.name]} />
+            </span>
+          </label>`,
+        )}
       </div>
       <${Measure} measuring=${measuring} plan=${plan} />
-      ${plan?.fits === false && html`<${Notice} mood="fair"><p>This needs about ${bytes(plan.memory_bytes)} of memory, more than is free. Choose a smaller model, or a lower rank or resolution in all settings.</p><//>`}
-      ${plan?.fits !== false && Object.keys(plan?.memory_settings ?? {}).length > 0 && html`<p class="faint">So that it fits into memory, it runs with ${words(plan.memory_settings)}.</p>`}
-      <${Distilled} plan=${plan} adapter=${own.training_adapter} onAdapter=${(name) => change({ settings: { ...draft.settings, training_adapter: name ?? undefined } })} />
-      ${plan?.notes?.length > 0 && html`<ul class="findings">${plan.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul>`}
-      ${planError && planError.status !== 503 && html`<${Problem} error=${planError} /><p><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>`}
-      ${plan && html`<dl class="facts">
-        <${Fact} name="Photos" value=${plan.held_out ? `${plan.images} (${plan.held_out} held out)` : plan.images} />
-        <${Fact} name="Steps" value=${whole(plan.steps)} />
-        <${Fact} name="Each photo is seen" value=${`${plan.epochs >= 10 ? Math.round(plan.epochs) : Number(plan.epochs.toFixed(1))} times`} />
-        <${Fact} name="Resolution" value=${`${plan.resolution} px`} />
-        <${Fact} name="Rank" value=${plan.rank} />
-        <${Fact} name="Trained parameters" value=${millions(plan.parameters)} />
-      </dl>`}
+      ${
+        plan?.fits === false &&
+        html`<${Notice} mood="fair">
+          <p>
+            This needs about ${bytes(plan.memory_bytes)} of memory, more than is free. Choose a smaller model, or a
+            lower rank or resolution in all settings.
+          </p>
+        <//>`
+      }
+      ${
+        plan?.fits !== false &&
+        Object.keys(plan?.memory_settings ?? {}).length > 0 &&
+        html`<p class="faint">So that it fits into memory, it runs with ${words(plan.memory_settings)}.</p>`
+      }
+      <${Distilled} plan=${plan} adapter=${own.training_adapter}
+        onAdapter=${(name) => change({ settings: { ...draft.settings, training_adapter: name ?? undefined } })} />
+      ${
+        plan?.notes?.length > 0 &&
+        html`<ul class="findings">${plan.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul>`
+      }
+      ${
+        planError &&
+        planError.status !== 503 &&
+        html`
+          <${Problem} error=${planError} /><p><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>
+        `
+      }
+      ${
+        plan &&
+        html`<dl class="facts">
+          <${Fact} name="Photos"
+            value=${plan.held_out ? `${plan.images} (${plan.held_out} held out)` : plan.images} />
+          <${Fact} name="Steps" value=${whole(plan.steps)} />
+          <${Fact} name="Each photo is seen"
+            value=${`${plan.epochs >= 10 ? Math.round(plan.epochs) : Number(plan.epochs.toFixed(1))} times`} />
+          <${Fact} name="Resolution" value=${`${plan.resolution} px`} />
+          <${Fact} name="Rank" value=${plan.rank} />
+          <${Fact} name="Trained parameters" value=${millions(plan.parameters)} />
+        </dl>`
+      }
     </section>
-    ${declared && html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own} error=${planError}
-      onChange=${(settings) => change({ settings })} />`}
+    ${
+      declared &&
+      html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own}
+        error=${planError} onChange=${(settings) => change({ settings })} />`
+    }
     ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} />`}
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
-      <${Button} kind="primary" disabled=${!preset || (planError && planError.status !== 503)} busyText="Starting…" onClick=${start}>Start training<//>
+      <${Button} kind="primary" disabled=${!preset || (planError && planError.status !== 503)} busyText="Starting…"
+          onClick=${start}>
+        Start training
+      <//>
     <//>
-    ${failure && html`<div class="beside-bar"><${Problem} error=${failure} /></div>`}`;
+    ${failure && html`<div class="beside-bar"><${Problem} error=${failure} /></div>`}
+  `;
 }
 
 const Fact = ({ name, value }) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
-const words = (settings) => Object.entries(settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+const words = (settings) =>
+  Object.entries(settings)
+    .map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`)
+    .join(", ");
 const millions = (number) => (number >= 1e6 ? `${Number((number / 1e6).toPrecision(3))} million` : whole(number));
 const timeOf = (plan, stepSeconds) => plan?.seconds ?? (plan && stepSeconds ? stepSeconds * plan.steps : null);
-const noteOf = (plan, stepSeconds) => (timeOf(plan, stepSeconds) ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}` : plan ? `${whole(plan.steps)} steps` : "");
+const noteOf = (plan, stepSeconds) =>
+  timeOf(plan, stepSeconds)
+    ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}`
+    : plan
+      ? `${whole(plan.steps)} steps`
+      : "";
 
 function Estimate({ plan, stepSeconds, error }) {
   if (error && error.status !== 503) return null;
   if (!plan) return html`<span class="estimate faint">Estimating…</span>`;
-  return html`<span class="estimate">${timeOf(plan, stepSeconds) ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>` : html`<b>${count(plan.steps, "step")}</b>`}
-    ${plan.memory_bytes && html`<span class="faint">${bytes(plan.memory_bytes)} of memory</span>`}</span>`;
+  return html`<span class="estimate">
+    ${
+      timeOf(plan, stepSeconds)
+        ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>`
+        : html`<b>${count(plan.steps, "step")}</b>`
+    }
+    ${plan.memory_bytes && html`<span class="faint">${bytes(plan.memory_bytes)} of memory</span>`}
+  </span>`;
 }
 
 /** The plan of each choice, made again when something that it depends on has settled: [plans, errors, again]. */
@@ -111,24 +178,33 @@ function usePlans(dataset, draft, presets, own) {
   useEffect(() => {
     if (!presets.length || !draft.model) return undefined;
     let current = true;
-    let timer = setTimeout(async function ask() {
-      const chosenFirst = [...presets].sort((a, b) => (b.name === draft.preset) - (a.name === draft.preset));
-      let again = false;
-      for (const one of chosenFirst) {
-        try {
-          const plan = await post(["plans"], { dataset, model: draft.model, edit: draft.edit, trigger: draft.trigger, settings: { ...one.settings, ...own } });
-          if (!current) return;
-          setPlans((all) => ({ ...all, [one.name]: plan }));
-          setErrors((all) => ({ ...all, [one.name]: null }));
-        } catch (error) {
-          if (!current) return;
-          again ||= error.status === 503;
-          setPlans((all) => ({ ...all, [one.name]: null }));
-          setErrors((all) => ({ ...all, [one.name]: error }));
+    let timer = setTimeout(
+      async function ask() {
+        const chosenFirst = [...presets].sort((a, b) => (b.name === draft.preset) - (a.name === draft.preset));
+        let again = false;
+        for (const one of chosenFirst) {
+          try {
+            const plan = await post(["plans"], {
+              dataset,
+              model: draft.model,
+              edit: draft.edit,
+              trigger: draft.trigger,
+              settings: { ...one.settings, ...own },
+            });
+            if (!current) return;
+            setPlans((all) => ({ ...all, [one.name]: plan }));
+            setErrors((all) => ({ ...all, [one.name]: null }));
+          } catch (error) {
+            if (!current) return;
+            again ||= error.status === 503;
+            setPlans((all) => ({ ...all, [one.name]: null }));
+            setErrors((all) => ({ ...all, [one.name]: error }));
+          }
         }
-      }
-      if (again && current) timer = setTimeout(ask, 2000);
-    }, Object.keys(plans).length ? PLAN_AFTER_MS : 0);
+        if (again && current) timer = setTimeout(ask, 2000);
+      },
+      Object.keys(plans).length ? PLAN_AFTER_MS : 0,
+    );
     return () => {
       current = false;
       clearTimeout(timer);
@@ -147,7 +223,10 @@ function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
   const measure = async () => {
     setError(null);
     try {
-      const added = await post(["measurements"], { model: draft.model, settings: { ...plan?.memory_settings, ...preset.settings, ...own } });
+      const added = await post(["measurements"], {
+        model: draft.model,
+        settings: { ...plan?.memory_settings, ...preset.settings, ...own },
+      });
       change({ measurement: added.id });
     } catch (failure) {
       setError(failure);
@@ -169,9 +248,23 @@ function Measure({ measuring, plan }) {
   const { job, error, needed, measure } = measuring;
   if (!plan) return null;
   if (job && ["pending", "running"].includes(job.state)) {
-    return html`<p class="measure" role="status"><progress aria-label="Measuring"></progress> ${job.state === "pending" ? "A measurement waits for its turn." : "A few steps are being measured on this machine, for the time that it takes…"} You can start already.</p>`;
+    return html`<p class="measure" role="status">
+      <progress aria-label="Measuring"></progress> ${
+        job.state === "pending"
+          ? "A measurement waits for its turn."
+          : "A few steps are being measured on this machine, for the time that it takes…"
+      } You can start already.
+    </p>`;
   }
   if (!needed) return null;
-  return html`<div class="measure"><p class="faint">${job?.state === "failed" ? `The measurement failed. ${job.error?.message ?? ""}` : "The time is not known yet: no step was measured on this machine."}</p>
-    <${Button} class="small" onClick=${measure}>Measure a step<//><${Problem} error=${error} /></div>`;
+  return html`<div class="measure">
+    <p class="faint">
+      ${
+        job?.state === "failed"
+          ? `The measurement failed. ${job.error?.message ?? ""}`
+          : "The time is not known yet: no step was measured on this machine."
+      }
+    </p>
+    <${Button} class="small" onClick=${measure}>Measure a step<//><${Problem} error=${error} />
+  </div>`;
 }

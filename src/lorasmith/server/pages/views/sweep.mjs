@@ -12,40 +12,107 @@ const AGAIN_MS = 10000; // a sweep of the command line sends no events
 /** The sweeps of the base folder; nothing if there is none. */
 export function Sweeps() {
   const [found, error, reload] = useLoaded((signal) => get(["sweeps"], {}, signal), []);
-  useAgain(found?.sweeps.some((one) => one.states.running || one.states.pending), reload);
-  if (!found?.sweeps.length && !found?.damaged?.length) return error?.kind === "offline" ? null : html`<${Problem} error=${error} onRetry=${reload} />`;
-  return html`<section aria-labelledby="sweeps"><h2 id="sweeps">Sweeps</h2>
-    <ul class="rows">${found.sweeps.map((one) => html`<li class="row" key=${one.id}>
-      <div class="row-text"><a href=${link("sweeps", one.id)}><b>${one.id}</b></a>
-        <span class="faint">${[count(one.runs, "run"), ...Object.entries(one.states).map(([state, number]) => `${number} ${stateWords(state)[0].toLowerCase()}`)].join(" · ")}</span></div></li>`)}</ul>
-    ${found.damaged?.length > 0 && html`<${Notice} mood="fair"><p>${count(found.damaged.length, "sweep")} cannot be read:</p><ul>${found.damaged.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul><//>`}</section>`;
+  useAgain(
+    found?.sweeps.some((one) => one.states.running || one.states.pending),
+    reload,
+  );
+  if (!found?.sweeps.length && !found?.damaged?.length)
+    return error?.kind === "offline" ? null : html`<${Problem} error=${error} onRetry=${reload} />`;
+  return html`<section aria-labelledby="sweeps">
+    <h2 id="sweeps">Sweeps</h2>
+    <ul class="rows">
+      ${found.sweeps.map(
+        (one) => html`<li class="row" key=${one.id}>
+          <div class="row-text">
+            <a href=${link("sweeps", one.id)}><b>${one.id}</b></a>
+            <span class="faint">
+              ${[
+                count(one.runs, "run"),
+                ...Object.entries(one.states).map(
+                  ([state, number]) => `${number} ${stateWords(state)[0].toLowerCase()}`,
+                ),
+              ].join(" · ")}
+            </span>
+          </div>
+        </li>`,
+      )}
+    </ul>
+    ${
+      found.damaged?.length > 0 &&
+      html`<${Notice} mood="fair">
+        <p>${count(found.damaged.length, "sweep")} cannot be read:</p>
+        <ul>${found.damaged.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul>
+      <//>`
+    }
+  </section>`;
 }
 
 export function SweepView({ id }) {
   const [found, error, reload] = useLoaded((signal) => get(["sweeps", id], {}, signal), [id]);
-  useAgain(found?.runs.some((one) => ["running", "waiting"].includes(one.state)), reload);
+  useAgain(
+    found?.runs.some((one) => ["running", "waiting"].includes(one.state)),
+    reload,
+  );
   const varied = [...new Set((found?.runs ?? []).flatMap((one) => Object.keys(one.settings)))];
-  return html`<section aria-labelledby="sweep"><p class="kicker"><a href=${link("runs")}>Runs</a></p><h1 id="sweep">${id}</h1>
-    <${Problem} error=${error} onRetry=${reload} />
-    ${!found && !error && html`<${Loading} what="the sweep" />`}
-    ${found && !found.comparable && html`<p class="faint">The runs were judged by different held-out images, so they are ranked by the change against the base model.</p>`}
-    ${found && html`<div class="scroll" tabindex="0" role="region" aria-label=${`Runs of ${id}, the best first`}><table class="sweep">
-      <thead><tr><th scope="col">Place</th><th scope="col">Run</th><th scope="col">State</th>${varied.map((name) => html`<th scope="col" key=${name}>${nameWords(name)}</th>`)}<th scope="col" class="number">Held-out loss</th><th scope="col" class="number">Change</th><th scope="col" class="number">Steps</th></tr></thead>
-      <tbody>${found.runs.map((one) => html`<tr key=${one.name}>
-        <td>${one.place ?? ""}</td>
-        <th scope="row"><span class="name">${one.steps > 0 ? html`<a href=${link("runs", one.run)}>${one.name}</a>` : one.name}</span></th>
-        <td><${State} state=${one.state} />${one.error && html` <span class="faint">${one.error}</span>`}</td>
-        ${varied.map((name) => html`<td key=${name}>${name in one.settings ? valueWords(one.settings[name]) : ""}</td>`)}
-        <td class="number">${one.loss === null ? "" : measured(one.loss)}</td>
-        <td class="number">${one.change === null ? "" : `${(100 * one.change).toFixed(1)} %`}</td>
-        <td class="number">${one.steps ? whole(one.steps) : ""}</td></tr>`)}</tbody></table></div>`}
-  </section>
-  <${Queue} />`;
+  return html`
+    <section aria-labelledby="sweep">
+      <p class="kicker"><a href=${link("runs")}>Runs</a></p><h1 id="sweep">${id}</h1>
+      <${Problem} error=${error} onRetry=${reload} />
+      ${!found && !error && html`<${Loading} what="the sweep" />`}
+      ${
+        found &&
+        !found.comparable &&
+        html`<p class="faint">
+          The runs were judged by different held-out images, so they are ranked by the change against the base model.
+        </p>`
+      }
+      ${
+        found &&
+        html`<div class="scroll" tabindex="0" role="region" aria-label=${`Runs of ${id}, the best first`}>
+          <table class="sweep">
+            <thead>
+              <tr>
+                <th scope="col">Place</th><th scope="col">Run</th><th scope="col">State</th>
+                ${varied.map((name) => html`<th scope="col" key=${name}>${nameWords(name)}</th>`)}
+                <th scope="col" class="number">Held-out loss</th><th scope="col" class="number">Change</th>
+                <th scope="col" class="number">Steps</th>
+              </tr>
+            </thead>
+            <tbody>
+              ${found.runs.map(
+                (one) => html`<tr key=${one.name}>
+                  <td>${one.place ?? ""}</td>
+                  <th scope="row">
+                    <span class="name">
+                      ${one.steps > 0 ? html`<a href=${link("runs", one.run)}>${one.name}</a>` : one.name}
+                    </span>
+                  </th>
+                  <td>
+                    <${State} state=${one.state} />${one.error && html` <span class="faint">${one.error}</span>`}
+                  </td>
+                  ${varied.map(
+                    (name) => html`<td key=${name}>${name in one.settings ? valueWords(one.settings[name]) : ""}</td>`,
+                  )}
+                  <td class="number">${one.loss === null ? "" : measured(one.loss)}</td>
+                  <td class="number">${one.change === null ? "" : `${(100 * one.change).toFixed(1)} %`}</td>
+                  <td class="number">${one.steps ? whole(one.steps) : ""}</td>
+                </tr>`,
+              )}
+            </tbody>
+          </table>
+        </div>`
+      }
+    </section>
+    <${Queue} />
+  `;
 }
 
 /** Starts a sweep: up to two of the declared settings, each with values to try. `base` makes the body of a job. */
 export function TryValues({ groups, base }) {
-  const [rows, setRows] = useState([{ name: "rank", text: "" }, { name: "", text: "" }]);
+  const [rows, setRows] = useState([
+    { name: "rank", text: "" },
+    { name: "", text: "" },
+  ]);
   const [error, setError] = useState(null);
   const change = (index, part) => setRows((all) => all.map((row, at) => (at === index ? { ...row, ...part } : row)));
   const chosen = rows.filter((row) => row.name && row.text.trim());
@@ -62,22 +129,58 @@ export function TryValues({ groups, base }) {
       setError(problem);
     }
   }
-  return html`<section class="all-settings"><details><summary><h2>Try several values</h2></summary>
-    <p class="faint">One run for each combination, ranked by the loss of held-out photos. Separate values by commas, such as 8, 16.</p>
-    <div class="fields">${rows.map((row, index) => html`<div class="fields two" key=${index} role="group" aria-label=${index ? "Second setting" : "First setting"}>
-      <${Field} label="Setting" optional=${index > 0}>${(attributes) => html`<select ...${attributes} value=${row.name} onChange=${(event) => change(index, { name: event.currentTarget.value })}>
-        <option value="">none</option>${groups.map((group) => html`<optgroup key=${group.title} label=${group.title}>${group.settings.map((one) => html`<option key=${one.name} value=${one.name}>${one.label || nameWords(one.name)}</option>`)}</optgroup>`)}</select>`}<//>
-      <${Field} label="Values">${(attributes) => html`<input ...${attributes} type="text" autocomplete="off" spellcheck=${false} value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} />`}<//></div>`)}</div>
-    <div class="tools"><${Button} disabled=${number < 2} busyText="Starting…" onClick=${start}>${number < 2 ? "Train each" : `Train ${number} runs`}<//></div>
-    <${Problem} error=${error} /></details></section>`;
+  return html`<section class="all-settings">
+    <details>
+      <summary><h2>Try several values</h2></summary>
+      <p class="faint">
+        One run for each combination, ranked by the loss of held-out photos. Separate values by commas, such as 8, 16.
+      </p>
+      <div class="fields">
+        ${rows.map(
+          (row, index) => html`<div class="fields two" key=${index} role="group"
+              aria-label=${index ? "Second setting" : "First setting"}>
+            <${Field} label="Setting" optional=${index > 0}>
+              ${(attributes) => html`<select ...${attributes} value=${row.name}
+                  onChange=${(event) => change(index, { name: event.currentTarget.value })}>
+                <option value="">none</option>
+                ${groups.map(
+                  (group) => html`<optgroup key=${group.title} label=${group.title}>
+                    ${group.settings.map(
+                      (one) => html`<option key=${one.name} value=${one.name}>
+                        ${one.label || nameWords(one.name)}
+                      </option>`,
+                    )}
+                  </optgroup>`,
+                )}
+              </select>`}
+            <//>
+            <${Field} label="Values">
+              ${(attributes) => html`<input ...${attributes} type="text" autocomplete="off" spellcheck=${false}
+                value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} />`}
+            <//>
+          </div>`,
+        )}
+      </div>
+      <div class="tools">
+        <${Button} disabled=${number < 2} busyText="Starting…" onClick=${start}>
+          ${number < 2 ? "Train each" : `Train ${number} runs`}
+        <//>
+      </div>
+      <${Problem} error=${error} />
+    </details>
+  </section>`;
 }
 
 /** Numbers and on/off as JSON, everything else as text. */
 function values(text) {
-  return text.split(",").map((one) => one.trim()).filter(Boolean).map((one) => {
-    if (one === "on" || one === "off") return one === "on";
-    return one !== "" && Number.isFinite(Number(one)) ? Number(one) : one;
-  });
+  return text
+    .split(",")
+    .map((one) => one.trim())
+    .filter(Boolean)
+    .map((one) => {
+      if (one === "on" || one === "off") return one === "on";
+      return one !== "" && Number.isFinite(Number(one)) ? Number(one) : one;
+    });
 }
 
 /** Loads again when a job has ended, and from time to time while something runs. */
