@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.boft import BoftAdapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.errors import OptionError
 
 
 def fresh(layer: nn.Module, rank: int) -> BoftAdapter:
@@ -72,10 +71,3 @@ def test_no_stage_is_kept_for_the_backward_pass() -> None:
 
     assert output.requires_grad
     assert sum(t.numel() == output.numel() for t in saved) <= 1
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 8, 6), (4, 4, 8, 8), (2, 3, 8, 8), (1, 32, 1, 1), (4, 8, 8)])
-def test_blocks_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
-    weights = AdapterWeights("boft", {"oft_blocks": torch.zeros(shape)})
-    with pytest.raises(LoraError, match=r"^an adapter of the kind boft with oft_blocks .* does not fit a layer"):
-        BoftAdapter.from_weights(weights, FrozenLayer(nn.Linear(4, 32)))

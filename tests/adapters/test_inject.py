@@ -9,7 +9,6 @@ import torch
 from layer_cases import LAYERS, LayerCase, randomised, snapshot
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.adapters.inject import (
     AdapterPlan,
@@ -21,6 +20,7 @@ from lorasmith.adapters.inject import (
     plan_adapters,
 )
 from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.oft import OftAdapter
 from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
@@ -148,62 +148,23 @@ def test_a_forward_that_the_layer_had_of_its_own_comes_back() -> None:
     assert layer.forward is own
 
 
-class Flipped(Adapter):
-    """An adapter with g ≠ id: output channels change towards their reverse order."""
-
-    algorithm = "flipped"
-    transforms_output = True
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    @classmethod
-    def create(cls, layer: FrozenLayer, **_: object) -> Flipped:
-        return cls(-(layer.weight.ndim - 1))
-
-    @classmethod
-    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Flipped:
-        return cls.create(layer)
-
-    def to_weights(self) -> AdapterWeights:
-        return AdapterWeights(self.algorithm, {})
-
-    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        return weight + strength * (weight.flip(0) - weight)
-
-    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        y = inner(x)
-        return y + strength * (y.flip(self.dim) - y)
-
-
-# Rows that change places would change groups too, which is not a merged weight's doing.
-UNGROUPED = {name: case for name, case in LAYERS.items() if name != "conv in groups"}
-
-
-@pytest.mark.parametrize("case", UNGROUPED.values(), ids=UNGROUPED)
-@pytest.mark.parametrize("order", ["alone", "below a lora", "above a lora"])
-def test_the_bias_stays_outside_what_transforms_the_output(case: LayerCase, order: str) -> None:
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS)
+def test_the_bias_stays_outside_what_transforms_the_output(case: LayerCase) -> None:
     model, x = case.model(), case.input()
     layer = FrozenLayer(model.get_submodule("layer"))
-    flipped = Flipped.create(layer)
-    if isinstance(layer.module, nn.Linear):
-        flipped.dim = -1
-    lora = LoraAdapter.create(layer, rank=2, alpha=2.0, seed=0, path="", zero="up")
-    randomised(lora)
-    stack: list[tuple[Adapter, float]] = {
-        "alone": [(flipped, 0.7)],
-        "below a lora": [(flipped, 0.7), (lora, 1.5)],
-        "above a lora": [(lora, 1.5), (flipped, 0.7)],
-    }[order]
-
-    weight = layer.weight
-    for adapter, strength in stack:
-        weight = adapter.merged(weight, strength)
-    expected = torch.func.functional_call(model, {"layer.weight": weight}, (x,))
-
-    with adapters_attached(model, [Attached({"layer": adapter}, strength) for adapter, strength in stack]):
-        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    turning, lora = (
+        kind.create(layer, rank=2, alpha=0.0 if kind is OftAdapter else 2.0, seed=0, path="", zero="up")
+        for kind in (OftAdapter, LoraAdapter)
+    )
+    for one in (turning, lora):
+        randomised(one)
+    for stack in ([(turning, 0.7)], [(turning, 0.7), (lora, 1.5)], [(lora, 1.5), (turning, 0.7)]):
+        weight = layer.weight
+        for adapter, strength in stack:
+            weight = adapter.merged(weight, strength)
+        expected = torch.func.functional_call(model, {"layer.weight": weight}, (x,))
+        with adapters_attached(model, [Attached({"layer": adapter}, strength) for adapter, strength in stack]):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
 INPUTS: dict[str, Callable[[], Tensor]] = {

@@ -11,7 +11,6 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lokr import LokrAdapter
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError
 
 
 def fresh(layer: nn.Module, *, factor: int = 4, zero: str = "up") -> LokrAdapter:
@@ -117,29 +116,3 @@ def test_the_order_of_channels_in_memory_makes_no_difference(memory_format: torc
 
     for ours, other in zip(*results, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"lokr_w1": (2, 4), "lokr_w2": (6, 3)},
-        {"lokr_w1": (2, 4), "lokr_w2": (5, 2)},
-        {"lokr_w1": (2, 4), "lokr_w2": (6, 2, 3, 3)},
-        {"lokr_w1": (2, 4), "lokr_w2_a": (6, 3), "lokr_w2_b": (2, 2)},
-        {"lokr_w1_a": (2, 3), "lokr_w1_b": (4, 4), "lokr_w2": (6, 2)},
-        {"lokr_w1": (2, 4, 1), "lokr_w2": (6, 2)},
-    ],
-)
-def test_factors_that_do_not_fit_are_refused(given: dict[str, tuple[int, ...]]) -> None:
-    weights = AdapterWeights("lokr", {name: torch.ones(shape) for name, shape in given.items()})
-    with pytest.raises(
-        LoraError, match=r"kind lokr with .* does not fit a layer with weight \(12, 8\); it was made for"
-    ):
-        LokrAdapter.from_weights(weights, FrozenLayer(nn.Linear(8, 12)))
-
-
-@pytest.mark.parametrize("given", [("lokr_w1",), ("lokr_w1", "lokr_w2_a"), ("lokr_w1", "lokr_w2", "lokr_t2"), ()])
-def test_half_an_adapter_is_refused(given: tuple[str, ...]) -> None:
-    weights = AdapterWeights("lokr", dict.fromkeys(given, torch.ones(2, 2)))
-    with pytest.raises(LoraError, match=r"^an adapter of the kind lokr needs lokr_w1"):
-        LokrAdapter.from_weights(weights, FrozenLayer(nn.Linear(4, 4)))

@@ -55,7 +55,13 @@ def peft(kind: str, layer: nn.Module, **settings: Any) -> Peer:
     module = model.base_model.model[0]
     randomised(nn.ParameterList(p for p in module.parameters() if p.requires_grad))
     parameters = {name.split(".")[0]: p for name, p in module.named_parameters() if p.requires_grad}
-    return Peer(model, parameters, module.alpha["default"])
+    parameters = {PEFTS.get(name, name): p for name, p in parameters.items()}
+    alpha = module.lora_alpha if kind == "LoraConfig" else module.alpha
+    scale = module.scaling["default"] * settings["r"] if settings.get("use_rslora") else alpha["default"]
+    return Peer(model, parameters, scale)
+
+
+PEFTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "dora_scale"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,9 @@ TABLE: dict[str, Row] = {
     ),
     "LyCORIS GLoRA": row("glora", lycoris, "GLoRAModule", "a1 a2 b1 b2", lora_dim=3, alpha=2),
     "LyCORIS Full": row("full", lycoris, "FullModule", "diff"),
+    "PEFT LoRA": row("lora", peft, "LoraConfig", "down up", r=3, lora_alpha=7),
+    "PEFT LoRA of a stabilised rank": row("lora", peft, "LoraConfig", "down up", r=3, lora_alpha=2, use_rslora=True),
+    "PEFT DoRA": row("lora", peft, "LoraConfig", "down up dora_scale", r=3, lora_alpha=2, use_dora=True),
     "PEFT LoHa": row("loha", peft, "LoHaConfig", HADA, r=3, alpha=2),
     # Its backward pass takes each product's core for that of the other one (LyCORIS had the same error, and mended it).
     "PEFT LoHa, Tucker": replace(
@@ -135,6 +144,8 @@ TABLE: dict[str, Row] = {
 }
 
 
+OURS = {"inner.down": "down", "inner.up": "up", "magnitude": "dora_scale"}
+
 CELLS = [pytest.param(one, LAYERS[layer], id=f"{name}, {layer}") for name, one in TABLE.items() for layer in one.layers]
 
 
@@ -149,11 +160,14 @@ def test_outputs_and_gradients_are_the_peers(one: Row, case: LayerCase) -> None:
     gradients = torch.autograd.grad((expected * direction).sum(), [theirs, *(peer.parameters[name] for name in right)])
 
     model, ours = nn.Sequential(case.model().get_submodule("layer")), case.input().requires_grad_()
-    weights = AdapterWeights(one.algorithm, {name: p.detach() for name, p in peer.parameters.items()}, peer.alpha)
+    tensors = {
+        name: p.detach().flatten() if name == "dora_scale" else p.detach() for name, p in peer.parameters.items()
+    }
+    weights = AdapterWeights(one.algorithm, tensors, peer.alpha)
     adapter = load_adapters(model, {"0": weights})["0"]
     with adapters_attached(model, [Attached({"0": adapter})]):
         output = model(ours)
-    own = dict(adapter.named_parameters())
+    own = {OURS.get(name, name): parameter for name, parameter in adapter.named_parameters()}
     found = torch.autograd.grad((output * direction).sum(), [ours, *(own[name] for name in right)])
 
     assert (output - case.model().get_submodule("layer")(ours)).norm() > 0.01 * output.norm()  # it does something
