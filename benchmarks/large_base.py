@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.results import Results, add_json
 from lorasmith.core.folders import Folders
-from lorasmith.server.questions.question_registry import answer, load_questions
+from lorasmith.server.questions import answer, load_questions
 from lorasmith.training.events import Outcome, RunFinished, RunStarted, encoded
 from lorasmith.training.storage.records import ModelRecord, RunRecord, SampleRecord
 

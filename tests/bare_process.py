@@ -68,8 +68,8 @@ def asked(folder: Path) -> dict[str, Any]:
     """What the page is answered about models, and the library refuses."""
     from lorasmith.core.extras import EDITOR
     from lorasmith.core.folders import Folders
-    from lorasmith.server.questions.dataset_questions import datasets
-    from lorasmith.server.questions.plan_questions import models
+    from lorasmith.server.datasets.dataset_answers import datasets
+    from lorasmith.server.jobs.plan_answers import models
 
     folders = Folders(folder / "base")
     return {

@@ -59,7 +59,7 @@ _SLOW_S = 0.02
 BOUNDED = {
     ("report/curves.py", "<metadata>"): "matplotlib wrote the text",
     ("report/curves.py", "<svg "): "matplotlib wrote the text",
-    ("server/api/endpoint.py", "w+)[^}]*"): "paths of our own endpoints",
+    ("server/endpoint.py", "w+)[^}]*"): "paths of our own endpoints",
     ("formats/layouts/adapter_config.py", "{key}"): "a stranger's own pattern: `_Patterns.refuse_slow` bounds its time",
 }
 # Patterns in tables, and how texts are held to those that are passed on by name.

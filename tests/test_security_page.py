@@ -43,7 +43,7 @@ from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of, write_report
 from lorasmith.runs.sweep_file import read_sweep
 from lorasmith.runs.sweep_launch import submit_to_slurm
-from lorasmith.server.questions import sweep_questions
+from lorasmith.server.jobs import sweep_answers
 from lorasmith.training.config import settings_from_file
 from lorasmith.training.events import Outcome, RunFinished
 from lorasmith.training.storage.run_states import load_state
@@ -413,7 +413,7 @@ def sweep_queue(tmp_path: Path) -> None:
         queue.add("train", {}, id=name, sweep="s")
     queue.close()
     before = (folder / "queue.sqlite3").read_bytes()
-    assert [one.name for one in sweep_questions.sweep(Folders(tmp_path), "s").runs] == ["fine"]
+    assert [one.name for one in sweep_answers.sweep(Folders(tmp_path), "s").runs] == ["fine"]
     assert (folder / "queue.sqlite3").read_bytes() == before
     database = sqlite3.connect(folder / "queue.sqlite3")
     database.executescript(
@@ -422,7 +422,7 @@ def sweep_queue(tmp_path: Path) -> None:
     )
     database.close()
     with pytest.raises(StoreError):
-        sweep_questions.sweep(Folders(tmp_path), "s")
+        sweep_answers.sweep(Folders(tmp_path), "s")
 
 
 def copied() -> None:
@@ -480,39 +480,39 @@ REQUESTS = {
         "test_secrets_are_in_no_answer_and_no_log test_wrong_tokens_are_refused_late_and_end_their_connection"
     ),
     "training, plan, check or measurement": (
-        "server/questions/test_plan_questions.py test_paths_and_programs_are_not_for_requests, "
-        "server/api/test_job_endpoints.py test_a_folder_elsewhere_is_for_who_sits_here "
+        "server/jobs/test_plan_answers.py test_paths_and_programs_are_not_for_requests, "
+        "server/jobs/test_job_routes.py test_a_folder_elsewhere_is_for_who_sits_here "
         "test_a_folder_of_the_home_is_for_who_sits_here, "
-        "server/api/test_dataset_endpoints.py test_what_cannot_be_done_is_said"
+        "server/datasets/test_dataset_routes.py test_what_cannot_be_done_is_said"
     ),
     "graph": "test_security_page.py workflow",
     "download of a model (`POST /downloads`)": (
-        "server/api/test_shelf_endpoints.py test_nothing_is_asked_of_the_hub_before_it_is_wanted, "
+        "server/models/test_model_routes.py test_nothing_is_asked_of_the_hub_before_it_is_wanted, "
         "runs/test_hub_download.py test_damaged_bytes_are_deleted_and_get_no_name "
         "test_nothing_is_downloaded_that_does_not_fit_the_disk test_files_are_downloaded_verified_and_named"
     ),
     "token of the hub (`PUT /hub-token`)": (
-        "server/api/test_shelf_endpoints.py test_a_token_is_stored_by_pages_of_this_machine_alone, "
+        "server/models/test_model_routes.py test_a_token_is_stored_by_pages_of_this_machine_alone, "
         "server/pages/test_shelf_on_a_server.py test_a_model_comes_from_the_hub"
     ),
     "model file that is sent": (
-        "server/api/test_shelf_endpoints.py test_a_model_file_that_is_sent_goes_where_it_belongs"
+        "server/models/test_model_routes.py test_a_model_file_that_is_sent_goes_where_it_belongs"
     ),
     "upload of photos and captions": (
-        "server/questions/test_dataset_questions.py test_an_upload_is_kept_under_a_safe_free_name "
+        "server/datasets/test_dataset_answers.py test_an_upload_is_kept_under_a_safe_free_name "
         "test_what_is_no_picture_is_not_kept test_an_uploaded_text_is_a_caption"
     ),
     "drawing with the LoRA of a run": (
-        "server/questions/test_drawing_questions.py test_a_record_chooses_among_the_models_of_the_server "
+        "server/runs/test_run_result_answers.py test_a_record_chooses_among_the_models_of_the_server "
         "test_what_is_no_picture_and_a_folder_elsewhere_are_refused test_values_out_of_range_are_refused"
     ),
     "what is asked of a run that trains (its `requests/`, too)": (
         "runs/test_run_requests.py test_a_prompt_is_drawn_while_the_run_trains "
         "test_a_requested_preview_and_lora_change_no_number, "
-        "server/questions/test_drawing_questions.py test_a_run_that_trains_is_asked_for_a_drawing"
+        "server/runs/test_run_result_answers.py test_a_run_that_trains_is_asked_for_a_drawing"
     ),
     "gallery and card of a run": (
-        "server/questions/test_drawing_questions.py test_a_gallery_has_prompts_by_kind_steps_and_strengths "
+        "server/runs/test_run_result_answers.py test_a_gallery_has_prompts_by_kind_steps_and_strengths "
         "test_a_card_has_pictures_and_no_path"
     ),
     "name of a file": (
@@ -520,18 +520,18 @@ REQUESTS = {
         "server/comfyui/test_file_routes.py test_no_name_leads_out_of_its_folder, "
         "server/test_access.py test_no_name_makes_a_route_fail, "
         "server/comfyui/test_user_files.py test_names_of_devices_are_refused, "
-        "server/questions/test_dataset_questions.py test_links_that_leave_are_not_followed, "
-        "server/questions/test_run_questions.py test_links_out_of_a_run_are_not_followed"
+        "server/datasets/test_dataset_answers.py test_links_that_leave_are_not_followed, "
+        "server/runs/test_run_answers.py test_links_out_of_a_run_are_not_followed"
     ),
     "removal, and upload that overwrites": (
         "server/comfyui/test_user_files.py test_workflows_are_written_read_listed_moved_and_set_aside, "
         "server/comfyui/test_file_routes.py test_what_an_upload_replaces_is_set_aside, "
-        "server/api/test_dataset_endpoints.py test_what_is_removed_is_moved "
+        "server/datasets/test_dataset_routes.py test_what_is_removed_is_moved "
         "test_a_dataset_that_a_job_needs_is_not_removed, "
-        "server/api/test_run_endpoints.py test_a_run_is_named_starred_noted_removed_and_brought_back"
+        "server/runs/test_run_routes.py test_a_run_is_named_starred_noted_removed_and_brought_back"
     ),
-    "return of a run": "server/api/test_run_endpoints.py test_a_run_is_named_starred_noted_removed_and_brought_back",
-    "caption": "server/api/test_dataset_endpoints.py test_a_caption_is_replaced_if_it_is_the_one_that_was_seen",
+    "return of a run": "server/runs/test_run_routes.py test_a_run_is_named_starred_noted_removed_and_brought_back",
+    "caption": "server/datasets/test_dataset_routes.py test_a_caption_is_replaced_if_it_is_the_one_that_was_seen",
     "settings of the editor": (
         "server/comfyui/test_user_files.py test_settings_that_cannot_be_read_are_set_aside_before_others_are_written"
     ),
@@ -539,14 +539,14 @@ REQUESTS = {
         "server/comfyui/test_file_routes.py test_what_a_browser_would_run_is_a_download, "
         "server/comfyui/test_user_files.py test_a_page_is_never_served_as_one"
     ),
-    "report of a run": "server/questions/test_run_questions.py test_the_page_is_made_from_the_records",
+    "report of a run": "server/runs/test_run_answers.py test_the_page_is_made_from_the_records",
     "large body, large picture, many jobs, silent or slow client, many connections": (
         "server/test_access.py test_bodies_are_limited test_bodies_that_are_read_have_a_limit_together "
         "test_a_body_that_stops_arriving_is_cut_off test_a_client_that_does_not_read_an_answer_is_cut_off, "
-        "server/api/test_dataset_endpoints.py test_uploads_have_limits test_captions_leave_the_last_of_the_disk, "
+        "server/datasets/test_dataset_routes.py test_uploads_have_limits test_captions_leave_the_last_of_the_disk, "
         "server/comfyui/test_file_routes.py test_uploads_that_arrive_together_leave_the_last_of_the_disk, "
         "server/comfyui/test_user_files.py test_files_and_settings_leave_the_last_of_the_disk, "
-        "server/questions/test_graph_questions.py test_a_picture_of_huge_sides_is_refused_by_its_header "
+        "server/comfyui/test_graph_answers.py test_a_picture_of_huge_sides_is_refused_by_its_header "
         "test_large_pictures_are_converted_one_at_a_time, "
         "server/comfyui/test_prompt_routes.py test_a_full_queue_is_said, "
         "server/comfyui/test_queue_routes.py test_history_is_sent_while_it_is_read, "

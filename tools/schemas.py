@@ -12,8 +12,8 @@ from typing import Any
 
 from lorasmith.core.typed_json import DIALECT, json_schemas
 from lorasmith.runs.sweep_results import SweepRecord
-from lorasmith.server.api.api_routes import ENDPOINTS
-from lorasmith.server.api.endpoint import api_document
+from lorasmith.server.api_routes import ENDPOINTS
+from lorasmith.server.endpoint import api_document
 from lorasmith.training.events import EVENTS_VERSION, KINDS
 from lorasmith.training.storage.records import RunRecord
 

@@ -20,10 +20,10 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.runs.queue import Job, JobState
+from lorasmith.server.comfyui.graph_answers import answer_to
 from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.http_server import make_app
 from lorasmith.server.hub import Notice
-from lorasmith.server.questions.graph_questions import answer_to
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.workflow import Node, NodeContext, node, object_info, socket

@@ -13,8 +13,8 @@ from typing import Any
 from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import Job, JobStore
 from lorasmith.server.dispatcher import Assistant, Dispatcher
-from lorasmith.server.downloads import Downloads
 from lorasmith.server.hub import Hub, LogBook
+from lorasmith.server.models.downloads import Downloads
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
 from tests.launched import LONG_S

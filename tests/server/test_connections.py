@@ -13,9 +13,9 @@ import pytest
 from aiohttp import web
 
 from lorasmith.server import connections
-from lorasmith.server.api.event_streams import MOST_STREAMS
 from lorasmith.server.comfyui.websocket import MOST_SOCKETS
 from lorasmith.server.connections import MOST_CONNECTIONS, MOST_PER_ADDRESS, Connections, most_connections
+from lorasmith.server.event_streams import MOST_STREAMS
 from lorasmith.server.http_server import running
 from tests.server.fakes import fake_config, until
 

@@ -27,11 +27,11 @@ from lorasmith.runs.drawing import load_with_loras
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
 from lorasmith.sampling.generate import generate
-from lorasmith.server.api_shapes import JobBody
-from lorasmith.server.questions.dataset_changes import captioning_request
-from lorasmith.server.questions.plan_questions import train_request
-from lorasmith.server.questions.run_pictures import grid_request, run_gallery
-from lorasmith.server.questions.run_results import draw_request, drawing_facts, keep_control
+from lorasmith.server.datasets.dataset_change_answers import captioning_request
+from lorasmith.server.jobs.job_shapes import JobBody
+from lorasmith.server.jobs.plan_answers import train_request
+from lorasmith.server.runs.run_picture_answers import grid_request, run_gallery
+from lorasmith.server.runs.run_result_answers import draw_request, drawing_facts, keep_control
 from lorasmith.server.worker_jobs import job_kinds
 from lorasmith.training import train
 from lorasmith.training.lora_handle import Lora

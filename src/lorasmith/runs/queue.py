@@ -82,7 +82,7 @@ class Job:
     state: JobState = "pending"
     number: float = 0.0  # place in the queue, lowest first
     # `{prompt, extra_data, targets, outputs_to_execute, workflow}`, a `RunSpec`, `{model, settings, ...}`,
-    # or what `server.questions.drawing_questions` makes, by kind
+    # or what `server.runs` makes of drawings, by kind
     request: Mapping[str, Any] = field(default_factory=dict)
     client_id: str | None = None
     created: float = 0.0

@@ -62,7 +62,7 @@ class Assistant:
     async def ask(
         self, question: str, on_progress: Callable[[int, int], object] | None = None, /, **arguments: Any
     ) -> Any:
-        """Call a function of `server.questions` with JSON arguments; returns a JSON value, or bytes. `on_progress`
+        """Call a `question` with JSON arguments; returns a JSON value, or bytes. `on_progress`
         receives (done, total) while it works, if the function reports it. Raises
         RefusedError if the call fails, and UnavailableError if the process ends twice during it or the server stops.
         """

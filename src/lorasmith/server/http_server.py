@@ -15,12 +15,12 @@ from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import JobStore
-from lorasmith.server import access, api, comfyui, page_routes
+from lorasmith.server import access, api_routes, comfyui, page_routes
 from lorasmith.server.comfyui import editor_files
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Assistant, Dispatcher
-from lorasmith.server.downloads import Downloads
 from lorasmith.server.hub import Hub, LogBook
+from lorasmith.server.models.downloads import Downloads
 from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
 
@@ -30,7 +30,7 @@ def make_app(context: ServerContext) -> web.Application:
     app = web.Application(middlewares=[errors_answered, access.guard(context)], client_max_size=MAX_JSON_BYTES)
     app.on_response_prepare.append(access.add_headers)  # for every response, streams and errors included
     app[CONTEXT] = context
-    for part in (access, api, comfyui, page_routes, editor_files):
+    for part in (access, api_routes, comfyui, page_routes, editor_files):
         app.add_routes(part.routes(context))
     return app
 

@@ -30,8 +30,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.runs.queue import JobStore, StoreError
 from lorasmith.server.dispatcher import Assistant, Dispatcher, RefusedError
-from lorasmith.server.downloads import Downloads
 from lorasmith.server.hub import Hub, LogBook
+from lorasmith.server.models.downloads import Downloads
 from lorasmith.server.server_config import FOLDER, ServerConfig
 from lorasmith.server.server_disk import disk_space
 

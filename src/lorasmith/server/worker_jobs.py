@@ -30,10 +30,10 @@ from lorasmith.runs.gallery import draw_grid
 from lorasmith.runs.training_jobs import TrainingJobs, WarmModel
 from lorasmith.runs.worker import Ended, JobKind, Work, device_of, folders_of_start, how_it_ended
 from lorasmith.sampling.generate import Sampling
-from lorasmith.server.api_shapes import CaptionEdit
+from lorasmith.server.datasets.dataset_answers import UnknownFileError, dataset, dataset_folder, picture_of
+from lorasmith.server.datasets.dataset_change_answers import StaleCaptionError, set_captions
+from lorasmith.server.datasets.dataset_shapes import CaptionEdit
 from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
-from lorasmith.server.questions.dataset_changes import StaleCaptionError, set_captions
-from lorasmith.server.questions.dataset_questions import UnknownFileError, dataset, dataset_folder, picture_of
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
@@ -55,8 +55,8 @@ def job_kinds(work: Work) -> Mapping[str, JobKind]:
 
 
 def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]:
-    """The function that answers a question of `server.questions`, by its name and arguments."""
-    from lorasmith.server.questions.question_registry import answer, load_questions
+    """The function that answers a question, by its name and arguments."""
+    from lorasmith.server.questions import answer, load_questions
 
     load_questions()
     return lambda question, arguments: answer(question, arguments, folders_of_start(start))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lorasmith.server.questions.graph_questions import node_page
+from lorasmith.server.comfyui.graph_answers import node_page
 from lorasmith.workflow import NodeContext, Output, node, socket
 from tests.server.fake_server import TOYS
 

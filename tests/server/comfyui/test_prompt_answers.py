@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.folders import Folders
-from lorasmith.server.questions.graph_questions import PromptAnswer, answer_to, check_prompt
+from lorasmith.server.comfyui.graph_answers import PromptAnswer, answer_to, check_prompt
 from tests.server.fake_server import GOOD, TOYS
 
 FOLDERS = Folders(Path("nowhere"))

@@ -446,8 +446,6 @@ def test_node_help_is_shown(editor: Editor) -> None:
 
 
 def test_a_reloaded_page_shows_the_whole_curve_of_a_running_training(editor: Editor) -> None:
-    if importlib.util.find_spec("lorasmith.server.api") is None:
-        pytest.skip("the server has no API of runs")
     load(editor, "folder")
     editor.set(steps=900, rank=4)  # so many that it still trains after the page was loaded again
     editor.run()

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from lorasmith.runs import supervisor
-from lorasmith.server import downloads
-from lorasmith.server.api import event_streams
+from lorasmith.server import downloads, event_streams
 from tests.launched import LONG_S
 from tests.server.pages.served_page import ServedPage
 from tools.browsing import chromium, opened_browser

@@ -17,18 +17,19 @@ from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.runs.child_process import ChildOwner
 from lorasmith.runs.queue import Job, JobState
 from lorasmith.runs.view import RunView
-from lorasmith.server.api import event_streams
-from lorasmith.server.api_shapes import CaptionEdit, Draft
+from lorasmith.server import event_streams
+from lorasmith.server.datasets.dataset_answers import dataset
+from lorasmith.server.datasets.dataset_change_answers import set_captions
+from lorasmith.server.datasets.dataset_shapes import CaptionEdit
 from lorasmith.server.http_server import make_app
-from lorasmith.server.questions.dataset_changes import set_captions
-from lorasmith.server.questions.dataset_questions import dataset
-from lorasmith.server.questions.plan_questions import check_measurement
-from lorasmith.server.questions.question_registry import answer, load_questions
+from lorasmith.server.jobs.job_shapes import Draft
+from lorasmith.server.jobs.plan_answers import check_measurement
+from lorasmith.server.questions import answer, load_questions
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.training.events import Outcome
 from tests.launched import LONG_S
-from tests.server.api.api_server import LocalAssistant
+from tests.server.api_server import LocalAssistant
 from tests.server.fakes import server_context
 from tests.server.pages.run_folders import ScriptedRun, write_finished_run, write_record
 from tests.server.pages.scripted_worker import ScriptedProcess

@@ -15,7 +15,7 @@ from PIL import Image
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.runs.presets import PRESETS
 from lorasmith.server.dispatcher import RefusedError
-from lorasmith.server.questions.question_registry import answer
+from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
 from tests.server.pages.conftest import assert_legible, expected, until

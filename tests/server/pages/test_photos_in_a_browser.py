@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lorasmith.server.api_shapes import Crop
+from lorasmith.server.datasets.dataset_answers import dataset
+from lorasmith.server.datasets.dataset_shapes import Crop
 from lorasmith.server.hub import Notice
-from lorasmith.server.questions.dataset_questions import dataset
 from tests.server.pages.conftest import assert_legible, expected, until
 from tests.server.pages.served_page import PICTURES, ServedPage
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.folders import BUILT_IN_BASE
-from lorasmith.server.questions.question_registry import answer
+from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
 from tests.server.pages.conftest import assert_legible, until

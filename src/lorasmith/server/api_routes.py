@@ -1,0 +1,167 @@
+"""All endpoints of the API as routes; those about the server: its state, settings, models, and the OpenAPI document."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+from aiohttp import web
+
+from lorasmith.core.options import Option
+from lorasmith.core.printable import sentence
+from lorasmith.core.typed_json import typed
+from lorasmith.runs.presets import PRESETS, Preset, setting_groups
+from lorasmith.server.datasets.dataset_routes import DATASET_ROUTES
+from lorasmith.server.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
+from lorasmith.server.jobs.draft_routes import DRAFT_ROUTES
+from lorasmith.server.jobs.job_routes import JOB_ROUTES
+from lorasmith.server.jobs.sweep_routes import SWEEP_ROUTES
+from lorasmith.server.models.model_routes import MODEL_ROUTES
+from lorasmith.server.request_handling import ServerContext, error_response
+from lorasmith.server.runs.run_routes import RUN_ROUTES
+
+SettingType = Literal["integer", "number", "text", "boolean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueCounts:
+    """Jobs that wait and that run."""
+
+    pending: int
+    running: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDevice:
+    """A device that trains."""
+
+    name: Annotated[str, "such as cuda:0 or cpu"]
+    title: Annotated[str, "name by its maker"] = ""
+    memory_bytes: Annotated[int | None, "size of its memory; null if unknown"] = None
+    free_bytes: Annotated[int | None, "free memory; null if unknown"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusAnswer:
+    """The state of the server."""
+
+    version: Annotated[str, "of Lorasmith"]
+    ready: Annotated[bool, "whether the assistant answers; until then, what needs it is answered with 503"]
+    base_dir: Annotated[str, "the base folder"]
+    devices: Annotated[tuple[TrainingDevice, ...], "that train"]
+    queue: Annotated[QueueCounts, "number of jobs"]
+    disk_free_bytes: Annotated[int, "of the base folder's disk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingAnswer:
+    """A setting of data or training."""
+
+    name: Annotated[str, "as on the command line, with underscores"]
+    label: Annotated[str, "in words"]
+    type: Annotated[SettingType, "of the value"]
+    default: Annotated[bool | int | float | str | None, "null if the run decides it"]
+    help: Annotated[str, "its meaning"]
+    min: Annotated[float | None, "smallest number; null for no limit"] = None
+    max: Annotated[float | None, "largest number; null for no limit"] = None
+    step: Annotated[float | None, "granularity of a number; null for none"] = None
+    choices: Annotated[tuple[str, ...], "allowed values of a text; empty if any text is allowed"] = ()
+    main: Annotated[bool, "whether it is shown before the others"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingGroup:
+    """Settings under one heading."""
+
+    title: str
+    settings: tuple[SettingAnswer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsAnswer:
+    """Every setting that a page offers, and the choices for who asks for none."""
+
+    groups: tuple[SettingGroup, ...]
+    presets: tuple[Preset, ...]
+
+
+_TYPES: dict[type, SettingType] = {int: "integer", float: "number", str: "text", bool: "boolean"}
+
+
+async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
+    images = call.number("images", 0) or None
+    return SettingsAnswer(
+        groups=tuple(
+            SettingGroup(title=title, settings=tuple(map(_setting, options)))
+            for title, options in setting_groups().items()
+        ),
+        presets=tuple(replace(one, settings=one.settings_for(images)) for one in PRESETS.values()),
+    )
+
+
+async def _status(context: ServerContext, call: Call) -> StatusAnswer:
+    return StatusAnswer(
+        version=version("lorasmith"),
+        ready=context.assistant.is_ready,
+        base_dir=str(context.config.base),
+        devices=typed(context.dispatcher.devices(), tuple[TrainingDevice, ...]),
+        queue=QueueCounts(**context.store.queue_counts()),
+        disk_free_bytes=shutil.disk_usage(context.config.base).free,
+    )
+
+
+def _setting(one: Option) -> SettingAnswer:
+    return SettingAnswer(
+        name=one.name,
+        label=one.name.replace("_", " ").capitalize(),
+        type=_TYPES[one.type],
+        default=one.default,
+        help=one.help,
+        min=one.min,
+        max=one.max,
+        step=one.step,
+        choices=tuple(one.choices),
+        main=one.is_main,
+    )
+
+
+SERVER_ROUTES = (
+    Endpoint("GET", "/status", "The state of the server.", handler=_status, answer=StatusAnswer),
+    Endpoint(
+        "GET",
+        "/settings",
+        "Every setting that a page offers, and the three choices for who asks for none.",
+        handler=_settings,
+        query=(Query("images", "Number of images, which the steps of the choices follow.", "integer"),),
+        answer=SettingsAnswer,
+    ),
+)
+
+
+async def _document(context: ServerContext, call: Call) -> dict[str, Any]:
+    return api_document(ENDPOINTS)
+
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    *SERVER_ROUTES,
+    *MODEL_ROUTES,
+    *DATASET_ROUTES,
+    *DRAFT_ROUTES,
+    *JOB_ROUTES,
+    *RUN_ROUTES,
+    *SWEEP_ROUTES,
+    Endpoint("GET", "/openapi.json", "This document.", handler=_document, answer=dict[str, Any]),
+)
+
+
+def routes(context: ServerContext) -> list[web.RouteDef]:
+    """The routes of the API; any other path below its prefix is a 404."""
+    return [*(route_of(one, context) for one in ENDPOINTS), web.route("*", f"{PREFIX}/{{rest:.*}}", _unknown)]
+
+
+async def _unknown(request: web.Request) -> web.Response:
+    path = request.path.removeprefix(PREFIX)
+    said = sentence(f"there is no {request.method} {path}; see {PREFIX}/openapi.json")
+    return error_response(404, "UnknownPathError", said)

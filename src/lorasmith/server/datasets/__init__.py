@@ -1,0 +1,1 @@
+"""Data sets: their pictures, captions, changes and checks."""

@@ -1,0 +1,441 @@
+"""Questions about datasets: their list, contents and pictures, and the check of one, worded for the page.
+
+A dataset is one folder of images in `<base>/input`, such as `input/dog`, which `lorasmith train` accepts as well. Links
+are followed as `Folders` and `DataConfig.follow_links` allow. Pictures in its subfolders are counted in notes and not
+shown.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.cancellation import report_progress
+from lorasmith.core.errors import DataError, OptionError, OutputError
+from lorasmith.core.files import Stamp, is_folder, is_regular, stamp_of
+from lorasmith.core.folders import BUILT_IN_BASE, Folders
+from lorasmith.core.options import config_from
+from lorasmith.data.captions import Caption, CaptionError, read_caption_file
+from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig, ImageSource
+from lorasmith.data.findings import Finding, FindingKind
+from lorasmith.data.folder_listing import ListedFolder, Skipped, control_folder, list_folders, stem_of
+from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
+from lorasmith.data.preflight import Preflight, name_in
+from lorasmith.data.source_files import Candidate, ScanNotes, candidates
+from lorasmith.families.locating import ModelFiles
+from lorasmith.runs.data_check import TITLES, DataCheck, check_folder, said_of
+from lorasmith.runs.spec import SETTINGS, settings_of_data
+from lorasmith.server.datasets.dataset_originals import original_of
+from lorasmith.server.datasets.dataset_shapes import (
+    CheckedPicture,
+    ControlRow,
+    Crop,
+    DataCheckAnswer,
+    DatasetAnswer,
+    DatasetList,
+    DatasetRow,
+    FindingFacts,
+    PictureRow,
+    Severity,
+    SkippedFile,
+)
+from lorasmith.server.questions import question
+from lorasmith.training.config import TrainConfig, settings_from_file
+
+CONTROL = control_folder(0)  # folder of the pictures before an edit
+MOST_THUMBNAIL = 2048  # pixels of the longest edge
+
+
+@question
+def datasets(folders: Folders) -> DatasetList:
+    """All datasets by name: folders with pictures, and empty ones."""
+    rows = {}
+    for root in (BUILT_IN_BASE / "input", folders.place("input")):
+        for folder in subfolders(root):
+            if folders.is_here(folder) and (row := _row(folder)) is not None:
+                rows[folder.name] = row
+    return DatasetList(datasets=tuple(sorted(rows.values(), key=lambda row: (row.builtin, row.name.casefold()))))
+
+
+@question
+def dataset(folders: Folders, name: str) -> DatasetAnswer:
+    """The pictures of a dataset with their captions, in natural order. Raises UnknownFileError."""
+    folder = dataset_folder(folders, name)
+    found, skipped, notes = pictures_in(folders, folder)
+    used = {path for one in found for path in one.controls}
+    return DatasetAnswer(
+        name=name,
+        folder=str(folder),
+        images=tuple(map(picture_row, found)),
+        controls=tuple(_control_row(one, folder) for one in controls_in(folder) if one not in used),
+        builtin=is_builtin(folder),
+        notes=tuple(notes),
+        skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in skipped),
+    )
+
+
+_EXAMPLES = {"fox": "a fox", "high-contrast": "high contrast style"}
+
+
+@question
+def first_trigger(folders: Folders, name: str) -> str:
+    """The trigger that a training on a dataset begins with, that of an example. Raises UnknownFileError."""
+    return _EXAMPLES.get(name, "") if is_builtin(dataset_folder(folders, name)) else ""
+
+
+@question
+def thumbnail(
+    folders: Folders, name: str, file: str, width: int = 256, *, control: bool = False, original: bool = False
+) -> bytes:
+    """A picture or control as WebP, upright, its longest edge at most `width` pixels; of a cropped one its `original`.
+    Raises UnknownFileError and ImageError.
+    """
+    path = _shown_file(folders, name, file, control=control, original=original)
+    buffer = io.BytesIO()
+    open_reduced(path, max(16, min(width, MOST_THUMBNAIL))).save(buffer, format="webp", quality=82, method=2)
+    return buffer.getvalue()
+
+
+@question
+def picture_file(folders: Folders, name: str, file: str, *, control: bool = False, original: bool = False) -> str:
+    """The path of a picture or control, of a cropped one that of its `original`. Raises UnknownFileError."""
+    return str(_shown_file(folders, name, file, control=control, original=original).resolve())
+
+
+def _shown_file(folders: Folders, name: str, file: str, *, control: bool, original: bool) -> Path:
+    folder = dataset_folder(folders, name)
+    path = picture_of(folder, file, control=control)
+    found = original_of(path, stamp_of(path)) if original else None
+    return path if found is None or not stays_in(found.path, folder.resolve()) else found.path
+
+
+def _row(folder: Path) -> DatasetRow | None:
+    """A folder as a dataset; None if it has only other files."""
+    try:
+        listed = next(list_folders(str(folder)))
+        is_empty = not listed.images and all(one.name.startswith((".", CONTROL)) for one in folder.iterdir())
+    except (DataError, OSError):
+        return None
+    inner = [] if listed.images else [one for one in _inner(folder) if one.images]
+    if not (listed.images or inner or is_empty):
+        return None
+    stems = set(listed.captions)
+    return DatasetRow(
+        name=folder.name,
+        images=len(listed.images),
+        captions=sum(stem_of(one) in stems for one in listed.images),
+        modified=folder.stat().st_mtime,
+        cover=next(iter(listed.images), None),
+        builtin=is_builtin(folder),
+    )
+
+
+def _inner(folder: Path) -> list[ListedFolder]:
+    """Subfolders of a dataset whose pictures are trained on as well."""
+    try:
+        return list(list_folders(str(folder)))[1:]
+    except DataError:
+        return []
+
+
+def picture_row(one: Candidate) -> PictureRow:
+    """A picture as the page shows it, with its faults."""
+    path = one.path  # made from its name each time
+    stamp = stamp_of(path)
+    width, height, problem = _measured(path, stamp)
+    caption, fault = caption_of(one)
+    original = original_of(path, stamp)
+    return PictureRow(
+        file=one.name,
+        width=width,
+        height=height,
+        bytes=stamp[1],
+        caption=caption,
+        has_caption=bool(caption),
+        problem=problem or fault,
+        controls=tuple(_control_row(path, Path(one.folder.path)) for path in one.controls),
+        crop=None if original is None else original.crop,
+        mask=next(iter(one.folder.masks.get(stem_of(one.name), ())), ""),
+    )
+
+
+def _control_row(path: Path, folder: Path) -> ControlRow:
+    fixed = path.parent != folder / CONTROL or not stays_in(path, folder.resolve())
+    width, height, problem = (None, None, "") if fixed else _measured(path, stamp_of(path))
+    return ControlRow(file=str(path) if fixed else path.name, width=width, height=height, fixed=fixed, problem=problem)
+
+
+def controls_in(folder: Path) -> list[Path]:
+    """The pictures in the folder of controls of a dataset, by name."""
+    place = folder / CONTROL
+    if not is_folder(place) or not stays_in(place, folder.resolve()):
+        return []
+    return [place / name for name in next(list_folders(str(place))).images]
+
+
+def _measured(path: Path, stamp: Stamp) -> tuple[int | None, int | None, str]:
+    """Width and height of a picture in pixels, and why it cannot be read."""
+    try:
+        return *_size_of(str(path), stamp), ""
+    except ImageError as error:
+        return None, None, error.reason
+    except OSError as error:
+        return None, None, f"cannot be read ({error.strerror})"
+
+
+@functools.lru_cache(maxsize=20_000)
+def _size_of(path: str, stamp: Stamp) -> tuple[int, int]:
+    """Width and height in pixels, cached by file state. An ImageError is not cached."""
+    return header_size(Path(path))
+
+
+class UnknownFileError(DataError):
+    """No such dataset, picture or run."""
+
+
+def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> Path:
+    """The folder of a dataset. Raises UnknownFileError, and OutputError for a built-in one `to_change`."""
+    if is_name(name):
+        own = folders.place("input") / name
+        if is_folder(own) and folders.is_here(own):
+            return own
+        if is_folder(BUILT_IN_BASE / "input" / name):
+            if to_change:
+                raise OutputError(f"{name} belongs to Lorasmith and stays as it is; make a dataset of your own")
+            return BUILT_IN_BASE / "input" / name
+    raise UnknownFileError(f"there is no dataset {name!r}; choose one of the list, or make it")
+
+
+def subfolders(root: Path) -> Iterator[Path]:
+    """The folders in a folder, except hidden ones."""
+    if is_folder(root):
+        yield from (one for one in root.iterdir() if not one.name.startswith(".") and is_folder(one))
+
+
+def is_builtin(folder: Path) -> bool:
+    """Whether a dataset belongs to the package."""
+    return folder.is_relative_to(BUILT_IN_BASE)
+
+
+def is_name(name: str) -> bool:
+    """Whether a text is a single path segment."""
+    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\x00:")
+
+
+def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
+    """The pictures directly in a folder, its skipped files, and notes."""
+    skipped: Skipped = []
+    scan_notes = ScanNotes()
+    config = DataConfig(follow_links=folders.follow_links)
+    try:
+        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, notes=scan_notes))
+    except DataError as error:
+        return [], [], [str(error)]
+    own = [one for one in found if not one.folder.inside]
+    inner = {one.folder.inside: 0 for one in found if one.folder.inside}
+    for one in found:
+        if one.folder.inside:
+            inner[one.folder.inside] += 1
+    notes = [
+        f"{number:,} pictures in the folder {inside} are trained on as well, and not shown here."
+        for inside, number in inner.items()
+    ]
+    real = folder.resolve()
+    shown = [one for one in own if one.name not in one.folder.links or stays_in(one.path, real)]
+    if len(shown) < len(own):
+        use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
+        notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
+    return shown, skipped, [*notes, *scan_notes.sentences()]
+
+
+def stays_in(path: Path, real: Path) -> bool:
+    """Whether a file is inside of a folder when links are resolved."""
+    try:
+        return path.resolve().is_relative_to(real)
+    except (OSError, RuntimeError):
+        return False
+
+
+def picture_of(folder: Path, file: str, *, control: bool = False) -> Path:
+    """A picture of a dataset, or one in its folder of controls. Raises UnknownFileError."""
+    path = folder / CONTROL / file if control else folder / file
+    if not is_name(file) or path.suffix.lower() not in image_suffixes() or not is_regular(path):
+        raise UnknownFileError(f"there is no picture {file!r} in {folder.name}; load the page again")
+    if not stays_in(path, folder.resolve()):
+        raise UnknownFileError(
+            f"{file} in {folder.name} is a link to somewhere else and is not shown; copy the picture"
+        )
+    return path
+
+
+def caption_of(one: Candidate) -> tuple[str, str]:
+    """The caption of a picture, line by line, and its fault."""
+    if one.barred:
+        return "", one.barred
+    if one.caption_file:
+        try:
+            path = one.folder.file(one.caption_file)
+            caption = _caption_once(path, stamp_of(path))
+        except CaptionError as error:
+            return "", f"has a caption file {error.path.name} that {error.reason}"
+        if caption.text:
+            return "\n".join(caption.lines), ""
+    return "\n".join(one.entry), ""
+
+
+@functools.lru_cache(maxsize=20_000)
+def _caption_once(path: Path, stamp: Stamp) -> Caption:
+    """A caption file, cached by its state. A CaptionError is not cached."""
+    return read_caption_file(path)
+
+
+def masks_beside(picture: Path) -> list[Path]:
+    """The masks of a picture, by its name."""
+    stem = f"{stem_of(picture.name)}.mask."
+    return [one for one in picture.parent.glob("*.mask.*") if one.name.startswith(stem) and is_regular(one)]
+
+
+def caption_file(one: Candidate) -> Path:
+    """The path of a picture's caption file, which need not exist."""
+    return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")
+
+
+_SEVERITIES: dict[FindingKind, Severity] = {
+    "unused files": "problem",
+    "empty pictures": "problem",
+    "tiny pictures": "problem",
+    "missing controls": "problem",
+    "unchanged pairs": "problem",
+    "swapped pairs": "problem",
+    "other aspects": "remark",
+    "missing captions": "problem",
+    "known trigger": "remark",
+    "dropped captions": "remark",
+    "shared tags": "remark",
+    "much alike": "remark",
+}
+
+_REMOVED: tuple[FindingKind, ...] = ("empty pictures", "copies", "look-alikes")
+"""Findings that are mended by removing their pictures; of copies and look-alikes the one to keep is not among them."""
+
+_REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a flag
+    "unused files": "replace or remove what cannot be used",
+    "tiny pictures": "use larger pictures, or a lower resolution",
+    "enlarged pictures": "use larger pictures, or a lower resolution",
+    "cut pictures": "crop them yourself to what matters",
+    "copies": "remove all but one of each",
+    "look-alikes": "remove all but one of each, as a picture that is there twice is learnt twice",
+    "empty pictures": "remove them, unless that is the subject",
+    "missing controls": "add a file of the same name to the folder of controls, or choose controls optional",
+    "swapped pairs": "check that the edited pictures are trained on and the controls are those before, or move the "
+    "captions",
+    "missing captions": "write captions, or give a trigger word that names the subject",
+    "empty captions": "write the captions",
+    "dropped captions": "choose a caption dropout of at most 0.1",
+}
+
+
+@question
+def check_dataset(
+    folders: Folders,
+    name: str,
+    *,
+    model: str | None = None,
+    edit: str | None = None,
+    trigger: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> DataCheckAnswer:
+    """Check a dataset with the sizes and tokenizer of a model (None: common sizes) and settings of data and training.
+    `edit` is the edit variant that the model is.
+    Raises UnknownFileError, and LorasmithErrors for the model or settings.
+    """
+    folder = dataset_folder(folders, name)
+    data, training = split_settings(folders, settings or {}, trigger)
+    try:
+        checked = check_folder(
+            folder,
+            data,
+            files=None if model is None else ModelFiles(model, edit=edit),
+            folders=folders,
+            batch=training.samples_per_step,
+            validation_share=training.validation_share,
+            progress=report_progress,
+        )
+    except DataError as error:
+        found, skipped, notes = pictures_in(folders, folder)
+        reasons = [*skipped, *((one.path, problem) for one in found if (problem := picture_row(one).problem))]
+        finding = FindingFacts(
+            kind="no pictures", message=str(error), files=tuple(one.name for one in found), severity="problem"
+        )
+        return DataCheckAnswer(
+            findings=(finding,) if found or skipped else (),
+            images={},
+            skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in reasons),
+            notes=tuple(notes),
+        )
+    return _check_answer(checked)
+
+
+def split_settings(folders: Folders, settings: Mapping[str, Any], trigger: str = "") -> tuple[DataConfig, TrainConfig]:
+    """Settings by name as data and training configs; a choice is limited to registered names. Raises OptionError if one
+    is unknown, out of range, or not allowed in requests.
+    """
+    for name, value in settings.items():
+        if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none", False):
+            raise OptionError(f"{name} is not for requests, got {value!r}; type it on the command line")
+    own = settings_of_data(settings)
+    others = {key: value for key, value in settings.items() if key not in own}
+    named = {"follow_links": folders.follow_links, **({"trigger": trigger} if trigger else {})}
+    return config_from(DataConfig, {**own, **named}), settings_from_file(others)
+
+
+def _check_answer(checked: DataCheck) -> DataCheckAnswer:
+    found = checked.preflight
+    return DataCheckAnswer(
+        findings=tuple(_finding(one, found) for one in found.findings),
+        images={
+            one.name: CheckedPicture(
+                problems=tuple(text for said in said_of(found, index) for text in said),
+                crop=_crop(one.crop, one.file.width, one.file.height),
+                trained=one.bucket,
+                tokens=one.tokens,
+            )
+            for index, one in enumerate(found.images)
+        },
+        skipped=tuple(SkippedFile(file=name_in(found.folder, path), reason=reason) for path, reason in found.skipped),
+        notes=found.notes,
+        resolutions=found.resolutions,
+        assumed=checked.is_size_assumed,
+        held_out=found.epoch.held_out,
+        samples_per_epoch=found.epoch.samples,
+    )
+
+
+def _finding(one: Finding, found: Preflight) -> FindingFacts:
+    said = replace(one, remedy=_REMEDIES.get(one.kind, one.remedy)).sentence
+    files = tuple(found.images[index].name for index in one.images)
+    return FindingFacts(
+        kind=one.kind,
+        title=TITLES[one.kind],
+        message=f"{said[:1].upper()}{said[1:]}.",
+        files=files,
+        severity=_SEVERITIES.get(one.kind, "warning"),
+        removes=_unreadable(found) if one.kind == "unused files" else files if one.kind in _REMOVED else (),
+    )
+
+
+def _unreadable(found: Preflight) -> tuple[str, ...]:
+    """The pictures of the folder that are damaged or hold no picture."""
+    paths = (path for path, reason in found.skipped if reason.kind == "unreadable" and path.parent == found.folder)
+    return tuple(path.name for path in paths if path.suffix.lower() in image_suffixes())
+
+
+def _crop(box: tuple[float, float, float, float], width: int, height: int) -> Crop:
+    left, top, right, bottom = box
+    shares = (left / width, top / height, (right - left) / width, (bottom - top) / height)
+    x, y, across, down = (round(one, 5) for one in shares)
+    return Crop(x=x, y=y, width=across, height=down)

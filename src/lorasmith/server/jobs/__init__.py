@@ -1,0 +1,1 @@
+"""Jobs: plans, drafts, the queue and sweeps."""

@@ -1,0 +1,205 @@
+"""Endpoints about jobs, and about runs before they start: plans and measurements."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any, cast
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.registry import nearest
+from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
+from lorasmith.server.access import serves_others
+from lorasmith.server.contained_files import OutsideError, contained
+from lorasmith.server.endpoint import Call, Endpoint, Query
+from lorasmith.server.event_streams import all_events, job_events
+from lorasmith.server.jobs.job_rows import job_answer
+from lorasmith.server.jobs.job_shapes import (
+    CancelBody,
+    JobAnswer,
+    JobBody,
+    JobList,
+    MeasurementBody,
+    MoveBody,
+    PlanAnswer,
+    PlanBody,
+    RemovedJob,
+)
+from lorasmith.server.request_handling import ServerContext
+
+_MOST_LISTED = 500
+
+
+async def _plan(context: ServerContext, call: Call) -> Any:
+    device = next(iter(context.dispatcher.devices()), {})
+    wanted = wanted_run(context, call)
+    plan = await context.assistant.ask("plan", wanted=wanted, card_bytes=device.get("memory_bytes"))
+    settings = {**plan["memory_settings"], **wanted["settings"]}  # as it is trained, and was measured
+    subject = measurement_subject(wanted["model"], settings, str(device.get("name", "cpu")))
+    found = context.store.measurement(subject)
+    if found is None:
+        return plan
+    seconds = found["seconds_per_step"]
+    return {
+        **plan,
+        "seconds_per_step": seconds,
+        "seconds": seconds * plan["steps"],
+        "measured_at": found["measured_at"],
+    }
+
+
+async def _jobs(context: ServerContext, call: Call) -> Any:
+    states = _states(call.text("states"))
+    limit, offset = call.number("limit", 100, least=1, most=_MOST_LISTED), call.number("offset", 0)
+    active, ended = ([one for one in kinds if one in states] for kinds in (ACTIVE, ENDED))
+    counts = context.store.counts()
+    shown = context.store.active(limit, offset, active)
+    if len(shown) < limit:
+        before = sum(counts[state] for state in active)
+        shown += context.store.ended(limit - len(shown), max(0, offset - before), ended)
+    answers = tuple(job_answer(job) for job in shown)
+    return {"jobs": answers, "total": sum(counts[state] for state in states)}
+
+
+async def _add(context: ServerContext, call: Call) -> Any:
+    request = await context.assistant.ask("train_request", wanted=wanted_run(context, call))
+    return job_answer(context.dispatcher.submit("train", request, front=call.body.front))
+
+
+async def _job(context: ServerContext, call: Call) -> Any:
+    return job_answer(context.store.get(call.path("id")))
+
+
+async def _remove(context: ServerContext, call: Call) -> Any:
+    job = context.store.get(call.path("id"))
+    if not context.dispatcher.remove([job.id]):
+        raise JobStateError(f"a job that runs cannot be removed, and this one is {job.state}; cancel it first")
+    return RemovedJob(id=job.id)
+
+
+async def _cancel(context: ServerContext, call: Call) -> Any:
+    job = context.store.get(call.path("id"))
+    if not context.dispatcher.cancel(job.id, pause=call.body.pause):
+        raise JobStateError(f"a job can be stopped while it waits or runs, and this one is {job.state}")
+    return job_answer(context.store.get(job.id))
+
+
+async def _continue(context: ServerContext, call: Call) -> Any:
+    return job_answer(context.dispatcher.proceed(call.path("id")))
+
+
+async def _retry(context: ServerContext, call: Call) -> Any:
+    return job_answer(context.dispatcher.retry(call.path("id")))
+
+
+async def _move(context: ServerContext, call: Call) -> Any:
+    return job_answer(context.dispatcher.move(call.path("id"), call.body.front))
+
+
+def wanted_run(context: ServerContext, call: Call) -> dict[str, Any]:
+    """A request with its folder expanded, which must be in the base folder if it serves others (OptionError)."""
+    config, wanted = context.config, asdict(call.body)
+    folder: str | None = wanted["folder"]
+    if folder is None:
+        return wanted
+    if not serves_others(config):
+        # leaves the names of unknown users as they are
+        return {**wanted, "folder": os.path.expanduser(folder)}  # noqa: PTH111
+    try:
+        return {**wanted, "folder": str(contained(config.base, folder))}
+    except OutsideError as error:
+        raise OptionError(f"a folder must be named below the server's base folder, but {error}") from error
+
+
+def _states(text: str) -> tuple[JobState, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in STATES:
+            raise OptionError(f"states must be of {', '.join(STATES)}, got {name[:40]!r}{nearest(name, STATES)}")
+    return cast(tuple[JobState, ...], tuple(dict.fromkeys(names)) or STATES)
+
+
+JOB_ROUTES = (
+    Endpoint(
+        "POST",
+        "/plans",
+        "The plan of a run: steps, memory, and its time if a step was measured.",
+        handler=_plan,
+        body=PlanBody,
+        answer=PlanAnswer,
+        reads=True,
+    ),
+    Endpoint(
+        "POST",
+        "/measurements",
+        "Queue a job that measures a step on this device; later plans have its time.",
+        question="check_measurement",
+        queues="measure",
+        body=MeasurementBody,
+        answer=JobAnswer,
+        status=201,
+    ),
+    Endpoint(
+        "GET",
+        "/jobs",
+        "Jobs: those that run, those that wait, then those that ended, the last first.",
+        handler=_jobs,
+        query=(
+            Query("states", "States of jobs, separated by commas; all without it."),
+            Query("limit", "Number of jobs, at most 500.", "integer"),
+            Query("offset", "Number of jobs to leave out.", "integer"),
+        ),
+        answer=JobList,
+    ),
+    Endpoint("POST", "/jobs", "Queue a job that trains.", handler=_add, body=JobBody, answer=JobAnswer, status=201),
+    Endpoint("GET", "/jobs/{id}", "A job.", handler=_job, answer=JobAnswer),
+    Endpoint(
+        "DELETE", "/jobs/{id}", "Remove a job from queue or history; its run stays.", handler=_remove, answer=RemovedJob
+    ),
+    Endpoint(
+        "POST",
+        "/jobs/{id}/cancel",
+        "Stop a job, for good or to be continued; what it has trained is saved.",
+        handler=_cancel,
+        body=CancelBody,
+        answer=JobAnswer,
+    ),
+    Endpoint(
+        "POST",
+        "/jobs/{id}/continue",
+        "Continue a job that is paused, interrupted or cancelled.",
+        handler=_continue,
+        answer=JobAnswer,
+    ),
+    Endpoint(
+        "POST",
+        "/jobs/{id}/retry",
+        "Queue a new job with the request of an ended one.",
+        handler=_retry,
+        answer=JobAnswer,
+        status=201,
+    ),
+    Endpoint(
+        "POST",
+        "/jobs/{id}/move",
+        "Move a waiting job to the front or the end.",
+        handler=_move,
+        body=MoveBody,
+        answer=JobAnswer,
+    ),
+    Endpoint(
+        "GET",
+        "/events",
+        "Every change of a job, of the queue, of datasets and of drafts, and the events of single jobs and runs.",
+        handler=all_events,
+        query=(Query("topic", "jobs/ID or runs/ID, whose events come too; may be given several times."),),
+        content="text/event-stream",
+    ),
+    Endpoint(
+        "GET",
+        "/jobs/{id}/events",
+        "A job: its changes, and what is shown of its run.",
+        handler=job_events,
+        content="text/event-stream",
+    ),
+)

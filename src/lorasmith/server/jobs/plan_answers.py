@@ -1,0 +1,361 @@
+"""Questions about a run before it starts: its plan, the request of its job, and the models and devices of this machine.
+
+A request selects datasets and models by name; settings select among registered names, and LoRAs in `models/loras`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from lorasmith.core.errors import DataError, ModelError, OptionError
+from lorasmith.core.extras import TINY, models_trouble
+from lorasmith.core.files import is_folder
+from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint, safe_name
+from lorasmith.core.options import options_of
+from lorasmith.core.placement import drives_display
+from lorasmith.core.printable import count_text, memory_text
+from lorasmith.data.controls import check_controls
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.data.preflight import epoch_of
+from lorasmith.families.loading import load_structure
+from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models, named_path
+from lorasmith.families.model import Model, training_adapter_in
+from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
+from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory
+from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
+from lorasmith.server.datasets.dataset_answers import dataset_folder, split_settings
+from lorasmith.server.jobs.job_shapes import JobBody, PlanAnswer, PlanBody
+from lorasmith.server.models.model_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
+from lorasmith.server.questions import question
+from lorasmith.training.adapter_settings import NONE_LORA, lora_settings
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.notes import on_distilled
+from lorasmith.training.storage.records import check_title
+from lorasmith.training.trainable import TrainableDenoiser
+
+_ENDLESS = 2**50
+_FEW, _MANY_EPOCHS = 5, 300
+
+
+@question
+def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -> PlanAnswer:
+    """The plan of a run, without loading weights. `card_bytes` is the device's memory, None if unknown. Raises
+    UnknownFileError, and LorasmithErrors for images, model or settings.
+    """
+    images = _images_folder(folders, wanted)
+    data, config = _checked_settings(folders, wanted.settings, wanted.trigger)
+    files = ModelFiles(known_model(folders, wanted.model), edit=wanted.edit)
+    scan = _checked_scan(folders, files, images, data)
+    scanned, batch = scan.images, config.samples_per_step
+    epoch = epoch_of(scanned, batch, config.validation_share)
+    controls = 0 if data.controls == "opposite" else max((len(one.controls) for one in scanned), default=0)
+    found = _estimate(folders, files, config, data.resolution, card_bytes, controls)
+    proposal = found.proposal
+    distilled, adapter = ("", "") if config.training_adapter else _distilled(folders, files)
+    return PlanAnswer(
+        steps=config.steps,
+        epochs=round(epoch.epochs(config.steps), 2),
+        rank=config.rank,
+        resolution=found.pixels,
+        images=len(scanned),
+        held_out=len(epoch.held_out),
+        parameters=found.parameters,
+        memory_bytes=proposal.needed_bytes,
+        fits=None if card_bytes is None else found.fits,
+        memory_settings=proposal.settings,
+        notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
+        distilled=distilled,
+        usual_adapter=adapter,
+    )
+
+
+@question
+def train_request(folders: Folders, wanted: JobBody) -> dict[str, Any]:
+    """The request of a training job: a `RunSpec` as JSON, with cheap checks only. Raises as `plan`."""
+    images = _images_folder(folders, wanted)
+    _checked_settings(folders, wanted.settings, wanted.trigger)
+    title = safe_name(wanted.name.strip() or images.name)
+    check_title(title)
+    chosen = {**wanted.settings, **({"trigger": wanted.trigger} if wanted.trigger else {})}
+    if folders.follow_links:
+        chosen["follow_links"] = True
+    for key in _loras_in(chosen):
+        chosen[key] = str(folders.find("loras", str(chosen[key])))
+    base = folders.base
+    return {
+        "sources": [{"path": images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)}],
+        "model": known_model(folders, wanted.model),
+        **({"edit": wanted.edit} if wanted.edit else {}),
+        "name": title,
+        "settings": {key: value for key, value in chosen.items() if value is not None},
+    }
+
+
+@question
+def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The request of a job that measures a training step. Raises as `plan`."""
+    _checked_settings(folders, settings)
+    return {"model": known_model(folders, model), "settings": settings}
+
+
+def check_steps(steps: int) -> None:
+    """Raise OptionError for a number of steps out of its range."""
+    options_of(TrainConfig)["steps"].check(steps)
+
+
+def _checked_settings(
+    folders: Folders, settings: Mapping[str, Any], trigger: str = ""
+) -> tuple[DataConfig, TrainConfig]:
+    """Data and training configs from the settings of a request. Raises OptionError if one is unknown, out of range, or
+    not allowed in requests, and LoraError for an unknown LoRA.
+    """
+    for name in _loras_in(settings):
+        folders.find("loras", str(settings[name]))
+    return split_settings(folders, {key: value for key, value in settings.items() if value is not None}, trigger)
+
+
+def _loras_in(settings: Mapping[str, Any]) -> list[str]:
+    return [name for name in lora_settings() if settings.get(name) not in (None, NONE_LORA)]
+
+
+def _images_folder(folders: Folders, wanted: PlanBody) -> Path:
+    """The folder of the images: a dataset, or any folder given by its path."""
+    dataset, folder = wanted.dataset, wanted.folder
+    if (dataset is None) == (folder is None):
+        raise OptionError("a run needs images, in a dataset or in a folder; name one of the two")
+    if dataset is not None:
+        found = dataset_folder(folders, dataset)
+    else:
+        found = folders.base / (folder or "")
+        # Windows would connect to the server in a UNC path, with slashes or backslashes.
+        is_share = PureWindowsPath(folder or "").drive.startswith("\\\\") and not found.is_relative_to(folders.base)
+        if is_share or not is_folder(found):
+            raise DataError(f"there is no folder {folder!r} on this computer; check its path")
+    if not any(found.iterdir()):
+        raise DataError(f"{found.name} holds no pictures yet; add some first")
+    return found
+
+
+def _checked_scan(folders: Folders, files: ModelFiles, images: Path, data: DataConfig) -> FolderScan:
+    """The scan of a folder, whose controls are checked. Raises DataError if they do not fit the model."""
+    read = DataConfig(recursive=data.recursive, follow_links=data.follow_links, controls=data.controls)
+    scan = _scanned(str(images), repr(fingerprint(images)), read)
+    check_controls(scan, data, structure_of(in_folders(files.model, folders, MODEL_FOLDERS)).as_edit(files.edit))
+    return scan
+
+
+@functools.lru_cache(maxsize=8)
+def _scanned(folder: str, state: str, config: DataConfig) -> FolderScan:
+    """The scan of a folder, cached by its state."""
+    return scan_folder(folder, config)
+
+
+def structure_of(model: str) -> Model:
+    """The model without weights, cached by the state of its file."""
+    path = named_path(model)
+    return _structure_once(model, repr(fingerprint(path)) if path.exists() else "")
+
+
+@functools.lru_cache(maxsize=4)
+def _structure_once(model: str, state: str) -> Model:
+    return load_structure(model)
+
+
+def _estimate(
+    folders: Folders,
+    files: ModelFiles,
+    config: TrainConfig,
+    resolution: int | None,
+    card_bytes: int | None,
+    controls: int,
+) -> MemoryEstimate:
+    # These do not change the memory of a step.
+    plain = replace(config, steps=500, seed=0, existing_lora=None, training_adapter=None, previews=None)
+    path = Path(in_folders(files.model, folders, MODEL_FOLDERS))
+    state = repr(fingerprint(path)) if path.exists() else ""
+    found = _estimated(HashableFolders(folders), files, plain, resolution, controls, state)
+    return replace(found, card_bytes=card_bytes or _ENDLESS)  # only the proposal depends on it
+
+
+@functools.lru_cache(maxsize=64)
+def _estimated(
+    folders: HashableFolders, files: ModelFiles, config: TrainConfig, resolution: int | None, controls: int, state: str
+) -> MemoryEstimate:
+    return estimate_memory(
+        files, config, card_bytes=_ENDLESS, resolution=resolution, controls=controls, folders=folders.folders
+    )
+
+
+def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool) -> Sequence[str]:
+    notes = [
+        f"The model lacks its {part.replace('_', ' ')}, usually the file {file}; put it into models/text_encoders."
+        for part, file in found.missing.items()
+    ]
+    card = memory_text(found.card_bytes)
+    if is_known and not found.fits:
+        notes.append(
+            f"A step needs {memory_text(found.proposal.needed_bytes)}, more than {card}; use smaller pictures, a "
+            "smaller batch or fewer targets."
+        )
+    elif is_known and not found.encoders_fit:
+        notes.append(
+            f"The text encoders do not fit into {card} at once, so that a caption takes seconds to encode; their files "
+            "in fp8 or GGUF are smaller."
+        )
+    elif is_known and found.proposal.settings:
+        named = ", ".join(f"{key.replace('_', ' ')} {_said(one)}" for key, one in found.proposal.settings.items())
+        host = found.proposal.host_bytes
+        needs = f", which takes {memory_text(host)} of host memory" if host else ""
+        notes.append(f"To fit into {card} it should train with {named}{needs}.")
+    if images < _FEW:
+        notes.append(f"With {count_text(images, 'picture')} the LoRA will overfit to them; add some.")
+    if epochs > _MANY_EPOCHS:
+        notes.append(f"Each picture is seen {epochs:,.0f} times, which is often too much; take fewer steps.")
+    if found.model == BUILT_IN:
+        notes.append("lorasmith-tiny is a small model to try things out; its pictures are icons of 64 pixels.")
+    return notes
+
+
+def _distilled(folders: Folders, files: ModelFiles) -> tuple[str, str]:
+    """What is said of a model that is distilled, and the name of the LoRA to train it with; empty for none."""
+    facts = TrainableDenoiser(structure_of(in_folders(files.model, folders, MODEL_FOLDERS)).denoiser).facts
+    return on_distilled(facts, None), training_adapter_in(folders, facts.usual_adapter) or ""
+
+
+def _said(value: object) -> str:
+    return "on" if value is True else str(value)
+
+
+_KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
+
+
+@question
+def models(folders: Folders) -> ModelListAnswer:
+    """The models in the model folders, built-in ones last, and the other files there."""
+    found = listed_models(folders)
+    rows = [_row(folders, one) for one in found.models]
+    return ModelListAnswer(
+        models=tuple(sorted(rows, key=lambda row: row.builtin)),
+        other=tuple(map(_other, (*found.unused, *found.unknown))),
+        notes=tuple(filter(None, (TINY.trouble, models_trouble()))),
+    )
+
+
+def known_model(folders: Folders, name: str) -> str:
+    """The model of a request, in the model folders or built in. Raises ModelError for other paths and downloads."""
+    if name == BUILT_IN:
+        named_path(name)  # raises if it is not installed
+        return name
+    for kind in MODEL_FOLDERS:
+        try:
+            folders.find(kind, name)
+        except ModelError:
+            continue
+        return name
+    if Path(name).is_absolute() and _is_in_folders(folders, Path(name)):
+        return name
+    raise ModelError(f"there is no model {name!r} in the model folders; choose one of the list")
+
+
+def model_name(folders: Folders, path: Path, kinds: tuple[str, ...] = MODEL_FOLDERS) -> str:
+    """The name by which a run finds a file in folders of `kinds`, in order; its path if there is none."""
+    for name, built_in in built_in_models().items():
+        if built_in == path:
+            return name
+    for kind in kinds:
+        for root in folders.roots(kind):
+            if path.is_relative_to(root):
+                name = path.relative_to(root).as_posix()
+                if in_folders(name, folders, kinds) == str(path):
+                    return name
+    return str(path)
+
+
+def _is_in_folders(folders: Folders, path: Path) -> bool:
+    plain = Path(os.path.normpath(path))
+    return any(plain.is_relative_to(root) for kind in MODEL_FOLDERS for root in folders.roots(kind)) and plain.exists()
+
+
+def listed_models(folders: Folders) -> ModelList:
+    """The list, cached until a file changes."""
+    return _listed_once(*state_of_models(folders))
+
+
+def state_of_models(folders: Folders) -> tuple[HashableFolders, str]:
+    """The folders and the state of the files of models in them, for caches."""
+    roots = sorted({root for kind in _KINDS for root in folders.roots(kind) if root.is_dir()})
+    return HashableFolders(folders), repr([fingerprint(root) for root in roots])
+
+
+class HashableFolders:
+    """Folders as a cache key: equal if they search the same places."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+        self._key = repr((folders.base, [folders.roots(kind) for kind in _KINDS]))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HashableFolders) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=4)
+def _listed_once(folders: HashableFolders, state: str) -> ModelList:
+    return list_models(folders.folders)
+
+
+def _row(folders: Folders, one: ListedModel) -> ModelRow:
+    return ModelRow(
+        name=model_name(folders, one.path),
+        title=one.path.stem if one.path.is_file() else one.path.name,
+        family=one.family,
+        place=one.place,
+        size_bytes=one.size_bytes,
+        precision=one.precision,
+        builtin=one.path.is_relative_to(BUILT_IN_BASE),
+        ready=one.is_whole,
+        missing=tuple(
+            MissingPart(part=part.component, usual_file=part.usual_file, on_hub=part.hub is not None)
+            for part in one.missing
+        ),
+        edits=one.edits,
+        edit=one.edit,
+        recognised_by=one.edit_recognised_by,
+        takes_controls=one.controls == "files",
+    )
+
+
+def _other(one: ListedFile) -> OtherFile:
+    return OtherFile(name=one.path.name, place=one.place, what=one.what, size_bytes=one.size_bytes)
+
+
+@question
+def devices(folders: Folders) -> list[dict[str, Any]]:
+    """All GPUs, or else the CPU: `{name, title, memory_bytes}` each, the last without what a desktop is left of a GPU.
+
+    Uses no GPU memory.
+    """
+    import psutil
+    import torch
+
+    # Counted through the driver's library, without creating a context on the device.
+    count = torch.cuda.device_count()
+    if count:
+        return [
+            {
+                "name": f"cuda:{index}",
+                "title": torch.cuda.get_device_name(index),
+                "memory_bytes": torch.cuda.get_device_properties(index).total_memory
+                - (DESKTOP_BYTES if drives_display(index) else 0),
+            }
+            for index in range(count)
+        ]
+    return [{"name": "cpu", "title": "CPU", "memory_bytes": psutil.virtual_memory().total}]

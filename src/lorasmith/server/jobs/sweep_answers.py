@@ -1,0 +1,136 @@
+"""Questions about sweeps: those of the page, and those of the command line, which have a queue in `<base>/runs`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import PurePath
+from typing import Any
+
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.files import ensure_folder, is_regular
+from lorasmith.core.folders import Folders
+from lorasmith.runs.queue import Job, jobs_in
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.sweep_file import check_held_out, grid_values
+from lorasmith.runs.sweep_results import SweepEntry, result_in, sweep_record
+from lorasmith.runs.sweep_run import QUEUE
+from lorasmith.runs.training_jobs import spec_of
+from lorasmith.server.datasets.dataset_answers import UnknownFileError, is_name
+from lorasmith.server.datasets.dataset_shapes import SkippedFile
+from lorasmith.server.jobs.job_shapes import JobBody, SweepAnswer, SweepBody, SweepList, SweepRow, SweepRunRow
+from lorasmith.server.jobs.plan_answers import train_request
+from lorasmith.server.questions import question
+from lorasmith.server.runs.run_list_answers import is_below, run_folder_of
+from lorasmith.training.storage.run_folder import new_run_folder
+
+_RUNS = "runs"
+_MOST_RUNS = 100
+
+
+@question
+def sweep_requests(folders: Folders, wanted: SweepBody) -> dict[str, Any]:
+    """The id of a new sweep, with an empty folder, and the request and varied settings of each of its runs. Raises as
+    `train_request`.
+    """
+    grid, given = wanted.grid, {"previews": "", **wanted.settings}
+    given = {key: value for key, value in given.items() if key != "previews" or "previews" not in grid}
+    job = {one.name: getattr(wanted, one.name) for one in fields(wanted) if one.name != "grid"}
+    if "folder" in grid:
+        raise OptionError("a sweep of the page has one dataset, got folder in grid; run lorasmith sweep")
+    varied = grid_values(grid, given)
+    if len(varied) > _MOST_RUNS:
+        raise OptionError(f"a sweep of the page has at most {_MOST_RUNS} runs, got {len(varied)}; give fewer values")
+    requests: dict[str, dict[str, Any]] = {}
+    for run, values in varied.items():
+        requests[run] = train_request(folders, JobBody(**{**job, "settings": {**given, **values}}))
+    specs = [spec_of(request) for request in requests.values()]
+    check_held_out((_placed(folders, spec) for spec in specs), where="the settings")
+    runs = ensure_folder(folders.base / _RUNS)
+    while True:
+        place = new_run_folder(runs, f"{specs[0].name}-sweep")
+        try:
+            place.mkdir()
+            break
+        except FileExistsError:
+            continue
+    jobs = [
+        {"request": {**request, "output": f"{_RUNS}/{place.name}/{run}"}, "varied": dict(varied[run])}
+        for run, request in requests.items()
+    ]
+    return {"id": place.name, "jobs": jobs}
+
+
+@question
+def sweeps(folders: Folders, *, queued: Mapping[str, Mapping[str, int]]) -> SweepList:
+    """All sweeps; `queued` are the numbers of runs by state of those in the server's queue."""
+    rows = [SweepRow(id=id, runs=sum(states.values()), states=dict(states)) for id, states in queued.items()]
+    damaged = []
+    parent = folders.base / _RUNS
+    names = sorted((entry.name for entry in os.scandir(parent)), reverse=True) if parent.is_dir() else []
+    for id in names:
+        try:
+            states: Counter[str] = Counter(job.state for job in _jobs(folders, id))
+        except UnknownFileError:
+            continue
+        except LorasmithError as error:
+            damaged.append(SkippedFile(file=id, reason=str(error)))
+            continue
+        if id not in queued:
+            rows.append(SweepRow(id=id, runs=states.total(), states=dict(states)))
+    return SweepList(sweeps=tuple(rows), damaged=tuple(damaged))
+
+
+@question
+def sweep(folders: Folders, id: str, *, queued: tuple[Mapping[str, Any], ...] = ()) -> SweepAnswer:
+    """A sweep with the results of its runs; `queued` are `{request, varied, failure}` of those in the server's queue.
+    Raises UnknownFileError, and StoreError for a damaged queue.
+    """
+    found = {PurePath(str(one["request"].get("output", ""))).name: one for one in queued}
+    if not queued:
+        found = {
+            job.id: {"request": job.request, "varied": job.varied, "failure": job.failure} for job in _jobs(folders, id)
+        }
+    entries = [_entry(folders, id, number, name, one) for number, (name, one) in enumerate(found.items(), start=1)]
+    record = sweep_record(id, entries)
+    rows = (
+        SweepRunRow(
+            name=one.name,
+            run=f"{_RUNS}/{id}/{one.name}",
+            settings=dict(one.settings),
+            state=one.state,
+            place=one.place,
+            loss=one.loss,
+            best_step=one.best_step,
+            change=one.change,
+            steps=one.steps,
+            error=one.error,
+        )
+        for one in record.runs
+    )
+    return SweepAnswer(id=id, comparable=record.comparable, runs=tuple(rows))
+
+
+def _entry(folders: Folders, id: str, number: int, name: str, one: Mapping[str, Any]) -> SweepEntry:
+    waiting = SweepEntry(number=number, name=name, state="waiting", settings=dict(one["varied"]))
+    folder = run_folder_of(folders, f"{_RUNS}/{id}/{name}", is_begun=False)
+    try:
+        return result_in(folder, waiting, _placed(folders, spec_of(one["request"])), one["failure"])
+    except LorasmithError as error:
+        return replace(waiting, state="failed", error=str(error))
+
+
+def _placed(folders: Folders, spec: RunSpec) -> RunSpec:
+    """A spec whose sources do not depend on the current folder."""
+    sources = tuple(replace(one, path=str(folders.base / one.path)) for one in spec.sources)
+    return replace(spec, sources=sources)
+
+
+def _jobs(folders: Folders, id: str) -> list[Job]:
+    """The jobs of a sweep of the command line. Raises UnknownFileError without one, and StoreError."""
+    path = folders.base / _RUNS / id / QUEUE
+    if not (is_name(id) and is_regular(path) and is_below(folders, path, _RUNS)):
+        raise UnknownFileError(f"there is no sweep {id!r}; choose one of the list")
+    return [job for job in jobs_in(path) if is_name(job.id)]

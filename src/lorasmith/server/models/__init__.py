@@ -1,0 +1,1 @@
+"""Models: those in the folders, those to download, and captioners."""

@@ -1,0 +1,201 @@
+"""Downloads of the server, one at a time in a child process, apart from the queue, so that they wait for no training.
+
+They outlive the pages that show them. What arrived of one that failed or was cancelled, or whose server ended, is on
+the disk (`HubFile.part`); starting it again continues there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorasmith.core.errors import LorasmithError
+from lorasmith.runs.child_process import ChildProcess
+from lorasmith.server.hub import LogBook
+from lorasmith.server.models.model_shapes import DownloadAnswer
+from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.server_disk import SPARE_BYTES
+
+COMMAND = (sys.executable, "-P", "-m", "lorasmith.runs.hub_download")
+_MOST_KEPT = 20  # downloads that have ended
+_GRACE_S = 2.0
+_SILENCE_S = 60.0
+_STALLED_S = 5.0  # without progress, after which the speed is 0
+
+
+class DownloadStateError(LorasmithError):
+    """A download is in a state in which this cannot be done."""
+
+
+class UnknownDownloadError(LorasmithError):
+    """There is no download of this id."""
+
+
+@dataclass
+class _Download:
+    """What is known of a download, and its process while it runs."""
+
+    id: str
+    subject: str  # what it is for; two downloads for the same make no sense
+    title: str
+    files: Sequence[Mapping[str, str]]
+    state: str = "waiting"
+    progress: dict[str, Any] = field(default_factory=dict)
+    heard: float = 0.0  # when it last reported progress, by `time.monotonic`
+    error: dict[str, Any] | None = None
+    child: ChildProcess | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in ("waiting", "running")
+
+
+class Downloads:
+    """The downloads since the server started."""
+
+    def __init__(self, config: ServerConfig, log: LogBook) -> None:
+        self._config = config
+        self._log = log
+        self._all: dict[str, _Download] = {}
+        self._ids = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
+
+    def add(self, subject: str, title: str, files: Sequence[Mapping[str, str]]) -> DownloadAnswer:
+        """Start to download files (`repository`, `file`, `path`), after those that were added before. Raises
+        DownloadStateError if the same is downloaded already.
+        """
+        if any(one.subject == subject and not one.has_ended for one in self._all.values()):
+            raise DownloadStateError(f"{title} is being downloaded already; wait for it")
+        for one in [one for one in self._all.values() if one.subject == subject]:
+            del self._all[one.id]  # this one continues it
+        added = _Download(str(next(self._ids)), subject, title, files)
+        self._all[added.id] = added
+        self._next()
+        return _answer(added)
+
+    def list(self) -> tuple[DownloadAnswer, ...]:
+        """All of them, the last first."""
+        return tuple(_answer(one) for one in reversed(self._all.values()))
+
+    def cancel(self, id: str) -> DownloadAnswer:
+        """Stop a download that waits or runs. Raises UnknownDownloadError, and DownloadStateError if it has ended."""
+        found = self._known(id)
+        if found.has_ended:
+            raise DownloadStateError("this download has ended; there is nothing to cancel")
+        was_running, found.state = found.state == "running", "cancelled"
+        if was_running and found.child is not None:
+            self._apart(found.child.close(_GRACE_S))
+        self._next()
+        return _answer(found)
+
+    def forget(self, id: str) -> None:
+        """Remove one that has ended from the list. Raises UnknownDownloadError and DownloadStateError."""
+        if not self._known(id).has_ended:
+            raise DownloadStateError("this download has not ended; cancel it first")
+        del self._all[id]
+
+    async def stop(self) -> None:
+        """Stop the process; what has arrived stays."""
+        self._is_stopping = True
+        for one in self._all.values():
+            if one.child is not None:
+                await one.child.close(_GRACE_S)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _known(self, id: str) -> _Download:
+        if id not in self._all:
+            raise UnknownDownloadError(f"there is no download {id[:40]!r}; look at the list")
+        return self._all[id]
+
+    def _next(self) -> None:
+        """Start the one that waits longest, if none runs."""
+        for one in [one for one in self._all.values() if one.has_ended][:-_MOST_KEPT]:
+            del self._all[one.id]
+        if self._is_stopping or any(one.child is not None for one in self._all.values()):
+            return
+        first = next((one for one in self._all.values() if one.state == "waiting"), None)
+        if first is not None:
+            first.state = "running"
+            first.child = ChildProcess(
+                COMMAND, _Owner(self, first), cwd=self._config.base, silence_s=_SILENCE_S, environment={}
+            )
+            self._apart(self._start(first, first.child))
+
+    async def _start(self, download: _Download, child: ChildProcess) -> None:
+        start = {
+            "type": "start",
+            "files": list(download.files),
+            "spare_bytes": SPARE_BYTES,
+            "log": str(self._config.log),
+        }
+        try:
+            await child.start(start)
+        except OSError as error:
+            self.ended(download, f"it cannot be started, {error}")
+
+    def _apart(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def line(self, text: str) -> None:
+        self._log.add("download", text)
+
+    def reported(self, download: _Download, head: Mapping[str, Any]) -> None:
+        """A message of its process."""
+        if head["type"] == "progress":
+            download.progress = {key: value for key, value in head.items() if key != "type"}
+            download.heard = time.monotonic()
+        elif head["type"] == "ended" and not download.has_ended:
+            download.state, download.error = head["state"], head.get("error")
+
+    def ended(self, download: _Download, why: str) -> None:
+        """Its process has ended."""
+        download.child = None
+        if not download.has_ended:
+            message = f"the download ended ({why}); get it again to continue"
+            download.state, download.error = (
+                "failed",
+                {"kind": "InternalError", "message": str(LorasmithError(message))},
+            )
+        self._next()
+
+
+class _Owner:
+    """Hears the process of a download."""
+
+    def __init__(self, downloads: Downloads, download: _Download) -> None:
+        self._downloads = downloads
+        self._download = download
+
+    def on_message(self, head: dict[str, Any], body: bytes) -> None:
+        self._downloads.reported(self._download, head)
+
+    def on_line(self, line: str) -> None:
+        self._downloads.line(line)
+
+    def on_end(self, why: str) -> None:
+        self._downloads.ended(self._download, why)
+
+
+def _answer(one: _Download) -> DownloadAnswer:
+    error = one.error or {}
+    return DownloadAnswer(
+        id=one.id,
+        subject=one.subject,
+        title=one.title,
+        state=one.state,
+        file=one.progress.get("file", ""),
+        done_bytes=one.progress.get("done_bytes", 0),
+        total_bytes=one.progress.get("total_bytes", 0),
+        bytes_per_s=one.progress.get("bytes_per_s", 0.0) if time.monotonic() - one.heard < _STALLED_S else 0.0,
+        is_checking=one.progress.get("is_checking", False),
+        error=error.get("message", ""),
+        accept=(error.get("details") or {}).get("accept", ""),
+    )

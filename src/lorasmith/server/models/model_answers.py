@@ -1,0 +1,230 @@
+"""Questions about models to begin with: the shelf, what the hub says of them, and model files that are sent.
+
+Only `check_download`, `download_files` of a captioner and `store_token` use the network.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from lorasmith.core.errors import ModelError, OptionError
+from lorasmith.core.files import ensure_folder
+from lorasmith.core.folders import Folders, safe_name
+from lorasmith.data.captioners import CAPTIONERS, TRANSFORMERS
+from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, FoundFile, recognised_file
+from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.runs import shelf as models_to_get
+from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES, captioner_files, captioner_folders, kept_bytes
+from lorasmith.runs.hub_download import HubFile, facts_of, store_token
+from lorasmith.runs.shelf import ShelfModel, memory_of, parts_on_hub, wanted_files
+from lorasmith.server.datasets.dataset_change_answers import TakenNameError
+from lorasmith.server.jobs.plan_answers import HashableFolders, listed_models, model_name, state_of_models
+from lorasmith.server.models.model_shapes import (
+    AddedModel,
+    CaptionerList,
+    CaptionerRow,
+    DownloadCheck,
+    FileToGet,
+    ReleaseMemory,
+    ShelfAnswer,
+    ShelfFileRow,
+    ShelfRow,
+)
+from lorasmith.server.questions import question
+
+DownloadKind = Literal["release", "model", "captioner"]
+
+
+@question
+def captioners(folders: Folders) -> CaptionerList:
+    """What writes captions: in the model folders, of other packages, and released ones to download."""
+    here = captioner_folders(folders)
+    own = [CaptionerRow(name=name, title=_title(name), about=_about(name), found=True) for name in here]
+    others = [CaptionerRow(name=name, title=name, found=True) for name in CAPTIONERS if name != TRANSFORMERS]
+    offered = [
+        CaptionerRow(
+            name=one.name,
+            title=one.title,
+            about=one.about,
+            licence=one.licence,
+            card=f"https://huggingface.co/{one.repository}",
+            size_bytes=int(one.gigabytes * 1e9),
+            kept_bytes=kept_bytes(folders, one.name),
+            found=False,
+        )
+        for one in CAPTIONER_RELEASES.values()
+        if one.name not in here
+    ]
+    missing = "" if find_spec("transformers") else 'captioners need transformers: pip install "lorasmith[models]"'
+    return CaptionerList(captioners=(*own, *others, *offered), notes=(missing,) if missing else ())
+
+
+def _title(name: str) -> str:
+    return CAPTIONER_RELEASES[name].title if name in CAPTIONER_RELEASES else name
+
+
+def _about(name: str) -> str:
+    return CAPTIONER_RELEASES[name].about if name in CAPTIONER_RELEASES else ""
+
+
+@question
+def shelf(folders: Folders) -> ShelfAnswer:
+    """The released models to begin with, the smallest first."""
+    return ShelfAnswer(models=tuple(map(_row, _on_shelf(*state_of_models(folders)))))
+
+
+@functools.lru_cache(maxsize=2)
+def _on_shelf(folders: HashableFolders, state: str) -> list[ShelfModel]:
+    return models_to_get.shelf(folders.folders)
+
+
+@question
+def shelf_memory(folders: Folders, *, name: str, card_bytes: int | None = None) -> ReleaseMemory:
+    """The memory of training a released model. Raises OptionError for an unknown one."""
+    found = memory_of(name)
+    if card_bytes is None:
+        return ReleaseMemory(memory_bytes=found.proposal.needed_bytes, fits=None, encoders_fit=None)
+    found = replace(found, card_bytes=card_bytes)
+    return ReleaseMemory(memory_bytes=found.proposal.needed_bytes, fits=found.fits, encoders_fit=found.encoders_fit)
+
+
+@question
+def download_files(folders: Folders, *, kind: DownloadKind, name: str) -> dict[str, Any]:
+    """What to download for a released model, for one in the folders that lacks parts, or of a captioner: `title` and
+    `files`. Raises OptionError and ModelError.
+    """
+    title, files = _wanted(folders, kind, name)
+    return {
+        "title": title,
+        "files": [{"repository": one.repository, "file": one.file, "path": str(one.path)} for one in files],
+    }
+
+
+@question
+def check_download(folders: Folders, *, kind: DownloadKind, name: str) -> DownloadCheck:
+    """What the hub says of the files to download. Raises HubError, GatedError, and as `download_files`."""
+    title, files = _wanted(folders, kind, name)
+    facts = {one: facts_of(one) for one in files}
+    return DownloadCheck(
+        title=title,
+        files=tuple(
+            FileToGet(
+                file=one.path.name,
+                repository=one.repository,
+                folder=_folder(folders, one),
+                size_bytes=found.size_bytes,
+                kept_bytes=min(one.kept_bytes, found.size_bytes),
+            )
+            for one, found in facts.items()
+        ),
+        free_bytes=shutil.disk_usage(next(one for one in files[0].path.parents if one.exists())).free,
+    )
+
+
+@question
+def store_hub_token(folders: Folders, *, token: str) -> dict[str, Any]:
+    """Store an access token of the hub. Raises HubError."""
+    store_token(token)
+    return {"stored": True}
+
+
+@question
+def check_model_name(folders: Folders, *, file: str) -> str:
+    """The name that a sent model file gets. Raises OptionError for a file that is not a model, and TakenNameError."""
+    name = PurePosixPath(file.replace("\\", "/")).name
+    stem, suffix = name.rpartition(".")[0], name.rpartition(".")[2].lower()
+    if suffix not in _SENT:
+        raise OptionError(
+            f"a model must be a file {' or '.join(f'.{one}' for one in _SENT)}, got {name!r}; choose another"
+        )
+    wanted = f"{safe_name(stem)}.{suffix}"
+    for kind in _KINDS:
+        for known in folders.files(kind):
+            if PurePosixPath(known).name.casefold() == wanted.casefold():
+                raise TakenNameError(f"there is a file {wanted} in the model folders already; rename the other one")
+    return wanted
+
+
+@question
+def add_model(folders: Folders, *, file: str, temporary: str) -> AddedModel:
+    """Move a sent file into the folder for what it holds. Raises ModelError if that is not known, and as
+    `check_model_name`.
+    """
+    name, path = check_model_name(folders, file=file), Path(temporary)
+    named = path.with_name(name)  # its suffix names the format
+    path.rename(named)
+    try:
+        found = recognised_file(named, "uploads")
+        if found.fault:
+            raise ModelError(
+                f"{name} cannot be used, {found.fault}; send a checkpoint, a denoiser, an encoder or a VAE"
+            )
+        kind = _kind_of(found)
+        target = ensure_folder(folders.roots(kind)[0]) / name
+        shutil.move(named, target)
+    finally:
+        named.unlink(missing_ok=True)
+    return AddedModel(file=name, place=f"models/{kind}", model=model_name(folders, target) if found.family else "")
+
+
+_KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
+_SENT = ("safetensors", "sft", "gguf")
+
+
+def _kind_of(found: FoundFile) -> str:
+    """The kind of folder for a file."""
+    if found.family is not None:
+        return MODEL_FOLDERS[0 if found.parts else 1]
+    if found.autoencoder is not None:
+        return VAE_FOLDERS[0]
+    return ENCODER_FOLDERS[ENCODERS[str(found.encoder)].title.startswith("image")]
+
+
+def _wanted(folders: Folders, kind: str, name: str) -> tuple[str, list[HubFile]]:
+    if kind == "release":
+        found = wanted_files(folders, name)
+        title, files = found.release.title, [one.hub for one in found.missing]
+    elif kind == "captioner":
+        files = captioner_files(folders, name)
+        title = CAPTIONER_RELEASES[name].title
+    else:
+        model = next((one for one in listed_models(folders).models if model_name(folders, one.path) == name), None)
+        if model is None:
+            raise ModelError(f"there is no model {name!r} in the model folders; choose one of the list")
+        title, files = f"Parts of {model.path.name}", parts_on_hub(folders, model)
+    if not files:
+        raise OptionError(f"nothing of {name} is missing that the hub is known to have; look at the list again")
+    return title, files
+
+
+def _row(one: ShelfModel) -> ShelfRow:
+    release = one.release
+    return ShelfRow(
+        name=release.name,
+        title=release.title,
+        family=one.family.title,
+        about=release.about,
+        licence=release.licence,
+        card=f"https://huggingface.co/{release.card}",
+        gated=release.is_gated,
+        files=tuple(
+            ShelfFileRow(
+                part=file.component,
+                file=file.hub.path.name,
+                size_bytes=int(file.gigabytes * 1e9),
+                kept_bytes=file.hub.kept_bytes,
+                found=file.found is not None,
+            )
+            for file in one.files
+        ),
+    )
+
+
+def _folder(folders: Folders, file: HubFile) -> str:
+    folder, base = file.path.parent, folders.base
+    return folder.relative_to(base).as_posix() if folder.is_relative_to(base) else str(folder)

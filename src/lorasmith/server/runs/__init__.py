@@ -1,0 +1,1 @@
+"""Runs: their list, reports, results and pictures."""

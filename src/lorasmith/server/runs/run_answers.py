@@ -1,0 +1,293 @@
+"""Questions about a run: its report as data and as a page, its files and LoRAs; the list is in `run_list_answers`.
+
+Runs are in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id is its
+folder relative to the base folder, such as `runs/dog-001`. Runs of two experts of a model share a folder, such as
+`runs/dog-001/high_noise`, and so do those of a sweep, which are in its list alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.files import Stamp, is_regular, stamp_of
+from lorasmith.core.folders import BUILT_IN_BASE, Folders
+from lorasmith.core.options import options_of
+from lorasmith.core.printable import count_text
+from lorasmith.evaluation.evaluation_record import EVALUATION, Evaluation, read_evaluation
+from lorasmith.formats.metadata import sha256_file
+from lorasmith.report.contact_sheet import pair_stems
+from lorasmith.report.pictures import thinned
+from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
+from lorasmith.runs.evaluate import candidates_of, plain_sentence
+from lorasmith.runs.run_images import images_in, left_out_in, subject_words, thumbnail_of
+from lorasmith.runs.run_log import LoggedRun, followed, view_of_log
+from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView, preview_file
+from lorasmith.server.datasets.dataset_answers import UnknownFileError, is_name, stays_in
+from lorasmith.server.datasets.dataset_shapes import SkippedFile
+from lorasmith.server.questions import question
+from lorasmith.server.runs.run_list_answers import row_of, run_folder_of
+from lorasmith.server.runs.run_shapes import (
+    LikenessFacts,
+    LoraFacts,
+    PairFacts,
+    PictureAdvice,
+    PreviewFacts,
+    RecommendedLora,
+    RunAnswer,
+    RunNote,
+    RunPicture,
+    RunSetting,
+    SavedLora,
+    ValidationFacts,
+)
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Outcome
+from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.run_folder import RunFolder
+
+_POINTS, _FILES = 2000, 2000
+
+
+@question
+def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> RunAnswer:
+    """A run with the data of its report; `jobs` as in `runs`. Raises UnknownFileError and TrainingError."""
+    with followed(run_folder_of(folders, id)) as found:
+        return _answer(folders, id, found, jobs or {})
+
+
+def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) -> RunAnswer:
+    folder, record, view, report = run.folder, run.record, run.view, report_of(run)
+    row = row_of(id, folder, jobs)
+    points = [one for one in view.points if math.isfinite(one.loss)]
+    rates = [(one.step, one.rate) for one in view.points if math.isfinite(one.rate)]
+    best = view.best
+    saves = list(saves_of(folder, record))
+    return RunAnswer(
+        **vars(row),
+        status=report.status,
+        mood=report.mood,
+        settings=(*(RunSetting(**vars(one)) for one in report.settings), *_data_settings(record)),
+        changed=_changed(record),
+        trigger=_text(record.source.get("trigger")),
+        subject=subject_words(record),
+        losses=tuple((one.step, one.loss) for one in thinned(points, _POINTS)),
+        smooth=tuple((one.step, one.mean) for one in thinned(points, _POINTS)),
+        rates=tuple(thinned(rates, _POINTS)),
+        validations=tuple(
+            ValidationFacts(
+                step=one.step, loss=one.loss, base_loss=one.base_loss, low=one.low, high=one.high, best=one is best
+            )
+            for one in view.validations
+        ),
+        base_loss=report.curves.base_loss,
+        likenesses=tuple(
+            LikenessFacts(step=one.step, likeness=one.likeness, own=one.own, adherence=one.adherence)
+            for one in view.likenesses
+        ),
+        previews=tuple(_previews(folder, view)),
+        pairs=tuple(_pairs(folder, max((len(one.prompts) for one in view.previews.values()), default=0))),
+        images=tuple(_pictures(run, report)),
+        advice=tuple(
+            PictureAdvice(
+                file=one.name, finding=one.finding, reason=one.reason, remedy=one.remedy, drawn_less=one.drawn_less
+            )
+            for one in report.advice.images
+        ),
+        advice_summary=report.advice.summary,
+        left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
+        lora=_lora(folders, folder, record),
+        saves=tuple(saves),
+        recommended=_recommended(run),
+        best_step=None if best is None else best.step,
+        verdict=report.verdict,
+        facts=dict(report.facts),
+        sentences=tuple(filter(None, (report.verdict, report.summary))),
+        notes=tuple(RunNote(kind=kind, message=text, step=step) for kind, text, step in report.notes),
+        use=dict(report.programs),
+        command=report.commands.get("Repeat the run", ""),
+        commands=dict(report.commands),
+        files=tuple(_files(folder)),
+        folder=str(folder),
+        is_trainable_on=is_trainable_on(run),
+        dataset=_dataset(folders, record),
+    )
+
+
+@question
+def run_file(folders: Folders, id: str, path: str) -> str:
+    """The path of a file in a run folder; links out of it are refused. Raises UnknownFileError."""
+    folder = run_folder_of(folders, id)
+    found = folder / path
+    if not all(map(is_name, path.split("/"))) or not is_regular(found) or not is_own(found, folder):
+        raise UnknownFileError(f"there is no file {path!r} in {id}; choose one of its list")
+    return str(found.resolve())
+
+
+@question
+def run_view(folders: Folders, id: str, *, is_begun: bool = True) -> dict[str, Any]:
+    """The `RunView` of a run's log, which need not exist yet; `is_begun` as in `run_folder_of`."""
+    return {**view_of_log(run_folder_of(folders, id, is_begun=is_begun)), "run": id}
+
+
+@question
+def run_page(folders: Folders, id: str) -> bytes:
+    """The report of a run as HTML, made again from its records: the one in its folder is untrusted."""
+    with followed(run_folder_of(folders, id)) as found:
+        report = report_of(found)
+    return run_report(report).encode("utf-8", "backslashreplace")
+
+
+def _previews(folder: Path, view: RunView) -> Iterator[PreviewFacts]:
+    """The existing pictures of the last preview of each step and strength."""
+    for _, event in sorted(view.previews.items()):
+        for number, (prompt, path) in enumerate(zip(event.prompts, event.paths, strict=False), start=1):
+            file = preview_file(path)
+            if is_own(folder / file, folder):
+                yield PreviewFacts(step=event.step, strength=event.strength, prompt=prompt, number=number, file=file)
+
+
+def _pairs(folder: Path, prompts: int) -> Iterator[PairFacts]:
+    """What the prompts of previews edit, and what was trained of it."""
+    for stem in pair_stems(folder / "samples"):
+        for number in range(1, prompts + 1):
+            file = f"samples/{stem}-{number}.png"
+            if is_own(folder / file, folder):
+                yield PairFacts(title=stem.replace("-", " "), number=number, file=file)
+
+
+def _pictures(run: LoggedRun, report: RunReport) -> Iterator[RunPicture]:
+    standings = {one.name: one.standing for one in report.images if one.standing != UNJUDGED}
+    for index, image in enumerate(images_in(run.record.data)):
+        small = thumbnail_of(Path(), index).as_posix()
+        yield RunPicture(
+            file=image.name,
+            caption=image.caption,
+            use=image.use,
+            thumbnail=small if is_own(run.folder / small, run.folder) else None,
+            standing=standings.get(image.name, ""),
+            controls=image.controls,
+        )
+
+
+def _lora(folders: Folders, folder: Path, record: RunRecord) -> LoraFacts | None:
+    path = lora_of_run(folder, record)
+    if path is None:
+        return None
+    return LoraFacts(file=path.name, bytes=path.stat().st_size, installed=_installed(folders, path))
+
+
+def _recommended(run: LoggedRun) -> RecommendedLora | None:
+    """The LoRA that an evaluation recommends, else the last one."""
+    view = run.view
+    if (path := lora_of_run(run.folder, run.record)) is None:
+        return None
+    saves = candidates_of(run.folder, run.record.title)
+    found = evaluation_of(run.folder)
+    best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best].file
+    chosen = next((one for one in saves if one.path.name == best), None)
+    if found is None:
+        sentence = f"{_ENDS[view.outcome]} after {count_text(view.step, 'step')}; use the last one."
+    else:
+        sentence = plain_sentence(found)
+    return RecommendedLora(
+        sentence=sentence,
+        is_judged=chosen is not None,
+        step=view.step if chosen is None else chosen.step,
+        file=path.name if chosen is None else chosen.path.name,
+        bytes=(path if chosen is None else chosen.path).stat().st_size,
+    )
+
+
+_ENDS = {
+    None: "Interrupted",
+    Outcome.FINISHED: "Finished",
+    Outcome.STOPPED: "Stopped early",
+    Outcome.CANCELLED: "Stopped",
+    Outcome.FAILED: "Failed",
+}
+
+
+def evaluation_of(run: Path) -> Evaluation | None:
+    """The stored evaluation of a run's LoRAs."""
+    folder = run / EVALUATION
+    return read_evaluation(folder) if stays_in(folder, run.resolve()) else None
+
+
+def _installed(folders: Folders, lora: Path) -> str | None:
+    """The name in models/loras of a copy of a LoRA."""
+    parent, size = folders.base / "models" / "loras", lora.stat().st_size
+    alike = [one for one in sorted(parent.glob("*.safetensors")) if is_regular(one) and one.stat().st_size == size]
+    return next((one.name for one in alike if digest_of(one) == digest_of(lora)), None)
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of the files in a run folder, except hidden and linked ones."""
+    found = []
+    for parent, inner, names in os.walk(folder):
+        inner[:] = sorted(one for one in inner if not one.startswith("."))
+        paths = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        found += [path.relative_to(folder).as_posix() for path in paths if is_own(path, folder)]
+        if len(found) >= _FILES:
+            break
+    return found[:_FILES]
+
+
+def _dataset(folders: Folders, record: RunRecord) -> str | None:
+    try:
+        path = Path(RunSpec.from_record(record.source, {}).folder)
+    except ValueError:
+        return None
+    roots = (folders.place("input"), folders.place("input").resolve(), BUILT_IN_BASE / "input")
+    return path.name if path.parent in roots else None
+
+
+def _data_settings(record: RunRecord) -> Sequence[RunSetting]:
+    try:
+        data = RunSpec.from_record(record.source, {}).data
+    except ValueError:
+        return ()
+    return [
+        RunSetting(name=name, value=getattr(data, name), default=one.default, help=one.help, group=one.group)
+        for name, one in options_of(type(data)).items()
+    ]
+
+
+def _changed(record: RunRecord) -> dict[str, Any]:
+    known = options_of(TrainConfig)
+    asked = {name: one for name, one in record.asked.items() if name in known and one != known[name].default}
+    data = {one.name: one.value for one in _data_settings(record) if one.value != one.default}
+    return {**data, **asked}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
+    """The saved LoRAs of a run, ordered by step."""
+    for path, step in loras_of_run(folder, record.title):
+        best = path.stem == f"{record.title}-best"
+        yield SavedLora(step=step, file=path.name, bytes=path.stat().st_size, best=best)
+
+
+def is_trainable_on(run: LoggedRun) -> bool:
+    """Whether a longer run can continue from the end of a run."""
+    is_complete = run.view.outcome is not None and run.view.outcome.is_final
+    return is_complete and run.record.source.get("command") == "train" and bool(RunFolder(run.folder).states().paths())
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, cached until it changes."""
+    return _digest_once(str(path), stamp_of(path))
+
+
+@functools.lru_cache(maxsize=1000)
+def _digest_once(path: str, stamp: Stamp) -> str:
+    return sha256_file(Path(path))

@@ -1,0 +1,149 @@
+"""What is drawn with the LoRAs of a run: its evaluation, its gallery, a card to share; and the LoRA to use."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import Folders
+from lorasmith.data.clips import open_still
+from lorasmith.evaluation.evaluation_record import EVALUATION
+from lorasmith.evaluation.likeness import check_installed
+from lorasmith.evaluation.wishes import BUILT_IN_KINDS, KINDS, asked_with
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.report.pictures import thinned
+from lorasmith.report.share_card import MOST_PROMPTS, WIDTH, share_card
+from lorasmith.runs.evaluate import STRENGTHS, candidates_of, subject_of
+from lorasmith.runs.gallery import MOST_STEPS, read_grids
+from lorasmith.runs.run_images import subject_words
+from lorasmith.runs.run_log import followed
+from lorasmith.runs.run_page import is_own
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import preview_file
+from lorasmith.server.questions import question
+from lorasmith.server.runs.run_answers import evaluation_of
+from lorasmith.server.runs.run_list_answers import run_folder_of
+from lorasmith.server.runs.run_result_answers import drawing_of, drawn_with
+from lorasmith.server.runs.run_shapes import EvaluationAnswer, GalleryAnswer
+from lorasmith.training.storage.records import read_record
+
+_MOST_WISH = 1_000  # characters
+
+
+@question
+def run_evaluation(folders: Folders, id: str) -> EvaluationAnswer:
+    """The stored evaluation of the LoRAs of a run. Raises UnknownFileError."""
+    folder = run_folder_of(folders, id)
+    subject = subject_words(read_record(folder))
+    return EvaluationAnswer(evaluation=evaluation_of(folder), folder=EVALUATION, subject=subject)
+
+
+@question
+def evaluation_request(folders: Folders, id: str, *, subject: str = "") -> dict[str, Any]:
+    """The request of a job that evaluates the LoRAs of a run. Raises as `drawing_facts`, and OptionError if neither it
+    nor `subject` says what to draw, or the extra `likeness` is missing.
+    """
+    check_installed()
+    _check_length("a subject", subject)
+    folder, spec, model = drawn_with(folders, id)
+    if model.control_form is not None and model.control_form.is_required:
+        raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
+    subject_of([folder], trigger=subject.strip() or None)
+    return {"run": id, "model": spec.model, "files": asdict(spec.files), "subject": subject.strip()}
+
+
+@question
+def run_gallery(folders: Folders, id: str) -> GalleryAnswer:
+    """The gallery of a run. Raises UnknownFileError, and as `drawing_facts`."""
+    folder, spec, _ = drawn_with(folders, id)
+    steps = tuple(step for step, _ in _drawn_steps(folder))
+    return GalleryAnswer(
+        kinds=dict(BUILT_IN_KINDS if spec.model == BUILT_IN else KINDS),
+        steps=steps,
+        strengths=_strengths(spec),
+        grids=read_grids(folder),
+        subject=subject_words(read_record(folder)),
+    )
+
+
+@question
+def grid_request(folders: Folders, id: str, *, wish: str, subject: str = "") -> dict[str, Any]:
+    """The request of a job that draws a grid, of `subject` where the run has none. Raises as `drawing_facts`, and
+    OptionError for a wish that is empty or too long, and for models that draw from pictures.
+    """
+    _check_length("a wish", wish, least=1)
+    _check_length("a subject", subject)
+    folder, spec, model = drawn_with(folders, id)
+    if model.control_form is not None and model.control_form.is_required:
+        raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; try its LoRA on one of them")
+    trigger = subject_words(read_record(folder)) or subject.strip()
+    return {
+        **drawing_of(id, spec, model),
+        "wish": wish.strip(),
+        "text": asked_with(trigger, wish.strip()) if trigger else wish.strip(),
+        "loras": [[step, name] for step, name in _drawn_steps(folder)],
+        "strengths": list(_strengths(spec)),
+    }
+
+
+@question
+def run_card(folders: Folders, id: str) -> bytes:
+    """A PNG file to share, with pictures of the recommended LoRA, else with the last previews. It names no path.
+
+    Raises UnknownFileError, and OptionError if nothing was drawn.
+    """
+    folder = run_folder_of(folders, id)
+    record = read_record(folder)
+    step, rows = _shown(folder)
+    if not rows:
+        raise OptionError(f"{id} has no pictures with its LoRA and without it; draw previews or evaluate it")
+    trigger = record.source.get("trigger")
+    title = trigger if isinstance(trigger, str) and trigger else record.title or folder.name
+    model = record.model.name.replace("\\", "/").rsplit("/", 1)[-1]
+    facts = ["Strength 1", *([f"step {step:,}"] if step else []), *([model] if model else [])]
+    return share_card(rows, title=title, facts=" · ".join(facts))
+
+
+def _check_length(what: str, text: str, least: int = 0) -> None:
+    if not least <= len(text.strip()) <= _MOST_WISH:
+        between = f"between {least} and {_MOST_WISH:,} characters"
+        raise OptionError(f"{what} must have {between}, got {len(text):,}; change it")
+
+
+def _drawn_steps(folder: Path) -> list[tuple[int, str]]:
+    """Steps and files of the LoRAs that are drawn in a grid."""
+    saves = [one for one in candidates_of(folder, read_record(folder).title) if one.step is not None]
+    return [(one.step or 0, one.path.name) for one in thinned(saves, MOST_STEPS)]
+
+
+def _strengths(spec: RunSpec) -> tuple[float, ...]:
+    return spec.config.consequences().strengths or STRENGTHS
+
+
+def _shown(folder: Path) -> tuple[int | None, list[tuple[str, Image.Image, Image.Image]]]:
+    """The step of the LoRA that is shown, and its pictures beside those of the base model, by prompt."""
+    found = evaluation_of(folder)
+    best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best]
+    if found is not None and best is not None:
+        step, files = best.step, list(zip(found.prompts, found.base, best.pictures, strict=True))
+        named = [(prompt, f"{EVALUATION}/{base}", f"{EVALUATION}/{tuned}") for prompt, base, tuned in files]
+    else:
+        with followed(folder) as run:
+            previews = sorted(run.view.previews.items())
+        bases = [event for (_, strength), event in previews if strength == 0]
+        tuned_events = [event for (_, strength), event in previews if strength == 1]
+        if not bases or not tuned_events:
+            return None, []
+        step, prompts = tuned_events[-1].step, tuned_events[-1].prompts
+        rows = zip(prompts, bases[-1].paths, tuned_events[-1].paths, strict=False)
+        named = [(prompt, preview_file(base), preview_file(tuned)) for prompt, base, tuned in rows]
+    own = [one for one in named if is_own(folder / one[1], folder) and is_own(folder / one[2], folder)][:MOST_PROMPTS]
+    return step, [(prompt, _opened(folder / base), _opened(folder / tuned)) for prompt, base, tuned in own]
+
+
+def _opened(path: Path) -> Image.Image:
+    return open_still(path, WIDTH)
