@@ -16,7 +16,7 @@ from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.slots import EncoderSlot, HubFolder
 from lorasmith.runs import shelf
-from lorasmith.server import downloads as server_downloads
+from lorasmith.server.models import downloads as server_downloads
 from tests.fake_hub import FakeHub, hub
 from tests.families.flux_parts import comfyui_folder
 from tests.server.api_server import Client, with_api

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lorasmith.runs import supervisor
-from lorasmith.server import downloads, event_streams
+from lorasmith.server import event_streams
+from lorasmith.server.models import downloads
 from tests.launched import LONG_S
 from tests.server.pages.served_page import ServedPage
 from tools.browsing import chromium, opened_browser
