@@ -29,24 +29,25 @@ Cell = dict[str, Any]
 _INTRODUCTION = """\
 # Which program applies what
 
-Every kind of LoRA that Lorasmith writes, in every layout, loaded by each program with its own code into the same random
-model, and measured: how many of the modules that the program finds in the file (or, for diffusers, PEFT and our own
-loader, in the model) it applied, and by how much the answer of the denoiser differs from ours. A LoRA is applied
-completely if all modules are and the answers differ by less than a thousandth. All numbers are in
-[load_matrix.json](../tests/golden/load_matrix.json); `python tests/peers/matrix_page.py sdxl` prints those of a family.
+The tables show which program applies which LoRA file completely. Every kind of LoRA that Lorasmith writes, in every layout,
+was loaded by each program with its own code into the same random model. Two things were measured: how many of the modules
+in the file (or, for diffusers, PEFT and our own loader, in the model) it applied, and how far the output of the denoiser
+differs from ours. A LoRA is applied completely if all modules are and the outputs differ by less than a thousandth. All
+numbers are in [load_matrix.json](../tests/golden/load_matrix.json); `python tests/peers/matrix_page.py sdxl` prints those of
+a family.
 
-- **portable** is what Lorasmith writes when nothing is said.
-- A dash: the program has no way to open this layout, or no model of the family. PEFT reads its own folders alone.
+- **portable** is the default layout.
+- A dash: the program cannot open this layout, or has no model of the family. PEFT reads only its own folders.
 - sd-scripts is its own network (`networks.lora`, `lora_flux`, `lora_sd3`, `lora_lumina`, `lora_anima`); it loads the
   other algorithms with LyCORIS.
 - ai-toolkit: original names after `diffusion_model.`, and diffusers' names for Z-Image.
 - Flux and Chroma: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of
-  them, and ComfyUI's of Lumina 2, at the real width alone and is measured there, on one block of each kind.
+  them, and ComfyUI's of Lumina 2, only at the real width. There it is measured on one block of each kind.
 - The newer transformers are measured on small models of narrow widths, which ComfyUI is made to accept. Their fused
-  layers count as one as well. Of these, sd-scripts has Stable Diffusion 3.5, Anima, Lumina 2 and Chroma alone; its
+  layers count as one as well. Of these, sd-scripts has only Stable Diffusion 3.5, Anima, Lumina 2 and Chroma. Its
   sister project musubi-tuner was not measured.
 
-`lorasmith check` and `lorasmith convert` warn of what is below the full count here.
+`lorasmith check` and `lorasmith convert` warn of combinations below the full count.
 """
 
 
