@@ -29,12 +29,13 @@ Cell = dict[str, Any]
 _INTRODUCTION = """\
 # Which program applies what
 
-The tables show which program applies which LoRA file completely. Every kind of LoRA that Lorasmith writes, in every
-layout, was loaded by each program with its own code into the same random model. Two things were measured: how many of
-the modules in the file (or, for diffusers, PEFT and our own loader, in the model) it applied, and how far the output of the
-denoiser differs from ours. A LoRA is applied completely if all modules are and the outputs differ by less than a
-thousandth. All numbers are in [load_matrix.json](../tests/golden/load_matrix.json);
-`python tests/peers/matrix_page.py sdxl` prints those of a family.
+The tables show which program applies which LoRA file completely. Every kind of LoRA that Lorasmith writes, in
+every layout, was loaded by each program with its own code into the same random model. Two things were measured:
+how many of the modules in the file (or, for diffusers, PEFT and our own loader, in the model) it applied, and
+how far the output of the denoiser differs from ours. A LoRA is applied completely if all modules are and the
+outputs differ by less than a thousandth. All numbers are in
+[load_matrix.json](../tests/golden/load_matrix.json); `python tests/peers/matrix_page.py sdxl` prints those of a
+family.
 
 - **portable** is the default layout.
 - A dash: the program cannot open this layout, or has no model of the family. PEFT reads only its own folders.
