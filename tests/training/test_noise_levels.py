@@ -80,15 +80,6 @@ def test_a_file_named_after_an_expert_is_trained_on_its_range(tiny: Model) -> No
     assert plan_job(replace(high, path=None).denoiser, TrainConfig(rank=2)).config.noise_range == (0.0, 1.0)
 
 
-@pytest.mark.slow
-def test_a_batch_of_four_is_four_of_one(run: Run, dataset: EncodedDataset) -> None:
-    settings = {"noise_offset": 0.1, "loss_weighting": "min_snr", "timestep_shift": 2.0, "steps": 3}
-    together = run(dataset, batch_size=4, **settings)
-    apart = run(dataset, batch_size=1, grad_accumulation_steps=4, **settings)
-
-    assert together.losses == pytest.approx(apart.losses, rel=1e-4)
-
-
 def test_a_weighted_squared_error_is_the_same_in_both_objectives(run: Run, dataset: EncodedDataset) -> None:
     one, other = (
         run(dataset, loss_weighting="min_snr", objective=objective, batch_size=2).losses

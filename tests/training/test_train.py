@@ -19,7 +19,6 @@ from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.metadata import autov1, sha256_file
 from lorasmith.training import results
 from lorasmith.training.config import TrainConfig
@@ -88,32 +87,6 @@ def test_what_belongs_to_no_layer_of_the_denoiser_is_carried_along(
     saved = load_file(carried.lora.save(tmp_path / "c.safetensors"))
     for key, tensor in extra.items():
         assert torch.equal(saved[key], tensor), key
-
-
-def test_a_rank_above_a_layers_size_is_capped_and_said(run: Run, dataset: EncodedDataset) -> None:
-    events: list[object] = []
-    result = run(dataset, steps=1, rank=128, targets="all", on_event=events.append)
-    ranks = {ref.path: one.tensors["down"].shape[0] for ref, one in result.lora.state.adapters.items()}
-    assert ranks["conv_out"] == 4
-    assert ranks["conv_in"] == 36
-    notes = [event.message for event in events if isinstance(event, Warned)]
-    assert ["Rank 128" in note for note in notes] == [True, False]
-    assert notes[1].startswith("sd-scripts does not apply 4 modules, such as conv_in")
-
-
-@pytest.mark.slow
-def test_a_private_run_keeps_captions_to_its_folder(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    captions = {sample.conditioning.text for sample in dataset.samples} - {None, ""}
-    assert captions
-    result = run(dataset, output=tmp_path / "run", title="cat", trigger="sks cat", private=True)
-    header = read_safetensors(result.path)[1]
-    assert not [key for key, value in header.items() if any(caption in value for caption in captions)]
-    assert header["modelspec.trigger_phrase"] == "sks cat"
-    assert header["lorasmith.steps"] == "2"
-    assert "lorasmith.config" not in header
-    plain = run(dataset, output=tmp_path / "plain", title="cat", trigger="sks cat")
-    assert "ss_tag_frequency" in read_safetensors(plain.path)[1]
-    assert json.loads(read_safetensors(plain.path)[1]["ss_bucket_info"])["buckets"]
 
 
 def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
@@ -198,27 +171,6 @@ def test_bad_settings_are_refused_in_a_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_combo_values_are_accepted_whatever_their_case(run: Run, dataset: EncodedDataset) -> None:
-    result = run(dataset, steps=1, algorithm="lora", optimizer="adamw", loss_function="mse")
-    assert len(result.losses) == 1
-
-
-@pytest.mark.parametrize("zero", ["up", "down"])
-def test_the_factor_that_starts_at_zero(run: Run, dataset: EncodedDataset, zero: str) -> None:
-    # A rate too small to move anything leaves the LoRA at its start.
-    result = run(dataset, steps=1, learning_rate=1e-7, optimizer="SGD", zero_init=zero)
-    other = {"up": "down", "down": "up"}[zero]
-    for one in result.lora.state.adapters.values():
-        assert one.tensors[zero].abs().max() < 1e-6
-        assert one.tensors[other].abs().max() > 1e-2
-
-
-def test_x0_objective_and_timesteps_change_the_loss(run: Run, dataset: EncodedDataset) -> None:
-    plain = run(dataset, steps=1).losses
-    assert run(dataset, steps=1, objective="x0").losses != plain
-    assert run(dataset, steps=1, timesteps="logit_normal").losses != plain
-
-
 @pytest.mark.slow
 def test_diffusers_applies_the_saved_lora_module_for_module(
     run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
@@ -246,21 +198,6 @@ def test_diffusers_applies_the_saved_lora_module_for_module(
         plain = tiny.denoiser.predict(x, time, type(dataset.samples[0].conditioning)({"context": context}))
     assert (ours - theirs).norm() / theirs.norm() < 1e-4
     assert (ours - plain).norm() / plain.norm() > 1e-2
-
-
-@pytest.mark.slow
-def test_strength_zero_is_the_model_itself_and_bypass_gives_the_same(
-    run: Run, dataset: EncodedDataset, tiny: Model
-) -> None:
-    lora: Lora = run(dataset, steps=10, targets="all", learning_rate=1e-2).lora
-    assert lora.applied_to(tiny.denoiser, strength=0) == tiny.denoiser
-    conditioning = dataset.samples[0].conditioning
-    outputs = []
-    for bypass in (False, True):
-        denoiser = lora.applied_to(tiny.denoiser, strength=-1.5, bypass=bypass)
-        with torch.no_grad(), denoiser.active():
-            outputs.append(denoiser.predict(torch.ones(1, 4, 8, 8), torch.tensor([300.0]), conditioning))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
 
 
 def test_the_models_own_rate_goes_down_from_twice_its_value_and_a_given_one_stays(tiny: Model) -> None:

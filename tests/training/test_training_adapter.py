@@ -105,18 +105,6 @@ def test_a_lora_of_another_family_is_refused(run: Run, dataset: EncodedDataset, 
         run(dataset, steps=1, training_adapter=str(tmp_path / "flux.safetensors"))
 
 
-def test_a_lora_of_text_encoders_alone_is_refused(
-    run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
-) -> None:
-    path = "text_model.encoder.layers.0.self_attn.q_proj"
-    width = tiny.components.text_encoders["text_encoder"].config.hidden_size
-    tensors = {"down": torch.ones(2, width), "up": torch.ones(width, 2)}
-    state = AdapterState({ModuleRef("text_encoder", path): AdapterWeights("lora", tensors, alpha=2.0)})
-    file = Lora(state, tiny.names, torch.float32).save(tmp_path / "text.safetensors")
-    with pytest.raises(LoraError, match="must have layers of the denoiser"):
-        run(dataset, steps=1, training_adapter=str(file))
-
-
 def test_no_file_is_spelled_as_in_lists() -> None:
     assert TrainConfig(training_adapter=NONE_LORA).training_adapter is None
 

@@ -93,10 +93,6 @@ def test_a_run_that_is_no_better_than_the_base_model_is_called_so(
     assert history(curve(np.arange(12.0)), spread=0.02).verdict == verdict
 
 
-def test_a_bad_start_alone_condemns_no_learning_rate() -> None:
-    assert history(np.array([1.2])).verdict == "no better than the base model so far"
-
-
 def test_few_images_are_said_to_be_few() -> None:
     curve = 0.9 - 0.05 * np.arange(6)
     assert history(curve, images=1).verdict == "still learning (on 1 held-out image alone)"

@@ -43,15 +43,6 @@ def test_no_bit_changes(tiny: Model, dataset: EncodedDataset, algorithm: str) ->
         assert_same(one_step(tiny, dataset, {"activations": kind}, **settings), expected)
 
 
-@pytest.mark.slow_after(2)
-@pytest.mark.pairwise(kind=SPARING, dtype=["fp32", "bf16"], depth=[0, 1])
-def test_no_bit_changes_in_a_transformer(flux: Model, kind: str, dtype: str, depth: int) -> None:
-    data = flux_dataset()
-    expected = one_step(flux, data, training_dtype=dtype, targets="all")
-    changes = {"activations": kind, "checkpoint_depth": depth}
-    assert_same(one_step(flux, data, changes, training_dtype=dtype, targets="all"), expected)
-
-
 def kept_bytes(model: Model, data: EncodedDataset, kind: str) -> int:
     """Bytes that are kept from a forward pass for its backward pass, weights aside."""
     job = planned(model, targets="attention+ff", activations=kind)

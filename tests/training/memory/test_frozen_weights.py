@@ -40,7 +40,6 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.activations import blocks_checkpointed
@@ -48,7 +47,6 @@ from lorasmith.training.results import TrainResult
 from lorasmith.training.trainable import trainable
 from tests.covering import slow_except
 
-QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
 LAYERS = "attention, *.conv1"
 Run = Callable[..., TrainResult]
 
@@ -307,43 +305,11 @@ def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
     assert sum(sizes) <= 0.5625 * numbers + 36 * len(layers)
 
 
-@pytest.mark.parametrize("kind", slow_except(QUANTIZED, "fp8_e4m3"))
-def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedDataset, tiny: Model, kind: str) -> None:
-    before = fingerprint(tiny)
-    run(dataset, steps=2, quantization=kind, training_dtype="bf16", gradient_checkpointing=True, targets="all")
-
-    def explode(event: object) -> None:
-        raise RuntimeError("a bug")
-
-    with (
-        pytest.raises(RuntimeError, match="a bug"),
-        weights_packed(tiny.components.denoiser, kind=kind, device=CPU, dtype=torch.float32, stream=WeightStream(CPU)),
-    ):
-        explode(None)
-    after = fingerprint(tiny)
-    assert before[:2] == after[:2]
-    assert_same(before[2], after[2])
-    assert not any("weight_source" in vars(module) for module in tiny.components.denoiser.modules())
-
-
 def test_it_says_what_share_is_quantized(tiny: Model) -> None:
     notes = planned(tiny, quantization="int8").notes
     assert any(
         text.startswith("quantization int8 applies to 9") and "% of the frozen weights" in text for text in notes
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bypass", slow_except([False, True], True))
-def test_loras_below_and_differences_train_on_quantized_weights_too(
-    tiny: Model, run: Run, dataset: EncodedDataset, bypass: bool
-) -> None:
-    below = run(dataset, steps=8, learning_rate=1e-2).lora.applied_to(tiny.denoiser, bypass=bypass)
-    settings: dict[str, Any] = {"steps": 2, "rank": 4, "training_dtype": "fp32", "seed": 3, "targets": "attention"}
-    settings |= {"differences": "norms+biases", "rank_dropout": 0.5}
-    plain, coarse = (train(below, dataset, quantization=kind, **settings) for kind in ("none", "int8"))
-    assert coarse.losses != plain.losses
-    assert coarse.losses == pytest.approx(plain.losses, rel=0.01)
 
 
 class Block(nn.Module):

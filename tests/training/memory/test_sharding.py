@@ -19,24 +19,21 @@ from lever_cases import flux_dataset, planned
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformer_models import TINY, Case
 
-from lorasmith.adapters.frozen_layer import cast_weights, packable_layers
+from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.core.processes import Processes, current
+from lorasmith.core.processes import Processes
 from lorasmith.core.quantization import packed
-from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.loading import load_model
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training import engine as engines
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
-from lorasmith.training.events import Event, Planned, Validated, Warned
+from lorasmith.training.events import Event, Validated, Warned
 from lorasmith.training.job import engine_of
-from lorasmith.training.memory import compilation, memory_plan, sharding
+from lorasmith.training.memory import compilation, sharding
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 from tests.training.processes_together import outcomes_together, processes_together
@@ -124,34 +121,6 @@ def test_a_run_is_that_without_sharding(tiny: Model, mixed: EncodedDataset, name
     assert len(held_out[0]) == (2 if "validate_every" in CASES[name] else 0)
 
 
-@pytest.fixture(scope="module", params=TINY)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case.of(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def four(case: Case) -> EncodedDataset:
-    """Pictures with captions of different length, and one of another size."""
-    model = case.ours
-    with model.text_encoder.active():
-        captions = [model.text_encoder.encode(text) for text in ("a fox", "a bus", "a penguin, " * 20, "")]
-    shapes = [model.components.latent.shape(64, 64)] * 3 + [model.components.latent.shape(64, 96)]
-    return EncodedDataset(
-        tuple(
-            Sample(models.seeded(f"latents {index}", shape, seed=0), caption, f"{index}.png")
-            for index, (caption, shape) in enumerate(zip(captions, shapes, strict=True))
-        )
-    )
-
-
-@pytest.mark.slow
-def test_a_run_of_each_family(case: Case, four: EncodedDataset) -> None:
-    levers = {"gradient_checkpointing": True, "quantization": "int8"}
-    for settings in ({}, levers):
-        plain, sharded = both(case.ours, four, **settings, learning_rate=1e-3)
-        assert_alike(plain, sharded)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "backend"), [("none", "aot_eager"), ("nf4", "aot_eager"), ("int8", "inductor")])
 def test_compiled_blocks(flux: Model, monkeypatch: pytest.MonkeyPatch, kind: str, backend: str) -> None:
@@ -212,20 +181,6 @@ def test_all_processes_make_as_many_passes(tiny: Model, mixed: EncodedDataset) -
                 assert all(not batch.names and not batch.weights.any() for batch in padding)
                 counts.add(len(padding))
     assert counts > {0}
-
-
-@pytest.mark.slow
-def test_one_plan_for_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process with the least memory decides."""
-    monkeypatch.setattr(memory_plan, "free_memory", lambda *_: 1 if current().rank else 1 << 40)
-
-    def one(_: Processes) -> list[tuple[str, int]]:
-        _, _, events = trained(tiny, dataset, activations="auto", sharding=True, steps=1)
-        return [(event.activations, event.checkpoint_depth) for event in events if isinstance(event, Planned)]
-
-    first, second = processes_together(2, one)
-    assert first == second
-    assert first[0][1] > 0
 
 
 def failing(
@@ -303,15 +258,6 @@ def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDatase
         assert counts == [2, 4, 6]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "int8"])
-def test_a_checkpoint_that_is_packed(tiny: Model, dataset: EncodedDataset, tmp_path: Path, kind: str) -> None:
-    model = load_model(BUILT_IN)
-    cast_weights(model.components.denoiser, torch.float8_e4m3fn)
-    plain, sharded = both(model, dataset, quantization=kind)
-    assert_alike(plain, sharded)
-
-
 def test_it_does_not_go_with_offloading() -> None:
     with pytest.raises(OptionError, match="sharding and offloading are two places for frozen weights"):
         TrainConfig(sharding=True, offloading=True)
@@ -344,11 +290,6 @@ def launched(folder: Path, *flags: str) -> dict[str, Tensor]:
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         assert (found[name].float() - tensor.float()).norm() <= 2e-3 * (tensor.float().norm() + 1e-3)
-
-
-@pytest.mark.slow
-def test_the_command_line_shards(tmp_path: Path) -> None:
-    assert_close(launched(tmp_path, "--sharding"), launched(tmp_path))
 
 
 @pytest.mark.gpu

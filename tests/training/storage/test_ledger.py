@@ -119,12 +119,6 @@ def test_few_looks_say_nothing() -> None:
     assert math.isnan(unseen.relative)
 
 
-def test_an_image_that_was_never_drawn_has_a_record_too() -> None:
-    ledger = Ledger(["a.png", "b.png"])
-    ledger.add(1, [(0, 0.5, 1.0)])
-    assert [record.looks for record in ledger.images()] == [1, 0]
-
-
 def test_repeats_are_one_image() -> None:
     ledger = Ledger(["a.png", "b.png", "a.png"])
     ledger.add(1, [(0, 0.1, 1.0), (1, 0.1, 1.0), (2, 0.1, 1.0)])

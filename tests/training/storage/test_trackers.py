@@ -162,18 +162,6 @@ def test_a_warning_that_comes_back_to_the_tracker_goes_nowhere() -> None:
     assert len(said) == 1
 
 
-def test_a_failure_at_the_end_is_said_too() -> None:
-    class Stuck(Logs):
-        def finish(self) -> None:
-            raise TimeoutError
-
-    said: list[Event] = []
-    Tracker(Stuck(), "TensorBoard", said.append).close()
-    assert [event.message for event in said if isinstance(event, Warned)] == [
-        "TensorBoard failed (TimeoutError) and is disabled; training continues."
-    ]
-
-
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
