@@ -19,7 +19,8 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.options import options_of
 from lorasmith.report.pictures import Clip, PictureOrClip
-from lorasmith.runs.run_previews import STRENGTHS, PreviewProgram, RunPreviews
+from lorasmith.runs.preview_budget import PreviewProgram
+from lorasmith.runs.run_previews import STRENGTHS, RunPreviews
 from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError

@@ -21,7 +21,7 @@ from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model, TextEncoder, left_out
-from lorasmith.runs.run_previews import whole_program
+from lorasmith.runs.preview_budget import whole_program
 from lorasmith.sampling import generate as generating
 from lorasmith.sampling.generate import Sampling
 from lorasmith.training.config import TrainConfig

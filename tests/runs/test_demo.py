@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.runs.demo import demo_spec
-from lorasmith.runs.run_previews import whole_program
+from lorasmith.runs.preview_budget import whole_program
 
 
 def test_it_trains_on_the_pictures_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

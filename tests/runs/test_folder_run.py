@@ -16,7 +16,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import sha256_body
 from lorasmith.runs import run as running
-from lorasmith.runs import run_previews
+from lorasmith.runs import preview_budget
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import RunPlanned
@@ -153,7 +153,7 @@ def test_loras_on_the_way_are_kept_and_can_be_used(images: Path, tmp_path: Path)
 def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_previews, "_budget", lambda *_: math.inf)
+    monkeypatch.setattr(preview_budget, "_budget", lambda *_: math.inf)
     run(planned(images, tmp_path / "run", previews=None, preview_steps=2, trigger="sks cat", steps=2), Host())
     found = {path.name for path in (tmp_path / "run").rglob("*.png")}
     assert {"base-1.png", "step-000002-1.png", "cat.png", "cat.preview.png"} <= found

@@ -14,8 +14,9 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.presets import PRESETS, Preset
+from lorasmith.runs.preview_budget import PreviewProgram, loras_evaluated, program_within, unasked_program
 from lorasmith.runs.run import run
-from lorasmith.runs.run_previews import PreviewProgram, loras_evaluated, previews_of, program_within, unasked_program
+from lorasmith.runs.run_previews import previews_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, Warned
 from lorasmith.training.job import plan_job

@@ -16,8 +16,9 @@ from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs import run_previews as previewing
 from lorasmith.runs.library import train
+from lorasmith.runs.preview_budget import whole_program
 from lorasmith.runs.run import Host
-from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, previews_of, whole_program
+from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, previews_of
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig

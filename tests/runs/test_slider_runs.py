@@ -16,10 +16,10 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.runs.plan import plan
+from lorasmith.runs.preview_budget import whole_program
 from lorasmith.runs.recorded_run import Typed, read_run_file
 from lorasmith.runs.run import run
 from lorasmith.runs.run_page import previews_of
-from lorasmith.runs.run_previews import whole_program
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.sweep_file import read_sweep
 from lorasmith.runs.view import RunView

@@ -26,7 +26,7 @@ SETTINGS = options_of(TrainConfig)
 OTHER_CONCEPTS = {
     "families.forms.Defaults": "of a model, where the setting is open",
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
-    "runs.run_previews.PreviewProgram": "steps after which previews are drawn",
+    "runs.preview_budget.PreviewProgram": "steps after which previews are drawn",
     "runs.sweep_results.SweepEntry": "steps that a run has made so far",
     "report.sweep_page.ApartRun": "steps that a run has made so far",
     "server.jobs.job_shapes.SweepRunRow": "steps that a run has made so far",

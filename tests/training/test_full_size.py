@@ -70,7 +70,7 @@ import json, re, sys
 from pathlib import Path
 import lorasmith as ls, torch
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
+from lorasmith.families.conditionings import Conditioning
 peaks = {}
 def note(what):  # the peak of resident memory so far, files that are mapped included
     peaks[what] = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -30,8 +30,9 @@ from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.nodes import load_nodes
 from lorasmith.runs import drawing
 from lorasmith.runs.drawing import load_with_loras
+from lorasmith.runs.preview_budget import PreviewProgram
 from lorasmith.runs.run import Host
-from lorasmith.runs.run_previews import PreviewProgram, previews_of
+from lorasmith.runs.run_previews import previews_of
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import SamplingError
 from lorasmith.toolbox.merge import fold_into

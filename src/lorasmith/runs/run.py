@@ -19,16 +19,10 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
+from lorasmith.runs.preview_budget import check_likeness_stop, preview_program, whole_program
 from lorasmith.runs.run_images import keep_thumbnails
 from lorasmith.runs.run_page import write_report
-from lorasmith.runs.run_previews import (
-    RunPreviews,
-    check_likeness_stop,
-    draw_requested,
-    preview_program,
-    previews_of,
-    whole_program,
-)
+from lorasmith.runs.run_previews import RunPreviews, draw_requested, previews_of
 from lorasmith.runs.sidecars import check_sidecars, write_sidecars
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.previews import Partner

@@ -1,12 +1,4 @@
-"""Previews of a run: which pictures it draws, drawn during training, written to its folder and reported as events.
-
-Default previews are as many pictures as fit into a share of the run (`preview_share`, a tenth), or none; those of an
-edit model are of several pairs, if these fit, too. The cost of a run and of a picture is counted before the first step,
-in forward passes of the denoiser times the size of the latents, so equal runs draw the same on every machine. All begin
-with the base model, before the first step. The programs, from the most expensive: the LoRA over the steps, and at all
-strengths in the end; at full strength alone; near the start and in the middle of the run; with fewer sampling steps;
-near the start alone; only in the end. A slider is drawn at all strengths over the steps as well, if that fits. What is
-left of the share evaluates the saved LoRAs in the end (`evaluate`), as many of them as fit.
+"""Previews of a run: drawn during training, written to its folder and reported as events; `preview_budget` says which.
 
 Drawing combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
 `report` writes the files. A failing preview is a warning and does not end the run.
@@ -16,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -32,203 +22,32 @@ from torch.nn import functional
 from lorasmith.adapters.frozen_layer import sampling_dtype
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LorasmithError, OptionError
-from lorasmith.core.folders import BUILT_IN_BASE, TRIED
+from lorasmith.core.folders import TRIED
 from lorasmith.core.placement import chosen_dtype
 from lorasmith.data.dataset import Sample
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation import likeness
-from lorasmith.evaluation.evaluation_record import MOST_LORAS
 from lorasmith.evaluation.sight import sight_of
-from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.runs.drawing import draw_beside
-from lorasmith.runs.evaluate import DrawingSettings, evaluate, loras_within, subject_of
+from lorasmith.runs.evaluate import DrawingSettings, evaluate, subject_of
+from lorasmith.runs.preview_budget import PreviewProgram, different_pairs, is_built_in, loras_evaluated
 from lorasmith.runs.preview_likeness import PreviewLikeness, trained_pictures
 from lorasmith.runs.run_page import loras_of_run
 from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling, clip_of, to_images
-from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
+from lorasmith.sampling.previews import Partner, Previewer
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Drawing, Event, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.run_requests import DrawRequest
 from lorasmith.training.train import Plan, RunHost
-from lorasmith.training.watchers import likeness_steps, preview_steps
 from lorasmith.training.way import dtype_on_device
 
 _MOST_FAILURES = 2  # consecutive failures after which a run draws no more previews
-
-_STEP_PASSES = 2
-"""Forward passes that a training step of one sample costs at least: a backward pass without gradients of weights is as
-long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
-
-_OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
-
-_STRENGTHS = (0.5, 1.0)  # at which finished LoRAs are drawn, where the settings have none
-
-_FEWER_STEPS = (12, 8)  # sampling steps where the usual ones do not fit
-
-_MOST_PAIRS = 4  # that previews are drawn from unasked
-
-
-@dataclass(frozen=True)
-class PreviewProgram:
-    """The pictures that a run draws."""
-
-    sampling_steps: int
-    strengths: tuple[float, ...]  # of the finished LoRA, besides full strength
-    steps: Sequence[int] = ()  # of the run, after which the LoRA is drawn before it is finished
-    prompts: tuple[str, ...] = ()
-    is_strip: bool = False  # previews over the steps are at all strengths, too
-    wishes: tuple[str, ...] = ()  # of the last prompts, by which a run is stopped early: the trigger with one each
-
-    @property
-    def pictures(self) -> int:
-        """Number of pictures for a prompt, that of the base model included."""
-        others = sum(one != 1 for one in self.strengths)
-        return 2 + others + len(self.steps) * (1 + others * self.is_strip)
-
-    def passes(self, each_step: int) -> int:
-        """Forward passes for a prompt, with `each_step` of them in a sampling step."""
-        return self.pictures * (self.sampling_steps * each_step + _OTHER_PASSES)
-
-
-def preview_program(plan: Plan) -> PreviewProgram | None:
-    """The pictures of a run; where its settings have none, those of its prompt, if they fit into its share."""
-    config = plan.job.config
-    if config.stops_by_likeness:
-        return _watched_program(plan)
-    if config.previews is None and plan.prompt and plan.denoiser is not None:
-        prompt = config.consequences().prompt or plan.prompt
-        return unasked_program(config, plan.denoiser.base, plan.data.samples, prompt)
-    whole = whole_program(config, None if plan.denoiser is None else plan.denoiser.base)
-    return whole if whole.prompts else None
-
-
-def check_likeness_stop(plan: Plan, *, has_folder: bool) -> None:
-    """Raise OptionError where `early_stop likeness` cannot work: without a model that draws, a prompt or a folder."""
-    config = plan.job.config
-    if not config.stops_by_likeness:
-        return
-    likeness.check_installed("early_stop likeness")
-    reason = None
-    if plan.denoiser is None:
-        reason = f"a model of a known family, got {plan.job.model.title}"
-    elif not has_folder:
-        reason = "a folder of the run for its previews, got no output"
-    elif config.previews is not None and not parse_prompts(config.previews):
-        reason = "previews, which are turned off"
-    elif config.consequences().learns_no_subject:
-        reason = "images that are to be alike, which a slider or preference has not"
-    elif _different_pairs(plan.data.samples):
-        reason = "a model that draws from a prompt alone, got pairs"
-    elif not _subject(plan):
-        reason = "a prompt to draw, got neither a trigger nor previews"
-    if reason is not None:
-        raise OptionError(f"early_stop likeness needs {reason}; change that, or use early_stop validation")
-
-
-def _watched_program(plan: Plan) -> PreviewProgram:
-    """The prompts of the settings, or the run's own, and those by which it is stopped early."""
-    assert plan.denoiser is not None
-    base, subject = plan.denoiser.base, _subject(plan)
-    program = whole_program(plan.job.config, base)
-    wishes = (BUILT_IN_WISHES if _is_built_in(plan) else WISHES)[::2]  # half of them, as they are drawn many times
-    prompts = dict.fromkeys((*program.prompts, subject))
-    asked = tuple(f"{subject}, {wish}" for wish in wishes)
-    shown = (*(one for one in prompts if one not in asked), *asked)
-    return replace(program, steps=likeness_steps(plan.job.config), prompts=shown, wishes=wishes)
-
-
-def _is_built_in(plan: Plan) -> bool:
-    path = plan.job.model.facts.path
-    return path is not None and path.is_relative_to(BUILT_IN_BASE)
-
-
-def _subject(plan: Plan) -> str:
-    return plan.trigger or plan.prompt or next(iter(parse_prompts(plan.job.config.previews)), "")
-
-
-def whole_program(config: TrainConfig, base: Model | None = None) -> PreviewProgram:
-    """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    follows = config.consequences()
-    strengths = follows.strengths or _STRENGTHS
-    if config.preview_strengths is not None:
-        strengths = parse_strengths(config.preview_strengths)
-    steps = config.preview_steps or (Sampling.steps if base is None else base.defaults.steps)
-    return PreviewProgram(
-        steps, strengths, preview_steps(config), prompts=parse_prompts(config.previews), is_strip=follows.is_slider
-    )
-
-
-def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample], prompt: str) -> PreviewProgram | None:
-    """The program that fits into the share of a run on these samples; None if none does.
-
-    It has one prompt, or where samples have controls, the captions of as many of them as fit.
-    """
-    side, frames = base.defaults.resolution, config.preview_frames or base.defaults.frames
-    size: float = math.prod(base.components.latent.shape(side, side, frames))
-    pairs = _different_pairs(samples)
-    if any(one.conditioning.controls for one in pairs):  # a picture has the size of its first control
-        given = [
-            [control.numel() for control in one.conditioning.controls] for one in pairs if one.conditioning.controls
-        ]
-        size = statistics.fmean(sizes[0] + sum(sizes) for sizes in given)
-    budget = _budget(config, samples, size)
-    each_step = _each_step(base)
-    found = program_within(budget, whole_program(config, base), each_step=each_step)
-    if found is None or not pairs:
-        return None if found is None else replace(found, prompts=(prompt,))
-    fitting = min(_MOST_PAIRS, len(pairs), int(budget / found.passes(each_step)))
-    return replace(found, prompts=tuple(one.conditioning.text or prompt for one in pairs[:fitting]))
-
-
-def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
-    """How many LoRAs of a run are evaluated in its end: those that fit into what previews leave of the share; 0 without
-    a trigger or the extra `likeness`, and for models that draw from pictures or in two parts.
-    """
-    if plan.denoiser is None or not (plan.trigger or plan.data.trigger) or not likeness.is_installed():
-        return 0
-    base, config = plan.denoiser.base, plan.job.config
-    if base.named_expert is not None or base.control_form is not None or config.consequences().is_slider:
-        return 0
-    side = base.defaults.resolution
-    budget = _budget(config, plan.data.samples, math.prod(base.components.latent.shape(side, side, 1)))
-    left = budget - program.passes(_each_step(base)) * len(program.prompts)
-    return min(MOST_LORAS, loras_within(left / (program.sampling_steps * _each_step(base) + _OTHER_PASSES)))
-
-
-def _budget(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:
-    """Forward passes that previews of a run may take, of latents of a size."""
-    trained = statistics.fmean(one.size for one in samples)
-    return config.preview_share * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
-
-
-def _each_step(base: Model) -> int:
-    return 1 if base.defaults.guidance == 1 else 2
-
-
-def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> PreviewProgram | None:
-    """The first program within `budget` forward passes, `each_step` of them per sampling step; None if none fits."""
-    return next((one for one in _smaller_and_smaller(whole) if one.passes(each_step) <= budget), None)
-
-
-def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
-    yield whole
-    yield replace(whole, is_strip=False)
-    yield (plain := replace(whole, is_strip=False, strengths=()))
-    usual, (fewer, least) = whole.sampling_steps, _FEWER_STEPS
-    first = whole.steps[:1]
-    middle = sorted(whole.steps, key=lambda step: abs(2 * step - whole.steps[0] - whole.steps[-1]))[:1]
-    for steps, sampling in (
-        (sorted({*first, *middle}), (usual, fewer, least)),
-        (first, (least,)),
-        ((), (fewer, least)),
-    ):
-        yield from (replace(plain, steps=tuple(steps), sampling_steps=min(one, usual)) for one in sampling)
 
 
 def previews_of(
@@ -302,7 +121,7 @@ def previews_of(
     decoded = _decoded(base, pairs, device)
     measuring = None
     if likeness.is_installed() and not config.consequences().learns_no_subject:
-        measuring = PreviewLikeness(trained_pictures(plan), sight_of(is_built_in=_is_built_in(plan)), program.wishes)
+        measuring = PreviewLikeness(trained_pictures(plan), sight_of(is_built_in=is_built_in(plan)), program.wishes)
     last = evaluated if most else None
     return RunPreviews(
         previewer.draw, plan, program, folder, host, made_with, decoded, last, measuring, in_place=in_place
@@ -330,12 +149,8 @@ def _may_stay(plan: Plan) -> bool:
 
 def _pairs(plan: Plan, count: int) -> list[Sample]:
     """The sample of each prompt whose pictures it gets, in turn; none where samples have none."""
-    different = _different_pairs(plan.data.samples)
+    different = different_pairs(plan.data.samples)
     return [different[index % len(different)] for index in range(count)] if different else []
-
-
-def _different_pairs(samples: Sequence[Sample]) -> list[Sample]:
-    return list({one.name: one for one in samples if one.conditioning.beside}.values())
 
 
 def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict[str, list[PictureOrClip]]:

@@ -18,7 +18,7 @@ from lorasmith.diffusion.loss_functions import LOSSES, check_loss
 from lorasmith.training.section import Section
 
 if TYPE_CHECKING:
-    from lorasmith.families.base import Diffusion
+    from lorasmith.families.forms import Diffusion
 
 USUAL_TRAINING_GUIDANCE = 1.0
 """That of the other trainers: pictures to train on are not guided ones (docs/models.md)."""

@@ -14,7 +14,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, options_of
 
 if TYPE_CHECKING:
-    from lorasmith.families.base import Diffusion
+    from lorasmith.families.forms import Diffusion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from lorasmith.training.optim.update_rules import OPTIMIZERS, RULES, SCHEDULES, 
 from lorasmith.training.section import Section
 
 if TYPE_CHECKING:
-    from lorasmith.families.base import Diffusion
+    from lorasmith.families.forms import Diffusion
 
 
 def _needed_packages() -> str:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import lorasmith as ls
 from lorasmith.cli.main import app
 from lorasmith.nodes import load_nodes
-from lorasmith.runs.run_previews import whole_program
+from lorasmith.runs.preview_budget import whole_program
 from lorasmith.runs.spec import SETTINGS
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
