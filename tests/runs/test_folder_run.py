@@ -15,8 +15,8 @@ from lorasmith.core.errors import DataError, OutputError
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import sha256_body
-from lorasmith.runs import run as running
 from lorasmith.runs import preview_budget
+from lorasmith.runs import run as running
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import RunPlanned
