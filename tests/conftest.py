@@ -10,6 +10,7 @@ import ctypes
 import functools
 import gc
 import inspect
+import logging
 import math
 import tempfile
 from collections import Counter
@@ -79,6 +80,9 @@ def pytest_collection_finish() -> None:
     """The imported libraries have a million objects: the garbage collector need not visit them again and again."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    for logger in logging.root.manager.loggerDict.values():  # six times a test, pytest enters each that does not
+        if isinstance(logger, logging.Logger) and logger.name.startswith("torch"):
+            logger.propagate = True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
