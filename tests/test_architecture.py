@@ -6,7 +6,6 @@ import ast
 import graphlib
 import re
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -46,13 +45,10 @@ def room_of(module: str) -> str:
 
 
 @cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+def imports(path: Path) -> list[tuple[int, str]]:
     """Line and full name of every module of ours that a file imports, inside functions and for types alone too."""
-    for node in ast.walk(tree(path)):
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -61,7 +57,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             names = [f"lorasmith.{alias.name}" for alias in node.names] if node.module == "lorasmith" else [node.module]
         else:
             continue
-        yield from ((node.lineno, name) for name in names if name and name.split(".")[0] == "lorasmith")
+        found += [(node.lineno, name) for name in names if name and name.split(".")[0] == "lorasmith"]
+    return found
 
 
 def relative(path: Path) -> str:
@@ -121,21 +118,19 @@ def test_only_the_command_line_knows_a_terminal() -> None:
     assert [relative(path) for path in others if terminal.search(path.read_text(encoding="utf-8"))] == []
 
 
-def test_every_module_says_what_it_owns() -> None:
-    assert [relative(path) for path in MODULES if not (ast.get_docstring(tree(path)) or "").strip()] == []
-
-
-def test_only_the_command_line_prints() -> None:
-    calls = [(path, node) for path in MODULES for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
-    prints = [(path, call) for path, call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-    assert [f"{relative(path)}:{call.lineno}" for path, call in prints if path.parent.name != "cli"] == []
+def test_every_module_says_what_it_owns_and_only_the_command_line_prints() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in MODULES}
+    assert [relative(path) for path, text in texts.items() if not re.match(r'r?"""\S', text)] == []
+    printing = [path for path, text in texts.items() if re.search(r"\bprint\(", text) and path.parent.name != "cli"]
+    calls = [(path, one) for path in printing for one in ast.walk(ast.parse(texts[path])) if isinstance(one, ast.Call)]
+    assert [f"{relative(path)}:{call.lineno}" for path, call in calls if ast.unparse(call.func) == "print"] == []
 
 
 def test_packages_only_re_export() -> None:
     others = []
     for path in MODULES:
         if path.name == "__init__.py" and path.parent != PACKAGE:
-            docstring, *statements = tree(path).body
+            docstring, *statements = ast.parse(path.read_text(encoding="utf-8")).body
             assert isinstance(docstring, ast.Expr), f"{relative(path)} begins with its docstring"
             wrong = [node for node in statements if not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)]
             wrong += [node for node in statements if isinstance(node, ast.Assign) and not _is_all(node)]

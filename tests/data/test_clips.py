@@ -62,6 +62,7 @@ def even(start: float, end: float, rate: float) -> list[float]:
 SLOW_FIRST, FAST_FIRST = even(0, 2, 10) + even(2, 4, 60), even(0, 2, 60) + even(2, 4, 10)
 
 
+@pytest.mark.slow_after(7)
 @pytest.mark.parametrize(
     ("suffix", "stated", "times", "error"),
     [

@@ -23,7 +23,7 @@ from torch import Tensor
 from lorasmith.core import mapped_files
 from lorasmith.core.mapped_files import place_on_file
 from lorasmith.data import encoding_cache
-from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
+from lorasmith.data.encoding_cache import EncodingCache, default_cache, key_of
 
 ENCODER, OTHER = key_of(encoder=1), key_of(encoder=2)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8)
@@ -479,12 +479,3 @@ def test_tests_never_use_the_users_cache() -> None:
 def test_others_cannot_read_the_folder(tmp_path: Path) -> None:
     filled(tmp_path, range(1))
     assert (tmp_path / "encodings").stat().st_mode & 0o077 == 0 or sys.platform == "win32"
-
-
-def test_entries_of_an_encoder_do_not_depend_on_the_object(tmp_path: Path) -> None:
-    made = cache(tmp_path)
-    with made.entries(ENCODER) as first, made.entries(OTHER) as second:
-        first.put(key_of(number=1), latents(1))
-        second.put(key_of(number=1), latents(2))
-        assert isinstance(first, CacheEntries)
-        assert same(first.get(key_of(number=1)), latents(1)) and same(second.get(key_of(number=1)), latents(2))

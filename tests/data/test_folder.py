@@ -33,17 +33,6 @@ def test_images_and_captions(tmp_path: Path) -> None:
     assert scan.skipped == scan.notes == ()
 
 
-def test_trigger(tmp_path: Path) -> None:
-    add_image(tmp_path / "1.png", "on a beach")
-    missing = add_image(tmp_path / "2.png")
-    scan = scan_folder(tmp_path, DataConfig(trigger="sks dog"))
-    assert [(image.caption, image.caption_source) for image in scan.images] == [
-        ("sks dog, on a beach", "file"),
-        ("sks dog", "trigger"),
-    ]
-    assert scan.missing_captions == (missing,)
-
-
 def test_natural_order(tmp_path: Path) -> None:
     for name in ("img10.png", "img2.png", "IMG1.png", "img02.png", "10.png", "9.png", "a.png"):
         add_image(tmp_path / name)
@@ -56,13 +45,6 @@ def test_natural_order(tmp_path: Path) -> None:
         "img2.png",
         "img10.png",
     ]
-
-
-def test_latin_1_caption_is_used_and_noted(tmp_path: Path) -> None:
-    add_image(tmp_path / "1.png").with_suffix(".txt").write_bytes("un caf\xe9".encode("latin-1"))
-    scan = scan_folder(tmp_path)
-    assert scan.images[0].caption == "un café"
-    assert len(scan.notes) == 1 and "read as latin-1" in scan.notes[0]
 
 
 def test_repeats_of_kohya_s_folders(tmp_path: Path) -> None:
@@ -91,15 +73,6 @@ def test_other_folders_are_told(tmp_path: Path) -> None:
     assert scan.skipped == ((tmp_path / "0_off", reason), (tmp_path / "masks", reason))
 
 
-def test_hidden_and_unrelated_files_are_passed_over(tmp_path: Path) -> None:
-    add_image(tmp_path / "1.png", "x")
-    add_image(tmp_path / ".hidden.png")
-    add_image(tmp_path / ".cache" / "2.png")
-    (tmp_path / "LICENSE.txt").write_text("MIT")
-    scan = scan_folder(tmp_path)
-    assert names(scan) == ["1.png"] and scan.skipped == ()
-
-
 def test_everything_that_is_wrong_is_skipped_with_its_reason(tmp_path: Path) -> None:
     add_image(tmp_path / "good.png")
     add_image(tmp_path / "small.png", size=(1, 1))
@@ -123,27 +96,15 @@ def test_everything_that_is_wrong_is_skipped_with_its_reason(tmp_path: Path) -> 
     }
 
 
-def test_empty_folder(tmp_path: Path) -> None:
+def test_what_has_no_usable_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no images; put some in it \(.*jpg.*png.*\)$"):
         scan_folder(tmp_path)
-
-
-def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^image folder .*nowhere does not exist; check the path$"):
         scan_folder(tmp_path / "nowhere")
-
-
-def test_file_instead_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1\.png is a file; use the folder it is in"):
-        scan_folder(add_image(tmp_path / "1.png"))
-
-
-def test_no_usable_image(tmp_path: Path) -> None:
-    add_image(tmp_path / "1.png", size=(1, 1))
+        scan_folder(add_image(tmp_path / "1.png", size=(1, 1)))
     (tmp_path / "2.png").touch()
-    with pytest.raises(
-        DataError, match=r"holds no usable image: 1\.png is a single pixel; .* \(1 more were skipped\)$"
-    ):
+    with pytest.raises(DataError, match=r"no usable image: 1\.png is a single pixel; .* \(1 more were skipped\)$"):
         scan_folder(tmp_path)
 
 
@@ -347,31 +308,14 @@ def test_images_of_the_class(tmp_path: Path) -> None:
     assert [image.caption for image in without.images] == ["a dog in a garden", "", "hound"]
 
 
-def test_an_image_whose_caption_cannot_be_read_is_skipped(tmp_path: Path) -> None:
-    add_image(tmp_path / "1.png", "fine")
-    add_image(tmp_path / "2.png", "x" * 20_001)
-    (add_image(tmp_path / "3.png").with_suffix(".txt")).mkdir()
-    scan = scan_folder(tmp_path)
-    # A folder is not a caption file.
-    assert names(scan) == ["1.png", "3.png"]
-    reason = "is left out because its caption file 2.txt has more than 20,000 characters; shorten or remove it"
-    assert scan.skipped[0] == (tmp_path / "2.png", reason)
-    (tmp_path / "1.png").unlink()
-    (tmp_path / "3.png").unlink()
-    with pytest.raises(
-        DataError, match=r"holds no usable image: 2\.png is left out because its caption file 2\.txt has"
-    ):
-        scan_folder(tmp_path)
-
-
 def test_results_do_not_depend_on_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for index in range(300):
+    for index in range(60):
         add_image(tmp_path / f"{index}.png", str(index), size=(16 + index % 3, 16) if index % 7 else (1, 1))
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     several = scan_folder(tmp_path)
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     assert several == scan_folder(tmp_path)
-    assert [image.caption for image in several.images] == [str(index) for index in range(300) if index % 7]
+    assert [image.caption for image in several.images] == [str(index) for index in range(60) if index % 7]
 
 
 def test_a_scan_shows_itself_on_a_line(tmp_path: Path) -> None:

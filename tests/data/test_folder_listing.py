@@ -115,9 +115,9 @@ def test_names() -> None:
         assert stem_of(name) == (Path(name).stem if name != "a." else "a")
 
 
-def test_ten_thousand_names_are_listed_at_once(tmp_path: Path) -> None:
-    for index in range(10_000):
+def test_thousands_of_names_are_listed_at_once(tmp_path: Path) -> None:
+    for index in range(3000):
         (tmp_path / f"photo {index}.png").touch()
-    with processor_time(at_most_s=5):
+    with processor_time(at_most_s=2):
         ((folder,), _) = listed(tmp_path)
-    assert folder.images[:3] == ["photo 0.png", "photo 1.png", "photo 2.png"] and len(folder.images) == 10_000
+    assert folder.images[:3] == ["photo 0.png", "photo 1.png", "photo 2.png"] and len(folder.images) == 3000

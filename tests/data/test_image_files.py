@@ -3,10 +3,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import struct
 import sys
 import types
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -154,16 +152,6 @@ def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("read", [open_image, image_size])
 class TestRefusals:
-    def test_text_with_the_name_of_an_image(self, tmp_path: Path, read) -> None:
-        (tmp_path / "a.png").write_text("not a picture")
-        with pytest.raises(ImageError, match=r"a\.png is not an image in spite of its name: .*; replace or remove it$"):
-            read(tmp_path / "a.png")
-
-    def test_empty_file(self, tmp_path: Path, read) -> None:
-        (tmp_path / "a.jpg").touch()
-        with pytest.raises(ImageError, match=r"a\.jpg is empty; get a good copy or remove it$"):
-            read(tmp_path / "a.jpg")
-
     @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
     def test_cut_short(self, tmp_path: Path, read, suffix: str) -> None:
         path = tmp_path / f"a.{suffix}"
@@ -180,11 +168,6 @@ class TestRefusals:
         content[at : at + 8] = bytes(8)
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(ImageError, match=r"is damaged or cut short \(.+\); get a good copy or remove it$"):
-            read(tmp_path / "a.png")
-
-    def test_decompression_bomb(self, tmp_path: Path, read) -> None:
-        (tmp_path / "a.png").write_bytes(_png_that_claims(200_000, 200_000))
-        with pytest.raises(ImageError, match=r"has more than 178 million pixels; scale it down first$"):
             read(tmp_path / "a.png")
 
     def test_single_pixel(self, tmp_path: Path, read) -> None:
@@ -209,11 +192,6 @@ def test_large_photographs_are_read_without_a_warning(tmp_path: Path) -> None:
     """100 million pixels are above Pillow's threshold for a warning, and warnings are errors here."""
     Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")
     assert image_size(tmp_path / "a.png") == (10_000, 10_000)
-
-
-def test_error_names_file_and_reason() -> None:
-    error = ImageError(Path("a.png"), "is empty")
-    assert (str(error), error.path, error.reason) == ("a.png is empty", Path("a.png"), "is empty")
 
 
 def _encoded(format_name: str) -> bytes:
@@ -251,14 +229,6 @@ def test_to_tensor_range_and_layout() -> None:
     assert torch.allclose(tensor[2], torch.tensor(-0.6))
 
 
-def _png_that_claims(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-
-
 def test_large_pictures_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
 
@@ -275,9 +245,7 @@ def test_large_pictures_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pyte
         assert held == ([] if name == "small.png" else [True])
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.pairwise(suffix=["jpg", "png", "webp", "tif"], orientation=[1, 6], grey=[False, True])
 def test_reduced_pictures_are_the_whole_ones_reduced(tmp_path: Path, suffix: str, orientation: int, grey: bool) -> None:
     exif = Image.Exif()
     exif[274] = orientation

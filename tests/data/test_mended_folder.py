@@ -79,7 +79,7 @@ def test_large_pictures_are_reduced_to_twice_the_area(folder: Path) -> None:
     assert (done.folder / "3.jpg").read_bytes() == (folder / "3.jpg").read_bytes()
 
 
-@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("orientation", [2, 6])
 def test_pictures_are_turned_upright(folder: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[274] = orientation

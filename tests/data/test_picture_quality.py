@@ -40,12 +40,11 @@ def recompressed(picture: Image.Image) -> Image.Image:
     return Image.open(buffer)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_sharp_pictures_are_sharp_and_blurred_copies_are_not(path: Path) -> None:
-    picture = example(path)
-    quality = measured(picture)
-    assert not quality.is_empty and quality.blur is not None and quality.blur < 0.45
-    assert measured(picture.filter(ImageFilter.GaussianBlur(2))).is_blurred
+def test_sharp_pictures_are_sharp_and_blurred_copies_are_not() -> None:
+    for picture in map(example, EXAMPLES):
+        quality = measured(picture)
+        assert not quality.is_empty and quality.blur is not None and quality.blur < 0.45
+        assert measured(picture.filter(ImageFilter.GaussianBlur(2))).is_blurred
 
 
 @pytest.mark.parametrize("sigma", [3, 6, 20])
@@ -115,11 +114,12 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-@pytest.mark.parametrize("change", COPIES.values(), ids=COPIES)
-def test_copies_are_found(change: Callable[[Image.Image], Image.Image]) -> None:
-    pictures = [example(path) for path in EXAMPLES] + [textured(seed) for seed in range(4)]
-    qualities = [measured(one) for one in pictures] + [measured(change(one)) for one in pictures]
-    assert look_alikes(qualities) == [[index, index + len(pictures)] for index in range(len(pictures))]
+def test_copies_are_found() -> None:
+    pictures = [example(path) for path in EXAMPLES[::3]] + [textured(seed) for seed in range(4)]
+    qualities = [measured(one) for one in pictures]
+    for name, change in COPIES.items():
+        found = look_alikes(qualities + [measured(change(one)) for one in pictures])
+        assert found == [[index, index + len(pictures)] for index in range(len(pictures))], name
 
 
 def test_different_pictures_are_not_alike() -> None:

@@ -46,5 +46,6 @@ def sdxl(sdxl_file: Path) -> Model:
 @pytest.fixture(scope="session", params=TINY)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """Each transformer family, small, in files of their usual names. Nothing may change the model."""
+    TINY[request.param].parts()  # which most tests compare with
     yield Case.of(request.param, tmp_path_factory.mktemp(request.param))
     TINY[request.param].forget()

@@ -53,56 +53,38 @@ def test_prompts_are_encoded_as_in_comfyui(case: Case, recorded: dict[str, Any],
 
 
 def prediction(case: Case, conditioning: Conditioning, *, changed: bool = False, frames: int = 1) -> Tensor:
-    lora = family_cases.lora(case.ours)
-    denoiser = lora.applied_to(case.ours.denoiser) if changed else case.ours.denoiser
+    denoiser = family_cases.lora(case.ours).applied_to(case.ours.denoiser) if changed else case.ours.denoiser
     time = case.ours.components.schedule.at_sigma(torch.tensor([family_cases.SIGMA])).time
     with denoiser.active(), torch.no_grad():
         return denoiser.predict(family_cases.noisy(case.ours, frames), time, conditioning)
 
 
 def test_predictions_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:
-    conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"])
-    assert_same("prediction", prediction(case, conditioning), recorded["prediction"])
-
-
-@pytest.mark.parametrize("which", family_cases.CONTROLS)
-def test_predictions_with_controls_are_comfyuis(case: Case, recorded: dict[str, Any], which: str) -> None:
-    method = family_cases.CONTROLS[which][0]
-    if not family_cases.has_method(case.ours, method):
-        pytest.skip("no edit model, or no such method")
-    to_model = case.ours.components.latent.to_model
-    controls = [to_model(one) for one in family_cases.controls(case.ours, which)]
-    conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"]).with_controls(controls)
-    if method:
-        name = CONTROL_METHODS["uxo/uno" if method == "uxo" else method]
-        tensors = {**conditioning.tensors, name: torch.zeros(1)}
-        conditioning = replace(conditioning, tensors=tensors)
-    assert_same(which, prediction(case, conditioning), recorded["controls"][which])
-
-
-@pytest.mark.parametrize("which", [*family_cases.SEEN, "edit"])
-def test_prompts_with_pictures_are_encoded_as_in_comfyui(case: Case, recorded: dict[str, Any], which: str) -> None:
-    """From patches: programs scale pictures to the size of patches by different kernels."""
-    if which not in recorded.get("seen", {}):
-        pytest.skip("no pictures in its prompts")
-    form = case.ours.family.controls[-1 if which == "edit" else 0]
-    pictures = family_cases.seen(case.ours, "one" if which == "edit" else which)
-    encoded = case.ours.text_encoder.encode(family_cases.INSTRUCTION, pictures, sight=form.sight)
-    assert_same(which, encoded.tensors["context"], recorded["seen"][which])
-
-
-def test_predictions_of_clips_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:
-    if not case.ours.components.latent.time_downscale:
-        pytest.skip("a model of pictures")
-    conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"])
-    assert_same("clip", prediction(case, conditioning, frames=family_cases.FRAMES), recorded["clip"])
-
-
-def test_comfyui_applies_our_loras_as_we_do(case: Case, recorded: dict[str, Any]) -> None:
+    """Plain, with a LoRA, of clips, and with controls by each method that the family has."""
     conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"])
     plain, changed = (prediction(case, conditioning, changed=one) for one in (False, True))
+    assert_same("prediction", plain, recorded["prediction"])
     assert (changed - plain).norm() > 0.02 * plain.norm()
     assert_same("with_lora", changed, recorded["with_lora"])
+    if case.ours.components.latent.time_downscale:
+        assert_same("clip", prediction(case, conditioning, frames=family_cases.FRAMES), recorded["clip"])
+    taken = {one for one, (method, _) in family_cases.CONTROLS.items() if family_cases.has_method(case.ours, method)}
+    assert taken == recorded.get("controls", {}).keys()
+    for which in taken:
+        method = family_cases.CONTROLS[which][0]
+        name = CONTROL_METHODS["uxo/uno" if method == "uxo" else method] if method else ""
+        told = replace(conditioning, tensors=conditioning.tensors | ({name: torch.zeros(1)} if name else {}))
+        controls = [case.ours.components.latent.to_model(one) for one in family_cases.controls(case.ours, which)]
+        assert_same(which, prediction(case, told.with_controls(controls)), recorded["controls"][which])
+
+
+def test_prompts_with_pictures_are_encoded_as_in_comfyui(case: Case, recorded: dict[str, Any]) -> None:
+    """From patches: programs scale pictures to the size of patches by different kernels."""
+    for which, expected in recorded.get("seen", {}).items():
+        form = case.ours.family.controls[-1 if which == "edit" else 0]
+        pictures = family_cases.seen(case.ours, "one" if which == "edit" else which)
+        encoded = case.ours.text_encoder.encode(family_cases.INSTRUCTION, pictures, sight=form.sight)
+        assert_same(which, encoded.tensors["context"], expected)
 
 
 def test_pictures_are_encoded_and_decoded_as_in_comfyui(case: Case, recorded: dict[str, Any]) -> None:

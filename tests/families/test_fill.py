@@ -99,16 +99,6 @@ def test_without_a_picture_all_is_to_be_painted(fill: Model, network: Any) -> No
     assert (ours - expected).norm() / expected.norm() <= 5e-7
 
 
-@torch.no_grad()
-def test_a_batch_is_its_samples_one_by_one(fill: Model) -> None:
-    latents, time = models.seeded("latents", (2, 16, *SIZES[0]), seed=0), torch.tensor([0.2, 0.9])
-    both = prompt(2, known(fill, *masked(2, SIZES[0])))
-    alone = [Conditioning({name: one[i : i + 1] for name, one in both.tensors.items()}) for i in range(2)]
-    together = fill.denoiser.predict(latents, time, fill.family.join(alone))
-    singles = [fill.denoiser.predict(latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
-    torch.testing.assert_close(together, torch.cat(singles), rtol=1e-5, atol=1e-6)
-
-
 def test_a_plan_counts_no_further_tokens(fill: Model, tmp_path: Path) -> None:
     assert fill.path is not None
     settings = TrainConfig(rank=4, targets="attention")
@@ -211,14 +201,6 @@ def test_masks_that_do_not_fit_are_said(fill: Model, tmp_path: Path) -> None:
     ):
         with pytest.raises(OptionError, match=message):
             generate(model, "a fox", controls=controls, mask=given, steps=1)
-
-
-def test_its_files_are_told_by_their_shapes(fill: Model, network: Any) -> None:
-    config = fill.components.denoiser.config
-    assert (config.in_channels, config.out_channels) == (384, 64)
-    assert fill.components.latent.channels == 16
-    state = fill.components.denoiser.state_dict()
-    assert all(torch.equal(one, state[name]) for name, one in network.state_dict().items())
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from tiny_parts import original_tensors, randomized
 from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.families.base import FAMILIES
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.hunyuan_video15 import _quoted
-from lorasmith.families.loading import load_model, original_shapes
+from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.slots import Encoding
 from lorasmith.formats.spelling import guessed_family
@@ -100,18 +98,6 @@ def test_files_of_other_namings_are_the_same_denoiser(naming: str, model: Model,
         assert "double_blocks.1.txt_attn_k.bias" in tensors and not any("qkv" in name for name in tensors)
     state = load_model(save(tmp_path / "model.safetensors", tensors)).components.denoiser.state_dict()
     assert [name for name, one in made.state_dict().items() if not torch.equal(state[name], one)] == []
-
-
-def test_shapes_are_those_of_the_released_size() -> None:
-    """The number of parameters (10⁹), and the configuration that is read from the tensors."""
-    family = FAMILIES["hunyuan-video15"]
-    denoiser = family.released_denoiser()
-    shapes = original_shapes(family.table(denoiser), {k: tuple(t.shape) for k, t in denoiser.state_dict().items()})
-    assert shapes is not None
-    assert sum(math.prod(shape) for shape in shapes.values()) / 1e9 == pytest.approx(8.33, abs=0.005)
-    assert [one for one, known in FAMILIES.items() if known.recognises(shapes)] == ["hunyuan-video15"]
-    config = family.denoiser_config(shapes)
-    assert {key: denoiser.config[key] for key in config} == config  # type: ignore[index, union-attr]
 
 
 QUOTED = family_cases.prompts("hunyuan-video15")["quoted"]
@@ -204,7 +190,7 @@ def test_known_frames_of_another_size_are_refused(model: Model) -> None:
 def test_a_clip_has_the_latents_of_diffusers_and_back(model: Model) -> None:
     """Whose attention masks pairs of latents, where ours goes from frame to frame."""
     vae = HUNYUAN_VIDEO15.parts()["vae"]
-    clip = models.seeded("clip", (1, 3, 2 * FRAMES - 1, 64, 96), seed=0, std=0.4).clamp(-1, 1)
+    clip = models.seeded("clip", (1, 3, 2 * FRAMES - 1, 32, 48), seed=0, std=0.4).clamp(-1, 1)
     ours = model.autoencoder.encode(clip)
     torch.testing.assert_close(ours, vae.encode(clip).latent_dist.mode(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
@@ -283,15 +269,6 @@ def test_a_first_frame_needs_the_image_encoder(files: dict[str, Path], image_enc
         load_model(files["transformer"], text_encoders=[image_encoder[1]])
 
 
-@pytest.mark.slow
-def test_a_clip_is_drawn_from_its_first_frame(from_pictures: Model) -> None:
-    sampling = Sampling(seed=3, steps=2, cfg=1.0, width=64, height=64, frames=FRAMES)
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("white", "black")]
-    drawn = [generate_clips(from_pictures, "a fox", sampling=sampling, controls=[one])[0] for one in pictures]
-    frames = [np.asarray(one.frames[-1], int) for one in drawn]
-    assert len(drawn[0].frames) == FRAMES and np.abs(frames[0] - frames[1]).mean() > 1
-
-
 def changed(files: dict[str, Path], **changes: Tensor | None) -> dict[str, Tensor]:
     tensors = {**load_file(files["transformer"]), **changes}
     return {name: one for name, one in tensors.items() if one is not None}
@@ -307,20 +284,6 @@ def test_other_variants_are_refused_by_name(files: dict[str, Path], tmp_path: Pa
         )
     with pytest.raises(ModelError, match=r"looks like HunyuanVideo 1\.0 or HunyuanImage 2\.1, which is not supported"):
         load_model(save(tmp_path / "old.safetensors", changed(files, **{"cond_type_embedding.weight": None})))
-
-
-RELATIVES = {
-    "FramePack": ("clean_x_embedder.proj.weight", "transformer_blocks.0.attn.to_q.weight"),
-    "LTX-2": ("audio_patchify_proj.weight", "patchify_proj.weight"),
-    "LTX-Video": ("patchify_proj.weight", "transformer_blocks.0.attn1.to_q.weight"),
-}
-
-
-@pytest.mark.parametrize("title", RELATIVES)
-def test_other_models_of_video_are_called_by_name(title: str, tmp_path: Path) -> None:
-    path = save(tmp_path / "model.safetensors", {name: torch.zeros(4, 4) for name in RELATIVES[title]})
-    with pytest.raises(ModelError, match=rf"looks like {title}, which is not supported"):
-        load_model(path)
 
 
 @pytest.mark.parametrize("naming", ["musubi-tuner", "ComfyUI"])

@@ -331,6 +331,12 @@ KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     ),
     "lumina": ({"cap_embedder.1.weight": (4, 4)}, "Lumina"),
     "wan": ({"head.modulation": (1, 2, 4)}, "a variant of Wan"),
+    "framepack": (
+        {"clean_x_embedder.proj.weight": (4, 4), "transformer_blocks.0.attn.to_q.weight": (4, 4)},
+        "FramePack",
+    ),
+    "ltx 2": ({"audio_patchify_proj.weight": (4, 4), "patchify_proj.weight": (4, 4)}, "LTX-2"),
+    "ltx": ({"patchify_proj.weight": (4, 4), "transformer_blocks.0.attn1.to_q.weight": (4, 4)}, "LTX-Video"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "one part of a diffusers model (give the folder"),
 }
 

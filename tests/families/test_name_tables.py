@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
@@ -20,10 +21,11 @@ from torch import nn
 from lorasmith.adapters.inject import Rule, plan_adapters
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
-from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
+from lorasmith.families.loading import original_shapes
 from lorasmith.families.parts.clip import released_paths, written_paths
 from lorasmith.families.parts.unet_layout import original_unet_path, unet_config
 from lorasmith.formats.names import ModelNames, OriginalName
+from tests.covering import slow_except
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -292,3 +294,35 @@ def test_tables_list_shapes_for_every_module(name: str, model: nn.Module) -> Non
     assert names.family == name
     assert names.weight_shapes == weight_shapes(model)
     assert names.weight_shapes.keys() == names.denoiser.keys()
+
+
+RELEASED: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "wan2.1 1.3B": ("wan", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 825, "1.42"),
+    "wan2.1 14B": ("wan", {}, 1095, "14.29"),
+    "wan2.2 5B": ("wan22-5b", {}, 825, "5.00"),
+    "wan2.1 I2V 14B": ("wan-i2v", {}, 1303, "16.39"),
+    "wan2.1 FLF2V 14B": ("wan-i2v", {"pos_embed_seq_len": 514}, 1304, "16.40"),
+    "wan2.2 I2V A14B": ("wan-i2v", {"image_dim": None, "added_kv_proj_dim": None}, 1095, "14.29"),
+    "hunyuanvideo 1.5": ("hunyuan-video15", {}, 1361, "8.33"),
+    "ernie-image": ("ernie-image", {}, 409, "8.033490048"),  # its file has 14.96 GiB in bf16
+    "qwen-image": ("qwen-image", {}, 1933, "20.430401088"),  # its folder's index says 40,860,802,176 bytes in bf16
+    # lumina_2_model_bf16.safetensors is 5,219,585,680 bytes: these, an unused norm of 2304 numbers, 42 KB of header.
+    "lumina2": ("lumina2", {"axes_lens": (1536, 512, 512)}, 399, "2.609769152"),
+    "chroma": ("chroma", {}, 643, "8.899983424"),  # 8.9 billion by its authors
+}
+"""Family, changes of its sizes, number of tensors in the original layout, and of parameters (10⁹)."""
+
+
+@pytest.mark.parametrize("size", slow_except(RELEASED, "wan2.1 1.3B", "hunyuanvideo 1.5", "lumina2", "chroma"))
+def test_released_sizes_are_those_that_were_published(size: str) -> None:
+    """And the configuration is read from their shapes, which no other family takes for its own."""
+    name, changes, count, billions = RELEASED[size]
+    family = FAMILIES[name]
+    denoiser = family.released_denoiser(**changes)
+    shapes = original_shapes(family.table(denoiser), {k: tuple(t.shape) for k, t in denoiser.state_dict().items()})
+    assert shapes is not None
+    assert len(shapes) == count
+    assert f"{sum(map(math.prod, shapes.values())) / 1e9:.{len(billions.partition('.')[2])}f}" == billions
+    assert [one for one, known in FAMILIES.items() if known.recognises(shapes)] == [name]
+    config = family.denoiser_config(shapes)
+    assert {key: denoiser.config[key] for key in config} == config  # type: ignore[index, union-attr]

@@ -124,15 +124,6 @@ def test_a_part_in_the_wrong_place_is_refused(
         load(files)
 
 
-def test_an_absent_part_is_refused_where_it_is_needed(files: dict[str, Path]) -> None:
-    model = load_model(files["unet"])
-
-    with pytest.raises(ModelError, match=r"needs the text encoder clip_l.* usually called clip_l\.safetensors"):
-        model.text_encoder.encode("a fox")
-    with pytest.raises(ModelError, match="needs an autoencoder for pictures"):
-        model.autoencoder.encode(torch.zeros(1, 3, 64, 64))
-
-
 def test_each_recogniser_takes_its_own_alone(files: dict[str, Path]) -> None:
     from lorasmith.families.files.checkpoint import OriginalCheckpoint
 
@@ -190,9 +181,8 @@ def qwen3(width: int) -> dict[str, Tensor]:
     return {f"model.{name}.weight": torch.zeros(size) for name, size in sizes.items()}
 
 
-@pytest.mark.parametrize("name", ["whole", "flux", "sdxl"])
-def test_captions_of_different_length_share_a_batch(name: str, files: dict[str, Path]) -> None:
-    model = load_model(files[name], dtype=torch.float32)
+def test_captions_of_different_length_share_a_batch(files: dict[str, Path]) -> None:
+    model = load_model(files["whole"], dtype=torch.float32)
     family, denoiser = model.family, model.components.denoiser
     shapes = family.conditioning_shapes(denoiser)
     generator = torch.Generator().manual_seed(0)

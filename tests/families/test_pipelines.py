@@ -33,9 +33,14 @@ def small_pipeline(**settings: Any) -> Any:
     return StableDiffusionPipeline.from_single_file(file, config=configs, local_files_only=True, **settings)
 
 
-@pytest.fixture
-def pipe() -> Any:
+@pytest.fixture(scope="module")
+def loaded() -> Any:
     return small_pipeline(torch_dtype=torch.float32)
+
+
+@pytest.fixture
+def pipe(loaded: Any) -> Any:
+    return copy.deepcopy(loaded)
 
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:

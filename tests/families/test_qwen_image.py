@@ -175,15 +175,3 @@ def test_the_empty_tensor_of_2511_or_its_configuration_says_that_it_is_2511(tmp_
 def test_pipelines_of_edits_are_of_the_family() -> None:
     for name in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
         assert FAMILIES["qwen-image"].recognises_pipeline(PipelineConfigs("a folder", (name,), lambda part: {}))
-
-
-def test_the_encoder_of_another_size_is_refused(tmp_path: Path) -> None:
-    """Omnigen 2 has the 3B of the same kind."""
-    files = QWEN.saved(tmp_path)
-    small = QWEN.parts()["text_encoder"]
-    config = type(small.config)(**{**small.config.to_dict(), "hidden_size": 48})
-    tensors = {f"model.{name}": one for name, one in type(small)(config).state_dict().items()}
-    with pytest.raises(
-        ModelError, match=r"is the text encoder qwen25vl of width 48, .* needs one of width 32 .*qwen_2\.5"
-    ):
-        load_model(files["transformer"], text_encoders=[save(tmp_path / "3b.safetensors", tensors)])

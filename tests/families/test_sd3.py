@@ -106,10 +106,6 @@ def test_other_channels_are_refused(files: dict[str, Path], tmp_path: Path) -> N
         load_model(save(tmp_path / "inpaint.safetensors", tensors))
 
 
-def test_a_distilled_model_is_known_by_its_name(model: Model) -> None:
-    assert "turbo" in model.family.distilled
-
-
 def test_what_diffusers_layout_cannot_hold_is_saved_portably_in_kohyas(model: Model, tmp_path: Path) -> None:
     path = "transformer_blocks.0.attn.to_out.0"
     size = model.names.weight_shapes[path]

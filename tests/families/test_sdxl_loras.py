@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import models
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sdxl_models import diffusers_pipeline
-from torch import Tensor
+from test_transformer_loras import change, layers_of_diffusers, run
 
-from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.conditionings import Conditioning, PictureSize
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.spelling import guessed_family
-from lorasmith.runs.library import train
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.results import TrainResult
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +30,6 @@ def four(sdxl: Model) -> EncodedDataset:
         colour = models.seeded(f"colour {index}", (4, 1, 1), seed=0)
         samples.append(Sample(colour.expand(4, 8, 8).contiguous(), conditioning, f"{index}.png"))
     return EncodedDataset(tuple(samples))
-
-
-def run(model: Model, data: EncodedDataset, **settings: Any) -> TrainResult:
-    given = {"rank": 4, "training_dtype": "fp32", "lora_dtype": "fp32", "validation_share": 0.0, "seed": 1}
-    return train(model, data, **{**given, **settings})
 
 
 @pytest.fixture
@@ -63,29 +52,6 @@ def test_a_step_changes_adapters_alone(sdxl: Model, four: EncodedDataset) -> Non
     assert all(one.tensors["up"].abs().max() > 0 for one in result.lora.state.adapters.values())
 
 
-@pytest.mark.slow
-def test_four_pictures_are_learnt(sdxl: Model, four: EncodedDataset) -> None:
-    result = run(sdxl, four, steps=30, batch_size=4, rank=8, learning_rate=6e-3, targets="all")
-
-    assert np.mean(result.losses[-5:]) < 0.5 * np.mean(result.losses[:5])
-
-
-def layers_of_diffusers(module: Any) -> dict[str, Tensor]:
-    """The change of each weight that diffusers makes, by module path."""
-    return {
-        path: layer.get_delta_weight(layer.active_adapters[0]).detach().flatten(1)
-        for path, layer in module.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
-
-
-def change(weights: AdapterWeights) -> Tensor:
-    """The change of the weight by definition, (out, in · kernel)."""
-    down, up = weights.tensors["down"].float(), weights.tensors["up"].float()
-    alpha = len(down) if weights.alpha is None else weights.alpha
-    return up.flatten(1) @ down.flatten(1) * (alpha / len(down))
-
-
 @torch.no_grad()
 def assert_predictions_agree(pipeline: Any, lora: Lora, sdxl: Model) -> None:
     denoiser = lora.applied_to(sdxl.denoiser)
@@ -103,36 +69,6 @@ def assert_predictions_agree(pipeline: Any, lora: Lora, sdxl: Model) -> None:
 
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert (ours - plain).abs().max() > 1e-2
-
-
-@pytest.mark.slow
-def test_a_folder_of_pictures_becomes_a_lora_that_diffusers_applies(
-    sdxl_file: Path, sdxl: Model, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for index in range(3):
-        pixels = np.random.default_rng(index).integers(0, 255, (80, 64 + 48 * index, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(photos / f"{index}.png")
-    monkeypatch.chdir(tmp_path)
-    command = f"lorasmith train photos --model {sdxl_file} --trigger fox --resolution 64 --steps 2 --rank 4"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--learning-rate", "0.05"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    path = tmp_path / "runs" / "photos-001" / "photos.safetensors"
-    lora = Lora.load(path, sdxl)
-    pipeline.load_lora_weights(str(path))
-    applied = layers_of_diffusers(pipeline.unet)
-
-    assert len(applied) == len(lora.state.adapters) == 11 * 10 + 7 * 2  # 11 transformer layers in 7 attentions
-    assert applied.keys() == {ref.path for ref in lora.state.adapters}
-    for ref, weights in lora.state.adapters.items():
-        torch.testing.assert_close(applied[ref.path], change(weights), rtol=1e-4, atol=1e-6)
-    assert_predictions_agree(pipeline, lora, sdxl)
-    assert lora.state.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
-    assert lora.state.metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert lora.state.metadata["modelspec.prediction_type"] == "epsilon"
 
 
 @pytest.fixture(scope="module")

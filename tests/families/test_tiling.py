@@ -17,6 +17,7 @@ from lorasmith.families.locating import BUILT_IN_BASE
 from lorasmith.families.model import Autoencoder, Model
 from lorasmith.families.parts.autoencoders import AutoencoderKind
 from lorasmith.families.tiling import decode_tiled, encode_tiled
+from tests.covering import slow_except
 
 
 class Enlarging:
@@ -65,7 +66,7 @@ def smooth(*shape: int) -> Tensor:
 KINDS = ("flux1", "flux2", "qwen-image", "wan22-5b", "hunyuan-video15")
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_except(KINDS, "flux1", "wan22-5b"))
 def test_tiles_of_each_kind_of_autoencoder(family: str) -> None:
     """Where one tile is alone, there are its own latents and pixels."""
     vae = autoencoder(family)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from transformer_models import Case
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, ModelError, OptionError
-from lorasmith.families.base import FAMILIES
 from lorasmith.families.conditionings import Conditioning
-from lorasmith.families.loading import load_model, original_shapes
+from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names import matches
@@ -108,21 +106,6 @@ def test_predictions_are_those_of_diffusers_own_call(case: tuple[TinyFamily, Mod
 
 def given_nothing(model: Model, conditioning: Conditioning) -> Conditioning:
     return Conditioning({name: one for name, one in conditioning.tensors.items() if name != "known"})
-
-
-@pytest.mark.slow_after(1)
-@torch.no_grad()
-def test_a_batch_is_its_samples_one_by_one(case: tuple[TinyFamily, Model]) -> None:
-    _, model = case
-    latents, together = noisy(model), given(model)
-    alone = [
-        model.denoiser.predict(
-            latents[i : i + 1], TIMES[i : i + 1], Conditioning({n: t[i : i + 1] for n, t in together.tensors.items()})
-        )
-        for i in range(2)
-    ]
-    ours = model.denoiser.predict(latents, TIMES, together)
-    torch.testing.assert_close(ours, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow_after(1)
@@ -229,29 +212,6 @@ def test_without_its_image_encoder_the_file_to_get_is_named(files: dict[str, dic
         model.encodes_pictures(),
     ):
         pass
-
-
-RELEASED = {
-    "2.1 I2V 14B": ({}, 1303, 16.40),
-    "2.1 FLF2V 14B": ({"pos_embed_seq_len": 514}, 1304, 16.40),
-    "2.2 I2V A14B": ({"image_dim": None, "added_kv_proj_dim": None}, 1095, 14.29),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", RELEASED)
-def test_shapes_are_those_of_the_released_sizes(size: str) -> None:
-    """The number of tensors and parameters (10⁹), and the configuration that is read from them."""
-    changes, count, billions = RELEASED[size]
-    family = FAMILIES["wan-i2v"]
-    denoiser = family.released_denoiser(**changes)
-    shapes = original_shapes(family.table(denoiser), {k: tuple(t.shape) for k, t in denoiser.state_dict().items()})
-    assert shapes is not None
-    assert len(shapes) == count
-    assert sum(math.prod(shape) for shape in shapes.values()) / 1e9 == pytest.approx(billions, abs=0.01)
-    assert [one for one, known in FAMILIES.items() if known.recognises(shapes)] == ["wan-i2v"]
-    config = family.denoiser_config(shapes)
-    assert {key: denoiser.config[key] for key in config} == config  # type: ignore[index, union-attr]
 
 
 def test_known_frames_of_another_size_are_refused(files: dict[str, dict[str, Path]]) -> None:

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tiny_parts import TinyFamily
+from tiny_parts import TinyFamily, qwen25, renamed
 from torch import Tensor, nn
 
 BYT5_WIDTH = 1472
-
-
-def _qwen25() -> nn.Module:
-    from transformers import Qwen2Config, Qwen2Model
-
-    return Qwen2Model(
-        Qwen2Config(
-            vocab_size=151936,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=128,
-            rope_theta=1e6,
-            rms_norm_eps=1e-6,
-        )
-    )
 
 
 def _byt5() -> nn.Module:
@@ -61,12 +42,7 @@ def authors_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (r"(blocks\.\d\.(?:img_|txt_)?mlp)\.0\.", r"\1.fc1."),
         (r"(blocks\.\d\.(?:img_|txt_)?mlp)\.2\.", r"\1.fc2."),
     )
-    named = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        named[name] = tensor
-    return named
+    return renamed(tensors, renames)
 
 
 def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
@@ -111,7 +87,7 @@ HUNYUAN_VIDEO15 = TinyFamily(
     "hunyuan-video15",
     "hunyuanvideo1.5_720p_t2v_fp16.safetensors",
     {"num_attention_heads": 1, "num_layers": 2, "text_embed_dim": 32},
-    {"text_encoder": _qwen25, "text_encoder_2": _byt5},
+    {"text_encoder": lambda: qwen25(4), "text_encoder_2": _byt5},
     network="HunyuanVideo15Transformer3DModel",
     named=authors_names,
     dressed=_dressed,

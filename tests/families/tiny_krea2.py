@@ -8,13 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tiny_parts import (
-    TinyFamily,
-    grid_positions,
-    image_patches,
-    latents_of_patches,
-    qwen,
-)
+from tiny_parts import TinyFamily, grid_positions, image_patches, latents_of_patches, qwen
 from tiny_towers import with_tower
 from torch import Tensor, nn
 

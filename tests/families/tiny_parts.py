@@ -7,10 +7,13 @@ loaded can be held against the parts themselves, and against diffusers' pipeline
 
 from __future__ import annotations
 
+import atexit
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +169,24 @@ class TinyFamily:
         """A denoiser's tensors as in its file."""
         return self.named(original_tensors(self.name, denoiser))
 
-    def saved(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Path]:
-        """Each part in a file of its usual name, in ComfyUI's folders."""
-        parts, written = self.parts(), {}
+    @cached_property
+    def _saved(self) -> dict[str, Path]:
+        """Files of the parts by their names, in a folder of this process. Making the parts takes longest."""
+        has_parts, parts, written = "_parts" in self.__dict__, self.parts(), {}
         for part, (name, named) in self.files.items():
-            tensors = named(parts[part])
-            if dtype is not None:
-                tensors = {key: one.to(dtype) if one.is_floating_point() else one for key, one in tensors.items()}
-            path = folder / "models" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written[part] = save(path, {key: one.contiguous() for key, one in tensors.items()})
+            path = Path(tempfile.mkdtemp(dir=_files()), Path(name).name)
+            written[name] = save(path, {key: one.contiguous() for key, one in named(parts[part]).items()})
+        if not has_parts:
+            self.forget()
+        return written
+
+    def saved(self, folder: Path) -> dict[str, Path]:
+        """Each part in a file of its usual name, in ComfyUI's folders."""
+        written = {}
+        for part, (name, _) in self.files.items():
+            written[part] = folder / "models" / name
+            written[part].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._saved[name], written[part])
         return written
 
     def denoiser_tensors(self) -> dict[str, Tensor]:
@@ -201,9 +212,26 @@ class TinyFamily:
         self.made().save_pretrained(folder)
 
 
+@cache
+def _files() -> str:
+    folder = tempfile.TemporaryDirectory(prefix="tiny-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
 def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Black Forest Labs' name of the weights of norms of queries and keys."""
     return {re.sub(r"(query_norm|key_norm)\.weight$", r"\1.scale", name): one for name, one in tensors.items()}
+
+
+def renamed(tensors: Mapping[str, Tensor], renames: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
+    """Tensors by names in which each pattern is replaced, one after the other."""
+    named = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        named[name] = tensor
+    return named
 
 
 def kl_names(vae: nn.Module) -> dict[str, Tensor]:
@@ -221,12 +249,11 @@ def kl_names(vae: nn.Module) -> dict[str, Tensor]:
         (r"up_blocks\.(\d)\.resnets\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}.block.{match[2]}"),
         (r"up_blocks\.(\d)\.upsamplers\.0", lambda match: f"up.{levels - 1 - int(match[1])}.upsample"),
     )
-    named = {}
-    for name, tensor in vae.state_dict().items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        named[name] = tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
-    return named
+    named = renamed(vae.state_dict(), renames)
+    return {
+        name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
+        for name, tensor in named.items()
+    }
 
 
 def clip_names(encoder: nn.Module) -> dict[str, Tensor]:
@@ -258,12 +285,7 @@ def wan_names(vae: nn.Module) -> dict[str, Tensor]:
         (r"up_blocks\.(\d)\.resnets\.(\d)", lambda match: f"upsamples.{4 * int(match[1]) + int(match[2])}"),
         (r"up_blocks\.(\d)\.upsamplers\.0", lambda match: f"upsamples.{4 * int(match[1]) + 3}"),
     )
-    named = {}
-    for name, tensor in vae.state_dict().items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        named[name] = tensor
-    return named
+    return renamed(vae.state_dict(), renames)
 
 
 def kl(channels: int, *, scale: float = 0.3611, shift: float = 0.1159) -> nn.Module:
@@ -298,6 +320,14 @@ def qwen(layers: int, **settings: Any) -> nn.Module:
             **settings,
         )
     )
+
+
+def qwen25(layers: int) -> nn.Module:
+    from transformers import Qwen2Config, Qwen2Model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "head_dim": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Qwen2Model(Qwen2Config(vocab_size=151936, **sizes, **heads, rope_theta=1e6, rms_norm_eps=1e-6))
 
 
 def clip(layers: int, width: int, inner: int, *, activation: str = "quick_gelu", pad: int = VOCABULARY - 1) -> Any:
@@ -371,12 +401,7 @@ def hunyuan15_names(vae: nn.Module) -> dict[str, Tensor]:
         (r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"),
         (r"(down|up)_blocks\.(\d)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
     )
-    named = {}
-    for name, tensor in vae.state_dict().items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        named[name] = tensor
-    return named
+    return renamed(vae.state_dict(), renames)
 
 
 def _byt5_tokenizer() -> Any:

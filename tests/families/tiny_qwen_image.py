@@ -7,31 +7,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tiny_parts import (
-    TinyFamily,
-    image_patches,
-    latents_of_patches,
-)
+from tiny_parts import TinyFamily, image_patches, latents_of_patches, qwen25
 from tiny_towers import with_tower
 from torch import Tensor, nn
-
-
-def _qwen25() -> nn.Module:
-    from transformers import Qwen2Config, Qwen2Model
-
-    return Qwen2Model(
-        Qwen2Config(
-            vocab_size=151936,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=128,
-            rope_theta=1e6,
-            rms_norm_eps=1e-6,
-        )
-    )
 
 
 def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
@@ -75,7 +53,7 @@ QWEN_IMAGE = TinyFamily(
         "joint_attention_dim": 32,
         "axes_dims_rope": (4, 14, 14),
     },
-    {"text_encoder": _qwen25},
+    {"text_encoder": lambda: qwen25(2)},
     encoder_names=with_tower("qwen25vl", "model.", "visual."),
     network="QwenImageTransformer2DModel",
     conditioning=_conditioning,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -15,7 +14,7 @@ import torch
 from original_models import save
 from sentencepiece import SentencePieceProcessor
 from spiece_models import spiece_model
-from tiny_parts import TinyFamily, randomized, t5_names, wan_names
+from tiny_parts import TinyFamily, randomized, renamed, t5_names, wan_names
 from torch import Tensor, nn
 
 from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22
@@ -88,11 +87,7 @@ def _wan22_names(vae: nn.Module) -> dict[str, Tensor]:
         (r"down_blocks\.(\d)\.downsampler", r"downsamples.\1.downsamples.2"),
         (r"up_blocks\.(\d)\.upsampler", r"upsamples.\1.upsamples.3"),
     )
-    blocks = {}
-    for name, tensor in vae.state_dict().items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        blocks[name] = tensor
+    blocks = renamed(vae.state_dict(), renames)
     return wan_names(SimpleNamespace(state_dict=lambda: blocks))  # type: ignore[arg-type]
 
 

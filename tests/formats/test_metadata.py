@@ -35,11 +35,6 @@ def test_any_name_and_any_metadata_give_a_number(name: str, metadata: dict[str, 
     assert steps_of(metadata, name) >= 0
 
 
-@given(st.integers(0, 10**6))
-def test_own_names_give_the_steps(steps: int) -> None:
-    assert steps_of({}, f"loras/ComfyUI_trained_lora_{steps}_steps_00003_.safetensors") == steps
-
-
 def test_private_metadata_has_no_path_prompt_caption_or_workflow() -> None:
     metadata = {
         "ss_sd_model_name": "/home/secret/models/dream.safetensors",

@@ -18,9 +18,9 @@ def written(folder: Path) -> dict[str, bytes]:
     return {path.name if path != folder else "": path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("piece", [1, 1 << 26], ids=["one by one", "all at once"])
-@pytest.mark.parametrize("model", ["unet_names", "flux_names"])
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.pairwise(
+    piece={"one by one": 1, "all at once": 1 << 26}, model=["unet_names", "flux_names"], layout=list(LAYOUTS)
+)
 def test_the_file_is_the_same(request, tmp_path: Path, make_state, monkeypatch, layout: str, model: str, piece) -> None:
     names = request.getfixturevalue(model)
     monkeypatch.setattr(streaming, "_PIECE_BYTES", piece)

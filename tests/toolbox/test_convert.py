@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
@@ -81,34 +79,6 @@ def test_the_body_of_a_converted_file_is_that_of_a_saved_one(tmp_path: Path, tin
     metadata = read_safetensors(tmp_path / "converted")[1]
     assert metadata["ss_steps"] == "7"
     assert metadata["sshs_model_hash"] == sha256_body(tmp_path / "comfy")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("title", slow_except(["Stable Diffusion 1.x", "Stable Diffusion 2.x", "Flux.1"], "Flux.1"))
-@settings(max_examples=5)
-@given(data=st.data())
-def test_released_models_need_not_be_there(tmp_path: Path, title: str, data) -> None:
-    names = released_names(title)
-    assert names is not None
-    # One layer tells the family; the others are anything.
-    telling = [path for path in names.denoiser if path.endswith("attn2.to_k") or path.startswith("single_")][:1]
-    matrices = [path for path, shape in names.weight_shapes.items() if len(shape) > 1]
-    chosen = data.draw(st.lists(st.sampled_from(matrices), max_size=3))
-    state = AdapterState(
-        {ModuleRef(DENOISER, path): adapter(names.weight_shapes[path], rank=2) for path in (*telling, *chosen)}
-    )
-    for component in names.text_encoders:
-        state.adapters[ModuleRef(component, data.draw(st.sampled_from(names.paths(component))))] = adapter(
-            (8, 8), rank=2
-        )
-    first, second = data.draw(st.permutations(["kohya", "comfy", "diffusers"]))[:2]
-    save_lora(tmp_path / "a", state, names, layout=first)
-    convert_lora(tmp_path / "a", second, tmp_path / "b", overwrite=True)
-    again = load_lora(tmp_path / "b", names)
-    assert again.adapters.keys() == state.adapters.keys()
-    assert LAYOUTS[second].detects(read_safetensors(tmp_path / "b")[0]) == len(read_safetensors(tmp_path / "b")[0])
-    for ref, weights in state.adapters.items():
-        torch.testing.assert_close(change(again.adapters[ref]), change(weights), rtol=0, atol=0)
 
 
 def lokr_of_fused_layers() -> tuple[AdapterState, ModelNames]:

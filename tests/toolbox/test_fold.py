@@ -146,16 +146,6 @@ def test_a_folder_stays_a_folder(folder: Path, tiny: Model, tmp_path: Path) -> N
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.slow
-def test_a_folder_equals_the_single_file(folder: Path, tiny_file: Path, tiny: Model, tmp_path: Path) -> None:
-    parts = [(random_lora(tiny, tmp_path / "a.safetensors"), 0.7)]
-    outputs = [
-        fold_into(open_model(source), parts, tmp_path / name).output
-        for source, name in ((folder, "out"), (tiny_file, "out.safetensors"))
-    ]
-    assert same_bits(*(parameters(load_model(output)) for output in outputs)) == []
-
-
 def test_other_copies_of_changed_weights_stay_behind(folder: Path, tiny: Model, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)
@@ -207,18 +197,6 @@ def test_weights_too_large_for_half_precision_are_refused(sd2_file: Path, sd2: M
     with pytest.raises(LoraError, match="too large for the model's float16"):
         fold_into(open_model(sd2_file), [(lora, 1e4)], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_only_a_model_is_replaced_by_a_model(folder: Path, tiny: Model, tmp_path: Path) -> None:
-    lora = random_lora(tiny, tmp_path / "a.safetensors")
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(OutputError, match="is not a diffusers model"):
-        fold_into(open_model(folder), [(lora, 1.0)], tmp_path / "photos", overwrite=True)
-    output = fold_into(open_model(folder), [(lora, 1.0)], tmp_path / "out").output
-    fold_into(open_model(output), [(lora, -1.0)], output, overwrite=True)
-    before, after = parameters(tiny), parameters(load_model(output))
-    assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
 
 
 def test_a_difference_that_the_model_has_no_place_for_is_refused(tiny: Model, tmp_path: Path) -> None:

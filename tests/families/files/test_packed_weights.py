@@ -74,9 +74,11 @@ def test_plain_fp8_is_the_weight_itself(tmp_path: Path, dtype: torch.dtype) -> N
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
 
 
-@pytest.mark.parametrize("newer", [False, True], ids=["scale_weight", "weight_scale"])
-@pytest.mark.parametrize("by_row", [False, True], ids=["by tensor", "by row"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.pairwise(
+    newer={"scale_weight": False, "weight_scale": True},
+    by_row={"by tensor": False, "by row": True},
+    dtype={"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2},
+)
 def test_scaled_fp8_is_multiplied_by_its_scales(tmp_path: Path, dtype: torch.dtype, by_row: bool, newer: bool) -> None:
     tensors = SMALLEST.unet_tensors()
     file, meant = scaled(tensors, by_row=by_row, dtype=dtype, newer=newer)

@@ -87,17 +87,6 @@ def test_diffusers_applies_every_module_of_a_unet(
     assert (answer(unet) - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_diffusers_loads_a_unet_adapter_directly(tmp_path, make_unet, unet_names, make_state, make_adapter, delta):
-    state = mixed_state(unet_names, make_state, make_adapter, attention_alpha=1.0)
-    lora_file.save_lora(tmp_path / "x.safetensors", state, unet_names, layout="diffusers")
-    unet = make_unet()
-    unet.load_lora_adapter(str(tmp_path), weight_name="x.safetensors", prefix="unet")
-    changes = applied_changes(unet)
-    assert changes.keys() == {ref.path for ref in state.adapters}
-    for ref, weights in state.adapters.items():
-        torch.testing.assert_close(changes[ref.path], delta(weights), rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize(("layout", "odd"), [("kohya", 2.0), ("portable", 3.0), ("diffusers", 3.0)])
 def test_diffusers_applies_text_encoder_modules(tmp_path: Path, unet_names, make_adapter, delta, layout, odd) -> None:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -162,16 +151,14 @@ def peft_unet(make_unet, **options) -> nn.Module:
     return unet
 
 
+PATTERNS = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn1.to_q": 6, r"^mid_block.*\.to_k": 1}}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn1.to_q": 6, r"^mid_block.*\.to_k": 1}},
-    ],
-    ids=["plain", "rslora", "patterns"],
+    ("options", "saver"),
+    [({"use_rslora": True}, "adapter"), *((PATTERNS, saver) for saver in ("adapter", "pipeline", "peft"))],
+    ids=["rslora", "adapter", "pipeline", "peft"],
 )
-@pytest.mark.parametrize("saver", ["adapter", "pipeline", "peft"])
 def test_pefts_scale_is_read(tmp_path: Path, make_unet, unet_names, delta, options, saver) -> None:
     from diffusers import StableDiffusionPipeline
     from peft import get_peft_model_state_dict

@@ -42,12 +42,11 @@ def test_the_layouts_are_registered() -> None:
         LAYOUTS["kohia"]
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@settings(max_examples=12)
+@settings(max_examples=18)
 @given(data=st.data())
-def test_any_state_survives_a_file(request, tmp_path, make_adapter, delta, layout: str, model: str, data) -> None:
-    names = request.getfixturevalue(model)
+def test_any_state_survives_a_file(request, tmp_path, make_adapter, delta, layout: str, data) -> None:
+    names = request.getfixturevalue(data.draw(st.sampled_from(MODELS)))
     algorithms = data.draw(st.sampled_from(TOGETHER.get(layout, (ALGORITHMS,))))
     state = draw_state(data, names, make_adapter, algorithms, differences=layout not in TOGETHER)
     path = tmp_path / "x"
@@ -73,9 +72,9 @@ def test_any_state_survives_a_file(request, tmp_path, make_adapter, delta, layou
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", ["kohya", "comfy", "peft"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.pairwise(
+    model=MODELS, layout=["kohya", "comfy", "peft"], dtype=[torch.float32, torch.bfloat16, torch.float16]
+)
 def test_a_lora_of_one_rank_is_read_back_bit_for_bit(request, tmp_path, make_state, layout, model, dtype) -> None:
     names = request.getfixturevalue(model)
     state = make_state(names, dtype=dtype, alpha=2.0)

@@ -240,11 +240,3 @@ def test_pefts_bias_of_the_up_matrix_is_scaled_like_it() -> None:
     tensors = {"down": torch.ones(4, 8), "up": torch.ones(6, 4), "up_bias": torch.ones(6)}
     module = assembled(tensors, (6, 8), 2.0)
     assert torch.equal(module.differences["bias"], torch.full((6,), 0.5))
-
-
-def test_norm_differences_have_lycoris_names_in_kohyas_layout() -> None:
-    module = ModuleTensors(None, {"weight": torch.ones(3), "bias": torch.ones(3)})
-    assert spelled(module, KOHYA, norm_names=True).keys() == {".w_norm", ".b_norm"}
-    assert spelled(module, KOHYA).keys() == {".diff", ".diff_b"}
-    full = ModuleTensors(None, {"weight": torch.ones(3, 3), "bias": torch.ones(3)})
-    assert spelled(full, KOHYA, norm_names=True).keys() == {".diff", ".diff_b"}
