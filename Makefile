@@ -53,6 +53,7 @@ lint-pages:
 else
 lint-pages: $(PAGES)/installed
 	$(PAGES)/.bin/biome format --config-path=tools/pages src/lorasmith/server/pages
+	$(PAGES)/.bin/tsc --project tools/pages
 endif
 
 $(PAGES)/installed: tools/pages/package-lock.json

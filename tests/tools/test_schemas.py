@@ -14,6 +14,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
+from tools import schemas as tool
 from tools.schemas import FOLDER, schemas
 
 TYPES: dict[str, Any] = {
@@ -66,6 +67,7 @@ def test_the_files_are_those_that_the_tool_writes() -> None:
     assert {path.name for path in FOLDER.iterdir()} == schemas().keys()
     for name, schema in schemas().items():
         assert committed(name) == json.loads(json.dumps(schema)), "run python -m tools.schemas"
+    assert tool.TYPES.read_text("utf-8") == tool.page_types(schemas()["openapi.json"]), "run python -m tools.schemas"
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,7 @@ function Page() {
   `;
 }
 
+/** @param {string[]} parts */
 function viewOf([name, ...rest]) {
   switch (name) {
     case undefined:
@@ -103,7 +104,7 @@ function Bar({ at }) {
       <a href=${link("runs")} aria-current=${here("runs") ?? here("jobs") ?? here("sweeps") ?? here("compare")}>
         Runs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}
       </a>
-      ${server?.editor !== false && html`<a href="editor/">Editor</a>`}
+      <a href="editor/">Editor</a>
     </nav>
     ${
       device &&
@@ -141,10 +142,10 @@ function watchServer() {
       work.set((now) => {
         const isNews = ([id, job]) => job !== asked?.jobs.get(id);
         const there = jobs.filter(({ id }) => now?.jobs.has(id) || !asked?.jobs.has(id)); // others were removed since
-        const found = there.map((job) => [job.id, newest(job, asked, now)]);
+        const found = there.map((job) => /** @type {const} */ ([job.id, newest(job, asked, now)]));
         return {
           jobs: new Map([...[...(now?.jobs ?? [])].filter(isNews), ...found]),
-          queue: now?.queue === asked?.queue ? queue : now.queue,
+          queue: now && now.queue !== asked?.queue ? now.queue : queue,
         };
       });
     } catch {
@@ -180,4 +181,4 @@ function watchServer() {
   };
 }
 
-render(html`<${Page} />`, document.getElementById("page"));
+render(html`<${Page} />`, /** @type {HTMLElement} */ (document.getElementById("page")));

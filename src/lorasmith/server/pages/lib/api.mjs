@@ -4,6 +4,7 @@ import { connection } from "./stores.mjs";
 const ROOT = new URL("lorasmith/v1/", document.baseURI);
 
 export class ApiError extends Error {
+  /** @param {any} [details] */
   constructor(kind, message, status = 0, details = null) {
     super(message);
     this.kind = kind;
@@ -12,7 +13,12 @@ export class ApiError extends Error {
   }
 }
 
-/** The address of a part of the API, from path segments (escaped here) and a query. */
+/**
+ * The address of a part of the API, from path segments (escaped here) and a query.
+ *
+ * @param {(Api.Get | Api.Post | Api.Put | Api.Delete)["path"] | ["runs", string, "files"]} segments
+ * @param {Record<string, any>} [query]
+ */
 export function address(segments, query = {}) {
   const url = new URL(segments.map(encodeURIComponent).join("/"), ROOT);
   for (const [name, value] of Object.entries(query)) {
@@ -25,12 +31,47 @@ export function address(segments, query = {}) {
 export const fileOfRun = (run, file) =>
   `${address(["runs", run, "files"])}/${file.split("/").map(encodeURIComponent).join("/")}`;
 
+/**
+ * @template {Api.Get["path"]} P
+ * @param {P} segments
+ * @param {Api.Of<Api.Get, P>["query"]} [query]
+ * @param {AbortSignal} [signal]
+ * @returns {Promise<Api.Of<Api.Get, P>["answer"]>}
+ */
 export const get = (segments, query, signal) => request("GET", address(segments, query), { signal });
-export const post = (segments, body = {}) => request("POST", address(segments), { body });
+
+/**
+ * @template {Api.Post["path"]} P
+ * @param {P} segments
+ * @param {Api.Of<Api.Post, P>["body"]} [body]
+ * @returns {Promise<Api.Of<Api.Post, P>["answer"]>}
+ */
+export const post = (segments, body) => request("POST", address(segments), { body: body ?? {} });
+
+/**
+ * @template {Api.Put["path"]} P
+ * @param {P} segments
+ * @param {Api.Of<Api.Put, P>["body"]} body
+ * @param {{ keepalive?: boolean }} [options]
+ * @returns {Promise<Api.Of<Api.Put, P>["answer"]>}
+ */
 export const put = (segments, body, { keepalive } = {}) => request("PUT", address(segments), { body, keepalive });
+
+/**
+ * @template {Api.Delete["path"]} P
+ * @param {P} segments
+ * @returns {Promise<Api.Of<Api.Delete, P>["answer"]>}
+ */
 export const remove = (segments) => request("DELETE", address(segments), {});
 
+/**
+ * @param {string} method
+ * @param {string} url
+ * @param {{ body?: unknown, signal?: AbortSignal, keepalive?: boolean }} options
+ * @returns {Promise<any>}
+ */
 async function request(method, url, { body, signal, keepalive }) {
+  /** @type {RequestInit & { headers: Record<string, string> }} */
   const options = { method, signal, keepalive, headers: { Accept: "application/json" } };
   if (body instanceof FormData) options.body = body;
   else if (body !== undefined) {
@@ -50,7 +91,7 @@ async function request(method, url, { body, signal, keepalive }) {
   }
   if (connection.get().lost) connection.set({ lost: false });
   if (response.ok) return response.status === 204 ? null : response.json();
-  let found = null;
+  let found;
   try {
     found = (await response.json()).error;
   } catch {

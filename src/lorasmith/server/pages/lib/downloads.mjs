@@ -9,10 +9,11 @@ export const isOnItsWay = (download) => download?.state === "waiting" || downloa
  * All downloads since the server started, the last first, and a function that looks again: [downloads, refresh].
  * They are looked at each second while one is on its way.
  *
- * @param onEnded called when one has ended
+ * @param {() => void} onEnded called when one has ended
+ * @returns {[Api.DownloadAnswer[], () => void]}
  */
 export function useDownloads(onEnded) {
-  const [all, setAll] = useState([]);
+  const [all, setAll] = useState(/** @type {Api.DownloadAnswer[]} */ ([]));
   const [round, setRound] = useState(0);
   const known = useRef(null); // ids of those that have ended
   const end = useRef(onEnded);

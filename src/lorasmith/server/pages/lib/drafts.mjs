@@ -9,31 +9,48 @@ const SEND_AFTER_MS = 300;
 const TEXTS = ["name", "trigger"]; // typed, so that two of them are shown instead of one of them lost
 const OLD_KEY = "lorasmith.draft."; // of the browser's storage, where earlier pages kept them
 
-const NOTHING = { seen: null, mine: null, theirs: {}, version: -1 };
+/**
+ * What the server has, null until it is loaded; that with what is changed here; and texts of others that `mine` differs
+ * from, which are not sent before somebody chooses.
+ *
+ * @typedef {{ seen: Api.Draft | null, mine: Api.Draft, theirs: Record<string, string>, version: number }} State
+ * @type {State}
+ */
+const NOTHING = { seen: null, mine: /** @type {Api.Draft} */ ({}), theirs: {}, version: -1 };
 
+/** @type {Map<string, Draft>} */
 const drafts = new Map();
 
-/**
- * The draft of a folder: a store of {seen, mine, theirs, version}, `seen` null until it is loaded; `theirs` are texts
- * of others that `mine` differs from.
- */
+/** The draft of a folder. */
 function draftOf(dataset) {
-  if (!drafts.has(dataset)) drafts.set(dataset, new Draft(dataset));
-  return drafts.get(dataset);
+  const draft = drafts.get(dataset) ?? new Draft(dataset);
+  drafts.set(dataset, draft);
+  return draft;
 }
 
+/** The server merges what several pages change; here, what is not stored yet is laid over what it has. */
 class Draft {
   constructor(dataset) {
     this.dataset = dataset;
     this.store = createStore(NOTHING);
     this.isGone = false; // its folder was removed; what is loaded next is of another one
     this.timer = 0;
+    /** @type {Promise<boolean> | null} */
     this.sending = null;
   }
 
+  /** What is to be stored; null where nothing is changed. */
+  get #unsent() {
+    const { seen, mine, theirs } = this.store.get();
+    if (!seen || this.isGone) return null;
+    const draft = { ...mine, ...Object.fromEntries(Object.keys(theirs).map((name) => [name, seen[name]])) };
+    return same(draft, seen) ? null : draft;
+  }
+
   async load(signal) {
+    if (this.#unsent) return this.send(); // its answer is the newer one
     const answer = await get(["datasets", this.dataset, "draft"], {}, signal);
-    this.#take(answer);
+    if (!this.#unsent) this.#take(answer);
     const old = answer.version === 0 ? oldDraft(this.dataset) : null;
     if (old) this.change(old);
   }
@@ -59,15 +76,17 @@ class Draft {
   async send({ isLeaving = false } = {}) {
     clearTimeout(this.timer);
     while (this.sending && !isLeaving) await this.sending;
-    const { seen, mine, theirs } = this.store.get();
-    if (!seen || this.isGone) return;
-    const draft = { ...mine, ...Object.fromEntries(Object.keys(theirs).map((name) => [name, seen[name]])) };
-    if (same(draft, seen)) return;
+    const draft = this.#unsent;
+    const { seen } = this.store.get();
+    if (!draft || !seen) return;
     this.sending = put(["datasets", this.dataset, "draft"], { draft, seen }, { keepalive: true }).then(
-      (answer) => this.#take(answer, draft),
+      (answer) => {
+        this.#take(answer, draft);
+        return false;
+      },
       (failure) => {
         if (!(failure instanceof ApiError)) throw failure;
-        if (failure.kind === "StaleDraftError") this.#take(failure.details);
+        if (failure.kind === "StaleDraftError") this.#take(failure.details, seen, true);
         else say(failure.message, { mood: "bad" });
         return failure.kind === "StaleDraftError";
       },
@@ -80,46 +99,32 @@ class Draft {
     while (this.sending) await this.sending; // its answer is the newer one
     if (!draft)
       this.isGone = true; // a view may still show it
-    else if (this.isGone || version > this.store.get().version) this.#take({ draft, version });
+    else if (this.isGone || (version > this.store.get().version && !this.#unsent)) this.#take({ draft, version });
   }
 
-  /** Take what the server has; `sent` is what it was made from here. */
-  #take({ draft, version }, sent = null) {
+  /** Take what the server has, under what is changed here of `base`. */
+  #take({ draft, version }, base = this.store.get().seen, isRefused = false) {
     const { seen, mine, theirs } = this.isGone ? NOTHING : this.store.get();
     this.isGone = false;
-    if (!seen) {
+    if (!seen || !base) {
       this.store.set({ seen: draft, mine: { ...draft, ...mine }, theirs, version });
       return;
     }
-    const base = sent ?? seen;
-    const next = { ...draft, settings: rebased(base.settings, mine.settings, draft.settings) };
-    const others = { ...theirs };
-    for (const name of Object.keys(draft)) {
-      if (name === "settings" || same(mine[name], draft[name])) continue;
-      if (same(mine[name], base[name]) && !(name in theirs)) continue; // only they have changed it
-      if (same(draft[name], base[name]) && !(name in theirs))
-        next[name] = mine[name]; // only this page has
-      else if (TEXTS.includes(name)) {
-        next[name] = mine[name];
-        others[name] = draft[name];
-      }
-    }
-    for (const name of Object.keys(others)) if (same(next[name], draft[name])) delete others[name];
-    this.store.set({ seen: draft, mine: next, theirs: others, version });
+    const settings = laid(base.settings, mine.settings, draft.settings, isRefused);
+    const next = { ...laid(base, mine, draft, isRefused), settings };
+    const names = TEXTS.filter((name) => name in theirs || (isRefused && !same(draft[name], base[name])));
+    const others = names.filter((name) => !same(next[name], draft[name])).map((name) => [name, draft[name]]);
+    this.store.set({ seen: draft, mine: next, theirs: Object.fromEntries(others), version });
   }
 }
 
-/** `theirs` with what `mine` changes of `base`, by name. */
-function rebased(base, mine, theirs) {
-  const names = new Set([...Object.keys(base), ...Object.keys(mine), ...Object.keys(theirs)]);
-  return Object.fromEntries(
-    [...names]
-      .map((name) => [
-        name,
-        same(mine[name], base[name]) || !same(theirs[name], base[name]) ? theirs[name] : mine[name],
-      ])
-      .filter(([, value]) => value !== undefined),
-  );
+/** `there` under what `mine` changes of `base`, by name; of what both change only texts, if refused. */
+function laid(base, mine, there, isRefused) {
+  const own = (name) =>
+    !same(mine[name], base[name]) && (!isRefused || same(there[name], base[name]) || TEXTS.includes(name));
+  const names = Object.keys({ ...there, ...mine });
+  const entries = names.map((name) => [name, own(name) ? mine[name] : there[name]]);
+  return Object.fromEntries(entries.filter(([, value]) => value !== undefined));
 }
 
 const same = (a, b) => sorted(a ?? null) === sorted(b ?? null);
@@ -130,7 +135,7 @@ const sorted = (value) =>
 
 function oldDraft(dataset) {
   try {
-    const { isChosen, ...stored } = JSON.parse(localStorage.getItem(OLD_KEY + dataset));
+    const { isChosen, ...stored } = JSON.parse(localStorage.getItem(OLD_KEY + dataset) ?? "");
     localStorage.removeItem(OLD_KEY + dataset);
     return { ...stored, is_chosen: isChosen ?? false };
   } catch {
@@ -144,12 +149,7 @@ listen(
   {
     onOpen: () => {
       // What fails here is done when the connection is back.
-      for (const draft of drafts.values())
-        if (draft.store.get().seen)
-          draft
-            .load()
-            .then(() => draft.send())
-            .catch(() => {});
+      for (const draft of drafts.values()) if (draft.store.get().seen) draft.load().catch(() => {});
     },
   },
 );
@@ -160,7 +160,11 @@ addEventListener("pagehide", () => {
 /** Loads the draft of a folder; raises an ApiError, of status 404 where there is no such folder. */
 export const loadDraft = (dataset, signal) => draftOf(dataset).load(signal);
 
-/** The draft of a folder, which is loaded, and a function that changes parts of it. */
+/**
+ * The draft of a folder, which is loaded, and a function that changes parts of it.
+ *
+ * @returns {[Api.Draft, (parts: Partial<Api.Draft>) => void]}
+ */
 export function useDraft(dataset) {
   const draft = draftOf(dataset);
   const { mine } = useStore(draft.store);
@@ -171,6 +175,8 @@ export function useDraft(dataset) {
 /**
  * Texts that were changed elsewhere while others were typed here, by name, and a function that chooses (name, whether
  * it is the one here).
+ *
+ * @returns {[Record<string, string>, (name: string, isMine: boolean) => void]}
  */
 export function useConflicts(dataset) {
   const draft = draftOf(dataset);

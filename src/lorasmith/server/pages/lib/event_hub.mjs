@@ -13,7 +13,9 @@ export class EventHub {
   #url;
   #clients = new Map(); // topics of each, null of one that is hidden
   #waiting = new Set(); // clients that wait for an "open"
+  /** @type {EventSource | null} */
   #source = null;
+  /** @type {EventSource | null} */
   #next = null; // a stream with other topics, which replaces the first when it has begun
   #timer = 0;
   #wait = FIRST_WAIT_MS;

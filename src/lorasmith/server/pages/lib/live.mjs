@@ -5,14 +5,15 @@ import { connection } from "./stores.mjs";
 
 const READY_WITHIN_MS = 10000;
 const readers = new Set(); // {topic, handlers, onOpen}
-let hub = null; // {watch(topics)}: the shared worker, or the page's own connection
+/** @type {{ watch: (topics: string[] | null) => void } | null} */
+let hub = null; // the shared worker, or the page's own connection
 
 /**
  * Listens to a topic until the returned function is called: "" for all jobs, the queue, datasets and drafts, jobs/ID or
  * runs/ID for what is shown of one. `onOpen` is called when the stream has begun: at first, and after a lost connection
  * or a hidden page. Readers must accept an event twice.
  */
-export function listen(topic, handlers, { onOpen } = {}) {
+export function listen(topic, handlers, { onOpen = () => {} } = {}) {
   const reader = { topic, handlers, onOpen };
   readers.add(reader);
   update();
@@ -23,8 +24,8 @@ export function listen(topic, handlers, { onOpen } = {}) {
 }
 
 /** Listens while the component is shown; `topic` null listens to nothing. */
-export function useEvents(topic, handlers, { onOpen } = {}) {
-  const reader = useRef({}).current;
+export function useEvents(topic, handlers, { onOpen = () => {} } = {}) {
+  const reader = useRef({ topic, handlers, onOpen }).current;
   Object.assign(reader, { topic, handlers, onOpen });
   useEffect(() => {
     if (topic === null) return undefined;
@@ -56,7 +57,7 @@ function receive({ type, name, data }) {
     for (const { topic, handlers } of [...readers]) if (topic === (data.topic ?? "")) handlers[name]?.(data);
   } else if (type !== "ready") {
     connection.set({ lost: type === "lost" });
-    if (type === "open") for (const { onOpen } of [...readers]) onOpen?.();
+    if (type === "open") for (const { onOpen } of [...readers]) onOpen();
   }
 }
 

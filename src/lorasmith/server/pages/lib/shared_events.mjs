@@ -3,7 +3,8 @@ import { EventHub } from "./event_hub.mjs";
 
 const hub = new EventHub(new URL("../../lorasmith/v1/events", import.meta.url).href);
 
-addEventListener("connect", ({ ports: [port] }) => {
+addEventListener("connect", (event) => {
+  const [port] = /** @type {MessageEvent} */ (event).ports;
   const client = { send: (message) => port.postMessage(message) };
   port.onmessage = ({ data }) => (data.isLeaving ? hub.leave(client) : hub.watch(client, data.topics));
   port.postMessage({ type: "ready" });

@@ -1,14 +1,29 @@
 // Values that several parts of the page share.
 import { useEffect, useState } from "./html.mjs";
 
-/** A value that tells its readers when it is replaced. */
+/**
+ * @template T
+ * @typedef {{
+ *   get: () => T,
+ *   set: (next: T | ((before: T) => T)) => void,
+ *   subscribe: (reader: (value: T) => unknown) => () => void,
+ * }} Store
+ */
+
+/**
+ * A value that tells its readers when it is replaced.
+ *
+ * @template T
+ * @param {T} initial
+ * @returns {Store<T>}
+ */
 export function createStore(initial) {
   let value = initial;
   const readers = new Set();
   return {
     get: () => value,
     set(next) {
-      value = typeof next === "function" ? next(value) : next;
+      value = next instanceof Function ? next(value) : next;
       for (const reader of [...readers]) reader(value);
     },
     subscribe(reader) {
@@ -18,7 +33,12 @@ export function createStore(initial) {
   };
 }
 
-/** The value of a store; the component is drawn again when it is replaced. */
+/**
+ * The value of a store; the component is drawn again when it is replaced.
+ *
+ * @template T
+ * @param {Store<T>} store
+ */
 export function useStore(store) {
   const [value, setValue] = useState(store.get);
   useEffect(() => {
@@ -31,9 +51,11 @@ export function useStore(store) {
 /** {lost}: whether the server does not answer. */
 export const connection = createStore({ lost: false });
 /** The answer to GET /status, null before the first one. */
-export const status = createStore(null);
-/** {jobs: Map of id → job, queue: {pending, running}}, null before the first answer. */
-export const work = createStore(null);
+export const status = createStore(/** @type {Api.StatusAnswer | null} */ (null));
+/** The jobs by id and the queue, null before the first answer. */
+export const work = createStore(
+  /** @type {{ jobs: Map<string, Api.JobAnswer>, queue: Api.QueueCounts } | null} */ (null),
+);
 
 /**
  * The job of an answer, with what was heard of it since it was asked for, which is newer; `asked` is what was known
@@ -44,12 +66,18 @@ export function newest(job, asked, now) {
   return heard === asked?.jobs.get(job.id) ? { ...heard, ...job } : { ...job, ...heard };
 }
 
-/** A short message at the edge of the page: {text, mood, undo}. */
-export const toast = createStore(null);
+/** A short message at the edge of the page. */
+export const toast = createStore(
+  /** @type {{ text: string, mood: string, undo: (() => unknown) | null } | null} */ (null),
+);
 /** Text that screen readers read out when it changes. */
 export const announcement = createStore("");
 
 let toastTimer = 0;
+/**
+ * @param {string} text
+ * @param {{ mood?: string, undo?: (() => unknown) | null }} [options]
+ */
 export function say(text, { mood = "good", undo = null } = {}) {
   clearTimeout(toastTimer);
   toast.set({ text, mood, undo });

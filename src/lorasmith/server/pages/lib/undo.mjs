@@ -2,21 +2,31 @@
 import { createStore, say, toast } from "./stores.mjs";
 
 const MOST = 100;
+
+/** @typedef {{ text: string, undo: () => unknown, key: string | null, before: string | null }} Done */
+
+/** @type {Map<string, import("./stores.mjs").Store<Done[]>>} */
 const stores = new Map();
 
-/** What can be undone of a folder, the last one at the end: a store of [{text, undo, key, before}]. */
+/**
+ * What can be undone of a folder, the last one at the end.
+ *
+ * @returns {import("./stores.mjs").Store<Done[]>}
+ */
 export function doneTo(dataset) {
-  if (!stores.has(dataset)) stores.set(dataset, createStore([]));
-  return stores.get(dataset);
+  const store = stores.get(dataset) ?? createStore(/** @type {Done[]} */ ([]));
+  stores.set(dataset, store);
+  return store;
 }
 
 /**
  * Notes what was done, and says it with a button that takes it back.
  *
- * @param undo takes it back; may return a promise, whose failure is said
- * @param key of changes that are one if they follow each other, such as typing; `before` is what the first of them
- *   replaced
- * @param quiet whether nothing is said
+ * @param {string} dataset
+ * @param {string} text
+ * @param {() => unknown} undo takes it back; may return a promise, whose failure is said
+ * @param {{ key?: string | null, before?: string | null, quiet?: boolean }} [options] `key` of changes that are one if
+ *   they follow each other, such as typing; `before` is what the first of them replaced; whether nothing is said
  */
 export function did(dataset, text, undo, { key = null, before = null, quiet = false } = {}) {
   const entry = { text, undo, key, before };

@@ -3,21 +3,22 @@ import { ApiError, get, post } from "./api.mjs";
 import { useEffect, useState } from "./html.mjs";
 import { createStore } from "./stores.mjs";
 
+/** A file, with the path inside the dropped folder. @typedef {{ file: File, path: string }} Sent */
+
 const AT_ONCE = 3;
 const stores = new Map();
 /** [{name, reason}] of files that were not added, by dataset. */
 export const leftOut = createStore({});
 let lastKey = 0;
+/** @type {Promise<Api.FormatsAnswer> | null} */
 let asked = null;
 
 /** What the server reads: {pictures, captions, refused}, asked for once. */
-function formats() {
-  asked ??= get(["formats"]).catch((error) => {
+const formats = () =>
+  (asked ??= get(["formats"]).catch((error) => {
     asked = null;
     throw error;
-  });
-  return asked;
-}
+  }));
 
 /** The types of pictures that a file input offers, and of captions if it takes them. */
 export function useAccept(withCaptions = false) {
@@ -26,9 +27,14 @@ export function useAccept(withCaptions = false) {
   return ["image/*", ...(read?.pictures ?? []), ...((withCaptions && read?.captions) || [])].join(",");
 }
 
-/** Files [{file, path}] by what becomes of them: {pictures, captions, refused: [{name, reason}]}. */
+/**
+ * Files by what becomes of them.
+ *
+ * @param {Sent[]} files
+ */
 export async function sorted(files) {
   const read = await formats();
+  /** @type {{ pictures: Sent[], captions: Sent[], refused: { name: string, reason: string }[] }} */
   const found = { pictures: [], captions: [], refused: [] };
   for (const one of files) {
     const kind = suffix(one.path).toLowerCase();
@@ -66,9 +72,10 @@ export function uploadsOf(dataset) {
  * Starts to send pictures, each with the caption beside it, those in folders for controls as controls; then captions of
  * pictures that are there already. What is not added goes to `leftOut`.
  *
- * @param files [{file, path}], with the path inside the dropped folder
- * @param before null for pictures to train on; "" for pictures before an edit, by their names; or the picture that the
- *   first of them is before
+ * @param {string} dataset
+ * @param {Sent[]} files
+ * @param {string | null} before null for pictures to train on; "" for pictures before an edit, by their names; or the
+ *   picture that the first of them is before
  * @returns the uploads, as of `uploadsOf`, when they have begun
  */
 export async function upload(dataset, files, before = null) {
@@ -104,7 +111,7 @@ export async function upload(dataset, files, before = null) {
   };
   const stems = new Set(pictures.map(({ path }) => stem(path)));
   const others = texts.filter(({ path }) => !stems.has(stem(path)));
-  Promise.all(Array.from({ length: AT_ONCE }, work)).then(() => others.length && sendCaptions(dataset, others));
+  Promise.all(Array.from({ length: AT_ONCE }, work)).then(() => void (others.length && sendCaptions(dataset, others)));
   return entries;
 }
 

@@ -60,10 +60,11 @@ export function Advice({ run }) {
     },
     [run.id],
   );
-  const [away, setAway] = useState({}); // where pictures were moved to that were left out here
+  // Where pictures were moved to that were left out here.
+  const [away, setAway] = useState(/** @type {Record<string, string>} */ ({}));
   if (!run.advice.length) return null;
   const pictures = new Map(run.images.map((one) => [one.file, one]));
-  const restore = (file, removed) =>
+  const restore = (/** @type {string} */ file, removed) =>
     shown(async () => {
       await post(["datasets", run.dataset, "restore"], { removed });
       setAway(({ [file]: _, ...others }) => others);

@@ -66,8 +66,8 @@ export function AllSettings({ groups, hidden, base, own, error, onChange }) {
 
 /** Shows the first field whose text is not a value, and gives it the focus; whether there is one. */
 export function shownInvalid() {
-  const field = document.querySelector('.all-settings [aria-invalid="true"]');
-  for (let box = field?.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
+  const field = /** @type {HTMLElement | null} */ (document.querySelector('.all-settings [aria-invalid="true"]'));
+  for (let box = field?.closest("details"); box; box = box.parentElement?.closest("details")) box.open = true;
   field?.focus();
   return field !== null;
 }

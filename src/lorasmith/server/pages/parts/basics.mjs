@@ -88,7 +88,7 @@ export function Dialog({ title, onClose, children, wide }) {
   const box = useRef(null);
   const id = useId();
   useEffect(() => {
-    const before = document.activeElement;
+    const before = /** @type {HTMLElement | null} */ (document.activeElement);
     box.current.showModal();
     return () => before?.isConnected && before.focus();
   }, []);
@@ -189,7 +189,7 @@ export function Messages() {
               message.undo &&
               html`<button type="button" class="button small"
                   onClick=${() => {
-                    message.undo();
+                    message.undo?.();
                     toast.set(null);
                   }}>
                 Undo
@@ -208,11 +208,15 @@ const AGAIN_MS = 2000;
 export const isPassing = (error) => error?.status === 503 || error?.status === 0;
 
 /**
- * Loads a value and loads it again when `keys` change, and until it is there if the server is not: [value, error,
- * reload].
+ * Loads a value and loads it again when `keys` change, and until it is there if the server is not.
+ *
+ * @template T
+ * @param {(signal: AbortSignal) => Promise<T>} load
+ * @param {unknown[]} keys
+ * @returns {[T | null, any, () => void]} value, error, reload
  */
 export function useLoaded(load, keys) {
-  const [state, setState] = useState({ value: null, error: null });
+  const [state, setState] = useState(/** @type {{ value: T | null, error: any }} */ ({ value: null, error: null }));
   const [round, setRound] = useState(0);
   useEffect(() => {
     const stop = new AbortController();

@@ -54,8 +54,8 @@ const THUMBNAIL = 480; // pixels: twice the width at which they are shown
  * @param controls [{file, width, height, fixed, problem}]
  * @param version changes when files have changed places, as their addresses then stay the same
  * @param words of `PAIRS`
- * @param actions {pair(control, image), choose(files, image), remove(control), move(control)}; null if nothing can be
- *   changed
+ * @param actions null, or {pair(control, image), choose(files, image), remove(control), move(control)}; null if nothing
+ *   can be changed
  */
 export function Before({ dataset, image, controls, version, words, actions }) {
   const input = useRef(null);

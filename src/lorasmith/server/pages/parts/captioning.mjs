@@ -167,7 +167,7 @@ export function CaptioningState({ dataset, onUndo }) {
   const active = own.find((one) => one.state === "pending" || one.state === "running");
   const job = active ?? own.find((one) => awaited.has(one.id));
   const isActive = Boolean(active);
-  if (isActive) awaited.add(job.id);
+  if (active) awaited.add(active.id);
   useEvents(job?.state === "running" ? `jobs/${job.id}` : null, { progress: setDone });
   useEffect(() => {
     setDone(null);
@@ -189,25 +189,23 @@ export function CaptioningState({ dataset, onUndo }) {
       (failure) => say(failure.message, { mood: "bad" }),
     );
   }, [job?.id, job?.state]);
-  if (isActive) {
-    const isWaiting =
-      job.state === "pending" && [...known.jobs.values()].some((one) => one.state === "running" && one.id !== job.id);
+  if (active) {
+    const isPending = active.state === "pending";
+    const isWaiting = isPending && [...(known?.jobs.values() ?? [])].some((one) => one.state === "running");
     return html`<div class="notice captioning" role="group" aria-label="Captions">
       <${Progress} label="Captions" value=${done?.value} max=${done?.maximum} />
       <div class="actions spread">
         <span role="status">
           ${
-            job.state === "pending"
-              ? isWaiting
-                ? "The captions wait for the job that runs."
-                : "Loading the captioner…"
-              : done
+            isWaiting
+              ? "The captions wait for the job that runs."
+              : done && !isPending
                 ? `${done.value} of ${done.maximum} captions`
                 : "Loading the captioner…"
           }
         </span>
         <${Button} class="small" aria-label="Stop writing captions"
-            onClick=${() => act(job, "cancel", { pause: false })}>
+            onClick=${() => act(active, "cancel", { pause: false })}>
           Stop
         <//>
       </div>

@@ -36,7 +36,7 @@ export function Film({ previews, pairs = [], source, live = false, bestStep = nu
   }, [at, steps.length]);
   if (!prompts.length) return null;
   const shown = prompts.some(([one]) => one === number) ? number : prompts[0][0];
-  const prompt = prompts.find(([one]) => one === shown)[1];
+  const prompt = prompts.find(([one]) => one === shown)?.[1];
   const given = pairs.filter((one) => one.number === shown);
   const beside = given.find((one) => one.title === other);
   const without = beside?.file ?? table.base.get(shown)?.file;

@@ -31,7 +31,7 @@ export function useView(topic) {
 }
 
 /**
- * @param run {id, trigger}
+ * @param run its {id, trigger}
  * @param head what stands above the progress, in the same card
  * @param controls buttons beside those for pictures and the LoRA
  */

@@ -12,8 +12,8 @@ const LARGE = 1600; // pixels
 /**
  * @param images the photos to go through
  * @param file the one that is shown
- * @param actions {caption(image, text, seen), tags(image, text), crop(image, crop), remove(image), show(file)}; those
- *   that change are null where nothing can be changed
+ * @param actions its {caption(image, text, seen), tags(image, text), crop(image, crop), remove(image), show(file)};
+ *   those that change are null where nothing can be changed
  * @param known tags of all captions
  * @param undo what `actions.undo` takes back, of `doneTo`; undefined for nothing
  */

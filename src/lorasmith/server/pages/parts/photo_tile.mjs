@@ -10,7 +10,7 @@ const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
 /**
  * @param image a photo of the dataset, or `upload`, one on its way there
  * @param isFixed whether it can neither be changed nor removed
- * @param facts {crop, trained} of the check; null to draw none
+ * @param facts its {crop, trained} of the check; null to draw none
  * @param usesMasks whether the training takes masks from files
  * @param before its pictures before an edit, drawn beside it; null for photos that are no pairs
  * @param onOpen shows it large

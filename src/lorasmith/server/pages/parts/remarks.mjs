@@ -58,7 +58,7 @@ export const removedBy = (remarks) => [...new Set(remarks.flatMap((one) => one.r
 
 /**
  * @param remarks of `remarksOf`
- * @param checking {done, total} images while they are checked, else null
+ * @param checking how many images, {done, total}, while they are checked, else null
  * @param onFix called with remarks whose photos are to be removed; null where nothing can be changed
  * @param onShow called with a remark whose photos are to be shown alone
  * @param onCaption opens the dialog that writes captions; null where nothing can be changed

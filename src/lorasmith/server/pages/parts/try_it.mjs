@@ -21,7 +21,7 @@ function triesOf(run) {
 }
 
 /**
- * @param run {id, trigger, saves: [{step, file}], recommended}
+ * @param run its {id, trigger, saves: [{step, file}], recommended}
  * @param view of a run that trains, which then draws; null for one that has ended, with whose LoRA a job draws
  */
 export function TryIt({ run, view = null }) {

@@ -68,7 +68,7 @@ export function HomeView() {
       html`<section aria-labelledby="latest">
         <div class="head">
           <h2 id="latest">Latest runs</h2>
-          ${runs.total > 1 && html`<a href=${link("runs")}>All ${count(runs.total, "run")}</a>`}
+          ${runs && runs.total > 1 && html`<a href=${link("runs")}>All ${count(runs.total, "run")}</a>`}
         </div>
         <ul class="cards">${latest.map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul>
       </section>`

@@ -15,7 +15,8 @@ const SPOKEN = { completed: "finished", cancelled: "stopped", pending: "waiting"
 export function JobView({ id }) {
   const [loaded, error, reload] = useLoaded((signal) => get(["jobs", id], {}, signal), [id]);
   const known = useStore(work);
-  const job = loaded || known?.jobs.get(id) ? { ...loaded, ...known?.jobs.get(id) } : null;
+  const heard = known?.jobs.get(id);
+  const job = loaded && heard ? { ...loaded, ...heard } : (loaded ?? heard);
   const view = useView(`jobs/${id}`);
   const [asking, setAsking] = useState(false);
   const before = useRef(null);

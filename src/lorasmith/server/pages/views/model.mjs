@@ -114,7 +114,8 @@ export function ModelView({ dataset }) {
       }
       ${wanted && html`<${GetDialog} wanted=${wanted} onStarted=${lookAtDownloads} onClose=${() => setWanted(null)} />`}
       ${
-        found?.other?.length > 0 &&
+        found &&
+        found.other.length > 0 &&
         html`<details>
           <summary>${count(found.other.length, "file")} in the model folders that cannot be trained</summary>
           <ul>

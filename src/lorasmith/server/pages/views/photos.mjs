@@ -7,7 +7,7 @@ import { go } from "../lib/router.mjs";
 import { say, useStore } from "../lib/stores.mjs";
 import { counted, hasTag } from "../lib/tags.mjs";
 import { did, doneTo, undoLast } from "../lib/undo.mjs";
-import { forget, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
+import { forget, upload, uploadsOf } from "../lib/uploads.mjs";
 import { capital, count, slug } from "../lib/words.mjs";
 import { Button, Elsewhere, Field, Loading, Problem, Question, isPassing, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
@@ -284,7 +284,7 @@ export function PhotosView({ dataset, edited }) {
   const total = images.length + onTheWay.length;
   const captioned = images.filter((one) => captionOf(one).trim()).length;
   const ready = images.length > 0 && underway === 0;
-  const canChange = Boolean(found) && !found.builtin;
+  const canChange = found ? !found.builtin : false;
   const remarks = !images.length
     ? []
     : remarksOf({
@@ -432,7 +432,7 @@ export function PhotosView({ dataset, edited }) {
           (image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image}
             preview=${previews.get(image.file)?.preview} caption=${captionOf(image)} problems=${problemsOf(image)}
             facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
-            usesMasks=${draft.settings.masks === "files"} isFixed=${found.builtin}
+            usesMasks=${draft.settings.masks === "files"} isFixed=${!canChange}
             isEdited=${image.file === edited} onCaption=${(caption, seen) => storeTyped(image, caption, seen)}
             onRemove=${() => dropOne(image)} onOpen=${() => setLarge(image.file)}
             before=${
@@ -531,7 +531,7 @@ function noteOf(total, underway) {
  * where checking is {done, total} images during a long one, else null.
  */
 function useCheck(dataset, draft, images, captions, controls, version) {
-  const [result, setResult] = useState([null, null]);
+  const [result, setResult] = useState(/** @type {[Api.DataCheckAnswer | null, any]} */ ([null, null]));
   const [checking, setChecking] = useState(null);
   useEvents("", {
     check: ({ name, done, total }) => name === dataset && setChecking(done < total ? { done, total } : null),

@@ -34,7 +34,7 @@ export function RunsView() {
           .toLowerCase()
           .includes(words.toLowerCase()),
     )
-    .sort((a, b) => (b.starred ?? false) - (a.starred ?? false)); // starred ones first, then as they come: the newest
+    .sort((a, b) => Number(b.starred) - Number(a.starred)); // starred ones first, then as they come: the newest
   const jobs = jobsOfRuns(known);
   const choose = (id, on) => setChosen((ids) => (on ? [...ids, id] : ids.filter((one) => one !== id)));
   return html`
@@ -99,12 +99,14 @@ export function RunsView() {
       </ul>
       ${
         !isAll &&
-        found?.total > FIRST &&
+        found &&
+        found.total > FIRST &&
         html`<p><${Button} onClick=${() => setAll(true)}>Show all ${count(found.total, "run")}<//></p>`
       }
       ${words && !shown.length && runs.length > 0 && html`<p class="faint">No run has these words.</p>`}
       ${
-        found?.damaged?.length > 0 &&
+        found &&
+        found.damaged.length > 0 &&
         html`<${Notice} mood="fair">
           <p>${count(found.damaged.length, "folder looks", "folders look")} like a run and cannot be read:</p>
           <ul>${found.damaged.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul>

@@ -38,7 +38,7 @@ export function SettingsView({ dataset }) {
 
   const body = () => ({
     dataset,
-    model: draft.model,
+    model: draft.model ?? "",
     edit: draft.edit,
     trigger: draft.trigger.trim(),
     name: draft.name.trim() || slug(draft.trigger) || dataset,
@@ -180,7 +180,9 @@ function usePlans(dataset, draft, presets, own) {
     let current = true;
     let timer = setTimeout(
       async function ask() {
-        const chosenFirst = [...presets].sort((a, b) => (b.name === draft.preset) - (a.name === draft.preset));
+        const chosenFirst = [...presets].sort(
+          (a, b) => Number(b.name === draft.preset) - Number(a.name === draft.preset),
+        );
         let again = false;
         for (const one of chosenFirst) {
           try {
