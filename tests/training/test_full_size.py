@@ -31,19 +31,25 @@ TRAIN = """
 import json, re, socket, sys
 from pathlib import Path
 def refuse(*_, **__): raise AssertionError("the network was used")
-socket.socket.connect = refuse
-socket.getaddrinfo = refuse
+socket.socket.connect = socket.getaddrinfo = refuse
 import lorasmith as ls, torch
 peaks = {}
 def note(what):  # the peak of resident memory so far, files that are mapped included
     peaks[what] = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-checkpoint, settings = sys.argv[1], json.loads(sys.argv[2])
-model = ls.load_model(checkpoint)
+model, settings = ls.load_model(sys.argv[1]), json.loads(sys.argv[2])
 note("loaded")
-data = ls.load_dataset("photos", model, trigger="sks thing", resolution=settings.pop("resolution"))
-note("encoded")
+side, controls = settings.pop("resolution"), settings.pop("controls", None)
+if controls is None:
+    data = ls.load_dataset("photos", model, trigger="sks thing", resolution=side)
+else:  # there is a denoiser alone
+    shapes = model.family.conditioning_shapes(model.components.denoiser)
+    picture = model.components.latent.shape(side, side)
+    prompt = ls.Conditioning({name: torch.randn(shape) for name, shape in shapes.items()})
+    prompt = prompt.with_controls([torch.randn(1, *picture) for _ in range(controls)])
+    data = [ls.Sample(torch.randn(picture), prompt, "picture")]
 result = ls.train(
-    model, data, **settings, training_dtype="bf16", on_event=lambda event: note(f"last {type(event).__name__}")
+    model, data, **settings, training_dtype="bf16", validation_share=0.0,
+    on_event=lambda event: note(f"last {type(event).__name__}"),
 )
 result.lora.save("lora.safetensors")
 print(json.dumps({"losses": result.losses, "peaks": peaks}))
@@ -57,39 +63,10 @@ def test_a_full_size_checkpoint_trains_offline_within_12_gib(tmp_path: Path) -> 
         **under("cond_stage_model.transformer.text_model.", clip_l_shapes(12, VOCABULARY, 768)),
         **under("first_stage_model.", autoencoder_shapes((128, 256, 512, 512))),
     }
-    result = trained(written(tmp_path / "sd15.safetensors", shapes, torch.float16), steps=5, rank=16, resolution=256)
-
+    result = trained(written(tmp_path / "sd15.safetensors", shapes, torch.float16), steps=5, resolution=256)
     assert len(result["losses"]) == 5
     assert max(result["peaks"].values()) < 12 * GIB
-    names = {key.split(".")[0] for key in load_file(tmp_path / "lora.safetensors")}
-    assert sorted(names) == json.loads((GOLDEN / "kohya_sd15_modules.json").read_text())["unet"]
-
-
-TRAIN_DENOISER = """
-import json, re, sys
-from pathlib import Path
-import lorasmith as ls, torch
-from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.conditionings import Conditioning
-peaks = {}
-def note(what):  # the peak of resident memory so far, files that are mapped included
-    peaks[what] = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-checkpoint, settings = sys.argv[1], json.loads(sys.argv[2])
-model = ls.load_model(checkpoint)
-note("loaded")
-side = settings.pop("resolution")
-shapes = model.family.conditioning_shapes(model.components.denoiser)
-picture = model.components.latent.shape(side, side)
-controls = [torch.randn(1, *picture) for _ in range(settings.pop("controls"))]
-prompt = Conditioning({name: torch.randn(shape) for name, shape in shapes.items()}).with_controls(controls)
-data = EncodedDataset((Sample(torch.randn(picture), prompt, "picture"),))
-result = ls.train(
-    model, data, **settings, training_dtype="bf16", validation_share=0.0,
-    on_event=lambda event: note(f"last {type(event).__name__}"),
-)
-note("trained")
-print(json.dumps({"losses": result.losses, "peaks": peaks, "adapters": len(result.lora.state.adapters)}))
-"""
+    assert_modules(tmp_path, "kohya_sd15_modules.json")
 
 
 SD35_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
@@ -123,30 +100,14 @@ CONTROLS = {"flux1-kontext": 1}
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_transformers_in_fp8_take_a_step_within_24_gib(name: str, tmp_path: Path) -> None:
     family, changes, parameters, side = FULL_SIZE[name]
-    checkpoint = written_fp8(tmp_path / f"{name}.safetensors", released_shapes(family, changes))
-    size = checkpoint.stat().st_size
-    assert size == pytest.approx(parameters, rel=0.02)
-    settings = {
-        "steps": 1,
-        "rank": 16,
-        "resolution": side,
-        "gradient_checkpointing": True,
-        "controls": CONTROLS.get(name, 0),
-    }
-    command = [sys.executable, "-c", TRAIN_DENOISER, str(checkpoint), json.dumps(settings)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    checkpoint.unlink()
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(name, size, result)
+    denoiser = FAMILIES[family].released_denoiser(**changes)
+    shapes = {key: tuple(tensor.shape) for key, tensor in original_tensors(family, denoiser).items()}
+    checkpoint = written(tmp_path / f"{name}.safetensors", shapes, torch.bfloat16, torch.float8_e4m3fn)
+    assert checkpoint.stat().st_size == pytest.approx(parameters, rel=0.02)
+    controls = CONTROLS.get(name, 0)
+    result = trained(checkpoint, steps=1, resolution=side, gradient_checkpointing=True, controls=controls)
     assert len(result["losses"]) == 1
     assert max(result["peaks"].values()) < 24 * GIB
-
-
-def released_shapes(family: str, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a released denoiser's tensors by original name, from the published configuration."""
-    denoiser = FAMILIES[family].released_denoiser(**changes)
-    return {name: tuple(tensor.shape) for name, tensor in original_tensors(family, denoiser).items()}
 
 
 @pytest.mark.slow
@@ -159,27 +120,30 @@ def test_stable_diffusion_xl_takes_a_step_in_little_more_memory_than_its_file(tm
     }
     checkpoint = written(tmp_path / "sdxl.safetensors", shapes, torch.bfloat16)
     size = checkpoint.stat().st_size
-    result = trained(checkpoint, steps=1, rank=16, resolution=512, gradient_checkpointing=True)
-    checkpoint.unlink()
-
+    result = trained(checkpoint, steps=1, resolution=512, gradient_checkpointing=True)
     assert len(result["losses"]) == 1
     assert result["peaks"]["last RunStarted"] < 1.25 * size + 0.6e9
     assert max(result["peaks"].values()) < 24 * GIB
-    names = {key.split(".")[0] for key in load_file(tmp_path / "lora.safetensors")}
-    assert sorted(names) == json.loads((GOLDEN / "kohya_sdxl_modules.json").read_text())["unet"]
+    assert_modules(tmp_path, "kohya_sdxl_modules.json")
+
+
+def assert_modules(folder: Path, golden: str) -> None:
+    names = {key.split(".")[0] for key in load_file(folder / "lora.safetensors")}
+    assert sorted(names) == json.loads((GOLDEN / golden).read_text())["unet"]
 
 
 def trained(checkpoint: Path, **settings: Any) -> dict[str, Any]:
-    """What training on three pictures says, in a process and a folder of its own."""
+    """What training on three pictures or on a random one says, in a process and a folder of its own."""
     folder = checkpoint.parent
     (folder / "photos").mkdir()
     for index, shade in enumerate((40, 120, 200)):
         Image.new("RGB", (600 + 200 * index, 600), (shade, 90, 255 - shade)).save(folder / "photos" / f"{index}.png")
-    command = [sys.executable, "-c", TRAIN, checkpoint.name, json.dumps(settings)]
+    command = [sys.executable, "-c", TRAIN, checkpoint.name, json.dumps({"rank": 16, **settings})]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(checkpoint.stat().st_size, result)
+    checkpoint.unlink()
     return result
 
 
@@ -187,20 +151,22 @@ def under(prefix: str, shapes: Any) -> dict[str, tuple[int, ...]]:
     return {prefix + name: shape for name, shape in dict(shapes).items()}
 
 
-def written_fp8(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
-    """A safetensors file with matrices in fp8 and vectors in bf16, which repeat a block of random values."""
+SPELLED = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+
+
+def written(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, matrices: torch.dtype | None = None
+) -> Path:
+    """A safetensors file whose tensors repeat a block of random values; matrices may have a format of their own."""
     block = models.seeded("block", (2**22,), seed=0, std=0.02)
-    blocks = {
-        dtype: block.to(dtype).view(torch.uint8).numpy().tobytes() for dtype in (torch.float8_e4m3fn, torch.bfloat16)
-    }
-    dtypes = {name: torch.float8_e4m3fn if len(shape) > 1 else torch.bfloat16 for name, shape in shapes.items()}
+    dtypes = {name: (matrices or dtype) if len(shape) > 1 else dtype for name, shape in shapes.items()}
+    blocks = {one: block.to(one).view(torch.uint8).numpy().tobytes() for one in {*dtypes.values()}}
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + dtypes[name].itemsize * torch.Size(shape).numel()
-        spelled = "F8_E4M3" if len(shape) > 1 else "BF16"
-        header[name] = {"dtype": spelled, "shape": shape, "data_offsets": (begin, end)}
+        header[name] = {"dtype": SPELLED[dtypes[name]], "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # as in published files: tensors that are not aligned cannot stay on the file
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
@@ -208,21 +174,4 @@ def written_fp8(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
             while left:
                 file.write(values[:left])
                 left -= min(left, len(values))
-    return path
-
-
-def written(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Path:
-    """A safetensors file of random weights, made one tensor at a time."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        spelled = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-        header[name] = {"dtype": spelled, "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # as in published files: tensors that are not aligned cannot stay on the file
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes.items():
-            value = models.weight(name, shape, seed=0).to(dtype)
-            file.write(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return path

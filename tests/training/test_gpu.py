@@ -41,6 +41,7 @@ from lorasmith.training.optim.update_rules import OPTIMIZERS
 from lorasmith.training.results import TrainResult
 from lorasmith.training.step_results import Mailbox
 
+Run = Callable[..., TrainResult]
 DEVICE = torch.device(os.environ.get("LORASMITH_GPU_TESTS", "cuda"))
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -49,7 +50,7 @@ pytestmark = [pytest.mark.gpu, *([needs_cuda] if DEVICE.type == "cuda" else [])]
 
 
 @pytest.fixture(scope="module")
-def run_fp16() -> Callable[..., TrainResult]:
+def run_fp16() -> Run:
     """As `run`, on the model in fp16, which then trains in fp16."""
     model = load_model(BUILT_IN, dtype=torch.float16)
 
@@ -60,24 +61,53 @@ def run_fp16() -> Callable[..., TrainResult]:
     return go
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
-def test_losses_agree_with_the_cpus(
-    run: Callable[..., TrainResult], mixed: EncodedDataset, dtype: str, tolerance: float
-) -> None:
-    on_cpu, on_gpu = (run(mixed, training_dtype=dtype, batch_size=3, device=one) for one in ("cpu", DEVICE))
+AGREEING: dict[str, tuple[float, dict[str, Any]]] = {
+    "fp32": (1e-3, {}),
+    "bf16": (2e-2, {"training_dtype": "bf16"}),
+    **{
+        f"{kind}{', offloaded' * offloading}": (
+            1e-3,
+            {"quantization": kind, "gradient_checkpointing": True} | offloaded,
+        )
+        for kind in PACKINGS
+        for offloading, offloaded in ((0, {}), (1, {"offloading": True}))
+    },
+    **{name: (3e-3, {"algorithm": name, "targets": "all", "differences": "norms+biases"}) for name in ALGORITHMS},
+}
+"""Settings with which losses agree with the CPU's, and how closely."""
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_losses_agree_with_the_cpus(run: Run, mixed: EncodedDataset, name: str) -> None:
+    tolerance, settings = AGREEING[name]
+    on_cpu, on_gpu = (run(mixed, batch_size=3, device=one, **settings) for one in ("cpu", DEVICE))
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=tolerance)
 
 
-def test_losses_in_fp16_agree_with_the_cpus_in_fp32(
-    run: Callable[..., TrainResult], run_fp16: Callable[..., TrainResult], mixed: EncodedDataset
+SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    *(
+        ({"activations": kind}, {"training_dtype": dtype})
+        for kind in ("lean", "selective", "host", "auto")
+        for dtype in ("fp32", "bf16")
+    ),
+    ({"offloading": True}, {"quantization": "int8"}),
+]
+
+
+@pytest.mark.parametrize(("levers", "settings"), SAME, ids=str)
+def test_levers_of_memory_change_no_bit(
+    run: Run, mixed: EncodedDataset, small_is_worth_it: None, levers: dict[str, Any], settings: dict[str, Any]
 ) -> None:
+    common: dict[str, Any] = {"batch_size": 3, "device": DEVICE, "deterministic": True, **settings}
+    assert run(mixed, **levers, **common).losses == run(mixed, **common).losses
+
+
+def test_losses_in_fp16_agree_with_the_cpus_in_fp32(run: Run, run_fp16: Run, mixed: EncodedDataset) -> None:
     on_cpu, on_gpu = run(mixed, batch_size=3, device="cpu"), run_fp16(mixed, batch_size=3, device=DEVICE)
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-2)
 
 
-def test_the_model_comes_back_to_the_cpu(
-    run: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, tmp_path: Path
-) -> None:
+def test_the_model_comes_back_to_the_cpu(run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path) -> None:
     result = run(dataset, device=DEVICE)
     assert {p.device.type for p in tiny.components.denoiser.parameters()} == {"cpu"}
     assert all(t.device.type == "cpu" for one in result.lora.state.adapters.values() for t in one.tensors.values())
@@ -85,23 +115,10 @@ def test_the_model_comes_back_to_the_cpu(
 
 
 @pytest.mark.parametrize("bypass", [False, True])
-def test_pictures_come_from_the_gpu(
-    run: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, bypass: bool
-) -> None:
+def test_pictures_come_from_the_gpu(run: Run, dataset: EncodedDataset, tiny: Model, bypass: bool) -> None:
     lora = run(dataset, device=DEVICE).lora
     (image,) = generate(lora.applied_to(tiny.denoiser, bypass=bypass), "a cat", steps=2)
     assert image.size == (64, 64)
-
-
-@pytest.mark.parametrize("offloading", [False, True])
-@pytest.mark.parametrize("kind", PACKINGS)
-def test_quantized_and_offloaded_weights_agree_with_the_cpus(
-    run: Callable[..., TrainResult], mixed: EncodedDataset, kind: str, offloading: bool
-) -> None:
-    settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "gradient_checkpointing": True}
-    on_cpu = run(mixed, device="cpu", **settings)
-    on_gpu = run(mixed, device=DEVICE, offloading=offloading, **settings)
-    assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-3)
 
 
 MULTIPLIED = [kind for kind in PACKINGS if kind.startswith(("fp8", "int8", "mxfp8", "nvfp4"))]
@@ -118,21 +135,12 @@ def products_of(kind: str) -> str:
 @pytest.mark.parametrize("kind", MULTIPLIED)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_products_agree_with_those_of_the_unpacked_weights(
-    run: Callable[..., TrainResult], mixed: EncodedDataset, kind: str, dtype: str
+    run: Run, mixed: EncodedDataset, kind: str, dtype: str
 ) -> None:
     settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "training_dtype": dtype, "device": DEVICE}
     plain, fast = (run(mixed, products=wanted, **settings) for wanted in ("training_dtype", products_of(kind)))
     assert fast.losses != plain.losses
     assert fast.losses == pytest.approx(plain.losses, rel=0.03)
-
-
-@pytest.mark.parametrize("kind", ["int8", "int8_convrot"])
-def test_compiled_products_in_int8_give_the_same_losses(
-    run: Callable[..., TrainResult], dataset: EncodedDataset, kind: str
-) -> None:
-    common: dict[str, Any] = {"quantization": kind, "products": products_of(kind), "batch_size": 2, "device": DEVICE}
-    compiled = run(dataset, compile=True, training_dtype="bf16", **common)
-    assert compiled.losses == pytest.approx(run(dataset, training_dtype="bf16", **common).losses, rel=2e-2)
 
 
 @pytest.mark.parametrize("in_columns", [False, True])
@@ -204,34 +212,9 @@ def test_a_product_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) -> None
         assert (found.cpu().float() - expected.float()).norm() <= 0.02 * expected.float().norm()
 
 
-@pytest.mark.parametrize("kind", ["lean", "selective", "host", "auto"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_activations_that_are_not_kept_change_no_bit(
-    run: Callable[..., TrainResult], mixed: EncodedDataset, small_is_worth_it: None, kind: str, dtype: str
-) -> None:
-    settings: dict[str, Any] = {"batch_size": 3, "training_dtype": dtype, "device": DEVICE, "deterministic": True}
-    assert run(mixed, activations=kind, **settings).losses == run(mixed, **settings).losses
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_each_algorithm_agrees_with_the_cpus(
-    run: Callable[..., TrainResult], mixed: EncodedDataset, algorithm: str
-) -> None:
-    settings: dict[str, Any] = {
-        "algorithm": algorithm,
-        "targets": "all",
-        "batch_size": 3,
-        "differences": "norms+biases",
-    }
-    on_cpu, on_gpu = (run(mixed, device=one, **settings) for one in ("cpu", DEVICE))
-    assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=3e-3)
-
-
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
-def test_each_optimizer_agrees_with_the_cpus(
-    run: Callable[..., TrainResult], dataset: EncodedDataset, name: str
-) -> None:
+def test_each_optimizer_agrees_with_the_cpus(run: Run, dataset: EncodedDataset, name: str) -> None:
     settings: dict[str, Any] = {"optimizer": name, "learning_rate": None, "steps": 6, "ema_decay": 0.9}
     try:
         on_cpu, on_gpu = (run(dataset, device=one, **settings) for one in ("cpu", DEVICE))
@@ -303,7 +286,7 @@ def test_a_step_waits_for_nothing(tiny: Model, mixed: EncodedDataset, settings: 
 
 
 def test_an_overflow_in_fp16_costs_steps_and_nothing_else(
-    run_fp16: Callable[..., TrainResult], dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+    run_fp16: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LossScale, "_FIRST", 2.0**24)
     heard: list[Event] = []
@@ -320,7 +303,7 @@ def test_an_overflow_in_fp16_costs_steps_and_nothing_else(
 
 
 def test_a_fault_that_is_heard_of_late_is_gone_back_from(
-    run: Callable[..., TrainResult], dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, lambda count: math.nan if count == 3 else 1.0)
     audience = Audience()
@@ -342,7 +325,7 @@ def test_a_fault_that_is_heard_of_late_is_gone_back_from(
     ids=lambda settings: next(iter(settings), "plain"),
 )
 def test_a_run_that_is_broken_off_continues_to_the_bit(
-    run: Callable[..., TrainResult],
+    run: Run,
     mixed: EncodedDataset,
     small_is_worth_it: None,
     tmp_path: Path,
@@ -359,7 +342,7 @@ def test_a_run_that_is_broken_off_continues_to_the_bit(
 
 
 def test_previews_are_drawn_on_the_device_and_change_no_bit(
-    run: Callable[..., TrainResult], tiny: Model, dataset: EncodedDataset, tmp_path: Path
+    run: Run, tiny: Model, dataset: EncodedDataset, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"steps": 4, "rank": 4, "learning_rate": 1e-3, "seed": 3, "deterministic": True}
     settings |= {"training_dtype": "bf16", "targets": "attention"}
@@ -373,36 +356,34 @@ def test_previews_are_drawn_on_the_device_and_change_no_bit(
     assert drawn.losses == run(dataset, device=DEVICE, **settings).losses
 
 
+COMPILED: list[dict[str, Any]] = [
+    {},
+    {"gradient_checkpointing": True, "checkpoint_depth": 2},
+    {"quantization": "int8"},
+    {"rank_dropout": 0.3},
+    {"offloading": True},
+    *({"quantization": kind, "products": "int8", "training_dtype": "bf16"} for kind in ("int8", "int8_convrot")),
+]
+
+
 @needs_cuda
 @needs_triton
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"gradient_checkpointing": True, "checkpoint_depth": 2}, {"quantization": "int8"}, {"rank_dropout": 0.3}],
-    ids=lambda settings: next(iter(settings), "plain"),
-)
+@pytest.mark.parametrize("settings", COMPILED, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
-def test_compiled_blocks_give_the_same_losses(
-    run: Callable[..., TrainResult], dataset: EncodedDataset, settings: dict[str, Any], dtype: str, tolerance: float
+def test_compiled_blocks_give_the_same_losses_to_the_bit_each_time(
+    run: Run, mixed: EncodedDataset, settings: dict[str, Any], dtype: str, tolerance: float
 ) -> None:
+    if "products" in settings:
+        products_of("int8")
     heard: list[Event] = []
-    common: dict[str, Any] = {"training_dtype": dtype, "batch_size": 2, "device": DEVICE, **settings}
-    compiled = run(dataset, compile=True, on_event=heard.append, **common)
-    assert not [event.message for event in heard if isinstance(event, Warned) and "compile" in event.message]
-    assert compiled.losses == pytest.approx(run(dataset, **common).losses, rel=tolerance)
-
-
-@needs_cuda
-@needs_triton
-def test_compiled_blocks_take_mixed_sizes(run: Callable[..., TrainResult], mixed: EncodedDataset) -> None:
-    settings: dict[str, Any] = {"batch_size": 3, "device": DEVICE}
-    assert run(mixed, compile=True, **settings).losses == pytest.approx(run(mixed, **settings).losses, rel=1e-3)
-
-
-@needs_cuda
-@needs_triton
-def test_compiled_runs_are_the_same_to_the_bit(run: Callable[..., TrainResult], dataset: EncodedDataset) -> None:
-    settings: dict[str, Any] = {"compile": True, "deterministic": True, "device": DEVICE, "batch_size": 2}
-    assert run(dataset, **settings).losses == run(dataset, **settings).losses
+    common: dict[str, Any] = {"training_dtype": dtype, "batch_size": 3, "deterministic": True, "device": DEVICE}
+    compiled = run(mixed, compile=True, on_event=heard.append, **(common | settings))
+    said = [event.message for event in heard if isinstance(event, Warned) and "compile" in event.message]
+    assert all("Offloaded blocks are recomputed" in one for one in said)
+    assert compiled.losses == pytest.approx(
+        run(mixed, **(common | settings)).losses, rel=2e-2 if "products" in settings else tolerance
+    )
+    assert run(mixed, compile=True, **(common | settings)).losses == compiled.losses
 
 
 @needs_cuda
@@ -413,7 +394,7 @@ def test_compiled_runs_are_the_same_to_the_bit(run: Callable[..., TrainResult], 
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_replayed_steps_are_those_without_graphs(
-    run: Callable[..., TrainResult],
+    run: Run,
     mixed: EncodedDataset,
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
@@ -424,12 +405,6 @@ def test_replayed_steps_are_those_without_graphs(
     common: dict[str, Any] = {"steps": 24, "deterministic": True, "training_dtype": dtype, "device": DEVICE, **settings}
     assert run(mixed, cuda_graphs=True, **common).losses == run(mixed, **common).losses
     assert len(replays) > 10
-
-
-@needs_cuda
-def test_it_says_that_compiled_blocks_are_recomputed_if_they_are_offloaded(tiny: Model) -> None:
-    job = plan_job(tiny.denoiser, TrainConfig(compile=True, offloading=True, rank=2), DEVICE)
-    assert any("Offloaded blocks are recomputed" in note for note in job.notes)
 
 
 @pytest.mark.parametrize("levers", [{}, {"quantization": "nf4", "gradient_checkpointing": True}])

@@ -23,6 +23,7 @@ from lorasmith.core.named_code import NamedCode
 from lorasmith.core.options import config_from
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.diffusion.loss_functions import LossBatch
+from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.optim.optimizers import check_optimizer
@@ -74,7 +75,7 @@ def masked(dataset: EncodedDataset) -> EncodedDataset:
 def test_a_loss_that_computes_what_ours_does_trains_the_same(
     run: Run, masked: EncodedDataset, settings: dict[str, Any]
 ) -> None:
-    common = {"batch_size": 3, "steps": 3, "validation_share": 0.2, "validation_draws": 2, **settings}
+    common = {"batch_size": 3, "steps": 2, "validation_share": 0.2, "validation_draws": 2, **settings}
     ours, own = run(masked, **common), run(masked, loss=squared, **common)
     assert same(ours, own) and ours.validations == own.validations
     assert not same(ours, run(masked, loss=lambda *compared: 2 * squared(*compared), **common))
@@ -166,12 +167,9 @@ def test_what_makes_no_optimizer_is_refused(optimizer: Any, arguments: str | Non
         check_optimizer(NamedCode.of(optimizer), weight_decay=0.0, arguments=arguments, rates=(1e-3, 1e-2))
 
 
-def test_an_optimizer_that_is_made_already_is_refused_with_the_remedy() -> None:
+def test_state_that_a_function_hides_is_found_out() -> None:
     with pytest.raises(OptionError, match=r"makes one, not one of other parameters, got an object of class SGD"):
         TrainConfig(optimizer=MADE)  # type: ignore[arg-type]
-
-
-def test_state_that_a_function_hides_is_found_out() -> None:
     counted = itertools.count(1)
 
     class Slowing(torch.optim.SGD):
@@ -266,25 +264,17 @@ def test_settings_without_effect_are_said_of_code_of_the_users(tiny: ls.Model) -
     assert f"schedule_cycles 5 has no effect with schedule {__name__}:falling" in notes
 
 
-@pytest.mark.parametrize("door", ["function", "path", "registered"])
-def test_timesteps_of_the_users_are_those_that_are_drawn(
-    run: Run, dataset: EncodedDataset, door: str, tmp_path: Path
-) -> None:
-    given: Any = {"function": cleaner, "path": f"{__name__}:cleaner", "registered": "cleaner"}[door]
-    if door == "registered":
-        ls.register("timesteps", "cleaner", cleaner)
-    common: dict[str, Any] = {"steps": 2, "batch_size": 4, "timestep_shift": 1.0}
-    found: dict[object, list[float]] = {}
-    for one in (given, "uniform"):
-        drawn = found[one] = []
+def test_timesteps_of_the_users_are_those_that_are_drawn(tiny: ls.Model, dataset: EncodedDataset) -> None:
+    def drawn(timesteps: Any) -> list[float]:
+        config = TrainConfig(timesteps=timesteps, batch_size=8, timestep_shift=1.0)
+        job = plan_job(tiny.denoiser, config, "cpu")
+        batches = engine.batch_maker(job.model, dataset, job.config, job.way).step(0)
+        return [quantile for batch in batches for quantile in batch.quantiles]
 
-        def watch(event: ls.events.Event, drawn: list[float] = drawn) -> None:
-            if isinstance(event, ls.events.StepDone):
-                drawn += [quantile for _, quantile, _ in event.draws]
-
-        run(dataset, timesteps=one, on_event=watch, **common)
-    assert found[given] == pytest.approx([quantile**2 for quantile in found["uniform"]], abs=1e-6)
-    assert found[given] != found["uniform"]
+    uniform = drawn("uniform")
+    ls.register("timesteps", "cleaner", cleaner)
+    for door in (cleaner, f"{__name__}:cleaner", "cleaner"):
+        assert drawn(door) == pytest.approx([quantile**2 for quantile in uniform], abs=1e-6)
 
 
 RULE = r"timesteps must be a function of uniform numbers \(n,\) that returns quantiles \(n,\), each from 0 to 1"

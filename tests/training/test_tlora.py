@@ -257,21 +257,6 @@ def test_singular_values_are_those_of_gaussian_matrices(shape: tuple[int, int]) 
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.15)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"dora": "input"}, "got dora, whose magnitudes are of all of them; leave one of the two out"),
-        ({"tucker": True}, "got tucker, whose core is of all of them"),
-        ({"pissa": True}, "got pissa, whose start is of all of them"),
-        ({"algorithm": "LoKr"}, "tlora is for LoRA, got algorithm LoKr"),
-        ({"tlora_min_rank": 6}, "tlora_min_rank must be below the rank, 6, got 6; raise the rank"),
-    ],
-)
-def test_what_has_no_order_of_ranks_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        TrainConfig(**SETTINGS | settings)
-
-
 def test_a_file_is_continued_with_its_ranks(tiny: Model, dataset: EncodedDataset, run: Run, tmp_path: Path) -> None:
     first = run(dataset, tlora="orthogonal", targets=LAYERS).lora.save(tmp_path / "first.safetensors")
     settings: dict[str, Any] = {"existing_lora": str(first), "targets": LAYERS}

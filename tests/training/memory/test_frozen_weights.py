@@ -32,7 +32,6 @@ from lorasmith.adapters.patch import Patch
 from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import placement, quantized_products
-from lorasmith.core.errors import OptionError
 from lorasmith.core.mapped_files import place_on_file
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
@@ -290,8 +289,6 @@ def test_the_name_of_a_graph_for_products_in_fp8_is_read_and_kept_in_one_place()
     config = TrainConfig(quantized_backward=True)
     assert (config.products, config.quantized_backward) == ("fp8", False)
     assert replace(config, products="training_dtype").products == "training_dtype"
-    with pytest.raises(OptionError, match="quantized_backward is ComfyUI's name of products fp8, got products int8"):
-        TrainConfig(quantized_backward=True, products="int8")
 
 
 def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:

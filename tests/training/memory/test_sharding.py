@@ -22,14 +22,13 @@ from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.blocks import blocks_at_depth
-from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.errors import TrainingError
 from lorasmith.core.processes import Processes
 from lorasmith.core.quantization import packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training import engine as engines
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Validated, Warned
 from lorasmith.training.job import engine_of
@@ -256,11 +255,6 @@ def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDatase
 
     for _, counts in processes_together(2, one):
         assert counts == [2, 4, 6]
-
-
-def test_it_does_not_go_with_offloading() -> None:
-    with pytest.raises(OptionError, match="sharding and offloading are two places for frozen weights"):
-        TrainConfig(sharding=True, offloading=True)
 
 
 def test_one_process_keeps_all_and_says_so(tiny: Model, dataset: EncodedDataset) -> None:

@@ -109,7 +109,9 @@ def test_the_plan_of_activations_stays_below_the_cap(
         return 8 * GIB
 
     monkeypatch.setattr(memory_plan, "free_memory", free)
-    engine = engine_of(plan_job(tiny.denoiser, TrainConfig(rank=4, activations="auto"), "cpu"))
+    engine = engine_of(
+        plan_job(tiny.denoiser, TrainConfig(rank=4, activations="auto", targets="*.0.attn2.to_q"), "cpu")
+    )
     for budget, cap in ((None, None), (3 * GIB, None), (3 * GIB, 2 * GIB), (None, 2 * GIB)):
         engine.way = replace(engine.way, memory_budget=budget, memory_cap=cap)
         with engine.prepared():
@@ -127,7 +129,7 @@ def test_a_run_says_that_it_is_spilled(
         return [(step, values, 9.0 if step >= 7 else 1.0) for step, values, _ in collect(box, **wanted)]
 
     monkeypatch.setattr(Mailbox, "collect", timed)
-    engine = engine_of(plan_job(tiny.denoiser, TrainConfig(rank=4, steps=10), "cpu"))
+    engine = engine_of(plan_job(tiny.denoiser, TrainConfig(rank=4, steps=10, targets="*.0.attn2.to_q"), "cpu"))
     events: list[Event] = []
     samples = [dataset[0]]
     loop = Loop(engine, samples, on_event=events.append)

@@ -171,16 +171,6 @@ def test_pairs_and_methods_belong_together(tiny: Model, dataset: EncodedDataset,
         train(tiny, dataset, steps=1, pairs="slider")
     with pytest.raises(OptionError, match=r"0.png has an opposite, which a run has with pairs slider or dpo alone"):
         train(tiny, pairs, steps=1)
-    for kind in ({"algorithm": "OFT"}, {"dora": "input"}):
-        with pytest.raises(OptionError, match=r"a slider needs a kind of adapter that adds to the weights"):
-            train(tiny, pairs, steps=1, pairs="slider", **kind)
-    for other in ({"mask_prior_weight": 0.5}, {"prior_target": "model"}):
-        with pytest.raises(
-            OptionError, match=r"pairs takes the place of the loss of single pictures, which \w+ changes"
-        ):
-            train(tiny, pairs, steps=1, pairs="slider", **other)
-    with pytest.raises(OptionError, match=r"slider_positive takes the place of .* which pairs changes, got both"):
-        train(tiny, pairs, steps=1, pairs="dpo", slider_positive="a red apple")
     with pytest.raises(DataError, match=r"the opposite of a sample must be a tensor of floats \(4, 8, 8\) as its lat"):
         Sample(torch.zeros(4, 8, 8), Conditioning({}), opposite=torch.zeros(4, 8, 4))
     with pytest.raises(DataError, match=r"latents must be finite, got NaN or infinity for the opposite of a"):

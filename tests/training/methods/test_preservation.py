@@ -108,8 +108,6 @@ def test_a_fresh_lora_is_trained_as_without_it(tiny: Model, texts: EncodedDatase
 def test_what_it_needs_is_said(tiny: Model, dataset: EncodedDataset, texts: EncodedDataset) -> None:
     with pytest.raises(OptionError, match=r"preserve encodes further texts .* load the images with load_dataset"):
         train(tiny, dataset, steps=1, **SETTINGS, **CLASS)
-    with pytest.raises(OptionError, match=r"preserve class needs the name of the class, got none"):
-        TrainConfig(preserve="class")
     jobs = [planned(tiny, preserve="blank"), planned(tiny)]
     with pytest.raises(OptionError, match=r"runs that train together take plain steps, got preserve"):
         check_alike(jobs)
