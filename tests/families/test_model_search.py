@@ -14,17 +14,8 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.core.mapped_files import MappedFile
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.locating import ModelFiles
-from lorasmith.families.model_search import (
-    ENCODER_FOLDERS,
-    MODEL_FOLDERS,
-    VAE_FOLDERS,
-    FoundFile,
-    in_folders,
-    load_completed,
-    recognised_file,
-    scanned,
-)
+from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, ModelFiles
+from lorasmith.families.model_search import FoundFile, in_folders, load_completed, recognised_file, scanned
 from tests.families.flux_parts import comfyui_folder, t5
 from tests.fuzz.mutators import unaligned_safetensors
 

@@ -28,8 +28,6 @@ from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
 from lorasmith.sampling.generate import generate
 from lorasmith.server.datasets.dataset_change_answers import captioning_request
-from lorasmith.server.jobs.job_shapes import JobBody
-from lorasmith.server.jobs.plan_answers import train_request
 from lorasmith.server.runs.run_picture_answers import grid_request, run_gallery
 from lorasmith.server.runs.run_result_answers import draw_request, drawing_facts, keep_control
 from lorasmith.server.worker_jobs import job_kinds
@@ -158,10 +156,9 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker, mo
 @pytest.mark.slow
 def test_methods_and_text_encoders_train_from_the_page(worker: Worker) -> None:
     settings = {"preserve": "class", "preserve_class": "dog", "train_text_encoder": True, "activations": "auto"}
-    asked = JobBody(
-        model="lorasmith-tiny", dataset="fox", trigger="fox", settings={**SETTINGS, **settings}, name="lora"
-    )
-    found = worker.run("train", train_request(Folders(worker.base), asked))
+    asked = {"trigger": "fox", **SETTINGS, **settings}
+    spec = training_jobs.spec_of(TRAINING | {"settings": asked}).requested(Folders(worker.base))
+    found = worker.run("train", spec.to_request())
     assert found["outputs"]["reason"] == "finished"
     lora = Lora.load(worker.base / worker.run_id / "lora.safetensors", load_structure("lorasmith-tiny"))
     assert {ref.component for ref in lora.state.adapters} == {"denoiser", "text_encoder"}

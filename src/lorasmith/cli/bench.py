@@ -50,7 +50,8 @@ def bench(
     from lorasmith.bench.measure import synthetic_samples
     from lorasmith.core.placement import chosen_device
     from lorasmith.families.loading import load_model
-    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
+    from lorasmith.families.locating import MODEL_FOLDERS
+    from lorasmith.families.model_search import in_folders
     from lorasmith.training.job import plan_job
     from lorasmith.training.processor_way import on_processor
 

@@ -215,7 +215,8 @@ def targets(
     Takes the options of `lorasmith train` that affect it. Only the structure of a single-file checkpoint is read.
     """
     from lorasmith.families.loading import load_structure
-    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
+    from lorasmith.families.locating import MODEL_FOLDERS
+    from lorasmith.families.model_search import in_folders
     from lorasmith.training.targets_summary import summarise_targets
 
     config = TrainConfig(**settings)

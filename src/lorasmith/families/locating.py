@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import TINY, model_packages
-from lorasmith.core.folders import BUILT_IN_BASE, MODEL_EXTENSIONS
+from lorasmith.core.folders import BUILT_IN_BASE, MODEL_EXTENSIONS, Folders
 
 BUILT_IN = "lorasmith-tiny"
 """Name of the small model in `lorasmith-tiny`, for demonstrations and tests."""
+
+MODEL_FOLDERS = ("checkpoints", "diffusion_models")
+ENCODER_FOLDERS = ("text_encoders", "clip_vision")
+VAE_FOLDERS = ("vae",)
+"""Kinds of folders, as in `Folders`, that are searched for denoisers, text encoders and autoencoders."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,22 @@ def named_path(source: str | os.PathLike[str]) -> Path:
     if TINY.trouble:
         raise ModelError(TINY.trouble)
     return built_in_models()[BUILT_IN]
+
+
+def known_model(folders: Folders, name: str) -> str:
+    """The model of a request, in the model folders or built in. Raises ModelError for other paths and downloads."""
+    if name == BUILT_IN:
+        named_path(name)  # raises if it is not installed
+        return name
+    for kind in MODEL_FOLDERS:
+        with contextlib.suppress(ModelError):
+            folders.find(kind, name)
+            return name
+    plain = Path(os.path.normpath(name))
+    roots = (root for kind in MODEL_FOLDERS for root in folders.roots(kind))
+    if Path(name).is_absolute() and any(map(plain.is_relative_to, roots)) and plain.exists():
+        return name
+    raise ModelError(f"there is no model {name!r} in the model folders; choose one of the list")
 
 
 def located(source: str | os.PathLike[str]) -> Path:

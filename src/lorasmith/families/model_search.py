@@ -18,17 +18,12 @@ from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import family_of, load_model, recognise, with_parts
-from lorasmith.families.locating import BUILT_IN, ModelFiles
+from lorasmith.families.locating import BUILT_IN, ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.embeddings import EmbeddingFiles
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
 from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, encoder_title
-
-MODEL_FOLDERS = ("checkpoints", "diffusion_models")
-ENCODER_FOLDERS = ("text_encoders", "clip_vision")
-VAE_FOLDERS = ("vae",)
-"""Kinds of folders, as in `Folders`, that are searched for denoisers, text encoders and autoencoders."""
 
 # What reading an odd or damaged header may raise.
 _UNREADABLE = (ModelError, ArithmeticError, LookupError, OSError, TypeError, ValueError)

@@ -14,16 +14,8 @@ from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.files.checkpoint import PipelineConfigs
 from lorasmith.families.forms import ControlSource, Defaults
 from lorasmith.families.loading import load_structure
-from lorasmith.families.model_search import (
-    ENCODER_FOLDERS,
-    MODEL_FOLDERS,
-    VAE_FOLDERS,
-    FoundFile,
-    FoundPart,
-    best_autoencoder,
-    best_encoder,
-    scanned,
-)
+from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS
+from lorasmith.families.model_search import FoundFile, FoundPart, best_autoencoder, best_encoder, scanned
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.families.slots import HubFolder
 

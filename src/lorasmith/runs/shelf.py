@@ -20,16 +20,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.registry import nearest
 from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.loading import original_shapes
-from lorasmith.families.locating import ModelFiles
-from lorasmith.families.model_search import (
-    ENCODER_FOLDERS,
-    MODEL_FOLDERS,
-    VAE_FOLDERS,
-    FoundFile,
-    best_autoencoder,
-    best_encoder,
-    scanned,
-)
+from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, ModelFiles
+from lorasmith.families.model_search import FoundFile, best_autoencoder, best_encoder, scanned
 from lorasmith.families.slots import AutoencoderSlot, EncoderSlot, HubFolder, Release
 from lorasmith.runs.hub_download import HubFile
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory

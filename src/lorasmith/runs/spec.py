@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.folders import file_stem
+from lorasmith.core.folders import Folders, file_stem
 from lorasmith.core.options import changed, config_from, options_of
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.runs.command_lines import arguments_for, positional
-from lorasmith.training.adapter_settings import NONE_LORA
+from lorasmith.training.adapter_settings import NONE_LORA, lora_settings
 from lorasmith.training.config import TrainConfig, names_alone
 from lorasmith.training.section import recorded_consequences
 
@@ -115,6 +115,20 @@ class RunSpec:
         settings = names_alone(self.settings, imports=imports, track=track, allowing=allowing)
         return replace(self, settings=settings)
 
+    def requested(self, folders: Folders) -> RunSpec:
+        """The spec of a request, whose settings choose among known names and name LoRAs of `models/loras`. OptionError
+        if one is unknown, out of its range or not for requests, LoraError for an unknown LoRA.
+        """
+        settings = {name: value for name, value in self.settings.items() if value is not None}
+        for name, value in settings.items():
+            if name in SETTINGS and SETTINGS[name].door == "typed" and value not in ("none", False):
+                raise OptionError(f"{name} is not for requests, got {value!r}; type it on the command line")
+        loras = {name: settings[name] for name in lora_settings() if settings.get(name) not in (None, NONE_LORA)}
+        settings |= {name: str(folders.find("loras", str(value))) for name, value in loras.items()}
+        spec = replace(self, settings=settings | ({"follow_links": True} if folders.follow_links else {}))
+        _ = spec.data, spec.trusted().config  # checked here
+        return spec
+
     def resolved(self) -> RunSpec:
         """The spec with a name and absolute paths. OptionError without images or model."""
         if not self.sources:
@@ -183,6 +197,13 @@ class RunSpec:
         except OptionError as error:
             raise ValueError(f"source.{error}") from error
         return spec.with_settings(**asked)
+
+    def to_request(self) -> dict[str, Any]:
+        """The request of a job as JSON values, without what has its default."""
+        own = {one.name: getattr(self, one.name) for one in fields(self)}
+        sources = [{"path": one.path, **changed(one)} for one in self.sources]
+        own |= {"sources": sources, "settings": dict(self.settings)}
+        return {name: value for name, value in own.items() if value or name == "settings"}
 
     def to_record(self) -> dict[str, Any]:
         """The source of the run's record as JSON values; settings of training are elsewhere in a record."""

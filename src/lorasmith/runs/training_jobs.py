@@ -24,15 +24,8 @@ from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.printable import count_text, printable
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.locating import ModelFiles, named_path
-from lorasmith.families.model_search import (
-    ENCODER_FOLDERS,
-    MODEL_FOLDERS,
-    VAE_FOLDERS,
-    Completed,
-    in_folders,
-    load_completed,
-)
+from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, ModelFiles, named_path
+from lorasmith.families.model_search import Completed, in_folders, load_completed
 from lorasmith.runs.plan import FolderPlan, plan
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.run import Host, run

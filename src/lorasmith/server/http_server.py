@@ -13,7 +13,6 @@ from aiohttp import web
 
 from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
-from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import JobStore
 from lorasmith.server import access, api_routes, comfyui, page_routes
 from lorasmith.server.comfyui import editor_files
@@ -41,7 +40,7 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
     use or not writable, OptionError for a bad address, port or token, and StoreError.
     """
     ensure_folder(config.folder)
-    folders = Folders.load(config.base, extra_model_paths=config.extra_model_paths, follow_links=config.follow_links)
+    folders = config.folders()
     note = config.folder / "server.address"
     with contextlib.ExitStack() as parts:
         try:

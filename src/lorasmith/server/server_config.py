@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorasmith.core.folders import Folders
 from lorasmith.runs.supervisor import WORKER_COMMAND, WorkerConfig
 
 LOOPBACK = "127.0.0.1"
@@ -35,6 +36,10 @@ class ServerConfig:
     @property
     def folder(self) -> Path:
         return self.base / FOLDER
+
+    def folders(self) -> Folders:
+        """The folders of models and images, read again. Raises OptionError, as `Folders.load`."""
+        return Folders.load(self.base, extra_model_paths=self.extra_model_paths, follow_links=self.follow_links)
 
     @property
     def log(self) -> Path:

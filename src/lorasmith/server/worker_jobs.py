@@ -30,8 +30,9 @@ from lorasmith.runs.gallery import draw_grid
 from lorasmith.runs.training_jobs import TrainingJobs, WarmModel
 from lorasmith.runs.worker import Ended, JobKind, Work, device_of, folders_of_start, how_it_ended
 from lorasmith.sampling.generate import Sampling
-from lorasmith.server.datasets.dataset_answers import UnknownFileError, dataset, dataset_folder, picture_of
+from lorasmith.server.datasets.dataset_answers import dataset, picture_of
 from lorasmith.server.datasets.dataset_change_answers import StaleCaptionError, set_captions
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, dataset_folder
 from lorasmith.server.datasets.dataset_shapes import CaptionEdit
 from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
 from lorasmith.workflow import execution_events as events

@@ -15,7 +15,7 @@ from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
 from lorasmith.server.datasets import dataset_answers, dataset_change_answers
 from lorasmith.server.datasets import dataset_answers as questions
-from lorasmith.server.datasets.dataset_answers import UnknownFileError
+from lorasmith.server.datasets.dataset_folders import UnknownFileError
 from lorasmith.server.datasets.dataset_shapes import CaptionEdit
 from lorasmith.server.questions import answer
 

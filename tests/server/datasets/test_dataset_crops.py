@@ -15,7 +15,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.data.image_files import file_digest
 from lorasmith.server.datasets import dataset_answers as questions
 from lorasmith.server.datasets import dataset_change_answers as changes
-from lorasmith.server.datasets.dataset_answers import UnknownFileError
+from lorasmith.server.datasets.dataset_folders import UnknownFileError
 from lorasmith.server.datasets.dataset_shapes import Crop
 from tests.server.datasets.test_dataset_answers import dog, folders, noise, sent
 

@@ -12,11 +12,23 @@ from PIL import Image
 from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.loading import load_structure
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import built_in_models, known_model
+from lorasmith.server.jobs import plan_answers
+from lorasmith.server.jobs.job_routes import _wanted_spec
 from lorasmith.server.jobs.job_shapes import JobBody, PlanAnswer, PlanBody
-from lorasmith.server.jobs.plan_answers import known_model, model_name, models, plan, train_request
+from lorasmith.server.jobs.plan_answers import model_name, models
+from lorasmith.server.server_config import ServerConfig
 
 TINY = built_in_models()["lorasmith-tiny"]
+
+
+def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -> PlanAnswer:
+    spec = _wanted_spec(ServerConfig(base=folders.base), wanted)
+    return plan_answers.plan(folders, spec, card_bytes=card_bytes)
+
+
+def train_request(folders: Folders, wanted: JobBody) -> dict[str, Any]:
+    return _wanted_spec(ServerConfig(base=folders.base), wanted).requested(folders).to_request()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from aiohttp import web
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.runs.child_process import ChildOwner
 from lorasmith.runs.queue import Job, JobState
+from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView
 from lorasmith.server import event_streams
 from lorasmith.server.datasets.dataset_answers import dataset
@@ -23,7 +24,6 @@ from lorasmith.server.datasets.dataset_change_answers import set_captions
 from lorasmith.server.datasets.dataset_shapes import CaptionEdit
 from lorasmith.server.http_server import make_app
 from lorasmith.server.jobs.job_shapes import Draft
-from lorasmith.server.jobs.plan_answers import check_measurement
 from lorasmith.server.questions import answer, load_questions
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
@@ -197,10 +197,10 @@ class ServedPage:
     def _downloads(self) -> list[ScriptedProcess]:
         return [one for one in self.processes if "files" in one.first]
 
-    def _plan(self, wanted: dict[str, Any], card_bytes: int) -> dict[str, Any]:
+    def _plan(self, spec: dict[str, Any], card_bytes: int) -> dict[str, Any]:
         """A plan with settings that are checked, and numbers that are not computed, which would take seconds."""
-        settings = wanted["settings"]
-        check_measurement(self.folders, model=wanted["model"], settings=settings)
+        settings = spec["settings"]
+        RunSpec(settings=settings).requested(self.folders)
         steps, rank = settings.get("steps", 500), settings.get("rank", 16)
         return {
             "steps": steps, "epochs": steps / 4, "rank": rank, "resolution": 64, "images": 4, "held_out": 0,

@@ -84,7 +84,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.get_by_role("heading", name="Details").click()
     waits(page, "The LoRA improves on held-out images, most at step 50; a little overfitting after that.")
     assert_legible(page)
-    assert len(served.of("train_request")) == 1
+    assert [one.kind for one in served.do(lambda: served.context.store.ended(9))].count("train") == 1
     assert job.request == {
         "sources": [{"path": "input/my-dog"}],
         "model": "mine.safetensors",
@@ -360,11 +360,11 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
     served.add_dataset()
     plan = served.made_up["plan"]
 
-    def refusing(wanted: Any, **given: Any) -> Any:
+    def refusing(spec: Any, **given: Any) -> Any:
         """The plan of a model that takes a rank of at most 64."""
-        if (rank := wanted["settings"].get("rank", 1)) > 64:
+        if (rank := spec["settings"].get("rank", 1)) > 64:
             raise RefusedError("OptionError", f"rank must be between 1 and 64, got {rank}; choose another")
-        return plan(wanted, **given)
+        return plan(spec, **given)
 
     served.made_up["plan"] = refusing
     page = open_page("#/new/fox/model")
@@ -408,9 +408,9 @@ def test_a_distilled_model_is_trained_with_its_adapter_if_that_is_chosen(served:
     adapter.touch()
     plan = served.made_up["plan"]
 
-    def distilled(wanted: Any, **given: Any) -> Any:
+    def distilled(spec: Any, **given: Any) -> Any:
         said = {"distilled": "It is distilled to few steps.", "usual_adapter": adapter.name}
-        return {**plan(wanted, **given), **({} if "training_adapter" in wanted["settings"] else said)}
+        return {**plan(spec, **given), **({} if "training_adapter" in spec["settings"] else said)}
 
     served.made_up["plan"] = distilled
     page = open_page("#/new/fox/model")
@@ -427,12 +427,21 @@ def test_a_distilled_model_is_trained_with_its_adapter_if_that_is_chosen(served:
 
 
 @pytest.mark.slow
-def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open_page: Opener) -> None:
+def test_refusals_of_the_server_stand_where_they_belong(
+    served: ServedPage, open_page: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served.add_dataset()
     page = open_page("#/new/fox/model")
     page.get_by_role("button", name="Next: settings").click()
     full = RefusedError("QueueFullError", "10,000 jobs wait already; let some of them end first")
-    served.made_up["train_request"] = full
+    submit = served.context.dispatcher.submit
+
+    def refusing(kind: str, *given: Any, **more: Any) -> Any:
+        if kind == "train":
+            raise full
+        return submit(kind, *given, **more)
+
+    monkeypatch.setattr(served.context.dispatcher, "submit", refusing)
     page.get_by_role("button", name="Start training").click()
     page.get_by_role("alert").get_by_text("10,000 jobs wait already; let some of them end first.").wait_for()
     page.goto(served.address + "#/new/absent/photos")

@@ -18,7 +18,7 @@ from lorasmith.formats.metadata import sha256_file
 from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of
 from lorasmith.runs.spec import RunSpec
-from lorasmith.server.datasets.dataset_answers import UnknownFileError
+from lorasmith.server.datasets.dataset_folders import UnknownFileError
 from lorasmith.server.questions import answer
 from lorasmith.server.runs import run_answers as questions
 from lorasmith.server.runs import run_list_answers, run_result_answers

@@ -16,7 +16,7 @@ from lorasmith.families.forms import ControlForm
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.runs.evaluate import subject_of
-from lorasmith.server.datasets.dataset_answers import UnknownFileError
+from lorasmith.server.datasets.dataset_folders import UnknownFileError
 from lorasmith.server.runs.run_answers import run
 from lorasmith.server.runs.run_picture_answers import (
     evaluation_request,

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorasmith.core.cancellation import report_progress
-from lorasmith.core.errors import DataError, OptionError, OutputError
+from lorasmith.core.errors import DataError
 from lorasmith.core.files import Stamp, is_folder, is_regular, stamp_of
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
-from lorasmith.core.options import config_from
 from lorasmith.data.captions import Caption, CaptionError, read_caption_file
 from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
@@ -28,7 +27,15 @@ from lorasmith.data.preflight import Preflight, name_in
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs.data_check import TITLES, DataCheck, check_folder, said_of
-from lorasmith.runs.spec import SETTINGS, settings_of_data
+from lorasmith.runs.spec import RunSpec
+from lorasmith.server.datasets.dataset_folders import (
+    UnknownFileError,
+    dataset_folder,
+    is_builtin,
+    is_name,
+    stays_in,
+    subfolders,
+)
 from lorasmith.server.datasets.dataset_originals import original_of
 from lorasmith.server.datasets.dataset_shapes import (
     CheckedPicture,
@@ -44,7 +51,7 @@ from lorasmith.server.datasets.dataset_shapes import (
     SkippedFile,
 )
 from lorasmith.server.questions import question
-from lorasmith.training.config import TrainConfig, settings_from_file
+from lorasmith.training.adapter_settings import lora_settings
 
 CONTROL = control_folder(0)  # folder of the pictures before an edit
 MOST_THUMBNAIL = 2048  # pixels of the longest edge
@@ -76,15 +83,6 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
         notes=tuple(notes),
         skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in skipped),
     )
-
-
-_EXAMPLES = {"fox": "a fox", "high-contrast": "high contrast style"}
-
-
-@question
-def first_trigger(folders: Folders, name: str) -> str:
-    """The trigger that a training on a dataset begins with, that of an example. Raises UnknownFileError."""
-    return _EXAMPLES.get(name, "") if is_builtin(dataset_folder(folders, name)) else ""
 
 
 @question
@@ -193,39 +191,6 @@ def _size_of(path: str, stamp: Stamp) -> tuple[int, int]:
     return header_size(Path(path))
 
 
-class UnknownFileError(DataError):
-    """No such dataset, picture or run."""
-
-
-def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> Path:
-    """The folder of a dataset. Raises UnknownFileError, and OutputError for a built-in one `to_change`."""
-    if is_name(name):
-        own = folders.place("input") / name
-        if is_folder(own) and folders.is_here(own):
-            return own
-        if is_folder(BUILT_IN_BASE / "input" / name):
-            if to_change:
-                raise OutputError(f"{name} belongs to Lorasmith and stays as it is; make a dataset of your own")
-            return BUILT_IN_BASE / "input" / name
-    raise UnknownFileError(f"there is no dataset {name!r}; choose one of the list, or make it")
-
-
-def subfolders(root: Path) -> Iterator[Path]:
-    """The folders in a folder, except hidden ones."""
-    if is_folder(root):
-        yield from (one for one in root.iterdir() if not one.name.startswith(".") and is_folder(one))
-
-
-def is_builtin(folder: Path) -> bool:
-    """Whether a dataset belongs to the package."""
-    return folder.is_relative_to(BUILT_IN_BASE)
-
-
-def is_name(name: str) -> bool:
-    """Whether a text is a single path segment."""
-    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\x00:")
-
-
 def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
     """The pictures directly in a folder, its skipped files, and notes."""
     skipped: Skipped = []
@@ -250,14 +215,6 @@ def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skippe
         use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
         notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
     return shown, skipped, [*notes, *scan_notes.sentences()]
-
-
-def stays_in(path: Path, real: Path) -> bool:
-    """Whether a file is inside of a folder when links are resolved."""
-    try:
-        return path.resolve().is_relative_to(real)
-    except (OSError, RuntimeError):
-        return False
 
 
 def picture_of(folder: Path, file: str, *, control: bool = False) -> Path:
@@ -354,15 +311,16 @@ def check_dataset(
     Raises UnknownFileError, and LorasmithErrors for the model or settings.
     """
     folder = dataset_folder(folders, name)
-    data, training = split_settings(folders, settings or {}, trigger)
+    others = {key: value for key, value in (settings or {}).items() if key not in lora_settings()}
+    spec = RunSpec(settings={**others, **({"trigger": trigger} if trigger else {})}).requested(folders)
     try:
         checked = check_folder(
             folder,
-            data,
+            spec.data,
             files=None if model is None else ModelFiles(model, edit=edit),
             folders=folders,
-            batch=training.samples_per_step,
-            validation_share=training.validation_share,
+            batch=spec.config.samples_per_step,
+            validation_share=spec.config.validation_share,
             progress=report_progress,
         )
     except DataError as error:
@@ -378,19 +336,6 @@ def check_dataset(
             notes=tuple(notes),
         )
     return _check_answer(checked)
-
-
-def split_settings(folders: Folders, settings: Mapping[str, Any], trigger: str = "") -> tuple[DataConfig, TrainConfig]:
-    """Settings by name as data and training configs; a choice is limited to registered names. Raises OptionError if one
-    is unknown, out of range, or not allowed in requests.
-    """
-    for name, value in settings.items():
-        if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none", False):
-            raise OptionError(f"{name} is not for requests, got {value!r}; type it on the command line")
-    own = settings_of_data(settings)
-    others = {key: value for key, value in settings.items() if key not in own}
-    named = {"follow_links": folders.follow_links, **({"trigger": trigger} if trigger else {})}
-    return config_from(DataConfig, {**own, **named}), settings_from_file(others)
 
 
 def _check_answer(checked: DataCheck) -> DataCheckAnswer:

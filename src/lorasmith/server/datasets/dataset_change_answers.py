@@ -32,17 +32,14 @@ from lorasmith.data.image_files import (
 from lorasmith.runs.captioner_shelf import captioner_folders, named_captioner
 from lorasmith.server.datasets.dataset_answers import (
     CONTROL,
-    UnknownFileError,
     caption_file,
     caption_of,
     controls_in,
-    dataset_folder,
-    is_name,
     masks_beside,
     picture_of,
     pictures_in,
-    stays_in,
 )
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, dataset_folder, is_name, stays_in
 from lorasmith.server.datasets.dataset_originals import forget_original, keep_original, original_of, originals_folder
 from lorasmith.server.datasets.dataset_shapes import (
     CaptionEdit,

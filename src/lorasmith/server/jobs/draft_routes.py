@@ -13,11 +13,13 @@ from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.typed_json import typed
+from lorasmith.server.datasets.dataset_folders import dataset_folder, is_builtin
 from lorasmith.server.endpoint import Call, Endpoint
 from lorasmith.server.jobs.job_shapes import Draft, DraftAnswer, DraftBody
 from lorasmith.server.request_handling import ServerContext
 
 _MOST_BYTES = 64_000
+_EXAMPLES = {"fox": "a fox", "high-contrast": "high contrast style"}  # triggers of built-in datasets
 
 
 class StaleDraftError(LorasmithError):
@@ -54,7 +56,7 @@ def merged(
 
 
 async def _draft(context: ServerContext, call: Call) -> DraftAnswer:
-    stored, version = await _stored(context, call.path("name"))
+    stored, version = _stored(context, call.path("name"))
     return DraftAnswer(draft=stored, version=version)
 
 
@@ -63,7 +65,7 @@ async def _set_draft(context: ServerContext, call: Call) -> DraftAnswer:
     mine = asdict(body.draft)
     if (size := len(json.dumps(mine))) > _MOST_BYTES:
         raise OptionError(f"a draft must have at most {_MOST_BYTES:,} bytes, got {size:,}; shorten its texts")
-    stored, version = await _stored(context, name)
+    stored, version = _stored(context, name)
     there = asdict(stored)
     found, conflicts = (mine, []) if body.seen is None else merged(asdict(body.seen), mine, there)
     if conflicts:
@@ -73,11 +75,12 @@ async def _set_draft(context: ServerContext, call: Call) -> DraftAnswer:
     return DraftAnswer(draft=Draft(**found), version=version)
 
 
-async def _stored(context: ServerContext, name: str) -> tuple[Draft, int]:
-    """The draft of a dataset, that of an example with its trigger at first, and its version. Raises RefusedError."""
-    first = await context.assistant.ask("first_trigger", name=name)
+def _stored(context: ServerContext, name: str) -> tuple[Draft, int]:
+    """The draft of a dataset (at first an example's has its trigger) and its version. Raises UnknownFileError."""
+    folder = dataset_folder(context.config.folders(), name)
     stored, version = context.store.draft(name)
-    return (typed(stored, Draft) if version else Draft(trigger=first)), version
+    first = Draft(trigger=_EXAMPLES.get(name, "") if is_builtin(folder) else "")
+    return (typed(stored, Draft) if version else first), version
 
 
 DRAFT_ROUTES = (

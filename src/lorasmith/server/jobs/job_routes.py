@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from dataclasses import asdict
+from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import DataError, OptionError, OutputError
+from lorasmith.core.files import is_folder
+from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.registry import nearest
+from lorasmith.data.data_config import ImageSource
+from lorasmith.families.locating import known_model
 from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
+from lorasmith.runs.spec import RunSpec
 from lorasmith.server.access import serves_others
 from lorasmith.server.contained_files import OutsideError, contained
+from lorasmith.server.datasets.dataset_folders import dataset_folder
 from lorasmith.server.endpoint import Call, Endpoint, Query
 from lorasmith.server.event_streams import all_events, job_events
 from lorasmith.server.jobs.job_rows import job_answer
@@ -24,18 +31,20 @@ from lorasmith.server.jobs.job_shapes import (
     PlanAnswer,
     PlanBody,
     RemovedJob,
+    SweepBody,
 )
 from lorasmith.server.request_handling import ServerContext
+from lorasmith.server.server_config import ServerConfig
 
 _MOST_LISTED = 500
 
 
 async def _plan(context: ServerContext, call: Call) -> Any:
     device = next(iter(context.dispatcher.devices()), {})
-    wanted = wanted_run(context, call)
-    plan = await context.assistant.ask("plan", wanted=wanted, card_bytes=device.get("memory_bytes"))
-    settings = {**plan["memory_settings"], **wanted["settings"]}  # as it is trained, and was measured
-    subject = measurement_subject(wanted["model"], settings, str(device.get("name", "cpu")))
+    spec = await wanted_spec(context, call.body)
+    plan = await context.assistant.ask("plan", spec=spec.to_request(), card_bytes=device.get("memory_bytes"))
+    settings = {**plan["memory_settings"], **call.body.settings}  # as it is trained, and was measured
+    subject = measurement_subject(spec.model, settings, str(device.get("name", "cpu")))
     found = context.store.measurement(subject)
     if found is None:
         return plan
@@ -62,8 +71,14 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
 
 
 async def _add(context: ServerContext, call: Call) -> Any:
-    request = await context.assistant.ask("train_request", wanted=wanted_run(context, call))
-    return job_answer(context.dispatcher.submit("train", request, front=call.body.front))
+    spec = (await wanted_spec(context, call.body)).requested(context.config.folders())
+    return job_answer(context.dispatcher.submit("train", spec.to_request(), front=call.body.front))
+
+
+async def _measure(context: ServerContext, call: Call) -> Any:
+    spec = await wanted_spec(context, call.body)
+    spec.requested(context.config.folders())
+    return job_answer(context.dispatcher.submit("measure", {"model": spec.model, "settings": spec.settings}))
 
 
 async def _job(context: ServerContext, call: Call) -> Any:
@@ -96,19 +111,55 @@ async def _move(context: ServerContext, call: Call) -> Any:
     return job_answer(context.dispatcher.move(call.path("id"), call.body.front))
 
 
-def wanted_run(context: ServerContext, call: Call) -> dict[str, Any]:
-    """A request with its folder expanded, which must be in the base folder if it serves others (OptionError)."""
-    config, wanted = context.config, asdict(call.body)
-    folder: str | None = wanted["folder"]
-    if folder is None:
-        return wanted
-    if not serves_others(config):
+async def wanted_spec(context: ServerContext, body: MeasurementBody) -> RunSpec:
+    """The run that a request describes, before its settings are checked. Raises UnknownFileError, DataError and
+    ModelError.
+    """
+    return await asyncio.to_thread(_wanted_spec, context.config, body)
+
+
+def _wanted_spec(config: ServerConfig, body: MeasurementBody) -> RunSpec:
+    folders, settings = config.folders(), body.settings
+    if not isinstance(body, PlanBody):
+        return RunSpec(model=known_model(folders, body.model), settings=settings)
+    images = _images_folder(config, folders, body)
+    base, named = folders.base, body.name if isinstance(body, JobBody | SweepBody) else ""
+    path = images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)
+    return RunSpec(
+        sources=(ImageSource(path),),
+        model=known_model(folders, body.model),
+        edit=body.edit,
+        name=safe_name(named.strip() or images.name),
+        settings={**settings, **({"trigger": body.trigger} if body.trigger else {})},
+    )
+
+
+def _images_folder(config: ServerConfig, folders: Folders, body: PlanBody) -> Path:
+    """The folder of the images: a dataset, or a folder by its path, which must be in the base folder if the server
+    serves others.
+    """
+    if (body.dataset is None) == (body.folder is None):
+        raise OptionError("a run needs images, in a dataset or in a folder; name one of the two")
+    if body.folder is None:
+        found = dataset_folder(folders, body.dataset or "")
+    elif serves_others(config):
+        try:
+            found = contained(config.base, body.folder)
+        except OutsideError as error:
+            raise OptionError(f"a folder must be named below the server's base folder, but {error}") from error
+    else:
         # leaves the names of unknown users as they are
-        return {**wanted, "folder": os.path.expanduser(folder)}  # noqa: PTH111
+        found = folders.base / os.path.expanduser(body.folder)  # noqa: PTH111
+    # Windows would connect to the server in a UNC path, with slashes or backslashes.
+    is_share = PureWindowsPath(body.folder or "").drive.startswith("\\\\") and not found.is_relative_to(folders.base)
+    if is_share or not is_folder(found):
+        raise DataError(f"there is no folder {body.folder!r} on this computer; check its path")
     try:
-        return {**wanted, "folder": str(contained(config.base, folder))}
-    except OutsideError as error:
-        raise OptionError(f"a folder must be named below the server's base folder, but {error}") from error
+        if any(found.iterdir()):
+            return found
+    except OSError as error:
+        raise OutputError(f"a file cannot be used: {error}") from error
+    raise DataError(f"{found.name} holds no pictures yet; add some first")
 
 
 def _states(text: str) -> tuple[JobState, ...]:
@@ -133,8 +184,7 @@ JOB_ROUTES = (
         "POST",
         "/measurements",
         "Queue a job that measures a step on this device; later plans have its time.",
-        question="check_measurement",
-        queues="measure",
+        handler=_measure,
         body=MeasurementBody,
         answer=JobAnswer,
         status=201,

@@ -6,16 +6,13 @@ A request selects datasets and models by name; settings select among registered 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.extras import TINY, models_trouble
-from lorasmith.core.files import is_folder
-from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint, safe_name
+from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import drives_display
 from lorasmith.core.printable import count_text, memory_text
@@ -24,19 +21,25 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.preflight import epoch_of
 from lorasmith.families.loading import load_structure
-from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models, named_path
+from lorasmith.families.locating import (
+    BUILT_IN,
+    ENCODER_FOLDERS,
+    MODEL_FOLDERS,
+    VAE_FOLDERS,
+    ModelFiles,
+    built_in_models,
+    named_path,
+)
 from lorasmith.families.model import Model, training_adapter_in
-from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
+from lorasmith.families.model_search import in_folders
 from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
-from lorasmith.server.datasets.dataset_answers import dataset_folder, split_settings
-from lorasmith.server.jobs.job_shapes import JobBody, PlanAnswer, PlanBody
+from lorasmith.runs.spec import RunSpec
+from lorasmith.server.jobs.job_shapes import PlanAnswer
 from lorasmith.server.models.model_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
 from lorasmith.server.questions import question
-from lorasmith.training.adapter_settings import NONE_LORA, lora_settings
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.notes import on_distilled
-from lorasmith.training.storage.records import check_title
 from lorasmith.training.trainable import TrainableDenoiser
 
 _ENDLESS = 2**50
@@ -44,14 +47,13 @@ _FEW, _MANY_EPOCHS = 5, 300
 
 
 @question
-def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -> PlanAnswer:
+def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> PlanAnswer:
     """The plan of a run, without loading weights. `card_bytes` is the device's memory, None if unknown. Raises
-    UnknownFileError, and LorasmithErrors for images, model or settings.
+    LorasmithErrors for images, model or settings.
     """
-    images = _images_folder(folders, wanted)
-    data, config = _checked_settings(folders, wanted.settings, wanted.trigger)
-    files = ModelFiles(known_model(folders, wanted.model), edit=wanted.edit)
-    scan = _checked_scan(folders, files, images, data)
+    spec = spec.requested(folders)
+    data, config, files = spec.data, spec.config, ModelFiles(spec.model, edit=spec.edit)
+    scan = _checked_scan(folders, files, folders.base / spec.folder, data)
     scanned, batch = scan.images, config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
     controls = 0 if data.controls == "opposite" else max((len(one.controls) for one in scanned), default=0)
@@ -75,71 +77,9 @@ def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -
     )
 
 
-@question
-def train_request(folders: Folders, wanted: JobBody) -> dict[str, Any]:
-    """The request of a training job: a `RunSpec` as JSON, with cheap checks only. Raises as `plan`."""
-    images = _images_folder(folders, wanted)
-    _checked_settings(folders, wanted.settings, wanted.trigger)
-    title = safe_name(wanted.name.strip() or images.name)
-    check_title(title)
-    chosen = {**wanted.settings, **({"trigger": wanted.trigger} if wanted.trigger else {})}
-    if folders.follow_links:
-        chosen["follow_links"] = True
-    for key in _loras_in(chosen):
-        chosen[key] = str(folders.find("loras", str(chosen[key])))
-    base = folders.base
-    return {
-        "sources": [{"path": images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)}],
-        "model": known_model(folders, wanted.model),
-        **({"edit": wanted.edit} if wanted.edit else {}),
-        "name": title,
-        "settings": {key: value for key, value in chosen.items() if value is not None},
-    }
-
-
-@question
-def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The request of a job that measures a training step. Raises as `plan`."""
-    _checked_settings(folders, settings)
-    return {"model": known_model(folders, model), "settings": settings}
-
-
 def check_steps(steps: int) -> None:
     """Raise OptionError for a number of steps out of its range."""
     options_of(TrainConfig)["steps"].check(steps)
-
-
-def _checked_settings(
-    folders: Folders, settings: Mapping[str, Any], trigger: str = ""
-) -> tuple[DataConfig, TrainConfig]:
-    """Data and training configs from the settings of a request. Raises OptionError if one is unknown, out of range, or
-    not allowed in requests, and LoraError for an unknown LoRA.
-    """
-    for name in _loras_in(settings):
-        folders.find("loras", str(settings[name]))
-    return split_settings(folders, {key: value for key, value in settings.items() if value is not None}, trigger)
-
-
-def _loras_in(settings: Mapping[str, Any]) -> list[str]:
-    return [name for name in lora_settings() if settings.get(name) not in (None, NONE_LORA)]
-
-
-def _images_folder(folders: Folders, wanted: PlanBody) -> Path:
-    """The folder of the images: a dataset, or any folder given by its path."""
-    dataset, folder = wanted.dataset, wanted.folder
-    if (dataset is None) == (folder is None):
-        raise OptionError("a run needs images, in a dataset or in a folder; name one of the two")
-    if dataset is not None:
-        found = dataset_folder(folders, dataset)
-    else:
-        found = folders.base / (folder or "")
-        # Windows would connect to the server in a UNC path, with slashes or backslashes.
-        is_share = PureWindowsPath(folder or "").drive.startswith("\\\\") and not found.is_relative_to(folders.base)
-        if is_share or not is_folder(found):
-            raise DataError(f"there is no folder {folder!r} on this computer; check its path")
-    if not any(found.iterdir()):
-        raise DataError(f"{found.name} holds no pictures yet; add some first")
-    return found
 
 
 def _checked_scan(folders: Folders, files: ModelFiles, images: Path, data: DataConfig) -> FolderScan:
@@ -247,22 +187,6 @@ def models(folders: Folders) -> ModelListAnswer:
     )
 
 
-def known_model(folders: Folders, name: str) -> str:
-    """The model of a request, in the model folders or built in. Raises ModelError for other paths and downloads."""
-    if name == BUILT_IN:
-        named_path(name)  # raises if it is not installed
-        return name
-    for kind in MODEL_FOLDERS:
-        try:
-            folders.find(kind, name)
-        except ModelError:
-            continue
-        return name
-    if Path(name).is_absolute() and _is_in_folders(folders, Path(name)):
-        return name
-    raise ModelError(f"there is no model {name!r} in the model folders; choose one of the list")
-
-
 def model_name(folders: Folders, path: Path, kinds: tuple[str, ...] = MODEL_FOLDERS) -> str:
     """The name by which a run finds a file in folders of `kinds`, in order; its path if there is none."""
     for name, built_in in built_in_models().items():
@@ -275,11 +199,6 @@ def model_name(folders: Folders, path: Path, kinds: tuple[str, ...] = MODEL_FOLD
                 if in_folders(name, folders, kinds) == str(path):
                     return name
     return str(path)
-
-
-def _is_in_folders(folders: Folders, path: Path) -> bool:
-    plain = Path(os.path.normpath(path))
-    return any(plain.is_relative_to(root) for kind in MODEL_FOLDERS for root in folders.roots(kind)) and plain.exists()
 
 
 def listed_models(folders: Folders) -> ModelList:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -18,10 +18,9 @@ from lorasmith.runs.sweep_file import check_held_out, grid_values
 from lorasmith.runs.sweep_results import SweepEntry, result_in, sweep_record
 from lorasmith.runs.sweep_run import QUEUE
 from lorasmith.runs.training_jobs import spec_of
-from lorasmith.server.datasets.dataset_answers import UnknownFileError, is_name
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
-from lorasmith.server.jobs.job_shapes import JobBody, SweepAnswer, SweepBody, SweepList, SweepRow, SweepRunRow
-from lorasmith.server.jobs.plan_answers import train_request
+from lorasmith.server.jobs.job_shapes import SweepAnswer, SweepList, SweepRow, SweepRunRow
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_list_answers import is_below, run_folder_of
 from lorasmith.training.storage.run_folder import new_run_folder
@@ -31,34 +30,29 @@ _MOST_RUNS = 100
 
 
 @question
-def sweep_requests(folders: Folders, wanted: SweepBody) -> dict[str, Any]:
-    """The id of a new sweep, with an empty folder, and the request and varied settings of each of its runs. Raises as
-    `train_request`.
+def sweep_requests(folders: Folders, spec: RunSpec, grid: dict[str, list[Any]]) -> dict[str, Any]:
+    """The id of a new sweep, with an empty folder, and the request and varied settings of each of its runs: `spec` with
+    each combination of values in `grid`. Raises OptionError, LoraError and DataError.
     """
-    grid, given = wanted.grid, {"previews": "", **wanted.settings}
-    given = {key: value for key, value in given.items() if key != "previews" or "previews" not in grid}
-    job = {one.name: getattr(wanted, one.name) for one in fields(wanted) if one.name != "grid"}
+    given = {**({} if "previews" in grid else {"previews": ""}), **spec.settings}
     if "folder" in grid:
         raise OptionError("a sweep of the page has one dataset, got folder in grid; run lorasmith sweep")
     varied = grid_values(grid, given)
     if len(varied) > _MOST_RUNS:
         raise OptionError(f"a sweep of the page has at most {_MOST_RUNS} runs, got {len(varied)}; give fewer values")
-    requests: dict[str, dict[str, Any]] = {}
-    for run, values in varied.items():
-        requests[run] = train_request(folders, JobBody(**{**job, "settings": {**given, **values}}))
-    specs = [spec_of(request) for request in requests.values()]
-    check_held_out((_placed(folders, spec) for spec in specs), where="the settings")
+    specs = {run: replace(spec, settings={**given, **values}).requested(folders) for run, values in varied.items()}
+    check_held_out((_placed(folders, one) for one in specs.values()), where="the settings")
     runs = ensure_folder(folders.base / _RUNS)
     while True:
-        place = new_run_folder(runs, f"{specs[0].name}-sweep")
+        place = new_run_folder(runs, f"{spec.name}-sweep")
         try:
             place.mkdir()
             break
         except FileExistsError:
             continue
     jobs = [
-        {"request": {**request, "output": f"{_RUNS}/{place.name}/{run}"}, "varied": dict(varied[run])}
-        for run, request in requests.items()
+        {"request": {**one.to_request(), "output": f"{_RUNS}/{place.name}/{run}"}, "varied": dict(varied[run])}
+        for run, one in specs.items()
     ]
     return {"id": place.name, "jobs": jobs}
 

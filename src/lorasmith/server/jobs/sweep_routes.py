@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorasmith.server.endpoint import Call, Endpoint
-from lorasmith.server.jobs.job_routes import wanted_run
+from lorasmith.server.jobs.job_routes import wanted_spec
 from lorasmith.server.jobs.job_shapes import SweepAnswer, SweepBody, SweepList
 from lorasmith.server.request_handling import ServerContext
 
@@ -19,7 +19,8 @@ async def _sweep(context: ServerContext, call: Call) -> Any:
 
 
 async def _add(context: ServerContext, call: Call) -> Any:
-    found = await context.assistant.ask("sweep_requests", wanted=wanted_run(context, call))
+    spec = await wanted_spec(context, call.body)
+    found = await context.assistant.ask("sweep_requests", spec=spec.to_request(), grid=call.body.grid)
     for one in found["jobs"]:
         context.dispatcher.submit("train", one["request"], sweep=found["id"], varied=one["varied"])
     return await _answer(context, found["id"])

@@ -16,7 +16,8 @@ from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import Folders, safe_name
 from lorasmith.data.captioners import CAPTIONERS, TRANSFORMERS
-from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, FoundFile, recognised_file
+from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS
+from lorasmith.families.model_search import FoundFile, recognised_file
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.runs import shelf as models_to_get
 from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES, captioner_files, captioner_folders, kept_bytes

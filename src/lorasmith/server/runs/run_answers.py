@@ -29,7 +29,7 @@ from lorasmith.runs.run_log import LoggedRun, followed, view_of_log
 from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
-from lorasmith.server.datasets.dataset_answers import UnknownFileError, is_name, stays_in
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name, stays_in
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_list_answers import row_of, run_folder_of

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import is_folder, write_atomic
 from lorasmith.core.folders import Folders
-from lorasmith.server.datasets.dataset_answers import UnknownFileError, is_name
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
 from lorasmith.server.datasets.dataset_shapes import RemovedAnswer
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_list_answers import MARKS, PLACES, marks_of, run_folder_of, shown_marks

@@ -28,7 +28,7 @@ from lorasmith.runs.run_images import thumbnail_of
 from lorasmith.runs.run_log import LoggedRun, followed, read_run
 from lorasmith.runs.run_page import is_own
 from lorasmith.runs.view import preview_file
-from lorasmith.server.datasets.dataset_answers import UnknownFileError, is_name
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_shapes import RunList, RunMarks, RunPhase, RunRow

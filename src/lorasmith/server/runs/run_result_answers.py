@@ -31,7 +31,8 @@ from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
-from lorasmith.server.datasets.dataset_answers import CONTROL, UnknownFileError, is_name, stays_in
+from lorasmith.server.datasets.dataset_answers import CONTROL
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name, stays_in
 from lorasmith.server.jobs.plan_answers import check_steps, structure_of
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_answers import digest_of, is_trainable_on, saves_of
