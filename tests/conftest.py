@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
-
 import ctypes
 import functools
 import gc
 import inspect
 import logging
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +32,7 @@ from lorasmith.training import processor_way
 from lorasmith.training.memory import compilation
 from tests.covering import cases, grouped
 from tests.installed import forget_extensions
+from tests.refusing import refuse_network
 
 # Examples are counted, not timed: a busy machine makes no test fail.
 EXAMPLES: dict[str, Any] = {
@@ -74,6 +72,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if TINY.trouble:
         raise pytest.UsageError(f"most tests use the built-in model, but {TINY.trouble}")
     settings.load_profile("all tests" if slow_wanted(config) else "default run")
+
+
+for _name in [*os.environ]:  # of libraries that no module above imports
+    if _name.startswith(("HF_", "TRANSFORMERS_", "DIFFUSERS_", "WANDB_", "DISABLE_TELEMETRY", "DO_NOT_TRACK")):
+        del os.environ[_name]
+_attempts: list[str] = []
+refuse_network(_attempts.append)
+
+
+@pytest.fixture(autouse=True)
+def network_attempts() -> Iterator[list[str]]:
+    """Attempts of a test to reach other machines, which are refused; those that it leaves there are an error."""
+    _attempts.clear()
+    yield _attempts
+    assert _attempts == []
 
 
 def pytest_collection_finish() -> None:

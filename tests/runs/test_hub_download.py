@@ -293,11 +293,15 @@ def test_a_token_is_not_sent_on_to_another_host(
 
 
 @pytest.mark.parametrize("place", ["{path}", "file:///etc/passwd", "http://[", "//"])
-def test_a_redirect_that_leads_nowhere(served: FakeHub, wanted: HubFile, place: str) -> None:
+def test_a_redirect_that_leads_nowhere(
+    served: FakeHub, wanted: HubFile, place: str, network_attempts: list[str]
+) -> None:
     served.redirects = place
     with pytest.raises(HubError, match=r"try again|check the network|yourself|cannot be"):
         download([wanted])
     assert not wanted.path.exists() and not wanted.kept_bytes
+    assert all("%5B" in attempt for attempt in network_attempts)  # which is the host of the third one
+    network_attempts.clear()
 
 
 def test_a_repository_of_more_files_than_a_model_has(served: FakeHub, tmp_path: Path) -> None:
