@@ -161,7 +161,7 @@ def test_nodes_of_packages_are_listed(lorasmith: Command, monkeypatch: pytest.Mo
 
 
 def test_it_is_as_short_as_a_template_should_be() -> None:
-    assert sum(len(file.read_text("utf-8").splitlines()) for file in (PROJECT / "src").rglob("*.py")) < 150
+    assert sum(len(file.read_text("utf-8").splitlines()) for file in (PROJECT / "src").rglob("*.py")) < 165
 
 
 @pytest.mark.slow
