@@ -13,13 +13,12 @@ import pytest
 import torch
 from lever_cases import flux_dataset
 from torch import Tensor
-from transformer_models import TINY, Case
 
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.options import config_from
 from lorasmith.data.captions import CaptionRules
-from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Variants
 from lorasmith.families.conditionings import PictureSize
 from lorasmith.families.model import Model
 from lorasmith.runs.run import Host, run
@@ -192,37 +191,6 @@ def test_held_out_images_are_judged_with_each_run_s_own_adapter(
         assert_alike(result, alone(flux, flux_data, settings), 1e-4)
     assert isinstance(results[0], TrainResult) and results[0].reason is Outcome.STOPPED
     assert isinstance(results[1], TrainResult) and len(results[1].losses) == 5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize(("quantization", "targets"), [("none", None), ("nf4", None), ("none", "all")])
-def test_every_family(family: str, quantization: str, targets: str | None, tmp_path: Path) -> None:
-    """The tiny model of each; where it has tokens of all samples in one list, each run has passes of its own."""
-    model = Case.of(family, tmp_path).ours
-    data = few_samples(model)
-    for module in model.components.modules().values():
-        module.float()
-    runs = [
-        {"quantization": quantization, "targets": targets, **one}
-        for one in ({}, {"rank": 2, "seed": 5, "batch_size": 2}, {"algorithm": "LoKr"})
-    ]
-    events: list[Event] = []
-    results = together(model, data, runs, *[Around(NoFiles(also=events.append))] * 3)
-    assert_as_alone(results, model, data, runs)
-    told = [one for one in events if isinstance(one, Warned) and "mixes the samples" in one.message]
-    assert bool(told) is (targets == "all" and family == "z-image")
-
-
-def few_samples(model: Model) -> EncodedDataset:
-    g = torch.Generator().manual_seed(0)
-    texts = ("a cat", "a dog on a red bus with many wheels, in the rain", "")
-    shape = model.components.latent.shape(64, 64)
-    return EncodedDataset(
-        tuple(
-            Sample(torch.randn(*shape, generator=g), model.text_encoder.encode(text), f"{text}.png") for text in texts
-        )
-    )
 
 
 def test_a_run_that_diverges_or_fails_disturbs_no_other(

@@ -16,9 +16,12 @@ from lorasmith.training import processor_way
 from lorasmith.training import way as ways
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
+from lorasmith.training.events import Event, Resumed, StepDone
 from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.processor_way import ProcessorWay, on_processor
+from lorasmith.training.results import TrainResult
 
+Run = Callable[..., TrainResult]
 Choose = Callable[..., tuple[TrainJob, int]]
 
 
@@ -175,3 +178,31 @@ def test_a_step_is_timed_without_training(tiny: Model, dataset: EncodedDataset, 
     after = {name: tensor for path, one in job.trained for name, tensor in one.state_dict(prefix=path).items()}
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert torch.equal(stream, torch.get_rng_state())
+
+
+def test_a_run_that_goes_on_keeps_format_and_threads(
+    run: Callable[..., TrainResult],
+    dataset: EncodedDataset,
+    timer: Timer,
+    busy: list[float],
+    kept: Path,
+    tmp_path: Path,
+) -> None:
+    """Whatever would be measured then, on a machine that is busy by now."""
+    timer.seconds = {"bf16 4": 1.0, "fp32 4": 0.5, "fp32 2": 0.4, "fp32 1": 0.5}
+    heard: list[Event] = []
+
+    def some(until: int) -> TrainResult:
+        steps = lambda: sum(isinstance(event, StepDone) for event in heard)  # noqa: E731
+        settings = {"training_dtype": "auto", "steps": 100, "output": tmp_path / "run", "on_event": heard.append}
+        return run(dataset, cancelled=lambda: steps() >= until, **settings)
+
+    assert some(until=1).reason == "cancelled"
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["config"]["training_dtype"] == "fp32" and record["environment"]["threads"] == 2
+    kept.unlink()
+    timer.seconds, busy[0] = {"bf16 4": 0.1, "fp32 4": 1.0, "bf16 2": 0.2}, 3.0
+    timer.asked.clear()
+    assert (some(until=2).steps, timer.asked) == (2, [])
+    [resumed] = [event for event in heard if isinstance(event, Resumed)]
+    assert resumed.message.endswith("continues from step 1, bit-identically.")
