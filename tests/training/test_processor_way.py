@@ -21,7 +21,6 @@ from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.processor_way import ProcessorWay, on_processor
 from lorasmith.training.results import TrainResult
 
-Run = Callable[..., TrainResult]
 Choose = Callable[..., tuple[TrainJob, int]]
 
 
@@ -180,6 +179,7 @@ def test_a_step_is_timed_without_training(tiny: Model, dataset: EncodedDataset, 
     assert torch.equal(stream, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_format_and_threads(
     run: Callable[..., TrainResult],
     dataset: EncodedDataset,

@@ -15,9 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorasmith.core.errors import OutputError
-from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.formats.metadata import autov1, sha256_file
 from lorasmith.training import results
@@ -124,35 +122,6 @@ def test_a_full_disk_while_saving_is_one_sentence(
         result.lora.save(target)
     assert target.read_bytes() == b"the old file"
     assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.mark.slow
-def test_diffusers_applies_the_saved_lora_module_for_module(
-    run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
-) -> None:
-    from diffusers import StableDiffusionPipeline
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    result = run(dataset, steps=20, targets="all", learning_rate=1e-2)
-    file = result.lora.save(tmp_path / "lora.safetensors")
-    pipe = StableDiffusionPipeline.from_single_file(
-        tiny.path, config=str(BUILT_IN_BASE / "models" / "configs" / BUILT_IN), local_files_only=True,
-        safety_checker=None, feature_extractor=None,
-    )  # fmt: skip
-    pipe.load_lora_weights(file)
-    applied = {name for name, module in pipe.unet.named_modules() if isinstance(module, BaseTunerLayer)}
-    trained = {ref.path for ref in result.lora.state.adapters}
-    assert applied == trained
-    x, time = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 700.0])
-    context = dataset.samples[0].conditioning.tensors["context"].repeat(2, 1, 1)
-    denoiser = result.lora.applied_to(tiny.denoiser)
-    with torch.no_grad(), denoiser.active():
-        ours = denoiser.predict(x, time, type(dataset.samples[0].conditioning)({"context": context}))
-    with torch.no_grad():
-        theirs = pipe.unet(x, time, encoder_hidden_states=context).sample
-        plain = tiny.denoiser.predict(x, time, type(dataset.samples[0].conditioning)({"context": context}))
-    assert (ours - theirs).norm() / theirs.norm() < 1e-4
-    assert (ours - plain).norm() / plain.norm() > 1e-2
 
 
 def test_the_models_own_rate_goes_down_from_twice_its_value_and_a_given_one_stays(tiny: Model) -> None:

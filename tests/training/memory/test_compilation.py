@@ -7,7 +7,6 @@ seconds for each block; one test makes the code as well.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch._dynamo.utils import counters
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, give_source, packable_layers
 from lorasmith.adapters.frozen_weights import products_enabled, weights_packed
-from lorasmith.adapters.inject import Attached, Difference, adapters_attached, adapters_on
+from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import InputDora, OutputDora, RankMasks
 from lorasmith.adapters.weight_stream import WeightStream
@@ -37,13 +36,12 @@ from lorasmith.families.forms import Routing
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, Resumed, Warned
+from lorasmith.training.events import Event, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.activations import blocks_checkpointed
-from lorasmith.training.memory.compilation import blocks_compiled, compilable, compiler, sizes_vary
+from lorasmith.training.memory.compilation import blocks_compiled, compilable, sizes_vary
 from lorasmith.training.results import TrainResult
-from lorasmith.training.storage.fingerprint import environment
 from tests.covering import slow_except
 
 pytestmark = pytest.mark.usefixtures("graphs_alone")
@@ -180,17 +178,6 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
     model = stages().requires_grad_(False)
     assert units(model) == [block for stage in model.parts for block in stage.get_submodule("parts").children()]
     assert_compiled(model, adapters_for(model), 1, depth=depth)
-
-
-@pytest.mark.slow
-def test_differences_of_norms_and_biases(toy: Toy) -> None:
-    paths = {path: module for path, module in toy.named_modules() if path.endswith(("norm", "one"))}
-    differences = {path: Difference.create(module) for path, module in paths.items()}
-    with adapters_attached(toy, [Attached({}, differences=differences)]):
-        plain = gradients(toy, differences)
-        with blocks_compiled(toy, True):
-            assert_close(gradients(toy, differences), plain)
-    assert graphs() > 0
 
 
 @pytest.mark.slow
@@ -363,29 +350,6 @@ def test_errors_of_the_model_are_not_hidden(run: Run, dataset: EncodedDataset, m
     with pytest.raises(OptionError, match="no such thing"):
         run(dataset, compile=True, on_event=heard.append)
     assert not [event for event in heard if isinstance(event, Warned) and "compiled" in event.message]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_block")
-def test_a_run_goes_on_with_another_setting_and_says_so(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    def once(*, until: int, **settings: Any) -> list[Event]:
-        heard: list[Event] = []
-        run(
-            dataset,
-            steps=4,
-            output=tmp_path / "run",
-            on_event=heard.append,
-            cancelled=lambda: sum(type(event).__name__ == "StepDone" for event in heard) >= until,
-            **settings,
-        )
-        return heard
-
-    once(until=2)
-    (resumed,) = (event for event in once(until=9, compile=True) if isinstance(event, Resumed))
-    assert f"compiled_by none then, {compiler(CPU)} now" in resumed.message
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [one.get("compiled_by") for one in record["environments"]] == [None, compiler(CPU)]
-    assert "compiled_by" not in environment(CPU, "AdamW", compile=False)
 
 
 def test_notes_say_what_stays_as_it_is(tiny: Model) -> None:
