@@ -195,44 +195,33 @@ _WHOLE = 0.97  # share from which a crop is not drawn
 _TAGS, _FILES = 12, 200
 
 _GROUPED: frozenset[FindingKind] = frozenset(("copies", "look-alikes"))
-TITLES: dict[FindingKind, str] = {
-    "unused files": "Files that cannot be used",
-    "empty pictures": "Pictures that show nothing",
-    "tiny pictures": "Pictures that are far too small",
-    "enlarged pictures": "Pictures that would be enlarged",
-    "blurred pictures": "Blurred pictures",
-    "cut pictures": "Pictures that lose much to the crop",
-    "copies": "Copies",
-    "look-alikes": "Nearly identical pictures",
-    "much alike": "Pictures that are much alike",
-    "odd ones out": "Odd ones out",
-    "missing controls": "Missing controls",
-    "unchanged pairs": "Pairs that are the same picture",
-    "swapped pairs": "Pairs that may be swapped",
-    "other aspects": "Controls of another aspect ratio",
-    "missing captions": "Missing captions",
-    "empty captions": "Empty captions",
-    "equal captions": "Equal captions",
-    "long captions": "Captions that are too long",
-    "known trigger": "A trigger that the model knows",
-    "dropped captions": "Captions that are dropped",
-    "shared tags": "Tags and phrases that all share",
+_KINDS: dict[FindingKind, tuple[str, str]] = {
+    "unused files": ("Files that cannot be used", ""),
+    "empty pictures": ("Pictures that show nothing", "one colour"),
+    "tiny pictures": ("Pictures that are far too small", "tiny"),
+    "enlarged pictures": ("Pictures that would be enlarged", "small"),
+    "blurred pictures": ("Blurred pictures", "blurred"),
+    "cut pictures": ("Pictures that lose much to the crop", "cut"),
+    "copies": ("Copies", "copy"),
+    "look-alikes": ("Nearly identical pictures", "look-alike"),
+    "much alike": ("Pictures that are much alike", "much alike"),
+    "odd ones out": ("Odd ones out", "something else?"),
+    "missing controls": ("Missing controls", "no control"),
+    "unchanged pairs": ("Pairs that are the same picture", "same as its control"),
+    "swapped pairs": ("Pairs that may be swapped", "swapped?"),
+    "other aspects": ("Controls of another aspect ratio", "other aspect"),
+    "missing captions": ("Missing captions", ""),
+    "empty captions": ("Empty captions", ""),
+    "equal captions": ("Equal captions", ""),
+    "long captions": ("Captions that are too long", ""),
+    "known trigger": ("A trigger that the model knows", ""),
+    "dropped captions": ("Captions that are dropped", ""),
+    "shared tags": ("Tags and phrases that all share", ""),
 }
-_MARKS: dict[FindingKind, str] = {
-    "empty pictures": "one colour",
-    "tiny pictures": "tiny",
-    "enlarged pictures": "small",
-    "blurred pictures": "blurred",
-    "cut pictures": "cut",
-    "copies": "copy",
-    "look-alikes": "look-alike",
-    "much alike": "much alike",
-    "odd ones out": "something else?",
-    "missing controls": "no control",
-    "unchanged pairs": "same as its control",
-    "swapped pairs": "swapped?",
-    "other aspects": "other aspect",
-}
+"""Title of each kind, and the mark on its pictures, empty where the caption or no picture is meant."""
+
+TITLES: dict[FindingKind, str] = {kind: title for kind, (title, _) in _KINDS.items()}
+
 _REMARKS: dict[FindingKind, str] = {
     "empty captions": "its caption file is empty",
     "equal captions": "others have this caption too",
@@ -296,7 +285,7 @@ def said_of(found: Preflight, index: int) -> tuple[list[str], list[str]]:
     remarks = [_REMARKS[kind] for kind in kinds if kind in _REMARKS]
     if "long captions" in kinds and found.limit is not None:
         remarks.append(f"{one.tokens:,} tokens of {found.limit.longest}")
-    return [_mark(one, kind) for kind in kinds if kind in _MARKS], remarks
+    return [_mark(one, kind) for kind in kinds if _KINDS[kind][1]], remarks
 
 
 def step_lines(found: Preflight) -> dict[str, str]:
@@ -371,10 +360,10 @@ def _shot(
 
 def _mark(one: CheckedImage, kind: FindingKind) -> str:
     if kind in ("tiny pictures", "enlarged pictures"):
-        return f"{_MARKS[kind]}, enlarged {one.scale:.1f}×"
+        return f"{_KINDS[kind][1]}, enlarged {one.scale:.1f}×"
     if kind == "cut pictures":
         return f"{100 * (1 - one.kept):.0f} % cut off"
-    return _MARKS[kind]
+    return _KINDS[kind][1]
 
 
 def _verdict(found: Preflight, clean: Sequence[int]) -> str:

@@ -9,15 +9,13 @@ One denoiser is loaded at a time; previews load the other one while they are dra
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import Folders
+from lorasmith.core.placement import free_device_memory
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model
@@ -61,7 +59,7 @@ class ExpertRuns(Host):
 
     def plan(self, expert: str) -> FolderPlan:
         """Plan the run of an expert (`drawing.EXPERTS`); that of high noise has to come first, and to be trained."""
-        _freed()  # of the previous expert
+        free_device_memory()  # of the previous expert
         self._expert = expert
         output = None if self._folder is None else str(self._folder / expert)
         planned = plan(replace(self._specs[expert], name=f"{self._name}_{expert}", output=output), self)
@@ -109,7 +107,7 @@ class ExpertRuns(Host):
             unfinished = () if plan.fresh else _unfinished(self._name, self._expert, fingerprint)
             self._folder = next(iter(unfinished), None) or new_run_folder(RUNS, self._name)
         folder = self._folder / self._expert
-        if not plan.fresh and _holds(folder, fingerprint) and RunFolder(folder).is_done:
+        if not plan.fresh and holds(folder, fingerprint) and RunFolder(folder).is_done:
             raise _CompleteError(folder)
         return folder
 
@@ -150,19 +148,13 @@ def _unfinished(name: str, expert: str, fingerprint: Fingerprint) -> Iterator[Pa
     """Folders that hold this expert's run unfinished, the newest first."""
     for _, path in sorted(numbered_runs(RUNS, name), reverse=True):
         done = all(RunFolder(path / one).is_done for one in EXPERTS)
-        if not done and _holds(path / expert, fingerprint) and not RunFolder(path / expert).is_busy:
+        if not done and holds(path / expert, fingerprint) and not RunFolder(path / expert).is_busy:
             yield path
 
 
-def _holds(folder: Path, fingerprint: Fingerprint) -> bool:
+def holds(folder: Path, fingerprint: Fingerprint) -> bool:
+    """Whether a folder has a run with this fingerprint."""
     try:
         return RunFolder(folder).exists and not differences(RunFolder(folder).record().fingerprint, fingerprint)
     except LorasmithError:  # of another model, or damaged: refused where it is used
         return False
-
-
-def _freed() -> None:
-    """Free the memory of a model that is no longer used."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -146,7 +146,6 @@ def download(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     cancelled: threading.Event | None = None,
     spare_bytes: int = 0,
-    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Download files that are not there, one after another.
 
@@ -156,7 +155,7 @@ def download(
     cancelled = cancelled or threading.Event()
     facts = {file: facts_of(file) for file in files if not file.path.exists()}
     check_space(facts, spare_bytes)
-    total, rate = sum(one.size_bytes for one in facts.values()), _Rate(clock)
+    total, rate = sum(one.size_bytes for one in facts.values()), _Rate()
     before, name = 0, ""
 
     def report(size: int, *, is_checking: bool = False) -> None:
@@ -287,12 +286,11 @@ _RECENT_S = 5.0
 class _Rate:
     """Bytes per second of the last seconds."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._sizes: deque[tuple[float, int]] = deque()
 
     def after(self, size: int) -> float:
-        now = self._clock()
+        now = time.monotonic()
         if self._sizes and size < self._sizes[-1][1]:  # the server began again
             self._sizes.clear()
         self._sizes.append((now, size))

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 from urllib.parse import quote
 
 from lorasmith.core.errors import LorasmithError
@@ -110,34 +110,13 @@ class Job:
     def summary(self) -> dict[str, Any]:
         """The job without request, outputs and messages, but with its name and model."""
         return {
-            "id": self.id,
-            "kind": self.kind,
-            "state": self.state,
-            "number": self.number,
-            "client_id": self.client_id,
-            "created": self.created,
-            "started": self.started,
-            "ended": self.ended,
+            **{name: getattr(self, name) for name in _SUMMARISED},
             "error": None if self.error is None else {key: self.error.get(key) for key in ("kind", "message")},
-            "run": self.run,
-            "attempts": self.attempts,
             "name": self.request.get("name") if self.sweep is None else PurePath(self.request["output"]).name,
             "model": self.request.get("model"),
             "about": self.request.get("run") if self.kind in ("draw", "evaluate") else None,
             "wish": self.request.get("wish") if self.kind == "draw" else None,
         }
-
-
-class JobLine(NamedTuple):
-    """A job in lists, without request and outputs."""
-
-    id: str
-    kind: JobKind
-    state: JobState
-    number: float
-    created: float
-    started: float | None
-    ended: float | None
 
 
 _SCHEMA = """
@@ -184,6 +163,7 @@ _COLUMNS = (
     "id, kind, state, number, request, client_id, created, started, ended, outputs, messages, error, run, attempts, "
     "worker AS device, sweep, varied, together"
 )
+_SUMMARISED = ("id", "kind", "state", "number", "client_id", "created", "started", "ended", "run", "attempts")
 _LISTED_COLUMNS = _COLUMNS.replace(
     "request,", "json_remove(request, '$.prompt', '$.workflow', '$.extra_data') AS request,"
 )
@@ -287,8 +267,7 @@ class JobStore:
         return self.get(id)
 
     def find(self, id: str) -> Job | None:
-        found = self._select("WHERE id = ?", (id,))
-        return found[0] if found else None
+        return next(iter(self._select("WHERE id = ?", (id,))), None)
 
     def get(self, id: str) -> Job:
         """Raises UnknownJobError."""
@@ -352,14 +331,10 @@ class JobStore:
             columns=_LISTED_COLUMNS,
         )
 
-    def lines(self, states: Collection[JobState]) -> list[JobLine]:
+    def lines(self, states: Collection[JobState]) -> list[Job]:
         """All jobs in some states in queue order, without reading large columns."""
-        with self._explained():
-            fields, wanted = ", ".join(JobLine._fields), _marks(states)
-            rows = self._database.execute(
-                f"SELECT {fields} FROM jobs WHERE state IN ({wanted}) ORDER BY number, sequence", (*states,)
-            ).fetchall()
-        return [JobLine(*row) for row in rows]
+        rest = f"WHERE state IN ({_marks(states)}) ORDER BY number, sequence"
+        return self._select(rest, (*states,), columns="id, kind, state, number, created, started, ended")
 
     def counts(self) -> dict[JobState, int]:
         """Number of jobs by state, zeros included."""
@@ -565,7 +540,8 @@ def _marks(values: Collection[object]) -> str:
 def _job(row: sqlite3.Row) -> Job:
     values = dict(row)
     for name in _JSON:
-        values[name] = None if values[name] is None else json.loads(values[name])
+        if values.get(name) is not None:
+            values[name] = json.loads(values[name])
     return Job(**values)
 
 

@@ -6,7 +6,6 @@ The model of the last training is kept for the next one on the same files.
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,15 @@ import torch
 
 from lorasmith.bench.benchmark import latent_side, measured
 from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.errors import CancelledError, LorasmithError, OptionError
+from lorasmith.core.errors import CancelledError, OptionError
 from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.placement import free_device_memory
 from lorasmith.core.printable import count_text, printable
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, ModelFiles, named_path
 from lorasmith.families.model_search import Completed, in_folders, load_completed
+from lorasmith.runs.expert_runs import holds
 from lorasmith.runs.plan import FolderPlan, plan
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.run import Host, run
@@ -37,7 +38,7 @@ from lorasmith.training.events import Event, Outcome, StepDone
 from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.results import TrainResult
-from lorasmith.training.storage.fingerprint import Fingerprint, differences
+from lorasmith.training.storage.fingerprint import Fingerprint
 from lorasmith.training.storage.run_folder import RunFolder, output_folder
 from lorasmith.training.train import Plan
 from lorasmith.training.validation import UNJUDGED
@@ -306,10 +307,7 @@ def spec_of(request: Mapping[str, Any]) -> RunSpec:
 
 def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
     """Whether a folder holds an unfinished run with this fingerprint that can be continued."""
-    run = RunFolder(folder)
-    with contextlib.suppress(LorasmithError):
-        return run.exists and not differences(run.record().fingerprint, fingerprint) and not run.is_busy
-    return False
+    return holds(folder, fingerprint) and not RunFolder(folder).is_busy
 
 
 def _found(result: TrainResult) -> dict[str, Any]:
@@ -351,9 +349,7 @@ class WarmModel:
     def release(self) -> None:
         if self._kept is not None:
             self._kept = self._identity = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_device_memory()
 
 
 def _identity(files: ModelFiles, folders: Folders | None) -> list[list[str | int]]:

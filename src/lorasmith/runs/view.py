@@ -254,23 +254,9 @@ class RunView:
             "metrics": [asdict(one) for one in self.metrics],
             "curve": [[one.step, _finite(one.loss), _finite(one.mean)] for one in _thinned(self.points)],
             "validations": [
-                {
-                    "step": one.step,
-                    "loss": _finite(one.loss),
-                    "base_loss": _finite(one.base_loss),
-                    "best": one is best,
-                }
-                for one in _thinned(self.validations)
+                {**_numbers(one, "loss", "base_loss"), "best": one is best} for one in _thinned(self.validations)
             ],
-            "likenesses": [
-                {
-                    "step": one.step,
-                    "likeness": _finite(one.likeness),
-                    "own": None if one.own is None else _finite(one.own),
-                    "adherence": None if one.adherence is None else _finite(one.adherence),
-                }
-                for one in _thinned(self.likenesses)
-            ],
+            "likenesses": [_numbers(one, "likeness", "own", "adherence") for one in _thinned(self.likenesses)],
             "best_step": None if best is None else best.step,
             "verdict": self.verdict,
             "previews": [
@@ -435,17 +421,16 @@ def note_of(event: Event) -> Note | None:
             return Note("Rolled back", event.message, event.step, is_warning=True)
         case Shrunk():
             return Note("Out of memory", event.message, event.step, is_warning=True)
-        case Planned():
-            return Note("Memory", event.message)
-        case AttentionPlanned():
-            return Note("Attention", event.message)
-        case Autotuned():
-            return Note("Autotune", event.message)
-        case CaptionsPlanned():
-            return Note("Captions", event.message)
+        case Planned() | AttentionPlanned() | Autotuned() | CaptionsPlanned():
+            return Note(_PLANNED[type(event)], event.message)
         case Resumed():
             return Note("Resumed", event.message, event.step)
     return None
+
+
+_PLANNED: dict[type[Event], str] = {
+    Planned: "Memory", AttentionPlanned: "Attention", Autotuned: "Autotune", CaptionsPlanned: "Captions"
+}  # fmt: skip
 
 
 def preview_file(path: str) -> str:
@@ -512,9 +497,13 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """For a curve: six digits, None for NaN and infinity."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+
+
+def _numbers(event: Validated | LikenessMeasured, *names: str) -> dict[str, Any]:
+    return {"step": event.step, **{name: _finite(getattr(event, name)) for name in names}}
 
 
 def _thinned(items: list[Any]) -> list[Any]:

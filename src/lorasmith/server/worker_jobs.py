@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import TRIED, Folders
+from lorasmith.core.placement import free_device_memory
 from lorasmith.core.typed_json import typed
 from lorasmith.data.captioners import Captioner, load_captioner
 from lorasmith.data.image_files import open_image
@@ -227,9 +226,7 @@ class GraphJobs:
 
     def free(self) -> None:
         self._folders = self._executor = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_device_memory()
 
     def _begin(self, id: str) -> None:
         self._id = id

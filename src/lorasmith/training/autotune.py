@@ -133,7 +133,7 @@ def _times(engine: Engine, way: Way, batches: Sequence[Batch], clock: Callable[[
             raise
     finally:
         engine.way = before
-    free_device_memory(before.device)  # outside of `except`, where the error's frames no longer hold activations
+    free_device_memory()  # outside of `except`, where the error's frames no longer hold activations
     return {}
 
 

@@ -267,7 +267,7 @@ class _Coordinator:
                 return
             reason = f"A pass of {len(asking)} runs at once failed ({type(failure).__name__}: {failure})"
         self._is_apart = True
-        free_device_memory(self._device)
+        free_device_memory()
         for participant in asking:
             participant.answer = StepRepeated(f"{reason}: the step is repeated, with a pass for each run from here on.")
 

@@ -115,7 +115,7 @@ class Recovery:
                 f"checkpointing ({fault}); use smaller pictures or a lower rank, or quantization"
             )
         engine.way, how = found
-        free_device_memory(before.device)
+        free_device_memory()
         message = f"Memory ran out at step {step}: it is repeated {how}."
         micro_batch, depth = engine.way.micro_batch, engine.way.checkpoint_depth
         if (micro_batch, depth) == (before.micro_batch, before.checkpoint_depth):

@@ -20,7 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
-from lorasmith.runs.queue import ENDED, DuplicateJobError, Job, JobLine, JobState, JobStore, QueueFullError
+from lorasmith.runs.queue import ENDED, DuplicateJobError, Job, JobState, JobStore, QueueFullError
 from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.job_reporter import error_entry
 from lorasmith.server.request_handling import (
@@ -171,7 +171,7 @@ class QueueRoutes:
         entries = (f"{json.dumps(job.id)}: {json.dumps(history_entry(job))}" for job in jobs)
         return await send_json_pieces(request, chain(["{"], _separated(entries), ["}"]))
 
-    def _ended_graphs(self) -> list[JobLine]:
+    def _ended_graphs(self) -> list[Job]:
         """Oldest first."""
         lines = [line for line in self._store.lines(ENDED) if line.kind == "graph"]
         return sorted(lines, key=lambda line: line.ended or 0.0)
@@ -210,7 +210,7 @@ class QueueRoutes:
         jobs = [summary for line in shown if (summary := self._summary(line))]
         return web.json_response({"jobs": jobs, "pagination": page})
 
-    def _summary(self, line: JobLine) -> dict[str, Any]:
+    def _summary(self, line: Job) -> dict[str, Any]:
         """A job of the list; empty if it has been removed."""
         job = self._store.find(line.id)
         return {} if job is None else job_summary(job)
@@ -314,7 +314,7 @@ class _Entries:
         self._kept: OrderedDict[str, str] = OrderedDict()
         self._size = 0
 
-    def texts(self, lines: Sequence[JobLine]) -> Iterator[str]:
+    def texts(self, lines: Sequence[Job]) -> Iterator[str]:
         """The entries of jobs, separated by commas; removed jobs are skipped."""
         # Moving a job changes only its number; the rest of its entry is constant.
         return _separated(f"[{json.dumps(line.number)}, {rest}" for line in lines if (rest := self._rest(line.id)))
@@ -335,7 +335,7 @@ class _Entries:
 
 
 _MOST_KEPT = 32 * 2**20
-_SORTED_BY: dict[str, Callable[[JobLine], float]] = {
+_SORTED_BY: dict[str, Callable[[Job], float]] = {
     "created_at": lambda line: line.created,
     "execution_duration": lambda line: line.ended - line.started if line.ended and line.started else 0.0,
 }
