@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.formats.names import ModelNames
 from lorasmith.nodes.values import LossMap, flat_images, one_for_each, single
 from lorasmith.report.loss_plot import plot_losses
-from lorasmith.report.pictures import Clip, animation
+from lorasmith.report.pictures import Clip, animation, encoded
 from lorasmith.toolbox.extract import PatchedPart, extract_patches, extracted_metadata
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import ANY, NodeContext, NodeOutput, Output, node, socket
@@ -130,10 +129,7 @@ def _picture(image: Tensor) -> Image.Image:
 
 def _png(image: Tensor, entries: PngInfo) -> bytes:
     """An image (height, width, 3) in [0, 1] as a PNG file."""
-    picture = _picture(image)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=entries, compress_level=4)
-    return buffer.getvalue()
+    return encoded(_picture(image), "PNG", pnginfo=entries, compress_level=4)
 
 
 def _free_counter(files: NumberedFiles) -> int:

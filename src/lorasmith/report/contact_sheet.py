@@ -24,13 +24,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lorasmith.core.files import atomic_path, open_regular, write_atomic
+from lorasmith.core.files import atomic_path, open_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import count_text, printable
-from lorasmith.report.pictures import UNREADABLE, Clip, PictureOrClip, animation, parameters_entry, thinned
+from lorasmith.report.pictures import PREVIEW_ENTRY, PREVIEW_TAG, UNREADABLE, PictureOrClip, thinned, write_drawn
 
 _LINE_SPACING = 4
 
@@ -164,8 +163,6 @@ def _laid_out(table: Sequence[Sequence[Image.Image]], *, header: bool) -> Image.
     return sheet
 
 
-_ENTRY = "lorasmith.preview"  # not `prompt`, which ComfyUI reads as a graph
-_TAG = int(ExifTags.Base.ImageDescription)  # the same in the EXIF data of clips
 _MOST_ROWS = 24
 _LARGEST_SHEET = 4096  # pixels in either direction, labels aside
 _CELLS = 64, 384
@@ -241,18 +238,7 @@ class PreviewFolder:
             facts = {**self._sampling, **made_with}
             parameters = f"{prompt}\n" + ", ".join(f"{name}: {fact}" for name, fact in facts.items())
             entry = json.dumps({"Prompt": prompt, **facts})
-            if isinstance(picture, Clip):
-                path = self.folder / f"{stem}-{number}.webp"
-                write_atomic(path, animation(picture, dict([parameters_entry(parameters), (_TAG, entry)])))
-                paths.append(path)
-                continue
-            info = PngInfo()
-            info.add_itxt("parameters", parameters)
-            info.add_itxt(_ENTRY, entry)
-            path = self.folder / f"{stem}-{number}.png"
-            with atomic_path(path) as temporary:
-                picture.save(temporary, format="png", pnginfo=info)
-            paths.append(path)
+            paths.append(write_drawn(picture, self.folder / f"{stem}-{number}", parameters, entry))
         return tuple(paths)
 
     def _write_sheet(self, name: str, rows: Mapping[str, str], title: str) -> Path:
@@ -283,7 +269,7 @@ def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image |
     """A small copy of a picture or of a clip's first frame; None if missing, unreadable or of other parameters."""
     try:
         with open_regular(path) as file, Image.open(file) as picture:
-            entry = picture.getexif()[_TAG] if picture.format == "WEBP" else picture.info[_ENTRY]
+            entry = picture.getexif()[PREVIEW_TAG] if picture.format == "WEBP" else picture.info[PREVIEW_ENTRY]
             facts = dict(parse_foreign_json(entry))
             if any(facts.get(name) != value for name, value in expected.items()):
                 return None

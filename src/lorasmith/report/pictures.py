@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import ExifTags, Image, ImageSequence
+from PIL.PngImagePlugin import PngInfo
 
-from lorasmith.core.files import open_regular
+from lorasmith.core.files import atomic_path, open_regular, write_atomic
 from lorasmith.report.markup import Html, tag
 
 _USER_COMMENT = "UNICODE\0".encode("ascii")
@@ -38,10 +39,17 @@ class Clip:
 PictureOrClip = Image.Image | Clip  # a sample of a prompt
 
 
+def encoded(picture: Image.Image, format: str, **settings: Any) -> bytes:
+    """A picture as a file of a format of Pillow, with its settings for it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=format, **settings)
+    return buffer.getvalue()
+
+
 def animation(
     clip: Clip, entries: Mapping[int, str | bytes], *, lossless: bool = False, quality: int = 90, method: int = 4
 ) -> bytes:
-    """A clip as an endlessly repeating WebP file with EXIF data by tag (see `parameters_entry`).
+    """A clip as an endlessly repeating WebP file with EXIF data by tag.
 
     `quality` is 0 to 100, if lossless the effort; `method` is the effort of the compression, 0 to 6.
     """
@@ -49,10 +57,9 @@ def animation(
     inner = exif.get_ifd(ExifTags.IFD.Exif)
     for key, value in entries.items():
         (inner if key == ExifTags.Base.UserComment else exif)[key] = value
-    buffer = io.BytesIO()
-    clip.frames[0].save(
-        buffer,
-        format="webp",
+    return encoded(
+        clip.frames[0],
+        "webp",
         save_all=True,
         append_images=clip.frames[1:],
         duration=int(1000 / clip.rate),
@@ -62,12 +69,34 @@ def animation(
         quality=quality,
         method=method,
     )
-    return buffer.getvalue()
 
 
 def parameters_entry(text: str) -> tuple[int, bytes]:
     """Tag and value of a picture's parameters, where A1111 and model browsers look for them in WebP files."""
     return int(ExifTags.Base.UserComment), _USER_COMMENT + text.encode("utf-16-be")
+
+
+def write_drawn(picture: PictureOrClip, stem: Path, parameters: str, entry: str | None = None) -> Path:
+    """Write a picture as `<stem>.png` or a clip as `<stem>.webp`, with parameters in A1111's format; returns the path.
+
+    `entry` is the text of `PREVIEW_ENTRY` in a PNG file, of `PREVIEW_TAG` in a WebP file.
+    """
+    if isinstance(picture, Clip):
+        path = stem.with_name(f"{stem.name}.webp")
+        further = {} if entry is None else {PREVIEW_TAG: entry}
+        write_atomic(path, animation(picture, dict([parameters_entry(parameters), *further.items()])))
+        return path
+    path, info = stem.with_name(f"{stem.name}.png"), PngInfo()
+    info.add_itxt("parameters", parameters)
+    if entry is not None:
+        info.add_itxt(PREVIEW_ENTRY, entry)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="png", pnginfo=info)
+    return path
+
+
+PREVIEW_ENTRY = "lorasmith.preview"  # not `prompt`, which ComfyUI reads as a graph
+PREVIEW_TAG = int(ExifTags.Base.ImageDescription)  # the same in the EXIF data of clips
 
 
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
@@ -162,10 +191,8 @@ def webp(picture: Image.Image, longest: int | None = None) -> bytes:
     if longest is not None and max(picture.size) > longest:
         picture = picture.copy()
         picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
     lossless = max(picture.size) <= _TINY
-    picture.save(buffer, format="webp", lossless=lossless, quality=100 if lossless else _QUALITY)
-    return buffer.getvalue()
+    return encoded(picture, "webp", lossless=lossless, quality=100 if lossless else _QUALITY)
 
 
 def _uri(webp: bytes) -> str:

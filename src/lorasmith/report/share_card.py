@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageOps
 
 from lorasmith.report.contact_sheet import load_font, wrapped
+from lorasmith.report.pictures import encoded
 
 WIDTH, _MARGIN, _GAP = 1200, 48, 16
 _INK, _FAINT, _FRAME, _GROUND, _ACCENT = "#1f2933", "#52606d", "#d9dee3", "#ffffff", "#1f5fa8"
@@ -52,6 +52,4 @@ def share_card(rows: Sequence[tuple[str, Image.Image, Image.Image]], *, title: s
         for number, text in enumerate(lines):
             pen.text((_MARGIN + column * (side + _GAP), below + 24 * number), text, fill=_INK, font=load_font(18))
     pen.text((_MARGIN, height - _MARGIN - 14), "Trained with Lorasmith", fill=_FAINT, font=load_font(18))
-    buffer = io.BytesIO()
-    card.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return encoded(card, "PNG", optimize=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -123,16 +124,8 @@ def check_up(folders: Folders) -> Checkup:
         extras=extras,
         extensions=extensions,
         problems=(
-            *_missing_packages(versions),
-            *_unusable(extensions),
-            *(Problem(problem=one.problem, remedy=one.remedy) for one in _COMPANIONS if one.version and one.problem),
-            *_slow_devices(devices),
-            *_slow_kernels(devices),
-            *_small_memory(memory.total),
-            *_busy_processors(load),
-            *(Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items()),
-            *_full_disks(disks),
-            *_no_models(found, folders.base),
+            *_problems(versions, extensions, devices, memory.total, load),
+            *_folder_problems(refused, disks, found, folders.base),
         ),
     )
 
@@ -199,53 +192,6 @@ def _processor() -> str:
     return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores"
 
 
-def _missing_packages(versions: dict[str, str]) -> list[Problem]:
-    missing = [name for name, found in versions.items() if found == "missing"]
-    if not missing:
-        return []
-    return [Problem(problem=f"required packages are missing: {', '.join(missing)}", remedy="install lorasmith again")]
-
-
-def _unusable(extensions: tuple[InstalledExtension, ...]) -> list[Problem]:
-    faults = (one.fault.rpartition("; ") for one in extensions if one.fault)
-    return [Problem(problem=problem, remedy=remedy) for problem, _, remedy in faults]
-
-
-def _slow_devices(devices: tuple[DeviceFacts, ...]) -> list[Problem]:
-    if any(one.name.startswith("cuda") for one in devices) or which("nvidia-smi") is None:
-        return []
-    return [
-        Problem(
-            problem=f"there is an NVIDIA driver, but this torch ({torch.__version__}) cannot use it",
-            remedy="install the build of torch for it: lorasmith doctor --install prints the command",
-        )
-    ]
-
-
-def _slow_kernels(devices: tuple[DeviceFacts, ...]) -> list[Problem]:
-    refusals = [one.refusal for device in devices for one in triton_kernels(torch.device(device.name)) if one.refusal]
-    parts = (one.rstrip(".").rpartition("; ") for one in dict.fromkeys(refusals))
-    return [Problem(problem=problem, remedy=remedy, is_fault=False) for problem, _, remedy in parts]
-
-
-def _small_memory(total: int) -> list[Problem]:
-    if total >= _LITTLE_MEMORY:
-        return []
-    return [
-        Problem(
-            problem=f"the machine has {memory_text(total)} of memory, too little for most models",
-            remedy="see lorasmith plan for settings that need less",
-        )
-    ]
-
-
-def _busy_processors(load: Load) -> list[Problem]:
-    if not load.note:
-        return []
-    problem, _, remedy = load.note.partition("; ")
-    return [Problem(problem=problem, remedy=remedy, is_fault=False)]
-
-
 def _is_writable(folder: Path) -> bool:
     try:
         check_writable(folder)
@@ -254,21 +200,53 @@ def _is_writable(folder: Path) -> bool:
     return True
 
 
-def _full_disks(disks: dict[str, int]) -> list[Problem]:
-    return [
-        Problem(problem=f"{memory_text(free)} are free for {folder}", remedy="free some space, or use another folder")
-        for folder, free in disks.items()
-        if free < LITTLE_DISK
-    ]
+def _problems(
+    versions: Mapping[str, str],
+    extensions: Sequence[InstalledExtension],
+    devices: Sequence[DeviceFacts],
+    memory_bytes: int,
+    load: Load,
+) -> Iterator[Problem]:
+    """What is wrong with the installation and the machine, or slows it down."""
+    if missing := [name for name, found in versions.items() if found == "missing"]:
+        yield Problem(problem=f"required packages are missing: {', '.join(missing)}", remedy="install lorasmith again")
+    for fault in (one.fault for one in extensions if one.fault):
+        problem, _, remedy = fault.rpartition("; ")
+        yield Problem(problem=problem, remedy=remedy)
+    for one in _COMPANIONS:
+        if one.version and one.problem:
+            yield Problem(problem=one.problem, remedy=one.remedy)
+    if not any(one.name.startswith("cuda") for one in devices) and which("nvidia-smi") is not None:
+        yield Problem(
+            problem=f"there is an NVIDIA driver, but this torch ({torch.__version__}) cannot use it",
+            remedy="install the build of torch for it: lorasmith doctor --install prints the command",
+        )
+    kernels = (kernel for device in devices for kernel in triton_kernels(torch.device(device.name)))
+    for refusal in filter(None, dict.fromkeys(one.refusal for one in kernels)):
+        problem, _, remedy = refusal.rstrip(".").rpartition("; ")
+        yield Problem(problem=problem, remedy=remedy, is_fault=False)
+    if memory_bytes < _LITTLE_MEMORY:
+        yield Problem(
+            problem=f"the machine has {memory_text(memory_bytes)} of memory, too little for most models",
+            remedy="see lorasmith plan for settings that need less",
+        )
+    if load.note:
+        problem, _, remedy = load.note.partition("; ")
+        yield Problem(problem=problem, remedy=remedy, is_fault=False)
 
 
-def _no_models(found: dict[str, int], base: Path) -> list[Problem]:
-    if found["checkpoints"] + found["diffusion_models"] > len(built_in_models()):
-        return []
-    return [
-        Problem(
+def _folder_problems(
+    refused: Mapping[Path, str], disks: Mapping[str, int], found: Mapping[str, int], base: Path
+) -> Iterator[Problem]:
+    """Folders that cannot be written, full disks, and a base folder without models."""
+    yield from (Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items())
+    for folder, free in disks.items():
+        if free < LITTLE_DISK:
+            remedy = "free some space, or use another folder"
+            yield Problem(problem=f"{memory_text(free)} are free for {folder}", remedy=remedy)
+    if found["checkpoints"] + found["diffusion_models"] <= len(built_in_models()):
+        yield Problem(
             problem=f"{base} has no models{' besides the built-in one' * len(built_in_models())}",
             remedy="name your ComfyUI folder with --base-dir, or give model files with --model",
             is_fault=False,
         )
-    ]

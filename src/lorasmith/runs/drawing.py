@@ -10,16 +10,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import Folders, next_counter
 from lorasmith.families.forms import Expert
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.model_search import FoundPart, load_completed
-from lorasmith.report.pictures import Clip, PictureOrClip, animation, parameters_entry
+from lorasmith.report.pictures import PictureOrClip, write_drawn
 from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 from lorasmith.training.lora_handle import Lora
 
@@ -171,16 +169,5 @@ def save_pictures(
     """
     paths, first = [], next_counter(folder, "lorasmith")
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=first):
-        parameters = f"{prompt}\n{made_with}"
-        if isinstance(image, Clip):
-            path = folder / f"lorasmith_{number:05}_.webp"
-            write_atomic(path, animation(image, dict([parameters_entry(parameters)])))
-            paths.append(path)
-            continue
-        info = PngInfo()
-        info.add_itxt("parameters", parameters)
-        path = folder / f"lorasmith_{number:05}_.png"
-        with atomic_path(path) as temporary:
-            image.save(temporary, format="png", pnginfo=info)
-        paths.append(path)
+        paths.append(write_drawn(image, folder / f"lorasmith_{number:05}_", f"{prompt}\n{made_with}"))
     return paths

@@ -248,16 +248,14 @@ def estimate_of(
 
     weights, sharded = frozen(1), frozen(cards) if cards > 1 else {}
     shared = {kind: {share: split(kind, share) for share in (*_SHARES, 1.0)} for kind in _KINDS}
-    unpacked = _unpacked_bytes(model.denoiser.module, products)
+    layers = packable_layers(model.denoiser.module)
+    largest = max((layer.get_parameter("weight").numel() for layer in layers), default=0)
     encoders, beside = {}, _controls(model, side * latent.downscale, controls)
     for name, one in components.text_encoders.items():
         own = ENCODERS[family.text_encoders[name].kind].dtype_of(one)
         own = fast_dtype(own, card) if card.type == "cuda" else own
         networks = model.text_encoder.networks(name, sees=model.sight is not None and bool(beside))
         encoders[name] = sum(frozen_bytes(part, kind="none", dtype=own) for part in networks)
-    master = 4 * job.parameters
-    trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
-    plans = _activation_plans(model, job, side, frames, beside)
     return MemoryEstimate(
         model=model.title,
         family=family.title,
@@ -275,11 +273,11 @@ def estimate_of(
         partly={kind: {one: size for one, (size, _) in sizes.items() if one < 1} for kind, sizes in shared.items()},
         on_host={kind: {one: size for one, (_, size) in sizes.items()} for kind, sizes in shared.items()},
         sharded=sharded,
-        trained_bytes=trained,
-        plans=plans,
+        trained_bytes=buffer_bytes(job.parameters, products) + optimizer_bytes(4 * job.parameters),
+        plans=_activation_plans(model, job, side, frames, beside),
         text_encoders=encoders,
         missing={name: slot.usual_file for name, slot in family.text_encoders.items() if name not in encoders},
-        unpacked_bytes=unpacked,
+        unpacked_bytes=largest * (4 + products.itemsize),  # in fp32 and in the dtype of products
     )
 
 
@@ -379,9 +377,3 @@ class _Attention(torch.autograd.Function):
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
     return _Attention.apply(query, key, value, attn_mask)
-
-
-def _unpacked_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the largest quantized weight while it is unpacked: in fp32 and in the dtype of products."""
-    largest = max((layer.get_parameter("weight").numel() for layer in packable_layers(module)), default=0)
-    return largest * (4 + dtype.itemsize)

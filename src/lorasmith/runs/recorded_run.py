@@ -21,7 +21,6 @@ from pathlib import Path
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.extensions import remedy_for
-from lorasmith.core.files import read_regular
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.named_code import is_import_path
 from lorasmith.core.options import options_of
@@ -29,7 +28,7 @@ from lorasmith.core.registry import Registry, missing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.runs.command_lines import arguments_for, resume_command
-from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml
+from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml, read_typed
 from lorasmith.training.config import TrainConfig, code_settings
 from lorasmith.training.storage.records import RunRecord, parsed_record, read_record
 from lorasmith.training.storage.run_folder import RunFolder
@@ -51,10 +50,7 @@ def read_run_file(path: Path, typed: Typed = Typed()) -> RunSpec:
 
     OptionError if the file cannot be read, has an unknown key or a value of another type, or names more than it may.
     """
-    try:
-        content = read_regular(path)
-    except OSError as error:
-        raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    content = read_typed(path)
     if path.suffix.lower() == ".json" or content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         found = _of_record(path, content, typed)
         left = _without(found, typed.spec)
@@ -127,7 +123,8 @@ def _without(recorded: RunSpec, typed: RunSpec) -> RunSpec:
 
 def _check_files(named: Iterable[tuple[str, str | None]], file: Path, typed: Typed, *, instead: str) -> None:
     """Raise OptionError if a record names files, (what, path), that it may not; `instead` lists flags to use."""
-    if typed.files or not (outside := list(_outside(named))):
+    outside = [] if typed.files else list(_outside(named))
+    if not outside:
         return
     shown = "; ".join(f"{what} {path}" for what, path in outside[:2])
     more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""

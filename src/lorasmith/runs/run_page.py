@@ -359,22 +359,16 @@ def _settings(config: Mapping[str, Any]) -> list[Setting]:
 def _data(record: RunRecord) -> dict[str, str]:
     samples = record.samples
     sizes = Counter("×".join(map(str, reversed(one.latents[-2:]))) for one in samples if one.latents)
-    with_text = len({one.name for one in samples if one.caption})
+    images, with_text = _distinct(record), len({one.name for one in samples if one.caption})
+    repeated = f" ({len(samples):,} samples in an epoch)" if images != len(samples) else ""
     counted = "" if "captions_used" in record.data else f", of which {with_text:,} have a text"
     described = {
-        "Training images": f"{_training_images(record)}{counted}",
+        "Training images": f"{images:,}{repeated}{counted}",
         "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
     }
     others = {name: value for name, value in record.data.items() if name not in ("images", "left_out")}
     described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(others).items()}
     return {name: text for name, text in described.items() if text}
-
-
-def _training_images(record: RunRecord) -> str:
-    """Number of images, and of samples in an epoch if some are repeated."""
-    images = _distinct(record)
-    repeated = f" ({len(record.samples):,} samples in an epoch)" if images != len(record.samples) else ""
-    return f"{images:,}{repeated}"
 
 
 def _distinct(record: RunRecord) -> int:
@@ -394,8 +388,8 @@ def _notes(run: LoggedRun) -> list[tuple[str, str, int | None]]:
             ("Note", f"events.jsonl has more than {MOST_EVENTS:,} events, of which the rest is left out.", None)
         )
     if run.log.unreadable:
-        lines = "1 line" if run.log.unreadable == 1 else f"{run.log.unreadable:,} lines"
         left = "is" if run.log.unreadable == 1 else "are"
+        lines = count_text(run.log.unreadable, "line")
         notes.append(("Note", f"{lines} of events.jsonl could not be read and {left} left out.", None))
     return notes
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
 from lorasmith.formats.metadata import autov2, autov3, sha256_file, steps_of
+from lorasmith.report.pictures import encoded
 
 THUMBNAIL = "modelspec.thumbnail"
 _EDGE, _QUALITY = 256, 85
@@ -47,7 +47,7 @@ def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
     with Image.open(picture) as opened:
         opened.load()
         pixels = opened.convert("RGB")
-    content = _png(pixels) if private or picture.suffix != ".png" else picture.read_bytes()
+    content = encoded(pixels, "png") if private or picture.suffix != ".png" else picture.read_bytes()
     for suffix in (".png", ".preview.png"):
         with atomic_path(lora.with_suffix(suffix)) as temporary:
             temporary.write_bytes(content)
@@ -120,18 +120,10 @@ def _sentence(lora: Path, metadata: Mapping[str, str], family: Family) -> str:
     return f"For {family.title}, trained{on} in {count_text(steps_of(metadata, lora.name), 'step')} with Lorasmith."
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="png")
-    return buffer.getvalue()
-
-
 def _data_url(picture: Image.Image) -> str:
     small = picture.copy()
     small.thumbnail((_EDGE, _EDGE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="jpeg", quality=_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded(small, 'jpeg', quality=_QUALITY)).decode()}"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders, file_stem
 from lorasmith.core.options import changed, config_from, options_of
 from lorasmith.core.registry import nearest
@@ -224,6 +225,14 @@ def settings_of_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in settings.items() if name in options_of(DataConfig)}
     are_pairs = recorded_consequences(TrainConfig, settings).are_pairs
     return {"controls": "opposite", **own} if are_pairs else own
+
+
+def read_typed(path: Path) -> bytes:
+    """The content of a file that a command names. OptionError if it cannot be read."""
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
 
 
 def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.files import read_regular
 from lorasmith.core.folders import safe_name
 from lorasmith.core.random import keyed_uniform
 from lorasmith.core.registry import nearest
@@ -35,7 +34,7 @@ from lorasmith.data.dataset import AUTOMATIC_FROM
 from lorasmith.data.encoding import datasets_folder
 from lorasmith.data.folder import scan_sources
 from lorasmith.data.preflight import epoch_of
-from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec, arguments_in, parsed_toml
+from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec, arguments_in, parsed_toml, read_typed
 
 MOST_RUNS = 1000  # runs of a sweep, and tasks of an array that Slurm takes by default
 
@@ -64,11 +63,7 @@ def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
     OptionError if the file cannot be read, has an unknown key, setting or value, no runs or too many, or a run without
     model, images or held-out images.
     """
-    try:
-        content = read_regular(path)
-    except OSError as error:
-        raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    found = parsed_toml(path, content)
+    found = parsed_toml(path, read_typed(path))
     tables = {name: found.pop(name) for name in _TABLES if name in found}
     if len(tables) != 1:
         got = "both" if tables else "neither" + nearest(next(reversed(found), ""), _TABLES)
@@ -153,8 +148,7 @@ def _settings_in(kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
 def _of_grid(table: Mapping[str, Any]) -> list[Values]:
     """All combinations, the last setting varied first."""
     lists = [_listed(f"grid.{name}", name, values) for name, values in table.items()]
-    count = math.prod(map(len, lists))
-    _check_count(count, "fewer values, or [random] with a number of runs")
+    _check_count(math.prod(map(len, lists)), "fewer values, or [random] with a number of runs")
     return [dict(zip(table, values, strict=True)) for values in itertools.product(*lists)]
 
 
@@ -250,7 +244,7 @@ def _named(varied: Sequence[Values]) -> dict[str, Values]:
     named: dict[str, Values] = {}
     taken: set[str] = set()  # some file systems ignore case
     for values in varied:
-        name = _name(values)
+        name = safe_name("_".join(sorted(_words(values))))  # whatever their order in the file
         if len(name) > _LONGEST_NAME or name.casefold() in taken:
             digest = blake2b(repr(sorted(values.items())).encode(), digest_size=4).hexdigest()
             name = f"{name[: _LONGEST_NAME - 9]}_{digest}"
@@ -259,19 +253,12 @@ def _named(varied: Sequence[Values]) -> dict[str, Values]:
     return named
 
 
-def _name(values: Values) -> str:
-    """Such as `rank-16_rate-3e-4`: the order of the file has no influence."""
-    return safe_name("_".join(sorted(_words(values))))
-
-
 def _words(values: Values) -> Iterator[str]:
+    """Parts of a run's name, such as `rank-16` and `rate-3e-4`."""
     for name, value in values.items():
         label = (name in SETTINGS and SETTINGS[name].short) or name.replace("_", "-")
-        yield f"{label}-{_text(Path(value).name if _is_path(name) and isinstance(value, str) else value)}"
-
-
-def _is_path(name: str) -> bool:
-    return name == _FOLDER or name in SETTING_PATHS
+        is_path = isinstance(value, str) and (name == _FOLDER or name in SETTING_PATHS)
+        yield f"{label}-{_text(Path(str(value)).name if is_path else value)}"
 
 
 def _text(value: Scalar) -> str:
