@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading, print_note, print_result
+from lorasmith.cli.console import console, echo, heading, print_note, print_problem, print_result
 from lorasmith.cli.flags import BaseDir, BaseModel, Device, ExtraModelPaths, folders_of, with_flags
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig, cost_options
@@ -131,7 +131,8 @@ def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str) -> No
         heading(f"{found.of_floor:.0%}", f"of a step is the floor{passes}")
     elif found.floor is None:
         echo("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
-    echo(f"Waiting for data: {found.waiting:.1%} of a step, beside which its batches take {_ms(found.parts.making)}")
+    batches = f"{1000 * found.parts.making:.1f} ms"
+    echo(f"Waiting for data: {found.waiting:.1%} of a step, beside which its batches take {batches}")
     have = "" if found.memory is None else f" of {found.memory / 2**30:.1f} GiB"
     echo(
         f"Memory: {_mib(found.weights)} of frozen weights, and {_mib(found.above)} above them in a step, of which "
@@ -159,10 +160,6 @@ def _counted(counts: Counts | None) -> list[str]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms"
 
 
 def _machine(device: str) -> str:
@@ -232,7 +229,6 @@ def _print_checkup(found: Checkup) -> None:
         state = "cannot be used" if one.fault else "usable"
         heading("Extends ", f"{one.source}: {one.name} ({one.kind}), {state}")
     for problem in found.problems:
-        kind, colour = ("Problem", "red") if problem.is_fault else ("Note", "yellow")
-        print_note(f"{problem.problem}; {problem.remedy}.", kind=kind, colour=colour)
+        print_problem(problem.problem, problem.remedy, kind="Problem" if problem.is_fault else None)
     if not found.problems:
         echo("No problem was found.")

@@ -348,6 +348,20 @@ def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", ind
     console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {printable(sentence)}"), soft_wrap=True)
 
 
+def print_problem(problem: str, remedy: str, *, kind: str | None) -> None:
+    """Print what is wrong with its remedy, labelled `kind` in red; of what is only noted the kind is None."""
+    print_note(f"{problem}; {remedy}.", kind=kind or "Note", colour="yellow" if kind is None else "red")
+
+
+def print_facts(facts: Mapping[str, str], width: int, below: Mapping[str, Iterable[object]] | None = None) -> None:
+    """Print labelled lines, those without text left out, each with further lines below its label."""
+    for label, text in facts.items():
+        if text:
+            echo(f"{label:<{width}}{text}")
+        for more in (below or {}).get(label, ()):
+            echo(f"{'':<{width}}{more}")
+
+
 def print_findings(findings: Sequence[Finding], *, most: int | None = None) -> None:
     """Print at most `most` findings, a line each; they are sorted, the gravest first."""
     shown = findings if most is None or len(findings) <= most else findings[: most - 1]

@@ -12,6 +12,7 @@ from lorasmith.cli.console import (
     console,
     echo,
     heading,
+    print_facts,
     print_findings,
     print_note,
     print_result,
@@ -323,9 +324,7 @@ def print_check(check: DataCheck) -> None:
         "Controls": f"{found.paired:,} of {len(found.images):,} have theirs" if found.paired else "",
         **step_lines(found),
     }
-    for label, text in lines.items():
-        if text:
-            echo(f"{label:<10}{text}")
+    print_facts(lines, 10)
     for note in found.notes:
         print_note(note)
     print_findings(found.findings)

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, end_with, heading, print_note, print_result, progress_shown
+from lorasmith.cli.console import (
+    console,
+    echo,
+    end_with,
+    heading,
+    print_note,
+    print_problem,
+    print_result,
+    progress_shown,
+)
 from lorasmith.cli.flags import LoraFileArgument, LoraModel, split_strength
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.extensions import recorded_extensions
@@ -20,9 +29,8 @@ from lorasmith.core.printable import count_text
 from lorasmith.core.registry import missing
 
 if TYPE_CHECKING:
-    from lorasmith.formats.inspect import FileFault, LoraSummary
+    from lorasmith.formats.inspect import LoraSummary
     from lorasmith.formats.metadata import LeveledRanks
-    from lorasmith.runs.recorded_run import StateFacts
     from lorasmith.toolbox.average import Averaged
     from lorasmith.toolbox.bands import Bands
     from lorasmith.toolbox.check import Checked, Fixed
@@ -56,14 +64,14 @@ def inspect(file: LoraFileArgument) -> None:
 
     gc.freeze()  # a collection, of which 50,000 tensors cause several, visits a million objects of torch
     if (state := facts_of_state(file)) is not None:
-        print_result(lambda: state, lambda: _print_sentences(state))
+        print_result(lambda: state, lambda: _print_sentences(state.sentences))
         return
     summary = describe(file)
     print_result(lambda: summary, lambda: _print_summary(summary))
 
 
-def _print_sentences(state: StateFacts) -> None:
-    for sentence in state.sentences:
+def _print_sentences(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
         echo(sentence)
 
 
@@ -84,15 +92,9 @@ def _print_summary(summary: LoraSummary) -> None:
         "Modules": _counts(summary.components),
         "Layers": _counts(summary.layers),
         **({"Words": _words(summary.words)} if summary.words else {}),
-        **{
-            label: _counts(found)
-            for label, found in {
-                "Rank": summary.ranks,
-                "Factor": summary.factors,
-                "Block size": summary.block_sizes,
-            }.items()
-            if found
-        },
+        **({"Rank": _counts(summary.ranks)} if summary.ranks else {}),
+        **({"Factor": _counts(summary.factors)} if summary.factors else {}),
+        **({"Block size": _counts(summary.block_sizes)} if summary.block_sizes else {}),
         "Alpha": _counts({"none" if alpha is None else f"{alpha:g}": n for alpha, n in summary.alphas.items()}),
         "Tensors": f"{summary.tensors} ({_counts(summary.dtypes)}), {summary.parameters:,} parameters",
         "Steps": str(summary.steps or "not recorded"),
@@ -180,10 +182,9 @@ def _print_checked(checked: Checked, fix: Path | None, fixed: Fixed | None) -> N
         f"compared with {checked.compared_with}" if checked.compared_with else "not compared with a model (--model)"
     )
     family = f", {checked.family}" if checked.family else ""
-    text = f"{checked.path}: {checked.modules} modules in the layout of {checked.layout}{family}; {held_to}"
-    echo(text)
+    echo(f"{checked.path}: {checked.modules} modules in the layout of {checked.layout}{family}; {held_to}")
     for finding in checked.findings:
-        _print_finding(finding)
+        print_problem(finding.problem, finding.remedy, kind="Fault" if finding.is_error else None)
     if not checked.findings and checked.compared_with is None:
         echo("No faults. Which programs apply all of it, only its model tells: --model MODEL.")
     elif not checked.findings:
@@ -202,11 +203,6 @@ def _print_names(title: str, names: Sequence[str]) -> None:
         echo(f"{title}: {name}")
     if len(names) > _MOST_ROWS:
         echo(f"{title}: {len(names) - _MOST_ROWS:,} more; --json has all")
-
-
-def _print_finding(finding: FileFault) -> None:
-    kind, colour = ("Fault", "red") if finding.is_error else ("Note", "yellow")
-    print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
 
 
 def _plain_checked(checked: Checked, fix: Path | None, fixed: Fixed | None) -> dict[str, object]:
@@ -412,8 +408,7 @@ def _print_merged(report: MergeReport) -> None:
 def _warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
     """Print which tensors of each file were left out."""
     for path, names in left_out.items():
-        text = f"{len(names)} tensors of {path}, such as {names[0]}, match no module of the model and are left out"
-        print_note(text)
+        print_note(f"{len(names)} tensors of {path}, such as {names[0]}, match no module of the model and are left out")
 
 
 def _warn_leveled(paths: Sequence[Path]) -> None:

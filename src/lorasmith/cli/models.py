@@ -10,7 +10,16 @@ import typer
 from rich.table import Table
 
 from lorasmith.adapters.catalogue import facts_of
-from lorasmith.cli.console import console, echo, heading, print_note, print_result, progress_shown, stoppable
+from lorasmith.cli.console import (
+    console,
+    echo,
+    heading,
+    print_facts,
+    print_note,
+    print_result,
+    progress_shown,
+    stoppable,
+)
 from lorasmith.cli.flags import (
     BaseDir,
     BaseModel,
@@ -347,29 +356,22 @@ def _print_plan(found: MemoryEstimate) -> None:
     ]
     encoders = [f"{name} {memory_text(size)}" for name, size in found.text_encoders.items()]
     encoders += [f"{name} is missing (usually {file})" for name, file in found.missing.items()]
-    for label, text in {
+    facts = {
         "Model": f"{found.model} ({found.family})",
         "Trains": found.trained,
         "Pictures": f"{found.pixels}×{found.pixels} pixels{f', {found.frames} frames' if found.frames > 1 else ''}, "
         f"batch {found.batch_size}, products in {found.dtype}",
-        **(
-            {"Controls": ", ".join(f"{width}×{height} pixels" for width, height in found.controls)}
-            if found.controls
-            else {}
-        ),
+        "Controls": ", ".join(f"{width}×{height} pixels" for width, height in found.controls),
         "Weights": _by_kind(found.weights),
         "Offloaded": _by_kind(found.offloaded),
         "Host": f"{_by_kind({kind: sizes[1.0] for kind, sizes in found.on_host.items()})}, if all is offloaded",
-        **({"Desktop": f"{memory_text(found.desktop_bytes)} are left to it"} if found.desktop_bytes else {}),
-        **({"Sharded": _by_kind(found.sharded)} if found.sharded else {}),
+        "Desktop": f"{memory_text(found.desktop_bytes)} are left to it" if found.desktop_bytes else "",
+        "Sharded": _by_kind(found.sharded),
         "Trained": f"{memory_text(found.trained_bytes)} of weights, gradients and optimizer state",
         "Step": ", ".join(plans),
         "Before": f"text encoders, which are used before training: {', '.join(encoders)}",
-    }.items():
-        echo(f"{label:<10}{text}")
-        if label == "Model":
-            for part in found.found:
-                echo(f"{'':<10}{part.line}")
+    }
+    print_facts(facts, 10, {"Model": [part.line for part in found.found]})
     proposal, card = found.proposal, memory_text(found.card_bytes)
     flags = " ".join(proposal.flags) or "the defaults"
     echo()

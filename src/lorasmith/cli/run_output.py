@@ -16,6 +16,7 @@ from lorasmith.cli.console import (
     console,
     echo,
     heading,
+    print_facts,
     print_findings,
     print_note,
     print_result,
@@ -347,15 +348,14 @@ def _setting_text(value: object) -> str:
 
 def _print_plan(plan: RunPlan) -> None:
     config, per_epoch = plan.config, plan.samples_per_epoch
-    images = len(plan.scan.images)
     batch = f"batch {config.batch_size}"
     if config.grad_accumulation_steps > 1:
         batch += f" × {config.grad_accumulation_steps}"
     counted = [f"{count} {what}" for count, what in _counts(plan) if count]
-    repeats = f" ({', '.join(counted)})" if len(counted) > 1 or per_epoch != images else ""
+    repeats = f" ({', '.join(counted)})" if len(counted) > 1 or per_epoch != len(plan.scan.images) else ""
     sizes = ", ".join(f"{side}×{side}" for side in plan.resolutions)
     falling = "" if config.schedule == "constant" else f" ({config.schedule}, {_mean_rate(config):.2g} on average)"
-    for label, text in {
+    facts = {
         "Model": f"{plan.model} ({plan.family})",
         "Trains": plan.trained,
         "Pictures": f"about {sizes} pixels, sides are multiples of {plan.pixel_multiple}",
@@ -364,12 +364,8 @@ def _print_plan(plan: RunPlan) -> None:
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "
         f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}{_noise_text(config)}",
-    }.items():
-        if text:
-            echo(f"{label:<9}{text}")
-        if label == "Model":
-            for part in plan.found:
-                echo(f"{'':<9}{part.line}")
+    }
+    print_facts(facts, 9, {"Model": [part.line for part in plan.found]})
 
 
 def _mean_rate(config: ResolvedConfig) -> float:

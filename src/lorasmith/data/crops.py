@@ -183,19 +183,8 @@ def bucket_size(
     """
     if resolution < multiple:
         raise DataError(f"resolution must be at least {multiple} for this model, got {resolution}; raise it")
-    if height > width:
-        turned = bucket_size(
-            height,
-            width,
-            resolution=resolution,
-            multiple=multiple,
-            upscale=upscale,
-            smallest=smallest,
-            largest=largest,
-            of_one_area=of_one_area,
-        )
-        return turned[::-1]
-    # In units of `multiple` from here on. A wide bucket has as many rows as fit in the area.
+    longer, shorter = max(width, height), min(width, height)
+    # In units of `multiple` from here on, for a wide picture. A wide bucket has as many rows as fit in the area.
     edge = resolution // multiple
     area = edge**2
     fewest, most = -(-(smallest or 1) // multiple), area if largest is None else largest // multiple
@@ -208,12 +197,14 @@ def bucket_size(
     if of_one_area:
         area, candidates = _one_area(edge, fewest, most)
     elif not upscale:
-        columns, rows = max(1, width // multiple), max(1, height // multiple)
+        columns, rows = max(1, longer // multiple), max(1, shorter // multiple)
         candidates = range(max(edge, area // (rows + 1) + 1), min(columns, candidates[-1]) + 1)
-        if not candidates:
-            return min(columns, most) * multiple, min(rows, most) * multiple
-    columns = _nearest_aspect(candidates, area, width / height)
-    return columns * multiple, area // columns * multiple
+    if candidates:
+        columns = _nearest_aspect(candidates, area, longer / shorter)
+        rows = area // columns
+    else:
+        columns, rows = min(columns, most), min(rows, most)
+    return (rows * multiple, columns * multiple) if height > width else (columns * multiple, rows * multiple)
 
 
 @dataclass(frozen=True)

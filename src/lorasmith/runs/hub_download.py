@@ -286,11 +286,12 @@ _RECENT_S = 5.0
 class _Rate:
     """Bytes per second of the last seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._sizes: deque[tuple[float, int]] = deque()
 
     def after(self, size: int) -> float:
-        now = time.monotonic()
+        now = self._clock()
         if self._sizes and size < self._sizes[-1][1]:  # the server began again
             self._sizes.clear()
         self._sizes.append((now, size))
