@@ -123,12 +123,9 @@ def _pictures(report: SweepReport) -> list[Html]:
 def _apart(runs: Sequence[ApartRun]) -> Html | None:
     if not runs:
         return None
-    rows = [
-        (run.name, tag("span", run.state, class_=_MOODS.get(run.state)), f"{run.steps:,}", run.error or _why_apart(run))
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        unmeasured = "no held-out loss was measured" if run.state == "complete" else ""
+        state = tag("span", run.state, class_=_MOODS.get(run.state))
+        rows.append((run.name, state, f"{run.steps:,}", run.error or unmeasured))
     return table(("Run", "State", "Steps", "Error"), rows, label="Runs that are not ranked", wordy=True)
-
-
-def _why_apart(run: ApartRun) -> str:
-    return "no held-out loss was measured" if run.state == "complete" else ""

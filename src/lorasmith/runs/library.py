@@ -35,11 +35,10 @@ from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.evaluate import DrawingSettings, subject_of
 from lorasmith.runs.evaluate import evaluate as evaluated
-from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of, trainable_of
+from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of, shown, taken, trainable_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import ClassImageDrawn
-from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
 from lorasmith.training.config import TrainConfig, config_over

@@ -25,10 +25,9 @@ from lorasmith.core.printable import described
 from lorasmith.data.dataset import EncodedDataset, split
 from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.runs.given import samples_of, trainable_of
+from lorasmith.runs.given import samples_of, shown, taken, trainable_of
 from lorasmith.runs.library import Trained
 from lorasmith.runs.progress_bars import note
-from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.training.batches import Batch, captions_ready, prefetched
 from lorasmith.training.config import TrainConfig, config_over
 from lorasmith.training.engine import Engine, batch_maker, prediction_of

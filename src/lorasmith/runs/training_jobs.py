@@ -140,10 +140,10 @@ class _JobHost(Host):
     def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
         """Reported before the first step, so that a complete run is never trained again."""
         before = self._before
-        if plan.output is None and before is not None and _is_same(before, fingerprint):
-            folder = before
-        else:
+        if before is None or plan.output is not None or not holds(before, fingerprint) or RunFolder(before).is_busy:
             folder = super().folder(plan, fingerprint)
+        else:
+            folder = before  # it holds the same run, unfinished
         self._reporter.run(output_folder(folder, plan.title))
         return folder
 
@@ -303,11 +303,6 @@ def spec_of(request: Mapping[str, Any]) -> RunSpec:
         return typed(request, RunSpec)
     except ValueError as error:
         raise OptionError(f"{error}; correct the request") from error
-
-
-def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
-    """Whether a folder holds an unfinished run with this fingerprint that can be continued."""
-    return holds(folder, fingerprint) and not RunFolder(folder).is_busy
 
 
 def _found(result: TrainResult) -> dict[str, Any]:
