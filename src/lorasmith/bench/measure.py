@@ -151,12 +151,7 @@ def _shapes_beside(model: Model, height: int, width: int, frames: int) -> dict[s
 
 
 def frozen_pass(
-    model: Trainable,
-    samples: Sequence[Sample],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    backward: bool = True,
+    model: Trainable, samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype, backward: bool = True
 ) -> Callable[[], None]:
     """A function that runs a forward (and backward) pass to the latents of a frozen model on `device` in `dtype`."""
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
@@ -224,12 +219,7 @@ def counted(
 
 
 def pass_seconds(
-    once: Callable[[], object],
-    *,
-    steps: int,
-    device: torch.device,
-    warmup: int = 0,
-    clock: Clock = time.perf_counter,
+    once: Callable[[], object], *, steps: int, device: torch.device, warmup: int = 0, clock: Clock = time.perf_counter
 ) -> Spread:
     """Seconds of each of `steps` calls after `warmup` ones.
 
@@ -278,10 +268,7 @@ def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
     device = job.way.device
     rows = []
     try:
-        with (
-            engine.prepared(),
-            contextlib.closing(prefetched(maker, range(steps + 1))) as coming,
-        ):
+        with engine.prepared(), contextlib.closing(prefetched(maker, range(steps + 1))) as coming:
             for step in range(steps + 1):
                 times = [time.perf_counter()]
                 _, batches = next(coming)

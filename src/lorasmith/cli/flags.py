@@ -246,8 +246,7 @@ _GENERAL: dict[str, Any] = {
         ),
     ],
     "quiet": Annotated[
-        bool,
-        typer.Option("--quiet", rich_help_panel=OUTPUT, help="Print the result and errors alone."),
+        bool, typer.Option("--quiet", rich_help_panel=OUTPUT, help="Print the result and errors alone.")
     ],
     "log_file": Annotated[
         Path | None,

@@ -445,8 +445,7 @@ def resize(
         Path | None, typer.Option(help="The new file. Default: beside FILE, with the size in its name.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="Its model, for LoHa and LoKr on convolutions, whose files lack the kernel size."),
+        str | None, typer.Option(help="Its model, for LoHa and LoKr on convolutions, whose files lack the kernel size.")
     ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every module instead of blocks.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
@@ -504,15 +503,13 @@ def extract(
     tuned: Annotated[str, typer.Option(help="The trained model, of the same family.")],
     rank: Annotated[int, typer.Option(help="Rank at most.")] = 32,
     energy: Annotated[
-        float | None,
-        typer.Option(help="Share of each layer's squared singular values to keep, such as 0.95."),
+        float | None, typer.Option(help="Share of each layer's squared singular values to keep, such as 0.95.")
     ] = None,
     differences: Annotated[
         bool, typer.Option("--differences", help="Include differences of norms and biases; few programs use them.")
     ] = False,
     output: Annotated[
-        Path | None,
-        typer.Option(help="The new file. Default: the tuned model's name with the rank, in this folder."),
+        Path | None, typer.Option(help="The new file. Default: the tuned model's name with the rank, in this folder.")
     ] = None,
     layout: Annotated[str, typer.Option(help="Layout of the file: portable, kohya, comfy or diffusers.")] = "portable",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Number format of the file: fp32, bf16 or fp16.")] = "fp16",

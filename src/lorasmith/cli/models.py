@@ -214,10 +214,7 @@ _TARGET_SETTINGS = ("targets", "algorithm", "rank", "alpha", "differences", "dor
 
 
 def targets(
-    model: BaseModel,
-    base_dir: BaseDir = None,
-    extra_model_paths: ExtraModelPaths = None,
-    **settings: Any,
+    model: BaseModel, base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None, **settings: Any
 ) -> None:
     """Summarise a choice of target layers: kinds of layers, counts, ranks, parameters, size of the file.
 

@@ -61,8 +61,7 @@ def sweep(
         ),
     ] = 1,
     launcher: Annotated[
-        _Launcher,
-        typer.Option(help="Start the runs on this machine, as an array of Slurm jobs, or as tasks of Ray."),
+        _Launcher, typer.Option(help="Start the runs on this machine, as an array of Slurm jobs, or as tasks of Ray.")
     ] = _Launcher.LOCAL,
     slurm_options: Annotated[
         str, typer.Option(metavar="TEXT", help="Arguments of sbatch, such as '--gpus=1 --time=04:00:00'.")
@@ -148,13 +147,7 @@ def _stopped_runs_shown(progress: _Progress) -> Iterator[StopRequest]:
 
 
 def _submit(
-    sweep: Sweep,
-    names: Sequence[str],
-    folder: Path,
-    models: Mapping[str, Path],
-    options: str,
-    *,
-    follow_links: bool,
+    sweep: Sweep, names: Sequence[str], folder: Path, models: Mapping[str, Path], options: str, *, follow_links: bool
 ) -> None:
     import shlex
 

@@ -281,12 +281,7 @@ def entry_is_link(entry: os.DirEntry[str]) -> bool:
 
 _KEPT = 40  # characters of a name in that of its temporary file, which is longer
 
-_KINDS = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def _refuse_irregular(status: os.stat_result) -> None:

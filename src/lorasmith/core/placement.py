@@ -151,10 +151,7 @@ def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def sent(
-    tensor: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format = torch.preserve_format,
+    tensor: Tensor, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
 ) -> Tensor:
     """A tensor of the CPU on `device` in `dtype`; from pinned memory to a GPU, so that nobody waits for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -260,11 +260,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                 store = store_of_this_start(starts, launched, _MEETING)
                 interface = stack.enter_context(interface_towards_others(store, launched))
                 distributed.init_process_group(
-                    _backend(gpu),
-                    store=store,
-                    rank=launched.rank,
-                    world_size=launched.size,
-                    timeout=_MEETING,
+                    _backend(gpu), store=store, rank=launched.rank, world_size=launched.size, timeout=_MEETING
                 )
                 stack.callback(distributed.destroy_process_group)
             # The first is public, since torch 2.15.

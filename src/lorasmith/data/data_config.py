@@ -274,11 +274,7 @@ class DataConfig:
         "image need one, which no model is given: it is the other picture of the pair for pairs, which chooses this.",
     )
     control_dropout: float = option(
-        0.0,
-        min=0.0,
-        max=1.0,
-        group=_CONTROLS,
-        help="Probability of leaving out the controls, for each draw.",
+        0.0, min=0.0, max=1.0, group=_CONTROLS, help="Probability of leaving out the controls, for each draw."
     )
 
     class_prompt: str | None = option(

@@ -26,15 +26,7 @@ from lorasmith.data.clips import ClipForm, clip_form
 from lorasmith.data.controls import check_controls, control_framings, seen_with
 from lorasmith.data.crops import framings_of, pixel_step, place_weights
 from lorasmith.data.data_config import DataConfig, ImageSource
-from lorasmith.data.dataset import (
-    EncodedCaptions,
-    EncodedDataset,
-    Picture,
-    Sample,
-    SeenCaption,
-    SeenPicture,
-    Variants,
-)
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, SeenCaption, SeenPicture, Variants
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
 from lorasmith.data.folder import FolderScan, ImageFile, scan_sources

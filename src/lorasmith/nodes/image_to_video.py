@@ -21,11 +21,7 @@ from lorasmith.nodes.images import resized
 from lorasmith.nodes.values import CONCAT_IMAGE, CONCAT_MASK, Latent, check_pixels, latent_of
 from lorasmith.workflow import NodeContext, Output, node, socket
 
-_CONDITIONED = [
-    Output("CONDITIONING", "positive"),
-    Output("CONDITIONING", "negative"),
-    Output("LATENT", "latent"),
-]
+_CONDITIONED = [Output("CONDITIONING", "positive"), Output("CONDITIONING", "negative"), Output("LATENT", "latent")]
 
 
 @node("CLIPVisionLoader", "Load CLIP Vision", "model/loaders", outputs=["CLIP_VISION"])
@@ -150,10 +146,7 @@ def wan22_image_to_video_latent(
 
 
 @node(
-    "HunyuanVideo15ImageToVideo",
-    "HunyuanVideo15ImageToVideo",
-    "model/conditioning/hunyuan video",
-    outputs=_CONDITIONED,
+    "HunyuanVideo15ImageToVideo", "HunyuanVideo15ImageToVideo", "model/conditioning/hunyuan video", outputs=_CONDITIONED
 )
 def hunyuan_video15_image_to_video(
     context: NodeContext,

@@ -134,12 +134,7 @@ def _shot(shot: PictureCard) -> Html:
     marks += [tag("li", "the one to keep", class_="kept")] if shot.is_kept else []
     return tag(
         "figure",
-        tag(
-            "div",
-            _framed(shot),
-            tag("ul", marks, class_="marks") if marks else None,
-            class_="frame",
-        ),
+        tag("div", _framed(shot), tag("ul", marks, class_="marks") if marks else None, class_="frame"),
         tag(
             "figcaption",
             tag("b", shot.name),

@@ -123,10 +123,7 @@ def _curves(page: EvaluationPage) -> list[Html]:
         "they are ignored."
     )
     best = None if page.best is None else steps[page.best]
-    lines = [
-        ("likeness", [row.likeness for row in page.rows]),
-        ("adherence", [row.adherence for row in page.rows]),
-    ]
+    lines = [("likeness", [row.likeness for row in page.rows]), ("adherence", [row.adherence for row in page.rows])]
     label = f"Likeness and adherence of {count_text(len(page.rows), 'LoRA')}"
     if best is not None:
         label += f", step {best:,} is recommended"

@@ -341,15 +341,7 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
     same = [one for one in settings if one.value == one.default]
     parts = []
     if changed:
-        rows = [
-            (
-                one.name,
-                plain(one.value),
-                plain(one.default),
-                one.help,
-            )
-            for one in changed
-        ]
+        rows = [(one.name, plain(one.value), plain(one.default), one.help) for one in changed]
         parts.append(
             table(
                 ("Setting", "Value", "Default", "Meaning"), rows, label="Settings that are not the default", wordy=True

@@ -202,13 +202,7 @@ def evaluate(
             for strength, pictures in strip
         ]
         loras = tuple(
-            EvaluatedLora(
-                file=one.path.name,
-                label=one.label,
-                step=one.step,
-                measures=measures,
-                pictures=tuple(names),
-            )
+            EvaluatedLora(file=one.path.name, label=one.label, step=one.step, measures=measures, pictures=tuple(names))
             for one, measures, names in zip(subject.candidates, found, kept, strict=True)
         )
         if not is_built_in:
@@ -317,12 +311,7 @@ class Prompts:
     def of(cls, trigger: str, drawing: DrawingSettings, *, is_built_in: bool) -> Prompts:
         wishes = drawing.prompts or (BUILT_IN_WISHES if is_built_in else WISHES)
         word = class_word(trigger) if drawing.class_word is None else drawing.class_word
-        return cls(
-            trigger,
-            tuple(asked_with(trigger, one) for one in wishes),
-            (word,) if word else (),
-            WITHOUT,
-        )
+        return cls(trigger, tuple(asked_with(trigger, one) for one in wishes), (word,) if word else (), WITHOUT)
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -361,11 +350,7 @@ class _Artist:
     ) -> None:
         self._base, self._prompts, self._seed = base, prompts, drawing.seed
         self._device, self._progress, self._cancelled = device, progress, cancelled
-        self.sampling = Sampling(
-            steps=drawing.steps or base.defaults.steps,
-            width=drawing.width,
-            height=drawing.height,
-        )
+        self.sampling = Sampling(steps=drawing.steps or base.defaults.steps, width=drawing.width, height=drawing.height)
         again = [(text, drawing.seed + more) for more in range(1, drawing.noises) for text in prompts.with_trigger]
         self._pictures = [*((text, drawing.seed) for text in prompts.shown), *again]
         self._total = self.sampling.steps * (len(self._pictures) * (loras + 1) + STRIP * len(STRENGTHS))

@@ -139,13 +139,7 @@ class TrainArguments(TrainConfig):
 
 
 class _LoadDataset(Protocol[P]):
-    def __call__(
-        self,
-        images: object,
-        model: AnyModel,
-        *args: P.args,
-        **arguments: P.kwargs,
-    ) -> EncodedDataset: ...
+    def __call__(self, images: object, model: AnyModel, *args: P.args, **arguments: P.kwargs) -> EncodedDataset: ...
 
 
 def _loads(arguments: Callable[P, DataConfig]) -> Callable[[Callable[..., EncodedDataset]], _LoadDataset[P]]:
