@@ -224,7 +224,7 @@ def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path,
 
 def _least_strength(spec: RunSpec) -> float:
     """The least strength at which the LoRA of a run is tried: the opposite of the greatest for sliders."""
-    return min(0.0, *spec.config.consequences().strengths)
+    return min((0.0, *spec.config.consequences().strengths))
 
 
 _GREATEST = 2.0  # strength
