@@ -35,7 +35,7 @@ def test_the_page_lists_every_route(tmp_path: Path) -> None:
 def test_the_page_has_the_limits() -> None:
     assert f"{request_handling.MAX_JSON_BYTES // 2**20} MiB of JSON" in PAGE
     assert f"{request_handling.MAX_UPLOAD_BYTES // 2**20} MiB in an uploaded file" in PAGE
-    assert f"beyond {queue.MOST_PENDING:,} that wait; the last {queue.MOST_ENDED:,} that ended" in PAGE
+    assert f"beyond {queue.MOST_PENDING:,} that wait; the last {queue.MOST_ENDED:,} ended ones" in PAGE
     assert f"beyond {websocket.MOST_SOCKETS} connections" in PAGE
     most, of_one = connections.MOST_CONNECTIONS, connections.MOST_PER_ADDRESS
     assert f"{most} of all kinds ({of_one} of one address)" in PAGE and f"{most}, of one address {of_one}" in API
