@@ -481,7 +481,7 @@ def weights_as_stored(
     if device.type == "cpu":
         plain = [layer for layer in packable_layers(module) if weight_source(layer) is None]
         others = [one for one in plain if _needs_copy(one.get_parameter("weight"), dtype)]
-        needed = sum(one.get_parameter("weight").nbytes for one in others)
+        needed = sum(other.get_parameter("weight").nbytes for other in others)
         layers += others if 2 * needed > free_memory(device) else []
     with contextlib.ExitStack() as undo:
         for layer in layers:

@@ -142,8 +142,9 @@ def _sizes(
     weights, full = {layer.get_parameter("weight") for layer in sizes}, full_precision(module)
     others = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor not in weights]
     rest = sum(
-        one.numel() * ((torch.float32 if one in full else dtype) if one.is_floating_point() else one.dtype).itemsize
-        for one in others
+        other.numel()
+        * ((torch.float32 if other in full else dtype) if other.is_floating_point() else other.dtype).itemsize
+        for other in others
     )
     return sizes, rest + sum(sizes.values())
 

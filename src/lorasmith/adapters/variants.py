@@ -383,7 +383,7 @@ class RankMasks:
         if self._schedule is None or not self._leveled:
             return None
         schedule = self._schedule
-        by_rank = {rank: schedule.mask(share, rank) for rank in {one.rank for one in self.adapters.values()}}
+        by_rank = {rank: schedule.mask(share, rank) for rank in {adapter.rank for adapter in self.adapters.values()}}
         whole = [
             by_rank[one.rank] if path in self._leveled else torch.ones(len(share), one.rank)
             for path, one in self.adapters.items()

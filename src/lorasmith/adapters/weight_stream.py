@@ -122,7 +122,7 @@ class WeightStream:
         ]
 
     def _holding(self, block: Block | None) -> _Buffer | None:
-        return next((one for one in self._buffers if one.block is block), None)
+        return next((buffer for buffer in self._buffers if buffer.block is block), None)
 
     def _send(self, block: Block, *, spared: Block | None) -> _Buffer:
         """Copy a block to a buffer that has another one than `spared`."""
@@ -162,17 +162,17 @@ class Block:
     def __init__(self, stream: WeightStream, weights: Sequence[Packed]) -> None:
         layout = ByteLayout()
         self.stream = stream
-        self._places = [[layout.add(tensor) for tensor in one.tensors] for one in weights]
+        self._places = [[layout.add(tensor) for tensor in weight.tensors] for weight in weights]
         self._copies = self._placed(weights)
         self._pinned: PinnedBuffer | None = None
-        self.weights = [StreamedWeight(self, one) for one in weights]
+        self.weights = [StreamedWeight(self, weight) for weight in weights]
         self.on_host: list[Packed] = []
         self.size_bytes = layout.size_bytes
         self.is_kept = False
 
     def offload(self, *, is_pinned: bool) -> None:
         """Move the weights to host memory."""
-        self.on_host = [one.here.to(torch.device("cpu"), one.here.dtype) for one in self.weights]
+        self.on_host = [weight.here.to(torch.device("cpu"), weight.here.dtype) for weight in self.weights]
         self._copies = self._placed(self.on_host)
         if is_pinned:
             pinned = PinnedBuffer(self.size_bytes, self.stream.device)
@@ -248,13 +248,13 @@ class StreamedWeight(WeightSource):
 def streamed_block(module: nn.Module) -> Block | None:
     """The block that a module's weights are in; None if they are not streamed."""
     sources = (weight_source(layer) for layer in module.modules())
-    return next((one.block for one in sources if isinstance(one, StreamedWeight)), None)
+    return next((source.block for source in sources if isinstance(source, StreamedWeight)), None)
 
 
 def streams_of(module: nn.Module) -> set[WeightStream]:
     """The streams of a network's weights."""
     sources = (weight_source(layer) for layer in module.modules())
-    return {one.block.stream for one in sources if isinstance(one, StreamedWeight)}
+    return {source.block.stream for source in sources if isinstance(source, StreamedWeight)}
 
 
 def streamed_bytes(sizes: Sequence[int], away: Sequence[bool]) -> int:
@@ -274,5 +274,7 @@ def share_within(streams: Collection[WeightStream], free_bytes: int) -> float:
     most = sum(stream.size_bytes for stream in streams) + free_bytes
     all_sizes = [stream.sizes() for stream in streams]
     shares = sorted({away / len(sizes) for sizes in all_sizes for away in range(len(sizes))})
-    taken = ((one, sum(streamed_bytes(sizes, are_offloaded(len(sizes), one)) for sizes in all_sizes)) for one in shares)
+    taken = (
+        (share, sum(streamed_bytes(sizes, are_offloaded(len(sizes), share)) for sizes in all_sizes)) for share in shares
+    )
     return next((share for share, size in taken if size <= most), 1.0)

@@ -272,7 +272,7 @@ def check(
     config = DataConfig(**{name: settings[name] for name in _DATA})
     if fix_only and fix is None:
         raise OptionError("--fix-only chooses what --fix mends, but no --fix is given; add --fix NEW_FOLDER")
-    only = [one for one in get_args(Fix) if one in (fix_only or get_args(Fix))]
+    only = [arg for arg in get_args(Fix) if arg in (fix_only or get_args(Fix))]
     if unknown := set(fix_only or ()) - {*only}:
         raise OptionError(f"--fix-only must be one of {', '.join(get_args(Fix))}, got {min(unknown)!r}")
     training = TrainConfig(**{name: settings[name] for name in _TRAINING})

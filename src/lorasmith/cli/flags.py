@@ -68,7 +68,9 @@ class HelpCommand(TyperCommand):
         if self.first:
             options = [kept[name] for name in self.first]
         else:
-            options = [one for one in params if one not in arguments and not getattr(one, "rich_help_panel", None)]
+            options = [
+                param for param in params if param not in arguments and not getattr(param, "rich_help_panel", None)
+            ]
         about = [param for param in params if {"--help", "--help-all"} & {*param.opts} and param not in options]
         return [*arguments, *options, *about]
 

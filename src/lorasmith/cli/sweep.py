@@ -239,18 +239,18 @@ def _result_in_words(entry: SweepEntry) -> str:
 
 
 def _print(record: SweepRecord, folder: Path, page: Path) -> None:
-    ranked = [one for one in record.runs if one.place is not None]
+    ranked = [run for run in record.runs if run.place is not None]
     if ranked:
         echo()
         console.print(_table(ranked, folder), soft_wrap=True)
         if not record.comparable:
             print_note("The runs were judged by different images, captions or sizes: ranked by the change in percent.")
-    others = [one for one in record.runs if one.place is None]
+    others = [run for run in record.runs if run.place is None]
     if others:
         echo()
         heading("Not ranked")
-        for one in others:
-            echo(f"  {one.number:>4}  {one.state:<9} {one.name}{_result_in_words(one)}")
+        for other in others:
+            echo(f"  {other.number:>4}  {other.state:<9} {other.name}{_result_in_words(other)}")
     echo()
     echo(f"{'Page':<8}{page}")
 

@@ -26,7 +26,7 @@ def typed_arguments(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         signature = inspect.signature(function)
-        if not any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
             for name in kwargs.keys() - signature.parameters.keys():
                 raise OptionError(
                     f"{function.__qualname__} has no argument {name!r}{nearest(name, signature.parameters)}; "

@@ -115,7 +115,7 @@ def recorded_extensions(metadata: Mapping[str, str]) -> tuple[Extension, ...]:
 
 def as_json(extensions: Iterable[Extension]) -> list[dict[str, str]]:
     """Extensions as JSON values."""
-    return [asdict(one) for one in extensions]
+    return [asdict(extension) for extension in extensions]
 
 
 def remedy_for(needed: Sequence[Extension]) -> str:

@@ -232,8 +232,8 @@ def _changed_by(op: OpOverload | OpOverloadPacket) -> frozenset[int | str]:
     overloads = [op] if isinstance(op, OpOverload) else [getattr(op, name) for name in op.overloads()]
     return frozenset(
         key
-        for one in overloads
-        for position, argument in enumerate(one._schema.arguments)
+        for overload in overloads
+        for position, argument in enumerate(overload._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
         for key in ((argument.name,) if argument.kwarg_only else (position, argument.name))
     )

@@ -72,9 +72,8 @@ def processor_name() -> str:
     """Architecture and model of the processor."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return (
-            f"{platform.machine()}, {next(one.split(':', 1)[1].strip() for one in lines if one[:10] == 'model name')}"
-        )
+        model = next(line.split(":", 1)[1].strip() for line in lines if line[:10] == "model name")
+        return f"{platform.machine()}, {model}"
     return ", ".join(dict.fromkeys(filter(None, (platform.machine(), platform.processor()))))
 
 

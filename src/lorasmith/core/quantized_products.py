@@ -296,7 +296,7 @@ def int8_product_on(device: torch.device) -> Kernel:
         return product
 
     orders = (b.to(device), b.t().to(device).t())
-    trials = [(a.to(device), scale, one, scale.t(), torch.float32) for one in orders]
+    trials = [(a.to(device), scale, order, scale.t(), torch.float32) for order in orders]
     return kernel_or(name, _int8_product, load, trials, expected=lambda *_: a.float() @ b.float())
 
 

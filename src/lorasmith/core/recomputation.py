@@ -126,7 +126,7 @@ class _Block:
         self._others = [None if isinstance(one, Tensor) else one for one in given]
         # As a function saves tensors, so that hooks around the block see them, such as those that offload.
         self._inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
-        self._budget = KEPT_SHARE * sum(one.nbytes for one in tensors)
+        self._budget = KEPT_SHARE * sum(tensor.nbytes for tensor in tensors)
         self._count = 0  # of tensors saved in the first run
         self._calls: list[Call] = []
         self._again: Iterator[Call] | None = None  # the calls of the second run
@@ -151,7 +151,7 @@ class _Block:
 
     def affordable(self, results: Sequence[Tensor]) -> Sequence[Tensor]:
         """The results, or none of them if they are too large."""
-        size = sum(one.nbytes for one in results)
+        size = sum(result.nbytes for result in results)
         if size > self._budget:
             return ()
         self._budget -= size

@@ -294,7 +294,7 @@ def extensions_of(used: Iterable[tuple[Registry[Any], object]]) -> Iterator[Exte
 
 def missing(extensions: Iterable[Extension]) -> list[Extension]:
     """Those of a file's extensions that this process does not have."""
-    return [one for one in extensions if not _is_here(one)]
+    return [extension for extension in extensions if not _is_here(extension)]
 
 
 def _is_here(extension: Extension) -> bool:

@@ -88,24 +88,26 @@ def _archive(path: Path, error: type[LorasmithError], remedy: str) -> tuple[byte
     """The pickle of a torch file, and start and size in bytes of its storages, by key."""
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        pickles = [one for one in entries if one.filename.rpartition("/")[2] == "data.pkl"]
-        is_packed = any(one.compress_type or one.file_size != one.compress_size for one in entries)
+        pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+        is_packed = any(entry.compress_type or entry.file_size != entry.compress_size for entry in entries)
         if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE_BYTES or is_packed:
             raise error(f"{path} must be one torch file, and is not; {remedy}")
         folder = pickles[0].filename.rpartition("/")[0]
-        orders = [archive.read(one) for one in entries if one.filename == f"{folder}/byteorder" and one.file_size < 10]
+        orders = [
+            archive.read(entry) for entry in entries if entry.filename == f"{folder}/byteorder" and entry.file_size < 10
+        ]
         if orders not in ([], [sys.byteorder.encode()]):
             raise error(f"{path} must have its bytes in the order of this computer, and has another; {remedy}")
         content = archive.read(pickles[0])
         storages = {}
-        for one in entries:
-            key = one.filename.removeprefix(f"{folder}/data/")
-            if key != one.filename:
-                file.seek(one.header_offset)
+        for entry in entries:
+            key = entry.filename.removeprefix(f"{folder}/data/")
+            if key != entry.filename:
+                file.seek(entry.header_offset)
                 signature, *_, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
                 if signature != b"PK\3\4":
                     raise ValueError("an entry has no header")
-                storages[key] = one.header_offset + _LOCAL_HEADER.size + name + extra, one.file_size
+                storages[key] = entry.header_offset + _LOCAL_HEADER.size + name + extra, entry.file_size
         return content, storages
 
 

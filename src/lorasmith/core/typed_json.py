@@ -51,7 +51,7 @@ def _whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _whole(one) for name, one in value.items()}
     if dataclasses.is_dataclass(value):
-        return {one.name: _whole(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {field.name: _whole(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value
 
 
@@ -153,10 +153,10 @@ def _sentence(error: str, value: Any, kind: Any, place: str) -> str:
 def _inner(kind: Any, name: str) -> Any:
     """The type of a field, or else of the values of a list or mapping, in a type or one of a union."""
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    for one in typing.get_args(kind) if union else (kind,):
-        if name and _has_fields(one):
-            return typing.get_type_hints(one)[name]
-        if not name and (arguments := [each for each in typing.get_args(one) if each is not ...]):
+    for arg in typing.get_args(kind) if union else (kind,):
+        if name and _has_fields(arg):
+            return typing.get_type_hints(arg)[name]
+        if not name and (arguments := [each for each in typing.get_args(arg) if each is not ...]):
             return arguments[-1]
     return Any
 

@@ -157,7 +157,7 @@ def shared_phrase(captions: Sequence[str]) -> str:
     >>> shared_phrase(["a cat on a hill", "a dog on a rug"])
     ''
     """
-    spoken = sorted((re.findall(r"[\w'-]+", one.casefold()) for one in captions), key=len)
+    spoken = sorted((re.findall(r"[\w'-]+", caption.casefold()) for caption in captions), key=len)
     for length in range(min(_MOST_SHARED, len(spoken[0]) if spoken else 0), 0, -1):
         starts = range(len(spoken[0]) - length + 1)
         found = dict.fromkeys(tuple(spoken[0][start : start + length]) for start in starts)
@@ -409,8 +409,8 @@ def _places(text: str) -> list[int]:
 
 def _product(counts: Iterable[int], limit: int) -> int:
     result = 1
-    for one in counts:
-        result = min(result * one, limit + 1)
+    for count in counts:
+        result = min(result * count, limit + 1)
     return result
 
 

@@ -134,7 +134,7 @@ def open_file(path: Path, *, clips: bool, any_format: bool = False, seconds: flo
             if milliseconds[-1] > 1000 * seconds or len(milliseconds) > seconds * _MOST_RATE:
                 break
         if len(milliseconds) > 2:
-            return OpenedFile(*size, tuple(one / 1000 for one in milliseconds))
+            return OpenedFile(*size, tuple(millisecond / 1000 for millisecond in milliseconds))
     return OpenedFile(*image_size(path, any_format=any_format))
 
 
@@ -247,7 +247,7 @@ def open_video(path: Path) -> Video:
             Fraction(stream.average_rate or 1),  # 1 as in ComfyUI
             width,
             height,
-            max((one.bits for one in stream.format.components), default=8),
+            max((component.bits for component in stream.format.components), default=8),
             _COLOUR_SPACES.get(int(getattr(stream.codec_context, "color_trc", 0) or 0), "sRGB"),
         )
 

@@ -240,10 +240,10 @@ def framed(
         for picture in clip_frames(image.path, content, numbers):  # framed at once, as those of a film take gigabytes
             for of_framing, one in zip(frames, framings, strict=True):
                 of_framing.append(to_tensor(one.applied(picture, size)))
-        pixels = [torch.stack(one, dim=1) for one in frames]
+        pixels = [torch.stack(frame, dim=1) for frame in frames]
     else:
-        picture, opacity = open_layers(image.path, content, scale=max(one.scale for one in framings))
-        pixels = [to_tensor(one.applied(picture, size)) for one in framings]
+        picture, opacity = open_layers(image.path, content, scale=max(framing.scale for framing in framings))
+        pixels = [to_tensor(framing.applied(picture, size)) for framing in framings]
     mask = opacity if config.masks == "alpha" else mask_of(image, config)
     found = []
     for one, shown in zip(framings, pixels, strict=True):
@@ -324,14 +324,14 @@ def _one_area(edge: int, fewest: int, most: int) -> tuple[int, list[int]]:
 
     def buckets(area: int, longest: int) -> list[int]:
         columns = range(math.isqrt(area - 1) + 1, min(area // fewest, most, longest) + 1)
-        return [one for one in columns if area % one == 0]
+        return [column for column in columns if area % column == 0]
 
     def cropped(area: int) -> float:
-        found = [math.log(one * one / area) for one in buckets(area, 2 * edge)]
+        found = [math.log(bucket * bucket / area) for bucket in buckets(area, 2 * edge)]
         if not found:
             return math.inf
         middles = [(one + other) / 2 for one, other in itertools.pairwise(found)]
-        places = [0.0, *(one for one in middles if one < _WIDE), _WIDE]
+        places = [0.0, *(middle for middle in middles if middle < _WIDE), _WIDE]
         return round(max(min(abs(place - one) for one in found) for place in places), 6)
 
     area = min(range(edge**2, -(-7 * edge**2 // 8) - 1, -1), key=cropped)

@@ -103,7 +103,7 @@ class Variants:
     def possible(self, most: int) -> list[Caption] | None:
         """All captions of its draws; None if there may be more than `most`."""
         texts = self.rules.possible(self.captions, most)
-        seen = dict.fromkeys([one.seen for one in self.pictures] + ([()] if self.control_dropout else []))
+        seen = dict.fromkeys([picture.seen for picture in self.pictures] + ([()] if self.control_dropout else []))
         if texts is None or len(texts) * len(seen) > most:
             return None
         return [SeenCaption.of(text, pictures) for pictures in seen for text in sorted(texts)]
@@ -208,14 +208,14 @@ class Sample:
     @property
     def size(self) -> int:
         """Numbers in its latents and controls, which the tokens of a forward pass are proportional to."""
-        return sum(one.numel() for one in (self.latents, *self.conditioning.controls))
+        return sum(control.numel() for control in (self.latents, *self.conditioning.controls))
 
     def size_drawn(self, seed: int, draw: int) -> int:
         """The size of a draw; unlike `drawn`, never encodes its caption."""
         if self.variants is None:
             return self.size
         picture = self.variants.picture(seed, draw)
-        return sum(one.numel() for one in (picture.latents, *Conditioning(picture.beside).controls))
+        return sum(control.numel() for control in (picture.latents, *Conditioning(picture.beside).controls))
 
     def sizes(self) -> Iterator[Sample]:
         """The sample with each of its pictures, all with the plain caption."""
@@ -279,10 +279,10 @@ class EncodedDataset:
             object.__setattr__(self, "captions", *encoders.values())
         like = self.samples[0].latents
         for sample in {id(sample): sample for sample in self.samples}.values():
-            for one in sample.sizes():
-                check_latents(one.latents, like=like, name=one.name)
-                if one.opposite is not None:
-                    check_latents(one.opposite, like=like, name=f"the opposite of {one.name}")
+            for siz in sample.sizes():
+                check_latents(siz.latents, like=like, name=siz.name)
+                if siz.opposite is not None:
+                    check_latents(siz.opposite, like=like, name=f"the opposite of {siz.name}")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -326,7 +326,7 @@ def places_of(samples: Sequence[Sample]) -> Tensor | None:
         return None
     frames = samples[0].latents.shape[1:-2]
     shape = (*(1,) * (1 + len(frames)), *samples[0].latents.shape[-2:])
-    weights = [torch.ones(shape) if one.places is None else one.places.reshape(shape) for one in samples]
+    weights = [torch.ones(shape) if sample.places is None else sample.places.reshape(shape) for sample in samples]
     for index, clean in enumerate(given):
         if clean is not None:
             count, first = frames.numel(), clean.shape[2]
@@ -425,12 +425,14 @@ class EncodedCaptions:
                     progress(done, len(missing))
 
     def missing(self, captions: Collection[Caption]) -> list[Caption]:
-        return [one for one in dict.fromkeys(captions) if one not in self._known]
+        return [caption for caption in dict.fromkeys(captions) if caption not in self._known]
 
     @property
     def bytes_each(self) -> int:
         """Bytes of the largest conditioning so far."""
-        return max((sum(one.nbytes for one in known.tensors.values()) for known in self._known.values()), default=0)
+        return max(
+            (sum(tensor.nbytes for tensor in known.tensors.values()) for known in self._known.values()), default=0
+        )
 
     @property
     def most(self) -> int:

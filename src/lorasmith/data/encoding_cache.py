@@ -156,7 +156,9 @@ class EncodingCache:
         try:
             with os.scandir(self.folder) as entries:
                 return sorted(
-                    Path(one.path) for one in entries if is_digest(one.name) and one.is_dir(follow_symlinks=False)
+                    Path(entry.path)
+                    for entry in entries
+                    if is_digest(entry.name) and entry.is_dir(follow_symlinks=False)
                 )
         except OSError:
             return []
@@ -447,10 +449,10 @@ def _files(folder: Path, name: re.Pattern[str]) -> list[tuple[Path, os.stat_resu
     """Regular files whose names match, sorted by name."""
     found = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for one in entries:
-            if name.fullmatch(one.name) and one.is_file(follow_symlinks=False):
+        for entry in entries:
+            if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):  # another process has removed it
-                    found.append((Path(one.path), one.stat(follow_symlinks=False)))
+                    found.append((Path(entry.path), entry.stat(follow_symlinks=False)))
     return sorted(found)
 
 

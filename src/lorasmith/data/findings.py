@@ -226,12 +226,12 @@ def _unused(skipped: Sequence[tuple[str, Reason]]) -> Iterator[Finding]:
 
 
 def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Finding]:
-    if empty := _those(images, lambda one: one.quality.is_empty):
+    if empty := _those(images, lambda image: image.quality.is_empty):
         problem = f"{_count(empty, 'image shows', 'images show')} a single colour"
         yield _about(images, empty, "empty pictures", problem, f"remove {_them(empty)} unless that is the subject")
     kinds: tuple[tuple[FindingKind, str, tuple[int, ...]], ...] = (
-        ("tiny pictures", "far ", _those(images, lambda one: one.scale >= _TINY)),
-        ("enlarged pictures", "", _those(images, lambda one: _ENLARGED <= one.scale < _TINY)),
+        ("tiny pictures", "far ", _those(images, lambda image: image.scale >= _TINY)),
+        ("enlarged pictures", "", _those(images, lambda image: _ENLARGED <= image.scale < _TINY)),
     )
     for kind, much, found in kinds:
         if found:
@@ -246,17 +246,17 @@ def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Findin
                 f"{larger}, a lower --resolution or --no-upscale" if upscale else larger,
                 attrgetter("size" if len(sizes) == 1 else "enlargement"),
             )
-    if blurred := _those(images, lambda one: one.quality.is_blurred):
+    if blurred := _those(images, lambda image: image.quality.is_blurred):
         remedy = f"use {'a sharp one' if len(blurred) == 1 else 'sharp ones'}, as the model learns the blur"
         yield _about(images, blurred, "blurred pictures", f"{_are(blurred)} blurred everywhere", remedy)
-    if cut := _those(images, lambda one: one.kept < _KEPT):
+    if cut := _those(images, lambda image: image.kept < _KEPT):
         yield _about(
             images,
             cut,
             "cut pictures",
             f"{_count(cut, 'image loses', 'images lose')} more than a fifth to the crop",
             f"crop {_them(cut)} yourself to what matters, or choose another --bucket-step or --resolution",
-            lambda one: f"{one.size} to {_size(one.bucket)}",
+            lambda image: f"{image.size} to {_size(image.bucket)}",
         )
 
 
@@ -271,7 +271,7 @@ def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> It
             "copies",
             _count(copies, "image is a copy of another", "images are copies of others"),
             f"keep one of each, or set the others apart with {_FIX}",
-            lambda one: f"of {images[copies[place[one.name]]].name}",
+            lambda image: f"of {images[copies[place[image.name]]].name}",
         )
     if similar:
         yield _about(
@@ -280,29 +280,33 @@ def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> It
             "look-alikes",
             _count(similar, "image nearly equals another", "images nearly equal others"),
             f"keep one of each, as a picture that is there twice is learnt twice, or set the others apart with {_FIX}",
-            lambda one: f"like {images[similar[place[one.name]]].name}",
+            lambda image: f"like {images[similar[place[image.name]]].name}",
         )
 
 
 def _pairs(images: Sequence[CheckedImage], rules: PairRules) -> Iterator[Finding]:
-    if rules.are_needed and (lacking := _those(images, lambda one: not one.file.controls and not one.file.is_class)):
+    if rules.are_needed and (
+        lacking := _those(images, lambda image: not image.file.controls and not image.file.is_class)
+    ):
         otherwise = "leave --pairs out" if rules.are_opposites else "train with --controls optional"
         remedy = f"add a file of the same name to the folder of controls, or {otherwise}"
         yield _about(images, lacking, "missing controls", f"{_have(lacking)} no control", remedy)
-    if equal := _those(images, lambda one: one.file.digest in {control.digest for control in one.file.controls}):
+    if equal := _those(images, lambda image: image.file.digest in {control.digest for control in image.file.controls}):
         problem = (
             f"{_count(equal, 'image is', 'images are')} the same as {'its' if len(equal) == 1 else 'their'} control"
         )
         remedy = f"replace {_them(equal)}, as the model learns to change nothing"
         yield _about(images, equal, "unchanged pairs", problem, remedy)
-    if swapped := _those(images, lambda one: not one.is_captioned and any(_has_caption(c) for c in one.file.controls)):
+    if swapped := _those(
+        images, lambda image: not image.is_captioned and any(_has_caption(c) for c in image.file.controls)
+    ):
         problem = (
             f"{_have(swapped)} no caption, but {'its control has' if len(swapped) == 1 else 'their controls have'}"
         )
         remedy = "check that the edited pictures are trained on and --control names those before, or move the captions"
         yield _about(images, swapped, "swapped pairs", problem, remedy)
     if other := _those(
-        images, lambda one: rules.are_aligned and not all(has_aspect_of(c, one.file) for c in one.file.controls)
+        images, lambda image: rules.are_aligned and not all(has_aspect_of(c, image.file) for c in image.file.controls)
     ):
         yield _about(
             images,
@@ -310,7 +314,7 @@ def _pairs(images: Sequence[CheckedImage], rules: PairRules) -> Iterator[Finding
             "other aspects",
             f"{_have(other)} a control of another aspect ratio, which is cropped on its own",
             f"crop {_them(other)} and the control alike, unless the edit changes the frame",
-            lambda one: f"{one.size} from {', '.join(_size((c.width, c.height)) for c in one.file.controls)}",
+            lambda image: f"{image.size} from {', '.join(_size((c.width, c.height)) for c in image.file.controls)}",
         )
 
 
@@ -326,7 +330,8 @@ def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: 
     paths = set(missing)
     # A trigger or a folder name counts as a caption.
     lacking = _those(
-        images, lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption
+        images,
+        lambda image: image.file.path in paths and image.file.caption_source == "none" and not image.has_empty_caption,
     )
     if lacking:
         is_all = len(lacking) == len(images)
@@ -337,7 +342,7 @@ def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: 
             "write captions into text files of the same name, or name the subject with --trigger",
             lacking,
         )
-    if empty := _those(images, lambda one: one.file.path in paths and one.has_empty_caption):
+    if empty := _those(images, lambda image: image.file.path in paths and image.has_empty_caption):
         instead = "the trigger alone describes" if trigger.strip() else "nothing describes"
         yield _about(
             images,
@@ -350,7 +355,7 @@ def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: 
 
 def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) -> Iterator[Finding]:
     groups: dict[str, list[int]] = defaultdict(list)
-    for index in _those(images, lambda one: one.is_captioned and not one.file.is_class):
+    for index in _those(images, lambda image: image.is_captioned and not image.file.is_class):
         if index not in repeated:
             groups[images[index].file.caption.casefold()].append(index)
     # One caption for all of them is a choice, and so are short ones.
@@ -371,10 +376,10 @@ def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) ->
 
 
 def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterator[Finding]:
-    if found := _those(images, lambda one: (one.tokens or 0) > limit.longest):
+    if found := _those(images, lambda image: (image.tokens or 0) > limit.longest):
         problem = f"{_count(found, 'caption has', 'captions have')} more than the {limit.longest} tokens {limit.rule}"
         remedy = f"shorten {_them(found)} to what is seen in the picture"
-        yield _about(images, found, "long captions", problem, remedy, lambda one: f"{one.tokens:,} tokens")
+        yield _about(images, found, "long captions", problem, remedy, lambda image: f"{image.tokens:,} tokens")
 
 
 def _known_trigger(trigger: str) -> Iterator[Finding]:
@@ -401,8 +406,8 @@ def _dropped_captions(trigger: str, dropout: float) -> Iterator[Finding]:
 
 
 def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Finding]:
-    subjects = [one for one in images if not one.file.is_class]
-    written = [one_line(one.file.caption) for one in subjects if one.is_captioned]
+    subjects = [image for image in images if not image.file.is_class]
+    written = [one_line(subject.file.caption) for subject in subjects if subject.is_captioned]
     if len(written) < max(_SHARED_FROM, len(subjects)):
         return
     if found := shared_phrases(written, trigger):

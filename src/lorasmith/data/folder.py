@@ -84,8 +84,8 @@ class FolderScan:
 
     def of_pictures(self) -> FolderScan:
         """The scan without videos, animations as their first picture. DataError if only videos are left."""
-        images = tuple(replace(one, times=()) for one in self.images if not is_video(one.path))
-        videos = [one.path for one in self.images if is_video(one.path)]
+        images = tuple(replace(image, times=()) for image in self.images if not is_video(image.path))
+        videos = [image.path for image in self.images if is_video(image.path)]
         if not images:
             raise DataError(f"there is no usable image: {videos[0].name} {NO_CLIPS}")
         missing = tuple(path for path in self.missing_captions if not is_video(path))
@@ -174,7 +174,7 @@ def _repeated(images: Sequence[ImageFile], config: DataConfig) -> tuple[ImageFil
 
     Raises DataError if one would occur more than `MAX_REPEATS` times.
     """
-    wanted = [one.repeats * config.repeat_factor(one.name) for one in images]
+    wanted = [image.repeats * config.repeat_factor(image.name) for image in images]
     scale = math.lcm(*(one.denominator for one in wanted))
     repeats = [int(one * scale) for one in wanted]
     if (most := max(repeats)) > MAX_REPEATS:
@@ -194,9 +194,9 @@ def checked_again(refused: Candidate, config: DataConfig) -> ImageFile | Reason:
 def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Path | None = None) -> bool:
     """Whether sources contain videos, by file name only. Raises DataError for a source that cannot be read."""
     return any(
-        is_video(one.path)
+        is_video(candidate.path)
         for source in sources
-        for one in candidates(source, config, cache=cache, skipped=[], notes=ScanNotes(), clips=True)
+        for candidate in candidates(source, config, cache=cache, skipped=[], notes=ScanNotes(), clips=True)
     )
 
 

@@ -44,7 +44,7 @@ def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> P
     """
     folder = _split_folder(path.resolve())
     files = [folder / name for name in (*_PARTS, *_data_files(folder))]
-    if not follow_links and any(not Path(os.path.realpath(one)).is_relative_to(path.resolve()) for one in files):
+    if not follow_links and any(not Path(os.path.realpath(file)).is_relative_to(path.resolve()) for file in files):
         raise _unreadable(folder, f"a file of it {LINK}")
     if "::" in str(folder) or "://" in str(folder):  # URLs to `datasets`
         raise DataError(f"a dataset must be in a folder without :: and :// in its path, got {folder}; move it")

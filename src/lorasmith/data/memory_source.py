@@ -95,7 +95,7 @@ def item_candidates(source: PictureItems, config: DataConfig, *, clips: bool) ->
     for number, given in enumerate(source.items):
         item = _read(number, given)
         files = (item.picture, item.mask, *item.controls)
-        if not source.names_files and any(isinstance(one, str | os.PathLike) for one in files):
+        if not source.names_files and any(isinstance(file, str | os.PathLike) for file in files):
             raise DataError(
                 f"a dataset must hold its pictures, got a path in {item.title}, which is not read; load the files that "
                 "you trust as a list of paths"
@@ -135,12 +135,12 @@ class _Listings:
     def _listed(self, folder: str) -> dict[str, Candidate]:
         found: dict[str, Candidate] = {}
         if Path(folder).is_dir():
-            for one in candidates(
+            for candidate in candidates(
                 ImageSource(folder), self._config, cache=None, skipped=[], notes=ScanNotes(), clips=self._clips
             ):
-                if one.folder.inside:
+                if candidate.folder.inside:
                     break
-                found[one.name] = one
+                found[candidate.name] = candidate
         return found
 
 
@@ -204,7 +204,7 @@ def _file_name(named: str) -> str:
 
 def _captions(item: _Item, given: object) -> tuple[str, ...]:
     texts = () if given is None else (given,) if isinstance(given, str) else given
-    if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"the caption of {item.title} must be a text, a list of texts or None, got {described(given)}; write out "
             "what the picture shows"
@@ -291,7 +291,7 @@ def _frames(item: _Item, *, most: int | None) -> list[Image.Image]:
         )
     array = _channels_last(array, item)
     pixels = [_eight_bits(frame, item) for frame in (array[:most] if array.ndim == 4 else array[None])]
-    return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in pixels]
+    return [Image.fromarray(pixel[..., 0] if pixel.shape[-1] == 1 else pixel) for pixel in pixels]
 
 
 def _channels_last(array: np.ndarray, item: _Item) -> np.ndarray:

@@ -68,22 +68,24 @@ class MendedFolder:
 
     @property
     def pictures(self) -> int:
-        return sum(not one.reason for one in self.files)
+        return sum(not file.reason for file in self.files)
 
     @property
     def captions(self) -> int:
-        return sum(one.has_caption for one in self.files)
+        return sum(file.has_caption for file in self.files)
 
     @property
     def changes(self) -> Mapping[Change, tuple[str, ...]]:
         """Names of the files by change; those of the copy, or else of the original."""
-        found = {kind: tuple(one.target or one.name for one in self.files if kind in one.changes) for kind in _CHANGES}
+        found = {
+            kind: tuple(file.target or file.name for file in self.files if kind in file.changes) for kind in _CHANGES
+        }
         return {kind: names for kind, names in found.items() if names}
 
     @property
     def reasons(self) -> Mapping[str, str]:
         """Name in the original and reason of each file that is not among the pictures."""
-        return {one.name: one.reason for one in self.files if one.reason}
+        return {file.name: file.reason for file in self.files if file.reason}
 
 
 _CHANGES: tuple[Change, ...] = get_args(Change)
@@ -155,7 +157,7 @@ def _filled(
         # Refused files come last, so that they take no other image's name.
         images = [one.file for index, one in enumerate(check.images) if index not in apart]
         images += [one for one in again if isinstance(one, ImageFile)]
-        named = [(one, name_in(folder, one.path)) for one in images]
+        named = [(image, name_in(folder, image.path)) for image in images]
         jobs = [_Job(one, name, *names.place(name)) for one, name in named]
         most = int(_MOST_AREA * max(check.resolutions) ** 2)
         captioned = []
@@ -166,7 +168,7 @@ def _filled(
                 progress(done, len(jobs))
     duplicates, unused = SET_APART
     yield from _keep(draft / duplicates, [apart[index] for index in sorted(apart)], folder, "set apart")
-    used, masks = {one.path for one in images}, {one.path: one.mask for one in check.refused}
+    used, masks = {image.path for image in images}, {one.path: one.mask for one in check.refused}
     # A picture in an unreadable format may also be refused for its caption or its mask.
     found = {one.path: why for one, why in zip(refused, again, strict=True) if isinstance(why, Reason)}
     deeper = {path: why for path, why in found.items() if why.kind != "unreadable"}
@@ -278,35 +280,35 @@ def _write_caption(image: ImageFile, stem: Path) -> bool:
 def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change) -> Iterator[MendedFile]:
     """Copy files unchanged with captions and masks, and write the reasons."""
     names, lines = _Names(), []
-    for one in files:
-        name = name_in(original, one.path)
+    for file in files:
+        name = name_in(original, file.path)
         _, stem = names.place(name.replace("/", "_"))
-        target = ensure_folder(folder) / f"{stem}{plain_name(one.path.suffix)}"
-        if (fault := _unreadable(one.path)) is not None:  # no permission, a pipe, or gone since
-            lines.append(f"{name} (not copied, {fault}): {one.reason}")
-            yield MendedFile(name, None, ("left out",), f"{one.reason} (not copied, {fault})")
+        target = ensure_folder(folder) / f"{stem}{plain_name(file.path.suffix)}"
+        if (fault := _unreadable(file.path)) is not None:  # no permission, a pipe, or gone since
+            lines.append(f"{name} (not copied, {fault}): {file.reason}")
+            yield MendedFile(name, None, ("left out",), f"{file.reason} (not copied, {fault})")
             continue
-        _copy(one.path, target)
-        beside = {one.path.with_suffix(suffix): suffix for suffix in CAPTION_SUFFIXES}
-        beside |= {one.mask: f".mask{plain_name(one.mask.suffix)}"} if one.mask else {}
+        _copy(file.path, target)
+        beside = {file.path.with_suffix(suffix): suffix for suffix in CAPTION_SUFFIXES}
+        beside |= {file.mask: f".mask{plain_name(file.mask.suffix)}"} if file.mask else {}
         for path, suffix in beside.items():
             if _unreadable(path) is None and not _leads_out(path, original):
                 _copy(path, folder / f"{stem}{suffix}")
-        lines.append(f"{target.name}: {one.reason}")
-        yield MendedFile(name, f"{folder.name}/{target.name}", (change,), one.reason)
+        lines.append(f"{target.name}: {file.reason}")
+        yield MendedFile(name, f"{folder.name}/{target.name}", (change,), file.reason)
     if lines:
         _write_lines(ensure_folder(folder) / REASONS, lines)
 
 
 def _others(images: Sequence[ImageFile], captioned: Sequence[ImageFile], apart: Sequence[_Apart]) -> Iterator[Path]:
     """Files beside the images that are not in the copy: without a picture, or unused."""
-    kept = {path for one in images for path in (one.path, one.mask)}
+    kept = {path for image in images for path in (image.path, image.mask)}
     kept |= {path for one in apart for path in (one.path, one.mask)}
     for one in apart:
         kept.update(one.path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
     from_files = {one.path.with_suffix("") for one in captioned if one.caption_source == "file" or not one.captions}
     from_metadata = any(one.caption_source == "metadata" for one in captioned)
-    for folder in sorted({one.path.parent for one in images}):
+    for folder in sorted({image.path.parent for image in images}):
         for path in sorted(folder.iterdir()):
             if path.name.startswith(".") or path in kept or not path.is_file():
                 continue
@@ -318,11 +320,11 @@ def _others(images: Sequence[ImageFile], captioned: Sequence[ImageFile], apart: 
 
 def _write_changes(folder: Path, files: Sequence[MendedFile]) -> None:
     lines = [
-        f"{one.name}: {', '.join(one.changes)}"
-        + (f", is {one.target}" if one.target not in (None, one.name) else "")
-        + (f"; {one.reason}" if one.reason else "")
-        for one in files
-        if one.changes
+        f"{file.name}: {', '.join(file.changes)}"
+        + (f", is {file.target}" if file.target not in (None, file.name) else "")
+        + (f"; {file.reason}" if file.reason else "")
+        for file in files
+        if file.changes
     ]
     if lines:
         _write_lines(folder / CHANGES, lines)

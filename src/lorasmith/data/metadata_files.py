@@ -124,16 +124,16 @@ def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
         except ValueError as error:
             found.lost_controls[key] = str(error)
         texts = [value] if isinstance(value, str) else [] if value is None else value
-        if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             found.refused[key] = "has a caption that is not text"
         elif len(texts) + len(found.captions.get(key, ())) > MAX_CAPTIONS:
             found.refused[key] = f"has more than {MAX_CAPTIONS} captions"
-        elif any(len(one) > 4 * MAX_CAPTION or len(one_line(one)) > MAX_CAPTION for one in texts):
+        elif any(len(text) > 4 * MAX_CAPTION or len(one_line(text)) > MAX_CAPTION for text in texts):
             found.refused[key] = f"has a caption of more than {MAX_CAPTION:,} characters"
-        elif any("\x00" in one for one in texts):
+        elif any("\x00" in text for text in texts):
             found.refused[key] = "has a caption that is not text, as it holds zero bytes"
         else:
-            found.captions[key] = (*found.captions.get(key, ()), *(one for one in texts if one.strip()))
+            found.captions[key] = (*found.captions.get(key, ()), *(text for text in texts if text.strip()))
     return found
 
 
@@ -202,7 +202,11 @@ def _json_lines(content: bytes) -> Iterator[tuple[int, Any]]:
 def _listed_rows(entries: Iterable[tuple[int, Any]], what: str) -> Iterator[Row]:
     named = False
     for number, entry in entries:
-        name = next((entry[one] for one in _PATH_COLUMNS if one in entry), None) if isinstance(entry, dict) else None
+        name = (
+            next((entry[column] for column in _PATH_COLUMNS if column in entry), None)
+            if isinstance(entry, dict)
+            else None
+        )
         if not isinstance(name, str):
             raise MetadataError(f"has no file_name in {what} {number}", damaged=named)
         named = True
@@ -266,10 +270,10 @@ def _chunks(file: Any, wanted: Sequence[str]) -> Iterator[Any]:
 
 def _columns(columns: Iterable[str]) -> tuple[str, str]:
     known = list(columns)
-    name = next((one for one in _PATH_COLUMNS if one in known), None)
+    name = next((column for column in _PATH_COLUMNS if column in known), None)
     if name is None:
         raise MetadataError("has no column file_name", damaged=False)
-    text = next((one for one in TEXT_COLUMNS if one in known), None)
+    text = next((column for column in TEXT_COLUMNS if column in known), None)
     if text is None:
         raise MetadataError(f"has none of the columns {', '.join(TEXT_COLUMNS)}", damaged=False)
     return name, text

@@ -98,14 +98,14 @@ class FramedImage:
         return [
             key_of(
                 picture=self.digest,
-                size=[one.width, one.height],
-                box=one.box,
-                mirrored=one.is_mirrored,
-                colours=one.colours,
+                size=[framing.width, framing.height],
+                box=framing.box,
+                mirrored=framing.is_mirrored,
+                colours=framing.colours,
                 reader=pillow_version,
                 **clip,
             )
-            for one in self.framings
+            for framing in self.framings
         ]
 
 
@@ -117,7 +117,7 @@ def encode_pictures(
     ImageError if an image or its mask can no longer be read; DataError if latents are not finite.
     """
     with torch.no_grad(), encoder.entries() as entries, contextlib.ExitStack() as ready:
-        work = [_Work(one, entries) for one in images]
+        work = [_Work(image, entries) for image in images]
         lacking = [one for one in work if one.missing]
         done = 0
 

@@ -91,7 +91,7 @@ class SavedSamples:
                 f"{place} must hold one conditioning per latent or one for all, got {len(prompts):,} for {latents:,}; "
                 "encode as many captions as images"
             )
-        for number, samples in enumerate({id(one.samples): one.samples for one in self.latents}.values()):
+        for number, samples in enumerate({id(latent.samples): latent.samples for latent in self.latents}.values()):
             _check_latents(samples, f"{place}: latents {number}")
         for number, prompt in enumerate(self.distinct):
             _check_prompt(prompt, f"{place}: conditioning {number}")
@@ -226,7 +226,7 @@ def _shards(samples: SavedSamples, numbers: Mapping[int, int], shard_size: int) 
     written: set[int] = set()
     shard: dict[str, Tensor] = {}
     start = 0
-    for index, latent in enumerate(one for batch in samples.latents for one in batch.samples):
+    for index, latent in enumerate(sample for batch in samples.latents for sample in batch.samples):
         if index - start == shard_size or len(shard) >= _MOST_TENSORS:
             yield shard
             shard, start = {}, index
@@ -251,7 +251,7 @@ def _refuse_other_content(folder: Path) -> None:
     if not folder.exists():
         return
     others = (
-        [one.name for one in folder.iterdir() if not _OWN_FILES.fullmatch(one.name)] if is_folder(folder) else ["."]
+        [path.name for path in folder.iterdir() if not _OWN_FILES.fullmatch(path.name)] if is_folder(folder) else ["."]
     )
     if others:
         raise OutputError(
@@ -346,7 +346,7 @@ def _comfyui_shards(folder: Path) -> list[str]:
     """Names of the pickled shards, sorted."""
     pattern = re.compile(rf"{DATASET_SHARD}(\d+)\.pkl")
     try:
-        found = [(int(match[1]), one.name) for one in folder.iterdir() if (match := pattern.fullmatch(one.name))]
+        found = [(int(match[1]), path.name) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); check its permissions") from error
     return [name for _, name in sorted(found)]
@@ -381,7 +381,7 @@ class _Shard:
 
     def conditionings(self) -> list[list[Conditioning]]:
         entries = self.lists["conditioning"]
-        if not all(isinstance(one, list) for one in entries):
+        if not all(isinstance(entry, list) for entry in entries):
             raise DataError(f"{self.path} must hold lists of conditionings, and does not; {_COMFYUI_AGAIN}")
         if (count := sum(map(len, entries))) > _MOST_CONDITIONINGS:
             raise DataError(

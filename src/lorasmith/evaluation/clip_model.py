@@ -48,7 +48,7 @@ class Clip:
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         found = []
         for start in range(0, len(pictures), _BATCH):
-            some = [one.convert("RGB") for one in pictures[start : start + _BATCH]]
+            some = [picture.convert("RGB") for picture in pictures[start : start + _BATCH]]
             inputs = self._processor(images=some, return_tensors="pt")
             found.append(self._model.visual_projection(self._model.vision_model(**inputs).pooler_output))
         return F.normalize(torch.cat(found).float(), dim=1)

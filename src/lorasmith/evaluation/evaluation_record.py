@@ -126,7 +126,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         found = typed(parse_foreign_json(read_regular(folder / EVALUATION_RECORD)), Evaluation)
     except (OSError, ValueError):
         return None
-    rows = [found.base, *(one.pictures for one in found.loras)]
+    rows = [found.base, *(lora.pictures for lora in found.loras)]
     best = 0 if found.verdict.best is None else found.verdict.best
     fits = all(len(row) == len(found.prompts) for row in rows) and 0 <= best < len(found.loras)
     return found if fits else None

@@ -72,7 +72,7 @@ def _convolutions() -> nn.Sequential:
 
 def tensors(pictures: Sequence[Image.Image]) -> Tensor:
     """(N, 3, 64, 64) in [−1, 1]."""
-    small = [np.asarray(one.convert("RGB").resize((EDGE, EDGE)), np.float32) for one in pictures]
+    small = [np.asarray(picture.convert("RGB").resize((EDGE, EDGE)), np.float32) for picture in pictures]
     return torch.from_numpy(np.stack(small)).movedim(-1, 1) / 127.5 - 1
 
 

@@ -64,5 +64,5 @@ def features(pictures: Sequence[Image.Image]) -> Tensor:
 
 def colours(pictures: Sequence[Image.Image]) -> Tensor:
     """Coarse colours of pictures, (N, 192): RGB from 0 to 1 of 8 × 8 areas."""
-    areas = [one.convert("RGB").resize((_AREAS, _AREAS), Image.Resampling.BOX) for one in pictures]
-    return torch.from_numpy(np.stack([np.asarray(one, np.float32) for one in areas])).flatten(1) / 255
+    areas = [picture.convert("RGB").resize((_AREAS, _AREAS), Image.Resampling.BOX) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(area, np.float32) for area in areas])).flatten(1) / 255

@@ -77,7 +77,7 @@ class ClipSight(Sight):
     def followed(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> Tensor | None:
         different = [*dict.fromkeys(wishes)]
         scores = self._clip.scale * self._clip.pictures(pictures) @ self._clip.texts(different).T
-        own = torch.tensor([different.index(one) for one in wishes])
+        own = torch.tensor([different.index(wish) for wish in wishes])
         return scores.softmax(1).gather(1, own[:, None])[:, 0]
 
 

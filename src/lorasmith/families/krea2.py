@@ -198,9 +198,9 @@ class Krea2(Family):
         return {"context": (1, 64, denoiser.config.num_text_layers * denoiser.config.text_hidden_dim)}
 
     def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        pictures = [one.squeeze(2) for one in (latents, *conditioning.controls)]
-        for one in pictures:
-            check_even(one, self.title)
+        pictures = [control.squeeze(2) for control in (latents, *conditioning.controls)]
+        for picture in pictures:
+            check_even(picture, self.title)
         context = conditioning.tensors["context"]
         context = context.reshape(*context.shape[:2], denoiser.config.num_text_layers, denoiser.config.text_hidden_dim)
         positions = [
@@ -209,7 +209,7 @@ class Krea2(Family):
         ]
         clean = sum(map(len, positions[1:])) if AT_ZERO in conditioning.tensors else 0
         prediction = denoiser(
-            hidden_states=torch.cat([packed_latents(one) for one in pictures], dim=1),
+            hidden_states=torch.cat([packed_latents(picture) for picture in pictures], dim=1),
             encoder_hidden_states=context,
             timestep=time.to(latents.dtype),
             position_ids=torch.cat((positions[0].new_zeros(context.shape[1], 3), *positions)),

@@ -192,10 +192,10 @@ class QwenImage(Family):
         return Conditioning({"context": states[:, start:].flatten(2)}, text)
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        pictures = [one.squeeze(2) for one in (latents, *conditioning.controls)]
-        for one in pictures:
-            check_even(one, self.title)
-        shapes = [(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in pictures]
+        pictures = [control.squeeze(2) for control in (latents, *conditioning.controls)]
+        for picture in pictures:
+            check_even(picture, self.title)
+        shapes = [(1, picture.shape[-2] // 2, picture.shape[-1] // 2) for picture in pictures]
         _, height, width = shapes[0]
         context = conditioning.tensors["context"]
         if context.shape[1] > (longest := _POSITIONS - max(height, width) // 2):
@@ -206,7 +206,7 @@ class QwenImage(Family):
         is_at_zero = len(pictures) > 1 and AT_ZERO in conditioning.tensors
         with _controls_at_zero(denoiser, is_at_zero):
             prediction = denoiser(
-                hidden_states=torch.cat([packed_latents(one) for one in pictures], dim=1),
+                hidden_states=torch.cat([packed_latents(picture) for picture in pictures], dim=1),
                 encoder_hidden_states=context,
                 encoder_hidden_states_mask=conditioning.mask,
                 timestep=time.to(latents.dtype),

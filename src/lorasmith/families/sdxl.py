@@ -174,7 +174,7 @@ def _uncropped(latents: Tensor) -> Tensor:
     height, width = (side * _PIXELS_PER_LATENT for side in latents.shape[-2:])
     sizes = (height, width, 0, 0, height, width)
     # A tensor of the sizes would be copied from the host.
-    return torch.stack([latents.new_full((len(latents),), one, dtype=torch.long) for one in sizes], dim=1)
+    return torch.stack([latents.new_full((len(latents),), siz, dtype=torch.long) for siz in sizes], dim=1)
 
 
 register(StableDiffusionXL(), "stable-diffusion-xl")

@@ -42,7 +42,9 @@ def within_memory(
         torch.cuda.empty_cache()
     if len(batch) > 1:
         halves = batch.tensor_split(2)
-        return torch.cat([within_memory(whole, one, in_tiles, downscale=downscale, pixels=pixels) for one in halves])
+        return torch.cat(
+            [within_memory(whole, halve, in_tiles, downscale=downscale, pixels=pixels) for halve in halves]
+        )
     warnings.warn(
         f"Memory ran out in the autoencoder: pictures are computed in tiles of {_TILE} px, and may differ slightly.",
         stacklevel=4,

@@ -572,7 +572,7 @@ def nominal_change(module: ModuleTensors) -> float | None:
     DoRA, GLoRA, rescaled rotations.
     """
     weights, square = module.adapter, squared_change(module)
-    rows = next((len(one) for one in module.differences.values()), 1)
+    rows = next((len(difference) for difference in module.differences.values()), 1)
     if weights is not None:
         form = format_of(weights)
         rows = form.shape_of(weights)[0]

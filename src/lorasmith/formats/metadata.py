@@ -124,7 +124,11 @@ def steps_of(metadata: Mapping[str, str], file_name: str) -> int:
 
 def need_of(metadata: Mapping[str, str]) -> str:
     """The extensions that reading a LoRA needs and that are missing, as text after "needs"; empty if there are none."""
-    needed = missing(one for one in recorded_extensions(metadata) if one.kind in ("adapters", "families", "layouts"))
+    needed = missing(
+        extension
+        for extension in recorded_extensions(metadata)
+        if extension.kind in ("adapters", "families", "layouts")
+    )
     return remedy_for(needed) if needed else ""
 
 

@@ -192,7 +192,7 @@ def _attention_places(names: ModelNames) -> Iterator[tuple[str, OriginalName]]:
         if path.endswith(".to_out.0") and stem not in names.denoiser:
             yield path, OriginalName(stem)
         for fused_leaf, leaves in _FUSED_PROJECTIONS.items():
-            parts = [f"{stem}.{one}" for one in leaves]
+            parts = [f"{stem}.{leave}" for leave in leaves]
             whole = f"{stem}.{fused_leaf}"
             if leaf == leaves[0] and whole not in names.denoiser and names.weight_shapes.keys() >= set(parts):
                 ends = list(accumulate(names.weight_shapes[part][0] for part in parts))

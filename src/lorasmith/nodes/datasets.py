@@ -122,7 +122,7 @@ def load_image_pairs(
             f"{scan.images[0].name}; put further ones into a folder of their own"
         )
     images, texts, repeats = _with_texts(context, scan)
-    controls = _read(context, [one.controls[0].path for one in scan.images], _image)
+    controls = _read(context, [image.controls[0].path for image in scan.images], _image)
     return images, _repeated(controls, repeats), texts
 
 
@@ -207,7 +207,7 @@ def _encoded(
         for name, some in zip(names, controls, strict=True)
     ]
     check_encoder(encoder)
-    pixels = [pixels_from_image(context, one, autoencoder) for one in itertools.chain(pictures, *beside)]
+    pixels = [pixels_from_image(context, picture, autoencoder) for picture in itertools.chain(pictures, *beside)]
 
     def shown(what: str) -> Callable[[int, int], None]:
         return lambda done, total: context.advance(done, total, f"{what} {done} of {total}")
@@ -222,7 +222,7 @@ def _encoded(
         conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
     latents = encoded_pixels(autoencoder, pixels, progress=shown("picture"), hash_progress=hashing)
     pairs = [one.with_controls(latents[index + count :: count]) for index, one in enumerate(conditionings)]
-    return [{"samples": one} for one in latents[:count]], [[one] for one in pairs]
+    return [{"samples": latent} for latent in latents[:count]], [[pair] for pair in pairs]
 
 
 @node(
@@ -328,7 +328,7 @@ def save_training_dataset(
 ) -> tuple[()]:
     """Save encoded images and captions, to train on them again without encoding."""
     folder = context.folders.new_dataset(single(context, "folder_name", folder_name))
-    batches = [LatentBatch(one["samples"].cpu(), one.get("downscale_ratio_spacial")) for one in latents]
+    batches = [LatentBatch(latent["samples"].cpu(), latent.get("downscale_ratio_spacial")) for latent in latents]
     count = sum(len(batch.samples) for batch in batches)
     shards = write_samples(
         folder, SavedSamples(batches, conditioning), shard_size=single(context, "shard_size", shard_size)
@@ -380,7 +380,7 @@ _SEARCHED = ("load folder", "load dataset", "load videos", "import dataset")
 def load_video_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Video]]:
     """Find the videos of a folder, in the order of their names."""
     scan = _scanned_videos(context, folder, subfolders=False)
-    return (_read(context, [one.path for one in scan.videos], open_video),)
+    return (_read(context, [video.path for video in scan.videos], open_video),)
 
 
 @node(
@@ -397,10 +397,12 @@ def load_video_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tu
     caption, with a warning.
     """
     scan = _scanned_videos(context, folder, subfolders=True)
-    _warn_of_missing(context, [one.path for one in scan.videos if one.caption is None], f"{len(scan.videos)} videos")
-    videos = _read(context, [one.path for one in scan.videos], open_video)
-    repeats = [one.repeats for one in scan.videos]
-    return _repeated(videos, repeats), _repeated([one.caption or "" for one in scan.videos], repeats)
+    _warn_of_missing(
+        context, [video.path for video in scan.videos if video.caption is None], f"{len(scan.videos)} videos"
+    )
+    videos = _read(context, [video.path for video in scan.videos], open_video)
+    repeats = [video.repeats for video in scan.videos]
+    return _repeated(videos, repeats), _repeated([video.caption or "" for video in scan.videos], repeats)
 
 
 @node(

@@ -198,7 +198,7 @@ def rebatch_latents(
 ) -> tuple[list[Latent]]:
     """Join and split batches to a size, in order; where the shape changes, a smaller batch ends."""
     size = single(context, "batch_size", batch_size)
-    runs = [list(run) for _, run in itertools.groupby(flat_latents(latents), key=lambda one: one.shape)]
+    runs = [list(run) for _, run in itertools.groupby(flat_latents(latents), key=lambda latent: latent.shape)]
     scales = {latent.get("downscale_ratio_spacial") for latent in latents}
     # Pixels per latent are those of empty latents, and of a whole list or none.
     scale = scales.pop() if len(scales) == 1 else None

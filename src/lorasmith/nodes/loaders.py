@@ -301,17 +301,17 @@ def check_part_files(
         return
 
     def apart(link: Link, carried: str, wanted: str) -> set[_Loaded]:
-        found = (_loaded(graph, one, wanted, folders) for one in _makers(graph, link, carried, wanted))
+        found = (_loaded(graph, maker, wanted, folders) for maker in _makers(graph, link, carried, wanted))
         return {one for one in found if one is not None and one != base}  # a checkpoint's own parts fit it
 
     encoders, autoencoders = apart(conditioning, "CONDITIONING", "CLIP"), apart(latents, "LATENT", "VAE")
     if not (encoders or autoencoders or loras):
         return
     structure = load_structure(base.paths[0])
-    for one in encoders:
-        check_encoders(structure, one.paths, one.clip_type)
-    for one in autoencoders:
-        autoencoder_part(one.paths[0], structure.family)
+    for encoder in encoders:
+        check_encoders(structure, encoder.paths, encoder.clip_type)
+    for autoencoder in autoencoders:
+        autoencoder_part(autoencoder.paths[0], structure.family)
     for path in loras:
         Lora.load(path, structure)
 

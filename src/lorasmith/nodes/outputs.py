@@ -74,7 +74,7 @@ def save_animation(
     # The workflow is where ComfyUI's editor looks for it in WebP files.
     tags = {"prompt": ExifTags.Base.Model, "workflow": ExifTags.Base.Make}
     entries: dict[int, str | bytes] = {int(tags[key]): f"{key}:{text}" for key, text in graph_metadata(context).items()}
-    clip = Clip(tuple(_picture(one) for one in images), rate)
+    clip = Clip(tuple(_picture(image) for image in images), rate)
     path = files.path(".webp")
     write_atomic(path, animation(clip, entries, lossless=lossless, quality=quality, method=method))
     return files.reference(path)

@@ -100,11 +100,11 @@ def _seen(
     pictures = [image[:1, ..., :3].movedim(-1, 1) for image in images.values()]
     clip = with_embeddings(context, clip)
     with clip.active(sees=bool(pictures)):
-        seen = [_scaled(one, sight.size(one.shape[-1], one.shape[-2])) * 2 - 1 for one in pictures]
+        seen = [_scaled(picture, sight.size(picture.shape[-1], picture.shape[-2])) * 2 - 1 for picture in pictures]
         encoded = replace(clip.encode(sight.prompt(prompt, [*images]), seen), text=prompt)
     if vae is None or not pictures:
         return encoded
-    fitted = (_scaled(one, _REFERENCES.size(one.shape[-1], one.shape[-2])) for one in pictures)
+    fitted = (_scaled(picture, _REFERENCES.size(picture.shape[-1], picture.shape[-2])) for picture in pictures)
     with vae.active():
         return encoded.with_controls(
             [vae.encode(pixels_from_image(context, one.movedim(1, -1), vae)) for one in fitted]

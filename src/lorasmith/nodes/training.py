@@ -263,7 +263,7 @@ def train_lora(
     elif encoder is not None:
         context.log("clip has no effect: no setting of this run encodes texts.")
     # A graph's LoRA is for ComfyUI; the report and `lorasmith inspect` have what other programs make of it.
-    job = replace(job, notes=tuple(ReportNote(one) if isinstance(one, OtherProgram) else one for one in job.notes))
+    job = replace(job, notes=tuple(ReportNote(note) if isinstance(note, OtherProgram) else note for note in job.notes))
     plan = Plan(
         denoiser=denoiser,
         job=job,
@@ -317,8 +317,8 @@ def _dataset(
     captions = one_for_each(flat_conditionings(positive), len(images), name="positive", of="conditioning")
     opposites: list[Tensor | None] = [None] * len(images)
     if are_pairs:
-        opposites = [_opposite(one, form) for one in captions]
-        captions = [one.with_controls([]) for one in captions]
+        opposites = [_opposite(caption, form) for caption in captions]
+        captions = [caption.with_controls([]) for caption in captions]
     firsts: list[Tensor | None] = []
     for batch in latents:
         given = first_frames(batch, denoiser.base)
@@ -361,7 +361,9 @@ def _texts(data: EncodedDataset, encoder: TextEncoder, setting: str) -> EncodedC
     captions = EncodedCaptions(
         encoder.encode,
         ready=encoder.active,
-        encoder_bytes=sum(one.nbytes for module in encoder.encoders.modules.values() for one in module.parameters()),
+        encoder_bytes=sum(
+            parameter.nbytes for module in encoder.encoders.modules.values() for parameter in module.parameters()
+        ),
     )
     first = data.samples[0].conditioning
     text = first.text or ""

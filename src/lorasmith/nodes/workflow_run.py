@@ -165,7 +165,7 @@ def run_workflow(
                 on_event(event)
 
         results = Executor(folders, on_event=report).run(checked.graph, workflow=checked.editor, cancel=cancel)
-    shown = [item for one in results.values() for items in one.ui.values() for item in items]
+    shown = [item for result in results.values() for items in result.ui.values() for item in items]
     files = [file for item in shown if (file := shown_file(item, folders)) is not None]
     return WorkflowResult(tuple(files), {key: one.outputs for key, one in results.items()})
 

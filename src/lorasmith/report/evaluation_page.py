@@ -65,7 +65,7 @@ def evaluation_page(page: EvaluationPage) -> str:
         section("Likeness and adherence", *_curves(page)),
         section("By strength", page.strengths and picture_table(page.strengths)),
         section("In numbers", _numbers(page)),
-        section("Notes", tag("ul", [tag("li", one) for one in page.notes]) if page.notes else None),
+        section("Notes", tag("ul", [tag("li", note) for note in page.notes]) if page.notes else None),
         rules=_rules(len(page.rows) + 1),
     )
 
@@ -135,7 +135,7 @@ def _numbers(page: EvaluationPage) -> Html:
     rows = [
         (
             f"{row.label} (recommended)" if place == page.best else row.label,
-            *(_number(one) for one in (row.likeness, row.adherence, *row.numbers.values())),
+            *(_number(number) for number in (row.likeness, row.adherence, *row.numbers.values())),
         )
         for place, row in enumerate(page.rows)
     ]

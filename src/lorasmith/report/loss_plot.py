@@ -181,7 +181,7 @@ def _draw_validations(axes: Any, validations: Sequence[tuple[int, float]], train
         return
     steps, losses = zip(*validations, strict=True)
     axes.plot(steps, losses, ".-", color=HELD_OUT, linewidth=1.6, markersize=6, label="held out", zorder=4)
-    step, loss = min(validations, key=lambda one: one[1])
+    step, loss = min(validations, key=lambda validation: validation[1])
     axes.plot(step, loss, "*", color=HELD_OUT, markersize=13, zorder=5)
     place = {"xytext": (0, 9), "va": "bottom"} if loss > trained else {"xytext": (0, -9), "va": "top"}
     _annotate(axes, step, loss, HELD_OUT, ha="center", **place)

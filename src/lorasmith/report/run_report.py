@@ -203,7 +203,7 @@ def _loss(report: RunReport) -> list[Html]:
         says.append(f"The learning rate was {number(rates.pop())} throughout.")
     label = f"Training loss over {count_text(curves.every * len(curves.losses), 'step')}"
     if curves.validations:
-        step, loss = min(curves.validations, key=lambda one: one[1])
+        step, loss = min(curves.validations, key=lambda validation: validation[1])
         label += f", and loss of the held-out images, which is lowest at step {step:,} with {number(loss)}"
     return [tag("p", " ".join(says)), loss_figure(curves, label=label), _validations(report.validations)]
 
@@ -259,12 +259,17 @@ def _images(images: Sequence[ImageRecord], advice: Advice) -> list[Html]:
     if not images:
         return []
     rank = {standing: index for index, standing in enumerate(STANDINGS)}
-    ordered = sorted(images, key=lambda one: (rank.get(one.standing, len(rank)), -_finite(one.relative), one.name))
+    ordered = sorted(
+        images, key=lambda image: (rank.get(image.standing, len(rank)), -_finite(image.relative), image.name)
+    )
     odd = [image for image in ordered if image.standing in rank]
     shown = max(len(odd), min(len(ordered), _IMAGES_SHOWN))
-    rules = " | ".join(filter(None, (one.drawn_less for one in advice.images)))
+    rules = " | ".join(filter(None, (image.drawn_less for image in advice.images)))
     says = "Levels are losses relative to the median of all images at the same noise levels at first."
-    listed = [tag("li", tag("b", one.name), f" is {one.finding}. {one.reason} {one.remedy}") for one in advice.images]
+    listed = [
+        tag("li", tag("b", image.name), f" is {image.finding}. {image.reason} {image.remedy}")
+        for image in advice.images
+    ]
     parts = [
         tag("ul", listed) if listed else tag("p", advice.summary) if advice.summary else Html(""),
         *([tag("p", "To draw less: ", tag("code", f"--image-repeats {shlex.quote(rules)}"))] if rules else []),
@@ -321,12 +326,12 @@ def _shot(image: TrainedImage) -> Html:
 def _image_table(images: Sequence[ImageRecord]) -> Html:
     rows = [
         (
-            tag("span", one.name, class_="name"),
-            tag("span", one.standing, class_="odd") if one.standing in STANDINGS else one.standing,
-            f"{one.looks:,}",
-            *(f"{level:.2f}" if math.isfinite(level) else "–" for level in (one.first, one.last, one.relative)),
+            tag("span", image.name, class_="name"),
+            tag("span", image.standing, class_="odd") if image.standing in STANDINGS else image.standing,
+            f"{image.looks:,}",
+            *(f"{level:.2f}" if math.isfinite(level) else "–" for level in (image.first, image.last, image.relative)),
         )
-        for one in images
+        for image in images
     ]
     columns = ("Image", "Standing", "Draws", "Early level", "Late level", "Late, relative to all")
     return table(columns, rows, label="Training images", numbers=(2, 3, 4, 5))
@@ -337,8 +342,8 @@ def _finite(value: float) -> float:
 
 
 def _settings(settings: Sequence[Setting]) -> list[Html]:
-    changed = [one for one in settings if one.value != one.default]
-    same = [one for one in settings if one.value == one.default]
+    changed = [setting for setting in settings if setting.value != setting.default]
+    same = [setting for setting in settings if setting.value == setting.default]
     parts = []
     if changed:
         rows = [(one.name, plain(one.value), plain(one.default), one.help) for one in changed]

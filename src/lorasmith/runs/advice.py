@@ -43,9 +43,9 @@ def advice_on(record: RunRecord, images: Sequence[ImageLevels]) -> Advice:
     """The advice on images with these losses; none where a method's loss is not that of a picture and its caption."""
     if not images or record.consequences.learns_no_subject:
         return Advice()
-    judged = [one for one in images if one.standing != UNJUDGED]
+    judged = [image for image in images if image.standing != UNJUDGED]
     if len(judged) < FEW_IMAGES:
-        most = max(one.looks for one in images)
+        most = max(image.looks for image in images)
         few = f"at least {FEW_IMAGES} images that were drawn {MIN_LOOKS} times each"
         there = f"got {len(judged)} of {len(images):,}, and the one drawn most was drawn {count_text(most, 'time')}"
         return Advice(summary=f"Advice on single images needs {few}, {there}.")
@@ -105,6 +105,6 @@ _NAMED = 3
 
 def _fall(validations: Sequence[Validated]) -> float | None:
     """Held-out loss late in the run divided by that early; None below three validations."""
-    losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
+    losses = [validation.loss for validation in validations if validation.loss > 0 and math.isfinite(validation.loss)]
     third = len(losses) // 3
     return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None

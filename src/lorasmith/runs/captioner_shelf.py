@@ -63,7 +63,7 @@ def captioner_folders(folders: Folders) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in reversed(folders.roots(KIND)):
         if root.is_dir():
-            found |= {one.name: one for one in sorted(root.iterdir()) if (one / "config.json").is_file()}
+            found |= {path.name: path for path in sorted(root.iterdir()) if (path / "config.json").is_file()}
     return found
 
 
@@ -83,7 +83,7 @@ def captioner_files(folders: Folders, name: str) -> list[HubFile]:
             f"{', '.join(CAPTIONER_RELEASES)}"
         )
     files = files_of(CAPTIONER_RELEASES[name].repository, captioner_place(folders, name))
-    return [one for one in files if not one.path.exists()]
+    return [file for file in files if not file.path.exists()]
 
 
 def captioner_place(folders: Folders, name: str) -> Path:
@@ -94,4 +94,4 @@ def captioner_place(folders: Folders, name: str) -> Path:
 def kept_bytes(folders: Folders, name: str) -> int:
     """What an earlier download has left of a captioner that is not whole."""
     place = captioner_place(folders, name)
-    return sum(one.stat().st_size for one in place.iterdir() if one.is_file()) if place.is_dir() else 0
+    return sum(path.stat().st_size for path in place.iterdir() if path.is_file()) if place.is_dir() else 0

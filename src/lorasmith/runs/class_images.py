@@ -42,7 +42,7 @@ def class_scan(config: DataConfig, base: Model, *, device: torch.device, host: R
     )
     scan = scan_sources([ImageSource(str(folder))], plain, is_class=True)
     images = scan.images if config.class_images else scan.images[: config.class_count]
-    as_class = (replace(one, weight=one.weight * config.prior_weight) for one in images)
+    as_class = (replace(image, weight=image.weight * config.prior_weight) for image in images)
     return replace(scan, images=tuple(as_class))
 
 

@@ -22,7 +22,7 @@ def command_line(arguments: Sequence[object], *, windows: bool = os.name == "nt"
     Control characters, which can act on a terminal when pasted, become escapes.
     """
     quote = _quoted_on_windows if windows else shlex.quote
-    return " ".join(quote(printable(one, limit=sys.maxsize, keep="\n")) for one in arguments)
+    return " ".join(quote(printable(argument, limit=sys.maxsize, keep="\n")) for argument in arguments)
 
 
 def _quoted_on_windows(text: str) -> str:

@@ -103,7 +103,7 @@ def check_scan(
 
 def _clip_notes(scan: FolderScan, clips: ClipForm, config: DataConfig) -> Iterator[str]:
     """Notes on clips of other frame rates than the model's, and of fewer frames than were asked for."""
-    found = [(one.name, one.times) for one in scan.images if one.times]
+    found = [(image.name, image.times) for image in scan.images if image.times]
     if resampled := [f"{name} ({what})" for name, times in found if (what := clips.resampled(times))]:
         yield (
             f"{len(resampled)} of {count_text(len(found), 'clip')} {'is' if len(resampled) == 1 else 'are'} resampled "
@@ -154,13 +154,13 @@ def plain(check: DataCheck) -> dict[str, Any]:
         "is_fine": not found.findings,
         "findings": [
             {
-                "kind": one.kind,
-                "problem": one.problem,
-                "examples": one.examples,
-                "remedy": one.remedy,
-                "images": [found.images[index].name for index in one.images],
+                "kind": finding.kind,
+                "problem": finding.problem,
+                "examples": finding.examples,
+                "remedy": finding.remedy,
+                "images": [found.images[index].name for index in finding.images],
             }
-            for one in found.findings
+            for finding in found.findings
         ],
         "images": [
             {
@@ -269,7 +269,7 @@ def data_report(check: DataCheck, config: DataConfig, *, model: str | None = Non
         facts=_facts(found),
         troubles=[trouble(one) for one in found.findings],
         commands=_commands(found, config, model),
-        sizes=[SizeRow(one.width, one.height, one.images, one.samples) for one in found.buckets],
+        sizes=[SizeRow(bucket.width, bucket.height, bucket.images, bucket.samples) for bucket in found.buckets],
         sizes_are=_sizes(check),
         steps=step_lines(found),
         captions=_captions(found),
@@ -310,7 +310,7 @@ def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, list[tuple[
 
     def read(index: int) -> list[tuple[str, int, int] | None]:
         image = found.images[index].file
-        return [_small([image.path]), _small([one.path for one in image.controls])]
+        return [_small([image.path]), _small([control.path for control in image.controls])]
 
     with ThreadPoolExecutor(thread_name_prefix="read pictures") as pool:
         return dict(zip(indices, pool.map(read, indices), strict=True))
@@ -402,7 +402,7 @@ def _commands(found: Preflight, config: DataConfig, model: str | None) -> dict[s
     chosen += ["--controls", config.controls] if config.controls != "required" else []
     named = ["--model", model] if model else []
     commands = {}
-    if any(one.kind in ("unused files", "copies", "look-alikes") for one in found.findings):
+    if any(finding.kind in ("unused files", "copies", "look-alikes") for finding in found.findings):
         target = folder.with_name(f"{folder.name}-mended")
         arguments = ["lorasmith", "data", "check", positional(folder), *named, *chosen, "--fix", target]
         commands["Write a new folder in which copies are set apart and files converted"] = command_line(arguments)
@@ -422,18 +422,18 @@ def _sizes(check: DataCheck) -> str:
         f"Pictures are scaled to about {side}×{side} pixels and cropped to sides that are multiples of "
         f"{found.multiple}; the frame in a picture is what is trained."
     )
-    more = [f"{one}×{one}" for one in found.resolutions[1:]]
+    more = [f"{resolution}×{resolution}" for resolution in found.resolutions[1:]]
     if more:
         said += f" They are drawn at {' and '.join(more)} as well."
     return f"{why}images fill. {said}" if check.is_size_assumed else said
 
 
 def _captions(found: Preflight) -> dict[str, str]:
-    written = [one for one in found.images if one.is_captioned]
+    written = [image for image in found.images if image.is_captioned]
     lines = {"Written": f"{len(written):,} of {len(found.images):,} images have a caption of their own"}
     if found.trigger:
         lines["Trigger"] = found.trigger
-    lengths = sorted(one.tokens for one in found.images if one.tokens is not None)
+    lengths = sorted(image.tokens for image in found.images if image.tokens is not None)
     if lengths:
         middle = lengths[len(lengths) // 2]
         limit = "" if found.limit is None else f", of at most {found.limit.longest:,} {found.limit.rule}"

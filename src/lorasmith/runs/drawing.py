@@ -64,7 +64,7 @@ def experts_of(noisy: Denoiser, clean: Denoiser) -> Experts:
 
 def expert_named(base: Model, name: str) -> Expert:
     """`base` as one of `EXPERTS`; OptionError if the family has no such expert, or the file's name says otherwise."""
-    found = next((one for one in base.family.experts if one.name == name), None)
+    found = next((expert for expert in base.family.experts if expert.name == name), None)
     if found is None:
         raise OptionError(
             f"low_noise_model is for models of two experts, such as Wan 2.2 A14B, got {base.title} "

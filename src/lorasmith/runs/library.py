@@ -622,4 +622,4 @@ def _listed(controls: Controls) -> Sequence[Control]:
 def _pairs(loras: LoraStrengths) -> list[tuple[_Lora, float]]:
     if isinstance(loras, Mapping):
         return list(loras.items())
-    return [one if isinstance(one, tuple) else (one, 1.0) for one in loras]
+    return [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]

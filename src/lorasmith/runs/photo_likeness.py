@@ -49,7 +49,7 @@ def _nearly_same(found: Preflight, subjects: Sequence[int], features: Tensor) ->
             "much alike",
             f"{count_text(len(same), 'image')} {'is' if len(same) == 1 else 'are'} much like "
             f"{'another' if len(same) == 1 else 'others'}, mirrored or of the same moment",
-            listed(found.images, tuple(same), lambda one: f"like {found.images[same[place[id(one)]]].name}"),
+            listed(found.images, tuple(same), lambda image: f"like {found.images[same[place[id(image)]]].name}"),
             "keep one of each, unless what differs is to be learnt",
             tuple(same),
         )
@@ -74,9 +74,9 @@ def _odd_ones(images: Sequence[CheckedImage], subjects: Sequence[int], features:
 
 def _shared_words(captions: Sequence[str], others: Sequence[str]) -> str:
     """The words that all captions have and none of the others; empty if there are none."""
-    spoken = [re.findall(r"\w+", one.casefold()) for one in captions]
+    spoken = [re.findall(r"\w+", caption.casefold()) for caption in captions]
     shared = set(spoken[0]).intersection(*spoken) - COMMON_WORDS
-    shared -= {word for one in others for word in re.findall(r"\w+", one.casefold())}
+    shared -= {word for other in others for word in re.findall(r"\w+", other.casefold())}
     return " ".join(word for word in dict.fromkeys(spoken[0]) if word in shared)
 
 

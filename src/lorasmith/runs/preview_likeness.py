@@ -50,11 +50,11 @@ class PreviewLikeness:
 
 def trained_pictures(plan: Plan) -> list[Image.Image]:
     """Some of a run's images, evenly spaced, without those of the class: from their files, else from their latents."""
-    if files := [one.path for one in plan.images if not one.is_class]:
+    if files := [image.path for image in plan.images if not image.is_class]:
         return [open_still(path, 2 * likeness.EDGE) for path in _spread(files, _MOST_IMAGES)]
     assert plan.denoiser is not None
     base, device = plan.denoiser.base, plan.job.way.device
-    samples = list({one.name: one for one in plan.data.samples if not one.is_class}.values())
+    samples = list({sample.name: sample for sample in plan.data.samples if not sample.is_class}.values())
     with base.autoencoder.active(device):
         return [clip_of(base, one.latents[None]).frames[0] for one in _spread(samples, _MOST_DECODED)]
 

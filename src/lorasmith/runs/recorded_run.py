@@ -110,7 +110,7 @@ def _refuse_missing(record: RunRecord, file: Path, typed: Typed) -> None:
     """Raise OptionError if a record needs extensions that are not here, and in whose place nothing was typed."""
     replaced = [one.choices for name, one in options_of(TrainConfig).items() if name in typed.spec.settings]
     kinds = {choices.group for choices in replaced if isinstance(choices, Registry)}
-    if needed := missing(one for one in record.extensions if one.kind not in kinds):
+    if needed := missing(extension for extension in record.extensions if extension.kind not in kinds):
         raise OptionError(f"the run of {file} needs {remedy_for(needed)}")
 
 
@@ -118,7 +118,7 @@ def _without(recorded: RunSpec, typed: RunSpec) -> RunSpec:
     """What of a record is not typed."""
     others = (one for one in fields(RunSpec) if one.name != "settings" and getattr(typed, one.name))
     settings = {name: value for name, value in recorded.settings.items() if name not in typed.settings}
-    return replace(recorded, **{one.name: one.default for one in others}, settings=settings)  # type: ignore[arg-type]
+    return replace(recorded, **{other.name: other.default for other in others}, settings=settings)  # type: ignore[arg-type]
 
 
 def _check_files(named: Iterable[tuple[str, str | None]], file: Path, typed: Typed, *, instead: str) -> None:

@@ -161,7 +161,9 @@ class Reproduction(Host):
         """Emit all differences from the original run; returns the decisive ones."""
         job, before = self.plan.job, self._before
         now = environment(job.way.device, job.config.optimizer, compile=job.config.compile, extensions=job.extensions)
-        for what in dict.fromkeys(one for there in before.all_environments for one in differences(there, now)):
+        for what in dict.fromkeys(
+            difference for there in before.all_environments for difference in differences(there, now)
+        ):
             self.on_event(Differs(what=what, is_decisive=False))
         decisive = differences(before.fingerprint, fingerprint)
         for what in decisive:

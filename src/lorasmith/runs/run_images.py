@@ -56,7 +56,7 @@ def subject_words(record: RunRecord) -> str:
     if isinstance(trigger, str) and trigger.strip():
         return trigger.strip()
     images = [one.caption for one in images_in(record.data) if one.use != "class"]
-    return shared_phrase(images or [one.caption or "" for one in record.samples])
+    return shared_phrase(images or [sample.caption or "" for sample in record.samples])
 
 
 def image_facts(plan: RunPlan) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def image_facts(plan: RunPlan) -> dict[str, Any]:
     left_out = [LeftOut(name=path.name, reason=reason) for path, reason in plan.scan.skipped]
     return {
         "captions_used": captions_used(plan.scan.images, plan.trigger),
-        "images": [asdict(one) for one in images[:_RECORDED]],
+        "images": [asdict(image) for image in images[:_RECORDED]],
         "left_out": [asdict(one) for one in left_out[:_RECORDED]],
     }
 
@@ -104,7 +104,7 @@ def keep_thumbnails(folder: Path, images: Sequence[ImageFile]) -> None:
     As they are for the report alone, an unreadable image is skipped, and a full disk ends the loop.
     """
     missing = [
-        ([one.path for one in (*image.controls, image)], path)
+        ([control.path for control in (*image.controls, image)], path)
         for index, image in enumerate(images[:_THUMBNAILS])
         if not (path := thumbnail_of(folder, index)).exists()
     ]

@@ -69,7 +69,7 @@ def view_of_log(folder: Path) -> dict[str, Any]:
 
 def names_in(record: RunRecord) -> tuple[str, ...]:
     """The names of a run's samples, which the draws of its log refer to by index."""
-    return tuple(one.name for one in record.samples)
+    return tuple(sample.name for sample in record.samples)
 
 
 _MOST_KEPT_BYTES = 2**28  # of logs, whose sums take about as much memory

@@ -70,7 +70,7 @@ class RunPlan:
     @property
     def samples_per_epoch(self) -> int:
         """Repeats included, held-out images left out."""
-        return sum(one.repeats for one in self.scan.images if one.is_class or one.name not in self.held_out)
+        return sum(image.repeats for image in self.scan.images if image.is_class or image.name not in self.held_out)
 
     @property
     def epochs(self) -> float:
@@ -86,7 +86,9 @@ class RunPlan:
         """The controls of the first image that has some, to draw a first picture from; opposites are not given."""
         if self.data.get("controls") == "opposite":
             return ()
-        return next((tuple(one.path for one in image.controls) for image in self.scan.images if image.controls), ())
+        return next(
+            (tuple(control.path for control in image.controls) for image in self.scan.images if image.controls), ()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

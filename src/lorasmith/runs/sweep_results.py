@@ -113,7 +113,7 @@ def _result(run: LoggedRun, entry: SweepEntry, spec: RunSpec, failure: str | Non
 def sweep_record(file: str, entries: Iterable[SweepEntry]) -> SweepRecord:
     """The results of all runs, ranked."""
     entries = list(entries)
-    ranked = [one for one in entries if one.state == "complete" and one.loss is not None]
+    ranked = [entry for entry in entries if entry.state == "complete" and entry.loss is not None]
     comparable = len({one.judged_by for one in ranked}) <= 1
 
     def key(one: SweepEntry) -> tuple[float, int]:
@@ -121,7 +121,7 @@ def sweep_record(file: str, entries: Iterable[SweepEntry]) -> SweepRecord:
         return (math.inf if value is None else value), one.number
 
     placed = [replace(one, place=place) for place, one in enumerate(sorted(ranked, key=key), start=1)]
-    others = [one for one in entries if one not in ranked]
+    others = [entry for entry in entries if entry not in ranked]
     return SweepRecord(file=file, comparable=comparable, runs=(*placed, *others))
 
 
@@ -153,7 +153,7 @@ def _identity(spec: RunSpec) -> dict[str, Any]:
     for name in SETTING_PATHS:
         if isinstance(path := settings.get(name), str | tuple):
             settings[name] = [PurePath(one).name for one in ([path] if isinstance(path, str) else path)]
-    images = [replace(one, path=PurePath(one.path).name) for one in spec.sources]
+    images = [replace(source, path=PurePath(source.path).name) for source in spec.sources]
     validation = spec.validation and PurePath(spec.validation).name
     return {"images": images, "validation": validation, "model": PurePath(spec.model).name, **settings}
 
@@ -176,14 +176,16 @@ def _measured(entry: SweepEntry, run: LoggedRun) -> SweepEntry:
         change=best.loss / best.base_loss - 1 if is_known else None,
         lora=None if lora is None else f"{entry.name}/{lora.name}",
         judged_by=f"{taken.get('held_out', '')[:16]} × {taken.get('config', {}).get('validation_draws', '')}",
-        validations=tuple((one.step, one.loss) for one in view.validations if math.isfinite(one.loss)),
+        validations=tuple(
+            (validation.step, validation.loss) for validation in view.validations if math.isfinite(validation.loss)
+        ),
     )
 
 
 def _report(record: SweepRecord, output: Path) -> SweepReport:
-    ranked = [one for one in record.runs if one.place is not None]
-    counts = Counter(one.state for one in record.runs)
-    varied = list(dict.fromkeys(name for one in record.runs for name in one.settings))
+    ranked = [run for run in record.runs if run.place is not None]
+    counts = Counter(run.state for run in record.runs)
+    varied = list(dict.fromkeys(name for run in record.runs for name in run.settings))
     pictures = [
         (one, previews_of(output / one.name, read_run(output / one.name).view)[0]) for one in ranked[:_WITH_PICTURES]
     ]
@@ -195,7 +197,7 @@ def _report(record: SweepRecord, output: Path) -> SweepReport:
         comparable=record.comparable,
         varied=varied,
         ranked=[_ranked(one, varied, output) for one in ranked],
-        apart=[ApartRun(one.name, one.state, one.steps, one.error) for one in record.runs if one.place is None],
+        apart=[ApartRun(run.name, run.state, run.steps, run.error) for run in record.runs if run.place is None],
         pictures=table,
         sheets=sheets,
     )

@@ -194,7 +194,11 @@ class RunView:
     @property
     def best(self) -> Validated | None:
         """The validation with the lowest loss."""
-        return min((one for one in self.validations if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
+        return min(
+            (validation for validation in self.validations if math.isfinite(validation.loss)),
+            key=lambda validation: validation.loss,
+            default=None,
+        )
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -202,7 +206,7 @@ class RunView:
         if not self._times:
             return None
         most = _OUTLIER * median_low(self._times)
-        times = [one for one in self._times if one <= most]
+        times = [time for time in self._times if time <= most]
         return sum(times) / len(times)
 
     @property
@@ -220,7 +224,7 @@ class RunView:
     def line(self) -> str:
         """All metrics in a line; during other work this and the time left."""
         if self.activity is None:
-            return " · ".join(one.line for one in self.metrics)
+            return " · ".join(metric.line for metric in self.metrics)
         left = _time_left(self)
         return _activity_text(self.activity) + (f" · {left.line}" if left is not None else "")
 
@@ -229,7 +233,7 @@ class RunView:
         """That of the last validation, or a sentence on the training loss; empty before the first step."""
         if self.validation is not None:
             return self.validation.verdict
-        losses = [one.loss for one in self.points if math.isfinite(one.loss)]
+        losses = [point.loss for point in self.points if math.isfinite(point.loss)]
         if not losses:
             return ""
         if len(losses) < 20:
@@ -251,7 +255,7 @@ class RunView:
             "steps": self.steps,
             "status": self._status,
             "preparation": list(self._preparation.values()),
-            "metrics": [asdict(one) for one in self.metrics],
+            "metrics": [asdict(metric) for metric in self.metrics],
             "curve": [[one.step, _finite(one.loss), _finite(one.mean)] for one in _thinned(self.points)],
             "validations": [
                 {**_numbers(one, "loss", "base_loss"), "best": one is best} for one in _thinned(self.validations)
@@ -261,14 +265,14 @@ class RunView:
             "verdict": self.verdict,
             "previews": [
                 {
-                    "step": one.step,
-                    "strength": _finite(one.strength),
+                    "step": preview.step,
+                    "strength": _finite(preview.strength),
                     "prompt": prompt[:_MOST_LETTERS],
                     "number": number,
                     "file": preview_file(path),
                 }
-                for one in self.previews.values()
-                for number, (prompt, path) in enumerate(zip(one.prompts, one.paths, strict=False), start=1)
+                for preview in self.previews.values()
+                for number, (prompt, path) in enumerate(zip(preview.prompts, preview.paths, strict=False), start=1)
             ][-_MOST_PREVIEWS:],
             "saves": [{"step": step, "file": _name(one.path)} for step, one in sorted(self.saves.items())],
             "drawn": [
@@ -283,7 +287,7 @@ class RunView:
             ],
             "notes": [
                 {**asdict(note), "text": note.text[:_MOST_LETTERS], "at": at}
-                for note, at in sorted(self.notes.items(), key=lambda one: one[1])[-_SENT_NOTES:]
+                for note, at in sorted(self.notes.items(), key=lambda note: note[1])[-_SENT_NOTES:]
             ],
             "outcome": self.outcome,
         }
@@ -297,7 +301,7 @@ class RunView:
         self.points.append(Point(event.step, event.loss, self._losses.recent.mean, event.learning_rate))
         if len(self.points) > _MOST_POINTS:
             self._every *= 2
-            self.points = [one for one in self.points if one.step % self._every == 0 or one.step == event.step]
+            self.points = [point for point in self.points if point.step % self._every == 0 or point.step == event.step]
         # Excludes the first step, which compiles and plans, and the time between steps.
         time = None if self._since is None else event.at - self._since
         self._pass_time(event.at, step_s=time or 0.0)
@@ -316,10 +320,10 @@ class RunView:
     def _go_back(self, step: int) -> None:
         self.step = step
         if self.points and self.points[-1].step > step:
-            self.points = [one for one in self.points if one.step <= step]
+            self.points = [point for point in self.points if point.step <= step]
             self._losses = RecentLosses()
-            for one in self.points:
-                self._losses.add(one.step, one.loss)
+            for point in self.points:
+                self._losses.add(point.step, point.loss)
 
     def _status_after(self, event: Event, note: Note | None) -> str:
         if self.outcome is not None:

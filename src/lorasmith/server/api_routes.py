@@ -97,7 +97,7 @@ async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
             SettingGroup(title=title, settings=tuple(map(_setting, options)))
             for title, options in setting_groups().items()
         ),
-        presets=tuple(replace(one, settings=one.settings_for(images)) for one in PRESETS.values()),
+        presets=tuple(replace(preset, settings=preset.settings_for(images)) for preset in PRESETS.values()),
     )
 
 
@@ -158,7 +158,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 
 def routes(context: ServerContext) -> list[web.RouteDef]:
     """The routes of the API; any other path below its prefix is a 404."""
-    return [*(route_of(one, context) for one in ENDPOINTS), web.route("*", f"{PREFIX}/{{rest:.*}}", _unknown)]
+    return [*(route_of(endpoint, context) for endpoint in ENDPOINTS), web.route("*", f"{PREFIX}/{{rest:.*}}", _unknown)]
 
 
 async def _unknown(request: web.Request) -> web.Response:

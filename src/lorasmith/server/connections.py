@@ -64,7 +64,7 @@ class Connections:
         """Whether an address may open a connection, after closing the oldest idle one if necessary."""
         for most, of in ((self._most_per_address, address), (self._most, None)):
             silent = [one for one in self.waiting if of in (None, one.address)]
-            busy = sum(of in (None, (one.peername or ("",))[0]) for one in self.server.connections)
+            busy = sum(of in (None, (connection.peername or ("",))[0]) for connection in self.server.connections)
             if len(silent) + busy >= most:
                 if not silent:
                     return False

@@ -157,7 +157,7 @@ async def _body(request: web.Request, kind: Any) -> Any:
 def _typed_body(content: bytes, kind: Any) -> Any:
     found = parse_foreign_json(content) if content else {}
     if isinstance(found, dict) and dataclasses.is_dataclass(kind):
-        known = [one.name for one in dataclasses.fields(kind)]
+        known = [field.name for field in dataclasses.fields(kind)]
         if (unknown := next((name for name in found if name not in known), None)) is not None:
             raise OptionError(
                 f"unknown name {unknown!r} in the request{nearest(unknown, known)}; known are {', '.join(known)}"
@@ -170,20 +170,23 @@ API_VERSION = "1"  # additions keep it; incompatible changes increase it
 
 def api_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI document of some endpoints."""
-    kinds = [ErrorAnswer, *(kind for one in endpoints for kind in (one.body, one.answer) if kind is not None)]
+    kinds = [
+        ErrorAnswer,
+        *(kind for endpoint in endpoints for kind in (endpoint.body, endpoint.answer) if kind is not None),
+    ]
     schemas, components = json_schemas(kinds, "#/components/schemas/")
     remaining = iter(schemas)
     error = {"description": "It was not done; the message says why.", "content": _content(next(remaining))}
     paths: dict[str, dict[str, Any]] = {}
-    for one in endpoints:
-        body = None if one.body is None else next(remaining)
-        answer = {"type": "string"} if one.answer is None else next(remaining)
+    for endpoint in endpoints:
+        body = None if endpoint.body is None else next(remaining)
+        answer = {"type": "string"} if endpoint.answer is None else next(remaining)
         responses = {
-            str(one.status): {"description": "The answer.", "content": _content(answer, one.content)},
+            str(endpoint.status): {"description": "The answer.", "content": _content(answer, endpoint.content)},
             "default": error,
         }
-        operation = {"summary": one.summary, **_request(one, body), "responses": responses}
-        paths.setdefault(one.plain_path, {})[one.method.lower()] = operation
+        operation = {"summary": endpoint.summary, **_request(endpoint, body), "responses": responses}
+        paths.setdefault(endpoint.plain_path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {

@@ -159,12 +159,12 @@ class Hub:
             self._views[notice.subject] = notice
             if len(self._views) > _MOST_VIEWS:
                 del self._views[next(iter(self._views))]
-        for one in tuple(self._subscriptions):
-            one.put(notice)
+        for subscription in tuple(self._subscriptions):
+            subscription.put(notice)
 
     def views(self, job_id: str) -> list[Notice]:
         """The last view of each node of a job that has reported any lately."""
-        return [one for one in self._views.values() if one.job_id == job_id]
+        return [view for view in self._views.values() if view.job_id == job_id]
 
     def subscribe(
         self,
@@ -192,8 +192,8 @@ class Hub:
 
     def close(self) -> None:
         self._is_closed = True
-        for one in tuple(self._subscriptions):
-            one.close()
+        for subscription in tuple(self._subscriptions):
+            subscription.close()
 
     def _forget(self, subscription: Subscription) -> None:
         if subscription in self._subscriptions:
@@ -225,15 +225,15 @@ class LogBook:
         loop = asyncio.get_running_loop()
         handler = _Handler(lambda text: loop.call_soon_threadsafe(self.add, "server", text))
         loggers = [logging.getLogger(name) for name in packages]
-        for one in loggers:
-            one.addHandler(handler)
-            one.propagate = False
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False
         try:
             yield
         finally:
-            for one in loggers:
-                one.removeHandler(handler)
-                one.propagate = True
+            for logger in loggers:
+                logger.removeHandler(handler)
+                logger.propagate = True
 
     def add(self, source: str, text: str) -> None:
         """Add the lines of a text; `source` is the name of the process."""

@@ -45,10 +45,14 @@ def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
     function = QUESTIONS[name]
     hints = typing.get_type_hints(function)
     _, *parameters = inspect.signature(function).parameters.values()
-    known = {one.name: one for one in parameters}
-    if unknown := next((one for one in arguments if one not in known), None):
+    known = {parameter.name: parameter for parameter in parameters}
+    if unknown := next((argument for argument in arguments if argument not in known), None):
         raise OptionError(f"{name} takes {', '.join(known) or 'no arguments'}, got {unknown!r}; leave it out")
-    missing = (one.name for one in parameters if one.default is one.empty and one.name not in arguments)
+    missing = (
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.name not in arguments
+    )
     if (lacking := next(missing, None)) is not None:
         raise OptionError(f"{name} needs {lacking}; give it")
     try:

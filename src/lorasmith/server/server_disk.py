@@ -85,13 +85,13 @@ def put_back(base: Path, removed: str, name: str, folder: Path) -> int:
     Raises FileNotFoundError if that holds no files of this name, FileExistsError with a name that is in use, and
     OutputError.
     """
-    files = [one for one in sorted(_removed(base, removed, name).iterdir()) if is_regular(one)]
+    files = [path for path in sorted(_removed(base, removed, name).iterdir()) if is_regular(path)]
     if not files:
         raise FileNotFoundError(removed)
-    if taken := next((one.name for one in files if os.path.lexists(folder / one.name)), None):
+    if taken := next((file.name for file in files if os.path.lexists(folder / file.name)), None):
         raise FileExistsError(taken)
-    for one in files:
-        move(one, folder / one.name, "back")
+    for file in files:
+        move(file, folder / file.name, "back")
     return len(files)
 
 

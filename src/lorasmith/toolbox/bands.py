@@ -92,7 +92,7 @@ def cut_into_bands(
             whole = AdapterState({**kept.adapters, **found}, kept.differences, kept.unknown, words=kept.words)
             save_lora(folder / name, whole, names, dtype=number_format, metadata=noted(metadata, note))
             bands.append(Band(target / name, percent, len(found)))
-        graph = comfyui_graph([(f"{target.name}/{one.path.name}", one.start_percent) for one in bands])
+        graph = comfyui_graph([(f"{target.name}/{band.path.name}", band.start_percent) for band in bands])
         write_atomic(folder / GRAPH, json.dumps(graph, indent=2).encode())
     return Bands(target, bands, len(groups) == len(levels))
 

@@ -48,7 +48,7 @@ def attention_preferred(kernel: AttentionChoice) -> Iterator[None]:
         yield
         return
     first = _BACKENDS[kernel]
-    others = (one for one in _BACKENDS.values() if one is not first)
+    others = (backend for backend in _BACKENDS.values() if backend is not first)
     with sdpa_kernel([first, *others, SDPBackend.MATH], set_priority=True):
         yield
 

@@ -108,7 +108,9 @@ def described(engine: Engine, batches: Sequence[Batch]) -> str:
     """What a step's time depends on, beside its way and the machine."""
     module, config, way = engine.model.module, engine.config, engine.way
     numbers = sum(parameter.numel() for parameter in module.parameters())
-    sizes = [(tuple(one.noised.shape), *(tuple(t.shape) for t in one.conditioning.tensors.values())) for one in batches]
+    sizes = [
+        (tuple(batch.noised.shape), *(tuple(t.shape) for t in batch.conditioning.tensors.values())) for batch in batches
+    ]
     offloaded = ", offloaded" if way.offloading else ""
     return (
         f"step of {type(module).__name__} with {numbers} numbers in {dtype_name(way.dtype)}, quantization "

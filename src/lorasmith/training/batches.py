@@ -161,7 +161,7 @@ class BatchMaker:
         kind = kind_of(sample.conditioning)
         if not self.lengths_apart:
             return kind
-        return (kind, *(one.lengths for one in (sample.conditioning, *self._texts(sample).values())))
+        return (kind, *(text.lengths for text in (sample.conditioning, *self._texts(sample).values())))
 
     def _texts(self, sample: Sample) -> Mapping[str, Conditioning]:
         return {} if self.texts is None else self.texts.conditionings(sample)
@@ -180,7 +180,10 @@ class BatchMaker:
         others = [self._texts(sample) for sample in samples]
         of_class = [sample.is_class for sample in samples]
         route = None if self.routes is None else self.routes.route(samples, draws)
-        opposites, seen = [one.opposite for one in samples if one.opposite is not None], self._perturbed(noise, draws)
+        opposites, seen = (
+            [sample.opposite for sample in samples if sample.opposite is not None],
+            self._perturbed(noise, draws),
+        )
         batch = Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
@@ -195,7 +198,7 @@ class BatchMaker:
             quantiles=tuple(quantiles.tolist()),
             places=None if places is None else sent(places, device, places.dtype),
             weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),
-            texts={name: self.join([one[name] for one in others]).to(device, dtype) for name in others[0]},
+            texts={name: self.join([other[name] for other in others]).to(device, dtype) for name in others[0]},
             settings=self.config,
             of_class=torch.tensor(of_class).to(device, non_blocking=True) if any(of_class) else None,
             route=None if route is None else route.to(device),
@@ -323,7 +326,7 @@ def captions_ready(
         return
     texts = drawn_captions(data.samples, draws, seed=seed, most=captions.most)
     if texts is not None and others is not None:
-        plain = [_caption(one) for one in data.samples if one.variants is None]
+        plain = [_caption(sample) for sample in data.samples if sample.variants is None]
         texts += [text for caption in (*plain, *texts) for text in others.beside(caption)]
         texts = list(dict.fromkeys(texts))
         texts = texts if len(texts) <= captions.most else None

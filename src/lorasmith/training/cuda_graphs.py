@@ -146,7 +146,7 @@ class _Reads(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.refusal = ""
         self._kept: dict[int, torch.UntypedStorage] = {}
-        self._others = {one._cdata for one in _storages(inputs)}  # and what the pass makes
+        self._others = {storage._cdata for storage in _storages(inputs)}  # and what the pass makes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in _storages((args, kwargs)):
@@ -169,22 +169,22 @@ _BY_INDEX = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 def _refusal(func: Any, args: Any, kwargs: Any, result: Any) -> str:
     """What an operation does that no graph repeats, as a clause; empty for nothing."""
     name = func._opname
-    tensors = [one for one in tree_leaves((args, kwargs, result)) if isinstance(one, Tensor)]
-    if all(one.device.type == "cpu" for one in tensors):
+    tensors = [leave for leave in tree_leaves((args, kwargs, result)) if isinstance(leave, Tensor)]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
         return ""
     # Single numbers of the host are part of a kernel's call, except where they are copied.
-    devices = {one.device.type for one in tensors if one.ndim or name in ("_to_copy", "copy_")}
+    devices = {tensor.device.type for tensor in tensors if tensor.ndim or name in ("_to_copy", "copy_")}
     if len(devices) > 1 or name == "lift_fresh":  # as `torch.tensor(numbers, device=...)` ends
         return f"copies between the host and the GPU ({name})"  # a graph would read memory that is freed
     if name in _BY_INDEX:
-        waits = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+        waits = any(arg is not None and arg.dtype in (torch.bool, torch.uint8) for arg in args[1])
     else:
         waits = not _BY_VALUES.isdisjoint(func.tags)
     return f"reads a value of the GPU on the host ({name})" if waits else ""
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (one.untyped_storage() for one in tree_leaves(tree) if isinstance(one, Tensor))
+    return (leave.untyped_storage() for leave in tree_leaves(tree) if isinstance(leave, Tensor))
 
 
 _OF_DRAWS = frozenset({"names", "draws", "indices", "quantiles", "settings"})
@@ -203,9 +203,9 @@ def _parts(value: object) -> Iterator[object]:
             yield name
             yield from _parts(one)
     elif is_dataclass(value):
-        for one in fields(value):
-            if one.name not in _OF_DRAWS:
-                yield from _parts(getattr(value, one.name))
+        for field in fields(value):
+            if field.name not in _OF_DRAWS:
+                yield from _parts(getattr(value, field.name))
     else:
         yield value
 

@@ -320,7 +320,7 @@ def _decoded_step(line: bytes) -> StepDone | None:
         return None
     integers = (event.memory_bytes, *(draw[0] for draw in event.draws))
     is_plausible = 0 <= event.at < _LAST_SECOND and 1 <= event.step <= _LAST_STEP
-    return event if is_plausible and all(-(2**63) <= one < 2**63 for one in integers) else None
+    return event if is_plausible and all(-(2**63) <= integer < 2**63 for integer in integers) else None
 
 
 @functools.cache

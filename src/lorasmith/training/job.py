@@ -308,7 +308,7 @@ def _on_text(
         rank=config.text_encoder_rank or config.rank,
         capped=facts_of(config.algorithm).rank_meaning == "rank",
     )
-    plan = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.on_text))
+    plan = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.on_text))
     patches = [replace(patch, bypass=False) for patch in model.text_patches]
     with patches_merged(encoders, patches, dtype=torch.float32, unpacking=True):
         return load_adapters(encoders, existing.on_text) | _fresh_adapters(encoders, plan, requested, config)

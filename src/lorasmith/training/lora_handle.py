@@ -209,7 +209,7 @@ class Lora:
             return sum(tensor.numel() for key, tensor in self.given.items() if not key.endswith(".alpha"))
         tensors = [tensor for adapter in self._adapters for tensor in adapter.tensors.values()]
         tensors += [change for changes in self.state.differences.values() for change in changes.values()]
-        tensors += [one for vectors in self.state.words.values() for one in vectors.values()]
+        tensors += [vector for vectors in self.state.words.values() for vector in vectors.values()]
         return sum(tensor.numel() for tensor in tensors)
 
     @cached_property

@@ -324,11 +324,11 @@ def _leveled_ranks(job: TrainJob) -> str:
     if job.config.rank_schedule is None:
         return ""
     adapters = rank_ordered(job.adapters).values()
-    copies = 2 if any(isinstance(one, OrthogonalAdapter) for one in adapters) else 1
+    copies = 2 if any(isinstance(adapter, OrthogonalAdapter) for adapter in adapters) else 1
     schedule = job.model.diffusion.schedule
     return LeveledRanks(
         replace(job.config.rank_schedule, copies=copies),
-        total=sum(one.rank * copies for one in adapters),
+        total=sum(adapter.rank * copies for adapter in adapters),
         shift=schedule.shift,
         steps=len(schedule.sigmas) if isinstance(schedule, DiscreteSchedule) else 0,
     ).to_entry()

@@ -102,6 +102,6 @@ def recorded_consequences(config: type[Section], values: Mapping[str, Any]) -> C
 
 
 def _first_of(each: list[Consequences]) -> Consequences:
-    values = {one.name: [getattr(of_section, one.name) for of_section in each] for one in fields(Consequences)}
+    values = {field.name: [getattr(of_section, field.name) for of_section in each] for field in fields(Consequences)}
     chosen: dict[str, Any] = {name: next(filter(None, found)) for name, found in values.items() if any(found)}
     return Consequences(**chosen)

@@ -304,7 +304,7 @@ class LikenessWatch(Watcher):
     def __call__(self, loop: Loop) -> None:
         events = [] if self._previews is None else self._previews.drawn(loop)
         found = self._processes.broadcast_from_rank0(
-            lambda: next((one for one in events if isinstance(one, LikenessMeasured)), None)
+            lambda: next((event for event in events if isinstance(event, LikenessMeasured)), None)
         )
         if found is None:  # a preview that failed, which was reported
             return

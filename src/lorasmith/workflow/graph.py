@@ -419,9 +419,9 @@ class _Checker:
 
 def _notes(faults: Sequence[GraphFault]) -> tuple[str, ...]:
     """The first faults as text, those of unknown nodes in one, and the number of the others."""
-    unknown = [one.label for one in faults if one.kind == "missing_node_type"]
-    others = [one for one in faults if one.kind != "missing_node_type"]
-    listed = tuple(shortened(one) for one in others[:_LISTED])
+    unknown = [fault.label for fault in faults if fault.kind == "missing_node_type"]
+    others = [fault for fault in faults if fault.kind != "missing_node_type"]
+    listed = tuple(shortened(other) for other in others[:_LISTED])
     more = len(others) - len(listed)
     if unknown:
         names = ", ".join(unknown[:_NAMED]) + (f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else "")

@@ -128,7 +128,7 @@ def node(
             category=category,
             function=function,
             inputs=(*_keyword_inputs(id, function), *inputs),
-            outputs=tuple(Output(one) if isinstance(one, str) else one for one in outputs),
+            outputs=tuple(Output(output) if isinstance(output, str) else output for output in outputs),
             aliases=tuple(aliases),
             description=" ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()),
             search_aliases=tuple(search_aliases),

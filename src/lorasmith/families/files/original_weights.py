@@ -124,7 +124,7 @@ def from_original_tensors(
     for name in shapes:
         path, _, leaf = name.rpartition(".")
         usual = table[path]
-        places = {one.tensor(key): one for one in (usual, *usual.others) for key in (leaf, _NORM_SCALE)}
+        places = {other.tensor(key): other for other in (usual, *usual.others) for key in (leaf, _NORM_SCALE)}
         original = next((key for key in places if key in tensors), None)
         if original is None:
             raise ModelError(f"the checkpoint lacks {usual.tensor(leaf)}; it is incomplete or was cut short")

@@ -117,7 +117,7 @@ class Krea2Transformer(Krea2Transformer2DModel):  # type: ignore[misc]
             return super().forward(hidden_states, timestep=timestep, **given)  # type: ignore[no-any-return]
         dtype, mask, text = hidden_states.dtype, given["encoder_attention_mask"], given["encoder_hidden_states"]
         times = [self.time_embed(one, dtype=dtype) for one in (timestep, torch.zeros_like(timestep))]
-        before, after = (self.time_mod_proj(F.gelu(one, approximate="tanh")) for one in times)
+        before, after = (self.time_mod_proj(F.gelu(time, approximate="tanh")) for time in times)
         modulation = Modulation(before, after, clean_tokens)
         whole = None
         if mask is not None:
@@ -176,7 +176,9 @@ class _Krea2Block(Krea2TransformerBlock):  # type: ignore[misc]
             return super().forward(hidden_states, temb, image_rotary_emb, attention_mask)  # type: ignore[no-any-return]
         counts = (hidden_states.shape[1] - temb.controls, temb.controls)
         tables = [one.unflatten(-1, (6, -1)) + self.scale_shift_table for one in temb[:2]]
-        scale, shift, gate, late_scale, late_shift, late_gate = zip(*(one.unbind(-2) for one in tables), strict=True)
+        scale, shift, gate, late_scale, late_shift, late_gate = zip(
+            *(table.unbind(-2) for table in tables), strict=True
+        )
 
         def modulated(states: Tensor, scales: tuple[Tensor, ...], shifts: tuple[Tensor, ...]) -> Tensor:
             parts = zip(states.split(counts, dim=1), scales, shifts, strict=True)

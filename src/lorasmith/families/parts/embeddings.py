@@ -210,7 +210,7 @@ def vectors_read(layer: nn.Module, rows: Sequence[Tensor]) -> Iterator[None]:
         states: Tensor = plain(ids.clamp(min=0) if rows else ids)
         if not rows:
             return states
-        vectors = F.embedding((-1 - ids).clamp(min=0), torch.cat([one.to(states) for one in rows]))
+        vectors = F.embedding((-1 - ids).clamp(min=0), torch.cat([row.to(states) for row in rows]))
         return torch.where((ids < 0).unsqueeze(-1), vectors, states)
 
     layer.forward = forward
@@ -240,7 +240,7 @@ def _pieces(
 ) -> Iterator[str | Mapping[str, Tensor]]:
     """A stretch of a prompt cut at its embeddings and at the words of a pattern, with the vectors of these."""
     first, *others = re.split(rf"(?<=\s){PREFIX}", text)
-    for part in (first, *(PREFIX + one for one in others)):
+    for part in (first, *(PREFIX + other for other in others)):
         rest = part
         if part.startswith(PREFIX) and (words := part.removeprefix(PREFIX).split()):
             found, rest = _named(words, vectors)
@@ -287,7 +287,7 @@ def _chosen(content: Mapping[str, Any] | Sequence[Any], place: Place) -> Tensor 
     found: object = None
     if isinstance(content, Sequence):
         rows = [one for entry in content if isinstance(entry, Mapping) for one in entry.values()]
-        fitting = [_rows(one) for one in rows if isinstance(one, Tensor) and one.shape[-1:] == (place.width,)]
+        fitting = [_rows(row) for row in rows if isinstance(row, Tensor) and row.shape[-1:] == (place.width,)]
         found = torch.cat(fitting) if fitting else None
     elif isinstance(params := content.get("string_to_param"), Mapping):
         found = next(iter(params.values()), None)

@@ -95,7 +95,7 @@ class VisionTower:
         Yields the embeddings of its tokens, (1, tokens, width).
         """
         device, merge = device_of(model), self.module.config.spatial_merge_size
-        patches = [self._patches(one) for one in pictures]
+        patches = [self._patches(picture) for picture in pictures]
         grids = torch.tensor([grid for _, grid in patches], device=device)
         found = self.module(torch.cat([one for one, _ in patches]).to(device), grid_thw=grids)
         counts = (grids.prod(1) // merge**2).tolist()

@@ -105,10 +105,10 @@ class SystemRoutes:
         return web.json_response({})
 
     async def _log_text(self, request: web.Request) -> web.Response:
-        return web.json_response("".join(f"{one['t']} - {one['m']}\n" for one in self._context.log.entries))
+        return web.json_response("".join(f"{entry['t']} - {entry['m']}\n" for entry in self._context.log.entries))
 
     async def _log(self, request: web.Request) -> web.Response:
-        entries = [log_entry(one) for one in self._context.log.entries]
+        entries = [log_entry(entry) for entry in self._context.log.entries]
         return web.json_response({"entries": entries, "size": TERMINAL_SIZE})
 
     async def _subscribe(self, request: web.Request) -> web.Response:
@@ -178,7 +178,7 @@ class SystemRoutes:
             roots = self._folders.roots(kind)[int(request.match_info["index"][:6]) :][:1]
         stem = name.rpartition(".")[0] or name
         candidates = (find_contained(roots, stem + suffix) for suffix in _PICTURES)
-        path: Path | None = next((one for one in candidates if one is not None), None)
+        path: Path | None = next((candidate for candidate in candidates if candidate is not None), None)
         return refused(404, "the model has no picture") if path is None else send_file(path)
 
     def _roots(self, kind: str) -> list[str]:

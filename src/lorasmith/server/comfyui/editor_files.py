@@ -243,7 +243,7 @@ def templates() -> dict[str, Example]:
     """Every template by name, those that need no other file first."""
     from lorasmith.nodes.example_workflows import examples  # imported late, to start fast
 
-    return {one.name: one for one in examples()}
+    return {example.name: example for example in examples()}
 
 
 def picture_of(name: str) -> Path:
@@ -265,7 +265,7 @@ def index() -> list[dict[str, Any]]:
             "category": "Lorasmith",
             "title": title,
             "isEssential": title == "Start here",
-            "templates": [_card(one) for one in members],
+            "templates": [_card(member) for member in members],
         }
         for title, members in groups.items()
     ]

@@ -331,7 +331,7 @@ class UserFiles:
         folder = contained(self._folder, name)
         if not is_folder(folder):
             return refused(404, f"no folder {name!r}")
-        recurse, full, split = (request.query.get(one, "").casefold() == "true" for one in _FLAGS)
+        recurse, full, split = (request.query.get(flag, "").casefold() == "true" for flag in _FLAGS)
         found = await asyncio.to_thread(_files_below, folder, recurse)
         if full:
             return web.json_response([_info(path, folder) for path in found])

@@ -176,7 +176,7 @@ def answer_to(
     if not faults:
         return PromptAnswer(graph.outputs, None, left_out, graph.warnings)
     users = _users(prompt)
-    faulty = dict.fromkeys(one.node_id for one in faults if one.node_id is not None)
+    faulty = dict.fromkeys(fault.node_id for fault in faults if fault.node_id is not None)
     errors = {key: _node_entry(key, faults, prompt, users, examination, folders, nodes) for key in [*faulty][:_LISTED]}
     spoiled = _reached(faulty, users)
     good = tuple(key for key in graph.outputs if key not in spoiled)
@@ -190,23 +190,23 @@ def _refusal(
     faults: Sequence[GraphFault], good: Sequence[str], prompt: Prompt, nodes: Registry[Node]
 ) -> dict[str, Any] | None:
     """Why no output runs; None if some do."""
-    unknown = next((one for one in faults if one.kind == "missing_node_type"), None)
+    unknown = next((fault for fault in faults if fault.kind == "missing_node_type"), None)
     if unknown is not None and unknown.node_id is not None:
         member = prompt.get(unknown.node_id)
         names = {"node_id": unknown.node_id, "class_type": _class_name(member), "node_title": node_title(member, nodes)}
         return error_entry("missing_node_type", str(unknown), f"Node ID '#{unknown.node_id}'", **names)
     if good:
         return None
-    whole = next((one for one in faults if one.node_id is None), None)
+    whole = next((fault for fault in faults if fault.node_id is None), None)
     if whole is not None:
         return error_entry(whole.kind, str(whole))
-    sentences = [str(one) for one in faults[:_LISTED]]
+    sentences = [str(fault) for fault in faults[:_LISTED]]
     return error_entry("prompt_outputs_failed_validation", "no output of this workflow can run", "\n".join(sentences))
 
 
 def _left_out(prompt: Prompt, faults: Sequence[GraphFault], nodes: Registry[Node]) -> dict[str, Any]:
     """Errors of nodes of unknown classes on which no known output depends; they may be outputs, and do not run."""
-    needed = {one.node_id for one in faults}
+    needed = {fault.node_id for fault in faults}
     found = {}
     for key, member in prompt.items():
         if key in needed or is_remark(str(key), member) or class_of(member, nodes) is not None:
@@ -230,7 +230,7 @@ def _node_entry(
 ) -> dict[str, Any]:
     member = prompt.get(key)
     spoiled = _reached([key], users)
-    own = [one for one in faults if one.node_id == key][:_LISTED]
+    own = [fault for fault in faults if fault.node_id == key][:_LISTED]
     return {
         "errors": [_input_error(one, member, folders, nodes) for one in own],
         "dependent_outputs": [output for output in examination.graph.outputs if output in spoiled],
@@ -337,7 +337,10 @@ def _lines(node: Node) -> Iterator[str]:
             yield ""
     if node.outputs:
         yield from ("## Outputs", "")
-        rows = ((one.label, f"list of {one.type}" if one.is_list else one.type, one.tooltip) for one in node.outputs)
+        rows = (
+            (output.label, f"list of {output.type}" if output.is_list else output.type, output.tooltip)
+            for output in node.outputs
+        )
         yield from _table(("Name", "Type", "Meaning"), rows)
         yield ""
     if node.aliases:

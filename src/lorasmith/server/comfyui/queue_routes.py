@@ -94,7 +94,7 @@ class QueueRoutes:
             except RefusedError as error:
                 return _refusal(error_entry("invalid_prompt", error.message))
         targets = body.get("partial_execution_targets")
-        arguments: dict[str, Any] = {} if targets is None else {"targets": [str(one) for one in targets]}
+        arguments: dict[str, Any] = {} if targets is None else {"targets": [str(target) for target in targets]}
         if any(isinstance(one, dict) and one.get("class_type") is None for one in prompt.values()):
             arguments["workflow"] = workflow or ((body.get("extra_data") or {}).get("extra_pnginfo") or {}).get(
                 "workflow"
@@ -152,7 +152,9 @@ class QueueRoutes:
     async def _change_queue(self, request: web.Request) -> web.Response:
         body = await read_object(request)
         ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
-        waiting = [one for one in self._store.lines(["pending"]) if one.id in ids or (is_all and one.kind == "graph")]
+        waiting = [
+            line for line in self._store.lines(["pending"]) if line.id in ids or (is_all and line.kind == "graph")
+        ]
         # Graphs leave no history entry, as in ComfyUI; all are removed in one call, as there may be thousands.
         self._dispatcher.remove([one.id for one in waiting if one.kind == "graph"])
         for one in waiting:
@@ -184,14 +186,14 @@ class QueueRoutes:
     async def _change_history(self, request: web.Request) -> web.Response:
         body = await read_object(request)
         ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
-        ended = [one for one in self._store.lines(ENDED) if one.id in ids or (is_all and one.kind == "graph")]
+        ended = [line for line in self._store.lines(ENDED) if line.id in ids or (is_all and line.kind == "graph")]
         self._dispatcher.remove([one.id for one in ended])
         return web.Response()
 
     async def _jobs(self, request: web.Request) -> web.Response:
         query = request.query
         statuses = [one.strip().casefold() for one in query.get("status", "").split(",") if one.strip()]
-        if unknown := [one for one in statuses if one not in STATES_OF_STATUS]:
+        if unknown := [statuse for statuse in statuses if statuse not in STATES_OF_STATUS]:
             known = ", ".join(STATES_OF_STATUS)
             return refused(400, f"status must be among {known}, got {', '.join(unknown)[:100]!r}")
         sort, order = query.get("sort_by", "created_at").casefold(), query.get("sort_order", "desc").casefold()
@@ -201,7 +203,7 @@ class QueueRoutes:
             number_in(request, "limit", at_least=1),
             max(0, number_in(request, "offset", at_least=-(10**9)) or 0),
         )
-        states = [state for one in statuses or STATES_OF_STATUS for state in STATES_OF_STATUS[one]]
+        states = [state for statuse in statuses or STATES_OF_STATUS for state in STATES_OF_STATUS[statuse]]
         lines = sorted(self._store.lines(states), key=_SORTED_BY[sort], reverse=order == "desc")
         if (workflow := query.get("workflow_id")) is not None:
             lines = [line for line in lines if self._summary(line).get("workflow_id") == workflow]
@@ -261,7 +263,9 @@ def _fault_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
     if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
         return error_entry("invalid_prompt", "number must be a number; leave it out for the next one")
     targets = body.get("partial_execution_targets")
-    if targets is not None and not (isinstance(targets, list) and all(isinstance(one, (str, int)) for one in targets)):
+    if targets is not None and not (
+        isinstance(targets, list) and all(isinstance(target, (str, int)) for target in targets)
+    ):
         return error_entry("invalid_prompt", "partial_execution_targets must be a list of ids of nodes")
     extra = body.get("extra_data")
     if extra is not None and not isinstance(extra, dict):
@@ -405,7 +409,7 @@ def job_detail(job: Job) -> dict[str, Any]:
 
 def history_messages(job: Job) -> list[list[Any]]:
     """The recorded messages of a job; without any, messages made from its times and state."""
-    messages = [list(one) for one in job.messages]
+    messages = [list(message) for message in job.messages]
     if not messages and job.started is not None:
         messages.append(["execution_start", {"prompt_id": job.id, "timestamp": milliseconds(job.started)}])
     ending = ending_message(job)

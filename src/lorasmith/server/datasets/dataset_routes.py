@@ -165,7 +165,7 @@ async def _captions(context: ServerContext, call: Call) -> Any:
     body: CaptionBody = call.body
     edits = {file: CaptionEdit(caption=one) if isinstance(one, str) else one for file, one in body.items()}
     captions = {file: asdict(one) for file, one in edits.items()}
-    with disk_space(context.config.base, sum(len(one.caption.encode()) for one in edits.values())):
+    with disk_space(context.config.base, sum(len(edit.caption.encode()) for edit in edits.values())):
         return await context.assistant.ask("set_captions", name=call.path("name"), captions=captions)
 
 

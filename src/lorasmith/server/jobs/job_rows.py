@@ -47,7 +47,7 @@ def job_row(job: Job | Mapping[str, Any]) -> dict[str, Any]:
 def uses_dataset(job: Job, base: Path, name: str) -> bool:
     """Whether a job trains on a dataset, or is a graph that reads its pictures. Ignores case."""
     sources = job.request.get("sources") or ()
-    named = [base / str(one.get("path", "")) for one in sources if isinstance(one, Mapping)]
+    named = [base / str(source.get("path", "")) for source in sources if isinstance(source, Mapping)]
     for node in (job.request.get("prompt") or {}).values():
         inputs = node.get("inputs") if isinstance(node, Mapping) else None
         given = (inputs.get(key) for key in _OF_INPUTS) if isinstance(inputs, Mapping) else ()

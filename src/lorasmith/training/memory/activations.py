@@ -220,7 +220,7 @@ def _is_cheap(name: str, args: Any) -> bool:
     if name != "__getitem__":
         return name in _CHEAP
     # With a mask for an index the backward pass would wait for the device.
-    return not any(isinstance(one, Tensor) for one in tree_leaves(args[1]))
+    return not any(isinstance(leave, Tensor) for leave in tree_leaves(args[1]))
 
 
 def _recorded_forward(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ _TURNS, _BACK = "_lorasmith_turns", "_lorasmith_back"
 
 def _turns_of(tables: Sequence[Tensor], device: torch.device) -> Tensor:
     """cos + i sin of each pair of neighbours, from tables (tokens, features) of both."""
-    return _cached_on(tables[0], _TURNS, lambda: torch.complex(*(one.to(device)[:, ::2] for one in tables)))
+    return _cached_on(tables[0], _TURNS, lambda: torch.complex(*(table.to(device)[:, ::2] for table in tables)))
 
 
 def _complex_turns(table: Any, device: torch.device) -> Tensor | None:

@@ -154,7 +154,7 @@ def largest_pass(
     within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Callable[[], Tensor]:
     """A function that runs the forward pass of a step on the largest sample."""
-    sized = (one for sample in samples for one in sample.sizes())
+    sized = (siz for sample in samples for siz in sample.sizes())
     largest = max(sized, key=lambda one: one.size)
     # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // way.processes.size)

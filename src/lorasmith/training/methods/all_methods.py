@@ -49,7 +49,7 @@ def check_methods(methods: Sequence[Method], facts: Facts, adapters: Mapping[str
 def check_opposites(samples: Iterable[Sample], config: ResolvedConfig) -> None:
     """Raise OptionError unless all samples are pairs where a method trains on these, and none where none does."""
     is_needed = any(method.needs_opposites for method in methods_of(config))
-    if odd := next((one.name for one in samples if (one.opposite is not None) is not is_needed), None):
+    if odd := next((sample.name for sample in samples if (sample.opposite is not None) is not is_needed), None):
         raise OptionError(
             f"pairs {config.pairs} needs two pictures for each sample, but {odd} has no opposite; load the images with "
             "controls opposite, or leave pairs out"

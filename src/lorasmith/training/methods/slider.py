@@ -122,7 +122,7 @@ _MOST_WEIGHT = 8.0
 
 
 def _check_additive(adapters: Mapping[str, Adapter]) -> None:
-    if other := next((one.algorithm for one in adapters.values() if not one.is_additive), None):
+    if other := next((adapter.algorithm for adapter in adapters.values() if not adapter.is_additive), None):
         raise OptionError(
             "a slider needs a kind of adapter that adds to the weights, so that negative strengths are the "
             f"opposite, got {other}; choose LoRA, LoHa or LoKr without DoRA"

@@ -37,7 +37,7 @@ class OtherTexts:
                 f"{needing} encodes further texts for each image, for which these samples came without a text encoder; "
                 "load the images with load_dataset, or leave it out"
             )
-        if nameless := next((one.name for one in data.samples if one.conditioning.text is None), None):
+        if nameless := next((sample.name for sample in data.samples if sample.conditioning.text is None), None):
             raise OptionError(
                 f"{needing} needs the caption of each image as text, and that of {nameless} is unknown; load the "
                 "images with load_dataset, or leave it out"

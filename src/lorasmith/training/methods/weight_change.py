@@ -38,7 +38,7 @@ class WeightChange(Method):
     def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
         if not adapters:
             raise OptionError("weight_change is of the layers of a LoRA, and there are none; leave it out")
-        fit = (isinstance(one, LowRank) and one.factors().mid is None for one in adapters.values())
+        fit = (isinstance(adapter, LowRank) and adapter.factors().mid is None for adapter in adapters.values())
         if not all(fit):
             raise OptionError("weight_change is of low-rank adapters alone; choose LoRA without DoRA and tucker")
 

@@ -159,7 +159,10 @@ def environment(
     """The environment that affects the last bits of a run's numbers, for `run.json`."""
     return {
         **({"compiled_by": compiler(device)} if compile else {}),
-        "versions": {**versions(optimizer), **{one.package: one.version for one in extensions if one.package}},
+        "versions": {
+            **versions(optimizer),
+            **{extension.package: extension.version for extension in extensions if extension.package},
+        },
         **(_gpu(device) if device.type == "cuda" else {"device": device.type}),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),

@@ -217,13 +217,13 @@ class _Usual:
 
     @classmethod
     def of(cls, images: Sequence[_Thirds], held_out_fall: float | None) -> _Usual:
-        early, late = (np.array([one[part].mean() for one in images]) for part in (0, 2))
+        early, late = (np.array([image[part].mean() for image in images]) for part in (0, 2))
         return cls(
             early=float(np.median(early)),
-            since=float(np.median([one.since.mean() for one in images])) if len(images) >= FEW_IMAGES else math.nan,
+            since=float(np.median([image.since.mean() for image in images])) if len(images) >= FEW_IMAGES else math.nan,
             late=float(np.median(late)) if len(images) >= FEW_IMAGES else math.nan,
             fall=float(np.median(late - early)),
-            deviation=math.sqrt(sum(one.squares for one in images) / sum(one.freedom for one in images)),
+            deviation=math.sqrt(sum(image.squares for image in images) / sum(image.freedom for image in images)),
             held_out_fall=held_out_fall,
         )
 

@@ -155,8 +155,8 @@ def run_record(
         asked=asdict(job.requested),
         steps_before=job.steps_before,
         samples=tuple(
-            SampleRecord(name=one.name, caption=one.conditioning.text, latents=tuple(one.latents.shape))
-            for one in parts.training.samples
+            SampleRecord(name=sample.name, caption=sample.conditioning.text, latents=tuple(sample.latents.shape))
+            for sample in parts.training.samples
         ),
         data={
             **{
