@@ -20,6 +20,7 @@ from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.memory.compilation import sizes_vary
 from tests.covering import slow_except
 from tests.cuda.cases import FAMILIES, samples_of, small_model
+from tests.training.lever_cases import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("graphs_alone")
 
@@ -36,15 +37,10 @@ LEVERS: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": "nf4"},
     "fp8": {"quantization": "fp8_e4m3"},
     "int8-checkpointing": {"quantization": "int8", "gradient_checkpointing": True},
-    "DoRA": {"dora": "output"},
     "offloading": {"offloading": True},
     "offloading-checkpointing": {"offloading": True, "gradient_checkpointing": True},
     "offloading-int8": {"offloading": True, "quantization": "int8"},
-    "GLoRA": {"algorithm": "GLoRA"},
-    "PiSSA": {"pissa": True},
-    "T-LoRA": {"tlora": "plain"},
-    "dropout": {"rank_dropout": 0.3, "module_dropout": 0.1},
-    "differences": {"differences": "norms+biases"},
+    **{name: VARIANTS[name] for name in ("DoRA per output", "GLoRA", "PiSSA", "T-LoRA", "dropout", "norms and biases")},
 }
 
 CASES = [

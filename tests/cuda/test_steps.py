@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.quantization import PACKINGS
 from tests.covering import covering
 from tests.cuda.cases import FAMILIES
 from tests.cuda.conftest import FakeDevice
+from tests.training.lever_cases import VARIANTS
 
 LEVERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -54,13 +54,7 @@ LEVERS: dict[str, dict[str, Any]] = {
         f"{kind}-products": {"quantization": kind, "targets": "all", "changes": {"products": kind}}
         for kind in ("mxfp8", "nvfp4")
     },
-    **{name: {"algorithm": name} for name in ALGORITHMS},
-    "DoRA-output": {"dora": "output"},
-    "DoRA-input": {"dora": "input"},
-    "PiSSA": {"pissa": True},
-    "T-LoRA": {"tlora": "plain"},
-    "dropout": {"rank_dropout": 0.3, "module_dropout": 0.1},
-    "differences": {"differences": "norms+biases"},
+    **VARIANTS,
 }
 
 CAPTIONS = {"plain": False, "masked": True}

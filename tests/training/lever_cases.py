@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import packed
@@ -28,6 +29,21 @@ from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.way import Way
 
 CPU = torch.device("cpu")
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"algorithm": name} for name in ALGORITHMS},
+    "DoRA per input": {"dora": "input"},
+    "DoRA per output": {"dora": "output"},
+    "rsLoRA": {"rslora": True},
+    "PiSSA": {"pissa": True},
+    "Tucker": {"tucker": True},
+    "T-LoRA": {"tlora": "plain"},
+    "orthogonal T-LoRA": {"tlora": "orthogonal"},
+    "LoRA+": {"lora_plus_ratio": 16.0},
+    "dropout": {"rank_dropout": 0.3, "module_dropout": 0.1},
+    "norms and biases": {"differences": "norms+biases"},
+}
+"""Every algorithm, and what changes the kind of a LoRA."""
 
 
 def flux_model(folder: Path) -> Model:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from lever_cases import VARIANTS
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
@@ -43,18 +43,13 @@ LEVERS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "lean": {"activations": "lean"},
     "selective": {"activations": "selective"},
-    "dropout": {"rank_dropout": 0.3, "module_dropout": 0.1},
-    "T-LoRA": {"tlora": "plain"},
-    "differences": {"differences": "norms+biases"},
-    "DoRA": {"dora": "output"},
-    "PiSSA": {"pissa": True},
     "x0": {"objective": "x0", "loss_weighting": "min_snr", "loss_function": "PseudoHuber", "huber_schedule": "snr"},
     "preserve": {"preserve": "class", "preserve_class": "animal"},
     "slider": {"slider_positive": "a cat", "slider_negative": "a dog", "slider_anchors": "a tree"},
     "pairs": {"pairs": "slider", "pair_focus": 0.5},
     "dpo": {"pairs": "dpo"},
     "penalty": {"weight_change": 0.1},
-    **{name: {"algorithm": name} for name in ALGORITHMS if name != "LoRA"},
+    **VARIANTS,
     **{kind: {"quantization": kind} for kind in PACKINGS if kind != "none"},
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lever_cases import flux_dataset
+from lever_cases import VARIANTS, flux_dataset
 from torch import Tensor
 
 from lorasmith.adapters.patch import Patch
@@ -131,20 +131,9 @@ def test_two_runs_on_a_quantized_model_are_those_that_they_are_alone(flux: Model
 
 
 ALGORITHMS: dict[str, Settings] = {
+    **VARIANTS,
     "LoRA": {"targets": "all"},
-    "LoHa": {"algorithm": "LoHa", "targets": "all"},
-    "LoKr": {"algorithm": "LoKr", "targets": "all"},
-    "OFT": {"algorithm": "OFT"},
-    "BOFT": {"algorithm": "BOFT"},
-    "GLoRA": {"algorithm": "GLoRA"},
     "Full": {"algorithm": "Full", "learning_rate": 1e-4},
-    "DoRA": {"dora": "output"},
-    "input DoRA": {"dora": "input"},
-    "PiSSA": {"pissa": True},
-    "T-LoRA": {"tlora": "orthogonal", "rank_dropout": 0.2},
-    "Tucker": {"tucker": True, "targets": "all"},
-    "rsLoRA": {"rslora": True},
-    "differences": {"differences": "norms+biases"},
     "AdamW": {"optimizer": "AdamW", "learning_rate": 1e-4},
     "half precision": {},
 }

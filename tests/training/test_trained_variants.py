@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lever_cases import VARIANTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,44 +24,25 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from lorasmith.training.trainable import trainable
+from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
 
 LAYERS = "*.0.attn2.to_q, *.resnets.0.conv1"
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{name: {"algorithm": name} for name in ALGORITHMS},
-    "DoRA per input": {"dora": "input"},
-    "DoRA per output": {"dora": "output"},
+MORE_VARIANTS: dict[str, dict[str, Any]] = {
+    **VARIANTS,
     "DoRA of LoHa": {"dora": "input", "algorithm": "LoHa"},
     "DoRA of LoKr": {"dora": "output", "algorithm": "LoKr"},
-    "rsLoRA": {"rslora": True},
-    "PiSSA": {"pissa": True},
     "DoRA of PiSSA": {"dora": "input", "pissa": True},
-    "Tucker": {"tucker": True},
-    "T-LoRA": {"tlora": "plain"},
-    "orthogonal T-LoRA": {"tlora": "orthogonal"},
-    "LoRA+": {"lora_plus_ratio": 16.0},
-    "rank dropout": {"rank_dropout": 0.5},
-    "module dropout": {"module_dropout": 0.5},
     "DoRA with dropout": {"dora": "input", "rank_dropout": 0.3, "module_dropout": 0.3},
     "norms": {"differences": "norms"},
-    "norms and biases": {"differences": "norms+biases"},
     "per pattern": {"targets": "*.0.attn2.to_q rank=2 lr=1e-3, *.resnets.0.conv1 rank=8 alpha=4"},
 }
 
 
-def those(*names: str) -> pytest.MarkDecorator:
-    """A parameter over all variants, those not named marked slow."""
-    return pytest.mark.parametrize(
-        "variant",
-        [
-            pytest.param(variant, id=name, marks=() if name in names else pytest.mark.slow)
-            for name, variant in VARIANTS.items()
-        ],
-    )
-
-
-some = those("LoKr", "OFT", "DoRA of PiSSA", "Tucker", "norms and biases")
+some = pytest.mark.parametrize(
+    "variant", slow_except(MORE_VARIANTS, "LoKr", "OFT", "DoRA of PiSSA", "Tucker", "norms and biases")
+)
 
 
 def tensors(result: TrainResult) -> dict[str, Tensor]:
@@ -78,14 +60,13 @@ def quick(run: Run, dataset: EncodedDataset) -> Run:
 
 
 @pytest.fixture
-def trained(quick: Run) -> Callable[[dict[str, Any]], TrainResult]:
+def trained(quick: Run) -> Callable[[str], TrainResult]:
     """Two steps of a variant, taken once."""
 
-    def go(variant: dict[str, Any]) -> TrainResult:
-        key = str(variant)
-        if key not in TRAINED:
-            TRAINED[key] = quick(**variant)
-        return TRAINED[key]
+    def go(variant: str) -> TrainResult:
+        if variant not in TRAINED:
+            TRAINED[variant] = quick(**MORE_VARIANTS[variant])
+        return TRAINED[variant]
 
     return go
 
@@ -95,13 +76,14 @@ TRAINED: dict[str, TrainResult] = {}
 
 @pytest.mark.slow_after(2)
 @some
-def test_it_starts_as_the_model_itself_and_moves(
-    quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]
-) -> None:
+def test_it_starts_as_the_model_itself_and_moves(quick: Run, trained: Callable[..., TrainResult], variant: str) -> None:
     result = trained(variant)
-    moved, still = tensors(result), tensors(quick(**variant, steps=1, learning_rate=1e-7, optimizer="SGD"))
+    moved, still = (
+        tensors(result),
+        tensors(quick(**MORE_VARIANTS[variant], steps=1, learning_rate=1e-7, optimizer="SGD")),
+    )
 
-    assert result.losses[0] == pytest.approx(trained({}).losses[0], rel=1e-5)
+    assert result.losses[0] == pytest.approx(trained("LoRA").losses[0], rel=1e-5)
     assert moved.keys() == still.keys()
     changed = [key for key, tensor in moved.items() if not torch.allclose(tensor, still[key], atol=1e-6)]
     assert len(changed) > 0.4 * len(moved)  # of some algorithms one factor stays where it is at first
@@ -110,16 +92,21 @@ def test_it_starts_as_the_model_itself_and_moves(
 
 @some
 def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
-    quick: Run, trained: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, tmp_path: Path, variant: Any
+    quick: Run, trained: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, tmp_path: Path, variant: str
 ) -> None:
     """The next loss of a continued run is that of the model with the file applied to it, merged or beside."""
-    if "tlora" in variant:
+    if "T-LoRA" in variant:
         pytest.skip("continued without tlora it has all ranks at each level; test_tlora.py continues it with them")
     first = trained(variant)
     file = first.lora.save(tmp_path / "first.safetensors", layout="kohya")  # which keeps every tensor as it is
     # Whatever these settings say: they are for fresh targets.
     continued = quick(
-        steps=1, rank=7, alpha=1.0, seed=12, existing_lora=str(file), targets=variant.get("targets", LAYERS)
+        steps=1,
+        rank=7,
+        alpha=1.0,
+        seed=12,
+        existing_lora=str(file),
+        targets=MORE_VARIANTS[variant].get("targets", LAYERS),
     )
 
     config = TrainConfig(training_dtype="fp32", seed=12)

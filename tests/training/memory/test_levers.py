@@ -8,24 +8,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from lever_cases import flux_dataset, one_step, rounded
+from lever_cases import VARIANTS, flux_dataset, one_step, rounded
 from torch import Tensor
 
-from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.choices import Activations
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 
 LAYERS = "*.0.attn1.*, *.ff.*, *.conv1"
-VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
-    "DoRA per input": {"dora": "input"},
-    "DoRA per output": {"dora": "output"},
-    "PiSSA": {"pissa": True},
-    "T-LoRA": {"tlora": "plain"},
-    "Tucker": {"tucker": True},
-    "norms and biases": {"differences": "norms+biases"},
-}
 Step = Callable[[str, str], tuple[Model, EncodedDataset, dict[str, Tensor]]]
 
 

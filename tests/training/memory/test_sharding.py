@@ -15,7 +15,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from lever_cases import flux_dataset, planned
+from lever_cases import VARIANTS, flux_dataset, planned
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -79,7 +79,7 @@ def assert_alike(plain: Outcome, sharded: Outcome, tolerance: float = 1e-4) -> N
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
+    **VARIANTS,
     "half precision": {"training_dtype": "bf16"},
     "nf4": {"quantization": "nf4"},
     "int8": {"quantization": "int8"},
@@ -96,16 +96,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"rank_dropout": 0.3, "module_dropout": 0.2, "grad_accumulation_steps": 2},
     "average": {"ema_decay": 0.9},
     "held out": {"validation_share": 0.3, "validate_every": 1},
-    "DoRA": {"dora": "input"},
-    "OFT": {"algorithm": "OFT"},
     "OFT, recomputed": {"algorithm": "OFT", "checkpoint_depth": 2, "gradient_checkpointing": True},
     "BOFT": {"algorithm": "BOFT", "quantization": "nf4"},
-    "LoKr": {"algorithm": "LoKr"},
-    "GLoRA": {"algorithm": "GLoRA"},
     "Full": {"algorithm": "Full", "learning_rate": 1e-4},
-    "PiSSA": {"pissa": True},
     "T-LoRA": {"tlora": "plain", "validation_share": 0.3, "validate_every": 1},
-    "norms and biases": {"differences": "norms+biases"},
     "convolutions": {"targets": "all"},
 }
 
