@@ -122,11 +122,6 @@ def test_captions_of_a_metadata_file_are_shown_and_a_text_replaces_them(folders:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
-def test_pictures_without_a_caption_are_counted(folders: Folders, dog: Path) -> None:
-    found = dataset_answers.uncaptioned(folders, "dog")
-    assert (found.uncaptioned, found.images) == (1, 3)
-
-
 def test_links_that_leave_are_not_followed(folders: Folders, dog: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -259,10 +259,6 @@ declare namespace Api {
     caption: string;
     seen?: string | null;
   }
-  interface UncaptionedAnswer {
-    uncaptioned: number;
-    images: number;
-  }
   interface CaptioningBody {
     captioner: string;
     files?: (string)[];
@@ -700,7 +696,6 @@ declare namespace Api {
     | { path: ["datasets", string]; query: { }; body: {}; answer: DatasetAnswer }
     | { path: ["datasets", string, "images", string]; query: { width?: number | null; original?: boolean | null; }; body: {}; answer: any }
     | { path: ["datasets", string, "controls", string]; query: { width?: number | null; }; body: {}; answer: any }
-    | { path: ["datasets", string, "uncaptioned"]; query: { }; body: {}; answer: UncaptionedAnswer }
     | { path: ["datasets", string, "check"]; query: { model?: string | null; edit?: string | null; trigger?: string | null; resolution?: number | null; }; body: {}; answer: DataCheckAnswer }
     | { path: ["datasets", string, "draft"]; query: { }; body: {}; answer: DraftAnswer }
     | { path: ["jobs"]; query: { states?: string | null; limit?: number | null; offset?: number | null; }; body: {}; answer: JobList }

@@ -49,7 +49,6 @@ from lorasmith.server.datasets.dataset_shapes import (
     PictureRow,
     Severity,
     SkippedFile,
-    UncaptionedAnswer,
 )
 from lorasmith.server.questions import question
 from lorasmith.training.adapter_settings import lora_settings
@@ -84,13 +83,6 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
         notes=tuple(notes),
         skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in skipped),
     )
-
-
-@question
-def uncaptioned(folders: Folders, name: str) -> UncaptionedAnswer:
-    """How many pictures of a dataset have no caption. Raises UnknownFileError."""
-    found, _, _ = pictures_in(folders, dataset_folder(folders, name))
-    return UncaptionedAnswer(uncaptioned=sum(not caption_of(one)[0] for one in found), images=len(found))
 
 
 @question

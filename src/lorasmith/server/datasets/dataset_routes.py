@@ -41,7 +41,6 @@ from lorasmith.server.datasets.dataset_shapes import (
     RemovedAnswer,
     RestoreBody,
     SkippedFile,
-    UncaptionedAnswer,
     UploadAnswer,
 )
 from lorasmith.server.dispatcher import RefusedError
@@ -335,13 +334,6 @@ DATASET_ROUTES = (
         body=CaptionBody,
         answer=Changed,
         changes_dataset=True,
-    ),
-    Endpoint(
-        "GET",
-        "/datasets/{name}/uncaptioned",
-        "How many pictures of a dataset have no caption.",
-        question="uncaptioned",
-        answer=UncaptionedAnswer,
     ),
     Endpoint(
         "POST",

@@ -164,14 +164,6 @@ class Changed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UncaptionedAnswer:
-    """How many pictures of a dataset have no caption."""
-
-    uncaptioned: Annotated[int, "number of pictures directly in it without a text of their own"]
-    images: Annotated[int, "number of all of them"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class CaptionEdit:
     """A caption to store."""
 

@@ -13,7 +13,6 @@ import { DownloadState, GetDialog } from "./shelf.mjs";
 /** @param lacking number of photos without a caption */
 export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
   const [found, error, reload] = useLoaded((signal) => get(["captioners"], {}, signal), []);
-  const [texts] = useLoaded((signal) => get(["datasets", dataset, "uncaptioned"], {}, signal), [dataset]);
   const [downloads, lookAgain] = useDownloads(reload);
   const [wanted, setWanted] = useState(null);
   const [chosen, setChosen] = useState(null);
@@ -51,7 +50,6 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
     <p>
       A captioner looks at each photo and says what it shows. Read what it writes: a wrong caption is learnt, too.
     </p>
-    ${texts && html`<p class="faint">${texts.uncaptioned} of ${count(texts.images, "photo")} without a caption.</p>`}
     ${!found && !error && html`<${Loading} what="captioners" />`}
     <${Problem} error=${error} onRetry=${reload} />
     ${found?.notes.map((one) => html`<${Notice} mood="fair" key=${one}><p>${sentence(one)}</p><//>`)}
