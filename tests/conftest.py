@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import inspect
+import io
 import logging
 import math
 import os
@@ -30,6 +31,7 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.training import processor_way
 from lorasmith.training.memory import compilation
+from lorasmith.training.results import TrainResult
 from tests.covering import cases, grouped
 from tests.installed import forget_extensions
 from tests.refusing import refuse_network
@@ -207,11 +209,22 @@ def save_blank(figure: Figure, target: Any, *, format: str, **_: Any) -> None:
         Image.new("RGB", (width, height)).save(target, format)
 
 
+CURVE = TrainResult._curve
+
+
+@functools.cache
+def blank_curve() -> bytes:
+    Image.new("RGB", (1080, 600)).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def figures_blank() -> Iterator[None]:
-    """Figures are made but not drawn: drawing those of a report takes longer than a short run."""
+    """Figures are made but not drawn, which takes longer than a short run; loss curves are not even made."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", save_blank)
+        has_curve = lambda result: any(map(math.isfinite, result.losses))  # noqa: E731
+        patch.setattr(TrainResult, "_curve", lambda one: blank_curve() if has_curve(one) else CURVE(one))
         yield
 
 
@@ -247,6 +260,7 @@ def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at figures."""
     monkeypatch.setattr(Figure, "savefig", SAVE_FIGURE)
+    monkeypatch.setattr(TrainResult, "_curve", CURVE)
 
 
 @pytest.fixture(scope="session")
