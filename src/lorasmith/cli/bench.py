@@ -189,9 +189,9 @@ def doctor(
     from lorasmith.runs.doctor import check_up
 
     with console.status("Looking"):
-        found = check_up(folders_of(base_dir, extra_model_paths))
-    print_result(lambda: found, lambda: _print_checkup(found))
-    if any(problem.is_fault for problem in found.problems):
+        checkup = check_up(folders_of(base_dir, extra_model_paths))
+    print_result(lambda: checkup, lambda: _print_checkup(checkup))
+    if any(problem.is_fault for problem in checkup.problems):
         raise typer.Exit(1)
 
 
@@ -225,9 +225,9 @@ def _print_checkup(found: Checkup) -> None:
     for extra in found.extras:
         lacks = f"{', '.join(extra.missing)} not installed, {extra.remedy}" if extra.missing else ""
         heading("Extra   ", f"{extra.name}: {'; '.join(part for part in (', '.join(extra.present), lacks) if part)}")
-    for one in found.extensions:
-        state = "cannot be used" if one.fault else "usable"
-        heading("Extends ", f"{one.source}: {one.name} ({one.kind}), {state}")
+    for extension in found.extensions:
+        state = "cannot be used" if extension.fault else "usable"
+        heading("Extends ", f"{extension.source}: {extension.name} ({extension.kind}), {state}")
     for problem in found.problems:
         print_problem(problem.problem, problem.remedy, kind="Problem" if problem.is_fault else None)
     if not found.problems:

@@ -382,8 +382,8 @@ def merge(
     parts = [split_strength(text) for text in loras]
     if into is not None:
         unused = {"--rank": rank, "--model": model, "--dtype": dtype}
-        if given := [flag for flag, value in unused.items() if value is not None]:
-            raise OptionError(f"--into merges into the model, where {' and '.join(given)} has no effect; leave it out")
+        if flags := [flag for flag, value in unused.items() if value is not None]:
+            raise OptionError(f"--into merges into the model, where {' and '.join(flags)} has no effect; leave it out")
         _into(into, parts, output, overwrite=overwrite)
         return
     number_format = None if dtype is None else dtype_from_name(dtype)
@@ -584,12 +584,13 @@ def diff(
 
     try:
         with console.status("Comparing"):
-            found = compare(first, second, model=None if model is None else open_model(model))
+            comparison = compare(first, second, model=None if model is None else open_model(model))
     except LorasmithError as error:
         end_with(error, 2)
-    same = found.is_same(tolerance=tolerance, weights_only=weights_only)
+    same = comparison.is_same(tolerance=tolerance, weights_only=weights_only)
     print_result(
-        lambda: {"same": same, **_plain_differences(found)}, lambda: _print_differences(found, first, second, same=same)
+        lambda: {"same": same, **_plain_differences(comparison)},
+        lambda: _print_differences(comparison, first, second, same=same),
     )
     raise typer.Exit(0 if same else 1)
 

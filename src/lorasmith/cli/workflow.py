@@ -147,11 +147,11 @@ class _Narrator:
         self._lines.end()
 
     def _show(self, node_id: str, ui: UiOutput) -> None:
-        found = [text for items in ui.values() for item in items if (text := self._text(item)) is not None]
-        if found:
-            self.outputs[node_id] = found
+        texts = [text for items in ui.values() for item in items if (text := self._text(item)) is not None]
+        if texts:
+            self.outputs[node_id] = texts
         with result_shown():
-            for text in found:
+            for text in texts:
                 echo(f"      {text}")
 
     def _text(self, item: object) -> str | None:

@@ -96,5 +96,5 @@ def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:
 
 def memory_missed(error: BaseException) -> str:
     """The amount of memory that an out-of-memory error asked for, as a clause."""
-    found = re.search(r"allocate ([\d.,]+ ?(?:[KMGT]i?B|bytes))", str(error))
-    return f"{found[1]} more were needed" if found else "the amount is unknown"
+    match = re.search(r"allocate ([\d.,]+ ?(?:[KMGT]i?B|bytes))", str(error))
+    return f"{match[1]} more were needed" if match else "the amount is unknown"

@@ -19,10 +19,10 @@ def units(model: nn.Module) -> list[nn.Module]:
     These are the outermost repeated blocks or, if those differ from each other and hold lists of blocks themselves (the
     stages of a UNet), the blocks inside.
     """
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for block in blocks_at_depth(model, 1):
-        found += blocks_at_depth(block, 1) if _is_stage(block) else [block]
-    return found
+        modules += blocks_at_depth(block, 1) if _is_stage(block) else [block]
+    return modules
 
 
 def _is_stage(block: nn.Module) -> bool:

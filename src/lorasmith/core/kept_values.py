@@ -282,8 +282,8 @@ def _into(out: Any, values: KeptValues, function: Any, args: Any, kwargs: Any) -
     """A call with `out`, which torch does not differentiate."""
     for into in tree_leaves(out):
         values.before_change(into)
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not torch.is_grad_enabled() or not any(one.requires_grad for one in given):
+    leafs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not torch.is_grad_enabled() or not any(one.requires_grad for one in leafs):
         return function(*args, **kwargs)
     result = function(*args, **{name: value for name, value in kwargs.items() if name != "out"})
     for into, one in zip(tree_leaves(out), tree_leaves(result), strict=True):

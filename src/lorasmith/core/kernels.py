@@ -50,10 +50,10 @@ def kernel_or(
         expected: of these arguments; by default `plain`.
         tolerance: by which numbers may differ.
     """
-    wanted = [(expected or plain)(*given) for given in trials]
+    wanted = [(expected or plain)(*trial) for trial in trials]
     try:
         kernel = load()
-        found = [kernel(*given) for given in trials]
+        found = [kernel(*trial) for trial in trials]
     except Exception as error:  # Triton has errors of many classes: about packages, drivers and compilers
         if not is_refusal(error):
             raise

@@ -121,7 +121,7 @@ def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
     """
     from torch.distributed.rendezvous import rendezvous
 
-    found: list[Store] = []
+    stores: list[Store] = []
     errors: list[Exception] = []
 
     def open_it() -> None:
@@ -129,7 +129,7 @@ def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
             url = "env://" if launched.is_elastic else f"tcp://{launched.address}"
             # torch tries it twice.
             meeting = rendezvous(url, launched.rank, launched.size, timeout=timeout / 2)
-            found.append(next(iter(meeting))[0])
+            stores.append(next(iter(meeting))[0])
         except Exception as error:
             errors.append(error)
 
@@ -138,9 +138,9 @@ def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
     opening.join(timeout.total_seconds())
     if errors:
         raise errors[0]
-    if not found:
+    if not stores:
         raise TimeoutError("what listens there does not answer")
-    return found[0]
+    return stores[0]
 
 
 def store_of_this_start(store: Store, launched: LaunchedProcess, timeout: timedelta) -> Store:

@@ -153,10 +153,10 @@ def check_options(config: Any) -> None:
 
 def config_from(config: type, values: Mapping[str, Any]) -> Any:
     """An instance of `config` from a mapping. Raises OptionError for unknown keys, with the nearest known name."""
-    known = options_of(config)
+    options = options_of(config)
     for key in values:
-        if key not in known:
-            raise OptionError(f"unknown option {key!r}{nearest(key, known)}; known are {', '.join(known)}")
+        if key not in options:
+            raise OptionError(f"unknown option {key!r}{nearest(key, options)}; known are {', '.join(options)}")
     return config(**values)
 
 

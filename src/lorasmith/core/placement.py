@@ -128,12 +128,12 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
     if not any(name in allowed.upper() for name in (*oldest, "AMX", "AVX10", "ALL", "DEFAULT")):
         return False
-    known: Mapping[str, Any] = (
+    capabilities: Mapping[str, Any] = (
         torch.cpu.get_capabilities()
         if hasattr(torch.cpu, "get_capabilities")  # since torch 2.9
         else {"avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()}
     )
-    return any(known.get(name) for name in features)
+    return any(capabilities.get(name) for name in features)
 
 
 _FEATURES: dict[torch.dtype, tuple[tuple[str, ...], tuple[int, int], tuple[str, ...]]] = {

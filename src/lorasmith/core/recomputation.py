@@ -161,18 +161,18 @@ class _Block:
         """The calls whose outputs reach the block's results through functions that save nothing of them."""
         began = self._inputs._sequence_nr()
         leaves = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        found: set[Node] = set()
+        nodes: set[Node] = set()
         while leaves:
             node = leaves.pop()
-            if node is not None and node not in found and node._sequence_nr() > began:
-                found.add(node)
+            if node is not None and node not in nodes and node._sequence_nr() > began:
+                nodes.add(node)
                 leaves += [one for one, _ in node.next_functions]
         used: set[Node | None] = set()
-        for node in sorted(found, key=methodcaller("_sequence_nr"), reverse=True):  # the last function first
+        for node in sorted(nodes, key=methodcaller("_sequence_nr"), reverse=True):  # the last function first
             if node in used or not _is_linear(node):
                 used.update(one for one, _ in node.next_functions)
         return frozenset(
-            number for number, call in enumerate(self._calls) if call.node in found and call.node not in used
+            number for number, call in enumerate(self._calls) if call.node in nodes and call.node not in used
         )
 
     def _counted(self, tensor: Tensor) -> int:

@@ -288,8 +288,8 @@ class Registry(Generic[T]):
 def extensions_of(used: Iterable[tuple[Registry[Any], object]]) -> Iterator[Extension]:
     """The extensions among things by registry and name; names that are not registered are passed over."""
     for registry, name in used:
-        if isinstance(name, str) and name in registry and (found := registry.extension(name)) is not None:
-            yield found
+        if isinstance(name, str) and name in registry and (extension := registry.extension(name)) is not None:
+            yield extension
 
 
 def missing(extensions: Iterable[Extension]) -> list[Extension]:

@@ -141,12 +141,12 @@ def open_file(path: Path, *, clips: bool, any_format: bool = False, seconds: flo
 def clip_frames(path: Path, content: bytes, numbers: Sequence[int]) -> Iterator[Image.Image]:
     """Frames (ascending `numbers`, which may repeat) of a clip as upright RGB pictures. Raises ImageError."""
     wanted = set(numbers)
-    found = (
+    images = (
         _video_frames(path, content, wanted)
         if is_video(path)
         else (one for number, (one, _) in enumerate(open_animation(path, content)) if number in wanted)
     )
-    for number, picture in zip(sorted(wanted), found, strict=False):
+    for number, picture in zip(sorted(wanted), images, strict=False):
         for _ in range(numbers.count(number)):
             yield picture
         if number == numbers[-1]:
@@ -203,7 +203,7 @@ class VideoScan:
 
 def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoScan:
     """Videos, with captions, of a folder and (`subfolders`) those named `<repeats>_<name>`. Raises DataError."""
-    found: list[VideoFile] = []
+    video_files: list[VideoFile] = []
     notes: list[str] = []
     skipped: Skipped = []
     listed = list_folders(str(folder), skipped=skipped, follow_links=follow_links, clips=True)
@@ -220,14 +220,14 @@ def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoS
                 notes.append(
                     f"{caption.path.name} is not UTF-8 and was read as latin-1; check its accents or save it as UTF-8"
                 )
-            found.append(VideoFile(place.file(name), place.repeats, None if caption is None else caption.text))
+            video_files.append(VideoFile(place.file(name), place.repeats, None if caption is None else caption.text))
     notes += [f"skipped: {path.name} {reason}" for path, reason in skipped if subfolders or not is_folder(path)]
-    if not found:
+    if not video_files:
         known = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
         raise DataError(
             f"{folder} holds no videos{f' that are used: {notes[0]}' if notes else ''}; put some in it ({known})"
         )
-    return VideoScan(tuple(found), tuple(notes))
+    return VideoScan(tuple(video_files), tuple(notes))
 
 
 def open_video(path: Path) -> Video:

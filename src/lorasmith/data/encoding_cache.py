@@ -441,8 +441,8 @@ def _system_cache() -> Path:
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".cache"
+    path = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return path if path.is_absolute() else Path.home() / ".cache"
 
 
 def _files(folder: Path, name: re.Pattern[str]) -> list[tuple[Path, os.stat_result]]:

@@ -365,13 +365,13 @@ def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) ->
         if len(group) > 1 and len(groups) > 1 and len(caption.split()) >= _WORDS
     ]
     if odd:
-        found = tuple(sorted(index for group in odd for index in group))
+        indexes = tuple(sorted(index for group in odd for index in group))
         yield Finding(
             "equal captions",
-            f"{len(found):,} images share their captions with others",
-            f"{listed(images, found)} ({_quoted(images[odd[0][0]].file.caption)})",
+            f"{len(indexes):,} images share their captions with others",
+            f"{listed(images, indexes)} ({_quoted(images[odd[0][0]].file.caption)})",
             "say in each what only that picture shows",
-            found,
+            indexes,
         )
 
 

@@ -234,11 +234,11 @@ def _written(item: _Item, source: PictureItems, config: DataConfig, clips: bool)
         )
     name = item.name or f"{'clip' if is_clip else 'picture'} {item.number}"
     folder = ListedFolder(str(source.spool / str(item.number)), "", source.spool.resolve(), follow_links=False)
-    found = Candidate(folder, name, item.repeats, item.weight, clips, metadata=item.title, entry=item.captions)
-    _save(frames, found.path)
+    candidate = Candidate(folder, name, item.repeats, item.weight, clips, metadata=item.title, entry=item.captions)
+    _save(frames, candidate.path)
     if is_clip:
-        found.opened = OpenedFile(*frames[0].size, steady_times(len(frames), rate))
-    return found
+        candidate.opened = OpenedFile(*frames[0].size, steady_times(len(frames), rate))
+    return candidate
 
 
 def _mask(item: _Item, path: Path, config: DataConfig) -> Path:

@@ -302,15 +302,15 @@ def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change)
 
 def _others(images: Sequence[ImageFile], captioned: Sequence[ImageFile], apart: Sequence[_Apart]) -> Iterator[Path]:
     """Files beside the images that are not in the copy: without a picture, or unused."""
-    kept = {path for image in images for path in (image.path, image.mask)}
-    kept |= {path for one in apart for path in (one.path, one.mask)}
+    paths = {path for image in images for path in (image.path, image.mask)}
+    paths |= {path for one in apart for path in (one.path, one.mask)}
     for one in apart:
-        kept.update(one.path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
+        paths.update(one.path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
     from_files = {one.path.with_suffix("") for one in captioned if one.caption_source == "file" or not one.captions}
     from_metadata = any(one.caption_source == "metadata" for one in captioned)
     for folder in sorted({image.path.parent for image in images}):
         for path in sorted(folder.iterdir()):
-            if path.name.startswith(".") or path in kept or not path.is_file():
+            if path.name.startswith(".") or path in paths or not path.is_file():
                 continue
             if path.suffix.lower() in CAPTION_SUFFIXES and path.with_suffix("") in from_files:
                 from_files.remove(path.with_suffix(""))

@@ -112,29 +112,29 @@ Row = tuple[str, Any, Mapping[str, Any]]
 
 
 def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
-    found = Metadata()
+    metadata = Metadata()
     for name, value, row in rows:
         key = _inside(name, folders)
         if key is None:
-            found.outside.append(name)
+            metadata.outside.append(name)
             continue
         try:
             if controls := tuple(_controls(row, folders)):
-                found.controls[key] = controls
+                metadata.controls[key] = controls
         except ValueError as error:
-            found.lost_controls[key] = str(error)
+            metadata.lost_controls[key] = str(error)
         texts = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            found.refused[key] = "has a caption that is not text"
-        elif len(texts) + len(found.captions.get(key, ())) > MAX_CAPTIONS:
-            found.refused[key] = f"has more than {MAX_CAPTIONS} captions"
+            metadata.refused[key] = "has a caption that is not text"
+        elif len(texts) + len(metadata.captions.get(key, ())) > MAX_CAPTIONS:
+            metadata.refused[key] = f"has more than {MAX_CAPTIONS} captions"
         elif any(len(text) > 4 * MAX_CAPTION or len(one_line(text)) > MAX_CAPTION for text in texts):
-            found.refused[key] = f"has a caption of more than {MAX_CAPTION:,} characters"
+            metadata.refused[key] = f"has a caption of more than {MAX_CAPTION:,} characters"
         elif any("\x00" in text for text in texts):
-            found.refused[key] = "has a caption that is not text, as it holds zero bytes"
+            metadata.refused[key] = "has a caption that is not text, as it holds zero bytes"
         else:
-            found.captions[key] = (*found.captions.get(key, ()), *(text for text in texts if text.strip()))
-    return found
+            metadata.captions[key] = (*metadata.captions.get(key, ()), *(text for text in texts if text.strip()))
+    return metadata
 
 
 def _inside(name: str, folders: Sequence[Path]) -> str | None:

@@ -77,12 +77,12 @@ def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
     Copies that were scaled, stretched, recompressed or brightened are similar; mirrored ones are not, and cropped ones
     only where little was removed. Empty pictures match none.
     """
-    kept = [index for index, one in enumerate(qualities) if not one.is_empty]
-    if len(kept) < 2:
+    indexes = [index for index, one in enumerate(qualities) if not one.is_empty]
+    if len(indexes) < 2:
         return []
-    bits = np.array([[qualities[index].hash >> bit & 1 for bit in range(64)] for index in kept], dtype=np.float32)
-    copies = np.stack([_standardised(qualities[index].small) for index in kept])
-    leaders = list(range(len(kept)))
+    bits = np.array([[qualities[index].hash >> bit & 1 for bit in range(64)] for index in indexes], dtype=np.float32)
+    copies = np.stack([_standardised(qualities[index].small) for index in indexes])
+    leaders = list(range(len(indexes)))
 
     def leader(index: int) -> int:
         while leaders[index] != index:
@@ -92,7 +92,7 @@ def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
 
     # With bits as ±1 a matrix product counts the equal ones, which is exact in fp32.
     signs = 2 * bits - 1
-    for start in range(0, len(kept), _ROWS):
+    for start in range(0, len(indexes), _ROWS):
         block = signs[start : start + _ROWS]
         near = block @ signs[start:].T >= 64 - 2 * _NEAR_HASH
         for row, column in np.argwhere(np.triu(near, k=1)):
@@ -101,8 +101,8 @@ def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
                 low, high = sorted((leader(first), leader(second)))
                 leaders[high] = low
     groups: dict[int, list[int]] = {}
-    for index in range(len(kept)):
-        groups.setdefault(leader(index), []).append(kept[index])
+    for index in range(len(indexes)):
+        groups.setdefault(leader(index), []).append(indexes[index])
     return [group for group in groups.values() if len(group) > 1]
 
 

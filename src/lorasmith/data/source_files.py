@@ -96,31 +96,36 @@ def candidates(
         stems = {stem_of(name) for name in folder.images}
         for name in (*folder.images, *foreign):
             stem = stem_of(name)
-            found = Candidate(folder, name, folder.repeats * source.repeats, source.weight, clips)
-            is_named = metadata.give(found)
-            if metadata.controls and controls.are_read and not found.metadata and found.path in metadata.controls:
+            candidate = Candidate(folder, name, folder.repeats * source.repeats, source.weight, clips)
+            is_named = metadata.give(candidate)
+            if (
+                metadata.controls
+                and controls.are_read
+                and not candidate.metadata
+                and candidate.path in metadata.controls
+            ):
                 continue
             if not is_named:
                 notes.add(NoteKind.UNNAMED, name, int(name not in foreign))
                 continue
             if not from_files:  # it only selects images
-                found.entry, found.refused = (), ""
+                candidate.entry, candidate.refused = (), ""
             if (mask := masks.of(folder, stem)) is not None:
                 place, mask_name = mask
-                found.mask = place.file(mask_name)
-                found.barred = _barred(place, mask_name, "mask")
-            controls.give(found, stems)
+                candidate.mask = place.file(mask_name)
+                candidate.barred = _barred(place, mask_name, "mask")
+            controls.give(candidate, stems)
             if from_files and (files := folder.captions.get(stem)):
-                found.caption_file = files[0]
-                found.barred = _barred(folder, files[0], "caption file") or found.barred
+                candidate.caption_file = files[0]
+                candidate.barred = _barred(folder, files[0], "caption file") or candidate.barred
                 notes.add(NoteKind.SECOND_FILE, files[-1], len(files) - 1)
-            found.barred = _barred(folder, name) or found.barred
+            candidate.barred = _barred(folder, name) or candidate.barred
             if name not in foreign:
-                yield found
+                yield candidate
                 continue
-            skipped.append((found.path, foreign[name]))
+            skipped.append((candidate.path, foreign[name]))
             if unread is not None:
-                unread.append(found)
+                unread.append(candidate)
         if only is None and from_files:
             _note_orphans(folder, notes)
         _note_case(folder, notes)
@@ -363,7 +368,7 @@ class _Controls:
 
     def finish(self) -> None:
         for files in self._files:
-            there = {listed.file(name) for found in files.values() for _, listed, name in found}
+            there = {listed.file(name) for file in files.values() for _, listed, name in file}
             for path in sorted(there - self._used):
                 self._notes.add(NoteKind.CONTROL, path.name)
 

@@ -102,9 +102,9 @@ class StableDiffusionXL(unet_layout.UNetFamily):
         }
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        if found := next((mark for mark in _EDM_MARKS if mark in checkpoint.shapes), None):
+        if mark := next((mark for mark in _EDM_MARKS if mark in checkpoint.shapes), None):
             raise ModelError(
-                f"{checkpoint.path.name} must have the noise schedule of {self.title}, but its tensor {found} marks "
+                f"{checkpoint.path.name} must have the noise schedule of {self.title}, but its tensor {mark} marks "
                 "continuous noise levels (Playground 2.5, CosXL), which are not supported; choose another model"
             )
         return unet_layout.diffusion_of_checkpoint(

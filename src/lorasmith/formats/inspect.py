@@ -146,10 +146,10 @@ def faults_of(
         said, _, remedy = str(problem).partition("; ")
         misread = [FileFault(said, remedy, True)]
     changes = None if state is None or changes_in is None else changes_in(state)
-    found = faults_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)), changes)
+    file_faults = faults_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)), changes)
     if state is None or names is None:
-        return [*found, *misread]
-    return [*found, *_on_model(tensors, state, names, modules.keys(), is_model_sure)]
+        return [*file_faults, *misread]
+    return [*file_faults, *_on_model(tensors, state, names, modules.keys(), is_model_sure)]
 
 
 GroupedKeys = Mapping[str, Mapping[str, str]]
@@ -198,8 +198,8 @@ def _numbers(tensors: Mapping[str, Tensor], groups: GroupedKeys) -> Iterator[Fil
 
 
 def _strangers(tensors: Mapping[str, Tensor], groups: GroupedKeys) -> Iterator[FileFault]:
-    known = {key for keys in groups.values() for key in keys.values()}
-    unknown = [key for key in bundle_of(tensors)[1] if key not in known]
+    keys = {key for keys in groups.values() for key in keys.values()}
+    unknown = [key for key in bundle_of(tensors)[1] if key not in keys]
     if unknown:
         yield FileFault(
             f"{_some(unknown, 'tensors have', 'has')} no name that LoRA files use, so that programs ignore "

@@ -255,15 +255,15 @@ def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:
     """Parts of a LoRA, as read for a model, that the model does not use, sorted by name."""
     groups = grouped(state.unknown)
     strangers = state.unknown.keys() - {key for keys in groups.values() for key in keys.values()}
-    known = _known_bases(names) if groups else {}
+    placed_modules = _known_bases(names) if groups else {}
     # Where most of a LoRA fits, the model is its own, and names that differ in more than numbers are spelt otherwise.
     strange = {base for base in groups if component_of(base) == DENOISER}
     fits = sum(ref.component == DENOISER for ref in {*state.adapters, *state.differences}) > len(strange)
-    kinds = {_NUMBERS.sub("0", base) for base in known} if fits else set()
+    kinds = {_NUMBERS.sub("0", base) for base in placed_modules} if fits else set()
     why = dict.fromkeys(strangers, StrangerReason.SUFFIX)
     for base, keys in groups.items():
-        if base in known:
-            why[base] = _misfit({role: state.unknown[key] for role, key in keys.items()}, known[base])
+        if base in placed_modules:
+            why[base] = _misfit({role: state.unknown[key] for role, key in keys.items()}, placed_modules[base])
         else:
             is_other_name = fits and base in strange and _NUMBERS.sub("0", base) not in kinds
             why[base] = StrangerReason.NAME if is_other_name else StrangerReason.MODULE

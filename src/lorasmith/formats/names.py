@@ -266,7 +266,7 @@ def in_original_naming(
 
 def unfusable(state: AdapterState, names: ModelNames) -> list[ModuleRef]:
     """Modules whose adapters have no exact place in the original checkpoint, which fuses them with others."""
-    found: list[ModuleRef] = []
+    module_refs: list[ModuleRef] = []
     for parts in original_places(names).values():
         adapters = {part.module: state.adapters[part.module] for part in parts if part.module in state.adapters}
         if not adapters or _always_fuses(list(adapters.values())):
@@ -274,8 +274,8 @@ def unfusable(state: AdapterState, names: ModelNames) -> list[ModuleRef]:
         places = {part.module.path: part.place for part in parts if part.module in adapters}
         by_path = {ref.path: weights for ref, weights in adapters.items()}
         if _fused_adapter(by_path, places, _rows_in_all(parts)) is None:
-            found += adapters
-    return found
+            module_refs += adapters
+    return module_refs
 
 
 def _always_fuses(adapters: Sequence[AdapterWeights]) -> bool:
@@ -540,9 +540,9 @@ def _trimmed(
         elif columns is None:
             result.append(AdapterWeights(whole.algorithm, tensors, whole.alpha))
         else:
-            kept = columns.pop(0)
-            trimmed = {name: tensor[:, kept] if name in units else tensor[kept] for name, tensor in tensors.items()}
-            alpha = None if whole.alpha is None else scale_of(whole) * len(kept)
+            column = columns.pop(0)
+            trimmed = {name: tensor[:, column] if name in units else tensor[column] for name, tensor in tensors.items()}
+            alpha = None if whole.alpha is None else scale_of(whole) * len(column)
             result.append(AdapterWeights(whole.algorithm, trimmed, alpha))
     return result
 

@@ -51,10 +51,10 @@ def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES
 
 
 def _carried(entries: Mapping[str, str], path: Path, nodes: Registry[Node]) -> Workflow:
-    found = carried_workflow(entries, nodes=nodes)
-    if found is None:
+    workflow = carried_workflow(entries, nodes=nodes)
+    if workflow is None:
         raise GraphError(f"{path.name} carries no workflow, only files that a graph saved do; give {_KINDS}")
-    return found
+    return workflow
 
 
 def _png_entries(content: bytes, path: Path) -> dict[str, str]:

@@ -40,9 +40,9 @@ def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     try:
         import matplotlib
     except ImportError:
-        found = ImageFont.load_default(size)
-        assert isinstance(found, ImageFont.FreeTypeFont)
-        return found
+        default = ImageFont.load_default(size)
+        assert isinstance(default, ImageFont.FreeTypeFont)
+        return default
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 

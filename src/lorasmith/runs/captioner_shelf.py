@@ -60,19 +60,19 @@ CAPTIONER_RELEASES = {
 
 def captioner_folders(folders: Folders) -> dict[str, Path]:
     """The captioners in the model folders by name. `config.json` is the last file of a download."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for root in reversed(folders.roots(KIND)):
         if root.is_dir():
-            found |= {path.name: path for path in sorted(root.iterdir()) if (path / "config.json").is_file()}
-    return found
+            paths |= {path.name: path for path in sorted(root.iterdir()) if (path / "config.json").is_file()}
+    return paths
 
 
 def named_captioner(folders: Folders, wanted: str) -> str:
     """What `load_captioner` takes: the folder of a captioner in the model folders, or `wanted` as it is."""
-    found = captioner_folders(folders).get(wanted)
-    if found is None and wanted in CAPTIONER_RELEASES and not Path(wanted).exists():
+    folder = captioner_folders(folders).get(wanted)
+    if folder is None and wanted in CAPTIONER_RELEASES and not Path(wanted).exists():
         raise OptionError(f"the captioner {wanted} is not here yet; get it with: lorasmith models --get {wanted}")
-    return wanted if found is None else str(found)
+    return wanted if folder is None else str(folder)
 
 
 def captioner_files(folders: Folders, name: str) -> list[HubFile]:

@@ -45,8 +45,8 @@ def images_to_caption(
 ) -> ImagesToCaption:
     """The images of a folder and of its `<repeats>_<name>` folders, as training reads them; DataError if none."""
     refused: Skipped = []
-    found = _images(folder, recursive, follow_links, refused)
-    if not found:
+    paths = _images(folder, recursive, follow_links, refused)
+    if not paths:
         if refused:
             raise DataError(f"{folder} holds no images but links: {refused[0][0].name} {refused[0][1]}")
         known = ", ".join(sorted(suffix[1:] for suffix in image_suffixes()))
@@ -54,7 +54,7 @@ def images_to_caption(
         raise DataError(f"{folder} holds no images; put some in it ({known}){inside}")
     kept, sharing = [], []
     first: dict[str, Path] = {}  # file systems may ignore case
-    for image in found:
+    for image in paths:
         if not overwrite and any(os.path.lexists(image.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES):
             kept.append(image)
         elif (other := first.setdefault(str(_caption_file(image)).casefold(), image)) is not image:

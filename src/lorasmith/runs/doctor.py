@@ -134,9 +134,9 @@ def _packages() -> tuple[list[str], tuple[Extra, ...]]:
     """Required packages, and the extras without the developers'; from the metadata of the installation."""
     required: list[str] = []
     optional: dict[str, list[str]] = {}
-    for one in requires(_PACKAGE) or []:
-        name = re.match(r"[A-Za-z0-9._-]+", one)
-        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", one)
+    for require in requires(_PACKAGE) or []:
+        name = re.match(r"[A-Za-z0-9._-]+", require)
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", require)
         if name is None:
             continue
         if extra is None:
@@ -152,7 +152,7 @@ def _packages() -> tuple[list[str], tuple[Extra, ...]]:
 
 
 def _version(package: str) -> str:
-    if package in (companions := {one.name: one.version for one in _COMPANIONS}):
+    if package in (companions := {companion.name: companion.version for companion in _COMPANIONS}):
         return companions[package] or "missing"
     try:
         return version(package)
@@ -210,19 +210,19 @@ def _problems(
     """What is wrong with the installation and the machine, or slows it down."""
     if missing := [name for name, found in versions.items() if found == "missing"]:
         yield Problem(problem=f"required packages are missing: {', '.join(missing)}", remedy="install lorasmith again")
-    for fault in (one.fault for one in extensions if one.fault):
+    for fault in (extension.fault for extension in extensions if extension.fault):
         problem, _, remedy = fault.rpartition("; ")
         yield Problem(problem=problem, remedy=remedy)
-    for one in _COMPANIONS:
-        if one.version and one.problem:
-            yield Problem(problem=one.problem, remedy=one.remedy)
-    if not any(one.name.startswith("cuda") for one in devices) and which("nvidia-smi") is not None:
+    for companion in _COMPANIONS:
+        if companion.version and companion.problem:
+            yield Problem(problem=companion.problem, remedy=companion.remedy)
+    if not any(device.name.startswith("cuda") for device in devices) and which("nvidia-smi") is not None:
         yield Problem(
             problem=f"there is an NVIDIA driver, but this torch ({torch.__version__}) cannot use it",
             remedy="install the build of torch for it: lorasmith doctor --install prints the command",
         )
     kernels = (kernel for device in devices for kernel in triton_kernels(torch.device(device.name)))
-    for refusal in filter(None, dict.fromkeys(one.refusal for one in kernels)):
+    for refusal in filter(None, dict.fromkeys(kernel.refusal for kernel in kernels)):
         problem, _, remedy = refusal.rstrip(".").rpartition("; ")
         yield Problem(problem=problem, remedy=remedy, is_fault=False)
     if memory_bytes < _LITTLE_MEMORY:

@@ -64,8 +64,8 @@ def experts_of(noisy: Denoiser, clean: Denoiser) -> Experts:
 
 def expert_named(base: Model, name: str) -> Expert:
     """`base` as one of `EXPERTS`; OptionError if the family has no such expert, or the file's name says otherwise."""
-    found = next((expert for expert in base.family.experts if expert.name == name), None)
-    if found is None:
+    expert = next((expert for expert in base.family.experts if expert.name == name), None)
+    if expert is None:
         raise OptionError(
             f"low_noise_model is for models of two experts, such as Wan 2.2 A14B, got {base.title} "
             f"({base.family.title}); leave it out"
@@ -74,7 +74,7 @@ def expert_named(base: Model, name: str) -> Expert:
         raise OptionError(
             f"the {name} model must be that expert, but {base.title} is the {named.name} one by its name; swap them"
         )
-    return found
+    return expert
 
 
 def with_loras(

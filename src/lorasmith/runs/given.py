@@ -105,10 +105,13 @@ _NO_MODELS: dict[Any, str] = {
 def shown(function: Callable[..., Any], arguments: Any) -> Any:
     """The function with the fields of the dataclass in place of `**arguments`, non-options first, and explained."""
     plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
-    first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
+    first = [parameter for parameter in plain.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    others = [
+        parameter.replace(annotation=hints[parameter.name])
+        for parameter in inspect.signature(arguments).parameters.values()
+    ]
     settings = options_of(arguments)
-    others.sort(key=lambda one: one.name in settings)
+    others.sort(key=lambda other: other.name in settings)
     function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
     if (own := inspect.getdoc(function)) is not None:  # None with -OO
         around = (inspect.getdoc(arguments) or "").partition("\nAttributes:\n")[2]

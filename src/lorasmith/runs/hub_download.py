@@ -90,14 +90,14 @@ def facts_of(file: HubFile) -> HubFacts:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     with _explained(file):
-        found = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=_token())
-    is_digest = re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", found.etag or "")
-    if found.size is None or found.size < 0 or not is_digest or found.commit_hash is None:
+        metadata = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=_token())
+    is_digest = re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", metadata.etag or "")
+    if metadata.size is None or metadata.size < 0 or not is_digest or metadata.commit_hash is None:
         raise HubError(
             f"{_hub().ENDPOINT} names no size and digest of {file.file}, so it cannot be verified; get it from "
             f"there and put it into {file.path.parent}"
         )
-    return HubFacts(found.size, str(found.etag), found.commit_hash)
+    return HubFacts(metadata.size, str(metadata.etag), metadata.commit_hash)
 
 
 @model_packages("a download from the hub")
@@ -109,7 +109,7 @@ def files_of(repository: str, folder: Path) -> list[HubFile]:
 
     with _explained(HubFile(repository, "config.json", folder / "config.json")):
         found = HfApi(endpoint=_hub().ENDPOINT, token=_token()).model_info(repository)
-    names = [one.rfilename for one in found.siblings or () if re.fullmatch(_WANTED, one.rfilename)]
+    names = [sibling.rfilename for sibling in found.siblings or () if re.fullmatch(_WANTED, sibling.rfilename)]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubError(f"{repository} has no model in safetensors any more; look for another one at {_hub().ENDPOINT}")
     if len(names) > _MOST_FILES:
@@ -127,7 +127,7 @@ def check_space(files: Mapping[HubFile, HubFacts], spare_bytes: int = 0) -> None
     needed: dict[int, int] = {}
     folders: dict[int, Path] = {}
     for file, facts in files.items():
-        folder = next(one for one in file.path.parents if one.exists())
+        folder = next(parent for parent in file.path.parents if parent.exists())
         disk = folder.stat().st_dev
         folders[disk] = folder
         needed[disk] = needed.get(disk, 0) + max(0, facts.size_bytes - file.kept_bytes)
@@ -155,7 +155,7 @@ def download(
     cancelled = cancelled or threading.Event()
     facts = {file: facts_of(file) for file in files if not file.path.exists()}
     check_space(facts, spare_bytes)
-    total, rate = sum(one.size_bytes for one in facts.values()), _Rate()
+    total, rate = sum(fact.size_bytes for fact in facts.values()), _Rate()
     before, name = 0, ""
 
     def report(size: int, *, is_checking: bool = False) -> None:

@@ -35,13 +35,13 @@ def with_likeness(found: Preflight) -> Preflight:
 
 
 def _nearly_same(found: Preflight, subjects: Sequence[int], features: Tensor) -> Iterator[Finding]:
-    known = {index for group in found.alike for index in group.others}
+    indexes = {index for group in found.alike for index in group.others}
     groups = [set(group.members) for group in found.alike]  # named already, whichever of them is to be kept
     pairs = {subjects[second]: subjects[first] for first, second in nearly_same(features)}
     same = {
         index: first
         for index, first in pairs.items()
-        if index not in known and not any({index, first} <= group for group in groups)
+        if index not in indexes and not any({index, first} <= group for group in groups)
     }
     if same:
         place = {id(one): index for index, one in enumerate(found.images)}

@@ -271,9 +271,9 @@ class JobStore:
 
     def get(self, id: str) -> Job:
         """Raises UnknownJobError."""
-        if (found := self.find(id)) is None:
+        if (job := self.find(id)) is None:
             raise UnknownJobError(f"there is no job {id}; it may have been removed")
-        return found
+        return job
 
     def pending(self) -> list[Job]:
         """Waiting jobs, the next one first."""

@@ -52,11 +52,11 @@ def read_run_file(path: Path, typed: Typed = Typed()) -> RunSpec:
     """
     content = read_typed(path)
     if path.suffix.lower() == ".json" or content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-        found = _of_record(path, content, typed)
-        left = _without(found, typed.spec)
+        run_spec = _of_record(path, content, typed)
+        left = _without(run_spec, typed.spec)
         _check_files(left.named_files(), path, typed, instead="the folder of images, --model and the like")
         _check_links(left.settings.get("follow_links"), path, typed)
-        return found
+        return run_spec
     return arguments_in(parsed_toml(path, content), path)
 
 

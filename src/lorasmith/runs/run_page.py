@@ -92,7 +92,7 @@ def report_of(run: LoggedRun) -> RunReport:
         progress=progress,
         settings=_settings(run.record.config),
         data=_data(run.record),
-        captions=[(one.name, one.caption or "") for one in run.record.samples],
+        captions=[(sample.name, sample.caption or "") for sample in run.record.samples],
         environment=_environment(run.record),
         notes=_notes(run),
     )
@@ -105,8 +105,8 @@ def is_training(run: LoggedRun) -> bool:
 
 def _evaluation(folder: Path) -> tuple[str, str] | None:
     """The recommendation in the folder of a run, and the address of its page from there."""
-    found = read_evaluation(folder / EVALUATION)
-    return None if found is None else (found.sentence, f"{EVALUATION}/{EVALUATION_PAGE}")
+    evaluation = read_evaluation(folder / EVALUATION)
+    return None if evaluation is None else (evaluation.sentence, f"{EVALUATION}/{EVALUATION_PAGE}")
 
 
 def _verdict(run: LoggedRun) -> str:
@@ -145,7 +145,7 @@ def _facts(run: LoggedRun, lora: Path | None) -> dict[str, str]:
         facts["steps before, of the LoRA continued"] = str(before)
     facts["training time"] = duration(view.seconds)
     facts["training images"] = f"{_distinct(run.record):,}"
-    facts |= {one.label: one.text for one in view.metrics}
+    facts |= {metric.label: metric.text for metric in view.metrics}
     if (best := view.best) is not None:
         facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
         facts["that of the base model"] = number(best.base_loss)
@@ -201,7 +201,7 @@ def _use(run: LoggedRun, lora: Path) -> LoraUse:
     return use_of(
         lora.resolve(),
         trigger=trigger,
-        prompt=trigger or next((one.caption for one in record.samples if one.caption), "a picture"),
+        prompt=trigger or next((sample.caption for sample in record.samples if sample.caption), "a picture"),
         model=model.name if model.name == BUILT_IN else model.path or model.name,
         model_title=model.name or "that of the run",
         family=model.family,
@@ -243,7 +243,7 @@ def _commands(run: LoggedRun, lora: Path | None) -> dict[str, str]:
         spec, repeat = None, None
     model = record.model
     base = model.name if model.name == BUILT_IN else model.path or model.name
-    caption = next((one.caption for one in record.samples if one.caption), "a picture")
+    caption = next((sample.caption for sample in record.samples if sample.caption), "a picture")
     commands = {}
     if lora is not None:
         commands["Draw a picture with it"] = generate_command(
@@ -288,10 +288,10 @@ def _curves(view: RunView) -> Curves:
     return Curves(
         losses=losses,
         rates=rates,
-        validations=[(one.step, one.loss) for one in view.validations],
+        validations=[(validation.step, validation.loss) for validation in view.validations],
         base_loss=None if view.validation is None else view.validation.base_loss,
         faults=view.faults,
-        likenesses=[(one.step, one.likeness, one.adherence) for one in view.likenesses],
+        likenesses=[(likeness.step, likeness.likeness, likeness.adherence) for likeness in view.likenesses],
         own_likeness=None if view.likeness is None else view.likeness.own,
         every=every,
     )
@@ -317,7 +317,7 @@ def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, Pictu
     final = [(strength, f"LoRA at {strength:g}", paths) for step, strength, paths in adapted if step == last]
     final += [(0.0, label, paths) for label, paths in base]
     counts = Counter(strength for _, strength, _ in adapted)
-    usual = max(counts, key=lambda one: (counts[one], one == 1), default=1.0)
+    usual = max(counts, key=lambda count: (counts[count], count == 1), default=1.0)
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual]
     by_strength = [(label, paths) for _, label, paths in sorted(final, key=lambda one: one[0])]
     before_after = PictureTable(prompts, pairs + by_strength, "Pictures of the base model and with the LoRA, by prompt")
@@ -348,9 +348,9 @@ def _sheet(folder: Path, name: str) -> PictureTable | None:
 
 
 def _settings(config: Mapping[str, Any]) -> list[Setting]:
-    known = options_of(TrainConfig)
+    options = options_of(TrainConfig)
     return [
-        Setting(name, value, known[name].default, known[name].help, known[name].group) if name in known
+        Setting(name, value, options[name].default, options[name].help, options[name].group) if name in options
         else Setting(name, value)
         for name, value in config.items()
     ]  # fmt: skip
@@ -358,8 +358,8 @@ def _settings(config: Mapping[str, Any]) -> list[Setting]:
 
 def _data(record: RunRecord) -> dict[str, str]:
     samples = record.samples
-    sizes = Counter("×".join(map(str, reversed(one.latents[-2:]))) for one in samples if one.latents)
-    images, with_text = _distinct(record), len({one.name for one in samples if one.caption})
+    sizes = Counter("×".join(map(str, reversed(sample.latents[-2:]))) for sample in samples if sample.latents)
+    images, with_text = _distinct(record), len({sample.name for sample in samples if sample.caption})
     repeated = f" ({len(samples):,} samples in an epoch)" if images != len(samples) else ""
     counted = "" if "captions_used" in record.data else f", of which {with_text:,} have a text"
     described = {
@@ -372,7 +372,7 @@ def _data(record: RunRecord) -> dict[str, str]:
 
 
 def _distinct(record: RunRecord) -> int:
-    return len({one.name for one in record.samples})
+    return len({sample.name for sample in record.samples})
 
 
 def _environment(record: RunRecord) -> dict[str, str]:
@@ -382,7 +382,7 @@ def _environment(record: RunRecord) -> dict[str, str]:
 
 def _notes(run: LoggedRun) -> list[tuple[str, str, int | None]]:
     view = run.view
-    notes = [(one.kind, one.text, one.step) for one in view.notes]
+    notes = [(note.kind, note.text, note.step) for note in view.notes]
     if run.log.is_cut:
         notes.append(
             ("Note", f"events.jsonl has more than {MOST_EVENTS:,} events, of which the rest is left out.", None)

@@ -54,7 +54,7 @@ class ShelfModel:
 
 def releases() -> dict[str, tuple[Family, Release]]:
     """Every released model to begin with, by its name; the smallest first, with its encoders and autoencoder."""
-    found = [(family, one) for _, family in FAMILIES.items() for one in family.releases]
+    found = [(family, release) for _, family in FAMILIES.items() for release in family.releases]
     return {one.name: (family, one) for family, one in sorted(found, key=lambda pair: gigabytes_of(*pair))}
 
 
@@ -96,7 +96,7 @@ def parts_on_hub(folders: Folders, model: ListedModel) -> list[HubFile]:
 
 def _on_shelf(folders: Folders, files: Sequence[FoundFile], family: Family, release: Release) -> ShelfModel:
     name = release.file.casefold()
-    here = next((one.path for one in files if one.family is family and one.path.name.casefold() == name), None)
+    here = next((file.path for file in files if file.family is family and file.path.name.casefold() == name), None)
     place = "checkpoints" if release.holds else "diffusion_models"
     repository, path = release.hub.file(release.file)
     own = HubFile(repository, path, folders.roots(place)[0] / release.file)
@@ -115,7 +115,7 @@ def _found(
     """The file that training would take for a part."""
     if not isinstance(slot, EncoderSlot):
         found = best_autoencoder(files, slot)
-    elif any(one.encoder == slot.kind for one in files):
+    elif any(file.encoder == slot.kind for file in files):
         width = family.encoder_width(_denoiser(release.name), component)
         found = best_encoder(files, component, slot, width)
     else:
@@ -144,10 +144,10 @@ def memory_of(name: str) -> MemoryEstimate:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / release.file
         write_header(path, denoiser_shapes(family, release.config), torch.bfloat16)
-        found = estimate_memory(ModelFiles(str(path)), TrainConfig(), card_bytes=2**50)
+        memory_estimate = estimate_memory(ModelFiles(str(path)), TrainConfig(), card_bytes=2**50)
     slots = _slots(family, release)
     encoders = {name: int(slot.hub.gigabytes * 1e9) for name, slot in slots.items() if name != "vae" and slot.hub}
-    return replace(found, text_encoders=encoders)
+    return replace(memory_estimate, text_encoders=encoders)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -158,10 +158,10 @@ def denoiser_shapes(family: Family, changes: Mapping[str, Any]) -> Shapes:
     """Shapes of the tensors of a family's released denoiser by their original names, with some settings changed."""
     denoiser = family.released_denoiser(**changes)
     shapes = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    found = original_shapes(family.table(denoiser), shapes)
-    if found is None:
+    checkpoint_shapes = original_shapes(family.table(denoiser), shapes)
+    if checkpoint_shapes is None:
         raise ModelError(f"the released {family.title} is not that of its own name table; report this bug")
-    return found
+    return checkpoint_shapes
 
 
 def write_header(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:

@@ -183,10 +183,10 @@ def use_of(
 
 def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str, pipeline: str, controls: int) -> str:
     """Code to copy. Values are untrusted and written as literals."""
-    found = [one for name, one in FAMILIES.items() if name == family]
+    ones = [one for name, one in FAMILIES.items() if name == family]
     if not pipeline.isidentifier():
-        pipeline = found[0].pipeline if found else "DiffusionPipeline"
-    draws_clips = bool(found) and found[0].draws_clips
+        pipeline = ones[0].pipeline if ones else "DiffusionPipeline"
+    draws_clips = bool(ones) and ones[0].draws_clips
     load, source, name = "from_pretrained", model, _name(stem)
     if Path(model).suffix in (".safetensors", ".ckpt"):
         if _loads_single_files(pipeline):

@@ -144,7 +144,7 @@ class RunSpec:
         paths = {name: _each(_resolved, self.settings[name]) for name in options_of(DataConfig) if self._paths_of(name)}
         return replace(
             self.with_files(self.files).with_settings(**paths),
-            sources=tuple(replace(one, path=_resolved(one.path)) for one in self.sources),
+            sources=tuple(replace(source, path=_resolved(source.path)) for source in self.sources),
             name=self.name or _name_of(self.sources[0]),
             validation=self.validation and _resolved(self.validation),
             low_noise_model=self.low_noise_model and absolute(self.low_noise_model),
@@ -154,9 +154,9 @@ class RunSpec:
         """(what it is, path) of each file that the spec names."""
         yield "model", self.model
         yield "second expert", self.low_noise_model
-        yield from (("text encoder", one) for one in self.text_encoders)
+        yield from (("text encoder", encoder) for encoder in self.text_encoders)
         yield "autoencoder", self.vae
-        yield from (("images", one.path) for one in self.sources)
+        yield from (("images", source.path) for source in self.sources)
         yield "held-out images", self.validation
         yield from ((name, path) for name in SETTING_PATHS for path in self._paths_of(name))
 
@@ -169,7 +169,7 @@ class RunSpec:
             "vae": self.vae,
             "edit": self.edit,
             "name": None if self.name == _name_of(self.sources[0]) else self.name,
-            "also": tuple(one.text for one in (self.sources[1:] if is_plain else self.sources)),
+            "also": tuple(source.text for source in (self.sources[1:] if is_plain else self.sources)),
             "validation": self.validation,
             "device": self.device,
         }
@@ -202,7 +202,7 @@ class RunSpec:
     def to_request(self) -> dict[str, Any]:
         """The request of a job as JSON values, without what has its default."""
         own = {one.name: getattr(self, one.name) for one in fields(self)}
-        sources = [{"path": one.path, **changed(one)} for one in self.sources]
+        sources = [{"path": source.path, **changed(source)} for source in self.sources]
         own |= {"sources": sources, "settings": dict(self.settings)}
         return {name: value for name, value in own.items() if value or name == "settings"}
 
@@ -212,7 +212,7 @@ class RunSpec:
         if self.sources == (ImageSource(self.folder),):
             own = {"folder": self.folder, **{name: value for name, value in own.items() if name != "sources"}}
         else:
-            own["sources"] = [vars(one) for one in self.sources]
+            own["sources"] = [vars(source) for source in self.sources]
         return {"command": "train", **own, **changed(self.data)}
 
     def _paths_of(self, name: str) -> list[str]:
@@ -296,7 +296,7 @@ def _in_folder(given: RunSpec, folder: Path) -> RunSpec:
     settings = {key: _each(inside, value) if given._paths_of(key) else value for key, value in given.settings.items()}
     return replace(
         given,
-        sources=tuple(replace(one, path=inside(one.path)) for one in given.sources),
+        sources=tuple(replace(source, path=inside(source.path)) for source in given.sources),
         model=given.model and file(given.model),
         low_noise_model=given.low_noise_model and file(given.low_noise_model),
         text_encoders=tuple(map(file, given.text_encoders)),

@@ -109,10 +109,10 @@ def check_held_out(runs: Iterable[RunSpec], *, where: str) -> None:
 def _run(values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> RunSpec:
     varied = {key: value for key, value in values.items() if key != _FOLDER}
     images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
-    given = arguments_in({"previews": "", **found, **varied, **images}, path)
-    if given.settings.get("track", "none") != "none":
-        raise OptionError(f"a sweep starts no tracker, got track {given.settings['track']!r}; leave it out")
-    spec = replace(given.trusted().with_settings(follow_links=follow_links).resolved(), output=None)
+    run_spec = arguments_in({"previews": "", **found, **varied, **images}, path)
+    if run_spec.settings.get("track", "none") != "none":
+        raise OptionError(f"a sweep starts no tracker, got track {run_spec.settings['track']!r}; leave it out")
+    spec = replace(run_spec.trusted().with_settings(follow_links=follow_links).resolved(), output=None)
     _check_judged(spec)
     return spec
 

@@ -165,8 +165,8 @@ def _measured(entry: SweepEntry, run: LoggedRun) -> SweepEntry:
     if (best := view.best) is None:
         return entry
     is_known = 0 < best.base_loss < math.inf
-    found = lora_of_run(run.folder, run.record)
-    lora = found and (best_lora_of_run(found) or found)
+    path = lora_of_run(run.folder, run.record)
+    lora = path and (best_lora_of_run(path) or path)
     taken = run.record.fingerprint
     return replace(
         entry,

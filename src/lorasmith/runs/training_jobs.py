@@ -356,7 +356,7 @@ def _identity(files: ModelFiles, folders: Folders | None) -> list[list[str | int
     else:
         named = [
             in_folders(files.model, folders, MODEL_FOLDERS),
-            *(in_folders(one, folders, ENCODER_FOLDERS) for one in files.text_encoders),
+            *(in_folders(encoder, folders, ENCODER_FOLDERS) for encoder in files.text_encoders),
             *([in_folders(files.vae, folders, VAE_FOLDERS)] if files.vae else []),
             *(str(root) for kind in (*ENCODER_FOLDERS, *VAE_FOLDERS) for root in folders.roots(kind)),
         ]

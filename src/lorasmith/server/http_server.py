@@ -108,7 +108,7 @@ def serve(
             async with running(config) as (context, address):
                 started(address)
                 await stop.wait()
-                stopping(sum(one["job"] is not None for one in context.dispatcher.devices()))
+                stopping(sum(device["job"] is not None for device in context.dispatcher.devices()))
                 ending = asyncio.create_task(_kill_when(hurry, context.dispatcher))
         ending.cancel()
         if hurry.is_set():

@@ -83,10 +83,10 @@ async def _index(request: web.Request) -> web.Response:
 
 
 async def _file(request: web.Request) -> web.Response:
-    found = page_files().get(request.match_info["file"])
-    if found is None or found is page_files()[_INDEX]:
+    file = page_files().get(request.match_info["file"])
+    if file is None or file is page_files()[_INDEX]:
         raise web.HTTPNotFound(text="the page has no such file")
-    return _answer(request, found, cache="no-cache")
+    return _answer(request, file, cache="no-cache")
 
 
 def _answer(request: web.Request, file: PageFile, *, cache: str) -> web.Response:

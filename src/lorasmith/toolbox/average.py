@@ -42,35 +42,35 @@ def average_run(run: Path, output: Path, *, sigma_rel: float, overwrite: bool = 
     """
     file_target(output, overwrite=overwrite)
     gamma = exponent(sigma_rel)
-    found: dict[tuple[int, float], Path] = {}
+    paths: dict[tuple[int, float], Path] = {}
     steps: set[tuple[int, ...]] = set()
     metadata: Mapping[str, str] = {}
     for path in sorted((run / AVERAGES).glob("*.safetensors")):
         metadata = read_safetensors(path, LoraError)[1]
         if (known := average_of(metadata)) is not None:
-            found[known[1], known[0]] = path
+            paths[known[1], known[0]] = path
             steps.add(known[2])
-    if not found:
+    if not paths:
         raise LoraError(f"{run} has no averages over training; train with --post-hoc-ema 8, and give the run's folder")
     if len(steps) > 1:
         raise LoraError(f"{run / AVERAGES} has averages of several runs; keep the files of one")
     if BOUNDS in metadata:
         raise LoraError(f"{run} trains rotations with a bound, whose average is no sum; train without --alpha")
     (expected,) = steps
-    last = max(step for step, _ in found)
+    last = max(step for step, _ in paths)
     missing = tuple(
-        step for step in expected if step <= last and any((step, length) not in found for length in LENGTHS)
+        step for step in expected if step <= last and any((step, length) not in paths for length in LENGTHS)
     )
-    places = sorted(found)
+    places = sorted(paths)
     kept = [(step, exponent(length)) for step, length in places]
     factors, error = coefficients(kept, (last, gamma), last)
-    tensors, header = _combined([found[place] for place in places], [float(factor) for factor in factors])
+    tensors, header = _combined([paths[place] for place in places], [float(factor) for factor in factors])
     dtype = dtype_from_name(header.get("lorasmith.lora_dtype", "fp32"))
     tensors = {name: t if name.endswith((".alpha", *MAGNITUDES)) else t.to(dtype) for name, t in tensors.items()}
     entries = {**header, AVERAGE_ENTRY: average_entry(sigma_rel, last, expected)}
     entries = noted(entries, f"average of length {sigma_rel:g} over {last} steps")
     write_safetensors(output, tensors, entries | sshs_hashes(tensors, entries))
-    return Averaged(output, last, len(found), error, missing)
+    return Averaged(output, last, len(paths), error, missing)
 
 
 def _combined(paths: list[Path], factors: list[float]) -> tuple[dict[str, Tensor], Mapping[str, str]]:

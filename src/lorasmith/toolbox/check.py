@@ -57,14 +57,14 @@ def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | Non
     reader = None if model is None else open_model(model)
     names = released if reader is None else reader.names
     changes_in = None if reader is None else partial(_changes_of, reader)
-    found = faults_of(tensors, metadata, names, is_model_sure=model is not None, changes_in=changes_in)
+    file_faults = faults_of(tensors, metadata, names, is_model_sure=model is not None, changes_in=changes_in)
     return Checked(
         path=source,
         layout=main_layout(list(tensors)).title,
         family=family,
         compared_with=None if names is None else (family or names.family) if model is None else str(model),
         modules=len(grouped(tensors)),
-        findings=tuple(sorted(found, key=lambda finding: not finding.is_error)),
+        findings=tuple(sorted(file_faults, key=lambda finding: not finding.is_error)),
         names=names,
         is_model_sure=model is not None,
     )
@@ -111,8 +111,8 @@ def fix_lora(
         )
     if not checked.findings:
         raise LoraError(f"{checked.path} has no faults, and there is nothing for --fix to repair; use it as it is")
-    found = _repairable(checked.findings, notes=notes)
-    if not found:
+    file_faults = _repairable(checked.findings, notes=notes)
+    if not file_faults:
         if _repairable(checked.findings, notes=True):
             raise LoraError(f"{checked.path} has no faults that --fix repairs; add --notes to repair what is noted")
         raise LoraError(f"no finding of {checked.path} can be repaired by --fix; follow the remedies instead")
@@ -121,16 +121,16 @@ def fix_lora(
     tensors, repaired, touched = given, dict[str, FileFault](), set[str]()
     with spooled(target.parent, tensors.values()) as spool:
         for _ in range(_MOST_ROUNDS):
-            repaired |= {finding.problem: finding for finding in found}
-            tensors, keys = _mended(tensors, [one.mend for one in found if one.mend is not None], spool)
+            repaired |= {finding.problem: finding for finding in file_faults}
+            tensors, keys = _mended(tensors, [one.mend for one in file_faults if one.mend is not None], spool)
             if not tensors:
                 raise LoraError(f"nothing of {checked.path} would be left, so no file was written; get the file again")
             if "sshs_model_hash" in metadata:
                 metadata = metadata | sshs_hashes(tensors, metadata)
             again = faults_of(tensors, metadata, checked.names, is_model_sure=checked.is_model_sure)
-            found = _repairable(again, notes=notes)
+            file_faults = _repairable(again, notes=notes)
             touched |= keys
-            if not found or not keys:
+            if not file_faults or not keys:
                 break
         write_safetensors(target, tensors, metadata)
         gone = given.keys() - tensors.keys()

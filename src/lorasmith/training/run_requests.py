@@ -131,9 +131,9 @@ class RequestWatch(Watcher):
         except Exception as failure:  # any: a drawing must not end training
             is_ours = isinstance(failure, LorasmithError)
             error = str(failure) if is_ours else f"{type(failure).__name__}: {first_line(failure)}"
-        found = _DRAWN.fullmatch(file.name)
+        match = _DRAWN.fullmatch(file.name)
         return PromptDrawn(
-            id=found[1] if found else "",
+            id=match[1] if match else "",
             step=loop.step,
             lora=asked.lora,
             prompt=asked.prompt,

@@ -35,8 +35,8 @@ class Taken:
 
     def at_fault(self, losses: Sequence[float], bound: float) -> tuple[str, ...]:
         """Names of samples whose loss is above a bound or not finite; none if all of several are, as by the weights."""
-        found = [name for name, loss in zip(self.names, losses, strict=True) if not math.isfinite(loss) or loss > bound]
-        return () if 1 < len(losses) == len(found) else tuple(dict.fromkeys(found))
+        names = [name for name, loss in zip(self.names, losses, strict=True) if not math.isfinite(loss) or loss > bound]
+        return () if 1 < len(losses) == len(names) else tuple(dict.fromkeys(names))
 
 
 class Mailbox:

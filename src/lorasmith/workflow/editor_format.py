@@ -88,12 +88,12 @@ def carried_workflow(entries: Mapping[str, str], *, nodes: Registry[Node] = NODE
     prompt, editor = (entries.get(name) for name in ("prompt", "workflow"))
     if prompt is None:
         return None if editor is None else parse_workflow(editor, nodes=nodes)
-    found = parse_workflow(prompt, nodes=nodes)
+    workflow = parse_workflow(prompt, nodes=nodes)
     try:
         kept = None if editor is None else parse_foreign_json(editor)
     except ValueError:
         kept = None  # only written into the files of this run
-    return Workflow(found.prompt, found.editor or (kept if is_editor_format(kept) else None))
+    return Workflow(workflow.prompt, workflow.editor or (kept if is_editor_format(kept) else None))
 
 
 def _kind(content: object) -> str:
@@ -246,8 +246,8 @@ class _Conversion:
         way: dict[_Input | _Output, None] = {}
         following: _Input | _Output | _Found = place
         while not isinstance(following, _Found):
-            if (known := self._ends.get(following)) is not None:
-                following = known
+            if (end := self._ends.get(following)) is not None:
+                following = end
             elif following in way:
                 following = _NOTHING  # a circle of reroutes
             else:

@@ -142,11 +142,13 @@ def read_editor_graph(content: Mapping[str, Any]) -> EditorGraph:
     GraphError if a node or a subgraph is not an object with an id, or two have the same.
     """
     definitions: dict[str, EditorGraph] = {}
-    for given in _definitions(content):
-        if (key := _key(given.get("id"))) is None:
-            raise GraphError(f"a subgraph of a workflow must have an id, got {_shown(given.get('id'))}; {SAVE_AGAIN}")
+    for definition in _definitions(content):
+        if (key := _key(definition.get("id"))) is None:
+            raise GraphError(
+                f"a subgraph of a workflow must have an id, got {_shown(definition.get('id'))}; {SAVE_AGAIN}"
+            )
         if key not in definitions:
-            definitions[key] = _graph(given, definitions, subgraph=True)
+            definitions[key] = _graph(definition, definitions, subgraph=True)
     return _graph(content, definitions, subgraph=False)
 
 

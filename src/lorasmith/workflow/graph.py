@@ -460,12 +460,12 @@ def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node
     classes = {key: member.get("class_type") for key, member in prompt.items() if isinstance(member, dict)}
     for named in (titles, classes):
         for node, name in reversed(parts):
-            found = [key for key, one in named.items() if one == node]
-            if len(found) > 1:
-                shown = ", ".join(printable(key, limit=_LONGEST_TITLE) for key in found[:_LISTED])
-                raise GraphError(f"override {override!r}: {len(found)} nodes are called {node!r}; use an id: {shown}")
-            if found:
-                return found[0], name
+            keys = [key for key, one in named.items() if one == node]
+            if len(keys) > 1:
+                shown = ", ".join(printable(key, limit=_LONGEST_TITLE) for key in keys[:_LISTED])
+                raise GraphError(f"override {override!r}: {len(keys)} nodes are called {node!r}; use an id: {shown}")
+            if keys:
+                return keys[0], name
     wanted = parts[0][0] if parts else address
     known = ", ".join(node_label(key, titles[key]) for key in [*prompt][:_LISTED])
     more = f" and {len(prompt) - _LISTED:,} more" if len(prompt) > _LISTED else ""

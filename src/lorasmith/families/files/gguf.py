@@ -303,13 +303,13 @@ def _heads(path: Path, header: _GgufHeader, key: str, shape: tuple[int, ...]) ->
 def _shape(path: Path, name: str, header: _GgufHeader) -> tuple[int, ...]:
     """A tensor's shape: that in the metadata, if there is one."""
     shape = header.tensors[name].shape
-    said = header.integers.get(f"{_SHAPE}{name}", shape)
-    if min(said, default=1) < 1 or math.prod(said) != math.prod(shape):
+    integer = header.integers.get(f"{_SHAPE}{name}", shape)
+    if min(integer, default=1) < 1 or math.prod(integer) != math.prod(shape):
         raise ModelError(
-            f"{name} of {path} must have as many numbers as its shape {said} says, but has {math.prod(shape)}; "
+            f"{name} of {path} must have as many numbers as its shape {integer} says, but has {math.prod(shape)}; "
             "the file was damaged or edited, so get it again"
         )
-    return said
+    return integer
 
 
 _LANGUAGE = {"token_embd": "embed_tokens", "output_norm": "norm"}

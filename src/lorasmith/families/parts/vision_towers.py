@@ -59,8 +59,8 @@ class TowerKind:
 
         def make() -> nn.Module:
             given = (source.config or {}).get("vision_config") or self._config(source.tensors)
-            made: nn.Module = network(config_class(**{key: one for key, one in given.items() if key != "model_type"}))
-            return made
+            module: nn.Module = network(config_class(**{key: one for key, one in given.items() if key != "model_type"}))
+            return module
 
         return build(make, lambda _: source.tensors, where=source.where)
 

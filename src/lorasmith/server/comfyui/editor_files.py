@@ -52,10 +52,10 @@ EDITOR_POLICY = "; ".join(
 
 def editor_package() -> Path | None:
     """The folder of the editor's static files, found without importing its package; None if it is not installed."""
-    found = importlib.util.find_spec("comfyui_frontend_package")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("comfyui_frontend_package")
+    if spec is None or not spec.submodule_search_locations:
         return None
-    folder = Path(next(iter(found.submodule_search_locations))) / "static"
+    folder = Path(next(iter(spec.submodule_search_locations))) / "static"
     return folder if is_regular(folder / "index.html") else None
 
 
@@ -97,10 +97,10 @@ class EditorFiles:
         return _sent(find_contained(folders, request.match_info["path"]))
 
     async def _template(self, request: web.Request) -> web.StreamResponse:
-        found = template_file(request.match_info["path"])
-        if isinstance(found, str):
-            return web.json_response(text=found)
-        return _sent(found)
+        path = template_file(request.match_info["path"])
+        if isinstance(path, str):
+            return web.json_response(text=path)
+        return _sent(path)
 
     async def _documentation(self, request: web.Request) -> web.Response:
         if request.match_info["locale"] != "en":
@@ -277,11 +277,11 @@ def template_file(name: str) -> Path | str | None:
         return json.dumps(index())
     if name == "index_logo.json":  # logos of model makers; none here
         return "{}"
-    known = templates()
-    if (stem := name.removesuffix("-1.webp")) != name and stem in known:
+    examples = templates()
+    if (stem := name.removesuffix("-1.webp")) != name and stem in examples:
         return picture_of(stem)
-    if (stem := name.removesuffix(".json")) != name and stem in known:
-        return known[stem].editor_path
+    if (stem := name.removesuffix(".json")) != name and stem in examples:
+        return examples[stem].editor_path
     return None
 
 

@@ -413,14 +413,14 @@ _MOST_FILES = 20_000
 
 def _files_below(folder: Path, recurse: bool) -> list[Path]:
     """The regular files of a folder, except links that lead out of it."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for path in sorted(folder.rglob("*") if recurse else folder.iterdir()):
         with contextlib.suppress(OutsideError, OSError):
             if is_regular(path) and contained(folder, path.relative_to(folder).as_posix()):
-                found.append(path)
-        if len(found) == _MOST_FILES:
+                paths.append(path)
+        if len(paths) == _MOST_FILES:
             break
-    return found
+    return paths
 
 
 def _entries_below(folder: Path, root: Path) -> list[dict[str, Any]]:

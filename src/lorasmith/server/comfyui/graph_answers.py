@@ -43,10 +43,10 @@ _MOST_PIXELS = 64_000_000  # of a picture that is re-encoded, which takes about 
 @question
 def object_info(folders: Folders, *, node: str | None = None) -> bytes:
     """JSON text with the definitions of all nodes, or of one, by class; empty for an unknown class."""
-    known = load_nodes()
-    one_or_none = [known[node]] if node is not None and node in known else []
-    found = [one for _, one in known.items()] if node is None else one_or_none
-    return json.dumps({node or one.id: definition(one, folders) for one in found}).encode()
+    nodes = load_nodes()
+    one_or_none = [nodes[node]] if node is not None and node in nodes else []
+    ones = [one for _, one in nodes.items()] if node is None else one_or_none
+    return json.dumps({node or one.id: definition(one, folders) for one in ones}).encode()
 
 
 @question
@@ -79,8 +79,8 @@ def prompt_of_workflow(folders: Folders, *, workflow: dict[str, Any]) -> dict[st
 @question
 def node_documentation(folders: Folders, *, node: str) -> str | None:
     """The page about a node in markdown; None for an unknown class."""
-    known = load_nodes()
-    return node_page(known[node]) if node in known else None
+    nodes = load_nodes()
+    return node_page(nodes[node]) if node in nodes else None
 
 
 @question

@@ -115,7 +115,7 @@ def _row(folder: Path) -> DatasetRow | None:
     """A folder as a dataset; None if it has only other files."""
     try:
         listed = next(list_folders(str(folder)))
-        is_empty = not listed.images and all(one.name.startswith((".", CONTROL)) for one in folder.iterdir())
+        is_empty = not listed.images and all(path.name.startswith((".", CONTROL)) for path in folder.iterdir())
     except (DataError, OSError):
         return None
     inner = [] if listed.images else [one for one in _inner(folder) if one.images]
@@ -125,7 +125,7 @@ def _row(folder: Path) -> DatasetRow | None:
     return DatasetRow(
         name=folder.name,
         images=len(listed.images),
-        captions=sum(stem_of(one) in stems for one in listed.images),
+        captions=sum(stem_of(image) in stems for image in listed.images),
         modified=folder.stat().st_mtime,
         cover=next(iter(listed.images), None),
         builtin=is_builtin(folder),
@@ -253,7 +253,7 @@ def _caption_once(path: Path, stamp: Stamp) -> Caption:
 def masks_beside(picture: Path) -> list[Path]:
     """The masks of a picture, by its name."""
     stem = f"{stem_of(picture.name)}.mask."
-    return [one for one in picture.parent.glob("*.mask.*") if one.name.startswith(stem) and is_regular(one)]
+    return [path for path in picture.parent.glob("*.mask.*") if path.name.startswith(stem) and is_regular(path)]
 
 
 def caption_file(one: Candidate) -> Path:
@@ -341,7 +341,7 @@ def check_dataset(
 def _check_answer(checked: DataCheck) -> DataCheckAnswer:
     found = checked.preflight
     return DataCheckAnswer(
-        findings=tuple(_finding(one, found) for one in found.findings),
+        findings=tuple(_finding(finding, found) for finding in found.findings),
         images={
             one.name: CheckedPicture(
                 problems=tuple(text for said in said_of(found, index) for text in said),
@@ -382,5 +382,5 @@ def _unreadable(found: Preflight) -> tuple[str, ...]:
 def _crop(box: tuple[float, float, float, float], width: int, height: int) -> Crop:
     left, top, right, bottom = box
     shares = (left / width, top / height, (right - left) / width, (bottom - top) / height)
-    x, y, across, down = (round(one, 5) for one in shares)
+    x, y, across, down = (round(share, 5) for share in shares)
     return Crop(x=x, y=y, width=across, height=down)

@@ -106,7 +106,7 @@ def create_dataset(folders: Folders, name: str) -> DatasetRow:
         raise OptionError("a dataset must have a name, got an empty one; name it after its subject")
     folder = ensure_folder(folders.place("input")) / safe_name(name.strip())
     with _CHANGING:
-        taken = {one.name.casefold() for one in (*folder.parent.iterdir(), *(BUILT_IN_BASE / "input").glob("*"))}
+        taken = {path.name.casefold() for path in (*folder.parent.iterdir(), *(BUILT_IN_BASE / "input").glob("*"))}
         if folder.name.casefold() in taken:
             raise TakenNameError(f"there is a dataset {folder.name!r} already; choose another name, or add to that one")
         ensure_folder(folder)
@@ -134,9 +134,9 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
         suffixes = image_header(source).suffixes
     except ImageError as error:
         return {"skipped": error.reason}
-    asked = Path(file)
-    suffix = asked.suffix.lower() if asked.suffix.lower() in suffixes else suffixes[0]
-    stem = safe_name(_file_name(file).removesuffix(asked.suffix))
+    path = Path(file)
+    suffix = path.suffix.lower() if path.suffix.lower() in suffixes else suffixes[0]
+    stem = safe_name(_file_name(file).removesuffix(path.suffix))
     if re.search(r"(^|[\\/])control[\\/]", file):
         return _added_control(folders, name, folder, source, f"{stem}{plain_name(suffix)}")
     with _CHANGING:
@@ -257,10 +257,10 @@ def crop_image(
         raise OptionError(f"a crop must be a part of the picture, got {asdict(part)}; draw it again")
     with _CHANGING:
         path = picture_of(folder, file)
-        known = original_of(path, stamp_of(path))
-        source = path if known is None else known.path
+        original = original_of(path, stamp_of(path))
+        source = path if original is None else original.path
         if min(width, height) > _WHOLE:
-            return CroppedAnswer(file=path.name if known is None else _uncropped(folder, path, source))
+            return CroppedAnswer(file=path.name if original is None else _uncropped(folder, path, source))
         header = image_header(source)
         _check_alone(folders, folder, path, header)
         picture, profile = open_original(source)
@@ -271,7 +271,7 @@ def crop_image(
             options: dict[str, Any] = {"quality": 95, "subsampling": 0} if is_jpeg else {}
             cut = picture.convert("RGB") if is_jpeg else picture
             cut.crop(box).save(temporary, "JPEG" if is_jpeg else "PNG", icc_profile=profile, **options)
-            if known is None:
+            if original is None:
                 source = originals_folder(folder) / path.name
                 if not stays_in(source.parent, folder.resolve()):
                     raise OutputError(f"the folder {source.parent.name} of {name} is a link; replace it by a folder")
@@ -292,8 +292,8 @@ _LEAST_SIDE = 16  # pixels: narrower pictures are not trained on
 
 def _check_alone(folders: Folders, folder: Path, path: Path, header: ImageHeader) -> None:
     """Raise OptionError for a picture that is not cropped by itself."""
-    found = next((one for one in pictures_in(folders, folder)[0] if one.name == path.name), None)
-    others = [*masks_beside(path), *(found.controls if found else ())]
+    one = next((one for one in pictures_in(folders, folder)[0] if one.name == path.name), None)
+    others = [*masks_beside(path), *(one.controls if one else ())]
     if others:
         raise OptionError(
             f"{path.name} belongs to {others[0].name}, which would have to be cropped alike; crop both files yourself"
@@ -445,7 +445,7 @@ def _file_name(sent: str) -> str:
 
 def _free_stem(wanted: str, pictures: list[str]) -> str:
     """A stem that no picture has, ignoring case: pictures with the same stem would share a caption."""
-    taken = {stem_of(one).casefold() for one in pictures}
+    taken = {stem_of(picture).casefold() for picture in pictures}
     stems = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
     return next(stem for stem in stems if stem.casefold() not in taken)
 
@@ -453,7 +453,9 @@ def _free_stem(wanted: str, pictures: list[str]) -> str:
 def _same_content(folder: Path, pictures: list[str], source: Path) -> str | None:
     """The picture whose file is byte for byte that of `source`."""
     size = source.stat().st_size
-    alike = [one for one in pictures if is_regular(folder / one) and (folder / one).stat().st_size == size]
+    alike = [
+        picture for picture in pictures if is_regular(folder / picture) and (folder / picture).stat().st_size == size
+    ]
     if not alike:
         return None
     digest = file_digest(source)

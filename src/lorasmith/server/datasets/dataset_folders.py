@@ -30,7 +30,7 @@ def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> P
 def subfolders(root: Path) -> Iterator[Path]:
     """The folders in a folder, except hidden ones."""
     if is_folder(root):
-        yield from (one for one in root.iterdir() if not one.name.startswith(".") and is_folder(one))
+        yield from (path for path in root.iterdir() if not path.name.startswith(".") and is_folder(path))
 
 
 def is_builtin(folder: Path) -> bool:

@@ -60,7 +60,7 @@ async def _plan(context: ServerContext, call: Call) -> Any:
 async def _jobs(context: ServerContext, call: Call) -> Any:
     states = _states(call.text("states"))
     limit, offset = call.number("limit", 100, least=1, most=_MOST_LISTED), call.number("offset", 0)
-    active, ended = ([one for one in kinds if one in states] for kinds in (ACTIVE, ENDED))
+    active, ended = ([kind for kind in kinds if kind in states] for kinds in (ACTIVE, ENDED))
     counts = context.store.counts()
     shown = context.store.active(limit, offset, active)
     if len(shown) < limit:

@@ -91,18 +91,18 @@ def sweep(folders: Folders, id: str, *, queued: tuple[Mapping[str, Any], ...] = 
     record = sweep_record(id, entries)
     rows = (
         SweepRunRow(
-            name=one.name,
-            run=f"{_RUNS}/{id}/{one.name}",
-            settings=dict(one.settings),
-            state=one.state,
-            place=one.place,
-            loss=one.loss,
-            best_step=one.best_step,
-            change=one.change,
-            steps=one.steps,
-            error=one.error,
+            name=run.name,
+            run=f"{_RUNS}/{id}/{run.name}",
+            settings=dict(run.settings),
+            state=run.state,
+            place=run.place,
+            loss=run.loss,
+            best_step=run.best_step,
+            change=run.change,
+            steps=run.steps,
+            error=run.error,
         )
-        for one in record.runs
+        for run in record.runs
     )
     return SweepAnswer(id=id, comparable=record.comparable, runs=tuple(rows))
 
@@ -118,7 +118,7 @@ def _entry(folders: Folders, id: str, number: int, name: str, one: Mapping[str, 
 
 def _placed(folders: Folders, spec: RunSpec) -> RunSpec:
     """A spec whose sources do not depend on the current folder."""
-    sources = tuple(replace(one, path=str(folders.base / one.path)) for one in spec.sources)
+    sources = tuple(replace(source, path=str(folders.base / source.path)) for source in spec.sources)
     return replace(spec, sources=sources)
 
 

@@ -49,17 +49,17 @@ def captioners(folders: Folders) -> CaptionerList:
     others = [CaptionerRow(name=name, title=name, found=True) for name in CAPTIONERS if name != TRANSFORMERS]
     offered = [
         CaptionerRow(
-            name=one.name,
-            title=one.title,
-            about=one.about,
-            licence=one.licence,
-            card=f"https://huggingface.co/{one.repository}",
-            size_bytes=int(one.gigabytes * 1e9),
-            kept_bytes=kept_bytes(folders, one.name),
+            name=release.name,
+            title=release.title,
+            about=release.about,
+            licence=release.licence,
+            card=f"https://huggingface.co/{release.repository}",
+            size_bytes=int(release.gigabytes * 1e9),
+            kept_bytes=kept_bytes(folders, release.name),
             found=False,
         )
-        for one in CAPTIONER_RELEASES.values()
-        if one.name not in here
+        for release in CAPTIONER_RELEASES.values()
+        if release.name not in here
     ]
     missing = "" if find_spec("transformers") else 'captioners need transformers: pip install "lorasmith[models]"'
     return CaptionerList(captioners=(*own, *others, *offered), notes=(missing,) if missing else ())
@@ -102,7 +102,7 @@ def download_files(folders: Folders, *, kind: DownloadKind, name: str) -> dict[s
     title, files = _wanted(folders, kind, name)
     return {
         "title": title,
-        "files": [{"repository": one.repository, "file": one.file, "path": str(one.path)} for one in files],
+        "files": [{"repository": file.repository, "file": file.file, "path": str(file.path)} for file in files],
     }
 
 
@@ -110,7 +110,7 @@ def download_files(folders: Folders, *, kind: DownloadKind, name: str) -> dict[s
 def check_download(folders: Folders, *, kind: DownloadKind, name: str) -> DownloadCheck:
     """What the hub says of the files to download. Raises HubError, GatedError, and as `download_files`."""
     title, files = _wanted(folders, kind, name)
-    facts = {one: facts_of(one) for one in files}
+    facts = {file: facts_of(file) for file in files}
     return DownloadCheck(
         title=title,
         files=tuple(
@@ -123,7 +123,7 @@ def check_download(folders: Folders, *, kind: DownloadKind, name: str) -> Downlo
             )
             for one, found in facts.items()
         ),
-        free_bytes=shutil.disk_usage(next(one for one in files[0].path.parents if one.exists())).free,
+        free_bytes=shutil.disk_usage(next(parent for parent in files[0].path.parents if parent.exists())).free,
     )
 
 
@@ -188,8 +188,8 @@ def _kind_of(found: FoundFile) -> str:
 
 def _wanted(folders: Folders, kind: str, name: str) -> tuple[str, list[HubFile]]:
     if kind == "release":
-        found = wanted_files(folders, name)
-        title, files = found.release.title, [one.hub for one in found.missing]
+        shelf_model = wanted_files(folders, name)
+        title, files = shelf_model.release.title, [one.hub for one in shelf_model.missing]
     elif kind == "captioner":
         files = captioner_files(folders, name)
         title = CAPTIONER_RELEASES[name].title

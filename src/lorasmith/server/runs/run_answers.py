@@ -65,15 +65,15 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
 def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) -> RunAnswer:
     folder, record, view, report = run.folder, run.record, run.view, report_of(run)
     row = row_of(id, folder, jobs)
-    points = [one for one in view.points if math.isfinite(one.loss)]
-    rates = [(one.step, one.rate) for one in view.points if math.isfinite(one.rate)]
+    points = [point for point in view.points if math.isfinite(point.loss)]
+    rates = [(point.step, point.rate) for point in view.points if math.isfinite(point.rate)]
     best = view.best
     saves = list(saves_of(folder, record))
     return RunAnswer(
         **vars(row),
         status=report.status,
         mood=report.mood,
-        settings=(*(RunSetting(**vars(one)) for one in report.settings), *_data_settings(record)),
+        settings=(*(RunSetting(**vars(setting)) for setting in report.settings), *_data_settings(record)),
         changed=_changed(record),
         trigger=_text(record.source.get("trigger")),
         subject=subject_words(record),
@@ -82,23 +82,34 @@ def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) 
         rates=tuple(thinned(rates, _POINTS)),
         validations=tuple(
             ValidationFacts(
-                step=one.step, loss=one.loss, base_loss=one.base_loss, low=one.low, high=one.high, best=one is best
+                step=validation.step,
+                loss=validation.loss,
+                base_loss=validation.base_loss,
+                low=validation.low,
+                high=validation.high,
+                best=validation is best,
             )
-            for one in view.validations
+            for validation in view.validations
         ),
         base_loss=report.curves.base_loss,
         likenesses=tuple(
-            LikenessFacts(step=one.step, likeness=one.likeness, own=one.own, adherence=one.adherence)
-            for one in view.likenesses
+            LikenessFacts(
+                step=likeness.step, likeness=likeness.likeness, own=likeness.own, adherence=likeness.adherence
+            )
+            for likeness in view.likenesses
         ),
         previews=tuple(_previews(folder, view)),
-        pairs=tuple(_pairs(folder, max((len(one.prompts) for one in view.previews.values()), default=0))),
+        pairs=tuple(_pairs(folder, max((len(preview.prompts) for preview in view.previews.values()), default=0))),
         images=tuple(_pictures(run, report)),
         advice=tuple(
             PictureAdvice(
-                file=one.name, finding=one.finding, reason=one.reason, remedy=one.remedy, drawn_less=one.drawn_less
+                file=image.name,
+                finding=image.finding,
+                reason=image.reason,
+                remedy=image.remedy,
+                drawn_less=image.drawn_less,
             )
-            for one in report.advice.images
+            for image in report.advice.images
         ),
         advice_summary=report.advice.summary,
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
@@ -189,13 +200,17 @@ def _recommended(run: LoggedRun) -> RecommendedLora | None:
     if (path := lora_of_run(run.folder, run.record)) is None:
         return None
     saves = candidates_of(run.folder, run.record.title)
-    found = evaluation_of(run.folder)
-    best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best].file
-    chosen = next((one for one in saves if one.path.name == best), None)
-    if found is None:
+    evaluation = evaluation_of(run.folder)
+    best = (
+        None
+        if evaluation is None or evaluation.verdict.best is None
+        else evaluation.loras[evaluation.verdict.best].file
+    )
+    chosen = next((save for save in saves if save.path.name == best), None)
+    if evaluation is None:
         sentence = f"{_ENDS[view.outcome]} after {count_text(view.step, 'step')}; use the last one."
     else:
-        sentence = plain_sentence(found)
+        sentence = plain_sentence(evaluation)
     return RecommendedLora(
         sentence=sentence,
         is_judged=chosen is not None,
@@ -223,7 +238,7 @@ def evaluation_of(run: Path) -> Evaluation | None:
 def _installed(folders: Folders, lora: Path) -> str | None:
     """The name in models/loras of a copy of a LoRA."""
     parent, size = folders.base / "models" / "loras", lora.stat().st_size
-    alike = [one for one in sorted(parent.glob("*.safetensors")) if is_regular(one) and one.stat().st_size == size]
+    alike = [path for path in sorted(parent.glob("*.safetensors")) if is_regular(path) and path.stat().st_size == size]
     return next((one.name for one in alike if digest_of(one) == digest_of(lora)), None)
 
 
@@ -260,9 +275,9 @@ def _data_settings(record: RunRecord) -> Sequence[RunSetting]:
 
 
 def _changed(record: RunRecord) -> dict[str, Any]:
-    known = options_of(TrainConfig)
-    asked = {name: one for name, one in record.asked.items() if name in known and one != known[name].default}
-    data = {one.name: one.value for one in _data_settings(record) if one.value != one.default}
+    options = options_of(TrainConfig)
+    asked = {name: one for name, one in record.asked.items() if name in options and one != options[name].default}
+    data = {setting.name: setting.value for setting in _data_settings(record) if setting.value != setting.default}
     return {**data, **asked}
 
 

@@ -36,17 +36,17 @@ def mark_run(
             raise OptionError(f"a {name} must have at most {most:,} characters, got {len(text):,}; shorten it")
     with _CHANGING:
         there = marks_of(folder)
-        found = shown_marks(
+        run_marks = shown_marks(
             RunMarks(
                 title=there.title if title is None else title,
                 starred=there.starred if starred is None else starred,
                 note=there.note if note is None else note,
             )
         )
-        text = json.dumps(asdict(found), ensure_ascii=False)
+        text = json.dumps(asdict(run_marks), ensure_ascii=False)
         with disk_space(folder, len(text)):
             write_atomic(folder / MARKS, text + "\n")
-    return found
+    return run_marks
 
 
 @question

@@ -118,7 +118,7 @@ def _facts(run: LoggedRun) -> dict[str, Any]:
     """What a row has of the run's record and log."""
     record, view = run.record, run.view
     planned = record.config.get("steps")
-    shots = [preview_file(path) for one in view.previews.values() for path in one.paths[:1]]
+    shots = [preview_file(path) for preview in view.previews.values() for path in preview.paths[:1]]
     return {
         "outcome": None if view.outcome is None else view.outcome.value,
         "name": printable(record.title or run.folder.name),
@@ -137,7 +137,7 @@ def _facts(run: LoggedRun) -> dict[str, Any]:
 
 def _cover(folder: Path, facts: Mapping[str, Any]) -> str | None:
     candidates = [*facts["covers"], thumbnail_of(Path(), 0).as_posix()]
-    return next((one for one in candidates if is_own(folder / one, folder)), None)
+    return next((candidate for candidate in candidates if is_own(folder / candidate, folder)), None)
 
 
 def marks_of(folder: Path) -> RunMarks:
@@ -189,7 +189,7 @@ def _all_runs(folders: Folders) -> list[_Run]:
             if known is not None and known.path == entry.path and not entry_is_link(entry):
                 found.append(known)
                 continue
-            for each, path in ((id, entry.path), *((f"{id}/{one}", f"{entry.path}/{one}") for one in EXPERTS)):
+            for each, path in ((id, entry.path), *((f"{id}/{expert}", f"{entry.path}/{expert}") for expert in EXPERTS)):
                 modified = _modified(f"{path}/{RECORD}")
                 if modified is not None and (not entry_is_link(entry) or is_below(folders, Path(path), place)):
                     found.append(_found(each, path, modified))

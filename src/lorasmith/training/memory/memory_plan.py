@@ -181,8 +181,8 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
 
 def fitting_plans(engine: Engine, samples: Sequence[Sample]) -> list[MemoryPlan]:
     """All plans of a prepared engine that fit into the free memory of its device, cheapest first."""
-    found = measured_plans(engine.model, samples, engine.config, engine.way, free_bytes(engine))
-    return [plan for plan in found if plan.fits]
+    memory_plans = measured_plans(engine.model, samples, engine.config, engine.way, free_bytes(engine))
+    return [plan for plan in memory_plans if plan.fits]
 
 
 def free_bytes(engine: Engine) -> int:

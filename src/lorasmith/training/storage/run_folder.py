@@ -110,14 +110,14 @@ class RunFolder:
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:
         check_writable(self.path)
-        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         ensure_folder(self.path)
         try:
             with self._locked():
                 yield
         finally:
             with contextlib.suppress(OSError):  # something was written
-                for folder in made:
+                for folder in folders:
                     folder.rmdir()
 
     def check_free(self) -> None:
