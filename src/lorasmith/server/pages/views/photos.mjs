@@ -32,7 +32,7 @@ export function PhotosView({ dataset, edited }) {
   const check = useCheck(photos, captions.captions, draft);
   const filter = useFilter(photos.images, captions.captionOf, check.problemsOf);
   const [crops, setCrops] = useState(true);
-  const [opened, open] = useState(null); // the dialog that is open: {name}, of a photo or of a picture before its {file}
+  const [opened, open] = useState(null); // the dialog that is open: {name, file}
   const [listed] = useLoaded(async (signal) => (draft.model ? get(["models"], {}, signal) : null), [draft.model]);
   useUndoKey(dataset);
 
