@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +24,6 @@ from benchmarks.quality.tables import methods_table, recipe_tables
 from benchmarks.quality.validation import area
 from benchmarks.results import Results
 from lorasmith.training.config import config_over
-from tests.small_clip import small_clip
 
 _SHARES = st.floats(0, 1)
 
@@ -182,11 +179,3 @@ def test_our_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert statistics.mean(one.drift for one in last) < 0.2
 
 
-@pytest.mark.slow
-def test_with_a_folder_of_photos_and_a_clip(tmp_path: Path) -> None:
-    clip = small_clip(tmp_path / "clip")
-    command = [sys.executable, "-m", "benchmarks.quality", "--model", "lorasmith-tiny", "--clip", str(clip)]
-    command += ["--subjects", str(photos(tmp_path / "photos")), "--recipes", "lorasmith", "--pictures", "4"]
-    command += ["--seeds", "0", "--looks", "4", "8"]
-    said = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=True).stdout
-    assert "| 2/2 | lorasmith | 4 | rocket | 0 | 8 |" in said

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from test_engine import tensors
 
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.processes import Processes
@@ -52,10 +53,6 @@ def trained(tiny: Model, folder: Path, *, events: list[Event] | None = None, **s
     return train(
         tiny, data, steps=2, rank=2, batch_size=2, targets="*.attn2.to_q", training_dtype="fp32", on_event=hear
     )
-
-
-def tensors(result: TrainResult) -> dict[str, torch.Tensor]:
-    return {f"{ref} {name}": one for ref, w in result.lora.state.adapters.items() for name, one in w.tensors.items()}
 
 
 def same(one: TrainResult, other: TrainResult) -> bool:

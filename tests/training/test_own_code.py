@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_engine import tensors
 from torch import Tensor
 from torch.optim import lr_scheduler
 
@@ -48,16 +49,8 @@ def nadam(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.NAdam(groups, betas=(0.8, 0.95), weight_decay=0.1)
 
 
-def weights(result: TrainResult) -> dict[str, Tensor]:
-    return {
-        f"{ref}.{name}": tensor
-        for ref, one in result.lora.state.adapters.items()
-        for name, tensor in one.tensors.items()
-    }
-
-
 def same(one: TrainResult, other: TrainResult) -> bool:
-    ours, theirs = weights(one), weights(other)
+    ours, theirs = tensors(one), tensors(other)
     return one.losses == other.losses and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

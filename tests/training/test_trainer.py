@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_engine import tensors
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError, TrainingError
@@ -17,7 +18,6 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.runs.trainer import Trainer
-from lorasmith.training.results import TrainResult
 
 SETTINGS: dict[str, Any] = {
     "rank": 4,
@@ -27,14 +27,6 @@ SETTINGS: dict[str, Any] = {
     "targets": "*.attn2.to_q",
     "batch_size": 2,
 }
-
-
-def tensors(result: TrainResult | Trainer) -> dict[str, Tensor]:
-    return {
-        f"{ref.path}.{name}": tensor
-        for ref, weights in result.lora.state.adapters.items()
-        for name, tensor in weights.tensors.items()
-    }
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

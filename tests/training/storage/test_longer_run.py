@@ -6,37 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from test_loop import Audience
 
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.formats.metadata import sha256_body
-from lorasmith.training.events import Event, Resumed, StepDone, Warned
+from lorasmith.training.events import Resumed, StepDone, Warned
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 Run = Callable[..., TrainResult]
-
-
-class Ear:
-    """Hears events, and cancels after a step."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.events: list[Event] = []
-        self._stop_at = stop_at
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-
-    def cancelled(self) -> bool:
-        steps = [event.step for event in self.events if isinstance(event, StepDone)]
-        return self._stop_at is not None and bool(steps) and steps[-1] >= self._stop_at
-
-    def of(self, kind: type[Any]) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kind)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +42,7 @@ def test_more_steps_train_on_and_the_draws_go_on(
     run: Run, dataset: EncodedDataset, short: Path, tmp_path: Path
 ) -> None:
     """The rate is constant, so the result is that of the longer run in one piece, to the bit."""
-    before, ear = tensors(short), Ear()
+    before, ear = tensors(short), Audience()
     whole = run(dataset, steps=6)
     result = run(dataset, steps=6, output=short, on_event=ear)
     assert result.losses == whole.losses and result.steps == 6
@@ -115,7 +97,7 @@ def test_what_cannot_be_trained_on_stays_where_it_is(
 def test_a_state_without_its_run_is_started_from_with_a_remark(
     run: Run, dataset: EncodedDataset, short: Path, tmp_path: Path
 ) -> None:
-    state, ear = shutil.copy(short / "states" / "step-000003.safetensors", tmp_path), Ear()
+    state, ear = shutil.copy(short / "states" / "step-000003.safetensors", tmp_path), Audience()
     run(dataset, steps=4, existing_state=str(state), on_event=ear)
     (said,) = (one for one in ear.of(Warned) if "as its run is not beside it" in one.message)
     assert said.is_remark
@@ -125,7 +107,7 @@ def test_a_state_without_its_run_is_started_from_with_a_remark(
 def test_a_longer_run_that_was_interrupted_is_continued_by_the_same_call(
     run: Run, dataset: EncodedDataset, short: Path, tmp_path: Path
 ) -> None:
-    whole, ear = run(dataset, steps=6), Ear(stop_at=4)
+    whole, ear = run(dataset, steps=6), Audience(4)
     run(dataset, steps=6, output=short, on_event=ear, cancelled=ear.cancelled)
     kept = shutil.copytree(short, tmp_path / "kept")
     assert run(dataset, steps=6, output=short).losses == whole.losses
