@@ -177,5 +177,3 @@ def test_our_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     last = [run.checkpoints[-1] for run in found[:7]]
     assert statistics.mean(one.fidelity for one in last) > 0.7
     assert statistics.mean(one.drift for one in last) < 0.2
-
-
