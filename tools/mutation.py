@@ -72,6 +72,8 @@ MUTATIONS = (
         " or path in beside",
         "",
     ),
+    Mutation("return ((first_a * scale) @ first_b * (second_a @ second_b)).reshape(shape)", " * scale", ""),
+    Mutation("return self._start + self.magnitude.float()", "+ self", "- self"),
     # formats
     Mutation("ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))", "(-", "("),
     Mutation(
@@ -155,6 +157,16 @@ MUTATIONS = (
     Mutation('coarse = keyed_normal((*noise.shape[:-2], *size), seed, f"pyramid {level}", draw)', "seed, ", "0, "),
     Mutation("return len({sizes(sized) for sample in samples for sized in sample.sizes()}) > 1", "> 1", "> 0"),
     Mutation("deviation = max(self.deviation, math.sqrt(own.squares / own.freedom))", "max(", "min("),
+    Mutation(
+        "last = {NEW_WORD: config.new_word_steps, **dict.fromkeys(self.text_adapters, config.text_encoder_steps)}",
+        "self.text_adapters, config.text_encoder_steps",
+        "self.text_adapters, config.new_word_steps",
+    ),
+    Mutation(
+        'order = torch.randperm(tokens, generator=keyed_generator(self.seed, "route", draw))',
+        ', "route", draw',
+        ', "route", 0',
+    ),
     # bench
     Mutation("self.held = max(self.held, self.live)", "self.live)", "self.peak)"),
     # report
