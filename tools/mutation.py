@@ -211,9 +211,9 @@ MUTATIONS = (
     Mutation("found[name], inner = merged(was or {}, new, now or {})", "new, now or {}", "now or {}, new"),
     Mutation('if request.query.get("overwrite") == "false" and is_other:', " and is_other", ""),
     Mutation(
-        "missing = (one.name for one in parameters if one.default is one.empty and one.name not in arguments)",
-        " and one.name not in arguments",
-        " and one.name in arguments",
+        "if parameter.default is parameter.empty and parameter.name not in arguments",
+        "parameter.name not in arguments",
+        "parameter.name in arguments",
     ),
     Mutation(
         'if is_own(picture, folder) and not copy.with_suffix(".png").exists():', "is_own(picture, folder) and ", ""
