@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -244,6 +245,16 @@ class Place:
     number: int
 
 
+@functools.cache
+def _places(tree: Path) -> dict[str, list[Place]]:
+    """Where each line of the package stands."""
+    places: dict[str, list[Place]] = {}
+    for path in sorted((tree / SOURCE).rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            places.setdefault(line.partition("  # ")[0].strip(), []).append(Place(path.relative_to(tree), number))
+    return places
+
+
 def found(mutation: Mutation, tree: Path) -> Place:
     """The only line of the package with the mutation's text.
 
@@ -252,12 +263,7 @@ def found(mutation: Mutation, tree: Path) -> Place:
     """
     if mutation.line.count(mutation.replace) != 1:
         raise SystemExit(f"what is replaced must stand once in its line: {mutation}")
-    places = [
-        Place(path.relative_to(tree), number)
-        for path in sorted((tree / SOURCE).rglob("*.py"))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if line.partition("  # ")[0].strip() == mutation.line
-    ]
+    places = _places(tree).get(mutation.line, [])
     if len(places) != 1:
         raise SystemExit(f"a line must stand once in {SOURCE}, this one stands {len(places)} times: {mutation.line}")
     return places[0]

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from lorasmith.core.folders import Folders
-from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Executor, validate
@@ -56,16 +55,6 @@ def trained(folders: Folders, nodes: dict[str, Any], wanted: str) -> tuple[list[
     return result[1][0]["loss"], result[0][0]
 
 
-@pytest.mark.slow
-def test_mixed_sizes_train_in_buckets_and_are_saved(folders: Folders, tiny: Model) -> None:
-    losses, lora = trained(folders, graph("mixed", "4", bucket_mode=True, batch_size=2), "123478")
-    assert len(losses) == 2
-    assert torch.tensor(losses).isfinite().all()
-    saved = Lora.load(folders.find("loras", "x_00001_.safetensors"), tiny)
-    assert saved.state.adapters.keys() == lora.state.adapters.keys()
-    assert all(one.tensors["down"].any() for one in saved.state.adapters.values())
-
-
 def test_one_bucket_trains_as_without_buckets_bit_for_bit(folders: Folders) -> None:
     plain, lora = trained(folders, graph("one", "3"), "12378")
     bucketed, same = trained(folders, graph("one", "4", bucket_mode=True), "123478")
@@ -73,14 +62,6 @@ def test_one_bucket_trains_as_without_buckets_bit_for_bit(folders: Folders) -> N
     for ref, weights in lora.state.adapters.items():
         for name, tensor in weights.tensors.items():
             assert torch.equal(tensor, same.state.adapters[ref].tensors[name])
-
-
-@pytest.mark.slow
-def test_a_saved_data_set_trains_as_the_one_it_was_made_of(folders: Folders) -> None:
-    plain, _ = trained(folders, graph("mixed", "3"), "12378")
-    Executor(folders).run(validate({key: one for key, one in graph("mixed", "3").items() if key in "1235"}, folders))
-    loaded, _ = trained(folders, graph("mixed", "6"), "1678")
-    assert loaded == plain
 
 
 @pytest.mark.slow

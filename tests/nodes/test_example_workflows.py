@@ -84,45 +84,14 @@ def test_the_example_trains_saves_plots_and_samples(prompt: dict[str, Any], tmp_
     assert not np.array_equal(before, after)
 
 
-@pytest.mark.slow
-def test_the_style_example_draws_each_prompt_at_three_strengths(tmp_path: Path) -> None:
-    folders = Folders(tmp_path)
-    graph = validate(prompt_in(STYLE), folders)
-    assert graph.warnings == ()
-    fewer = ["5.steps=2", "5.batch_size=2", "5.learning_rate=0.1", *(f"4{index}.steps=2" for index in range(3))]
-    Executor(folders).run(validate(apply_overrides(prompt_in(STYLE), fewer), folders))
-    drawn = {path.name: Image.open(path).tobytes() for path in (tmp_path / "output").glob("*.png")}
-    assert len(drawn) == len(set(drawn.values())) == 18
-    assert folders.find("loras", "high_contrast_2_steps_00001_.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_the_folder_example_trains_on_images_of_several_sizes(tmp_path: Path, tiny: Model) -> None:
-    folder = tmp_path / "input" / "mine"
-    folder.mkdir(parents=True)
-    for name, size in {"a": (64, 64), "b": (96, 64)}.items():
-        Image.linear_gradient("L").resize(size).save(folder / f"{name}.png")
-    fewer = ["10.folder=mine", "20.steps=2", "20.learning_rate=0.01", "20.rank=2", "20.targets=*.attn2.to_q"]
-    folders = Folders(tmp_path)
-    graph = validate(apply_overrides(prompt_in(EXAMPLES / "folder.json"), fewer), folders)
-    assert graph.warnings == ()
-    Executor(folders).run(graph)
-    saved = Lora.load(folders.find("loras", "folder_2_steps_00001_.safetensors"), tiny)
-    assert saved.state.unknown == {}
-    assert any(one.tensors["down"].any() for one in saved.state.adapters.values())
-
-
-@pytest.mark.slow_after(1)
-@pytest.mark.parametrize("name", ["preserve", "text_encoder"])
-def test_examples_with_a_clip_train(tmp_path: Path, tiny: Model, name: str) -> None:
+def test_an_example_with_a_clip_trains(tmp_path: Path, tiny: Model) -> None:
     fewer = ["20.steps=2", "20.rank=2", "20.targets=*.attn2.to_q", "20.learning_rate=0.01", "20.previews="]
     folders = Folders(tmp_path)
-    graph = validate(apply_overrides(prompt_in(EXAMPLES / f"{name}.json"), fewer), folders)
+    graph = validate(apply_overrides(prompt_in(EXAMPLES / "text_encoder.json"), fewer), folders)
     assert graph.warnings == ()
     Executor(folders).run(graph)
     (saved,) = (tmp_path / "output" / "loras").glob("*.safetensors")
-    components = {ref.component for ref in Lora.load(saved, tiny).state.adapters}
-    assert components == {"denoiser"} | ({"text_encoder"} if name == "text_encoder" else set())
+    assert {ref.component for ref in Lora.load(saved, tiny).state.adapters} == {"denoiser", "text_encoder"}
 
 
 @pytest.mark.parametrize("example", ALL, ids=lambda path: path.stem)

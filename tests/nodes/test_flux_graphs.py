@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from flux_files import save_flux_files
 
 from lorasmith.core.errors import NodeError
@@ -14,7 +13,6 @@ from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import validate
 from lorasmith.workflow.execution_events import Event, NodeMessage
-from tests.covering import slow_except
 from tests.nodes.graphs import Prompt, api, run, sampled, trained
 
 
@@ -76,22 +74,6 @@ def test_parts_are_sampled_together(base: Path) -> None:
     assert outputs["decode"][0][0].shape == (1, 32, 64, 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("weight_dtype", slow_except(["default", "fp8_e4m3fn"], "fp8_e4m3fn"))
-def test_a_graph_with_peoples_habits_trains_and_samples(base: Path, weight_dtype: str) -> None:
-    events: list[Event] = []
-    shifted = {"shifted": api("ModelSamplingFlux", model=["unet", 0], max_shift=1.15, base_shift=0.5,
-                              width=64, height=32)}  # fmt: skip
-    prompt = {**loaders(weight_dtype), **shifted, **training("shifted"), **sampling("trained")}
-    outputs = run(base, prompt, events)
-    assert outputs["train"][2] == (2,)
-    assert all(loss > 0 for loss in outputs["train"][1][0]["loss"])
-    assert len(outputs["data"][1]) == 3
-    assert {one[0].text for one in outputs["data"][1]} == {"a fox,\nby a lake"}
-    assert list((base / "output" / "loras").glob("fox_2_steps_*.safetensors"))
-    assert outputs["sampler"][0][0]["samples"].isfinite().all()
-
-
 @pytest.mark.parametrize("lacking", ["quantized_backward", "checkpoint_depth", "offloading", "bucket_mode"])
 def test_graphs_of_older_versions_lack_some_inputs(base: Path, lacking: str) -> None:
     prompt = {**loaders(), **training()}
@@ -123,19 +105,3 @@ def test_an_encoder_of_another_family_is_refused_before_the_work(base: Path) -> 
     )
     with pytest.raises(NodeError, match=sentence):
         run(base, prompt)
-
-
-@pytest.mark.slow
-def test_guidance_is_an_input_of_the_network(base: Path) -> None:
-    def drawn(**inputs: Any) -> torch.Tensor:
-        prompt = {**loaders(), **sampling()}
-        if inputs:
-            prompt["positive"] = api("FluxGuidance", conditioning=["text", 0], **inputs)
-        else:
-            prompt["positive"] = api("FluxDisableGuidance", conditioning=["text", 0])
-        samples: torch.Tensor = run(base, prompt)["sampler"][0][0]["samples"]
-        return samples
-
-    low, high, none = drawn(guidance=1.0), drawn(guidance=10.0), drawn()
-    assert not torch.allclose(low, high)
-    assert not torch.allclose(none, low)

@@ -19,12 +19,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.data.dataset import places_of
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.nodes import load_nodes
 from lorasmith.nodes.training import _dataset
 from lorasmith.nodes.values import first_frames, for_model
-from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import Executor, validate
-from tests.data.video_cases import movie
 from tests.families.test_comfyui_families import assert_same
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "comfyui_frames.json").read_text(encoding="utf-8"))
@@ -136,72 +132,6 @@ def test_what_does_not_fit_is_said(bench: Any, loaded: dict[str, tuple[Model, Pa
             next((folder / "models" / "vae").glob("*.safetensors")).read_bytes()
         )
         bench.one("CLIPVisionLoader", clip_name="vae.safetensors")
-
-
-def api(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
-
-
-def training_graph(model: str, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Videos of a folder with their captions: each clip is drawn from its first frame."""
-    first = {"video": ["videos", 0], "num_frames": 1, "strategy": "head", "seed": 0}
-    size: dict[str, Any] = {"width": 64, "height": 32}
-    return {
-        "unet": api("UNETLoader", unet_name=model, weight_dtype="default"),
-        "clip": api("CLIPLoader", clip_name=Path(tiny_wan.WAN.files["text_encoder"][0]).name, type="wan"),
-        "vae": api("VAELoader", vae_name="wan_2.1_vae.safetensors"),
-        "videos": api("LoadVideoTextDataSetFromFolder", folder="clips"),
-        "nine": api("VideoFrameSample", **{**first, "num_frames": 9}),
-        "frames": api("GetVideoComponents", video=["nine", 0]),
-        "scaled": api("ImageScale", image=["frames", 0], upscale_method="bilinear", crop="center", **size),
-        "latents": api("VAEEncode", pixels=["scaled", 0], vae=["vae", 0]),
-        "one": api("VideoFrameSample", **first),
-        "first": api("GetVideoComponents", video=["one", 0]),
-        "text": api("CLIPTextEncode", text=["videos", 1], clip=["clip", 0]),
-        "given": api(
-            "WanImageToVideo",
-            positive=["text", 0],
-            negative=["text", 0],
-            vae=["vae", 0],
-            length=9,
-            batch_size=1,
-            start_image=["first", 0],
-            **size,
-        ),
-        "train": api(
-            "TrainLoraNode", model=["unet", 0], latents=["latents", 0], positive=["given", 0], steps=2, rank=2
-        ),
-        "save": api("SaveLoRA", lora=["train", 0], prefix="loras/waves", steps=["train", 2]),
-        **more,
-    }
-
-
-@pytest.mark.slow
-def test_a_graph_trains_on_clips_from_their_first_frames(
-    loaded: dict[str, tuple[Model, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, folder = loaded["wan2.2 i2v"]
-    for number in (1, 2):
-        clip = folder / "input" / "clips" / f"{number}.mp4"
-        clip.parent.mkdir(parents=True, exist_ok=True)
-        movie(clip, 9, width=48, height=32).with_suffix(".txt").write_text(f"wave {number}")
-    seen: list[Conditioning] = []
-    predict = type(model.family).predict
-
-    def watched(self: Any, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        seen.append(conditioning)
-        assert latents.shape[1:] == (16, 3, 4, 8)
-        return predict(self, denoiser, latents, time, conditioning)
-
-    monkeypatch.setattr(type(model.family), "predict", watched)
-    load_nodes()
-    folders = Folders(folder)
-    graph = validate(training_graph(CASES["wan2.2 i2v"].tiny.file), folders)
-    Executor(folders).run(graph)
-    assert seen and all(one.tensors["known"].shape[1:] == (20, 3, 4, 8) for one in seen)
-    assert all(one.tensors["known"][:, :4, 0].eq(1).all() and not one.tensors["known"][:, :4, 1:].any() for one in seen)
-    saved = Lora.load(folders.find("loras", "waves_2_steps_00001_.safetensors"), model)
-    assert not saved.state.unknown and all(one.tensors["up"].any() for one in saved.state.adapters.values())
 
 
 def test_latents_with_a_kept_first_frame_train_5b_with_it(loaded: dict[str, tuple[Model, Path]]) -> None:

@@ -13,8 +13,9 @@ from lorasmith.core.folders import Folders
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
+from lorasmith.nodes.sampling import SAMPLER_NAME, SCHEDULER
 from lorasmith.sampling.sample import prepare_noise, sample_latents
-from lorasmith.sampling.samplers import sigmas_for
+from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES, sigmas_for
 from lorasmith.workflow import validate
 from lorasmith.workflow.execution_events import NodeProgress
 
@@ -191,3 +192,9 @@ def test_prompts_of_another_models_encoders_are_refused(sample: Make, captions: 
     with pytest.raises(DataError, match="must have width 128, got 4096"):
         sample(negative=[wide])
     sample(negative=[wide], cfg=1.0, steps=1)  # not used
+
+
+def test_samplers_and_schedulers_are_of_comfyuis_list(tmp_path: Path) -> None:
+    folders = Folders(tmp_path)
+    assert set(SAMPLERS) <= set(SAMPLER_NAME.choices(folders))
+    assert set(SIGMA_SCHEDULES) == set(SCHEDULER.choices(folders))

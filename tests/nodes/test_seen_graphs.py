@@ -17,7 +17,7 @@ from lorasmith.families.model import Model
 from lorasmith.families.parts.language_models import sight_of
 from lorasmith.nodes import picture_prompts
 from tests.covering import slow_except
-from tests.nodes.graphs import Prompt, api, pictures_in, predicted_with, run, sampled, trained
+from tests.nodes.graphs import Prompt, api, pictures_in, run, sampled
 
 PICTURES = {"before/a.png": (64, 64), "style/a.png": (128, 32)}
 MULTIPLE = {"qwen-image": 28, "krea2": 32}
@@ -153,42 +153,3 @@ def test_a_text_encoder_that_sees_nothing_is_refused(base: Path) -> None:
     graph["text"]["inputs"]["clip"] = ["clip", 1]
     with pytest.raises(NodeError, match=r"for models whose text encoder sees pictures, but lorasmith-tiny encodes for"):
         run(base, graph)
-
-
-@pytest.mark.slow
-def test_a_training_graph_trains_on_prompts_with_pictures(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pairs of two folders, by the order of their names."""
-    seen = predicted_with(monkeypatch)
-    graph = {
-        **{name: one for name, one in loaders(base).items() if name not in ("one", "two")},
-        "after": api("LoadImageTextDataSetFromFolder", folder="after"),
-        "before": api("LoadImageDataSetFromFolder", folder="before"),
-        "latents": api("VAEEncode", pixels=["after", 0], vae=["vae", 0]),
-        "pairs": api(
-            "TextEncodeQwenImageEditPlus",
-            clip=["clip", 0],
-            prompt=["after", 1],
-            vae=["vae", 0],
-            image1=["before", 0],
-        ),
-        "train": trained(["latents", 0], ["pairs", 0], batch_size=2, gradient_checkpointing=True, bucket_mode=False),
-        "ours": api(
-            "MakeTrainingPairs",
-            images=["after", 0],
-            controls=["before", 0],
-            vae=["vae", 0],
-            clip=["clip", 0],
-            texts=["after", 1],
-        ),
-        "show": api("PreviewAny", source=["ours", 1]),
-        "save": api("SaveLoRA", lora=["train", 0], prefix="loras/edit", steps=["train", 2]),
-    }
-    found = run(base, graph)
-    assert len(found["train"][1][0]["loss"]) == 2
-    batches = [one for one in seen if one.controls]
-    assert batches and all(tuple(one.controls[0].shape) == (2, 16, 1, 8, 8) for one in batches)
-    for index, ((ours,), (theirs,)) in enumerate(zip(found["ours"][1], found["pairs"][0], strict=True)):
-        assert ours.text == theirs.text and ours.tensors.keys() == theirs.tensors.keys()
-        assert torch.equal(ours.tensors["context"], theirs.tensors["context"])
-        torch.testing.assert_close(ours.controls, theirs.controls)
-        torch.testing.assert_close(found["ours"][0][index]["samples"], found["latents"][0][index]["samples"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from flux_files import save_flux_files
 from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.errors import CancelledError, DataError, ModelError, OptionError
+from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.nodes import load_nodes
-from lorasmith.runs.library import train as train_here
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Executor, validate
-from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
-from tests.covering import slow_except
-from tests.nodes.graphs import Prompt, api, run, trained
+from tests.nodes.graphs import Prompt, api, trained
 
 Make = Callable[..., Any]
 QUICK: dict[str, Any] = {"targets": "*.attn2.to_q", "steps": 2, "training_dtype": "fp32", "lora_dtype": "fp32"}
@@ -64,13 +57,10 @@ def parts(lora: Lora) -> set[str]:
     return {ref.component for ref in lora.state.adapters}
 
 
-@pytest.mark.slow_after(1)
-@pytest.mark.parametrize("settings", slow_except(METHODS, METHODS[0], METHODS[3]), ids=lambda one: next(iter(one)))
-def test_what_encodes_texts_trains(train: Make, bench: Any, settings: dict[str, Any]) -> None:
-    result, plain = weights(train(**settings, learning_rate=1e-2)), weights(train(clip=None, learning_rate=1e-2))
-    assert not all(torch.equal(tensor, result[name]) for name, tensor in plain.items())
-    text = {"text_encoder"} if "train_text_encoder" in settings else set()
-    assert {name.partition(" ")[0] for name in result} == {DENOISER} | text
+def test_what_encodes_texts_trains(train: Make, bench: Any) -> None:
+    plain = weights(train(clip=None, learning_rate=1e-2))
+    result = weights(train(preserve="blank", learning_rate=1e-2))
+    assert result.keys() == plain.keys() and not all(torch.equal(one, result[name]) for name, one in plain.items())
     assert not [one for one in bench.messages("warning") if "has no effect" in one]
 
 
@@ -86,26 +76,6 @@ def test_the_class_takes_the_place_of_the_trigger(train: Make, monkeypatch: pyte
     result = train(preserve="class", preserve_class="dog", trigger="fox", steps=1)
     assert set(seen) == {"a fox", "a dog", "dog, a red bus", "dog, a green tree"}
     assert result.outputs[0][0].state.metadata["modelspec.trigger_phrase"] == "fox"
-
-
-@pytest.mark.slow
-def test_a_graph_and_the_library_train_alike(train: Make, tiny: Model, tmp_path: Path) -> None:
-    """Preservation in a graph and in Python has the same losses on the same samples."""
-    settings = {"preserve": "blank", "learning_rate": 1e-2}
-    asked: list[Any] = []
-    from lorasmith.nodes import training
-
-    real = training.run
-
-    def watched(plan: Any, host: Any) -> Any:
-        asked.append(plan)
-        return real(plan, host)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "run", watched)
-        found = losses(train(**settings))
-    (plan,) = asked
-    assert train_here(tiny, plan.data, config=plan.job.requested).losses == found
 
 
 @pytest.mark.parametrize("setting", METHODS, ids=lambda one: next(iter(one)))
@@ -188,52 +158,3 @@ def test_the_saved_lora_has_both_parts_and_load_lora_applies_them(bench: Any, ti
         with one.active():
             contexts.append(one.encode("a fox").tensors["context"])
     assert not torch.equal(*contexts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", slow_except([METHODS[0], METHODS[3]], METHODS[3]), ids=lambda one: next(iter(one)))
-def test_a_cancelled_graph_goes_on(bench: Any, settings: dict[str, Any]) -> None:
-    def took(stop_at: int) -> tuple[list[Event], list[float]]:
-        events: list[Event] = []
-        cancel = threading.Event()
-
-        def on_event(event: Event) -> None:
-            events.append(event)
-            if isinstance(event, NodeProgress) and event.value == stop_at and event.maximum == 4:
-                cancel.set()
-
-        outputs: list[float] = []
-        with contextlib.suppress(CancelledError):
-            graph = validate(checkpoint_graph(**settings, steps=4), bench.folders)
-            found = Executor(bench.folders, on_event=on_event).run(graph, cancel=cancel)
-            outputs = found["train"].outputs[1][0]["loss"]
-        return events, outputs
-
-    took(2)
-    events, resumed = took(99)
-    assert any("from step 2, bit-identically" in event.text for event in events if isinstance(event, NodeMessage))
-    _, whole = took(99)
-    assert resumed == whole and len(whole) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"guidance_loss": "2-4"}, {"train_text_encoder": True}, {"preserve": "blank"}])
-def test_split_files_train_with_the_clip_of_other_files(tmp_path: Path, settings: dict[str, Any]) -> None:
-    save_flux_files(tmp_path)
-    clips = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors"}
-    graph = {
-        "unet": api("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default"),
-        "clip": api("DualCLIPLoader", **clips, type="flux"),
-        "vae": api("VAELoader", vae_name="ae.safetensors"),
-        "image": api("LoadImage", image="fox/fox_1.png"),
-        "small": api("ImageScale", image=["image", 0], upscale_method="area", width=32, height=32, crop="center"),
-        "data": api("MakeTrainingDataset", images=["small", 0], vae=["vae", 0], clip=["clip", 0], texts="a fox"),
-        "train": trained(["data", 0], ["data", 1], clip=["clip", 0], targets="attention", **settings),
-        "save": api("SaveLoRA", lora=["train", 0], prefix="loras/fox", steps=2),
-    }
-    (lora,) = run(tmp_path, graph)["train"][0]
-    assert ("text_encoder" in parts(lora)) == ("train_text_encoder" in settings)
-
-
-def test_the_conditionings_guidance_is_what_a_graph_trains_at(train: Make) -> None:
-    assert load_nodes()["TrainLoraNode"].slots["training_guidance"].default == 0.0

@@ -68,16 +68,3 @@ def test_labels_are_drawn_and_wrapped() -> None:
     assert plain.height < short.height < long.height <= endless.height < long.height + 60
     named = contact_sheet([[picture]], ["the model before training"], [])
     assert named.width > plain.width and named.height == plain.height
-
-
-def test_text_is_ink_above_the_picture() -> None:
-    sheet = contact_sheet([[solid(RED)]], [], [], title="Hello")
-    above = np.asarray(sheet.convert("L"))[: extent(sheet, RED)[1] - 2]
-    assert above.min() < 80
-
-
-def test_counts_of_labels_must_match() -> None:
-    with pytest.raises(AssertionError):
-        contact_sheet([[solid(RED)]], ["a", "b"], [])
-    with pytest.raises(AssertionError):
-        contact_sheet([[solid(RED)]], [], ["a", "b"])

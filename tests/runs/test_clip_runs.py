@@ -22,13 +22,11 @@ from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed
 from lorasmith.formats.container import read_safetensors
-from lorasmith.runs.drawing import save_pictures
 from lorasmith.runs.library import load_dataset
 from lorasmith.runs.plan import FolderPlan, plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import ImagesFound, ModelLoading
 from lorasmith.runs.spec import RunSpec
-from lorasmith.sampling.generate import Sampling, generate_clips
 from tests.data.video_cases import animation, movie
 from tests.hosts import Audience
 from tests.runs.folder_cases import placed
@@ -108,18 +106,6 @@ def test_previews_are_animations_in_folder_sheet_and_report(model: Model, folder
     uris = re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)
     frames = [Image.open(io.BytesIO(base64.b64decode(uri))).n_frames for uri in uris]  # type: ignore[attr-defined]
     assert frames.count(5) == 4 + 6  # base model and LoRA of two prompts, and over two steps
-
-
-@pytest.mark.slow
-def test_a_clip_is_drawn_and_saved_as_an_animation(model: Model, tmp_path: Path) -> None:
-    clips = generate_clips(model, ["a wave", "a calm"], Sampling(steps=1, frames=9, cfg=1.0, width=48, height=32))
-    assert [(len(one.frames), one.size, one.rate) for one in clips] == [(9, (48, 32), 5.0)] * 2
-    paths = save_pictures([*clips, clips[0].frames[0]], ["a", "b", "c"], tmp_path, made_with="Steps: 1")
-    assert [path.name for path in paths] == ["lorasmith_00001_.webp", "lorasmith_00002_.webp", "lorasmith_00003_.png"]
-    (more,) = save_pictures(clips[:1], ["a"], tmp_path, made_with="Steps: 1")
-    assert more.name == "lorasmith_00004_.webp"
-    with pytest.raises(OptionError, match=r"one more than a multiple of 4 for .*, got 8; try 5"):
-        generate_clips(model, "a wave", Sampling(frames=8))
 
 
 def test_frames_in_memory_are_a_clip(model: Model, folder: Path) -> None:

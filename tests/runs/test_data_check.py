@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +43,11 @@ def small_vocabulary() -> Any:
 
 
 TOKENIZERS |= dict.fromkeys(("gemma2", "umt5xxl"), small_vocabulary)
+
+
+@functools.cache
+def made(tokenizer: Callable[[], Any]) -> Any:
+    return tokenizer()
 
 
 @pytest.mark.parametrize("folder", [FOX, FOX.with_name("high-contrast")])
@@ -99,7 +106,7 @@ def test_captions_have_a_limit_only_where_tokens_are_cut_or_read_in_chunks(
     family = FAMILIES[name]
     with torch.device("meta"):
         denoiser = family.denoiser_class()(**{**family.released, **config})
-    tokenizers = {part: TOKENIZERS[slot.kind]() for part, slot in family.text_encoders.items()}
+    tokenizers = {part: made(TOKENIZERS[slot.kind]) for part, slot in family.text_encoders.items()}
     model = SimpleNamespace(family=family, components=SimpleNamespace(tokenizers=tokenizers, denoiser=denoiser))
     count, limit = token_counter(model)  # type: ignore[arg-type]
     is_clip = all(slot.kind.startswith("clip") for slot in family.text_encoders.values())

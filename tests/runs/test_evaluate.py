@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from lorasmith.runs.evaluate import DrawingSettings, EvaluatedLora, Subject, eva
 from lorasmith.runs.library import train
 from lorasmith.sampling.sample import SamplingCancelledError
 
-QUICK = DrawingSettings(prompts=("on a red background", "on a blue background"), steps=1)
+QUICK = DrawingSettings(prompts=("on a red background", "on a blue background"), steps=1, noises=1)
 LINES = {"rank": 2, "targets": "*.attn2.to_q", "learning_rate": 0.5, "previews": "", "validation_share": 0.0}
 
 
@@ -163,20 +164,12 @@ def test_the_library_evaluates_runs_and_results(
     tiny: Model, run: Path, photos: Path, tmp_path: Path, quick_features: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, told = tmp_path / "found", list[tuple[int, int]]()
-    found = ls.evaluate(
-        tiny,
-        run,
-        images=photos,
-        prompts=QUICK.prompts,
-        steps=1,
-        output=folder,
-        progress=lambda *counts: told.append(counts),
-    )
+    quick: Any = {"images": photos, "prompts": QUICK.prompts[:1], "steps": 1, "noises": 1, "output": folder}
+    files = [run / "dog.safetensors"]
+    found = ls.evaluate(tiny, files, progress=lambda *counts: told.append(counts), **quick)
     assert isinstance(found, ls.Evaluation) and found == read_evaluation(folder) and told
-    with_files = ls.evaluate(
-        tiny, [run / "dog.safetensors"], images=photos, prompts=QUICK.prompts, steps=1, output=folder, progress=False
-    )
-    assert [one.file for one in with_files.loras] == ["dog.safetensors"]
+    assert [one.file for one in found.loras] == ["dog.safetensors"]
+    ls.evaluate(tiny, files, progress=False, **quick)
     assert capsys.readouterr() == ("", "")
     with pytest.raises(OptionError, match="noises must be between 1 and 16, got 17"):
         ls.evaluate(tiny, run, noises=17)

@@ -154,7 +154,7 @@ def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preview_budget, "_budget", lambda *_: math.inf)
-    run(planned(images, tmp_path / "run", previews=None, preview_steps=2, trigger="sks cat", steps=2), Host())
+    run(planned(images, tmp_path / "run", previews=None, preview_steps=1, trigger="sks cat", steps=2), Host())
     found = {path.name for path in (tmp_path / "run").rglob("*.png")}
     assert {"base-1.png", "step-000002-1.png", "cat.png", "cat.preview.png"} <= found
     assert "modelspec.thumbnail" in check_safetensors(tmp_path / "run" / "cat.safetensors").metadata

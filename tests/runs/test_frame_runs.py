@@ -35,7 +35,6 @@ from lorasmith.runs.run import run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import Sampling, generate, generate_clips
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Warned
 from tests.data.video_cases import animation, movie
 from tests.families.original_models import save
 from tests.hosts import Audience
@@ -85,27 +84,6 @@ def asked(base: Path, clips: Path, model: str, **settings: Any) -> RunSpec:
 A14B, I2V, FLF2V, FIVE = (
     one.file for one in (tiny_wan.WAN_I2V, tiny_wan.WAN21_I2V, tiny_wan.WAN21_FLF2V, tiny_wan.WAN_5B)
 )
-
-
-@pytest.mark.slow
-def test_a_run_has_previews_from_first_frames(base: Path, clips: Path, tmp_path: Path) -> None:
-    spec = asked(base, clips, A14B, previews="a", preview_steps=2, preview_strengths="1", preview_frames=9)
-    ready = plan(replace(spec, output=str(tmp_path / "whole")), Small())
-    shapes = {one.name: tuple(one.conditioning.tensors["known"].shape) for one in ready.data.samples}
-    assert shapes == {"a.webp": (1, 20, 2, 4, 4), "b.webp": (1, 20, 2, 2, 6)}
-    host = Small()
-    whole = run(ready, host)
-    assert [one.message for one in host.events if isinstance(one, Warned) and "preview" in one.message] == [
-        "preview_frames has no effect: a preview has as many frames as the clip that it is given frames of"
-    ]
-    assert whole.folder is not None
-    samples = whole.folder / "samples"
-    assert {one.name for one in samples.iterdir()} >= {"control-1.png", "target-1.webp", "base-1.webp"}
-    with Image.open(samples / "control-1.png") as control, Image.open(samples / "base-1.webp") as drawn:
-        assert control.size == drawn.size == (32, 32) and drawn.n_frames == 5
-    report = (whole.folder / "report.html").read_text()
-    assert "control" in report and "target" in report
-    assert "--control" in report and "--frames 5" in report
 
 
 def test_some_draws_of_5b_are_given_their_first_frame(base: Path, clips: Path) -> None:

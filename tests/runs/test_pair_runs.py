@@ -142,19 +142,3 @@ def test_previews_show_the_control_and_the_target_and_so_does_the_report(
     assert places == sorted(places)
     drawn_from = f"--control {samples / 'control-1.png'} --control {samples / 'control-2-1.png'} --prompt blue"
     assert drawn_from in page
-
-
-def test_the_command_line_draws_from_pictures(
-    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    files = [f"--model={klein['transformer']}", f"--text-encoder={klein['text_encoder']}", f"--vae={klein['vae']}"]
-    control = [f"--control={pairs / place / 'a.png'}" for place in ("depth", "before")]
-    command = ["lorasmith", "generate", *files, *control, "--prompt=blue", "--steps=1", "--output=drawn"]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    (drawn,) = (tmp_path / "drawn").glob("*.png")
-    with Image.open(drawn) as picture:
-        assert picture.size == (96, 32)

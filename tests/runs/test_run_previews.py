@@ -19,12 +19,10 @@ from lorasmith.runs.library import train
 from lorasmith.runs.preview_budget import whole_program
 from lorasmith.runs.run import Host
 from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, previews_of
-from lorasmith.sampling.generate import generate
 from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Previewed, Warned
 from lorasmith.training.job import plan_job
-from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import Plan
 
 Make = Callable[..., Any]
@@ -85,25 +83,6 @@ def warning(events: list[Event]) -> str:
     (event,) = events
     assert isinstance(event, Warned)
     return event.message
-
-
-@pytest.mark.slow
-def test_a_run_draws_base_steps_and_strengths(previews: Make, tiny: Model, saved: Path, tmp_path: Path) -> None:
-    draw = previews(preview_strengths="0.5,1")
-    first = draw(10, saved)
-    assert rows(first) == [(10, 0.0), (10, 1.0)]
-    assert rows(draw(20, saved)) == [(20, 1.0)]
-    assert rows(draw(30, saved, final=True)) == [(30, 1.0), (30, 0.5)]
-    stems = ["base", "step-000010", "step-000020", "step-000030", "strength-0.5", "strength-1"]
-    expected = {f"{stem}-{number}.png" for stem in stems for number in (1, 2)} | {"steps.png", "strengths.png"}
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == expected
-    assert first[1].prompts == ("a lion", "a bus")
-    users = generate(Lora.load(saved, tiny).applied_to(tiny.denoiser), ["a lion", "a bus"], seed=9, steps=2)
-    for path, picture in zip(first[1].paths, users, strict=True):
-        with Image.open(path) as written:
-            assert written.tobytes() == picture.tobytes()
-            assert "Sampler: euler normal" in written.info["parameters"]
-            assert "Seed: 9" in written.info["parameters"] and "LoRA: pets.safetensors" in written.info["parameters"]
 
 
 def test_the_second_failure_in_a_row_is_the_last(previews: Make, broken: Make, saved: Path) -> None:

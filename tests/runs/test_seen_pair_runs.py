@@ -78,7 +78,8 @@ def test_previews_and_their_negative_prompts_have_the_pictures(
         seen.extend((length, len(given.controls)) for length in given.lengths)
         return predict(self, latents, time, given)
 
-    spec = asked(qwen, pairs, steps=1, previews="blue", flip=False, control_dropout=0.0)
+    quick = {"previews": "blue", "preview_steps": 1, "preview_strengths": "1", "flip": False, "control_dropout": 0.0}
+    spec = asked(qwen, pairs, steps=1, **quick)
     ready = plan(replace(spec, output=str(tmp_path / "run")), Host())
     monkeypatch.setattr(Denoiser, "predict", watched)
     result = run(ready, Host())

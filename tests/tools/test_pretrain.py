@@ -10,20 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lorasmith as ls
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.runs.drawing import with_loras
-from lorasmith.sampling.generate import generate
 from tools.pretrain.autoencoder import SCALING_FACTOR, fold_statistics
 from tools.pretrain.data import CONCEPTS, HELD_OUT_SUBJECTS, caption, on_background
 from tools.pretrain.export import DEFAULTS, original_tensors, pipeline
 from tools.pretrain.loop import Run
 from tools.pretrain.optimizer import Muon, optimizers_for, orthogonal
-from tools.pretrain.transformer import DRAWING_TRANSFORMER, DrawingTransformer, build, save
 
 
 def test_what_the_examples_teach_is_not_among_the_concepts() -> None:
@@ -139,34 +135,3 @@ def test_the_export_is_the_shipped_file(tiny: Model) -> None:
     assert exported.keys() == shipped.keys()
     assert all(torch.equal(exported[name].half(), tensor) for name, tensor in shipped.items())
     assert architecture["defaults"] == DEFAULTS
-
-
-@pytest.mark.slow
-def test_the_transformer_is_a_family_whose_tokens_can_be_routed(tiny: Model, tmp_path: Path) -> None:
-    ls.register("families", DRAWING_TRANSFORMER, DrawingTransformer)
-    network = build().eval()
-    with torch.no_grad():
-        network.proj_out.weight.normal_(std=0.125)
-        for one in network.parameters():
-            one.copy_(one.half())  # as in the file
-    assert tiny.path is not None
-    save(network, tiny.path, tmp_path / "drawn.safetensors")
-    model = ls.load_model(str(tmp_path / "drawn.safetensors"))
-    assert model.family.name == DRAWING_TRANSFORMER
-    fox = BUILT_IN_BASE / "input" / "fox"
-    data = ls.load_dataset(fox, model, progress=False)
-    assert 0.5 < torch.stack([one.latents for one in data]).std() < 2
-    model.components.denoiser.float()
-    latents, context = data[0].latents[None].float(), data[0].conditioning
-    predicted = model.denoiser.predict(latents, torch.tensor([500.0]), context)
-    with torch.no_grad():
-        expected = network(latents, context.tensors["context"], timestep=torch.tensor([500.0])).sample
-    torch.testing.assert_close(predicted, expected)
-    plain, routed = (ls.train(model, data, steps=2, tread_rate=rate, progress=False) for rate in (0.0, 0.5))
-    assert plain.losses[0] != routed.losses[0]
-    routed.lora.save(tmp_path / "fox.safetensors")
-    denoiser, encoder = with_loras(model.denoiser, model.text_encoder, [(tmp_path / "fox.safetensors", 1.0)])
-    (drawn,), (before,) = (
-        generate(one, ["sks fox"], text_encoder=encoder, seed=1, steps=2) for one in (denoiser, model.denoiser)
-    )
-    assert drawn.size == (64, 64) and drawn.tobytes() != before.tobytes()

@@ -77,31 +77,30 @@ def run(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.Temp
         tuple(Sample(torch.randn(4, 8, 8), one, f"{index}.png") for index, one in enumerate(captions * 2))
     )
     folder = tmp_path_factory.mktemp("runs") / "run"
-    settings: dict[str, Any] = {"previews": "a fox", "preview_every": 1, "preview_steps": 1, "save_state_every": 1}
+    settings: dict[str, Any] = {
+        "previews": "a fox",
+        "preview_every": 1,
+        "preview_steps": 1,
+        "preview_strengths": "1",
+        "save_state_every": 1,
+    }
     settings |= {"validation_share": 0.3, "validate_every": 1, "rank": 2, "targets": "*.attn2.to_q"}
     train(tiny, data, output=folder, steps=2, **settings)
     return folder
 
 
-@pytest.mark.slow
-def test_a_real_run_has_them(run: Path) -> None:
-    assert list(faults(json.loads((run / "run.json").read_text("utf-8")), committed("run.schema.json"))) == []
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
-    assert {"RunStarted", "StepDone", "Validated", "Previewed", "StateSaved", "RunFinished"} <= {
-        event["event"] for event in events
-    }
-    for event in events:
-        assert list(faults(event, committed("events.schema.json"))) == [], event
-
-
-def test_a_real_run_names_every_field(run: Path) -> None:
-    """Nothing is written that the schemas do not describe."""
+def test_a_real_run_is_as_they_say(run: Path) -> None:
+    """And nothing is written that they do not describe."""
     record = json.loads((run / "run.json").read_text("utf-8"))
+    assert list(faults(record, committed("run.schema.json"))) == []
     described = committed("run.schema.json")["$defs"]["RunRecord"]["properties"].keys()
     assert record.keys() == described - {"extensions"}, "which is of runs that used some"
     known = {name: one.get("properties", {}).keys() for name, one in committed("events.schema.json")["$defs"].items()}
-    for line in (run / "events.jsonl").read_text("utf-8").splitlines():
-        event = json.loads(line)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
+    names = {event["event"] for event in events}
+    assert names >= {"RunStarted", "StepDone", "Validated", "Previewed", "StateSaved", "RunFinished"}
+    for event in events:
+        assert list(faults(event, committed("events.schema.json"))) == [], event
         assert event.keys() == known[event["event"]]
 
 

@@ -291,12 +291,6 @@ def test_a_bug_keeps_its_type_and_says_where(runner: Runner, api_node: ApiNode) 
     assert runner.events[-1] == ExecutionFailed("1", "Refuse", caught.value)
 
 
-def test_an_empty_list_is_refused_with_the_nodes_name(runner: Runner, api_node: ApiNode) -> None:
-    prompt = {"1": api_node("Range", count=0), "2": api_node("Show", "Nothing", value=["1", 0])}
-    with pytest.raises(NodeError, match="node 2 'Nothing': value must receive at least one item"):
-        runner.run(prompt)
-
-
 def test_cancelled_before_the_first_node(runner: Runner, prompt: dict[str, Any]) -> None:
     cancel = threading.Event()
     cancel.set()

@@ -48,14 +48,12 @@ def test_a_good_prompt_becomes_a_graph(toys: Any, prompt: dict[str, Any]) -> Non
         "mode": "Negative",
     }
     assert graph.warnings == ()
-
-
-def test_values_are_normalised_and_defaults_stand_in(toys: Any, prompt: dict[str, Any]) -> None:
     prompt["1"]["inputs"]["value"] = 5.0
+    prompt["2"]["inputs"]["offset"] = "8"
     del prompt["2"]["inputs"]["mode"]
-    graph = validate(prompt, toys.folders, nodes=toys.nodes)
-    assert type(graph.nodes["1"].inputs["value"]) is int
-    assert graph.nodes["2"].inputs["mode"] == "Plain"
+    read = validate(prompt, toys.folders, nodes=toys.nodes).nodes
+    assert type(read["1"].inputs["value"]) is int
+    assert read["2"].inputs == {"numbers.n0": Link("1", 0), "numbers.n1": 4, "offset": 8, "mode": "Plain"}
 
 
 def test_numeric_ids_aliases_and_wrapped_values(toys: Any, api_node: ApiNode) -> None:
@@ -163,18 +161,14 @@ def test_an_unknown_node_that_no_output_needs_is_a_warning(
     )
     with pytest.raises(GraphError, match="unknown node 'SaveNumber'"):
         validate(prompt, toys.folders, nodes=toys.nodes, targets=["4"])
-
-
-def test_what_an_unknown_node_is_linked_to_counts_as_needed(
-    toys: Any, prompt: dict[str, Any], api_node: ApiNode
-) -> None:
-    prompt["4"] = api_node("Halve", value=["5", 0], pair=[None, 0], text="x")
-    prompt["5"] = api_node("Number", value=-1)
+    prompt |= {f"a{index}": api_node(f"Other{index}", value=["2", 0]) for index in range(20)}
+    warning, _ = validate(prompt, toys.folders, nodes=toys.nodes).warnings
+    assert "node 4 'SaveNumber', node a0 'Other0'" in warning and warning.endswith("and 11 more")
     prompt["6"] = api_node("Show", value=["4", 0])
     assert faults(toys, prompt) == [
-        "node 4 'Halve': unknown node 'Halve'; replace or remove it",
+        "node 4 'SaveNumber': unknown node 'SaveNumber' (did you mean 'Number'?); replace or remove it",
         "node 5 'A Number': value must be between 0 and 100, got -1",
-    ]
+    ], "what an unknown node is linked to counts as needed"
 
 
 def test_without_a_known_output_an_unknown_node_may_be_one(toys: Any, api_node: ApiNode) -> None:
@@ -223,26 +217,11 @@ def test_a_graph_needs_an_output_node(toys: Any, api_node: ApiNode) -> None:
     assert faults(toys, {}) == ["a workflow needs an output node (Show, Refuse), got none; add one"]
 
 
-def test_unknown_nodes_that_no_output_needs_are_named_in_one_note(
-    toys: Any, prompt: dict[str, Any], api_node: ApiNode
-) -> None:
-    for index in range(20):
-        prompt[f"a{index}"] = api_node(f"Other{index}", value=["2", 0])
-    (warning,) = validate(prompt, toys.folders, nodes=toys.nodes).warnings
-    assert "node a0 'Other0', node a1 'Other1'" in warning
-    assert warning.endswith("and 10 more")
-
-
 @pytest.mark.parametrize("extra", ["text", 3, None, [], {}, {"ds": {"scale": 1}}])
 def test_what_is_no_node_is_passed_over(toys: Any, prompt: dict[str, Any], extra: object) -> None:
     graph = validate({**prompt, "extra": extra, "version": 0.4}, toys.folders, nodes=toys.nodes)
     assert graph.warnings == ()
     assert list(graph.nodes) == ["1", "2", "3"]
-
-
-def test_numbers_as_text_are_read(toys: Any, prompt: dict[str, Any]) -> None:
-    prompt["1"]["inputs"]["value"] = "8"
-    assert validate(prompt, toys.folders, nodes=toys.nodes).nodes["1"].inputs == {"value": 8}
 
 
 @pytest.mark.parametrize("value", [[1, 2, 3], {"__value__": [1, 2, 3]}, [], ["a", "b"], [["1", 0]]])
@@ -270,9 +249,6 @@ def test_a_cycle_is_named_node_by_node(toys: Any, prompt: dict[str, Any], api_no
         "node 2 'Add up': a node must not depend on its own output, but these do: "
         "node 2 'Add up' → node 4 'Sum' → node 2 'Add up'; remove one of the links"
     ]
-
-
-def test_a_node_linked_to_itself(toys: Any, prompt: dict[str, Any]) -> None:
     prompt["2"]["inputs"]["numbers.n1"] = ["2", 0]
     assert "node 2 'Add up' → node 2 'Add up'" in faults(toys, prompt)[0]
 

@@ -37,20 +37,6 @@ def joined(context: NodeContext, *, a: str, b: str) -> tuple[str]:
     return (a + b,)
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "result"),
-    [
-        (["x"], ["1"], ["x1"]),
-        (["x", "y", "z"], ["1"], ["x1", "y1", "z1"]),
-        (["x", "y", "z"], ["1", "2"], ["x1", "y2", "z2"]),
-        (["x"], ["1", "2"], ["x1", "x2"]),
-    ],
-)
-def test_lists_are_zipped_and_shorter_ones_repeat_their_last(a: list[str], b: list[str], result: list[str]) -> None:
-    outcome = call_node(make(joined, PAIR, [Output("X")]), {"a": a, "b": b}, CONTEXT)
-    assert outcome.outputs == (tuple(result),)
-
-
 @given(st.lists(st.integers(), min_size=1, max_size=5), st.lists(st.integers(), min_size=1, max_size=5))
 def test_the_longest_list_says_how_often(a: list[int], b: list[int]) -> None:
     calls: list[tuple[int, int]] = []

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from lorasmith.core.errors import GraphError
@@ -13,11 +11,6 @@ from lorasmith.workflow import Input, Node, NodeContext, node, socket
 @pytest.fixture
 def registry() -> Registry[Node]:
     return Registry("node", GraphError)
-
-
-def test_the_docstring_describes_and_aliases_resolve(toys: Any) -> None:
-    assert toys.nodes["OldNumber"] is toys.nodes["Number"]
-    assert toys.nodes["Number"].description == "Give a number."
 
 
 def test_the_function_stays_an_ordinary_one(registry: Registry[Node]) -> None:
@@ -41,10 +34,6 @@ def test_every_keyword_is_an_input(registry: Registry[Node]) -> None:
             return ()
 
     assert "Bad" not in registry
-
-
-def test_slots_are_the_keys_of_workflow_files(toys: Any) -> None:
-    assert list(toys.nodes["Sum"].slots) == ["numbers.n0", "numbers.n1", "numbers.n2", "numbers.n3", "offset", "mode"]
 
 
 def test_a_last_keyword_takes_the_inputs_that_are_not_named(registry: Registry[Node]) -> None:
