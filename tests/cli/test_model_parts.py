@@ -98,26 +98,6 @@ def test_models_are_listed_with_their_parts(lorasmith: Command, models: Path) ->
     assert [one["is_whole"] for one in parsed["models"]] == [False, True]
 
 
-@pytest.mark.slow
-def test_a_plan_is_printed_for_a_card(lorasmith: Command, models: Path) -> None:
-    (models / "vae" / "ae.safetensors").unlink()
-    asked = ("plan", "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--resolution", 64, "--rank", 4)
-    ran = lorasmith(*asked, "--memory", 8, "--batch", 2)
-    assert ran.code == 0, ran.err
-    for line in (
-        "Model     flux1-dev (Flux.1)",
-        "          text encoder: t5xxl_fp16.safetensors (found in models/text_encoders)",
-        "Pictures  64×64 pixels, batch 2, products in bf16",
-        "Weights   as in the file ",
-        "checkpointing at depth 1 ",
-        "Before    text encoders, which are used before training: text_encoder ",
-        "Fits 8.0 GiB with the defaults: about ",
-    ):
-        assert line in ran.out, line
-    parsed = json.loads(lorasmith(*asked, "--memory", 8, "--json").out)
-    assert (parsed["fits"], parsed["proposal"]["settings"], parsed["batch_size"]) == (True, {}, 1)
-
-
 def test_a_desktops_part_of_the_card_is_left_to_it(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in model fits a card of 1 GiB, of which the driver takes half, but not beside a desktop."""
     once = functools.cache(lambda *files, **_: estimate_memory(*files, TrainConfig(), card_bytes=2**30, resolution=64))

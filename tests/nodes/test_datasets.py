@@ -102,8 +102,7 @@ def test_buckets_hold_equal_sizes_each_with_its_conditioning(
 ) -> None:
     wide, square, also_wide = latents(1, 8, 16), latents(1, 16, 16, seed=1), latents(1, 8, 16, seed=2)
     buckets, conditionings = bench.call(
-        "ResolutionBucket",
-        lists={"latents": [wide, square, also_wide], "conditioning": [[one] for one in captions]},
+        "ResolutionBucket", lists={"latents": [wide, square, also_wide], "conditioning": [[one] for one in captions]}
     ).outputs
     assert torch.equal(buckets[0]["samples"], torch.cat((wide["samples"], also_wide["samples"])))
     assert torch.equal(buckets[1]["samples"], square["samples"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +88,7 @@ def test_a_node_without_a_latent_changes_nothing_and_the_method_is_a_setting(bas
     graph = drawing(
         none=api("ReferenceLatent", conditioning=["text", 0]),
         index=api(
-            "FluxKontextMultiReferenceLatentMethod",
-            conditioning=["positive", 0],
-            reference_latents_method="index",
+            "FluxKontextMultiReferenceLatentMethod", conditioning=["positive", 0], reference_latents_method="index"
         ),
         offset=api(
             "FluxKontextMultiReferenceLatentMethod", conditioning=["index", 0], reference_latents_method="offset"
@@ -145,36 +142,9 @@ def training(*, by: str) -> Prompt:
         "train": trained(["data", 0], ["pairs", 0], batch_size=2),
         "save": api("SaveLoRA", lora=["train", 0], prefix="loras/edit", steps=["train", 2]),
         "keep": api(
-            "SaveTrainingDataset",
-            latents=["data", 0],
-            conditioning=["pairs", 0],
-            folder_name=by,
-            shard_size=1000,
+            "SaveTrainingDataset", latents=["data", 0], conditioning=["pairs", 0], folder_name=by, shard_size=1000
         ),
     }
-
-
-@pytest.mark.slow
-def test_a_training_graph_trains_on_opposites(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = predicted_with(monkeypatch)
-    graph = training(by="pairs")
-    graph["low"] = api("ImageScale", image=["after", 1], upscale_method="area", width=64, height=64, crop="disabled")
-    graph["data"]["inputs"]["controls"] = ["low", 0]
-    losses = {}
-    for kind in ("slider", "dpo"):
-        graph["train"]["inputs"]["pairs"] = kind
-        losses[kind] = run(base, graph)["train"][1][0]["loss"]
-    assert [len(one) for one in losses.values()] == [2, 2]
-    assert losses["dpo"][0] == pytest.approx(math.log(2), abs=1e-3)
-    assert seen and not any(one.controls for one in seen)
-    graph["none"] = api(
-        "MakeTrainingDataset", images=["after", 0], vae=["vae", 0], clip=["clip", 0], texts=["after", 2]
-    )
-    graph["train"]["inputs"]["positive"] = ["none", 1]
-    with pytest.raises(
-        NodeError, match=r"pairs are of two pictures, but a caption has 0 controls; make them with Make"
-    ):
-        run(base, graph)
 
 
 def test_a_training_graph_trains_on_its_pairs(base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch) -> None:

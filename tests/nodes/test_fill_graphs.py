@@ -137,10 +137,7 @@ def training() -> Prompt:
     return {
         "unet": api("UNETLoader", unet_name="flux1-fill-dev.safetensors", weight_dtype="default"),
         "clip": api(
-            "DualCLIPLoader",
-            clip_name1="clip_l.safetensors",
-            clip_name2="t5xxl_fp16.safetensors",
-            type="flux",
+            "DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl_fp16.safetensors", type="flux"
         ),
         "vae": api("VAELoader", vae_name="ae.safetensors"),
         "pictures": api("LoadImageTextDataSetFromFolder", folder="pictures"),

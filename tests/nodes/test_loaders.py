@@ -72,11 +72,7 @@ def test_a_file_of_another_part_is_refused_by_what_it_is(bench: Any, flux: dict[
 
 @pytest.mark.parametrize(
     ("weight_dtype", "code"),
-    [
-        ("fp8_e4m3fn", torch.float8_e4m3fn),
-        ("fp8_e4m3fn_fast", torch.float8_e4m3fn),
-        ("fp8_e5m2", torch.float8_e5m2),
-    ],
+    [("fp8_e4m3fn", torch.float8_e4m3fn), ("fp8_e4m3fn_fast", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)],
 )
 def test_weights_are_rounded_to_fp8_without_scales(
     bench: Any, flux: dict[str, Path], weight_dtype: str, code: torch.dtype

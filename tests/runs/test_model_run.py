@@ -50,11 +50,6 @@ def test_the_docstring_names_what_is_no_setting() -> None:
     assert {name for name in own if name not in train.__doc__} == set()
 
 
-def test_an_unknown_setting_is_refused_with_the_nearest_name(tiny: Model, data: EncodedDataset) -> None:
-    with pytest.raises(OptionError, match=r"unknown option 'stepz' .did you mean 'steps'"):
-        train(tiny, data, stepz=3)
-
-
 @pytest.mark.parametrize("title", ["a/b", "..", "a\nb"])
 def test_a_title_that_no_file_can_have_is_refused_before_training(
     tiny: Model, data: EncodedDataset, tmp_path: Path, title: str

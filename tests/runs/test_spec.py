@@ -51,10 +51,7 @@ def test_several_sources_are_written_down_and_typed_again(tmp_path: Path) -> Non
     [
         ({"command": "train", "model": "lorasmith-tiny", "name": "cat"}, "source.sources is missing"),
         ({"command": "run", "folder": "/a", "model": "m", "name": "cat"}, "source.command must be train"),
-        (
-            {"command": "train", "folder": ["/a"], "model": "m", "name": "cat"},
-            r"sources\[0\].path must be text, got",
-        ),
+        ({"command": "train", "folder": ["/a"], "model": "m", "name": "cat"}, r"sources\[0\].path must be text, got"),
         ({"command": "train", "folder": "/a", "model": "m", "name": "cat", "resolution": "1"}, "must be an integer"),
     ],
 )

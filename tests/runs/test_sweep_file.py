@@ -32,19 +32,10 @@ def first(sweep: Sweep) -> RunSpec:
 def test_a_grid_gives_every_combination_named_by_what_differs(tmp_path: Path) -> None:
     found = read(tmp_path, "steps = 7\n[grid]\nrank = [8, 16]\nlearning_rate = [1e-4, 3e-4]\nflip = [true, false]")
     assert len(found.runs) == 8
-    assert list(found.runs)[:3] == [
-        "flip-on_rank-8_rate-1e-4",
-        "flip-off_rank-8_rate-1e-4",
-        "flip-on_rank-8_rate-3e-4",
-    ]
+    assert list(found.runs)[:3] == ["flip-on_rank-8_rate-1e-4", "flip-off_rank-8_rate-1e-4", "flip-on_rank-8_rate-3e-4"]
     name, last = list(found.runs.items())[-1]
     assert found.varied[name] == {"rank": 16, "learning_rate": 3e-4, "flip": False}
-    assert (last.config.rank, last.config.learning_rate, last.config.steps, last.data.flip) == (
-        16,
-        3e-4,
-        7,
-        False,
-    )
+    assert (last.config.rank, last.config.learning_rate, last.config.steps, last.data.flip) == (16, 3e-4, 7, False)
     assert last.sources == (ImageSource(str(tmp_path / "photos")),)
 
 

@@ -1,9 +1,13 @@
-"""A base folder with a finished run of the page."""
+"""Tests that are coroutines, the servers that are open while one runs, and a finished run of the page."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from lorasmith.data.data_config import ImageSource
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
+from tests.server.api_server import api
+from tests.server.fake_server import serving
 
 SETTINGS = {
     "rank": 2,
@@ -23,6 +29,37 @@ SETTINGS = {
     "validation_share": 0.5,
     "validate_every": 2,
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a coroutine, with those of its fixtures that are servers entered for it."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as opened:
+            given: dict[str, Any] = {}
+            for name in pyfuncitem._fixtureinfo.argnames:
+                value = pyfuncitem.funcargs[name]
+                is_server = isinstance(value, contextlib.AbstractAsyncContextManager)
+                given[name] = await opened.enter_async_context(value) if is_server else value
+            await pyfuncitem.obj(**given)
+
+    asyncio.run(run())
+    return True
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Any:
+    """A server whose jobs nobody runs."""
+    return serving(tmp_path)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Any:
+    """The API with in-process answers."""
+    return api(tmp_path)
 
 
 @pytest.fixture(scope="session")

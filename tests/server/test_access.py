@@ -53,19 +53,15 @@ async def status_of(server: Played, method: str, path: str | URL, **options: Any
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8188", "localhost.evil.example", "192.168.1.5", "127.0.0.1@evil.example", ""]
 )
-def test_every_route_refuses_a_foreign_host(tmp_path: Path, host: str) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            # Its own Origin does not help a page whose name was made to point here.
-            headers = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
-            paths = routes_of(server) if host == "evil.example" else [("GET", "/prompt"), ("POST", "/prompt")]
-            for method, path in paths:
-                assert await status_of(server, method, path, headers=headers) in (400, 403), (method, path)
-            with pytest.raises(aiohttp.WSServerHandshakeError):
-                await server.http.ws_connect("/ws", headers=headers)
-            assert server.context.store.pending() == []
-
-    asyncio.run(main())
+async def test_every_route_refuses_a_foreign_host(server: Played, host: str) -> None:
+    # Its own Origin does not help a page whose name was made to point here.
+    headers = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+    paths = routes_of(server) if host == "evil.example" else [("GET", "/prompt"), ("POST", "/prompt")]
+    for method, path in paths:
+        assert await status_of(server, method, path, headers=headers) in (400, 403), (method, path)
+    with pytest.raises(aiohttp.WSServerHandshakeError):
+        await server.http.ws_connect("/ws", headers=headers)
+    assert server.context.store.pending() == []
 
 
 @pytest.mark.parametrize(
@@ -81,136 +77,108 @@ def test_every_route_refuses_a_foreign_host(tmp_path: Path, host: str) -> None:
         {"Sec-Fetch-Site": "same-site"},
     ],
 )
-def test_every_write_refuses_a_foreign_origin(tmp_path: Path, headers: dict[str, str]) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            for method, path in routes_of(server) if headers == {"Origin": FOREIGN} else [("POST", "/prompt")]:
-                # A page may be opened from anywhere; pictures, scripts and streams are not for pages of others.
-                if method != "GET" or path in ("/view", "/lorasmith/v1/events", "/editor/", "/api/history"):
-                    assert await status_of(server, method, path, headers=headers) == 403, (method, path)
-            opened = headers | {"Sec-Fetch-Mode": "navigate"}
-            assert [await status_of(server, method, "/queue", headers=opened) for method in ("GET", "POST")] == [
-                200,
-                403,
-            ]
-            for path in ("/ws", "/api/ws", "/editor/ws"):
-                with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
-                    await server.http.ws_connect(path, headers=headers)
-                assert caught.value.status == 403
-
-    asyncio.run(main())
+async def test_every_write_refuses_a_foreign_origin(server: Played, headers: dict[str, str]) -> None:
+    for method, path in routes_of(server) if headers == {"Origin": FOREIGN} else [("POST", "/prompt")]:
+        # A page may be opened from anywhere; pictures, scripts and streams are not for pages of others.
+        if method != "GET" or path in ("/view", "/lorasmith/v1/events", "/editor/", "/api/history"):
+            assert await status_of(server, method, path, headers=headers) == 403, (method, path)
+    opened = headers | {"Sec-Fetch-Mode": "navigate"}
+    assert [await status_of(server, method, "/queue", headers=opened) for method in ("GET", "POST")] == [200, 403]
+    for path in ("/ws", "/api/ws", "/editor/ws"):
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await server.http.ws_connect(path, headers=headers)
+        assert caught.value.status == 403
 
 
-def test_a_page_of_this_server_and_programs_may_write(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            for name in ("127.0.0.1", "localhost", "[::1]"):
-                headers = {"Host": f"{name}:{server.port}", "Origin": f"http://{name}:{server.port}"}
-                await server.post("/prompt", {"prompt": GOOD}, headers={**headers, "Sec-Fetch-Site": "same-origin"})
-            await server.post("/prompt", {"prompt": GOOD})
-            forwarded = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}
-            await server.post("/prompt", {"prompt": GOOD}, headers=forwarded)
-            async with server.http.ws_connect("/ws", headers=forwarded) as socket:
-                assert "status" in (await socket.receive()).data
-
-    asyncio.run(main())
+async def test_a_page_of_this_server_and_programs_may_write(server: Played) -> None:
+    for name in ("127.0.0.1", "localhost", "[::1]"):
+        headers = {"Host": f"{name}:{server.port}", "Origin": f"http://{name}:{server.port}"}
+        await server.post("/prompt", {"prompt": GOOD}, headers={**headers, "Sec-Fetch-Site": "same-origin"})
+    await server.post("/prompt", {"prompt": GOOD})
+    forwarded = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}
+    await server.post("/prompt", {"prompt": GOOD}, headers=forwarded)
+    async with server.http.ws_connect("/ws", headers=forwarded) as socket:
+        assert "status" in (await socket.receive()).data
 
 
-def test_every_route_needs_the_token(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path, token=TOKEN) as server:
-            for method, path in routes_of(server):
-                if path != "/lorasmith/login":
-                    assert await status_of(server, method, path) == 401, (method, path)
-            for path in ("/nowhere", "/prompt?token=wrong", "/prompt?token="):
-                assert await status_of(server, "GET", path) == 401
-
-    asyncio.run(main())
+async def test_every_route_needs_the_token(tmp_path: Path) -> None:
+    async with serving(tmp_path, token=TOKEN) as server:
+        for method, path in routes_of(server):
+            if path != "/lorasmith/login":
+                assert await status_of(server, method, path) == 401, (method, path)
+        for path in ("/nowhere", "/prompt?token=wrong", "/prompt?token="):
+            assert await status_of(server, "GET", path) == 401
 
 
-def test_the_token_is_taken_from_each_place_where_clients_put_it(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path, token=TOKEN) as server:
-            basic = base64.b64encode(f"me:{TOKEN}".encode()).decode()
-            for headers, status in (
-                ({"Authorization": f"Bearer {TOKEN}"}, 200),
-                ({"Authorization": f"bearer {TOKEN}"}, 200),
-                ({"Authorization": f"Basic {basic}"}, 200),
-                ({"Authorization": "Bearer wrong"}, 401),
-                ({"Authorization": "Basic !!!"}, 401),
-                ({"Authorization": "Basic é"}, 401),
-                ({"Authorization": "Bearer é"}, 401),
-                ({"Cookie": "lorasmith=é"}, 401),
-                ({"Authorization": f"Basic {base64.b64encode(b'me:wrong').decode()}"}, 401),
-                ({"Authorization": TOKEN}, 401),
-                ({"Cookie": f"lorasmith={TOKEN}"}, 401),
-            ):
-                assert await status_of(server, "GET", "/prompt", headers=headers) == status, headers
-            async with server.http.get("/prompt", params={"token": TOKEN}) as answer:
-                assert answer.status == 200
-                cookie = answer.cookies["lorasmith"]
-            assert cookie["httponly"]
-            assert cookie["samesite"] == "Strict"
-            assert TOKEN not in cookie.value
-            assert await status_of(server, "GET", "/prompt", headers={"Cookie": f"lorasmith={cookie.value}"}) == 200
-            async with server.http.ws_connect("/ws", params={"token": TOKEN}) as socket:
-                assert "status" in (await socket.receive()).data
-
-    asyncio.run(main())
+async def test_the_token_is_taken_from_each_place_where_clients_put_it(tmp_path: Path) -> None:
+    async with serving(tmp_path, token=TOKEN) as server:
+        basic = base64.b64encode(f"me:{TOKEN}".encode()).decode()
+        for headers, status in (
+            ({"Authorization": f"Bearer {TOKEN}"}, 200),
+            ({"Authorization": f"bearer {TOKEN}"}, 200),
+            ({"Authorization": f"Basic {basic}"}, 200),
+            ({"Authorization": "Bearer wrong"}, 401),
+            ({"Authorization": "Basic !!!"}, 401),
+            ({"Authorization": "Basic é"}, 401),
+            ({"Authorization": "Bearer é"}, 401),
+            ({"Cookie": "lorasmith=é"}, 401),
+            ({"Authorization": f"Basic {base64.b64encode(b'me:wrong').decode()}"}, 401),
+            ({"Authorization": TOKEN}, 401),
+            ({"Cookie": f"lorasmith={TOKEN}"}, 401),
+        ):
+            assert await status_of(server, "GET", "/prompt", headers=headers) == status, headers
+        async with server.http.get("/prompt", params={"token": TOKEN}) as answer:
+            assert answer.status == 200
+            cookie = answer.cookies["lorasmith"]
+        assert cookie["httponly"]
+        assert cookie["samesite"] == "Strict"
+        assert TOKEN not in cookie.value
+        assert await status_of(server, "GET", "/prompt", headers={"Cookie": f"lorasmith={cookie.value}"}) == 200
+        async with server.http.ws_connect("/ws", params={"token": TOKEN}) as socket:
+            assert "status" in (await socket.receive()).data
 
 
-def test_a_browser_exchanges_the_token_for_a_cookie(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path, token=TOKEN) as server:
-            page = {"Accept": "text/html"}
-            async with server.http.get("/?a=1", params={"token": TOKEN}, headers=page, allow_redirects=False) as answer:
-                assert (answer.status, answer.headers["Location"]) == (303, "/?a=1")
-                assert "lorasmith" in answer.cookies
-            async with server.http.get("/", headers=page) as answer:
-                assert answer.status == 401
-                assert "<form" in await answer.text()
-            form = aiohttp.FormData({"token": TOKEN}, default_to_multipart=True)
-            for data in ({"token": "wrong"}, {"token": TOKEN, "more": "x" * 10_000}, form, f"token={TOKEN}"):
-                assert await status_of(server, "POST", "/lorasmith/login", data=data) == 401
-            assert (
-                await status_of(server, "POST", "/lorasmith/login", data={"token": TOKEN}, headers={"Origin": FOREIGN})
-                == 403
-            )
-            async with server.http.post("/lorasmith/login", data={"token": TOKEN}, allow_redirects=False) as answer:
-                assert answer.status == 303
-                assert "lorasmith" in answer.cookies and not answer.cookies["lorasmith"]["secure"]
-            forwarded = {"token": TOKEN}, {"X-Forwarded-Proto": "https"}
-            async with server.http.get("/prompt", params=forwarded[0], headers=forwarded[1]) as answer:
-                assert answer.cookies["lorasmith"]["secure"]
-
-    asyncio.run(main())
+async def test_a_browser_exchanges_the_token_for_a_cookie(tmp_path: Path) -> None:
+    async with serving(tmp_path, token=TOKEN) as server:
+        page = {"Accept": "text/html"}
+        async with server.http.get("/?a=1", params={"token": TOKEN}, headers=page, allow_redirects=False) as answer:
+            assert (answer.status, answer.headers["Location"]) == (303, "/?a=1")
+            assert "lorasmith" in answer.cookies
+        async with server.http.get("/", headers=page) as answer:
+            assert answer.status == 401
+            assert "<form" in await answer.text()
+        form = aiohttp.FormData({"token": TOKEN}, default_to_multipart=True)
+        for data in ({"token": "wrong"}, {"token": TOKEN, "more": "x" * 10_000}, form, f"token={TOKEN}"):
+            assert await status_of(server, "POST", "/lorasmith/login", data=data) == 401
+        assert (
+            await status_of(server, "POST", "/lorasmith/login", data={"token": TOKEN}, headers={"Origin": FOREIGN})
+            == 403
+        )
+        async with server.http.post("/lorasmith/login", data={"token": TOKEN}, allow_redirects=False) as answer:
+            assert answer.status == 303
+            assert "lorasmith" in answer.cookies and not answer.cookies["lorasmith"]["secure"]
+        forwarded = {"token": TOKEN}, {"X-Forwarded-Proto": "https"}
+        async with server.http.get("/prompt", params=forwarded[0], headers=forwarded[1]) as answer:
+            assert answer.cookies["lorasmith"]["secure"]
 
 
-def test_every_answer_has_the_headers_of_safety(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            for method, path in (("GET", "/prompt"), ("GET", "/nowhere"), ("PUT", "/prompt"), ("POST", "/prompt")):
-                async with server.http.request(method, path) as answer:
-                    policy = answer.headers["Content-Security-Policy"]
-                    assert "default-src 'none'" in policy and "script" not in policy
-                    assert "frame-ancestors 'none'" in policy
-                    assert "http" not in policy
-                    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-                    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
-                    assert "Access-Control-Allow-Origin" not in answer.headers
-
-    asyncio.run(main())
+async def test_every_answer_has_the_headers_of_safety(server: Played) -> None:
+    for method, path in (("GET", "/prompt"), ("GET", "/nowhere"), ("PUT", "/prompt"), ("POST", "/prompt")):
+        async with server.http.request(method, path) as answer:
+            policy = answer.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy and "script" not in policy
+            assert "frame-ancestors 'none'" in policy
+            assert "http" not in policy
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+            assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-def test_no_page_of_another_site_is_let_in_by_cors(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            headers = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
-            async with server.http.options("/prompt", headers=headers) as answer:
-                assert answer.status == 403
-                assert not any(name.startswith("Access-Control") for name in answer.headers)
-
-    asyncio.run(main())
+async def test_no_page_of_another_site_is_let_in_by_cors(server: Played) -> None:
+    headers = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
+    async with server.http.options("/prompt", headers=headers) as answer:
+        assert answer.status == 403
+        assert not any(name.startswith("Access-Control") for name in answer.headers)
 
 
 def test_secrets_are_in_no_answer_and_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -226,21 +194,17 @@ def test_secrets_are_in_no_answer_and_no_log(tmp_path: Path, caplog: pytest.LogC
     assert TOKEN not in caplog.text
 
 
-def test_bodies_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            assert read_body.__kwdefaults__["at_most"] == MAX_JSON_BYTES
-            monkeypatch.setitem(read_body.__kwdefaults__, "at_most", 1000)
+async def test_bodies_are_limited(server: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_body.__kwdefaults__["at_most"] == MAX_JSON_BYTES
+    monkeypatch.setitem(read_body.__kwdefaults__, "at_most", 1000)
 
-            async def parts() -> AsyncIterator[bytes]:
-                for _ in range(20):
-                    yield b" " * 100
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 100
 
-            for path in ("/prompt", "/settings", "/userdata/x.json"):
-                assert await status_of(server, "POST", path, data=b" " * 2000) == 413
-                assert await status_of(server, "POST", path, data=parts()) == 413
-
-    asyncio.run(main())
+    for path in ("/prompt", "/settings", "/userdata/x.json"):
+        assert await status_of(server, "POST", path, data=b" " * 2000) == 413
+        assert await status_of(server, "POST", path, data=parts()) == 413
 
 
 @pytest.mark.parametrize(
@@ -273,14 +237,11 @@ def test_further_names_are_known(tmp_path: Path) -> None:
     assert not rules.knows_host("evil.example")
 
 
-def test_pages_behind_a_proxy_may_write(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path, token=TOKEN, names=("gpu.example",)) as server:
-            headers = {"Host": "gpu.example", "Origin": "https://gpu.example", "Authorization": f"Bearer {TOKEN}"}
-            await server.post("/prompt", {"prompt": GOOD}, headers=headers)
-            await server.post("/prompt", {"prompt": GOOD}, headers=headers | {"Origin": FOREIGN}, status=403)
-
-    asyncio.run(main())
+async def test_pages_behind_a_proxy_may_write(tmp_path: Path) -> None:
+    async with serving(tmp_path, token=TOKEN, names=("gpu.example",)) as server:
+        headers = {"Host": "gpu.example", "Origin": "https://gpu.example", "Authorization": f"Bearer {TOKEN}"}
+        await server.post("/prompt", {"prompt": GOOD}, headers=headers)
+        await server.post("/prompt", {"prompt": GOOD}, headers=headers | {"Origin": FOREIGN}, status=403)
 
 
 def test_a_server_that_others_reach_needs_a_token(tmp_path: Path) -> None:
@@ -299,7 +260,7 @@ def test_loopback_addresses() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "gpu.lan")))
 
 
-def test_wrong_tokens_are_refused_late_and_end_their_connection(
+async def test_wrong_tokens_are_refused_late_and_end_their_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
@@ -308,30 +269,26 @@ def test_wrong_tokens_are_refused_late_and_end_their_connection(
         waits.append(seconds)
 
     monkeypatch.setattr(access, "WRONG_TOKEN_DELAY_S", 7.0)
-
-    async def main() -> None:
-        async with serving(tmp_path, token=TOKEN) as server:
-            with monkeypatch.context() as patch:
-                patch.setattr("lorasmith.server.access.asyncio.sleep", noted)
-                wrong: list[tuple[str, str, dict[str, Any]]] = [
-                    ("GET", "/prompt?token=wrong", {}),
-                    ("GET", "/prompt", {"headers": {"Authorization": "Bearer wrong"}}),
-                    ("GET", "/prompt", {"headers": {"Cookie": "lorasmith=wrong"}}),
-                    ("POST", "/lorasmith/login", {"data": {"token": "wrong"}}),
-                ]
-                for method, path, options in wrong:
-                    async with server.http.request(method, path, **options) as answer:
-                        assert answer.status == 401 and answer.headers["Connection"] == "close"
-                assert waits == [7.0] * 4
-                for path, status in (("/prompt", 401), (f"/prompt?token={TOKEN}", 200)):
-                    assert await status_of(server, "GET", path) == status
-                assert await status_of(server, "GET", "/prompt", headers={"Host": "evil.example"}) == 403
+    async with serving(tmp_path, token=TOKEN) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("lorasmith.server.access.asyncio.sleep", noted)
+            wrong: list[tuple[str, str, dict[str, Any]]] = [
+                ("GET", "/prompt?token=wrong", {}),
+                ("GET", "/prompt", {"headers": {"Authorization": "Bearer wrong"}}),
+                ("GET", "/prompt", {"headers": {"Cookie": "lorasmith=wrong"}}),
+                ("POST", "/lorasmith/login", {"data": {"token": "wrong"}}),
+            ]
+            for method, path, options in wrong:
+                async with server.http.request(method, path, **options) as answer:
+                    assert answer.status == 401 and answer.headers["Connection"] == "close"
             assert waits == [7.0] * 4
+            for path, status in (("/prompt", 401), (f"/prompt?token={TOKEN}", 200)):
+                assert await status_of(server, "GET", path) == status
+            assert await status_of(server, "GET", "/prompt", headers={"Host": "evil.example"}) == 403
+        assert waits == [7.0] * 4
 
-    asyncio.run(main())
 
-
-def test_a_body_that_stops_arriving_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_stops_arriving_is_cut_off(server: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_handling, "IDLE_TIMEOUT_S", 0.1)
     part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc'
     form = "multipart/form-data; boundary=x"
@@ -343,24 +300,17 @@ def test_a_body_that_stops_arriving_is_cut_off(tmp_path: Path, monkeypatch: pyte
         ("/upload/image", form, b"--x\r\nContent-"),
         ("/lorasmith/v1/datasets/dog/images", form, part),
     ]
-
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            server.assistant.answers["check_changes"] = True
-            for path, kind, begun in cases:
-                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                head = (
-                    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
-                )
-                writer.write(head.encode() + begun)
-                assert b" 408 " in await reader.readline(), path
-                writer.close()
-                await writer.wait_closed()
-
-    asyncio.run(main())
+    server.assistant.answers["check_changes"] = True
+    for path, kind, begun in cases:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
+        writer.write(head.encode() + begun)
+        assert b" 408 " in await reader.readline(), path
+        writer.close()
+        await writer.wait_closed()
 
 
-def test_an_upload_that_moves_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_upload_that_moves_may_take_long(server: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_handling, "IDLE_TIMEOUT_S", 100.0)
 
     async def slowly() -> AsyncIterator[bytes]:
@@ -374,14 +324,12 @@ def test_an_upload_that_moves_may_take_long(tmp_path: Path, monkeypatch: pytest.
             # A minute passes.
             monkeypatch.setattr(loop, "time", lambda passed=60.0 * (number + 1): time() + passed)
 
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            assert await status_of(server, "POST", "/settings", data=slowly()) == 200
-
-    asyncio.run(main())
+    assert await status_of(server, "POST", "/settings", data=slowly()) == 200
 
 
-def test_large_bodies_are_parsed_outside_of_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_bodies_are_parsed_outside_of_the_event_loop(
+    server: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads: list[bool] = []
 
     def parsed(content: bytes) -> Any:
@@ -390,37 +338,27 @@ def test_large_bodies_are_parsed_outside_of_the_event_loop(tmp_path: Path, monke
 
     for module in ("api.endpoint", "request_handling"):
         monkeypatch.setattr(f"lorasmith.server.{module}.parse_foreign_json", parsed)
-
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            for path in ("/settings", "/lorasmith/v1/datasets"):
-                for size, is_main in ((10, True), (100_000, False)):
-                    await status_of(server, "POST", path, json={"name": "x" * size})
-                    assert threads.pop() is is_main, (path, size)
-
-    asyncio.run(main())
+    for path in ("/settings", "/lorasmith/v1/datasets"):
+        for size, is_main in ((10, True), (100_000, False)):
+            await status_of(server, "POST", path, json={"name": "x" * size})
+            assert threads.pop() is is_main, (path, size)
 
 
-def test_bodies_that_are_read_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bodies_that_are_read_have_a_limit_together(server: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_handling, "_MOST_BODIES_BYTES", 1500)
+    first = asyncio.Event()
 
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            first = asyncio.Event()
+    async def half() -> AsyncIterator[bytes]:
+        yield b'{"a": 1' + b" " * 1000
+        await first.wait()
+        yield b"}"
 
-            async def half() -> AsyncIterator[bytes]:
-                yield b'{"a": 1' + b" " * 1000
-                await first.wait()
-                yield b"}"
-
-            waiting = asyncio.create_task(status_of(server, "POST", "/settings", data=half()))
-            await until(lambda: sum(request_handling._bodies.values()) > 1000)
-            assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 429
-            first.set()
-            assert await waiting == 200 and not request_handling._bodies
-            assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 200
-
-    asyncio.run(main())
+    waiting = asyncio.create_task(status_of(server, "POST", "/settings", data=half()))
+    await until(lambda: sum(request_handling._bodies.values()) > 1000)
+    assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 429
+    first.set()
+    assert await waiting == 200 and not request_handling._bodies
+    assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 200
 
 
 def test_a_client_that_does_not_read_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,49 +392,25 @@ HOSTILE = {
 }
 
 
-def test_no_name_makes_a_route_fail(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path / "base") as server:
-            server.assistant.answers |= {"check_changes": True, "encoded_picture": b"x", "file_metadata": None}
-            before = {*tmp_path.rglob("*")}
-            fields = (
-                "filename",
-                "subfolder",
-                "type",
-                "dir",
-                "path",
-                "id",
-                "model",
-                "width",
-                "after",
-                "max_items",
-                "node",
-            )
-            for route in server.app.router.routes():
-                assert route.resource is not None
-                path = route.resource.canonical
-                if path.startswith(("/api/", "/editor/")) or path.endswith(("/ws", "/events")):
-                    continue
-                for case, name in HOSTILE.items():
-                    filled = re.sub(r"\{[^}]*\}", name, path) + "?" + "&".join(f"{one}={name}" for one in fields)
-                    headers = {
-                        "X": "é",
-                        "Authorization": "Basic é",
-                        "If-None-Match": "é",
-                        "Range": "é",
-                        "Cookie": "é=é",
-                    }
-                    for body in (b"", name.encode()) if route.method in ("POST", "PUT", "PATCH") else (None,):
-                        status = await status_of(
-                            server,
-                            route.method.replace("*", "GET"),
-                            URL(filled, encoded=True),
-                            headers=headers,
-                            data=body,
-                        )
-                        assert status < 500, (route.method, filled[:200], case, status)
-            written = {path for path in {*tmp_path.rglob("*")} - before if path.is_file()}
-            assert all(path.is_relative_to(tmp_path / "base" / "user") for path in written)
-            assert not any(is_reserved(path.name) for path in written)
-
-    asyncio.run(main())
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
+async def test_no_name_makes_a_route_fail(tmp_path: Path, share: int) -> None:
+    """Each route with a share of the names, or with all."""
+    async with serving(tmp_path / "base") as server:
+        server.assistant.answers |= {"check_changes": True, "encoded_picture": b"x", "file_metadata": None}
+        before = {*tmp_path.rglob("*")}
+        fields = ["filename", "subfolder", "type", "dir", "path", "id", "model", "width", "after", "max_items", "node"]
+        headers = {"X": "é", "Authorization": "Basic é", "If-None-Match": "é", "Range": "é", "Cookie": "é=é"}
+        for index, route in enumerate(server.app.router.routes()):
+            assert route.resource is not None
+            path = route.resource.canonical
+            if path.startswith(("/api/", "/editor/")) or path.endswith(("/ws", "/events")):
+                continue
+            for case, name in [*HOSTILE.items()][index % share :: share]:
+                filled = re.sub(r"\{[^}]*\}", name, path) + "?" + "&".join(f"{one}={name}" for one in fields)
+                for body in (b"", name.encode()) if route.method in ("POST", "PUT", "PATCH") else (None,):
+                    method, url = route.method.replace("*", "GET"), URL(filled, encoded=True)
+                    status = await status_of(server, method, url, headers=headers, data=body)
+                    assert status < 500, (route.method, filled[:200], case, status)
+        written = {path for path in {*tmp_path.rglob("*")} - before if path.is_file()}
+        assert all(path.is_relative_to(tmp_path / "base" / "user") for path in written)
+        assert not any(is_reserved(path.name) for path in written)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,9 @@ def is_over(reader: asyncio.StreamReader) -> bool:
     return reader.at_eof() or reader.exception() is not None
 
 
-def with_server(most: int, most_per_address: int, check: Callable[..., Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with listening(most, most_per_address) as (factory, port, ended), Silent(port) as clients:
-            await check(factory, port, ended, clients)
-
-    asyncio.run(main())
-
-
 @pytest.mark.parametrize(("most", "most_per_address"), [(8, 100), (100, 8)])
-def test_silent_connections_make_room_the_oldest_first(most: int, most_per_address: int) -> None:
-    async def check(factory: Connections, port: int, ended: asyncio.Event, clients: Silent) -> None:
+async def test_silent_connections_make_room_the_oldest_first(most: int, most_per_address: int) -> None:
+    async with listening(most, most_per_address) as (factory, port, _), Silent(port) as clients:
         opened = [await clients.connected(b"GET / HT") for _ in range(30)]
         await until(lambda: is_over(opened[21][0]))
         assert len(factory.waiting) == 8
@@ -104,11 +96,9 @@ def test_silent_connections_make_room_the_oldest_first(most: int, most_per_addre
         writer.write(b"TP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         assert b"good 0" in await reader.read()
 
-    with_server(most, most_per_address, check)
 
-
-def test_a_connection_beyond_the_limit_of_busy_ones_is_refused() -> None:
-    async def check(factory: Connections, port: int, ended: asyncio.Event, clients: Silent) -> None:
+async def test_a_connection_beyond_the_limit_of_busy_ones_is_refused() -> None:
+    async with listening(4, 100) as (factory, port, ended):
         busy = [asyncio.create_task(asked(port, REQUEST.replace(b"GET /", b"GET /wait"))) for _ in range(4)]
         await until(lambda: len(factory.server.connections) == 4)
         assert b"good" not in await asked(port)
@@ -116,12 +106,10 @@ def test_a_connection_beyond_the_limit_of_busy_ones_is_refused() -> None:
         assert all(b"good" in answer for answer in await asyncio.gather(*busy))
         assert b"good" in await asked(port)
 
-    with_server(4, 100, check)
-
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
-def test_an_address_has_its_own_limit() -> None:
-    async def check(factory: Connections, port: int, ended: asyncio.Event, clients: Silent) -> None:
+async def test_an_address_has_its_own_limit() -> None:
+    async with listening(100, 4) as (factory, port, ended), Silent(port) as clients:
         wait = REQUEST.replace(b"GET /", b"GET /wait")
         busy = [asyncio.create_task(asked(port, wait, "127.0.0.2")) for _ in range(4)]
         await until(lambda: len(factory.server.connections) == 4)
@@ -132,11 +120,9 @@ def test_an_address_has_its_own_limit() -> None:
         ended.set()
         await asyncio.gather(*busy)
 
-    with_server(100, 4, check)
 
-
-def test_headers_have_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def check(factory: Connections, port: int, ended: asyncio.Event, clients: Silent) -> None:
+async def test_headers_have_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with listening(10, 10) as (factory, port, _), Silent(port) as clients:
         with monkeypatch.context() as patch:
             patch.setattr(connections, "_HEADER_TIMEOUT_S", 0.2)
             reader, writer = await clients.connected(b"GET / HTTP/1.1\r\nX: ")
@@ -146,11 +132,9 @@ def test_headers_have_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None
         assert b" 400 " in await asked(port, b"\x16\x03\x01\x02\x00\x01\x00")  # TLS is refused at once
         assert b"good 3" in await asked(port, REQUEST.replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\nabc"))
 
-    with_server(10, 10, check)
 
-
-def test_a_request_in_pieces_and_two_in_one_are_answered() -> None:
-    async def check(factory: Connections, port: int, ended: asyncio.Event, clients: Silent) -> None:
+async def test_a_request_in_pieces_and_two_in_one_are_answered() -> None:
+    async with listening(10, 10) as (_, port, _), Silent(port) as clients:
         reader, writer = await clients.connected()
         for place in range(len(REQUEST)):
             writer.write(REQUEST[place : place + 1])
@@ -158,8 +142,6 @@ def test_a_request_in_pieces_and_two_in_one_are_answered() -> None:
         assert b"good 0" in await reader.read()
         two = await asked(port, REQUEST.replace(b"Connection: close\r\n", b"") + REQUEST)
         assert two.count(b"good 0") == 2
-
-    with_server(10, 10, check)
 
 
 def test_the_limit_follows_that_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,15 +154,11 @@ def test_the_limit_follows_that_of_open_files(monkeypatch: pytest.MonkeyPatch) -
     assert MOST_SOCKETS + MOST_STREAMS < MOST_PER_ADDRESS < MOST_CONNECTIONS
 
 
-def test_a_server_answers_among_silent_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_answers_among_silent_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorasmith.server.http_server.most_connections", lambda: 10)
-
-    async def main() -> None:
-        async with running(fake_config(tmp_path)) as (_, address):
-            port = int(address.rpartition(":")[2])
-            async with Silent(port) as clients:
-                for _ in range(30):
-                    await clients.connected()
-                assert b"200 OK" in await asked(port, REQUEST.replace(b"GET /", b"GET /prompt"))
-
-    asyncio.run(main())
+    async with running(fake_config(tmp_path)) as (_, address):
+        port = int(address.rpartition(":")[2])
+        async with Silent(port) as clients:
+            for _ in range(30):
+                await clients.connected()
+            assert b"200 OK" in await asked(port, REQUEST.replace(b"GET /", b"GET /prompt"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +19,9 @@ from tests.launched import LONG_S
 from tests.server.fakes import CPU, dispatching, ended, fake_context, is_alive, until
 
 
-def run(base: Path, check: Callable[[ServerContext], Awaitable[None]], **settings: Any) -> None:
-    async def main() -> None:
-        async with dispatching(base, **settings) as context:
-            await check(context)
-
-    asyncio.run(main())
+@pytest.fixture
+def context(tmp_path: Path) -> Any:
+    return dispatching(tmp_path)
 
 
 def waiting(subscription: Subscription) -> list[Notice]:
@@ -37,137 +33,117 @@ async def started(context: ServerContext, job: Job) -> Job:
     return context.store.get(job.id)
 
 
-def test_jobs_run_one_after_another_on_one_worker_and_are_reported(tmp_path: Path) -> None:
-    async def check(context: ServerContext) -> None:
-        with context.hub.subscribe(kinds={"job", "queue", "view"}) as everything:
-            jobs = [context.dispatcher.submit("train", {"name": str(one)}, client_id="me") for one in range(3)]
-            steps = context.dispatcher.submit("train", {"do": "steps", "steps": 3}, front=True, client_id="other")
-            done = [await ended(context, job) for job in jobs]
-            notices = waiting(everything)
-        assert [job.state for job in done] == ["completed"] * 3
-        assert len({job.outputs["pid"] for job in done}) == 1
-        changes = [(one.job_id, one.data["state"]) for one in notices if one.kind == "job"]
-        assert changes[:4] == [(job.id, "pending") for job in (*jobs, steps)]
-        assert changes[4:] == [(job.id, state) for job in (steps, *jobs) for state in ("running", "completed")]
-        views = [one for one in notices if one.kind == "view"]
-        assert [one.data["view"]["step"] for one in views] == [0, 1, 2]
-        assert {(one.client_id, one.binary, one.droppable) for one in views} == {("other", b"picture", True)}
-        assert context.hub.views(steps.id) == views[-1:]
-        queues = [one.data for one in notices if one.kind == "queue"]
-        assert queues[3] == {"pending": 4, "running": 0} and queues[-1] == {"pending": 0, "running": 0}
-        assert any("this is printed, not sent, by cpu" in one["m"] for one in context.log.entries)
-        assert "this is printed" in context.config.log.read_text()
-
-    run(tmp_path, check)
+async def test_jobs_run_one_after_another_on_one_worker_and_are_reported(context: ServerContext) -> None:
+    with context.hub.subscribe(kinds={"job", "queue", "view"}) as everything:
+        jobs = [context.dispatcher.submit("train", {"name": str(one)}, client_id="me") for one in range(3)]
+        steps = context.dispatcher.submit("train", {"do": "steps", "steps": 3}, front=True, client_id="other")
+        done = [await ended(context, job) for job in jobs]
+        notices = waiting(everything)
+    assert [job.state for job in done] == ["completed"] * 3
+    assert len({job.outputs["pid"] for job in done}) == 1
+    changes = [(one.job_id, one.data["state"]) for one in notices if one.kind == "job"]
+    assert changes[:4] == [(job.id, "pending") for job in (*jobs, steps)]
+    assert changes[4:] == [(job.id, state) for job in (steps, *jobs) for state in ("running", "completed")]
+    views = [one for one in notices if one.kind == "view"]
+    assert [one.data["view"]["step"] for one in views] == [0, 1, 2]
+    assert {(one.client_id, one.binary, one.droppable) for one in views} == {("other", b"picture", True)}
+    assert context.hub.views(steps.id) == views[-1:]
+    queues = [one.data for one in notices if one.kind == "queue"]
+    assert queues[3] == {"pending": 4, "running": 0} and queues[-1] == {"pending": 0, "running": 0}
+    assert any("this is printed, not sent, by cpu" in one["m"] for one in context.log.entries)
+    assert "this is printed" in context.config.log.read_text()
 
 
-def test_stopping_pausing_and_continuing(tmp_path: Path) -> None:
-    async def check(context: ServerContext) -> None:
-        dispatcher = context.dispatcher
-        first, second = (dispatcher.submit("train", {"do": "wait"}) for _ in range(2))
-        await started(context, first)
-        assert dispatcher.cancel(second.id, pause=True)
-        assert context.store.get(second.id).state == "paused"
-        assert not dispatcher.cancel("nowhere") and not dispatcher.cancel(second.id, pause=True)
-        with pytest.raises(JobStateError, match="is running"):
-            dispatcher.proceed(first.id)
-        assert dispatcher.cancel(first.id, pause=True)
-        paused = await ended(context, first)
-        assert (paused.state, paused.run, paused.error) == ("paused", "runs/x-001", None)
-        assert dispatcher.proceed(first.id).id == first.id
-        await started(context, first)
-        assert dispatcher.interrupt()
-        assert (await ended(context, first)).state == "cancelled"
-        assert context.store.get(first.id).attempts == 2
-        assert not dispatcher.interrupt()
-        dispatcher.proceed(second.id)
-        await started(context, second)
-        again = dispatcher.retry(first.id)
-        assert again.id != first.id and again.request == first.request and again.state == "pending"
-        assert dispatcher.cancel(again.id)
-        assert context.store.get(again.id).state == "cancelled"
-        with pytest.raises(UnknownJobError):
-            dispatcher.retry("nowhere")
-
-    run(tmp_path, check)
+async def test_stopping_pausing_and_continuing(context: ServerContext) -> None:
+    dispatcher = context.dispatcher
+    first, second = (dispatcher.submit("train", {"do": "wait"}) for _ in range(2))
+    await started(context, first)
+    assert dispatcher.cancel(second.id, pause=True)
+    assert context.store.get(second.id).state == "paused"
+    assert not dispatcher.cancel("nowhere") and not dispatcher.cancel(second.id, pause=True)
+    with pytest.raises(JobStateError, match="is running"):
+        dispatcher.proceed(first.id)
+    assert dispatcher.cancel(first.id, pause=True)
+    paused = await ended(context, first)
+    assert (paused.state, paused.run, paused.error) == ("paused", "runs/x-001", None)
+    assert dispatcher.proceed(first.id).id == first.id
+    await started(context, first)
+    assert dispatcher.interrupt()
+    assert (await ended(context, first)).state == "cancelled"
+    assert context.store.get(first.id).attempts == 2
+    assert not dispatcher.interrupt()
+    dispatcher.proceed(second.id)
+    await started(context, second)
+    again = dispatcher.retry(first.id)
+    assert again.id != first.id and again.request == first.request and again.state == "pending"
+    assert dispatcher.cancel(again.id)
+    assert context.store.get(again.id).state == "cancelled"
+    with pytest.raises(UnknownJobError):
+        dispatcher.retry("nowhere")
 
 
-def test_a_measurement_makes_room_for_whatever_else_is_queued(tmp_path: Path) -> None:
-    async def check(context: ServerContext) -> None:
-        dispatcher = context.dispatcher
-        measured = dispatcher.submit("measure", {"do": "wait"})
-        await started(context, measured)
-        waiting = dispatcher.submit("measure", {"do": "wait"})
-        assert context.store.get(measured.id).state == "running"  # it makes none for another one
-        training = dispatcher.submit("train", {"do": "wait"})
-        await started(context, training)
-        assert context.store.get(measured.id).state == "cancelled"
-        assert context.store.get(waiting.id).state == "pending"  # it came first, and waits for the training
-        dispatcher.cancel(training.id)
-        await started(context, waiting)
-        dispatcher.proceed(training.id)
-        await started(context, training)
-        dispatcher.cancel(training.id)
-        await ended(context, training)
-
-    run(tmp_path, check)
+async def test_a_measurement_makes_room_for_whatever_else_is_queued(context: ServerContext) -> None:
+    dispatcher = context.dispatcher
+    measured = dispatcher.submit("measure", {"do": "wait"})
+    await started(context, measured)
+    waiting = dispatcher.submit("measure", {"do": "wait"})
+    assert context.store.get(measured.id).state == "running"  # it makes none for another one
+    training = dispatcher.submit("train", {"do": "wait"})
+    await started(context, training)
+    assert context.store.get(measured.id).state == "cancelled"
+    assert context.store.get(waiting.id).state == "pending"  # it came first, and waits for the training
+    dispatcher.cancel(training.id)
+    await started(context, waiting)
+    dispatcher.proceed(training.id)
+    await started(context, training)
+    dispatcher.cancel(training.id)
+    await ended(context, training)
 
 
-def test_a_run_of_a_sweep_is_repeated_in_it_unless_it_is_complete(tmp_path: Path) -> None:
-    async def check(context: ServerContext) -> None:
-        request, states = {"name": "x", "output": "runs/s/rank-2"}, ("failed", "completed")
-        for state in states:
-            job = context.store.add("train", request, sweep="s", varied={"rank": 2})
-            context.store.finish(job.id, state)
-            again = context.dispatcher.retry(job.id)
-            assert (again.sweep, again.request["output"]) == (
-                ("s", "runs/s/rank-2") if state == "failed" else (None, None)
-            )
-            context.dispatcher.cancel(again.id)
-
-    run(tmp_path, check)
+async def test_a_run_of_a_sweep_is_repeated_in_it_unless_it_is_complete(context: ServerContext) -> None:
+    request, states = {"name": "x", "output": "runs/s/rank-2"}, ("failed", "completed")
+    for state in states:
+        job = context.store.add("train", request, sweep="s", varied={"rank": 2})
+        context.store.finish(job.id, state)
+        again = context.dispatcher.retry(job.id)
+        assert (again.sweep, again.request["output"]) == (("s", "runs/s/rank-2") if state == "failed" else (None, None))
+        context.dispatcher.cancel(again.id)
 
 
-def test_a_failed_graph_is_in_the_history_before_its_last_event(tmp_path: Path) -> None:
-    async def check(context: ServerContext) -> None:
-        seen = []
-        with context.hub.subscribe(kinds={"graph"}) as graphs:
-            job = context.dispatcher.submit("graph", {"do": "fail"})
-            notice = await anext(graphs)
-            seen = [notice.data["event"], context.store.get(job.id).state]
-        assert seen == ["ExecutionFailed", "failed"]
-        assert context.store.get(job.id).error == {"kind": "NodeError", "message": "no"}
-
-    run(tmp_path, check)
+async def test_a_failed_graph_is_in_the_history_before_its_last_event(context: ServerContext) -> None:
+    seen = []
+    with context.hub.subscribe(kinds={"graph"}) as graphs:
+        job = context.dispatcher.submit("graph", {"do": "fail"})
+        notice = await anext(graphs)
+        seen = [notice.data["event"], context.store.get(job.id).state]
+    assert seen == ["ExecutionFailed", "failed"]
+    assert context.store.get(job.id).error == {"kind": "NodeError", "message": "no"}
 
 
-def test_a_worker_that_dies_costs_its_attempt_alone(tmp_path: Path) -> None:
-    async def check(context: ServerContext) -> None:
-        dispatcher = context.dispatcher
-        with context.hub.subscribe(kinds={"graph"}) as graphs:
-            crashing, following = dispatcher.submit("graph", {"do": "crash"}), dispatcher.submit("train", {})
-            lost = await ended(context, crashing)
-            assert lost.state == "interrupted" and lost.error is not None
-            assert "exit status 3" in lost.error["message"] and str(context.config.log) in lost.error["message"]
-            assert [one.data["event"] for one in waiting(graphs)] == ["ExecutionFailed"]
-            assert [event for event, _ in lost.messages] == ["execution_error"]
-        assert (await ended(context, following)).state == "completed"
-        hanging = dispatcher.submit("train", {"do": "wait"})
-        await started(context, hanging)
-        (pid,) = dispatcher.worker_pids()
-        os.kill(pid, signal.SIGKILL)
-        lost = await ended(context, hanging)
-        assert lost.state == "interrupted" and "SIGKILL" in str(lost.error)
-        dispatcher.proceed(hanging.id)
-        await started(context, hanging)
-        assert dispatcher.worker_pids() != [pid]
-
-    run(tmp_path, check)
+async def test_a_worker_that_dies_costs_its_attempt_alone(context: ServerContext) -> None:
+    dispatcher = context.dispatcher
+    with context.hub.subscribe(kinds={"graph"}) as graphs:
+        crashing, following = dispatcher.submit("graph", {"do": "crash"}), dispatcher.submit("train", {})
+        lost = await ended(context, crashing)
+        assert lost.state == "interrupted" and lost.error is not None
+        assert "exit status 3" in lost.error["message"] and str(context.config.log) in lost.error["message"]
+        assert [one.data["event"] for one in waiting(graphs)] == ["ExecutionFailed"]
+        assert [event for event, _ in lost.messages] == ["execution_error"]
+    assert (await ended(context, following)).state == "completed"
+    hanging = dispatcher.submit("train", {"do": "wait"})
+    await started(context, hanging)
+    (pid,) = dispatcher.worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    lost = await ended(context, hanging)
+    assert lost.state == "interrupted" and "SIGKILL" in str(lost.error)
+    dispatcher.proceed(hanging.id)
+    await started(context, hanging)
+    assert dispatcher.worker_pids() != [pid]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
-def test_a_worker_that_sends_no_heartbeat_is_replaced(tmp_path: Path) -> None:
-    async def check(context: ServerContext) -> None:
+async def test_a_worker_that_sends_no_heartbeat_is_replaced(tmp_path: Path) -> None:
+    async with dispatching(tmp_path, silence_s=20.0) as context:
         job = context.dispatcher.submit("train", {"do": "wait"})
         await started(context, job)
         (pid,) = context.dispatcher.worker_pids()
@@ -186,16 +162,13 @@ def test_a_worker_that_sends_no_heartbeat_is_replaced(tmp_path: Path) -> None:
         after = context.dispatcher.submit("train", {})
         assert (await ended(context, after)).state == "completed"
 
-    run(tmp_path, check, silence_s=20.0)
 
-
-def test_a_worker_that_does_not_stop_is_killed_when_asked_again(
+async def test_a_worker_that_does_not_stop_is_killed_when_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("lorasmith.runs.supervisor.time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    async def check(context: ServerContext) -> None:
+    async with dispatching(tmp_path, patience_s=10.0) as context:
         job = context.dispatcher.submit("train", {"do": "wait deaf"})
         await started(context, job)
         (pid,) = context.dispatcher.worker_pids()
@@ -207,14 +180,11 @@ def test_a_worker_that_does_not_stop_is_killed_when_asked_again(
         assert (await ended(context, job)).state == "cancelled"
         assert not is_alive(pid)
 
-    run(tmp_path, check, patience_s=10.0)
 
-
-def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     gpus = [{"name": f"cuda:{number}", "title": "GPU", "memory_bytes": 2**30} for number in range(2)]
-
-    async def check(context: ServerContext) -> None:
+    async with dispatching(tmp_path, devices=gpus) as context:
         jobs = [context.dispatcher.submit("train", {"do": "wait"}) for _ in range(3)]
         await until(lambda: len(context.store.running()) == 2)
         shown = context.dispatcher.devices()
@@ -229,48 +199,41 @@ def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path: Path, monkeypatch: p
         assert context.dispatcher.cancel(jobs[0].id)
         await started(context, jobs[2])
 
-    run(tmp_path, check, devices=gpus)
+
+async def test_stopping_the_server_interrupts_and_nothing_is_lost(tmp_path: Path) -> None:
+    async with dispatching(tmp_path) as context:
+        running, queued = (context.dispatcher.submit("train", {"do": "wait"}) for _ in range(2))
+        await started(context, running)
+        (pid,) = context.dispatcher.worker_pids()
+    assert not is_alive(pid)
+    after = fake_context(tmp_path)
+    found = after.store.get(running.id)
+    assert (found.state, found.run, found.attempts) == ("interrupted", "runs/x-001", 1)
+    assert found.error == {
+        "kind": "Interrupted",
+        "message": "the server was stopped while the job was running; continue it",
+    }
+    assert [job.id for job in after.store.pending()] == [queued.id]
+    after.store.close()
 
 
-def test_stopping_the_server_interrupts_and_nothing_is_lost(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with dispatching(tmp_path) as context:
-            running, queued = (context.dispatcher.submit("train", {"do": "wait"}) for _ in range(2))
-            await started(context, running)
-            (pid,) = context.dispatcher.worker_pids()
-        assert not is_alive(pid)
-        after = fake_context(tmp_path)
-        found = after.store.get(running.id)
-        assert (found.state, found.run, found.attempts) == ("interrupted", "runs/x-001", 1)
-        assert found.error == {
-            "kind": "Interrupted",
-            "message": "the server was stopped while the job was running; continue it",
-        }
-        assert [job.id for job in after.store.pending()] == [queued.id]
-        after.store.close()
-
-    asyncio.run(main())
-
-
-def test_an_end_that_finds_the_disk_full_is_recorded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_end_that_finds_the_disk_full_is_recorded_later(
+    context: ServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lorasmith.runs.supervisor.AGAIN_S", 0.1)
-
-    async def check(context: ServerContext) -> None:
-        database = context.store._database
-        job = context.dispatcher.submit("measure", {"do": "wait"})
-        await started(context, job)
-        # Without room for a page, not even the log of the database grows.
-        context.store._database = Full(database)  # type: ignore[assignment]
-        context.dispatcher.cancel(job.id)
-        await until(lambda: any("is full" in one["m"] for one in context.log.entries))
-        assert context.store.get(job.id).state == "running"
-        context.store._database = database
-        assert (await ended(context, job)).state == "cancelled"
-        measured = context.dispatcher.submit("measure", {"do": "measure"})
-        await ended(context, measured)
-        assert (context.store.measurement("s") or {})["seconds_per_step"] == 1.5
-
-    run(tmp_path, check)
+    database = context.store._database
+    job = context.dispatcher.submit("measure", {"do": "wait"})
+    await started(context, job)
+    # Without room for a page, not even the log of the database grows.
+    context.store._database = Full(database)  # type: ignore[assignment]
+    context.dispatcher.cancel(job.id)
+    await until(lambda: any("is full" in one["m"] for one in context.log.entries))
+    assert context.store.get(job.id).state == "running"
+    context.store._database = database
+    assert (await ended(context, job)).state == "cancelled"
+    measured = context.dispatcher.submit("measure", {"do": "measure"})
+    await ended(context, measured)
+    assert (context.store.measurement("s") or {})["seconds_per_step"] == 1.5
 
 
 class Full:
@@ -292,34 +255,27 @@ class Full:
         return getattr(self._database, name)
 
 
-def test_devices_come_from_the_assistant(tmp_path: Path) -> None:
-    async def main() -> None:
-        context = fake_context(tmp_path, devices=None)
-        await context.assistant.start()
-        await context.dispatcher.start()
-        await until(context.dispatcher.devices)
-        assert {**context.dispatcher.devices()[0], **CPU} == context.dispatcher.devices()[0]
-        context.dispatcher.free(unload_models=True)
-        await until(lambda: context.dispatcher.devices()[0]["state"] == "ready")
-        context.dispatcher.free(free_memory=True)
-        await until(lambda: any("freed" in one["m"] for one in context.log.entries))
-        await context.dispatcher.stop()
-        await context.assistant.stop()
-        context.store.close()
-
-    asyncio.run(main())
+async def test_devices_come_from_the_assistant(tmp_path: Path) -> None:
+    context = fake_context(tmp_path, devices=None)
+    await context.assistant.start()
+    await context.dispatcher.start()
+    await until(context.dispatcher.devices)
+    assert {**context.dispatcher.devices()[0], **CPU} == context.dispatcher.devices()[0]
+    context.dispatcher.free(unload_models=True)
+    await until(lambda: context.dispatcher.devices()[0]["state"] == "ready")
+    context.dispatcher.free(free_memory=True)
+    await until(lambda: any("freed" in one["m"] for one in context.log.entries))
+    await context.dispatcher.stop()
+    await context.assistant.stop()
+    context.store.close()
 
 
-def test_a_job_leaves_the_last_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_leaves_the_last_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = fake_context(tmp_path)
     free = SimpleNamespace(free=server_disk.SPARE_BYTES + 1000)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
-
-    async def main() -> None:
-        job = context.dispatcher.submit("train", {"name": "x" * 900})
-        with pytest.raises(server_disk.DiskFullError, match="less than 1 GiB of the disk"):
-            context.dispatcher.submit("train", {"name": "x" * 1000})
-        context.store.finish(job.id, "completed")  # what happens to jobs is always recorded
-        context.store.close()
-
-    asyncio.run(main())
+    job = context.dispatcher.submit("train", {"name": "x" * 900})
+    with pytest.raises(server_disk.DiskFullError, match="less than 1 GiB of the disk"):
+        context.dispatcher.submit("train", {"name": "x" * 1000})
+    context.store.finish(job.id, "completed")  # what happens to jobs is always recorded
+    context.store.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from PIL import Image
 
@@ -49,7 +47,3 @@ def test_no_picture_is_left_over() -> None:
 @pytest.mark.parametrize("name", ["", "style", "style.json/..", "../style.json", "style-2.webp", "nothing-1.webp"])
 def test_other_names_are_no_templates(name: str) -> None:
     assert template_file(name) is None
-
-
-def test_the_list_of_logos_is_empty() -> None:
-    assert json.loads(str(template_file("index_logo.json"))) == {}

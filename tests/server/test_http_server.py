@@ -46,7 +46,7 @@ ERRORS = {
 }
 
 
-def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(request: web.Request) -> web.Response:
         if (name := request.match_info["name"]) == "unforeseen":
             raise KeyError("secret")
@@ -57,44 +57,37 @@ def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatc
 
     routes = [web.get("/fail/{name}", fail), web.get("/good", good)]
     monkeypatch.setattr("lorasmith.server.page_routes.routes", lambda context: routes)
-
-    async def check() -> None:
-        context = fake_context(tmp_path)
-        async with TestClient(TestServer(make_app(context))) as client:
-            for name, (error, status) in ERRORS.items():
-                answer = await client.get(f"/fail/{name}")
-                found = (await answer.json())["error"]
-                assert (answer.status, found["message"]) == (status, str(error))
-                assert found["kind"] == getattr(error, "kind", type(error).__name__)
-                assert found.get("details") == getattr(error, "details", None)
-            answer = await client.get("/fail/unforeseen")
+    context = fake_context(tmp_path)
+    async with TestClient(TestServer(make_app(context))) as client:
+        for name, (error, status) in ERRORS.items():
+            answer = await client.get(f"/fail/{name}")
             found = (await answer.json())["error"]
-            assert (answer.status, found["kind"]) == (500, "InternalError")
-            assert "user/lorasmith/server.log" in found["message"] and "secret" not in found["message"]
-            assert str(tmp_path) not in found["message"]  # whoever asks may have no token
-            assert "KeyError: 'secret'" in context.log.entries[-1]["m"]
-            answer = await client.get("/good")
-            assert answer.status == 200 and answer.headers["X-Frame-Options"] == "DENY"
-        context.store.close()
+            assert (answer.status, found["message"]) == (status, str(error))
+            assert found["kind"] == getattr(error, "kind", type(error).__name__)
+            assert found.get("details") == getattr(error, "details", None)
+        answer = await client.get("/fail/unforeseen")
+        found = (await answer.json())["error"]
+        assert (answer.status, found["kind"]) == (500, "InternalError")
+        assert "user/lorasmith/server.log" in found["message"] and "secret" not in found["message"]
+        assert str(tmp_path) not in found["message"]  # whoever asks may have no token
+        assert "KeyError: 'secret'" in context.log.entries[-1]["m"]
+        answer = await client.get("/good")
+        assert answer.status == 200 and answer.headers["X-Frame-Options"] == "DENY"
+    context.store.close()
 
-    asyncio.run(check())
 
-
-def test_a_server_runs_jobs_and_only_one_has_a_base_folder(tmp_path: Path) -> None:
-    async def check() -> None:
-        config = fake_config(tmp_path)
-        async with running(config) as (context, address):
-            async with aiohttp.ClientSession() as session, session.get(address) as answer:
-                assert answer.status == 200
-            job = context.dispatcher.submit("train", {})
-            assert (await ended(context, job)).state == "completed"
-            with pytest.raises(OutputError, match=f"a server runs at {address} with the base folder"):
-                async with running(config):
-                    pass
-        async with running(config) as (context, _):
-            assert context.store.get(job.id).state == "completed"
-
-    asyncio.run(check())
+async def test_a_server_runs_jobs_and_only_one_has_a_base_folder(tmp_path: Path) -> None:
+    config = fake_config(tmp_path)
+    async with running(config) as (context, address):
+        async with aiohttp.ClientSession() as session, session.get(address) as answer:
+            assert answer.status == 200
+        job = context.dispatcher.submit("train", {})
+        assert (await ended(context, job)).state == "completed"
+        with pytest.raises(OutputError, match=f"a server runs at {address} with the base folder"):
+            async with running(config):
+                pass
+    async with running(config) as (context, _):
+        assert context.store.get(job.id).state == "completed"
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:

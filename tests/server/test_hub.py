@@ -42,17 +42,14 @@ def test_a_reader_gets_what_it_wants_in_order() -> None:
     assert read(mine) == [{}]
 
 
-def test_a_reader_waits_for_the_next_notice() -> None:
-    async def check() -> None:
-        hub = Hub()
-        with hub.subscribe() as subscription:
-            asyncio.get_running_loop().call_later(0.01, hub.publish, said(1))
-            assert (await anext(subscription)).data == {"n": 1}
-        assert [one async for one in subscription] == []
-        hub.publish(said(2))
-        assert len(subscription) == 0
-
-    asyncio.run(check())
+async def test_a_reader_waits_for_the_next_notice() -> None:
+    hub = Hub()
+    with hub.subscribe() as subscription:
+        asyncio.get_running_loop().call_later(0.01, hub.publish, said(1))
+        assert (await anext(subscription)).data == {"n": 1}
+    assert [one async for one in subscription] == []
+    hub.publish(said(2))
+    assert len(subscription) == 0
 
 
 def test_progress_is_replaced_for_a_slow_reader_and_nothing_else() -> None:
@@ -105,13 +102,10 @@ def test_log_lines_are_dropped_but_not_replaced() -> None:
     assert [one["m"] for one in read(slow)] == list(range(200, 300))
 
 
-def test_a_hub_that_is_closed_ends_its_readers() -> None:
-    async def check() -> None:
-        hub = Hub()
-        before = hub.subscribe()
-        hub.publish(said(1))
-        hub.close()
-        assert [one.data async for one in before] == [{"n": 1}]
-        assert [one async for one in hub.subscribe()] == []
-
-    asyncio.run(check())
+async def test_a_hub_that_is_closed_ends_its_readers() -> None:
+    hub = Hub()
+    before = hub.subscribe()
+    hub.publish(said(1))
+    hub.close()
+    assert [one.data async for one in before] == [{"n": 1}]
+    assert [one async for one in hub.subscribe()] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -31,60 +30,48 @@ def config(base: Path, **settings: Any) -> ServerConfig:
     return fake_config(base, **{"worker_command": worker, **settings})
 
 
-def test_the_assistant_answers_and_a_stranger_module_is_not_imported(tmp_path: Path) -> None:
+async def test_the_assistant_answers_and_a_stranger_module_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('a file of the base folder was imported')")
-
-    async def check() -> None:
-        async with running(ServerConfig(base=tmp_path, port=0)) as (context, _):
-            (found,) = await context.assistant.ask("devices")
-            assert found["memory_bytes"] > 2**20
-            with pytest.raises(RefusedError, match=r"unknown question 'divices' .did you mean") as caught:
-                await context.assistant.ask("divices")
-            assert caught.value.kind == "OptionError"
-            await until(lambda: [one["state"] for one in context.dispatcher.devices()] == ["ready"])
-
-    asyncio.run(check())
+    async with running(ServerConfig(base=tmp_path, port=0)) as (context, _):
+        (found,) = await context.assistant.ask("devices")
+        assert found["memory_bytes"] > 2**20
+        with pytest.raises(RefusedError, match=r"unknown question 'divices' .did you mean") as caught:
+            await context.assistant.ask("divices")
+        assert caught.value.kind == "OptionError"
+        await until(lambda: [one["state"] for one in context.dispatcher.devices()] == ["ready"])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
-def test_a_stopped_worker_is_replaced_and_its_job_continues(tmp_path: Path) -> None:
+async def test_a_stopped_worker_is_replaced_and_its_job_continues(tmp_path: Path) -> None:
     queue(tmp_path)
-
-    async def check() -> None:
-        async with running(config(tmp_path, silence_s=60.0)) as (context, _):
-            job = context.store.get("training")
-            with context.hub.subscribe(kinds={"view"}) as views:
-                async for _ in views:
-                    if any(tmp_path.glob("runs/*/states/*")):
-                        break
-            (pid,) = context.dispatcher.worker_pids()
-            os.kill(pid, signal.SIGSTOP)
-            await until(lambda: context.store.get(job.id).state == "interrupted")
-            assert not is_alive(pid)
-            context.dispatcher.proceed(job.id)
-            await until(lambda: context.store.get(job.id).state == "completed")
-            assert context.store.get(job.id).attempts == 2
-
-    asyncio.run(check())
+    async with running(config(tmp_path, silence_s=60.0)) as (context, _):
+        job = context.store.get("training")
+        with context.hub.subscribe(kinds={"view"}) as views:
+            async for _ in views:
+                if any(tmp_path.glob("runs/*/states/*")):
+                    break
+        (pid,) = context.dispatcher.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        await until(lambda: context.store.get(job.id).state == "interrupted")
+        assert not is_alive(pid)
+        context.dispatcher.proceed(job.id)
+        await until(lambda: context.store.get(job.id).state == "completed")
+        assert context.store.get(job.id).attempts == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the memory of a process")
-def test_out_of_memory_ends_the_job_and_not_the_worker(tmp_path: Path) -> None:
+async def test_out_of_memory_ends_the_job_and_not_the_worker(tmp_path: Path) -> None:
     queue(tmp_path)
     limited = ("sh", "-c", 'ulimit -v 12000000; exec "$0" "$@"', *ServerConfig(base=tmp_path).worker_command)
     settings = {**TRAINING["settings"], "batch_size": 10_000, "resolution": 4096}  # latents of 40 GB
-
-    async def check() -> None:
-        async with running(config(tmp_path, worker_command=limited)) as (context, _):
-            large = context.dispatcher.submit("measure", {**TRAINING, "settings": settings}, front=True)
-            found = await until(lambda: context.store.get(large.id).error)
-            assert found["kind"] == "OutOfMemory" and "smaller resolution" in found["message"], found
-            (pid,) = context.dispatcher.worker_pids()
-            await until(lambda: context.store.get("graph").state not in ("pending", "running"))
-            assert context.store.get("graph").state == "completed"
-            assert context.dispatcher.worker_pids() == [pid]
-
-    asyncio.run(check())
+    async with running(config(tmp_path, worker_command=limited)) as (context, _):
+        large = context.dispatcher.submit("measure", {**TRAINING, "settings": settings}, front=True)
+        found = await until(lambda: context.store.get(large.id).error)
+        assert found["kind"] == "OutOfMemory" and "smaller resolution" in found["message"], found
+        (pid,) = context.dispatcher.worker_pids()
+        await until(lambda: context.store.get("graph").state not in ("pending", "running"))
+        assert context.store.get("graph").state == "completed"
+        assert context.dispatcher.worker_pids() == [pid]
 
 
 def test_ctrl_c_saves_the_running_job_and_the_next_start_offers_it(tmp_path: Path) -> None:
@@ -119,11 +106,8 @@ def wait_for(condition: Any, seconds: float = LONG_S) -> None:
         time.sleep(0.05)
 
 
-def test_a_graph_runs_in_the_worker(tmp_path: Path) -> None:
-    async def check() -> None:
-        async with running(config(tmp_path, devices=[CPU])) as (context, _):
-            job = context.dispatcher.submit("graph", GRAPH)
-            await until(lambda: context.store.get(job.id).state not in ("pending", "running"))
-            assert (await ended(context, job)).state == "completed"
-
-    asyncio.run(check())
+async def test_a_graph_runs_in_the_worker(tmp_path: Path) -> None:
+    async with running(config(tmp_path, devices=[CPU])) as (context, _):
+        job = context.dispatcher.submit("graph", GRAPH)
+        await until(lambda: context.store.get(job.id).state not in ("pending", "running"))
+        assert (await ended(context, job)).state == "completed"

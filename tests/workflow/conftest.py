@@ -69,13 +69,7 @@ def _declare_sources(toys: Toys) -> None:
         toys.ran.append(context.node_id)
         return (text,)
 
-    @node(
-        "ReadFile",
-        "Read File",
-        "toys",
-        outputs=["STRING"],
-        registry=toys.nodes,
-    )
+    @node("ReadFile", "Read File", "toys", outputs=["STRING"], registry=toys.nodes)
     def read_file(
         context: NodeContext,
         *,

@@ -197,12 +197,7 @@ CASES: dict[str, Any] = {
         [[1, 1, 0, 2, 0, TEXT], [2, 2, 0, 3, 0, TEXT]],
     ),
     "reroutes": graph(
-        [
-            joined(1),
-            made(2, "Reroute", **{"": 1}),
-            made(3, "Reroute", **{"": 2}),
-            shown(4, 3),
-        ],
+        [joined(1), made(2, "Reroute", **{"": 1}), made(3, "Reroute", **{"": 2}), shown(4, 3)],
         [[1, 1, 0, 2, 0, "*"], [2, 2, 0, 3, 0, "*"], [3, 3, 0, 4, 0, "*"]],
     ),
     "a reroute of nothing": graph(
@@ -210,21 +205,11 @@ CASES: dict[str, Any] = {
         [[1, 2, 0, 1, 0, "*"], [3, 1, 0, 4, 0, TEXT]],
     ),
     "a primitive node": graph(
-        [
-            made(9, "PrimitiveNode", ["held"]),
-            joined(1, string_a=1),
-            joined(2, string_a=2, string_b=3),
-            shown(4, 4),
-        ],
+        [made(9, "PrimitiveNode", ["held"]), joined(1, string_a=1), joined(2, string_a=2, string_b=3), shown(4, 4)],
         [[1, 9, 0, 1, 0, TEXT], [2, 9, 0, 2, 0, TEXT], [3, 1, 0, 2, 1, TEXT], [4, 2, 0, 4, 0, TEXT]],
     ),
     "a primitive node behind a reroute": graph(
-        [
-            made(9, "PrimitiveNode", ["held"]),
-            made(8, "Reroute", **{"": 1}),
-            joined(1, string_a=2),
-            shown(4, 4),
-        ],
+        [made(9, "PrimitiveNode", ["held"]), made(8, "Reroute", **{"": 1}), joined(1, string_a=2), shown(4, 4)],
         [[1, 9, 0, 8, 0, "*"], [2, 8, 0, 1, 0, TEXT], [4, 1, 0, 4, 0, TEXT]],
     ),
     "a primitive node at an instance": graph(
@@ -232,11 +217,7 @@ CASES: dict[str, Any] = {
         [[1, 9, 0, 2, 0, TEXT], [5, 7, 0, 9, 0, TEXT]],
         subgraphs=[JOIN],
     ),
-    "an output with two links": graph(
-        [instance(9, 8, []), shown(2, 1)],
-        [[1, 9, 0, 2, 0, TEXT]],
-        subgraphs=[TWICE],
-    ),
+    "an output with two links": graph([instance(9, 8, []), shown(2, 1)], [[1, 9, 0, 2, 0, TEXT]], subgraphs=[TWICE]),
     "bypassed": graph(
         [joined(1), made(2, "StringReplace", ["", "a", "b"], mode=4, string=1), shown(3, 2)],
         [[1, 1, 0, 2, 0, TEXT], [2, 2, 0, 3, 0, TEXT]],
@@ -287,8 +268,7 @@ CASES: dict[str, Any] = {
         ],
     ),
     "muted": graph(
-        [joined(1, mode=2), joined(2, string_a=1), shown(3, 2)],
-        [[1, 1, 0, 2, 0, TEXT], [2, 2, 0, 3, 0, TEXT]],
+        [joined(1, mode=2), joined(2, string_a=1), shown(3, 2)], [[1, 1, 0, 2, 0, TEXT], [2, 2, 0, 3, 0, TEXT]]
     ),
     "notes": graph(
         [joined(1), shown(2, 1), made(3, "Note", ["read me"]), made(4, "MarkdownNote", ["# read me"])],
@@ -318,12 +298,7 @@ CASES: dict[str, Any] = {
             shown(3, 2),
             shown(4, 3),
         ],
-        [
-            [1, 9, 0, 2, 0, TEXT],
-            [2, 8, 0, 3, 0, TEXT],
-            [3, 8, 1, 4, 0, TEXT],
-            [4, 9, 1, 8, 1, TEXT],
-        ],
+        [[1, 9, 0, 2, 0, TEXT], [2, 8, 0, 3, 0, TEXT], [3, 8, 1, 4, 0, TEXT], [4, 9, 1, 8, 1, TEXT]],
         subgraphs=[BOTH],
     ),
     "widgets by proxies, with inputs": graph(
@@ -361,9 +336,7 @@ CASES: dict[str, Any] = {
         subgraphs=[JOIN, OUTER_PLAIN],
     ),
     "a primitive node by proxies": graph(
-        [instance(9, 6, ["p"], proxies=[["33", "value"]]), shown(2, 1)],
-        [[1, 9, 0, 2, 0, TEXT]],
-        subgraphs=[PRIMITIVE],
+        [instance(9, 6, ["p"], proxies=[["33", "value"]]), shown(2, 1)], [[1, 9, 0, 2, 0, TEXT]], subgraphs=[PRIMITIVE]
     ),
     "a primitive node in a subgraph": graph(
         [instance(9, 6, []), shown(2, 1)], [[1, 9, 0, 2, 0, TEXT]], subgraphs=[PRIMITIVE]

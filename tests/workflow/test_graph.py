@@ -41,12 +41,7 @@ def test_a_good_prompt_becomes_a_graph(toys: Any, prompt: dict[str, Any]) -> Non
     assert graph.outputs == ("3",)
     assert graph.nodes["2"].title == "Add up"
     assert graph.nodes["1"].title == "A Number"
-    assert graph.nodes["2"].inputs == {
-        "numbers.n0": Link("1", 0),
-        "numbers.n1": 4,
-        "offset": 2,
-        "mode": "Negative",
-    }
+    assert graph.nodes["2"].inputs == {"numbers.n0": Link("1", 0), "numbers.n1": 4, "offset": 2, "mode": "Negative"}
     assert graph.warnings == ()
     prompt["1"]["inputs"]["value"] = 5.0
     prompt["2"]["inputs"]["offset"] = "8"
@@ -121,9 +116,7 @@ def test_faults_carry_the_protocols_names(toys: Any, prompt: dict[str, Any]) -> 
 
 def test_a_missing_input_takes_its_default_if_it_has_one(toys: Any, prompt: dict[str, Any]) -> None:
     del prompt["2"]["inputs"]["offset"], prompt["2"]["inputs"]["numbers.n0"]
-    assert faults(toys, prompt) == [
-        "node 2 'Add up': required input numbers.n0 is missing; add it",
-    ]
+    assert faults(toys, prompt) == ["node 2 'Add up': required input numbers.n0 is missing; add it"]
     prompt["2"]["inputs"]["numbers.n0"] = ["1", 0]
     graph = validate(prompt, toys.folders, nodes=toys.nodes)
     assert graph.nodes["2"].inputs["offset"] == 0

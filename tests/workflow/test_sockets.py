@@ -137,8 +137,4 @@ def test_from_option_takes_over_the_declaration() -> None:
 
 def test_repetitions_may_have_names_of_their_own() -> None:
     slots = Input("values", "*", grow=Grow("value", min=1, names=("a", "b", "c"))).expanded()
-    assert [(one.name, one.optional) for one in slots] == [
-        ("values.a", False),
-        ("values.b", True),
-        ("values.c", True),
-    ]
+    assert [(one.name, one.optional) for one in slots] == [("values.a", False), ("values.b", True), ("values.c", True)]

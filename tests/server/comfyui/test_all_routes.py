@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 
@@ -15,21 +14,18 @@ PAGE, API = (
 )
 
 
-def test_the_page_lists_every_route(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            found = {(one.method, re.sub(r":[^}]*}", "}", one.path)) for one in routes(server.context)}
-        rows = re.findall(r"^\| (`/[^|]*) \| ([A-Z, ]+) \|", PAGE, flags=re.MULTILINE)
-        listed = {path: {*methods.split(", ")} for cell, methods in rows for path in re.findall(r"`([^`]+)`", cell)}
-        plain = {path for _, path in found if not path.startswith(PREFIXES[1:])}
-        assert {*listed} == plain
-        for method, path in found:
-            if path in plain:
-                assert method in listed[path], (method, path)
-        for prefix in PREFIXES:
-            assert {("GET", f"{prefix}/queue"), ("POST", f"{prefix}/free")} <= found
-
-    asyncio.run(main())
+async def test_the_page_lists_every_route(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        found = {(one.method, re.sub(r":[^}]*}", "}", one.path)) for one in routes(server.context)}
+    rows = re.findall(r"^\| (`/[^|]*) \| ([A-Z, ]+) \|", PAGE, flags=re.MULTILINE)
+    listed = {path: {*methods.split(", ")} for cell, methods in rows for path in re.findall(r"`([^`]+)`", cell)}
+    plain = {path for _, path in found if not path.startswith(PREFIXES[1:])}
+    assert {*listed} == plain
+    for method, path in found:
+        if path in plain:
+            assert method in listed[path], (method, path)
+    for prefix in PREFIXES:
+        assert {("GET", f"{prefix}/queue"), ("POST", f"{prefix}/free")} <= found
 
 
 def test_the_page_has_the_limits() -> None:

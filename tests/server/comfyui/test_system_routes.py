@@ -1,57 +1,43 @@
 from __future__ import annotations
 
-import asyncio
-from pathlib import Path
-
 from lorasmith.server.comfyui.all_routes import PREFIXES
-from tests.server.fake_server import serving
+from tests.server.fake_server import Played
 
 
-def test_system_stats_name_a_device_even_before_workers_run(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            found = await server.get("/system_stats")
-            assert found["system"]["comfyui_version"].count(".") == 2
-            assert found["system"]["ram_total"] > found["system"]["ram_free"] > 0
-            assert found["devices"][0]["type"] == "cpu"
-            gpu = {"name": "cuda:1", "title": "Some GPU", "memory_bytes": 8, "free_bytes": 5}
-            server.context.dispatcher.devices = lambda: [gpu]  # type: ignore[method-assign]
-            (device,) = (await server.get("/system_stats"))["devices"]
-            assert device == {
-                "name": "Some GPU",
-                "type": "cuda",
-                "index": 1,
-                "vram_total": 8,
-                "vram_free": 5,
-                "torch_vram_total": 8,
-                "torch_vram_free": 5,
-            }
-
-    asyncio.run(main())
+async def test_system_stats_name_a_device_even_before_workers_run(server: Played) -> None:
+    found = await server.get("/system_stats")
+    assert found["system"]["comfyui_version"].count(".") == 2
+    assert found["system"]["ram_total"] > found["system"]["ram_free"] > 0
+    assert found["devices"][0]["type"] == "cpu"
+    gpu = {"name": "cuda:1", "title": "Some GPU", "memory_bytes": 8, "free_bytes": 5}
+    server.context.dispatcher.devices = lambda: [gpu]  # type: ignore[method-assign]
+    (device,) = (await server.get("/system_stats"))["devices"]
+    assert device == {
+        "name": "Some GPU",
+        "type": "cuda",
+        "index": 1,
+        "vram_total": 8,
+        "vram_free": 5,
+        "torch_vram_total": 8,
+        "torch_vram_free": 5,
+    }
 
 
-def test_the_editor_gets_an_answer_to_all_that_it_asks(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            for prefix in PREFIXES:
-                words = await server.get(f"{prefix}/i18n")
-                assert "Lorasmith" in words["en"]["rightSidePanel"]["missingNodePacks"]["ossManagerDisabledHint"]
-                for path in ("workflow_templates", "global_subgraphs", "node_replacements"):
-                    assert await server.get(f"{prefix}/{path}") == {}
-                assert (await server.get(f"{prefix}/features"))["supports_preview_metadata"] is True
-                assert await server.get(f"{prefix}/internal/files/input") == []
-                assert "loras" in await server.get(f"{prefix}/internal/folder_paths")
-
-    asyncio.run(main())
+async def test_the_editor_gets_an_answer_to_all_that_it_asks(server: Played) -> None:
+    for prefix in PREFIXES:
+        words = await server.get(f"{prefix}/i18n")
+        assert "Lorasmith" in words["en"]["rightSidePanel"]["missingNodePacks"]["ossManagerDisabledHint"]
+        for path in ("workflow_templates", "global_subgraphs", "node_replacements"):
+            assert await server.get(f"{prefix}/{path}") == {}
+        assert (await server.get(f"{prefix}/features"))["supports_preview_metadata"] is True
+        assert await server.get(f"{prefix}/internal/files/input") == []
+        assert "loras" in await server.get(f"{prefix}/internal/folder_paths")
+        assert await server.get(f"{prefix}/users") == {"storage": "server", "migrated": True}
 
 
-def test_the_log_is_shown(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with serving(tmp_path) as server:
-            server.context.log.add("worker", "a line")
-            raw = await server.get("/internal/logs/raw")
-            assert [one["m"] for one in raw["entries"]] == ["a line\n"]
-            assert raw["size"].keys() == {"cols", "rows"}
-            assert (await server.get("/internal/logs")).endswith(" - a line\n")
-
-    asyncio.run(main())
+async def test_the_log_is_shown(server: Played) -> None:
+    server.context.log.add("worker", "a line")
+    raw = await server.get("/internal/logs/raw")
+    assert [one["m"] for one in raw["entries"]] == ["a line\n"]
+    assert raw["size"].keys() == {"cols", "rows"}
+    assert (await server.get("/internal/logs")).endswith(" - a line\n")

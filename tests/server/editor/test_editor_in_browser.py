@@ -353,13 +353,7 @@ def test_nodes_that_are_not_here_are_named_and_no_manager_is(editor: Editor) -> 
 
 
 def test_open_in_editor_opens_the_graph_of_a_run(editor: Editor) -> None:
-    settings = {
-        "steps": 2,
-        "rank": 2,
-        "learning_rate": 0.00123,
-        "targets": "attention",
-        "previews": "",
-    }
+    settings = {"steps": 2, "rank": 2, "learning_rate": 0.00123, "targets": "attention", "previews": ""}
     body = {"dataset": "fox", "model": "lorasmith-tiny", "name": "fox", "trigger": "sks fox", "settings": settings}
     job = asked(editor, "jobs", body)
     ends = time.monotonic() + PATIENCE_MS / 1000

@@ -11,50 +11,43 @@ from lorasmith.runs.queue import JobStore
 from lorasmith.server.event_streams import MOST_TOPICS
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs.draft_routes import merged
-from tests.server.api_server import Client, events, with_api
+from tests.server.api_server import Client, events
 
 AT = "/datasets/dog/draft"
 
 
-def test_a_draft_is_merged_with_what_others_changed_or_refused_with_it(tmp_path: Path) -> None:
+async def test_a_draft_is_merged_with_what_others_changed_or_refused_with_it(client: Client, tmp_path: Path) -> None:
     shutil.copytree(BUILT_IN_BASE / "input" / "fox", tmp_path / "input" / "dog")
-
-    async def test(client: Client) -> None:
-        new = await client.ask("GET", AT)
-        assert (new["version"], new["draft"]["preset"]) == (0, "balanced")
-        seen = new["draft"]
-        one = {**seen, "name": "one", "settings": {"rank": 4}}
-        assert await client.ask("PUT", AT, {"draft": one, "seen": seen}) == {"draft": one, "version": 1}
-        other = {**seen, "trigger": "sks", "settings": {"steps": 9}}
-        both = {**one, "trigger": "sks", "settings": {"rank": 4, "steps": 9}}
-        assert await client.ask("PUT", AT, {"draft": other, "seen": seen}) == {"draft": both, "version": 2}
-        late = {"draft": {**seen, "name": "late", "preset": "quick"}, "seen": seen}
-        error = (await client.ask("PUT", AT, late, status=409))["error"]
-        assert (error["kind"], error["details"]) == ("StaleDraftError", {"draft": both, "version": 2})
-        assert (await client.ask("GET", AT))["draft"] == both  # nothing of a refused draft is stored
-        assert (await client.ask("PUT", AT, {"draft": late["draft"]}))["draft"]["name"] == "late"
-        assert "shorten" in await client.error("PUT", AT, {"draft": {**seen, "name": "x" * 70_000}})
-        await client.error("GET", "/datasets/gone/draft", status=404)
-        await client.error("PUT", "/datasets/gone/draft", {"draft": seen}, status=404)
-        await client.ask("DELETE", "/datasets/dog")
-        shutil.copytree(BUILT_IN_BASE / "input" / "fox", tmp_path / "input" / "dog")
-        assert await client.ask("GET", AT) == new
-
-    with_api(tmp_path, test)
+    new = await client.ask("GET", AT)
+    assert (new["version"], new["draft"]["preset"]) == (0, "balanced")
+    seen = new["draft"]
+    one = {**seen, "name": "one", "settings": {"rank": 4}}
+    assert await client.ask("PUT", AT, {"draft": one, "seen": seen}) == {"draft": one, "version": 1}
+    other = {**seen, "trigger": "sks", "settings": {"steps": 9}}
+    both = {**one, "trigger": "sks", "settings": {"rank": 4, "steps": 9}}
+    assert await client.ask("PUT", AT, {"draft": other, "seen": seen}) == {"draft": both, "version": 2}
+    late = {"draft": {**seen, "name": "late", "preset": "quick"}, "seen": seen}
+    error = (await client.ask("PUT", AT, late, status=409))["error"]
+    assert (error["kind"], error["details"]) == ("StaleDraftError", {"draft": both, "version": 2})
+    assert (await client.ask("GET", AT))["draft"] == both  # nothing of a refused draft is stored
+    assert (await client.ask("PUT", AT, {"draft": late["draft"]}))["draft"]["name"] == "late"
+    assert "shorten" in await client.error("PUT", AT, {"draft": {**seen, "name": "x" * 70_000}})
+    await client.error("GET", "/datasets/gone/draft", status=404)
+    await client.error("PUT", "/datasets/gone/draft", {"draft": seen}, status=404)
+    await client.ask("DELETE", "/datasets/dog")
+    shutil.copytree(BUILT_IN_BASE / "input" / "fox", tmp_path / "input" / "dog")
+    assert await client.ask("GET", AT) == new
 
 
-def test_the_draft_of_an_example_has_its_trigger(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        for name, trigger in (("fox", "a fox"), ("high-contrast", "high contrast style")):
-            seen = (await client.ask("GET", f"/datasets/{name}/draft"))["draft"]
-            assert seen["trigger"] == trigger
-            stored = await client.ask("PUT", f"/datasets/{name}/draft", {"draft": {**seen, "name": "x"}, "seen": seen})
-            assert (stored["draft"]["trigger"], stored["version"]) == (trigger, 1)
-            without = {**stored["draft"], "trigger": ""}
-            await client.ask("PUT", f"/datasets/{name}/draft", {"draft": without, "seen": stored["draft"]})
-            assert (await client.ask("GET", f"/datasets/{name}/draft"))["draft"] == without
-
-    with_api(tmp_path, test)
+async def test_the_draft_of_an_example_has_its_trigger(client: Client) -> None:
+    for name, trigger in (("fox", "a fox"), ("high-contrast", "high contrast style")):
+        seen = (await client.ask("GET", f"/datasets/{name}/draft"))["draft"]
+        assert seen["trigger"] == trigger
+        stored = await client.ask("PUT", f"/datasets/{name}/draft", {"draft": {**seen, "name": "x"}, "seen": seen})
+        assert (stored["draft"]["trigger"], stored["version"]) == (trigger, 1)
+        without = {**stored["draft"], "trigger": ""}
+        await client.ask("PUT", f"/datasets/{name}/draft", {"draft": without, "seen": stored["draft"]})
+        assert (await client.ask("GET", f"/datasets/{name}/draft"))["draft"] == without
 
 
 @pytest.mark.parametrize(
@@ -87,26 +80,22 @@ def test_drafts_outlive_the_server(tmp_path: Path) -> None:
         store.close()
 
 
-def test_one_stream_has_drafts_datasets_and_the_events_of_topics(tmp_path: Path) -> None:
+async def test_one_stream_has_drafts_datasets_and_the_events_of_topics(client: Client, tmp_path: Path) -> None:
     shutil.copytree(BUILT_IN_BASE / "input" / "fox", tmp_path / "input" / "dog")
-
-    async def test(client: Client) -> None:
-        job = client.context.store.add("train", {"name": "dog"})
-        async with events(client, f"/events?topic=jobs/{job.id}&topic=runs/gone&topic=x") as stream:
-            first = [await stream.next() for _ in range(5)]
-            assert [name for name, *_ in first[:2]] == ["queue", "job"] and "topic" not in first[1][1]
-            assert {(name, data["topic"]) for name, data, _ in first[2:]} == {
-                ("job", f"jobs/{job.id}"), ("fault", "runs/gone"), ("fault", "x")
-            }  # fmt: skip
-            client.context.hub.publish(Notice(kind="progress", job_id=job.id, data={"value": 1, "maximum": 2}))
-            assert (await stream.next())[:2] == (
-                "progress", {"value": 1, "maximum": 2, "topic": f"jobs/{job.id}"}
-            )  # fmt: skip
-            await client.ask("PUT", "/datasets/dog/captions", {"fox_1.png": "another"})
-            assert (await stream.next())[:2] == ("dataset", {"name": "dog"})
-            draft = (await client.ask("PUT", AT, {"draft": {"name": "dog"}}))["draft"]
-            assert (await stream.next())[:2] == ("draft", {"dataset": "dog", "draft": draft, "version": 1})
-        many = "&".join(f"topic=jobs/{number}" for number in range(MOST_TOPICS + 1))
-        await client.error("GET", f"/events?{many}", status=429)
-
-    with_api(tmp_path, test)
+    job = client.context.store.add("train", {"name": "dog"})
+    async with events(client, f"/events?topic=jobs/{job.id}&topic=runs/gone&topic=x") as stream:
+        first = [await stream.next() for _ in range(5)]
+        assert [name for name, *_ in first[:2]] == ["queue", "job"] and "topic" not in first[1][1]
+        assert {(name, data["topic"]) for name, data, _ in first[2:]} == {
+            ("job", f"jobs/{job.id}"), ("fault", "runs/gone"), ("fault", "x")
+        }  # fmt: skip
+        client.context.hub.publish(Notice(kind="progress", job_id=job.id, data={"value": 1, "maximum": 2}))
+        assert (await stream.next())[:2] == (
+            "progress", {"value": 1, "maximum": 2, "topic": f"jobs/{job.id}"}
+        )  # fmt: skip
+        await client.ask("PUT", "/datasets/dog/captions", {"fox_1.png": "another"})
+        assert (await stream.next())[:2] == ("dataset", {"name": "dog"})
+        draft = (await client.ask("PUT", AT, {"draft": {"name": "dog"}}))["draft"]
+        assert (await stream.next())[:2] == ("draft", {"dataset": "dog", "draft": draft, "version": 1})
+    many = "&".join(f"topic=jobs/{number}" for number in range(MOST_TOPICS + 1))
+    await client.error("GET", f"/events?{many}", status=429)

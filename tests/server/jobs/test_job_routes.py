@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,33 @@ from tests.server.api_server import AT, Client, api, events, made_up, refusals_o
 RUN = {"model": "lorasmith-tiny", "dataset": "fox", "trigger": "a fox", "settings": {"steps": 50}}
 
 
-def test_a_job_that_trains_is_queued_listed_moved_and_removed(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        first = await client.ask("POST", "/jobs", {"kind": "train", **RUN}, status=201)
-        assert (first["state"], first["name"], first["dataset"], first["model"]) == (
-            "pending", "fox", "fox", "lorasmith-tiny"
-        )  # fmt: skip
-        stored = client.context.store.get(first["id"])
-        given = typed(dict(stored.request), RunSpec)
-        assert given.data.trigger == "a fox" and given.config.steps == 50
-        second = await client.ask("POST", "/jobs", {**RUN, "name": "second", "front": True}, status=201)
-        listed = await client.ask("GET", "/jobs")
-        assert [job["id"] for job in listed["jobs"]] == [second["id"], first["id"]] and listed["total"] == 2
-        await client.ask("POST", f"/jobs/{first['id']}/move", {"front": True})
-        assert (await client.ask("GET", "/jobs?limit=1"))["jobs"][0]["id"] == first["id"]
-        assert (await client.ask("GET", "/jobs?limit=1&offset=1"))["jobs"][0]["id"] == second["id"]
-        paused = await client.ask("POST", f"/jobs/{first['id']}/cancel", {"pause": True})
-        assert paused["state"] == "paused"
-        assert (await client.ask("GET", "/status"))["queue"] == {"pending": 1, "running": 0}
-        assert [one["state"] for one in (await client.ask("GET", "/jobs?states=paused,pending"))["jobs"]] == [
-            "pending", "paused"
-        ]  # fmt: skip
-        assert (await client.ask("POST", f"/jobs/{first['id']}/continue"))["state"] == "pending"
-        cancelled = await client.ask("POST", f"/jobs/{first['id']}/cancel")
-        assert cancelled["state"] == "cancelled"
-        again = await client.ask("POST", f"/jobs/{first['id']}/retry", status=201)
-        assert again["id"] != first["id"] and again["request"]["sources"] == first["request"]["sources"]
-        await client.ask("DELETE", f"/jobs/{first['id']}")
-        await client.error("GET", f"/jobs/{first['id']}", status=404)
-
-    with_api(tmp_path, test)
+async def test_a_job_that_trains_is_queued_listed_moved_and_removed(client: Client) -> None:
+    first = await client.ask("POST", "/jobs", {"kind": "train", **RUN}, status=201)
+    assert (first["state"], first["name"], first["dataset"], first["model"]) == (
+        "pending", "fox", "fox", "lorasmith-tiny"
+    )  # fmt: skip
+    stored = client.context.store.get(first["id"])
+    given = typed(dict(stored.request), RunSpec)
+    assert given.data.trigger == "a fox" and given.config.steps == 50
+    second = await client.ask("POST", "/jobs", {**RUN, "name": "second", "front": True}, status=201)
+    listed = await client.ask("GET", "/jobs")
+    assert [job["id"] for job in listed["jobs"]] == [second["id"], first["id"]] and listed["total"] == 2
+    await client.ask("POST", f"/jobs/{first['id']}/move", {"front": True})
+    assert (await client.ask("GET", "/jobs?limit=1"))["jobs"][0]["id"] == first["id"]
+    assert (await client.ask("GET", "/jobs?limit=1&offset=1"))["jobs"][0]["id"] == second["id"]
+    paused = await client.ask("POST", f"/jobs/{first['id']}/cancel", {"pause": True})
+    assert paused["state"] == "paused"
+    assert (await client.ask("GET", "/status"))["queue"] == {"pending": 1, "running": 0}
+    assert [one["state"] for one in (await client.ask("GET", "/jobs?states=paused,pending"))["jobs"]] == [
+        "pending", "paused"
+    ]  # fmt: skip
+    assert (await client.ask("POST", f"/jobs/{first['id']}/continue"))["state"] == "pending"
+    cancelled = await client.ask("POST", f"/jobs/{first['id']}/cancel")
+    assert cancelled["state"] == "cancelled"
+    again = await client.ask("POST", f"/jobs/{first['id']}/retry", status=201)
+    assert again["id"] != first["id"] and again["request"]["sources"] == first["request"]["sources"]
+    await client.ask("DELETE", f"/jobs/{first['id']}")
+    await client.error("GET", f"/jobs/{first['id']}", status=404)
 
 
 REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
@@ -87,32 +83,28 @@ def test_what_cannot_be_done_is_said(refusals: dict[str, str], case: str) -> Non
     assert REFUSED[case][-1] in refusals[case]
 
 
-def test_jobs_in_another_state_are_refused(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
-        await client.error("POST", f"/jobs/{job}/continue", status=409)
-        await client.error("POST", f"/jobs/{job}/retry", status=409)
-        client.context.store.claim("worker")
-        await client.error("DELETE", f"/jobs/{job}", status=409)
-        await client.error("POST", f"/jobs/{job}/move", status=409)
-        client.context.store.finish(job, "completed")
-        await client.error("POST", f"/jobs/{job}/cancel", status=409)
-        await client.error("POST", f"/jobs/{job}/continue", status=409)
+async def test_jobs_in_another_state_are_refused(client: Client) -> None:
+    job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+    await client.error("POST", f"/jobs/{job}/continue", status=409)
+    await client.error("POST", f"/jobs/{job}/retry", status=409)
+    client.context.store.claim("worker")
+    await client.error("DELETE", f"/jobs/{job}", status=409)
+    await client.error("POST", f"/jobs/{job}/move", status=409)
+    client.context.store.finish(job, "completed")
+    await client.error("POST", f"/jobs/{job}/cancel", status=409)
+    await client.error("POST", f"/jobs/{job}/continue", status=409)
 
 
-def test_a_failed_job_is_continued_from_its_run_state(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
-        client.context.store.claim("worker")
-        client.context.store.finish(job, "failed", error={"kind": "TrainingError", "message": "no memory"})
-        assert "has none; repeat it" in await client.error("POST", f"/jobs/{job}/continue", status=409)
-        client.context.store.set_run(job, "runs/fox-001")
-        assert "has none; repeat it" in await client.error("POST", f"/jobs/{job}/continue", status=409)
-        (tmp_path / "runs/fox-001/states/step-000010").mkdir(parents=True)
-        again = await client.ask("POST", f"/jobs/{job}/continue")
-        assert (again["state"], again["run"], again["error"]) == ("pending", "runs/fox-001", None)
-
-    with_api(tmp_path, test)
+async def test_a_failed_job_is_continued_from_its_run_state(client: Client, tmp_path: Path) -> None:
+    job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+    client.context.store.claim("worker")
+    client.context.store.finish(job, "failed", error={"kind": "TrainingError", "message": "no memory"})
+    assert "has none; repeat it" in await client.error("POST", f"/jobs/{job}/continue", status=409)
+    client.context.store.set_run(job, "runs/fox-001")
+    assert "has none; repeat it" in await client.error("POST", f"/jobs/{job}/continue", status=409)
+    (tmp_path / "runs/fox-001/states/step-000010").mkdir(parents=True)
+    again = await client.ask("POST", f"/jobs/{job}/continue")
+    assert (again["state"], again["run"], again["error"]) == ("pending", "runs/fox-001", None)
 
 
 def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
@@ -135,71 +127,59 @@ def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
     with_api(tmp_path / "base", elsewhere, host="0.0.0.0", token="a long secret")
 
 
-def test_a_plan_has_the_time_of_a_measured_step(tmp_path: Path) -> None:
+async def test_a_plan_has_the_time_of_a_measured_step(client: Client) -> None:
     plan = {"steps": 50, "memory_bytes": 1, "memory_settings": {"quantization": "int8"}}
-
-    async def test(client: Client) -> None:
-        made_up(client)["plan"] = plan
-        assert await client.ask("POST", "/plans", RUN) == plan
-        job = await client.ask("POST", "/measurements", {"model": RUN["model"], "settings": {"rank": 8}}, status=201)
-        assert (job["kind"], job["title"], job["request"]["settings"]) == ("measure", "Measurement", {"rank": 8})
-        subject = measurement_subject("lorasmith-tiny", {"rank": 8, "quantization": "int8"}, "cpu")  # as it is trained
-        client.context.store.set_measurement(subject, {"seconds_per_step": 0.5})
-        found = await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 8, "steps": 50}})
-        assert (found["seconds_per_step"], found["seconds"]) == (0.5, 25.0) and found["measured_at"] > 0
-        assert await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 9}}) == plan
-
-    with_api(tmp_path, test)
+    made_up(client)["plan"] = plan
+    assert await client.ask("POST", "/plans", RUN) == plan
+    job = await client.ask("POST", "/measurements", {"model": RUN["model"], "settings": {"rank": 8}}, status=201)
+    assert (job["kind"], job["title"], job["request"]["settings"]) == ("measure", "Measurement", {"rank": 8})
+    subject = measurement_subject("lorasmith-tiny", {"rank": 8, "quantization": "int8"}, "cpu")  # as it is trained
+    client.context.store.set_measurement(subject, {"seconds_per_step": 0.5})
+    found = await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 8, "steps": 50}})
+    assert (found["seconds_per_step"], found["seconds"]) == (0.5, 25.0) and found["measured_at"] > 0
+    assert await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 9}}) == plan
 
 
-def test_all_changes_of_jobs_are_a_stream(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        job = await client.ask("POST", "/jobs", RUN, status=201)
-        async with events(client, "/events") as stream:
-            assert await stream.next() == ("queue", {"pending": 1, "running": 0}, "")
-            name, data, _ = await stream.next()
-            assert (name, data["id"], data["state"]) == ("job", job["id"], "pending")
-            client.context.hub.publish(
-                Notice(kind="view", job_id=job["id"], data={"node_id": None, "view": {"step": 1}})
-            )
-            await client.ask("POST", f"/jobs/{job['id']}/cancel")
-            name, data, _ = await stream.next()
-            assert (name, data["state"], data["title"]) == ("job", "cancelled", "fox")
-            assert (await stream.next())[0] == "queue"
-            await client.ask("DELETE", f"/jobs/{job['id']}")
-            assert (await stream.next())[:2] == ("job", {"id": job["id"], "removed": True})
-        async with client.http.head(f"{AT}/events") as answer:  # without a body nothing would end it
-            assert answer.status == 404
-
-    with_api(tmp_path, test)
+async def test_all_changes_of_jobs_are_a_stream(client: Client) -> None:
+    job = await client.ask("POST", "/jobs", RUN, status=201)
+    async with events(client, "/events") as stream:
+        assert await stream.next() == ("queue", {"pending": 1, "running": 0}, "")
+        name, data, _ = await stream.next()
+        assert (name, data["id"], data["state"]) == ("job", job["id"], "pending")
+        client.context.hub.publish(Notice(kind="view", job_id=job["id"], data={"node_id": None, "view": {"step": 1}}))
+        await client.ask("POST", f"/jobs/{job['id']}/cancel")
+        name, data, _ = await stream.next()
+        assert (name, data["state"], data["title"]) == ("job", "cancelled", "fox")
+        assert (await stream.next())[0] == "queue"
+        await client.ask("DELETE", f"/jobs/{job['id']}")
+        assert (await stream.next())[:2] == ("job", {"id": job["id"], "removed": True})
+    async with client.http.head(f"{AT}/events") as answer:  # without a body nothing would end it
+        assert answer.status == 404
 
 
-def test_a_page_of_a_long_queue_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(client: Client) -> None:
-        store = client.context.store
-        ids = [store.add("train", {"name": str(number)}).id for number in range(8)]
-        store.claim("worker")
-        store.finish(ids[0], "completed")
-        store.claim("worker")
-        read: list[str] = []
-        real = queue._job
-        monkeypatch.setattr(queue, "_job", lambda row: read.append(row["id"]) or real(row))  # type: ignore[func-returns-value]
-        order = [*ids[1:], ids[0]]
-        for limit, offset in ((3, 0), (2, 1), (5, 4), (9, 0)):
-            read.clear()
-            found = await client.ask("GET", f"/jobs?limit={limit}&offset={offset}")
-            assert ([one["id"] for one in found["jobs"]], found["total"]) == (order[offset : offset + limit], 8)
-            assert len(read) <= limit + 1
-        waiting = await client.ask("GET", "/jobs?states=pending,completed&offset=5")
-        assert [one["id"] for one in waiting["jobs"]] == [ids[7], ids[0]]
-        for offset in ("9" * 30, "0" * 12 + "9" * 20, "0" * 12 + "9" * 5000):
-            await client.error("GET", f"/jobs?offset={offset}")
-
-    with_api(tmp_path, test)
+async def test_a_page_of_a_long_queue_is_read_alone(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = client.context.store
+    ids = [store.add("train", {"name": str(number)}).id for number in range(8)]
+    store.claim("worker")
+    store.finish(ids[0], "completed")
+    store.claim("worker")
+    read: list[str] = []
+    real = queue._job
+    monkeypatch.setattr(queue, "_job", lambda row: read.append(row["id"]) or real(row))  # type: ignore[func-returns-value]
+    order = [*ids[1:], ids[0]]
+    for limit, offset in ((3, 0), (2, 1), (5, 4), (9, 0)):
+        read.clear()
+        found = await client.ask("GET", f"/jobs?limit={limit}&offset={offset}")
+        assert ([one["id"] for one in found["jobs"]], found["total"]) == (order[offset : offset + limit], 8)
+        assert len(read) <= limit + 1
+    waiting = await client.ask("GET", "/jobs?states=pending,completed&offset=5")
+    assert [one["id"] for one in waiting["jobs"]] == [ids[7], ids[0]]
+    for offset in ("9" * 30, "0" * 12 + "9" * 20, "0" * 12 + "9" * 5000):
+        await client.error("GET", f"/jobs?offset={offset}")
 
 
-def test_a_stream_of_a_job_has_its_view(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
+async def test_a_stream_of_a_job_has_its_view(tmp_path: Path) -> None:
+    async with api(tmp_path / "base") as client:
         hub = client.context.hub
         job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
 
@@ -219,52 +199,41 @@ def test_a_stream_of_a_job_has_its_view(tmp_path: Path) -> None:
             assert (await stream.next())[0] == "job"
             assert (await stream.next())[1] == {"node_id": None, "view": {"steps": 9, "step": 2}}
 
-    with_api(tmp_path / "base", test)
+
+async def test_the_view_of_a_job_of_an_earlier_server_is_that_of_its_log(client: Client, tmp_path: Path) -> None:
+    store = client.context.store
+    job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+    store.claim("worker")
+    store.set_run(job, "runs/fox-001")
+    async with events(client, f"/jobs/{job}/events") as stream:
+        await stream.next()
+        assert (await stream.next())[1]["view"]["curve"] == [], "it has written nothing yet"
+    (tmp_path / "runs" / "fox-001").mkdir(parents=True)
+    line = '{"event": "StepDone", "step": 1, "loss": 0.5, "grad_norm": 1, "at": 5}\n'
+    (tmp_path / "runs" / "fox-001" / "events.jsonl").write_text(line)
+    async with events(client, f"/jobs/{job}/events") as stream:
+        await stream.next()
+        assert (await stream.next())[1]["view"]["curve"] == [[1, 0.5, 0.5]]
 
 
-def test_the_view_of_a_job_of_an_earlier_server_is_that_of_its_log(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        store = client.context.store
-        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
-        store.claim("worker")
-        store.set_run(job, "runs/fox-001")
-        async with events(client, f"/jobs/{job}/events") as stream:
-            await stream.next()
-            assert (await stream.next())[1]["view"]["curve"] == [], "it has written nothing yet"
-        (tmp_path / "runs" / "fox-001").mkdir(parents=True)
-        line = '{"event": "StepDone", "step": 1, "loss": 0.5, "grad_norm": 1, "at": 5}\n'
-        (tmp_path / "runs" / "fox-001" / "events.jsonl").write_text(line)
-        async with events(client, f"/jobs/{job}/events") as stream:
-            await stream.next()
-            assert (await stream.next())[1]["view"]["curve"] == [[1, 0.5, 0.5]]
-
-    with_api(tmp_path, test)
-
-
-def test_an_error_within_a_stream_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_within_a_stream_is_an_event(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lorasmith.server.event_streams._POLL_S", 0.01)
     folder = tmp_path / "runs" / "fox-001"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text("{}")
-
-    async def test(client: Client) -> None:
-        async with events(client, "/runs/runs%2Ffox-001/events") as stream:
-            assert (await stream.next())[0] == "view"
-            (folder / "run.json").unlink()
-            name, data, _ = await stream.next()
-            assert name == "fault" and "there is no run" in data["message"]
-
-    with_api(tmp_path, test)
+    async with events(client, "/runs/runs%2Ffox-001/events") as stream:
+        assert (await stream.next())[0] == "view"
+        (folder / "run.json").unlink()
+        name, data, _ = await stream.next()
+        assert name == "fault" and "there is no run" in data["message"]
 
 
-def test_streams_have_a_limit_and_end_with_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streams_have_a_limit_and_end_with_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorasmith.server.event_streams.MOST_STREAMS", 1)
-
-    async def test() -> None:
-        async with api(tmp_path) as client, events(client, "/events"):
-            assert "streams of events at once" in await client.error("GET", "/events", status=429)
-
-    asyncio.run(test())
+    async with api(tmp_path) as client, events(client, "/events"):
+        assert "streams of events at once" in await client.error("GET", "/events", status=429)
 
 
 def test_a_folder_of_the_home_is_for_who_sits_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

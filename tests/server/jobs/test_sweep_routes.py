@@ -11,7 +11,7 @@ from lorasmith.runs.queue import JobStore
 from lorasmith.runs.sweep_file import Sweep
 from tests.runs.folder_cases import pictures
 from tests.runs.sweep_cases import left_by, names_of, sweep_of
-from tests.server.api_server import Client, with_api
+from tests.server.api_server import Client
 
 BODY: dict[str, Any] = {
     "model": "lorasmith-tiny",
@@ -36,53 +36,45 @@ def of_the_command_line(base: Path) -> Sweep:
     return sweep
 
 
-def test_a_sweep_of_the_command_line_is_seen_and_its_runs_are_runs(tmp_path: Path) -> None:
+async def test_a_sweep_of_the_command_line_is_seen_and_its_runs_are_runs(client: Client, tmp_path: Path) -> None:
     first, second, *others = names_of(of_the_command_line(tmp_path))
-
-    async def test(client: Client) -> None:
-        states = {"completed": 1, "failed": 1, "pending": 2}
-        assert await client.ask("GET", "/sweeps") == {
-            "sweeps": [{"id": "tries", "runs": 4, "states": states}], "damaged": [],
-        }  # fmt: skip
-        found = await client.ask("GET", "/sweeps/tries")
-        best, *rest = found["runs"]
-        assert (best["name"], best["place"], best["loss"], best["state"]) == (first, 1, 0.8, "complete")
-        assert best["settings"] == {"rank": 2, "learning_rate": 0.0001}
-        assert [(one["name"], one["state"]) for one in rest] == [
-            (second, "failed"), *((name, "waiting") for name in others),
-        ]  # fmt: skip
-        assert rest[0]["error"] == "no pictures"
-        run = await client.ask("GET", f"/runs/{best['run'].replace('/', '%2F')}")
-        assert run["id"] == f"runs/tries/{first}" and len(run["losses"]) == 2
-        assert (await client.ask("GET", "/runs"))["runs"] == [], "they are in the list of sweeps"
-
-    with_api(tmp_path, test)
+    states = {"completed": 1, "failed": 1, "pending": 2}
+    assert await client.ask("GET", "/sweeps") == {
+        "sweeps": [{"id": "tries", "runs": 4, "states": states}], "damaged": [],
+    }  # fmt: skip
+    found = await client.ask("GET", "/sweeps/tries")
+    best, *rest = found["runs"]
+    assert (best["name"], best["place"], best["loss"], best["state"]) == (first, 1, 0.8, "complete")
+    assert best["settings"] == {"rank": 2, "learning_rate": 0.0001}
+    assert [(one["name"], one["state"]) for one in rest] == [
+        (second, "failed"), *((name, "waiting") for name in others),
+    ]  # fmt: skip
+    assert rest[0]["error"] == "no pictures"
+    run = await client.ask("GET", f"/runs/{best['run'].replace('/', '%2F')}")
+    assert run["id"] == f"runs/tries/{first}" and len(run["losses"]) == 2
+    assert (await client.ask("GET", "/runs"))["runs"] == [], "they are in the list of sweeps"
 
 
-def test_a_sweep_of_the_page_is_a_group_of_jobs(tmp_path: Path) -> None:
+async def test_a_sweep_of_the_page_is_a_group_of_jobs(client: Client, tmp_path: Path) -> None:
     (tmp_path / "input").mkdir()
     pictures(tmp_path / "input" / "fox", 5)
-
-    async def test(client: Client) -> None:
-        found = await client.ask("POST", "/sweeps", BODY, status=201)
-        assert found["id"] == "fox-sweep-001" and [one["state"] for one in found["runs"]] == ["waiting"] * 2
-        jobs = client.context.store.of_sweep("fox-sweep-001")
-        assert [job.request["output"] for job in jobs] == [f"runs/fox-sweep-001/{one['name']}" for one in found["runs"]]
-        assert [dict(job.varied) for job in jobs] == [{"rank": rank, "learning_rate": 0.0001} for rank in (2, 4)]
-        assert jobs[1].request["settings"] == {
-            "steps": 3, "validation_share": 0.2, "previews": "", "rank": 4, "learning_rate": 0.0001,
-        }  # fmt: skip
-        client.context.store.finish(jobs[0].id, "failed", error={"kind": "DataError", "message": "no memory"})
-        (row,) = (await client.ask("GET", "/sweeps"))["sweeps"]
-        assert (row["id"], row["states"]) == ("fox-sweep-001", {"failed": 1, "pending": 1})
-        again = await client.ask("GET", "/sweeps/fox-sweep-001")
-        assert {one["state"]: one["error"] for one in again["runs"]} == {"failed": "no memory", "waiting": ""}
-        assert (await client.ask("POST", "/sweeps", BODY, status=201))["id"] == "fox-sweep-002"
-
-    with_api(tmp_path, test)
+    found = await client.ask("POST", "/sweeps", BODY, status=201)
+    assert found["id"] == "fox-sweep-001" and [one["state"] for one in found["runs"]] == ["waiting"] * 2
+    jobs = client.context.store.of_sweep("fox-sweep-001")
+    assert [job.request["output"] for job in jobs] == [f"runs/fox-sweep-001/{one['name']}" for one in found["runs"]]
+    assert [dict(job.varied) for job in jobs] == [{"rank": rank, "learning_rate": 0.0001} for rank in (2, 4)]
+    assert jobs[1].request["settings"] == {
+        "steps": 3, "validation_share": 0.2, "previews": "", "rank": 4, "learning_rate": 0.0001,
+    }  # fmt: skip
+    client.context.store.finish(jobs[0].id, "failed", error={"kind": "DataError", "message": "no memory"})
+    (row,) = (await client.ask("GET", "/sweeps"))["sweeps"]
+    assert (row["id"], row["states"]) == ("fox-sweep-001", {"failed": 1, "pending": 1})
+    again = await client.ask("GET", "/sweeps/fox-sweep-001")
+    assert {one["state"]: one["error"] for one in again["runs"]} == {"failed": "no memory", "waiting": ""}
+    assert (await client.ask("POST", "/sweeps", BODY, status=201))["id"] == "fox-sweep-002"
 
 
-def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
+async def test_what_is_no_sweep_is_refused(client: Client, tmp_path: Path) -> None:
     (tmp_path / "input").mkdir()
     pictures(tmp_path / "input" / "fox", 5)
     cases: dict[str, tuple[dict[str, Any], str]] = {
@@ -97,16 +89,14 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
         "unjudged": ({"settings": {"validation_share": 0.0}, "grid": {"rank": [2]}}, "needs held-out images"),
         "few": ({"settings": {}, "grid": {"rank": [2]}}, "none are held out unless asked, got 5"),
     }
-
-    async def test(client: Client) -> None:
-        for case, (change, sentence) in cases.items():
-            assert sentence in await client.error("POST", "/sweeps", BODY | change), case
-        assert client.context.store.counts()["pending"] == 0 and not (tmp_path / "runs").exists()
-
-    with_api(tmp_path, test)
+    for case, (change, sentence) in cases.items():
+        assert sentence in await client.error("POST", "/sweeps", BODY | change), case
+    assert client.context.store.counts()["pending"] == 0 and not (tmp_path / "runs").exists()
 
 
-def test_folders_that_are_no_sweeps_are_not_found_and_damaged_ones_are_named(tmp_path: Path) -> None:
+async def test_folders_that_are_no_sweeps_are_not_found_and_damaged_ones_are_named(
+    client: Client, tmp_path: Path
+) -> None:
     (tmp_path / "runs" / "plain").mkdir(parents=True)
     for name in ("broken", "view"):
         (tmp_path / "runs" / name).mkdir()
@@ -120,11 +110,7 @@ def test_folders_that_are_no_sweeps_are_not_found_and_damaged_ones_are_named(tmp
     outside.mkdir()
     of_the_command_line(outside)
     (tmp_path / "runs" / "link").symlink_to(outside / "runs" / "tries")
-
-    async def test(client: Client) -> None:
-        found = await client.ask("GET", "/sweeps")
-        assert found["sweeps"] == [] and {one["file"] for one in found["damaged"]} == {"broken", "view"}
-        for id in ("plain", "link", "gone", "..", "..%2Fruns"):
-            await client.error("GET", f"/sweeps/{id}", status=404)
-
-    with_api(tmp_path, test)
+    found = await client.ask("GET", "/sweeps")
+    assert found["sweeps"] == [] and {one["file"] for one in found["damaged"]} == {"broken", "view"}
+    for id in ("plain", "link", "gone", "..", "..%2Fruns"):
+        await client.error("GET", f"/sweeps/{id}", status=404)

@@ -19,7 +19,7 @@ from lorasmith.runs import shelf
 from lorasmith.server.models import downloads as server_downloads
 from tests.fake_hub import FakeHub, hub
 from tests.families.flux_parts import comfyui_folder
-from tests.server.api_server import Client, with_api
+from tests.server.api_server import Client, api, with_api
 
 CONTENT = b"weights of a text encoder" * 40_000
 
@@ -86,38 +86,33 @@ def test_a_download_goes_on_by_itself_and_is_cancelled_and_continued(served: Fak
     }
 
 
-def test_a_download_that_fails_says_why(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_download_that_fails_says_why(
+    client: Client, served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served.gated = {"maker/model"}
-
-    async def test(client: Client) -> None:
-        client.context.assistant.made_up["download_files"] = files_for(tmp_path, "a.safetensors")
-        await client.ask("POST", "/downloads", {"kind": "release", "name": "sdxl"}, status=201)
-        failed = await once(client, "failed", "completed")
-        assert "the licence of maker/model to be accepted" in failed["error"]
-        assert failed["accept"] == f"{served.address}/maker/model"
-        monkeypatch.setattr(server_downloads, "COMMAND", ("/nonexistent",))
-        await client.ask("POST", "/downloads", {"kind": "release", "name": "z-image"}, status=201)
-        assert "it cannot be started" in (await once(client, "failed"))["error"]
-
-    with_api(tmp_path, test)
+    client.context.assistant.made_up["download_files"] = files_for(tmp_path, "a.safetensors")
+    await client.ask("POST", "/downloads", {"kind": "release", "name": "sdxl"}, status=201)
+    failed = await once(client, "failed", "completed")
+    assert "the licence of maker/model to be accepted" in failed["error"]
+    assert failed["accept"] == f"{served.address}/maker/model"
+    monkeypatch.setattr(server_downloads, "COMMAND", ("/nonexistent",))
+    await client.ask("POST", "/downloads", {"kind": "release", "name": "z-image"}, status=201)
+    assert "it cannot be started" in (await once(client, "failed"))["error"]
 
 
-def test_nothing_is_asked_of_the_hub_before_it_is_wanted(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        found = await client.ask("GET", "/shelf")
-        rows = {one["name"]: one for one in found["models"]}
-        assert {"sd1.5", "sdxl", "z-image", "flux.1-dev"} <= rows.keys()
-        assert rows["flux.1-dev"]["gated"] and "Non-Commercial" in rows["flux.1-dev"]["licence"]
-        assert [one["file"] for one in rows["z-image"]["files"]] == [
-            "z_image_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"
-        ]  # fmt: skip
-        assert not any(file["found"] for row in rows.values() for file in row["files"])
-        sizes = [sum(file["size_bytes"] for file in row["files"]) for row in found["models"]]
-        assert sizes == sorted(sizes)
-        assert "did you mean 'sdxl'" in await client.error("POST", "/downloads", {"kind": "release", "name": "sdxxl"})
-        assert "no model 'x'" in await client.error("POST", "/downloads", {"kind": "model", "name": "x"})
-
-    with_api(tmp_path, test)
+async def test_nothing_is_asked_of_the_hub_before_it_is_wanted(client: Client) -> None:
+    found = await client.ask("GET", "/shelf")
+    rows = {one["name"]: one for one in found["models"]}
+    assert {"sd1.5", "sdxl", "z-image", "flux.1-dev"} <= rows.keys()
+    assert rows["flux.1-dev"]["gated"] and "Non-Commercial" in rows["flux.1-dev"]["licence"]
+    assert [one["file"] for one in rows["z-image"]["files"]] == [
+        "z_image_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"
+    ]  # fmt: skip
+    assert not any(file["found"] for row in rows.values() for file in row["files"])
+    sizes = [sum(file["size_bytes"] for file in row["files"]) for row in found["models"]]
+    assert sizes == sorted(sizes)
+    assert "did you mean 'sdxl'" in await client.error("POST", "/downloads", {"kind": "release", "name": "sdxxl"})
+    assert "no model 'x'" in await client.error("POST", "/downloads", {"kind": "model", "name": "x"})
 
 
 def test_a_token_is_stored_by_pages_of_this_machine_alone(tmp_path: Path) -> None:
@@ -189,7 +184,7 @@ def test_the_memory_of_a_release_is_known_before_it_is_there(tmp_path: Path) -> 
     assert found.fits and found.encoders_fit
 
 
-def test_parts_that_are_here_are_not_missing(tmp_path: Path) -> None:
+async def test_parts_that_are_here_are_not_missing(tmp_path: Path) -> None:
     base = comfyui_folder(tmp_path)
     found = shelf.wanted_files(Folders(base), "flux.1-dev")
     here = {one.component: one.found and one.found.name for one in found.files}
@@ -200,8 +195,7 @@ def test_parts_that_are_here_are_not_missing(tmp_path: Path) -> None:
     assert {one.hub.path.parent for one in found.missing} == {base / "models" / "text_encoders"}
 
     (base / "models" / "text_encoders" / "t5xxl_fp16.safetensors").unlink()
-
-    async def test(client: Client) -> None:
+    async with api(base) as client:
         flux = next(one for one in (await client.ask("GET", "/models"))["models"] if one["title"] == "flux1-dev")
         assert flux["missing"] == [{"part": "text_encoder_2", "usual_file": "t5xxl_fp16.safetensors", "on_hub": True}]
         files = await client.context.assistant.ask("download_files", kind="model", name=flux["name"])
@@ -209,5 +203,3 @@ def test_parts_that_are_here_are_not_missing(tmp_path: Path) -> None:
         assert "nothing of lorasmith-tiny is missing" in await client.error(
             "POST", "/downloads/check", {"kind": "model", "name": "lorasmith-tiny"}
         )
-
-    with_api(base, test)

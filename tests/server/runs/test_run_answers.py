@@ -224,11 +224,7 @@ NOT_ON: dict[str, tuple[Callable[[Path], object], int, str]] = {
         9,
         "may name files in the current folder alone",
     ),
-    "code": (
-        lambda base: changed_record(base, asked={"optimizer": "os.system"}),
-        9,
-        "importing it would run code",
-    ),
+    "code": (lambda base: changed_record(base, asked={"optimizer": "os.system"}), 9, "importing it would run code"),
 }
 
 
