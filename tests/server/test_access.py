@@ -336,7 +336,7 @@ async def test_large_bodies_are_parsed_outside_of_the_event_loop(
         threads.append(threading.current_thread() is threading.main_thread())
         return parse_foreign_json(content)
 
-    for module in ("api.endpoint", "request_handling"):
+    for module in ("endpoint", "request_handling"):
         monkeypatch.setattr(f"lorasmith.server.{module}.parse_foreign_json", parsed)
     for path in ("/settings", "/lorasmith/v1/datasets"):
         for size, is_main in ((10, True), (100_000, False)):
