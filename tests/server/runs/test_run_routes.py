@@ -239,5 +239,5 @@ async def test_a_question_is_given_up_when_its_client_disconnects(
     monkeypatch.setattr(client.context.assistant, "ask", ask)
     for path in ("/runs", f"/runs/{RUN}", f"/runs/{RUN}/report", f"/runs/{RUN}/events", "/datasets/dog/check"):
         assert await end_of("GET", path) == "given up"
-    assert await end_of("POST", "/plans", {"model": "x"}) == "given up"
+    assert await end_of("POST", "/plans", {"model": "lorasmith-tiny", "dataset": "fox"}) == "given up"
     assert await end_of("PUT", f"/runs/{RUN}/marks", {"title": "x"}) == "answered", "which changes something"
