@@ -118,5 +118,5 @@ def test_controls_beside_the_pictures_are_refused(tmp_path: Path, fill: Model) -
 def test_its_tensors_tell_it_whatever_its_name_is(tmp_path: Path, fill: Model) -> None:
     assert fill.path is not None
     renamed = load_model(fill.path.rename(fill.path.with_name("kontext.safetensors")))
-    assert renamed.control_form is not None and renamed.control_form.source == "mask"
+    assert renamed.control_form.source == "mask"
     renamed.path and renamed.path.rename(fill.path)

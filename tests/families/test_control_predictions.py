@@ -183,10 +183,10 @@ def test_the_name_of_a_file_says_that_it_is_kontext_and_edit_decides(tmp_path: P
     plain = files["transformer"]
     kontext = plain.rename(plain.with_name("flux1-dev-Kontext_fp8_scaled.safetensors"))
     model = load_model(kontext)
-    assert model.control_form is not None and model.control_form.is_required
-    assert load_model(kontext, edit="none").control_form is None
+    assert model.control_form.is_required
+    assert load_model(kontext, edit="none").control_form.need == "none"
     dev = kontext.rename(plain)
-    assert load_model(dev).control_form is None
+    assert load_model(dev).control_form.need == "none"
     assert load_model(dev, edit="kontext").control_form == model.control_form
     with pytest.raises(OptionError, match=r"^edit must be one of kontext, none for flux1-dev.* got 'kontxt'$"):
         load_model(dev, edit="kontxt")
@@ -197,11 +197,11 @@ def test_the_pipeline_of_a_folder_says_that_it_is_kontext(tmp_path: Path) -> Non
     TINY["flux1"].parts()["transformer"].save_pretrained(folder / "transformer")
     index = folder / "model_index.json"
     index.write_text('{"_class_name": "FluxPipeline"}')
-    assert load_model(folder).control_form is None
+    assert load_model(folder).control_form.need == "none"
     index.write_text('{"_class_name": "FluxKontextPipeline"}')
     model = load_model(folder)
-    assert model.control_form is not None and model.control_form.name == "kontext"
-    assert load_model(folder, edit="none").control_form is None
+    assert model.control_form.name == "kontext"
+    assert load_model(folder, edit="none").control_form.need == "none"
 
 
 def test_flux2_takes_controls_and_needs_none() -> None:

@@ -163,7 +163,7 @@ def test_pictures_are_those_of_diffusers(fill: Model, network: Any, monkeypatch:
 def test_a_folder_of_its_pipeline_is_read(fill: Model, network: Any, tmp_path: Path) -> None:
     pipeline(network).save_pretrained(tmp_path / "FLUX.1-Fill-dev")
     for one in (load_model(tmp_path / "FLUX.1-Fill-dev"), load_model(pipeline(network))):
-        assert one.control_source == "mask" and one.components.latent == fill.components.latent
+        assert one.control_form.source == "mask" and one.components.latent == fill.components.latent
         state = one.components.denoiser.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
 

@@ -168,7 +168,7 @@ def test_the_empty_tensor_of_2511_or_its_configuration_says_that_it_is_2511(tmp_
     folder = QWEN.denoiser(zero_cond_t=True)
     for form in (model.control_form, FAMILIES["qwen-image"].controls_of(folder, ["a folder"])):
         assert form is not None and (form.name, form.at_zero, form.is_required) == ("edit-2511", True, True)
-    assert model.as_edit("none").control_form is None
+    assert model.as_edit("none").control_form.need == "none"
     assert model.as_edit("edit-2509").control_form != model.control_form
 
 

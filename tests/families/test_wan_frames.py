@@ -159,7 +159,7 @@ def test_what_a_model_is_given_of_a_clip(case: tuple[TinyFamily, Model]) -> None
 
 
 def test_variants_are_told_by_their_tensors(files: dict[str, dict[str, Path]]) -> None:
-    sources = {name: loaded(one).control_source for name, one in files.items()}
+    sources = {name: loaded(one).control_form.source for name, one in files.items()}
     assert sources == {
         "wan2.2 i2v": "first frame",
         "wan2.1 i2v": "first frame",
@@ -167,10 +167,10 @@ def test_variants_are_told_by_their_tensors(files: dict[str, dict[str, Path]]) -
         "wan2.2 5b": "files",
     }
     of = files["wan2.2 i2v"]
-    assert loaded(of, edit="flf2v").control_source == "first and last frame"
-    assert loaded(files["wan2.1 flf2v"], edit="none").control_source == "first frame"
-    assert loaded(files["wan2.2 5b"], edit="i2v").control_source == "first frame"
-    assert loaded(files["wan2.2 5b"]).control_form is None, "although its name has i2v in ti2v"
+    assert loaded(of, edit="flf2v").control_form.source == "first and last frame"
+    assert loaded(files["wan2.1 flf2v"], edit="none").control_form.source == "first frame"
+    assert loaded(files["wan2.2 5b"], edit="i2v").control_form.source == "first frame"
+    assert loaded(files["wan2.2 5b"]).control_form.need == "none", "although its name has i2v in ti2v"
     with pytest.raises(OptionError, match=r"^edit must be one of i2v, none for wan2\.2_ti2v"):
         loaded(files["wan2.2 5b"], edit="flf2v")
 
@@ -289,7 +289,7 @@ def test_a_diffusers_folder_is_the_same_model(
     edit = "i2v" if "expand_timesteps" in parts else None
     pipeline.save_pretrained(tmp_path / "folder")
     for ours in (load_model(tmp_path / "folder", edit=edit), load_model(pipeline, edit=edit)):
-        assert ours.family is model.family and ours.control_source == model.control_source
+        assert ours.family is model.family and ours.control_form.source == model.control_form.source
         assert (ours.named_expert is not None) == bool(two)
         for name, part in model.components.modules().items():
             state = ours.components.modules()[name].state_dict()

@@ -139,7 +139,7 @@ def synthetic_samples(
 def _shapes_beside(model: Model, height: int, width: int, frames: int) -> dict[str, tuple[int, ...]]:
     """Shapes of what the model is given of a picture or clip of these pixels itself."""
     form, latent = model.control_form, model.components.latent
-    if form is None or form.source == "files":
+    if form.are_files:
         return {}
 
     def encode(pixels: Tensor) -> Tensor:

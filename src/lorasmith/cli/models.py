@@ -187,13 +187,11 @@ def _parts(model: ListedModel) -> list[str]:
 def _controls(model: ListedModel) -> list[str]:
     if model.edit:
         return [f"edit model {model.edit}, by its {model.edit_recognised_by} (--edit none if it is not)"]
-    if model.controls == "files":
-        return ["takes pictures to edit or refer to, as all of its family"]
-    if model.controls == "mask":
-        return ["paints what a mask covers, by its tensors"]
-    if model.controls is not None or model.also:
-        ways = [] if model.controls is None else [f"draws from the {model.controls}, by its tensors"]
-        return [*ways, *(f"draws from the {source} with --edit {name}" for name, source in model.also.items())]
+    form = model.form
+    ways = [f"{form.about}, {'as all of its family' if form.are_files else 'by its tensors'}"] if form.most else []
+    ways += [f"draws from the {source} with --edit {name}" for name, source in model.also.items()]
+    if ways:
+        return ways
     return [f"no edit model, by its name (--edit {' or '.join(model.edits)} if it is)"] if model.edits else []
 
 

@@ -185,8 +185,8 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
         report_result(result, rights_needed(planned.spec, result.folder))
         if result.path is not None:
             files, prompt, base = planned.spec.files, planned.summary.prompt, planned.denoiser.base
-            draws_clips = base.control_source in ("first frame", "first and last frame")
-            masked = [one for one in planned.summary.scan.images if one.mask and base.control_source == "mask"][:1]
+            form = base.control_form
+            masked = [one for one in planned.summary.scan.images if one.mask and form.is_fill][:1]
             controls = [one.path for one in masked] or planned.summary.controls
             command = generate_command(
                 files.model,
@@ -195,9 +195,9 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
                 text_encoders=files.text_encoders,
                 vae=files.vae,
                 edit=files.edit,
-                controls=["start.png"] if draws_clips else controls,
+                controls=["start.png"] if form.frames else controls,
                 mask=next((one.mask for one in masked), None),
-                frames=base.defaults.frames if draws_clips else 1,
+                frames=base.defaults.frames if form.frames else 1,
             )
             echo()
             echo("To use it:")

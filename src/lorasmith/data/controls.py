@@ -17,7 +17,7 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import SeenPicture
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.picture_encoding import FramedImage
-from lorasmith.families.forms import ControlForm, controls_taken
+from lorasmith.families.forms import ControlForm
 from lorasmith.families.model import Model
 
 _NAMED = 3  # images in a sentence
@@ -32,23 +32,23 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         return
     subjects = [one for one in scan.images if not one.is_class]
     paired = [one for one in subjects if one.controls]
-    if form is not None and form.source in ("first frame", "first and last frame") and form.is_required:
+    if form.frames and form.is_required:
         _check_clips(scan, config, model)
     if config.controls == "none":
         return
-    if form is not None and form.source == "mask":
+    if form.is_fill:
         _check_masks(subjects, config, title)
-    if form is None or form.source != "files":
+    if not form.most or not form.are_files:
         if paired or config.control:
-            variants = [one.name for one in model.family.controls if one.name and form is None]
+            variants = [one.name for one in model.family.controls if one.name and not form.most]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
             without = "leave control out" if config.control else "choose controls none"
             edit = f"choose edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
-            takes = "no controls" if form is None else "none beside its images"
+            takes = "none beside its images" if form.most else "no controls"
             raise DataError(f"{title} takes {takes}, but {what}; {edit}{without} to train without them")
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
-        raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
+        raise DataError(f"{title} {form.count_text}, but {many.name} has {len(many.controls)}; remove some")
     if paired and form.sight is not None:
         model.text_encoder.check_sight()
     is_tried = paired or any(reason.kind == "control" for _, reason in scan.skipped)
@@ -83,9 +83,9 @@ def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
         )
 
 
-def _check_opposites(scan: FolderScan, config: DataConfig, form: ControlForm | None, title: str) -> None:
+def _check_opposites(scan: FolderScan, config: DataConfig, form: ControlForm, title: str) -> None:
     """Raise DataError unless each image is a picture with one opposite, and the model draws from text alone."""
-    if form is not None and (form.is_required or form.source != "files"):
+    if form.is_required or not form.are_files:
         raise DataError(f"{title} is given pictures beside a caption, and is not trained on pairs; leave pairs out")
     if clip := next((one for one in scan.images if one.times), None):
         raise DataError(f"pairs are of pictures, but {clip.name} is a clip; remove it")

@@ -98,10 +98,10 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
     beside: dict[str, Any] = {}
     if isinstance(source, Model):
         autoencoder, latent = source.autoencoder, source.components.latent
-        if (origin := source.control_source) != "files":
+        if not (form := source.control_form).are_files:
             encoder = source.components.image_encoder
             digest = "" if encoder is None else network_digest(IMAGE_ENCODER, encoder, remembered)
-            beside = {"beside": [source.family.name, origin, digest]}
+            beside = {"beside": [source.family.name, form.source, digest]}
     else:
         autoencoder, latent = source, source.latent
     return key_of(

@@ -351,7 +351,7 @@ def _controls(
 ) -> list[_EncodedControls]:
     """The controls of each image, each of whose framings is encoded once."""
     form, are_opposites = pictures.controls, config.controls == "opposite"
-    if (form is None and not are_opposites) or not any(image.image.controls for image in images):
+    if (form is not None and not form.most) or not any(image.image.controls for image in images):
         return [_EncodedControls([], [{}] * len(one.framings), [None] * len(one.framings)) for one in images]
     work, asked = [], []
     for image in images:
@@ -404,7 +404,7 @@ def _sample(
 ) -> Sample:
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
-    found, fills = [], pictures.controls is not None and pictures.controls.source == "mask"
+    found, fills = [], pictures.controls is not None and pictures.controls.is_fill
     for framing, one, given, opposite, shown in zip(
         framed.framings, encoded, controls.tensors, controls.opposites, seen, strict=True
     ):

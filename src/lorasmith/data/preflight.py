@@ -156,7 +156,7 @@ def _pair_rules(scan: FolderScan, config: DataConfig, form: ControlForm | None) 
     """None where images have no controls and need none."""
     has_some = any(image.controls for image in scan.images) or bool(config.control)
     are_opposites = config.controls == "opposite"
-    is_required = form is not None and form.is_required and form.source == "files" and config.controls == "required"
+    is_required = form is not None and form.is_required and form.are_files and config.controls == "required"
     if not has_some and not is_required and not are_opposites:
         return None
     are_aligned = are_opposites or form is None or form.is_aligned

@@ -176,7 +176,7 @@ class Family(ABC):
         image_encoder = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
         return {**self.text_encoders, "vae": self.autoencoder, **image_encoder}
 
-    def encoder_slots(self, denoiser: nn.Module, form: ControlForm | None) -> Mapping[str, EncoderSlot]:
+    def encoder_slots(self, denoiser: nn.Module, form: ControlForm) -> Mapping[str, EncoderSlot]:
         """The encoders that a model with this denoiser and these controls has by component name, that of pictures
         included.
         """

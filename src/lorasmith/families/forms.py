@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -139,6 +139,42 @@ class ControlForm:
     at_zero: bool = False  # whether they have the time of clean pictures, unless a conditioning has a method
     sight: Sight | None = None  # how the text encoder sees them; None where it does not
 
+    @property
+    def are_files(self) -> bool:
+        """Whether they are files of their own, not parts of the picture or clip that is trained on."""
+        return self.source == "files"
+
+    @property
+    def is_fill(self) -> bool:
+        """Whether the model paints what a mask covers in a picture."""
+        return self.source == "mask"
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Which frames of a clip the model is given, by index; none where it is given no clip's."""
+        return {"first frame": (0,), "first and last frame": (0, -1)}.get(self.source, ())
+
+    @property
+    def need(self) -> Literal["none", "optional", "required"]:
+        """Whether a control is given where pictures are drawn."""
+        return "required" if self.is_required else "optional" if self.most else "none"
+
+    @property
+    def about(self) -> str:
+        """What the model does with its controls, for lists of models."""
+        if self.are_files:
+            return "takes pictures to edit or refer to"
+        return "paints what a mask covers" if self.is_fill else f"draws from the {self.source}"
+
+    @property
+    def count_text(self) -> str:
+        """How many controls the model takes, for messages."""
+        return f"takes at most {count_text(self.most, 'control')}" if self.most else "takes no controls"
+
+    def with_frames(self, count: int) -> ControlForm:
+        """The form of a clip whose first frame is given, or of two, whose first and last frames are."""
+        return replace(self, source="first and last frame") if count > 1 else self
+
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of a control of width × height px: the known size of the nearest aspect ratio, `most_pixels`
         in its own, or its own size, shrunk to `most_pixels` and rounded down.
@@ -161,9 +197,8 @@ def _scaled(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int
     return width, height
 
 
-def controls_taken(most: int) -> str:
-    """How many controls a model takes, for messages."""
-    return f"takes at most {count_text(most, 'control')}" if most else "takes no controls"
+NO_CONTROLS = ControlForm(most=0, is_aligned=True)
+"""The form of a model without controls."""
 
 
 Layout = str | tuple[str, ...]

@@ -241,8 +241,8 @@ class HunyuanVideo15(Family):
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         return self.autoencoder.latents(denoiser.config.out_channels)
 
-    def encoder_slots(self, denoiser: nn.Module, form: ControlForm | None) -> Mapping[str, EncoderSlot]:
-        return {**self.text_encoders, **({} if form is None else {IMAGE_ENCODER: self.image_encoder})}
+    def encoder_slots(self, denoiser: nn.Module, form: ControlForm) -> Mapping[str, EncoderSlot]:
+        return {**self.text_encoders, **({IMAGE_ENCODER: self.image_encoder} if form.most else {})}
 
     def encoder_width(self, denoiser: Any, component: str) -> int | None:
         config = denoiser.config

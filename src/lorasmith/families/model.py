@@ -37,15 +37,14 @@ from lorasmith.core.printable import count_text, printable
 from lorasmith.families.base import Family
 from lorasmith.families.conditionings import AT_ZERO, CLIP_VISION, CONTROL_METHODS, Conditioning
 from lorasmith.families.forms import (
+    NO_CONTROLS,
     NO_EDIT,
     ControlForm,
-    ControlSource,
     Defaults,
     Diffusion,
     Expert,
     LatentFormat,
     Sight,
-    controls_taken,
     letters,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
@@ -176,31 +175,25 @@ class Model:
         return found[0] if len(found) == 1 else None
 
     @cached_property
-    def control_form(self) -> ControlForm | None:
-        """The controls that it takes; None without."""
+    def control_form(self) -> ControlForm:
+        """The controls that it takes."""
         names = [self.title, *([self.path.name] if self.path else []), *([self.made_for] if self.made_for else [])]
-        return self.family.controls_of(self.components.denoiser, names, self.edit)
+        return self.family.controls_of(self.components.denoiser, names, self.edit) or NO_CONTROLS
 
     @property
     def pipeline(self) -> str:
         """Class of the diffusers pipeline that draws with it."""
-        form = self.control_form
-        return (form.pipeline if form else "") or self.family.pipeline
+        return self.control_form.pipeline or self.family.pipeline
 
     @property
     def sight(self) -> Sight | None:
         """How its text encoder sees controls; None where it does not."""
-        return None if (form := self.control_form) is None else form.sight
+        return self.control_form.sight
 
     @property
     def encoder_slots(self) -> Mapping[str, EncoderSlot]:
         """The encoders that it has, or should have, by component name."""
         return self.family.encoder_slots(self.components.denoiser, self.control_form)
-
-    @property
-    def control_source(self) -> ControlSource:
-        """Where its controls come from; `files` for a model without."""
-        return "files" if (form := self.control_form) is None else form.source
 
     def beside(
         self, pixels: Tensor, mask: Tensor | None = None, *, form: ControlForm | None = None
@@ -209,7 +202,8 @@ class Model:
 
         `form` is the model's by default.
         """
-        if (form := form or self.control_form) is None or form.source == "files":
+        form = form or self.control_form
+        if form.are_files:
             return {}
         to_model, autoencoder = self.components.latent.to_model, self.autoencoder
         made = self.family.beside(
@@ -320,12 +314,12 @@ class Denoiser:
     def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
         """Raise DataError for conditionings that another model's parts made: other widths, other controls."""
         family, latent = self.base.family, self.base.components.latent
-        forms = family.controls if self.base.control_source == "files" else ()
-        most = max((form.most for form in forms if form.source == "files"), default=0)
+        forms = [form for form in family.controls if form.are_files] if self.base.control_form.are_files else []
+        taken = max(forms, key=lambda form: form.most, default=NO_CONTROLS)
         for conditioning in conditionings:
-            if (count := len(conditioning.controls)) > most:
-                remedy = "leave out the others" if most else "leave them out, or choose an edit model"
-                raise DataError(f"{self.base.title} ({family.title}) {controls_taken(most)}, got {count}; {remedy}")
+            if (count := len(conditioning.controls)) > taken.most:
+                remedy = "leave out the others" if taken.most else "leave them out, or choose an edit model"
+                raise DataError(f"{self.base.title} ({family.title}) {taken.count_text}, got {count}; {remedy}")
             for control in conditioning.controls:
                 if control.ndim != 4 + latent.frames or control.shape[1] != latent.channels:
                     frames = "frames, " if latent.frames else ""
@@ -366,7 +360,7 @@ class Denoiser:
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction; see `Family.predict`. Patches apply inside `active()` only."""
         form, given = self.base.control_form, conditioning.tensors
-        if form is not None and form.at_zero and not given.keys() & set(CONTROL_METHODS.values()):
+        if form.at_zero and not given.keys() & set(CONTROL_METHODS.values()):
             conditioning = replace(conditioning, tensors={**given, AT_ZERO: time})
         if any(patch.ranks for patch in self.patches):
             ranks_chosen(self.module, self.diffusion.schedule.share(time))

@@ -355,7 +355,7 @@ class Wan(Family):
             return {}
         if self._is_5b:
             return {FIRST_FRAME: encode(pixels[:, :, :1])}
-        places = [0] if form.source == "first frame" else [0, -1]
+        places = list(form.frames)
         clip, is_grey = torch.zeros_like(pixels), torch.ones(pixels.shape[2])
         clip[:, :, places], is_grey[places] = pixels[:, :, places], 0.0
         by_latent = torch.cat((is_grey[:1].repeat(_MASK - 1), is_grey)).reshape(1, -1, _MASK).transpose(1, 2)

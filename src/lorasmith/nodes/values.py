@@ -124,9 +124,7 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: 
     for control in conditioning.controls:
         check_latents(control, form)
     # Other models ignore it. A file's name need not say that the model is the variant that takes it.
-    takes = any(
-        one.source != "files" and one.is_required for one in (model.control_form, *model.family.controls) if one
-    )
+    takes = any(not one.are_files and one.is_required for one in (model.control_form, *model.family.controls))
     if image is not None and mask is not None and takes:
         check_latents(image, form)
         if image.shape[-2:] != samples.shape[-2:]:
@@ -145,7 +143,7 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: 
 def first_frames(latent: Latent, model: Model) -> Tensor | None:
     """The first latents of clips that their noise mask keeps, and it alone, for a model that is given them apart."""
     mask, samples = latent.get("noise_mask"), latent["samples"]
-    takes = any(form.source == "first frame" and not form.is_required for form in model.family.controls)
+    takes = any(form.frames and not form.is_required for form in model.family.controls)
     if not takes or mask is None or mask.ndim != 5 or samples.ndim != 5:
         return None
     kept = [bool((frame == 0).all()) for frame in mask.unbind(2)]

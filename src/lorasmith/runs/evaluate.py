@@ -404,8 +404,7 @@ class _Artist:
 
 def _check_draws(base: Model) -> None:
     base.family.check_parts(base.components, text=True, images=True)
-    form = base.control_form
-    if base.named_expert is not None or (form is not None and form.is_required):
+    if base.named_expert is not None or base.control_form.is_required:
         raise OptionError(
             f"{base.title} ({base.family.title}) needs more than a prompt to draw; evaluate LoRAs of models that draw "
             "from prompts alone"

@@ -30,7 +30,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, dtype_name, fast_dtype, full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
-from lorasmith.families.forms import controls_taken
+from lorasmith.families.forms import NO_CONTROLS
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import FoundPart, load_completed
@@ -286,12 +286,10 @@ def _controls(model: Model, side: int, count: int | None) -> tuple[tuple[int, in
 
     OptionError if the model takes fewer.
     """
-    form = model.control_form if model.control_source == "files" else None
-    count = int(form is not None and form.is_required) if count is None else count
-    if count > (most := 0 if form is None else form.most):
-        raise OptionError(f"{model.title} ({model.family.title}) {controls_taken(most)}, got {count}; choose fewer")
-    if form is None:
-        return ()
+    form = model.control_form if model.control_form.are_files else NO_CONTROLS
+    count = int(form.is_required) if count is None else count
+    if count > form.most:
+        raise OptionError(f"{model.title} ({model.family.title}) {form.count_text}, got {count}; choose fewer")
     return ((side, side) if form.is_aligned else form.size(_LARGE, _LARGE),) * count
 
 

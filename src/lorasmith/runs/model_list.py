@@ -12,7 +12,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.families import loading  # noqa: F401  registers the families
 from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.files.checkpoint import PipelineConfigs
-from lorasmith.families.forms import ControlSource, Defaults
+from lorasmith.families.forms import NO_CONTROLS, ControlForm, ControlSource, Defaults
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS
 from lorasmith.families.model_search import FoundFile, FoundPart, best_autoencoder, best_encoder, scanned
@@ -59,6 +59,11 @@ class ListedModel:
     also: Mapping[str, ControlSource] = field(default_factory=dict)  # where else, by the edit variant that says so
 
     @property
+    def form(self) -> ControlForm:
+        """Its controls, of which only the source is known."""
+        return NO_CONTROLS if self.controls is None else ControlForm(source=self.controls)
+
+    @property
     def is_whole(self) -> bool:
         return all(part.path is not None for part in self.parts)
 
@@ -101,7 +106,7 @@ def list_models(folders: Folders) -> ModelList:
 
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
-    slots, form = family.text_encoders, None
+    slots, form = family.text_encoders, NO_CONTROLS
     edits: tuple[str, ...] = ()
     recognised_by: Literal["name", "tensors"] = "name"
     widths: dict[str, int | None] = {}
@@ -125,7 +130,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
     found = None if "vae" in file.parts else best_autoencoder(files, vae)
     parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file, vae.hub))
-    of_frames = {one.name: one.source for one in family.controls if one.name and "frame" in one.source}
+    of_frames = {one.name: one.source for one in family.controls if one.name and one.frames}
     listed = ListedModel(
         file.path,
         file.place,
@@ -134,10 +139,10 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         family.title,
         tuple(parts),
         tuple(name for name in edits if name not in of_frames),
-        "" if form is None or form.name in of_frames else form.name,
+        "" if form.name in of_frames else form.name,
         recognised_by,
-        None if form is None else form.source,
-        {name: source for name, source in of_frames.items() if form is None or form.name != name},
+        form.source if form.most else None,
+        {name: source for name, source in of_frames.items() if form.name != name},
     )
     return listed, fitting
 

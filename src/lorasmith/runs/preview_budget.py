@@ -160,7 +160,7 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
     if plan.denoiser is None or not (plan.trigger or plan.data.trigger) or not likeness.is_installed():
         return 0
     base, config = plan.denoiser.base, plan.job.config
-    if base.named_expert is not None or base.control_form is not None or config.consequences().is_slider:
+    if base.named_expert is not None or base.control_form.most or config.consequences().is_slider:
         return 0
     side = base.defaults.resolution
     budget = _budget(config, plan.data.samples, math.prod(base.components.latent.shape(side, side, 1)))

@@ -157,16 +157,16 @@ def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict
     """Controls and what is trained, a picture or clip of each for each prompt, by the stem of their files."""
     if not pairs:
         return {}
-    if (source := base.control_source) in ("first frame", "first and last frame"):
+    if frames := base.control_form.frames:
         with base.autoencoder.active(device):
             clips = [clip_of(base, one.latents[None]) for one in pairs]
-        firsts, lasts = [clip.frames[0] for clip in clips], [clip.frames[-1] for clip in clips]
-        return {"control": [*firsts], **({"control-2": [*lasts]} if "last" in source else {}), "target": [*clips]}
+        given = zip(("control", "control-2"), frames, strict=False)
+        return {**{stem: [clip.frames[place] for clip in clips] for stem, place in given}, "target": [*clips]}
     rows = {"target": [one.latents[None] for one in pairs]}
     for index in range(min(len(one.conditioning.controls) for one in pairs)):
         rows[f"control-{index + 1}" if index else "control"] = [one.conditioning.controls[index] for one in pairs]
     latent, autoencoder, masks = base.components.latent, base.autoencoder, dict[str, list[PictureOrClip]]()
-    if source == "mask":
+    if base.control_form.is_fill:
         known = [one.conditioning.tensors["known"].split(latent.channels, dim=1) for one in pairs]
         rows["control"] = [given for given, *_ in known]
         covered = [functional.pixel_shuffle(torch.cat(mask, dim=1), latent.downscale) for _, *mask in known]

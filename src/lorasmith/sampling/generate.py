@@ -15,7 +15,7 @@ from lorasmith.adapters.frozen_layer import sampling_dtype
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.conditionings import Conditioning, named_controls
-from lorasmith.families.forms import ControlForm, Defaults, controls_taken
+from lorasmith.families.forms import ControlForm, Defaults
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip
 from lorasmith.sampling.sample import prepare_noise, sample_latents
@@ -226,27 +226,25 @@ def encoded_controls(
     pictures, or needs one, or a mask.
     """
     form, title = model.control_form, f"{model.title} ({model.family.title})"
-    if mask is not None and (form is None or form.source != "mask"):
+    if mask is not None and not form.is_fill:
         raise OptionError(f"{title} takes no mask, got one; leave it out, or choose a model that fills masks")
-    if len(pictures) > (most := 0 if form is None else form.most):
-        remedy = "leave some out" if most else "leave them out, or choose an edit model"
-        raise OptionError(f"{title} {controls_taken(most)}, got {len(pictures)}; {remedy}")
-    if form is None:
-        return {}
+    if len(pictures) > form.most:
+        remedy = "leave some out" if form.most else "leave them out, or choose an edit model"
+        raise OptionError(f"{title} {form.count_text}, got {len(pictures)}; {remedy}")
     if pictures and form.sight is not None:
         model.text_encoder.check_sight()
-    if form.source == "mask" and (mask is None or not pictures):
+    if form.is_fill and (mask is None or not pictures):
         lacking = "mask" if pictures else "control"
         raise OptionError(
             f"{title} paints what a mask covers in a picture, got no {lacking}; give the picture as control, and a mask"
         )
     if form.is_required and not pictures:
-        if form.source != "files":
+        if not form.are_files:
             raise OptionError(f"{title} draws from a picture and needs one, got none; give it as a control")
         raise OptionError(
             f"{title} edits pictures and needs one, got none; give it as a control, or choose edit none to draw without"
         )
-    if form.source != "files":
+    if not form.are_files:
         return _beside(model, form, pictures, mask, sampling, device) if pictures else {}
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
@@ -263,7 +261,7 @@ def _beside(
     device: torch.device | None,
 ) -> Mapping[str, Tensor]:
     """What the model is given of a picture and its mask, or of a clip with these pictures as first and last frame."""
-    if form.source == "first and last frame" and len(pictures) == 1:
+    if len(pictures) < len(form.frames):
         raise OptionError(f"{model.title} draws from the first and the last frame, got one picture; give both")
     if sampling.frames == 1 and mask is None:
         raise OptionError(
@@ -280,10 +278,8 @@ def _beside(
     pixels = torch.zeros(1, 3, sampling.frames, size[1], size[0])
     for place, one in zip((0, -1), pictures, strict=False):
         pixels[:, :, place] = _fitted(one, size)
-    if len(pictures) > 1:
-        form = replace(form, source="first and last frame")
     with model.encodes_pictures(device):
-        return model.beside(pixels, form=form)
+        return model.beside(pixels, form=form.with_frames(len(pictures)))
 
 
 def _fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:

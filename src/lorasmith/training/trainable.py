@@ -318,7 +318,7 @@ class TrainableDenoiser(Trainable):
             distilled_mark=base.distilled_mark,
             usual_adapter=base.training_adapter,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
-            modelspec_architecture=(form.modelspec_name if form is not None else "")
+            modelspec_architecture=form.modelspec_name
             or family.modelspec_architecture(self.diffusion.parameterization),
             modelspec_implementation=family.modelspec_implementation,
         )

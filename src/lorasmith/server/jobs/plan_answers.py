@@ -248,7 +248,7 @@ def _row(folders: Folders, one: ListedModel) -> ModelRow:
         edits=one.edits,
         edit=one.edit,
         recognised_by=one.edit_recognised_by,
-        takes_controls=one.controls == "files",
+        takes_controls=one.form.most > 0 and one.form.are_files,
     )
 
 

@@ -50,7 +50,7 @@ def evaluation_request(folders: Folders, id: str, *, subject: str = "") -> dict[
     check_installed()
     _check_length("a subject", subject)
     folder, spec, model = drawn_with(folders, id)
-    if model.control_form is not None and model.control_form.is_required:
+    if model.control_form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
     subject_of([folder], trigger=subject.strip() or None)
     return {"run": id, "model": spec.model, "files": asdict(spec.files), "subject": subject.strip()}
@@ -78,7 +78,7 @@ def grid_request(folders: Folders, id: str, *, wish: str, subject: str = "") -> 
     _check_length("a wish", wish, least=1)
     _check_length("a subject", subject)
     folder, spec, model = drawn_with(folders, id)
-    if model.control_form is not None and model.control_form.is_required:
+    if model.control_form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; try its LoRA on one of them")
     trigger = subject_words(read_record(folder)) or subject.strip()
     return {

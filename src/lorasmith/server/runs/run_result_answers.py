@@ -135,9 +135,8 @@ def drawing_facts(folders: Folders, id: str) -> DrawingFacts:
     and ModelError.
     """
     _, spec, model = drawn_with(folders, id)
-    form = model.control_form
     return DrawingFacts(
-        control="none" if form is None else "required" if form.is_required else "optional",
+        control=model.control_form.need,
         least_strength=_least_strength(spec),
     )
 
@@ -212,9 +211,9 @@ def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path,
             f"strength must be between {least:g} and {_GREATEST:g}, got {asked.strength:g}; choose another"
         )
     form, control = model.control_form, asked.control
-    if control and form is None:
+    if control and not form.most:
         raise OptionError(f"{model.title} ({model.family.title}) takes no controls, got one; leave it out")
-    if not control and form is not None and form.is_required:
+    if not control and form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from a picture and needs one; choose one")
     place = _tried(folder)
     if control and not (is_name(control) and is_own(place / control, place)):
@@ -255,7 +254,7 @@ def drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
         )
     model = structure_of(spec.model).as_edit(spec.edit)
     form = model.control_form
-    if model.named_expert is not None or (form is not None and form.source in ("mask", "first and last frame")):
+    if model.named_expert is not None or form.is_fill or len(form.frames) > 1:
         raise OptionError(f"{model.title} needs more than a prompt and a picture; draw with lorasmith generate")
     return folder, spec, model
 
