@@ -26,7 +26,7 @@ from lorasmith.families.base import Family, register
 from lorasmith.families.conditionings import CLIP_VISION, FIRST_FRAME, Conditioning, check_even
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count
-from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Expert, LatentFormat, Routing
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Expert, Routing
 from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22, QWEN_AUTOENCODER, wan_latents
 from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.parts.language_models import encode_umt5
@@ -120,10 +120,46 @@ _SMALL = Release(
     config={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
 )
 
+_DEFAULTS = Defaults(
+    resolution=640,  # the area of 480×832
+    targets="attention+ff",  # what musubi-tuner trains
+    guidance=5.0,  # WanPipeline's
+    timestep_distribution="shifted",
+    frames=33,  # of the 81 that it was trained on, whose activations take a data centre's memory
+)
+_OF_BLOCKS = rf"{DENOISER_START}blocks_\d+_"
+_LAYERS = r"((self|cross)_attn_[qkvo]$|attn[12]_to_|ffn_[02]$|ffn_net_)"
+
+
+def _diffusion(patches: tuple[int, int]) -> Diffusion:
+    """The flow with the shifts of WanPipeline's documentation: 3 at 480p and 5 at 720p, of so many patches."""
+    by_size = ResolutionShift(mu=(math.log(3), math.log(5)), patches=patches)
+    return Diffusion("flow", FlowSchedule(_SHIFT, resolution_shift=by_size, time_scale=_TIME_SCALE))
+
+
+def _released(heads: int, inner: int, blocks: int, channels: int) -> dict[str, int]:
+    sizes = {"num_attention_heads": heads, "ffn_dim": inner, "num_layers": blocks}
+    return {**sizes, "in_channels": channels, "out_channels": channels}
+
+
+def _experts(border: float) -> tuple[Expert, ...]:
+    """The transformers of A14B, whose parts of the noise meet at the boundary of its pipeline."""
+    return (
+        Expert("high_noise", (border, 1.0), "transformer"),
+        Expert("low_noise", (0.0, border), "transformer_2"),
+    )
+
 
 class Wan(Family):
-    """Wan 2.1 and 2.2 A14B from text, or from a picture, or 2.2 5B."""
+    """Wan 2.1 and 2.2 A14B from text; the other models are instances with some attributes of their own."""
 
+    name = "wan"
+    title = "Wan"
+    pipeline = _PIPELINES[0]
+    modelspec_implementation = "https://github.com/Wan-Video/Wan2.1"
+    kohya_name = modelspec_name = "wan2.1"  # musubi-tuner's, of A14B, too
+    civitai_name: str | None = None  # sizes and versions are several there
+    known_channels = 0  # beside the noisy latents: a mask and known frames
     network = "WanTransformer3DModel"
     diffusers_start = "condition_embedder."
     text_width = "text_dim"
@@ -158,83 +194,27 @@ class Wan(Family):
     predicts_by_length = True
     repeatable_context = False  # for prompts beyond 512 tokens, whose common multiple is too long; see `predict`
 
-    def __init__(self, *, is_5b: bool = False, has_known_frames: bool = False) -> None:
-        self.name = "wan22-5b" if is_5b else "wan-i2v" if has_known_frames else "wan"
-        self.title = "Wan 2.2 5B" if is_5b else "Wan image to video" if has_known_frames else "Wan"
-        self.pipeline = _PIPELINES[has_known_frames]
-        self.modelspec_implementation = f"https://github.com/Wan-Video/Wan{'2.2' if is_5b else '2.1'}"
-        # musubi-tuner's of A14B, too, and of image to video, whose LoRAs have a name of their own here
-        version = "wan2.2" if is_5b else "wan2.1-i2v" if has_known_frames else "wan2.1"
-        self.kohya_name = self.modelspec_name = version
-        self.civitai_name = "Wan Video 2.2 TI2V-5B" if is_5b else None  # sizes and versions are several there
-        self._downscale = 16 if is_5b else 8
-        self.autoencoder = (
-            AutoencoderSlot(
-                "wan22",
-                channels=48,
-                usual_file="wan2.2_vae.safetensors",
-                prefixes=("vae.",),
-                latent=wan_latents(LATENT_MEAN_22, LATENT_STD_22, downscale=16, time_downscale=4),
-            )
-            if is_5b
-            else replace(
-                QWEN_AUTOENCODER,
-                usual_file="wan_2.1_vae.safetensors",
-                latent=wan_latents(time_downscale=4),
-                hub=HubFolder("Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/vae", 0.25),
-            )
-        )
-        # The pipelines' boundary of A14B.
-        border = 0.9 if has_known_frames else 0.875
-        ranges = {"transformer": ("high_noise", (border, 1.0)), "transformer_2": ("low_noise", (0.0, border))}
-        experts = tuple(Expert(name, part, folder) for folder, (name, part) in ranges.items())
-        self.experts = () if is_5b else experts
-        if has_known_frames:
-            first = ControlForm(
-                source="first frame", is_required=True, most=2, most_pixels=832 * 480, multiple=2 * self._downscale
-            )
-            self.controls = (replace(first, name="flf2v", source="first and last frame"), first)
-            self.image_encoder = EncoderSlot("clip_vision_h", "clip_vision_h.safetensors")
-        elif is_5b:
-            given = ControlForm(
-                name="i2v", pipeline=_PIPELINES[1], source="first frame", most=1, most_pixels=1280 * 704, multiple=32
-            )
-            self.controls = (given,)
-        heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
-        if not (is_5b or has_known_frames):
-            self.releases = (_SMALL,)
-        channels = self.autoencoder.channels
-        self.released = {
-            "num_attention_heads": heads,
-            "ffn_dim": inner,
-            "num_layers": blocks,
-            "in_channels": channels + (_KNOWN if has_known_frames else 0),
-            "out_channels": channels,
-            # of Wan 2.1, whose layers are those of 2.2 and some more
-            **({"image_dim": 1280, "added_kv_proj_dim": heads * _HEAD} if has_known_frames else {}),
-        }
-        inputs = r"((self|cross)_attn_q|self_attn_[kvo]|attn1_to_|attn2_to_q|ffn_0|ffn_net_0)"
-        layers = r"((self|cross)_attn_[qkvo]$|attn[12]_to_|ffn_[02]$|ffn_net_)"
-        of_blocks = rf"{DENOISER_START}blocks_\d+_"
-        if is_5b:
-            self.lora_signatures = (Signature(self.title, of_blocks + inputs, heads * _HEAD, order=4),)
-        elif has_known_frames:
-            of_pictures = of_blocks + r"(cross_attn_[kv]_img|attn2_add_[kv]_proj)"
-            ours = Signature(self.title, of_blocks + layers, order=4, architecture=self.modelspec_name)
-            self.lora_signatures = (Signature(self.title, of_pictures, order=3), ours)
-        else:
-            self.lora_signatures = (Signature(self.title, of_blocks + layers, order=5),)
-        # WanPipeline's documentation has shifts of 3 at 480p and 5 at 720p; a patch is 16 pixels wide, in 5B 32.
-        patches = (390, 900) if is_5b else (1560, 3600)
-        by_size = ResolutionShift(mu=(math.log(3), math.log(5)), patches=patches)
-        self.own_diffusion = Diffusion("flow", FlowSchedule(_SHIFT, resolution_shift=by_size, time_scale=_TIME_SCALE))
-        self._is_5b, self._has_known_frames = is_5b, has_known_frames
+    autoencoder = replace(
+        QWEN_AUTOENCODER,
+        usual_file="wan_2.1_vae.safetensors",
+        latent=wan_latents(time_downscale=4),
+        hub=HubFolder("Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/vae", 0.25),
+    )
+    experts = _experts(0.875)
+    own_diffusion = _diffusion((1560, 3600))
+    own_defaults = _DEFAULTS
+    lora_signatures = (Signature(title, _OF_BLOCKS + _LAYERS, order=5),)
+    released = _released(40, 13824, 40, autoencoder.channels)
+    releases = (_SMALL,)
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         if not {"head.modulation", "head.head.weight", "patch_embedding.weight"} <= shapes.keys():
             return False
         channels, further = self.autoencoder.channels, shapes["patch_embedding.weight"][1] - self.autoencoder.channels
-        return shapes["head.head.weight"][0] == _PATCH * channels and (further == _KNOWN) == self._has_known_frames
+        return shapes["head.head.weight"][0] == _PATCH * channels and (further == _KNOWN) == bool(self.known_channels)
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
         if not set(_PIPELINES) & set(configs.classes):
@@ -244,11 +224,11 @@ class Wan(Family):
                     "choose a model such as Wan2.1-T2V-1.3B-Diffusers"
                 )
             return False
-        further = _KNOWN if self._has_known_frames else 0
-        return bool(configs.of(self.denoiser_folder)["in_channels"] == self.autoencoder.channels + further)
+        channels = self.autoencoder.channels + self.known_channels
+        return bool(configs.of(self.denoiser_folder)["in_channels"] == channels)
 
     def controls_of(self, denoiser: nn.Module, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
-        if not self._has_known_frames:
+        if not self.known_channels:
             return super().controls_of(denoiser, names, edit) if edit is not None else None
         last, first = self.controls
         if edit is None and _config(denoiser).pos_embed_seq_len is not None:
@@ -257,7 +237,7 @@ class Wan(Family):
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         name = checkpoint.path.name.casefold()
-        if self._has_known_frames and "fun" in name and "inp" in name:  # of the same tensors
+        if self.known_channels and "fun" in name and "inp" in name:  # of the same tensors
             raise ModelError(
                 f"{checkpoint.path.name} must be Wan's image to video, but is Fun inpainting by its name; choose a "
                 "file such as wan2.2_i2v_high_noise_14B"
@@ -270,8 +250,7 @@ class Wan(Family):
         variant = next(
             (name for sign, name in _VARIANTS.items() if any(name.startswith(sign) for name in shapes)), None
         )
-        needed = channels + (_KNOWN if self._has_known_frames else 0)
-        if variant is not None or in_channels != needed:
+        if variant is not None or in_channels != channels + self.known_channels:
             variant = variant or ("Fun control" if in_channels == channels + _FUN_CONTROL else "an unknown variant")
             raise ModelError(
                 f"{self.title} must be the text-to-video or image-to-video model, but this one is {variant} and takes "
@@ -306,17 +285,6 @@ class Wan(Family):
         stem = f"{blocks}.{index}"
         return OriginalName(f"{stem}.{_PARTS[part[0]]}") if part else OriginalName(stem, parameters=_MODULATION)
 
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            resolution=960 if self._is_5b else 640,  # the area of 704×1280, of 480×832
-            pixel_multiple=2 * self._downscale,
-            targets="attention+ff",  # what musubi-tuner trains
-            guidance=5.0,  # WanPipeline's
-            timestep_distribution="shifted",
-            frames=33,  # of the 81 that it was trained on, whose activations take a data centre's memory
-            frame_rate=24.0 if self._is_5b else 16.0,
-        )
-
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
@@ -332,14 +300,14 @@ class Wan(Family):
         return Conditioning({"context": context}, text)
 
     def most_tokens(self, denoiser: nn.Module) -> int | None:
-        return _TOKENS if self._has_known_frames and _config(denoiser).image_dim is not None else None
+        return _TOKENS if self.known_channels and _config(denoiser).image_dim is not None else None
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         return _config(denoiser).image_dim if component == IMAGE_ENCODER else super().encoder_width(denoiser, component)
 
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         shapes, config = super().conditioning_shapes(denoiser), _config(denoiser)
-        if not self._has_known_frames or config.image_dim is None:
+        if not self.known_channels or config.image_dim is None:
             return shapes
         return {**shapes, CLIP_VISION: (1, config.pos_embed_seq_len or _STATES, config.image_dim)}
 
@@ -353,7 +321,7 @@ class Wan(Family):
     ) -> Mapping[str, Tensor]:
         if pixels.ndim == 4 or pixels.shape[2] == 1:  # a picture has no frames to draw from its first
             return {}
-        if self._is_5b:
+        if not self.known_channels:
             return {FIRST_FRAME: encode(pixels[:, :, :1])}
         places = list(form.frames)
         clip, is_grey = torch.zeros_like(pixels), torch.ones(pixels.shape[2])
@@ -366,16 +334,16 @@ class Wan(Family):
         return tensors
 
     def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
-        return _known(latents, mask) if self._has_known_frames else None
+        return _known(latents, mask) if self.known_channels else None
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        check_even(latents, self.title, pixels=2 * self._downscale)
+        check_even(latents, self.title, pixels=2 * self.autoencoder.downscale)
         context, given = conditioning.tensors["context"], conditioning.tensors
         # Time stays in fp32, since bf16 has no number between 996 and 1000.
         time = time.to(latents.device)
         inputs = {"hidden_states": latents, "timestep": time, "encoder_hidden_states": context}
         lengths = None if conditioning.mask is None else conditioning.lengths
-        if self._has_known_frames:
+        if self.known_channels:
             known = given.get("known")
             if known is None:  # as in ComfyUI
                 known = latents.new_zeros(len(latents), _KNOWN, *latents.shape[2:])
@@ -385,7 +353,7 @@ class Wan(Family):
                 inputs["encoder_hidden_states_image"] = self._picture_states(denoiser, given)
                 # diffusers finds the text behind the picture by its length.
                 inputs["encoder_hidden_states"], lengths = _of_rows(context, _TOKENS), None
-        clean = given.get(FIRST_FRAME) if self._is_5b else None
+        clean = given.get(FIRST_FRAME) if self.controls and not self.known_channels else None
         if clean is not None:
             count = clean.shape[2]
             _check_place(FIRST_FRAME, clean, latents[:, :, :count])
@@ -469,6 +437,60 @@ def _cleaned(text: str) -> str:
     return prompt_clean(text)  # type: ignore[no-any-return]
 
 
+_FIRST = ControlForm(source="first frame", is_required=True, most=2, most_pixels=832 * 480)
+_FROM_PICTURES = Wan(
+    name="wan-i2v",
+    title="Wan image to video",
+    pipeline=_PIPELINES[1],
+    kohya_name="wan2.1-i2v",  # a name of our own
+    modelspec_name="wan2.1-i2v",
+    known_channels=_KNOWN,
+    experts=_experts(0.9),
+    controls=(replace(_FIRST, name="flf2v", source="first and last frame"), _FIRST),
+    image_encoder=EncoderSlot("clip_vision_h", "clip_vision_h.safetensors"),
+    lora_signatures=(
+        Signature("Wan image to video", _OF_BLOCKS + r"(cross_attn_[kv]_img|attn2_add_[kv]_proj)", order=3),
+        Signature("Wan image to video", _OF_BLOCKS + _LAYERS, order=4, architecture="wan2.1-i2v"),
+    ),
+    # of Wan 2.1, whose layers are those of 2.2 and some more
+    released={**Wan.released, "in_channels": 16 + _KNOWN, "image_dim": 1280, "added_kv_proj_dim": 40 * _HEAD},
+    releases=(),
+)
+_SMALL_22 = Wan(
+    name="wan22-5b",
+    title="Wan 2.2 5B",
+    modelspec_implementation="https://github.com/Wan-Video/Wan2.2",
+    kohya_name="wan2.2",
+    modelspec_name="wan2.2",
+    civitai_name="Wan Video 2.2 TI2V-5B",
+    autoencoder=AutoencoderSlot(
+        "wan22",
+        channels=48,
+        usual_file="wan2.2_vae.safetensors",
+        prefixes=("vae.",),
+        downscale=16,
+        latent=wan_latents(LATENT_MEAN_22, LATENT_STD_22, downscale=16, time_downscale=4),
+    ),
+    experts=(),
+    controls=(
+        ControlForm(
+            name="i2v", pipeline=_PIPELINES[1], source="first frame", most=1, most_pixels=1280 * 704, multiple=32
+        ),
+    ),
+    own_diffusion=_diffusion((390, 900)),  # a patch is 32 pixels wide, those of the other models 16
+    own_defaults=replace(_DEFAULTS, resolution=960, pixel_multiple=32, frame_rate=24.0),  # the area of 704×1280
+    lora_signatures=(
+        Signature(
+            "Wan 2.2 5B",
+            _OF_BLOCKS + r"((self|cross)_attn_q|self_attn_[kvo]|attn1_to_|attn2_to_q|ffn_0|ffn_net_0)",
+            24 * _HEAD,
+            order=4,
+        ),
+    ),
+    released=_released(24, 14336, 30, 48),
+    releases=(),
+)
+
 register(Wan(), "wan2.1")
-register(Wan(has_known_frames=True), "wan2.2-i2v")
-register(Wan(is_5b=True), "wan2.2-5b")
+register(_FROM_PICTURES, "wan2.2-i2v")
+register(_SMALL_22, "wan2.2-5b")
