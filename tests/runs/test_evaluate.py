@@ -17,10 +17,10 @@ from torch import Tensor
 import lorasmith as ls
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.evaluation import likeness
-from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict, read_evaluation
+from lorasmith.evaluation.evaluation_record import DrawingSettings, Measures, Training, Verdict, read_evaluation
 from lorasmith.families.model import Model
 from lorasmith.formats.container import write_safetensors
-from lorasmith.runs.evaluate import DrawingSettings, EvaluatedLora, Subject, evaluate, sentence_of, subject_of
+from lorasmith.runs.evaluate import EvaluatedLora, Subject, evaluate, sentence_of, subject_of
 from lorasmith.runs.library import train
 from lorasmith.sampling.sample import SamplingCancelledError
 

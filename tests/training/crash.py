@@ -46,12 +46,13 @@ from lorasmith.core.files import restore_folders
 from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample
 from lorasmith.evaluation import likeness
+from lorasmith.evaluation.evaluation_record import DrawingSettings
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors
-from lorasmith.runs.evaluate import DrawingSettings, evaluate, subject_of
+from lorasmith.runs.evaluate import evaluate, subject_of
 from lorasmith.runs.library import train
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host

@@ -40,7 +40,7 @@ OTHER_CONCEPTS = {
     "cli.lora_files.extract": "the size of a LoRA made of two checkpoints",
     "cli.generate.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "cli.evaluate.evaluate": "the seed of a picture",
-    "runs.evaluate.DrawingSettings": "the seed of a picture",
+    "evaluation.evaluation_record.DrawingSettings": "the seed of a picture",
     "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
     "diffusion.schedule.FlowSchedule": "the length of a noise schedule",
     "formats.spelling.spelled": "whether a file has alphas",

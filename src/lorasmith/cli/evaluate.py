@@ -8,8 +8,11 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import console, echo, heading, print_note, print_result, progress_shown, stoppable
-from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of
-from lorasmith.evaluation.evaluation_record import EVALUATION_PAGE, MOST_LORAS, NOISES
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, ranged
+from lorasmith.core.options import options_of
+from lorasmith.evaluation.evaluation_record import EVALUATION_PAGE, DrawingSettings
+
+_SETTINGS = options_of(DrawingSettings)
 
 
 def register(app: typer.Typer) -> None:
@@ -40,11 +43,9 @@ def evaluate(
         str | None,
         typer.Option("--class", help="What the subject is, such as dog. Default: the trigger without its first word."),
     ] = None,
-    most: Annotated[int, typer.Option(min=1, help="LoRAs to draw; of more, evenly spaced ones.")] = MOST_LORAS,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
-    noises: Annotated[
-        int, typer.Option(min=1, max=16, help="Noises from which the trigger and each wish are drawn: more are surer.")
-    ] = NOISES,
+    most: Annotated[int, ranged(_SETTINGS["most"])] = DrawingSettings.most,
+    seed: Annotated[int, ranged(_SETTINGS["seed"])] = DrawingSettings.seed,
+    noises: Annotated[int, ranged(_SETTINGS["noises"])] = DrawingSettings.noises,
     clip: Annotated[
         Path | None,
         typer.Option(
@@ -53,9 +54,7 @@ def evaluate(
             "surer than by image features, and styles too.",
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps. Default: 20, and fewer of a distilled model.")
-    ] = None,
+    steps: Annotated[int | None, ranged(_SETTINGS["steps"])] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels. Default: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels. Default: the model's own.")] = None,
     text_encoder: TextEncoderFiles = None,
@@ -83,7 +82,7 @@ def evaluate(
     from lorasmith.evaluation.likeness import check_installed
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model_search import load_completed
-    from lorasmith.runs.evaluate import DrawingSettings, check_evaluation_folder, subject_of
+    from lorasmith.runs.evaluate import check_evaluation_folder, subject_of
     from lorasmith.runs.evaluate import evaluate as evaluated
 
     check_installed()
@@ -100,6 +99,7 @@ def evaluate(
     drawing = DrawingSettings(
         prompts=tuple(prompt or ()),
         class_word=class_word,
+        most=most,
         seed=seed,
         noises=noises,
         steps=steps,

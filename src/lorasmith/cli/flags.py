@@ -327,6 +327,11 @@ def _declared(
     return run
 
 
+def ranged(option: Option) -> Any:
+    """The flag of an option whose range typer checks."""
+    return typer.Option(min=option.min, max=option.max, help=option.help)
+
+
 def split_strength(text: str) -> tuple[Path, float]:
     """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
 

@@ -11,14 +11,33 @@ from typing import Annotated, Literal
 
 from lorasmith.core.files import read_regular
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.options import check_options, option
 from lorasmith.core.typed_json import typed
 
-MOST_LORAS = 10  # that are drawn if no other number is asked for
-NOISES = 3  # from which the trigger and each wish are drawn, likewise; one says too little
+NOISES = 3  # from which the trigger and each wish are drawn if no other number is asked for; one says too little
 EVALUATION = "evaluation"  # folder of it in that of a run
 EVALUATION_RECORD, EVALUATION_PAGE = "evaluation.json", "evaluation.html"
 
 Outcome = Literal["use", "no pictures", "not comparable", "changes nothing", "nothing learnt", "ignores prompts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingSettings:
+    """How LoRAs are drawn to be evaluated."""
+
+    prompts: tuple[str, ...] = ()  # wishes; those with the trigger are whole prompts. Empty for the default ones
+    class_word: str | None = None  # None for the trigger without its first word
+    most: int = option(10, min=1, help="LoRAs to draw; of more, evenly spaced ones.")
+    seed: int = option(0, min=0, help="Seed of the initial noise.")
+    noises: int = option(
+        NOISES, min=1, max=16, help="Noises from which the trigger and each wish are drawn: more are surer."
+    )
+    steps: int | None = option(None, min=1, help="Sampling steps. Default: 20, and fewer of a distilled model.")
+    width: int | None = None  # in pixels, as is `height`; None for the model's own
+    height: int | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,8 @@ from lorasmith.evaluation.evaluation_record import (
     EVALUATION,
     EVALUATION_PAGE,
     EVALUATION_RECORD,
-    MOST_LORAS,
     NOISES,
+    DrawingSettings,
     EvaluatedLora,
     Evaluation,
     Measures,
@@ -53,7 +53,7 @@ from lorasmith.report.evaluation_page import EvaluationPage, EvaluationRow, eval
 from lorasmith.report.pictures import KEPT_EDGE, PictureTable, thinned, webp
 from lorasmith.runs.run_images import images_in, subject_words, thumbnail_of
 from lorasmith.runs.run_page import is_own, loras_of_run
-from lorasmith.sampling.generate import Sampling, generate
+from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RECORD, read_record
 
@@ -88,21 +88,8 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawingSettings:
-    """How it is drawn."""
-
-    prompts: tuple[str, ...] = ()  # wishes; those with the trigger are whole prompts. Empty for the default ones
-    class_word: str | None = None  # None for the trigger without its first word
-    seed: int = Sampling.seed
-    noises: int = NOISES  # from which the trigger and each wish are drawn
-    steps: int | None = None  # of sampling; None for the model's own
-    width: int | None = None
-    height: int | None = None
-
-
 def subject_of(
-    paths: Sequence[Path], *, trigger: str | None = None, images: Path | None = None, most: int = MOST_LORAS
+    paths: Sequence[Path], *, trigger: str | None = None, images: Path | None = None, most: int = DrawingSettings.most
 ) -> Subject:
     """What is evaluated of folders of runs and LoRA files of any trainer, at most `most` LoRAs, evenly spaced.
 
@@ -159,7 +146,7 @@ def loras_within(pictures: float) -> int:
 def evaluate(
     base: Model,
     subject: Subject,
-    drawing: DrawingSettings = DrawingSettings(),
+    drawing: DrawingSettings,
     output: Path | None = None,
     *,
     clip: Path | None = None,
@@ -381,25 +368,24 @@ class _Artist:
     def _draw(
         self, denoiser: Denoiser, encoder: TextEncoder, texts: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image]:
-        before, sampling = self._done, self.sampling
+        before = self._done
 
         def tell(done: int, _: int) -> None:
             self._done = before + done
             if self._progress is not None:
                 self._progress(self._done, self._total)
 
-        return generate(
+        drawn = generate_clips(
             denoiser,
             texts,
+            self.sampling,
             text_encoder=encoder,
-            seed=seeds,
-            steps=sampling.steps,
-            width=sampling.width,
-            height=sampling.height,
+            seeds=seeds,
             device=self._device,
             progress=tell,
             cancelled=self._cancelled,
         )
+        return [clip.frames[0] for clip in drawn]
 
 
 def _check_draws(base: Model) -> None:

@@ -18,7 +18,6 @@ from PIL import Image
 
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.core.options import Option
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described, printable
 from lorasmith.data import encoding
@@ -27,14 +26,14 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.data.image_files import open_image, open_mask
 from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.diffusion.loss_functions import Loss
-from lorasmith.evaluation.evaluation_record import MOST_LORAS, NOISES, Evaluation
+from lorasmith.evaluation.evaluation_record import DrawingSettings, Evaluation
 from lorasmith.evaluation.likeness import check_installed
 from lorasmith.families.loading import DiffusersPipeline
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
-from lorasmith.runs.evaluate import DrawingSettings, subject_of
 from lorasmith.runs.evaluate import evaluate as evaluated
+from lorasmith.runs.evaluate import subject_of
 from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of, shown, taken, trainable_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
@@ -517,9 +516,9 @@ def evaluate(
     images: str | os.PathLike[str] | None = None,
     prompts: Sequence[str] = (),
     class_word: str | None = None,
-    most: int = MOST_LORAS,
-    seed: int = Sampling.seed,
-    noises: int = NOISES,
+    most: int = DrawingSettings.most,
+    seed: int = DrawingSettings.seed,
+    noises: int = DrawingSettings.noises,
     clip: str | os.PathLike[str] | None = None,
     steps: int | None = None,
     width: int | None = None,
@@ -567,13 +566,16 @@ def evaluate(
         OutputError: `output` holds other files.
         CancelledError: `cancelled` returned True; an earlier evaluation stays.
     """
-    for name, value, least, greatest in (
-        ("most", most, 1, None),
-        ("seed", seed, 0, None),
-        ("noises", noises, 1, 16),
-        ("steps", steps, 1, None),
-    ):
-        Option(name, int, None, "", min=least, max=greatest).check(value)
+    drawing = DrawingSettings(
+        prompts=tuple([prompts] if isinstance(prompts, str) else prompts),
+        class_word=class_word,
+        most=most,
+        seed=seed,
+        noises=noises,
+        steps=steps,
+        width=width,
+        height=height,
+    )
     check_installed()
     given = [loras] if isinstance(loras, str | os.PathLike | TrainResult) else loras
     subject = subject_of(
@@ -581,15 +583,6 @@ def evaluate(
         trigger=trigger,
         images=None if images is None else Path(images),
         most=most,
-    )
-    drawing = DrawingSettings(
-        prompts=tuple([prompts] if isinstance(prompts, str) else prompts),
-        class_word=class_word,
-        seed=seed,
-        noises=noises,
-        steps=steps,
-        width=width,
-        height=height,
     )
     with counted("Drawing", progress) as shown:
         found = evaluated(

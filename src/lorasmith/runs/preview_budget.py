@@ -20,7 +20,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import Sample
 from lorasmith.evaluation import likeness
-from lorasmith.evaluation.evaluation_record import MOST_LORAS
+from lorasmith.evaluation.evaluation_record import DrawingSettings
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
 from lorasmith.families.model import Model
 from lorasmith.runs.evaluate import loras_within
@@ -165,7 +165,7 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
     side = base.defaults.resolution
     budget = _budget(config, plan.data.samples, math.prod(base.components.latent.shape(side, side, 1)))
     left = budget - program.passes(_each_step(base)) * len(program.prompts)
-    return min(MOST_LORAS, loras_within(left / (program.sampling_steps * _each_step(base) + _OTHER_PASSES)))
+    return min(DrawingSettings.most, loras_within(left / (program.sampling_steps * _each_step(base) + _OTHER_PASSES)))
 
 
 def _budget(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:

@@ -27,12 +27,13 @@ from lorasmith.core.placement import chosen_dtype
 from lorasmith.data.dataset import Sample
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation import likeness
+from lorasmith.evaluation.evaluation_record import DrawingSettings
 from lorasmith.evaluation.sight import sight_of
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.runs.drawing import draw_beside
-from lorasmith.runs.evaluate import DrawingSettings, evaluate, subject_of
+from lorasmith.runs.evaluate import evaluate, subject_of
 from lorasmith.runs.preview_budget import PreviewProgram, different_pairs, is_built_in, loras_evaluated
 from lorasmith.runs.preview_likeness import PreviewLikeness, trained_pictures
 from lorasmith.runs.run_page import loras_of_run

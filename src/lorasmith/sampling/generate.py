@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,46 +69,19 @@ def generate(
     model: Model | Denoiser,
     prompts: str | Sequence[str],
     *,
-    text_encoder: TextEncoder | None = None,
-    negative: str = "",
-    controls: Sequence[Image.Image] = (),
-    mask: Image.Image | None = None,
     seed: int | Sequence[int] = Sampling.seed,
     steps: int | None = None,
-    cfg: float | None = Sampling.cfg,
-    sampler: str = Sampling.sampler,
-    scheduler: str = Sampling.scheduler,
-    width: int | None = Sampling.width,
-    height: int | None = Sampling.height,
-    dtype: torch.dtype | None = Sampling.dtype,
-    device: torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    **arguments: Any,
 ) -> list[Image.Image]:
-    """Generate one picture per prompt (`(word:1.2)` weights included), from noise of one seed, or of a seed each.
+    """Generate one picture per prompt, from noise of one seed, or of a seed each.
 
-    `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; `controls` are the pictures that
-    an edit model edits or refers to, for all prompts, and `mask` is white where a model that fills masks paints; other
-    settings are those of `Sampling`. `progress` receives (steps done, total) of all prompts together; `cancelled` is
-    called before each evaluation of the network. Raises OptionError for a size or name that does not fit, ModelError if
-    the model lacks a text encoder or an autoencoder, and SamplingCancelledError.
+    `arguments` are fields of `Sampling` and arguments of `generate_clips`; `steps` are by default the model's.
     """
-    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    base = model if isinstance(model, Model) else model.base
+    settings = {one.name: arguments.pop(one.name) for one in fields(Sampling) if one.name in arguments}
     seeds = seed if isinstance(seed, Sequence) else [seed] * (1 if isinstance(prompts, str) else len(prompts))
-    sampling = Sampling(
-        steps=steps or denoiser.base.defaults.steps,
-        cfg=cfg,
-        sampler=sampler,
-        scheduler=scheduler,
-        width=width,
-        height=height,
-        dtype=dtype,
-    )
-    positives, away = _encoded(denoiser, prompts, negative, controls, mask, sampling, text_encoder, device)
-    drawn = clips(
-        denoiser, positives, away, sampling, seeds=seeds, device=device, progress=progress, cancelled=cancelled
-    )
-    return [clip.frames[0] for clip in drawn]
+    sampling = Sampling(steps=steps or base.defaults.steps, **settings)
+    return [clip.frames[0] for clip in generate_clips(model, prompts, sampling, seeds=seeds, **arguments)]
 
 
 def generate_clips(
@@ -119,17 +93,25 @@ def generate_clips(
     negative: str = "",
     controls: Sequence[Image.Image] = (),
     mask: Image.Image | None = None,
+    seeds: Sequence[int] = (),
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
-    """Generate one clip per prompt with a video model, all from noise of the same seed.
+    """Generate one clip per prompt (`(word:1.2)` weights included); pictures are clips of one frame.
 
-    Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
+    `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; `controls` are the pictures that
+    an edit model edits or refers to, for all prompts, and `mask` is white where a model that fills masks paints.
+    `seeds` are those of each prompt, all that of `sampling` if empty. `progress` receives (steps done, total) of all
+    prompts together; `cancelled` is called before each evaluation of the network. Raises OptionError for a size, number
+    of frames or name that does not fit, ModelError if the model lacks a text encoder or an autoencoder, and
+    SamplingCancelledError.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
     positives, away = _encoded(denoiser, prompts, negative, controls, mask, sampling, text_encoder, device)
-    return clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+    return clips(
+        denoiser, positives, away, sampling, seeds=seeds, device=device, progress=progress, cancelled=cancelled
+    )
 
 
 def clips(
@@ -145,8 +127,8 @@ def clips(
 ) -> list[Clip]:
     """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
 
-    `negatives` are those of each prompt, whose controls are theirs, too; `seeds` are those of each prompt, all that of
-    `sampling` if empty. Other arguments and errors are as for `generate_clips`.
+    `negatives` are those of each prompt, whose controls are theirs, too. Other arguments and errors are as for
+    `generate_clips`.
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser

@@ -19,6 +19,7 @@ from lorasmith.core.placement import free_device_memory
 from lorasmith.core.typed_json import typed
 from lorasmith.data.captioners import Captioner, load_captioner
 from lorasmith.data.image_files import open_image
+from lorasmith.evaluation.evaluation_record import DrawingSettings
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
@@ -91,7 +92,7 @@ class DrawJobs:
         reporter = JobReporter(self._work.channel, folders.base)
         subject = subject_of([folders.base / request["run"]], trigger=request.get("subject") or None)
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
-        found = evaluate(model, subject, progress=reporter.progress, cancelled=cancelled)
+        found = evaluate(model, subject, DrawingSettings(), progress=reporter.progress, cancelled=cancelled)
         return {"outputs": {"sentence": found.sentence}}
 
     def _draw_grid(self, request: Mapping[str, Any]) -> dict[str, Any]:
