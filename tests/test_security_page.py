@@ -27,7 +27,7 @@ from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.encoding_cache import EncodingCache, key_of
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.saved_samples import read_comfyui_dataset, read_samples
-from lorasmith.evaluation.clip_model import Clip
+from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.embeddings import EmbeddingFiles
@@ -382,7 +382,7 @@ def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nested = {**config, "text_config": {**config["text_config"], "auto_map": {"AutoModel": "evil.Evil"}}}
     (folder / "config.json").write_text(json.dumps(nested))
     with pytest.raises(ModelError, match="names code in a nested configuration"):
-        Clip(folder)
+        ClipModel(folder)
 
 
 def encodings(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from benchmarks.quality.sights import JudgeSight, seen
 from benchmarks.quality.subjects import CLASSES, Task, subject_task
 from benchmarks.results import Results, add_json
 from lorasmith.evaluation.evaluation_record import NOISES
-from lorasmith.evaluation.sight import sight_of
+from lorasmith.evaluation.recognition import recogniser_of
 from lorasmith.evaluation.verdict import measured, training_facts, verdict
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
@@ -121,7 +121,7 @@ class Bench:
 
     def __init__(self) -> None:
         self._model, self._judge = load_model(TINY), JudgeSight()
-        self._sight = sight_of(is_built_in=True)
+        self._sight = recogniser_of(is_built_in=True)
 
     def run(self, run: Run, folder: Path) -> tuple[int | None, list[float], tuple[float, ...]]:
         """The place of the recommended checkpoint, the score of each, and by how much each of `WHO` falls short."""

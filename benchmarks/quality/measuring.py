@@ -30,7 +30,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.evaluation import measures
 from lorasmith.evaluation.evaluation_record import NOISES
 from lorasmith.evaluation.likeness import features
-from lorasmith.evaluation.sight import sight_of
+from lorasmith.evaluation.recognition import recogniser_of
 from lorasmith.evaluation.verdict import Drawn, measured, scores, training_facts
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
@@ -313,7 +313,7 @@ class Bench:
         """The strength at which `lorasmith evaluate` scores a LoRA best, by other noises than those of the measures."""
         if len(strengths) == 1:
             return strengths[0]
-        sight = sight_of(is_built_in=self.setting.subjects is None)
+        sight = recogniser_of(is_built_in=self.setting.subjects is None)
         texts = [task.trigger, *(one.text for one in task.prompts)]
         asked = [(text, seed) for seed in _STRENGTH_SEEDS for text in texts]
 

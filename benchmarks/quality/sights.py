@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks.quality.subjects import Prompt, Task
 from lorasmith.core.pretrained import load_pretrained
 from lorasmith.evaluation import measures
-from lorasmith.evaluation.clip_model import Clip
+from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.evaluation.judge import background_of, tensors
-from lorasmith.evaluation.sight import Sight as EvaluationSight
+from lorasmith.evaluation.recognition import Recogniser
 from lorasmith.evaluation.verdict import Drawn
 from tools.pretrain.data import HELD_OUT_STYLE
 from tools.pretrain.judge import SETS, SUBJECTS, Judge
@@ -42,9 +42,9 @@ class Sight(Protocol):
         """How much pictures of the class have become the subject; None without pictures, as a style has no class."""
 
 
-def seen(sight: EvaluationSight, task: Task, rows: Sequence[Sequence[Image.Image]]) -> Drawn:
+def seen(sight: Recogniser, task: Task, rows: Sequence[Sequence[Image.Image]]) -> Drawn:
     """What `lorasmith evaluate` sees in pictures of the trigger and of each wish, a row for each noise."""
-    asked = sight.asked([one.plain for one in task.prompts], [one for row in rows for one in row[1:]])
+    asked = sight.wish_scores([one.plain for one in task.prompts], [one for row in rows for one in row[1:]])
     none = torch.zeros(0, asked.features.shape[-1])
     return Drawn(sight.features([row[0] for row in rows]), asked, others=none, of_class=none)
 
@@ -79,7 +79,7 @@ class FeatureSight:
     """Likeness to held-out pictures, likeness to the text where there is a CLIP, and growth of the class's likeness."""
 
     def __init__(self, features: Features, clip: Path | None) -> None:
-        self._features, self._clip = features, None if clip is None else Clip(clip)
+        self._features, self._clip = features, None if clip is None else ClipModel(clip)
 
     def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
         return measures.likeness(self._features(pictures), self._features(task.held_out))

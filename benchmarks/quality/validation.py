@@ -24,10 +24,10 @@ from benchmarks.quality.sights import Features, dino_features
 from benchmarks.quality.subjects import CLASSES, drawing, pictures_in
 from benchmarks.results import Results, add_json
 from lorasmith.data.image_files import open_image
-from lorasmith.evaluation.clip_model import Clip
+from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.evaluation.judge import tensors
 from lorasmith.evaluation.likeness import features
-from lorasmith.evaluation.sight import sight_of
+from lorasmith.evaluation.recognition import recogniser_of
 from tools.pretrain.judge import Judge
 from tools.pretrain.subjects import SETS
 
@@ -60,8 +60,8 @@ def main() -> None:
     kinds: Mapping[str, Features | None] = {
         "EfficientNet-Lite0": features,
         "the judge": judged if arguments.photos is None else None,
-        "EfficientNet-Lite0 and the judge": sight_of(is_built_in=True).features,
-        "CLIP": Clip(arguments.clip).pictures if arguments.clip else None,
+        "EfficientNet-Lite0 and the judge": recogniser_of(is_built_in=True).features,
+        "CLIP": ClipModel(arguments.clip).pictures if arguments.clip else None,
         "DINO": dino_features(arguments.dino) if arguments.dino else None,
     }
     pictures, subjects, groups = _photos(arguments.photos) if arguments.photos else _drawings()

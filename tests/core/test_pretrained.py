@@ -16,7 +16,7 @@ import torch
 from lorasmith.core.errors import ModelError
 from lorasmith.core.pretrained import load_pretrained
 from lorasmith.data.captioners import transformers_captioner
-from lorasmith.evaluation.clip_model import Clip
+from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.families.parts.encoders import folder_tokenizer
 from tests.data.caption_models import MODELS
 from tests.small_clip import small_clip
@@ -113,7 +113,7 @@ def test_what_a_configuration_names_is_refused_before_anything_is_loaded(
     damage(folder)
     doors: dict[str, Callable[[], object]] = {
         "captioner": lambda: transformers_captioner(str(folder), torch.device("cpu")),
-        "CLIP": lambda: Clip(folder),
+        "CLIP": lambda: ClipModel(folder),
         "tokenizer": lambda: folder_tokenizer(folder),
     }
     with pytest.raises(ModelError, match=SAID) as refused:

@@ -273,7 +273,7 @@ def test_pairs_are_encoded_once_cached_flipped_together_and_drawn(tmp_path: Path
         torch.testing.assert_close(control, encoded, rtol=1e-4, atol=1e-4)
         assert sample.variants is not None
         straight, flipped = sample.variants.pictures
-        torch.testing.assert_close(flipped.beside["control_0"], mirrored, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(flipped.inputs["control_0"], mirrored, rtol=1e-4, atol=1e-4)
         seen = set()
         for draw in range(40):
             drawn = sample.drawn(7, draw)
@@ -282,7 +282,7 @@ def test_pairs_are_encoded_once_cached_flipped_together_and_drawn(tmp_path: Path
             if not is_left_out:
                 is_flipped = torch.equal(drawn.latents, flipped.latents)
                 beside = flipped if is_flipped else straight
-                assert torch.equal(drawn.conditioning.controls[0], beside.beside["control_0"])
+                assert torch.equal(drawn.conditioning.controls[0], beside.inputs["control_0"])
             seen.add((drawn.conditioning.text, is_left_out))
         assert seen == {(text, left_out) for text in ("blue", "") for left_out in (True, False)}
 
@@ -313,7 +313,7 @@ def test_kontext_trains_on_controls_of_the_size_and_part_of_their_images(tmp_pat
     )
     assert sample.variants is not None and len(sample.variants.pictures) == 8
     for picture in sample.variants.pictures:
-        torch.testing.assert_close(picture.beside["control_0"][0], picture.latents, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(picture.inputs["control_0"][0], picture.latents, rtol=1e-4, atol=1e-4)
     other = tmp_path / "control" / "a.png"
     coloured(other, 1, (64, 96))
     (sample,) = load_dataset(tmp_path, kontext, resolution=64)

@@ -54,10 +54,10 @@ def test_a_mask_is_what_is_painted_and_mirrored_with_its_picture(tmp_path: Path,
         assert sample.variants is not None
         straight, flipped = sample.variants.pictures
         wanted = expected(fill, pixels, corner())
-        torch.testing.assert_close(straight.beside["known"], wanted, rtol=1e-4, atol=1e-4)
-        assert torch.equal(sample.conditioning.tensors["known"], straight.beside["known"])
+        torch.testing.assert_close(straight.inputs["known"], wanted, rtol=1e-4, atol=1e-4)
+        assert torch.equal(sample.conditioning.tensors["known"], straight.inputs["known"])
         mirrored = expected(fill, pixels[:, ::-1].copy(), corner()[:, ::-1].copy())
-        torch.testing.assert_close(flipped.beside["known"], mirrored, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(flipped.inputs["known"], mirrored, rtol=1e-4, atol=1e-4)
         assert sample.places is not None and sample.places.max() > 1 and sample.places.min() == 0
 
 

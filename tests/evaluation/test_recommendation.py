@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasmith.evaluation.evaluation_record import Measures, Training
-from lorasmith.evaluation.sight import Asked
+from lorasmith.evaluation.recognition import WishScores
 from lorasmith.evaluation.verdict import Drawn, measured, scores, training_facts, verdict
 
 TRAINING = Training(count=4, self_likeness=0.7, base_likeness=0.4)
@@ -37,7 +37,7 @@ def rows(count: int, seed: int) -> Tensor:
 def drawn(seed: int, wishes: int = 5) -> Drawn:
     return Drawn(
         plain=rows(2, seed),
-        asked=Asked(
+        wishes=WishScores(
             features=rows(2 * wishes, seed + 1).unflatten(0, (2, wishes)),
             colours=rows(2 * wishes, seed + 4).unflatten(0, (2, wishes)),
             followed=None,
@@ -124,15 +124,15 @@ def adherence(drawn: Drawn, base: Drawn) -> float | None:
 def test_a_lora_that_ignores_wishes_has_no_adherence() -> None:
     base = drawn(3)
     assert adherence(base, base) == pytest.approx(1)
-    stuck = Asked(base.plain[:, None].repeat(1, 5, 1), base.asked.colours[:, :1].repeat(1, 5, 1), None)
-    assert stuck.adherence(base.asked) == pytest.approx(0, abs=1e-3)
-    others = Asked(base.asked.features.roll(1, 1), base.asked.colours.roll(1, 1), None)
-    assert others.adherence(base.asked) == pytest.approx(0, abs=1e-3), "it draws other wishes than it is asked for"
+    stuck = WishScores(base.plain[:, None].repeat(1, 5, 1), base.wishes.colours[:, :1].repeat(1, 5, 1), None)
+    assert stuck.adherence(base.wishes) == pytest.approx(0, abs=1e-3)
+    others = WishScores(base.wishes.features.roll(1, 1), base.wishes.colours.roll(1, 1), None)
+    assert others.adherence(base.wishes) == pytest.approx(0, abs=1e-3), "it draws other wishes than it is asked for"
     assert adherence(drawn(3, wishes=1), drawn(3, wishes=1)) is None, "one wish cannot be told from another"
 
 
 def test_wishes_count_that_the_base_model_fulfils() -> None:
-    asked = drawn(3).asked
+    asked = drawn(3).wishes
     sure = torch.tensor([[0.9, 0.6, 0.4, 0.1, 0.0], [0.1, 0.5, 0.2, 0.0, 0.3]])
     base = replace(asked, followed=sure)
     found = replace(asked, followed=1 - sure)

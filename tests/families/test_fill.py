@@ -51,7 +51,7 @@ def prompt(batch: int, known: Tensor | None = None) -> Conditioning:
 
 
 def known(fill: Model, picture: Tensor, mask: Tensor) -> Tensor:
-    found = fill.family.known(fill.components.denoiser, picture, mask)
+    found = fill.family.known_latents(fill.components.denoiser, picture, mask)
     assert found is not None
     return found
 

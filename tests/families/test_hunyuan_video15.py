@@ -121,7 +121,7 @@ def test_predictions_from_a_first_frame_are_comfyuis(model: Model) -> None:
     known[:, :32, :1], known[:, 32, 0] = model.components.latent.to_model(first), 1.0
     encoded = model.text_encoder.encode(family_cases.PROMPTS["short"])
     time = model.components.schedule.at_sigma(torch.tensor([family_cases.SIGMA])).time
-    ours = model.denoiser.predict(x, time, encoded.with_beside({"known": known, "clip_vision": states}))
+    ours = model.denoiser.predict(x, time, encoded.with_pictures({"known": known, "clip_vision": states}))
     assert_same("first frame", ours, GOLDEN["families"]["hunyuan-video15"]["first frame"])
 
 
@@ -230,7 +230,7 @@ def test_image_to_video_is_told_by_the_name_alone(files: dict[str, Path], tmp_pa
     named = tmp_path / "hunyuanvideo1.5_480p_i2v_fp16.safetensors"
     named.symlink_to(files["transformer"])
     forms = [load_model(path).control_form for path in (files["transformer"], named)]
-    assert forms[0] is None and forms[1] is not None and forms[1].source == "first frame"
+    assert forms[0].need == "none" and forms[1].source == "first frame"
     assert load_model(named, edit="none").control_form.need == "none"
 
 
@@ -252,7 +252,7 @@ def test_a_first_frame_is_what_diffusers_makes_of_it(
     states = pipeline.encode_image(picture, 1, torch.device("cpu"), torch.float32)
     pixels = torch.zeros(1, 3, FRAMES, 384, 384)
     pixels[0, :, 0] = torch.from_numpy(np.array(picture)).movedim(-1, 0) / 127.5 - 1
-    ours = from_pictures.beside(pixels)
+    ours = from_pictures.picture_inputs(pixels)
     torch.testing.assert_close(ours["known"], torch.cat(known, dim=1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours["clip_vision"], states, rtol=1e-4, atol=1e-4)
 

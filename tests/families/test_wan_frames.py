@@ -65,9 +65,9 @@ def clip(seed: int = 0) -> Tensor:
 def given(model: Model, batch: int = 2) -> Conditioning:
     """Prompts of a batch, each with the frames of a clip of its own."""
     with model.encodes_pictures(torch.device("cpu")):
-        beside = [model.beside(clip(index)) for index in range(batch)]
+        beside = [model.picture_inputs(clip(index)) for index in range(batch)]
     prompts = [Conditioning({"context": models.seeded(f"context {i}", (1, 512, 32), seed=0)}) for i in range(batch)]
-    return model.family.join([one.with_beside(tensors) for one, tensors in zip(prompts, beside, strict=True)])
+    return model.family.join([one.with_pictures(tensors) for one, tensors in zip(prompts, beside, strict=True)])
 
 
 def noisy(model: Model, batch: int = 2) -> Tensor:
@@ -114,9 +114,9 @@ def test_prompts_of_other_lengths_share_a_batch(case: tuple[TinyFamily, Model]) 
     """512 rows always where the network finds the text behind a picture by its length."""
     _, model = case
     texts = ["a fox", "the quick brown fox " * 45]
-    beside = given(model).beside
+    beside = given(model).pictures
     encoded = [
-        one.with_beside({name: tensor[i : i + 1] for name, tensor in beside.items()})
+        one.with_pictures({name: tensor[i : i + 1] for name, tensor in beside.items()})
         for i, one in enumerate(map(model.text_encoder.encode, texts))
     ]
     assert encoded[1].tensors["context"].shape[1] > 512
@@ -137,7 +137,7 @@ def test_what_a_model_is_given_of_a_clip(case: tuple[TinyFamily, Model]) -> None
     assert form is not None
     pixels = clip()
     with model.encodes_pictures(torch.device("cpu")):
-        found, alone = model.beside(pixels), model.autoencoder.encode(pixels[:, :, :1])
+        found, alone = model.picture_inputs(pixels), model.autoencoder.encode(pixels[:, :, :1])
     alone = latent.to_model(alone)
     if form.name == "i2v":
         assert found.keys() == {"first_frame"}
@@ -149,13 +149,13 @@ def test_what_a_model_is_given_of_a_clip(case: tuple[TinyFamily, Model]) -> None
     times = [[1.0, 0, 0], [1.0, 0, 0], [1.0, 0, 0], [1.0, 0, 1.0 if "last" in form.source else 0]]
     assert known[0, :4, :, 0, 0].tolist() == times and (known[:, :4].amin((3, 4)) == known[:, :4].amax((3, 4))).all()
     torch.testing.assert_close(known[:, 4:, :1], alone, rtol=1e-4, atol=1e-5)
-    other = model.beside(torch.cat((pixels[:, :, :1], clip(1)[:, :, 1:]), 2))
+    other = model.picture_inputs(torch.cat((pixels[:, :, :1], clip(1)[:, :, 1:]), 2))
     assert torch.equal(other["known"], known) == (form.source == "first frame")
     with_vision = model.components.image_encoder is not None
     assert ("clip_vision" in found) == with_vision
     if with_vision:
         assert found["clip_vision"].shape == (1, 514 if "last" in form.source else 257, 80)
-    assert model.beside(pixels[:, :, :1]) == {}
+    assert model.picture_inputs(pixels[:, :, :1]) == {}
 
 
 def test_variants_are_told_by_their_tensors(files: dict[str, dict[str, Path]]) -> None:

@@ -142,7 +142,7 @@ def test_latents_with_a_kept_first_frame_train_5b_with_it(loaded: dict[str, tupl
     prompt = [model.text_encoder.encode("a fox")]
     latents: list[dict[str, Tensor]] = [{"samples": samples}, {"samples": samples, "noise_mask": mask}]
     plain, kept = (_dataset(model.denoiser, [one], [prompt]) for one in latents)  # type: ignore[list-item]
-    assert not any(one.conditioning.beside for one in plain.samples)
+    assert not any(one.conditioning.pictures for one in plain.samples)
     for one in kept.samples:
         assert torch.equal(one.conditioning.tensors["first_frame"][0], one.latents[:, :1])
     assert places_of(kept.samples) is not None

@@ -107,7 +107,7 @@ def test_some_draws_of_5b_are_given_their_first_frame(base: Path, clips: Path) -
 
 def test_without_an_edit_5b_trains_on_clips_as_text_to_video(base: Path, clips: Path) -> None:
     ready = plan(asked(base, clips, FIVE, resolution=64), Small())
-    assert not any(one.conditioning.beside for one in ready.data.samples)
+    assert not any(one.conditioning.pictures for one in ready.data.samples)
 
 
 @pytest.mark.slow_after(1)

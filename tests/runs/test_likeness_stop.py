@@ -17,7 +17,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.encoding import load_dataset
 from lorasmith.evaluation import likeness
-from lorasmith.evaluation.sight import Sight
+from lorasmith.evaluation.recognition import Recogniser
 from lorasmith.families.model import Model
 from lorasmith.formats.metadata import sha256_body
 from lorasmith.runs.library import train
@@ -109,7 +109,7 @@ def test_without_the_extra_it_is_refused(tiny: Model, tmp_path: Path, monkeypatc
 def test_measures_are_those_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likeness, "features", by_colour)
     trained = [coloured(200), coloured(180)]
-    watch = PreviewLikeness(trained, Sight(), ("on a beach", "at night"))
+    watch = PreviewLikeness(trained, Recogniser(), ("on a beach", "at night"))
     base = [coloured(20), coloured(90), coloured(10)]
     images = by_colour(trained)
     own = float(images[0] @ images[1])

@@ -65,7 +65,7 @@ class Recording:
         to_model = self.model.components.latent.to_model
         if self.trained.fills:
             image, mask = (self.tensors[name][index : index + 1] for name in ("concat_latent_image", "concat_mask"))
-            known = self.model.family.known(self.model.components.denoiser, to_model(image), mask)
+            known = self.model.family.known_latents(self.model.components.denoiser, to_model(image), mask)
             assert known is not None
             tensors["known"] = known
         given = Conditioning(tensors | {"context": self.trained.seen(tensors["context"])})

@@ -147,7 +147,9 @@ def _shapes_beside(model: Model, height: int, width: int, frames: int) -> dict[s
 
     pixels = torch.empty(1, 3, *([frames] if latent.frames else []), height, width, device="meta")
     mask, parts = torch.empty(height, width, device="meta"), replace(model.components, image_encoder=None)
-    return {name: tuple(one.shape) for name, one in model.family.beside(form, parts, encode, pixels, mask).items()}
+    return {
+        name: tuple(one.shape) for name, one in model.family.picture_inputs(form, parts, encode, pixels, mask).items()
+    }
 
 
 def frozen_pass(

@@ -73,7 +73,7 @@ class Picture:
     latents: Tensor
     size: PictureSize
     places: Tensor | None = None
-    beside: Mapping[str, Tensor] = field(default_factory=dict)  # `Conditioning.beside` of it
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # `Conditioning.pictures` of it
     seen: tuple[SeenPicture, ...] = ()
     opposite: Tensor | None = None  # latents of the other picture of its pair
 
@@ -97,7 +97,7 @@ class Variants:
         if len(self.pictures) > 1:
             found = self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
         if self.control_dropout and keyed_uniform(seed, "controls", draw) < self.control_dropout:
-            return replace(found, beside={}, seen=())
+            return replace(found, inputs={}, seen=())
         return found
 
     def possible(self, most: int) -> list[Caption] | None:
@@ -215,7 +215,7 @@ class Sample:
         if self.variants is None:
             return self.size
         picture = self.variants.picture(seed, draw)
-        return sum(control.numel() for control in (picture.latents, *Conditioning(picture.beside).controls))
+        return sum(control.numel() for control in (picture.latents, *Conditioning(picture.inputs).controls))
 
     def sizes(self) -> Iterator[Sample]:
         """The sample with each of its pictures, all with the plain caption."""
@@ -226,7 +226,7 @@ class Sample:
             yield self._with(picture, self.conditioning)
 
     def _with(self, picture: Picture, conditioning: Conditioning) -> Sample:
-        conditioning = conditioning.with_beside(picture.beside)
+        conditioning = conditioning.with_pictures(picture.inputs)
         return replace(
             self,
             latents=picture.latents,

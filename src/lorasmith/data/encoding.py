@@ -212,7 +212,7 @@ def encode_scan(
         sized=model.family.sized,
         clips=clips,
         controls=None if config.controls == "opposite" else model.control_form,
-        beside=model.beside,
+        picture_inputs=model.picture_inputs,
     )
     data = encode_images(
         scan,
@@ -358,7 +358,7 @@ def _controls(
         for control in image.image.controls:
             asked.append(control_framings(control, image.image, image.framings, form))
             work.append(FramedImage(control, tuple(dict.fromkeys(asked[-1])), (control.digest, "")))
-    alone = replace(pictures, beside=lambda pixels, mask: {})
+    alone = replace(pictures, picture_inputs=lambda pixels, mask: {})
     encoded = iter(zip(work, asked, encode_pictures(work, alone, DataConfig(), progress), strict=True))
     result = []
     for image in images:
@@ -421,22 +421,22 @@ def _sample(
                 "mask, unless whole pictures are meant"
             )
         size = framing.picture_size(image.width, image.height)
-        own = {} if config.controls == "none" else one.beside
+        own = {} if config.controls == "none" else one.inputs
         found.append(Picture(one.latents, size, places, {**own, **given}, shown, opposite))
     rules = CaptionRules.of(config, is_class=image.is_class)
-    dropout = config.control_dropout if found[0].beside else 0.0
+    dropout = config.control_dropout if found[0].inputs else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0
     plain = found[0]
     return Sample(
         plain.latents,
-        pictures.sized(captions[SeenCaption.of(image.caption, plain.seen)], plain.size).with_beside(plain.beside),
+        pictures.sized(captions[SeenCaption.of(image.caption, plain.seen)], plain.size).with_pictures(plain.inputs),
         name,
         _digest(
             framed,
             controls,
             rules,
             config,
-            given=sorted(plain.beside),
+            given=sorted(plain.inputs),
             vectors=captions.vectors("\n".join((image.caption, *image.captions))),
         ),
         weight=image.weight,

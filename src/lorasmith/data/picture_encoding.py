@@ -62,8 +62,8 @@ class PictureEncoder:
     clips: ClipForm | None = None  # that the model accepts; None for image models
     controls: ControlForm | None = None  # that the model accepts; None without
     # pixels (1, 3, [frames,] height, width) and the mask (height, width) of one picture → what the denoiser is given of
-    # it, see `Family.beside`
-    beside: Callable[[Tensor, Tensor | None], Mapping[str, Tensor]] = lambda pixels, inside: {}
+    # it, see `Family.picture_inputs`
+    picture_inputs: Callable[[Tensor, Tensor | None], Mapping[str, Tensor]] = lambda pixels, inside: {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class EncodedFraming:
 
     latents: Tensor  # fp32 (C, [frames,] h, w) on the CPU
     inside: Tensor | None  # fp32 (h, w): share of each latent inside the mask
-    beside: Mapping[str, Tensor] = field(default_factory=dict)  # fp32 on the CPU, of `Family.beside`
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # fp32 on the CPU, of `Family.picture_inputs`
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def encode_pictures(
         with contextlib.closing(_encoded(batches, encoder)) as encoded:
             for batch, latents in encoded:
                 for picture, found in zip(batch, latents, strict=True):
-                    beside = encoder.beside(picture.picture.pixels[None], picture.picture.mask)
-                    _keep(picture, found, beside, entries)
+                    further = encoder.picture_inputs(picture.picture.pixels[None], picture.picture.mask)
+                    _keep(picture, found, further, entries)
                     count(picture.work)
     return [[one.found[index] for index in range(len(one.framed.framings))] for one in work]
 
@@ -152,8 +152,8 @@ class _Work:
         self.found: dict[int, EncodedFraming] = {}
         for index, key in enumerate(self.keys):
             if entries is not None and (tensors := entries.get(key)) and _LATENTS in tensors:
-                beside = {name.removeprefix(_BESIDE): one for name, one in tensors.items() if name.startswith(_BESIDE)}
-                self.found[index] = EncodedFraming(tensors[_LATENTS], tensors.get(_INSIDE), beside)
+                further = {name.removeprefix(_BESIDE): one for name, one in tensors.items() if name.startswith(_BESIDE)}
+                self.found[index] = EncodedFraming(tensors[_LATENTS], tensors.get(_INSIDE), further)
         self.missing = [index for index in range(len(framed.framings)) if index not in self.found]
 
 
@@ -282,13 +282,13 @@ def _latents(batch: Sequence[_Waiting], encoder: PictureEncoder) -> Tensor:
     return encoder.encode(torch.stack([one.picture.pixels for one in batch])).to("cpu", torch.float32)
 
 
-def _keep(one: _Waiting, latents: Tensor, beside: Mapping[str, Tensor], entries: CacheEntries | None) -> None:
+def _keep(one: _Waiting, latents: Tensor, further: Mapping[str, Tensor], entries: CacheEntries | None) -> None:
     """Store the latents of a framing, also in the cache. Raises DataError if they are not finite."""
     check_latents(latents, like=latents, name=one.work.framed.image.name)
     inside = one.picture.inside
-    one.work.found[one.index] = EncodedFraming(latents.clone(), inside, beside)
+    one.work.found[one.index] = EncodedFraming(latents.clone(), inside, further)
     if entries is not None:
-        further = {_BESIDE + name: tensor for name, tensor in beside.items()}
+        further = {_BESIDE + name: tensor for name, tensor in further.items()}
         entries.put(
             one.work.keys[one.index], {_LATENTS: latents, **({} if inside is None else {_INSIDE: inside}), **further}
         )

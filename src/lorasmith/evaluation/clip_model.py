@@ -16,7 +16,7 @@ from lorasmith.core.pretrained import load_pretrained
 _BATCH = 32
 
 
-class Clip:
+class ClipModel:
     """Features of pictures and of texts, (N, width) fp32 of length 1.
 
     Raises OptionError if the folder has no CLIP in transformers' layout with safetensors weights, ModelError if its

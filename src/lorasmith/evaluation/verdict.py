@@ -1,7 +1,8 @@
 """Which of several LoRAs is good: measures of what each of them draws, and a recommendation with its reason.
 
-All pictures are compared by features (`sight`), rows of length 1, with those that the base model draws of the same
-prompts and noise. Adherence is the probability by which each wish, such as `on a beach`, is recognised in its picture.
+All pictures are compared by features (`recognition`), rows of length 1, with those that the base model draws of the
+same prompts and noise. Adherence is the probability by which each wish, such as `on a beach`, is recognised in its
+picture.
 Image features know no text: by them, a wish is recognised among all by the direction in which it changes features and
 colours of the base model's picture.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lorasmith.evaluation import measures
 from lorasmith.evaluation.evaluation_record import Measures, Training, Verdict
-from lorasmith.evaluation.sight import Asked
+from lorasmith.evaluation.recognition import WishScores
 
 LEAST_SELF_LIKENESS = 0.59
 """Of the training pictures with which the recommendation was validated (`benchmarks.quality.choice`), the least mean
@@ -33,7 +34,7 @@ class Drawn:
     """Features of the pictures of one LoRA, or of the base model without one."""
 
     plain: Tensor  # (noises, features), the trigger alone
-    asked: Asked
+    wishes: WishScores
     others: Tensor  # (prompts, features), without the trigger
     of_class: Tensor  # (0 or 1, features), the class word alone
 
@@ -56,7 +57,7 @@ def measured(drawn: Drawn, base: Drawn, pictures: Tensor | None) -> Measures:
         copies = measures.nearest(drawn.plain, pictures) - _nearest_other(pictures)
     return Measures(
         likeness=None if pictures is None else measures.likeness(_of_trigger(drawn), pictures),
-        adherence=drawn.asked.adherence(base.asked),
+        adherence=drawn.wishes.adherence(base.wishes),
         diversity=measures.diversity(drawn.plain),
         memorisation=copies,
         drift=measures.drift(base.others, drawn.others) if len(base.others) else None,
@@ -106,7 +107,7 @@ def _learnt(found: Measures, training: Training) -> float:
 
 def _of_trigger(drawn: Drawn) -> Tensor:
     """All pictures with the trigger."""
-    return torch.cat((drawn.plain, drawn.asked.features.flatten(0, 1)))
+    return torch.cat((drawn.plain, drawn.wishes.features.flatten(0, 1)))
 
 
 def _nearest_other(pictures: Tensor) -> float:

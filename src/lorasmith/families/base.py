@@ -142,6 +142,11 @@ class Family(ABC):
     released: Mapping[str, Any] | None = None
     releases: tuple[Release, ...] = ()
 
+    def __init_subclass__(cls) -> None:
+        for former, name in {"beside": "picture_inputs", "known": "known_latents"}.items():  # of earlier versions
+            if former in vars(cls):
+                setattr(cls, name, vars(cls)[former])
+
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether an original-layout checkpoint with these denoiser tensors (prefix cut off) is of this family."""
         return bool(self.signs) and shapes.keys() >= set(self.signs)
@@ -332,7 +337,7 @@ class Family(ABC):
         """The conditioning with a picture's size, if the denoiser is conditioned on it; else unchanged."""
         return conditioning
 
-    def beside(
+    def picture_inputs(
         self,
         form: ControlForm,
         components: Components,
@@ -354,7 +359,7 @@ class Family(ABC):
         """
         return {}
 
-    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+    def known_latents(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
         """`Conditioning.tensors["known"]` of a graph, from `concat_latent_image` and `concat_mask` of its conditioning.
 
         None, by default, for denoisers that are given nothing of a picture: as in ComfyUI they ignore it.
@@ -390,7 +395,7 @@ class Family(ABC):
     def unread_left_out(self, denoiser: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Context in which a denoiser in training computes nothing that its prediction does not read.
 
-        By default it is as it is.
+        By default the denoiser is unchanged.
         """
         return contextlib.nullcontext()
 
@@ -420,8 +425,8 @@ class Family(ABC):
     def check_parts(
         self, components: Components, *, text: bool = False, images: bool = False, form: ControlForm | None = None
     ) -> None:
-        """Raises ModelError, which names the file to get, if a part for text, for images, or for what `beside` makes of
-        these for a form, is missing.
+        """Raises ModelError, which names the file to get, if a part for text, for images, or for `picture_inputs` of a
+        form is missing.
         """
         if text:
             self.check_encoders(components.encoders)

@@ -27,7 +27,7 @@ CONTROL_METHODS = {"offset": BY_OFFSET, "index": BY_INDEX, "uxo/uno": BY_UXO, "i
 """ComfyUI's methods of placing controls → tensors of a conditioning, of any value, that choose them: beside or below
 each other, each with an index of its own, beyond each other's corners, and by index with time 0."""
 
-_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|{CLIP_VISION}")
+_OF_PICTURES = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|{CLIP_VISION}")
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Conditioning:
             width) is there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family
             has them. With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
             `control_0`, `control_1`, ... (batch, channels, height, width) are pictures to edit or refer to, scaled like
-            the latents; sizes of their own are never padded. Made of the picture or clip itself (`Family.beside`):
-            `known` (batch, channels, [frames,] height, width) are channels beside the noisy latents, `first_frame`
-            (batch, channels, 1, height, width) is a clip's first frame, which gets no noise, `clip_vision` (batch,
-            tokens, width) are states of an image encoder.
+            the latents; sizes of their own are never padded. Made of the picture or clip itself
+            (`Family.picture_inputs`): `known` (batch, channels, [frames,] height, width) are channels beside the noisy
+            latents, `first_frame` (batch, channels, 1, height, width) is a clip's first frame, which gets no noise,
+            `clip_vision` (batch, tokens, width) are states of an image encoder.
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
         span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
@@ -78,20 +78,22 @@ class Conditioning:
 
     def with_controls(self, controls: Sequence[Tensor]) -> Conditioning:
         """The conditioning with these controls in place of its own."""
-        others = {name: one for name, one in self.beside.items() if not name.startswith(_CONTROL)}
-        return self.with_beside({**others, **named_controls(controls)})
+        others = {name: one for name, one in self.pictures.items() if not name.startswith(_CONTROL)}
+        return self.with_pictures({**others, **named_controls(controls)})
 
     @property
-    def beside(self) -> Mapping[str, Tensor]:
+    def pictures(self) -> Mapping[str, Tensor]:
         """The tensors that are made of pictures."""
-        return {name: one for name, one in self.tensors.items() if _BESIDE.fullmatch(name)}
+        return {name: one for name, one in self.tensors.items() if _OF_PICTURES.fullmatch(name)}
 
-    def with_beside(self, beside: Mapping[str, Tensor]) -> Conditioning:
+    def with_pictures(self, tensors: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning with these tensors in place of those that are made of pictures."""
-        if not beside and not self.beside:
+        if not tensors and not self.pictures:
             return self
-        others = {name: one for name, one in self.tensors.items() if not _BESIDE.fullmatch(name)}
-        return replace(self, tensors={**others, **beside})
+        others = {name: one for name, one in self.tensors.items() if not _OF_PICTURES.fullmatch(name)}
+        return replace(self, tensors={**others, **tensors})
+
+    beside, with_beside = pictures, with_pictures  # their names in earlier versions
 
     def with_text(self, other: Conditioning) -> Conditioning:
         """The conditioning with another text's encoding, whose other inputs (sizes, controls, ...) are kept."""

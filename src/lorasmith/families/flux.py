@@ -259,7 +259,7 @@ class Flux(Family):
         config = denoiser.config
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
-    def beside(
+    def picture_inputs(
         self,
         form: ControlForm,
         components: Components,
@@ -272,7 +272,7 @@ class Flux(Family):
         inside = torch.where(inside.any(), inside, whole)  # a mask of nothing is none; no branch, for meta tensors
         return {"known": _known(encode(pixels * (1 - inside)), inside)}
 
-    def known(self, denoiser: Any, latents: Tensor, mask: Tensor) -> Tensor | None:
+    def known_latents(self, denoiser: Any, latents: Tensor, mask: Tensor) -> Tensor | None:
         return _known(latents, mask) if _is_fill(denoiser) else None
 
     def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -274,7 +274,7 @@ class HunyuanVideo15(Family):
             )
         return Conditioning(tensors, text)
 
-    def beside(
+    def picture_inputs(
         self,
         form: ControlForm,
         components: Components,
@@ -294,7 +294,7 @@ class HunyuanVideo15(Family):
         # As ComfyUI's template crops it; the authors' program squashes it.
         return {"known": known, CLIP_VISION: picture_states(components.image_encoder, pixels[:, :, 0], crop=True)}
 
-    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+    def known_latents(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
         return torch.cat((latents, 1 - mask.expand(len(latents), *(-1,) * 4)), dim=1)
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -195,10 +195,10 @@ class Model:
         """The encoders that it has, or should have, by component name."""
         return self.family.encoder_slots(self.components.denoiser, self.control_form)
 
-    def beside(
+    def picture_inputs(
         self, pixels: Tensor, mask: Tensor | None = None, *, form: ControlForm | None = None
     ) -> Mapping[str, Tensor]:
-        """What the denoiser is given of a picture or clip itself, fp32 on the CPU; see `Family.beside`.
+        """What the denoiser is given of a picture or clip itself, fp32 on the CPU; see `Family.picture_inputs`.
 
         `form` is the model's by default.
         """
@@ -206,7 +206,7 @@ class Model:
         if form.are_files:
             return {}
         to_model, autoencoder = self.components.latent.to_model, self.autoencoder
-        made = self.family.beside(
+        made = self.family.picture_inputs(
             form, self.components, lambda given: to_model(autoencoder.encode(given)), pixels, mask
         )
         return {name: tensor.to("cpu", torch.float32) for name, tensor in made.items()}

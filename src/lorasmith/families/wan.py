@@ -311,7 +311,7 @@ class Wan(Family):
             return shapes
         return {**shapes, CLIP_VISION: (1, config.pos_embed_seq_len or _STATES, config.image_dim)}
 
-    def beside(
+    def picture_inputs(
         self,
         form: ControlForm,
         components: Components,
@@ -333,7 +333,7 @@ class Wan(Family):
             tensors[CLIP_VISION] = torch.cat(states, dim=1)
         return tensors
 
-    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+    def known_latents(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
         return _known(latents, mask) if self.known_channels else None
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

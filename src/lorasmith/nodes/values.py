@@ -133,7 +133,7 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: 
                 f"the known part of a picture must have the size of the latents, {drawn}, got {shown}; use the latents "
                 "of InpaintModelConditioning"
             )
-        known = model.family.known(model.components.denoiser, form.to_model(image.float()), mask)
+        known = model.family.known_latents(model.components.denoiser, form.to_model(image.float()), mask)
     tensors |= {} if known is None else {"known": known}
     tensors |= {} if first is None else {FIRST_FRAME: form.to_model(first.float())}
     given = replace(conditioning, tensors=tensors)

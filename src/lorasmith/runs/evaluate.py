@@ -41,7 +41,7 @@ from lorasmith.evaluation.evaluation_record import (
     Verdict,
 )
 from lorasmith.evaluation.likeness import EDGE, check_installed
-from lorasmith.evaluation.sight import Sight, sight_of
+from lorasmith.evaluation.recognition import Recogniser, recogniser_of
 from lorasmith.evaluation.verdict import LEAST_SELF_LIKENESS, Drawn, measured, training_facts, verdict
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES, asked_with
 from lorasmith.families.locating import BUILT_IN
@@ -166,20 +166,20 @@ def evaluate(
     check_installed()
     _check_draws(base)
     is_built_in = base.title == BUILT_IN
-    sight = sight_of(is_built_in=is_built_in, clip=clip)
-    training = sight.features(subject.pictures) if subject.pictures else None
+    recogniser = recogniser_of(is_built_in=is_built_in, clip=clip)
+    training = recogniser.features(subject.pictures) if subject.pictures else None
     prompts = Prompts.of(subject.trigger, drawing, is_built_in=is_built_in)
     artist = _Artist(base, prompts, drawing, device or best_device(), len(subject.candidates), progress, cancelled)
     with atomic_folder(folder) as temporary:
         notes = list(subject.notes)
         without = artist.drawn(None)
-        before = _seen(without, prompts, sight)
+        before = _seen(without, prompts, recogniser)
         base_names = _saved(temporary, "base", without[: len(prompts.shown)])
         found: list[Measures] = []
         kept: list[list[str]] = []
         for place, one in enumerate(subject.candidates, 1):
             pictures = artist.drawn(one.path, notes)
-            found.append(measured(_seen(pictures, prompts, sight), before, training))
+            found.append(measured(_seen(pictures, prompts, recogniser), before, training))
             kept.append(_saved(temporary, f"lora-{place:02}", pictures[: len(prompts.shown)]))
         facts = training_facts(training, before)
         chosen = verdict(found, facts)
@@ -418,17 +418,17 @@ def _thumbnails(run: Path, data: Mapping[str, object]) -> list[Image.Image]:
     return [open_still(path, EDGE) for path in paths if is_own(path, run)]
 
 
-def _seen(pictures: Sequence[Image.Image], prompts: Prompts, sight: Sight) -> Drawn:
+def _seen(pictures: Sequence[Image.Image], prompts: Prompts, recogniser: Recogniser) -> Drawn:
     count = len(prompts.with_trigger)
     more = len(prompts.shown)
     kept = [*pictures[:count], *pictures[more:]]  # with the trigger, noise by noise
     plain = kept[::count]
     asked = [one for place, one in enumerate(kept) if place % count]
-    found = sight.features([*plain, *pictures[count:more]])
+    found = recogniser.features([*plain, *pictures[count:more]])
     without = found[len(plain) :]
     return Drawn(
         plain=found[: len(plain)],
-        asked=sight.asked(prompts.described, asked),
+        wishes=recogniser.wish_scores(prompts.described, asked),
         of_class=without[: len(prompts.of_class)],
         others=without[len(prompts.of_class) :],
     )

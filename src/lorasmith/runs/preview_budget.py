@@ -200,4 +200,4 @@ def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
 
 def different_pairs(samples: Sequence[Sample]) -> list[Sample]:
     """A sample of each image with tensors that are made of pictures."""
-    return list({one.name: one for one in samples if one.conditioning.beside}.values())
+    return list({one.name: one for one in samples if one.conditioning.pictures}.values())

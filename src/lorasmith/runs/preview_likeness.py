@@ -9,7 +9,7 @@ from PIL import Image
 
 from lorasmith.data.clips import open_still
 from lorasmith.evaluation import likeness, measures
-from lorasmith.evaluation.sight import Asked, Sight
+from lorasmith.evaluation.recognition import Recogniser, WishScores
 from lorasmith.report.pictures import Clip, PictureOrClip
 from lorasmith.sampling.generate import clip_of
 from lorasmith.training.events import LikenessMeasured
@@ -24,11 +24,11 @@ class PreviewLikeness:
     Likeness is that of the other prompts' pictures, adherence that of the wishes; of clips, the first frames count.
     """
 
-    def __init__(self, trained: Sequence[Image.Image], sight: Sight, wishes: Sequence[str] = ()) -> None:
-        self._sight, self._wishes = sight, wishes
-        self._trained = sight.features(trained)
+    def __init__(self, trained: Sequence[Image.Image], recogniser: Recogniser, wishes: Sequence[str] = ()) -> None:
+        self._recogniser, self._wishes = recogniser, wishes
+        self._trained = recogniser.features(trained)
         self._own = measures.self_likeness(self._trained)
-        self._base: tuple[float, Asked | None] | None = None  # of the base model
+        self._base: tuple[float, WishScores | None] | None = None  # of the base model
 
     def measured(self, step: int, drawn: Sequence[PictureOrClip], base: Sequence[PictureOrClip]) -> LikenessMeasured:
         """The measures of the pictures of a LoRA after `step` updates, and of the base model's from the same noise."""
@@ -40,12 +40,12 @@ class PreviewLikeness:
         score = learnt if adherence is None else learnt * adherence
         return LikenessMeasured(step=step, likeness=alike, own=self._own, adherence=adherence, score=score)
 
-    def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, Asked | None]:
+    def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, WishScores | None]:
         """Likeness, and what is seen of the wishes."""
         pictures = [one.frames[0] if isinstance(one, Clip) else one for one in drawn]
         plain = len(pictures) - len(self._wishes)
-        alike = measures.likeness(self._sight.features(pictures[:plain]), self._trained)
-        return alike, self._sight.asked(self._wishes, pictures[plain:]) if self._wishes else None
+        alike = measures.likeness(self._recogniser.features(pictures[:plain]), self._trained)
+        return alike, self._recogniser.wish_scores(self._wishes, pictures[plain:]) if self._wishes else None
 
 
 def trained_pictures(plan: Plan) -> list[Image.Image]:

@@ -28,7 +28,7 @@ from lorasmith.data.dataset import Sample
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation import likeness
 from lorasmith.evaluation.evaluation_record import DrawingSettings
-from lorasmith.evaluation.sight import sight_of
+from lorasmith.evaluation.recognition import recogniser_of
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
@@ -76,7 +76,7 @@ def previews_of(
     previewer = Previewer(
         drawn,
         program.prompts,
-        beside=[one.conditioning.beside for one in pairs],
+        pictures=[one.conditioning.pictures for one in pairs],
         seen=[[picture.pixels() for picture in one.seen] for one in pairs],
         load=lambda path, strength: (
             Lora.load(path, base).applied(drawn, None, strength=strength, bypass=in_place or None).denoiser
@@ -122,7 +122,9 @@ def previews_of(
     decoded = _decoded(base, pairs, device)
     measuring = None
     if likeness.is_installed() and not config.consequences().learns_no_subject:
-        measuring = PreviewLikeness(trained_pictures(plan), sight_of(is_built_in=is_built_in(plan)), program.wishes)
+        measuring = PreviewLikeness(
+            trained_pictures(plan), recogniser_of(is_built_in=is_built_in(plan)), program.wishes
+        )
     last = evaluated if most else None
     return RunPreviews(
         previewer.draw, plan, program, folder, host, made_with, decoded, last, measuring, in_place=in_place

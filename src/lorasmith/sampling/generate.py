@@ -132,7 +132,7 @@ def clips(
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
-    negatives = [one.with_beside(positive.beside) for one, positive in zip(negatives, positives, strict=True)]
+    negatives = [one.with_pictures(positive.pictures) for one, positive in zip(negatives, positives, strict=True)]
     first.check_conditionings([*positives, *negatives])
     shapes = [_latent_shape(base, sampling, one) for one in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
@@ -184,12 +184,12 @@ def _encoded(
     device: torch.device | None,
 ) -> tuple[list[Conditioning], list[Conditioning]]:
     encoder = text_encoder or denoiser.base.text_encoder
-    beside, sight = encoded_controls(denoiser.base, controls, sampling, device, mask=mask), denoiser.base.sight
+    given, sight = encoded_controls(denoiser.base, controls, sampling, device, mask=mask), denoiser.base.sight
     seen = [] if sight is None else [_fitted(one, sight.size(*one.size)) for one in controls]
     with encoder.active(device, sees=bool(seen)):
         texts = [prompts] if isinstance(prompts, str) else prompts
         known = {text: encoder.encode(text, seen, sight=sight) for text in dict.fromkeys((*texts, negative))}
-        return [known[text].with_beside(beside) for text in texts], [known[negative]] * len(texts)
+        return [known[text].with_pictures(given) for text in texts], [known[negative]] * len(texts)
 
 
 def encoded_controls(
@@ -227,14 +227,14 @@ def encoded_controls(
             f"{title} edits pictures and needs one, got none; give it as a control, or choose edit none to draw without"
         )
     if not form.are_files:
-        return _beside(model, form, pictures, mask, sampling, device) if pictures else {}
+        return _picture_conditioning(model, form, pictures, mask, sampling, device) if pictures else {}
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
         fitted = (_fitted(one, form.size(*one.size)) for one in pictures)
         return named_controls([to_model(model.autoencoder.encode(one)) for one in fitted])
 
 
-def _beside(
+def _picture_conditioning(
     model: Model,
     form: ControlForm,
     pictures: Sequence[Image.Image],
@@ -256,12 +256,12 @@ def _beside(
     if mask is not None:
         pixels = _fitted(pictures[0], size)
         with model.encodes_pictures(device):
-            return model.beside(pixels, _inside(mask, pictures[0].size, size))
+            return model.picture_inputs(pixels, _inside(mask, pictures[0].size, size))
     pixels = torch.zeros(1, 3, sampling.frames, size[1], size[0])
     for place, one in zip((0, -1), pictures, strict=False):
         pixels[:, :, place] = _fitted(one, size)
     with model.encodes_pictures(device):
-        return model.beside(pixels, form=form.with_frames(len(pictures)))
+        return model.picture_inputs(pixels, form=form.with_frames(len(pictures)))
 
 
 def _fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -305,7 +305,7 @@ def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning | None 
             f"try {latent.whole_frames(max(1, frames))}"
         )
     height, width = defaults.resolution, defaults.resolution
-    given = [] if prompt is None else [one for one in prompt.beside.values() if one.ndim > 3]
+    given = [] if prompt is None else [one for one in prompt.pictures.values() if one.ndim > 3]
     for one in given[:1]:
         height, width = (side * latent.downscale for side in one.shape[-2:])
     sides = {"width": sampling.width or width, "height": sampling.height or height}

@@ -33,7 +33,7 @@ class Previewer:
     """Draws the same prompts from the same noise, with and without a LoRA.
 
     `denoiser` has the run's own LoRAs, and `load` (path, strength) returns it with another on top. `strengths` are
-    those that will be drawn, besides 0; `beside` is `Conditioning.beside` of each prompt, for models that draw from
+    those that will be drawn, besides 0; `pictures` is `Conditioning.pictures` of each prompt, for models that draw from
     pictures, and `seen` the pixels of these that the text encoder sees; `encoder` maps a strength to the text encoder,
     for LoRAs with layers for it; `trained_encoder` (path, strength) to that with the layers of a drawn LoRA, where text
     encoders are trained. `partner` is for models with two experts. Raises ModelError if the model lacks a text encoder
@@ -47,7 +47,7 @@ class Previewer:
         *,
         load: Callable[[Path, float], Denoiser],
         strengths: Sequence[float] = (1.0,),
-        beside: Sequence[Mapping[str, Tensor]] = (),
+        pictures: Sequence[Mapping[str, Tensor]] = (),
         seen: Sequence[Sequence[Tensor]] = (),
         encoder: Callable[[float], TextEncoder] | None = None,
         trained_encoder: Callable[[Path, float], TextEncoder] | None = None,
@@ -62,7 +62,7 @@ class Previewer:
         self.sampling = sampling if sampling.cfg is not None else replace(sampling, cfg=base.defaults.guidance)
         self._denoiser, self._load, self._partner = denoiser, load, partner
         self._device, self._cancelled = device, cancelled
-        self._beside = beside or ({},) * len(self.prompts)
+        self._pictures = pictures or ({},) * len(self.prompts)
         self._trained_encoder = trained_encoder
         ahead = () if trained_encoder else strengths
         self._shown = [*zip(self.prompts, seen or ((),) * len(self.prompts), strict=True)]
@@ -91,7 +91,7 @@ class Previewer:
 
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:
         encoded, negatives = self._encoded[strength]
-        positives = [one.with_beside(beside) for one, beside in zip(encoded, self._beside, strict=True)]
+        positives = [one.with_pictures(given) for one, given in zip(encoded, self._pictures, strict=True)]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
         drawn = clips(drawing, positives, negatives, self.sampling, device=self._device, cancelled=self._cancelled)
         return [clip if len(clip.frames) > 1 else clip.frames[0] for clip in drawn]

@@ -221,7 +221,7 @@ class TokenizerSource:
     # vocabularies in this file, uint8, by the names in `EMBEDDED`
     embedded: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def beside(self, *names: str) -> Path | None:
+    def sibling(self, *names: str) -> Path | None:
         """The first of the files that lies beside the encoder's."""
         if self.file is None:
             return None
@@ -278,11 +278,11 @@ def tekken_tokenizer(source: TokenizerSource) -> Any:
     Its vocabulary is a file `tekken.json` beside the encoder's, bytes inside the encoder's file, or that of the package
     `mistral-common`.
     """
-    if (beside := source.beside("tekken.json")) is not None:
+    if (own := source.sibling("tekken.json")) is not None:
         try:
-            return _tekken(read_regular(beside), str(beside))
+            return _tekken(read_regular(own), str(own))
         except OSError as error:
-            raise ModelError(f"{beside} cannot be read ({error.strerror}); get the file again") from error
+            raise ModelError(f"{own} cannot be read ({error.strerror}); get the file again") from error
     if (embedded := source.embedded.get("tekken_model")) is not None:
         return _tekken(embedded.numpy().tobytes(), f"the vocabulary inside {source.file}")
     if importlib.util.find_spec("mistral_common") is not None:
@@ -297,7 +297,7 @@ def tekken_tokenizer(source: TokenizerSource) -> Any:
 
 
 def spiece_tokenizer(
-    source: TokenizerSource, *, beside: str, rows: int, adds_bos: bool = False, adds_eos: bool = False
+    source: TokenizerSource, *, file_name: str, rows: int, adds_bos: bool = False, adds_eos: bool = False
 ) -> Any:
     """The tokenizer of a SentencePiece model, Unigram or BPE, with SentencePiece's own ids.
 
@@ -305,7 +305,7 @@ def spiece_tokenizer(
     """
     from lorasmith.families.parts.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    where, data = _spiece(source, beside)
+    where, data = _spiece(source, file_name)
     try:
         tokenizer = SentencePieceTokenizer(data, adds_bos=adds_bos, adds_eos=adds_eos)
     except (RuntimeError, ValueError) as error:
@@ -319,7 +319,7 @@ def spiece_tokenizer(
     return tokenizer
 
 
-def _spiece(source: TokenizerSource, beside: str) -> tuple[str, bytes]:
+def _spiece(source: TokenizerSource, file_name: str) -> tuple[str, bytes]:
     """Where the SentencePiece model of an encoder is, and its content; ModelError if there is none."""
     if (embedded := source.embedded.get("spiece_model")) is not None:
         where = f"the vocabulary inside {source.file}"
@@ -329,14 +329,14 @@ def _spiece(source: TokenizerSource, beside: str) -> tuple[str, bytes]:
                 f"{dtype_name(embedded.dtype)}; get the file again"
             )
         return where, embedded.numpy().tobytes()
-    if (file := source.beside(beside)) is not None:
+    if (file := source.sibling(file_name)) is not None:
         try:
             return str(file), read_regular(file, at_most=_MAX_SPIECE_BYTES)
         except OSError as error:
             raise ModelError(f"{file} cannot be read ({error.strerror}); get the file again") from error
     raise ModelError(
-        f"{source.file or 'the text encoder'} needs a vocabulary, which it does not hold; put {beside} beside it, or "
-        "use ComfyUI's version of the file"
+        f"{source.file or 'the text encoder'} needs a vocabulary, which it does not hold; put {file_name} beside it, "
+        "or use ComfyUI's version of the file"
     )
 
 

@@ -195,7 +195,7 @@ for _kind in (
         prefixes=("model.", ""),
         head_width=256,
         has_output_norms=True,
-        vocabulary=lambda source, rows: spiece_tokenizer(source, beside="tokenizer.model", rows=rows, adds_bos=True),
+        vocabulary=lambda source, rows: spiece_tokenizer(source, file_name="tokenizer.model", rows=rows, adds_bos=True),
         settings={"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 8192},
         # Other implementations of attention ignore the cap of `attention_capped`.
         always={"attn_implementation": "eager"},
@@ -369,7 +369,7 @@ class T5Encoder(EncoderKind):
 
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         if self._is_umt5:
-            return spiece_tokenizer(source, beside="spiece.model", rows=rows, adds_eos=True)
+            return spiece_tokenizer(source, file_name="spiece.model", rows=rows, adds_eos=True)
         if self.name == "byt5_small":
             from transformers import ByT5Tokenizer
 

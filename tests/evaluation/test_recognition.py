@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from benchmarks.quality.subjects import drawing
 from lorasmith.core.errors import OptionError
 from lorasmith.evaluation import likeness, sight
-from lorasmith.evaluation.clip_model import Clip
-from lorasmith.evaluation.sight import ClipSight, DrawingSight, Sight, sight_of
+from lorasmith.evaluation.clip_model import ClipModel
+from lorasmith.evaluation.recognition import ClipRecogniser, DrawingRecogniser, Recogniser, recogniser_of
 from lorasmith.evaluation.wishes import BACKGROUNDS, BUILT_IN_WISHES, STYLES
 from lorasmith.formats.container import read_safetensors
 from tests.small_clip import small_clip
@@ -36,7 +36,7 @@ def test_the_judge_recognises_what_drawings_were_asked_for() -> None:
     """Of a fox, each set's drawing on each background, by its own words and by others."""
     drawn = [(words, place, drawing("fox", one, place)) for one, words in STYLES.items() for place in BACKGROUNDS]
     pictures = [one for _, _, one in drawn]
-    judge = DrawingSight()
+    judge = DrawingRecogniser()
 
     def followed(wishes: list[str]) -> torch.Tensor:
         found = judge.followed(wishes, pictures)
@@ -58,7 +58,7 @@ def test_the_judge_recognises_what_drawings_were_asked_for() -> None:
 
 def test_features_of_drawings_are_both_alike() -> None:
     fox, other, rocket = (drawing(*one, "white") for one in (("fox", "noto"), ("fox", "twemoji"), ("rocket", "noto")))
-    found = DrawingSight().features([fox, other, rocket])
+    found = DrawingRecogniser().features([fox, other, rocket])
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     alike = found @ found.T
     assert alike[0, 1] > alike[0, 2]
@@ -73,18 +73,18 @@ def _judged(pictures: list[Image.Image]) -> torch.Tensor:
 
 def test_image_features_cannot_tell_a_wish_alone() -> None:
     pictures = [drawing("fox", one, "white") for one in STYLES]
-    seen = Sight().asked(["one", "two"], pictures)
+    seen = Recogniser().wish_scores(["one", "two"], pictures)
     assert seen.followed is None and seen.features.shape[:2] == seen.colours.shape[:2] == (2, 2)
     assert torch.equal(seen.features[1, 0], by_colour(pictures[2:3])[0]), "the wishes of each noise in turn"
 
 
 def test_who_looks_at_a_models_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert type(sight_of(is_built_in=True)) is DrawingSight
-    assert type(sight_of(is_built_in=False)) is Sight
+    assert type(recogniser_of(is_built_in=True)) is DrawingRecogniser
+    assert type(recogniser_of(is_built_in=False)) is Recogniser
     monkeypatch.setattr(sight, "BUILT_IN_JUDGE", tmp_path / "judge.safetensors")
-    assert type(sight_of(is_built_in=True)) is Sight, "an older built-in model comes without a judge"
+    assert type(recogniser_of(is_built_in=True)) is Recogniser, "an older built-in model comes without a judge"
     with pytest.raises(OptionError, match="must be a folder of a CLIP as transformers saves it"):
-        sight_of(is_built_in=False, clip=tmp_path)
+        recogniser_of(is_built_in=False, clip=tmp_path)
 
 
 def cut(folder: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_is_no_whole_clip_is_refused(tmp_path: Path, damage: Callable[[Path
     """And no pictures are judged by random weights."""
     damage(small_clip(tmp_path))
     with pytest.raises(OptionError, match="must be a folder of a CLIP as transformers saves it"):
-        Clip(tmp_path)
+        ClipModel(tmp_path)
 
 
 def test_a_clip_chooses_among_the_wishes(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_a_clip_chooses_among_the_wishes(tmp_path: Path) -> None:
     folder = small_clip(tmp_path)
     pictures = [drawing("fox", one, place) for one, place in zip(STYLES, ("red", "blue", "white", "pink"), strict=True)]
     wishes = ["on a beach", "at sunset"] * 2
-    found = ClipSight(folder).followed(wishes, pictures)
+    found = ClipRecogniser(folder).followed(wishes, pictures)
     assert found is not None
-    clip = Clip(folder)
+    clip = ClipModel(folder)
     inputs = clip._tokenizer(wishes[:2], padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = clip._model(**inputs, **clip._processor(images=pictures, return_tensors="pt")).logits_per_image

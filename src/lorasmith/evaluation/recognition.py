@@ -1,4 +1,4 @@
-"""What looks at pictures, to say how alike two are and whether one shows what was asked for."""
+"""Recognisers: features of pictures, by which two are compared, and whether a picture shows a wish."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.folders import BUILT_IN_JUDGE
 from lorasmith.evaluation import likeness, measures
-from lorasmith.evaluation.clip_model import Clip
+from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.evaluation.judge import Judge, background_of, tensors
 from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
 
@@ -25,14 +25,14 @@ _FULFILLED = 0.5  # probability of a wish in the base model's picture, from whic
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is seen in pictures of the trigger with a wish each, from each of some noises."""
+class WishScores:
+    """Features, colours and probabilities of pictures of the trigger with a wish each, from several noises."""
 
     features: Tensor  # (noises, wishes, features)
     colours: Tensor  # (noises, wishes, colours)
     followed: Tensor | None  # (noises, wishes), the probability of each wish; None if unknown
 
-    def adherence(self, base: Asked) -> float | None:
+    def adherence(self, base: WishScores) -> float | None:
         """How surely wishes are recognised, by the base model's pictures of them: from 0 to 1; None if unknown.
 
         Those count which the base model fulfils from the same noise. Where a picture alone does not tell, they are
@@ -46,7 +46,7 @@ class Asked:
         return statistics.fmean(one or 0.0 for one in found) if found[0] is not None else None
 
 
-class Sight:
+class Recogniser:
     """Image features, which know no text."""
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -57,22 +57,22 @@ class Sight:
         """Probability that each picture shows its wish, (N,); None if unknown."""
         return None
 
-    def asked(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> Asked:
-        """What is seen in pictures of all wishes from each noise in turn."""
+    def wish_scores(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> WishScores:
+        """The scores of pictures of all wishes, from each noise in turn."""
         shape = (len(pictures) // len(wishes), len(wishes))
         followed = self.followed([*wishes] * shape[0], pictures)
-        return Asked(
+        return WishScores(
             features=self.features(pictures).unflatten(0, shape),
             colours=likeness.colours(pictures).unflatten(0, shape),
             followed=None if followed is None else followed.unflatten(0, shape),
         )
 
 
-class ClipSight(Sight):
+class ClipRecogniser(Recogniser):
     """A CLIP, which says by which of the wishes a picture is best described."""
 
     def __init__(self, folder: Path) -> None:
-        self._clip = Clip(folder)
+        self._clip = ClipModel(folder)
 
     def followed(self, wishes: Sequence[str], pictures: Sequence[Image.Image]) -> Tensor | None:
         different = [*dict.fromkeys(wishes)]
@@ -81,7 +81,7 @@ class ClipSight(Sight):
         return scores.softmax(1).gather(1, own[:, None])[:, 0]
 
 
-class DrawingSight(Sight):
+class DrawingRecogniser(Recogniser):
     """The judge of the built-in model's drawings beside image features; alone it is worse on photos."""
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -108,8 +108,8 @@ def _judge() -> Judge:
     return Judge.load()
 
 
-def sight_of(*, is_built_in: bool, clip: Path | None = None) -> Sight:
-    """What looks at a model's pictures; `clip` is a folder of a CLIP of transformers."""
+def recogniser_of(*, is_built_in: bool, clip: Path | None = None) -> Recogniser:
+    """The recogniser of a model's pictures; `clip` is a folder of a CLIP of transformers."""
     if clip is not None:
-        return ClipSight(clip)
-    return DrawingSight() if is_built_in and BUILT_IN_JUDGE.is_file() else Sight()
+        return ClipRecogniser(clip)
+    return DrawingRecogniser() if is_built_in and BUILT_IN_JUDGE.is_file() else Recogniser()
