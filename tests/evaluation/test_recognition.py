@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from benchmarks.quality.subjects import drawing
 from lorasmith.core.errors import OptionError
-from lorasmith.evaluation import likeness, sight
+from lorasmith.evaluation import likeness, recognition
 from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.evaluation.recognition import ClipRecogniser, DrawingRecogniser, Recogniser, recogniser_of
 from lorasmith.evaluation.wishes import BACKGROUNDS, BUILT_IN_WISHES, STYLES
@@ -67,7 +67,7 @@ def test_features_of_drawings_are_both_alike() -> None:
 
 
 def _judged(pictures: list[Image.Image]) -> torch.Tensor:
-    shown = F.normalize(sight._judge().shown(sight.tensors(pictures)), dim=1)
+    shown = F.normalize(recognition._judge().shown(recognition.tensors(pictures)), dim=1)
     return shown @ shown.T
 
 
@@ -81,7 +81,7 @@ def test_image_features_cannot_tell_a_wish_alone() -> None:
 def test_who_looks_at_a_models_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert type(recogniser_of(is_built_in=True)) is DrawingRecogniser
     assert type(recogniser_of(is_built_in=False)) is Recogniser
-    monkeypatch.setattr(sight, "BUILT_IN_JUDGE", tmp_path / "judge.safetensors")
+    monkeypatch.setattr(recognition, "BUILT_IN_JUDGE", tmp_path / "judge.safetensors")
     assert type(recogniser_of(is_built_in=True)) is Recogniser, "an older built-in model comes without a judge"
     with pytest.raises(OptionError, match="must be a folder of a CLIP as transformers saves it"):
         recogniser_of(is_built_in=False, clip=tmp_path)
