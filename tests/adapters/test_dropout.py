@@ -121,30 +121,17 @@ def test_the_mask_multiplies_the_inner_dimension(case: LayerCase) -> None:
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_left_out_is_the_frozen_one() -> None:
-    case = LAYERS["linear"]
-    model, x = case.model(), case.input()
-    adapter = LoraAdapter.create(
-        FrozenLayer(model.get_submodule("layer")), rank=3, alpha=2.0, seed=0, path="layer", zero="up"
-    )
+def test_a_layer_left_out_is_the_frozen_one_and_tokens_may_come_before_samples() -> None:
+    model, x = LAYERS["linear"].model(), torch.randn(4, 7, 48)
+    layer = FrozenLayer(model.get_submodule("layer"))
+    adapter = LoraAdapter.create(layer, rank=3, alpha=2.0, seed=0, path="layer", zero="up")
     randomised(adapter)
-    frozen = model(x)
-    dropout = masked({"layer": adapter}, module=0.5)
-    with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(torch.zeros(len(x), 3)):
-        assert torch.equal(model(x), frozen)
-
-
-def test_tokens_may_come_before_samples() -> None:
-    case = LAYERS["linear"]
-    model = case.model()
-    adapter = LoraAdapter.create(
-        FrozenLayer(model.get_submodule("layer")), rank=3, alpha=2.0, seed=0, path="layer", zero="up"
-    )
-    randomised(adapter)
-    x, masks = torch.randn(4, 7, 48), torch.rand(4, 3)
-    dropout = masked({"layer": adapter}, rank=0.5)
-    with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(masks):
-        torch.testing.assert_close(model(x.transpose(0, 1)), model(x).transpose(0, 1))
+    frozen, dropout = model(x), masked({"layer": adapter}, rank=0.5)
+    with adapters_attached(model, [Attached({"layer": adapter})]):
+        with dropout.masks_applied(torch.zeros(4, 3)):
+            assert torch.equal(model(x), frozen)
+        with dropout.masks_applied(torch.rand(4, 3)):
+            torch.testing.assert_close(model(x.transpose(0, 1)), model(x).transpose(0, 1))
 
 
 def test_a_layer_whose_input_does_not_begin_with_the_batch_is_refused() -> None:

@@ -28,27 +28,14 @@ def randoms(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def test_files_of_old_have_each_pair_the_other_way_round() -> None:
+def test_pairs_may_be_the_other_way_round_and_kernels_flat_in_files() -> None:
     layer = nn.Linear(6, 8)
     new = randoms(a1=(6, 2), a2=(2, 6), b1=(8, 2), b2=(2, 6))
     old = {"a1": new["a2"], "a2": new["a1"], "b1": new["b2"], "b2": new["b1"]}
-    merged = [
-        GloraAdapter.from_weights(AdapterWeights("glora", tensors, 1.0), FrozenLayer(layer)).merged(layer.weight)
-        for tensors in (new, old)
-    ]
-
-    assert torch.equal(*merged)
-
-
-def test_kernels_may_be_flat_in_files() -> None:
-    layer = nn.Conv2d(6, 8, 3)
+    read = [GloraAdapter.from_weights(AdapterWeights("glora", one, 1.0), FrozenLayer(layer)) for one in (new, old)]
+    assert torch.equal(*(one.merged(layer.weight) for one in read))
     tensors = randoms(a1=(6, 2, 1, 1), a2=(2, 6), b1=(8, 2), b2=(2, 54))
-    weights = GloraAdapter.from_weights(AdapterWeights("glora", tensors), FrozenLayer(layer)).to_weights()
-
-    assert {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()} == {
-        "a1": (6, 2, 1, 1),
-        "a2": (2, 6, 1, 1),
-        "b1": (8, 2, 1, 1),
-        "b2": (2, 6, 3, 3),
-    }
-    assert weights.alpha == 2
+    conv = GloraAdapter.from_weights(AdapterWeights("glora", tensors), FrozenLayer(nn.Conv2d(6, 8, 3))).to_weights()
+    shapes = {"a1": (6, 2, 1, 1), "a2": (2, 6, 1, 1), "b1": (8, 2, 1, 1), "b2": (2, 6, 3, 3)}
+    assert {name: tuple(tensor.shape) for name, tensor in conv.tensors.items()} == shapes
+    assert conv.alpha == 2

@@ -127,16 +127,23 @@ def test_where_memory_runs_out_a_step_is_repeated(
     assert [event.micro_batch for event in heard if isinstance(event, Shrunk)] == [1]
 
 
-@pytest.mark.parametrize("settings", [{}, {"compile": True}], ids=["plain", "compiled"])
-@pytest.mark.parametrize("text", [LOST[0], *(pytest.param(one, marks=pytest.mark.slow) for one in LOST[1:])])
-def test_after_an_illegal_access_nothing_is_repeated(
+ENDS = [(LOST[0], {}), (LOST[0], {"compile": True}), (FAILED[0], {})]
+ENDS += [pytest.param(text, {}, marks=pytest.mark.slow) for text in (*LOST[1:], *FAILED[1:])]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("text", "settings"), ENDS)
+def test_other_failures_of_the_gpu_end_the_run_in_a_sentence(
     tiny: Model, dataset: EncodedDataset, failing: Failing, text: str, settings: dict[str, Any]
 ) -> None:
-    sizes = failing(text)
-    with pytest.raises(TrainingError, match=r"the GPU must finish step 1, .*; run the same command again") as error:
-        run(tiny, dataset, [], **settings)
+    sizes, heard = failing(text), list[Event]()
+    ends = "the GPU must finish step 1, .*; run the same command again"
+    with pytest.raises(
+        TrainingError, match=ends if text in LOST else "the GPU's libraries must compute step 1, but failed"
+    ) as error:
+        run(tiny, dataset, heard, **settings)
     assert sizes == [2]
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and isinstance(error.value.__cause__, RuntimeError)
+    assert settings or not [event for event in heard if isinstance(event, Shrunk | Warned)]
 
 
 def test_runs_that_train_together_repeat_nothing_either(
@@ -155,19 +162,6 @@ def test_runs_that_train_together_repeat_nothing_either(
     for result in results:
         assert isinstance(result, TrainingError)
         assert str(result).startswith("the GPU must finish step 1")
-
-
-@pytest.mark.parametrize("text", [FAILED[0], *(pytest.param(one, marks=pytest.mark.slow) for one in FAILED[1:])])
-def test_other_failures_of_the_gpu_are_one_sentence(
-    tiny: Model, dataset: EncodedDataset, failing: Failing, text: str
-) -> None:
-    sizes, heard = failing(text), list[Event]()
-    with pytest.raises(TrainingError, match=r"the GPU's libraries must compute step 1, but failed") as error:
-        run(tiny, dataset, heard)
-    assert sizes == [2]
-    assert "\n" not in str(error.value)
-    assert not [event for event in heard if isinstance(event, Shrunk | Warned)]
-    assert isinstance(error.value.__cause__, RuntimeError)
 
 
 def test_a_fault_of_torch_itself_is_no_failure_of_the_gpu(

@@ -68,12 +68,8 @@ def test_memory_is_full_if_nothing_is_free_or_the_process_has_more_than_there_is
     assert bool(warnings([1.0] * 6 + [5.0])) == is_full
 
 
-@pytest.mark.parametrize("seconds", [[1.0] * 6 + [1.9], [1.0] * 4 + [5.0]], ids=["not twice", "too few before"])
-def test_steps_of_usual_time_say_nothing(card: Card, seconds: list[float]) -> None:
-    assert warnings(seconds) == []
-
-
-def test_each_size_has_a_time_of_its_own(card: Card) -> None:
+def test_steps_of_usual_time_for_their_size_say_nothing(card: Card) -> None:
+    assert warnings([1.0] * 6 + [1.9]) == warnings([1.0] * 4 + [5.0]) == []  # not twice; too few before
     check = SpillCheck(GPU)
     assert not any(check.warning(step, size, time) for step in range(9) for size, time in (("512", 1.0), ("1024", 4.0)))
 

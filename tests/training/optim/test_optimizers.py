@@ -84,32 +84,20 @@ def same(one: tuple[dict[str, Tensor], Any], other: tuple[dict[str, Tensor], Any
 
 
 def test_the_state_holds_all_that_the_next_steps_depend_on(name: str) -> None:
-    whole = Run(name).take(range(5))
-    stored, master = whole.stored(), whole.flat.master.clone()
-    assert all(type(tensor) is Tensor for tensor in stored[0].values())
-    again = Run(name)
-    again.flat.master.copy_(master)
-    again.optimizer.load(*stored)
-    assert torch.equal(again.flat.master, master)
-    assert same(again.stored(), stored)
-    whole.take(range(5, 10))
-    again.take(range(5, 10))
-    assert torch.equal(again.flat.master, whole.flat.master)
-    assert same(again.stored(), whole.stored())
-    assert not torch.equal(master, whole.flat.master)
-
-
-def test_a_run_goes_back_to_a_state_of_its_own(name: str) -> None:
-    run = Run(name)
+    """For an optimizer that is made again, and for one that goes back to a state of its own, or to its start."""
+    run, again = Run(name), Run(name)
     start, first = run.stored(), run.flat.master.clone()
-    run.take(range(3))
-    middle, master = run.stored(), run.flat.master.clone()
+    stored, master = run.take(range(3)).stored(), run.flat.master.clone()
     end = run.take(range(3, 6)).flat.master.clone()
-    for state, weights, steps in ((middle, master, range(3, 6)), (start, first, range(6))):
-        run.flat.master.copy_(weights)
-        run.optimizer.load(*state)
-        assert same(run.stored(), state)
-        assert torch.equal(run.take(steps).flat.master, end)
+    assert all(type(tensor) is Tensor for tensor in stored[0].values())
+    assert not torch.equal(master, end)
+    loads = ((again, stored, master, range(3, 6)), (run, stored, master, range(3, 6)), (run, start, first, range(6)))
+    for one, state, weights, steps in loads:
+        one.flat.master.copy_(weights)
+        one.optimizer.load(*state)
+        assert torch.equal(one.flat.master, weights) and same(one.stored(), state)
+        assert torch.equal(one.take(steps).flat.master, end)
+    assert same(again.stored(), run.stored())
 
 
 def test_a_step_that_may_not_proceed_changes_nothing(name: str) -> None:
@@ -150,6 +138,7 @@ def test_state_that_arguments_add_is_stored_and_gated(name: str, arguments: str)
 
 
 def test_groups_learn_at_their_rates(name: str) -> None:
+    check_optimizer(name, weight_decay=0.01, rates=(1e-3,) if name in ONE_RATE else (1e-3, 1e-2))
     if name in ONE_RATE:
         pytest.skip("has one rate for everything")
     fast, slow = {"up": 1e-2, "down": 1e-2}, {"conv": 3e-3, "bias": 3e-3}
@@ -256,14 +245,6 @@ def test_a_schedule_free_average_is_seen_within_and_gone_afterwards() -> None:
     assert torch.equal(run.take(range(6, 8)).flat.master, Run("ScheduleFree").take(range(8)).flat.master)
 
 
-def test_evaluating_is_nothing_to_the_others() -> None:
-    run = Run("AdamW").take(range(2))
-    before = run.flat.master.clone()
-    with run.optimizer.evaluation_weights():
-        assert torch.equal(run.flat.master, before)
-    assert torch.equal(run.flat.master, before)
-
-
 def test_the_state_of_another_optimizer_is_refused() -> None:
     stored = Run("AdamW").take(range(1)).stored()
     with pytest.raises(TrainingError, match="must be of the same optimizer and layers"):
@@ -283,10 +264,6 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 def test_what_cannot_be_stored_is_refused_at_the_start(name: str, arguments: str | None, sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence):
         check_optimizer(name, weight_decay=0.01, arguments=arguments)
-
-
-def test_those_there_are_pass_the_check(name: str) -> None:
-    check_optimizer(name, weight_decay=0.01, rates=(1e-3,) if name in ONE_RATE else (1e-3, 1e-2))
 
 
 def test_one_rate_for_all_is_said() -> None:

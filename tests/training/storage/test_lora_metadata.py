@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -97,13 +96,9 @@ def test_pictures_of_the_class_are_regularisation_images(tiny: Model) -> None:
     assert "lion" not in found["ss_tag_frequency"]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_a_warm_up_is_said_whatever_the_schedule(tiny: Model, schedule: str) -> None:
-    assert metadata(tiny, schedule=schedule, warmup_steps=20)["ss_lr_warmup_steps"] == "20"
-
-
 def test_other_algorithms_and_variants_name_lycoris(tiny: Model) -> None:
-    found = metadata(tiny, algorithm="LoHa")
+    found = metadata(tiny, algorithm="LoHa", schedule="cosine", warmup_steps=20, steps=17)
+    assert (found["ss_lr_warmup_steps"], steps_of(found, "x")) == ("20", 17)
     assert found["ss_network_module"] == "lycoris.kohya"
     assert json.loads(found["ss_network_args"]) == {"algo": "loha"}
     found = metadata(tiny, dora="output", rslora=True)
@@ -120,11 +115,6 @@ def test_private_metadata_has_no_caption_and_no_settings(tiny: Model) -> None:
     assert not {"ss_tag_frequency", "lorasmith.config", "lorasmith.run", "modelspec.tags"} & private.keys()
     assert private["modelspec.trigger_phrase"] == "sks dog"
     assert {"ss_seed", "ss_network_dim", "modelspec.architecture"} <= private.keys()
-
-
-@pytest.mark.parametrize("steps", [0, 17, 10**6])
-def test_own_metadata_gives_the_steps(tiny: Model, steps: int) -> None:
-    assert steps_of(metadata(tiny, steps=steps), "x") == steps
 
 
 def test_the_base_models_hashes_are_known_after_a_while_and_those_of_other_models_are_empty(tmp_path: Path) -> None:
