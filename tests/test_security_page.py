@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import re
-import shlex
 import shutil
 import sqlite3
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,41 +16,23 @@ import pytest
 import torch
 
 from lorasmith.cli.main import main
-from lorasmith.core.errors import DataError, GraphError, LorasmithError, ModelError, OptionError
-from lorasmith.core.folders import Folders, read_extra_model_paths
-from lorasmith.data.captioners import transformers_captioner
-from lorasmith.data.clips import open_video
-from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.folders import Folders
 from lorasmith.data.encoding_cache import EncodingCache, key_of
-from lorasmith.data.folder import scan_folder, scan_sources
-from lorasmith.data.saved_samples import read_comfyui_dataset, read_samples
-from lorasmith.evaluation.clip_model import ClipModel
-from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.embeddings import EmbeddingFiles
-from lorasmith.families.parts.encoders import folder_tokenizer
 from lorasmith.formats.lora_file import load_lora
 from lorasmith.nodes import load_nodes
-from lorasmith.runs import sweep_launch
-from lorasmith.runs.command_lines import command_line
 from lorasmith.runs.queue import JobStore, StoreError
 from lorasmith.runs.recorded_run import read_run_file
 from lorasmith.runs.run import run as train
 from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_page import report_of, write_report
-from lorasmith.runs.sweep_file import read_sweep
-from lorasmith.runs.sweep_launch import submit_to_slurm
 from lorasmith.server.jobs import sweep_answers
 from lorasmith.training.config import settings_from_file
 from lorasmith.training.events import Outcome, RunFinished
-from lorasmith.training.storage.run_states import load_state
-from lorasmith.workflow import parse_workflow
-from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
-from tests.data.video_cases import movie
-from tests.fuzz.mutators import two_directories, with_entry
 from tests.hosts import Audience
 from tests.runs.folder_cases import pictures, planned, with_metadata, with_record
-from tests.small_clip import small_clip
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -171,33 +150,11 @@ def lora(tmp_path: Path, tiny: Model) -> None:
             load_lora(tmp_path / name, tiny.names)
 
 
-def state(tmp_path: Path, run: Path) -> None:
-    path = next((run / "states").iterdir())
-    copy = Path(shutil.copy(path, tmp_path))
-    content = bytearray(copy.read_bytes())
-    content[-7] ^= 1
-    copy.write_bytes(content)
-    with pytest.raises(LorasmithError, match="must have the bytes that were written"):
-        load_state(copy)
-
-
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "settings.toml"
-    path.write_text('track = "wandb"\n')
-    assert read_run_file(path).trusted().config.track == "none"
+def settings(tmp_path: Path) -> None:
     for name in CODE:
-        path.write_text(f'{name} = "antigravity:X"\n')
+        (tmp_path / "settings.toml").write_text(f'{name} = "antigravity:X"\n')
         with pytest.raises(OptionError, match="importing it would run code"):
-            read_run_file(path).trusted()
-    path.write_text(
-        'model = "lorasmith-tiny"\nsources = "photos"\noutput = "a\\"\\n touch ran"\n[grid]\nrank = [1, 2]\n'
-    )
-    sweep = read_sweep(path)
-    monkeypatch.setattr(sweep_launch.shutil, "which", lambda name: name)
-    monkeypatch.setattr(sweep_launch.subprocess, "run", lambda *_, **__: pytest.fail("a name left for sbatch"))
-    assert sweep.output is not None
-    with pytest.raises(OptionError, match="must have no control characters"):
-        submit_to_slurm([1], sweep.output, ["lorasmith"], [])
+            read_run_file(tmp_path / "settings.toml").trusted()
 
 
 def report(tmp_path: Path) -> None:
@@ -216,173 +173,21 @@ def report(tmp_path: Path) -> None:
         write_report(folder)
 
 
-def checkpoint(tmp_path: Path) -> None:
-    for name in ("m.ckpt", "m.safetensors", "m.gguf"):
-        (tmp_path / name).write_bytes(pickle.dumps(Ran()))
-        with pytest.raises(ModelError):
-            load_model(tmp_path / name)
-    torch.save({"a": Ran()}, tmp_path / "m.pt")
-    with pytest.raises(ModelError, match="pickled"):
-        load_model(tmp_path / "m.pt")
-    size = struct.pack("<Q1sI2QIQ", 1, b"t", 2, 2**33, 2**31, 0, 0)
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + size)
-    with pytest.raises(ModelError, match="its tensors end at byte"):
-        load_model(tmp_path / "m.gguf")
-
-
 def embedding(tmp_path: Path) -> None:
-    folder = tmp_path / "embeddings"
-    folder.mkdir()
-    torch.save({"string_to_param": {"*": Ran()}}, folder / "a.pt")
-    (folder / "b.bin").write_bytes(pickle.dumps(Ran()))
-    files = EmbeddingFiles(Folders.of("embeddings", folder))
-    torch.save({"string_to_param": {"*": torch.ones(1, 2)}}, folder / "good.pt")
-    good = (folder / "good.pt").read_bytes()
-    deep = with_entry(good, "data.pkl", b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.")  # it ends torch's own process
-    (folder / "c.pt").write_bytes(deep)
-    (folder / "d.pt").write_bytes(two_directories(deep, good))
-    (folder / "e.pt").write_bytes(two_directories(good, deep))
-    for name in ("a", "b", "c"):
-        with pytest.raises(ModelError):
-            files.find(name)
-    for name in ("d", "e"):
-        with contextlib.suppress(ModelError):  # which of the two is read depends on the version of Python
-            assert list(files.find(name) or ()) == ["string_to_param"]
+    (tmp_path / "embeddings").mkdir()
+    files = EmbeddingFiles(Folders.of("embeddings", tmp_path / "embeddings"))
     (tmp_path / "secret.safetensors").write_bytes(b"")
     for name in ("../secret", str(tmp_path / "secret"), "x/../../secret", "..\\secret", "\0"):
         assert files.find(name) is None
 
 
-def diffusers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "raise SystemExit('code of a folder was run')"
-    (tmp_path / "evil.py").write_text(code)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nor is it asked
-    with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read"):
-        folder_tokenizer(tmp_path)
-
-
 def workflow(tmp_path: Path) -> None:
-    folders = Folders(tmp_path)
     inputs = {one.name: one for one in load_nodes()["TrainLoraNode"].inputs}
     for name in CODE:
         with pytest.raises(OptionError, match=f"{name} must be one of"):
-            inputs[name].check("antigravity:X", folders)
+            inputs[name].check("antigravity:X", Folders(tmp_path))
         with pytest.raises(OptionError, match="importing it would run code"):
             settings_from_file({name: "antigravity:X"})
-    for name in ("../../etc/passwd", "/etc/passwd", "owner/name"):
-        with pytest.raises(LorasmithError):
-            folders.find("checkpoints", name)
-        with pytest.raises(LorasmithError):
-            folders.find_input(name)
-    for door in (folders.numbered, folders.new_dataset, folders.find_dataset):
-        with pytest.raises(LorasmithError, match="must stay inside"):
-            door("../../x")
-    for place in ("input/out", "datasets/out"):
-        (tmp_path / place).parent.mkdir()
-        (tmp_path / place).symlink_to(tmp_path.parent)
-    for find in (folders.find_input_folder, folders.find_dataset):
-        with pytest.raises(DataError, match="is a link out of it; copy it there, or type --follow-links"):
-            find("out")
-    doubling = [
-        {"id": str(key), "nodes": [{"id": place, "type": str(key + 1)} for place in range(2)], "links": []}
-        for key in range(40)
-    ]
-    with pytest.raises(GraphError, match="at most 50,000 nodes"):
-        parse_workflow(json.dumps({"nodes": [{"id": 1, "type": "0"}], "definitions": {"subgraphs": doubling}}))
-
-
-def dataset(tmp_path: Path) -> None:
-    torch.save({"latents": [{"samples": Ran()}], "conditioning": []}, tmp_path / "shard_0000.pkl")
-    with pytest.raises(DataError, match="could run code"):
-        read_comfyui_dataset(tmp_path)
-    (tmp_path / "shard_0000.pkl").write_bytes(pickle.dumps(Ran()))
-    with pytest.raises(DataError, match="cannot be read"):
-        read_comfyui_dataset(tmp_path)
-    index = {"format": "lorasmith.training_dataset", "version": 1, "latents": [], "conditioning": [], "prompts": []}
-    (tmp_path / "index.json").write_text(json.dumps({**index, "shards": ["../secret.safetensors"]}))
-    with pytest.raises(DataError, match="must name its shards"):
-        read_samples(tmp_path)
-
-
-def videos(tmp_path: Path) -> None:
-    pytest.importorskip("av")
-    (tmp_path / "a.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n")
-    with pytest.raises(DataError, match="must be a video that can be read"):
-        open_video(tmp_path / "a.mp4")
-    content = movie(tmp_path / "b.avi", 3).read_bytes()
-    at = content.index(b"strh") + 40
-    (tmp_path / "b.avi").write_bytes(content[:at] + (9_999_999).to_bytes(4, "little") + content[at + 4 :])
-    with pytest.raises(DataError, match="must have 1 to 10,000,000 frames, got 9,999,999"):
-        open_video(tmp_path / "b.avi")
-
-
-def captions(tmp_path: Path) -> None:
-    photos, secret = tmp_path / "photos", tmp_path / "secret.txt"
-    for name in ("1.png", "2.png", "3.png"):
-        picture(photos / name, name, (200, 0, 0))
-    secret.write_text("secret")
-    (photos / "1.txt").symlink_to(secret)
-    (photos / "2.mask.png").symlink_to(picture(tmp_path / "4.png", "secret", (0, 200, 0)))
-    (photos / "4.png").symlink_to(tmp_path / "4.png")
-    scan = scan_folder(photos, DataConfig(masks="files"))
-    assert [one.path.name for one in scan.images] == ["3.png"] and "secret" not in repr(scan.images)
-    assert all("--follow-links" in reason for _, reason in scan.skipped)
-    write_run(tmp_path, [started(9)], captions=[HOSTILE])
-    page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "<script" not in page and "&lt;script&gt;" in page
-
-
-def image_metadata(tmp_path: Path) -> None:
-    secret = picture(tmp_path / "secret.png", "secret", (200, 0, 0))
-    (tmp_path / "photos").mkdir()
-    shutil.copy(secret, tmp_path / "photos" / "1.png")
-    entries = [{"file_name": name, "text": "x"} for name in ("../secret.png", str(secret), "1.png")]
-    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    scan = scan_folder(tmp_path / "photos" / "metadata.jsonl")
-    assert [one.path for one in scan.images] == [tmp_path / "photos" / "1.png"]
-    assert "as they name files outside of the folder" in scan.notes[0]
-    (tmp_path / "linked").mkdir()
-    shutil.copy(secret, tmp_path / "linked" / "1.png")
-    (tmp_path / "linked" / "metadata.jsonl").symlink_to(tmp_path / "photos" / "metadata.jsonl")
-    with pytest.raises(DataError, match="is a link out of its folder, which is read with --follow-links alone"):
-        scan_folder(tmp_path / "linked")
-
-
-def saved_dataset(tmp_path: Path) -> None:
-    """What needs the package `datasets` is tried in tests/data/test_hub_datasets.py."""
-    (tmp_path / "dataset_info.json").write_text("{}")
-    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../x.arrow"}]}))
-    with pytest.raises(LorasmithError, match="names files in other folders"):
-        scan_sources([ImageSource(str(tmp_path))], cache=tmp_path / "cache")
-
-
-def yaml_file(tmp_path: Path) -> None:
-    (tmp_path / "paths.yaml").write_text("a: !!python/object/apply:sys.exit [code of a file was run]")
-    with pytest.raises(OptionError, match="must be a readable YAML file"):
-        read_extra_model_paths(tmp_path / "paths.yaml")
-
-
-def captioning_model(tmp_path: Path) -> None:
-    for damage in (code_of_its_own, pickled_weights, adapter_elsewhere):
-        folder = tmp_path / damage.__name__
-        MODELS["git"](folder)
-        damage(folder)
-        with pytest.raises(ModelError, match=r"without code of its own|is an adapter on another one"):
-            transformers_captioner(str(folder), torch.device("cpu"))
-
-
-def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way to name code and places is tried in tests/core/test_pretrained.py."""
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
-    folder = small_clip(tmp_path / "clip")
-    (folder / "evil.py").write_text("raise SystemExit('code of a folder was run')")
-    config = json.loads((folder / "config.json").read_text())
-    nested = {**config, "text_config": {**config["text_config"], "auto_map": {"AutoModel": "evil.Evil"}}}
-    (folder / "config.json").write_text(json.dumps(nested))
-    with pytest.raises(ModelError, match="names code in a nested configuration"):
-        ClipModel(folder)
 
 
 def encodings(tmp_path: Path) -> None:
@@ -425,48 +230,97 @@ def sweep_queue(tmp_path: Path) -> None:
         sweep_answers.sweep(Folders(tmp_path), "s")
 
 
-def copied() -> None:
-    for text in (HOSTILE, "x'; rm -rf ~; '", "\x1b[201~\nrm -rf ~\n", "a\rb"):
-        line = command_line(["lorasmith", "generate", "--prompt", text], windows=False)
-        assert len(shlex.split(line)) == 4 and not re.search(r"[\x00-\x09\x0b-\x1f]", line)
-
-
-LINES: dict[str, Callable[..., None] | None] = {
-    "LoRA": lora,
-    "record in a LoRA (`reproduce`)": None,
-    "record of a run as settings (`train --config run.json`)": None,
-    "settings in TOML (`train --config`, `sweep`)": settings,
-    "run folder (`resume`)": state,
-    "run folder (`report`)": report,
-    "checkpoint or GGUF": checkpoint,
-    "embedding (`embedding:name` in prompts)": embedding,
-    "diffusers folder": diffusers_folder,
-    "workflow": workflow,
-    "saved data set (`LoadTrainingDataset`)": dataset,
-    "videos": videos,
-    "images, captions, masks, controls and metadata files": captions,
-    "metadata file of images": image_metadata,
-    "folder saved by `datasets`": saved_dataset,
-    "`extra_model_paths.yaml`": yaml_file,
-    "captioning model (`data caption`)": captioning_model,
-    "CLIP (`evaluate --clip`)": clip,
-    "encoding cache": encodings,
-    "queue of a sweep (`runs/*/queue.sqlite3`)": sweep_queue,
-    "any text in a command to copy": copied,
+LINES: dict[str, tuple[Callable[..., None] | None, str]] = {
+    "LoRA": (lora, "formats/test_container.py test_refuses_pickled_files_and_says_how_to_convert"),
+    "record in a LoRA (`reproduce`)": (None, "test_security_page.py test_a_record_starts_no_tracker"),
+    "record of a run as settings (`train --config run.json`)": (
+        None,
+        "test_security_page.py test_a_record_names_no_code_no_download_and_nothing_elsewhere, "
+        "runs/test_run_file.py test_a_record_names_files_here_unless_others_are_typed",
+    ),
+    "settings in TOML (`train --config`, `sweep`)": (
+        settings,
+        "runs/test_run_file.py test_code_and_trackers_are_typed, "
+        "runs/test_sweep_launch.py test_names_with_control_characters_and_quotes_leave_for_no_other_program",
+    ),
+    "run folder (`resume`)": (
+        None,
+        "training/storage/test_run_states.py test_every_flipped_bit_is_noticed "
+        "test_a_state_without_its_digest_is_not_used",
+    ),
+    "run folder (`report`)": (report, "runs/test_run_page.py test_hostile_captions_stay_text"),
+    "checkpoint or GGUF": (
+        None,
+        "families/test_loading.py test_a_pickled_file_is_refused_whatever_it_is_called, "
+        "families/files/test_gguf.py test_headers_without_bounds_are_refused test_damage_is_told_in_a_sentence",
+    ),
+    "embedding (`embedding:name` in prompts)": (
+        embedding,
+        "families/parts/test_embeddings.py test_no_file_runs_code_or_breaks_a_prompt, "
+        "core/test_tensor_pickles.py test_the_pickle_that_was_checked_is_the_one_that_is_read",
+    ),
+    "diffusers folder": (
+        None,
+        "core/test_pretrained.py test_what_a_configuration_names_is_refused_before_anything_is_loaded",
+    ),
+    "workflow": (
+        workflow,
+        "core/test_folders.py test_names_that_lead_out_are_refused_everywhere "
+        "test_no_prefix_leads_out_of_the_output_folder "
+        "test_inputs_behind_links_out_of_the_base_are_read_only_if_that_is_typed, "
+        "workflow/test_editor_format.py test_what_is_refused",
+    ),
+    "saved data set (`LoadTrainingDataset`)": (
+        None,
+        "data/test_comfyui_shards.py test_anything_else_is_refused_in_a_sentence, "
+        "data/test_saved_samples.py test_a_damaged_folder_is_a_sentence",
+    ),
+    "videos": (
+        None,
+        "data/test_video_files.py test_a_file_that_names_others_is_not_followed "
+        "test_a_number_of_frames_that_the_file_cannot_hold_is_refused",
+    ),
+    "images, captions, masks, controls and metadata files": (
+        None,
+        "data/test_folder.py test_what_a_link_leads_out_to_is_read_only_if_that_is_typed, "
+        "runs/test_run_page.py test_hostile_captions_stay_text",
+    ),
+    "metadata file of images": (
+        None,
+        "data/test_metadata_files.py test_names_never_leave_the_folder, "
+        "data/test_source_files.py test_entries_without_an_image_are_said, "
+        "data/test_folder.py test_what_a_link_leads_out_to_is_read_only_if_that_is_typed",
+    ),
+    "folder saved by `datasets`": (
+        None,
+        "data/test_hub_datasets.py test_a_saved_dataset_lists_no_files_elsewhere "
+        "test_a_saved_dataset_has_no_files_behind_links",
+    ),
+    "`extra_model_paths.yaml`": (None, "core/test_folders.py test_malformed_extra_model_paths"),
+    "captioning model (`data caption`)": (
+        None,
+        "data/test_transformers_captions.py test_what_is_no_such_model_is_a_sentence",
+    ),
+    "CLIP (`evaluate --clip`)": (
+        None,
+        "core/test_pretrained.py test_what_a_configuration_names_is_refused_before_anything_is_loaded",
+    ),
+    "encoding cache": (encodings, "data/test_encoding_cache.py test_each_flipped_byte_is_noticed_or_harmless"),
+    "queue of a sweep (`runs/*/queue.sqlite3`)": (sweep_queue, ""),
+    "any text in a command to copy": (
+        None,
+        "runs/test_command_lines.py test_what_is_copied_is_one_command test_nothing_in_a_command_acts_on_a_terminal",
+    ),
 }
-"""The attack behind each line; None has tests of its own above."""
+"""The attack behind each line, and the tests of its room that hold it: a file in tests/ and functions of it."""
 
 
-@pytest.mark.parametrize("line", [name for name, attack in LINES.items() if attack is not None])
+@pytest.mark.parametrize("line", [name for name, (attack, _) in LINES.items() if attack])
 def test_a_file_does_what_its_line_says_and_no_more(line: str, request: pytest.FixtureRequest) -> None:
-    attack = LINES[line]
+    attack, _ = LINES[line]
     assert attack is not None
     names = attack.__code__.co_varnames[: attack.__code__.co_argcount]
     attack(**{name: request.getfixturevalue(name) for name in names})
-
-
-def test_every_line_is_tried() -> None:
-    assert TABLES[0] == ["file", *LINES]
 
 
 REQUESTS = {
@@ -568,10 +422,12 @@ REQUESTS = {
 """The tests behind each line of the server's table: a file in tests/ and functions of it."""
 
 
-def test_every_line_of_requests_is_tried() -> None:
+def test_every_line_is_tried() -> None:
+    assert TABLES[0] == ["file", *LINES]
     table = PAGE.partition("## Requests to the server")[2].partition("## Not covered")[0]
     assert re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE) == ["request", *REQUESTS]
-    for line, tests in REQUESTS.items():
+    named = {line: tests for line, (_, tests) in LINES.items() if tests}
+    for line, tests in (*named.items(), *REQUESTS.items()):
         for place in tests.split(", "):
             file, *names = place.split()
             code = (Path(__file__).parent / file).read_text(encoding="utf-8")

@@ -357,6 +357,7 @@ def test_extra_model_paths_of_the_base_are_loaded(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         ("a: [", "must be a readable YAML file"),
+        ("a: !!python/object/apply:sys.exit [code of a file was run]", "must be a readable YAML file"),
         ("- a\n- b", "must hold named sections of kinds and paths, got list"),
         ("a: b", "section 'a' of .* must map kinds to paths, got str"),
         ("a:\n  loras: [x, y]", "'loras' in section 'a' of .* must be lines of paths"),
