@@ -41,9 +41,8 @@ def test_a_declaration_carries_name_type_default_and_bounds() -> None:
     assert declared["optimizer"].choices == ("AdamW", "Adam", "SGD")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
+def test_what_fits_comes_back_in_the_options_own_type() -> None:
+    for name, value, expected in [
         ("steps", 1, 1),
         ("steps", 1000, 1000),
         ("steps", 15, 15),  # between steps
@@ -58,18 +57,15 @@ def test_a_declaration_carries_name_type_default_and_bounds() -> None:
         ("alpha", 3, 3.0),
         ("alpha", np.float32(0.5), 0.5),
         ("steps", np.int64(15), 15),
-    ],
-)
-def test_what_fits_comes_back_in_the_options_own_type(name: str, value: Any, expected: Any) -> None:
-    settings = Settings(**{name: value})
+    ]:
+        settings = Settings(**{name: value})
 
-    assert getattr(settings, name) == expected
-    assert type(getattr(settings, name)) is type(expected)
+        assert getattr(settings, name) == expected
+        assert type(getattr(settings, name)) is type(expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
+def test_what_does_not_fit_is_refused_with_rule_and_value() -> None:
+    for name, value, sentence in [
         ("steps", 0, "steps must be between 1 and 1000, got 0"),
         ("steps", 1001, "steps must be between 1 and 1000, got 1001"),
         ("steps", 1.5, "steps must be an integer, got 1.5"),
@@ -89,13 +85,11 @@ def test_what_fits_comes_back_in_the_options_own_type(name: str, value: Any, exp
         ("trigger", None, "trigger must be a text, got None"),
         ("quiet", 1, "quiet must be a true or false value, got 1"),
         ("alpha", -1, "alpha must be at least 0.0, got -1.0"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_rule_and_value(name: str, value: Any, sentence: str) -> None:
-    with pytest.raises(OptionError) as caught:
-        Settings(**{name: value})
+    ]:
+        with pytest.raises(OptionError) as caught:
+            Settings(**{name: value})
 
-    assert str(caught.value).startswith(sentence)
+        assert str(caught.value).startswith(sentence)
 
 
 def test_an_upper_bound_alone_is_named() -> None:

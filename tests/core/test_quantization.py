@@ -45,63 +45,65 @@ def weight_of(layer: str, memory_format: torch.memory_format = torch.contiguous_
     return weight.to(memory_format=memory_format) if weight.ndim == 4 else weight
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("kind", PACKINGS)
-def test_a_weight_comes_back_within_half_a_step(kind: str, layer: str, layout: torch.memory_format) -> None:
-    weight = weight_of(layer, layout)
-    back = packed(weight, kind, torch.float32).weight()
+def test_a_weight_comes_back_within_half_a_step() -> None:
+    for layout in [torch.contiguous_format, torch.channels_last]:
+        for layer in LAYERS:
+            for kind in PACKINGS:
+                weight = weight_of(layer, layout)
+                back = packed(weight, kind, torch.float32).weight()
 
-    assert back.stride() == weight.stride()
-    by_row = kind not in FOUR_BITS and kind not in BY_TENSOR
-    largest = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True) if by_row else weight.abs().max()
-    assert ((back - weight).abs() <= ERROR[kind] * largest * (1 + 1e-5)).all()
-    assert kind == "none" or not torch.equal(back, weight)
-
-
-@pytest.mark.parametrize("kind", BYTES)
-def test_codes_and_scales_are_all_that_is_kept(kind: str) -> None:
-    weight = weight_of("conv 3x3 stride 2")
-    scales = weight.numel() // BLOCK if kind in FOUR_BITS else 1 if kind in BY_TENSOR else len(weight)
-    assert packed(weight, kind, torch.float32).size_bytes == BYTES[kind] * weight.numel() + 4 * scales
+                assert back.stride() == weight.stride()
+                by_row = kind not in FOUR_BITS and kind not in BY_TENSOR
+                largest = (
+                    weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True) if by_row else weight.abs().max()
+                )
+                assert ((back - weight).abs() <= ERROR[kind] * largest * (1 + 1e-5)).all()
+                assert kind == "none" or not torch.equal(back, weight)
 
 
-@pytest.mark.parametrize("kind", PACKINGS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_in_half_precision_see_the_numbers_rounded_once(kind: str, dtype: torch.dtype) -> None:
-    weight = weight_of("linear")
-    half = packed(weight, kind, dtype).weight()
-    assert half.dtype == dtype
-    assert torch.equal(half, packed(weight, kind, torch.float32).weight().to(dtype))
+def test_codes_and_scales_are_all_that_is_kept() -> None:
+    for kind in BYTES:
+        weight = weight_of("conv 3x3 stride 2")
+        scales = weight.numel() // BLOCK if kind in FOUR_BITS else 1 if kind in BY_TENSOR else len(weight)
+        assert packed(weight, kind, torch.float32).size_bytes == BYTES[kind] * weight.numel() + 4 * scales
 
 
-@pytest.mark.parametrize("kind", PACKINGS)
-def test_zeros_stay_zeros_and_the_largest_number_of_a_row_stays_exact(kind: str) -> None:
-    weight = torch.zeros(3, 128)
-    weight[1, 5], weight[2, 70] = 2.0, -0.375
-    rtol = 0.125 if kind in BY_TENSOR else 1e-6
-    torch.testing.assert_close(packed(weight, kind, torch.float32).weight(), weight, rtol=rtol, atol=0)
+def test_products_in_half_precision_see_the_numbers_rounded_once() -> None:
+    for kind in PACKINGS:
+        for dtype in [torch.bfloat16, torch.float16]:
+            weight = weight_of("linear")
+            half = packed(weight, kind, dtype).weight()
+            assert half.dtype == dtype
+            assert torch.equal(half, packed(weight, kind, torch.float32).weight().to(dtype))
 
 
-@pytest.mark.parametrize("kind", PACKINGS)
-def test_a_gpu_packs_the_same_codes(kind: str) -> None:
-    weight = torch.randn(96, 1024, generator=torch.Generator().manual_seed(0))
-    here = packed(weight, kind, torch.float32)
-    with CudaDivision():
-        there = packed(weight, kind, torch.float32)
-        unpacked = there.weight()
-    assert all(map(torch.equal, _bits(there.tensors), _bits(here.tensors)))
-    assert torch.equal(unpacked, here.weight())
+def test_zeros_stay_zeros_and_the_largest_number_of_a_row_stays_exact() -> None:
+    for kind in PACKINGS:
+        weight = torch.zeros(3, 128)
+        weight[1, 5], weight[2, 70] = 2.0, -0.375
+        rtol = 0.125 if kind in BY_TENSOR else 1e-6
+        torch.testing.assert_close(packed(weight, kind, torch.float32).weight(), weight, rtol=rtol, atol=0)
+
+
+def test_a_gpu_packs_the_same_codes() -> None:
+    for kind in PACKINGS:
+        weight = torch.randn(96, 1024, generator=torch.Generator().manual_seed(0))
+        here = packed(weight, kind, torch.float32)
+        with CudaDivision():
+            there = packed(weight, kind, torch.float32)
+            unpacked = there.weight()
+        assert all(map(torch.equal, _bits(there.tensors), _bits(here.tensors)))
+        assert torch.equal(unpacked, here.weight())
 
 
 def _bits(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [one.view(torch.uint8) for one in tensors]
 
 
-@pytest.mark.parametrize("kind", PACKINGS)
-def test_packing_again_changes_nothing(kind: str) -> None:
-    once = packed(weight_of("linear"), kind, torch.float32).weight()
-    torch.testing.assert_close(packed(once, kind, torch.float32).weight(), once, rtol=1e-6, atol=0)
+def test_packing_again_changes_nothing() -> None:
+    for kind in PACKINGS:
+        once = packed(weight_of("linear"), kind, torch.float32).weight()
+        torch.testing.assert_close(packed(once, kind, torch.float32).weight(), once, rtol=1e-6, atol=0)
 
 
 def test_nf4_levels_are_the_papers_quantiles() -> None:

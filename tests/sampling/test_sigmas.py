@@ -21,33 +21,33 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 }
 
 
-@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
-@pytest.mark.parametrize("scheduler", SIGMA_SCHEDULES)
-def test_sigmas_are_comfyuis(scheduler: str, sampler: str) -> None:
-    runs = [run for run in GOLDEN["runs"] if run["scheduler"] == scheduler]
-    assert runs
-    for run in runs:
-        sigmas = sigmas_for(
-            SCHEDULES[run["schedule"]], scheduler, run["steps"], denoise=run["denoise"], sampler=sampler
-        )
+def test_sigmas_are_comfyuis() -> None:
+    for sampler in ["euler", "uni_pc"]:
+        for scheduler in SIGMA_SCHEDULES:
+            runs = [run for run in GOLDEN["runs"] if run["scheduler"] == scheduler]
+            assert runs
+            for run in runs:
+                sigmas = sigmas_for(
+                    SCHEDULES[run["schedule"]], scheduler, run["steps"], denoise=run["denoise"], sampler=sampler
+                )
 
-        expected = torch.tensor(run["uni_pc_sigmas" if sampler == "uni_pc" else "sigmas"])
-        settings = f"{run['schedule']}, {run['steps']} steps, denoise {run['denoise']}"
-        torch.testing.assert_close(
-            sigmas, expected, rtol=3e-6, atol=0, msg=lambda text, settings=settings: f"{settings}: {text}"
-        )
+                expected = torch.tensor(run["uni_pc_sigmas" if sampler == "uni_pc" else "sigmas"])
+                settings = f"{run['schedule']}, {run['steps']} steps, denoise {run['denoise']}"
+                torch.testing.assert_close(
+                    sigmas, expected, rtol=3e-6, atol=0, msg=lambda text, settings=settings: f"{settings}: {text}"
+                )
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("scheduler", SIGMA_SCHEDULES)
-def test_sigmas_fall_strictly_to_zero(scheduler: str, kind: str) -> None:
-    for steps in (1, 2, 25, 999, 1500):
-        sigmas = sigmas_for(SCHEDULES[kind], scheduler, steps)
+def test_sigmas_fall_strictly_to_zero() -> None:
+    for kind in SCHEDULES:
+        for scheduler in SIGMA_SCHEDULES:
+            for steps in (1, 2, 25, 999, 1500):
+                sigmas = sigmas_for(SCHEDULES[kind], scheduler, steps)
 
-        assert sigmas.dtype == torch.float32
-        assert sigmas[-1] == 0
-        assert (sigmas.diff() < 0).all(), steps
-        assert sigmas[0] <= SCHEDULES[kind].sigmas[-1] * (1 + 1e-6)
+                assert sigmas.dtype == torch.float32
+                assert sigmas[-1] == 0
+                assert (sigmas.diff() < 0).all(), steps
+                assert sigmas[0] <= SCHEDULES[kind].sigmas[-1] * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "karras", "simple", "sgm_uniform", "exponential"])

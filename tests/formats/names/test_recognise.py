@@ -5,9 +5,8 @@ import pytest
 from lorasmith.formats.spelling import block_of, component_of, guessed_family, kind_of
 
 
-@pytest.mark.parametrize(
-    ("base", "width", "family"),
-    [
+def test_families() -> None:
+    for base, width, family in [
         ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 768, "Stable Diffusion 1.x"),
         ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v", 1024, "Stable Diffusion 2.x"),
         ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 2048, "Stable Diffusion XL"),
@@ -36,11 +35,9 @@ from lorasmith.formats.spelling import block_of, component_of, guessed_family, k
         ("diffusion_model.blocks.0.ffn.0", 3072, "Wan 2.2 5B"),
         ("diffusion_model.blocks.0.cross_attn.k_img", 5120, "Wan image to video"),
         ("lora_unet_something_else", 5, None),
-    ],
-)
-def test_families(base: str, width: int, family: str | None) -> None:
-    for suffix in ("lora_down.weight", "lora_A.weight", "hada_w1_b"):
-        assert guessed_family({f"{base}.{suffix}": (4, width)}) == family
+    ]:
+        for suffix in ("lora_down.weight", "lora_A.weight", "hada_w1_b"):
+            assert guessed_family({f"{base}.{suffix}": (4, width)}) == family
 
 
 @pytest.mark.parametrize(
@@ -65,9 +62,8 @@ def test_width_may_be_shown_by_any_module() -> None:
     assert guessed_family({unet.format(1): (4, 320), unet.format(2): (4, 768)}) == "Stable Diffusion 1.x"
 
 
-@pytest.mark.parametrize(
-    ("base", "component", "block"),
-    [
+def test_components_and_blocks() -> None:
+    for base, component, block in [
         ("lora_te_text_model_encoder_layers_3_mlp_fc1", "text_encoder", "layers.3"),
         ("lora_te1_text_model_encoder_layers_3_mlp_fc1", "text_encoder", "layers.3"),
         ("lora_te2_text_model_encoder_layers_3_mlp_fc1", "text_encoder_2", "layers.3"),
@@ -83,16 +79,13 @@ def test_width_may_be_shown_by_any_module() -> None:
         ("lora_unet_txtfusion_refiner_blocks_1_attn_wq", "denoiser", "txtfusion_refiner_blocks.1"),
         ("diffusion_model.llm_adapter.blocks.2.self_attn.q_proj", "denoiser", "llm_adapter.blocks.2"),
         ("diffusion_model.blocks.2.attn.wq", "denoiser", "blocks.2"),
-    ],
-)
-def test_components_and_blocks(base: str, component: str, block: str) -> None:
-    assert component_of(base) == component
-    assert block_of(base) == block
+    ]:
+        assert component_of(base) == component
+        assert block_of(base) == block
 
 
-@pytest.mark.parametrize(
-    ("base", "kind"),
-    [
+def test_the_kind_of_a_layer() -> None:
+    for base, kind in [
         ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "attn1_to_q"),
         ("unet.up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj", "ff_net_0_proj"),
         ("diffusion_model.input_blocks.4.1.proj_in", "proj_in"),
@@ -101,7 +94,5 @@ def test_components_and_blocks(base: str, component: str, block: str) -> None:
         ("lora_unet_double_blocks_0_img_attn_qkv", "img_attn_qkv"),
         ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "self_attn_q_proj"),
         ("lora_unet_conv_in", "conv_in"),
-    ],
-)
-def test_the_kind_of_a_layer(base: str, kind: str) -> None:
-    assert kind_of(base) == kind
+    ]:
+        assert kind_of(base) == kind

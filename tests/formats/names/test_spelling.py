@@ -22,9 +22,8 @@ from lorasmith.formats.spelling import (
 )
 
 
-@pytest.mark.parametrize(
-    ("key", "base", "role"),
-    [
+def test_suffixes() -> None:
+    for key, base, role in [
         ("lora_unet_x_to_q.lora_down.weight", "lora_unet_x_to_q", "down"),
         ("diffusion_model.a.0.lora_up.weight", "diffusion_model.a.0", "up"),
         ("unet.a.lora_A.weight", "unet.a", "down"),
@@ -37,11 +36,9 @@ from lorasmith.formats.spelling import (
         ("a.b1.weight", "a", "b1"),
         ("a.lora_B.bias", "a", "up_bias"),
         ("a.w_norm", "a", "w_norm"),
-    ],
-)
-def test_suffixes(key: str, base: str, role: str) -> None:
-    assert split_key(key) == (base, role)
-    assert grouped([key, "nothing.weight"]) == {base: {role: key}}
+    ]:
+        assert split_key(key) == (base, role)
+        assert grouped([key, "nothing.weight"]) == {base: {role: key}}
 
 
 @pytest.mark.parametrize("key", ["model.diffusion_model.out.0.weight", "x.on_input", "x.oft_diag", "alpha"])
@@ -49,37 +46,34 @@ def test_other_names_are_not_lora_names(key: str) -> None:
     assert split_key(key) is None
 
 
-@pytest.mark.parametrize("suffixes", [KOHYA, PEFT], ids=["kohya", "peft"])
-@pytest.mark.parametrize("shape", [(16, 8), (16, 8, 3, 3)], ids=["linear", "conv"])
-@pytest.mark.parametrize(
-    ("algorithm", "variant"),
-    [
-        ("lora", ""),
-        ("lora", "tucker"),
-        ("lora", "dora_out"),
-        ("lora", "dora_in"),
-        ("loha", ""),
-        ("lokr", ""),
-        ("oft", ""),
-        ("boft", ""),
-        ("glora", ""),
-    ],
-)
-def test_every_algorithm_is_spelled_and_read_again(make_adapter, suffixes, shape, algorithm, variant) -> None:
-    weights = make_adapter(shape, algorithm, 4, 2.0, torch.Generator().manual_seed(0), variant=variant)
-    module = ModuleTensors(weights, {"bias": torch.ones(16)})
-    written = spelled(module, suffixes)
-    roles = {split_key("x" + suffix)[1]: tensor for suffix, tensor in written.items()}
-    assert len(roles) == len(written)
-    again = assembled(roles, shape)
-    assert again.adapter.algorithm == algorithm
-    assert again.adapter.alpha == 2.0
-    assert again.adapter.tensors.keys() == weights.tensors.keys()
-    for name, tensor in weights.tensors.items():
-        assert again.adapter.tensors[name].shape == tensor.shape, name
-        assert torch.equal(again.adapter.tensors[name], tensor), name
-    assert torch.equal(again.differences["bias"], torch.ones(16))
-    assert fits(again, shape)
+def test_every_algorithm_is_spelled_and_read_again(make_adapter) -> None:
+    for suffixes in [KOHYA, PEFT]:
+        for shape in [(16, 8), (16, 8, 3, 3)]:
+            for algorithm, variant in [
+                ("lora", ""),
+                ("lora", "tucker"),
+                ("lora", "dora_out"),
+                ("lora", "dora_in"),
+                ("loha", ""),
+                ("lokr", ""),
+                ("oft", ""),
+                ("boft", ""),
+                ("glora", ""),
+            ]:
+                weights = make_adapter(shape, algorithm, 4, 2.0, torch.Generator().manual_seed(0), variant=variant)
+                module = ModuleTensors(weights, {"bias": torch.ones(16)})
+                written = spelled(module, suffixes)
+                roles = {split_key("x" + suffix)[1]: tensor for suffix, tensor in written.items()}
+                assert len(roles) == len(written)
+                again = assembled(roles, shape)
+                assert again.adapter.algorithm == algorithm
+                assert again.adapter.alpha == 2.0
+                assert again.adapter.tensors.keys() == weights.tensors.keys()
+                for name, tensor in weights.tensors.items():
+                    assert again.adapter.tensors[name].shape == tensor.shape, name
+                    assert torch.equal(again.adapter.tensors[name], tensor), name
+                assert torch.equal(again.differences["bias"], torch.ones(16))
+                assert fits(again, shape)
 
 
 def test_a_lora_fits_its_own_shape_alone(make_adapter) -> None:
@@ -172,14 +166,14 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
-def test_what_makes_no_adapter_is_refused_with_tensor_shape_and_rule(case: str) -> None:
-    tensors, role, problem = UNFIT[case]
-    found = assembled(tensors)
+def test_what_makes_no_adapter_is_refused_with_tensor_shape_and_rule() -> None:
+    for case in UNFIT:
+        tensors, role, problem = UNFIT[case]
+        found = assembled(tensors)
 
-    assert isinstance(found, Unfit)
-    assert found.role == role
-    assert re.search(problem, found.problem), found.problem
+        assert isinstance(found, Unfit)
+        assert found.role == role
+        assert re.search(problem, found.problem), found.problem
 
 
 def test_of_any_two_tensors_one_is_named_or_they_make_an_adapter() -> None:
