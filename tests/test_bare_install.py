@@ -95,10 +95,10 @@ def test_every_module_is_imported_but_those_of_networks(bare: Mapping[str, Any])
     assert modules - set(bare["modules"]) == set(ONLY_WITH_MODELS)
 
 
-@pytest.mark.parametrize("name", WORKS)
-def test_tools_and_lists_work(bare: Mapping[str, Any], name: str) -> None:
-    code, text = bare["ran"][name]
-    assert code == 0, text
+def test_tools_and_lists_work(bare: Mapping[str, Any]) -> None:
+    for name in WORKS:
+        code, text = bare["ran"][name]
+        assert code == 0, text
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -9,23 +9,20 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import chosen_dtype, dtype_from_name, dtype_name
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
+def test_names_and_long_names_are_read_in_any_case() -> None:
+    for name, dtype in [
         ("fp32", torch.float32),
         ("BF16", torch.bfloat16),
         ("fp16", torch.float16),
         ("bfloat16", torch.bfloat16),
         ("Float16", torch.float16),
-    ],
-)
-def test_names_and_long_names_are_read_in_any_case(name: str, dtype: torch.dtype) -> None:
-    assert dtype_from_name(name) == dtype
+    ]:
+        assert dtype_from_name(name) == dtype
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_short_names_go_there_and_back(name: str) -> None:
-    assert dtype_name(dtype_from_name(name)) == name
+def test_short_names_go_there_and_back() -> None:
+    for name in ["fp32", "bf16", "fp16"]:
+        assert dtype_name(dtype_from_name(name)) == name
 
 
 def test_other_dtypes_keep_torchs_name() -> None:

@@ -178,9 +178,8 @@ def test_missing_extensions_are_those_that_no_package_and_no_program_brings(drin
     assert missing([there, gone, Extension(kind="brews", name="x")]) == [gone, Extension(kind="brews", name="x")]
 
 
-@pytest.mark.parametrize(
-    ("needed", "text"),
-    [
+def test_a_strangers_record_becomes_a_sentence_and_never_a_command_of_its_own() -> None:
+    for needed, text in [
         (
             {"package": "brewery", "version": "2.0"},
             "the sampler 'beer' of the package brewery 2.0, which is not installed; if you trust it, run: pip install "
@@ -194,12 +193,8 @@ def test_missing_extensions_are_those_that_no_package_and_no_program_brings(drin
             "the sampler 'beer' of the package brewery, which is not installed; if you trust it, run: pip install "
             "brewery",
         ),
-    ],
-)
-def test_a_strangers_record_becomes_a_sentence_and_never_a_command_of_its_own(
-    needed: dict[str, str], text: str
-) -> None:
-    assert remedy_for([Extension(kind="samplers", name="beer", **needed)]) == text
+    ]:
+        assert remedy_for([Extension(kind="samplers", name="beer", **needed)]) == text
 
 
 def test_a_damaged_entry_of_a_file_is_none() -> None:

@@ -20,14 +20,11 @@ def test_torchrun_and_its_likes_say_rank_and_address() -> None:
     assert launched_process({"RANK": "0", "WORLD_SIZE": "1"}) == LaunchedProcess(0, 1, 0, "127.0.0.1", 29500)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("gpu[03-05,7],login1", "gpu03"), ("gpu7", "gpu7"), ("a,b", "a"), ("node-[1,3]", "node-1")],
-)
-def test_the_first_node_of_slurm_is_where_processes_meet(nodes: str, host: str) -> None:
-    assert launched_process({**SLURM, "SLURM_STEP_NODELIST": nodes}) == LaunchedProcess(3, 4, 1, host, 20000)
-    given = {"MASTER_ADDR": "given", "MASTER_PORT": "1234"}
-    assert launched_process({**SLURM, **given}) == LaunchedProcess(3, 4, 1, "given", 1234)
+def test_the_first_node_of_slurm_is_where_processes_meet() -> None:
+    for nodes, host in [("gpu[03-05,7],login1", "gpu03"), ("gpu7", "gpu7"), ("a,b", "a"), ("node-[1,3]", "node-1")]:
+        assert launched_process({**SLURM, "SLURM_STEP_NODELIST": nodes}) == LaunchedProcess(3, 4, 1, host, 20000)
+        given = {"MASTER_ADDR": "given", "MASTER_PORT": "1234"}
+        assert launched_process({**SLURM, **given}) == LaunchedProcess(3, 4, 1, "given", 1234)
 
 
 def test_jobs_of_slurm_on_one_node_have_ports_of_their_own() -> None:
@@ -36,10 +33,10 @@ def test_jobs_of_slurm_on_one_node_have_ports_of_their_own() -> None:
     assert ports == [26678, 26679]
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_PORT"])
-def test_what_is_no_number_is_refused(name: str) -> None:
-    with pytest.raises(OptionError, match=rf"{name} in the environment must be a whole number, got 'x'"):
-        launched_process({**TORCHRUN, name: "x"})
+def test_what_is_no_number_is_refused() -> None:
+    for name in ["RANK", "LOCAL_RANK", "MASTER_PORT"]:
+        with pytest.raises(OptionError, match=rf"{name} in the environment must be a whole number, got 'x'"):
+            launched_process({**TORCHRUN, name: "x"})
 
 
 def test_a_gpu_of_this_process_is_that_of_its_list() -> None:

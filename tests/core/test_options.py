@@ -101,10 +101,10 @@ def test_a_mapping_becomes_a_configuration() -> None:
     assert config_from(Settings, {"steps": 20, "optimizer": "sgd"}) == Settings(steps=20, optimizer="SGD")
 
 
-@pytest.mark.parametrize("key", ["stepz", "undeclared", "Steps"])
-def test_unknown_keys_are_refused(key: str) -> None:
-    with pytest.raises(OptionError, match=f"^unknown option '{key}'"):
-        config_from(Settings, {key: 1})
+def test_unknown_keys_are_refused() -> None:
+    for key in ["stepz", "undeclared", "Steps"]:
+        with pytest.raises(OptionError, match=f"^unknown option '{key}'"):
+            config_from(Settings, {key: 1})
 
 
 def test_an_unknown_key_is_answered_with_the_nearest_name() -> None:

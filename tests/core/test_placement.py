@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,15 +24,15 @@ def state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     return {name: (id(t), t.data_ptr(), t.dtype, t.stride(), t.tolist()) for name, t in tensors}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_floating_point_alone_is_converted_and_all_of_it_comes_back(dtype: torch.dtype) -> None:
-    module = model()
-    before = state(module)
-    with placed(module, device=CPU, dtype=dtype):
-        assert {t.dtype for t in [*module.parameters(), module[1].running_mean]} == {dtype}
-        assert module[1].num_batches_tracked.dtype == torch.int64
-        assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert state(module) == before
+def test_floating_point_alone_is_converted_and_all_of_it_comes_back() -> None:
+    for dtype in [torch.float32, torch.bfloat16, torch.float16, torch.float64]:
+        module = model()
+        before = state(module)
+        with placed(module, device=CPU, dtype=dtype):
+            assert {t.dtype for t in [*module.parameters(), module[1].running_mean]} == {dtype}
+            assert module[1].num_batches_tracked.dtype == torch.int64
+            assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert state(module) == before
 
 
 def test_an_exception_brings_the_model_back_too() -> None:
@@ -91,16 +90,13 @@ def test_what_was_put_in_meanwhile_is_taken_out() -> None:
     assert state(linear) == before
 
 
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
+def test_convolutional_models_run_channels_last() -> None:
+    for make, expected in [
         (lambda: nn.Conv2d(2, 2, 3), torch.channels_last),
         (lambda: nn.Conv2d(2, 2, 1), torch.contiguous_format),
         (lambda: nn.Linear(2, 2), torch.contiguous_format),
-    ],
-)
-def test_convolutional_models_run_channels_last(make: Callable[[], nn.Module], expected: torch.memory_format) -> None:
-    assert memory_format_for(nn.Sequential(make())) == expected
+    ]:
+        assert memory_format_for(nn.Sequential(make())) == expected
 
 
 def test_the_best_device_is_one_that_works() -> None:

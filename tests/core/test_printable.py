@@ -30,9 +30,9 @@ def test_escapes_are_those_of_json() -> None:
     assert json.loads(f'"{printable(HOSTILE)}"') == HOSTILE
 
 
-@pytest.mark.parametrize("text", ["é ü 日本語 العربية", "👩‍👩‍👧 ❤️", "a\u200cb", "[/]", "\u00a0"])
-def test_text_of_any_script_stays_as_it_is(text: str) -> None:
-    assert printable(text) == text
+def test_text_of_any_script_stays_as_it_is() -> None:
+    for text in ["é ü 日本語 العربية", "👩‍👩‍👧 ❤️", "a\u200cb", "[/]", "\u00a0"]:
+        assert printable(text) == text
 
 
 def test_the_middle_of_long_text_is_left_out() -> None:

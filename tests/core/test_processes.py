@@ -109,9 +109,8 @@ def imported_at_once(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
+def test_texts_of_torch_are_not_passed_on() -> None:
+    for text, reason in [
         (
             "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] GLHF! \U0001f3d6\ufe0f Connection closed by "
             "peer [10.0.0.2]:40181. This may indicate a remote rank failure",
@@ -122,11 +121,9 @@ def imported_at_once(path: Path) -> Iterator[str]:
             "it did not answer in time",
         ),
         ("anything else", "RuntimeError"),
-    ],
-)
-def test_texts_of_torch_are_not_passed_on(text: str, reason: str) -> None:
-    assert f"({reason})" in str(Processes().lost(RuntimeError(text)))
-    assert Processes().lost(RuntimeError(text)).exit_code == 75  # type: ignore[attr-defined]
+    ]:
+        assert f"({reason})" in str(Processes().lost(RuntimeError(text)))
+        assert Processes().lost(RuntimeError(text)).exit_code == 75  # type: ignore[attr-defined]
 
 
 def test_no_module_imports_what_one_process_has_no_use_for() -> None:

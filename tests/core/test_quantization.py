@@ -162,17 +162,17 @@ def test_int8_is_that_of_torchao() -> None:
     assert ((packed(weight, "int8", torch.float32).weight() - theirs).abs() <= step).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("code", [torch.int8, *FP8_CODES], ids=str)
-def test_scales_are_multiplied_without_fp32_tensors_to_the_same_bits(code: torch.dtype, dtype: torch.dtype) -> None:
+def test_scales_are_multiplied_without_fp32_tensors_to_the_same_bits() -> None:
     """All 256 codes, with scales over many magnitudes, in each layout of a weight."""
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.exp(4 * torch.randn(64, 1, generator=generator))
-    linear = torch.arange(256, dtype=torch.uint8).view(code).expand(64, 256).contiguous()
-    kernel = linear.view(64, 16, 4, 4).contiguous(memory_format=torch.channels_last)
-    for codes, factor in ((linear, scale), (kernel, scale.view(64, 1, 1, 1)), (linear, scale[:1])):
-        expected = codes.float().mul_(factor).to(dtype)
-        found = scaled_at_once(codes, factor, dtype)
-        assert found.dtype == dtype and found.stride() == expected.stride()
-        assert torch.equal(found.isnan(), expected.isnan())
-        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    for dtype in [torch.bfloat16, torch.float16, torch.float32]:
+        for code in [torch.int8, *FP8_CODES]:
+            generator = torch.Generator().manual_seed(0)
+            scale = torch.exp(4 * torch.randn(64, 1, generator=generator))
+            linear = torch.arange(256, dtype=torch.uint8).view(code).expand(64, 256).contiguous()
+            kernel = linear.view(64, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+            for codes, factor in ((linear, scale), (kernel, scale.view(64, 1, 1, 1)), (linear, scale[:1])):
+                expected = codes.float().mul_(factor).to(dtype)
+                found = scaled_at_once(codes, factor, dtype)
+                assert found.dtype == dtype and found.stride() == expected.stride()
+                assert torch.equal(found.isnan(), expected.isnan())
+                assert torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -209,6 +209,6 @@ def test_functions_that_save_nothing_of_their_input(name: str) -> None:
     assert not any(one.requires_grad for one in saved)
 
 
-@pytest.mark.parametrize("name", _OTHERS)
-def test_functions_that_may_save_their_input(name: str) -> None:
-    assert not _is_linear(_OTHERS[name](_X).grad_fn)
+def test_functions_that_may_save_their_input() -> None:
+    for name in _OTHERS:
+        assert not _is_linear(_OTHERS[name](_X).grad_fn)

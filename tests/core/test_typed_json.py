@@ -64,9 +64,8 @@ def test_what_is_written_is_read() -> None:
     assert typed({"size": 1, "later": "dropped"}, Loose) == {"size": 1}
 
 
-@pytest.mark.parametrize(
-    ("value", "sentence"),
-    [
+def test_what_does_not_fit_is_refused_with_its_place() -> None:
+    for value, sentence in [
         ([], "it must be an object, got []"),
         ({}, "rate is missing"),
         ({"rate": "1"}, "rate must be a number, got '1'"),
@@ -84,12 +83,10 @@ def test_what_is_written_is_read() -> None:
         ({"rate": 1, "inner": {"name": None}}, "inner.name must be text, got None"),
         ({"rate": 1, "loose": {"size": "x" * 99}}, f"loose.size must be an integer, got '{'x' * 59}…"),
         ({"rate": 1, "settings": {"a": []}}, "settings.a must be true or false, an integer, a number or text, got []"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_its_place(value: Any, sentence: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        typed(value, Outer)
-    assert str(caught.value) == sentence
+    ]:
+        with pytest.raises(ValueError) as caught:
+            typed(value, Outer)
+        assert str(caught.value) == sentence
 
 
 def test_fields_that_were_missing_are_among_the_json_values() -> None:

@@ -61,19 +61,16 @@ def test_never_enlarged(width: int, height: int, resolution: int, multiple: int)
         assert bucket == (width // multiple * multiple, height // multiple * multiple)
 
 
-@pytest.mark.parametrize(
-    ("size", "resolution", "multiple", "expected"),
-    [
+def test_examples() -> None:
+    for size, resolution, multiple, expected in [
         ((4000, 3000), 64, 16, (80, 48)),
         ((3000, 4000), 64, 16, (48, 80)),
         ((1000, 1000), 64, 16, (64, 64)),
         ((1500, 1000), 512, 64, (640, 384)),
         ((1600, 900), 1024, 64, (1344, 768)),
         ((1000, 1000), 1000, 64, (960, 960)),
-    ],
-)
-def test_examples(size, resolution, multiple, expected) -> None:
-    assert bucket_size(*size, resolution=resolution, multiple=multiple) == expected
+    ]:
+        assert bucket_size(*size, resolution=resolution, multiple=multiple) == expected
 
 
 def test_small_pictures_keep_their_size_when_asked() -> None:
@@ -101,11 +98,11 @@ def test_buckets_of_one_area(width: int, height: int, resolution: int, multiple:
     assert distance(found[0], width, height) == pytest.approx(nearest, abs=1e-9)
 
 
-@pytest.mark.parametrize(("resolution", "multiple"), [(512, 16), (768, 16), (1024, 16), (1024, 32), (1328, 16)])
-def test_a_quarter_is_cropped_at_most_up_to_two_to_one(resolution: int, multiple: int) -> None:
-    for width in range(1000, 2001, 20):
-        bucket = bucket_size(width, 1000, resolution=resolution, multiple=multiple, of_one_area=True)
-        assert math.exp(-distance(bucket, width, 1000)) > 0.75
+def test_a_quarter_is_cropped_at_most_up_to_two_to_one() -> None:
+    for resolution, multiple in [(512, 16), (768, 16), (1024, 16), (1024, 32), (1328, 16)]:
+        for width in range(1000, 2001, 20):
+            bucket = bucket_size(width, 1000, resolution=resolution, multiple=multiple, of_one_area=True)
+            assert math.exp(-distance(bucket, width, 1000)) > 0.75
 
 
 def test_the_buckets_of_a_megapixel_have_4032_tokens() -> None:

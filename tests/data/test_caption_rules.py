@@ -45,9 +45,8 @@ def test_the_settings_of_a_run() -> None:
     assert CaptionRules.of(config, is_class=True).plain(["red"]) == "a photo of red, best"
 
 
-@pytest.mark.parametrize(
-    ("settings", "caption", "expected"),
-    [
+def test_plain() -> None:
+    for settings, caption, expected in [
         ({"trigger": "sks dog"}, "on a beach", "sks dog, on a beach"),
         ({"trigger": "sks dog"}, "a SKS dog", "a SKS dog"),
         ({"trigger": "sks dog"}, "", "sks dog"),
@@ -60,10 +59,8 @@ def test_the_settings_of_a_run() -> None:
         ({"prefix": "masterpiece,", "suffix": ", best"}, "", "masterpiece, best"),
         ({"wildcards": True}, "a {red|blue} {big|} ball{|s}", "a red big ball"),
         ({"tag_dropout": 0.5}, "a , b,,c", "a, b, c"),
-    ],
-)
-def test_plain(settings: dict[str, Any], caption: str, expected: str) -> None:
-    assert CaptionRules(**settings).plain([caption]) == expected
+    ]:
+        assert CaptionRules(**settings).plain([caption]) == expected
 
 
 def test_captions_are_drawn_evenly() -> None:

@@ -36,13 +36,10 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, {"captions": {"captioners": found}})
 
 
-@pytest.mark.parametrize(
-    ("wanted", "said"),
-    [("loud", " cpu (8, 8)"), ("loud:", " cpu (8, 8)"), ("loud:a/b:c", "a/b:c cpu (8, 8)")],
-)
-def test_one_of_another_package(wanted: str, said: str) -> None:
-    assert load_captioner(wanted, CPU)(PICTURE) == said
-    assert set(CAPTIONERS) == {"broken", "gone", "loud", "says_why", "transformers"}
+def test_one_of_another_package() -> None:
+    for wanted, said in [("loud", " cpu (8, 8)"), ("loud:", " cpu (8, 8)"), ("loud:a/b:c", "a/b:c cpu (8, 8)")]:
+        assert load_captioner(wanted, CPU)(PICTURE) == said
+        assert set(CAPTIONERS) == {"broken", "gone", "loud", "says_why", "transformers"}
 
 
 @pytest.mark.parametrize("wanted", ["{folder}", "transformers:{folder}", "owner/name", "transformers:owner/name"])

@@ -46,9 +46,8 @@ def test_dots_in_names(tmp_path: Path) -> None:
     assert read_caption(tmp_path / "v1.5 final.jpg").text == "a dog"
 
 
-@pytest.mark.parametrize(
-    ("caption", "trigger", "expected"),
-    [
+def test_with_trigger() -> None:
+    for caption, trigger, expected in [
         ("on a beach", "sks dog", "sks dog, on a beach"),
         ("", "sks dog", "sks dog"),
         ("", "", ""),
@@ -58,10 +57,8 @@ def test_dots_in_names(tmp_path: Path) -> None:
         ("a cat", "cat", "a cat"),
         ("<sks>", "<sks>", "<sks>"),
         ("a (b", "a (b", "a (b"),
-    ],
-)
-def test_with_trigger(caption: str, trigger: str, expected: str) -> None:
-    assert with_trigger(caption, trigger) == expected
+    ]:
+        assert with_trigger(caption, trigger) == expected
 
 
 @given(st.text(), st.text())

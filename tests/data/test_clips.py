@@ -20,18 +20,15 @@ from lorasmith.families.forms import LatentFormat
 FORM = ClipForm(9, 5.0, LatentFormat(3, 4, 1.0, frames=True, time_downscale=4))
 
 
-@pytest.mark.parametrize(
-    ("frames", "rate", "expected"),
-    [
+def test_frames_are_those_shown_at_even_times() -> None:
+    for frames, rate, expected in [
         (10, 10.0, (0, 2, 4, 6, 8)),  # ten at ten a second are five at five
         (100, 10.0, (0, 2, 4, 6, 8, 10, 12, 14, 16)),  # at most nine
         (17, 10.0, (0, 2, 4, 6, 8)),  # eight are cut to five
         (6, 3.0, (0, 0, 1, 1, 2, 3, 3, 4, 4)),  # each is shown until the next
         (1, 25.0, (0,)),
-    ],
-)
-def test_frames_are_those_shown_at_even_times(frames: int, rate: float, expected: tuple[int, ...]) -> None:
-    assert FORM.numbers(steady_times(frames, rate)) == expected
+    ]:
+        assert FORM.numbers(steady_times(frames, rate)) == expected
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.gif"])

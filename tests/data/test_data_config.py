@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from lorasmith.core.errors import OptionError
@@ -10,9 +8,8 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
+def test_settings_that_cannot_be_are_refused() -> None:
+    for settings, sentence in [
         ({"trigger": "x" * 1001}, "trigger must have at most 1,000 characters, got 1,001; use a phrase"),
         ({"resolution": 100_000}, "resolution must be between 1 and 4096, got 100000"),
         ({"bucket_min": 512, "bucket_max": 256}, "bucket_min must be at most bucket_max, got 512 and 256; swap them"),
@@ -26,11 +23,9 @@ from lorasmith.training.config import TrainConfig
         ({"image_repeats": "a.png=2 | b.png=0.125"}, "at most two decimals, separated by .*got 'b.png=0.125'"),
         ({"caption_dropout": 1.1}, "caption_dropout must be between 0.0 and 1.0, got 1.1"),
         ({"captions": "file"}, "captions must be one of files, filename, folder, none, got 'file'"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(OptionError, match=sentence):
-        DataConfig(**settings)
+    ]:
+        with pytest.raises(OptionError, match=sentence):
+            DataConfig(**settings)
 
 
 def test_resolutions_and_prompts_in_text() -> None:

@@ -94,9 +94,9 @@ def test_small_pictures() -> None:
     assert all("--no-upscale" not in one.remedy for one in found_in(images, upscale=False))
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 1.09])
-def test_pictures_that_are_large_enough(scale: float) -> None:
-    assert found_in(several(5, scale=scale)) == ()
+def test_pictures_that_are_large_enough() -> None:
+    for scale in [0.1, 1.0, 1.09]:
+        assert found_in(several(5, scale=scale)) == ()
 
 
 def test_sizes_of_several_buckets_are_named_together() -> None:
@@ -233,18 +233,18 @@ def test_phrases_that_may_be_shared() -> None:
     assert tagged(*(f"{place} with sks dog in front of the {place}" for place in PLACES), trigger="sks dog") == ()
 
 
-@pytest.mark.parametrize("trigger", ["woman", "Dog", "old man", "watercolor"])
-def test_a_trigger_that_the_model_knows(trigger: str) -> None:
-    finding = only(tagged(*(f"{trigger} in a {place}" for place in PLACES), trigger=trigger))
-    assert finding.sentence == (
-        f"the model knows the trigger '{trigger}' already, so that the LoRA changes all pictures of it; put a rare "
-        f"word in front of it, in captions too, such as 'ohwx {trigger}'"
-    )
+def test_a_trigger_that_the_model_knows() -> None:
+    for trigger in ["woman", "Dog", "old man", "watercolor"]:
+        finding = only(tagged(*(f"{trigger} in a {place}" for place in PLACES), trigger=trigger))
+        assert finding.sentence == (
+            f"the model knows the trigger '{trigger}' already, so that the LoRA changes all pictures of it; put a rare "
+            f"word in front of it, in captions too, such as 'ohwx {trigger}'"
+        )
 
 
-@pytest.mark.parametrize("trigger", ["", "sks", "ohwx woman", "TOK", "p3rs0n", "mira_b", "red fox plush", "style-xq"])
-def test_a_trigger_of_its_own(trigger: str) -> None:
-    assert tagged(*(f"{trigger} in a {place}" for place in PLACES), trigger=trigger) == ()
+def test_a_trigger_of_its_own() -> None:
+    for trigger in ["", "sks", "ohwx woman", "TOK", "p3rs0n", "mira_b", "red fox plush", "style-xq"]:
+        assert tagged(*(f"{trigger} in a {place}" for place in PLACES), trigger=trigger) == ()
 
 
 def test_what_a_dropped_caption_leaves() -> None:

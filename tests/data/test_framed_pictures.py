@@ -77,19 +77,16 @@ def test_a_large_photograph_is_decoded_smaller_and_looks_the_same(tmp_path: Path
     assert difference.mean() < 0.01, "less than a level and a half of 255"
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
+def test_weights_inside_and_outside() -> None:
+    for settings, expected in [
         ({}, [2.0, 0.0]),
         ({"mask_normalize": False}, [1.0, 0.0]),
         ({"mask_outside": 0.5}, [1 / 0.75, 0.5 / 0.75]),
         ({"mask_inside": 0.0, "mask_outside": 1.0}, [0.0, 2.0]),
-    ],
-)
-def test_weights_inside_and_outside(settings: dict[str, float], expected: list[float]) -> None:
-    inside = torch.tensor([[1.0, 0.0]])
-    weights = place_weights(inside, DataConfig(masks="alpha", **settings))
-    assert weights is not None and weights.flatten().tolist() == pytest.approx(expected)
+    ]:
+        inside = torch.tensor([[1.0, 0.0]])
+        weights = place_weights(inside, DataConfig(masks="alpha", **settings))
+        assert weights is not None and weights.flatten().tolist() == pytest.approx(expected)
 
 
 def test_no_mask_and_an_empty_one_leave_the_picture_whole() -> None:

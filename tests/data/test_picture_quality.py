@@ -83,10 +83,10 @@ def test_a_dot_on_white_is_sharp_unless_it_is_blurred() -> None:
     assert measured(picture.filter(ImageFilter.GaussianBlur(40))).is_blurred
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK"])
-def test_pictures_of_one_colour_are_empty(mode: str) -> None:
-    quality = measured(Image.new("RGB", (64, 48), "white").convert(mode))
-    assert quality.is_empty and quality.blur is None and not quality.is_blurred
+def test_pictures_of_one_colour_are_empty() -> None:
+    for mode in ["RGB", "L", "1", "P", "RGBA", "CMYK"]:
+        quality = measured(Image.new("RGB", (64, 48), "white").convert(mode))
+        assert quality.is_empty and quality.blur is None and not quality.is_blurred
 
 
 def test_a_smooth_gradient_of_full_contrast_has_no_sharp_part() -> None:

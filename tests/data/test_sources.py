@@ -6,23 +6,19 @@ from lorasmith.core.errors import OptionError
 from lorasmith.data.data_config import ImageSource
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
+def test_a_source_in_one_text() -> None:
+    for text, expected in [
         ("photos", ImageSource("photos")),
         ("  my photos  repeats=2 weight=0.5 ", ImageSource("my photos", 2, 0.5)),
         ("photos weight=0 repeats=10", ImageSource("photos", 10, 0.0)),
         ("a=b/ repeats=3", ImageSource("a=b/", 3)),
         ("data/x=1", ImageSource("data/x=1")),
-    ],
-)
-def test_a_source_in_one_text(text: str, expected: ImageSource) -> None:
-    assert ImageSource.parse(text) == expected
+    ]:
+        assert ImageSource.parse(text) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_what_is_no_source() -> None:
+    for text, message in [
         ("", "must have a path, got an empty one"),
         ("repeats=2", "must have a path, got an empty one"),
         ("photos repeat=2", r"must be repeats=\.\.\. and weight=\.\.\., each once, got 'repeat=2' \(did you mean"),
@@ -32,11 +28,9 @@ def test_a_source_in_one_text(text: str, expected: ImageSource) -> None:
         ("photos weight=x", "weight of a source must be a number, got 'x'"),
         ("photos weight=nan", "weight must be a number, got nan"),
         ("photos weight=-1", "weight must be between 0.0 and 100.0"),
-    ],
-)
-def test_what_is_no_source(text: str, message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        ImageSource.parse(text)
+    ]:
+        with pytest.raises(OptionError, match=message):
+            ImageSource.parse(text)
 
 
 def test_settings_are_checked() -> None:

@@ -40,15 +40,15 @@ def test_the_clean_sample_of_the_target_is_the_sample(
     torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
-def test_the_clean_sample_is_linear_in_the_prediction(name: str) -> None:
-    kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]
-    generator = torch.Generator().manual_seed(0)
-    noised, one, two = (torch.randn(5, 4, generator=generator) for _ in range(3))
-    level = schedule.at(torch.linspace(0.05, 0.95, 5))
-    middle = kind.clean((one + two) / 2, noised, level)
+def test_the_clean_sample_is_linear_in_the_prediction() -> None:
+    for name in ["epsilon", "v", "flow"]:
+        kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]
+        generator = torch.Generator().manual_seed(0)
+        noised, one, two = (torch.randn(5, 4, generator=generator) for _ in range(3))
+        level = schedule.at(torch.linspace(0.05, 0.95, 5))
+        middle = kind.clean((one + two) / 2, noised, level)
 
-    torch.testing.assert_close(middle, (kind.clean(one, noised, level) + kind.clean(two, noised, level)) / 2)
+        torch.testing.assert_close(middle, (kind.clean(one, noised, level) + kind.clean(two, noised, level)) / 2)
 
 
 def test_targets_are_the_formulas() -> None:
@@ -61,27 +61,29 @@ def test_targets_are_the_formulas() -> None:
     torch.testing.assert_close(PARAMETERIZATIONS["flow"].target(clean, noise, level), noise - clean)
 
 
-@pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
-def test_the_clean_samples_error_is_the_predictions_scaled(name: str) -> None:
-    kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]
-    noised, one, two = (torch.randn(5, 4, dtype=torch.float64) for _ in range(3))
-    level = schedule.at(torch.linspace(0.05, 0.95, 5))
-    error = (kind.clean(one, noised, level) - kind.clean(two, noised, level)).square().mean(1)
+def test_the_clean_samples_error_is_the_predictions_scaled() -> None:
+    for name in ["epsilon", "v", "flow"]:
+        kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]
+        noised, one, two = (torch.randn(5, 4, dtype=torch.float64) for _ in range(3))
+        level = schedule.at(torch.linspace(0.05, 0.95, 5))
+        error = (kind.clean(one, noised, level) - kind.clean(two, noised, level)).square().mean(1)
 
-    torch.testing.assert_close(error.float(), kind.clean_scale(level) * (one - two).square().mean(1).float())
+        torch.testing.assert_close(error.float(), kind.clean_scale(level) * (one - two).square().mean(1).float())
 
 
-@pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
-@pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 4, 2, 2), (3, 4, 2, 2, 2)])
-def test_each_sample_has_its_own_level(name: str, shape: tuple[int, ...]) -> None:
-    kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]
-    prediction, noised = torch.randn(shape), torch.randn(shape)
-    level = schedule.at(torch.tensor([0.1, 0.4, 0.8]))
-    together = kind.clean(prediction, noised, level)
+def test_each_sample_has_its_own_level() -> None:
+    for name in ["epsilon", "v", "flow"]:
+        for shape in [(3,), (3, 4), (3, 4, 2, 2), (3, 4, 2, 2, 2)]:
+            kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]
+            prediction, noised = torch.randn(shape), torch.randn(shape)
+            level = schedule.at(torch.tensor([0.1, 0.4, 0.8]))
+            together = kind.clean(prediction, noised, level)
 
-    for i in range(3):
-        one = NoiseLevel(level.alpha[i : i + 1], level.sigma[i : i + 1], level.time[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], kind.clean(prediction[i : i + 1], noised[i : i + 1], one))
+            for i in range(3):
+                one = NoiseLevel(level.alpha[i : i + 1], level.sigma[i : i + 1], level.time[i : i + 1])
+                torch.testing.assert_close(
+                    together[i : i + 1], kind.clean(prediction[i : i + 1], noised[i : i + 1], one)
+                )
 
 
 def test_diffusers_names_are_aliases() -> None:

@@ -77,9 +77,9 @@ def test_coefficients_keep_their_digits_where_there_is_little_noise() -> None:
     assert SD.at(torch.tensor([0.0025])).sigma.item() == pytest.approx(math.sqrt(noise), rel=2e-7)
 
 
-@pytest.mark.parametrize(("quantile", "step"), [(0.0, 0), (0.0005, 0), (0.5, 500), (0.9995, 999), (1.0, 999)])
-def test_quantiles_become_steps(quantile: float, step: int) -> None:
-    assert SD.at(torch.tensor([quantile])).time.item() == step
+def test_quantiles_become_steps() -> None:
+    for quantile, step in [(0.0, 0), (0.0005, 0), (0.5, 500), (0.9995, 999), (1.0, 999)]:
+        assert SD.at(torch.tensor([quantile])).time.item() == step
 
 
 def test_samplers_levels_are_the_trainings() -> None:
@@ -141,14 +141,14 @@ def test_a_flow_table_is_diffusers_shifted_one() -> None:
     torch.testing.assert_close(FlowSchedule(3.0).sigmas, reference, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4), (2, 3, 4, 5)])
-def test_levels_broadcast_over_whatever_follows_the_batch(shape: tuple[int, ...]) -> None:
-    level = NoiseLevel(torch.tensor([2.0, 3.0]), torch.tensor([10.0, 20.0]), torch.tensor([0.0, 0.0]))
-    noised = level.noised(torch.ones(shape), torch.ones(shape))
+def test_levels_broadcast_over_whatever_follows_the_batch() -> None:
+    for shape in [(2,), (2, 3), (2, 3, 4), (2, 3, 4, 5)]:
+        level = NoiseLevel(torch.tensor([2.0, 3.0]), torch.tensor([10.0, 20.0]), torch.tensor([0.0, 0.0]))
+        noised = level.noised(torch.ones(shape), torch.ones(shape))
 
-    assert noised.shape == shape
-    assert bool((noised[0] == 12).all())
-    assert bool((noised[1] == 23).all())
+        assert noised.shape == shape
+        assert bool((noised[0] == 12).all())
+        assert bool((noised[1] == 23).all())
 
 
 def test_levels_move_together() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,19 +21,16 @@ def test_the_others_are_named_wherever_they_are() -> None:
     assert odd_ones_out(photos.flip(0)) == [0, 1, 2, 11]
 
 
-@pytest.mark.parametrize(
-    ("photos", "why"),
-    [
+def test_nothing_is_named_of() -> None:
+    for photos, _why in [
         (around(0, 8, 0.6), "one thing"),
         (torch.eye(64)[:12], "different things, as in a style"),
         (torch.cat([around(0, 2, 0.6), torch.eye(64)[5:6]]), "too few to be most"),
         (torch.cat([around(0, 3, 0.6), torch.eye(64)[5:9]]), "no group has half of them"),
         (torch.cat([around(0, 4, 1.4), torch.eye(64)[5:6]]), "the group is little more alike than that"),
         (torch.zeros(0, 64), "none"),
-    ],
-)
-def test_nothing_is_named_of(photos: Tensor, why: str) -> None:
-    assert odd_ones_out(photos) == []
+    ]:
+        assert odd_ones_out(photos) == []
 
 
 def test_average_linkage_agrees_with_its_definition() -> None:

@@ -136,18 +136,15 @@ def test_quoted_text_is_encoded_as_in_diffusers(model: Model) -> None:
         torch.testing.assert_close(one, theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
+def test_marks_are_read_from_left_to_right() -> None:
+    for text, found in [
         ('"a" b "c"', ["a", "c"]),
         ('"a “b” c"', ["a “b” c"]),
         ('“a" "b', [" "]),
         ('"a\nb"', []),
         ('""', [""]),
-    ],
-)
-def test_marks_are_read_from_left_to_right(text: str, found: list[str]) -> None:
-    assert list(_quoted(text, ('"', '"'), ("“", "”"))) == found
+    ]:
+        assert list(_quoted(text, ('"', '"'), ("“", "”"))) == found
 
 
 def given(batch: int = 1) -> dict[str, Tensor]:
@@ -306,16 +303,13 @@ def test_loras_of_musubi_tuner_are_read(naming: str, model: Model, tmp_path: Pat
     assert state.unknown == {} and {ref.path for ref in state.adapters} == attention | others
 
 
-@pytest.mark.parametrize(
-    ("base", "width", "family"),
-    [
+def test_its_loras_are_told_from_others() -> None:
+    for base, width, family in [
         ("lora_unet_double_blocks_0_img_attn_q", 2048, "HunyuanVideo 1.5"),
         ("lora_unet_double_blocks_3_txt_mlp_fc2", 8192, "HunyuanVideo 1.5"),
         ("lora_unet_double_blocks_0_img_attn_qkv", 2048, "HunyuanVideo 1.5"),
         ("diffusion_model.double_blocks.0.img_mod.lin", 2048, "HunyuanVideo 1.5"),
         ("transformer.transformer_blocks.0.attn.add_q_proj", 2048, "HunyuanVideo 1.5"),
         ("lora_unet_double_blocks_0_img_attn_qkv", 3072, "Flux.1"),
-    ],
-)
-def test_its_loras_are_told_from_others(base: str, width: int, family: str) -> None:
-    assert guessed_family({f"{base}.lora_down.weight": (4, width)}) == family
+    ]:
+        assert guessed_family({f"{base}.lora_down.weight": (4, width)}) == family

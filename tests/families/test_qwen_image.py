@@ -24,12 +24,12 @@ from lorasmith.families.parts.language_models import SYSTEM, SYSTEM_TOKENS, chat
 QWEN = TINY["qwen-image"]
 
 
-@pytest.mark.parametrize("text", ["a fox", "", "two <|im_start|>user\n turns"])
-def test_the_denoiser_sees_what_follows_the_opening_of_the_users_turn(text: str) -> None:
-    tokenizer = qwen_tokenizer()
-    ids = tokenizer(chat_of(text)).input_ids
-    assert len(tokenizer(SYSTEM).input_ids) == SYSTEM_TOKENS == seen_from(tokenizer, ids)
-    assert tokenizer.decode(ids[SYSTEM_TOKENS:]) == f"{text}<|im_end|>\n<|im_start|>assistant\n"
+def test_the_denoiser_sees_what_follows_the_opening_of_the_users_turn() -> None:
+    for text in ["a fox", "", "two <|im_start|>user\n turns"]:
+        tokenizer = qwen_tokenizer()
+        ids = tokenizer(chat_of(text)).input_ids
+        assert len(tokenizer(SYSTEM).input_ids) == SYSTEM_TOKENS == seen_from(tokenizer, ids)
+        assert tokenizer.decode(ids[SYSTEM_TOKENS:]) == f"{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 # What ComfyUI's QwenImageTEModel and Krea2TEModel cut off.
@@ -41,12 +41,12 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize(("text", "seen"), CHATS.values(), ids=CHATS)
-def test_a_prompt_that_is_a_chat_is_taken_as_it_is(text: str, seen: str) -> None:
-    tokenizer = qwen_tokenizer()
-    ids = tokenizer(chat_of(text)).input_ids
-    assert chat_of(text) == text
-    assert tokenizer.decode(ids[seen_from(tokenizer, ids) :]) == seen
+def test_a_prompt_that_is_a_chat_is_taken_as_it_is() -> None:
+    for text, seen in CHATS.values():
+        tokenizer = qwen_tokenizer()
+        ids = tokenizer(chat_of(text)).input_ids
+        assert chat_of(text) == text
+        assert tokenizer.decode(ids[seen_from(tokenizer, ids) :]) == seen
 
 
 @pytest.mark.slow
@@ -143,9 +143,8 @@ def test_models_for_other_tasks_are_refused_by_name(
         load_model(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "edit"),
-    {
+def test_names_say_which_edit_variant_a_model_is() -> None:
+    for name, edit in {
         "qwen_image_2512_bf16": None,
         "qwen_image_edit_fp8_e4m3fn": "edit",
         "Qwen-Image-Edit-2509": "edit-2509",
@@ -155,11 +154,9 @@ def test_models_for_other_tasks_are_refused_by_name(
         "qwen_image_edit_2511_fp8mixed": "edit-2511",
         "QwenImageEditPipeline": "edit",
         "QwenImageEditPlusPipeline": "edit-2509",
-    }.items(),
-)
-def test_names_say_which_edit_variant_a_model_is(name: str, edit: str | None) -> None:
-    form = FAMILIES["qwen-image"].controls_of(QWEN.parts()["transformer"], [name])
-    assert (None if form is None else form.name) == edit
+    }.items():
+        form = FAMILIES["qwen-image"].controls_of(QWEN.parts()["transformer"], [name])
+        assert (None if form is None else form.name) == edit
 
 
 def test_the_empty_tensor_of_2511_or_its_configuration_says_that_it_is_2511(tmp_path: Path) -> None:

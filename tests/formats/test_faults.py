@@ -91,23 +91,23 @@ def test_a_lora_that_was_never_trained_is_at_fault(tensors, unet_names) -> None:
     assert "all of its modules change nothing" in finding.problem
 
 
-@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "oft", "difference"])
-def test_a_lora_without_effect_is_at_fault(unet_names, make_state, algorithm: str) -> None:
+def test_a_lora_without_effect_is_at_fault(unet_names, make_state) -> None:
     """Its factors are not zero, and what they change is far below what a picture shows."""
-    path = f"{BLOCK}.attn1.to_q"
-    tensors = (
-        LAYOUTS["kohya"].write(make_state(unet_names, [path], algorithm=algorithm, alpha=None), unet_names)
-        if (algorithm != "difference")
-        else {f"{TO_Q}.diff": torch.ones(32, 32)}
-    )
-    trained = next(
-        key for key in tensors if key.endswith((".lora_up.weight", "w1_a", "lokr_w1", "oft_blocks", ".diff"))
-    )
-    assert not [one for one in findings(tensors) if "no picture shows" in one.problem]
-    tensors[trained] = tensors[trained] * 1e-6
-    (finding,) = [one for one in findings(tensors) if "no picture shows" in one.problem]
-    assert finding.is_error and finding.mend is None
-    assert finding.problem.startswith("it changes no weight by more than ")
+    for algorithm in ["lora", "loha", "lokr", "oft", "difference"]:
+        path = f"{BLOCK}.attn1.to_q"
+        tensors = (
+            LAYOUTS["kohya"].write(make_state(unet_names, [path], algorithm=algorithm, alpha=None), unet_names)
+            if (algorithm != "difference")
+            else {f"{TO_Q}.diff": torch.ones(32, 32)}
+        )
+        trained = next(
+            key for key in tensors if key.endswith((".lora_up.weight", "w1_a", "lokr_w1", "oft_blocks", ".diff"))
+        )
+        assert not [one for one in findings(tensors) if "no picture shows" in one.problem]
+        tensors[trained] = tensors[trained] * 1e-6
+        (finding,) = [one for one in findings(tensors) if "no picture shows" in one.problem]
+        assert finding.is_error and finding.mend is None
+        assert finding.problem.startswith("it changes no weight by more than ")
 
 
 def test_one_module_with_an_effect_is_enough(tensors, unet_names) -> None:
@@ -217,18 +217,15 @@ def test_two_adapters_for_one_module_are_one_finding(tensors, unet_names) -> Non
     assert finding.remedy == "keep the tensors of one of them"
 
 
-@pytest.mark.parametrize(
-    ("key", "program"),
-    [
+def test_names_that_few_programs_look_for_are_noted() -> None:
+    for key, program in [
         ("oft_unet_mid_block_attentions_0_proj_in.oft_blocks", "sd-scripts' OFT"),
         ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs' trainer"),
         ("single_blocks.0.processor.proj_lora.down.weight", "XLabs' trainer"),
-    ],
-)
-def test_names_that_few_programs_look_for_are_noted(key: str, program: str) -> None:
-    tensors = {key: torch.ones(2, 4, 4) if key.endswith("oft_blocks") else torch.ones(2, 4)}
-    if not key.endswith("oft_blocks"):
-        tensors[key.replace(".down.", ".up.")] = torch.ones(4, 2)
-    (note,) = [found for found in findings(tensors) if program in found.problem]
-    assert not note.is_error
-    assert "--to portable" in note.remedy
+    ]:
+        tensors = {key: torch.ones(2, 4, 4) if key.endswith("oft_blocks") else torch.ones(2, 4)}
+        if not key.endswith("oft_blocks"):
+            tensors[key.replace(".down.", ".up.")] = torch.ones(4, 2)
+        (note,) = [found for found in findings(tensors) if program in found.problem]
+        assert not note.is_error
+        assert "--to portable" in note.remedy

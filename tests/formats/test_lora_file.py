@@ -153,40 +153,41 @@ def spelt(prefix: str, path: str) -> str:
     return prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_an_output_projection_may_lack_its_number(flux_names, make_adapter, prefix: str) -> None:
-    path = "transformer_blocks.1.attn.to_out.0"
-    weights = make_adapter(flux_names.weight_shapes[path], "lora", 4, 2.0, torch.Generator().manual_seed(0))
-    base = spelt(prefix, path.removesuffix(".0"))
-    tensors = {f"{base}.lora_{role}.weight": tensor for role, tensor in weights.tensors.items()}
-    state = state_from_tensors(tensors | {f"{base}.alpha": torch.tensor(2.0)}, {}, flux_names)
-    assert not state.unknown
-    assert [ref.path for ref in state.adapters] == [path]
+def test_an_output_projection_may_lack_its_number(flux_names, make_adapter) -> None:
+    for prefix in PREFIXES:
+        path = "transformer_blocks.1.attn.to_out.0"
+        weights = make_adapter(flux_names.weight_shapes[path], "lora", 4, 2.0, torch.Generator().manual_seed(0))
+        base = spelt(prefix, path.removesuffix(".0"))
+        tensors = {f"{base}.lora_{role}.weight": tensor for role, tensor in weights.tensors.items()}
+        state = state_from_tensors(tensors | {f"{base}.alpha": torch.tensor(2.0)}, {}, flux_names)
+        assert not state.unknown
+        assert [ref.path for ref in state.adapters] == [path]
 
 
-@pytest.mark.parametrize("algorithm", ["lora", "lokr"])
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_projections_that_diffusers_fuses_are_read(flux_names, make_adapter, merged, prefix, algorithm) -> None:
+def test_projections_that_diffusers_fuses_are_read(flux_names, make_adapter, merged) -> None:
     """q, k and v of one adapter, a LoKr with magnitudes as SimpleTuner writes it."""
-    paths = [f"transformer_blocks.1.attn.to_{part}" for part in "qkv"]
-    rows, columns = flux_names.weight_shapes[paths[0]]
-    whole = make_adapter((3 * rows, columns), algorithm, 4, 2.0, torch.Generator().manual_seed(0))
-    base = spelt(prefix, "transformer_blocks.1.attn.to_qkv")
-    tensors = {f"{base}{suffix}": tensor for suffix, tensor in spelled(ModuleTensors(whole), KOHYA).items()}
-    magnitudes = torch.arange(1.0, 3 * rows + 1)[:, None]
-    if algorithm == "lokr":
-        tensors[f"{base}.dora_scale"] = magnitudes
-    state = state_from_tensors(tensors, {}, flux_names)
-    assert not state.unknown
-    parts = [state.adapters[ModuleRef(DENOISER, path)] for path in paths]
-    zero = torch.zeros(rows, columns)
-    bare = [
-        AdapterWeights(p.algorithm, {n: t for n, t in p.tensors.items() if n != "dora_scale"}, p.alpha) for p in parts
-    ]
-    found = torch.cat([merged(part, zero) for part in bare])
-    torch.testing.assert_close(found, merged(whole, torch.zeros(3 * rows, columns)), rtol=1e-5, atol=1e-6)
-    if algorithm == "lokr":
-        assert torch.equal(torch.cat([part.tensors["dora_scale"] for part in parts]), magnitudes)
+    for algorithm in ["lora", "lokr"]:
+        for prefix in PREFIXES:
+            paths = [f"transformer_blocks.1.attn.to_{part}" for part in "qkv"]
+            rows, columns = flux_names.weight_shapes[paths[0]]
+            whole = make_adapter((3 * rows, columns), algorithm, 4, 2.0, torch.Generator().manual_seed(0))
+            base = spelt(prefix, "transformer_blocks.1.attn.to_qkv")
+            tensors = {f"{base}{suffix}": tensor for suffix, tensor in spelled(ModuleTensors(whole), KOHYA).items()}
+            magnitudes = torch.arange(1.0, 3 * rows + 1)[:, None]
+            if algorithm == "lokr":
+                tensors[f"{base}.dora_scale"] = magnitudes
+            state = state_from_tensors(tensors, {}, flux_names)
+            assert not state.unknown
+            parts = [state.adapters[ModuleRef(DENOISER, path)] for path in paths]
+            zero = torch.zeros(rows, columns)
+            bare = [
+                AdapterWeights(p.algorithm, {n: t for n, t in p.tensors.items() if n != "dora_scale"}, p.alpha)
+                for p in parts
+            ]
+            found = torch.cat([merged(part, zero) for part in bare])
+            torch.testing.assert_close(found, merged(whole, torch.zeros(3 * rows, columns)), rtol=1e-5, atol=1e-6)
+            if algorithm == "lokr":
+                assert torch.equal(torch.cat([part.tensors["dora_scale"] for part in parts]), magnitudes)
 
 
 def test_a_fused_adapter_that_cannot_be_cut_is_named_and_its_model_is_not_doubted(

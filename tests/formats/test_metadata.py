@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,9 +12,8 @@ def test_tags_are_counted() -> None:
     assert list(tag_frequency(["dog,  big dog ", "cat, dog,", ""]).items()) == [("dog", 2), ("big dog", 1), ("cat", 1)]
 
 
-@pytest.mark.parametrize(
-    ("metadata", "name", "steps"),
-    [
+def test_steps() -> None:
+    for metadata, name, steps in [
         ({"lorasmith.steps": "7", "ss_steps": "8"}, "x_9_steps_00001_.safetensors", 7),
         ({"ss_steps": "8"}, "x_9_steps_00001_.safetensors", 8),
         ({"ss_steps": "many"}, "x_9_steps_00001_.safetensors", 9),
@@ -24,10 +22,8 @@ def test_tags_are_counted() -> None:
         ({}, "x_steps_1.safetensors", 0),
         ({}, "stepsis.safetensors", 0),
         ({"ss_steps": "9" * 30}, "", 0),
-    ],
-)
-def test_steps(metadata: dict[str, str], name: str, steps: int) -> None:
-    assert steps_of(metadata, name) == steps
+    ]:
+        assert steps_of(metadata, name) == steps
 
 
 @given(st.text(), st.dictionaries(st.sampled_from(["ss_steps", "lorasmith.steps"]), st.text()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from lorasmith.core.adapter_state import AdapterWeights
@@ -18,16 +17,16 @@ def test_scale() -> None:
     assert scale_of(AdapterWeights("lokr", full, 7.0)) == 1.0
 
 
-@pytest.mark.parametrize("factor", [0.5, -0.3, 1e-4, 0.0, 3.0])
-def test_a_factor_is_shared_between_the_matrices(make_adapter, factor: float) -> None:
-    weights = make_adapter((16, 8), "lora", 4, 7.0, torch.Generator().manual_seed(0))
-    scaled = scaled_by(weights, factor)
-    product = scaled.tensors["up"].double() @ scaled.tensors["down"].double()
+def test_a_factor_is_shared_between_the_matrices(make_adapter) -> None:
+    for factor in [0.5, -0.3, 1e-4, 0.0, 3.0]:
+        weights = make_adapter((16, 8), "lora", 4, 7.0, torch.Generator().manual_seed(0))
+        scaled = scaled_by(weights, factor)
+        product = scaled.tensors["up"].double() @ scaled.tensors["down"].double()
 
-    assert scaled.alpha == 4
-    assert torch.allclose(
-        product, factor * (weights.tensors["up"].double() @ weights.tensors["down"].double()), rtol=1e-5
-    )
+        assert scaled.alpha == 4
+        assert torch.allclose(
+            product, factor * (weights.tensors["up"].double() @ weights.tensors["down"].double()), rtol=1e-5
+        )
 
 
 def test_another_alpha_leaves_the_change(make_adapter, delta) -> None:

@@ -13,6 +13,7 @@ Facts about the checkout that these functions deal with (ComfyUI 0.33):
 
 from __future__ import annotations
 
+import argparse
 import importlib.machinery
 import importlib.util
 import os
@@ -25,6 +26,19 @@ from safetensors import safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def booted(description: str | None, **more: dict[str, Any]) -> argparse.Namespace:
+    """Arguments of a recorder, after ComfyUI is booted: `more` are those that it has beside a checkout and `--out`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
+    parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
+    parser.add_argument("--out", type=Path, required=True)
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    arguments = parser.parse_args()
+    boot(arguments.comfyui)
+    return arguments
 
 
 def boot(checkout: Path, device: str = "cpu") -> None:

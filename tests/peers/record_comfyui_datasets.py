@@ -11,7 +11,6 @@ Needs an environment with ComfyUI's requirements. Inputs are those of `dataset_c
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib
 import json
@@ -28,8 +27,7 @@ from torch import Tensor
 
 
 def main() -> None:
-    arguments = _arguments()
-    comfyui_headless.boot(arguments.comfyui)
+    arguments = comfyui_headless.booted(__doc__)
     torch.set_num_threads(1)
     nodes = _nodes()
     tensors = {}
@@ -55,14 +53,6 @@ def main() -> None:
         {name: json.dumps(value, ensure_ascii=False) for name, value in said.items()},
     )
     _record_dataset(nodes["SaveTrainingDataset"], arguments.out / "comfyui_dataset")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
-    parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the golden files")
-    return parser.parse_args()
 
 
 def _nodes() -> dict[str, Any]:

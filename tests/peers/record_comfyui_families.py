@@ -40,7 +40,6 @@ further inputs, what InpaintModelConditioning makes of `family_cases.picture` an
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import tempfile
@@ -65,8 +64,9 @@ from lorasmith.sampling.samplers import SIGMA_SCHEDULES
 
 
 def main() -> None:
-    arguments = _arguments()
-    comfyui_headless.boot(arguments.comfyui)
+    arguments = comfyui_headless.booted(
+        __doc__, only={"nargs": "*", "choices": TINY, "help": "families to record again"}
+    )
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         "versions": {
@@ -86,15 +86,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         record["families"]["flux1-fill"] = _fill(Path(folder))
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
-    parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=TINY, help="families to record again")
-    return parser.parse_args()
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ or the latents and `noise_mask`; CLIP's states; the velocity, of which that of g
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -31,13 +30,9 @@ from torch import Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
-    parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=frame_cases.CASES, help="cases to record again")
-    arguments = parser.parse_args()
-    comfyui_headless.boot(arguments.comfyui)
+    arguments = comfyui_headless.booted(
+        __doc__, only={"nargs": "*", "choices": frame_cases.CASES, "help": "cases to record again"}
+    )
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         "versions": {"ComfyUI": f"{comfyui_headless.version()} ({arguments.commit})", "torch": torch.__version__}

@@ -9,12 +9,10 @@ schemas. Lists that depend on the files of an installation are recorded as "file
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib
 import inspect
 import json
-from pathlib import Path
 from typing import Any
 
 import comfyui_headless
@@ -25,8 +23,11 @@ _FILES = {"folder", "folder_name"}
 
 
 def main() -> None:
-    arguments = _arguments()
-    comfyui_headless.boot(arguments.comfyui)
+    arguments = comfyui_headless.booted(
+        __doc__,
+        module={"required": True, "help": "module of comfy_extras"},
+        only={"nargs": "*", "help": "nodes to record; all of the module by default"},
+    )
     module = importlib.import_module(f"comfy_extras.{arguments.module}")
     made = module.comfy_entrypoint()  # of one module no coroutine
     extension = asyncio.run(made) if inspect.iscoroutine(made) else made
@@ -38,15 +39,6 @@ def main() -> None:
     known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
     arguments.out.write_text(json.dumps(dict(sorted({**known, **found}.items())), indent=1) + "\n", encoding="utf-8")
     print(", ".join(found))
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
-    parser.add_argument("--module", required=True, help="module of comfy_extras")
-    parser.add_argument("--only", nargs="*", help="nodes to record; all of the module by default")
-    parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
 
 
 def _declared(schema: Any) -> dict[str, Any]:

@@ -72,7 +72,6 @@ How ComfyUI 0.33 computes them
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shlex
@@ -102,9 +101,8 @@ NOISE_SEED = 5  # draws sigmas from the middle of both schedules
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = comfyui_headless.booted(__doc__, model={"choices": TRAINED, "required": True})
     command = shlex.join(["python", "tests/peers/record_comfyui_training.py", "--model", arguments.model])
-    comfyui_headless.boot(arguments.comfyui)
     torch.set_num_threads(1)
     trained = TRAINED[arguments.model]
     weights, inputs = trained.tensors(), trained.training_set(INPUT_SEED)
@@ -141,15 +139,6 @@ def main() -> None:
         f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.2f} MB, {len(fresh.shapes)} trained tensors, "
         f"losses {[round(x, 6) for x in fresh.losses]} and {[round(x, 6) for x in random.losses]}"
     )
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
-    parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
-    parser.add_argument("--model", choices=TRAINED, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
 
 
 @dataclass

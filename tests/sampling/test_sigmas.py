@@ -50,13 +50,13 @@ def test_sigmas_fall_strictly_to_zero() -> None:
                 assert sigmas[0] <= SCHEDULES[kind].sigmas[-1] * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("scheduler", ["normal", "karras", "simple", "sgm_uniform", "exponential"])
-def test_denoise_takes_the_last_steps_of_a_longer_run(scheduler: str) -> None:
-    schedule = SCHEDULES["discrete"]
+def test_denoise_takes_the_last_steps_of_a_longer_run() -> None:
+    for scheduler in ["normal", "karras", "simple", "sgm_uniform", "exponential"]:
+        schedule = SCHEDULES["discrete"]
 
-    assert torch.equal(sigmas_for(schedule, scheduler, 6, denoise=0.45), sigmas_for(schedule, scheduler, 13)[-7:])
-    assert torch.equal(sigmas_for(schedule, scheduler, 6, denoise=0.99995), sigmas_for(schedule, scheduler, 6))
-    assert len(sigmas_for(schedule, scheduler, 6, denoise=0.0)) == 0
+        assert torch.equal(sigmas_for(schedule, scheduler, 6, denoise=0.45), sigmas_for(schedule, scheduler, 13)[-7:])
+        assert torch.equal(sigmas_for(schedule, scheduler, 6, denoise=0.99995), sigmas_for(schedule, scheduler, 6))
+        assert len(sigmas_for(schedule, scheduler, 6, denoise=0.0)) == 0
 
 
 def test_unknown_schedulers_are_refused_with_those_there_are() -> None:
@@ -73,12 +73,12 @@ FLUX2 = {
 }
 
 
-@pytest.mark.parametrize(("steps", "patches"), FLUX2)
-def test_flux2_sigmas_are_comfyuis(steps: int, patches: int) -> None:
-    sigmas = flux2_sigmas(steps, patches)
-    assert len(sigmas) == steps + 1
-    assert sigmas[[0, -1]].tolist() == [1, 0]
-    assert sigmas[1:4].tolist() == pytest.approx(FLUX2[steps, patches], abs=1e-6)
+def test_flux2_sigmas_are_comfyuis() -> None:
+    for steps, patches in FLUX2:
+        sigmas = flux2_sigmas(steps, patches)
+        assert len(sigmas) == steps + 1
+        assert sigmas[[0, -1]].tolist() == [1, 0]
+        assert sigmas[1:4].tolist() == pytest.approx(FLUX2[steps, patches], abs=1e-6)
 
 
 def test_beta_quantiles_are_those_of_the_arcsine_and_uniform_distributions() -> None:

@@ -16,14 +16,14 @@ from lorasmith.toolbox.changes import added_by, is_additive, is_plain_lora, laye
 LINEAR, CONV = (24, 16), (8, 4, 3, 3)
 
 
-@pytest.mark.parametrize("shape", [LINEAR, CONV, (8, 4, 1, 1)])
-@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr"])
-def test_added_by_its_definition(algorithm: str, shape: tuple[int, ...]) -> None:
-    weights = cases.random_weights(shape, algorithm)
-    change = added_by(ModuleTensors(weights), shape)
+def test_added_by_its_definition() -> None:
+    for shape in [LINEAR, CONV, (8, 4, 1, 1)]:
+        for algorithm in ["lora", "loha", "lokr"]:
+            weights = cases.random_weights(shape, algorithm)
+            change = added_by(ModuleTensors(weights), shape)
 
-    assert is_additive(weights)
-    assert torch.allclose(change.matrix().double(), cases.weight_change(weights), atol=1e-6)
+            assert is_additive(weights)
+            assert torch.allclose(change.matrix().double(), cases.weight_change(weights), atol=1e-6)
 
 
 def test_a_tucker_core_is_multiplied_in() -> None:
@@ -44,26 +44,22 @@ def test_a_full_difference_and_a_lora_add_up() -> None:
     assert torch.allclose(change.matrix().double(), cases.weight_change(weights) + difference.flatten(1), atol=1e-5)
 
 
-@pytest.mark.parametrize(("algorithm", "expected"), [("lora", LINEAR), ("loha", LINEAR), ("lokr", LINEAR)])
-def test_shapes_are_told_by_the_tensors(algorithm: str, expected: tuple[int, ...]) -> None:
-    assert weight_shape(cases.random_weights(LINEAR, algorithm)) == expected
-    conv = weight_shape(cases.random_weights(CONV, algorithm))
-    assert conv == ((8, 36) if algorithm == "loha" else CONV)  # LoHa flattens kernels
+def test_shapes_are_told_by_the_tensors() -> None:
+    for algorithm, expected in [("lora", LINEAR), ("loha", LINEAR), ("lokr", LINEAR)]:
+        assert weight_shape(cases.random_weights(LINEAR, algorithm)) == expected
+        conv = weight_shape(cases.random_weights(CONV, algorithm))
+        assert conv == ((8, 36) if algorithm == "loha" else CONV)  # LoHa flattens kernels
 
 
-@pytest.mark.parametrize(
-    ("weights", "plain", "additive", "title"),
-    [
+def test_kinds_of_changes() -> None:
+    for weights, plain, additive, title in [
         (cases.random_weights(LINEAR), True, True, "LoRA"),
         (cases.random_weights(LINEAR, variant="dora"), False, False, "DoRA"),
         (cases.random_weights(LINEAR, "loha"), False, True, "LoHa"),
         (cases.random_weights(LINEAR, "oft"), False, False, "OFT"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_kinds_of_changes(weights: AdapterWeights, plain: bool, additive: bool, title: str) -> None:
-    assert (is_plain_lora(weights), is_additive(weights)) == (plain, additive)
-    assert title_of(weights) in (title, title.lower())
+    ]:
+        assert (is_plain_lora(weights), is_additive(weights)) == (plain, additive)
+        assert title_of(weights) in (title, title.lower())
 
 
 def test_an_unknown_algorithm_is_refused() -> None:

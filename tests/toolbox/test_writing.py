@@ -107,17 +107,14 @@ def lora(rank: int, alpha: float | None) -> AdapterWeights:
     return AdapterWeights("lora", {"down": torch.zeros(rank, 3), "up": torch.zeros(4, rank)}, alpha)
 
 
-@pytest.mark.parametrize(
-    ("adapters", "dim", "alpha"),
-    [
+def test_rank_and_alpha_are_those_of_the_modules() -> None:
+    for adapters, dim, alpha in [
         ([lora(4, 2.0), lora(4, 2.0)], "4", "2.0"),
         ([lora(4, None), lora(4, 4.0)], "4", "4.0"),
         ([lora(4, 2.0), lora(8, 2.0)], "Dynamic", "2.0"),
         ([lora(4, 2.0), lora(4, 1.0)], "4", "Dynamic"),
-    ],
-)
-def test_rank_and_alpha_are_those_of_the_modules(adapters: list[AdapterWeights], dim: str, alpha: str) -> None:
-    assert rank_entries(adapters) == {"ss_network_dim": dim, "ss_network_alpha": alpha}
+    ]:
+        assert rank_entries(adapters) == {"ss_network_dim": dim, "ss_network_alpha": alpha}
 
 
 def test_without_a_rank_there_is_no_entry() -> None:

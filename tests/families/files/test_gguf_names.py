@@ -161,12 +161,12 @@ def test_decoders_are_left_out() -> None:
     assert list(names.original) == ["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"]
 
 
-@pytest.mark.parametrize("names", [["img_in.weight"], ["blk.0.attn_q.weight"]])
-@pytest.mark.parametrize("architecture", ["flux", "qwen3", "gemma3", ""])
-def test_other_files_keep_their_names(architecture: str, names: list[str]) -> None:
-    found = names_of(architecture, names)
-    assert dict(found.original) == {name: name for name in names}
-    assert not found.permuted
+def test_other_files_keep_their_names() -> None:
+    for names in [["img_in.weight"], ["blk.0.attn_q.weight"]]:
+        for architecture in ["flux", "qwen3", "gemma3", ""]:
+            found = names_of(architecture, names)
+            assert dict(found.original) == {name: name for name in names}
+            assert not found.permuted
 
 
 def test_rows_of_heads_are_put_back() -> None:

@@ -193,31 +193,27 @@ DAMAGE: dict[str, tuple[str, dict[str, Tensor | None], str]] = {
 """A kind, its tensors that are others or missing, and a part of the message."""
 
 
-@pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_one_sentence(case: str) -> None:
-    kind, changes, message = DAMAGE[case]
-    parts = {**packed_files.pack(kind, WEIGHT)[0], **changes}
-    with pytest.raises(ModelError, match=r"x.weight of file is stored as .* get it again") as raised:
-        read({leaf: tensor for leaf, tensor in parts.items() if tensor is not None})
-    assert message in str(raised.value)
+def test_damage_is_one_sentence() -> None:
+    for case in DAMAGE:
+        kind, changes, message = DAMAGE[case]
+        parts = {**packed_files.pack(kind, WEIGHT)[0], **changes}
+        with pytest.raises(ModelError, match=r"x.weight of file is stored as .* get it again") as raised:
+            read({leaf: tensor for leaf, tensor in parts.items() if tensor is not None})
+        assert message in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
+def test_formats_that_are_no_json_are_refused() -> None:
+    for said in [
         torch.frombuffer(bytearray(b"[" * 50_000), dtype=torch.uint8),
         torch.frombuffer(bytearray(b'{"format": NaN}'), dtype=torch.uint8),
         torch.zeros(2**17, dtype=torch.uint8),
         torch.ones(3),
-    ],
-    ids=["deep", "NaN", "long", "floats"],
-)
-def test_formats_that_are_no_json_are_refused(said: Tensor) -> None:
-    tensors = {"x.weight": torch.zeros(4, 4, dtype=torch.int8), "x.comfy_quant": said}
-    with pytest.raises(ModelError, match="must be JSON with a format for each"):
-        PackedWeights("file", tensors, {})
-    with pytest.raises(ModelError, match="must be JSON with a format for each"):
-        PackedWeights("file", {}, {"_quantization_metadata": "[" * 50_000})
+    ]:
+        tensors = {"x.weight": torch.zeros(4, 4, dtype=torch.int8), "x.comfy_quant": said}
+        with pytest.raises(ModelError, match="must be JSON with a format for each"):
+            PackedWeights("file", tensors, {})
+        with pytest.raises(ModelError, match="must be JSON with a format for each"):
+            PackedWeights("file", {}, {"_quantization_metadata": "[" * 50_000})
 
 
 def test_scales_without_a_format_are_of_fp8(tmp_path: Path) -> None:
@@ -230,21 +226,21 @@ def test_scales_without_a_format_are_of_fp8(tmp_path: Path) -> None:
         read({**parts, "weight": torch.zeros(32, 64, dtype=torch.int8)})
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["without prefix", "with prefix"])
-def test_formats_in_the_metadata_count(nested: bool, prefix: str) -> None:
+def test_formats_in_the_metadata_count() -> None:
     """Also with the denoiser's prefix left out, which ComfyUI cuts off before it looks for them."""
-    parts, meant = packed_files.pack("int8 with ConvRot", WEIGHT)
-    del parts["comfy_quant"]
-    details = {"convrot": True, "convrot_groupsize": packed_files.GROUP}
-    said = {"format": "int8_tensorwise", **({"params": details} if nested else details)}
-    metadata = {"_quantization_metadata": json.dumps({"layers": {f"{prefix}x": said, f"{prefix}gone": said}})}
-    tensors = {f"model.diffusion_model.x.{leaf}": one for leaf, one in parts.items()}
-    packed = PackedWeights("file", {"y.x.bias": torch.ones(3), **tensors}, metadata).read(
-        "model.diffusion_model.x.weight"
-    )
-    assert isinstance(packed, Packed)
-    torch.testing.assert_close(packed.weight(), meant, rtol=1e-6, atol=1e-6)
+    for nested in [False, True]:
+        for prefix in ["", "model.diffusion_model."]:
+            parts, meant = packed_files.pack("int8 with ConvRot", WEIGHT)
+            del parts["comfy_quant"]
+            details = {"convrot": True, "convrot_groupsize": packed_files.GROUP}
+            said = {"format": "int8_tensorwise", **({"params": details} if nested else details)}
+            metadata = {"_quantization_metadata": json.dumps({"layers": {f"{prefix}x": said, f"{prefix}gone": said}})}
+            tensors = {f"model.diffusion_model.x.{leaf}": one for leaf, one in parts.items()}
+            packed = PackedWeights("file", {"y.x.bias": torch.ones(3), **tensors}, metadata).read(
+                "model.diffusion_model.x.weight"
+            )
+            assert isinstance(packed, Packed)
+            torch.testing.assert_close(packed.weight(), meant, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])

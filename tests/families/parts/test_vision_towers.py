@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.files.original_weights import PartSource
-from lorasmith.families.forms import Sight
 from lorasmith.families.parts.encoders import ENCODERS, qwen_tokenizer
 from lorasmith.families.parts.language_models import hidden_states, sight_of
 from lorasmith.families.parts.vision_towers import PICTURE, token_positions
@@ -127,20 +126,15 @@ def test_a_prompt_needs_a_place_for_each_picture() -> None:
             hidden_states(encoder, ids, [-1], pictures=pictures_of("qwen25vl")[:1])
 
 
-@pytest.mark.parametrize(
-    ("sight", "size", "expected", "tokens"),
-    [
+def test_pictures_are_seen_in_an_area_and_whole_tokens() -> None:
+    for sight, size, expected, tokens in [
         (sight_of(pixels=1024**2, multiple=28), (1024, 1024), (1036, 1036), 1369),  # as in ComfyUI
         (sight_of(pixels=384**2, multiple=28), (1024, 1024), (392, 392), 196),
         (sight_of(pixels=384**2, multiple=28), (100, 150), (308, 476), 187),  # smaller ones are enlarged
         (sight_of(pixels=384**2, multiple=32), (10, 4000), (32, 7680), 240),
-    ],
-)
-def test_pictures_are_seen_in_an_area_and_whole_tokens(
-    sight: Sight, size: tuple[int, int], expected: tuple[int, int], tokens: int
-) -> None:
-    assert sight.size(*size) == expected
-    assert sight.tokens(*size) == tokens
+    ]:
+        assert sight.size(*size) == expected
+        assert sight.tokens(*size) == tokens
 
 
 def test_the_prompt_of_an_edit_numbers_its_pictures_or_does_not() -> None:

@@ -219,23 +219,20 @@ def test_small_scales_do_not_vanish_in_fp16(unet_names, make_state, delta) -> No
     torch.testing.assert_close(delta(again.adapters[ref]), delta(state.adapters[ref]), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("down", "up"),
-    [
+def test_reads_older_and_other_spellings(unet_names, make_state) -> None:
+    for down, up in [
         ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
         ("{}.lora_A.weight", "{}.lora_B.weight"),
         ("transformer.{}.lora_down.weight", "transformer.{}.lora_up.weight"),
-    ],
-)
-def test_reads_older_and_other_spellings(unet_names, make_state, down, up) -> None:
-    state = make_state(unet_names, [TO_Q, TO_OUT], alpha=None)
-    tensors = {}
-    for ref, weights in state.adapters.items():
-        tensors[down.format(ref.path)] = weights.tensors["down"]
-        tensors[up.format(ref.path)] = weights.tensors["up"]
-    again = LAYOUT.read(tensors, {}, unet_names)
-    assert again.adapters.keys() == state.adapters.keys()
-    assert all(weights.alpha is None for weights in again.adapters.values())
+    ]:
+        state = make_state(unet_names, [TO_Q, TO_OUT], alpha=None)
+        tensors = {}
+        for ref, weights in state.adapters.items():
+            tensors[down.format(ref.path)] = weights.tensors["down"]
+            tensors[up.format(ref.path)] = weights.tensors["up"]
+        again = LAYOUT.read(tensors, {}, unet_names)
+        assert again.adapters.keys() == state.adapters.keys()
+        assert all(weights.alpha is None for weights in again.adapters.values())
 
 
 @pytest.mark.parametrize("prefix", ["unet.", ""])
@@ -260,9 +257,8 @@ def test_alpha_tensors_count_more_than_the_header(unet_names, make_state) -> Non
     assert next(iter(LAYOUT.read(tensors, header, unet_names).adapters.values())).alpha == 8.0
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
+def test_a_malformed_header_entry_is_named(unet_names, make_state) -> None:
+    for header in [
         "",
         "[1]",
         '{"unet.lora_alpha": "x"}',
@@ -270,12 +266,10 @@ def test_alpha_tensors_count_more_than_the_header(unet_names, make_state) -> Non
         '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+b": 1}}',
         '{"unet.lora_alpha": 1, "unet.alpha_pattern": {".*.*.*.*.*.*x": 1}}',
         "[" * 100_000,
-    ],
-)
-def test_a_malformed_header_entry_is_named(unet_names, make_state, header) -> None:
-    tensors = LAYOUT.write(make_state(unet_names, [TO_Q]), unet_names)
-    with pytest.raises(LoraError, match="the header entry lora_adapter_metadata must be JSON"):
-        LAYOUT.read(tensors, {ADAPTER_METADATA: header}, unet_names)
+    ]:
+        tensors = LAYOUT.write(make_state(unet_names, [TO_Q]), unet_names)
+        with pytest.raises(LoraError, match="the header entry lora_adapter_metadata must be JSON"):
+            LAYOUT.read(tensors, {ADAPTER_METADATA: header}, unet_names)
 
 
 def test_a_part_of_the_pipeline_inside_the_denoiser_has_keys_and_a_configuration_of_its_own(make_adapter) -> None:
@@ -349,22 +343,18 @@ def renamed(make_state, names, prefix: str) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_", "lora_transformer_", "base_model.model.", ""])
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"transformer.lora_alpha": "8", "transformer.r": "4"},
-        {"unet.lora_alpha": "8", "text_encoder.lora_alpha": "2"},
-        {ADAPTER_METADATA: json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})},
-    ],
-    ids=["by component", "of two components", "JSON"],
-)
-def test_alphas_of_a_component_whose_keys_were_renamed(flux_names, make_state, prefix: str, header) -> None:
+def test_alphas_of_a_component_whose_keys_were_renamed(flux_names, make_state) -> None:
     """diffusers renames keys before it reads its header, and so reads it for keys of any prefix."""
-    (found,) = lora_file.state_from_tensors(
-        renamed(make_state, flux_names, prefix), header, flux_names
-    ).adapters.values()
-    assert found.alpha == 8.0
+    for prefix in ["diffusion_model.", "lora_unet_", "lora_transformer_", "base_model.model.", ""]:
+        for header in [
+            {"transformer.lora_alpha": "8", "transformer.r": "4"},
+            {"unet.lora_alpha": "8", "text_encoder.lora_alpha": "2"},
+            {ADAPTER_METADATA: json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})},
+        ]:
+            (found,) = lora_file.state_from_tensors(
+                renamed(make_state, flux_names, prefix), header, flux_names
+            ).adapters.values()
+            assert found.alpha == 8.0
 
 
 @pytest.mark.parametrize(

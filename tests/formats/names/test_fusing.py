@@ -95,19 +95,19 @@ def test_magnitudes_per_output_are_cut_and_stacked(make_adapter):
 EVEN = [OriginalName("qkv", (8 * i, 8 * i + 8), swap_halves=i == 2) for i in range(3)]
 
 
-@pytest.mark.parametrize(("algorithm", "rank"), [("oft", 4), ("lokr", 4), ("glora", 2), ("loha", 2), ("lora", 2)])
-def test_a_fused_adapter_of_any_kind_is_cut_where_its_rows_allow(make_adapter, merged, algorithm, rank):
-    alpha = 0.0 if algorithm == "oft" else 3.0
-    whole = make_adapter((24, IN), algorithm, rank, alpha, generator(0))
-    weight = torch.rand(24, IN, generator=generator(1))
-    parts = split(whole, EVEN)
-    assert parts is not None
-    for part, place in zip(parts, EVEN, strict=True):
-        rows = split_rows(merged(whole, weight), place)
-        torch.testing.assert_close(merged(part, split_rows(weight, place)), rows, rtol=1e-6, atol=1e-7)
-    again = fused(parts, EVEN, 24)
-    assert again.alpha == whole.alpha
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in whole.tensors.items())
+def test_a_fused_adapter_of_any_kind_is_cut_where_its_rows_allow(make_adapter, merged) -> None:
+    for algorithm, rank in [("oft", 4), ("lokr", 4), ("glora", 2), ("loha", 2), ("lora", 2)]:
+        alpha = 0.0 if algorithm == "oft" else 3.0
+        whole = make_adapter((24, IN), algorithm, rank, alpha, generator(0))
+        weight = torch.rand(24, IN, generator=generator(1))
+        parts = split(whole, EVEN)
+        assert parts is not None
+        for part, place in zip(parts, EVEN, strict=True):
+            rows = split_rows(merged(whole, weight), place)
+            torch.testing.assert_close(merged(part, split_rows(weight, place)), rows, rtol=1e-6, atol=1e-7)
+        again = fused(parts, EVEN, 24)
+        assert again.alpha == whole.alpha
+        assert all(torch.equal(again.tensors[name], tensor) for name, tensor in whole.tensors.items())
 
 
 def test_blocks_of_oft_stand_one_after_the_other(make_adapter, merged):
@@ -122,27 +122,31 @@ def test_blocks_of_oft_stand_one_after_the_other(make_adapter, merged):
     assert split(whole, EVEN)[1] is None
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "variant", "alpha"),
-    [("lokr", "", 1.0), ("oft", "", 1.0), ("boft", "", 0.0), ("glora", "", 1.0), ("lora", "dora_in", 1.0)],
-    ids=["lokr", "oft with a constraint", "boft", "glora", "magnitudes per input"],
-)
-def test_what_has_no_exact_translation_is_left_alone(make_adapter, algorithm, variant, alpha):
-    adapters = [make_adapter((8, IN), algorithm, 2, alpha, generator(i), variant=variant) for i in range(2)]
-    assert fused(adapters, EVEN[:2], 16) is None
-    alone = [OriginalName("proj")]
-    assert fused(adapters[:1], alone, 0) is adapters[0]
-    assert split(adapters[0], alone) == [adapters[0]]
+def test_what_has_no_exact_translation_is_left_alone(make_adapter) -> None:
+    for algorithm, variant, alpha in [
+        ("lokr", "", 1.0),
+        ("oft", "", 1.0),
+        ("boft", "", 0.0),
+        ("glora", "", 1.0),
+        ("lora", "dora_in", 1.0),
+    ]:
+        adapters = [make_adapter((8, IN), algorithm, 2, alpha, generator(i), variant=variant) for i in range(2)]
+        assert fused(adapters, EVEN[:2], 16) is None
+        alone = [OriginalName("proj")]
+        assert fused(adapters[:1], alone, 0) is adapters[0]
+        assert split(adapters[0], alone) == [adapters[0]]
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "variant", "alpha"),
-    [("lokr", "", 1.0), ("oft", "", 0.0), ("oft", "", 1.0), ("boft", "", 0.0), ("lora", "dora_in", 1.0)],
-    ids=["lokr", "oft", "oft with a constraint", "boft", "magnitudes per input"],
-)
-def test_rows_inside_a_block_are_not_cut(make_adapter, algorithm, variant, alpha):
-    whole = make_adapter((24, IN), algorithm, 2, alpha, generator(0), variant=variant)
-    assert split(whole, [OriginalName("qk", (0, 11)), OriginalName("qk", (11, 24))]) is None
+def test_rows_inside_a_block_are_not_cut(make_adapter) -> None:
+    for algorithm, variant, alpha in [
+        ("lokr", "", 1.0),
+        ("oft", "", 0.0),
+        ("oft", "", 1.0),
+        ("boft", "", 0.0),
+        ("lora", "dora_in", 1.0),
+    ]:
+        whole = make_adapter((24, IN), algorithm, 2, alpha, generator(0), variant=variant)
+        assert split(whole, [OriginalName("qk", (0, 11)), OriginalName("qk", (11, 24))]) is None
 
 
 def test_halves_are_exchanged_both_ways(make_adapter, delta):

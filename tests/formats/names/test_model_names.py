@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from lorasmith.formats.names import ModelNames, matches
 
 
@@ -13,8 +11,6 @@ def test_paths_of_components(unet_names: ModelNames) -> None:
     assert unet_names.paths("text_encoder_4") == ()
 
 
-@pytest.mark.parametrize(
-    ("path", "found"), [("a.attn1.to_q", True), ("a.attn1.to_out.0", False), ("attn1.to_q", False), ("conv_in", True)]
-)
-def test_patterns_match_whole_paths(path: str, found: bool) -> None:
-    assert matches(path, ("*.attn[12].to_[qkv]", "conv_in")) == found
+def test_patterns_match_whole_paths() -> None:
+    for path, found in [("a.attn1.to_q", True), ("a.attn1.to_out.0", False), ("attn1.to_q", False), ("conv_in", True)]:
+        assert matches(path, ("*.attn[12].to_[qkv]", "conv_in")) == found

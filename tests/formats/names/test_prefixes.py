@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from lorasmith.formats.spelling import component_of, without_prefix
 
 
-@pytest.mark.parametrize(
-    ("base", "component", "path"),
-    [
+def test_what_stands_before_a_path() -> None:
+    for base, component, path in [
         ("lora_unet_conv_in", "denoiser", "conv_in"),
         ("lycoris_conv_in", "denoiser", "conv_in"),
         ("model.diffusion_model.out.0", "denoiser", "out.0"),
@@ -24,8 +21,6 @@ from lorasmith.formats.spelling import component_of, without_prefix
         ("text_encoders.clip_g.transformer.x", "text_encoder_2", "x"),
         ("text_encoders.t5xxl.transformer.x", "text_encoder_3", "x"),
         ("text_encoders.qwen3_4b.transformer.x", "text_encoder", "x"),
-    ],
-)
-def test_what_stands_before_a_path(base: str, component: str, path: str) -> None:
-    assert component_of(base) == component
-    assert without_prefix(base) == path
+    ]:
+        assert component_of(base) == component
+        assert without_prefix(base) == path

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pytest
-
 from lorasmith.formats.spelling import block_of, component_of, guessed_family, kind_of
 
 
@@ -40,21 +38,18 @@ def test_families() -> None:
             assert guessed_family({f"{base}.{suffix}": (4, width)}) == family
 
 
-@pytest.mark.parametrize(
-    ("metadata", "family"),
-    [
+def test_metadata_tell_families_of_the_same_names_apart() -> None:
+    for metadata, family in [
         ({"ss_base_model_version": "chroma"}, "Chroma"),
         ({"modelspec.architecture": "chroma/lora"}, "Chroma"),
         ({"modelspec.architecture": "Chroma"}, "Chroma"),
         ({"ss_base_model_version": "flux1"}, "Flux.1"),
         ({}, "Flux.1"),
-    ],
-)
-def test_metadata_tell_families_of_the_same_names_apart(metadata: dict[str, str], family: str) -> None:
-    for base in ("lora_unet_double_blocks_0_img_attn_qkv", "transformer.single_transformer_blocks.0.attn.to_q"):
-        assert guessed_family({f"{base}.lora_down.weight": (4, 3072)}, metadata) == family
-    own = "lora_unet_distilled_guidance_layer_layers_0_in_layer.lora_down.weight"
-    assert guessed_family({own: (4, 5120)}, {}) == "Chroma"
+    ]:
+        for base in ("lora_unet_double_blocks_0_img_attn_qkv", "transformer.single_transformer_blocks.0.attn.to_q"):
+            assert guessed_family({f"{base}.lora_down.weight": (4, 3072)}, metadata) == family
+        own = "lora_unet_distilled_guidance_layer_layers_0_in_layer.lora_down.weight"
+        assert guessed_family({own: (4, 5120)}, {}) == "Chroma"
 
 
 def test_width_may_be_shown_by_any_module() -> None:
