@@ -20,7 +20,7 @@ from lorasmith.core.errors import DataError
 from lorasmith.core.options import options_of
 from lorasmith.report.pictures import Clip, PictureOrClip
 from lorasmith.runs.preview_budget import PreviewProgram
-from lorasmith.runs.run_previews import STRENGTHS, RunPreviews
+from lorasmith.runs.run_previews import RunPreviews
 from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
@@ -101,7 +101,7 @@ class PreviewsNode:
                 "sampler_name": (samplers.SAMPLERS, {"tooltip": "As of KSampler."}),
                 "scheduler": (samplers.SCHEDULERS, {"tooltip": "As of KSampler."}),
                 "every": widget(every),
-                "strengths": widget(Input.from_option(_OPTIONS["preview_strengths"], default=STRENGTHS)),
+                "strengths": widget(Input.from_option(_OPTIONS["preview_strengths"], default="0.5,1")),
             }
         }
 
