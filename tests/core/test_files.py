@@ -77,12 +77,12 @@ def test_a_pipe_that_takes_a_files_place_does_not_block(tmp_path: Path, monkeypa
         open_regular(pipe)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "/".join("x" * 2000)])
-def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OSError):
-        open_regular(tmp_path / name)
-    assert not is_regular(tmp_path / name)
-    assert not is_folder(tmp_path / name)
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path) -> None:
+    for name in ["x" * 300, "a\0b", "\ud800", "/".join("x" * 2000)]:
+        with pytest.raises(OSError):
+            open_regular(tmp_path / name)
+        assert not is_regular(tmp_path / name)
+        assert not is_folder(tmp_path / name)
 
 
 def test_text_files_are_read_up_to_a_limit(tmp_path: Path) -> None:

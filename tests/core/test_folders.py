@@ -353,20 +353,17 @@ def test_extra_model_paths_of_the_base_are_loaded(tmp_path: Path) -> None:
     assert Folders.load(tmp_path / "none").extra == {}
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
+def test_malformed_extra_model_paths(tmp_path: Path) -> None:
+    for content, sentence in [
         ("a: [", "must be a readable YAML file"),
         ("a: !!python/object/apply:sys.exit [code of a file was run]", "must be a readable YAML file"),
         ("- a\n- b", "must hold named sections of kinds and paths, got list"),
         ("a: b", "section 'a' of .* must map kinds to paths, got str"),
         ("a:\n  loras: [x, y]", "'loras' in section 'a' of .* must be lines of paths"),
-    ],
-)
-def test_malformed_extra_model_paths(tmp_path: Path, content: str, sentence: str) -> None:
-    with pytest.raises(OptionError, match=sentence) as caught:
-        Folders.load(tmp_path, extra_model_paths=put(tmp_path / "x.yaml", content))
-    assert "\n" not in str(caught.value)
+    ]:
+        with pytest.raises(OptionError, match=sentence) as caught:
+            Folders.load(tmp_path, extra_model_paths=put(tmp_path / "x.yaml", content))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_extra_model_paths_file_is_said(tmp_path: Path) -> None:

@@ -38,25 +38,25 @@ def made(pickled: bytes) -> bytes:
     return with_entry(GOOD, "data.pkl", pickled)
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
-def test_what_torch_saved_is_what_torch_loads(tmp_path: Path, kind: torch.dtype) -> None:
-    whole = torch.arange(24).reshape(4, 6).to(kind)
-    content = {
-        "whole": whole,
-        "views": [whole.T, whole[1:3, ::2], whole[0, 0], whole[:0]],
-        "same": whole,
-        "plain": (1, -(2**40), 2.5, None, True, "é", ["a", {3: "b"}]),
-        "layer": torch.nn.Linear(2, 3).state_dict(),
-    }
-    torch.save(content, tmp_path / "x.pt")
-    found = read(tmp_path / "x.pt")
-    expected = torch.load(tmp_path / "x.pt", weights_only=True)
-    assert found.keys() == expected.keys() and found["plain"] == expected["plain"]
-    for one, other in zip([found["whole"], *found["views"]], [whole, *expected["views"]], strict=True):
-        assert one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one, other)
-    assert found["same"] is found["whole"]
-    assert found["layer"].keys() == expected["layer"].keys()
-    assert all(torch.equal(found["layer"][name], one) for name, one in expected["layer"].items())
+def test_what_torch_saved_is_what_torch_loads(tmp_path: Path) -> None:
+    for kind in [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]:
+        whole = torch.arange(24).reshape(4, 6).to(kind)
+        content = {
+            "whole": whole,
+            "views": [whole.T, whole[1:3, ::2], whole[0, 0], whole[:0]],
+            "same": whole,
+            "plain": (1, -(2**40), 2.5, None, True, "é", ["a", {3: "b"}]),
+            "layer": torch.nn.Linear(2, 3).state_dict(),
+        }
+        torch.save(content, tmp_path / "x.pt")
+        found = read(tmp_path / "x.pt")
+        expected = torch.load(tmp_path / "x.pt", weights_only=True)
+        assert found.keys() == expected.keys() and found["plain"] == expected["plain"]
+        for one, other in zip([found["whole"], *found["views"]], [whole, *expected["views"]], strict=True):
+            assert one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one, other)
+        assert found["same"] is found["whole"]
+        assert found["layer"].keys() == expected["layer"].keys()
+        assert all(torch.equal(found["layer"][name], one) for name, one in expected["layer"].items())
 
 
 def test_parameters_are_let_in_where_they_are_asked_for(tmp_path: Path) -> None:
@@ -115,19 +115,19 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_what_torch_does_not_write_is_refused(tmp_path: Path, sentence: str) -> None:
-    with pytest.raises(ModelError, match=sentence):
-        read(tmp_path / "x", made(REFUSED[sentence]))
+def test_what_torch_does_not_write_is_refused(tmp_path: Path) -> None:
+    for sentence in REFUSED:
+        with pytest.raises(ModelError, match=sentence):
+            read(tmp_path / "x", made(REFUSED[sentence]))
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_tensor_is_inside_its_bytes(tmp_path: Path, name: str) -> None:
-    start = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
-    good = start + TENSOR % b"K\x00K\x02K\x04\x86K\x04K\x01\x86" + b"tR."
-    assert torch.equal(read(tmp_path / "x", made(good)), torch.ones(2, 4))
-    with pytest.raises(ModelError, match="cannot be read"):
-        read(tmp_path / "x", made(start + TENSOR % BROKEN[name] + b"tR."))
+def test_a_tensor_is_inside_its_bytes(tmp_path: Path) -> None:
+    for name in BROKEN:
+        start = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+        good = start + TENSOR % b"K\x00K\x02K\x04\x86K\x04K\x01\x86" + b"tR."
+        assert torch.equal(read(tmp_path / "x", made(good)), torch.ones(2, 4))
+        with pytest.raises(ModelError, match="cannot be read"):
+            read(tmp_path / "x", made(start + TENSOR % BROKEN[name] + b"tR."))
 
 
 def test_a_tensor_whose_state_a_file_sets_is_refused(tmp_path: Path) -> None:

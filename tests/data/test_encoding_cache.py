@@ -176,16 +176,16 @@ def test_one_encoder_has_nothing_of_another(tmp_path: Path) -> None:
     assert found(tmp_path, range(3)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("wrong", ["", "../x", "A" * 64, "0" * 63, "g" * 64])
-def test_digests_are_no_paths(tmp_path: Path, wrong: str) -> None:
-    with pytest.raises(ValueError, match="64 hexadecimal digits"), cache(tmp_path).entries(wrong):
-        pass
-    with cache(tmp_path).entries(ENCODER) as entries:
-        assert entries.get(wrong) is None
-        with pytest.raises(ValueError, match="64 hexadecimal digits"):
-            entries.put(wrong, {})
-        with pytest.raises(ValueError, match="letters, digits"):
-            entries.put(ENCODER, {"a/b": torch.zeros(1)})
+def test_digests_are_no_paths(tmp_path: Path) -> None:
+    for wrong in ["", "../x", "A" * 64, "0" * 63, "g" * 64]:
+        with pytest.raises(ValueError, match="64 hexadecimal digits"), cache(tmp_path).entries(wrong):
+            pass
+        with cache(tmp_path).entries(ENCODER) as entries:
+            assert entries.get(wrong) is None
+            with pytest.raises(ValueError, match="64 hexadecimal digits"):
+                entries.put(wrong, {})
+            with pytest.raises(ValueError, match="letters, digits"):
+                entries.put(ENCODER, {"a/b": torch.zeros(1)})
 
 
 def test_keys_depend_on_every_value_and_on_no_order() -> None:

@@ -93,15 +93,15 @@ def test_strided_tensors_and_lone_surrogates_are_written(tmp_path: Path) -> None
     assert metadata == {"caption": "a?"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e5m2])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_never_writes_a_non_finite_tensor(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
-    target = tmp_path / "x.safetensors"
-    target.write_bytes(b"old")
-    with pytest.raises(LoraError, match=r"never written, and some\.name holds 1 such value"):
-        write_safetensors(target, {"fine": torch.zeros(1), "some.name": torch.tensor([0, value]).to(dtype)})
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
+def test_never_writes_a_non_finite_tensor(tmp_path: Path) -> None:
+    for dtype in [torch.float16, torch.float32, torch.float8_e5m2]:
+        for value in [float("nan"), float("inf")]:
+            target = tmp_path / "x.safetensors"
+            target.write_bytes(b"old")
+            with pytest.raises(LoraError, match=r"never written, and some\.name holds 1 such value"):
+                write_safetensors(target, {"fine": torch.zeros(1), "some.name": torch.tensor([0, value]).to(dtype)})
+            assert target.read_bytes() == b"old"
+            assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
@@ -128,9 +128,8 @@ def test_refuses_pickled_files_and_says_how_to_convert(tmp_path: Path, save) -> 
         check_safetensors(path, ModelError)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
+def test_refuses_other_content(tmp_path: Path) -> None:
+    for content, said in [
         (b"", "has only 0 bytes"),
         (b"12345678", "has only 8 bytes"),
         (b"GGUF\x03\x00\x00\x00\x00\x00", "GGUF"),
@@ -139,13 +138,11 @@ def test_refuses_pickled_files_and_says_how_to_convert(tmp_path: Path, save) -> 
         (b"just some text, no model at all", "not a safetensors file"),
         ((2**63).to_bytes(8, "little") + b"{", "9,223,372,036,854,775,808 bytes, more than the 100,000,000"),
         ((99_000_000).to_bytes(8, "little") + b"{", "cut short inside its header"),
-    ],
-)
-def test_refuses_other_content(tmp_path: Path, content: bytes, said: str) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(LoraError, match=said):
-        read_safetensors(path)
+    ]:
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(LoraError, match=said):
+            read_safetensors(path)
 
 
 @pytest.mark.parametrize(

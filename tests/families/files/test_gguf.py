@@ -247,12 +247,12 @@ HEADERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", HEADERS)
-def test_headers_without_bounds_are_refused(tmp_path: Path, case: str) -> None:
-    content, said = HEADERS[case]
-    (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(ModelError, match=said):
-        GgufFile(tmp_path / "x.gguf")
+def test_headers_without_bounds_are_refused(tmp_path: Path) -> None:
+    for case in HEADERS:
+        content, said = HEADERS[case]
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(ModelError, match=said):
+            GgufFile(tmp_path / "x.gguf")
 
 
 def test_a_vocabulary_is_passed_over_without_an_object_for_each_element(tmp_path: Path) -> None:

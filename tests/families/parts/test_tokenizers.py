@@ -71,9 +71,8 @@ def changed(**config: Any) -> bytes:
     return json.dumps(content).encode()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
+def test_a_damaged_vocabulary_is_a_sentence(tmp_path: Path) -> None:
+    for data in [
         b"",
         b"{}",
         b'{"config": {"pattern": "x"}}',
@@ -83,12 +82,12 @@ def changed(**config: Any) -> bytes:
         changed(pattern="("),
         changed(pattern=None, default_num_special_tokens=-1),
         tekken_file().replace(b'"aW5n"', b'"' + b"aW5n" * 1000 + b'"'),
-    ],
-)
-def test_a_damaged_vocabulary_is_a_sentence(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "tekken.json").write_bytes(data)
-    with pytest.raises(ModelError, match=r"tekken\.json (cannot be read as a tekken vocabulary|makes no tokenizer)"):
-        tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
+    ]:
+        (tmp_path / "tekken.json").write_bytes(data)
+        with pytest.raises(
+            ModelError, match=r"tekken\.json (cannot be read as a tekken vocabulary|makes no tokenizer)"
+        ):
+            tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
 
 
 def test_sizes_and_padding() -> None:
