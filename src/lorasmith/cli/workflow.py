@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -227,7 +226,7 @@ def _choices(one: Any, folders: Folders) -> list[str]:
     """The choices; of long lists (of files) only the first ones."""
     choices = one.choices(folders)
     more = [f"{len(choices) - _MOST:,} more"] if len(choices) > _MOST else []
-    return [*itertools.islice(choices, _MOST), *more]
+    return [*choices[:_MOST], *more]
 
 
 _MOST = 60

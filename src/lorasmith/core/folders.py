@@ -496,8 +496,13 @@ def _fill_tokens(prefix: str, width: int, height: int, now: time.struct_time) ->
 
 def next_counter(folder: Path, stem: str) -> int:
     """The number after the highest `<stem>_<number>` in a folder, which need not exist."""
+    return number_after(folder, rf"{re.escape(stem)}_(\d+)_?\..+")
+
+
+def number_after(folder: Path, pattern: str) -> int:
+    """The number after the highest one that the pattern finds in the names of a folder, which need not exist."""
     # Case is ignored so that files can be moved to a case-insensitive file system.
-    taken = re.compile(rf"{re.escape(stem)}_(\d+)_?\..+", re.IGNORECASE)
+    taken = re.compile(pattern, re.IGNORECASE)
     names = [entry.name for entry in _entries(folder)]
     return 1 + max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0)
 

@@ -43,6 +43,7 @@ from lorasmith.nodes.values import (
     latent_of,
     numpy_draws,
     one_for_each,
+    optional_texts,
     pixels_from_image,
     shuffled,
     single,
@@ -140,13 +141,7 @@ def make_training_dataset(
     images: list[Tensor] = socket("IMAGE"),
     vae: list[Autoencoder] = socket("VAE"),
     clip: list[TextEncoder] = socket("CLIP"),
-    texts: Sequence[str] | None = socket(
-        "STRING",
-        optional=True,
-        force_input=True,
-        multiline=False,
-        tooltip="One caption per image, or one for all. Default: empty captions.",
-    ),
+    texts: Sequence[str] | None = optional_texts("One caption per image, or one for all. Default: empty captions."),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
     """Encode images and their captions; repeated ones, and those of earlier runs, are encoded once.
 
@@ -172,12 +167,8 @@ def make_training_pairs(
     clip: list[TextEncoder] = socket("CLIP"),
     controls_2: list[Tensor] | None = socket("IMAGE", optional=True, tooltip="Second pictures to edit or refer to."),
     controls_3: list[Tensor] | None = socket("IMAGE", optional=True, tooltip="Third pictures to edit or refer to."),
-    texts: Sequence[str] | None = socket(
-        "STRING",
-        optional=True,
-        force_input=True,
-        multiline=False,
-        tooltip="What to change: one text per image, or one for all. Default: empty texts.",
+    texts: Sequence[str] | None = optional_texts(
+        "What to change: one text per image, or one for all. Default: empty texts."
     ),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
     """Encode pairs of pictures for an edit model, in the order of the lists, with the texts that ask for the edits.

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.core.files import write_atomic
-from lorasmith.core.folders import Folders, NumberedFiles
+from lorasmith.core.folders import Folders, number_after
 from lorasmith.core.placement import best_device
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.formats.names import ModelNames
-from lorasmith.nodes.values import LossMap, flat_images, one_for_each, single
+from lorasmith.nodes.values import LossMap, flat_images, one_for_each, optional_texts, single
 from lorasmith.report.loss_plot import plot_losses
 from lorasmith.report.pictures import Clip, animation, encoded
 from lorasmith.toolbox.extract import PatchedPart, extract_patches, extracted_metadata
@@ -90,7 +90,7 @@ def save_image_set(
     `<prefix>_<number>_<index>`, with numbers after the highest existing one. Raises OutputError.
     """
     files = context.folders.numbered(prefix)
-    number = None if overwrite else _after(files, rf"{re.escape(files.stem)}_(\d+)[_.].*")
+    number = None if overwrite else number_after(files.folder, rf"{re.escape(files.stem)}_(\d+)[_.].*")
     for index, image in enumerate(images):
         context.raise_if_cancelled()
         middle = "" if number is None else f"_{number + index:05}"
@@ -111,7 +111,8 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
     """
     files = context.folders.numbered(prefix)
     stem = files.stem if steps is None else f"{files.stem}_{steps}_steps"
-    path = files.folder / f"{stem}_{_free_counter(files):05}_.safetensors"
+    number = max(files.counter, number_after(files.folder, rf"{re.escape(files.stem)}_\d+_steps_(\d+)_?\..+"))
+    path = files.folder / f"{stem}_{number:05}_.safetensors"
     titles = {"ss_output_name": path.stem, "modelspec.title": files.stem}
     return lora.save(path, metadata=titles if lora.private else titles | graph_metadata(context))
 
@@ -130,18 +131,6 @@ def _picture(image: Tensor) -> Image.Image:
 def _png(image: Tensor, entries: PngInfo) -> bytes:
     """An image (height, width, 3) in [0, 1] as a PNG file."""
     return encoded(_picture(image), "PNG", pnginfo=entries, compress_level=4)
-
-
-def _free_counter(files: NumberedFiles) -> int:
-    """First free counter, whatever the steps in the names."""
-    return max(files.counter, _after(files, rf"{re.escape(files.stem)}_\d+_steps_(\d+)_?\..+"))
-
-
-def _after(files: NumberedFiles, pattern: str) -> int:
-    """The number after the highest one that the pattern finds in the names of a folder, which need not exist."""
-    taken = re.compile(pattern, re.IGNORECASE)
-    names = [entry.name for entry in files.folder.iterdir()] if files.folder.is_dir() else []
-    return 1 + max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0)
 
 
 def _prefix(default: str, tooltip: str = "", *, multiline: bool | None = False) -> Any:
@@ -304,13 +293,7 @@ def save_image_text_folder(
     context: NodeContext,
     *,
     images: list[Tensor] = socket("IMAGE"),
-    texts: Sequence[str] | None = socket(
-        "STRING",
-        optional=True,
-        force_input=True,
-        multiline=False,
-        tooltip="One caption per image, or one for all. Default: no text files.",
-    ),
+    texts: Sequence[str] | None = optional_texts("One caption per image, or one for all. Default: no text files."),
     folder_name: list[str] = _FOLDER_NAME,
     filename_prefix: list[str] = _FILE_PREFIX,
     mode: list[str] = _MODE,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import string as letters
 import subprocess
 import sys
@@ -318,8 +319,6 @@ except (MemoryError, RecursionError):
     answer = {{"fault": "it takes too much memory"}}
 json.dump(answer, sys.stdout)
 """
-_FLAGS = {"case_insensitive": 2, "multiline": 8, "dotall": 16}
-"""Values of `re.IGNORECASE`, `re.MULTILINE` and `re.DOTALL`."""
 
 
 def _case_insensitive(*, optional: bool = False) -> Any:
@@ -415,8 +414,7 @@ def regex_replace(
 
 
 def _flags(case_insensitive: bool, multiline: bool, dotall: bool) -> int:
-    chosen = {"case_insensitive": case_insensitive, "multiline": multiline, "dotall": dotall}
-    return sum(_FLAGS[name] for name, is_set in chosen.items() if is_set)
+    return re.IGNORECASE * case_insensitive | re.MULTILINE * multiline | re.DOTALL * dotall
 
 
 def _matches(context: NodeContext, text: str, pattern: str, flags: int) -> list[list[str | None]]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NotRequired, TypedDict, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -38,6 +38,11 @@ T = TypeVar("T")
 SEED = socket("INT", default=0, min=0, max=2**64 - 1, tooltip="The same seed gives the same result.")
 
 _MOST_PIXELS = 2**27  # of all pictures of one output: 1.6 GB as fp32
+
+
+def optional_texts(tooltip: str) -> Any:
+    """An input of texts, one per image or one for all."""
+    return socket("STRING", optional=True, force_input=True, multiline=False, tooltip=tooltip)
 
 
 class Latent(TypedDict):
