@@ -69,15 +69,19 @@ def resume(
     With the same versions, device and number of threads the result is bit-identical to that of an uninterrupted run;
     differences are reported. Other images, other settings or another base model are refused.
     """
-    from lorasmith.cli.run_output import TerminalHost, train_and_report
+    from lorasmith.cli.run_output import TerminalHost, print_trained
     from lorasmith.runs.reproduce import plan_again
+    from lorasmith.runs.run import run as train
 
     typed = _typed(model, text_encoder, vae, data, device, files=as_recorded, imports=allow_import, track=track)
     host = TerminalHost()
     with together():
         with host.planning():
             planned = plan_again(run, host, typed, steps=steps)
-        train_and_report(replace(planned, verify=verify), host)
+        with host.training():
+            result = train(replace(planned, verify=verify), host)
+        print_trained(planned, result)
+        host.stop.exit_if_set()
 
 
 def _typed(

@@ -37,7 +37,7 @@ from lorasmith.runs.expert_runs import ExpertRuns
 from lorasmith.runs.plan import FolderPlan
 from lorasmith.runs.recorded_run import rights_needed
 from lorasmith.runs.reproduce import Differs
-from lorasmith.runs.run import Host, run
+from lorasmith.runs.run import Host
 from lorasmith.runs.run_log import read_run
 from lorasmith.runs.run_plan import (
     NO_CAPTION,
@@ -176,10 +176,8 @@ def training_progress() -> Iterator[EventHandler]:
         lines.close()
 
 
-def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
-    """Train, and print where the results are and how to use the LoRA."""
-    with host.training():
-        result = run(planned, host)
+def print_trained(planned: FolderPlan, result: TrainResult) -> None:
+    """Print the result of a run: where its files are, and how to use the LoRA."""
 
     def show_result() -> None:
         report_result(result, rights_needed(planned.spec, result.folder))
@@ -204,7 +202,6 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
             echo(f"  {command}")
 
     print_result(lambda: plain_result(result), show_result)
-    host.stop.exit_if_set()
 
 
 def train_experts_and_report(spec: RunSpec, host: TerminalHost, *, fresh: bool, verify: bool) -> None:

@@ -109,9 +109,10 @@ def train(
     """
     if started_on_gpus(gpus):
         return
-    from lorasmith.cli.run_output import TerminalHost, train_and_report, train_experts_and_report
+    from lorasmith.cli.run_output import TerminalHost, print_trained, train_experts_and_report
     from lorasmith.runs.plan import plan
     from lorasmith.runs.recorded_run import Typed, read_run_file
+    from lorasmith.runs.run import run
     from lorasmith.runs.spec import RunSpec
 
     typed = RunSpec(
@@ -146,7 +147,10 @@ def train(
             return
         with host.planning():
             planned = plan(spec, host)
-        train_and_report(replace(planned, fresh=fresh, verify=verify), host)
+        with host.training():
+            result = run(replace(planned, fresh=fresh, verify=verify), host)
+        print_trained(planned, result)
+        host.stop.exit_if_set()
 
 
 def _which_models(folders: Folders) -> str:
