@@ -18,25 +18,11 @@ from lorasmith.training.config import TrainConfig
 
 def test_catalogue_and_registry_agree() -> None:
     assert set(ALGORITHMS) == set(ADAPTERS)
-    for name, adapter in ADAPTERS.items():
-        assert adapter.algorithm == name.casefold()
-
-
-def test_every_summary_is_one_sentence() -> None:
-    for facts in ALGORITHMS.values():
-        assert facts.summary[0].isupper()
-        assert facts.summary.count(".") == 1
-        assert facts.summary.endswith(".")
-
-
-def test_variants_and_unused_settings_are_options_of_a_run() -> None:
-    named = frozenset().union(*(facts.variants | facts.unused for facts in ALGORITHMS.values()))
-    assert named <= options_of(TrainConfig).keys()
-
-
-def test_doras_go_around_what_adds_to_the_weight() -> None:
     for name, facts in ALGORITHMS.items():
-        assert not ("dora" in facts.variants and ADAPTERS[name].transforms_output)
+        assert ADAPTERS[name].algorithm == name.casefold()
+        assert not ("dora" in facts.variants and ADAPTERS[name].transforms_output)  # which adds nothing to the weight
+        assert facts.variants | facts.unused <= options_of(TrainConfig).keys()
+        assert facts.summary[0].isupper() and facts.summary.count(".") == 1 and facts.summary.endswith(".")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -31,14 +31,9 @@ def test_the_other_factor_starts_as_torchs_own_layers_do(zero: str) -> None:
     assert filled.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
-def test_convolutions_have_the_kernel_in_the_down_factor() -> None:
-    adapter = fresh(nn.Conv2d(6, 8, (3, 2)))
-
-    assert adapter.down.shape == (4, 6, 3, 2)
-    assert adapter.up.shape == (8, 4, 1, 1)
-
-
-def test_a_linear_keeps_its_input_and_the_projection_alone() -> None:
+def test_convolutions_have_the_kernel_in_the_down_factor_and_a_linear_keeps_little() -> None:
+    conv = fresh(nn.Conv2d(6, 8, (3, 2)))
+    assert (conv.down.shape, conv.up.shape) == ((4, 6, 3, 2), (8, 4, 1, 1))
     layer = nn.Linear(48, 40).requires_grad_(False)
     adapter = fresh(layer, rank=2)
     x = torch.randn(5, 48, requires_grad=True)

@@ -31,16 +31,11 @@ def test_the_scale_of_known_noise_is_found(small: int, big: int) -> None:
     assert scale.value == pytest.approx(50 * deviation**2 / 12.5, rel=0.1)
 
 
-def test_one_micro_batch_tells_nothing() -> None:
-    scale = NoiseScale()
-    scale.update(2.0, 2.0, small=8, big=8)
-    assert scale.value is None
-
-
-def test_estimates_that_make_no_sense_are_not_told() -> None:
-    scale = NoiseScale()
-    scale.update(100.0, 1.0, small=1, big=2)  # opposite gradients: |G|² comes out negative
-    assert scale.value is None
+def test_one_micro_batch_and_estimates_that_make_no_sense_tell_nothing() -> None:
+    for lengths, sizes in (((2.0, 2.0), (8, 8)), ((100.0, 1.0), (1, 2))):  # opposite gradients: |G|² would be negative
+        scale = NoiseScale()
+        scale.update(*lengths, small=sizes[0], big=sizes[1])
+        assert scale.value is None
 
 
 def test_the_state_survives_json() -> None:

@@ -27,13 +27,10 @@ def test_a_compilers_error_is_its_innermost_first_line(error: Exception, text: s
     assert str(CompileFailed(error)) == text
 
 
-def test_a_step_that_diverged_names_its_images() -> None:
+def test_a_step_that_diverged_names_its_images_or_layers() -> None:
     fault = Diverged(33, 12.3456, ("a.png", "b.png"), updated=True)
     assert str(fault) == "the loss exploded to 12.3 at step 34 (images: a.png, b.png)"
     assert str(Diverged(0, math.nan, ("a.png",), False)) == "the loss became NaN or infinite at step 1 (images: a.png)"
-
-
-def test_a_gradient_that_is_not_finite_names_its_layers() -> None:
     fault = Diverged(4, 0.5, (), updated=False, layers=("a.to_q",))
     assert str(fault) == "the gradient of a.to_q became NaN or infinite at step 5"
     many = Diverged(4, 0.5, (), updated=False, layers=("a", "b", "c"))

@@ -70,13 +70,11 @@ def test_each_image_meets_every_part_of_the_schedule_once(make: Make, draws: int
     assert len((quantiles * draws % 1)[:, 0].unique()) == len(quantiles)  # each at places of its own
 
 
-def test_repeats_are_looked_at_once(make: Make, mixed: EncodedDataset) -> None:
+def test_repeats_are_looked_at_once_and_images_of_one_name_meet_different_noise(
+    make: Make, mixed: EncodedDataset
+) -> None:
     one, other = mixed.samples[:2]
     assert make((one, one, other, one)).names == (one.name, other.name)
-
-
-def test_images_of_one_name_meet_different_noise(make: Make, mixed: EncodedDataset) -> None:
-    one = mixed.samples[0]
     twins = make((one, replace(one)))
     assert twins.names == (one.name, one.name)
     assert not torch.equal(twins.quantiles[0], twins.quantiles[1])

@@ -100,11 +100,6 @@ def test_few_images_are_said_to_be_few() -> None:
     assert history(curve, images=5).verdict == "still learning"
 
 
-def test_one_number_is_no_validation() -> None:
-    with pytest.raises(OptionError, match="two images or two noise levels"):
-        History([[1.0]])
-
-
 def test_a_judgement_says_where_the_run_stands() -> None:
     told = History([[2.0, 4.0]] * 5)
     first = told.add(10, [[1.0 + 0.1 * i, 3.0 + 0.1 * i] for i in range(5)])
@@ -138,10 +133,12 @@ def test_patience_counts_validations_without_an_improvement(losses: list[int], p
         assert told.should_stop(patience) == (0 < patience <= waited)
 
 
-def test_nothing_stops_before_the_first_validation() -> None:
+def test_nothing_stops_before_the_first_validation_and_one_number_is_none() -> None:
     told = History([[9.0, 9.0]])
     assert not told.should_stop(1)
     assert told.verdict.startswith("too early to say")
+    with pytest.raises(OptionError, match="two images or two noise levels"):
+        History([[1.0]])
 
 
 def test_its_losses_are_its_state() -> None:

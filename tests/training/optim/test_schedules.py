@@ -12,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import options_of
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.optim.update_rules import SCHEDULES, check_schedule, rate_factor
 
 NAMES = st.sampled_from(list(SCHEDULES))
@@ -23,10 +21,6 @@ FALLING = ["linear", "cosine", "polynomial", "rex"]
 def factor_of(step: int, **settings: Any) -> float:
     usual = {"warmup_steps": 0, "final_rate": 0.0, "cycles": 3, "power": 2.0, "learning_rate": 1e-3}
     return rate_factor(step, **(usual | settings))
-
-
-def test_the_setting_offers_what_there_is() -> None:
-    assert options_of(TrainConfig)["schedule"].choices is SCHEDULES
 
 
 @given(

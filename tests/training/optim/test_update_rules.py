@@ -11,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import options_of
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.optim.flat import ParameterGroup
 from lorasmith.training.optim.update_rules import OPTIMIZERS, build_optimizer, rule_of
 
@@ -21,10 +19,6 @@ def build(name: str, arguments: str | None = None, weight_decay: float = 0.01) -
     flat = torch.ones(32)
     flat.grad = torch.ones(32)
     return build_optimizer(name, [ParameterGroup(flat, (flat,), 0.1)], weight_decay=weight_decay, arguments=arguments)
-
-
-def test_the_setting_offers_what_there_is() -> None:
-    assert options_of(TrainConfig)["optimizer"].choices is OPTIMIZERS
 
 
 def test_arguments_reach_the_optimizer() -> None:
@@ -87,16 +81,12 @@ def test_arguments_that_cannot_be_meant_are_refused(arguments: str, sentence: st
         ),
         ("torch.optim.Optimizer", "must be a class of torch optimizers"),
         ("torch.optim.LBFGS", "step from one gradient, but torch.optim.LBFGS asks for several"),
+        (f"{__name__}.Unhurried", "must take a learning rate"),
     ],
 )
 def test_what_is_no_optimizer_is_refused(name: str, sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence):
         build(name)
-
-
-def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
-    with pytest.raises(OptionError, match="must take a learning rate"):
-        build(f"{__name__}.Unhurried")
 
 
 class Unhurried(torch.optim.Optimizer):
