@@ -334,7 +334,7 @@ REQUESTS = {
         "test_secrets_are_in_no_answer_and_no_log test_wrong_tokens_are_refused_late_and_end_their_connection"
     ),
     "training, plan, check or measurement": (
-        "server/jobs/test_plan_answers.py test_paths_and_programs_are_not_for_requests, "
+        "server/jobs/test_plan_answers.py test_names_that_requests_may_not_have_are_refused, "
         "server/jobs/test_job_routes.py test_a_folder_elsewhere_is_for_who_sits_here "
         "test_a_folder_of_the_home_is_for_who_sits_here, "
         "server/datasets/test_dataset_routes.py test_what_cannot_be_done_is_said"
@@ -380,7 +380,7 @@ REQUESTS = {
     "removal, and upload that overwrites": (
         "server/comfyui/test_user_files.py test_workflows_are_written_read_listed_moved_and_set_aside, "
         "server/comfyui/test_file_routes.py test_what_an_upload_replaces_is_set_aside, "
-        "server/datasets/test_dataset_routes.py test_what_is_removed_is_moved "
+        "server/datasets/test_dataset_routes.py test_a_dataset_from_its_name_to_its_end "
         "test_a_dataset_that_a_job_needs_is_not_removed, "
         "server/runs/test_run_routes.py test_a_run_is_named_starred_noted_removed_and_brought_back"
     ),
@@ -402,7 +402,7 @@ REQUESTS = {
         "server/comfyui/test_user_files.py test_files_and_settings_leave_the_last_of_the_disk, "
         "server/comfyui/test_graph_answers.py test_a_picture_of_huge_sides_is_refused_by_its_header "
         "test_large_pictures_are_converted_one_at_a_time, "
-        "server/comfyui/test_prompt_routes.py test_a_full_queue_is_said, "
+        "server/comfyui/test_prompt_routes.py test_a_prompt_is_queued_as_its_client_sent_it, "
         "server/comfyui/test_queue_routes.py test_history_is_sent_while_it_is_read, "
         "runs/test_queue.py test_requests_have_a_limit_together, "
         "server/test_dispatcher.py test_a_job_leaves_the_last_of_the_disk, "
