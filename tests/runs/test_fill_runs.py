@@ -52,6 +52,7 @@ def asked(files: dict[str, Path], photos: Path, **settings: Any) -> RunSpec:
     ).resolved()
 
 
+@pytest.mark.slow
 def test_previews_fill_the_masks_of_pictures(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     spec = asked(files, photos, previews="a fox | a bus", preview_steps=1, preview_strengths="1")
     result = run(plan(replace(spec, output=str(tmp_path / "run")), Host()), Host())

@@ -264,6 +264,7 @@ def test_a_missing_image_encoder_is_named_before_anything_is_encoded(base: Path,
         plan(asked(tmp_path, clips, I2V), Small())
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_a_model_is_given(base: Path) -> None:
     """Channels beside the latents cost next to nothing; CLIP's rows and a time for each token do."""
 

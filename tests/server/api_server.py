@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,23 +110,16 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
         context.store.close()
 
 
-def with_api(base: Path, test: Callable[[Client], Awaitable[None]], **config: Any) -> None:
-    async def run() -> None:
-        async with api(base, **config) as client:
-            await test(client)
-
-    asyncio.run(run())
-
-
 def refusals_of(requests: Mapping[str, tuple[str, str, Any, int, str]], base: Path) -> dict[str, str]:
     """The sentences by which one server refuses each of some requests: method, path, body, status, and part of it."""
     found = {}
 
-    async def test(client: Client) -> None:
-        for case, (method, path, body, status, _) in requests.items():
-            found[case] = await client.error(method, path, body, status=status)
+    async def ask() -> None:
+        async with api(base) as client:
+            for case, (method, path, body, status, _) in requests.items():
+                found[case] = await client.error(method, path, body, status=status)
 
-    with_api(base, test)
+    asyncio.run(ask())
     return found
 
 

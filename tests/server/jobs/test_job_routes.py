@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lorasmith.runs import queue
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.hub import Notice
-from tests.server.api_server import AT, Client, api, events, made_up, refusals_of, with_api
+from tests.server.api_server import AT, Client, api, events, made_up, refusals_of
 
 RUN = {"model": "lorasmith-tiny", "dataset": "fox", "trigger": "a fox", "settings": {"steps": 50}}
 
@@ -107,24 +108,19 @@ async def test_a_failed_job_is_continued_from_its_run_state(client: Client, tmp_
     assert (again["state"], again["run"], again["error"]) == ("pending", "runs/fox-001", None)
 
 
-def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
+async def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"x")
     (tmp_path / "base" / "inner").mkdir(parents=True)
     (tmp_path / "base" / "inner" / "a.png").write_bytes(b"x")
     body = {"model": "lorasmith-tiny", "folder": str(tmp_path / "photos")}
-
-    async def here(client: Client) -> None:
+    async with api(tmp_path / "base") as client:
         job = await client.ask("POST", "/jobs", body, status=201)
         assert job["request"]["sources"] == [{"path": str(tmp_path / "photos")}] and job["dataset"] is None
-
-    async def elsewhere(client: Client) -> None:
+    async with api(tmp_path / "base", host="0.0.0.0", token="a long secret") as client:
         assert "below the server's base folder" in await client.error("POST", "/jobs", body)
         await client.error("POST", "/plans", {**body, "folder": "../photos"})
         await client.ask("POST", "/jobs", {**body, "folder": "inner"}, status=201)
-
-    with_api(tmp_path / "base", here)
-    with_api(tmp_path / "base", elsewhere, host="0.0.0.0", token="a long secret")
 
 
 async def test_a_plan_has_the_time_of_a_measured_step(client: Client) -> None:
@@ -236,31 +232,29 @@ async def test_streams_have_a_limit_and_end_with_the_server(tmp_path: Path, monk
         assert "streams of events at once" in await client.error("GET", "/events", status=429)
 
 
-def test_a_folder_of_the_home_is_for_who_sits_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_folder_of_the_home_is_for_who_sits_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("home/private", "base"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "home" / "private" / "a.png").write_bytes(b"x")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     body = {"model": "lorasmith-tiny", "folder": "~/private"}
-
-    async def here(client: Client) -> None:
+    async with api(tmp_path / "base") as client:
         job = await client.ask("POST", "/jobs", body, status=201)
         assert job["request"]["sources"] == [{"path": str(tmp_path / "home" / "private")}]
         for folder in ("~nobody-of-this-name/x", "a\0b", *NETWORKS):
             assert "there is no folder" in await client.error("POST", "/jobs", {**body, "folder": folder})
-
-    async def elsewhere(client: Client) -> None:
-        for path in ("/jobs", "/plans"):
-            for folder in ("~/private", "~root", "~", *NETWORKS):
+    others: list[dict[str, Any]] = [
+        {"host": "0.0.0.0", "token": "a long secret"},
+        {"names": ("gpu.example",)},
+        {"token": "a long secret"},  # which others have, who come through a tunnel
+    ]
+    for elsewhere in others:
+        async with api(tmp_path / "other", **elsewhere) as client:
+            for path, folder in itertools.product(("/jobs", "/plans"), ("~/private", "~root", "~", *NETWORKS)):
                 said = await client.error("POST", path, {**body, "folder": folder})
                 assert "there is no folder" in said or "below the server's base folder" in said
-        assert client.context.store.pending() == []
-
-    with_api(tmp_path / "base", here)
-    with_api(tmp_path / "other", elsewhere, host="0.0.0.0", token="a long secret")
-    with_api(tmp_path / "other", elsewhere, names=("gpu.example",))
-    with_api(tmp_path / "other", elsewhere, token="a long secret")  # which others have, who come through a tunnel
+            assert client.context.store.pending() == []
 
 
 NETWORKS = ("//host/share", "\\\\host\\share", "/\\host\\share", "\\/host/share", "\\\\?\\C:\\x", "//./pipe/x")

@@ -19,7 +19,7 @@ from lorasmith.runs import shelf
 from lorasmith.server.models import downloads as server_downloads
 from tests.fake_hub import FakeHub, hub
 from tests.families.flux_parts import comfyui_folder
-from tests.server.api_server import Client, api, with_api
+from tests.server.api_server import Client, api
 
 CONTENT = b"weights of a text encoder" * 40_000
 
@@ -49,36 +49,34 @@ async def once(client: Client, *states: str) -> dict[str, Any]:
         await asyncio.sleep(0.02)
 
 
-def test_a_download_goes_on_by_itself_and_is_cancelled_and_continued(served: FakeHub, tmp_path: Path) -> None:
+async def test_a_download_goes_on_by_itself_and_is_cancelled_and_continued(
+    client: Client, served: FakeHub, tmp_path: Path
+) -> None:
     served.gate.clear()
     body = {"kind": "release", "name": "sdxl"}
-
-    async def test(client: Client) -> None:
-        client.context.assistant.made_up["download_files"] = files_for(tmp_path, "a.safetensors", "b.safetensors")
-        added = await client.ask("POST", "/downloads", body, status=201)
-        assert (added["title"], added["state"], added["subject"]) == ("A model", "running", "release:sdxl")
-        assert "already; wait for it" in await client.error("POST", "/downloads", body, status=409)
-        assert "cancel it first" in await client.error("DELETE", f"/downloads/{added['id']}", status=409)
-        waiting = await client.ask("POST", "/downloads", {"kind": "model", "name": "x"}, status=201)
-        assert waiting["state"] == "waiting"  # one at a time
-        await client.ask("POST", f"/downloads/{waiting['id']}/cancel")
-        await client.ask("DELETE", f"/downloads/{waiting['id']}")
-        while not served.bytes_asked:
-            await asyncio.sleep(0.02)
-        stopped = await client.ask("POST", f"/downloads/{added['id']}/cancel")
-        assert stopped["state"] == "cancelled"
-        assert "nothing to cancel" in await client.error("POST", f"/downloads/{added['id']}/cancel", status=409)
-        served.gate.set()
-        while client.context.downloads._all[added["id"]].child is not None:
-            await asyncio.sleep(0.02)
-        await client.ask("POST", "/downloads", body, status=201)
-        done = await once(client, "completed", "failed")
-        assert (done["error"], done["done_bytes"] <= done["total_bytes"]) == ("", True)
-        assert len((await client.ask("GET", "/downloads"))["downloads"]) == 1  # the first one is continued by it
-        await client.context.downloads.stop()
-        assert "there is no download" in await client.error("DELETE", "/downloads/99", status=404)
-
-    with_api(tmp_path, test)
+    client.context.assistant.made_up["download_files"] = files_for(tmp_path, "a.safetensors", "b.safetensors")
+    added = await client.ask("POST", "/downloads", body, status=201)
+    assert (added["title"], added["state"], added["subject"]) == ("A model", "running", "release:sdxl")
+    assert "already; wait for it" in await client.error("POST", "/downloads", body, status=409)
+    assert "cancel it first" in await client.error("DELETE", f"/downloads/{added['id']}", status=409)
+    waiting = await client.ask("POST", "/downloads", {"kind": "model", "name": "x"}, status=201)
+    assert waiting["state"] == "waiting"  # one at a time
+    await client.ask("POST", f"/downloads/{waiting['id']}/cancel")
+    await client.ask("DELETE", f"/downloads/{waiting['id']}")
+    while not served.bytes_asked:
+        await asyncio.sleep(0.02)
+    stopped = await client.ask("POST", f"/downloads/{added['id']}/cancel")
+    assert stopped["state"] == "cancelled"
+    assert "nothing to cancel" in await client.error("POST", f"/downloads/{added['id']}/cancel", status=409)
+    served.gate.set()
+    while client.context.downloads._all[added["id"]].child is not None:
+        await asyncio.sleep(0.02)
+    await client.ask("POST", "/downloads", body, status=201)
+    done = await once(client, "completed", "failed")
+    assert (done["error"], done["done_bytes"] <= done["total_bytes"]) == ("", True)
+    assert len((await client.ask("GET", "/downloads"))["downloads"]) == 1  # the first one is continued by it
+    await client.context.downloads.stop()
+    assert "there is no download" in await client.error("DELETE", "/downloads/99", status=404)
     vae = tmp_path / "models" / "vae"
     assert {one.name: one.read_bytes() for one in vae.iterdir()} == {
         "a.safetensors": CONTENT,
@@ -115,18 +113,12 @@ async def test_nothing_is_asked_of_the_hub_before_it_is_wanted(client: Client) -
     assert "no model 'x'" in await client.error("POST", "/downloads", {"kind": "model", "name": "x"})
 
 
-def test_a_token_is_stored_by_pages_of_this_machine_alone(tmp_path: Path) -> None:
-    async def test(client: Client) -> None:
-        client.context.assistant.made_up["store_hub_token"] = {"stored": True}
-        assert await client.ask("PUT", "/hub-token", {"token": "hf_x"}) == {"stored": True}
-
-    with_api(tmp_path, test)
-
-    async def refused(client: Client) -> None:
-        assert "run hf auth login there" in await client.error("PUT", "/hub-token", {"token": "hf_x"})
-        assert client.context.assistant.asked == []
-
-    with_api(tmp_path / "other", refused, host="0.0.0.0", token="t" * 12)
+async def test_a_token_is_stored_by_pages_of_this_machine_alone(tmp_path: Path, client: Client) -> None:
+    client.context.assistant.made_up["store_hub_token"] = {"stored": True}
+    assert await client.ask("PUT", "/hub-token", {"token": "hf_x"}) == {"stored": True}
+    async with api(tmp_path / "other", host="0.0.0.0", token="t" * 12) as other:
+        assert "run hf auth login there" in await other.error("PUT", "/hub-token", {"token": "hf_x"})
+        assert other.context.assistant.asked == []
 
 
 def sent(name: str, content: bytes) -> FormData:
@@ -135,22 +127,18 @@ def sent(name: str, content: bytes) -> FormData:
     return form
 
 
-def test_a_model_file_that_is_sent_goes_where_it_belongs(tmp_path: Path) -> None:
+async def test_a_model_file_that_is_sent_goes_where_it_belongs(client: Client, tmp_path: Path) -> None:
     model = (BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors").read_bytes()
-
-    async def test(client: Client) -> None:
-        added = await client.ask("POST", "/models", status=201, data=sent("My-model.safetensors", model))
-        assert added == {
-            "file": "My-model.safetensors", "place": "models/checkpoints", "model": "My-model.safetensors"
-        }  # fmt: skip
-        again = await client.error("POST", "/models", status=409, data=sent("my-MODEL.safetensors", model))
-        assert "already; rename the other one" in again
-        assert "a model must be a file" in await client.error("POST", "/models", data=sent("model.ckpt", b"x"))
-        assert "cannot be used" in await client.error("POST", "/models", data=sent("broken.safetensors", b"x"))
-        nothing = FormData({"name": "x"}, default_to_multipart=True)
-        assert "holds no file" in await client.error("POST", "/models", data=nothing)
-
-    with_api(tmp_path, test)
+    added = await client.ask("POST", "/models", status=201, data=sent("My-model.safetensors", model))
+    assert added == {
+        "file": "My-model.safetensors", "place": "models/checkpoints", "model": "My-model.safetensors"
+    }  # fmt: skip
+    again = await client.error("POST", "/models", status=409, data=sent("my-MODEL.safetensors", model))
+    assert "already; rename the other one" in again
+    assert "a model must be a file" in await client.error("POST", "/models", data=sent("model.ckpt", b"x"))
+    assert "cannot be used" in await client.error("POST", "/models", data=sent("broken.safetensors", b"x"))
+    nothing = FormData({"name": "x"}, default_to_multipart=True)
+    assert "holds no file" in await client.error("POST", "/models", data=nothing)
     assert (tmp_path / "models" / "checkpoints" / "My-model.safetensors").read_bytes() == model
     uploads = tmp_path / "user" / "lorasmith" / "uploads"
     assert [one for one in uploads.rglob("*") if one.is_file()] == []
