@@ -69,7 +69,7 @@ def asked(folder: Path) -> dict[str, Any]:
     from lorasmith.core.extras import EDITOR
     from lorasmith.core.folders import Folders
     from lorasmith.server.datasets.dataset_answers import datasets
-    from lorasmith.server.jobs.plan_answers import models
+    from lorasmith.server.models.model_answers import models
 
     folders = Folders(folder / "base")
     return {

@@ -19,6 +19,7 @@ from lorasmith.server.jobs.draft_routes import DRAFT_ROUTES
 from lorasmith.server.jobs.job_routes import JOB_ROUTES
 from lorasmith.server.jobs.sweep_routes import SWEEP_ROUTES
 from lorasmith.server.models.model_routes import MODEL_ROUTES
+from lorasmith.server.questions import shaped
 from lorasmith.server.request_handling import ServerContext, error_response
 from lorasmith.server.runs.run_routes import RUN_ROUTES
 
@@ -113,18 +114,8 @@ async def _status(context: ServerContext, call: Call) -> StatusAnswer:
 
 
 def _setting(one: Option) -> SettingAnswer:
-    return SettingAnswer(
-        name=one.name,
-        label=one.name.replace("_", " ").capitalize(),
-        type=_TYPES[one.type],
-        default=one.default,
-        help=one.help,
-        min=one.min,
-        max=one.max,
-        step=one.step,
-        choices=tuple(one.choices),
-        main=one.is_main,
-    )
+    label, kind = one.name.replace("_", " ").capitalize(), _TYPES[one.type]
+    return shaped(SettingAnswer, one, label=label, type=kind, choices=tuple(one.choices), main=one.is_main)
 
 
 SERVER_ROUTES = (

@@ -7,7 +7,8 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar, cast
 
 from lorasmith import server
 from lorasmith.core.errors import OptionError
@@ -17,6 +18,7 @@ from lorasmith.core.typed_json import json_values, typed
 from lorasmith.server.job_reporter import finite
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 QUESTIONS: Registry[Callable[..., Any]] = Registry("question")
 """The functions by name. Each takes `Folders`, then keyword arguments of the types of `core.typed_json`, and returns a
@@ -28,6 +30,12 @@ def question(function: _F) -> _F:
     """Decorator: registers a function as the question of its name."""
     QUESTIONS.register(function.__name__)(function)
     return function
+
+
+def shaped(kind: type[_T], source: object, **more: Any) -> _T:
+    """A dataclass with the attributes of `source` that have the names of its fields, and `more`."""
+    names = [one.name for one in fields(cast(Any, kind))]
+    return kind(**{**{name: getattr(source, name) for name in names if hasattr(source, name)}, **more})
 
 
 def load_questions() -> Registry[Callable[..., Any]]:

@@ -16,7 +16,7 @@ from lorasmith.families.locating import built_in_models, known_model
 from lorasmith.server.jobs import plan_answers
 from lorasmith.server.jobs.job_routes import _wanted_spec
 from lorasmith.server.jobs.job_shapes import JobBody, PlanAnswer, PlanBody
-from lorasmith.server.jobs.plan_answers import model_name, models
+from lorasmith.server.models.model_answers import model_name, models
 from lorasmith.server.server_config import ServerConfig
 
 TINY = built_in_models()["lorasmith-tiny"]

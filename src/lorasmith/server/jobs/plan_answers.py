@@ -1,7 +1,4 @@
-"""Questions about a run before it starts: its plan, the request of its job, and the models and devices of this machine.
-
-A request selects datasets and models by name; settings select among registered names, and LoRAs in `models/loras`.
-"""
+"""Questions about a run before it starts: its plan, and the devices of this machine."""
 
 from __future__ import annotations
 
@@ -11,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.extras import TINY, models_trouble
-from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint
-from lorasmith.core.options import options_of
+from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.placement import drives_display
 from lorasmith.core.printable import count_text, memory_text
 from lorasmith.data.controls import check_controls
@@ -23,20 +18,16 @@ from lorasmith.data.preflight import epoch_of
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import (
     BUILT_IN,
-    ENCODER_FOLDERS,
     MODEL_FOLDERS,
-    VAE_FOLDERS,
     ModelFiles,
-    built_in_models,
     named_path,
 )
 from lorasmith.families.model import Model, training_adapter_in
 from lorasmith.families.model_search import in_folders
 from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory
-from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.jobs.job_shapes import PlanAnswer
-from lorasmith.server.models.model_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
+from lorasmith.server.models.model_answers import HashableFolders
 from lorasmith.server.questions import question
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.notes import on_distilled
@@ -75,11 +66,6 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> P
         distilled=distilled,
         usual_adapter=adapter,
     )
-
-
-def check_steps(steps: int) -> None:
-    """Raise OptionError for a number of steps out of its range."""
-    options_of(TrainConfig)["steps"].check(steps)
 
 
 def _checked_scan(folders: Folders, files: ModelFiles, images: Path, data: DataConfig) -> FolderScan:
@@ -170,90 +156,6 @@ def _distilled(folders: Folders, files: ModelFiles) -> tuple[str, str]:
 
 def _said(value: object) -> str:
     return "on" if value is True else str(value)
-
-
-_KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
-
-
-@question
-def models(folders: Folders) -> ModelListAnswer:
-    """The models in the model folders, built-in ones last, and the other files there."""
-    found = listed_models(folders)
-    rows = [_row(folders, one) for one in found.models]
-    return ModelListAnswer(
-        models=tuple(sorted(rows, key=lambda row: row.builtin)),
-        other=tuple(map(_other, (*found.unused, *found.unknown))),
-        notes=tuple(filter(None, (TINY.trouble, models_trouble()))),
-    )
-
-
-def model_name(folders: Folders, path: Path, kinds: tuple[str, ...] = MODEL_FOLDERS) -> str:
-    """The name by which a run finds a file in folders of `kinds`, in order; its path if there is none."""
-    for name, built_in in built_in_models().items():
-        if built_in == path:
-            return name
-    for kind in kinds:
-        for root in folders.roots(kind):
-            if path.is_relative_to(root):
-                name = path.relative_to(root).as_posix()
-                if in_folders(name, folders, kinds) == str(path):
-                    return name
-    return str(path)
-
-
-def listed_models(folders: Folders) -> ModelList:
-    """The list, cached until a file changes."""
-    return _listed_once(*state_of_models(folders))
-
-
-def state_of_models(folders: Folders) -> tuple[HashableFolders, str]:
-    """The folders and the state of the files of models in them, for caches."""
-    roots = sorted({root for kind in _KINDS for root in folders.roots(kind) if root.is_dir()})
-    return HashableFolders(folders), repr([fingerprint(root) for root in roots])
-
-
-class HashableFolders:
-    """Folders as a cache key: equal if they search the same places."""
-
-    def __init__(self, folders: Folders) -> None:
-        self.folders = folders
-        self._key = repr((folders.base, [folders.roots(kind) for kind in _KINDS]))
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HashableFolders) and self._key == other._key
-
-
-@functools.lru_cache(maxsize=4)
-def _listed_once(folders: HashableFolders, state: str) -> ModelList:
-    return list_models(folders.folders)
-
-
-def _row(folders: Folders, one: ListedModel) -> ModelRow:
-    return ModelRow(
-        name=model_name(folders, one.path),
-        title=one.path.stem if one.path.is_file() else one.path.name,
-        family=one.family,
-        place=one.place,
-        size_bytes=one.size_bytes,
-        precision=one.precision,
-        builtin=one.path.is_relative_to(BUILT_IN_BASE),
-        ready=one.is_whole,
-        missing=tuple(
-            MissingPart(part=part.component, usual_file=part.usual_file, on_hub=part.hub is not None)
-            for part in one.missing
-        ),
-        edits=one.edits,
-        edit=one.edit,
-        recognised_by=one.edit_recognised_by,
-        takes_controls=one.form.most > 0 and one.form.are_files,
-    )
-
-
-def _other(one: ListedFile) -> OtherFile:
-    return OtherFile(name=one.path.name, place=one.place, what=one.what, size_bytes=one.size_bytes)
 
 
 @question

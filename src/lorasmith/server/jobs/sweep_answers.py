@@ -21,7 +21,7 @@ from lorasmith.runs.training_jobs import spec_of
 from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
 from lorasmith.server.jobs.job_shapes import SweepAnswer, SweepList, SweepRow, SweepRunRow
-from lorasmith.server.questions import question
+from lorasmith.server.questions import question, shaped
 from lorasmith.server.runs.run_list_answers import is_below, run_folder_of
 from lorasmith.training.storage.run_folder import new_run_folder
 
@@ -90,19 +90,7 @@ def sweep(folders: Folders, id: str, *, queued: tuple[Mapping[str, Any], ...] = 
     entries = [_entry(folders, id, number, name, one) for number, (name, one) in enumerate(found.items(), start=1)]
     record = sweep_record(id, entries)
     rows = (
-        SweepRunRow(
-            name=run.name,
-            run=f"{_RUNS}/{id}/{run.name}",
-            settings=dict(run.settings),
-            state=run.state,
-            place=run.place,
-            loss=run.loss,
-            best_step=run.best_step,
-            change=run.change,
-            steps=run.steps,
-            error=run.error,
-        )
-        for run in record.runs
+        shaped(SweepRunRow, one, run=f"{_RUNS}/{id}/{one.name}", settings=dict(one.settings)) for one in record.runs
     )
     return SweepAnswer(id=id, comparable=record.comparable, runs=tuple(rows))
 

@@ -18,6 +18,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.runs.child_process import ChildProcess
 from lorasmith.server.hub import LogBook
 from lorasmith.server.models.model_shapes import DownloadAnswer
+from lorasmith.server.questions import shaped
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_disk import SPARE_BYTES
 
@@ -186,16 +187,8 @@ class _Owner:
 
 def _answer(one: _Download) -> DownloadAnswer:
     error = one.error or {}
-    return DownloadAnswer(
-        id=one.id,
-        subject=one.subject,
-        title=one.title,
-        state=one.state,
-        file=one.progress.get("file", ""),
-        done_bytes=one.progress.get("done_bytes", 0),
-        total_bytes=one.progress.get("total_bytes", 0),
-        bytes_per_s=one.progress.get("bytes_per_s", 0.0) if time.monotonic() - one.heard < _STALLED_S else 0.0,
-        is_checking=one.progress.get("is_checking", False),
-        error=error.get("message", ""),
-        accept=(error.get("details") or {}).get("accept", ""),
-    )
+    heard = {"file": "", "done_bytes": 0, "total_bytes": 0, "bytes_per_s": 0.0, "is_checking": False, **one.progress}
+    if time.monotonic() - one.heard >= _STALLED_S:
+        heard["bytes_per_s"] = 0.0
+    accept = (error.get("details") or {}).get("accept", "")
+    return shaped(DownloadAnswer, one, **heard, error=error.get("message", ""), accept=accept)

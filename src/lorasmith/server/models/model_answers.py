@@ -1,4 +1,4 @@
-"""Questions about models to begin with: the shelf, what the hub says of them, and model files that are sent.
+"""Questions about models: those in the folders, the shelf, what the hub says of them, and model files that are sent.
 
 Only `check_download`, `download_files` of a captioner and `store_token` use the network.
 """
@@ -13,46 +13,132 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lorasmith.core.errors import ModelError, OptionError
+from lorasmith.core.extras import TINY, models_trouble
 from lorasmith.core.files import ensure_folder
-from lorasmith.core.folders import Folders, safe_name
+from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint, safe_name
 from lorasmith.data.captioners import CAPTIONERS, TRANSFORMERS
-from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS
-from lorasmith.families.model_search import FoundFile, recognised_file
+from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, built_in_models
+from lorasmith.families.model_search import FoundFile, in_folders, recognised_file
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.runs import shelf as models_to_get
 from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES, captioner_files, captioner_folders, kept_bytes
 from lorasmith.runs.hub_download import HubFile, facts_of, store_token
+from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.runs.shelf import ShelfModel, memory_of, parts_on_hub, wanted_files
 from lorasmith.server.datasets.dataset_change_answers import TakenNameError
-from lorasmith.server.jobs.plan_answers import HashableFolders, listed_models, model_name, state_of_models
 from lorasmith.server.models.model_shapes import (
     AddedModel,
     CaptionerList,
     CaptionerRow,
     DownloadCheck,
     FileToGet,
+    MissingPart,
+    ModelListAnswer,
+    ModelRow,
+    OtherFile,
     ReleaseMemory,
     ShelfAnswer,
     ShelfFileRow,
     ShelfRow,
 )
-from lorasmith.server.questions import question
+from lorasmith.server.questions import question, shaped
 
 DownloadKind = Literal["release", "model", "captioner"]
+_KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
+
+
+@question
+def models(folders: Folders) -> ModelListAnswer:
+    """The models in the model folders, built-in ones last, and the other files there."""
+    found = listed_models(folders)
+    rows = [_model_row(folders, one) for one in found.models]
+    return ModelListAnswer(
+        models=tuple(sorted(rows, key=lambda row: row.builtin)),
+        other=tuple(map(_other, (*found.unused, *found.unknown))),
+        notes=tuple(filter(None, (TINY.trouble, models_trouble()))),
+    )
+
+
+def model_name(folders: Folders, path: Path, kinds: tuple[str, ...] = MODEL_FOLDERS) -> str:
+    """The name by which a run finds a file in folders of `kinds`, in order; its path if there is none."""
+    for name, built_in in built_in_models().items():
+        if built_in == path:
+            return name
+    for kind in kinds:
+        for root in folders.roots(kind):
+            if path.is_relative_to(root):
+                name = path.relative_to(root).as_posix()
+                if in_folders(name, folders, kinds) == str(path):
+                    return name
+    return str(path)
+
+
+def listed_models(folders: Folders) -> ModelList:
+    """The list, cached until a file changes."""
+    return _listed_once(*state_of_models(folders))
+
+
+def state_of_models(folders: Folders) -> tuple[HashableFolders, str]:
+    """The folders and the state of the files of models in them, for caches."""
+    roots = sorted({root for kind in _KINDS for root in folders.roots(kind) if root.is_dir()})
+    return HashableFolders(folders), repr([fingerprint(root) for root in roots])
+
+
+class HashableFolders:
+    """Folders as a cache key: equal if they search the same places."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+        self._key = repr((folders.base, [folders.roots(kind) for kind in _KINDS]))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HashableFolders) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=4)
+def _listed_once(folders: HashableFolders, state: str) -> ModelList:
+    return list_models(folders.folders)
+
+
+def _model_row(folders: Folders, one: ListedModel) -> ModelRow:
+    missing = (
+        MissingPart(part=part.component, usual_file=part.usual_file, on_hub=part.hub is not None)
+        for part in one.missing
+    )
+    return shaped(
+        ModelRow,
+        one,
+        name=model_name(folders, one.path),
+        title=one.path.stem if one.path.is_file() else one.path.name,
+        builtin=one.path.is_relative_to(BUILT_IN_BASE),
+        ready=one.is_whole,
+        missing=tuple(missing),
+        recognised_by=one.edit_recognised_by,
+        takes_controls=one.form.most > 0 and one.form.are_files,
+    )
+
+
+def _other(one: ListedFile) -> OtherFile:
+    return shaped(OtherFile, one, name=one.path.name)
 
 
 @question
 def captioners(folders: Folders) -> CaptionerList:
     """What writes captions: in the model folders, of other packages, and released ones to download."""
     here = captioner_folders(folders)
-    own = [CaptionerRow(name=name, title=_title(name), about=_about(name), found=True) for name in here]
+    own = []
+    for name in here:
+        known = CAPTIONER_RELEASES.get(name)
+        title, about = (name, "") if known is None else (known.title, known.about)
+        own.append(CaptionerRow(name=name, title=title, about=about, found=True))
     others = [CaptionerRow(name=name, title=name, found=True) for name in CAPTIONERS if name != TRANSFORMERS]
     offered = [
-        CaptionerRow(
-            name=release.name,
-            title=release.title,
-            about=release.about,
-            licence=release.licence,
+        shaped(
+            CaptionerRow,
+            release,
             card=f"https://huggingface.co/{release.repository}",
             size_bytes=int(release.gigabytes * 1e9),
             kept_bytes=kept_bytes(folders, release.name),
@@ -63,14 +149,6 @@ def captioners(folders: Folders) -> CaptionerList:
     ]
     missing = "" if find_spec("transformers") else 'captioners need transformers: pip install "lorasmith[models]"'
     return CaptionerList(captioners=(*own, *others, *offered), notes=(missing,) if missing else ())
-
-
-def _title(name: str) -> str:
-    return CAPTIONER_RELEASES[name].title if name in CAPTIONER_RELEASES else name
-
-
-def _about(name: str) -> str:
-    return CAPTIONER_RELEASES[name].about if name in CAPTIONER_RELEASES else ""
 
 
 @question
@@ -173,7 +251,6 @@ def add_model(folders: Folders, *, file: str, temporary: str) -> AddedModel:
     return AddedModel(file=name, place=f"models/{kind}", model=model_name(folders, target) if found.family else "")
 
 
-_KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 _SENT = ("safetensors", "sft", "gguf")
 
 
@@ -205,12 +282,10 @@ def _wanted(folders: Folders, kind: str, name: str) -> tuple[str, list[HubFile]]
 
 def _row(one: ShelfModel) -> ShelfRow:
     release = one.release
-    return ShelfRow(
-        name=release.name,
-        title=release.title,
+    return shaped(
+        ShelfRow,
+        release,
         family=one.family.title,
-        about=release.about,
-        licence=release.licence,
         card=f"https://huggingface.co/{release.card}",
         gated=release.is_gated,
         files=tuple(

@@ -31,7 +31,7 @@ from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name, stays_in
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
-from lorasmith.server.questions import question
+from lorasmith.server.questions import question, shaped
 from lorasmith.server.runs.run_list_answers import row_of, run_folder_of
 from lorasmith.server.runs.run_shapes import (
     LikenessFacts,
@@ -80,37 +80,13 @@ def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) 
         losses=tuple((one.step, one.loss) for one in thinned(points, _POINTS)),
         smooth=tuple((one.step, one.mean) for one in thinned(points, _POINTS)),
         rates=tuple(thinned(rates, _POINTS)),
-        validations=tuple(
-            ValidationFacts(
-                step=validation.step,
-                loss=validation.loss,
-                base_loss=validation.base_loss,
-                low=validation.low,
-                high=validation.high,
-                best=validation is best,
-            )
-            for validation in view.validations
-        ),
+        validations=tuple(shaped(ValidationFacts, one, best=one is best) for one in view.validations),
         base_loss=report.curves.base_loss,
-        likenesses=tuple(
-            LikenessFacts(
-                step=likeness.step, likeness=likeness.likeness, own=likeness.own, adherence=likeness.adherence
-            )
-            for likeness in view.likenesses
-        ),
+        likenesses=tuple(shaped(LikenessFacts, one) for one in view.likenesses),
         previews=tuple(_previews(folder, view)),
         pairs=tuple(_pairs(folder, max((len(preview.prompts) for preview in view.previews.values()), default=0))),
         images=tuple(_pictures(run, report)),
-        advice=tuple(
-            PictureAdvice(
-                file=image.name,
-                finding=image.finding,
-                reason=image.reason,
-                remedy=image.remedy,
-                drawn_less=image.drawn_less,
-            )
-            for image in report.advice.images
-        ),
+        advice=tuple(shaped(PictureAdvice, one, file=one.name) for one in report.advice.images),
         advice_summary=report.advice.summary,
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
         lora=_lora(folders, folder, record),
@@ -177,13 +153,12 @@ def _pictures(run: LoggedRun, report: RunReport) -> Iterator[RunPicture]:
     standings = {one.name: one.standing for one in report.images if one.standing != UNJUDGED}
     for index, image in enumerate(images_in(run.record.data)):
         small = thumbnail_of(Path(), index).as_posix()
-        yield RunPicture(
+        yield shaped(
+            RunPicture,
+            image,
             file=image.name,
-            caption=image.caption,
-            use=image.use,
             thumbnail=small if is_own(run.folder / small, run.folder) else None,
             standing=standings.get(image.name, ""),
-            controls=image.controls,
         )
 
 
@@ -268,10 +243,7 @@ def _data_settings(record: RunRecord) -> Sequence[RunSetting]:
         data = RunSpec.from_record(record.source, {}).data
     except ValueError:
         return ()
-    return [
-        RunSetting(name=name, value=getattr(data, name), default=one.default, help=one.help, group=one.group)
-        for name, one in options_of(type(data)).items()
-    ]
+    return [shaped(RunSetting, one, value=getattr(data, name)) for name, one in options_of(type(data)).items()]
 
 
 def _changed(record: RunRecord) -> dict[str, Any]:

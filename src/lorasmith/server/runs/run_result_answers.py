@@ -33,7 +33,7 @@ from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.datasets.dataset_answers import CONTROL
 from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name, stays_in
-from lorasmith.server.jobs.plan_answers import check_steps, structure_of
+from lorasmith.server.jobs.plan_answers import structure_of
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_answers import digest_of, is_trainable_on, saves_of
 from lorasmith.server.runs.run_list_answers import run_folder_of
@@ -80,7 +80,7 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> RunSpec:
     it may name only files below the base folder and in the model folders. Raises UnknownFileError, and OptionError if
     the run is incomplete or cannot be continued here.
     """
-    check_steps(steps)
+    SETTINGS["steps"].check(steps)
     folder = run_folder_of(folders, id)
     with followed(folder) as run:
         record, is_complete = run.record, is_trainable_on(run)
