@@ -16,8 +16,7 @@ from lorasmith.runs.presets import PRESETS, Preset, setting_groups
 from lorasmith.server.datasets.dataset_routes import DATASET_ROUTES
 from lorasmith.server.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.jobs.draft_routes import DRAFT_ROUTES
-from lorasmith.server.jobs.job_routes import JOB_ROUTES
-from lorasmith.server.jobs.sweep_routes import SWEEP_ROUTES
+from lorasmith.server.jobs.job_routes import JOB_ROUTES, SWEEP_ROUTES
 from lorasmith.server.models.model_routes import MODEL_ROUTES
 from lorasmith.server.questions import shaped
 from lorasmith.server.request_handling import ServerContext, error_response

@@ -22,6 +22,7 @@ from lorasmith.core.typed_json import DIALECT, json_schemas, json_values, typed
 from lorasmith.runs.queue import JobKind
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs.job_rows import job_answer
+from lorasmith.server.jobs.job_shapes import JobAnswer
 from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body, while_connected
 
 PREFIX = "/lorasmith/v1"
@@ -62,7 +63,8 @@ class Call:
     @property
     def arguments(self) -> dict[str, Any]:
         """The parts of the path and the fields of the body by name."""
-        return {**self.request.match_info, **(vars(self.body) if self.body is not None else {})}
+        given = {} if self.body is None else vars(self.body)  # without what has its default
+        return {**self.request.match_info, **{name: json_values(value) for name, value in given.items()}}
 
     def path(self, name: str) -> str:
         return self.request.match_info[name]
@@ -103,6 +105,11 @@ class Endpoint:
     def plain_path(self) -> str:
         """The path without patterns."""
         return re.sub(r"\{(\w+)[^}]*\}", r"{\1}", self.path)
+
+
+def queueing(path: str, summary: str, kind: JobKind, question: str, body: Any) -> Endpoint:
+    """A request that queues a job, whose own request is the answer to a question."""
+    return Endpoint("POST", path, summary, question=question, queues=kind, body=body, answer=JobAnswer, status=201)
 
 
 def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:

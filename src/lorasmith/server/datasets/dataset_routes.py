@@ -44,10 +44,9 @@ from lorasmith.server.datasets.dataset_shapes import (
     UploadAnswer,
 )
 from lorasmith.server.dispatcher import RefusedError
-from lorasmith.server.endpoint import Call, Endpoint, Query
+from lorasmith.server.endpoint import Call, Endpoint, Query, queueing
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs.job_rows import uses_dataset
-from lorasmith.server.jobs.job_shapes import JobAnswer
 from lorasmith.server.request_handling import ServerContext, TooLargeError, form_parts, received, upload_folder
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import TrainConfig
@@ -335,15 +334,12 @@ DATASET_ROUTES = (
         answer=Changed,
         changes_dataset=True,
     ),
-    Endpoint(
-        "POST",
+    queueing(
         "/datasets/{name}/captioning",
         "Queue a job that writes captions. Its outputs have each that it wrote, and the one that was there before.",
-        question="captioning_request",
-        queues="caption",
-        body=CaptioningBody,
-        answer=JobAnswer,
-        status=201,
+        "caption",
+        "captioning_request",
+        CaptioningBody,
     ),
     Endpoint(
         "GET",

@@ -1,4 +1,4 @@
-"""Endpoints about jobs, and about runs before they start: plans and measurements."""
+"""Endpoints about jobs, sweeps, and runs before they start: plans and measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from lorasmith.server.jobs.job_shapes import (
     PlanAnswer,
     PlanBody,
     RemovedJob,
+    SweepAnswer,
     SweepBody,
+    SweepList,
 )
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
@@ -109,6 +111,29 @@ async def _retry(context: ServerContext, call: Call) -> Any:
 
 async def _move(context: ServerContext, call: Call) -> Any:
     return job_answer(context.dispatcher.move(call.path("id"), call.body.front))
+
+
+async def _sweeps(context: ServerContext, call: Call) -> Any:
+    return await context.assistant.ask("sweeps", queued=context.store.sweeps())
+
+
+async def _sweep(context: ServerContext, call: Call) -> Any:
+    return await _sweep_answer(context, call.path("id"))
+
+
+async def _add_sweep(context: ServerContext, call: Call) -> Any:
+    spec = await wanted_spec(context, call.body)
+    found = await context.assistant.ask("sweep_requests", spec=spec.to_request(), grid=call.body.grid)
+    for one in found["jobs"]:
+        context.dispatcher.submit("train", one["request"], sweep=found["id"], varied=one["varied"])
+    return await _sweep_answer(context, found["id"])
+
+
+async def _sweep_answer(context: ServerContext, id: str) -> Any:
+    queued = [
+        {"request": job.request, "varied": job.varied, "failure": job.failure} for job in context.store.of_sweep(id)
+    ]
+    return await context.assistant.ask("sweep", id=id, queued=queued)
 
 
 async def wanted_spec(context: ServerContext, body: MeasurementBody) -> RunSpec:
@@ -251,5 +276,25 @@ JOB_ROUTES = (
         "A job: its changes, and what is shown of its run.",
         handler=job_events,
         content="text/event-stream",
+    ),
+)
+
+SWEEP_ROUTES = (
+    Endpoint("GET", "/sweeps", "All sweeps below the base folder.", handler=_sweeps, answer=SweepList),
+    Endpoint(
+        "POST",
+        "/sweeps",
+        "Queue a run for each combination of values.",
+        handler=_add_sweep,
+        body=SweepBody,
+        answer=SweepAnswer,
+        status=201,
+    ),
+    Endpoint(
+        "GET",
+        "/sweeps/{id}",
+        "A sweep with the results of its runs, the best first.",
+        handler=_sweep,
+        answer=SweepAnswer,
     ),
 )

@@ -1,4 +1,5 @@
-"""The runs of the base folder as rows of a list: where they are, what is kept of each, and what somebody wrote of them.
+"""The runs of the base folder as rows of a list: where they are, what is kept of each, what somebody wrote of them (in
+`marks.json` of their folder), and their removal and return.
 
 A row is read again when its files have changed. In a long list that is looked at for the rows that are shown alone;
 the others keep their places, and one that was never read has that of its record's time.
@@ -8,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import stat
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from lorasmith.core.cancellation import check_wanted
-from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.core.files import Stamp, entry_is_link, is_regular, stamp_of
+from lorasmith.core.errors import OptionError, OutputError, TrainingError
+from lorasmith.core.files import Stamp, entry_is_link, is_folder, is_regular, stamp_of, write_atomic
 from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
@@ -29,15 +32,18 @@ from lorasmith.runs.run_log import LoggedRun, followed, read_run
 from lorasmith.runs.run_page import is_own
 from lorasmith.runs.view import preview_file
 from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
-from lorasmith.server.datasets.dataset_shapes import SkippedFile
+from lorasmith.server.datasets.dataset_shapes import RemovedAnswer, SkippedFile
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_shapes import RunList, RunMarks, RunPhase, RunRow
+from lorasmith.server.server_disk import disk_space, put_folder_back, removed_folder, set_aside
 from lorasmith.training.storage.records import EVENTS, RECORD
 from lorasmith.training.storage.run_folder import RunFolder
 
 MARKS = "marks.json"
 PLACES = ("runs", "output/runs")  # parents of runs, relative to the base folder
 
+_MOST_TITLE, _MOST_NOTE = 100, 4_000  # characters
+_CHANGING = threading.Lock()
 _LARGE_BYTES = 2**20  # of logs that are kept, to be read on
 
 
@@ -156,6 +162,65 @@ def _marks_once(folder: str, stamp: Stamp) -> RunMarks:
 def shown_marks(marks: RunMarks) -> RunMarks:
     """Marks in printable text; the title is on one line."""
     return replace(marks, title=printable(one_line(marks.title)), note=printable(marks.note.strip(), keep="\n"))
+
+
+@question
+def mark_run(
+    folders: Folders, id: str, *, title: str | None = None, starred: bool | None = None, note: str | None = None
+) -> RunMarks:
+    """Store what a run is called (empty: its folder's name), whether it is starred, and a note; None leaves each as it
+    is. Raises UnknownFileError, OptionError for long texts, and OutputError.
+    """
+    folder = run_folder_of(folders, id)
+    for name, text, most in (("title", title, _MOST_TITLE), ("note", note, _MOST_NOTE)):
+        if text is not None and len(text) > most:
+            raise OptionError(f"a {name} must have at most {most:,} characters, got {len(text):,}; shorten it")
+    with _CHANGING:
+        there = marks_of(folder)
+        run_marks = shown_marks(
+            RunMarks(
+                title=there.title if title is None else title,
+                starred=there.starred if starred is None else starred,
+                note=there.note if note is None else note,
+            )
+        )
+        text = json.dumps(asdict(run_marks), ensure_ascii=False)
+        with disk_space(folder, len(text)):
+            write_atomic(folder / MARKS, text + "\n")
+    return run_marks
+
+
+@question
+def remove_run(folders: Folders, id: str) -> RemovedAnswer:
+    """Move a run to the removed things. Raises UnknownFileError, and OutputError while a process trains it."""
+    folder = run_folder_of(folders, id)
+    if RunFolder(folder).is_training:
+        raise OutputError(f"{id} is being trained; stop it first")
+    with _CHANGING:
+        removed = set_aside(folders.base, [folder], folder.name)
+    return RemovedAnswer(removed=(removed / folder.name).relative_to(folders.base).as_posix())
+
+
+@question
+def restore_run(folders: Folders, id: str, *, removed: str) -> RunMarks:
+    """Move a removed run back to its place. Raises UnknownFileError, and OutputError if another run is there now."""
+    parent, target = removed_folder(folders.base), folders.base / id
+    place, _, name = id.rpartition("/")
+    outer, _, _ = place.rpartition("/")
+    is_place = is_name(name) and (place in PLACES or (outer in PLACES and is_folder(target.parent)))
+    stored, _, last = removed.rpartition("/")
+    with _CHANGING:
+        try:
+            if not is_place or last != name:
+                raise FileNotFoundError
+            put_folder_back(folders.base, stored, target, is_run=True)
+        except FileNotFoundError:
+            raise UnknownFileError(f"there is no removed run {removed!r} of {id!r}; look into {parent}") from None
+        except FileExistsError:
+            raise OutputError(
+                f"there is another run {id} now; move the removed one back by hand, from {folders.base / removed}"
+            ) from None
+    return marks_of(target)
 
 
 def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:

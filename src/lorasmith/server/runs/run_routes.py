@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from lorasmith.runs.queue import ACTIVE, JobStateError
 from lorasmith.server.contained_files import UNTRUSTED, send_file
 from lorasmith.server.datasets.dataset_routes import MOST_FILE_BYTES
 from lorasmith.server.datasets.dataset_shapes import RemovedAnswer, RestoreBody
-from lorasmith.server.endpoint import Call, Endpoint, Query, json_response
+from lorasmith.server.endpoint import Call, Endpoint, Query, json_response, queueing
 from lorasmith.server.event_streams import run_events
-from lorasmith.server.jobs.job_shapes import JobAnswer
 from lorasmith.server.request_handling import ServerContext, form_parts, number_in, received, upload_folder
 from lorasmith.server.runs.run_shapes import (
     DrawingBody,
@@ -80,10 +78,6 @@ async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
 async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
     found = await context.assistant.ask("run_graph", id=call.path("id"))
     return json_response(found if call.text("notes") in ("1", "true") else found["prompt"])
-
-
-async def _request(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("request_of_run", id=call.path("id"), **asdict(call.body))
 
 
 async def _card(context: ServerContext, call: Call) -> web.StreamResponse:
@@ -185,21 +179,18 @@ RUN_ROUTES = (
         upload=True,
         status=201,
     ),
-    Endpoint(
-        "POST",
+    queueing(
         "/runs/{id}/drawing",
         "Queue a job that draws a prompt without and with the LoRA of a run, from the same noise.",
-        question="draw_request",
-        queues="draw",
-        body=DrawingBody,
-        answer=JobAnswer,
-        status=201,
+        "draw",
+        "draw_request",
+        DrawingBody,
     ),
     Endpoint(
         "POST",
         "/runs/{id}/requests",
         "Have a run that trains draw previews, save its LoRA, or draw a prompt, after the step that it takes.",
-        handler=_request,
+        question="request_of_run",
         body=RequestBody,
         answer=RequestAnswer,
         status=202,
@@ -211,15 +202,12 @@ RUN_ROUTES = (
         question="run_evaluation",
         answer=EvaluationAnswer,
     ),
-    Endpoint(
-        "POST",
+    queueing(
         "/runs/{id}/evaluation",
         "Queue a job that draws with each LoRA of a run and recommends one, in place of an earlier evaluation.",
-        question="evaluation_request",
-        queues="evaluate",
-        body=EvaluationBody,
-        answer=JobAnswer,
-        status=201,
+        "evaluate",
+        "evaluation_request",
+        EvaluationBody,
     ),
     Endpoint(
         "GET",
@@ -228,15 +216,12 @@ RUN_ROUTES = (
         question="run_gallery",
         answer=GalleryAnswer,
     ),
-    Endpoint(
-        "POST",
+    queueing(
         "/runs/{id}/gallery",
         "Queue a job that draws a grid: a prompt with the LoRAs of a run at several strengths, and without one.",
-        question="grid_request",
-        queues="draw",
-        body=GalleryBody,
-        answer=JobAnswer,
-        status=201,
+        "draw",
+        "grid_request",
+        GalleryBody,
     ),
     Endpoint(
         "GET",
@@ -245,14 +230,11 @@ RUN_ROUTES = (
         handler=_card,
         content="image/png",
     ),
-    Endpoint(
-        "POST",
+    queueing(
         "/runs/{id}/train-on",
         "Queue a job that trains on from the end of a run.",
-        question="train_on_request",
-        queues="train",
-        body=TrainOnBody,
-        answer=JobAnswer,
-        status=201,
+        "train",
+        "train_on_request",
+        TrainOnBody,
     ),
 )
