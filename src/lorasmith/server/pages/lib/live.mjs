@@ -13,29 +13,22 @@ let hub = null; // the shared worker, or the page's own connection
  * runs/ID for what is shown of one. `onOpen` is called when the stream has begun: at first, and after a lost connection
  * or a hidden page. Readers must accept an event twice.
  */
-export function listen(topic, handlers, { onOpen = () => {} } = {}) {
-  const reader = { topic, handlers, onOpen };
+export const listen = (topic, handlers, { onOpen = () => {} } = {}) => added({ topic, handlers, onOpen });
+
+/** Listens while the component is shown; `topic` null listens to nothing. */
+export function useEvents(topic, handlers, { onOpen = () => {} } = {}) {
+  const reader = useRef({ topic, handlers, onOpen }).current;
+  Object.assign(reader, { topic, handlers, onOpen });
+  useEffect(() => (topic === null ? undefined : added(reader)), [topic]);
+}
+
+function added(reader) {
   readers.add(reader);
   update();
   return () => {
     readers.delete(reader);
     update();
   };
-}
-
-/** Listens while the component is shown; `topic` null listens to nothing. */
-export function useEvents(topic, handlers, { onOpen = () => {} } = {}) {
-  const reader = useRef({ topic, handlers, onOpen }).current;
-  Object.assign(reader, { topic, handlers, onOpen });
-  useEffect(() => {
-    if (topic === null) return undefined;
-    readers.add(reader);
-    update();
-    return () => {
-      readers.delete(reader);
-      update();
-    };
-  }, [topic]);
 }
 
 let timer = 0;

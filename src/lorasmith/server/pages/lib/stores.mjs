@@ -83,3 +83,17 @@ export function say(text, { mood = "good", undo = null } = {}) {
   toast.set({ text, mood, undo });
   toastTimer = setTimeout(() => toast.set(null), undo ? 12000 : 6000);
 }
+
+/**
+ * Runs a change; its failure is said at the edge of the page.
+ *
+ * @template T
+ * @param {() => T} change
+ */
+export async function said(change) {
+  try {
+    return await change();
+  } catch (failure) {
+    return say(failure.message, { mood: "bad" });
+  }
+}

@@ -1,5 +1,5 @@
 // What was done to the photos of a folder on this page, and how each of it is taken back.
-import { createStore, say, toast } from "./stores.mjs";
+import { createStore, said, say, toast } from "./stores.mjs";
 
 const MOST = 100;
 
@@ -45,10 +45,8 @@ export function undoLast(dataset) {
 async function takeBack(dataset, entry) {
   doneTo(dataset).set((all) => all.filter((one) => one !== entry));
   toast.set(null);
-  try {
+  await said(async () => {
     await entry.undo();
     say(`Undone: ${entry.text}`);
-  } catch (failure) {
-    say(failure.message, { mood: "bad" });
-  }
+  });
 }

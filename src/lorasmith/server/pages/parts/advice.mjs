@@ -3,7 +3,7 @@ import { fileOfRun, get, post, remove } from "../lib/api.mjs";
 import { changeDraft, currentDraft, useDraft } from "../lib/drafts.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
-import { say } from "../lib/stores.mjs";
+import { said, say } from "../lib/stores.mjs";
 import { capital } from "../lib/words.mjs";
 import { Button, useLoaded } from "./basics.mjs";
 
@@ -23,20 +23,12 @@ async function choose(run) {
   });
 }
 
-const shown = (work) => async () => {
-  try {
-    await work();
-  } catch (failure) {
-    say(failure.message, { mood: "bad" });
-  }
-};
-
 /** Leads to the settings for training a run again. */
 export const trainAgain = (run) =>
-  shown(async () => {
+  said(async () => {
     await choose(run);
     go("new", run.dataset, "settings");
-  })();
+  });
 
 /** Settings as those of the preset that most of them are, and what differs from it: {preset, settings}. */
 export function asPreset(changed, presets) {
@@ -65,23 +57,23 @@ export function Advice({ run }) {
   if (!run.advice.length) return null;
   const pictures = new Map(run.images.map((one) => [one.file, one]));
   const restore = (/** @type {string} */ file, removed) =>
-    shown(async () => {
+    said(async () => {
       await post(["datasets", run.dataset, "restore"], { removed });
       setAway(({ [file]: _, ...others }) => others);
       reload();
     });
   const leaveOut = (file) =>
-    shown(async () => {
+    said(async () => {
       const { removed } = await remove(["datasets", run.dataset, "images", file]);
       setAway((all) => ({ ...all, [file]: removed }));
       reload();
-      say(`${file} was moved to the removed files.`, { undo: restore(file, removed) });
+      say(`${file} was moved to the removed files.`, { undo: () => restore(file, removed) });
     });
   const edit = (file) =>
-    shown(async () => {
+    said(async () => {
       await choose(run);
       go("new", run.dataset, "photos", file);
-    })();
+    });
   return html`<section aria-labelledby="advice">
     <h2 id="advice">Picture by picture</h2>
     <ul class="rows">
@@ -105,8 +97,8 @@ export function Advice({ run }) {
             photos &&
             html`<${Actions} run=${run} advice=${one}
               isThere=${!photos.builtin && photos.images.some((image) => image.file === one.file)}
-              removed=${away[one.file]} onLeaveOut=${leaveOut(one.file)}
-              onRestore=${restore(one.file, away[one.file])} onEdit=${() => edit(one.file)} />`
+              removed=${away[one.file]} onLeaveOut=${() => leaveOut(one.file)}
+              onRestore=${() => restore(one.file, away[one.file])} onEdit=${() => edit(one.file)} />`
           }
         </li>`,
       )}

@@ -107,8 +107,8 @@ export function Dialog({ title, onClose, children, wide }) {
   </dialog>`;
 }
 
-/** A question with two answers. */
-export function Question({ title, children, yes, kind = "primary", onYes, onClose }) {
+/** A question with two answers; closed when `onYes` has ended well. */
+export function Question({ title, children, yes, kind = "primary", disabled, onYes, onClose }) {
   const [error, setError] = useState(null);
   const confirm = async () => {
     try {
@@ -122,7 +122,7 @@ export function Question({ title, children, yes, kind = "primary", onYes, onClos
     ${children}
     <${Problem} error=${error} />
     <div class="actions end">
-      <${Button} onClick=${onClose}>Cancel<//><${Button} kind=${kind} onClick=${confirm}>${yes}<//>
+      <${Button} onClick=${onClose}>Cancel<//><${Button} kind=${kind} disabled=${disabled} onClick=${confirm}>${yes}<//>
     </div>
   <//>`;
 }

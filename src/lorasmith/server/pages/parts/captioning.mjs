@@ -8,7 +8,7 @@ import { did } from "../lib/undo.mjs";
 import { bytes, count } from "../lib/words.mjs";
 import { Button, Dialog, Loading, Notice, Problem, Progress, useLoaded } from "./basics.mjs";
 import { act } from "./jobs.mjs";
-import { DownloadState, GetDialog } from "./shelf.mjs";
+import { GetDialog, Getting } from "./shelf.mjs";
 
 /** @param lacking number of photos without a caption */
 export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
@@ -134,19 +134,9 @@ function Offer({ captioner, download, onGet, onChange }) {
   return html`<li class="release">
     <h3>${title}</h3><p>${about}</p>
     <p class="faint">About ${bytes(size)} · <a href=${card} target="_blank" rel="noreferrer">${licence}</a></p>
-    ${
-      download &&
-      (isOnItsWay(download) || download.error) &&
-      html`<${DownloadState} download=${download} onChange=${onChange} />`
-    }
-    ${
-      !isOnItsWay(download) &&
-      html`<div class="actions">
-        <${Button} onClick=${onGet} aria-label=${`${kept ? "Continue" : "Get it"}: ${title}`}>
-          ${kept ? "Continue" : "Get it"}
-        <//>
-      </div>`
-    }
+    <${Getting} download=${download} onChange=${onChange} of=${`: ${title}`}
+      what=${kept ? "Continue" : "Get it"}
+      onGet=${onGet} />
   </li>`;
 }
 

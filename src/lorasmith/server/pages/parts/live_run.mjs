@@ -2,7 +2,7 @@
 import { fileOfRun, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
-import { announcement, say, work } from "../lib/stores.mjs";
+import { announcement, said, say, work } from "../lib/stores.mjs";
 import { measured, moment, whole } from "../lib/words.mjs";
 import { Button, Fold, Progress } from "./basics.mjs";
 import { Curves } from "./curves.mjs";
@@ -134,14 +134,11 @@ export function LiveRun({ view, run, isRunning, head, controls }) {
 
 /** What a run that trains is asked for. */
 function Requests({ run }) {
-  const ask = async (what, said) => {
-    try {
+  const ask = (what, text) =>
+    said(async () => {
       await post(["runs", run.id, "requests"], { what });
-      say(said);
-    } catch (error) {
-      say(error.message, { mood: "bad" });
-    }
-  };
+      say(text);
+    });
   return html`
     <${Button} onClick=${() => ask("preview", "Pictures are drawn after this step.")}>Preview now<//>
     <${Button} onClick=${() => ask("save", "The LoRA is saved after this step.")}>Save now<//>

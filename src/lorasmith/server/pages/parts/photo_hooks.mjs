@@ -5,7 +5,7 @@ import { changeDraft } from "../lib/drafts.mjs";
 import { useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { go } from "../lib/router.mjs";
-import { say, useStore } from "../lib/stores.mjs";
+import { said, say, useStore } from "../lib/stores.mjs";
 import { hasTag } from "../lib/tags.mjs";
 import { did, doneTo, undoLast } from "../lib/undo.mjs";
 import { forget, upload, uploadsOf } from "../lib/uploads.mjs";
@@ -16,15 +16,6 @@ import { isStale } from "./photo_tile.mjs";
 const CHECK_AFTER_MS = 700;
 const RELOAD_AFTER_MS = 400;
 const WHOLE = { x: 0, y: 0, width: 1, height: 1 };
-
-/** Runs a change; its failure is said at the edge of the page. */
-async function said(change) {
-  try {
-    return await change();
-  } catch (failure) {
-    return say(failure.message, { mood: "bad" });
-  }
-}
 
 /** The photos, loaded again when something has changed on the server. */
 export function usePhotos(/** @type {string} */ dataset) {

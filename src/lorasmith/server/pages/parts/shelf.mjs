@@ -2,7 +2,7 @@
 import { get, post, put, remove } from "../lib/api.mjs";
 import { isOnItsWay, sendModel } from "../lib/downloads.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { announcement, say } from "../lib/stores.mjs";
+import { announcement, said, say } from "../lib/stores.mjs";
 import { bytes, capital } from "../lib/words.mjs";
 import { Button, Dialog, Field, Notice, Problem, Progress, useLoaded } from "./basics.mjs";
 
@@ -71,21 +71,11 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
       </p>`
     }
     <p class=${memory && memory.fits === false ? "fair" : "faint"}>${memoryWords(memory)}</p>
-    ${
-      download &&
-      (isOnItsWay(download) || download.error) &&
-      html`<${DownloadState} download=${download} onChange=${onChange} />`
-    }
-    ${
-      !isOnItsWay(download) &&
-      html`<div class="actions">
-        <${Button} onClick=${() => onGet({ kind: "release", name: release.name })}
-            aria-label=${`${kept ? "Continue" : "Get it"}: ${release.title}`}>
-          ${kept ? "Continue" : "Get it"}
-        <//>
-        ${kept > 0 && html`<span class="faint">${bytes(kept)} are here</span>`}
-      </div>`
-    }
+    <${Getting} download=${download} onChange=${onChange} of=${`: ${release.title}`}
+      what=${kept ? "Continue" : "Get it"}
+      onGet=${() => onGet({ kind: "release", name: release.name })}>
+      ${kept > 0 && html`<span class="faint">${bytes(kept)} are here</span>`}
+    <//>
   </li>`;
 }
 
@@ -103,15 +93,23 @@ function memoryWords(memory) {
     : `Training needs about ${needed} of memory, which fits; captions take seconds each to encode`;
 }
 
+/** A button that starts a download, how far it is, or why it ended. */
+export const Getting = ({ download, what, of, class: extra = "", onGet, onChange, children }) => html`
+  ${(isOnItsWay(download) || download?.error) && html`<${DownloadState} download=${download} onChange=${onChange} />`}
+  ${
+    !isOnItsWay(download) &&
+    html`<div class=${`actions ${extra}`}>
+      <${Button} onClick=${onGet} aria-label=${`${what}${of}`}>${what}<//>
+      ${children}
+    </div>`
+  }
+`;
+
 /** How far a download is, or why it ended. */
-export function DownloadState({ download, onChange }) {
+function DownloadState({ download, onChange }) {
   const { id, title, state, file, error } = download;
   const act = (request) => async () => {
-    try {
-      await request();
-    } catch (failure) {
-      say(failure.message, { mood: "bad" });
-    }
+    await said(request);
     onChange();
   };
   if (error) {

@@ -7,7 +7,7 @@ import { go, link } from "../lib/router.mjs";
 import { status, useStore } from "../lib/stores.mjs";
 import { bytes, count } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
-import { DownloadState, GetDialog, OwnFile, Shelf } from "../parts/shelf.mjs";
+import { GetDialog, Getting, OwnFile, Shelf } from "../parts/shelf.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 
 export function ModelView({ dataset }) {
@@ -250,17 +250,8 @@ function ModelRow({
   if (!model.ready && model.missing.some((one) => one.on_hub)) {
     return html`<div>
       ${row}
-      ${
-        download &&
-        (isOnItsWay(download) || download.error) &&
-        html`<${DownloadState} download=${download} onChange=${onDownload} />`
-      }
-      ${
-        !isOnItsWay(download) &&
-        html`<div class="actions below">
-          <${Button} onClick=${onGet} aria-label=${`Get what is missing of ${model.title}`}>Get what is missing<//>
-        </div>`
-      }
+      <${Getting} class="below" download=${download} onChange=${onDownload} of=${` of ${model.title}`}
+        what="Get what is missing" onGet=${onGet} />
     </div>`;
   }
   if (!isChosen) return row;

@@ -5,7 +5,7 @@ import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
 import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
 import { Advice, findingOf, trainAgain } from "../parts/advice.mjs";
-import { Button, Command, Dialog, Field, Fold, Loading, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { Button, Command, Field, Fold, Loading, Problem, Question, State, useLoaded } from "../parts/basics.mjs";
 import { Film } from "../parts/film.mjs";
 import { Gallery } from "../parts/gallery.mjs";
 import { CONTINUED, act, jobsOfRuns } from "../parts/jobs.mjs";
@@ -143,21 +143,13 @@ function Install({ run, onClose, onDone }) {
   const choices = run.saves.filter((one) => one.step !== last || one.best);
   const [step, setStep] = useState("");
   const [name, setName] = useState("");
-  const [error, setError] = useState(null);
   const install = async () => {
-    try {
-      const { installed, was_there: wasThere } = await post(["runs", run.id, "install"], {
-        step: step === "" ? null : Number(step),
-        name: name.trim(),
-      });
-      say(wasThere ? `${installed} was there already.` : `Copied to models/loras as ${installed}.`);
-      onDone();
-      onClose();
-    } catch (failure) {
-      setError(failure);
-    }
+    const body = { step: step === "" ? null : Number(step), name: name.trim() };
+    const { installed, was_there: wasThere } = await post(["runs", run.id, "install"], body);
+    say(wasThere ? `${installed} was there already.` : `Copied to models/loras as ${installed}.`);
+    onDone();
   };
-  return html`<${Dialog} title="Copy to ComfyUI" onClose=${onClose}>
+  return html`<${Question} title="Copy to ComfyUI" yes="Copy" onYes=${install} onClose=${onClose}>
     <p>
       The LoRA is copied into <code>models/loras</code>, where ComfyUI finds
       it.${run.lora.installed ? html` It is there already as <b>${run.lora.installed}</b>.` : ""}
@@ -180,39 +172,22 @@ function Install({ run, onClose, onDone }) {
       ${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${name}
         placeholder=${run.lora.file.split("/").pop()} onInput=${(event) => setName(event.currentTarget.value)} />`}
     <//>
-    <${Problem} error=${error} />
-    <div class="actions end">
-      <${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" onClick=${install}>Copy<//>
-    </div>
   <//>`;
 }
 
 function TrainOn({ run, onClose }) {
   const done = run.step ?? run.steps ?? 0;
   const [steps, setSteps] = useState(String(Math.max(10, Math.round((done * MORE_STEPS) / 10) * 10)));
-  const [error, setError] = useState(null);
   const more = Number(steps);
   const isGood = Number.isInteger(more) && more > 0;
-  const start = async () => {
-    try {
-      const job = await post(["runs", run.id, "train-on"], { steps: done + more });
-      onClose();
-      go("jobs", job.id);
-    } catch (failure) {
-      setError(failure);
-    }
-  };
-  return html`<${Dialog} title="Train it further" onClose=${onClose}>
+  const start = async () => go("jobs", (await post(["runs", run.id, "train-on"], { steps: done + more })).id);
+  return html`<${Question} title="Train it further" yes=${`Train ${isGood ? whole(more) : ""} more steps`}
+      disabled=${!isGood} onYes=${start} onClose=${onClose}>
     <p>It continues after step ${whole(done)}, as if the run had been longer from its start.</p>
     <${Field} label="More steps" error=${isGood ? null : "Must be a whole number of at least 1."}>
       ${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${steps}
         onInput=${(event) => setSteps(event.currentTarget.value)} />`}
     <//>
-    <${Problem} error=${error} />
-    <div class="actions end">
-      <${Button} onClick=${onClose}>Cancel<//>
-      <${Button} kind="primary" disabled=${!isGood} onClick=${start}>Train ${isGood ? whole(more) : ""} more steps<//>
-    </div>
   <//>`;
 }
 
