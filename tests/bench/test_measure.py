@@ -148,7 +148,7 @@ def test_seconds_are_of_the_steps_behind_the_warm_up(tiny: Model) -> None:
     assert len(calls) == 5
 
 
-def test_weights_are_counted_as_they_are_kept(tiny: Model) -> None:
+def test_weights_are_counted_as_they_are_kept_and_sizes_are_those_of_latents(tiny: Model) -> None:
     module = tiny.denoiser.module
     whole = weight_bytes(module)
     assert whole == sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
@@ -157,6 +157,10 @@ def test_weights_are_counted_as_they_are_kept(tiny: Model) -> None:
         with training_steps(job, synthetic_samples(tiny, 2, 8, 8)):
             assert weight_bytes(module) == pytest.approx(share * whole, rel=0.15)
     assert weight_bytes(module) == whole
+    assert latent_side(tiny, None) == 16
+    assert latent_side(tiny, 32) == 8
+    with pytest.raises(OptionError, match=r"must be a multiple of 16 for this model, got 40; use (32|48)"):
+        latent_side(tiny, 40)
 
 
 def test_a_profile_tells_products_from_others() -> None:
@@ -195,13 +199,6 @@ def test_the_time_that_steps_wait_for_their_batches_is_measured(tiny: Model, mon
     assert found.seconds.seconds == (10, 10, 10)
     assert found.waited.seconds == (0, 5, 0)
     assert found.waiting == 5 / 30
-
-
-def test_latents_of_a_resolution(tiny: Model) -> None:
-    assert latent_side(tiny, None) == 16
-    assert latent_side(tiny, 32) == 8
-    with pytest.raises(OptionError, match=r"must be a multiple of 16 for this model, got 40; use (32|48)"):
-        latent_side(tiny, 40)
 
 
 COUNTS = Counts(flops=10**9, operations=1000, sent=0, held=2**20, peak=2**21, state=2**19)

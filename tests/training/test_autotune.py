@@ -96,12 +96,6 @@ def test_the_fastest_of_activations_products_and_code(
     )
 
 
-def test_what_is_set_is_not_varied(tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]) -> None:
-    timer = timed(keep=3.0, compile=1.0)
-    assert choose(engine_of(tiny, compile=True), dataset).way.compile
-    assert timer.asked == ["keep, compiled"]
-
-
 @pytest.mark.parametrize(
     ("seconds", "steps", "is_compiled"),
     [
@@ -169,6 +163,9 @@ def test_compiled_blocks_are_all_recomputed(tiny: Model, dataset: EncodedDataset
         "blocks but the last 3 recomputed at depth 1",
         "blocks recomputed at depth 1, compiled",
     ]
+    timer = timed(keep=3.0, compile=1.0)  # what is set is not varied
+    assert choose(engine_of(tiny, compile=True), dataset).way.compile
+    assert timer.asked == ["keep, compiled"]
 
 
 def test_a_way_that_fails_is_not_taken(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,9 +107,6 @@ def test_a_process_that_draws_nothing_stops_with_the_one_that_does_and_keeps_the
     again = LikenessWatch(None, TrainConfig(steps=10, early_stop="likeness"), rank)
     again.load(*watch.state())
     assert again.history.measured == watch.history.measured and again.best_step == 2
-
-
-def test_a_preview_that_failed_says_nothing() -> None:
     rank, loop = OtherRank(), FakeLoop()
     watch = LikenessWatch(None, TrainConfig(steps=10, early_stop="likeness"), rank)
     loop.step = 1

@@ -30,17 +30,19 @@ def named(run: Run, dataset: EncodedDataset, **settings: Any) -> list[tuple[int,
     ]
 
 
-def test_a_tiny_rate_is_named_after_a_quarter_and_at_the_end(run: Run, dataset: EncodedDataset) -> None:
+def test_a_tiny_rate_is_named_after_a_quarter_and_at_the_end(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (early, first), (end, last) = named(run, dataset)
     assert (early, end) == (2, 8)
     assert first.startswith("The LoRA does next to nothing after 2 steps: it changes no weight by more than ")
     assert last.startswith("The LoRA does nothing: it changes no weight by more than ")
     assert "at a learning rate above 1e-07" in first and "at a learning rate above 1e-07" in last
     assert named(run, dataset, learning_rate=1e-3) == []
-
-
-def test_a_rate_that_rises_later_is_waited_for(run: Run, dataset: EncodedDataset) -> None:
     assert named(run, dataset, learning_rate=3e-4, schedule="cosine", warmup_steps=7) == []
+    original = engine.sample_losses
+    monkeypatch.setattr(engine, "sample_losses", lambda *given: original(*given) * 0)
+    assert "no gradient reached one; look at masks" in named(run, dataset, steps=2)[-1][1]
 
 
 @pytest.mark.slow_after(3)
@@ -58,14 +60,6 @@ def test_a_rate_that_rises_later_is_waited_for(run: Run, dataset: EncodedDataset
 )
 def test_every_kind_of_layer_is_compared(run: Run, dataset: EncodedDataset, settings: dict[str, Any]) -> None:
     assert [step for step, _ in named(run, dataset, steps=2, **settings)] == [1, 2]
-
-
-def test_no_gradient_at_all_is_named_as_that(
-    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = engine.sample_losses
-    monkeypatch.setattr(engine, "sample_losses", lambda *given: original(*given) * 0)
-    assert "no gradient reached one; look at masks" in named(run, dataset, steps=2)[-1][1]
 
 
 def test_targets_that_match_few_layers_are_named(tiny: Model) -> None:

@@ -191,7 +191,7 @@ def test_no_door_is_silent(doors: Doors, whole: dict[str, Tensor], door: str) ->
 
 
 def test_text_encoders_parts_are_left_to_whom_they_are_for(
-    doors: Doors, whole: dict[str, Tensor], for_text: dict[str, Tensor]
+    tiny: Model, doors: Doors, whole: dict[str, Tensor], for_text: dict[str, Tensor]
 ) -> None:
     save_file(for_text, doors.file)
     alone = "lorasmith-tiny leaves out 1 of 1 parts of bad.safetensors: 1 for text encoders (text_model.encoder"
@@ -208,6 +208,10 @@ def test_text_encoders_parts_are_left_to_whom_they_are_for(
     assert doors.both(False, clip=0) == doors.both(False, model=0) == ""
     save_file(whole, doors.file)
     assert "leaves out 28 of 28 parts of bad.safetensors: 28 for the denoiser (" in doors.both(False, model=0)
+    save_file(for_text, doors.file)
+    assert len(Lora.load(doors.file).applied_to_text(tiny.text_encoder).patches) == 1
+    applied = Lora.load(doors.file).applied(tiny.denoiser, tiny.text_encoder)
+    assert (len(applied.encoder.patches), len(applied.denoiser.patches[0].adapters)) == (1, 0)
 
 
 def test_modules_that_a_text_encoder_lacks_or_cannot_hold_are_named(
@@ -223,6 +227,11 @@ def test_modules_that_a_text_encoder_lacks_or_cannot_hold_are_named(
     assert doors.model_only(False) == ""
     with doors.tiny.text_encoder.active(), load_with_loras(ModelFiles(BUILT_IN), [(doors.file, 1.0)]).denoiser.active():
         pass
+    save_file(renamed(whole, 4), doors.file)
+    model = load_model(BUILT_IN)
+    cast_weights(model.components.denoiser, torch.float8_e4m3fn)
+    packed = replace(doors, tiny=model)
+    assert "leaves out 4 of 28 parts" in packed.model_only(False)
 
 
 def test_previews_and_folding_refuse_numbers_that_are_none(doors: Doors, whole: dict[str, Tensor]) -> None:
@@ -268,14 +277,6 @@ def test_an_autoencoder_without_numbers_draws_nothing(broken_vae: Model) -> None
         generate(broken_vae, "a cat", steps=1)
 
 
-def test_parts_of_a_lora_on_packed_weights_are_said_too(doors: Doors, whole: dict[str, Tensor]) -> None:
-    save_file(renamed(whole, 4), doors.file)
-    model = load_model(BUILT_IN)
-    cast_weights(model.components.denoiser, torch.float8_e4m3fn)
-    packed = replace(doors, tiny=model)
-    assert "leaves out 4 of 28 parts" in packed.model_only(False)
-
-
 def test_a_lora_without_its_model_is_looked_at_and_applied_later(
     tiny: Model, doors: Doors, whole: dict[str, Tensor]
 ) -> None:
@@ -293,21 +294,6 @@ def test_a_lora_without_its_model_is_looked_at_and_applied_later(
     applied, expected = (one.applied_to(tiny.denoiser, strength=0.5).patches[0] for one in (lora, known))
     assert applied.strength == expected.strength and applied.adapters.keys() == expected.adapters.keys()
     assert known.for_model(tiny) is known
-
-
-def test_a_lora_of_text_encoders_finds_its_names_later(tiny: Model, doors: Doors, for_text: dict[str, Tensor]) -> None:
-    save_file(for_text, doors.file)
-    assert len(Lora.load(doors.file).applied_to_text(tiny.text_encoder).patches) == 1
-    applied = Lora.load(doors.file).applied(tiny.denoiser, tiny.text_encoder)
-    assert (len(applied.encoder.patches), len(applied.denoiser.patches[0].adapters)) == (1, 0)
-
-
-def test_a_lora_for_another_model_is_refused_when_it_is_applied(
-    tiny: Model, doors: Doors, whole: dict[str, Tensor]
-) -> None:
-    save_file({key: one.repeat(1, 3) if "lora_down" in key else one for key, one in whole.items()}, doors.file)
-    with pytest.raises(LoraError, match=r"bad.safetensors .* model"):
-        Lora.load(doors.file).applied_to(tiny.denoiser)
 
 
 def test_one_for_a_released_model_is_saved_in_another_layout_without_it(doors: Doors, tmp_path: Path) -> None:
@@ -333,13 +319,16 @@ def test_one_for_an_unknown_model_is_not_saved_without_it(tiny: Model, doors: Do
     assert Lora.load(doors.file).for_model(tiny).save(target, layout="diffusers").is_file()
 
 
-def test_what_is_no_lora_is_refused_without_a_model_too(doors: Doors, whole: dict[str, Tensor]) -> None:
+def test_no_lora_and_one_for_another_model_are_refused(tiny: Model, doors: Doors, whole: dict[str, Tensor]) -> None:
     save_file({"model.weight": torch.zeros(2, 2)}, doors.file)
     with pytest.raises(LorasmithError, match="is not a LoRA: none of its 1 tensors"):
         Lora.load(doors.file)
     save_file(with_value(whole, math.nan), doors.file)
     with pytest.raises(LorasmithError, match="NaN"):
         Lora.load(doors.file)
+    save_file({key: one.repeat(1, 3) if "lora_down" in key else one for key, one in whole.items()}, doors.file)
+    with pytest.raises(LoraError, match=r"bad.safetensors .* model"):
+        Lora.load(doors.file).applied_to(tiny.denoiser)
 
 
 def test_its_card_is_escaped(tiny: Model, doors: Doors, whole: dict[str, Tensor]) -> None:

@@ -255,7 +255,7 @@ def test_the_encoder_alone_learns_and_is_validated(tiny: Model, dataset: Encoded
     assert min(loss for _, loss in result.validations) < 0.9 * result.base_loss
 
 
-def test_refusals(tiny: Model, dataset: EncodedDataset) -> None:
+def test_refusals_and_settings_without_effect(tiny: Model, dataset: EncodedDataset) -> None:
     width = dataset.samples[0].conditioning.tensors["context"].shape[-1]
     nameless = Sample(torch.zeros(4, 8, 8), Conditioning({"context": torch.zeros(1, 77, width)}), "x.png")
     with pytest.raises(DataError, match=r"train_text_encoder encodes the caption .* x\.png is unknown"):
@@ -266,8 +266,5 @@ def test_refusals(tiny: Model, dataset: EncodedDataset) -> None:
     own = Trainable(torch.nn.Linear(4, 4))
     with pytest.raises(OptionError, match="train_text_encoder needs a model with text encoders"):
         plan_job(own, TrainConfig(train_text_encoder=True), "cpu")
-
-
-def test_settings_without_effect_are_named(tiny: Model) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(text_encoder_steps=3), "cpu")
     assert "text_encoder_steps 3 has no effect without train_text_encoder." in job.notes

@@ -61,12 +61,9 @@ def test_ranks_are_those_of_the_paper() -> None:
             used = schedule.ranks(levels.clamp(0, 1), rank) > index
             assert used[0] and (index < least or not used[1])
     assert RankSchedule(4, 1.0).ranks(torch.tensor([0.0, 1.0]), 2).tolist() == [2, 2]  # a layer of fewer ranks
-
-
-def test_noise_levels_of_flows_are_their_sigmas() -> None:
-    schedule = FlowSchedule(shift=3.0, time_scale=1000.0)
-    level = schedule.at(torch.tensor([0.1, 0.5, 0.9]))
-    torch.testing.assert_close(schedule.share(level.time).float(), level.sigma)
+    flow = FlowSchedule(shift=3.0, time_scale=1000.0)
+    level = flow.at(torch.tensor([0.1, 0.5, 0.9]))
+    torch.testing.assert_close(flow.share(level.time).float(), level.sigma)
 
 
 def moved(job: TrainJob) -> TrainJob:

@@ -240,7 +240,7 @@ def test_a_run_is_planned_without_weights(tmp_path: Path) -> None:
     assert needed(**TREAD) < needed()
 
 
-def test_refusals(flux: Model) -> None:
+def test_refusals_and_settings_without_effect(flux: Model) -> None:
     with pytest.raises(OptionError, match=r"tread_rate is for the transformers .* got Linear; leave it out"):
         Trainer(Trainable(nn.Linear(2, 2)), flux_dataset(), tread_rate=0.2)
     for first, last in ((2, 1), (0, 4), (-5, 3)):
@@ -248,9 +248,6 @@ def test_refusals(flux: Model) -> None:
             planned(flux, tread_rate=0.2, tread_first=first, tread_last=last)
     with pytest.raises(OptionError, match=r"take plain steps, got tread_rate"):
         check_alike([planned(flux), planned(flux, **TREAD)])
-
-
-def test_settings_without_effect_are_named(flux: Model) -> None:
     notes = planned(flux, tread_first=1, tread_last=2).notes
     assert "tread_first 1 has no effect without tread_rate." in notes
     assert "tread_last 2 has no effect without tread_rate." in notes

@@ -111,7 +111,9 @@ def test_its_lora_is_saved_loaded_and_applied(network: Denoiser, data: EncodedDa
         Lora.load(file, Trainable(nn.Sequential(nn.Linear(3, 3)), title="other")).applied_to(model)
 
 
-def test_a_run_of_it_resumes_by_what_it_is(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
+def test_a_run_of_it_resumes_by_what_it_is_and_is_continued(
+    network: Denoiser, data: EncodedDataset, tmp_path: Path
+) -> None:
     whole = trained(Trainable(network), data, tmp_path / "whole")
     job = plan_job(Trainable(network), TrainConfig(**SETTINGS), "cpu")
     run(Plan(job=job, data=data, output=tmp_path / "parts", until=3), Doors())
@@ -121,6 +123,12 @@ def test_a_run_of_it_resumes_by_what_it_is(network: Denoiser, data: EncodedDatas
         network.end.weight.mul_(2)
     with pytest.raises(Exception, match="the base model"):
         trained(Trainable(network), data, tmp_path / "whole", steps=8)
+    model = Trainable(network)
+    file = trained(model, data, differences="biases").lora.save(tmp_path / "first.safetensors")
+    more = trained(model, data, existing_lora=str(file))
+    assert more.steps == 12
+    adapter = trained(model, data, training_adapter=str(file))
+    assert adapter.steps == 6
 
 
 def test_its_functions_may_be_ones_own(network: Denoiser, data: EncodedDataset) -> None:
@@ -140,15 +148,6 @@ def test_its_functions_may_be_ones_own(network: Denoiser, data: EncodedDataset) 
 def test_a_prediction_must_have_the_shape_of_the_latents(network: Denoiser, data: EncodedDataset, wrong: Any) -> None:
     with pytest.raises(OptionError, match=r"latents' shape \(2, 4, 8, 8\), got (tuple|one of \(2, 1, 8, 8\))"):
         trained(Trainable(network, wrong), data)
-
-
-def test_it_may_be_continued(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
-    model = Trainable(network)
-    file = trained(model, data, differences="biases").lora.save(tmp_path / "first.safetensors")
-    more = trained(model, data, existing_lora=str(file))
-    assert more.steps == 12
-    adapter = trained(model, data, training_adapter=str(file))
-    assert adapter.steps == 6
 
 
 def test_what_it_refuses(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
@@ -249,7 +248,9 @@ def test_quantization_of_layers_of_other_classes_only_is_said_to_have_no_effect(
     assert "quantization int8 has no effect: the model has no plain Linear layers or convolutions." in job.notes
 
 
-def test_a_merged_network_computes_what_the_applied_one_does(network: Denoiser, data: EncodedDataset) -> None:
+def test_a_merged_network_computes_what_the_applied_one_does(
+    network: Denoiser, data: EncodedDataset, tiny: ls.Model
+) -> None:
     own = Trainable(network.eval())
     lora = ls.train(own, data, progress=False, **SETTINGS).lora
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -264,10 +265,6 @@ def test_a_merged_network_computes_what_the_applied_one_does(network: Denoiser, 
     torch.testing.assert_close(beside, applied, rtol=1e-4, atol=1e-5)
     assert type(merged) is Denoiser and merged.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-
-
-def test_what_cannot_be_merged_is_refused(network: Denoiser, data: EncodedDataset, tiny: ls.Model) -> None:
-    own = Trainable(network)
     lora = ls.train(own, data, progress=False, **{**SETTINGS, "steps": 1}, tlora="plain").lora
     with pytest.raises(LoraError, match="must be the same at every noise level, and the LoRA is a T-LoRA"):
         lora.merged_into(own)

@@ -59,7 +59,7 @@ def test_the_model_is_as_it_was_between_iterations(tiny: Model, dataset: Encoded
     assert trainer.losses == train(tiny, dataset, **SETTINGS, steps=3).losses
 
 
-def test_gradients_and_weights_are_views(tiny: Model, dataset: EncodedDataset) -> None:
+def test_gradients_weights_and_rate_are_those_of_the_step(tiny: Model, dataset: EncodedDataset) -> None:
     halved, plain = (Trainer(tiny, dataset, **SETTINGS, steps=1, optimizer="SGD", max_grad_norm=0) for _ in range(2))
     start = {name: tensor.clone() for name, tensor in plain.weights.items()}
     for step in halved:
@@ -73,6 +73,13 @@ def test_gradients_and_weights_are_views(tiny: Model, dataset: EncodedDataset) -
         pass
     for name, weight in plain.weights.items():
         torch.testing.assert_close(halved.weights[name] - start[name], 0.5 * (weight - start[name]))
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=4, schedule="linear", progress=False)
+    rates = []
+    for step in trainer:
+        if step.number == 2:
+            trainer.engine.rate_factor = 0.5
+        rates.append(trainer.learning_rate)
+    assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4, 1.25e-4])
 
 
 def test_a_loss_of_ones_own_gives_the_gradient_of_ours(tiny: Model, dataset: EncodedDataset) -> None:
@@ -117,11 +124,6 @@ def test_it_goes_on_from_a_state_bit_for_bit(tiny: Model, dataset: EncodedDatase
     assert equal(tensors(continued), tensors(whole))
     begun = Trainer(tiny, dataset, **SETTINGS, steps=4, existing_state=str(state))
     assert [step.number for step in begun] == [2, 3] and equal(tensors(begun), tensors(whole))
-
-
-def test_settings_of_what_surrounds_a_run_are_said_to_have_no_effect(tiny: Model, dataset: EncodedDataset) -> None:
-    with pytest.warns(match="leaves this to you: previews, max_rollbacks$"):
-        Trainer(tiny, dataset, **SETTINGS, previews="a cat", max_rollbacks=1)
 
 
 def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: EncodedDataset) -> None:
@@ -194,6 +196,8 @@ def test_what_it_refuses(tiny: Model, dataset: EncodedDataset) -> None:
         with pytest.raises(OptionError, match=r"of a batch, .* got 0.5; average"):
             step.backward(0.5)  # type: ignore[arg-type]
     assert repr(trainer).startswith("Trainer(lorasmith-tiny: step 1 of 1, LoRA, ")
+    with pytest.warns(match="leaves this to you: previews, max_rollbacks$"):
+        Trainer(tiny, dataset, **SETTINGS, previews="a cat", max_rollbacks=1)
 
 
 def test_a_step_may_take_its_gradient_elsewhere(tiny: Model, dataset: EncodedDataset) -> None:
@@ -229,13 +233,3 @@ def test_its_notes_are_shown_once_unless_progress_is_off(
     assert sentence in shown.job.notes and capsys.readouterr().err.count(sentence) == 1
     silent = Trainer(tiny, dataset, **settings, save_every=5, progress=False)
     assert silent.job.notes == shown.job.notes and capsys.readouterr() == ("", "")
-
-
-def test_the_learning_rate_is_that_of_the_next_step(tiny: Model, dataset: EncodedDataset) -> None:
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=4, schedule="linear", progress=False)
-    rates = []
-    for step in trainer:
-        if step.number == 2:
-            trainer.engine.rate_factor = 0.5
-        rates.append(trainer.learning_rate)
-    assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4, 1.25e-4])

@@ -30,11 +30,18 @@ def flipped(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_state_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_state(tmp_path / "s.safetensors", state(7))
     found = load_state(tmp_path / "s.safetensors")
     assert (found.step, found.numbers) == (7, {"losses": [0.5, None], "note": "é"})
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in TENSORS.items())
+    with pytest.raises(OutputError, match="must have finite numbers"):
+        save_state(tmp_path / "s.safetensors", state(1, growth=float("inf")))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_states, "_FORMAT", 1)
+        save_state(tmp_path / "s.safetensors", state(1))
+    with pytest.raises(OutputError, match="was written by another version of Lorasmith"):
+        load_state(tmp_path / "s.safetensors")
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
@@ -68,10 +75,7 @@ def test_a_damaged_state_is_passed_over_by_name_for_the_one_before(tmp_path: Pat
         "step-000004",
         "step-000002",
     ]
-
-
-def test_with_no_other_state_the_damage_is_an_error(tmp_path: Path) -> None:
-    states = RunStates(tmp_path, keep=1)
+    states = RunStates(tmp_path / "alone", keep=1)
     flipped(states.save(state(2)), 8 * 200)
     with pytest.raises(OutputError, match=r"no state of this run can be read .*; start fresh"):
         states.newest()
@@ -87,19 +91,6 @@ def test_a_state_without_its_digest_is_not_used(tmp_path: Path, change: dict[str
     write_safetensors(path, tensors, {key: value for key, value in {**metadata, **change}.items() if value is not None})
     with pytest.raises(OutputError, match="must have the bytes that were written"):
         load_state(path)
-
-
-def test_a_state_of_another_version_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(run_states, "_FORMAT", 1)
-        save_state(tmp_path / "s.safetensors", state(1))
-    with pytest.raises(OutputError, match="was written by another version of Lorasmith"):
-        load_state(tmp_path / "s.safetensors")
-
-
-def test_numbers_that_json_does_not_have_are_refused_when_they_are_saved(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="must have finite numbers"):
-        save_state(tmp_path / "s.safetensors", state(1, growth=float("inf")))
 
 
 @pytest.mark.parametrize("forged", [state(True), RunState(7, {"engine/master": torch.tensor([1.0, torch.nan])}, {})])
