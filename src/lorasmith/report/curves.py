@@ -88,7 +88,7 @@ def loss_figure(curves: Curves, *, label: str) -> Html:
     return _figure("loss", draw, label=label, shows=curves)
 
 
-def quantile_figure(curve: QuantileLosses, *, label: str) -> Html:
+def quantile_figure(curve: QuantileLosses) -> Html:
     """Smoothed training loss of each range of noise levels."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
@@ -115,6 +115,7 @@ def quantile_figure(curve: QuantileLosses, *, label: str) -> Html:
         axes.set_xlabel("step", color=TEXT)
         _legend(axes)
 
+    label = "Training loss over the steps, for each range of noise levels"
     return _figure("quantiles", draw, label=label, shows=curve)
 
 

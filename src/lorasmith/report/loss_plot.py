@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasmith.core.errors import OutputError
-from lorasmith.core.printable import printable
 
 RAW, SMOOTH, HELD_OUT, GRID, TEXT = "#9ab8d8", "#1f5fa8", "#c2570c", "#e4e8ec", "#3e4c59"
 _LOG_RATIO = 20
@@ -73,14 +72,13 @@ def _exact(loss: float) -> int:
 def plot_losses(
     losses: Sequence[float],
     *,
-    title: str = "Training loss",
     validations: Sequence[tuple[int, float]] = (),
     base_loss: float | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """A PNG picture of a run's losses; see `draw_losses`. Raises OutputError if no loss is finite.
 
-    `title` is literal text; `metadata` are the PNG's text entries (such as ComfyUI's `prompt` and `workflow`).
+    `metadata` are the text entries of the PNG (such as ComfyUI's `prompt` and `workflow`).
     """
     # The object API, without pyplot: no global state, so that a server's threads can draw at the same time.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -94,9 +92,7 @@ def plot_losses(
     axes = figure.add_subplot()
     draw_losses(axes, losses, validations=validations, base_loss=base_loss)
     style_axes(axes)
-    # parse_math off: titles are file names, in which $ is not a formula.
-    heading = printable(title, limit=200)
-    axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", color=TEXT, wrap=True, parse_math=False)
+    axes.set_title("Training loss", loc="left", fontsize=13, fontweight="bold", color=TEXT)
     axes.set_xlabel("step", color=TEXT)
     axes.legend(loc="upper right", frameon=False, labelcolor=TEXT)
     buffer = io.BytesIO()

@@ -233,10 +233,7 @@ def _quantiles(curve: QuantileLosses | None) -> list[Html]:
         "Fine detail is learnt at the clean end (0 %), composition at the noisy one (100 %). Losses of different noise "
         "levels are not comparable; the relevant information is which lines fall."
     )
-    return [
-        tag("p", says),
-        quantile_figure(curve, label="Training loss over the steps, for each range of noise levels"),
-    ]
+    return [tag("p", says), quantile_figure(curve)]
 
 
 def _likeness(curves: Curves) -> list[Html]:
