@@ -73,7 +73,7 @@ TABLES = {
     ],
     "data/shared_phrases.py": lambda: [r"(?<!\w)sks\ dog(?!\w)", r"long\s+silver\s+hair"],
     "formats/spelling.py": lambda: [one.pattern for one in signatures()],
-    "nodes/outputs.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
+    "core/folders.py": lambda: [r"name_(\d+)_?\..+", r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
 }
 PASSED_ON = {
     "core/printable.py": "split",
