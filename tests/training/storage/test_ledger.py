@@ -104,6 +104,19 @@ def test_an_image_that_is_drawn_most_is_not_the_measure_of_the_others() -> None:
     assert records[0].relative == pytest.approx(0.22, rel=0.25)
 
 
+def test_an_image_whose_losses_scatter_needs_more_to_be_judged() -> None:
+    def standing(size: float, scatter: float) -> str:
+        rng, ledger = np.random.default_rng(0), Ledger(NAMES)
+        for step in range(1, 361):
+            index = step % 6
+            loss = float(rng.lognormal(0, 0.1 if index else scatter)) * (1.0 if index else size)
+            ledger.add(step, [(index, float(rng.random()), loss)])
+        return ledger.images()[0].standing
+
+    assert [standing(3.5, scatter) for scatter in (0.8, 2.0)] == ["never fit", "unchanged"]
+    assert standing(6.0, 2.0) == "never fit"
+
+
 def test_few_images_are_not_compared() -> None:
     records = told([lambda t: 5 * steady(t), falling, falling]).images()
     assert "never fit" not in standings(records).values()
