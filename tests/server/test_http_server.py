@@ -129,6 +129,8 @@ async def main(base):
         print([name for name in {LATER!r} if name in sys.modules])
         for path in ("/lorasmith/v1/status", "/lorasmith/v1/settings", "/queue", "/editor/templates/index.json"):
             assert await get(path)
+        job = urllib.request.Request(address + "/lorasmith/v1/jobs", b'{{"model": "lorasmith-tiny", "dataset": "fox"}}')
+        assert await asyncio.to_thread(lambda: urllib.request.urlopen(job).read())
         await ended(context, context.dispatcher.submit("train", {{}}))
 
 import tempfile

@@ -47,6 +47,7 @@ from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.endpoint import Call, Endpoint, Query, queueing
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs.job_rows import uses_dataset
+from lorasmith.server.questions import shaped
 from lorasmith.server.request_handling import ServerContext, TooLargeError, form_parts, received, upload_folder
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import TrainConfig
@@ -95,12 +96,7 @@ async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
             image = received.pictures.get(file.stem.casefold(), "")
             answer = await _asked(context, "add_caption", name=name, file=sent, temporary=str(path), image=image)
             _note(received, file.name, answer)
-    return UploadAnswer(
-        added=tuple(received.added),
-        skipped=tuple(received.skipped),
-        renamed=received.renamed,
-        replaced=received.replaced,
-    )
+    return shaped(UploadAnswer, received)
 
 
 def _note(received: _Received, sent: str, answer: dict[str, str]) -> None:
