@@ -359,6 +359,8 @@ def test_what_counts_as_an_explosion() -> None:
     assert exploded(doubling)
     assert not exploded(doubling[:-4])
     assert exploded([*calm, math.nan, math.nan, 11.0])
+    once = [*calm[:30], math.inf, *calm[30:]]
+    assert exploded([*once, 11.0]) and not exploded([*once, 9.0])
 
 
 @pytest.mark.slow
