@@ -76,8 +76,7 @@ def generate(
         int | None, typer.Option(help="Height in pixels. Default: that of the first --control, or the model's own.")
     ] = None,
     frames: Annotated[
-        int,
-        typer.Option(min=1, help="Frames of a clip, for models of videos: 5, 9, 13, ... 1 draws a picture."),
+        int, typer.Option(min=1, help="Frames of a clip, for models of videos: 5, 9, 13, ... 1 draws a picture.")
     ] = 1,
     frame_rate: Annotated[
         float | None, typer.Option(min=0.1, max=120, help="Frames a second of the clip. Default: the model's own.")

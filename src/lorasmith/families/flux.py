@@ -110,10 +110,7 @@ class Flux(Family):
         "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
         "transformer": Rule((*ATTENTION, *FEED_FORWARD, *_MODULATION)),
     }
-    text_encoders = {
-        "text_encoder": CLIP_L_SLOT,
-        "text_encoder_2": T5XXL_SLOT,
-    }
+    text_encoders = {"text_encoder": CLIP_L_SLOT, "text_encoder_2": T5XXL_SLOT}
     clip_types = ("flux",)
     own_defaults = Defaults(
         guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass

@@ -559,13 +559,7 @@ class TextEncoder:
         return left_out(sizes, int(_PLACED_SHARE * free_memory(here)))
 
     def _stream(
-        self,
-        stack: contextlib.ExitStack,
-        component: str,
-        patches: Sequence[Patch],
-        device: torch.device,
-        *,
-        sees: bool,
+        self, stack: contextlib.ExitStack, component: str, patches: Sequence[Patch], device: torch.device, *, sees: bool
     ) -> None:
         """Stream the networks of an encoder, with patches, until the stack is closed."""
         module, dtype = self.encoders.modules[component], self.dtype_on(component, device)

@@ -53,9 +53,7 @@ _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*
 _MLP = ("transformer_blocks.*.img_mlp.net.*", "transformer_blocks.*.txt_mlp.net.*")
 _MARK_2511 = "__index_timestep_zero__"  # empty tensor of Qwen-Image-Edit 2511
 # Tensors that other models of this architecture have besides → what these are.
-_VARIANTS = {
-    "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered, which draws several layers",
-}
+_VARIANTS = {"time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered, which draws several layers"}
 _WIDTH = 3072
 _POSITIONS = 4096  # of the rotary embedding; those of text follow half of the longest side
 

@@ -20,12 +20,7 @@ _TILE, _OVERLAP = 768, 128
 
 
 def within_memory(
-    whole: Callable[[Tensor], Tensor],
-    batch: Tensor,
-    in_tiles: Callable[..., Tensor],
-    *,
-    downscale: int,
-    pixels: int,
+    whole: Callable[[Tensor], Tensor], batch: Tensor, in_tiles: Callable[..., Tensor], *, downscale: int, pixels: int
 ) -> Tensor:
     """`whole(batch)`; where memory runs out, that of each half, and of a single picture `in_tiles`.
 

@@ -144,10 +144,7 @@ def _released(heads: int, inner: int, blocks: int, channels: int) -> dict[str, i
 
 def _experts(border: float) -> tuple[Expert, ...]:
     """The transformers of A14B, whose parts of the noise meet at the boundary of its pipeline."""
-    return (
-        Expert("high_noise", (border, 1.0), "transformer"),
-        Expert("low_noise", (0.0, border), "transformer_2"),
-    )
+    return (Expert("high_noise", (border, 1.0), "transformer"), Expert("low_noise", (0.0, border), "transformer_2"))
 
 
 class Wan(Family):

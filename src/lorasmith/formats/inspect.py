@@ -354,11 +354,7 @@ def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterato
 
 
 def _on_model(
-    tensors: Mapping[str, Tensor],
-    state: AdapterState,
-    names: ModelNames,
-    whole: Collection[str],
-    is_model_sure: bool,
+    tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames, whole: Collection[str], is_model_sure: bool
 ) -> Iterator[FileFault]:
     """Faults from the model's names, by which `state` was read; `whole` are the bases of complete adapters."""
     if not is_model_sure and not state.adapters and not state.differences:

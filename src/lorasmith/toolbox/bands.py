@@ -50,12 +50,7 @@ class Bands:
 
 
 def cut_into_bands(
-    path: Path,
-    output: Path,
-    *,
-    count: int | None = None,
-    model: str | Path | None = None,
-    overwrite: bool = False,
+    path: Path, output: Path, *, count: int | None = None, model: str | Path | None = None, overwrite: bool = False
 ) -> Bands:
     """Cut a T-LoRA into `count` bands, written to the folder `output` with a graph for ComfyUI that applies them.
 

@@ -297,9 +297,7 @@ Rewrite = Callable[[Tensor], Tensor]
 
 
 def _changes(
-    model: ModelReader,
-    parts: Mapping[ModuleRef, Sequence[WeightedModule]],
-    progress: Callable[[int, int], None] | None,
+    model: ModelReader, parts: Mapping[ModuleRef, Sequence[WeightedModule]], progress: Callable[[int, int], None] | None
 ) -> dict[Path, dict[str, Rewrite]]:
     """The function from old to new value of each tensor that changes, by file and name, which reports its progress."""
     inside: dict[tuple[Path, str], list[Parameter]] = {}

@@ -156,13 +156,7 @@ def _single_file(path: Path) -> ModelReader:
         shape = checkpoint.shapes[tensors[index]]
         rows = rows - checkpoint.starts[index]
         places[parameter] = ParameterSource(path, tensors[index], _compact(rows, shape), tuple(numbers.shape))
-    return ModelReader(
-        path=path,
-        family=model.family,
-        names=model.names,
-        modules=_modules(parts),
-        places=places,
-    )
+    return ModelReader(path=path, family=model.family, names=model.names, modules=_modules(parts), places=places)
 
 
 def _compact(rows: Tensor, shape: tuple[int, ...]) -> slice | Tensor | None:
