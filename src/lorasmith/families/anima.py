@@ -180,7 +180,7 @@ class Anima(Family):
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
-        text, follows_diffusers = texts["text_encoder"], encoding.lengths == "diffusers"
+        text, follows_diffusers = texts["text_encoder"], encoding.follows_diffusers
         stretches = [stretch for stretch, _ in parse_weights(text)]
         ids = [token for stretch in stretches for token in tokenizer(stretch, add_special_tokens=False).input_ids]
         ids = ids[:_ROWS] if follows_diffusers else ids
@@ -189,13 +189,7 @@ class Anima(Family):
         else:
             config: Any = encoder.config
             context = torch.zeros(1, 1, config.hidden_size, device=device_of(encoder))
-        tokens = t5_tokens(
-            text,
-            t5_tokenizer(),
-            min_tokens=encoding.min_tokens.get("t5xxl", 1),
-            max_tokens=_ROWS if follows_diffusers else None,
-            min_padding=encoding.min_padding.get("t5xxl", 0),
-        )
+        tokens = t5_tokens(text, t5_tokenizer(), **encoding.tokens_of("t5xxl", 1, _ROWS))
         numbers, weights = zip(*tokens, strict=True)
         return Conditioning(
             {

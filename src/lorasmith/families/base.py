@@ -35,7 +35,17 @@ from lorasmith.families.conditionings import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
-from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Expert, LatentFormat, Routing, Sight, letters
+from lorasmith.families.forms import (
+    ControlForm,
+    Defaults,
+    Diffusion,
+    Encode,
+    Expert,
+    LatentFormat,
+    Routing,
+    Sight,
+    letters,
+)
 from lorasmith.families.slots import (
     IMAGE_ENCODER,
     AutoencoderSlot,
@@ -338,12 +348,7 @@ class Family(ABC):
         return conditioning
 
     def picture_inputs(
-        self,
-        form: ControlForm,
-        components: Components,
-        encode: Callable[[Tensor], Tensor],
-        pixels: Tensor,
-        mask: Tensor | None,
+        self, form: ControlForm, components: Components, encode: Encode, pixels: Tensor, mask: Tensor | None
     ) -> Mapping[str, Tensor]:
         """What the denoiser is given of a picture or clip, by names of `Conditioning.tensors`; by default nothing.
 

@@ -147,17 +147,10 @@ class Chroma(Family):
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
-        if encoding.lengths == "diffusers":
+        if encoding.follows_diffusers:
             context = encode_t5(text, tokenizer, encoder, max_tokens=_TOKENS, min_padding=1, hides_padding=True)
             return Conditioning({"context": context[:, :_TOKENS]}, text)
-        context = encode_t5(
-            text,
-            tokenizer,
-            encoder,
-            min_tokens=encoding.min_tokens.get("t5xxl", 1),
-            min_padding=encoding.min_padding.get("t5xxl", 0),
-            empty_ends=False,
-        )
+        context = encode_t5(text, tokenizer, encoder, **encoding.tokens_of("t5xxl", 1), empty_ends=False)
         return Conditioning({"context": context}, text)
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

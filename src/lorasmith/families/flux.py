@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from lorasmith.families.base import Family, register
 from lorasmith.families.conditionings import BY_INDEX, BY_OFFSET, BY_UXO, Conditioning, check_even
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import norm_name
-from lorasmith.families.forms import ControlForm, Defaults, Diffusion, LatentFormat, Routing
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Encode, LatentFormat, Routing
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.clip import CLIP_L_SLOT, encode_prompt, released_paths, trained_paths
@@ -224,15 +224,8 @@ class Flux(Family):
 
     def _context(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Tensor:
         t5, tokenizer = self.text_encoder(encoders, "text_encoder_2"), encoders.tokenizers["text_encoder_2"]
-        follows_diffusers = encoding.lengths == "diffusers"
-        return encode_t5(
-            texts["text_encoder_2"],
-            tokenizer,
-            t5,
-            min_tokens=encoding.min_tokens.get("t5xxl", 512 if follows_diffusers else 256),
-            max_tokens=512 if follows_diffusers else None,
-            min_padding=encoding.min_padding.get("t5xxl", 0),
-        )
+        tokens = encoding.tokens_of("t5xxl", 512 if encoding.follows_diffusers else 256, 512)
+        return encode_t5(texts["text_encoder_2"], tokenizer, t5, **tokens)
 
     def trained_encoders(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, Sequence[str]]:
         return {name: trained_paths(encoder) for name, encoder in text_encoders.items() if name == "text_encoder"}
@@ -257,12 +250,7 @@ class Flux(Family):
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
     def picture_inputs(
-        self,
-        form: ControlForm,
-        components: Components,
-        encode: Callable[[Tensor], Tensor],
-        pixels: Tensor,
-        mask: Tensor | None,
+        self, form: ControlForm, components: Components, encode: Encode, pixels: Tensor, mask: Tensor | None
     ) -> Mapping[str, Tensor]:
         whole = pixels.new_ones(1, 1, *pixels.shape[-2:])
         inside = whole if mask is None else mask.round().expand_as(whole)

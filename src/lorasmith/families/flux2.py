@@ -200,16 +200,15 @@ class Flux2(Family):
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
-        follows_diffusers = encoding.lengths == "diffusers"
         ids = self._tokens(tokenizer, literal_text(text, encoding))
-        if follows_diffusers:
+        if encoding.follows_diffusers:
             ids = ids[:_TOKENS]
         missing = max(0, _TOKENS - len(ids))
         if self._is_klein:  # padding after the text is encoded as well, though no word attends to it
             padded = [*ids, *[tokenizer.pad_token_id] * missing]
             states = hidden_states(encoder, padded, self._layers, mask=[True] * len(ids) + [False] * missing)
             return Conditioning({"context": states.flatten(2)}, text)
-        if follows_diffusers:
+        if encoding.follows_diffusers:
             padded = [*[tokenizer.pad_token_id] * missing, *ids]
             states = hidden_states(encoder, padded, self._layers, mask=[False] * missing + [True] * len(ids))
             return Conditioning({"context": states.flatten(2)}, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,6 +92,10 @@ ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
 
 With a mask, `known` has the latents of that picture first, then the pixels of the mask at each latent.
 """
+
+
+Encode = Callable[[Tensor], Tensor]
+"""Pixels (1, 3, [frames,] height, width) in [−1, 1] → latents, scaled for the denoiser."""
 
 
 @dataclass(frozen=True, kw_only=True)

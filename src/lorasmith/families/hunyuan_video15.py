@@ -12,7 +12,7 @@ the same fusion, those of the authors have no fusion.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from lorasmith.families.base import Family, register
 from lorasmith.families.conditionings import CLIP_VISION, Conditioning
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count
-from lorasmith.families.forms import ControlForm, Defaults, Diffusion, LatentFormat, Routing
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Encode, LatentFormat, Routing
 from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import DOUBLE_ATTENTION, DOUBLE_FEED_FORWARD, in_double_block, rope_axes
@@ -254,7 +254,7 @@ class HunyuanVideo15(Family):
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
-        text, follows_diffusers = texts["text_encoder"], encoding.lengths == "diffusers"
+        text, follows_diffusers = texts["text_encoder"], encoding.follows_diffusers
         # Between the aspects HunyuanVideo15Pipeline has the indentation of its source.
         system = (f" {' ' * 8}" if follows_diffusers else "\n").join((_SYSTEM, *_ASPECTS))
         chat = f"{_TURN}system\n{system}<|im_end|>\n{_TURN}user\n{literal_text(text, encoding) or ' '}{ANSWER}"
@@ -275,12 +275,7 @@ class HunyuanVideo15(Family):
         return Conditioning(tensors, text)
 
     def picture_inputs(
-        self,
-        form: ControlForm,
-        components: Components,
-        encode: Callable[[Tensor], Tensor],
-        pixels: Tensor,
-        mask: Tensor | None,
+        self, form: ControlForm, components: Components, encode: Encode, pixels: Tensor, mask: Tensor | None
     ) -> Mapping[str, Tensor]:
         if pixels.ndim == 4 or pixels.shape[2] == 1:  # a picture has no frames to draw from its first
             return {}

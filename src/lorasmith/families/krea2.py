@@ -188,7 +188,7 @@ class Krea2(Family):
         text = texts["text_encoder"]
         ids = tokenizer(chat_of(literal_text(text, encoding))).input_ids
         start = seen_from(tokenizer, ids)
-        if encoding.lengths == "diffusers" and not pictures:
+        if encoding.follows_diffusers and not pictures:
             answer, start = tokenizer(ANSWER).input_ids, SYSTEM_TOKENS
             ids = [*tokenizer(SYSTEM + text).input_ids[: 512 + SYSTEM_TOKENS - len(answer)], *answer]
         states = hidden_states(encoder, ids, _LAYERS, pictures=pictures)

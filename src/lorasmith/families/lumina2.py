@@ -148,13 +148,12 @@ class Lumina2(Family):
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
         tokenizer = encoders.tokenizers["text_encoder"]
-        follows_diffusers = encoding.lengths == "diffusers"
         tokens = [(tokenizer.bos_token_id, 1.0)]
         for stretch, weight in parse_weights(text):
             tokens += [(token, weight) for token in tokenizer(stretch, add_special_tokens=False).input_ids]
-        if follows_diffusers:
+        if encoding.follows_diffusers:
             tokens = tokens[:_DIFFUSERS_TOKENS]
-        with attention_capped(encoder, _CAP if follows_diffusers else None):
+        with attention_capped(encoder, _CAP if encoding.follows_diffusers else None):
             states = hidden_states(encoder, [token for token, _ in tokens], [_LAYER]).flatten(2)
             if any(weight != 1.0 for _, weight in tokens):
                 missing = len(tokens) - 1

@@ -184,7 +184,7 @@ class QwenImage(Family):
         text = texts["text_encoder"]
         ids = tokenizer(chat_of(literal_text(text, encoding))).input_ids
         start = seen_from(tokenizer, ids)
-        if encoding.lengths == "diffusers" and not pictures:
+        if encoding.follows_diffusers and not pictures:
             ids, start = tokenizer(f"{SYSTEM}{text}{ANSWER}").input_ids[: SYSTEM_TOKENS + _TOKENS], SYSTEM_TOKENS
         states = hidden_states(encoder, ids, [-1], pictures=pictures)
         return Conditioning({"context": states[:, start:].flatten(2)}, text)

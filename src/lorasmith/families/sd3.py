@@ -292,7 +292,7 @@ def _clip_states(encoders: TextEncoders, texts: Mapping[str, str], encoding: Enc
             pooled[0].new_zeros(1, _CLIPS[component]),
         )
     context = torch.cat([found[component][0] for component in _CLIPS], dim=-1)
-    if encoding.lengths == "diffusers":
+    if encoding.follows_diffusers:
         context = context[:, :CONTEXT_LENGTH]
     return context, torch.cat([found[component][1] for component in _CLIPS], dim=-1)
 
@@ -300,21 +300,13 @@ def _clip_states(encoders: TextEncoders, texts: Mapping[str, str], encoding: Enc
 def _t5_states(encoders: TextEncoders, text: str, encoding: Encoding) -> Tensor | None:
     """States of T5; None without it, where diffusers has zeros."""
     tokens = _T5_TOKENS[encoding.lengths]
-    follows_diffusers = encoding.lengths == "diffusers"
     if _T5 not in encoders.modules:
         device = device_of(next(iter(encoders.modules.values())))
-        return torch.zeros(1, tokens, _T5_WIDTH, device=device) if follows_diffusers else None
+        return torch.zeros(1, tokens, _T5_WIDTH, device=device) if encoding.follows_diffusers else None
     tokenizer, encoder = encoders.tokenizers[_T5], encoders.modules[_T5]
     if not (text or encoding.encodes_empty):
         return encode_t5("", tokenizer, encoder)  # without any padding
-    return encode_t5(
-        text,
-        tokenizer,
-        encoder,
-        min_tokens=encoding.min_tokens.get("t5xxl", tokens),
-        max_tokens=tokens if follows_diffusers else None,
-        min_padding=encoding.min_padding.get("t5xxl", 0),
-    )
+    return encode_t5(text, tokenizer, encoder, **encoding.tokens_of("t5xxl", tokens, tokens))
 
 
 register(StableDiffusion3(), "stable-diffusion-3", "sd3.5")

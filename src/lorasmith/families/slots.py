@@ -87,6 +87,18 @@ class Encoding:
     # least number of padding tokens after a prompt, by the kind of encoder
     min_padding: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def follows_diffusers(self) -> bool:
+        return self.lengths == "diffusers"
+
+    def tokens_of(self, kind: str, least: int, most: int | None = None) -> dict[str, Any]:
+        """Numbers of tokens of a kind of T5, as arguments of `t5_tokens`; `most` is diffusers'."""
+        return {
+            "min_tokens": self.min_tokens.get(kind, least),
+            "max_tokens": most if self.follows_diffusers else None,
+            "min_padding": self.min_padding.get(kind, 0),
+        }
+
 
 @dataclass(frozen=True)
 class AutoencoderSlot:

@@ -12,7 +12,7 @@ there is one model for both, the first frame has no noise and its tokens the tim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from lorasmith.families.base import Family, register
 from lorasmith.families.conditionings import CLIP_VISION, FIRST_FRAME, Conditioning, check_even
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count
-from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Expert, Routing
+from lorasmith.families.forms import ControlForm, Defaults, Diffusion, Encode, Expert, Routing
 from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22, QWEN_AUTOENCODER, wan_latents
 from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.parts.language_models import encode_umt5
@@ -285,15 +285,8 @@ class Wan(Family):
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
-        follows_diffusers = encoding.lengths == "diffusers"
-        context = encode_umt5(
-            _cleaned(text) if follows_diffusers else text,
-            tokenizer,
-            encoder,
-            min_tokens=encoding.min_tokens.get("umt5xxl", _TOKENS),
-            max_tokens=_TOKENS if follows_diffusers else None,
-            min_padding=encoding.min_padding.get("umt5xxl", 0),
-        )
+        shown = _cleaned(text) if encoding.follows_diffusers else text
+        context = encode_umt5(shown, tokenizer, encoder, **encoding.tokens_of("umt5xxl", _TOKENS, _TOKENS))
         return Conditioning({"context": context}, text)
 
     def most_tokens(self, denoiser: nn.Module) -> int | None:
@@ -309,12 +302,7 @@ class Wan(Family):
         return {**shapes, CLIP_VISION: (1, config.pos_embed_seq_len or _STATES, config.image_dim)}
 
     def picture_inputs(
-        self,
-        form: ControlForm,
-        components: Components,
-        encode: Callable[[Tensor], Tensor],
-        pixels: Tensor,
-        mask: Tensor | None,
+        self, form: ControlForm, components: Components, encode: Encode, pixels: Tensor, mask: Tensor | None
     ) -> Mapping[str, Tensor]:
         if pixels.ndim == 4 or pixels.shape[2] == 1:  # a picture has no frames to draw from its first
             return {}

@@ -148,7 +148,7 @@ class ZImage(Family):
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
         # Brackets and weights are text to a language model.
         ids = encoders.tokenizers["text_encoder"](_TEMPLATE.format(literal_text(text, encoding))).input_ids
-        if encoding.lengths == "diffusers":
+        if encoding.follows_diffusers:
             ids = ids[:512]
         return Conditioning({"context": hidden_states(encoder, ids, [_LAYER]).flatten(2)}, text)
 

@@ -133,7 +133,7 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
 
 def literal_text(text: str, encoding: Encoding) -> str:
     r"""A prompt for a model that has no weighted words, where ComfyUI takes `\(` and `\)` for brackets all the same."""
-    return text if encoding.lengths == "diffusers" else text.replace(r"\(", "(").replace(r"\)", ")")
+    return text if encoding.follows_diffusers else text.replace(r"\(", "(").replace(r"\)", ")")
 
 
 def weighted_states(states: Tensor, empty: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
