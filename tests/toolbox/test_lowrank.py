@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorasmith.toolbox.changes import WeightChange, stacked
+from lorasmith.toolbox.changes import MatrixChange, stacked
 
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def change(out: int, rank: int, inside: int, seed: int, *, dense: bool = False) -> WeightChange:
-    return WeightChange(
+def change(out: int, rank: int, inside: int, seed: int, *, dense: bool = False) -> MatrixChange:
+    return MatrixChange(
         (normal(out, rank, seed=seed), normal(rank, inside, seed=seed + 1)),
         normal(out, inside, seed=seed + 2) if dense else None,
     )
@@ -27,7 +27,7 @@ changes = st.builds(change, sizes, sizes, sizes, st.integers(0, 99), dense=st.bo
 
 
 @given(changes, st.integers(1, 30))
-def test_no_matrix_of_the_rank_is_closer(whole: WeightChange, rank: int) -> None:
+def test_no_matrix_of_the_rank_is_closer(whole: MatrixChange, rank: int) -> None:
     """Eckart and Young: the error is the rest of the singular values."""
     cut = whole.truncated(rank=rank)
     matrix = whole.matrix().double()
@@ -41,7 +41,7 @@ def test_no_matrix_of_the_rank_is_closer(whole: WeightChange, rank: int) -> None
 
 
 @given(changes, st.floats(0.05, 1.0))
-def test_the_least_rank_that_keeps_the_energy_is_taken(whole: WeightChange, energy: float) -> None:
+def test_the_least_rank_that_keeps_the_energy_is_taken(whole: MatrixChange, energy: float) -> None:
     cut = whole.truncated(energy=energy)
     kept = torch.linalg.svdvals(whole.matrix().double()).square().cumsum(0)
 
@@ -51,7 +51,7 @@ def test_the_least_rank_that_keeps_the_energy_is_taken(whole: WeightChange, ener
 
 
 @given(changes)
-def test_both_factors_are_as_large(whole: WeightChange) -> None:
+def test_both_factors_are_as_large(whole: MatrixChange) -> None:
     cut = whole.truncated(rank=3)
     assert torch.allclose(cut.up.norm(dim=0), cut.down.norm(dim=1), rtol=1e-3, atol=1e-4)
 
@@ -75,7 +75,7 @@ def test_the_norm_of_a_difference_of_equals_is_rounding_and_no_cancellation() ->
     first = change(300, 16, 200, 0)
     rotation = torch.linalg.qr(normal(16, 16, seed=3)).Q
     assert first.factors is not None
-    same = WeightChange((first.factors[0] @ rotation, rotation.T @ first.factors[1]))
+    same = MatrixChange((first.factors[0] @ rotation, rotation.T @ first.factors[1]))
 
     assert stacked(first, same.times(-1)).norm() < 1e-6 * first.norm()
 
@@ -90,7 +90,7 @@ def test_a_random_projection_is_as_good_as_the_decomposition(rank: int, shape: t
     left = torch.linalg.qr(normal(out, smaller, seed=1)).Q
     right = torch.linalg.qr(normal(inside, smaller, seed=2)).Q
     matrix = (left * singular) @ right.T
-    cut = WeightChange(dense=matrix).truncated(rank=rank)
+    cut = MatrixChange(dense=matrix).truncated(rank=rank)
 
     assert cut.rank == rank
     error = float((matrix - cut.up @ cut.down).norm())
@@ -101,16 +101,16 @@ def test_a_random_projection_is_as_good_as_the_decomposition(rank: int, shape: t
 def test_a_random_projection_finds_a_low_rank_exactly_and_draws_from_no_global_stream() -> None:
     matrix = normal(900, 8, seed=0) @ normal(8, 800, seed=1)
     before = torch.get_rng_state()
-    cut = WeightChange(dense=matrix).truncated(rank=32, energy=1.0, key="layer")
+    cut = MatrixChange(dense=matrix).truncated(rank=32, energy=1.0, key="layer")
 
     assert torch.equal(torch.get_rng_state(), before)
     assert cut.rank == 8
     assert float((matrix - cut.up @ cut.down).norm() / matrix.norm()) < 1e-5
-    again = WeightChange(dense=matrix).truncated(rank=32, energy=1.0, key="layer")
+    again = MatrixChange(dense=matrix).truncated(rank=32, energy=1.0, key="layer")
     assert torch.equal(cut.up, again.up)
 
 
 def test_nothing_has_all_of_its_energy_at_rank_one() -> None:
-    cut = WeightChange(dense=torch.zeros(6, 5)).truncated(rank=3, energy=0.9)
+    cut = MatrixChange(dense=torch.zeros(6, 5)).truncated(rank=3, energy=0.9)
     assert (cut.energy, cut.total) == (1.0, 0.0)
     assert not (cut.up @ cut.down).any()

@@ -48,7 +48,14 @@ from lorasmith.families.forms import (
     letters,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
-from lorasmith.families.parts.embeddings import EmbeddingFiles, Place, Vectors, VectorTokenizer, Word, vectors_read
+from lorasmith.families.parts.embeddings import (
+    EmbeddingFiles,
+    FileKey,
+    Vectors,
+    VectorTokenizer,
+    Word,
+    vectors_read,
+)
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, parse_weights
 from lorasmith.families.slots import Components, EncoderSlot, Encoding, TextEncoders
 from lorasmith.families.tiling import decode_tiled, encode_tiled, within_memory
@@ -455,11 +462,11 @@ class TextEncoder:
         new = {word.text.casefold() for word in words}
         return replace(self, words=(*(one for one in self.words if one.text.casefold() not in new), *words))
 
-    def place_of(self, component: str) -> Place | None:
+    def place_of(self, component: str) -> FileKey | None:
         """An encoder as embedding files know it; None for one that reads none."""
         kind, module = self.kind_of(component), self.encoders.modules[component]
         key = kind.embedding_key(module)
-        return None if key is None else Place(key, kind.width(module))
+        return None if key is None else FileKey(key, kind.width(module))
 
     def kind_of(self, component: str) -> EncoderKind:
         return ENCODERS[self.family.text_encoders[component].kind]

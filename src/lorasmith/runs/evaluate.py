@@ -68,7 +68,7 @@ WITHOUT = ("a cat", "a bus", "a red apple", "a house")  # without the trigger
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LoraCandidate:
     """A LoRA to evaluate."""
 
     path: Path
@@ -81,7 +81,7 @@ class Subject:
     """What is evaluated: LoRAs in the order of their training, their trigger, and the training pictures."""
 
     title: str
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[LoraCandidate, ...]
     trigger: str
     pictures: tuple[Image.Image, ...] = ()
     folder: Path  # where the result goes if no other is named
@@ -96,7 +96,7 @@ def subject_of(
     Raises OptionError if a folder holds no run, or one without LoRAs, or there is no trigger, or several; LoraError if
     a file is no safetensors file; DataError if the images cannot be read.
     """
-    found: list[Candidate] = []
+    found: list[LoraCandidate] = []
     triggers: dict[str, None] = {}
     pictures: list[Image.Image] = []
     notes: list[str] = []
@@ -115,7 +115,7 @@ def subject_of(
             triggers |= named
             pictures += _thumbnails(path, record.data)
         else:
-            found.append(Candidate(path, path.stem, steps_of(check_safetensors(path).metadata, path.name) or None))
+            found.append(LoraCandidate(path, path.stem, steps_of(check_safetensors(path).metadata, path.name) or None))
             triggers |= _trigger(path)
     if trigger is not None:
         triggers, notes = {trigger: None}, []
@@ -403,11 +403,11 @@ def _trigger(lora: Path) -> dict[str, None]:
     return {named: None} if named else {}
 
 
-def candidates_of(run: Path, title: str, prefix: str = "") -> list[Candidate]:
+def candidates_of(run: Path, title: str, prefix: str = "") -> list[LoraCandidate]:
     """The LoRAs of a run in the order of their steps, one of each step."""
-    found: dict[int, Candidate] = {}
+    found: dict[int, LoraCandidate] = {}
     for path, step in loras_of_run(run, title):
-        found.setdefault(step, Candidate(path, f"{prefix}step {step:,}", step))
+        found.setdefault(step, LoraCandidate(path, f"{prefix}step {step:,}", step))
     return [found[step] for step in sorted(found)]
 
 

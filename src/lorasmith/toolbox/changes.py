@@ -58,7 +58,7 @@ class Truncated:
 
 
 @dataclass(frozen=True)
-class WeightChange:
+class MatrixChange:
     """A matrix up · down + dense; either part may be missing."""
 
     factors: tuple[Tensor, Tensor] | None = None  # up (out, rank) and down (rank, in)
@@ -77,9 +77,9 @@ class WeightChange:
         assert self.dense is not None, "a change of nothing has no shape"
         return self.dense.shape[0], self.dense.shape[1]
 
-    def times(self, factor: float) -> WeightChange:
+    def times(self, factor: float) -> MatrixChange:
         factors = None if self.factors is None else (self.factors[0] * factor, self.factors[1])
-        return WeightChange(factors, None if self.dense is None else self.dense * factor)
+        return MatrixChange(factors, None if self.dense is None else self.dense * factor)
 
     def matrix(self) -> Tensor:
         """The whole matrix (out, in) in fp32."""
@@ -93,7 +93,7 @@ class WeightChange:
         up, down = self.factors
         return float(torch.linalg.matrix_norm(_triangle(up) @ _triangle(down.T).T))
 
-    def inner(self, other: WeightChange) -> float:
+    def inner(self, other: MatrixChange) -> float:
         """Sum of the products of corresponding entries."""
         if self.factors is None or other.factors is None or self.dense is not None or other.dense is not None:
             return float((self.matrix().double() * other.matrix().double()).sum())
@@ -136,12 +136,12 @@ def square_sum(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
-def stacked(*changes: WeightChange) -> WeightChange:
+def stacked(*changes: MatrixChange) -> MatrixChange:
     """The sum of matrices of equal shape: products are stacked along the rank, which is exact."""
     factors = [change.factors for change in changes if change.factors is not None]
     dense = [change.dense.float() for change in changes if change.dense is not None]
     ups, downs = [up.float() for up, _ in factors], [down.float() for _, down in factors]
-    return WeightChange(
+    return MatrixChange(
         (torch.cat(ups, dim=1), torch.cat(downs)) if factors else None, torch.stack(dense).sum(0) if dense else None
     )
 
@@ -200,13 +200,13 @@ def is_additive(weights: AdapterWeights) -> bool:
     return format_of(weights).is_additive and "dora_scale" not in weights.tensors
 
 
-def factors_of(weights: AdapterWeights) -> WeightChange:
+def factors_of(weights: AdapterWeights) -> MatrixChange:
     """up · down of a LoRA, unscaled, in fp32; a Tucker core is multiplied in, magnitudes are left out."""
     tensors = without_core(weights).tensors
-    return WeightChange((tensors["up"].float().flatten(1), tensors["down"].float().flatten(1)))
+    return MatrixChange((tensors["up"].float().flatten(1), tensors["down"].float().flatten(1)))
 
 
-def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> WeightChange:
+def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> MatrixChange:
     """The sum of a module's additive changes of its weight at strength 1.
 
     `shape` is the weight's; None derives it from the tensors.
@@ -217,11 +217,11 @@ def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Wei
             changes.append(factors_of(weights).times(scale_of(weights)))
         else:
             empty = torch.zeros(shape or weight_shape(weights))
-            changes.append(WeightChange(dense=merged_weight(module, layer_like(None, empty), empty, 1.0).flatten(1)))
+            changes.append(MatrixChange(dense=merged_weight(module, layer_like(None, empty), empty, 1.0).flatten(1)))
             return changes[0]
     if "weight" in module.differences:
         difference = module.differences["weight"].float()
-        changes.append(WeightChange(dense=difference.reshape(len(difference), -1)))
+        changes.append(MatrixChange(dense=difference.reshape(len(difference), -1)))
     return stacked(*changes)
 
 

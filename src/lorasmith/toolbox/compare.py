@@ -26,7 +26,7 @@ from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.scales import rank_of
 from lorasmith.formats.spelling import ModuleTensors, block_of, grouped
 from lorasmith.toolbox.changes import (
-    WeightChange,
+    MatrixChange,
     added_by,
     has_full_difference,
     is_additive,
@@ -187,23 +187,23 @@ def _module_pair(
     return _sum(_name(ref), pairs), exact
 
 
-def _change(ref: ModuleRef, module: ModuleTensors, model: ModelReader | None) -> WeightChange | None:
+def _change(ref: ModuleRef, module: ModuleTensors, model: ModelReader | None) -> MatrixChange | None:
     """A module's change of its weight; None if it depends on a weight and there is no model."""
     if module.adapter is None and "weight" not in module.differences:
-        return WeightChange()
+        return MatrixChange()
     if module.adapter is None or is_additive(module.adapter):
         return added_by(module)
     if model is None or Parameter(ref, "weight") not in model.places:
         return None
     weight = model.read(Parameter(ref, "weight")).float()
     merged = merged_weight(module, layer_like(model.modules[ref], weight), weight, 1.0)
-    return WeightChange(dense=(merged - weight).flatten(1))
+    return MatrixChange(dense=(merged - weight).flatten(1))
 
 
-def _change_pair(name: str, first: WeightChange, second: WeightChange) -> Pair:
+def _change_pair(name: str, first: MatrixChange, second: MatrixChange) -> Pair:
     if first.is_nothing or second.is_nothing:
         first, second = (
-            WeightChange(dense=torch.zeros(other.shape)) if one.is_nothing else one
+            MatrixChange(dense=torch.zeros(other.shape)) if one.is_nothing else one
             for one, other in ((first, second), (second, first))
         )
     squares = first.norm() ** 2, second.norm() ** 2
@@ -213,7 +213,7 @@ def _change_pair(name: str, first: WeightChange, second: WeightChange) -> Pair:
     return Pair(name, *squares, apart, first.inner(second))
 
 
-def _identical(first: WeightChange, second: WeightChange) -> bool:
+def _identical(first: MatrixChange, second: MatrixChange) -> bool:
     """Whether two changes have equal tensors, so that their difference is exactly zero."""
     ours, theirs = ((*(change.factors or ()), change.dense) for change in (first, second))
     return len(ours) == len(theirs) and all(

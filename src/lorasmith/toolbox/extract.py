@@ -29,8 +29,8 @@ from lorasmith.formats.names import ModelNames, OriginalName, fused_rows, split
 from lorasmith.formats.scales import with_one_alpha
 from lorasmith.formats.spelling import ModuleTensors
 from lorasmith.toolbox.changes import (
+    MatrixChange,
     Truncated,
-    WeightChange,
     added_by,
     as_lora,
     changed_weight,
@@ -155,7 +155,7 @@ def cut_down(
     """
     places = [place for _, place in group]
     whole = fused_rows(pieces, places, max(place.rows[1] if place.rows else 0 for place in places))
-    cut = WeightChange(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
+    cut = MatrixChange(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
     parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
     assert parts is not None, "a LoRA can always be cut into rows"
     return {ref: weights for (ref, _), weights in zip(group, parts, strict=True) if weights is not None}, cut

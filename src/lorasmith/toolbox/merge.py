@@ -31,8 +31,8 @@ from lorasmith.formats.metadata import RANKS_ENTRY
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by
 from lorasmith.formats.spelling import ModuleTensors, without_core
 from lorasmith.toolbox.changes import (
+    MatrixChange,
     Truncated,
-    WeightChange,
     added,
     added_by,
     as_lora,
@@ -211,7 +211,7 @@ def _cut_down(
             )
         before = model.read(Parameter(ref, "weight")).float()
         after = changed_weight(parts, model.modules[ref], before)
-        change, shape = WeightChange(dense=(after - before).flatten(1)), tuple(before.shape)
+        change, shape = MatrixChange(dense=(after - before).flatten(1)), tuple(before.shape)
     cut = change.truncated(rank=rank, key=f"{ref.component}.{ref.path}")
     biases = {name: difference for name, difference in _summed(parts).items() if name != "weight"}
     return ModuleTensors(as_lora(cut, shape, float(cut.rank)), biases), cut

@@ -46,7 +46,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Place:
+class FileKey:
     """A text encoder as embedding files know it."""
 
     key: str  # of its vectors
@@ -76,7 +76,7 @@ class EmbeddingFiles:
             raise ModelError(f"{sentence}, or take embedding:{shown} out of the prompt")
         self.warn(f"{sentence}; the prompt is read without it")
 
-    def misfit(self, name: str, places: Mapping[str, Place], fitting: Sequence[str]) -> None:
+    def misfit(self, name: str, places: Mapping[str, FileKey], fitting: Sequence[str]) -> None:
         """Warn of a file that is not for all encoders, or raise ModelError if it is for none of them."""
         others = " and ".join(f"{one.key} ({one.width})" for part, one in places.items() if part not in fitting)
         shown = printable(name, limit=80)
@@ -93,7 +93,12 @@ class Vectors:
     """The vectors that the prompts of one encoding name, each file read once."""
 
     def __init__(
-        self, words: Sequence[Word], files: EmbeddingFiles | None, places: Mapping[str, Place], *, quiet: bool = False
+        self,
+        words: Sequence[Word],
+        files: EmbeddingFiles | None,
+        places: Mapping[str, FileKey],
+        *,
+        quiet: bool = False,
     ) -> None:
         self.words = {word.text.casefold(): word for word in words}
         self.reads_words = True  # otherwise they are text
@@ -282,7 +287,7 @@ def _content(path: Path) -> Mapping[str, Any] | Sequence[Any]:
     return content
 
 
-def _chosen(content: Mapping[str, Any] | Sequence[Any], place: Place) -> Tensor | None:
+def _chosen(content: Mapping[str, Any] | Sequence[Any], place: FileKey) -> Tensor | None:
     """The vectors (number, width) for an encoder, found as ComfyUI finds them; None if their width is another."""
     found: object = None
     if isinstance(content, Sequence):
@@ -300,12 +305,12 @@ def _chosen(content: Mapping[str, Any] | Sequence[Any], place: Place) -> Tensor 
     return _checked(found, place)
 
 
-def bundled_vectors(vectors: Mapping[str, Tensor], place: Place) -> Tensor | None:
+def bundled_vectors(vectors: Mapping[str, Tensor], place: FileKey) -> Tensor | None:
     """The vectors (number, width) of a word in a LoRA for an encoder; None without any of its width."""
     return _checked(vectors.get("string_to_param.*", vectors.get(place.key)), place)
 
 
-def _checked(found: object, place: Place) -> Tensor | None:
+def _checked(found: object, place: FileKey) -> Tensor | None:
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[-1:] != (place.width,):
         return None
     found = _rows(found.detach().float())

@@ -22,7 +22,7 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, DIFFUSERS, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.layouts.adapter_config import ADAPTER_METADATA
-from lorasmith.formats.layouts.layout import Layout, Loss
+from lorasmith.formats.layouts.layout import Layout, Lost
 from lorasmith.formats.layouts.peft import rank_fields, targets, uneven_magnitudes
 from lorasmith.formats.names import (
     ModelNames,
@@ -110,7 +110,7 @@ class DiffusersLayout(Layout):
                 fields |= {f"{part}.{field}": value for field, value in config.items()}
         return {ADAPTER_METADATA: json.dumps(fields, sort_keys=True)} if fields else {}
 
-    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Lost]:
         known = {ref: weights for ref, weights in state.adapters.items() if DIFFUSERS in format_of(weights).programs}
         reasons = {
             ref: f"diffusers loads LoRA alone, and this is {weights.algorithm}"
@@ -118,8 +118,8 @@ class DiffusersLayout(Layout):
             if ref not in known
         } | uneven_magnitudes(known)
         return [
-            *(Loss(ref, reasons[ref]) for ref in state.adapters if ref in reasons),
-            *(Loss(ref, "diffusers has no differences of weights, norms and biases") for ref in state.differences),
+            *(Lost(ref, reasons[ref]) for ref in state.adapters if ref in reasons),
+            *(Lost(ref, "diffusers has no differences of weights, norms and biases") for ref in state.differences),
         ]
 
 

@@ -26,7 +26,7 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.formats.layouts.layout import Layout, Loss
+from lorasmith.formats.layouts.layout import Layout, Lost
 from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names import (
     ModelNames,
@@ -107,9 +107,9 @@ class KohyaLayout(Layout):
         }
         return {BOUNDS: json.dumps(bounds, sort_keys=True)} if bounds else {}
 
-    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Lost]:
         reason = "q, k, v cannot be fused exactly, and kohya's scripts and diffusers do not look for their names"
-        return [Loss(ref, reason, left_out=False) for ref in self.unfused(state, names)]
+        return [Lost(ref, reason, left_out=False) for ref in self.unfused(state, names)]
 
     def unfused(self, state: AdapterState, names: ModelNames) -> list[ModuleRef]:
         return [] if names.kohya_naming == "diffusers" else unfusable(_bounded(state), names)

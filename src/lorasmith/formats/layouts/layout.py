@@ -22,7 +22,7 @@ from lorasmith.formats.spelling import KOHYA, ModuleTensors, grouped, spelled
 
 
 @dataclass(frozen=True)
-class Loss:
+class Lost:
     """Something that a layout, or the programs that it is named for, does not keep of a LoRA."""
 
     module: ModuleRef  # whose adapter or differences
@@ -30,7 +30,10 @@ class Loss:
     left_out: bool = True  # whether the module is left out of the file; otherwise it is written and applied differently
 
 
-def sentences(losses: Sequence[Loss]) -> list[str]:
+Loss = Lost  # its name in earlier versions
+
+
+def sentences(losses: Sequence[Lost]) -> list[str]:
     """Losses as one sentence for each reason."""
     by_reason: dict[str, list[ModuleRef]] = {}
     for loss in losses:
@@ -129,7 +132,7 @@ class Layout(ABC):
         """Metadata that other programs read with the tensors of `write`."""
         return {}
 
-    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Lost]:
         """What the layout, or its own programs, would not keep of a state."""
         return []
 

@@ -33,7 +33,7 @@ from lorasmith.core.adapter_state import (
     multiplied,
 )
 from lorasmith.formats.layouts.adapter_config import configs_of
-from lorasmith.formats.layouts.layout import Layout, Loss
+from lorasmith.formats.layouts.layout import Layout, Lost
 from lorasmith.formats.names import ModelNames, PlacedModules, diffusers_places, encoder_paths, other_places
 from lorasmith.formats.scales import rank_of
 from lorasmith.formats.spelling import PEFT, ModuleTensors, scales_outputs, spelled, split_key, without_core
@@ -90,14 +90,14 @@ class PeftLayout(Layout):
         tensors = spelled(module, PEFT, alpha=False)
         return {suffix: tensor for suffix, tensor in tensors.items() if suffix != ".alpha"}
 
-    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Lost]:
         reasons: dict[ModuleRef, str] = {}
         for component, adapters in _by_component(state).items():
             odd = _odd_ones_out(component, adapters, names)
             reasons |= {ModuleRef(component, path): reason for path, reason in odd.items()}
         return [
-            *(Loss(ref, reasons[ref]) for ref in state.adapters if ref in reasons),
-            *(Loss(ref, "PEFT has no differences of weights, norms and biases") for ref in state.differences),
+            *(Lost(ref, reasons[ref]) for ref in state.adapters if ref in reasons),
+            *(Lost(ref, "PEFT has no differences of weights, norms and biases") for ref in state.differences),
         ]
 
     def companions(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
