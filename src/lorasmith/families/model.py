@@ -48,14 +48,7 @@ from lorasmith.families.forms import (
     letters,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
-from lorasmith.families.parts.embeddings import (
-    EmbeddingFiles,
-    FileKey,
-    Vectors,
-    VectorTokenizer,
-    Word,
-    vectors_read,
-)
+from lorasmith.families.parts.embeddings import EmbeddingFiles, FileKey, Vectors, VectorTokenizer, Word, vectors_read
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, parse_weights
 from lorasmith.families.slots import Components, EncoderSlot, Encoding, TextEncoders
 from lorasmith.families.tiling import decode_tiled, encode_tiled, within_memory

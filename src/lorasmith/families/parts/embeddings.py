@@ -93,12 +93,7 @@ class Vectors:
     """The vectors that the prompts of one encoding name, each file read once."""
 
     def __init__(
-        self,
-        words: Sequence[Word],
-        files: EmbeddingFiles | None,
-        places: Mapping[str, FileKey],
-        *,
-        quiet: bool = False,
+        self, words: Sequence[Word], files: EmbeddingFiles | None, places: Mapping[str, FileKey], *, quiet: bool = False
     ) -> None:
         self.words = {word.text.casefold(): word for word in words}
         self.reads_words = True  # otherwise they are text
