@@ -19,7 +19,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.families.parts.clip import encode_prompt, tokenize_prompt
 from lorasmith.families.parts.embeddings import (
     EmbeddingFiles,
-    Place,
+    FileKey,
     Vectors,
     VectorTokenizer,
     Word,
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(folder: Path, key: str, plain: Any, *words: Word, told: list[str] | None = None) -> VectorTokenizer:
     """A tokenizer that knows the files, and leaves out those that are missing."""
     files = EmbeddingFiles(Folders.of("embeddings", folder), [].append if told is None else told.append)
-    return VectorTokenizer(plain, "component", Vectors(words, files, {"component": Place(key, WIDTH)}))
+    return VectorTokenizer(plain, "component", Vectors(words, files, {"component": FileKey(key, WIDTH)}))
 
 
 def shown(ids: list[int], reader: VectorTokenizer) -> list[Any]:
@@ -112,7 +112,7 @@ def test_what_is_missing_or_does_not_fit_is_said_once(folder: Path) -> None:
         "no 'nothing' among the embeddings",
         "embedding:wide has no vectors of the width of clip_l (8), which reads the prompt without it",
     ]
-    places = {"component": Place("clip_l", WIDTH)}
+    places = {"component": FileKey("clip_l", WIDTH)}
     strict = VectorTokenizer(
         tokenizer("!"), "component", Vectors((), EmbeddingFiles(Folders.of("embeddings", folder)), places)
     )
