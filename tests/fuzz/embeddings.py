@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from lorasmith.core.folders import Folders
-from lorasmith.families.parts.embeddings import EmbeddingFiles, Place, Vectors
+from lorasmith.families.parts.embeddings import EmbeddingFiles, FileKey, Vectors
 from lorasmith.formats.container import count_non_finite, serialised
 from tests.families.parts.embedding_cases import FILES, WIDTH
 from tests.fuzz.datasets import damaged_pickle
 from tests.fuzz.engine import Door, FaultError, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_safetensors, nasty_text
 
-_PLACES = {"text_encoder": Place("clip_l", WIDTH), "text_encoder_2": Place("t5xxl", WIDTH)}
+_PLACES = {"text_encoder": FileKey("clip_l", WIDTH), "text_encoder_2": FileKey("t5xxl", WIDTH)}
 
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:

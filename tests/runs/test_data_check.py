@@ -39,7 +39,7 @@ def small_vocabulary() -> Any:
     """Of a few letters, as the package has the vocabularies of neither."""
     vocabulary = torch.frombuffer(bytearray(spiece_model("unigram")), dtype=torch.uint8)
     source = TokenizerSource(embedded={"spiece_model": vocabulary})
-    return spiece_tokenizer(source, beside="spiece.model", rows=64, adds_eos=True)
+    return spiece_tokenizer(source, file_name="spiece.model", rows=64, adds_eos=True)
 
 
 TOKENIZERS |= dict.fromkeys(("gemma2", "umt5xxl"), small_vocabulary)

@@ -74,9 +74,9 @@ def one_piece(length: int) -> bytes:
 
 def test_inside_the_encoders_file_or_beside_it(tmp_path: Path) -> None:
     data, file = spiece_model("bpe"), tmp_path / "gemma.safetensors"
-    inside = spiece_tokenizer(embedded(data, file=file), beside="tokenizer.model", rows=1000, adds_bos=True)
+    inside = spiece_tokenizer(embedded(data, file=file), file_name="tokenizer.model", rows=1000, adds_bos=True)
     (tmp_path / "tokenizer.model").write_bytes(data)
-    beside = spiece_tokenizer(TokenizerSource(file=file), beside="tokenizer.model", rows=1000, adds_bos=True)
+    beside = spiece_tokenizer(TokenizerSource(file=file), file_name="tokenizer.model", rows=1000, adds_bos=True)
 
     assert (
         inside("a cat").input_ids
@@ -88,27 +88,27 @@ def test_inside_the_encoders_file_or_beside_it(tmp_path: Path) -> None:
 def test_a_vocabulary_that_is_nowhere_is_a_sentence(tmp_path: Path) -> None:
     source = TokenizerSource(file=tmp_path / "gemma.safetensors")
     with pytest.raises(ModelError, match=r"gemma\.safetensors needs a vocabulary, .* put tokenizer\.model beside it"):
-        spiece_tokenizer(source, beside="tokenizer.model", rows=1000)
+        spiece_tokenizer(source, file_name="tokenizer.model", rows=1000)
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 100, spiece_model("bpe")[:500], one_piece(200_000)])
 def test_a_damaged_vocabulary_is_a_sentence(tmp_path: Path, data: bytes) -> None:
     source = embedded(data, file=tmp_path / "gemma.safetensors")
     with pytest.raises(ModelError, match=r"inside .*gemma\.safetensors cannot be read as a SentencePiece model \("):
-        spiece_tokenizer(source, beside="tokenizer.model", rows=1000)
+        spiece_tokenizer(source, file_name="tokenizer.model", rows=1000)
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(33 * 2**20, dtype=torch.uint8), torch.zeros(10, dtype=torch.bfloat16)])
 def test_tensors_that_are_no_vocabulary_are_a_sentence(tmp_path: Path, tensor: torch.Tensor) -> None:
     source = TokenizerSource(embedded={"spiece_model": tensor}, file=tmp_path / "gemma.safetensors")
     with pytest.raises(ModelError, match=r"must be at most 33,554,432 bytes, but is .* as (uint8|bf16); get the file"):
-        spiece_tokenizer(source, beside="tokenizer.model", rows=1000)
+        spiece_tokenizer(source, file_name="tokenizer.model", rows=1000)
 
 
 def test_that_of_another_encoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(spiece_model("unigram"))
     source = TokenizerSource(file=tmp_path / "encoder.safetensors")
     with pytest.raises(ModelError, match=r"spiece\.model has \d+ tokens, but the encoder has 30; give the vocabulary"):
-        spiece_tokenizer(source, beside="spiece.model", rows=30)
+        spiece_tokenizer(source, file_name="spiece.model", rows=30)
     with pytest.raises(ModelError, match="it has no bos token"):
-        spiece_tokenizer(source, beside="spiece.model", rows=1000, adds_bos=True)
+        spiece_tokenizer(source, file_name="spiece.model", rows=1000, adds_bos=True)
