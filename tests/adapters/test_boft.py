@@ -41,9 +41,6 @@ def test_every_output_depends_on_every_other_by_a_rotation(rank: int) -> None:
 
     assert (turn != 0).all()
     torch.testing.assert_close(turn @ turn.T, torch.eye(32), rtol=1e-5, atol=1e-5)
-
-
-def test_groups_stay_apart() -> None:
     adapter = fresh(nn.Conv2d(16, 32, 1, groups=4), 2)
     randomised(adapter)
 

@@ -81,6 +81,9 @@ def test_the_shape_of_a_scale_tells_its_axis() -> None:
         assert isinstance(dora_from_weights(lora(torch.ones(shape)), FrozenLayer(nn.Linear(6, 8))), kind)
     square = {"down": torch.zeros(2, 6), "up": torch.zeros(6, 2), "dora_scale": torch.ones(1, 6)}
     assert isinstance(dora_from_weights(AdapterWeights("lora", square), FrozenLayer(nn.Linear(6, 6))), InputDora)
+    weights = AdapterWeights("oft", {"oft_blocks": torch.zeros(2, 4, 4), "dora_scale": torch.ones(8, 1)}, alpha=0.0)
+    with pytest.raises(LoraError, match=r"^dora_scale must come with LoRA, LoHa, LoKr, got one with oft"):
+        dora_from_weights(weights, FrozenLayer(nn.Linear(6, 8)))
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 8), (7, 1), (8, 6), ()])
@@ -89,12 +92,6 @@ def test_a_scale_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
         LoraError, match=r"^a dora_scale of shape \(.*\) does not fit .*; it was made for another model$"
     ):
         dora_from_weights(lora(torch.ones(shape)), FrozenLayer(nn.Linear(6, 8)))
-
-
-def test_a_scale_with_an_algorithm_that_rotates_is_refused() -> None:
-    weights = AdapterWeights("oft", {"oft_blocks": torch.zeros(2, 4, 4), "dora_scale": torch.ones(8, 1)}, alpha=0.0)
-    with pytest.raises(LoraError, match=r"^dora_scale must come with LoRA, LoHa, LoKr, got one with oft"):
-        dora_from_weights(weights, FrozenLayer(nn.Linear(6, 8)))
 
 
 NAMES = ("conv", "inner", "outer")

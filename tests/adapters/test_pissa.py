@@ -26,10 +26,7 @@ def test_it_starts_from_the_largest_singular_values(case: LayerCase) -> None:
 
     torch.testing.assert_close(2.0 / 3 * up @ down, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-3, atol=1e-4)  # shared evenly
-
-
-def test_subspace_iteration_finds_them_in_a_matrix_much_wider_than_the_rank() -> None:
-    layer = nn.Linear(300, 200)
+    layer = nn.Linear(300, 200)  # much wider than the rank: by subspace iteration
     down, up = fresh(layer, rank=4, alpha=4.0)._start
     values = torch.linalg.svdvals(layer.weight.detach())
 

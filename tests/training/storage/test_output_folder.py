@@ -36,7 +36,7 @@ def test_in_a_folder_with_files_a_subfolder_is_used(tmp_path: Path, name: str) -
     assert output_folder(tmp_path, "cat") == tmp_path / "cat", "a run that is there already continues"
 
 
-def test_what_cannot_be_the_folder_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_the_folder_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "file", "full/a.txt", "full/cat/b.txt", "other/a.txt", "other/cat", "loras.safetensors/a.txt")
     for output, sentence in {
         "file": "file must be a folder but is a file; move it away",
@@ -49,6 +49,13 @@ def test_what_cannot_be_the_folder_is_refused_in_a_sentence(tmp_path: Path) -> N
             output_folder(tmp_path / output, "cat")
     assert output_folder(tmp_path / "loras.safetensors", "cat").name == "cat", "a folder may have any name"
 
+    def refuse(self: Path) -> object:
+        raise PermissionError(13, os.strerror(13))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(OutputError, match=r"cannot be read .*; check its permissions, or choose another output"):
+        output_folder(tmp_path, "cat")
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
 def test_a_subfolder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -58,12 +65,3 @@ def test_a_subfolder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
         output_folder(tmp_path / "full", "cat")
     (tmp_path / "named").symlink_to(tmp_path / "real")
     assert output_folder(tmp_path / "named", "cat") == tmp_path / "named", "the user's own link to a run is the user's"
-
-
-def test_a_folder_that_cannot_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> object:
-        raise PermissionError(13, os.strerror(13))
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(OutputError, match=r"cannot be read .*; check its permissions, or choose another output"):
-        output_folder(tmp_path, "cat")

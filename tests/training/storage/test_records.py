@@ -22,17 +22,11 @@ RECORD = RunRecord(
 )
 
 
-def test_a_record_is_read_as_it_was_written() -> None:
+def test_a_record_is_read_as_it_was_written_by_this_version_or_another() -> None:
     assert parsed_record(RECORD.to_text()) == RECORD
-
-
-def test_a_lora_stores_what_reproducing_needs() -> None:
     entry = parsed_record(RECORD.to_entry())
     assert (entry.source, entry.asked, entry.fingerprint) == (RECORD.source, RECORD.asked, RECORD.fingerprint)
     assert entry.samples == () and "title" not in json.loads(RECORD.to_entry())
-
-
-def test_a_run_that_began_before_environments_were_listed_has_one() -> None:
     assert RECORD.all_environments == (RECORD.environment,)
     assert parsed_record('{"environments": [{"threads": 2}, {"threads": 4}]}').all_environments == (
         {"threads": 2},
