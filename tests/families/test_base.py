@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families import z_image
-from lorasmith.families.base import FAMILIES
+from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.conditionings import Conditioning, collate
 from lorasmith.families.forms import Expert, LatentFormat
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
@@ -136,3 +136,15 @@ def test_tokens_behind_any_mask_are_left_out() -> None:
     for mask in [(1, 1, 1, 1), (1, 1, 0, 0), (0, 1, 0, 1), (0, 0, 0, 0)]:
         context, kept = torch.arange(8.0).view(4, 2), torch.tensor(mask, dtype=torch.bool)
         assert torch.equal(z_image._attended(context, kept), context[kept])
+
+
+def test_extensions_may_use_the_names_of_earlier_versions() -> None:
+    class Former(Family):
+        beside = known = lambda *_: None
+
+    assert Former.picture_inputs is Former.known_latents is Former.beside
+    given = conditioning(1).with_beside({"known": torch.zeros(1)})
+    assert given.beside == given.pictures and "known" in given.tensors
+    names: dict[str, object] = {}
+    exec("from lorasmith.families.base import *", names)
+    assert {"torch", "nn", "Family", "EncoderSlot", "FlowSchedule", "Rule", "DENOISER_START"} <= names.keys()
