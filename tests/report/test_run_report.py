@@ -235,6 +235,10 @@ def test_a_picture_is_scaled_and_missing_ones_are_said(tmp_path: Path, picture: 
     paths = [picture, *(tmp_path / f"{name}.png" for name in ("broken", "text", "gone", "pipe")), None]
     drawn = picture_table(PictureTable(["p"] * 6, [("row", paths)], "about"))
     assert drawn.count("<img") == 1 and drawn.count("no picture") == 5
+    sizes = [
+        picture_table(PictureTable(["p"], [("row", [picture])] * rows, "x")).count('width="208"') for rows in (9, 41)
+    ]
+    assert sizes == [0, 41], "many are smaller"
 
 
 def test_thinning_keeps_the_ends() -> None:

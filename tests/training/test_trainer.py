@@ -233,3 +233,4 @@ def test_its_notes_are_shown_once_unless_progress_is_off(
     assert sentence in shown.job.notes and capsys.readouterr().err.count(sentence) == 1
     silent = Trainer(tiny, dataset, **settings, save_every=5, progress=False)
     assert silent.job.notes == shown.job.notes and capsys.readouterr() == ("", "")
+    assert silent.lora.metadata["ss_steps"] == "1", "with those of the LoRA that is continued"
