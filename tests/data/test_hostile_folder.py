@@ -165,7 +165,6 @@ CAPTIONS: dict[str, tuple[bytes, str | None]] = {
     "zero bytes": (b"a\x00b", None),
     "only zero bytes": (bytes(100), None),
     "empty": (b"", ""),
-    "megabytes": (b"x" * 10 * 2**20, None),
     "too long": (b"x" * (MAX_CAPTION + 1), None),
     "picture": (encoded(PLAIN, "JPEG"), None),
     "blanks": (b" \r\n\t" * 1000, ""),
@@ -188,28 +187,26 @@ def test_caption_files(tmp_path: Path) -> None:
     ]
 
 
-METADATA: dict[str, tuple[bytes, str]] = {
-    "metadata.json": (b"[" * 10**6, "has lists or objects nested deeper than 100"),
-    "meta_deep.json": (b'{"1":' * 5000 + b"1" + b"}" * 5000, "has lists or objects nested deeper than 100"),
-    "meta_many.json": (b'{"1": {"caption": [' + b"1," * 2_100_000 + b"1]}}", "has more than 2,000,000 values"),
-    "metadata.jsonl": (b"\n" * 10**6 + b"{", "is not valid JSON in line 1000001"),
-    "metadata.csv": (b'file_name,text\n1.png,"' + b"x" * 10**6, "is not valid CSV"),
-    "meta_nan.json": (b'{"1": {"caption": NaN}}', "has a number that is not finite"),
-    "meta_large.json": (b'{"1": {"caption": ' + b"9" * 10**6 + b"}}", "has an integer beyond 64 bits"),
-}
-
-
-@pytest.mark.parametrize("name", METADATA)
-def test_metadata_files(tmp_path: Path, name: str) -> None:
-    content, reason = METADATA[name]
-    add_image(tmp_path / "1.png", "its own")
-    add_image(tmp_path / "2.png")
-    (tmp_path / name).write_bytes(content)
-    with processor_time(at_most_s=20):
-        scan = scan_folder(tmp_path)
-        assert [image.caption for image in scan.images] == ["its own"]
-        assert reasons(scan)[name].startswith(reason)
-        assert reasons(scan)["2.png"].startswith(f"is left out because {name} {reason}")
+def test_metadata_files(tmp_path: Path) -> None:
+    hostile = {
+        "metadata.json": (b"[" * 10**6, "has lists or objects nested deeper than 100"),
+        "meta_deep.json": (b'{"1":' * 5000 + b"1" + b"}" * 5000, "has lists or objects nested deeper than 100"),
+        "meta_many.json": (b'{"1": {"caption": [' + b"1," * 2_100_000 + b"1]}}", "has more than 2,000,000 values"),
+        "metadata.jsonl": (b"\n" * 10**6 + b"{", "is not valid JSON in line 1000001"),
+        "metadata.csv": (b'file_name,text\n1.png,"' + b"x" * 10**6, "is not valid CSV"),
+        "meta_nan.json": (b'{"1": {"caption": NaN}}', "has a number that is not finite"),
+        "meta_large.json": (b'{"1": {"caption": ' + b"9" * 10**6 + b"}}", "has an integer beyond 64 bits"),
+    }
+    for name, (content, reason) in hostile.items():
+        folder = tmp_path / f"for {name}"
+        add_image(folder / "1.png", "its own")
+        add_image(folder / "2.png")
+        (folder / name).write_bytes(content)
+        with processor_time(at_most_s=20):
+            scan = scan_folder(folder)
+            assert [image.caption for image in scan.images] == ["its own"]
+            assert reasons(scan)[name].startswith(reason)
+            assert reasons(scan)["2.png"].startswith(f"is left out because {name} {reason}")
 
 
 def test_links_to_themselves(tmp_path: Path) -> None:

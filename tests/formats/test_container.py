@@ -145,9 +145,8 @@ def test_refuses_other_content(tmp_path: Path) -> None:
             read_safetensors(path)
 
 
-@pytest.mark.parametrize(
-    ("header", "said"),
-    [
+def test_refuses_hostile_headers(tmp_path: Path) -> None:
+    for header, said in [
         (b"{nonsense", "not valid JSON"),
         (b"{" * 50_000, "not valid JSON"),
         (b'{"a":' * 50_000, "nested deeper than 100"),
@@ -177,15 +176,13 @@ def test_refuses_other_content(tmp_path: Path) -> None:
         ({"a": entry([1], 0, 4)}, None),
         ({"a": entry([2**30], 0, 2**32)}, "is cut short: its header announces"),
         ({}, "bytes after its last tensor"),
-    ],
-)
-def test_refuses_hostile_headers(tmp_path: Path, header: object, said: str | None) -> None:
-    path = header_file(tmp_path / "x.safetensors", header, b"\0\0\0\0")
-    if said is None:
-        assert check_safetensors(path).tensors == {"a": ("F32", (1,))}
-        return
-    with pytest.raises(LoraError, match=said):
-        check_safetensors(path)
+    ]:
+        path = header_file(tmp_path / "x.safetensors", header, b"\0\0\0\0")
+        if said is None:
+            assert check_safetensors(path).tensors == {"a": ("F32", (1,))}
+        else:
+            with pytest.raises(LoraError, match=said):
+                check_safetensors(path)
 
 
 @given(data=st.data())
@@ -218,19 +215,15 @@ def test_a_large_file_is_checked_without_reading_its_tensors(tmp_path: Path) -> 
     assert check_safetensors(path).tensors["a"].shape == (size,)
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
+def test_a_giant_header_is_refused_before_it_is_taken_apart(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(foreign_json._DECODER, "decode", lambda _: pytest.fail("the header was parsed"))
+    for header in (
         b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_001)) + b"}",
         b'{"a":{"dtype":"F32","shape":[' + b"1," * 4_000_000 + b'1],"data_offsets":[0,0]}}',
         b"{" + b'"0":0,' * 4_000_001 + b'"a":0}',
-    ],
-    ids=["tensors", "dimensions", "keys"],
-)
-def test_a_giant_header_is_refused_before_it_is_taken_apart(tmp_path: Path, monkeypatch, header: bytes) -> None:
-    monkeypatch.setattr(foreign_json._DECODER, "decode", lambda _: pytest.fail("the header was parsed"))
-    with pytest.raises(LoraError, match=r"more tensors than any model|more than 2,000,000 values"):
-        check_safetensors(header_file(tmp_path / "x.safetensors", header))
+    ):
+        with pytest.raises(LoraError, match=r"more tensors than any model|more than 2,000,000 values"):
+            check_safetensors(header_file(tmp_path / "x.safetensors", header))
 
 
 def test_tens_of_thousands_of_tensors_without_numbers_are_read_in_a_moment(tmp_path: Path) -> None:
