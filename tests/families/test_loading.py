@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from original_models import SMALLEST, save
 from safetensors.torch import load_file, save_file
+from transformer_models import TINY
 
 from lorasmith.core.errors import ModelError
 from lorasmith.families import locating
@@ -322,6 +324,7 @@ def test_a_lora_with_some_of_its_models_tensors_is_no_base_model(tmp_path: Path)
 
 TO_K = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 CONV_IN = "input_blocks.0.0.weight"
+WAN_IN = "patch_embedding.weight"
 KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "refiner": ({CONV_IN: (8, 4, 3, 3), TO_K: (8, 1280)}, "the Stable Diffusion XL refiner"),
     "inpainting": ({CONV_IN: (8, 9, 3, 3), TO_K: (8, 768)}, "an inpainting model"),
@@ -351,6 +354,51 @@ def test_known_but_unsupported_models_are_called_by_name(
 
     assert sentence.startswith(f"m.safetensors looks like {title}")
     assert ", which is not supported; lorasmith models --known " in sentence
+
+
+VARIANTS: list[tuple[str, dict[str, tuple[int, ...]], str]] = [
+    ("flux1", {"img_in.weight": (64, 128)}, "this Flux.1 variant takes 128 input channels (depth and canny do"),
+    ("flux1", {"img_in.weight": (64, 256)}, "this Flux.1 variant takes 256 input channels (depth and canny do"),
+    ("sd3", {"x_embedder.proj.weight": (128, 33, 2, 2)}, "this Stable Diffusion 3 variant takes 33 input channels"),
+    ("chroma", {"img_in.weight": (64, 128)}, "this Chroma variant takes 128 input channels, but only text-to-image"),
+    (
+        "chroma",
+        {"img_in.weight": (), "img_in.bias": (), "nerf_blocks.0.norm.scale": (4,)},
+        "looks like Chroma Radiance, which",
+    ),
+    ("qwen-image", {"time_text_embed.addition_t_embedding.weight": (2, 64)}, "this model is Qwen-Image-Layered, which"),
+    ("qwen-image", {"img_in.weight": (64, 132)}, "this model is a variant with 132 input channels, but only text-to-i"),
+    ("wan", {WAN_IN: (128, 36, 1, 2, 2), "control_adapter.conv.weight": (8,)}, "one is camera control and takes 36"),
+    ("wan", {"vace_patch_embedding.weight": (128, 96, 1, 2, 2)}, "one is VACE and takes 16"),
+    ("wan", {WAN_IN: (128, 48, 1, 2, 2)}, "one is Fun control and takes 48"),
+    (
+        "wan",
+        {WAN_IN: (128, 36, 1, 2, 2), "face_adapter.fuser_blocks.0.k_norm.weight": (128,)},
+        "one is Animate and takes 36",
+    ),
+    ("wan", {WAN_IN: (128, 17, 1, 2, 2)}, "one is an unknown variant and takes 17"),
+    (
+        "hunyuan-video15",
+        {"img_in.proj.weight": (128, 98, 1, 1, 1)},
+        "one is an upsampler, which takes 98 channels; choose",
+    ),
+    ("hunyuan-video15", {"time_r_in.mlp.0.weight": (128, 256)}, "one is distilled to few steps by MeanFlow; choose"),
+    (
+        "hunyuan-video15",
+        {"cond_type_embedding.weight": ()},
+        "looks like HunyuanVideo 1.0 or HunyuanImage 2.1, which is not",
+    ),
+]
+"""Family, shapes that other models of it have, () for a tensor that they lack, and what is said of them."""
+
+
+def test_variants_of_families_are_refused_by_name(tmp_path: Path) -> None:
+    files = {family: TINY[family].saved(tmp_path)["transformer"] for family in {one for one, *_ in VARIANTS}}
+    for family, shapes, sentence in VARIANTS:
+        tensors = load_file(files[family]) | {name: torch.zeros(shape) for name, shape in shapes.items()}
+        path = save(tmp_path / "variant.safetensors", {name: one for name, one in tensors.items() if one.ndim})
+        with pytest.raises(ModelError, match=re.escape(sentence)):
+            load_model(path)
 
 
 def test_an_unknown_architecture_shows_what_is_in_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from original_models import save
 from transformer_models import TINY
 
-from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.errors import DataError
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.files.checkpoint import PipelineConfigs
@@ -124,23 +124,6 @@ def test_a_prompt_without_positions_is_refused() -> None:
     latents, text = torch.zeros(1, 16, 1, 16, 8), Conditioning({"context": torch.zeros(1, 4093, 32)})
     with pytest.raises(DataError, match="takes prompts of at most 4092 tokens for this size of picture, got 4093"):
         FAMILIES["qwen-image"].predict(QWEN.parts()["transformer"], latents, torch.tensor([0.5]), text)
-
-
-VARIANTS = {
-    "layered": ({"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 64)}, "Qwen-Image-Layered"),
-    "control": ({"img_in.weight": torch.zeros(64, 132)}, "a variant with 132 input channels"),
-}
-
-
-@pytest.mark.parametrize(("tensors", "title"), VARIANTS.values(), ids=VARIANTS)
-def test_models_for_other_tasks_are_refused_by_name(
-    tensors: dict[str, torch.Tensor], title: str, tmp_path: Path
-) -> None:
-    path = save(tmp_path / "variant.safetensors", {**QWEN.denoiser_tensors(), **tensors})
-    with pytest.raises(
-        ModelError, match=rf"this model is {title}.*, but only text-to-image and edit models .*; train on Qwen-Image"
-    ):
-        load_model(path)
 
 
 def test_names_say_which_edit_variant_a_model_is() -> None:
