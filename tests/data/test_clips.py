@@ -29,6 +29,7 @@ def test_frames_are_those_shown_at_even_times() -> None:
         (1, 25.0, (0,)),
     ]:
         assert FORM.numbers(steady_times(frames, rate)) == expected
+    assert FORM.numbers([0.0, 0.0]) == (0,), "a frame that ends as it begins"
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.gif"])
