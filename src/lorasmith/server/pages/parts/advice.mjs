@@ -43,6 +43,7 @@ export function asPreset(changed, presets) {
 /** What the losses of a picture say, in words. */
 export const findingOf = (run, file) => capital(run.advice.find((one) => one.file === file)?.finding ?? "");
 
+/** @param {Props<{ run: Api.RunAnswer }>} props */
 export function Advice({ run }) {
   const [photos, , reload] = useLoaded(
     async (signal) => {
@@ -55,16 +56,17 @@ export function Advice({ run }) {
   // Where pictures were moved to that were left out here.
   const [away, setAway] = useState(/** @type {Record<string, string>} */ ({}));
   if (!run.advice.length) return null;
+  const dataset = run.dataset ?? "";
   const pictures = new Map(run.images.map((one) => [one.file, one]));
   const restore = (/** @type {string} */ file, removed) =>
     said(async () => {
-      await post(["datasets", run.dataset, "restore"], { removed });
+      await post(["datasets", dataset, "restore"], { removed });
       setAway(({ [file]: _, ...others }) => others);
       reload();
     });
   const leaveOut = (file) =>
     said(async () => {
-      const { removed } = await remove(["datasets", run.dataset, "images", file]);
+      const { removed } = await remove(["datasets", dataset, "images", file]);
       setAway((all) => ({ ...all, [file]: removed }));
       reload();
       say(`${file} was moved to the removed files.`, { undo: () => restore(file, removed) });
@@ -82,7 +84,7 @@ export function Advice({ run }) {
           <span class="row-picture">
             ${
               pictures.get(one.file)?.thumbnail &&
-              html`<img src=${fileOfRun(run.id, pictures.get(one.file).thumbnail)} alt="" loading="lazy" />`
+              html`<img src=${fileOfRun(run.id, pictures.get(one.file)?.thumbnail ?? "")} alt="" loading="lazy" />`
             }
           </span>
           <div class="row-text">
@@ -90,7 +92,7 @@ export function Advice({ run }) {
             <span class="faint">${one.reason}</span>
             ${
               pictures.get(one.file)?.caption &&
-              html`<span class="faint">Its caption: “${pictures.get(one.file).caption}”</span>`
+              html`<span class="faint">Its caption: “${pictures.get(one.file)?.caption}”</span>`
             }
           </div>
           ${
@@ -110,6 +112,7 @@ export function Advice({ run }) {
   </section>`;
 }
 
+/** @param {Props<{ run: Api.RunAnswer, advice: Api.PictureAdvice }>} props */
 function Actions({ run, advice, isThere, removed, onLeaveOut, onRestore, onEdit }) {
   const [draft, change] = useDraft(run.dataset);
   const rules = (draft.settings.image_repeats ?? run.changed.image_repeats ?? "")

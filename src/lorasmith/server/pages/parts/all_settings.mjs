@@ -4,9 +4,10 @@ import { count, nameWords, valueWords } from "../lib/words.mjs";
 import { Field } from "./basics.mjs";
 
 /**
- * @param groups declared settings; `hidden` names those that are asked for elsewhere
- * @param base values of the chosen preset; `own` values that were changed here
- * @param onChange called with the changed values
+ * @param {Props<{ groups: Api.SettingGroup[] }>} props
+ *   `groups`: declared settings; `hidden` names those that are asked for elsewhere
+ *   `base`: values of the chosen preset; `own` values that were changed here
+ *   `onChange`: called with the changed values
  */
 export function AllSettings({ groups, hidden, base, own, error, onChange }) {
   const [wanted, setWanted] = useState("");
@@ -72,6 +73,7 @@ export function shownInvalid() {
   return field !== null;
 }
 
+/** @param {Props<{ setting: Api.SettingAnswer }>} props */
 function Setting({ setting, preset, value, error, onChange }) {
   const standard = preset ?? setting.default;
   const current = value ?? standard;

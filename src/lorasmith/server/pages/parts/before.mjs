@@ -50,12 +50,13 @@ const DRAGGED = "application/x-lorasmith-control";
 const THUMBNAIL = 480; // pixels: twice the width at which they are shown
 
 /**
- * @param image the trained picture, null for others that belong to none
- * @param controls [{file, width, height, fixed, problem}]
- * @param version changes when files have changed places, as their addresses then stay the same
- * @param words of `PAIRS`
- * @param actions null, or {pair(control, image), choose(files, image), remove(control), move(control)}; null if nothing
- *   can be changed
+ * @param {Props<{ controls: Api.ControlRow[] }>} props
+ *   `image`: the trained picture, null for others that belong to none
+ *   `controls`: [{file, width, height, fixed, problem}]
+ *   `version`: changes when files have changed places, as their addresses then stay the same
+ *   `words`: of `PAIRS`
+ *   `actions`: null, or {pair(control, image), choose(files, image), remove(control), move(control)}; null if nothing
+ *     can be changed
  */
 export function Before({ dataset, image, controls, version, words, actions }) {
   const input = useRef(null);
@@ -129,7 +130,11 @@ function Control({ dataset, control, version, words, actions }) {
   </div>`;
 }
 
-/** A dialog in which the picture is chosen that the other one of a pair belongs to. */
+/**
+ * A dialog in which the picture is chosen that the other one of a pair belongs to.
+ *
+ * @param {Props<{ images: Api.PictureRow[] }>} props
+ */
 export function MoveControl({ dataset, control, images, words, onMove, onClose }) {
   return html`<${Dialog} title="Which picture does it belong to?" onClose=${onClose} wide>
     <p>${control} becomes the ${words.of} the one that you choose. If that has one, both change places.</p>

@@ -129,6 +129,7 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
   <//>`;
 }
 
+/** @param {Props<{ captioner: Api.CaptionerRow, download: Api.DownloadAnswer | undefined }>} props */
 function Offer({ captioner, download, onGet, onChange }) {
   const { title, about, licence, card, size_bytes: size, kept_bytes: kept } = captioner;
   return html`<li class="release">

@@ -6,7 +6,7 @@ import { Field, Loading, Problem, isPassing, useLoaded } from "./basics.mjs";
 import { Lightbox } from "./pictures.mjs";
 import { Queued, SubjectField } from "./queued.mjs";
 
-/** @param run a run with a LoRA */
+/** @param {Props<{ run: Api.RunAnswer }>} props `run` has a LoRA */
 export function Gallery({ run }) {
   const [found, error, reload] = useLoaded((signal) => get(["runs", run.id, "gallery"], {}, signal), [run.id]);
   const [wish, setWish] = useState(null);
@@ -68,6 +68,7 @@ export function Gallery({ run }) {
 
 const OWN = "\n"; // no wish is that
 
+/** @param {Props<{ run: Api.RunAnswer, grid: Api.Grid }>} props */
 function GridTable({ run, grid }) {
   const [large, setLarge] = useState(null);
   const steps = [...new Set(grid.cells.map((one) => one.step))].sort((a, b) => a - b);

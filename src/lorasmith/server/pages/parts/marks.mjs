@@ -5,7 +5,11 @@ import { said, say } from "../lib/stores.mjs";
 import { Field, Question } from "./basics.mjs";
 import { nameOfRun } from "./run_card.mjs";
 
-/** A button that stars a run. */
+/**
+ * A button that stars a run.
+ *
+ * @param {Props<{ run: Api.RunAnswer | Api.RunRow }>} props
+ */
 export function Star({ run, onChange }) {
   const star = () =>
     said(async () => {
@@ -18,6 +22,7 @@ export function Star({ run, onChange }) {
   </button>`;
 }
 
+/** @param {Props<{ run: Api.RunAnswer | Api.RunRow }>} props */
 export function EditMarks({ run, onClose, onDone }) {
   const [title, setTitle] = useState(
     run.label ===

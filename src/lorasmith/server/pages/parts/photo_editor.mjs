@@ -10,12 +10,13 @@ import { Chips } from "./tags.mjs";
 const LARGE = 1600; // pixels
 
 /**
- * @param images the photos to go through
- * @param file the one that is shown
- * @param actions its {caption(image, text, seen), tags(image, text), crop(image, crop), remove(image), show(file)};
- *   those that change are null where nothing can be changed
- * @param known tags of all captions
- * @param undo what `actions.undo` takes back, of `doneTo`; undefined for nothing
+ * @param {Props<{ images: Api.PictureRow[] }>} props
+ *   `images`: the photos to go through
+ *   `file`: the one that is shown
+ *   `actions`: its {caption(image, text, seen), tags(image, text), crop(image, crop), remove(image), show(file)};
+ *     those that change are null where nothing can be changed
+ *   `known`: tags of all captions
+ *   `undo`: what `actions.undo` takes back, of `doneTo`; undefined for nothing
  */
 export function PhotoEditor({
   dataset,
@@ -80,7 +81,10 @@ export function PhotoEditor({
     }
   };
   const whole = image.crop
-    ? { width: Math.round(image.width / image.crop.width), height: Math.round(image.height / image.crop.height) }
+    ? {
+        width: Math.round((image.width ?? 0) / image.crop.width),
+        height: Math.round((image.height ?? 0) / image.crop.height),
+      }
     : image;
   const { trained, tokens } = facts[image.file] ?? {};
   const caption = captionOf(image);

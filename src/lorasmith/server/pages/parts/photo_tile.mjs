@@ -8,12 +8,13 @@ const STORE_AFTER_MS = 900;
 const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
 
 /**
- * @param image a photo of the dataset, or `upload`, one on its way there
- * @param isFixed whether it can neither be changed nor removed
- * @param facts its {crop, trained} of the check; null to draw none
- * @param usesMasks whether the training takes masks from files
- * @param before its pictures before an edit, drawn beside it; null for photos that are no pairs
- * @param onOpen shows it large
+ * @param {Props<{ image: Api.PictureRow }>} props
+ *   `image`: a photo of the dataset, or `upload`, one on its way there
+ *   `isFixed`: whether it can neither be changed nor removed
+ *   `facts`: its {crop, trained} of the check; null to draw none
+ *   `usesMasks`: whether the training takes masks from files
+ *   `before`: its pictures before an edit, drawn beside it; null for photos that are no pairs
+ *   `onOpen`: shows it large
  */
 export function PhotoTile({
   dataset,

@@ -15,9 +15,10 @@ const GRAVITY = ["problem", "warning", "remark"];
 /**
  * The remarks: [{title, text, severity, files, removes, details}], the gravest first.
  *
- * @param isNameless whether neither captions nor a trigger name the subject
- * @param lacking photos that lack the other one of a pair, which `lack` is called
- * @param taker the model that takes no pictures before an edit though there are some; empty if it does
+ * @param {Props<{ check: Api.DataCheckAnswer | null }>} props
+ *   `isNameless`: whether neither captions nor a trigger name the subject
+ *   `lacking`: photos that lack the other one of a pair, which `lack` is called
+ *   `taker`: the model that takes no pictures before an edit though there are some; empty if it does
  */
 export function remarksOf({ check, isNameless, lacking, lack, taker }) {
   const found = [];
@@ -57,11 +58,12 @@ export function remarksOf({ check, isNameless, lacking, lack, taker }) {
 export const removedBy = (remarks) => [...new Set(remarks.flatMap((one) => one.removes ?? []))];
 
 /**
- * @param remarks of `remarksOf`
- * @param checking how many images, {done, total}, while they are checked, else null
- * @param onFix called with remarks whose photos are to be removed; null where nothing can be changed
- * @param onShow called with a remark whose photos are to be shown alone
- * @param onCaption opens the dialog that writes captions; null where nothing can be changed
+ * @param {Props<{ images: Api.PictureRow[] }>} props
+ *   `remarks`: of `remarksOf`
+ *   `checking`: how many images, {done, total}, while they are checked, else null
+ *   `onFix`: called with remarks whose photos are to be removed; null where nothing can be changed
+ *   `onShow`: called with a remark whose photos are to be shown alone
+ *   `onCaption`: opens the dialog that writes captions; null where nothing can be changed
  */
 export function Remarks({ dataset, remarks, images, isChecked, error, checking, onFix, onShow, onCaption }) {
   if (error) return html`<${Notice} mood="fair"><p>The photos were not checked. ${error.message}</p><//>`;

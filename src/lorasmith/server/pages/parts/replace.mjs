@@ -3,6 +3,7 @@ import { html, useState } from "../lib/html.mjs";
 import { count } from "../lib/words.mjs";
 import { Button, Dialog, Field, Problem } from "./basics.mjs";
 
+/** @param {Props<{ images: Api.PictureRow[] }>} props */
 export function Replace({ images, captionOf, onReplace, onClose }) {
   const [find, setFind] = useState("");
   const [put, setPut] = useState("");

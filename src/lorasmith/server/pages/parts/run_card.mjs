@@ -8,6 +8,7 @@ import { State } from "./basics.mjs";
 /** What a run is called, other than all others: the title that it was given, or its folder's name. */
 export const nameOfRun = (run) => run.label || run.id.split("/").pop();
 
+/** @param {Props<{ run: Api.RunRow }>} props */
 export function RunCard({ run }) {
   return html`<a class="card" href=${link("runs", run.id)}>
     <span class="card-picture">

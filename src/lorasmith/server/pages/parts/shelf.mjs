@@ -11,10 +11,11 @@ const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
 /**
  * Cards of released models that are not whole in the model folders.
  *
- * @param downloads of the server
- * @param onGet called with {kind, name} of what to get
- * @param onChange called when a download was cancelled or forgotten
- * @param round changes when files may have arrived
+ * @param {Props<{ downloads: Api.DownloadAnswer[] }>} props
+ *   `downloads`: of the server
+ *   `onGet`: called with {kind, name} of what to get
+ *   `onChange`: called when a download was cancelled or forgotten
+ *   `round`: changes when files may have arrived
  */
 export function Shelf({ downloads, onGet, onChange, round }) {
   const [found, error, reload] = useLoaded((signal) => get(["shelf"], {}, signal), [round]);
@@ -51,6 +52,7 @@ function useMemory(models) {
   return memory;
 }
 
+/** @param {Props<{ release: Api.ShelfRow, download?: Api.DownloadAnswer, memory?: Api.ReleaseMemory | null }>} props */
 function ReleaseCard({ release, memory, download, onGet, onChange }) {
   const missing = release.files.filter((one) => !one.found);
   const kept = sum(missing.map((one) => one.kept_bytes));
@@ -105,7 +107,11 @@ export const Getting = ({ download, what, of, class: extra = "", onGet, onChange
   }
 `;
 
-/** How far a download is, or why it ended. */
+/**
+ * How far a download is, or why it ended.
+ *
+ * @param {Props<{ download: Api.DownloadAnswer }>} props
+ */
 function DownloadState({ download, onChange }) {
   const { id, title, state, file, error } = download;
   const act = (request) => async () => {

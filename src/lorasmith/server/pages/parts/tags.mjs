@@ -51,8 +51,9 @@ export function Chips({ name, caption, known, onCaption }) {
 /**
  * The tags of all captions, the most frequent first. A chosen one shows the photos that have it.
  *
- * @param chosen the tag that is chosen, null for none
- * @param onChange called with {file: caption} of what changes, and a sentence; null where nothing can be changed
+ * @param {Props<{ images: Api.PictureRow[] }>} props
+ *   `chosen`: the tag that is chosen, null for none
+ *   `onChange`: called with {file: caption} of what changes, and a sentence; null where nothing can be changed
  */
 export function TagList({ images, captionOf, chosen, onChoose, onChange }) {
   const [isWhole, setWhole] = useState(false);

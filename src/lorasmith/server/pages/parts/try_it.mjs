@@ -21,8 +21,9 @@ function triesOf(run) {
 }
 
 /**
- * @param run its {id, trigger, saves: [{step, file}], recommended}
- * @param view of a run that trains, which then draws; null for one that has ended, with whose LoRA a job draws
+ * @param {Props<{ run: { id: string, [name: string]: any } }>} props
+ *   `run`: its {id, trigger, saves: [{step, file}], recommended}
+ *   `view`: of a run that trains, which then draws; null for one that has ended, with whose LoRA a job draws
  */
 export function TryIt({ run, view = null }) {
   const [facts, error, reload] = useLoaded((signal) => get(["runs", run.id, "drawing"], {}, signal), [run.id]);
@@ -43,6 +44,7 @@ export function TryIt({ run, view = null }) {
   </section>`;
 }
 
+/** @param {Props<{ run: { id: string, [name: string]: any } }>} props */
 function TryForm({ run, isTraining, control, least }) {
   const [prompt, setPrompt] = useState(run.subject || run.trigger);
   const [strength, setStrength] = useState("1");
@@ -171,6 +173,7 @@ function PictureZone({ picture, isNeeded, onPicture }) {
   </div>`;
 }
 
+/** @param {Props<{ run: { id: string, [name: string]: any } }>} props */
 function Tries({ run, view }) {
   const tries = useStore(triesOf(run.id));
   if (!tries.length) return null;
@@ -179,7 +182,11 @@ function Tries({ run, view }) {
   </ul>`;
 }
 
-/** What the training itself draws. */
+/**
+ * What the training itself draws.
+ *
+ * @param {Props<{ run: { id: string, [name: string]: any } }>} props
+ */
 function Requested({ run, one, view }) {
   const found = view?.drawn?.find((other) => other.id === one.id);
   if (found) one.found = found; // the view ends with the training
@@ -214,7 +221,11 @@ const TryHead = ({ one, children }) => html`<div class="head">
   ${children}
 </div>`;
 
-/** The picture without the LoRA and that with it. */
+/**
+ * The picture without the LoRA and that with it.
+ *
+ * @param {Props<{ run: { id: string, [name: string]: any } }>} props
+ */
 function Drawn({ run, one, pictures, notes }) {
   const [large, setLarge] = useState(null);
   const titles = ["Base model", `Strength ${one.strength}`];
@@ -249,6 +260,7 @@ function Drawn({ run, one, pictures, notes }) {
   `;
 }
 
+/** @param {Props<{ run: { id: string, [name: string]: any } }>} props */
 function Try({ run, one }) {
   const known = useStore(work);
   const job = known?.jobs.get(one.id) ?? one.job;

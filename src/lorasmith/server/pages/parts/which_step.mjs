@@ -6,7 +6,7 @@ import { Loading, Problem, useLoaded } from "./basics.mjs";
 import { Lightbox } from "./pictures.mjs";
 import { Queued, SubjectField } from "./queued.mjs";
 
-/** @param run a run with a LoRA; `onDone` is called when there is another recommendation */
+/** @param {Props<{ run: Api.RunAnswer }>} props `onDone` is called when there is another recommendation */
 export function WhichStep({ run, onDone }) {
   const [subject, setSubject] = useState("");
   const [found, error, reload] = useLoaded((signal) => get(["runs", run.id, "evaluation"], {}, signal), [run.id]);
@@ -41,33 +41,30 @@ export function WhichStep({ run, onDone }) {
   </section>`;
 }
 
+/** @param {Props<{ run: Api.RunAnswer, evaluation: Api.Evaluation }>} props */
 function Evaluated({ run, evaluation, folder }) {
   const { loras, prompts, verdict } = evaluation;
+  /** @type {Partial<Api.EvaluatedLora>[]} */
   const rows = [{ label: "base model", pictures: evaluation.base }, ...loras];
   const best = verdict.best === null ? null : verdict.best + 1;
   const [at, setAt] = useState(best ?? rows.length - 1);
   const [large, setLarge] = useState(null);
-  const row = rows[at];
+  const { label = "", file, measures, pictures = [] } = rows[at];
   const source = (file) => fileOfRun(run.id, `${folder}/${file}`);
-  const measures = row.measures ?? {};
-  const shown = [
-    ["likeness", measures.likeness],
-    ["adherence to prompts", measures.adherence],
-  ].filter(([, value]) => typeof value === "number");
-  const shots = row.pictures.map((file, index) => ({ file, title: capital(row.label), prompt: prompts[index] }));
-  const isThere = run.saves.some((one) => one.file === row.file);
+  const shown = Object.entries({ likeness: measures?.likeness, "adherence to prompts": measures?.adherence })
+    .filter(([, value]) => typeof value === "number")
+    .map(([name, value]) => `${name} ${value?.toFixed(2)}`);
+  const shots = pictures.map((picture, index) => ({ file: picture, title: capital(label), prompt: prompts[index] }));
+  const isThere = run.saves.some((one) => one.file === file);
   return html`
     <p>${evaluation.sentence}</p>
     <div class="slider">
       <label for="which-lora">LoRA</label>
-      <input id="which-lora" type="range" min="0" max=${rows.length - 1} value=${at} aria-valuetext=${row.label}
+      <input id="which-lora" type="range" min="0" max=${rows.length - 1} value=${at} aria-valuetext=${label}
         onInput=${(event) => setAt(Number(event.currentTarget.value))} />
-      <output>${capital(row.label)}${at === best ? " (recommended)" : ""}</output>
+      <output>${capital(label)}${at === best ? " (recommended)" : ""}</output>
     </div>
-    ${
-      shown.length > 0 &&
-      html`<p class="faint">${capital(shown.map(([name, value]) => `${name} ${value.toFixed(2)}`).join(", "))}</p>`
-    }
+    ${shown.length > 0 && html`<p class="faint">${capital(shown.join(", "))}</p>`}
     <ul class="thumbs">
       ${shots.map(
         (shot, index) => html`<li key=${prompts[index]}>
@@ -81,7 +78,7 @@ function Evaluated({ run, evaluation, folder }) {
     <div class="actions">
       ${
         isThere &&
-        html`<a class="button" href=${fileOfRun(run.id, row.file)} download>
+        html`<a class="button" href=${fileOfRun(run.id, file ?? "")} download>
           ${at === best ? "Use this one" : "Download this one"}
         </a>`
       }

@@ -42,6 +42,7 @@ export function CompareView({ ids }) {
   `;
 }
 
+/** @param {Props<{ runs: Api.RunAnswer[] }>} props */
 function ComparedCurves({ runs, names }) {
   const held = runs.filter((run) => run.validations.length).length > 0;
   const [what, setWhat] = useState(held ? "held" : "smooth");
@@ -79,6 +80,7 @@ function ComparedCurves({ runs, names }) {
   </section>`;
 }
 
+/** @param {Props<{ runs: Api.RunAnswer[] }>} props */
 function ComparedPictures({ runs, names }) {
   const [large, setLarge] = useState(null);
   const last = runs.map((run) => {
@@ -94,9 +96,10 @@ function ComparedPictures({ runs, names }) {
   if (!prompts.length) return null;
   const source = (shot) => fileOfRun(shot.run, shot.file);
   const shots = prompts.flatMap((prompt) =>
-    runs
-      .map((run, index) => last[index].has(prompt) && { ...last[index].get(prompt), run: run.id, title: names[index] })
-      .filter(Boolean),
+    runs.flatMap((run, index) => {
+      const shot = last[index].get(prompt);
+      return shot ? [{ ...shot, run: run.id, title: names[index] }] : [];
+    }),
   );
   return html`<section aria-labelledby="pictures">
     <h2 id="pictures">Pictures at the end</h2>
@@ -136,6 +139,7 @@ function ComparedPictures({ runs, names }) {
   </section>`;
 }
 
+/** @param {Props<{ runs: Api.RunAnswer[] }>} props */
 function Table({ title, runs, names, rows, none }) {
   return html`<section aria-label=${title}>
     <h2>${title}</h2>

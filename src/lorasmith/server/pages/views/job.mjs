@@ -103,7 +103,11 @@ export function JobView({ id }) {
   `;
 }
 
-/** What happens before the first step, in words. */
+/**
+ * What happens before the first step, in words.
+ *
+ * @param {Props<{ job: Api.JobAnswer }>} props
+ */
 function Standing({ job, view, known }) {
   if (job.state === "pending") {
     const ahead = [...(known?.jobs.values() ?? [])].filter(

@@ -178,6 +178,7 @@ export function Distilled({ plan, adapter, onAdapter }) {
   <//>`;
 }
 
+/** @param {Props<{ model: Api.ModelRow }>} props */
 function ModelRow({
   model,
   isBest,

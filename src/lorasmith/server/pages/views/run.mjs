@@ -75,6 +75,7 @@ export function RunView({ id }) {
   `;
 }
 
+/** @param {Props<{ run: Api.RunAnswer }>} props */
 function Watched({ run, onEnd }) {
   const view = useView(`runs/${run.id}`);
   useEffect(() => {
@@ -85,6 +86,7 @@ function Watched({ run, onEnd }) {
   return html`<${LiveRun} view=${view} run=${run} isRunning />`;
 }
 
+/** @param {Props<{ run: Api.RunAnswer, job: Api.JobAnswer | undefined }>} props */
 function Actions({ run, job, reload }) {
   const [dialog, setDialog] = useState(null);
   const close = () => setDialog(null);
@@ -99,7 +101,7 @@ function Actions({ run, job, reload }) {
             ${best.step ? `Download step ${whole(best.step)}` : "Download"} (${bytes(best.bytes)})
           </a>
           <${Button} onClick=${() => setDialog("install")}>
-            ${run.lora.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}
+            ${run.lora?.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}
           <//>
         `
       }
@@ -138,6 +140,7 @@ function Actions({ run, job, reload }) {
   `;
 }
 
+/** @param {Props<{ run: Api.RunAnswer }>} props */
 function Install({ run, onClose, onDone }) {
   const last = run.saves.length ? Math.max(...run.saves.map((one) => one.step)) : null;
   const choices = run.saves.filter((one) => one.step !== last || one.best);
@@ -152,7 +155,7 @@ function Install({ run, onClose, onDone }) {
   return html`<${Question} title="Copy to ComfyUI" yes="Copy" onYes=${install} onClose=${onClose}>
     <p>
       The LoRA is copied into <code>models/loras</code>, where ComfyUI finds
-      it.${run.lora.installed ? html` It is there already as <b>${run.lora.installed}</b>.` : ""}
+      it.${run.lora?.installed ? html` It is there already as <b>${run.lora?.installed}</b>.` : ""}
     </p>
     ${
       choices.length > 0 &&
@@ -170,11 +173,12 @@ function Install({ run, onClose, onDone }) {
     }
     <${Field} label="Name" optional>
       ${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${name}
-        placeholder=${run.lora.file.split("/").pop()} onInput=${(event) => setName(event.currentTarget.value)} />`}
+        placeholder=${run.lora?.file.split("/").pop()} onInput=${(event) => setName(event.currentTarget.value)} />`}
     <//>
   <//>`;
 }
 
+/** @param {Props<{ run: Api.RunAnswer }>} props */
 function TrainOn({ run, onClose }) {
   const done = run.step ?? run.steps ?? 0;
   const [steps, setSteps] = useState(String(Math.max(10, Math.round((done * MORE_STEPS) / 10) * 10)));
@@ -194,6 +198,7 @@ function TrainOn({ run, onClose }) {
 const remark = (run, picture) =>
   [picture.use === "trained" ? "" : sentence(picture.use), findingOf(run, picture.file)].filter(Boolean).join(" ");
 
+/** @param {Props<{ run: Api.RunAnswer }>} props */
 function Results({ run, reload }) {
   const [large, setLarge] = useState(null);
   const source = (file) => fileOfRun(run.id, file);
@@ -246,7 +251,11 @@ function Results({ run, reload }) {
   `;
 }
 
-/** What was measured, all pictures of the training, which programs apply what, and the LoRAs of single steps. */
+/**
+ * What was measured, all pictures of the training, which programs apply what, and the LoRAs of single steps.
+ *
+ * @param {Props<{ run: Api.RunAnswer }>} props
+ */
 function Numbers({ run }) {
   const source = (file) => fileOfRun(run.id, file);
   const points = run.losses.map(([step, loss], index) => [step, loss, run.smooth[index][1]]);
@@ -311,6 +320,7 @@ function Numbers({ run }) {
   `;
 }
 
+/** @param {Props<{ run: Api.RunAnswer }>} props */
 function Details({ run }) {
   const commands = Object.entries(run.commands ?? {});
   const changed = Object.entries(run.changed ?? {});

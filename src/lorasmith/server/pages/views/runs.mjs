@@ -123,7 +123,11 @@ export function RunsView() {
   `;
 }
 
-/** The state of a run, which is that of its job while it has one that has not ended, and what can be done in it. */
+/**
+ * The state of a run, which is that of its job while it has one that has not ended, and what can be done in it.
+ *
+ * @param {Props<{ run: Api.RunRow, job: Api.JobAnswer | undefined }>} props
+ */
 function RunState({ run, job }) {
   const state = job?.state ?? run.state;
   return html`

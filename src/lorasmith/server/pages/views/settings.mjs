@@ -156,6 +156,7 @@ const noteOf = (plan, stepSeconds) =>
       ? `${whole(plan.steps)} steps`
       : "";
 
+/** @param {Props<{ plan: Api.PlanAnswer | null | undefined }>} props */
 function Estimate({ plan, stepSeconds, error }) {
   if (error && error.status !== 503) return null;
   if (!plan) return html`<span class="estimate faint">Estimating…</span>`;
@@ -246,6 +247,7 @@ function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
   return { job, error, needed, measure };
 }
 
+/** @param {Props<{ plan: Api.PlanAnswer | null | undefined }>} props */
 function Measure({ measuring, plan }) {
   const { job, error, needed, measure } = measuring;
   if (!plan) return null;
