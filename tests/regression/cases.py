@@ -261,7 +261,6 @@ def _command(*arguments: object) -> None:
 def _flux_dataset() -> EncodedDataset:
     # The only imports below the public API: no text encoder of Flux.1 comes with the package.
     from lorasmith.data.dataset import EncodedDataset, Sample
-    from lorasmith.families.conditionings import Conditioning
 
     shape = models.FLUX_TINY
     samples = []
@@ -272,7 +271,7 @@ def _flux_dataset() -> EncodedDataset:
             "guidance": torch.full((1,), 3.5),
         }
         latents = models.seeded("latents", (shape.latent_channels, 16, 16 + 8 * (index % 2)), seed=index)
-        samples.append(Sample(latents, Conditioning(tensors), str(index)))
+        samples.append(Sample(latents, ls.Conditioning(tensors), str(index)))
     return EncodedDataset(tuple(samples))
 
 
