@@ -46,7 +46,10 @@ def test_a_message_cut_short_is_no_message() -> None:
         assert BlockingChannel(io.BytesIO(whole[:length]), io.BytesIO()).receive() is None
 
 
-@pytest.mark.parametrize("content", [b"\xff" * 20, b"\0\0\0\2\0\0\0\0{]", b"\0\0\0\2\0\0\0\0[]", b"Traceback (most)"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff" * 20, b"\0\0\0\2\0\0\0\0{]", b"\0\0\0\2\0\0\0\0[]", b"\0\0\0\2\xff\xff\xff\xff{}", b"Traceback (most)"],
+)
 def test_what_is_no_message_is_named(content: bytes) -> None:
     with pytest.raises(BrokenChannelError, match="a message must"):
         BlockingChannel(io.BytesIO(content), io.BytesIO()).receive()

@@ -311,7 +311,14 @@ def test_a_database_of_a_stranger_is_read_in_bounded_time(path: Path, script: st
 
 @pytest.mark.parametrize(
     "column",
-    ["request = '['", "request = '[1]'", "varied = '[' || hex(zeroblob(100000))", "error = '\"x\"'", "id = x'00'"],
+    [
+        "request = '['",
+        "request = '[1]'",
+        "varied = '[' || hex(zeroblob(100000))",
+        "error = '\"x\"'",
+        "id = x'00'",
+        "state = 'asleep'",
+    ],
 )
 def test_damaged_jobs_of_a_stranger_are_refused(path: Path, store: JobStore, column: str) -> None:
     store.add("train", {})
