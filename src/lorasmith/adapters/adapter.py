@@ -81,8 +81,12 @@ class Adapter(nn.Module, ABC):
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """The layer's weight with the adapter folded in, in the weight's dtype (computed in fp32)."""
 
-    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor | None:
+    def delta(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor | None:
         """h, added to the layer's product for x (..., in); None for zero."""
+        return self.beside(x, layer, strength)
+
+    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor | None:
+        """The former name of `delta`, which adapters of other packages may have, for one release."""
         return None
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
@@ -90,7 +94,7 @@ class Adapter(nn.Module, ABC):
 
         Adapters whose f or g is not the identity override this.
         """
-        y, added = inner(x), self.beside(x, layer, strength)
+        y, added = inner(x), self.delta(x, layer, strength)
         return y if added is None else y + added
 
 

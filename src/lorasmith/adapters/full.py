@@ -43,7 +43,7 @@ class FullAdapter(Adapter):
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         return torch.add(wide(weight), wide(self.diff).to(weight.device), alpha=strength).to(weight.dtype)
 
-    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+    def delta(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
         return change_alone(layer, x, partial(scaled, strength), self.diff)
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:

@@ -78,7 +78,7 @@ class GloraAdapter(Adapter):
             change = change + torch.einsum("om,mn...,ni->oi...", b1, wide(self.bm).to(weight.device), b2)
         return torch.add(full, change, alpha=strength * self.alpha / self.rank).to(weight.dtype)
 
-    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+    def delta(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
         up = self.b1 * (strength * self.alpha / self.rank)
         if not layer.is_conv:
             return F.linear(F.linear(x, self.b2), up)
@@ -98,7 +98,7 @@ class GloraAdapter(Adapter):
             change = layer.pointwise(change, _for_each_group(up, groups), groups=groups)
         else:
             change = F.linear(F.linear(x, self.a2), up)
-        return inner(x + change) + self.beside(x, layer, strength)
+        return inner(x + change) + self.delta(x, layer, strength)
 
 
 def _shapes(layer: FrozenLayer, rank: int, *, cored: bool = False) -> dict[str, tuple[int, ...]]:

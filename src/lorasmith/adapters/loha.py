@@ -80,7 +80,7 @@ class LohaAdapter(Adapter):
         change = self._build(weight.shape, strength)(*map(wide, self.parameters()))
         return (wide(weight) + change.to(weight.device)).to(weight.dtype)
 
-    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+    def delta(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
         return change_alone(layer, x, self._build(layer.shape, strength), *self.parameters())
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:

@@ -84,7 +84,7 @@ class LokrAdapter(Adapter):
         w1, w2 = (wide(factor).to(weight.device) for factor in _factors(self._tensors(), weight.shape))
         return torch.add(wide(weight), _kronecker(weight.shape, w1, w2), alpha=strength * self.scale).to(weight.dtype)
 
-    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+    def delta(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
         return self._product(layer, False, None, x, strength)
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:

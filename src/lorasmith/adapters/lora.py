@@ -79,7 +79,7 @@ class LowRank(Adapter):
         factor = strength * self.scale
         return torch.add(weight.float(), delta.to(weight.device), alpha=factor).to(weight.dtype)
 
-    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+    def delta(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
         down, up, mid = self.factors()
         factor = strength * self.scale
         if not layer.is_conv:

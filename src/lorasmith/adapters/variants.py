@@ -122,7 +122,7 @@ class OutputDora(DoraAdapter):
             return y + y * excess
         y = inner(x)
         y = y + y * (strength * excess)
-        added = self.inner.beside(x, layer, strength)
+        added = self.inner.delta(x, layer, strength)
         return y if added is None else y + added + added * excess
 
 
@@ -138,7 +138,7 @@ class InputDora(DoraAdapter):
         if strength == 1:
             return self.inner.attached(inner, layer, adapted, 1.0)
         y = inner(x + x * (strength * excess))
-        added = self.inner.beside(adapted, layer, strength)
+        added = self.inner.delta(adapted, layer, strength)
         return y if added is None else y + added
 
 
