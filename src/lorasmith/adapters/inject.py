@@ -345,8 +345,8 @@ def forward_replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
     torch.compile distinguishes methods by their function, and other objects one by one.
     """
     own = module.__dict__.get("forward")
-    below = _stacked(own)
-    shared = None if below is None or below.shared is None else below.shared[0]
+    stacked = _stacked(own)
+    shared = None if stacked is None or stacked.shared is None else stacked.shared[0]
     was_complete = shared is not None and shared.is_complete
     try:
         if shared is not None:
@@ -377,8 +377,8 @@ class _OnLayer:
     def above(self, forward: object) -> _OnLayer:
         """This on top of what an enclosing call has attached, if `forward` is that call's."""
         stacked = _stacked(forward)
-        below = _OnLayer() if stacked is None else stacked.on_layer
-        return _OnLayer([*below.adapters, *self.adapters], [*below.biases, *self.biases])
+        inner = _OnLayer() if stacked is None else stacked.on_layer
+        return _OnLayer([*inner.adapters, *self.adapters], [*inner.biases, *self.biases])
 
 
 class _Stacked:
@@ -453,25 +453,25 @@ def _share_inputs(model: nn.Module, stacked: Mapping[str, _Stacked]) -> None:
 class _LayerAbove(FrozenLayer):
     """A layer for an adapter above others: its weight includes their changes."""
 
-    def __init__(self, layer: FrozenLayer, below: Sequence[tuple[Adapter, float | Dial]]) -> None:
-        self._below: Sequence[tuple[Adapter, float | Dial]] = ()
+    def __init__(self, layer: FrozenLayer, inner_adapters: Sequence[tuple[Adapter, float | Dial]]) -> None:
+        self._inner_adapters: Sequence[tuple[Adapter, float | Dial]] = ()
         super().__init__(layer.module)
-        self._below = below
+        self._inner_adapters = inner_adapters
 
     @contextlib.contextmanager
     def weight_acquired(self) -> Iterator[Tensor]:
         with super().weight_acquired() as weight:
-            for adapter, strength in self._below:
+            for adapter, strength in self._inner_adapters:
                 weight = adapter.merged(weight, strength_now(strength))
             yield weight
 
     @property
     def _plain(self) -> Tensor | None:
-        return None if self._below else super()._plain
+        return None if self._inner_adapters else super()._plain
 
     @property
     def _products(self) -> Products | None:
-        return None if self._below else super()._products  # those multiply with the frozen weight alone
+        return None if self._inner_adapters else super()._products  # those multiply with the frozen weight alone
 
 
 def _wrapped(

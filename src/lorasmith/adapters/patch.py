@@ -40,7 +40,7 @@ class Patch:
     def __post_init__(self) -> None:
         STRENGTH.check(self.strength)
 
-    def below(self, path: str) -> Patch:
+    def prefixed(self, path: str) -> Patch:
         """The patch for a module that has the patched one at `path`."""
         return replace(
             self,
@@ -124,15 +124,15 @@ def _folded(model: nn.Module, patches: Sequence[Patch]) -> dict[tuple[str, str],
     """What is folded into each parameter, by module path and name, in order."""
     found: dict[tuple[str, str], list[Callable[[Tensor], Tensor]]] = {}
     for patch in patches:
-        beside = _beside(model, patch)
-        adapters = {path: one for path, one in patch.adapters.items() if not patch.bypass and path not in beside}
+        unmerged = _unmerged(model, patch)
+        adapters = {path: one for path, one in patch.adapters.items() if not patch.bypass and path not in unmerged}
         for path, adapter in load_adapters(model, adapters).items():
             found.setdefault((path, "weight"), []).append(
                 functools.partial(_with_adapter, adapter=adapter, strength=patch.strength)
             )
         for path, changes in patch.differences.items():
             for name, difference in changes.items():
-                if name == "weight" and path in beside:
+                if name == "weight" and path in unmerged:
                     continue
                 parameter = _parameter(model, path, name)
                 if difference.shape != parameter.shape:
@@ -171,14 +171,14 @@ def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
     """
     found = []
     for patch in patches:
-        beside = _beside(model, patch)
+        unmerged = _unmerged(model, patch)
         differences = {
             path: AdapterWeights("full", {"diff": changes["weight"]})
             for path, changes in patch.differences.items()
-            if path in beside and "weight" in changes
+            if path in unmerged and "weight" in changes
         }
         for weights in (
-            {path: one for path, one in patch.adapters.items() if patch.bypass or path in beside},
+            {path: one for path, one in patch.adapters.items() if patch.bypass or path in unmerged},
             differences,
         ):
             if weights:
@@ -225,7 +225,7 @@ def patch_tensors(patches: Sequence[Patch]) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{place} {path} {name}", tensor) for name, tensor in changes.items())
 
 
-def _beside(model: nn.Module, patch: Patch) -> set[str]:
+def _unmerged(model: nn.Module, patch: Patch) -> set[str]:
     """Paths of layers whose weight nothing is folded into: cast for each product, or quantized if `bypass`."""
     modules = dict(model.named_modules())
     sources = {path: weight_source(modules[path]) for path in (*patch.adapters, *patch.differences) if path in modules}

@@ -168,7 +168,7 @@ def plan_job(
     config.check_for(model.diffusion)
     plan = resolve_targets(model, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), model, config)
-    model = existing.below(model)
+    model = existing.patched(model)
     beneath = ""
     if config.training_adapter is not None:
         model, beneath = _with_adapter(model, Path(config.training_adapter), strict=config.strict)
@@ -432,7 +432,7 @@ class _Existing:
             carried=replace(self.carried, adapters={ref: one for ref, one in own.items() if ref not in places}),
         )
 
-    def below(self, model: Trainable) -> Trainable:
+    def patched(self, model: Trainable) -> Trainable:
         carried = {
             ref.path: difference for ref, difference in self.carried.differences.items() if ref.component == DENOISER
         }

@@ -323,8 +323,8 @@ class Lora:
         Raises:
             LoraError, OptionError: as `applied`.
         """
-        below = denoiser.denoiser if isinstance(denoiser, Model) else denoiser
-        applied: Applied[Any, None] = self.applied(below, None, strength=strength, bypass=bypass, strict=strict)
+        bare = denoiser.denoiser if isinstance(denoiser, Model) else denoiser
+        applied: Applied[Any, None] = self.applied(bare, None, strength=strength, bypass=bypass, strict=strict)
         if applied.note:
             warnings.warn(applied.note, stacklevel=3)
         found: Denoiser | Trainable = applied.denoiser

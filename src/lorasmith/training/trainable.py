@@ -350,7 +350,7 @@ class TrainableDenoiser(Trainable):
         other, present = copy.copy(self), encoders.modules
         other.encoders = nn.ModuleDict({name: one for name, one in present.items() if name in components})
         patched = ((name, patch) for name, patch in self.text_encoder.patches if name in components)
-        other.text_patches = tuple(patch.below(name) for name, patch in patched)
+        other.text_patches = tuple(patch.prefixed(name) for name, patch in patched)
         other.needs_captions = len(other.encoders) < len(present)
         return other
 
