@@ -87,7 +87,7 @@ def test_folders_of_runs_are_passed_over(tmp_path: Path) -> None:
 
 def test_the_folder_of_masks_is_passed_over(tmp_path: Path) -> None:
     touch(tmp_path, "1.png", "masks/1.png")
-    folders, skipped = listed(tmp_path, recursive=True, apart=[str(tmp_path / "masks")])
+    folders, skipped = listed(tmp_path, recursive=True, excluding=[str(tmp_path / "masks")])
     assert [one.inside for one in folders] == [""] and skipped == []
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.evaluation.photo_groups import APART, SAME, nearly_same, odd_ones_out
+from lorasmith.evaluation.photo_groups import CUT_DISTANCE, SAME, nearly_same, odd_ones_out
 
 
 def around(direction: int, number: int, spread: float, seed: int = 0) -> Tensor:
@@ -45,7 +45,7 @@ def test_average_linkage_agrees_with_its_definition() -> None:
     while len(groups) > 1:
         pairs = [(mean(one, other), one, other) for n, one in enumerate(groups) for other in groups[:n]]
         best, one, other = max(pairs)
-        if best < APART:
+        if best < CUT_DISTANCE:
             break
         groups = [group for group in groups if group not in (one, other)] + [one + other]
     from lorasmith.evaluation.photo_groups import _groups

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.report.pictures import PictureTable
-from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
+from lorasmith.report.sweep_page import UnrankedRun, RankedRun, SweepReport, sweep_report
 
 
 def ranked(index: int, **changes: object) -> RankedRun:
@@ -52,7 +52,7 @@ def test_the_page_is_self_contained_and_escapes() -> None:
     text = page(
         title="<script>alert(1)</script>",
         ranked=[ranked(1, name="$x$<b>", link=None)],
-        apart=[ApartRun("a", "failed", 3, "<img src=x onerror=alert(1)>")],
+        unranked=[UnrankedRun("a", "failed", 3, "<img src=x onerror=alert(1)>")],
     )
     assert "<script" not in text and "<img" not in text and "<b>" not in text
     assert "default-src 'none'" in text
@@ -73,7 +73,12 @@ def test_curves_are_relative_to_the_base_model_with_a_name_for_the_first_eight()
 
 def test_runs_that_are_not_ranked_are_apart() -> None:
     text = page(
-        ranked=[], apart=[ApartRun("x", "failed", 3, "no memory"), ApartRun("y", "complete"), ApartRun("z", "waiting")]
+        ranked=[],
+        unranked=[
+            UnrankedRun("x", "failed", 3, "no memory"),
+            UnrankedRun("y", "complete"),
+            UnrankedRun("z", "waiting"),
+        ],
     )
     assert "Ranking" not in text and "Failed and unfinished" in text
     assert 'class="bad">failed' in text and "no memory" in text and "no held-out loss was measured" in text

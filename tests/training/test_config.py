@@ -28,7 +28,7 @@ OTHER_CONCEPTS = {
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "runs.preview_budget.PreviewProgram": "steps after which previews are drawn",
     "runs.sweep_results.SweepEntry": "steps that a run has made so far",
-    "report.sweep_page.ApartRun": "steps that a run has made so far",
+    "report.sweep_page.UnrankedRun": "steps that a run has made so far",
     "server.jobs.job_shapes.SweepRunRow": "steps that a run has made so far",
     "runs.drawing.load_with_loras": "LoRAs of pictures",
     "runs.drawing.with_loras": "LoRAs of pictures",

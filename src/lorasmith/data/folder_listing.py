@@ -108,7 +108,7 @@ def list_folders(
     *,
     recursive: bool = False,
     masks: bool = False,
-    apart: Collection[str] = (),
+    excluding: Collection[str] = (),
     skipped: Skipped | None = None,
     follow_links: bool = False,
     clips: bool = False,
@@ -126,7 +126,7 @@ def list_folders(
     def skip(folder: Path, reason: str, kind: ReasonKind = "folder") -> None:
         skipped.append((folder, Reason(reason, kind)))
 
-    omitted = set(map(_identity, apart))
+    omitted = set(map(_identity, excluding))
     seen = {_identity(root)} | omitted
     source = _resolved(root)
     ahead = [ListedFolder(root, "", source, follow_links)]

@@ -100,7 +100,7 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Apart:
+class _SetAside:
     """A file that is copied, but not trained on."""
 
     path: Path
@@ -146,7 +146,7 @@ def _filled(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[MendedFile]:
     folder, names = check.folder, _Names()
-    apart = dict(_repeated(check, only))
+    set_aside = dict(_repeated(check, only))
     # Warnings are suspended around all threads, as each file that is opened suspends them too.
     with (
         warnings.catch_warnings(action="ignore"),
@@ -155,7 +155,7 @@ def _filled(
         refused = check.refused if "formats" in only else ()
         again = list(pool.map(lambda one: checked_again(one, config), refused))
         # Refused files come last, so that they take no other image's name.
-        images = [one.file for index, one in enumerate(check.images) if index not in apart]
+        images = [one.file for index, one in enumerate(check.images) if index not in set_aside]
         images += [one for one in again if isinstance(one, ImageFile)]
         named = [(image, name_in(folder, image.path)) for image in images]
         jobs = [_Job(one, name, *names.place(name)) for one, name in named]
@@ -167,23 +167,23 @@ def _filled(
             if progress:
                 progress(done, len(jobs))
     duplicates, unused = SET_APART
-    yield from _keep(draft / duplicates, [apart[index] for index in sorted(apart)], folder, "set apart")
+    yield from _keep(draft / duplicates, [set_aside[index] for index in sorted(set_aside)], folder, "set apart")
     used, masks = {image.path for image in images}, {one.path: one.mask for one in check.refused}
     # A picture in an unreadable format may also be refused for its caption or its mask.
     found = {one.path: why for one, why in zip(refused, again, strict=True) if isinstance(why, Reason)}
     deeper = {path: why for path, why in found.items() if why.kind != "unreadable"}
     skipped = [
-        _Apart(path, deeper.get(path, reason), masks.get(path)) for path, reason in check.skipped if path not in used
+        _SetAside(path, deeper.get(path, reason), masks.get(path)) for path, reason in check.skipped if path not in used
     ]
     left = [one for one in skipped if is_folder(one.path) or _leads_out(one.path, folder)]
     yield from _keep(draft / unused, [one for one in skipped if one not in left], folder, "unused")
     for one in left:
         yield MendedFile(name_in(folder, one.path), None, ("left out",), one.reason)
-    for path in _others(images, captioned, [*apart.values(), *skipped]):
+    for path in _others(images, captioned, [*set_aside.values(), *skipped]):
         yield MendedFile(name_in(folder, path), None, ("left out",), "belongs to no picture here, or is not used")
 
 
-def _repeated(check: Preflight, only: Collection[Fix]) -> Iterator[tuple[int, _Apart]]:
+def _repeated(check: Preflight, only: Collection[Fix]) -> Iterator[tuple[int, _SetAside]]:
     """Pictures that are set apart, by their index."""
     for group in check.alike:
         copies = dict(group.copies)
@@ -192,7 +192,7 @@ def _repeated(check: Preflight, only: Collection[Fix]) -> Iterator[tuple[int, _A
             if ("copies" in only and index in copies) or ("look-alikes" in only and not is_copy_of_best):
                 shown = check.images[group.best if "look-alikes" in only else copies[index]].name
                 file = check.images[index].file
-                yield index, _Apart(file.path, f"shows what {shown} shows", file.mask)
+                yield index, _SetAside(file.path, f"shows what {shown} shows", file.mask)
 
 
 def _leads_out(path: Path, original: Path) -> bool:
@@ -277,7 +277,7 @@ def _write_caption(image: ImageFile, stem: Path) -> bool:
     return bool(text)
 
 
-def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change) -> Iterator[MendedFile]:
+def _keep(folder: Path, files: Sequence[_SetAside], original: Path, change: Change) -> Iterator[MendedFile]:
     """Copy files unchanged with captions and masks, and write the reasons."""
     names, lines = _Names(), []
     for file in files:
@@ -300,11 +300,13 @@ def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change)
         _write_lines(ensure_folder(folder) / REASONS, lines)
 
 
-def _others(images: Sequence[ImageFile], captioned: Sequence[ImageFile], apart: Sequence[_Apart]) -> Iterator[Path]:
+def _others(
+    images: Sequence[ImageFile], captioned: Sequence[ImageFile], set_aside: Sequence[_SetAside]
+) -> Iterator[Path]:
     """Files beside the images that are not in the copy: without a picture, or unused."""
     paths = {path for image in images for path in (image.path, image.mask)}
-    paths |= {path for one in apart for path in (one.path, one.mask)}
-    for one in apart:
+    paths |= {path for one in set_aside for path in (one.path, one.mask)}
+    for one in set_aside:
         paths.update(one.path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
     from_files = {one.path.with_suffix("") for one in captioned if one.caption_source == "file" or not one.captions}
     from_metadata = any(one.caption_source == "metadata" for one in captioned)

@@ -168,9 +168,9 @@ def epoch_of(images: Sequence[ImageFile], batch: int, validation_share: float | 
     subjects = [image for image in images if not image.is_class]
     names = list(dict.fromkeys(image.name for image in subjects))
     chosen = held_out_names(names, validation_share)
-    apart = sum(image.repeats for image in subjects if image.name in chosen)
+    held_out = sum(image.repeats for image in subjects if image.name in chosen)
     total = sum(image.repeats for image in subjects)
-    return Epoch(total - apart, tuple(name for name in names if name in chosen), apart, batch)
+    return Epoch(total - held_out, tuple(name for name in names if name in chosen), held_out, batch)
 
 
 def name_in(folder: Path, path: Path) -> str:

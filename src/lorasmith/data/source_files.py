@@ -79,7 +79,10 @@ def candidates(
         root,
         recursive=config.recursive or only is not None,
         masks=config.masks == "files",
-        apart=[*([config.mask_folder] if config.masks == "files" and config.mask_folder else []), *controls.folders],
+        excluding=[
+            *([config.mask_folder] if config.masks == "files" and config.mask_folder else []),
+            *controls.folders,
+        ],
         skipped=skipped,
         follow_links=config.follow_links,
         clips=clips,

@@ -1,6 +1,6 @@
 """Photos grouped by their features: which of them show something else than most, and which are nearly the same.
 
-Groups are those of average linkage, cut at `APART`. The numbers were found on DreamBooth's photos (docs/lab-log.md):
+Groups are those of average linkage, cut at `CUT_DISTANCE`. The numbers were found on DreamBooth's photos (docs/lab-log.md):
 features say what a picture shows, so several views of one thing are one group, and another thing is one of its own.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-APART = 0.35
+CUT_DISTANCE = 0.35
 """Mean cosine of the features of two groups below which they stay apart."""
 
 MARGIN = 0.2
@@ -55,7 +55,7 @@ def _groups(alike: np.ndarray) -> list[list[int]]:
     np.fill_diagonal(means, -np.inf)
     while len(groups) > 1:
         first, second = sorted(map(int, np.unravel_index(means.argmax(), means.shape)))
-        if means[first, second] < APART:
+        if means[first, second] < CUT_DISTANCE:
             break
         sizes = len(groups[first]), len(groups[second])
         # The mean over pairs of members, by Lance and Williams.

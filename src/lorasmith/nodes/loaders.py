@@ -300,11 +300,11 @@ def check_part_files(
     if base is None:
         return
 
-    def apart(link: Link, carried: str, wanted: str) -> set[_Loaded]:
+    def loaded_by(link: Link, carried: str, wanted: str) -> set[_Loaded]:
         found = (_loaded(graph, maker, wanted, folders) for maker in _makers(graph, link, carried, wanted))
         return {one for one in found if one is not None and one != base}  # a checkpoint's own parts fit it
 
-    encoders, autoencoders = apart(conditioning, "CONDITIONING", "CLIP"), apart(latents, "LATENT", "VAE")
+    encoders, autoencoders = loaded_by(conditioning, "CONDITIONING", "CLIP"), loaded_by(latents, "LATENT", "VAE")
     if not (encoders or autoencoders or loras):
         return
     structure = load_structure(base.paths[0])

@@ -33,7 +33,7 @@ class RankedRun:
 
 
 @dataclass(frozen=True)
-class ApartRun:
+class UnrankedRun:
     """A run that is not ranked: its state in a word, its number of steps, and the error of a failed one."""
 
     name: str
@@ -52,7 +52,7 @@ class SweepReport:
     comparable: bool = True  # all runs have the same held-out images
     varied: Sequence[str] = ()  # names of the settings that differ
     ranked: Sequence[RankedRun] = ()  # complete runs, the best first
-    apart: Sequence[ApartRun] = ()  # all others
+    unranked: Sequence[UnrankedRun] = ()  # all others
     pictures: PictureTable | None = None  # of the runs, side by side
     # pictures by name of the run, if the runs show different things
     sheets: Sequence[tuple[str, PictureTable]] = field(default=())
@@ -72,7 +72,7 @@ def sweep_report(report: SweepReport) -> str:
         section("Ranking", *_ranking(report)),
         section("Held-out loss", *_curves(report.ranked)),
         section("Pictures", *_pictures(report)),
-        section("Failed and unfinished", _apart(report.apart)),
+        section("Failed and unfinished", _unranked(report.unranked)),
     )
 
 
@@ -116,11 +116,11 @@ def _curves(ranked: Sequence[RankedRun]) -> list[Html]:
 
 
 def _pictures(report: SweepReport) -> list[Html]:
-    apart = [tag("div", tag("h3", name), picture_table(sheet)) for name, sheet in report.sheets]
-    return [*([] if report.pictures is None else [picture_table(report.pictures)]), *apart]
+    columns = [tag("div", tag("h3", name), picture_table(sheet)) for name, sheet in report.sheets]
+    return [*([] if report.pictures is None else [picture_table(report.pictures)]), *columns]
 
 
-def _apart(runs: Sequence[ApartRun]) -> Html | None:
+def _unranked(runs: Sequence[UnrankedRun]) -> Html | None:
     if not runs:
         return None
     rows = []

@@ -72,9 +72,9 @@ class ChildProcess:
     async def start(self, first: Mapping[str, Any]) -> None:
         """Start the process and send its first message. Raises OSError."""
         # Its own session: Ctrl-C in the terminal reaches only the parent, which then asks its children to exit.
-        apart: dict[str, Any] = {"start_new_session": True}
+        detached: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
-            apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+            detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=subprocess.PIPE,
@@ -83,7 +83,7 @@ class ChildProcess:
             cwd=self._cwd,
             env={**_inherited(), "PYTHONUNBUFFERED": "1", **self._environment},
             limit=_LONGEST_LINE,
-            **apart,
+            **detached,
         )
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._channel = AsyncChannel(self._process.stdout, self._process.stdin)

@@ -21,7 +21,7 @@ from lorasmith.core.files import write_atomic
 from lorasmith.core.typed_json import Scalar
 from lorasmith.report.pictures import PictureTable
 from lorasmith.report.run_report import change, number
-from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
+from lorasmith.report.sweep_page import UnrankedRun, RankedRun, SweepReport, sweep_report
 from lorasmith.runs.run_log import LoggedRun, followed, read_run
 from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
@@ -197,7 +197,7 @@ def _report(record: SweepRecord, output: Path) -> SweepReport:
         comparable=record.comparable,
         varied=varied,
         ranked=[_ranked(one, varied, output) for one in ranked],
-        apart=[ApartRun(run.name, run.state, run.steps, run.error) for run in record.runs if run.place is None],
+        unranked=[UnrankedRun(run.name, run.state, run.steps, run.error) for run in record.runs if run.place is None],
         pictures=table,
         sheets=sheets,
     )

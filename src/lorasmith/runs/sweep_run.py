@@ -32,7 +32,7 @@ from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.supervisor import WORKER_COMMAND, Supervisor, WorkerConfig
 from lorasmith.runs.sweep_file import Sweep
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.joint import APART
+from lorasmith.training.joint import TRAINS_ALONE
 
 LOGS = "logs"  # folder of a sweep for what its runs print; a run has another name, as a hyphen is in each
 QUEUE = "queue.sqlite3"
@@ -104,7 +104,7 @@ def grouped(runs: Mapping[str, RunSpec], most: int) -> list[tuple[str, ...]]:
     groups: list[tuple[str, ...]] = []
     filling: dict[object, int] = {}
     for name, spec in runs.items():
-        apart = any(getattr(spec.config, one) for one in APART)
+        alone = any(getattr(spec.config, one) for one in TRAINS_ALONE)
         key = None if apart else (spec.files, *(getattr(spec.config, one) for one in _OF_THE_MODEL))
         place = filling.get(key)
         if key is None or place is None or len(groups[place]) == most:

@@ -23,7 +23,7 @@ from lorasmith.runs.queue import JobKind
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs.job_rows import job_answer
 from lorasmith.server.jobs.job_shapes import JobAnswer
-from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body, while_connected
+from lorasmith.server.request_handling import ServerContext, number_in, parsed_in_thread, read_body, while_connected
 
 PREFIX = "/lorasmith/v1"
 
@@ -154,7 +154,7 @@ async def _body(request: web.Request, kind: Any) -> Any:
     """The JSON body as a `kind`; unknown names raise OptionError."""
     content = await read_body(request)
     try:
-        return await apart(len(content), _typed_body, content, kind)
+        return await parsed_in_thread(len(content), _typed_body, content, kind)
     except ValueError as error:
         text = str(error)
         clause = text if text.startswith(("is ", "has ", "holds ")) else f"is wrong: {text}"

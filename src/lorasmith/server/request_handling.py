@@ -168,7 +168,7 @@ async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> b
     return bytes(content)
 
 
-async def apart(size: int, function: Callable[..., T], *arguments: Any) -> T:
+async def parsed_in_thread(size: int, function: Callable[..., T], *arguments: Any) -> T:
     """`function(*arguments)`, in a thread unless the input has a small `size` in bytes."""
     return function(*arguments) if size <= _SMALL_BYTES else await asyncio.to_thread(function, *arguments)
 
@@ -328,7 +328,7 @@ async def read_json(request: web.Request, *, empty: Any = ...) -> Any:
     if not body.strip() and empty is not ...:
         return empty
     try:
-        return await apart(len(body), parse_foreign_json, body)
+        return await parsed_in_thread(len(body), parse_foreign_json, body)
     except ValueError as error:
         raise OptionError(f"the body must be JSON, but it {error}") from error
 

@@ -327,7 +327,7 @@ def captions_ready(
     texts = drawn_captions(data.samples, draws, seed=seed, most=captions.most)
     if texts is not None and others is not None:
         plain = [_caption(sample) for sample in data.samples if sample.variants is None]
-        texts += [text for caption in (*plain, *texts) for text in others.beside(caption)]
+        texts += [text for caption in (*plain, *texts) for text in others.further_captions(caption)]
         texts = list(dict.fromkeys(texts))
         texts = texts if len(texts) <= captions.most else None
     if texts is not None:

@@ -47,7 +47,7 @@ from lorasmith.training.recovery import StepRepeated
 T = TypeVar("T")
 EngineMaker = Callable[[TrainJob], Engine]
 
-APART = tuple(name for name, declared in options_of(TrainConfig).items() if declared.trains_alone)
+TRAINS_ALONE = tuple(name for name, declared in options_of(TrainConfig).items() if declared.trains_alone)
 """Settings of runs that train alone."""
 
 SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items() if declared.of_model)
@@ -69,7 +69,7 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             f"runs that train together share the model's text encoders, got {found.model.text_setting}; leave it out, "
             "or train apart"
         )
-    for name in APART:
+    for name in TRAINS_ALONE:
         if any(getattr(job.config, name) for job in jobs):
             raise OptionError(
                 f"runs that train together use none of {', '.join(APART)}, got {name} on; leave it out, or train apart"

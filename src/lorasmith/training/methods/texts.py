@@ -44,15 +44,15 @@ class OtherTexts:
             )
         return cls(data, rules)
 
-    def beside(self, caption: Caption) -> list[Caption]:
-        """The further texts of a caption, beside which the text encoder sees the same pictures."""
+    def further_captions(self, caption: Caption) -> list[Caption]:
+        """The further texts of a caption, encoded with the same pictures."""
         text, pictures = parts_of(caption)
         return [SeenCaption.of(rule(text, self.data.trigger), pictures) for rule in self.rules.values()]
 
     def conditionings(self, sample: Sample) -> dict[str, Conditioning]:
         """The conditionings of a drawn sample's further texts, by name; what is not of the text is the sample's."""
         assert self.data.captions is not None
-        texts = self.beside(SeenCaption.of(sample.conditioning.text or "", sample.seen))
+        texts = self.further_captions(SeenCaption.of(sample.conditioning.text or "", sample.seen))
         return {
             name: sample.conditioning.with_text(self.data.captions[text])
             for name, text in zip(self.rules, texts, strict=True)
