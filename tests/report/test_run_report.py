@@ -29,7 +29,7 @@ VOID = {"br", "col", "hr", "img", "meta"}
 @dataclass(frozen=True)
 class Looks:
     name: str
-    looks: int
+    draws: int
     first: float
     last: float
     relative: float

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.report.pictures import PictureTable
-from lorasmith.report.sweep_page import UnrankedRun, RankedRun, SweepReport, sweep_report
+from lorasmith.report.sweep_page import RankedRun, SweepReport, UnrankedRun, sweep_report
 
 
 def ranked(index: int, **changes: object) -> RankedRun:

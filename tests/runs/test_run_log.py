@@ -138,7 +138,7 @@ def test_the_sums_of_a_log_that_was_continued_are_those_of_all_of_it(tmp_path: P
             read = run
     whole = read_run(folder)
     assert read.view.to_json() == whole.view.to_json() and read.view.faults == [6]
-    assert str(losses_by_image(read)) == str(losses_by_image(whole)) and losses_by_image(whole)[1][0].looks == 9 * 4
+    assert str(losses_by_image(read)) == str(losses_by_image(whole)) and losses_by_image(whole)[1][0].draws == 9 * 4
     assert read.log.starts == whole.log.starts == events[:1]
 
 

@@ -221,7 +221,7 @@ def test_no_command_of_a_stranger_is_offered_for_copying(tmp_path: Path, source:
 
 def test_draws_of_images_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     odd = StepDone(step=1, loss=0.3, grad_norm=0.1, draws=((0, 0.5, 0.3), (7, 0.5, 0.3), (0, 1.5, 0.3)), at=BEGIN)
-    assert [image.looks for image in report(tmp_path, started(1), odd).images] == [1]
+    assert [image.draws for image in report(tmp_path, started(1), odd).images] == [1]
     assert report(tmp_path, started(1), StepDone(step=1, loss=0.3, grad_norm=0.1, at=BEGIN)).images == []
 
 

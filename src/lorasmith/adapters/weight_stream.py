@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.byte_layout import ByteLayout, Place
+from lorasmith.core.byte_layout import ByteLayout, ByteRange
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.pinned_memory import DeviceCopies, PinnedBuffer
 from lorasmith.core.placement import side_stream
@@ -212,7 +212,7 @@ class Block:
         for weight, here in zip(self.weights, weights, strict=True):
             weight.here = here
 
-    def _placed(self, weights: Sequence[Packed]) -> list[tuple[Tensor, Place]]:
+    def _placed(self, weights: Sequence[Packed]) -> list[tuple[Tensor, ByteRange]]:
         return [
             pair
             for one, places in zip(weights, self._places, strict=True)

@@ -11,7 +11,7 @@ _ALIGNMENT = 64  # bytes, as kernels require
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class ByteRange:
     """Where a tensor is in a buffer, from byte `start` to `stop`."""
 
     start: int
@@ -32,10 +32,10 @@ class ByteLayout:
     def __init__(self) -> None:
         self.size_bytes = 0
 
-    def add(self, tensor: Tensor) -> Place:
+    def add(self, tensor: Tensor) -> ByteRange:
         order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
         back = tuple(order.index(dimension) for dimension in range(tensor.ndim))
         start = self.size_bytes
         self.size_bytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         laid = tuple(tensor.shape[dimension] for dimension in order)
-        return Place(start, start + tensor.nbytes, tensor.dtype, laid, back)
+        return ByteRange(start, start + tensor.nbytes, tensor.dtype, laid, back)

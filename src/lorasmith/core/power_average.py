@@ -24,7 +24,7 @@ LENGTHS = (0.05, 0.10)
 """σ_rel of the averages that are kept."""
 
 AVERAGES = "averages"
-"""Folder in that of a run with the saved ones."""
+"""Subfolder of a run with its saved averages."""
 
 LONGEST = 1 / math.sqrt(12)
 """σ_rel of the mean over all steps, γ = 0."""

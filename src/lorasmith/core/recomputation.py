@@ -2,8 +2,8 @@
 
 As torch's own without re-entry (`torch.utils.checkpoint`) and with the same numbers, but less is done again:
 
-- Functions keep small results of the first run (`Call.kept`), and leave out large ones that no saved tensor depends on
-  (`Call.is_unused`), such as the last product of a block.
+- Functions keep small results of the first run (`RecomputedCall.kept`), and leave out large ones that no saved tensor depends on
+  (`RecomputedCall.is_unused`), such as the last product of a block.
 - The last blocks of a pass run once: one, as its backward pass follows at once, or more (`Recomputing`).
 """
 
@@ -60,7 +60,7 @@ class Recomputing:
         return _Block(forward, args, kwargs, self._unused.setdefault(forward, {})).first_run(args, kwargs)
 
 
-class Call:
+class RecomputedCall:
     """A call of a function within a block, the same in both runs.
 
     Attributes:
@@ -99,7 +99,7 @@ def constant_kept(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return result
 
 
-def current_call() -> Call | None:
+def current_call() -> RecomputedCall | None:
     """The call of a function, to be asked for once in it; None outside of blocks and in compiled code."""
     block = None if torch.compiler.is_compiling() else _running.block
     return None if block is None else block.next_call()
@@ -128,8 +128,8 @@ class _Block:
         self._inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
         self._budget = KEPT_SHARE * sum(tensor.nbytes for tensor in tensors)
         self._count = 0  # of tensors saved in the first run
-        self._calls: list[Call] = []
-        self._again: Iterator[Call] | None = None  # the calls of the second run
+        self._calls: list[RecomputedCall] = []
+        self._again: Iterator[RecomputedCall] | None = None  # the calls of the second run
         self._saved: list[Tensor | Kept | None] = []  # in the second run, until they are used
         self._values = active_values()
 
@@ -143,10 +143,10 @@ class _Block:
             call.node, call.is_unused = None, number in self._unused[shape]
         return result
 
-    def next_call(self) -> Call:
+    def next_call(self) -> RecomputedCall:
         if self._again is not None:
             return next(self._again)
-        self._calls.append(Call(self))
+        self._calls.append(RecomputedCall(self))
         return self._calls[-1]
 
     def affordable(self, results: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -1,6 +1,6 @@
 """Photos grouped by their features: which of them show something else than most, and which are nearly the same.
 
-Groups are those of average linkage, cut at `CUT_DISTANCE`. The numbers were found on DreamBooth's photos (docs/lab-log.md):
+Groups are those of average linkage, cut at `CUT_DISTANCE`, found on DreamBooth's photos (docs/lab-log.md):
 features say what a picture shows, so several views of one thing are one group, and another thing is one of its own.
 """
 

@@ -57,11 +57,11 @@ def encode_tiled(
     size = (pixels.shape[-2] // downscale, pixels.shape[-1] // downscale)
     side = tile * downscale
 
-    def made(top: int, left: int) -> Tensor:
+    def tile_at(top: int, left: int) -> Tensor:
         top, left = top * downscale, left * downscale
         return encode(pixels[..., top : top + side, left : left + side])
 
-    return _blended(made, _places(size, tile, overlap), size, overlap, scale=1)
+    return _blended(tile_at, _places(size, tile, overlap), size, overlap, scale=1)
 
 
 def decode_tiled(
@@ -80,26 +80,26 @@ def decode_tiled(
     """
     places = _places((latents.shape[-2], latents.shape[-1]), tile, overlap)
 
-    def made(top: int, left: int) -> Tensor:
+    def tile_at(top: int, left: int) -> Tensor:
         before_tile(places.index((top, left)), len(places))
         return decode(latents[..., top : top + tile, left : left + tile])
 
-    return _blended(made, places, (latents.shape[-2], latents.shape[-1]), overlap, scale=downscale)
+    return _blended(tile_at, places, (latents.shape[-2], latents.shape[-1]), overlap, scale=downscale)
 
 
 def _blended(
-    made: Callable[[int, int], Tensor],
+    tile_at: Callable[[int, int], Tensor],
     places: list[tuple[int, int]],
     size: tuple[int, int],
     overlap: int,
     *,
     scale: int,
 ) -> Tensor:
-    """The tiles that `made` returns for their places in latents, `scale` numbers for each latent, as one tensor."""
+    """The tiles that `tile_at` returns for their places in latents, `scale` numbers for each latent, as one tensor."""
     height, width = size[0] * scale, size[1] * scale
     total, weight = torch.zeros(0), torch.zeros(height, width)
     for top, left in places:
-        one = made(top, left)
+        one = tile_at(top, left)
         if not total.numel():
             total = torch.zeros(*one.shape[:-2], height, width)
         rows, columns = one.shape[-2:]

@@ -59,7 +59,7 @@ def average_entry(sigma_rel: float, step: int, steps: Sequence[int]) -> str:
 
 
 def average_of(metadata: Mapping[str, str]) -> tuple[float, int, tuple[int, ...]] | None:
-    """Length, step and all steps of an average; None for a file that is none."""
+    """Length, step and all steps of an average; None for any other file."""
     try:
         found = parse_foreign_json(metadata[AVERAGE_ENTRY])
         sigma_rel, step = float(found["sigma_rel"]), int(found["step"])

@@ -31,14 +31,14 @@ _SHOT_EDGE = 384  # of their pictures, with the controls beside, in pixels
 class ImageRecord(Protocol):
     """Training losses of one image; levels are losses relative to the average at the same noise levels.
 
-    `looks` is its number of draws. `first` and `last` are levels early and late in the run, relative to all images
+    `draws` is its number of draws. `first` and `last` are levels early and late in the run, relative to all images
     early; `relative` is the late one relative to all images then. `standing` is an interpretation in a word or two.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def looks(self) -> int: ...
+    def draws(self) -> int: ...
     @property
     def first(self) -> float: ...
     @property
@@ -325,7 +325,7 @@ def _image_table(images: Sequence[ImageRecord]) -> Html:
         (
             tag("span", image.name, class_="name"),
             tag("span", image.standing, class_="odd") if image.standing in STANDINGS else image.standing,
-            f"{image.looks:,}",
+            f"{image.draws:,}",
             *(f"{level:.2f}" if math.isfinite(level) else "–" for level in (image.first, image.last, image.relative)),
         )
         for image in images

@@ -17,7 +17,7 @@ from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_log import LoggedRun
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.events import Validated
-from lorasmith.training.storage.ledger import FAR, FEW_IMAGES, MIN_LOOKS, ImageLevels, QuantileCurve
+from lorasmith.training.storage.ledger import FAR, FEW_IMAGES, MIN_DRAWS, ImageLevels, QuantileCurve
 from lorasmith.training.storage.records import RunRecord
 
 _LEAST_FACTOR, _MOST_FACTOR = Fraction(1, 10), Fraction(1, 2)  # of how often a memorised image is drawn
@@ -45,8 +45,8 @@ def advice_on(record: RunRecord, images: Sequence[ImageLevels]) -> Advice:
         return Advice()
     judged = [image for image in images if image.standing != UNJUDGED]
     if len(judged) < FEW_IMAGES:
-        most = max(image.looks for image in images)
-        few = f"at least {FEW_IMAGES} images that were drawn {MIN_LOOKS} times each"
+        most = max(image.draws for image in images)
+        few = f"at least {FEW_IMAGES} images that were drawn {MIN_DRAWS} times each"
         there = f"got {len(judged)} of {len(images):,}, and the one drawn most was drawn {count_text(most, 'time')}"
         return Advice(summary=f"Advice on single images needs {few}, {there}.")
     never = [_never(one) for one in judged if one.standing == "never fit"]
@@ -68,16 +68,16 @@ def _never(image: ImageLevels) -> ImageAdvice:
 
 
 def _by_heart(image: ImageLevels, judged: Sequence[ImageLevels], record: RunRecord) -> ImageAdvice:
-    usual = median(one.looks for one in judged if one is not image)
+    usual = median(one.draws for one in judged if one is not image)
     below = f"Its loss fell to {image.relative:.0%} of that of the others at the same noise levels"
-    often = image.looks / usual
+    often = image.draws / usual
     seen = f", and it was drawn {often:.0f} times as often" if often >= FAR else ""
     return ImageAdvice(
         image.name,
         "learnt by heart",
         f"{below}{seen}.".replace("%", " %"),
         "Draw it less often, or leave it out.",
-        _drawn_less(image.name, Fraction(round(usual), image.looks), record),
+        _drawn_less(image.name, Fraction(round(usual), image.draws), record),
     )
 
 

@@ -34,7 +34,15 @@ from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.evaluate import evaluate as evaluated
 from lorasmith.runs.evaluate import subject_of
-from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of, shown, taken, trainable_of
+from lorasmith.runs.library_inputs import (
+    check_data,
+    denoiser_of,
+    model_of,
+    samples_of,
+    taken,
+    trainable_of,
+    with_settings,
+)
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import ClassImageDrawn
@@ -143,7 +151,7 @@ class _LoadDataset(Protocol[P]):
 
 def _loads(arguments: Callable[P, DataConfig]) -> Callable[[Callable[..., EncodedDataset]], _LoadDataset[P]]:
     """Decorator: `**arguments` get the signature of their dataclass, for type checkers and `help`."""
-    return lambda function: shown(function, arguments)
+    return lambda function: with_settings(function, arguments)
 
 
 class _Encode(Protocol[P]):
@@ -158,7 +166,7 @@ class _Encode(Protocol[P]):
 
 
 def _encodes(arguments: Callable[P, DataConfig]) -> Callable[[Callable[..., Sample]], _Encode[P]]:
-    return lambda function: shown(function, arguments)
+    return lambda function: with_settings(function, arguments)
 
 
 class _Train(Protocol[P]):
@@ -166,7 +174,7 @@ class _Train(Protocol[P]):
 
 
 def _trains(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[..., TrainResult]], _Train[P]]:
-    return lambda function: shown(function, arguments)
+    return lambda function: with_settings(function, arguments)
 
 
 @_loads(DatasetArguments)

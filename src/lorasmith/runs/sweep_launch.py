@@ -44,7 +44,7 @@ def run_one(sweep: Sweep, name: str, output: Path, models: Mapping[str, Path]) -
 
 class _Unseen:
     def started(self, name: str, device: str) -> None:
-        """Nobody looks on."""
+        """Nothing is drawn."""
 
     def ended(self, name: str, failure: str | None) -> None:
         """The folder of the sweep has it."""

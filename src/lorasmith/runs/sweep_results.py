@@ -21,7 +21,7 @@ from lorasmith.core.files import write_atomic
 from lorasmith.core.typed_json import Scalar
 from lorasmith.report.pictures import PictureTable
 from lorasmith.report.run_report import change, number
-from lorasmith.report.sweep_page import UnrankedRun, RankedRun, SweepReport, sweep_report
+from lorasmith.report.sweep_page import RankedRun, SweepReport, UnrankedRun, sweep_report
 from lorasmith.runs.run_log import LoggedRun, followed, read_run
 from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec

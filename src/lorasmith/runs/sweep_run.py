@@ -105,7 +105,7 @@ def grouped(runs: Mapping[str, RunSpec], most: int) -> list[tuple[str, ...]]:
     filling: dict[object, int] = {}
     for name, spec in runs.items():
         alone = any(getattr(spec.config, one) for one in TRAINS_ALONE)
-        key = None if apart else (spec.files, *(getattr(spec.config, one) for one in _OF_THE_MODEL))
+        key = None if alone else (spec.files, *(getattr(spec.config, one) for one in _OF_THE_MODEL))
         place = filling.get(key)
         if key is None or place is None or len(groups[place]) == most:
             filling[key] = len(groups)

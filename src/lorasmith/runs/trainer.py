@@ -25,8 +25,8 @@ from lorasmith.core.printable import described
 from lorasmith.data.dataset import EncodedDataset, split
 from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.runs.given import samples_of, shown, taken, trainable_of
 from lorasmith.runs.library import Trained
+from lorasmith.runs.library_inputs import samples_of, taken, trainable_of, with_settings
 from lorasmith.runs.progress_bars import note
 from lorasmith.training.batches import Batch, captions_ready, prefetched
 from lorasmith.training.config import TrainConfig, config_over
@@ -75,7 +75,7 @@ def _trains(
     arguments: Callable[P, TrainConfig],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Trainer, Trained, object, P], None]]:
     """Decorator: `**arguments` get the signature of their dataclass, for type checkers and `help`."""
-    return lambda function: shown(function, arguments)
+    return lambda function: with_settings(function, arguments)
 
 
 class TrainStep:
@@ -313,7 +313,7 @@ class Trainer:
             self._open.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[TrainStep]:
-        """The remaining steps. What of a step is not called by then is done when the next one is asked for.
+        """The remaining steps. Calls of a step that the caller skips are made before the next step.
 
         After a state was loaded in the loop, the next step is that of the state.
         """

@@ -45,15 +45,15 @@ class Pair:
     name: str  # module, tensor or block
     first: float  # squared Frobenius norm
     second: float  # squared Frobenius norm
-    squared_distance: float  # squared norm of the difference
+    apart: float  # squared norm of the difference
     inner: float  # inner product
 
     @property
     def distance(self) -> float:
         """‖A − B‖ / ‖A‖: 0 for equal ones; infinite if A is zero and B is not."""
-        if not self.squared_distance:
+        if not self.apart:
             return 0.0
-        return math.sqrt(self.squared_distance / self.first) if self.first else math.inf
+        return math.sqrt(self.apart / self.first) if self.first else math.inf
 
     @property
     def cosine(self) -> float | None:
@@ -209,8 +209,8 @@ def _change_pair(name: str, first: MatrixChange, second: MatrixChange) -> Pair:
     squares = first.norm() ** 2, second.norm() ** 2
     if first.shape != second.shape:
         return _unrelated(name, *squares)
-    squared_distance = 0.0 if _identical(first, second) else stacked(first, second.times(-1)).norm() ** 2
-    return Pair(name, *squares, squared_distance, first.inner(second))
+    apart = 0.0 if _identical(first, second) else stacked(first, second.times(-1)).norm() ** 2
+    return Pair(name, *squares, apart, first.inner(second))
 
 
 def _identical(first: MatrixChange, second: MatrixChange) -> bool:

@@ -214,7 +214,7 @@ class Draw(Protocol):
 
     @property
     def steps(self) -> Collection[int]:
-        """Those after which it is to be called on the way."""
+        """The steps before the end after which it is called."""
         ...
 
     def has_drawn(self, step: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lorasmith.training.storage.ledger import MIN_LOOKS, ImageLevels, Ledger
+from lorasmith.training.storage.ledger import MIN_DRAWS, ImageLevels, Ledger
 
 NAMES = ("a.png", "b.png", "c.png", "d.png", "e.png", "f.png")
 STEPS = 300
@@ -58,7 +58,7 @@ def test_each_story_has_its_standing() -> None:
         "d": "never fit",
         "e": "memorised",
     }
-    assert [record.looks for record in records] == [120] * 5
+    assert [record.draws for record in records] == [120] * 5
     hard = records[3]
     assert hard.relative > 1.8
     assert hard.first == pytest.approx(hard.last, rel=0.15)
@@ -99,7 +99,7 @@ def test_an_image_that_is_drawn_most_is_not_the_measure_of_the_others() -> None:
         quantile = float(rng.random())
         ledger.add(step, [(index, quantile, level * (0.05 + 2 * (1 - quantile) ** 6) * float(rng.lognormal(0, 0.2)))])
     records = ledger.images()
-    assert [record.looks for record in records] == [300, *[60] * 5]
+    assert [record.draws for record in records] == [300, *[60] * 5]
     assert standings(records) == {"a": "memorised"} | dict.fromkeys("bcdef", "still learning")
     assert records[0].relative == pytest.approx(0.22, rel=0.25)
 
@@ -124,11 +124,11 @@ def test_few_images_are_not_compared() -> None:
 
 
 def test_few_looks_say_nothing() -> None:
-    ledger = told([lambda t: 10.0, steady], steps=MIN_LOOKS - 1)
-    assert [record.looks for record in ledger.images()] == [MIN_LOOKS - 1] * 2
+    ledger = told([lambda t: 10.0, steady], steps=MIN_DRAWS - 1)
+    assert [record.draws for record in ledger.images()] == [MIN_DRAWS - 1] * 2
     assert set(standings(ledger.images()).values()) == {"too few looks"}
     unseen = Ledger(["a.png"]).images()[0]
-    assert (unseen.looks, unseen.standing) == (0, "too few looks")
+    assert (unseen.draws, unseen.standing) == (0, "too few looks")
     assert math.isnan(unseen.relative)
 
 
@@ -156,4 +156,4 @@ def test_a_step_taken_again_replaces_what_came_after_it() -> None:
 def test_repeats_are_one_image_and_losses_that_are_not_finite_are_left_out() -> None:
     ledger = Ledger(["a.png", "b.png", "a.png"])
     ledger.add(1, [(0, 0.1, 1.0), (1, 0.1, 1.0), (2, 0.1, 1.0), (0, 0.5, math.nan), (1, 0.5, math.inf)])
-    assert [(record.name, record.looks) for record in ledger.images()] == [("a.png", 2), ("b.png", 1)]
+    assert [(record.name, record.draws) for record in ledger.images()] == [("a.png", 2), ("b.png", 1)]

@@ -243,7 +243,7 @@ def _whole_blocks(layer: _Layer, width: int, block: int) -> int:
 def _formats(
     file: str, tensors: Mapping[str, Tensor], empty: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Iterator[tuple[str, _Format]]:
-    """Formats that a file says, by the names of layers."""
+    """Formats of layers by name, from the header of a file."""
     try:
         for name in tensors:
             if name.endswith(f".{_SAID}"):

@@ -29,7 +29,7 @@ from lorasmith.adapters.frozen_weights import packed_weight
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.blocks import blocks_at_depth
-from lorasmith.core.byte_layout import ByteLayout, Place
+from lorasmith.core.byte_layout import ByteLayout, ByteRange
 from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.pinned_memory import DeviceCopies
@@ -119,7 +119,7 @@ class _Bytes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._layout = ByteLayout()
-        self._taken: list[tuple[Tensor, Place]] = []
+        self._taken: list[tuple[Tensor, ByteRange]] = []
 
     def add(self, weight: Packed) -> ShardedWeight:
         places = [self._layout.add(tensor) for tensor in weight.tensors]
@@ -137,7 +137,7 @@ class _Bytes(nn.Module):
 class ShardedWeight(WeightSource):
     """A layer's weight source in the bytes of its block, available during the block's passes."""
 
-    def __init__(self, block: _Bytes, places: Sequence[Place], weight: Packed) -> None:
+    def __init__(self, block: _Bytes, places: Sequence[ByteRange], weight: Packed) -> None:
         self._format = weight.format
         self._block = block
         self._places = tuple(places)

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_LOOKS = 12
+MIN_DRAWS = 12
 """Draws of an image, four in each third, below which it is not judged."""
 
 FEW_IMAGES = 4
@@ -43,7 +43,7 @@ class ImageLevels:
     """Training losses of one image, its repeats and mirrored copies included."""
 
     name: str
-    looks: int  # number of its draws
+    draws: int  # number of its draws
     # Levels in the first and last third of its draws, relative to the median of all images in the first; may be NaN.
     first: float
     last: float
@@ -102,9 +102,9 @@ class Ledger:
         stretch = (step - first) // length
         count = int(stretch[-1]) + 1
         cell = stretch * bins + _bins_of(np.array(self._quantile), bins)
-        looks = np.bincount(cell, minlength=count * bins)
+        draws = np.bincount(cell, minlength=count * bins)
         sums = np.bincount(cell, np.array(self._loss), minlength=count * bins)
-        means = [float(total / n) if n else None for total, n in zip(sums, looks, strict=True)]
+        means = [float(total / n) if n else None for total, n in zip(sums, draws, strict=True)]
         return QuantileCurve(
             edges,
             tuple(min(first + (index + 1) * length - 1, last) for index in range(count)),
@@ -119,7 +119,7 @@ class Ledger:
         standard deviation or that of all images, whichever is greater. Other differences are significant from `_CLEAR`
         standard errors on. The standing is the first of these that holds:
 
-        - *too few looks*: fewer than `MIN_LOOKS`.
+        - *too few looks*: fewer than `MIN_DRAWS`.
         - *memorised*: it is far below, and fell more than the median, and than the held-out images, whose loss late in
           the run divided by that early is `held_out_fall`. Or it fell by `FAR` more than those, as all images may.
         - *never fit*: it is far above, and did not fall more. It is harder, or the caption does not match.
@@ -132,23 +132,23 @@ class Ledger:
         if not shown.all():
             counted = shown[image]
             image, quantile, loss = image[counted], quantile[counted], loss[counted]
-        looks = np.bincount(image, minlength=len(self._images))
-        judged = looks >= MIN_LOOKS
+        draws = np.bincount(image, minlength=len(self._images))
+        judged = draws >= MIN_DRAWS
         thirds: dict[int, _Thirds] = {}
         if judged.any():
             logs, bins = np.log(np.maximum(loss, _TINY)), _bins_of(quantile, _TIME_BINS)
-            levels = logs - _expected(logs, bins, (judged / np.maximum(looks, 1))[image], _TIME_BINS)[bins]
-            few = image.astype(np.uint16) if len(looks) <= 2**16 else image  # of which numpy sorts in linear time
-            levels, ends = levels[np.argsort(few, kind="stable")], np.cumsum(looks)  # image by image
+            levels = logs - _expected(logs, bins, (judged / np.maximum(draws, 1))[image], _TIME_BINS)[bins]
+            few = image.astype(np.uint16) if len(draws) <= 2**16 else image  # of which numpy sorts in linear time
+            levels, ends = levels[np.argsort(few, kind="stable")], np.cumsum(draws)  # image by image
             thirds = {
-                index: _Thirds.of(levels[ends[index] - looks[index] : ends[index]])
+                index: _Thirds.of(levels[ends[index] - draws[index] : ends[index]])
                 for index in map(int, np.flatnonzero(judged))
             }
             fall = None if held_out_fall is None else math.log(max(held_out_fall, _TINY))
             usual = _Usual.of(list(thirds.values()), fall)
         return [
             usual.record(name, int(count), thirds[index]) if index in thirds else _unjudged(name, int(count))
-            for index, (name, count) in enumerate(zip(self._images, looks, strict=True))
+            for index, (name, count) in enumerate(zip(self._images, draws, strict=True))
             if shown[index]
         ]
 
@@ -197,7 +197,7 @@ class _Thirds(NamedTuple):
 
     @property
     def standing(self) -> Standing:
-        """That of an image which does not stand out."""
+        """That of an image which does not differ from the others."""
         if _below(self.last, self.middle):
             return "still learning"
         return "learnt" if _below(self.last, self.first) else "unchanged"
@@ -227,7 +227,7 @@ class _Usual:
             held_out_fall=held_out_fall,
         )
 
-    def record(self, name: str, looks: int, own: _Thirds) -> ImageLevels:
+    def record(self, name: str, draws: int, own: _Thirds) -> ImageLevels:
         first, last = float(own.first.mean()), float(own.last.mean())
         fall, relative, since = last - first, last - self.late, float(own.since.mean()) - self.since
         deviation = max(self.deviation, math.sqrt(own.squares / own.freedom))
@@ -243,7 +243,7 @@ class _Usual:
             standing = "never fit"
         return ImageLevels(
             name,
-            looks,
+            draws,
             first=math.exp(first - self.early),
             last=math.exp(last - self.early),
             relative=math.exp(relative),
@@ -252,8 +252,8 @@ class _Usual:
         )
 
 
-def _unjudged(name: str, looks: int) -> ImageLevels:
-    return ImageLevels(name, looks, math.nan, math.nan, math.nan, "too few looks")
+def _unjudged(name: str, draws: int) -> ImageLevels:
+    return ImageLevels(name, draws, math.nan, math.nan, math.nan, "too few looks")
 
 
 def _below(values: Array, others: Array) -> bool:

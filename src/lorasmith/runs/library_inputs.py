@@ -1,4 +1,4 @@
-"""What a caller of the library gave, as what training needs, or refused with the remedy: models, data, arguments.
+"""Models, data and arguments from callers of the library, as training needs them, or refused with the remedy.
 
 Also the signatures and documentation of functions whose settings are declared elsewhere.
 """
@@ -102,7 +102,7 @@ _NO_MODELS: dict[Any, str] = {
 """What is given instead of a model, and what to do about it."""
 
 
-def shown(function: Callable[..., Any], arguments: Any) -> Any:
+def with_settings(function: Callable[..., Any], arguments: Any) -> Any:
     """The function with the fields of the dataclass in place of `**arguments`, non-options first, and explained."""
     plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
     first = [parameter for parameter in plain.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
