@@ -2,8 +2,8 @@
 
 As torch's own without re-entry (`torch.utils.checkpoint`) and with the same numbers, but less is done again:
 
-- Functions keep small results of the first run (`RecomputedCall.kept`), and leave out large ones that no saved tensor depends on
-  (`RecomputedCall.is_unused`), such as the last product of a block.
+- Functions keep small results of the first run (`RecomputedCall.kept`), and leave out large ones that no saved tensor
+  depends on (`RecomputedCall.is_unused`), such as the last product of a block.
 - The last blocks of a pass run once: one, as its backward pass follows at once, or more (`Recomputing`).
 """
 

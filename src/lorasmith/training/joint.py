@@ -72,8 +72,8 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
     for name in TRAINS_ALONE:
         if any(getattr(job.config, name) for job in jobs):
             raise OptionError(
-                f"runs that train together use none of {', '.join(TRAINS_ALONE)}, got {name} on; leave it out, or train "
-                "apart"
+                f"runs that train together use none of {', '.join(TRAINS_ALONE)}, got {name} on; leave it out, or "
+                "train apart"
             )
     if first.way.processes.size > 1:
         raise OptionError(
