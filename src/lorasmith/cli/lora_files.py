@@ -622,7 +622,7 @@ def _print_differences(found: Comparison, first: Path, second: Path, *, same: bo
         echo(f"{count} {unit}, such as {example}: {one} against {other}")
     if found.by_tensors:
         echo(f"{found.by_tensors} modules were compared by their tensors; --model compares their effect")
-    if found.overall().squared_distance:
+    if found.overall().apart:
         table = Table("block", "distance", "cosine", box=None)
         for pair in (*found.blocks(), found.overall()):
             cosine = "none" if pair.cosine is None else f"{pair.cosine:.4f}"
