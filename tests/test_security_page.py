@@ -337,7 +337,7 @@ REQUESTS = {
         "server/jobs/test_plan_answers.py test_names_that_requests_may_not_have_are_refused, "
         "server/jobs/test_job_routes.py test_a_folder_elsewhere_is_for_who_sits_here "
         "test_a_folder_of_the_home_is_for_who_sits_here, "
-        "server/datasets/test_dataset_routes.py test_what_cannot_be_done_is_said"
+        "server/test_dataset_routes.py test_what_cannot_be_done_is_said"
     ),
     "graph": "test_security_page.py workflow",
     "download of a model (`POST /downloads`)": (
@@ -353,7 +353,7 @@ REQUESTS = {
         "server/models/test_model_routes.py test_a_model_file_that_is_sent_goes_where_it_belongs"
     ),
     "upload of photos and captions": (
-        "server/datasets/test_dataset_answers.py test_an_upload_is_kept_under_a_safe_free_name "
+        "server/test_dataset_answers.py test_an_upload_is_kept_under_a_safe_free_name "
         "test_what_is_no_picture_is_not_kept test_an_uploaded_text_is_a_caption"
     ),
     "drawing with the LoRA of a run": (
@@ -374,18 +374,18 @@ REQUESTS = {
         "server/comfyui/test_file_routes.py test_no_name_leads_out_of_its_folder, "
         "server/test_access.py test_no_name_makes_a_route_fail, "
         "server/comfyui/test_user_files.py test_names_of_devices_are_refused, "
-        "server/datasets/test_dataset_answers.py test_links_that_leave_are_not_followed, "
+        "server/test_dataset_answers.py test_links_that_leave_are_not_followed, "
         "server/runs/test_run_answers.py test_links_out_of_a_run_are_not_followed"
     ),
     "removal, and upload that overwrites": (
         "server/comfyui/test_user_files.py test_workflows_are_written_read_listed_moved_and_set_aside, "
         "server/comfyui/test_file_routes.py test_what_an_upload_replaces_is_set_aside, "
-        "server/datasets/test_dataset_routes.py test_a_dataset_from_its_name_to_its_end "
+        "server/test_dataset_routes.py test_a_dataset_from_its_name_to_its_end "
         "test_a_dataset_that_a_job_needs_is_not_removed, "
         "server/runs/test_run_routes.py test_a_run_is_named_starred_noted_removed_and_brought_back"
     ),
     "return of a run": "server/runs/test_run_routes.py test_a_run_is_named_starred_noted_removed_and_brought_back",
-    "caption": "server/datasets/test_dataset_routes.py test_a_caption_is_replaced_if_it_is_the_one_that_was_seen",
+    "caption": "server/test_dataset_routes.py test_a_caption_is_replaced_if_it_is_the_one_that_was_seen",
     "settings of the editor": (
         "server/comfyui/test_user_files.py test_settings_that_cannot_be_read_are_set_aside_before_others_are_written"
     ),
@@ -397,7 +397,7 @@ REQUESTS = {
     "large body, large picture, many jobs, silent or slow client, many connections": (
         "server/test_access.py test_bodies_are_limited test_bodies_that_are_read_have_a_limit_together "
         "test_a_body_that_stops_arriving_is_cut_off test_a_client_that_does_not_read_an_answer_is_cut_off, "
-        "server/datasets/test_dataset_routes.py test_uploads_have_limits test_captions_leave_the_last_of_the_disk, "
+        "server/test_dataset_routes.py test_uploads_have_limits test_captions_leave_the_last_of_the_disk, "
         "server/comfyui/test_file_routes.py test_uploads_that_arrive_together_leave_the_last_of_the_disk, "
         "server/comfyui/test_user_files.py test_files_and_settings_leave_the_last_of_the_disk, "
         "server/comfyui/test_graph_answers.py test_a_picture_of_huge_sides_is_refused_by_its_header "

@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation("term = LowRankTerm(0, strength * self.scale, down, up, mask)", "strength * self.scale", "strength"),
     Mutation("up = self.b1 * (strength * self.alpha / self.rank)", " / self.rank", ""),
     Mutation(
-        "{path: one for path, one in patch.adapters.items() if patch.bypass or path in beside},",
-        " or path in beside",
+        "{path: one for path, one in patch.adapters.items() if patch.bypass or path in unmerged},",
+        " or path in unmerged",
         "",
     ),
     Mutation("return ((first_a * scale) @ first_b * (second_a @ second_b)).reshape(shape)", " * scale", ""),

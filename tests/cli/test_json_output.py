@@ -193,9 +193,9 @@ def test_what_is_no_terminal_gets_lines(
         monkeypatch.setenv(name, value)
     shown = lorasmith("train", "photos", *QUICK).out
     assert re.search(r"\nEncoding captions: \d of \d\n", shown) and "\nEncoding: 4 of 4\n" in shown
-    memory = r"( · \d\S* [KMG]iB)?"  # where the system says it
+    # Memory follows where the system says it, and on a busy machine the first step has a speed, too.
     second = r"Step 2 of 2, loss \d\.\d+ · \d\S* s\S+ · 0:00:00 left"
-    assert re.search(rf"\nStep 1 of 2, loss \d\.\d+{memory}\n{second}{memory}\n", shown)
+    assert re.search(rf"\nStep 1 of 2, loss \d\.\d+[^\n]*\n{second}[^\n]*\n", shown)
     assert "\x1b[1m" in shown and not re.search(r"\x1b(?!\[[\d;]*m)|\r", shown)
     assert "\nEncoding: 4 of 4, 4 from the cache\n" in lorasmith("train", "photos", *QUICK, "--fresh").out
 

@@ -33,6 +33,7 @@ def sweep(tmp_path: Path) -> Sweep:
     ("arguments", "sentence"),
     [
         (("--only", 3), "--only must be the number of a run, from 1 to 2, got 3"),
+        (("--only", 0), "--only must be the number of a run, from 1 to 2, got 0"),
         (
             ("--launcher", "slurm", "--only", 1),
             "--launcher slurm decides where all runs are; leave --devices and --only",

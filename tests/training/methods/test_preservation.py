@@ -61,7 +61,7 @@ def test_texts_have_the_class_for_the_trigger_or_are_empty(tiny: Model, texts: E
     def beside(**settings: Any) -> list[list[str]]:
         found = other_texts(texts, planned(tiny, **settings).config)
         assert found is not None
-        return [found.beside(caption) for caption in ("a Cat on a mat", "a dog", "")]
+        return [found.further_captions(caption) for caption in ("a Cat on a mat", "a dog", "")]
 
     assert beside(**CLASS) == [["a animal on a mat"], ["animal, a dog"], ["animal"]]
     assert beside(preserve="blank") == [[""]] * 3

@@ -17,7 +17,7 @@ from lorasmith.server.datasets import dataset_answers as questions
 from lorasmith.server.datasets import dataset_change_answers as changes
 from lorasmith.server.datasets.dataset_folders import UnknownFileError
 from lorasmith.server.datasets.dataset_shapes import Crop
-from tests.server.datasets.test_dataset_answers import dog, folders, noise, sent
+from tests.server.test_dataset_answers import dog, folders, noise, sent
 
 __all__ = ["dog", "folders"]  # fixtures
 
