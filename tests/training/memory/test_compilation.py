@@ -40,7 +40,7 @@ from lorasmith.training.events import Event, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.activations import blocks_checkpointed
-from lorasmith.training.memory.compilation import blocks_compiled, compilable, sizes_vary
+from lorasmith.training.memory.compilation import blocks_compiled, compilable, compiler, sizes_vary
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
@@ -358,3 +358,19 @@ def test_notes_say_what_stays_as_it_is(tiny: Model) -> None:
     assert "compile" not in notes()
     assert f"of {total} blocks, whose adapters (LoHa)" in notes(algorithm="LoHa")
     assert "compile has no effect: every block has adapters (LoHa)" in notes(algorithm="LoHa", targets="all")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler(CPU) == "none", reason="needs a C++ compiler")
+def test_machine_code(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    del toy.wide[:], toy.narrow[1:]  # seconds for each kind
+    adapters = adapters_for(toy)
+    with (
+        weights_packed(toy, kind="int8", device=CPU, dtype=torch.float32),
+        adapters_attached(toy, [Attached(adapters)]),
+    ):
+        plain = gradients(toy, adapters)
+        with blocks_compiled(toy, True):
+            assert_close(gradients(toy, adapters), plain)
+    assert graphs() == 1

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,13 +33,16 @@ from lorasmith.adapters.patch import Patch
 from lorasmith.adapters.weight_stream import WeightStream
 from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import placement, quantized_products
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.mapped_files import place_on_file
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.activations import blocks_checkpointed
@@ -51,6 +55,7 @@ Run = Callable[..., TrainResult]
 
 
 EVERY_KIND = [kind for kind in PACKINGS if kind != "none"]
+QUANTIZED = [kind for kind in EVERY_KIND if not kind.endswith("_tensor")]
 
 
 @pytest.mark.slow_after(1)
@@ -390,3 +395,26 @@ def test_only_plain_layers_that_share_nothing_are_taken() -> None:
     model = Tied()
     assert packable_layers(model) == [model.plain]
     assert is_targetable(model.head)
+
+
+@pytest.fixture(scope="module")
+def taught(tiny: Model) -> Callable[[str], float]:
+    """Held-out loss of a short run on a base of some packing."""
+    data = load_dataset(BUILT_IN_BASE / "input" / "high-contrast", tiny)
+    settings: dict[str, Any] = {"steps": 12, "batch_size": 4, "rank": 8, "seed": 1, "training_dtype": "fp32"}
+    settings |= {"validation_share": 0.25, "validation_draws": 4, "validate_every": 12}
+
+    @cache
+    def loss(kind: str) -> float:
+        result = train(tiny, data, quantization=kind, **settings)
+        assert result.base_loss is not None
+        assert result.validations[-1][1] < 0.95 * result.base_loss
+        return result.validations[-1][1]
+
+    return loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_base_teaches_as_much_as_a_plain_one(taught: Callable[[str], float], kind: str) -> None:
+    assert taught(kind) == pytest.approx(taught("none"), rel=0.02)

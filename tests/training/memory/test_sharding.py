@@ -23,16 +23,16 @@ from torch import Tensor
 from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.blocks import blocks_at_depth
 from lorasmith.core.errors import TrainingError
-from lorasmith.core.processes import Processes
+from lorasmith.core.processes import Processes, current
 from lorasmith.core.quantization import packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training import engine as engines
 from lorasmith.training.engine import batch_maker
-from lorasmith.training.events import Event, Validated, Warned
+from lorasmith.training.events import Event, Planned, Validated, Warned
 from lorasmith.training.job import engine_of
-from lorasmith.training.memory import compilation, sharding
+from lorasmith.training.memory import compilation, memory_plan, sharding
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 from tests.training.processes_together import outcomes_together, processes_together
@@ -286,3 +286,17 @@ def test_two_gpus_share_weights(tmp_path: Path) -> None:
     plain = launched(tmp_path)
     for flags in ([], ["--gradient-checkpointing"], ["--activations", "host"]):
         assert_close(launched(tmp_path, "--sharding", *flags), plain)
+
+
+@pytest.mark.slow
+def test_one_plan_for_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process with the least memory decides."""
+    monkeypatch.setattr(memory_plan, "free_memory", lambda *_: 1 if current().rank else 1 << 40)
+
+    def one(_: Processes) -> list[tuple[str, int]]:
+        _, _, events = trained(tiny, dataset, activations="auto", sharding=True, steps=1)
+        return [(event.activations, event.checkpoint_depth) for event in events if isinstance(event, Planned)]
+
+    first, second = processes_together(2, one)
+    assert first == second
+    assert first[0][1] > 0
