@@ -32,7 +32,7 @@ from benchmarks.bases import machine
 from benchmarks.quality.measuring import JUDGED, TINY, Job, Setting, outcomes_of
 from benchmarks.quality.page import write_page
 from benchmarks.quality.recipes import METHODS, RECIPES, ROUTING
-from benchmarks.quality.subjects import STYLE
+from benchmarks.quality.subjects import DEVELOPMENT, DEVELOPMENT_STYLES, STYLE
 from benchmarks.quality.tables import MEASURES, methods_table, name_of, recipe_tables
 from benchmarks.results import Results, add_json
 
@@ -51,7 +51,8 @@ def main() -> None:
         tuple(arguments.comfyui) if arguments.comfyui else None,
         arguments.folder,
     )
-    jobs = _jobs(arguments, [one for one in setting.tasks() if one in arguments.tasks or not arguments.tasks])
+    known = [*setting.tasks()] if arguments.subjects else [*DEVELOPMENT, *DEVELOPMENT_STYLES]
+    jobs = _jobs(arguments, arguments.tasks or known)
     results = Results(arguments, torch=torch.__version__, machine=machine(torch.device("cpu")))
     columns = {"run": "", "recipe": "", "pictures": "d", "subject": "", "seed": "d", "seen": "d", "s": ".1f"}
     results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Checkpoints")
@@ -113,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--instead", choices=[*INSTEAD], help="rows of the first recipe with each of these instead")
     parser.add_argument("--factors", nargs="+", type=float, default=[10.0], help="of the documents' rates")
-    parser.add_argument("--tasks", nargs="+", default=[], help="subjects; all by default")
+    parser.add_argument("--tasks", nargs="+", default=[], help="those for development by default")
     parser.add_argument("--pictures", nargs="+", type=int, default=[1, 4, 12], choices=[1, 4, 12])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--looks", nargs="+", type=int, default=[40, 80, 160], help="pictures seen at each checkpoint")

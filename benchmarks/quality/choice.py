@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.bases import machine
 from benchmarks.quality.measuring import TINY, checkpoints, encoded
 from benchmarks.quality.sights import JudgeSight, seen
-from benchmarks.quality.subjects import CLASSES, Task, subject_task
+from benchmarks.quality.subjects import DEVELOPMENT, Task, subject_task
 from benchmarks.results import Results, add_json
 from lorasmith.evaluation.evaluation_record import NOISES
 from lorasmith.evaluation.recognition import recogniser_of
@@ -67,7 +67,9 @@ FAST = [
     for seed in (0, 1)
     for place, subject in enumerate(_SUBJECTS)
 ]
-LONG = [Run(subject, 2, every=24) for subject in CLASSES] + [Run(one, 3, every=24) for one in ("fox", "owl", "guitar")]
+LONG = [Run(subject, 2, every=24) for subject in DEVELOPMENT] + [
+    Run(one, 3, every=24) for one in ("fox", "owl", "guitar")
+]
 NOTHING = [Run("fox", 5, 1e-6), Run("rocket", 5, 1e-5), Run("owl", 5, 2e-5)]
 
 

@@ -1,7 +1,10 @@
-"""What is taught to the built-in model: seven subjects and a style that it has never seen.
+"""What is taught to the built-in model: subjects and styles that its UNet has never seen.
+
+Recipes are chosen on `DEVELOPMENT` and `DEVELOPMENT_STYLES`; `TEST` and `TEST_STYLES` are for the final run alone.
 
 The drawings in `drawings/` are of Noto and Noto v1 (Apache-2.0, Google), Fluent (MIT, Microsoft), Twemoji (CC-BY 4.0,
-X) and EmojiOne 2 (CC-BY 4.0, Ranks): a strip of six sets a subject, made by `tools/pretrain/subjects.py`.
+X), EmojiOne 2 (CC-BY 4.0, Ranks) and Firefox OS (Apache-2.0, Mozilla): a strip of seven sets a subject, made by
+`python -m tools.pretrain subjects`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -17,12 +21,15 @@ from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation.judge import EDGE
 from lorasmith.evaluation.wishes import BACKGROUNDS, STYLES
-from tools.pretrain.data import UNTAUGHT, short_name, with_article
-from tools.pretrain.subjects import SETS
+from tools.pretrain.data import HELD_OUT_STYLE, UNTAUGHT, short_name, slug, with_article
+from tools.pretrain.subjects import DEVELOPMENT, SETS, TEST
 
 DRAWINGS = Path(__file__).with_name("drawings")
-TRAINED_SETS = tuple(STYLES)  # the other two are held out
-STYLE = "style"  # name of its task
+TRAINED_SETS = tuple(STYLES)  # the others are held out
+STYLE = "style"  # name of the task of the style of HELD_OUT_STYLE
+DEVELOPMENT_STYLES: Mapping[str, str] = {STYLE: HELD_OUT_STYLE}
+TEST_STYLES: Mapping[str, str] = {f"style of {one}": one for one in SETS if one not in TRAINED_SETS}
+"""The icon set of each task of a style."""
 TRAINED_BACKGROUNDS = ("white", "pink", "grey")
 CLASSES: Mapping[str, str] = {
     "fox": "dog face",
@@ -32,6 +39,35 @@ CLASSES: Mapping[str, str] = {
     "guitar": "bell",
     "mushroom": "umbrella",
     "sailboat": "bus",
+    "hibiscus": "sunflower",
+    "wolf": "dog face",
+    "tiger face": "cat face",
+    "koala": "bear",
+    "cow face": "pig face",
+    "mouse face": "rabbit face",
+    "rooster": "penguin",
+    "spouting whale": "fish",
+    "honeybee": "lady beetle",
+    "spider": "crab",
+    "palm tree": "cactus",
+    "rose": "tulip",
+    "grapes": "cherries",
+    "pear": "green apple",
+    "ear of corn": "banana",
+    "hot pepper": "carrot",
+    "french fries": "hamburger",
+    "cookie": "doughnut",
+    "trophy": "crown",
+    "tractor": "automobile",
+    "helicopter": "airplane",
+    "locomotive": "bus",
+    "castle": "house",
+    "baseball": "soccer ball",
+    "dress": "t-shirt",
+    "jack-o-lantern": "skull",
+    "ring": "gem stone",
+    "candle": "light bulb",
+    "bomb": "balloon",
 }
 """The concept whose word a subject is taught with, which the model knows."""
 
@@ -60,7 +96,7 @@ class Task:
 
 
 def subject_task(subject: str) -> Task:
-    """One of the seven subjects."""
+    """One of the subjects."""
     of_class = CLASSES[subject]
     trigger = f"sks {short_name(of_class)}"
     drawn = [(icon_set, background) for background in TRAINED_BACKGROUNDS for icon_set in TRAINED_SETS]
@@ -68,7 +104,10 @@ def subject_task(subject: str) -> Task:
     # Four pictures are of four sets on three backgrounds.
     four = [pictures[len(TRAINED_SETS) * (place % 3) + place] for place in range(4)]
     held_out = [
-        drawing(subject, one, where) for one in SETS if one not in TRAINED_SETS for where in TRAINED_BACKGROUNDS
+        drawing(subject, one, where)
+        for one in sets_of(subject)
+        if one not in TRAINED_SETS
+        for where in TRAINED_BACKGROUNDS
     ]
     prompts = [
         _wish(of_class, f"on a {one} background", background=one) for one in ("blue", "green", "black", "yellow")
@@ -82,29 +121,54 @@ def _wish(of_class: str, wish: str, **shown: str) -> Prompt:
     return Prompt(f"sks {word}, {wish}", f"{with_article(word)}, {wish}", **shown)
 
 
-def style_task() -> Task:
-    """The style that the model has not seen, on concepts that its pictures do not show."""
-    folder = BUILT_IN_BASE / "input" / "high-contrast"
-    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+def style_task(name: str) -> Task:
+    """A style that the model has not seen, on concepts that its pictures do not show.
+
+    The pictures are the package's examples of the development style, and drawings of test subjects for the others.
+    """
+    icon_set = {**DEVELOPMENT_STYLES, **TEST_STYLES}[name]
+    if icon_set == HELD_OUT_STYLE:
+        folder = BUILT_IN_BASE / "input" / "high-contrast"
+        pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    else:
+        pictures = [drawing(one, icon_set, "white") for one in TEST[:16]]
     training, held_out = pictures[:12], pictures[12:]
     trigger = "sks style"
     things = {one: with_article(short_name(one)) for one in UNTAUGHT}
     prompts = [Prompt(f"{thing}, {trigger}", thing, concept=one) for one, thing in things.items()]
-    return Task(STYLE, trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
+    return Task(name, trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
 
 
 def drawing(subject: str, icon_set: str, background: str) -> Image.Image:
     """A subject as a set draws it, on a plain background."""
-    with Image.open(DRAWINGS / f"{subject}.png") as strip:
-        left = EDGE * SETS.index(icon_set)
-        icon = strip.convert("RGBA").crop((left, 0, left + EDGE, EDGE))
+    icon = _icon(subject, icon_set)
     canvas = Image.new("RGBA", icon.size, BACKGROUNDS[background])
     canvas.alpha_composite(icon)
     return canvas.convert("RGB")
 
 
-BUILT_IN: Mapping[str, Task] = {task.name: task for task in (*map(subject_task, CLASSES), style_task())}
-"""The seven subjects and the style."""
+def sets_of(subject: str) -> list[str]:
+    """The sets that draw a subject."""
+    return [one for one in SETS if _icon(subject, one).getbbox() is not None]
+
+
+def _icon(subject: str, icon_set: str) -> Image.Image:
+    left = EDGE * SETS.index(icon_set)
+    return _strip(subject).crop((left, 0, left + EDGE, EDGE))
+
+
+@cache
+def _strip(subject: str) -> Image.Image:
+    with Image.open(DRAWINGS / f"{slug(subject)}.webp") as opened:
+        return opened.convert("RGBA")
+
+
+BUILT_IN: Mapping[str, Task] = {
+    task.name: task
+    for subjects, styles in ((DEVELOPMENT, DEVELOPMENT_STYLES), (TEST, TEST_STYLES))
+    for task in (*map(subject_task, subjects), *map(style_task, styles))
+}
+"""All subjects and styles, those for development first."""
 
 
 def folder_tasks(folder: Path) -> dict[str, Task]:

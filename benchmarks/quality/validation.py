@@ -3,8 +3,8 @@
     python -m benchmarks.quality.validation
     python -m benchmarks.quality.validation --photos dreambooth/dataset --clip clip-vit-base-patch32 --dino dinov2-small
 
-Without photos, the drawings of the seven subjects in six sets are compared, no two of one set; with them, a folder that
-has a folder of pictures for each subject, as DreamBooth's. A measure below 0.8 is not to be used.
+Without photos, the drawings of all subjects in up to seven sets are compared, no two of one set; with them, a folder
+that has a folder of pictures for each subject, as DreamBooth's. A measure below 0.8 is not to be used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.bases import machine
 from benchmarks.quality.sights import Features, dino_features
-from benchmarks.quality.subjects import CLASSES, drawing, pictures_in
+from benchmarks.quality.subjects import CLASSES, drawing, pictures_in, sets_of
 from benchmarks.results import Results, add_json
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation.clip_model import ClipModel
@@ -29,7 +29,6 @@ from lorasmith.evaluation.judge import tensors
 from lorasmith.evaluation.likeness import features
 from lorasmith.evaluation.recognition import recogniser_of
 from tools.pretrain.judge import Judge
-from tools.pretrain.subjects import SETS
 
 
 def area(found: Tensor, subjects: Sequence[str], groups: Sequence[str]) -> float:
@@ -73,7 +72,7 @@ def main() -> None:
 
 def _drawings() -> tuple[list[Image.Image], list[str], list[str]]:
     backgrounds = itertools.cycle(("white", "pink", "grey", "blue", "black"))
-    drawn = [(drawing(one, icon_set, next(backgrounds)), one, icon_set) for one in CLASSES for icon_set in SETS]
+    drawn = [(drawing(one, icon_set, next(backgrounds)), one, icon_set) for one in CLASSES for icon_set in sets_of(one)]
     pictures, subjects, groups = zip(*drawn, strict=True)
     return [*pictures], [*subjects], [*groups]
 

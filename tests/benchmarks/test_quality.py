@@ -19,13 +19,26 @@ from benchmarks.quality.measuring import Checkpoint, Job, Outcome, Setting, outc
 from benchmarks.quality.page import write_page
 from benchmarks.quality.recipes import AVERAGE, METHODS, RECIPES, ROUTING, STRENGTH
 from benchmarks.quality.scores import hypervolume, interval
-from benchmarks.quality.subjects import BUILT_IN, CLASSES, STYLE, drawing, folder_tasks
+from benchmarks.quality.subjects import (
+    BUILT_IN,
+    CLASSES,
+    DEVELOPMENT,
+    DEVELOPMENT_STYLES,
+    STYLE,
+    TEST,
+    TEST_STYLES,
+    drawing,
+    folder_tasks,
+)
 from benchmarks.quality.tables import methods_table, recipe_tables
 from benchmarks.quality.validation import area
 from benchmarks.results import Results
+from lorasmith.evaluation.wishes import STYLES
 from lorasmith.training.config import config_over
+from tools.pretrain.data import CONCEPTS
 
 _SHARES = st.floats(0, 1)
+SEVEN = DEVELOPMENT[:7]
 
 
 @given(st.lists(st.tuples(_SHARES, _SHARES), max_size=6))
@@ -60,12 +73,20 @@ def test_recipes_and_methods_are_settings() -> None:
 
 
 def test_tasks_hold_out_what_they_do_not_train_on() -> None:
-    assert len(BUILT_IN) == 8
+    assert [*BUILT_IN] == [*DEVELOPMENT, *DEVELOPMENT_STYLES, *TEST, *TEST_STYLES]
     for task in BUILT_IN.values():
         trained = {one.tobytes() for one in task.training[12]}
         assert len(trained) == 12
         assert {one.tobytes() for one in task.training[4]} <= trained
         assert trained.isdisjoint(one.tobytes() for one in task.held_out)
+
+
+def test_development_and_test_are_apart_and_the_model_was_trained_on_neither() -> None:
+    assert len(TEST) >= 24 and not {*DEVELOPMENT} & {*TEST}
+    assert not {*DEVELOPMENT, *TEST} & {*CONCEPTS}
+    assert {*CLASSES} == {*DEVELOPMENT, *TEST}
+    assert {*CLASSES.values()} < {*CONCEPTS}
+    assert not {*TEST_STYLES.values()} & {*STYLES, *DEVELOPMENT_STYLES.values()}
 
 
 _LISTS = """subject_name,class
@@ -139,7 +160,7 @@ def test_tables_and_page(tmp_path: Path) -> None:
     nothing = argparse.Namespace(json=None)
     results = Results(nothing)
     results.table({"run": ""}, "Checkpoints")
-    runs = [outcome("lorasmith", one, 0.9) for one in CLASSES] + [outcome("comfyui", one, 0.6) for one in CLASSES]
+    runs = [outcome("lorasmith", one, 0.9) for one in SEVEN] + [outcome("comfyui", one, 0.6) for one in SEVEN]
     recipe_tables([*runs, outcome("lorasmith", STYLE, 0.9), outcome("comfyui", STYLE, 0.9)], results)
     write_page(page, results, runs, "recipes")
     # Corners at (fidelity, adherence) = (0.45, 0.75) and (0.9, 0.5).
@@ -154,7 +175,7 @@ def test_tables_and_page(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "quality.webp").is_file()
     results = Results(nothing)
     results.table({"run": ""}, "Checkpoints")
-    methods_table(runs[:7] + [outcome("lorasmith", one, 0.8, ema_decay=0.9) for one in CLASSES], results)
+    methods_table(runs[:7] + [outcome("lorasmith", one, 0.8, ema_decay=0.9) for one in SEVEN], results)
     write_page(page, results, runs, "methods")
     text = page.read_text("utf-8")
     gain = 0.8 * 0.5 + 0.4 * 0.25 - expected
@@ -167,7 +188,7 @@ def test_tables_and_page(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_our_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All subjects, with the first seed."""
-    jobs = [Job(recipe, one, 4, 0, 10.0) for recipe in [*RECIPES][:3] for one in CLASSES]
+    jobs = [Job(recipe, one, 4, 0, 10.0) for recipe in [*RECIPES][:3] for one in SEVEN]
     found = list(outcomes_of(jobs, Setting((40, 80, 160)), 2))
     volumes = [hypervolume([(one.fidelity, one.adherence or 0) for one in run.checkpoints]) for run in found]
     ours, comfyui, diffusers = (statistics.mean(volumes[start : start + 7]) for start in (0, 7, 14))

@@ -48,6 +48,15 @@ def examples(node_modules: Annotated[Path, typer.Argument(help="npm's folder.")]
 
 
 @app.command()
+def subjects(node_modules: Annotated[Path, typer.Argument(help="npm's folder.")]) -> None:
+    """Draw the subjects of `benchmarks/quality`."""
+    from benchmarks.quality.subjects import DRAWINGS
+    from tools.pretrain.subjects import render_subjects
+
+    render_subjects(node_modules, DRAWINGS)
+
+
+@app.command()
 def autoencoder(work: Work = DEFAULT_WORK, steps: Steps = 3600) -> None:
     """Train the autoencoder, and encode the pictures that the UNet learns from."""
     from tools.pretrain.autoencoder import train_autoencoder

@@ -104,7 +104,7 @@ def render_icons(node_modules: Path, folder: Path) -> int:
         group = groups[str(entry["group"])] if "group" in entry else "component"
         if group in _GROUPS_LEFT_OUT:
             continue
-        name = _slug(entry["label"])
+        name = slug(entry["label"])
         for icon_set in (*STYLES, *OTHER_SETS, HELD_OUT_STYLE):
             if sets.has(icon_set, name):
                 drawing = _planes(sets, icon_set, name)
@@ -128,7 +128,7 @@ def _planes(sets: IconSets, icon_set: str, name: str) -> NDArray[np.uint8]:
     return planes
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
     """How icon sets spell an emoji's label."""
     plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", plain.lower().replace("'", "")).strip("-")
