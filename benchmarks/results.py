@@ -63,9 +63,9 @@ class Results:
         self._tables.append(Table(columns, title))
         print("", *self._tables[-1].head(), sep="\n", flush=True)
 
-    def markdown(self, *, after: int = 0) -> str:
-        """The tables after the first ones."""
-        return "\n\n".join(table.markdown() for table in self._tables[after:])
+    def markdown(self, first: int = 0, end: int | None = None) -> str:
+        """The tables from one to another."""
+        return "\n\n".join(table.markdown() for table in self._tables[first:end])
 
     def add(self, *row: Cell) -> None:
         """A row of the newest table."""

@@ -115,7 +115,7 @@ def _measured(
 
 def _trained(model: Model, folder: Path, items: Sequence[Item], way: Way, seed: int) -> list[Path]:
     """The LoRA after each number of looks, a picture a step."""
-    settings = {**RECIPES["lorasmith"].settings, **way.changes}
+    settings = {**RECIPES["lorasmith"].at(10.0), **way.changes}
     data = load_dataset(items, model, progress=False)
     half, whole = (looks * len(items) // PICTURES for looks in LOOKS)
     train(

@@ -1,97 +1,110 @@
 """What LoRAs learn, by recipe: like the subject, obedient to the prompt, harmless to the rest.
 
-    python -m benchmarks.quality --page docs/quality.md --json quality.json
-    python -m benchmarks.quality --instead methods --page docs/quality.md
-    python -m benchmarks.quality --quick
-    python -m benchmarks.quality --recipes lorasmith --change preserve=blank --change ema_decay=0.99
-    python -m benchmarks.quality --recipes comfyui --comfyui PATH/TO/ComfyUI PATH/TO/ITS/VENV/bin/python
-    python -m benchmarks.quality --model sdxl.safetensors --subjects dreambooth/dataset --clip DIR --dino DIR \
-        --pictures 4 --factors 1 --looks 400 800 1600 --workers 1
+    python -m benchmarks.quality tune --folder quality --models lorasmith-tiny drawing-transformer.safetensors
+    python -m benchmarks.quality test --folder quality --models lorasmith-tiny drawing-transformer.safetensors \\
+        --docs docs
+    python -m benchmarks.quality try --folder quality --change preserve=blank --change ema_decay=0.99
+    python -m benchmarks.quality test --folder quality --recipes comfyui --comfyui ComfyUI ComfyUI/.venv/bin/python
+    python -m benchmarks.quality tune --folder photos --models sdxl.safetensors --subjects dreambooth/dataset \\
+        --clip DIR --dino DIR --recipes lorasmith comfyui --pictures 4 --factors 0.5 1 2 \\
+        --looks 200 400 800 1600 --workers 1
 
-Seven subjects and a style that the built-in model has never seen are taught with each recipe, and the pictures that
-each checkpoint draws are judged. The first three recipes teach each with four pictures and every seed, and with one and
-twelve and the first seed; the others with four and the first seed (`--full`: everything with every seed, for hours).
-`--instead` has rows of methods, of the subjects and the first seed; `routing` those of a transformer, which
-`python -m tools.pretrain transformer` makes.
-With another model, subjects come from a folder like DreamBooth's, and image features take the judge's place.
+`tune` trains each recipe at five rates on the development subjects and freezes the best ones. `test` trains the frozen
+recipes on the test subjects and styles. `try` compares the first recipe, at its frozen rates, with changes of it, on
+the development subjects; so do ablations. With another model, subjects come from a folder like DreamBooth's, and image
+features take the judge's place.
 
-`--page` puts the tables between the marks of a page, and the pictures beside it.
+Runs are kept in the folder, and none is made twice: an interrupted command continues, several may share the folder, and
+folders of several machines (`--share 1/2`) may be put together. They are made subject by subject, so that the tables of
+what is there compare equals. `--only-known` makes the tables alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.bases import machine
-from benchmarks.quality.measuring import JUDGED, TINY, Job, Setting, outcomes_of
-from benchmarks.quality.page import write_page
-from benchmarks.quality.recipes import METHODS, RECIPES, ROUTING
-from benchmarks.quality.subjects import DEVELOPMENT, DEVELOPMENT_STYLES, STYLE
-from benchmarks.quality.tables import MEASURES, methods_table, name_of, recipe_tables
+from benchmarks.quality.measuring import JUDGED, TINY, Job, Outcome, Setting, Store
+from benchmarks.quality.page import sheet, write_page
+from benchmarks.quality.protocol import LOOKS, final, freeze, frozen_rates, lengths_of, tuning
+from benchmarks.quality.recipes import RECIPES
+from benchmarks.quality.subjects import DEVELOPMENT, DEVELOPMENT_STYLES, TEST, TEST_STYLES
+from benchmarks.quality.tables import (
+    candidate_table,
+    difference_table,
+    measures_table,
+    reach_table,
+    summary_table,
+    tuning_table,
+)
 from benchmarks.results import Results, add_json
-
-INSTEAD = {"methods": METHODS, "routing": ROUTING}
-_FIRST = 3  # recipes that are run with every seed, and with one and twelve pictures
 
 
 def main() -> None:
     arguments = _arguments()
-    setting = Setting(
-        tuple(arguments.looks),
-        arguments.model,
-        arguments.subjects,
-        arguments.clip,
-        arguments.dino,
-        tuple(arguments.comfyui) if arguments.comfyui else None,
-        arguments.folder,
-    )
-    known = [*setting.tasks()] if arguments.subjects else [*DEVELOPMENT, *DEVELOPMENT_STYLES]
-    jobs = _jobs(arguments, arguments.tasks or known)
+    comfyui = tuple(arguments.comfyui) if arguments.comfyui else None
+    facts = arguments.subjects, arguments.clip, arguments.dino, comfyui
+    settings = [Setting(tuple(arguments.looks), model, *facts) for model in arguments.models]
+    each = [[(one, job) for job in _jobs(arguments, one)] for one in settings]
+    # Of all networks in turn, so that what is there after an interruption is of all of them.
+    runs = [one for some in itertools.zip_longest(*each) for one in some if one is not None]
+    store = Store(arguments.folder)
+    if not arguments.only_known:
+        share, shares = map(int, arguments.share.split("/"))
+        store.make(runs[share - 1 :: shares], arguments.workers, time.time() + 60 * arguments.minutes)
+    found = [outcome for one in runs if (outcome := store.known(*one)) is not None]
     results = Results(arguments, torch=torch.__version__, machine=machine(torch.device("cpu")))
-    columns = {"run": "", "recipe": "", "pictures": "d", "subject": "", "seed": "d", "seen": "d", "s": ".1f"}
-    results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Checkpoints")
-    if arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for number, outcome in enumerate(outcomes_of(jobs, setting, arguments.workers), 1):
-        outcomes.append(outcome)
-        for one in outcome.checkpoints:
-            values = [getattr(one, measure) for measure in MEASURES]
-            run = f"{number}/{len(jobs)}", name_of(outcome.job), outcome.job.pictures, outcome.job.task
-            results.add(*run, outcome.job.seed, one.looks, one.seconds, *values)
-    (methods_table if arguments.instead else recipe_tables)(outcomes, results)
-    if arguments.page:
-        write_page(arguments.page, results, outcomes, arguments.instead or "recipes")
+    print(f"\n{len(found)} of {len(runs)} runs are there")
+    _tables(arguments, settings[0], found, results)
+    if arguments.docs:
+        methods, part = arguments.docs / "quality-methods.md", arguments.part or arguments.phase
+        first = 1 if arguments.phase == "test" else 0
+        write_page(methods, part, results.markdown(first))
+        if first:
+            write_page(arguments.docs / "quality.md", part, results.markdown(0, first))
+            sheet(found, arguments.looks).save(arguments.docs / "images" / "quality.webp", quality=85)
 
 
-def _jobs(arguments: argparse.Namespace, tasks: list[str]) -> list[Job]:
-    def seeds(recipe: str, pictures: int) -> list[int]:
-        if arguments.full:
-            return list(arguments.seeds)
-        few, many = (1, len(arguments.seeds)) if recipe in [*RECIPES][:_FIRST] else (0, 1)
-        return list(arguments.seeds[: many if pictures == 4 else few])
+def _tables(arguments: argparse.Namespace, setting: Setting, found: list[Outcome], results: Results) -> None:
+    lengths = lengths_of(setting)
+    if arguments.phase == "tune":
+        tuning_table(found, lengths, results)
+        freeze(found, lengths)
+    elif arguments.phase == "try":
+        candidate_table(found, lengths, results)
+    else:
+        summary_table(found, setting.looks, results)
+        reach_table(found, setting.looks, results)
+        difference_table(found, setting.looks, results)
+        measures_table(found, lengths[-1], results)
 
-    first = arguments.recipes[0]
-    kinds: list[tuple[str, dict[str, Any]]] = [(one, {}) for one in arguments.recipes]
-    kinds += [(first, dict(map(_change, one.split(",")))) for one in arguments.change]
-    if arguments.instead:
-        kinds = [(first, {}), *((first, dict(one)) for one in INSTEAD[arguments.instead])]
-        tasks = [one for one in tasks if one != STYLE]
-    return [
-        Job(recipe, task, pictures, seed, factor, changes, in_comfyui)
-        for recipe, changes in kinds
-        for pictures in arguments.pictures
-        for factor in (arguments.factors if RECIPES[recipe].rate is not None else arguments.factors[:1])
-        for in_comfyui in ([False, True] if arguments.comfyui and recipe == "comfyui" else [False])
-        for task in tasks
-        for seed in seeds(recipe, pictures)
-    ]
+
+def _jobs(arguments: argparse.Namespace, setting: Setting) -> list[Job]:
+    """In the order in which they are made."""
+    known = [*setting.tasks()]
+    if not arguments.subjects:
+        known = [*TEST, *TEST_STYLES] if arguments.phase == "test" else [*DEVELOPMENT, *DEVELOPMENT_STYLES]
+    tasks = arguments.tasks or known
+    chosen = tasks, arguments.pictures, arguments.seeds
+    if arguments.phase == "tune":
+        return tuning(setting, arguments.recipes, *chosen, arguments.factors)
+    frozen = frozen_rates()
+    if arguments.phase == "test":
+        jobs = final(setting, arguments.recipes, *chosen, frozen=frozen)
+        if arguments.comfyui:
+            jobs += final(setting, ["comfyui"], *chosen, frozen=frozen, in_comfyui=True)
+    else:
+        kinds: list[dict[str, Any]] = [{}, *(dict(map(_change, one.split(","))) for one in arguments.change)]
+        jobs = [job for one in kinds for job in final(setting, arguments.recipes[:1], *chosen, one, frozen=frozen)]
+    return sorted(jobs, key=lambda one: (one.seed, tasks.index(one.task)))
 
 
 def _change(text: str) -> tuple[str, Any]:
@@ -104,39 +117,38 @@ def _change(text: str) -> tuple[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=["tune", "test", "try"])
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so long")
+    parser.add_argument("--only-known", action="store_true", help="train nothing, make the tables of what is there")
+    parser.add_argument("--share", default="1/1", metavar="NUMBER/SHARES", help="make this share of the runs alone")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes with a thread each")
+    parser.add_argument("--models", nargs="+", default=[TINY])
     parser.add_argument("--recipes", nargs="+", default=[*RECIPES], choices=[*RECIPES])
+    parser.add_argument("--tasks", nargs="+", default=[], help="subjects and styles; those of the phase by default")
+    parser.add_argument("--pictures", nargs="+", type=int, default=[1, 4, 12], choices=[1, 4, 12])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--factors", nargs="+", type=float, default=[], help="of the documents' rates, to tune")
+    parser.add_argument("--looks", nargs="+", type=int, default=LOOKS, help="pictures seen at each checkpoint")
     parser.add_argument(
         "--change",
         action="append",
         default=[],
         metavar="NAME=VALUE[,NAME=VALUE]",
-        help="a row of the first recipe with other settings",
+        help="what to try: a row of the first recipe with other settings",
     )
-    parser.add_argument("--instead", choices=[*INSTEAD], help="rows of the first recipe with each of these instead")
-    parser.add_argument("--factors", nargs="+", type=float, default=[10.0], help="of the documents' rates")
-    parser.add_argument("--tasks", nargs="+", default=[], help="those for development by default")
-    parser.add_argument("--pictures", nargs="+", type=int, default=[1, 4, 12], choices=[1, 4, 12])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--looks", nargs="+", type=int, default=[40, 80, 160], help="pictures seen at each checkpoint")
-    parser.add_argument("--full", action="store_true", help="every recipe with every seed and number of pictures")
-    parser.add_argument("--quick", action="store_true", help="three subjects, one seed, four pictures, three recipes")
-    parser.add_argument("--model", default=TINY)
     parser.add_argument("--subjects", type=Path, help="a folder like DreamBooth's dataset")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP of transformers, for adherence")
     parser.add_argument("--dino", type=Path, help="folder of a DINO of transformers, for fidelity")
     parser.add_argument("--comfyui", nargs=2, type=Path, metavar=("CHECKOUT", "PYTHON"), help="its recipe there, too")
-    parser.add_argument("--folder", type=Path, help="keep each run's outcome here, and make none again that is there")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--page", type=Path)
+    parser.add_argument("--docs", type=Path, help="put the tables between the marks of the pages in this folder")
+    parser.add_argument("--part", default="", help="of the pages, if it is not that of the phase, such as ablation")
     add_json(parser)
     arguments = parser.parse_args()
-    if Path(arguments.model).stem not in JUDGED and arguments.subjects is None:
-        parser.error("--model needs --subjects, as the judge knows drawings alone")
-    if arguments.quick:
-        arguments.recipes, arguments.pictures, arguments.seeds = [*RECIPES][:3], [4], [0]
-        arguments.tasks = ["fox", "rocket", "owl"]
-    if arguments.instead:
-        arguments.pictures, arguments.seeds = [4], arguments.seeds[:1]
+    if arguments.subjects is None and any(Path(one).stem not in JUDGED for one in arguments.models):
+        parser.error("--models needs --subjects, as the judge knows drawings alone")
+    if len(arguments.looks) < 4:
+        parser.error("--looks needs at least four numbers, of which those between the first and the last are tuned")
     return arguments
 
 

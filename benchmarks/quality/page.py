@@ -1,51 +1,47 @@
-"""The tables and pictures of docs/quality.md."""
+"""The tables and pictures of the pages."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.quality.measuring import Outcome, joined
-from benchmarks.results import Results
+from benchmarks.quality.measuring import Outcome
+from benchmarks.quality.protocol import at
+from benchmarks.quality.recipes import OURS
 from lorasmith.report.contact_sheet import contact_sheet
 
-PICTURES = "images/quality.webp"
-_SHOWN = (0, 1, 3, 5)  # the trigger, and prompts
+_ROWS = 8  # of the first subjects, in the order of the table
 
 
-def write_page(page: Path, results: Results, outcomes: Sequence[Outcome], part: str) -> None:
-    """Put the tables between the marks of a part of a page, and the recipes' pictures into its folder."""
+def write_page(page: Path, part: str, tables: str) -> None:
+    """Put tables between the marks of a part of a page."""
     begin, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
     before, _, rest = page.read_text("utf-8").partition(begin)
     _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n\n{results.markdown(after=1)}\n\n{end}{after}", "utf-8")
-    if part == "recipes":
-        _sheet(outcomes).save(page.parent / PICTURES, quality=85)
+    page.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{after}", "utf-8")
 
 
-def _sheet(outcomes: Sequence[Outcome]) -> Image.Image:
-    """A row a subject and a column a recipe, of the runs with four pictures."""
-    shown = [one for one in outcomes if one.job.pictures == 4 and not one.job.changes and not one.job.in_comfyui]
-    recipes = list(dict.fromkeys(one.job.recipe for one in shown))
-    tasks = list(dict.fromkeys(one.job.task for one in shown))
-    rows = [
-        [
-            _strip(_median([one for one in shown if (one.job.task, one.job.recipe) == (task, recipe)]))
-            for recipe in recipes
-        ]
-        for task in tasks
-    ]
-    return contact_sheet(rows, tasks, recipes)
+def sheet(outcomes: Sequence[Outcome], looks: Sequence[int]) -> Image.Image:
+    """A row a subject and a column a recipe, after equal time: what ours takes for its last checkpoint but two."""
+    first = outcomes[0].network, 4, outcomes[0].job.seed
+    runs: dict[str, dict[str, list[Outcome]]] = {}
+    for one in outcomes:
+        if (one.network, one.job.pictures, one.job.seed) == first and not one.job.in_comfyui:
+            runs.setdefault(one.job.task, {}).setdefault(one.job.recipe, []).append(one)
+    recipes = list(dict.fromkeys(recipe for by_recipe in runs.values() for recipe in by_recipe))
+    rows = {task: by for task, by in runs.items() if len(by) == len(recipes) and OURS in by}
+    tasks = [*rows][:_ROWS]
+    cells = [[_strip(rows[task][one], rows[task][OURS], looks) for one in recipes] for task in tasks]
+    return contact_sheet(cells, tasks, recipes)
 
 
-def _median(runs: Sequence[Outcome]) -> Outcome:
-    """The run whose last fidelity is in the middle: pictures are chosen by this rule alone."""
-    middle = statistics.median_low(one.checkpoints[-1].fidelity for one in runs)
-    return next(one for one in runs if one.checkpoints[-1].fidelity == middle)
-
-
-def _strip(outcome: Outcome) -> Image.Image:
-    return joined([outcome.pictures[place] for place in _SHOWN])
+def _strip(runs: Sequence[Outcome], ours: Sequence[Outcome], looks: Sequence[int]) -> Image.Image:
+    """The pictures of the last checkpoint that a recipe has after as many seconds as ours."""
+    seconds = at(ours, looks[-3])[1].seconds
+    known = [(one.seconds, outcome.strip, row) for outcome in runs for row, one in enumerate(outcome.checkpoints)]
+    _, strip, row = max((one for one in known if one[0] <= seconds), default=min(known), key=lambda one: one[0])
+    with Image.open(strip) as opened:
+        height = opened.height // next(len(one.checkpoints) for one in runs if one.strip == strip)
+        return opened.crop((0, height * row, opened.width, height * (row + 1))).convert("RGB")

@@ -1,19 +1,27 @@
 """Recipes as their documents give them, for Stable Diffusion 1.x where they have one, run in this engine.
 
-Numbers of steps and rates are for models of a billion weights. So all recipes see equally many pictures, and rates are
-multiplied by one factor for the built-in model of nine million; `--factors` tries others.
+Numbers of steps and rates are for models of a billion weights. So all recipes see equally many pictures, and the rates
+of each are multiplied by the factor of its `FACTORS` that is best on the development subjects (`frozen.json`).
+What our defaults decide is written out, so that the recipes of others do not change with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.learning import COMFYUI
 
-AVERAGE = "average"  # no setting: the length of the average that is made of a run's averages and measured last
-STRENGTH = "strength"  # nor this: strengths, of which each checkpoint is measured at the one that evaluates best
+_WRITTEN_OUT = {
+    "optimizer": "AdamW",
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "lora_dtype": "bf16",
+    "zero_init": "up",
+    "schedule": "constant",
+    "stratified": False,
+}
 
 
 @dataclass(frozen=True)
@@ -22,89 +30,75 @@ class Recipe:
 
     source: str
     settings: Mapping[str, Any]
-    rate: float | None = None  # of the document; None for ours
+    rates: Mapping[str, float]  # learning rates of the document, by setting
+    factors: Sequence[float] = (2.5, 5, 10, 20, 40)  # of the rates that are tried
+    transformer: Mapping[str, Any] = field(default_factory=dict)  # what differs on the drawing transformer
 
-    def at(self, factor: float) -> dict[str, Any]:
-        """The settings with the rate multiplied."""
-        rates = {} if self.rate is None else {"learning_rate": self.rate * factor}
-        if "train_text_encoder" in self.settings and self.rate is not None:
-            rates["text_encoder_rate"] = self.rate * factor
-        return {**self.settings, **rates}
+    def at(self, factor: float, *, is_transformer: bool = False) -> dict[str, Any]:
+        """The settings with the rates multiplied."""
+        rates = {name: float(f"{rate * factor:.6g}") for name, rate in self.rates.items()}
+        return {**self.settings, **rates, **(self.transformer if is_transformer else {})}
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether a shorter run is the beginning of a longer one."""
+        return self.settings["schedule"] == "constant"
+
+
+_BLOCKS = {"targets": "transformer"}
+_RATE_OF_BOTH = {"learning_rate": 1e-4, "text_encoder_rate": 1e-4}
 
 RECIPES: Mapping[str, Recipe] = {
     "lorasmith": Recipe(
         "docs/subjects.md",
-        {"train_text_encoder": True, "text_encoder_rate": 7e-4, "timesteps": "shifted", "timestep_shift": 3.0},
+        {"train_text_encoder": True, "timesteps": "shifted", "timestep_shift": 3.0, "schedule": "linear"},
+        {"learning_rate": 1.4e-4, "text_encoder_rate": 7e-5},
     ),
     "comfyui": Recipe(
         "defaults of the node Train LoRA (0.33)",
-        {**COMFYUI, "rank": 8},
-        COMFYUI["learning_rate"],
+        {**_WRITTEN_OUT, **{name: value for name, value in COMFYUI.items() if name != "learning_rate"}, "rank": 8},
+        {"learning_rate": COMFYUI["learning_rate"]},
     ),
     "diffusers": Recipe(
         "examples/dreambooth/README.md, train_dreambooth_lora.py",
-        {"rank": 4, "targets": "attention", "schedule": "constant", "stratified": False},
-        1e-4,
+        {**_WRITTEN_OUT, "rank": 4, "targets": "attention"},
+        {"learning_rate": 1e-4},
+        factors=(10, 20, 40, 80, 160),
     ),
-    "lorasmith, plain": Recipe("the defaults of `lorasmith train`", {}),
+    "lorasmith, plain": Recipe("the defaults of `lorasmith train`", {"schedule": "linear"}, {"learning_rate": 1.4e-4}),
     "sd-scripts": Recipe(
         "docs/train_network.md",
-        {
-            "rank": 16,
-            "alpha": 1.0,
-            "targets": "attention+ff",
-            "schedule": "constant",
-            "stratified": False,
-            "train_text_encoder": True,
-        },
-        1e-4,
+        {**_WRITTEN_OUT, "rank": 16, "alpha": 1.0, "targets": "attention+ff", "train_text_encoder": True},
+        _RATE_OF_BOTH,
+        factors=(10, 20, 40, 80, 160),
+        transformer=_BLOCKS,
     ),
     "onetrainer": Recipe(
         "training_presets/SD1.5/#sd 1.5 LoRA.json",
         {
+            **_WRITTEN_OUT,
             "batch_size": 4,
             "rank": 16,
             "alpha": 1.0,
             "targets": "attention+ff",
-            "schedule": "constant",
             "warmup_steps": 8,  # 200 of the thousand that 40 pictures make, in as many as are taken here
-            "stratified": False,
             "train_text_encoder": True,
         },
-        3e-4,
+        {name: 3 * rate for name, rate in _RATE_OF_BOTH.items()},
+        factors=(10, 20, 40, 80, 160),
+        transformer=_BLOCKS,
     ),
     "ai-toolkit": Recipe(
         "config/examples/train_lora_sd35_large_24gb.yaml",
         {
+            **_WRITTEN_OUT,
             "rank": 16,
             "targets": "transformer",
-            "schedule": "constant",
             "ema_decay": 0.99,
-            "stratified": False,
             "timesteps": "uniform",
         },
-        1e-4,
+        {"learning_rate": 1e-4},
     ),
 }
-
-METHODS: Sequence[Mapping[str, Any]] = (
-    {"tlora": "plain"},
-    {"tlora": "orthogonal"},
-    {"preserve": "class"},
-    {"preserve": "blank"},
-    {"weight_change": 0.01},
-    {"noise_offset": 0.05},
-    {"pyramid_noise": 0.3},
-    {"input_perturbation": 0.1},
-    {"loss_weighting": "min_snr"},
-    {"loss_weighting": "debiased"},
-    {"loss_weighting": "p2"},
-    {"ema_decay": 0.9},
-    {"post_hoc_ema": 8, AVERAGE: 0.1},
-    {STRENGTH: (0.7, 0.85, 1.0, 1.15, 1.3)},
-)
-"""What is added to our recipe, each alone."""
-
-ROUTING: Sequence[Mapping[str, Any]] = ({"tread_rate": 0.25}, {"tread_rate": 0.5})
-"""What transformers alone can have."""
+OURS = "lorasmith"
+PEERS = tuple(one for one in RECIPES if not one.startswith(OURS))

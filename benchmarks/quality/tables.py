@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from benchmarks.quality.measuring import STRENGTHS, Checkpoint, Job, Outcome
-from benchmarks.quality.scores import hypervolume, interval
-from benchmarks.quality.subjects import STYLE
+import numpy as np
+
+from benchmarks.quality.measuring import Checkpoint, Job, Outcome
+from benchmarks.quality.protocol import at, ends_of
+from benchmarks.quality.recipes import OURS, PEERS
+from benchmarks.quality.scores import (
+    Array,
+    bootstrap,
+    compared,
+    holm,
+    reach,
+    seeds_needed,
+    sign_flip_p,
+    value_at,
+    variance_components,
+)
+from benchmarks.quality.subjects import DEVELOPMENT_STYLES, TEST, TEST_STYLES
 from benchmarks.results import Results
 
 MEASURES = ("fidelity", "likeness", "adherence", "diversity", "memorisation", "drift", "bleed")
@@ -20,108 +35,243 @@ def name_of(job: Job) -> str:
     return f"{job.recipe}{', in ComfyUI' if job.in_comfyui else ''}{changes}"
 
 
-def recipe_tables(outcomes: Sequence[Outcome], results: Results) -> None:
-    """A row for each recipe and number of pictures: hypervolume, measures by checkpoint, and by strength."""
-    kinds = _by_kind(outcomes)
-    columns = {"recipe": "", "rate ×": "g", "pictures": "d", "runs": "d", "hypervolume": ".3f", "95 % interval": ""}
-    columns |= {
-        "of seeds alone": "",
-        "less than the first": "+.3f",
-        "95 % interval of it": "",
-        "style": ".3f",
-        "per minute of training": ".3f",
-    }
-    results.table(columns, "Area under the curve of fidelity against adherence over the checkpoints, of the subjects")
-    firsts: dict[int, dict[tuple[str, int, int], Outcome]] = {}
-    for kind, runs in kinds.items():
-        subjects, styles = ([one for one in runs if (one.job.task == STYLE) is is_style] for is_style in (False, True))
-        first = firsts.setdefault(kind[-1], {_pair(one): one for one in subjects})
-        values = _by_subject(subjects, _hypervolume)
-        mean, low, high = interval(values)
-        _, *seeds = interval(values, of_subjects=False)
-        by_seed = "{:.3f} to {:.3f}".format(*seeds) if min(map(len, values.values())) > 1 else None
-        behind = _behind([one for one in subjects if _pair(one) in first], first)
-        style = statistics.mean(map(_hypervolume, styles)) if styles else None
-        rate = mean / _minutes(subjects)
-        results.add(*kind, len(subjects), mean, f"{low:.3f} to {high:.3f}", by_seed, *behind, style, rate)
-    columns = {"recipe": "", "rate ×": "g", "pictures": "d", "seen": "d"}
-    results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, "Means by checkpoint")
-    for kind, runs in kinds.items():
-        for checkpoints in zip(*(one.checkpoints for one in runs), strict=True):
-            results.add(*kind, checkpoints[0].looks, *(_mean(checkpoints, measure) for measure in MEASURES))
-    columns = {"recipe": "", "rate ×": "g", "pictures": "d", **dict.fromkeys(map(str, STRENGTHS), ".2f")}
-    results.table(
-        {**columns, "monotone up to 1": ".2f"}, "Fidelity of the last checkpoint by strength, of the first seed"
-    )
-    for kind, runs in kinds.items():
-        if firsts := [one.strengths for one in runs if one.strengths]:
-            means = map(statistics.mean, zip(*firsts, strict=True))
-            results.add(*kind, *means, statistics.mean(map(_is_monotone, firsts)))
+@dataclass(frozen=True)
+class Curve:
+    """Of a recipe, at each of the looks: arrays (subjects, looks), means of the seeds."""
+
+    subjects: tuple[str, ...]
+    picked: Array  # fidelity × adherence of the checkpoint that the evaluation picks
+    last: Array  # of the last one
+    seconds: Array
+
+    def of(self, subjects: Sequence[str]) -> Curve:
+        """Of some subjects, in that order."""
+        rows = [self.subjects.index(one) for one in subjects]
+        return Curve(tuple(subjects), self.picked[rows], self.last[rows], self.seconds[rows])
 
 
-def methods_table(outcomes: Sequence[Outcome], results: Results) -> None:
-    """A row for each method: what it changes against the first rows' runs of the same subject and seed."""
-    (_, plain), *others = _by_kind(outcomes).items()
-    before = {_pair(one): one for one in plain}
-    columns = {"method": "", "runs": "d", "hypervolume": ".3f", "difference": "+.3f", "95 % interval": ""}
-    columns |= {"time of training": ".2f", "per minute of training": ".3f", **dict.fromkeys(MEASURES, "+.3f")}
-    results.table(columns, "Difference of each method from the recipe alone, subject by subject and seed by seed")
-    total, minutes = statistics.mean(map(_hypervolume, plain)), _minutes(plain)
-    results.add(plain[0].job.recipe, len(plain), total, None, None, 1.0, total / minutes, *[None] * len(MEASURES))
-    for (name, *_), runs in others:
-        gains = _by_subject(runs, lambda one: _hypervolume(one) - _hypervolume(before[_pair(one)]))
-        mean, low, high = interval(gains)
-        ends = [one.checkpoints[-1] for one in runs]
-        ends_before = [before[_pair(one)].checkpoints[-1] for one in runs]
-        taken = _minutes(runs)
-        measured = [_mean(ends, measure) - _mean(ends_before, measure) for measure in MEASURES]
-        total, name = statistics.mean(map(_hypervolume, runs)), name.removeprefix(f"{plain[0].job.recipe} ")
-        between = f"{low:+.3f} to {high:+.3f}"
-        results.add(name, len(runs), total, mean, between, taken / minutes, total / taken, *measured)
+Part = tuple[str, str, int]
+"""A network, subjects or styles, and a number of drawings."""
 
 
-def _minutes(runs: Sequence[Outcome]) -> float:
-    """Of processor time, of training a run."""
-    return statistics.mean(one.checkpoints[-1].seconds for one in runs) / 60
-
-
-def _behind(runs: Sequence[Outcome], first: Mapping[tuple[str, int, int], Outcome]) -> tuple[float | None, str | None]:
-    """How much hypervolume runs lack of the first ones with the same subject and seed, with the interval."""
-    if all(first[_pair(one)] is one for one in runs):
-        return None, None
-    mean, low, high = interval(_by_subject(runs, lambda one: _hypervolume(first[_pair(one)]) - _hypervolume(one)))
-    return mean, f"{low:+.3f} to {high:+.3f}"
-
-
-def _by_kind(outcomes: Sequence[Outcome]) -> dict[tuple[str, float, int], list[Outcome]]:
-    kinds: dict[tuple[str, float, int], list[Outcome]] = {}
+def parts_of(outcomes: Iterable[Outcome]) -> dict[Part, dict[str, list[Outcome]]]:
+    """Outcomes by part and recipe."""
+    found: dict[Part, dict[str, list[Outcome]]] = {}
     for one in outcomes:
-        kinds.setdefault((name_of(one.job), one.job.factor, one.job.pictures), []).append(one)
-    return kinds
-
-
-def _pair(outcome: Outcome) -> tuple[str, int, int]:
-    return outcome.job.task, outcome.job.pictures, outcome.job.seed
-
-
-def _hypervolume(outcome: Outcome) -> float:
-    return hypervolume([(one.fidelity, one.adherence or 0.0) for one in outcome.checkpoints])
-
-
-def _by_subject(runs: Iterable[Outcome], value: Callable[[Outcome], float]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for one in runs:
-        found.setdefault(one.job.task, []).append(value(one))
+        taught = "styles" if one.job.task in {**DEVELOPMENT_STYLES, **TEST_STYLES} else "subjects"
+        part = found.setdefault((one.network, taught, one.job.pictures), {})
+        part.setdefault(name_of(one.job), []).append(one)
     return found
 
 
-def _mean(checkpoints: Iterable[Checkpoint], measure: str) -> float:
-    """Of those that have it, as a style has no bleed, and without a CLIP nothing has adherence."""
+def curve_of(outcomes: Sequence[Outcome], looks: Sequence[int]) -> Curve | None:
+    """The curve over the subjects that have all of the looks; None if there are none."""
+    runs: dict[str, dict[int, list[Outcome]]] = {}
+    for one in outcomes:
+        runs.setdefault(one.job.task, {}).setdefault(one.job.seed, []).append(one)
+    rows = {}
+    for task, by_seed in runs.items():
+        whole = [some for some in by_seed.values() if max(one.checkpoints[-1].looks for one in some) >= looks[-1]]
+        if whole:
+            seeds = [[(a.score, b.score, b.seconds) for a, b in (at(some, look) for look in looks)] for some in whole]
+            rows[task] = np.mean(seeds, axis=0)
+    if not rows:
+        return None
+    table = np.stack(list(rows.values()))
+    return Curve(tuple(rows), table[..., 0], table[..., 1], table[..., 2])
+
+
+def _curves(recipes: Mapping[str, list[Outcome]], looks: Sequence[int]) -> tuple[dict[str, Curve], str | None]:
+    """Curves by recipe, and which peer is best at the last checkpoint but one; at that one, curves may end."""
+    found = {name: curve_of(runs, looks) or curve_of(runs, looks[:-1]) for name, runs in recipes.items()}
+    curves = {name: curve for name, curve in found.items() if curve is not None}
+    peers = [name for name in curves if name in PEERS]
+    return curves, max(peers, key=lambda name: curves[name].picked[:, len(looks) - 2].mean(), default=None)
+
+
+def summary_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Results) -> None:
+    """When ours has what the best peer has at the last checkpoint but one."""
+    columns = {"network": "", "taught": "", "drawings": "d", "best other recipe": "", "its score": ".3f"}
+    columns |= {
+        "its seconds": ".0f",
+        "ours has it after pictures": "",
+        "share": "",
+        "after seconds": "",
+        "share of time": "",
+    }
+    results.table(columns, f"When our recipe draws as well as the best other one after {looks[-2]} pictures")
+    for part, recipes in parts_of(outcomes).items():
+        curves, best = _curves(recipes, looks)
+        if best and OURS in curves:
+            peer, place = curves[best], len(looks) - 2
+            pictures, share, _, seconds, of_time = _reach_cells(curves[OURS], peer, looks)
+            its = peer.picked[:, place].mean(), peer.seconds[:, place].mean()
+            results.add(*part, best, *map(float, its), pictures, share, seconds, of_time)
+
+
+def reach_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Results) -> None:
+    """The same of each recipe, with its curve."""
+    columns = {"network": "", "taught": "", "drawings": "d", "recipe": "", "subjects": "d"}
+    columns |= {f"at {look}": ".3f" for look in looks}
+    columns |= dict.fromkeys(
+        ("pictures to reach", "share", "by last checkpoints", "seconds to reach", "share of time"), ""
+    )
+    title = f"Fidelity × adherence by pictures seen, and when it is what the best peer has at {looks[-2]}"
+    results.table(columns, title)
+    for part, recipes in parts_of(outcomes).items():
+        curves, best = _curves(recipes, looks)
+        for name, curve in curves.items():
+            means = curve.picked.mean(0)
+            cells = [*map(float, means), *[None] * (len(looks) - len(means))]
+            row = _reach_cells(curve, curves[best], looks) if best else [None] * 5
+            results.add(*part, name + (" (best peer)" if name == best else ""), len(curve.subjects), *cells, *row)
+
+
+def _reach_cells(curve: Curve, peer: Curve, looks: Sequence[int]) -> list[str]:
+    """Pictures, their share of the peer's, pictures by last checkpoints, seconds, and their share."""
+    common = [one for one in curve.subjects if one in peer.subjects]
+    curve, peer = curve.of(common), peer.of(common)
+    place, seen = len(looks) - 2, looks[: curve.picked.shape[1]]
+
+    def reached(rows: Array, *, last: bool = False, is_time: bool = False) -> float:
+        some, other = curve.picked[rows].mean(0), peer.picked[rows].mean(0)
+        if last:
+            some, other = curve.last[rows].mean(0), peer.last[rows].mean(0)
+        return reach(curve.seconds[rows].mean(0) if is_time else seen, some, float(other[place]))
+
+    def share(rows: Array, *, is_time: bool) -> float:
+        whole = float(peer.seconds[rows].mean(0)[place]) if is_time else looks[place]
+        return reached(rows, is_time=is_time) / whole
+
+    every, cells = np.arange(len(common)), []
+    for is_time in (False, True):
+        longest = float(curve.seconds.mean(0)[-1]) if is_time else seen[-1]
+        of_peer = float(peer.seconds.mean(0)[place]) if is_time else looks[place]
+        bounds = bootstrap(every, lambda rows, is_time=is_time: share(rows, is_time=is_time))
+        shares = [_bounded(one, longest / of_peer, ".2f") for one in (share(every, is_time=is_time), *bounds)]
+        cells += [_bounded(reached(every, is_time=is_time), longest, ".0f"), "{} ({} to {})".format(*shares)]
+        if not is_time:
+            cells.append(_bounded(reached(every, last=True), longest, ".0f"))
+    return cells
+
+
+def _bounded(value: float, longest: float, form: str) -> str:
+    """A number, or that it is more than was run."""
+    return format(value, form) if math.isfinite(value) else f"> {longest:{form}}"
+
+
+def difference_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Results) -> None:
+    """Ours less each peer: at equal pictures, at equal time, and after half of the pictures."""
+    whole, half = looks[-2], looks[-3]
+    columns = {"network": "", "taught": "", "drawings": "d", "ours less": "", "how": "", "subjects": "d"}
+    columns |= {"difference": "+.3f", "95 % interval": "", "p": ".3f", "p by Holm": ".3f", "ours is": ""}
+    columns |= {"seeds needed": ""}
+    rows: list[tuple[tuple[str | int, ...], Array, str | float]] = []
+    for part, recipes in parts_of(outcomes).items():
+        ours = curve_of(recipes.get(OURS, []), looks[:-1])
+        for name in PEERS:
+            peer = curve_of(recipes.get(name, []), looks[:-1])
+            if ours is None or peer is None:
+                continue
+            common = [one for one in ours.subjects if one in peer.subjects]
+            if len(common) < 2:
+                continue
+            a, b = ours.of(common), peer.of(common)
+            time = [value_at(*one) for one in zip(a.seconds, a.picked, b.seconds[:, -1], strict=True)]
+            needed = _seeds(recipes[OURS], recipes[name], looks[:-1])
+            for how, values in (
+                (f"both {whole} pictures", a.picked[:, -1]),
+                (f"as many seconds as its {whole}", np.array(time)),
+                (f"ours {half} pictures, the other {whole}", a.picked[:, -2]),
+            ):
+                rows.append(((*part, name, how, len(common)), values - b.picked[:, -1], needed))
+    results.table(columns, "Difference of fidelity × adherence, by subject")
+    _add_compared(rows, results)
+
+
+def _add_compared(rows: Sequence[tuple[tuple[str | int, ...], Array, str | float]], results: Results) -> None:
+    ps = [sign_flip_p(differences) for _, differences, _ in rows]
+    for (key, differences, *rest), p, corrected in zip(rows, ps, holm(ps), strict=True):
+        low, high = bootstrap(differences, lambda some: float(some.mean()))
+        outcome = compared(differences, corrected)
+        results.add(*key, float(differences.mean()), f"{low:+.3f} to {high:+.3f}", p, corrected, outcome, *rest)
+
+
+def _seeds(some: Sequence[Outcome], other: Sequence[Outcome], looks: Sequence[int]) -> str:
+    """Seeds of 28 subjects that show a difference of the margin, by what subjects and seeds of these runs vary."""
+    by_seed = []
+    for seed in sorted({one.job.seed for one in some} & {one.job.seed for one in other}):
+        a, b = (curve_of([one for one in runs if one.job.seed == seed], looks) for runs in (some, other))
+        if a is not None and b is not None:
+            by_seed.append((a, b))
+    if len(by_seed) < 2:
+        return ""
+    common = sorted(set.intersection(*(set(curve.subjects) for pair in by_seed for curve in pair)))
+    if len(common) < 2:
+        return ""
+    differences = np.stack([a.of(common).picked[:, -1] - b.of(common).picked[:, -1] for a, b in by_seed], axis=1)
+    found = seeds_needed(*variance_components(differences), len(TEST))
+    return f"{found:g}"
+
+
+def candidate_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Results) -> None:
+    """Each row less the first one, of the same subjects and seeds, by last checkpoints; and the time of training."""
+    columns = {"network": "", "taught": "", "drawings": "d", "row": "", "less": "", "pictures": "d", "subjects": "d"}
+    columns |= {"difference": "+.3f", "95 % interval": "", "p": ".3f", "p by Holm": ".3f", "is": "", "time": ".2f"}
+    rows: list[tuple[tuple[str | int, ...], Array, str | float]] = []
+    for part, recipes in parts_of(outcomes).items():
+        (first, plain), *others = recipes.items()
+        for name, runs in others:
+            pairs = {(one.job.task, one.job.seed) for one in plain} & {(one.job.task, one.job.seed) for one in runs}
+            a, b = (
+                curve_of([one for one in some if (one.job.task, one.job.seed) in pairs], looks)
+                for some in (runs, plain)
+            )
+            if a is None or b is None or len(a.subjects) < 2:
+                continue
+            b = b.of(a.subjects)
+            for place, look in enumerate(looks):
+                key = (*part, name.removeprefix(f"{first} "), first, look, len(a.subjects))
+                rows.append((key, a.last[:, place] - b.last[:, place], a.seconds[:, -1].sum() / b.seconds[:, -1].sum()))
+    results.table(columns, "Difference of fidelity × adherence, by subject")
+    _add_compared(rows, results)
+
+
+def tuning_table(outcomes: Sequence[Outcome], lengths: Sequence[int], results: Results) -> None:
+    """Each recipe at each factor: the score at each length."""
+    columns = {"network": "", "taught": "", "drawings": "d", "recipe": "", "rate ×": "g", "subjects": "d"}
+    columns |= {str(one): ".3f" for one in lengths}
+    results.table(columns, "Fidelity × adherence on development subjects, by the factor of the rates")
+    for part, recipes in parts_of(outcomes).items():
+        for name, runs in recipes.items():
+            for factor in sorted({one.job.factor for one in runs}):
+                some = [one for one in runs if one.job.factor == factor]
+                ends = [ends_of(one, lengths) for one in some]
+                scores = [[one[length] for one in ends if length in one] for length in lengths]
+                means = (statistics.mean(one) if one else None for one in scores)
+                results.add(*part, name, factor, len({one.job.task for one in some}), *means)
+
+
+def measures_table(outcomes: Sequence[Outcome], look: int, results: Results) -> None:
+    """Means of all measures at one of the looks, of the last checkpoints."""
+    columns = {"network": "", "taught": "", "drawings": "d", "recipe": "", "runs": "d"}
+    results.table({**columns, **dict.fromkeys(MEASURES, ".3f")}, f"Measures after {look} pictures")
+    for part, recipes in parts_of(outcomes).items():
+        for name, runs in recipes.items():
+            long_enough = [one for one in runs if one.checkpoints[-1].looks >= look]
+            least = min((one.checkpoints[-1].looks for one in long_enough), default=0)
+            found = [
+                c
+                for one in long_enough
+                if one.checkpoints[-1].looks == least
+                for c in one.checkpoints
+                if c.looks == look
+            ]
+            if found:
+                results.add(*part, name, len(found), *(_mean(found, measure) for measure in MEASURES))
+
+
+def _mean(checkpoints: Iterable[Checkpoint], measure: str) -> float | None:
+    """Of those that have it: a style has no bleed, and without a CLIP nothing has adherence."""
     values = [value for one in checkpoints if (value := getattr(one, measure)) is not None]
-    return statistics.mean(values) if values else float("nan")
-
-
-def _is_monotone(strengths: Sequence[float]) -> bool:
-    """Whether a stronger LoRA shows the subject no less, up to a strength of 1."""
-    up_to_one = strengths[: STRENGTHS.index(1.0) + 1]
-    return all(after >= before - 0.05 for before, after in itertools.pairwise(up_to_one))
+    return statistics.mean(values) if values else None
