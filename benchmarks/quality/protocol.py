@@ -16,12 +16,14 @@ from typing import Any
 
 from benchmarks.quality.measuring import TINY, Checkpoint, Job, Outcome, Setting
 from benchmarks.quality.recipes import RECIPES
+from benchmarks.quality.subjects import DEVELOPMENT_STYLES, TEST_STYLES
 from lorasmith.core.files import write_atomic
 
 LOOKS = (20, 40, 80, 160, 320)
 FROZEN = Path(__file__).with_name("frozen.json")
-"""Factors of the rates by network, recipe, number of drawings and pictures seen, as `tune` has chosen them."""
+"""Factors of the rates by network, recipe, number of drawings (of a style) and pictures seen, as `tune` chose them."""
 
+TAUGHT_STYLES = {*DEVELOPMENT_STYLES, *TEST_STYLES}
 Frozen = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
 
 
@@ -63,16 +65,16 @@ def final(
     return [
         Job(recipe, task, number, seed, factor, changes or {}, in_comfyui, length, is_evaluated=True)
         for seed, task, number, recipe in itertools.product(seeds, tasks, pictures, recipes)
-        for length, factor in _frozen_runs(setting, recipe, number, frozen)
+        for length, factor in _frozen_runs(setting, recipe, task, number, frozen)
     ]
 
 
-def _frozen_runs(setting: Setting, recipe: str, pictures: int, frozen: Frozen) -> list[tuple[int, float]]:
-    """The (length, factor) of the runs that make the curve; where it was not tuned, as with four drawings."""
-    by_pictures = frozen.get(setting.network, frozen.get(TINY, {})).get(recipe)
-    if by_pictures is None:
+def _frozen_runs(setting: Setting, recipe: str, task: str, pictures: int, frozen: Frozen) -> list[tuple[int, float]]:
+    """The (length, factor) of the runs that make the curve; what was not tuned is as for four drawings of a subject."""
+    tuned = frozen.get(setting.network, frozen.get(TINY, {})).get(recipe)
+    if tuned is None:
         raise SystemExit(f"{recipe} has no frozen rate on {setting.network}; tune it first")
-    factors = by_pictures.get(str(pictures), by_pictures["4"])
+    factors = tuned.get(_taught(task, pictures), tuned.get(str(pictures), tuned["4"]))
     runs = [(length, factors[str(length)]) for length in lengths_of(setting)]
     if not RECIPES[recipe].is_constant:
         return runs
@@ -80,6 +82,10 @@ def _frozen_runs(setting: Setting, recipe: str, pictures: int, frozen: Frozen) -
     longest = {factor: length for length, factor in runs}
     longest[runs[-1][1]] = setting.looks[-1]
     return [(length, factor) for factor, length in longest.items()]
+
+
+def _taught(task: str, pictures: int) -> str:
+    return f"{pictures} of a style" if task in TAUGHT_STYLES else str(pictures)
 
 
 def frozen_rates() -> Frozen:
@@ -93,7 +99,7 @@ def freeze(outcomes: Iterable[Outcome], lengths: Sequence[int], file: Path = FRO
     found: dict[tuple[str, str, str, str], dict[float, dict[tuple[str, int], float]]] = {}
     for one in outcomes:
         for length, score in ends_of(one, lengths).items():
-            key = one.network, one.job.recipe, str(one.job.pictures), str(length)
+            key = one.network, one.job.recipe, _taught(one.job.task, one.job.pictures), str(length)
             found.setdefault(key, {}).setdefault(one.job.factor, {})[one.job.task, one.job.seed] = score
     chosen: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     for (network, recipe, pictures, length), by_factor in sorted(found.items()):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.quality.measuring import Checkpoint, Job, Outcome
-from benchmarks.quality.protocol import at, ends_of
+from benchmarks.quality.protocol import TAUGHT_STYLES, at, ends_of
 from benchmarks.quality.recipes import OURS, PEERS
 from benchmarks.quality.scores import (
     Array,
@@ -23,7 +23,7 @@ from benchmarks.quality.scores import (
     value_at,
     variance_components,
 )
-from benchmarks.quality.subjects import DEVELOPMENT_STYLES, TEST, TEST_STYLES
+from benchmarks.quality.subjects import TEST
 from benchmarks.results import Results
 
 MEASURES = ("fidelity", "likeness", "adherence", "diversity", "memorisation", "drift", "bleed")
@@ -42,12 +42,12 @@ class Curve:
     subjects: tuple[str, ...]
     picked: Array  # fidelity × adherence of the checkpoint that the evaluation picks
     last: Array  # of the last one
-    seconds: Array
+    seconds: Array  # (looks,), by the median run: other work on the machine slows some
 
     def of(self, subjects: Sequence[str]) -> Curve:
         """Of some subjects, in that order."""
         rows = [self.subjects.index(one) for one in subjects]
-        return Curve(tuple(subjects), self.picked[rows], self.last[rows], self.seconds[rows])
+        return Curve(tuple(subjects), self.picked[rows], self.last[rows], self.seconds)
 
 
 Part = tuple[str, str, int]
@@ -58,7 +58,7 @@ def parts_of(outcomes: Iterable[Outcome]) -> dict[Part, dict[str, list[Outcome]]
     """Outcomes by part and recipe."""
     found: dict[Part, dict[str, list[Outcome]]] = {}
     for one in outcomes:
-        taught = "styles" if one.job.task in {**DEVELOPMENT_STYLES, **TEST_STYLES} else "subjects"
+        taught = "styles" if one.job.task in TAUGHT_STYLES else "subjects"
         part = found.setdefault((one.network, taught, one.job.pictures), {})
         part.setdefault(name_of(one.job), []).append(one)
     return found
@@ -73,12 +73,13 @@ def curve_of(outcomes: Sequence[Outcome], looks: Sequence[int]) -> Curve | None:
     for task, by_seed in runs.items():
         whole = [some for some in by_seed.values() if max(one.checkpoints[-1].looks for one in some) >= looks[-1]]
         if whole:
-            seeds = [[(a.score, b.score, b.seconds) for a, b in (at(some, look) for look in looks)] for some in whole]
+            seeds = [[(a.score, b.score) for a, b in (at(some, look) for look in looks)] for some in whole]
             rows[task] = np.mean(seeds, axis=0)
     if not rows:
         return None
     table = np.stack(list(rows.values()))
-    return Curve(tuple(rows), table[..., 0], table[..., 1], table[..., 2])
+    each = statistics.median(one.checkpoints[-1].seconds / one.checkpoints[-1].looks for one in outcomes)
+    return Curve(tuple(rows), table[..., 0], table[..., 1], each * np.array(looks, float))
 
 
 def _curves(recipes: Mapping[str, list[Outcome]], looks: Sequence[int]) -> tuple[dict[str, Curve], str | None]:
@@ -105,8 +106,8 @@ def summary_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Re
         if best and OURS in curves:
             peer, place = curves[best], len(looks) - 2
             pictures, share, _, seconds, of_time = _reach_cells(curves[OURS], peer, looks)
-            its = peer.picked[:, place].mean(), peer.seconds[:, place].mean()
-            results.add(*part, best, *map(float, its), pictures, share, seconds, of_time)
+            its = float(peer.picked[:, place].mean()), float(peer.seconds[place])
+            results.add(*part, best, *its, pictures, share, seconds, of_time)
 
 
 def reach_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Results) -> None:
@@ -131,28 +132,23 @@ def _reach_cells(curve: Curve, peer: Curve, looks: Sequence[int]) -> list[str]:
     """Pictures, their share of the peer's, pictures by last checkpoints, seconds, and their share."""
     common = [one for one in curve.subjects if one in peer.subjects]
     curve, peer = curve.of(common), peer.of(common)
-    place, seen = len(looks) - 2, looks[: curve.picked.shape[1]]
+    place, cells = len(looks) - 2, []
+    every = np.arange(len(common))
+    for positions, whole in (
+        (np.array(looks[: curve.picked.shape[1]], float), looks[place]),
+        (curve.seconds, peer.seconds[place]),
+    ):
 
-    def reached(rows: Array, *, last: bool = False, is_time: bool = False) -> float:
-        some, other = curve.picked[rows].mean(0), peer.picked[rows].mean(0)
-        if last:
-            some, other = curve.last[rows].mean(0), peer.last[rows].mean(0)
-        return reach(curve.seconds[rows].mean(0) if is_time else seen, some, float(other[place]))
+        def reached(rows: Array, by: str = "picked", positions: Array = positions) -> float:
+            level = float(getattr(peer, by)[rows].mean(0)[place])
+            return reach(positions, getattr(curve, by)[rows].mean(0), level)
 
-    def share(rows: Array, *, is_time: bool) -> float:
-        whole = float(peer.seconds[rows].mean(0)[place]) if is_time else looks[place]
-        return reached(rows, is_time=is_time) / whole
-
-    every, cells = np.arange(len(common)), []
-    for is_time in (False, True):
-        longest = float(curve.seconds.mean(0)[-1]) if is_time else seen[-1]
-        of_peer = float(peer.seconds.mean(0)[place]) if is_time else looks[place]
-        bounds = bootstrap(every, lambda rows, is_time=is_time: share(rows, is_time=is_time))
-        shares = [_bounded(one, longest / of_peer, ".2f") for one in (share(every, is_time=is_time), *bounds)]
-        cells += [_bounded(reached(every, is_time=is_time), longest, ".0f"), "{} ({} to {})".format(*shares)]
-        if not is_time:
-            cells.append(_bounded(reached(every, last=True), longest, ".0f"))
-    return cells
+        longest = positions[-1]
+        bounds = [one / whole for one in (reached(every), *bootstrap(every, reached))]
+        shares = [_bounded(one, longest / whole, ".2f") for one in bounds]
+        cells += [_bounded(reached(every), longest, ".0f"), "{} ({} to {})".format(*shares)]
+        cells.append(_bounded(reached(every, "last"), longest, ".0f"))
+    return cells[:-1]
 
 
 def _bounded(value: float, longest: float, form: str) -> str:
@@ -177,7 +173,7 @@ def difference_table(outcomes: Sequence[Outcome], looks: Sequence[int], results:
             if len(common) < 2:
                 continue
             a, b = ours.of(common), peer.of(common)
-            time = [value_at(*one) for one in zip(a.seconds, a.picked, b.seconds[:, -1], strict=True)]
+            time = [value_at(a.seconds, one, b.seconds[-1]) for one in a.picked]
             needed = _seeds(recipes[OURS], recipes[name], looks[:-1])
             for how, values in (
                 (f"both {whole} pictures", a.picked[:, -1]),
@@ -232,7 +228,7 @@ def candidate_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: 
             b = b.of(a.subjects)
             for place, look in enumerate(looks):
                 key = (*part, name.removeprefix(f"{first} "), first, look, len(a.subjects))
-                rows.append((key, a.last[:, place] - b.last[:, place], a.seconds[:, -1].sum() / b.seconds[:, -1].sum()))
+                rows.append((key, a.last[:, place] - b.last[:, place], a.seconds[-1] / b.seconds[-1]))
     results.table(columns, "Difference of fidelity × adherence, by subject")
     _add_compared(rows, results)
 

@@ -194,6 +194,9 @@ def test_a_recipe_is_tuned_for_each_length_and_runs_at_one_rate_are_one_run(tmp_
         "comfyui": {"4": {"40": 10.0, "80": 10.0, "160": 5.0}},
         "lorasmith": {"4": {"40": 5.0, "80": 6.0}},
     }
+    freeze([outcome("comfyui", STYLE, [0.1, 0.2, 0.3, 0.5], factor=7.0)], (40, 80, 160), file)
+    of_style = json.loads(file.read_text())["lorasmith-tiny"]["comfyui"]
+    assert of_style == {**frozen["lorasmith-tiny"]["comfyui"], "4 of a style": {"40": 7.0, "80": 7.0, "160": 7.0}}
     final_jobs = final(setting, ["comfyui"], ["fox"], [4, 12], [0], frozen=frozen)
     assert [(one.pictures, one.length, one.factor) for one in final_jobs] == [
         (4, 80, 10.0),
