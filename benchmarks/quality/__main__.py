@@ -7,7 +7,7 @@
     python -m benchmarks.quality test --folder quality --recipes comfyui --comfyui ComfyUI ComfyUI/.venv/bin/python
     python -m benchmarks.quality tune --folder photos --models sdxl.safetensors --subjects dreambooth/dataset \\
         --clip DIR --dino DIR --recipes lorasmith comfyui --pictures 4 --factors 0.5 1 2 \\
-        --looks 200 400 800 1600 --workers 1
+        --looks 200 400 800 1600 --workers 1 --frozen photos.json
 
 `tune` trains each recipe at five rates on the development subjects and freezes the best ones. `test` trains the frozen
 recipes on the test subjects and styles. `try` compares the first recipe, at its frozen rates, with changes of it, on
@@ -26,6 +26,7 @@ import ast
 import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 from benchmarks.bases import machine
 from benchmarks.quality.measuring import JUDGED, TINY, Job, Outcome, Setting, Store
 from benchmarks.quality.page import sheet, write_page
-from benchmarks.quality.protocol import LOOKS, final, freeze, frozen_rates, lengths_of, tuning
+from benchmarks.quality.protocol import FROZEN, LOOKS, final, freeze, frozen_rates, lengths_of, tuning
 from benchmarks.quality.recipes import RECIPES
 from benchmarks.quality.subjects import DEVELOPMENT, DEVELOPMENT_STYLES, TEST, TEST_STYLES
 from benchmarks.quality.tables import (
@@ -77,7 +78,7 @@ def _tables(arguments: argparse.Namespace, setting: Setting, found: list[Outcome
     lengths = lengths_of(setting)
     if arguments.phase == "tune":
         tuning_table(found, lengths, results)
-        freeze(found, lengths)
+        freeze(found, lengths, arguments.frozen)
     elif arguments.phase == "try":
         candidate_table(found, lengths, results)
     else:
@@ -96,14 +97,13 @@ def _jobs(arguments: argparse.Namespace, setting: Setting) -> list[Job]:
     chosen = tasks, arguments.pictures, arguments.seeds
     if arguments.phase == "tune":
         return tuning(setting, arguments.recipes, *chosen, arguments.factors)
-    frozen = frozen_rates()
     if arguments.phase == "test":
-        jobs = final(setting, arguments.recipes, *chosen, frozen=frozen)
-        if arguments.comfyui:
-            jobs += final(setting, ["comfyui"], *chosen, frozen=frozen, in_comfyui=True)
+        jobs = final(setting, arguments.recipes, *chosen, frozen_rates(arguments.frozen))
+        jobs += [replace(one, in_comfyui=True) for one in jobs if arguments.comfyui and one.recipe == "comfyui"]
     else:
-        kinds: list[dict[str, Any]] = [{}, *(dict(map(_change, one.split(","))) for one in arguments.change)]
-        jobs = [job for one in kinds for job in final(setting, arguments.recipes[:1], *chosen, one, frozen=frozen)]
+        first = final(setting, arguments.recipes[:1], *chosen, frozen_rates(arguments.frozen))
+        changes: list[dict[str, Any]] = [{}, *(dict(map(_change, one.split(","))) for one in arguments.change)]
+        jobs = [replace(one, changes=some, is_evaluated=False) for some in changes for one in first]
     return sorted(jobs, key=lambda one: (one.seed, tasks.index(one.task)))
 
 
@@ -129,6 +129,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", nargs="+", type=int, default=[1, 4, 12], choices=[1, 4, 12])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--factors", nargs="+", type=float, default=[], help="of the documents' rates, to tune")
+    parser.add_argument("--frozen", type=Path, default=FROZEN, help="file of the best factors")
     parser.add_argument("--looks", nargs="+", type=int, default=LOOKS, help="pictures seen at each checkpoint")
     parser.add_argument(
         "--change",

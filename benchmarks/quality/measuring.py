@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import functools
 import hashlib
 import json
@@ -27,8 +27,8 @@ import lorasmith as ls
 from benchmarks.quality.recipes import RECIPES
 from benchmarks.quality.sights import FeatureSight, JudgeSight, Sight, dino_features, seen
 from benchmarks.quality.subjects import BUILT_IN, Prompt, Task, folder_tasks
-from lorasmith.core.errors import TrainingError
-from lorasmith.core.files import write_atomic
+from lorasmith.core.errors import OutputError, TrainingError
+from lorasmith.core.files import locked, write_atomic
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.placement import best_device
 from lorasmith.data.dataset import EncodedDataset
@@ -126,9 +126,7 @@ class Checkpoint:
     memorisation: float  # how much nearer the nearest trained picture is than the nearest held-out one
     drift: float  # of pictures without the trigger
     bleed: float | None  # of the class without the trigger, by the sight; None for a style
-    evaluation: float | None = (
-        None  # by which `lorasmith evaluate` recommends it, by other noises; None if it was not asked
-    )
+    evaluation: float | None = None  # by which `lorasmith evaluate` recommends it; None if it was not asked
 
     @property
     def score(self) -> float:
@@ -164,16 +162,8 @@ class Store:
     def file(self, setting: Setting, job: Job) -> Path:
         """Where an outcome is kept, whatever the recipe and the model are called."""
         taught = _task_digest(setting, job.task, job.pictures), _model_digest(setting.model)
-        facts = [
-            MEASURING,
-            taught,
-            job.settings(setting),
-            job.seed,
-            job.looks(setting),
-            job.in_comfyui,
-            job.is_evaluated,
-        ]
-        text = json.dumps(facts, sort_keys=True, default=str)
+        facts = [taught, job.settings(setting), job.seed, job.looks(setting), job.in_comfyui, job.is_evaluated]
+        text = json.dumps([MEASURING, *facts], sort_keys=True, default=str)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
     def keep(
@@ -197,16 +187,6 @@ class Store:
         if any(one.exitcode for one in processes):
             raise SystemExit("a process failed; its error is above, and what was made is kept")
 
-    def claimed(self, file: Path) -> Any:
-        """The open claim on a run, which its closing or the end of the process releases; None if others have it."""
-        claim = file.with_suffix(".claim").open("w")
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            claim.close()
-            return None
-        return claim
-
 
 @functools.cache
 def _model_digest(name: str) -> str:
@@ -229,9 +209,13 @@ def _work(store: Store, runs: Sequence[tuple[Setting, Job]], until: float) -> No
         if time.time() > until:
             return
         file = store.file(setting, job)
-        if file.exists() or (claim := store.claimed(file)) is None:
+        if file.exists():
             continue
-        with claim:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(file.with_suffix(".claim"), "another process makes this run", surely=True))
+            except OutputError:
+                continue
             if not file.exists():
                 _prepare(setting)
                 store.keep(setting, job, *_bench.run(job))

@@ -56,14 +56,11 @@ def final(
     tasks: Sequence[str],
     pictures: Sequence[int],
     seeds: Sequence[int],
-    changes: Mapping[str, Any] | None = None,
-    *,
     frozen: Frozen,
-    in_comfyui: bool = False,
 ) -> list[Job]:
-    """Each recipe at its frozen rates, with `changes`."""
+    """Each recipe at its frozen rates."""
     return [
-        Job(recipe, task, number, seed, factor, changes or {}, in_comfyui, length, is_evaluated=True)
+        Job(recipe, task, number, seed, factor, length=length, is_evaluated=True)
         for seed, task, number, recipe in itertools.product(seeds, tasks, pictures, recipes)
         for length, factor in _frozen_runs(setting, recipe, task, number, frozen)
     ]
@@ -88,20 +85,20 @@ def _taught(task: str, pictures: int) -> str:
     return f"{pictures} of a style" if task in TAUGHT_STYLES else str(pictures)
 
 
-def frozen_rates() -> Frozen:
-    """What `tune` has chosen so far."""
-    found: Frozen = json.loads(FROZEN.read_text("utf-8")) if FROZEN.exists() else {}
+def frozen_rates(file: Path) -> Frozen:
+    """What `freeze` has written so far."""
+    found: Frozen = json.loads(file.read_text("utf-8")) if file.exists() else {}
     return found
 
 
-def freeze(outcomes: Iterable[Outcome], lengths: Sequence[int], file: Path = FROZEN) -> None:
+def freeze(outcomes: Iterable[Outcome], lengths: Sequence[int], file: Path) -> None:
     """Write the factor of each recipe with the best mean score, of the subjects and seeds that all factors have."""
     found: dict[tuple[str, str, str, str], dict[float, dict[tuple[str, int], float]]] = {}
     for one in outcomes:
         for length, score in ends_of(one, lengths).items():
             key = one.network, one.job.recipe, _taught(one.job.task, one.job.pictures), str(length)
             found.setdefault(key, {}).setdefault(one.job.factor, {})[one.job.task, one.job.seed] = score
-    chosen: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    chosen: Any = frozen_rates(file)
     for (network, recipe, pictures, length), by_factor in sorted(found.items()):
         common = set.intersection(*map(set, by_factor.values()))
         if common:

@@ -157,30 +157,27 @@ def _bounded(value: float, longest: float, form: str) -> str:
 
 
 def difference_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Results) -> None:
-    """Ours less each peer: at equal pictures, at equal time, and after half of the pictures."""
+    """Ours less each peer: at equal pictures, at equal time, after half of the pictures; ComfyUI's here and there."""
     whole, half = looks[-2], looks[-3]
-    columns = {"network": "", "taught": "", "drawings": "d", "ours less": "", "how": "", "subjects": "d"}
-    columns |= {"difference": "+.3f", "95 % interval": "", "p": ".3f", "p by Holm": ".3f", "ours is": ""}
+    columns = {"network": "", "taught": "", "drawings": "d", "recipe": "", "less": "", "how": "", "subjects": "d"}
+    columns |= {"difference": "+.3f", "95 % interval": "", "p": ".3f", "p by Holm": ".3f", "it is": ""}
     columns |= {"seeds needed": ""}
     rows: list[tuple[tuple[str | int, ...], Array, str | float]] = []
     for part, recipes in parts_of(outcomes).items():
-        ours = curve_of(recipes.get(OURS, []), looks[:-1])
-        for name in PEERS:
-            peer = curve_of(recipes.get(name, []), looks[:-1])
-            if ours is None or peer is None:
+        for one, other in (*((OURS, peer) for peer in PEERS), ("comfyui", "comfyui, in ComfyUI")):
+            some, others = recipes.get(one, []), recipes.get(other, [])
+            a, b = curve_of(some, looks[:-1]), curve_of(others, looks[:-1])
+            common = [] if a is None or b is None else [subject for subject in a.subjects if subject in b.subjects]
+            if a is None or b is None or len(common) < 2:
                 continue
-            common = [one for one in ours.subjects if one in peer.subjects]
-            if len(common) < 2:
-                continue
-            a, b = ours.of(common), peer.of(common)
-            time = [value_at(a.seconds, one, b.seconds[-1]) for one in a.picked]
-            needed = _seeds(recipes[OURS], recipes[name], looks[:-1])
-            for how, values in (
-                (f"both {whole} pictures", a.picked[:, -1]),
-                (f"as many seconds as its {whole}", np.array(time)),
-                (f"ours {half} pictures, the other {whole}", a.picked[:, -2]),
-            ):
-                rows.append(((*part, name, how, len(common)), values - b.picked[:, -1], needed))
+            a, b = a.of(common), b.of(common)
+            ways = {f"both {whole} pictures": a.picked[:, -1]}
+            if one == OURS:
+                time = [value_at(a.seconds, curve, b.seconds[-1]) for curve in a.picked]
+                ways |= {f"as many seconds as its {whole}": np.array(time), f"{half} less its {whole}": a.picked[:, -2]}
+            needed = _seeds(some, others, looks[:-1])
+            for how, values in ways.items():
+                rows.append(((*part, one, other, how, len(common)), values - b.picked[:, -1], needed))
     results.table(columns, "Difference of fidelity × adherence, by subject")
     _add_compared(rows, results)
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from benchmarks.quality.tables import (
 )
 from benchmarks.quality.validation import area
 from benchmarks.results import Results
+from lorasmith.core.files import locked
 from lorasmith.evaluation.wishes import STYLES
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import config_over
@@ -142,7 +142,6 @@ def outcome(
     return Outcome("lorasmith-tiny", job, checkpoints, strip)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="claims are locks of POSIX")
 def test_outcomes_are_kept_by_what_makes_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting, store = Setting(LOOKS), Store(tmp_path)
     job = Job("comfyui", "fox", 4, 0, 10.0, {"ema_decay": 0.9}, length=40)
@@ -168,10 +167,12 @@ def test_outcomes_are_kept_by_what_makes_their_numbers(tmp_path: Path, monkeypat
     assert store.known(replace(setting, looks=(20, 40)), replace(job, length=0)) is not None
     others = {"seed": 1}, {"pictures": 1}, {"task": "owl"}, {"factor": 5.0}, {"length": 80}, {"is_evaluated": True}
     assert not any(store.known(setting, replace(job, **one)) for one in ({"changes": {}}, *others))
-    claim = store.claimed(store.file(setting, replace(job, seed=1)))
-    measuring._work(store, [(setting, replace(job, seed=1))], math.inf)  # another process is making it
-    claim.close()
+    other = replace(job, seed=1)
+    with locked(store.file(setting, other).with_suffix(".claim"), "another process makes it"):
+        measuring._work(store, [(setting, other)], math.inf)
     assert asked == [job]
+    measuring._work(store, [(setting, other)], math.inf)
+    assert asked == [job, other]
 
 
 def test_a_recipe_is_tuned_for_each_length_and_runs_at_one_rate_are_one_run(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_a_recipe_is_tuned_for_each_length_and_runs_at_one_rate_are_one_run(tmp_
     freeze([outcome("comfyui", STYLE, [0.1, 0.2, 0.3, 0.5], factor=7.0)], (40, 80, 160), file)
     of_style = json.loads(file.read_text())["lorasmith-tiny"]["comfyui"]
     assert of_style == {**frozen["lorasmith-tiny"]["comfyui"], "4 of a style": {"40": 7.0, "80": 7.0, "160": 7.0}}
-    final_jobs = final(setting, ["comfyui"], ["fox"], [4, 12], [0], frozen=frozen)
+    final_jobs = final(setting, ["comfyui"], ["fox"], [4, 12], [0], frozen)
     assert [(one.pictures, one.length, one.factor) for one in final_jobs] == [
         (4, 80, 10.0),
         (4, 320, 5.0),
@@ -205,7 +206,7 @@ def test_a_recipe_is_tuned_for_each_length_and_runs_at_one_rate_are_one_run(tmp_
         (12, 320, 5.0),
     ]
     with pytest.raises(SystemExit, match="tune it first"):
-        final(setting, ["diffusers"], ["fox"], [4], [0], frozen=frozen)
+        final(setting, ["diffusers"], ["fox"], [4], [0], frozen)
 
 
 def test_the_evaluation_picks_the_checkpoint_and_a_length_has_its_own_run() -> None:
@@ -241,10 +242,11 @@ def test_tables_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     never = "> 320 | > 2.00 (> 2.00 to > 2.00) | > 320 | > 80 |"
     assert f"{part} diffusers | 8 | 0.100 | 0.100 | 0.100 | 0.100 | 0.200 | {never}" in text
     p = 2 / 2**8
-    row = f"{part} comfyui | both 160 pictures | 8 | +0.050 | +0.050 to +0.050 | {p:.3f} | {6 * p:.3f} | ahead |"
-    assert row in text
-    equal_time = f"{part} comfyui | as many seconds as its 160 | 8 | +0.000 | +0.000 to +0.000 | 1.000 | 1.000 |"
-    assert f"{equal_time} equivalent |" in text
+    less = f"{part} lorasmith | comfyui"
+    ahead = f"+0.050 | +0.050 to +0.050 | {p:.3f} | {6 * p:.3f} | ahead |"
+    assert f"{less} | both 160 pictures | 8 | {ahead}" in text
+    equal = "+0.000 | +0.000 to +0.000 | 1.000 | 1.000 | equivalent |"
+    assert f"{less} | as many seconds as its 160 | 8 | {equal}" in text
     assert f"{part} lorasmith | 8 | 0.900 | 0.500 | 0.500 | 0.200 | 0.100 | 0.100 | 0.750 |" in text
     assert text.startswith("a\n<!-- test -->") and text.endswith("<!-- end of test -->\nc\n") and "old" not in text
     assert sheet(runs, LOOKS).height > 8 * 64
