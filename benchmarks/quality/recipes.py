@@ -20,6 +20,7 @@ _WRITTEN_OUT = {
     "lora_dtype": "bf16",
     "zero_init": "up",
     "schedule": "constant",
+    "timesteps": "uniform",
     "stratified": False,
 }
 
@@ -45,7 +46,9 @@ class Recipe:
         return self.settings["schedule"] == "constant"
 
 
-_BLOCKS = {"targets": "transformer"}
+# Recipes for transformers leave text encoders alone, and follow Esser et al. 2024 (arXiv:2403.03206).
+_NO_TEXT = {"train_text_encoder": False, "text_encoder_rate": None}
+_OF_TRANSFORMERS = {**_NO_TEXT, "targets": "transformer", "timesteps": "logit_normal"}
 _RATE_OF_BOTH = {"learning_rate": 1e-4, "text_encoder_rate": 1e-4}
 
 RECIPES: Mapping[str, Recipe] = {
@@ -53,10 +56,11 @@ RECIPES: Mapping[str, Recipe] = {
         "docs/subjects.md",
         {"train_text_encoder": True, "timesteps": "shifted", "timestep_shift": 3.0, "schedule": "linear"},
         {"learning_rate": 1.4e-4, "text_encoder_rate": 7e-5},
+        transformer=_NO_TEXT,
     ),
     "comfyui": Recipe(
         "defaults of the node Train LoRA (0.33)",
-        {**_WRITTEN_OUT, **{name: value for name, value in COMFYUI.items() if name != "learning_rate"}, "rank": 8},
+        {**_WRITTEN_OUT, **COMFYUI, "rank": 8},
         {"learning_rate": COMFYUI["learning_rate"]},
     ),
     "diffusers": Recipe(
@@ -64,6 +68,7 @@ RECIPES: Mapping[str, Recipe] = {
         {**_WRITTEN_OUT, "rank": 4, "targets": "attention"},
         {"learning_rate": 1e-4},
         factors=(10, 20, 40, 80, 160),
+        transformer={"timesteps": "logit_normal"},
     ),
     "lorasmith, plain": Recipe("the defaults of `lorasmith train`", {"schedule": "linear"}, {"learning_rate": 1.4e-4}),
     "sd-scripts": Recipe(
@@ -71,7 +76,7 @@ RECIPES: Mapping[str, Recipe] = {
         {**_WRITTEN_OUT, "rank": 16, "alpha": 1.0, "targets": "attention+ff", "train_text_encoder": True},
         _RATE_OF_BOTH,
         factors=(10, 20, 40, 80, 160),
-        transformer=_BLOCKS,
+        transformer=_OF_TRANSFORMERS,
     ),
     "onetrainer": Recipe(
         "training_presets/SD1.5/#sd 1.5 LoRA.json",
@@ -86,7 +91,7 @@ RECIPES: Mapping[str, Recipe] = {
         },
         {name: 3 * rate for name, rate in _RATE_OF_BOTH.items()},
         factors=(10, 20, 40, 80, 160),
-        transformer=_BLOCKS,
+        transformer=_OF_TRANSFORMERS,
     ),
     "ai-toolkit": Recipe(
         "config/examples/train_lora_sd35_large_24gb.yaml",
@@ -95,7 +100,6 @@ RECIPES: Mapping[str, Recipe] = {
             "rank": 16,
             "targets": "transformer",
             "ema_decay": 0.99,
-            "timesteps": "uniform",
         },
         {"learning_rate": 1e-4},
     ),
