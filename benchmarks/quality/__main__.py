@@ -42,6 +42,7 @@ from benchmarks.quality.tables import (
     candidate_table,
     difference_table,
     measures_table,
+    name_of,
     reach_table,
     summary_table,
     tuning_table,
@@ -61,9 +62,13 @@ def main() -> None:
     if not arguments.only_known:
         share, shares = map(int, arguments.share.split("/"))
         store.make(runs[share - 1 :: shares], arguments.workers, time.time() + 60 * arguments.minutes)
-    found = [outcome for one in runs if (outcome := store.known(*one)) is not None]
+    known = [(setting, job, store.known(setting, job)) for setting, job in runs]
+    # A recipe counts for a subject and seed once all of its runs are there, of each length and factor.
+    unfinished = {_unit(setting, job) for setting, job, outcome in known if outcome is None}
+    found = [one for setting, job, one in known if one is not None and _unit(setting, job) not in unfinished]
     results = Results(arguments, torch=torch.__version__, machine=machine(torch.device("cpu")))
-    print(f"\n{len(found)} of {len(runs)} runs are there")
+    there = sum(one is not None for *_, one in known)
+    print(f"\n{there} of {len(runs)} runs are there, {len(found)} are in the tables")
     _tables(arguments, settings[0], found, results)
     if arguments.docs:
         methods, part = arguments.docs / "quality-methods.md", arguments.part or arguments.phase
@@ -105,6 +110,10 @@ def _jobs(arguments: argparse.Namespace, setting: Setting) -> list[Job]:
         changes: list[dict[str, Any]] = [{}, *(dict(map(_change, one.split(","))) for one in arguments.change)]
         jobs = [replace(one, changes=some, is_evaluated=False) for some in changes for one in first]
     return sorted(jobs, key=lambda one: (one.seed, tasks.index(one.task)))
+
+
+def _unit(setting: Setting, job: Job) -> tuple[str, str, str, int, int]:
+    return setting.network, name_of(job), job.task, job.pictures, job.seed
 
 
 def _change(text: str) -> tuple[str, Any]:
