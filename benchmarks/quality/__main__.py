@@ -104,7 +104,8 @@ def _jobs(arguments: argparse.Namespace, setting: Setting) -> list[Job]:
         return tuning(setting, arguments.recipes, *chosen, arguments.factors)
     if arguments.phase == "test":
         jobs = final(setting, arguments.recipes, *chosen, frozen_rates(arguments.frozen))
-        jobs += [replace(one, in_comfyui=True) for one in jobs if arguments.comfyui and one.recipe == "comfyui"]
+        if arguments.comfyui and setting.model == TINY:
+            jobs += [replace(one, in_comfyui=True) for one in jobs if one.recipe == "comfyui"]
     else:
         first = final(setting, arguments.recipes[:1], *chosen, frozen_rates(arguments.frozen))
         changes: list[dict[str, Any]] = [{}, *(dict(map(_change, one.split(","))) for one in arguments.change)]
@@ -150,7 +151,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--subjects", type=Path, help="a folder like DreamBooth's dataset")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP of transformers, for adherence")
     parser.add_argument("--dino", type=Path, help="folder of a DINO of transformers, for fidelity")
-    parser.add_argument("--comfyui", nargs=2, type=Path, metavar=("CHECKOUT", "PYTHON"), help="its recipe there, too")
+    parser.add_argument(
+        "--comfyui", nargs=2, type=Path, metavar=("CHECKOUT", "PYTHON"), help="its recipe there, too, on the UNet"
+    )
     parser.add_argument("--docs", type=Path, help="put the tables between the marks of the pages in this folder")
     parser.add_argument("--part", default="", help="of the pages, if it is not that of the phase, such as ablation")
     add_json(parser)
