@@ -128,32 +128,32 @@ def reach_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Resu
             results.add(*part, name + (" (best peer)" if name == best else ""), len(curve.subjects), *cells, *row)
 
 
-def _reach_cells(curve: Curve, peer: Curve, looks: Sequence[int]) -> list[str]:
+def _reach_cells(curve: Curve, peer: Curve, looks: Sequence[int]) -> Sequence[str | None]:
     """Pictures, their share of the peer's, pictures by last checkpoints, seconds, and their share."""
     common = [one for one in curve.subjects if one in peer.subjects]
+    if not common:
+        return [None] * 5
     curve, peer = curve.of(common), peer.of(common)
-    place, cells = len(looks) - 2, []
-    every = np.arange(len(common))
-    for positions, whole in (
-        (np.array(looks[: curve.picked.shape[1]], float), looks[place]),
-        (curve.seconds, peer.seconds[place]),
-    ):
+    place, cells, every = len(looks) - 2, list[str](), np.arange(len(common))
+    pictures = np.array(looks[: curve.picked.shape[1]], float)
+    for positions, whole in ((pictures, looks[place]), (curve.seconds, peer.seconds[place])):
 
         def reached(rows: Array, by: str = "picked", positions: Array = positions) -> float:
             level = float(getattr(peer, by)[rows].mean(0)[place])
             return reach(positions, getattr(curve, by)[rows].mean(0), level)
 
-        longest = positions[-1]
-        bounds = [one / whole for one in (reached(every), *bootstrap(every, reached))]
-        shares = [_bounded(one, longest / whole, ".2f") for one in bounds]
-        cells += [_bounded(reached(every), longest, ".0f"), "{} ({} to {})".format(*shares)]
-        cells.append(_bounded(reached(every, "last"), longest, ".0f"))
+        found = reached(every), *bootstrap(every, reached)
+        shares = [_bounded(one / whole, positions / whole, ".2f") for one in found]
+        cells += [_bounded(found[0], positions, ".0f"), "{} ({} to {})".format(*shares)]
+        cells.append(_bounded(reached(every, "last"), positions, ".0f"))
     return cells[:-1]
 
 
-def _bounded(value: float, longest: float, form: str) -> str:
-    """A number, or that it is more than was run."""
-    return format(value, form) if math.isfinite(value) else f"> {longest:{form}}"
+def _bounded(value: float, positions: Array, form: str) -> str:
+    """A number, or that it is no more than the first position, or more than the last."""
+    if math.isinf(value):
+        return f"> {positions[-1]:{form}}"
+    return f"{'≤ ' if value == positions[0] else ''}{value:{form}}"
 
 
 def difference_table(outcomes: Sequence[Outcome], looks: Sequence[int], results: Results) -> None:
