@@ -110,6 +110,8 @@ def _jobs(arguments: argparse.Namespace, setting: Setting) -> list[Job]:
         first = final(setting, arguments.recipes[:1], *chosen, frozen_rates(arguments.frozen))
         changes: list[dict[str, Any]] = [{}, *(dict(map(_change, one.split(","))) for one in arguments.change)]
         jobs = [replace(one, changes=some, is_evaluated=False) for some in changes for one in first]
+        if arguments.captions:
+            jobs += [replace(one, is_captioned=True) for one in jobs]
     return sorted(jobs, key=lambda one: (one.seed, tasks.index(one.task)))
 
 
@@ -147,6 +149,9 @@ def _arguments() -> argparse.Namespace:
         default=[],
         metavar="NAME=VALUE[,NAME=VALUE]",
         help="what to try: a row of the first recipe with other settings",
+    )
+    parser.add_argument(
+        "--captions", action="store_true", help="try each also with captions that say style and background"
     )
     parser.add_argument("--subjects", type=Path, help="a folder like DreamBooth's dataset")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP of transformers, for adherence")

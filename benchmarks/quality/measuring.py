@@ -102,6 +102,7 @@ class Job:
     in_comfyui: bool = False
     length: int = 0
     is_evaluated: bool = False
+    is_captioned: bool = False  # whether captions say what a picture shows besides the trigger
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         """Of the training."""
@@ -161,7 +162,7 @@ class Store:
 
     def file(self, setting: Setting, job: Job) -> Path:
         """Where an outcome is kept, whatever the recipe and the model are called."""
-        taught = _task_digest(setting, job.task, job.pictures), _model_digest(setting.model)
+        taught = _task_digest(setting, job.task, job.pictures, job.is_captioned), _model_digest(setting.model)
         facts = [taught, job.settings(setting), job.seed, job.looks(setting), job.in_comfyui, job.is_evaluated]
         text = json.dumps([MEASURING, *facts], sort_keys=True, default=str)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
@@ -195,11 +196,13 @@ def _model_digest(name: str) -> str:
 
 
 @functools.cache
-def _task_digest(setting: Setting, name: str, pictures: int) -> str:
+def _task_digest(setting: Setting, name: str, pictures: int, is_captioned: bool) -> str:
     task = setting.tasks()[name]
     found = hashlib.sha256(repr((task.trigger, [one.text for one in task.prompts])).encode())
     for one in task.training[pictures]:
         found.update(one.tobytes())
+    if is_captioned:
+        found.update(repr(task.shown).encode())
     return found.hexdigest()
 
 
@@ -241,9 +244,13 @@ def _bench_of(setting: Setting) -> Bench:
     return Bench(setting)
 
 
-def encoded(model: Model, task: Task, pictures: int) -> EncodedDataset:
-    """So many pictures of a task, with its trigger as their caption."""
-    return load_dataset([(one, task.trigger) for one in task.training[pictures]], model, progress=False)
+def encoded(model: Model, task: Task, pictures: int, *, is_captioned: bool = False) -> EncodedDataset:
+    """So many pictures of a task, with its trigger as their caption, and what else they show."""
+    training = task.training[pictures]
+    texts = [task.trigger] * len(training)
+    if is_captioned and task.shown:
+        texts = [f"{task.trigger}, {one}" for one in task.shown[pictures]]
+    return load_dataset([*zip(training, texts, strict=True)], model, progress=False)
 
 
 def checkpoints(
@@ -285,7 +292,7 @@ class Bench:
         self.setting, self._tasks = setting, setting.tasks()
         self._asked_each = 2 if setting.subjects is None else 1  # pictures of each prompt; others have more prompts
         self._recogniser = recogniser_of(is_built_in=setting.subjects is None)
-        self._data: dict[tuple[str, int], EncodedDataset] = {}
+        self._data: dict[tuple[str, int, bool], EncodedDataset] = {}
         self._base: dict[tuple[str, int], Image.Image] = {}
         self._seeds: dict[str, list[tuple[Prompt, int]]] = {}
         self._features: dict[tuple[str, int], Tensor] = {}
@@ -296,7 +303,7 @@ class Bench:
         What cannot be trained, as its rate is too high, shows nothing.
         """
         task, looks = self._tasks[job.task], job.looks(self.setting)
-        self._encoded(task, job.pictures)
+        self._encoded(task, job)
         with tempfile.TemporaryDirectory() as folder:
             began = time.process_time()
             try:
@@ -314,15 +321,13 @@ class Bench:
         if settings.get("preserve") == "class":
             settings["preserve_class"] = task.trigger.removeprefix("sks ")
         steps = [look // int(settings.get("batch_size", 1)) for look in job.looks(self.setting)]
-        return checkpoints(
-            self.model, self._encoded(task, job.pictures), task, folder, steps=steps, seed=job.seed, **settings
-        )
+        return checkpoints(self.model, self._encoded(task, job), task, folder, steps=steps, seed=job.seed, **settings)
 
     def _trained_in_comfyui(self, job: Job, task: Task, folder: Path) -> list[Path]:
         """The same of ComfyUI's own node, in a process of its own."""
         assert self.setting.comfyui is not None
         checkout, python = self.setting.comfyui
-        data = self._encoded(task, job.pictures)
+        data = self._encoded(task, job)
         inputs = {
             "latents": torch.stack([one.latents for one in data]),
             "context": torch.cat([one.conditioning.tensors["context"] for one in data]),
@@ -343,10 +348,10 @@ class Bench:
         )
         return [*files.values()]
 
-    def _encoded(self, task: Task, number: int) -> EncodedDataset:
-        key = (task.name, number)
+    def _encoded(self, task: Task, job: Job) -> EncodedDataset:
+        key = (task.name, job.pictures, job.is_captioned)
         if key not in self._data:
-            self._data[key] = encoded(self.model, task, number)
+            self._data[key] = encoded(self.model, task, job.pictures, is_captioned=job.is_captioned)
         return self._data[key]
 
     def _drawn(self, asked: Sequence[tuple[str, int]], lora: Path | None) -> list[Image.Image]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -93,6 +93,7 @@ class Task:
     held_out: Sequence[Image.Image]
     prompts: Sequence[Prompt]  # that ask for more than the trigger
     of_class: str | None  # the concept of the trigger's class word; None for a style
+    shown: Mapping[int, Sequence[str]] = field(default_factory=dict)  # by `training`, what captions can say
 
 
 def subject_task(subject: str) -> Task:
@@ -101,8 +102,9 @@ def subject_task(subject: str) -> Task:
     trigger = f"sks {short_name(of_class)}"
     drawn = [(icon_set, background) for background in TRAINED_BACKGROUNDS for icon_set in TRAINED_SETS]
     pictures = [drawing(subject, icon_set, background) for icon_set, background in drawn]
+    shown = [f"{STYLES[icon_set]}, on a {background} background" for icon_set, background in drawn]
     # Four pictures are of four sets on three backgrounds.
-    four = [pictures[len(TRAINED_SETS) * (place % 3) + place] for place in range(4)]
+    places = {1: [0], 4: [len(TRAINED_SETS) * (place % 3) + place for place in range(4)], 12: range(12)}
     held_out = [
         drawing(subject, one, where)
         for one in sets_of(subject)
@@ -113,7 +115,8 @@ def subject_task(subject: str) -> Task:
         _wish(of_class, f"on a {one} background", background=one) for one in ("blue", "green", "black", "yellow")
     ]
     prompts += [_wish(of_class, words, icon_set=one) for one, words in STYLES.items()]
-    return Task(subject, trigger, {1: pictures[:1], 4: four, 12: pictures}, held_out, prompts, of_class)
+    training, said = ({n: [each[one] for one in some] for n, some in places.items()} for each in (pictures, shown))
+    return Task(subject, trigger, training, held_out, prompts, of_class, said)
 
 
 def _wish(of_class: str, wish: str, **shown: str) -> Prompt:

@@ -32,7 +32,7 @@ MEASURES = ("fidelity", "likeness", "adherence", "diversity", "memorisation", "d
 def name_of(job: Job) -> str:
     """The recipe with what was changed of it."""
     changes = "".join(f" {name}={value}" for name, value in job.changes.items())
-    return f"{job.recipe}{', in ComfyUI' if job.in_comfyui else ''}{changes}"
+    return f"{job.recipe}{', in ComfyUI' if job.in_comfyui else ''}{changes}{', captions' if job.is_captioned else ''}"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ from benchmarks.quality.validation import area
 from benchmarks.results import Results
 from lorasmith.core.files import locked
 from lorasmith.evaluation.wishes import STYLES
+from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import config_over
 from tools.pretrain.data import CONCEPTS
@@ -75,6 +77,21 @@ def test_tasks_hold_out_what_they_do_not_train_on() -> None:
         assert len(trained) == 12
         assert {one.tobytes() for one in task.training[4]} <= trained
         assert trained.isdisjoint(one.tobytes() for one in task.held_out)
+
+
+def test_captions_say_what_else_a_drawing_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measuring, "load_dataset", lambda pairs, *_, **__: [text for _, text in pairs])
+    task, model = BUILT_IN["fox"], cast("Model", None)
+    assert [*measuring.encoded(model, task, 4)] == ["sks dog"] * 4
+    assert [*measuring.encoded(model, task, 4, is_captioned=True)] == [
+        "sks dog, noto style, on a white background",
+        "sks dog, twemoji style, on a pink background",
+        "sks dog, flat style, on a grey background",
+        "sks dog, soft shaded style, on a white background",
+    ]
+    assert [*measuring.encoded(model, BUILT_IN[STYLE], 1, is_captioned=True)] == ["sks style"]
+    setting, job, store = Setting((20, 40)), Job("lorasmith", "fox", 4, 0, 10.0), Store(tmp_path)
+    assert store.file(setting, job) != store.file(setting, replace(job, is_captioned=True))
 
 
 def test_development_and_test_are_apart_and_the_model_was_trained_on_neither() -> None:
