@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from benchmarks.quality import measuring
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.measuring import Checkpoint, Job, Outcome, Setting, Store
 from benchmarks.quality.page import sheet, write_page
 from benchmarks.quality.protocol import at, final, freeze, tuning
@@ -289,6 +291,45 @@ def test_seeds_that_are_needed_are_shown_where_two_were_run(capsys: pytest.Captu
     difference_table(runs, LOOKS, Results(argparse.Namespace(json=None)))
     # Variance of seeds 0.005, none of subjects: 0.005 / (28 × (0.03 / 2.80)²) = 1.55.
     assert "| equivalent | 2 |" in capsys.readouterr().out
+
+
+def test_the_phases_make_runs_and_write_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(store: Store, runs: Sequence[tuple[Setting, Job]], workers: int, until: float) -> None:
+        for setting, job in runs:
+            height = 0.5 - 0.01 * abs(job.factor - 5) - 0.1 * (job.recipe == "comfyui") - 0.1 * len(job.changes)
+            scores = [height * look / 320 for look in job.looks(setting)]
+            found = outcome(job.recipe, job.task, scores, evaluations=scores if job.is_evaluated else ()).checkpoints
+            store.keep(setting, job, found, [[Image.new("RGB", (8, 8))] * 4] * len(found))
+
+    monkeypatch.setattr(Store, "make", make)
+    (tmp_path / "images").mkdir()
+    for page in ("quality", "quality-methods"):
+        parts = (f"<!-- {part} -->\n<!-- end of {part} -->\n" for part in ("tune", "test", "try"))
+        (tmp_path / f"{page}.md").write_text("".join(parts), "utf-8")
+
+    def run(phase: str, *more: str) -> str:
+        fixed = "--folder", tmp_path / "runs", "--frozen", tmp_path / "frozen.json", "--docs", tmp_path
+        fixed += "--recipes", "lorasmith", "comfyui", "--pictures", "4", *more
+        monkeypatch.setattr(sys, "argv", ["quality", phase, *map(str, fixed)])
+        main()
+        return capsys.readouterr().out
+
+    # The shares of two machines, of which the first leaves runs of each recipe to the other.
+    assert "10 of 20 runs are there, 0 are in the tables" in run("tune", "--tasks", "fox", "--share", "1/2")
+    assert "20 of 20 runs are there, 20 are in the tables" in run("tune", "--tasks", "fox", "--share", "2/2")
+    rates = json.loads((tmp_path / "frozen.json").read_text())["lorasmith-tiny"]
+    assert rates == {one: {"4": {"40": 5.0, "80": 5.0, "160": 5.0}} for one in ("lorasmith", "comfyui")}
+    assert "20 of 40 runs are there, 20" in run("tune", "--tasks", "fox", "owl", "--only-known")
+    said = run("test", "--tasks", *TEST[:3])
+    assert "12 of 12 runs are there" in said and "| lorasmith | comfyui | both 160 pictures | 3 | +0.050 |" in said
+    assert "| lorasmith-tiny | subjects | 4 | comfyui | 0.200 | 40 | 121 |" in (tmp_path / "quality.md").read_text()
+    assert "ours has it" not in (tmp_path / "quality-methods.md").read_text()
+    assert (tmp_path / "images" / "quality.webp").is_file()
+    assert "| ema_decay=0.9 | lorasmith | 160 | 2 | -0.050 |" in run(
+        "try", "--tasks", "fox", "owl", "--change", "ema_decay=0.9"
+    )
 
 
 @pytest.mark.slow
