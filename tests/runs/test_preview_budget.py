@@ -13,7 +13,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.runs.presets import PRESETS, Preset
+from lorasmith.runs.presets import PRESETS, Preset, recipe_settings
 from lorasmith.runs.preview_budget import PreviewProgram, loras_evaluated, program_within, unasked_program
 from lorasmith.runs.run import run
 from lorasmith.runs.run_previews import previews_of
@@ -65,7 +65,7 @@ def test_the_first_preview_is_early_in_a_run(settings: dict[str, int], steps: li
 @pytest.mark.parametrize("images", [1, 20, 100])
 def test_the_presets_draw_along_the_way(tiny: Model, preset: Preset, images: int) -> None:
     """A sampling step is twice a pass of the denoiser, as of most models."""
-    config = TrainConfig(**preset.settings_for(images))
+    config = TrainConfig(**recipe_settings(preset, images=images))
     side = tiny.defaults.resolution // tiny.components.latent.downscale
     program = unasked_program(config, tiny, samples(side), "a fox")
     assert program is not None and program.steps[0] <= config.steps / 10

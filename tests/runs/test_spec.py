@@ -20,6 +20,7 @@ def test_a_source_is_written_down_and_read_again(tmp_path: Path) -> None:
         sources=(ImageSource(str(tmp_path / "photos")),),
         model="lorasmith-tiny",
         validation=str(tmp_path / "held out"),
+        preset="none",
         settings={"trigger": "sks", "flip": True, "rank": 4, "stratified": False},
     ).resolved()
     record = json.loads(json.dumps(spec.to_record()))
@@ -28,17 +29,18 @@ def test_a_source_is_written_down_and_read_again(tmp_path: Path) -> None:
     assert spec.name == "photos"
     assert spec.command() == [
         "lorasmith", "train", str(tmp_path / "photos"), "--model", "lorasmith-tiny",
-        "--validation", str(tmp_path / "held out"),
+        "--validation", str(tmp_path / "held out"), "--preset", "none",
         "--trigger", "sks", "--flip", "--rank", "4", "--no-stratified",
     ]  # fmt: skip
 
 
 def test_several_sources_are_written_down_and_typed_again(tmp_path: Path) -> None:
     first, more = ImageSource(str(tmp_path / "a")), ImageSource(str(tmp_path / "b c"), repeats=2, weight=0.5)
-    spec = RunSpec(sources=(first, more), model="lorasmith-tiny").resolved()
+    spec = RunSpec(sources=(first, more), model="lorasmith-tiny", preset="none").resolved()
     assert RunSpec.from_record(json.loads(json.dumps(spec.to_record())), {}) == spec
     assert spec.command()[2:] == [
         str(tmp_path / "a"), "--model", "lorasmith-tiny", "--also", f"{tmp_path / 'b c'} repeats=2 weight=0.5",
+        "--preset", "none",
     ]  # fmt: skip
     reversed_ = RunSpec(sources=(more, first), model="lorasmith-tiny").resolved()
     argv = reversed_.command()

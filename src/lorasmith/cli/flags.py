@@ -332,6 +332,11 @@ def ranged(option: Option) -> Any:
     return typer.Option(min=option.min, max=option.max, help=option.help)
 
 
+def named(option: Option) -> Any:
+    """The flag of an option of names, which the option itself checks."""
+    return typer.Option(metavar="NAME", help=_described(option))
+
+
 def split_strength(text: str) -> tuple[Path, float]:
     """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
 

@@ -23,6 +23,7 @@ from lorasmith.cli.flags import (
     Verify,
     folders_of,
     is_typed,
+    named,
     with_first,
     with_flags,
 )
@@ -32,6 +33,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN
+from lorasmith.runs.spec import KIND, PRESET, RunSpec
 from lorasmith.training.config import TrainConfig, code_settings
 
 
@@ -39,7 +41,7 @@ def _main(config: type) -> list[str]:
     return [name for name, one in options_of(config).items() if one.is_main]
 
 
-_FIRST = ("model", *_main(DataConfig), "name", "output", *_main(TrainConfig), "no_previews", "config")
+_FIRST = ("model", "preset", "kind", *_main(DataConfig), "name", "output", *_main(TrainConfig), "no_previews", "config")
 """The options that `--help` shows."""
 
 
@@ -73,6 +75,8 @@ def train(
         ),
     ] = None,
     model: AnyBaseModel = None,
+    preset: Annotated[str | None, named(PRESET)] = None,
+    kind: Annotated[str | None, named(KIND)] = None,
     low_noise_model: Annotated[
         str | None,
         typer.Option(
@@ -111,9 +115,9 @@ def train(
         return
     from lorasmith.cli.run_output import TerminalHost, print_trained, train_experts_and_report
     from lorasmith.runs.plan import plan
+    from lorasmith.runs.presets import USUAL_PRESET
     from lorasmith.runs.recorded_run import Typed, read_run_file
     from lorasmith.runs.run import run
-    from lorasmith.runs.spec import RunSpec
 
     typed = RunSpec(
         sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
@@ -126,6 +130,8 @@ def train(
         output=None if output is None else str(output),
         validation=None if validation is None else str(validation),
         device=device,
+        preset=preset or "",
+        kind=kind or "",
         settings={name: value for name, value in settings.items() if is_typed(context, name)}
         | ({"previews": ""} if no_previews else {}),
     )
@@ -139,6 +145,7 @@ def train(
     if not given.model:
         raise OptionError(_which_models(folders))
     code = [typed.settings[name] for name in code_settings() if name in typed.settings]
+    given = replace(given, preset=given.preset or USUAL_PRESET)
     spec = given.trusted(imports=code, track=typed.settings.get("track")).resolved()
     host = TerminalHost(folders)
     with together():

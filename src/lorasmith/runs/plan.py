@@ -22,6 +22,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.families.model_search import Completed
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.data_check import check_scan
+from lorasmith.runs.presets import model_name, with_recipe
 from lorasmith.runs.run import Host
 from lorasmith.runs.run_images import image_facts
 from lorasmith.runs.run_plan import (
@@ -72,7 +73,7 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
             processes.broadcast_from_rank0(claim.claim)
         elif runs is not None:
             processes.broadcast_from_rank0(lambda: check_writable(runs))
-        device, settings, config = chosen_device(spec.device), spec.data, spec.config
+        device, settings = chosen_device(spec.device), spec.data
         folder = Path(spec.folder)
 
         def load_model() -> Completed:
@@ -99,8 +100,16 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
             spec = spec.with_files(loaded.files)
         for one in filter(None, (scan, judged)):
             check_controls(one, settings, base)
-        config = host.configured(config, base)
+        captions = [image.caption for image in scan.images]
+        spec, recipe = with_recipe(spec, captions, model=model_name(base.path, base.family.name))
+        if spec.data != settings:  # sources are scanned again: captions and controls are settings of data
+            settings = spec.data
+            scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)
+            scan = scan if clip_form(base, settings) is not None else scan.of_pictures()
+        config = host.configured(spec.config, base)
         job = plan_job(base.denoiser, config, device, folders=host.folders)
+        if recipe is not None:
+            job = replace(job, notes=(recipe.sentence, *job.notes))
         if place is not None:
             processes.broadcast_from_rank0(lambda: check_room(place, run_bytes(job)))
         check = check_scan(

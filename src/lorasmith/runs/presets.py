@@ -1,45 +1,53 @@
-"""The three choices for users who set nothing: quick, balanced, thorough.
+"""The recipe: what a run trains with that sets nothing, by preset, number of pictures, kind and model.
 
-They are declared here alone, for the page and the documents. Steps follow the number of images: each is seen about as
-often, within bounds below which nothing is learnt and above which a LoRA overfits to few pictures. LoRAs are kept on
-the way, so that an evaluation can recommend one. Everything else has its default, which model and algorithm decide.
+It is declared here alone, for every door and the documents. `PRESETS` say how long, `RECIPE` what else differs from the
+defaults of the settings. A setting that somebody gives wins; the record of a run holds what came out, so that resuming
+and reproducing do not read these tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, cast
 
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.options import Option, options_of
+from lorasmith.core.printable import count_text
 from lorasmith.data.data_config import DataConfig
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig
 
+Kind = Literal["subject", "style"]
+USUAL_PRESET = "balanced"
 USUAL_IMAGES = 20  # images for which the steps of a preset are given where their number is unknown
 
-_ROUND = 50  # steps are multiples of it
-
+_FEW, _MANY = 2, 9  # images from which there are few and many
+_ROUND = 50  # pictures seen are multiples of it
 _LORAS = 5  # that are kept, the finished one included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A choice of settings."""
+    """How long a run trains."""
 
     name: str
     title: Annotated[str, "in words"]
     summary: Annotated[str, "its trade-off, in a sentence"]
     settings: Annotated[Mapping[str, Any], "by name; in responses also those that follow the number of images"]
-    steps_per_image: Annotated[int, "how often each image is seen, within the following bounds"]
-    least_steps: int
-    most_steps: int
+    seen_per_image: Annotated[int, "how often each image is seen, within the following bounds"]
+    least_seen: Annotated[int, "images seen in all, at least"]
+    most_seen: Annotated[int, "images seen in all, at most"]
 
-    def settings_for(self, images: int | None = None) -> dict[str, Any]:
-        """All settings for a number of images; that of `USUAL_IMAGES` if it is unknown."""
-        wanted = self.steps_per_image * (USUAL_IMAGES if images is None else images)
-        rounded = _ROUND * round(wanted / _ROUND)
-        steps = max(self.least_steps, min(self.most_steps, rounded))
-        return {"steps": steps, "save_every": steps // _LORAS, **self.settings}
+    def seen(self, images: int) -> int:
+        """Images seen in a run on a number of images, repetitions counted."""
+        wanted = self.seen_per_image * images
+        return max(self.least_seen, min(self.most_seen, _ROUND * round(wanted / _ROUND)))
 
 
 PRESETS: dict[str, Preset] = {
@@ -49,18 +57,18 @@ PRESETS: dict[str, Preset] = {
             name="quick",
             title="Quick",
             summary="A first look in a third of the time: the subject is recognised, details are not there yet.",
-            steps_per_image=15,
-            least_steps=150,
-            most_steps=500,
+            seen_per_image=15,
+            least_seen=150,
+            most_seen=500,
             settings={"rank": 8, "preview_share": 0.25},
         ),
         Preset(
             name="balanced",
             title="Balanced",
             summary="The usual choice: good likeness in a moderate time, and a LoRA that still follows prompts.",
-            steps_per_image=40,
-            least_steps=400,
-            most_steps=2000,
+            seen_per_image=40,
+            least_seen=400,
+            most_seen=2000,
             settings={"rank": 16},
         ),
         Preset(
@@ -68,14 +76,162 @@ PRESETS: dict[str, Preset] = {
             title="Thorough",
             summary="The finest details for twice the time and a file twice as large; ends early where held-out images "
             "no longer improve.",
-            steps_per_image=80,
-            least_steps=800,
-            most_steps=5000,
+            seen_per_image=80,
+            least_seen=800,
+            most_seen=5000,
             settings={"rank": 32, "patience": 4},
         ),
     )
 }
 """The choices by name, the fastest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Settings of the recipe where all conditions hold; None is any.
+
+    The settings of a rule belong together: where somebody gives the first one another value, the rule is left out.
+    """
+
+    settings: Mapping[str, Any]
+    images: Literal["one", "few", "many"] | None = None
+    kind: Kind | None = None
+    model: str | None = None  # name of a family, or the built-in model
+    preset: str | None = None
+
+
+RECIPE: Sequence[Rule] = (
+    # docs/quality.md: a recipe leads there with few drawings of a subject alone.
+    Rule(
+        model=BUILT_IN,
+        kind="subject",
+        images="few",
+        settings={"train_text_encoder": True, "text_encoder_rate": 7e-4},
+    ),
+    Rule(
+        model=BUILT_IN,
+        kind="subject",
+        images="few",
+        settings={"timesteps": "shifted", "timestep_shift": 3.0},
+    ),
+)
+"""What the recipe adds to a preset; of rules with equal settings, the last one holds."""
+
+_OWN_WAY = ("existing_lora", "existing_state", "new_word")
+"""Settings with which a run continues or learns something else, for which the recipe was not measured."""
+
+
+def recipe_settings(
+    preset: Preset,
+    *,
+    images: int | None = None,
+    kind: Kind = "subject",
+    model: str = "",
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """All settings of the recipe that differ from the defaults, without those that are `given`.
+
+    `images` is their number, `USUAL_IMAGES` if it is unknown, and `model` the name of `model_name`.
+    """
+    number = USUAL_IMAGES if images is None else images
+    amount = "one" if number < _FEW else "few" if number < _MANY else "many"
+    found = dict(preset.settings)
+    for rule in RECIPE:
+        holds = (
+            rule.images in (None, amount)
+            and rule.kind in (None, kind)
+            and rule.model in (None, model)
+            and rule.preset in (None, preset.name)
+        )
+        first, value = next(iter(rule.settings.items()))
+        if holds and given.get(first, value) == value:
+            found |= rule.settings
+    whole = {**found, **given}
+    each = whole.get("batch_size", 1) * whole.get("grad_accumulation_steps", 1)
+    steps = found.get("steps", -(-preset.seen(number) // each))
+    if "steps" not in given:
+        found = {"steps": steps, "save_every": steps // _LORAS, **found}
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def model_name(path: Path | None, family: str) -> str:
+    """What rules call a model: the built-in one by its own name, others by their family's."""
+    return BUILT_IN if path is not None and path.is_relative_to(BUILT_IN_BASE) else family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What the recipe chose for a run."""
+
+    preset: str
+    kind: Kind
+    because: str  # why it is of this kind, in a clause; empty if somebody said so
+    images: int
+    settings: Mapping[str, Any]  # those that nobody gave
+
+    @property
+    def sentence(self) -> str:
+        """For the notes of a run."""
+        guessed = f" ({self.because}; set kind if it is none)" if self.because else ""
+        said = ", ".join(f"{name} {_said(value)}" for name, value in self.settings.items())
+        return (
+            f"Recipe {self.preset} for a {self.kind}{guessed} from {count_text(self.images, 'picture')}: "
+            f"{said or 'every setting of it was given'}. preset none leaves it out."
+        )
+
+
+def with_recipe(spec: RunSpec, captions: Sequence[str], *, model: str) -> tuple[RunSpec, Chosen | None]:
+    """The spec with the recipe of its preset among its settings, and what was chosen; None where no recipe holds.
+
+    `captions` are those of each image, empty for none. None is chosen without a preset, nor for runs that continue a
+    LoRA, learn a new word, or learn no subject (sliders, preferences).
+    """
+    preset = PRESETS.get(spec.preset)
+    is_other = any(spec.settings.get(name) not in (None, "none") for name in _OWN_WAY)
+    if preset is None or is_other or spec.config.consequences().learns_no_subject:
+        return spec, None
+    guessed, because = guessed_kind(captions, spec.data.trigger)
+    kind = cast(Kind, spec.kind) if spec.kind else guessed
+    own = recipe_settings(preset, images=len(captions), kind=kind, model=model, given=spec.settings)
+    chosen = Chosen(
+        preset=preset.name, kind=kind, because="" if spec.kind else because, images=len(captions), settings=own
+    )
+    return replace(spec, kind=kind, settings={**own, **spec.settings}), chosen
+
+
+_STYLE = re.compile(
+    r"\b(styles?|styled|aesthetic|art|artwork|drawing|illustration|painting|sketch|watercolou?r|engraving|render)\b",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_NEARLY_ALL, _HALF = 0.9, 0.5  # of the captions
+_LEAST = 4  # captions, from which different ones say that there is no subject
+
+
+def guessed_kind(captions: Sequence[str], trigger: str = "") -> tuple[Kind, str]:
+    """Whether captions are of a subject or of a style, and why, in a clause.
+
+    It is a style if the trigger or nearly all captions name one, or if no trigger and no word is in half of them.
+    """
+    if word := _STYLE.search(trigger):
+        return "style", f"the trigger says {word[0]}"
+    written = [one for one in captions if one.strip()]
+    named = Counter(word.casefold() for one in written for word in set(_STYLE.findall(one)))
+    common = next((word for word, count in named.most_common(1) if count >= _NEARLY_ALL * len(written)), None)
+    if common is not None and len(set(written)) > 1:
+        return "style", f"captions differ and say {common}"
+    if trigger:
+        return "subject", f"all pictures are of {trigger}"
+    words = Counter(word for one in written for word in {word.casefold() for word in _WORD.findall(one)} - _EMPTY)
+    shared = words.most_common(1)[0] if words else ("", 0)
+    if len(written) >= _LEAST and shared[1] < _HALF * len(written):
+        return "style", "captions name different things"
+    return "subject", f"captions share {shared[0]}" if shared[1] > 1 else "nothing says that it is a style"
+
+
+_EMPTY = frozenset(
+    {"and", "the", "with", "from", "for", "has", "are", "its", "his", "her", "photo", "picture", "image"}
+)
 
 
 def setting_groups() -> dict[str, list[Option]]:
@@ -86,3 +242,7 @@ def setting_groups() -> dict[str, list[Option]]:
             if declared.door == "any":
                 groups.setdefault(declared.group, []).append(declared)
     return groups
+
+
+def _said(value: object) -> str:
+    return {True: "on", False: "off"}.get(value, "") if isinstance(value, bool) else str(value)

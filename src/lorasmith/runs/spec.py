@@ -34,7 +34,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders, file_stem
-from lorasmith.core.options import changed, config_from, options_of
+from lorasmith.core.options import Option, changed, config_from, options_of
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
 from lorasmith.data.data_config import DataConfig, ImageSource
@@ -47,6 +47,24 @@ from lorasmith.training.section import recorded_consequences
 SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}  # declarations of all settings of a run, by name
 
 SETTING_PATHS = tuple(name for name, declared in SETTINGS.items() if declared.is_path)  # names of those that are paths
+
+NO_PRESET = "none"  # settings that nobody gives have their declared defaults
+
+PRESET = Option(
+    name="preset",
+    type=str,
+    default="",
+    choices=("quick", "balanced", "thorough", NO_PRESET),
+    help="How long to train, and the recipe for the number of pictures, their kind and the model. Settings that you "
+    "give come first, and none leaves the others at their defaults. Default: balanced.",
+)
+KIND = Option(
+    name="kind",
+    type=str,
+    default="",
+    choices=("subject", "style"),
+    help="What the pictures teach, which the recipe follows. Default: guessed from trigger and captions.",
+)
 
 _MOST_BYTES = 2**20  # of a file of settings
 
@@ -68,7 +86,14 @@ class RunSpec:
     output: str | None = None  # folder of the run
     validation: str | None = None  # folder of held-out images
     device: str | None = None  # the first GPU, or the CPU, if None
+    preset: str = ""  # whose recipe completes the settings when the run is planned (`presets`); none if empty
+    kind: str = ""  # subject or style, which the recipe follows; guessed from captions if empty
     settings: Mapping[str, Any] = field(default_factory=dict)  # of data and training, by name
+
+    def __post_init__(self) -> None:
+        for declared in (PRESET, KIND):
+            if value := getattr(self, declared.name):
+                object.__setattr__(self, declared.name, declared.check(value))
 
     @cached_property
     def data(self) -> DataConfig:
@@ -172,6 +197,8 @@ class RunSpec:
             "also": tuple(source.text for source in (self.sources[1:] if is_plain else self.sources)),
             "validation": self.validation,
             "device": self.device,
+            "preset": self.preset or NO_PRESET,
+            "kind": self.kind,
         }
         given = {option: value for option, value in own.items() if value} | changed(self.data) | changed(self.config)
         return ["lorasmith", "train", *([positional(self.folder)] if is_plain else []), *arguments_for(given)]
@@ -192,7 +219,7 @@ class RunSpec:
         if stray := next((name for name in asked if name in options_of(DataConfig)), None):
             raise ValueError(f"asked.{stray} is a setting of data, which belongs in source")
         try:
-            spec = typed(given, cls, "source")
+            spec = typed({**given, "preset": NO_PRESET}, cls, "source")
             spec = spec.with_settings(**{name: source[name] for name in options_of(DataConfig) if name in source})
             spec.data  # noqa: B018 - checked here
         except OptionError as error:
@@ -213,7 +240,8 @@ class RunSpec:
             own = {"folder": self.folder, **{name: value for name, value in own.items() if name != "sources"}}
         else:
             own["sources"] = [vars(source) for source in self.sources]
-        return {"command": "train", **own, **changed(self.data)}
+        recipe = {"preset": self.preset, "kind": self.kind} if self.preset not in ("", NO_PRESET) else {}
+        return {"command": "train", **own, **recipe, **changed(self.data)}
 
     def _paths_of(self, name: str) -> list[str]:
         value = self.settings.get(name) if name in SETTING_PATHS else None

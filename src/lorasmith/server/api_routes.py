@@ -12,7 +12,7 @@ from aiohttp import web
 from lorasmith.core.options import Option
 from lorasmith.core.printable import sentence
 from lorasmith.core.typed_json import typed
-from lorasmith.runs.presets import PRESETS, Preset, setting_groups
+from lorasmith.runs.presets import PRESETS, Preset, recipe_settings, setting_groups
 from lorasmith.server.datasets.dataset_routes import DATASET_ROUTES
 from lorasmith.server.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.jobs.draft_routes import DRAFT_ROUTES
@@ -97,7 +97,7 @@ async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
             SettingGroup(title=title, settings=tuple(map(_setting, options)))
             for title, options in setting_groups().items()
         ),
-        presets=tuple(replace(preset, settings=preset.settings_for(images)) for preset in PRESETS.values()),
+        presets=tuple(replace(preset, settings=recipe_settings(preset, images=images)) for preset in PRESETS.values()),
     )
 
 
