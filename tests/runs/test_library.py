@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import lorasmith as ls
+from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.options import options_of
 from lorasmith.runs import library
@@ -131,3 +132,18 @@ def test_a_device_is_a_name(tiny: ls.Model) -> None:
     assert len(ls.generate(tiny, "a cat", device="cpu", progress=False, **SMALL)) == 1
     with pytest.raises(ls.errors.OptionError, match="device must be one that is here"):
         ls.generate(tiny, "a cat", device="gpu", progress=False, **SMALL)
+
+
+def test_a_preset_is_the_recipe_for_samples(tiny: ls.Model) -> None:
+    samples = [
+        ls.Sample(torch.randn(4, 8, 8), tiny.text_encoder.encode(f"sks dog {one}"), f"{one}.png") for one in "ab"
+    ]
+    arguments: dict[str, Any] = {"trigger": "sks dog", "rank": 2, "steps": 2, "title": "dog"}
+    _, named = library._planned(tiny, samples, {**arguments, "preset": "quick"})
+    _, plain = library._planned(tiny, samples, arguments)
+    assert named.job.notes[0].startswith("Recipe quick for a subject (all pictures are of sks dog")
+    assert "Recipe" not in "".join(plain.job.notes) and not plain.job.requested.train_text_encoder
+    asked = named.job.requested
+    assert (asked.rank, asked.steps, asked.preview_share) == (2, 2, 0.25)
+    with pytest.raises(OptionError, match="kind must be one of subject, style"):
+        library._planned(tiny, samples, {**arguments, "preset": "quick", "kind": "face"})

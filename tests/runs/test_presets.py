@@ -96,7 +96,7 @@ def test_steps_follow_the_batch() -> None:
     ("captions", "trigger", "kind", "because"),
     [
         (["sks dog on a beach", "sks dog in snow"], "sks dog", "subject", "sks dog"),
-        (["a lion, line art style", "a bus, line art style"], "", "style", "style"),
+        (["a lion, line art style", "a bus, line art style"], "", "style", "differ and say art"),
         (["a lion", "a bus", "a red house", "a tree"], "", "style", "different things"),
         (["a woman on a beach", "woman in red", "a woman", "she smiles"], "", "subject", "woman"),
         (["", "", "", "", ""], "", "subject", "nothing says"),

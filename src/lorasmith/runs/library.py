@@ -18,6 +18,7 @@ from PIL import Image
 
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.options import changed
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described, printable
 from lorasmith.data import encoding
@@ -43,9 +44,11 @@ from lorasmith.runs.library_inputs import (
     trainable_of,
     with_settings,
 )
+from lorasmith.runs.presets import model_name, with_recipe
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import ClassImageDrawn
+from lorasmith.runs.spec import NO_PRESET, RunSpec
 from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
 from lorasmith.training.config import TrainConfig, config_over
@@ -116,6 +119,10 @@ class TrainArguments(TrainConfig):
 
     Attributes:
         config: base settings; those passed as keywords override them.
+        preset: quick, balanced or thorough: how long to train, and the recipe for the number of pictures, their kind
+            and the model. Settings in `config` or passed as keywords come first, and settings of data are for
+            `load_dataset`. Without one, or with none, settings have their own defaults.
+        kind: subject or style, which the recipe follows; guessed from trigger and captions without one.
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
             unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
             continued from its end. If it holds other files, the run is in a subfolder with its title.
@@ -133,6 +140,8 @@ class TrainArguments(TrainConfig):
     """
 
     config: TrainConfig | None = None
+    preset: str = NO_PRESET
+    kind: str = ""
     output: str | os.PathLike[str] | None = None
     loss: str | Loss | None = None
     title: str = Plan.title
@@ -403,9 +412,20 @@ def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple
         )
 
     samples = samples_of(data, load)
+    own = {} if given.config is None else changed(given.config)
+    spec = RunSpec(
+        preset=given.preset, kind=given.kind, settings={**own, **settings, "trigger": given.trigger or samples.trigger}
+    )
+    name = "" if denoiser is None else model_name(denoiser.base.path, denoiser.base.family.name)
+    captions = {one.name: one.conditioning.text or "" for one in samples if not one.is_class}
+    spec, recipe = with_recipe(spec, [*captions.values()], model=name)
+    chosen = {} if recipe is None else {one: recipe.settings[one] for one in recipe.of_training}
+    job = plan_job(trained, replace(config, **chosen), device)
+    if recipe is not None:
+        job = replace(job, notes=(recipe.sentence, *job.notes))
     plan = Plan(
         denoiser=denoiser,
-        job=plan_job(trained, config, device),
+        job=job,
         data=samples,
         validation=None if given.validation is None else samples_of(given.validation, load),
         title=given.title,

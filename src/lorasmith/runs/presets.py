@@ -170,6 +170,11 @@ class Chosen:
     settings: Mapping[str, Any]  # those that nobody gave
 
     @property
+    def of_training(self) -> list[str]:
+        """Names of those that are no settings of data."""
+        return [name for name in self.settings if name in options_of(TrainConfig)]
+
+    @property
     def sentence(self) -> str:
         """For the notes of a run."""
         guessed = f" ({self.because}; set kind if it is none)" if self.because else ""
@@ -216,13 +221,15 @@ def guessed_kind(captions: Sequence[str], trigger: str = "") -> tuple[Kind, str]
     if word := _STYLE.search(trigger):
         return "style", f"the trigger says {word[0]}"
     written = [one for one in captions if one.strip()]
-    named = Counter(word.casefold() for one in written for word in set(_STYLE.findall(one)))
+    named = Counter(word.casefold() for one in written for word in sorted(set(_STYLE.findall(one))))
     common = next((word for word, count in named.most_common(1) if count >= _NEARLY_ALL * len(written)), None)
     if common is not None and len(set(written)) > 1:
         return "style", f"captions differ and say {common}"
     if trigger:
         return "subject", f"all pictures are of {trigger}"
-    words = Counter(word for one in written for word in {word.casefold() for word in _WORD.findall(one)} - _EMPTY)
+    words = Counter(
+        word for one in written for word in sorted({word.casefold() for word in _WORD.findall(one)} - _EMPTY)
+    )
     shared = words.most_common(1)[0] if words else ("", 0)
     if len(written) >= _LEAST and shared[1] < _HALF * len(written):
         return "style", "captions name different things"

@@ -124,7 +124,7 @@ async def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
 
 
 async def test_a_plan_has_the_time_of_a_measured_step(client: Client) -> None:
-    plan = {"steps": 50, "memory_bytes": 1, "memory_settings": {"quantization": "int8"}}
+    plan = {"steps": 50, "memory_bytes": 1, "memory_settings": {"quantization": "int8"}, "recipe": {"rank": 8}}
     made_up(client)["plan"] = plan
     assert await client.ask("POST", "/plans", RUN) == plan
     job = await client.ask("POST", "/measurements", {"model": RUN["model"], "settings": {"rank": 8}}, status=201)

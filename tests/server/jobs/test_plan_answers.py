@@ -176,3 +176,17 @@ def test_a_plan_says_which_photo_lacks_its_control(folders: Folders) -> None:
         plan(folders, replace(wanted, edit="none"))
     (row,) = (one for one in models(folders).models if one.name == kontext.name)
     assert (row.edits, row.edit, row.takes_controls) == (("kontext",), "kontext", True)
+
+
+def test_the_recipe_of_a_preset_is_in_the_plan_and_in_the_job(folders: Folders, tmp_path: Path) -> None:
+    example = {"folder": str(BUILT_IN_BASE / "input" / "fox"), "model": "lorasmith-tiny", "trigger": "sks dog"}
+    plain, found = (plan(folders, PlanBody(**example, preset=preset)) for preset in ("none", "quick"))
+    assert (plain.recipe, plain.teaches, plain.seen) == ({}, "", 500)
+    assert (found.teaches, found.teaches_because) == ("subject", "all pictures are of sks dog")
+    assert found.recipe["steps"] == found.steps and found.recipe["rank"] == found.rank == 8
+    told = plan(folders, PlanBody(**example, preset="quick", teaches="style", settings={"rank": 4}))
+    assert (told.teaches, told.teaches_because, told.rank) == ("style", "", 4) and "rank" not in told.recipe
+    request = train_request(folders, JobBody(**example, preset="quick", teaches="style"))
+    assert (request["preset"], request["kind"]) == ("quick", "style")
+    with pytest.raises(OptionError, match="preset must be one of quick"):
+        train_request(folders, JobBody(**example, preset="slow"))

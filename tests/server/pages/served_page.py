@@ -15,6 +15,7 @@ from aiohttp import web
 
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.runs.child_process import ChildOwner
+from lorasmith.runs.presets import PRESETS, recipe_settings
 from lorasmith.runs.queue import Job, JobState
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView
@@ -199,13 +200,18 @@ class ServedPage:
 
     def _plan(self, spec: dict[str, Any], card_bytes: int) -> dict[str, Any]:
         """A plan with settings that are checked, and numbers that are not computed, which would take seconds."""
-        settings = spec["settings"]
+        preset, given = PRESETS.get(spec.get("preset", "")), spec["settings"]
+        recipe = {} if preset is None else recipe_settings(preset, images=4, given=given)
+        settings = {**recipe, **given}
         RunSpec(settings=settings).requested(self.folders)
         steps, rank = settings.get("steps", 500), settings.get("rank", 16)
         return {
-            "steps": steps, "epochs": steps / 4, "rank": rank, "resolution": 64, "images": 4, "held_out": 0,
+            "steps": steps, "seen": steps, "epochs": steps / 4, "rank": rank, "resolution": 64, "images": 4,
+            "held_out": 0,
             "parameters": rank * 76_000, "memory_bytes": 600_000_000, "fits": True, "memory_settings": {}, "notes": [],
             "seconds_per_step": None, "seconds": None, "measured_at": None, "distilled": "", "usual_adapter": "",
+            "recipe": recipe, "teaches": spec.get("kind") or ("subject" if recipe else ""),
+            "teaches_because": "" if spec.get("kind") or not recipe else "all pictures are of sks",
         }  # fmt: skip
 
     def trains_four_fifths(self) -> None:

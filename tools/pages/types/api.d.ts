@@ -51,9 +51,9 @@ declare namespace Api {
     title: string;
     summary: string;
     settings: Record<string, any>;
-    steps_per_image: number;
-    least_steps: number;
-    most_steps: number;
+    seen_per_image: number;
+    least_seen: number;
+    most_seen: number;
   }
   interface ModelListAnswer {
     models: (ModelRow)[];
@@ -321,6 +321,7 @@ declare namespace Api {
     is_chosen: boolean;
     pairs: boolean | null;
     preset: string;
+    teaches: "" | "style" | "subject";
     settings: Record<string, any>;
     measurement: string | null;
   }
@@ -335,9 +336,12 @@ declare namespace Api {
     folder?: string | null;
     trigger?: string;
     edit?: string | null;
+    preset?: string;
+    teaches?: "" | "style" | "subject";
   }
   interface PlanAnswer {
     steps: number;
+    seen: number;
     epochs: number;
     rank: number;
     resolution: number;
@@ -351,6 +355,9 @@ declare namespace Api {
     seconds: number | null;
     measured_at: number | null;
     notes: (string)[];
+    teaches: string;
+    teaches_because: string;
+    recipe: Record<string, any>;
     distilled: string;
     usual_adapter: string;
   }
@@ -369,6 +376,8 @@ declare namespace Api {
     folder?: string | null;
     trigger?: string;
     edit?: string | null;
+    preset?: string;
+    teaches?: "" | "style" | "subject";
     kind?: "train";
     name?: string;
     front?: boolean;
@@ -663,6 +672,8 @@ declare namespace Api {
     folder?: string | null;
     trigger?: string;
     edit?: string | null;
+    preset?: string;
+    teaches?: "" | "style" | "subject";
     name?: string;
     grid?: Record<string, (any)[]>;
   }

@@ -45,7 +45,7 @@ async def _plan(context: ServerContext, call: Call) -> Any:
     device = next(iter(context.dispatcher.devices()), {})
     spec = await wanted_spec(context, call.body)
     plan = await context.assistant.ask("plan", spec=spec.to_request(), card_bytes=device.get("memory_bytes"))
-    settings = {**plan["memory_settings"], **call.body.settings}  # as it is trained, and was measured
+    settings = {**plan["memory_settings"], **plan["recipe"], **call.body.settings}  # as it is trained, and was measured
     subject = measurement_subject(spec.model, settings, str(device.get("name", "cpu")))
     found = context.store.measurement(subject)
     if found is None:
@@ -155,6 +155,8 @@ def _wanted_spec(config: ServerConfig, body: MeasurementBody) -> RunSpec:
         model=known_model(folders, body.model),
         edit=body.edit,
         name=safe_name(named.strip() or images.name),
+        preset=body.preset,
+        kind=body.teaches,
         settings={**settings, **({"trigger": body.trigger} if body.trigger else {})},
     )
 

@@ -22,6 +22,7 @@ class Draft:
     is_chosen: Annotated[bool, "whether somebody chose the model, so that no other is suggested"] = False
     pairs: Annotated[bool | None, "whether it trains on pairs; null if the pictures say so"] = None
     preset: Annotated[str, "name of a preset"] = "balanced"
+    teaches: Annotated[Literal["", "subject", "style"], "what the pictures teach; guessed if empty"] = ""
     settings: Annotated[dict[str, Any], "those that differ from the preset's, by name"] = field(default_factory=dict)
     measurement: Annotated[str | None, "id of the job that measures a step for it"] = None
 
@@ -62,6 +63,10 @@ class PlanBody(MeasurementBody):
     folder: Annotated[str | None, "path of a folder of images, in place of a dataset"] = None
     trigger: Annotated[str, "phrase for the subject or style"] = ""
     edit: Annotated[str | None, "edit variant that the model is, or none; null if its name says so"] = None
+    preset: Annotated[str, "whose recipe completes the settings; their own defaults if it is none or empty"] = ""
+    teaches: Annotated[
+        Literal["", "subject", "style"], "what the pictures teach, which a recipe follows; guessed if empty"
+    ] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,7 @@ class PlanAnswer:
     """The plan of a run."""
 
     steps: Annotated[int, "updates"]
+    seen: Annotated[int, "pictures seen in all steps, repetitions counted"]
     epochs: Annotated[float, "how often each picture is seen"]
     rank: Annotated[int, "of the LoRA"]
     resolution: Annotated[int, "side in pixels of the square whose area pictures are scaled to"]
@@ -86,6 +92,9 @@ class PlanAnswer:
         None
     )
     notes: Annotated[tuple[str, ...], "remarks, one sentence each"] = ()
+    teaches: Annotated[str, "subject or style, as it was said or guessed; empty without a recipe"] = ""
+    teaches_because: Annotated[str, "why that was guessed, in a clause; empty if it was said"] = ""
+    recipe: Annotated[dict[str, Any], "settings that the preset adds, by name"] = field(default_factory=dict)
     distilled: Annotated[str, "what training a model distilled to few steps needs; empty for others"] = ""
     usual_adapter: Annotated[str, "the LoRA made for that among those here; empty for none"] = ""
 

@@ -25,6 +25,7 @@ from lorasmith.families.locating import (
 from lorasmith.families.model import Model, training_adapter_in
 from lorasmith.families.model_search import in_folders
 from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory
+from lorasmith.runs.presets import model_name, with_recipe
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.jobs.job_shapes import PlanAnswer
 from lorasmith.server.models.model_answers import HashableFolders
@@ -43,8 +44,12 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> P
     LorasmithErrors for images, model or settings.
     """
     spec = spec.requested(folders)
-    data, config, files = spec.data, spec.config, ModelFiles(spec.model, edit=spec.edit)
-    scan = _checked_scan(folders, files, folders.base / spec.folder, data)
+    files = ModelFiles(spec.model, edit=spec.edit)
+    scan = _checked_scan(folders, files, folders.base / spec.folder, spec.data)
+    model = structure_of(in_folders(files.model, folders, MODEL_FOLDERS))
+    captions = [image.caption for image in scan.images]
+    spec, recipe = with_recipe(spec, captions, model=model_name(model.path, model.family.name))
+    data, config = spec.data, spec.config
     scanned, batch = scan.images, config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
     controls = 0 if data.controls == "opposite" else max((len(one.controls) for one in scanned), default=0)
@@ -53,6 +58,7 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> P
     distilled, adapter = ("", "") if config.training_adapter else _distilled(folders, files)
     return PlanAnswer(
         steps=config.steps,
+        seen=config.steps * batch,
         epochs=round(epoch.epochs(config.steps), 2),
         rank=config.rank,
         resolution=found.pixels,
@@ -63,6 +69,9 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> P
         fits=None if card_bytes is None else found.fits,
         memory_settings=proposal.settings,
         notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
+        teaches="" if recipe is None else recipe.kind,
+        teaches_because="" if recipe is None else recipe.because,
+        recipe={} if recipe is None else dict(recipe.settings),
         distilled=distilled,
         usual_adapter=adapter,
     )

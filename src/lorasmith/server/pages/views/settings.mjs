@@ -4,7 +4,7 @@ import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
-import { bytes, count, duration, slug, whole } from "../lib/words.mjs";
+import { bytes, capital, count, duration, slug, whole } from "../lib/words.mjs";
 import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
@@ -42,7 +42,9 @@ export function SettingsView({ dataset }) {
     edit: draft.edit,
     trigger: draft.trigger.trim(),
     name: draft.name.trim() || slug(draft.trigger) || dataset,
-    settings: { ...plan?.memory_settings, ...preset.settings, ...own },
+    preset: preset.name,
+    teaches: draft.teaches,
+    settings: { ...plan?.memory_settings, ...own },
   });
   async function start() {
     if (shownInvalid()) return;
@@ -68,6 +70,8 @@ export function SettingsView({ dataset }) {
   return html`
     <${Stepper} at="settings" dataset=${dataset} />
     <section>
+      <h1>What do the photos teach?</h1>
+      <${Teaches} draft=${draft} change=${change} plan=${plan} />
       <h1>How thoroughly?</h1>
       <${Problem} error=${error} onRetry=${reload} />
       ${!declared && !error && html`<${Loading} what="settings" />`}
@@ -116,7 +120,7 @@ export function SettingsView({ dataset }) {
         html`<dl class="facts">
           <${Fact} name="Photos"
             value=${plan.held_out ? `${plan.images} (${plan.held_out} held out)` : plan.images} />
-          <${Fact} name="Steps" value=${whole(plan.steps)} />
+          <${Fact} name="Photos seen" value=${`${whole(plan.seen)} in ${count(plan.steps, "step")}`} />
           <${Fact} name="Each photo is seen"
             value=${`${plan.epochs >= 10 ? Math.round(plan.epochs) : Number(plan.epochs.toFixed(1))} times`} />
           <${Fact} name="Resolution" value=${`${plan.resolution} px`} />
@@ -127,7 +131,7 @@ export function SettingsView({ dataset }) {
     </section>
     ${
       declared &&
-      html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own}
+      html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${plan?.recipe ?? preset?.settings ?? {}} own=${own}
         error=${planError} onChange=${(settings) => change({ settings })} />`
     }
     ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} />`}
@@ -153,8 +157,29 @@ const noteOf = (plan, stepSeconds) =>
   timeOf(plan, stepSeconds)
     ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}`
     : plan
-      ? `${whole(plan.steps)} steps`
+      ? count(plan.seen, "photo seen", "photos seen")
       : "";
+
+/** @param {Props<{ plan: Api.PlanAnswer | null | undefined }>} props */
+function Teaches({ draft, change, plan }) {
+  const guessed = plan?.teaches_because ? plan.teaches : "";
+  const chosen = draft.teaches || plan?.teaches || "subject";
+  return html`<div role="radiogroup" aria-label="What the photos teach" class="choices">
+      ${Object.entries(TAUGHT).map(
+        ([name, words]) => html`<label key=${name} class=${`choice ${name === chosen ? "chosen" : ""}`}>
+          <input type="radio" name="teaches" value=${name} checked=${name === chosen}
+            onChange=${() => change({ teaches: name })} />
+          <span class="choice-body"><b>${capital(name)}</b><span class="faint">${words}</span></span>
+        </label>`,
+      )}
+    </div>
+    ${guessed && html`<p class="faint">Guessed: ${plan?.teaches_because}.</p>`}`;
+}
+
+const TAUGHT = {
+  subject: "A person, an animal or a thing that all photos show.",
+  style: "How they are drawn or taken, whatever they show.",
+};
 
 /** @param {Props<{ plan: Api.PlanAnswer | null | undefined }>} props */
 function Estimate({ plan, stepSeconds, error }) {
@@ -163,8 +188,9 @@ function Estimate({ plan, stepSeconds, error }) {
   return html`<span class="estimate">
     ${
       timeOf(plan, stepSeconds)
-        ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>`
-        : html`<b>${count(plan.steps, "step")}</b>`
+        ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>
+            <span class="faint">${count(plan.seen, "photo seen", "photos seen")}</span>`
+        : html`<b>${count(plan.seen, "photo seen", "photos seen")}</b>`
     }
     ${plan.memory_bytes && html`<span class="faint">${bytes(plan.memory_bytes)} of memory</span>`}
   </span>`;
@@ -192,7 +218,9 @@ function usePlans(dataset, draft, presets, own) {
               model: draft.model,
               edit: draft.edit,
               trigger: draft.trigger,
-              settings: { ...one.settings, ...own },
+              preset: one.name,
+              teaches: draft.teaches,
+              settings: own,
             });
             if (!current) return;
             setPlans((all) => ({ ...all, [one.name]: plan }));
@@ -212,7 +240,7 @@ function usePlans(dataset, draft, presets, own) {
       current = false;
       clearTimeout(timer);
     };
-  }, [dataset, draft.model, draft.edit, draft.trigger, names, JSON.stringify(own), round]);
+  }, [dataset, draft.model, draft.edit, draft.trigger, draft.teaches, names, JSON.stringify(own), round]);
   return [plans, errors, () => setRound((number) => number + 1)];
 }
 
@@ -228,7 +256,7 @@ function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
     try {
       const added = await post(["measurements"], {
         model: draft.model,
-        settings: { ...plan?.memory_settings, ...preset.settings, ...own },
+        settings: { ...plan?.memory_settings, ...plan?.recipe, ...own },
       });
       change({ measurement: added.id });
     } catch (failure) {
