@@ -23,7 +23,7 @@ from lorasmith.formats.metadata import sha256_body
 from lorasmith.runs.library import train
 from lorasmith.runs.preview_likeness import PreviewLikeness
 from lorasmith.runs.view import RunView
-from lorasmith.training.events import Event, LikenessMeasured, Outcome
+from lorasmith.training.events import Event, LikenessMeasured, Outcome, Warned
 from lorasmith.training.results import TrainResult
 
 STORY = {1: (0.5, 0.9), 2: (0.6, 0.8), 3: (0.6, 0.5), 4: (0.58, 0.4), 5: (0.6, 0.3)}
@@ -100,10 +100,32 @@ def test_what_it_cannot_work_with_is_refused(
         go(tiny, tmp_path, **changed)
 
 
+def test_auto_stops_by_likeness_where_its_pictures_fit(
+    told: None, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    monkeypatch.setattr("lorasmith.runs.preview_budget._STOP_SHARE", 100.0)
+    result = go(tiny, tmp_path / "drawn", early_stop="auto", on_event=events.append)
+    assert (result.reason, result.best_step, result.steps) == (Outcome.STOPPED, 2, 2)
+    said = " ".join(one.message for one in events if isinstance(one, Warned))
+    assert "It took 4 of 8 steps, which saves about" in said
+    assert [path.name for path in sorted((tmp_path / "drawn").glob("fox-step*"))] == [
+        f"fox-step{step:08}.safetensors" for step in (1, 2, 3, 4)
+    ]  # kept, for an evaluation
+    again = go(tiny, tmp_path / "likeness", early_stop="likeness")
+    assert result.path is not None and again.path is not None and sha256_body(result.path) == sha256_body(again.path)
+    monkeypatch.undo()
+    short: list[Event] = []
+    result = go(tiny, tmp_path / "short", early_stop="auto", on_event=short.append)
+    assert result.reason is Outcome.FINISHED and result.best_step is None
+    assert "a quarter of this run" in " ".join(one.message for one in short if isinstance(one, Warned))
+
+
 def test_without_the_extra_it_is_refused(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likeness, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"early_stop likeness needs the package .* pip install"):
         go(tiny, tmp_path)
+    assert go(tiny, tmp_path, early_stop="auto").reason is Outcome.FINISHED
 
 
 def test_measures_are_those_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,8 @@ def test_what_the_run_was_asked_and_made_with(tmp_path: Path) -> None:
     (tmp_path / "fox.safetensors").write_bytes(b"\0" * 2000)
     found = report_of(read_run(tmp_path))
     assert (
-        found.commands["Repeat the run"] == "lorasmith train '/photos/my fox' --model m --name fox --trigger 'sks fox'"
+        found.commands["Repeat the run"]
+        == "lorasmith train '/photos/my fox' --model m --name fox --preset none --trigger 'sks fox'"
     )
     assert found.commands["Draw a picture with it"].endswith("--prompt 'sks fox'")
     assert found.data["Held out"] == "a, b" and found.data["Latents"] == "16×16 × 1" and "Note" not in found.data

@@ -81,6 +81,7 @@ class FakeLoop:
 
     def __init__(self) -> None:
         self.step, self.steps, self.is_stopped = 0, 10, False
+        self.waited_s = [0.0]
         self.emitted: list[Event] = []
         self.emit = self.emitted.append
         self.engine = types.SimpleNamespace(evaluation_weights=self._weights)

@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
     declared = {**options_of(DataConfig), **options_of(TrainConfig)}
     app.command("train", cls=with_first(*_FIRST), help=train.__doc__)(
-        with_flags(train, declared, aliases={"training_dtype": "--dtype"})
+        with_flags(train, declared, aliases={"training_dtype": "--dtype", "early_stop": "--stop"})
     )
 
 

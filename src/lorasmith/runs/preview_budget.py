@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import BUILT_IN_BASE
@@ -37,6 +38,8 @@ long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
 _OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
 _STRENGTHS = (0.5, 1.0)  # at which finished LoRAs are drawn, where the settings have none
 _FEWER_STEPS = (12, 8)  # sampling steps where the usual ones do not fit
+_STOP_SHARE = 0.25  # of the work of training, that previews may take which stop it
+_LOOKS = (10, 7, 5)  # previews of a run that they stop, its end included
 _MOST_PAIRS = 4  # that previews are drawn from unasked
 
 
@@ -74,13 +77,60 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
     return whole if whole.prompts else None
 
 
-def check_likeness_stop(plan: Plan, *, has_folder: bool) -> None:
-    """Raise OptionError where `early_stop likeness` cannot work: without a model that draws, a prompt or a folder."""
+def with_early_stop(plan: Plan, *, has_folder: bool) -> Plan:
+    """The plan with `early_stop auto` decided: by likeness, as often as a share of the work allows, or by validation.
+
+    A run by likeness keeps the LoRAs that it looks at. What is decided follows from counts, so a resumed run decides
+    the same. OptionError where `early_stop likeness` was asked for and cannot work.
+    """
     config = plan.job.config
-    if not config.stops_by_likeness:
-        return
-    likeness.check_installed("early_stop likeness")
-    reason = None
+    if config.stops_by_likeness:
+        likeness.check_installed("early_stop likeness")
+        if reason := _unlike(plan, has_folder):
+            raise OptionError(f"early_stop likeness needs {reason}; change that, or use early_stop validation")
+    if config.early_stop != "auto" or not config.stop_patience:
+        return plan
+    if not likeness.is_installed():
+        reason = "the extra likeness"
+    elif (reason := _unlike(plan, has_folder)) is None and (found := _stop_settings(plan)) is not None:
+        return replace(plan, job=replace(plan.job, config=replace(config, early_stop="likeness", **found)))
+    why = f"needs {reason}" if reason else "would take more than a quarter of this run, which is short"
+    note = (
+        f"early_stop auto: stopping by previews {why}, so the loss of held-out images ends the run, if there are some."
+    )
+    validated = replace(config, early_stop="validation", patience=config.stop_patience)
+    return replace(plan, job=replace(plan.job, config=validated, notes=(*plan.job.notes, note)))
+
+
+def _stop_settings(plan: Plan) -> dict[str, Any] | None:
+    """Settings of previews that stop the run within the share, the most looks first; None if even few do not fit."""
+    assert plan.denoiser is not None
+    base, config = plan.denoiser.base, plan.job.config
+    side, frames = base.defaults.resolution, config.preview_frames or base.defaults.frames
+    size = math.prod(base.components.latent.shape(side, side, frames))
+    budget = _STOP_SHARE * _run_passes(config, plan.data.samples, size)
+    usual = config.preview_steps or base.defaults.steps
+    for looks in _LOOKS:
+        every = config.preview_every or max(1, config.steps // looks)
+        for steps in dict.fromkeys(min(one, usual) for one in (usual, *_FEWER_STEPS)):
+            chosen = replace(config, preview_every=every, preview_steps=steps, preview_strengths="1")
+            program = _watched_program(replace(plan, job=replace(plan.job, config=chosen)))
+            if (
+                len(program.steps) >= _LOOKS[-1] - 1
+                and program.passes(_each_step(base)) * len(program.prompts) <= budget
+            ):
+                return {
+                    "preview_every": every,
+                    "preview_steps": steps,
+                    "preview_strengths": config.preview_strengths or "1",
+                    "save_every": config.save_every or every,
+                }
+    return None
+
+
+def _unlike(plan: Plan, has_folder: bool) -> str | None:
+    """What a run lacks to be stopped by likeness: a model that draws, a prompt, a folder; None for nothing."""
+    config, reason = plan.job.config, None
     if plan.denoiser is None:
         reason = f"a model of a known family, got {plan.job.model.title}"
     elif not has_folder:
@@ -93,8 +143,7 @@ def check_likeness_stop(plan: Plan, *, has_folder: bool) -> None:
         reason = "a model that draws from a prompt alone, got pairs"
     elif not _subject(plan):
         reason = "a prompt to draw, got neither a trigger nor previews"
-    if reason is not None:
-        raise OptionError(f"early_stop likeness needs {reason}; change that, or use early_stop validation")
+    return reason
 
 
 def _watched_program(plan: Plan) -> PreviewProgram:
@@ -144,7 +193,7 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample],
             [control.numel() for control in one.conditioning.controls] for one in pairs if one.conditioning.controls
         ]
         size = statistics.fmean(sizes[0] + sum(sizes) for sizes in given)
-    budget = _budget(config, samples, size)
+    budget = config.preview_share * _run_passes(config, samples, size)
     each_step = _each_step(base)
     found = program_within(budget, whole_program(config, base), each_step=each_step)
     if found is None or not pairs:
@@ -163,15 +212,16 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
     if base.named_expert is not None or base.control_form.most or config.consequences().is_slider:
         return 0
     side = base.defaults.resolution
-    budget = _budget(config, plan.data.samples, math.prod(base.components.latent.shape(side, side, 1)))
+    size = math.prod(base.components.latent.shape(side, side, 1))
+    budget = config.preview_share * _run_passes(config, plan.data.samples, size)
     left = budget - program.passes(_each_step(base)) * len(program.prompts)
     return min(DrawingSettings.most, loras_within(left / (program.sampling_steps * _each_step(base) + _OTHER_PASSES)))
 
 
-def _budget(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:
-    """Forward passes that previews of a run may take, of latents of a size."""
+def _run_passes(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:
+    """Forward passes that a run is worth, of latents of a size."""
     trained = statistics.fmean(one.size for one in samples)
-    return config.preview_share * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
+    return config.steps * config.samples_per_step * _STEP_PASSES * trained / size
 
 
 def _each_step(base: Model) -> int:

@@ -19,7 +19,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
-from lorasmith.runs.preview_budget import check_likeness_stop, preview_program, whole_program
+from lorasmith.runs.preview_budget import preview_program, whole_program, with_early_stop
 from lorasmith.runs.run_images import keep_thumbnails
 from lorasmith.runs.run_page import write_report
 from lorasmith.runs.run_previews import RunPreviews, draw_requested, previews_of
@@ -88,7 +88,9 @@ def run(plan: Plan, host: Host, engine: EngineMaker = engine_of) -> TrainResult:
     Where these have none, the plan's prompt is drawn, in at most `preview_share` of the run. Errors are those of
     `library.train`; OptionError also if sidecars would replace the record.
     """
-    config, has_folder = plan.job.config, plan.output is not None or host.runs is not None
+    has_folder = plan.output is not None or host.runs is not None
+    plan = with_early_stop(plan, has_folder=has_folder)
+    config = plan.job.config
     if plan.denoiser is None and (config.sidecars or whole_program(config).prompts):
         raise OptionError(
             f"previews and sidecars need a model of a known family, got {plan.job.model.title}; leave them out and "
@@ -96,7 +98,6 @@ def run(plan: Plan, host: Host, engine: EngineMaker = engine_of) -> TrainResult:
         )
     if whole_program(config).prompts and not has_folder:
         raise OptionError("previews need a folder of the run, got no output; set output, such as runs/dog")
-    check_likeness_stop(plan, has_folder=has_folder)
     if config.sidecars:
         check_sidecars(plan.title, has_folder=has_folder)
     if config.previews is None and plan.prompt and not config.stops_by_likeness and preview_program(plan) is None:

@@ -10,6 +10,7 @@ from lorasmith.core.options import option
 from lorasmith.training.section import Section
 
 _LIKENESS_PATIENCE = 2  # previews
+_AUTO_PATIENCE = 3  # validations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,13 @@ class ValidationSettings(Section, group="Validation and previews"):
         None, min=1, max=100_000, help="Steps between validations. Default: a tenth of the run."
     )
     validation_draws: int = option(8, min=2, max=1000, help="Noise levels at which each held-out image is evaluated.")
-    early_stop: Literal["validation", "likeness"] = option(
+    early_stop: Literal["validation", "likeness", "auto"] = option(
         "validation",
         changes_numbers=False,
         help="What ends a run before its steps: validation, where the loss of held-out images no longer falls; "
         "likeness, where previews look no more like the images than before and follow prompts less. likeness needs the "
-        "extra likeness, and draws the trigger with four wishes, ten times in a run.",
+        "extra likeness, and draws the trigger with four wishes, ten times in a run. auto is likeness, drawn as often "
+        "as a quarter of the work of training allows, or validation where that is too seldom or cannot be drawn.",
     )
     patience: int | None = option(
         None,
@@ -39,7 +41,8 @@ class ValidationSettings(Section, group="Validation and previews"):
         max=1000,
         changes_numbers=False,
         help="Stop after this many validations, or previews with early_stop likeness, without improvement; the best "
-        "LoRA is saved either way. Default: 0, which disables early stopping, and 2 with early_stop likeness.",
+        "LoRA is saved either way. Default: 0, which disables early stopping, 2 with early_stop likeness, and 3 "
+        "validations with auto.",
     )
 
     @property
@@ -47,15 +50,15 @@ class ValidationSettings(Section, group="Validation and previews"):
         """`patience`, or its default."""
         if self.patience is not None:
             return self.patience
-        return _LIKENESS_PATIENCE if self.early_stop == "likeness" else 0
+        return {"likeness": _LIKENESS_PATIENCE, "auto": _AUTO_PATIENCE}.get(self.early_stop, 0)
 
     @property
     def stops_by_likeness(self) -> bool:
         return self.early_stop == "likeness" and self.stop_patience > 0
 
     def own_idle(self) -> Iterator[str]:
-        if self.early_stop == "likeness" and not self.stop_patience:
-            yield "early_stop likeness has no effect with patience 0."
+        if self.early_stop != "validation" and not self.stop_patience:
+            yield f"early_stop {self.early_stop} has no effect with patience 0."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -289,6 +290,10 @@ class LikenessWatch(Watcher):
         self.needs_bare_model = previews is None or previews.needs_bare_model
         self._steps = likeness_steps(config)
         self._patience = config.stop_patience
+        self._began = time.monotonic()
+
+    def begin(self, engine: Engine) -> None:
+        self._began = time.monotonic()
 
     @property
     def best_step(self) -> int | None:
@@ -314,7 +319,10 @@ class LikenessWatch(Watcher):
                 self.best = weights.to("cpu", copy=True)
             _warned(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
         if self.history.should_stop(self._patience):
-            loop.emit(Warned(message=self.history.reason, is_remark=True))
+            left = (loop.steps - loop.step) * (time.monotonic() - self._began) / max(1, len(loop.waited_s))
+            saved = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
+            message = f"{self.history.reason} It took {loop.step:,} of {loop.steps:,} steps, which saves about {saved}."
+            loop.emit(Warned(message=message, is_remark=True))
             loop.stop()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
