@@ -24,13 +24,14 @@ QUICK = ("--steps", 2, "--resolution", 32, "--targets", "*.0.attn2.*", "--rank",
 def test_it_fits_on_a_screen_and_says_what_limits_the_step(lorasmith: Command) -> None:
     ran = lorasmith("bench", *QUICK, "--quantization", "int8")
     assert ran.code == 0, ran.err
-    assert len(ran.out.splitlines()) <= 24
+    assert len(ran.out.splitlines()) <= 25
     for pattern in (
         r"batch 1 × 1, 32×32 pixels",
         r"^forward +\d+\.\d{3}",
         r"^floor +\d+\.\d{3} .* \d+\.\d +[\d,]+ +\d+\.\d$",
         r"^step +\d+\.\d{3} .* \d+\.\d +[\d,]+ +\d+\.\d$",
         r"^[\d,]+ images an hour",
+        r"^A LoRA of 20 pictures: quick 300 seen, [\d.]+ min; balanced ",
         r"^\d+% of a step is the floor",
         r"^Waiting for data: \d+\.\d% of a step, beside which its batches take \d+\.\d ms$",
         r"MiB of frozen weights, and .* above them",
@@ -50,6 +51,9 @@ def test_json_has_everything(lorasmith: Command) -> None:
     assert found["floor"] is None and found["of_floor"] is None
     assert len(found["step"]["seconds"]) == 2
     assert found["images_per_hour"] == pytest.approx(2 * 3600 / found["step_s"])
+    assert [one["preset"] for one in found["presets"]] == ["quick", "balanced", "thorough"]
+    for one in found["presets"]:
+        assert one["minutes"] == pytest.approx(one["seen"] / 2 * found["step_s"] / 60)
     assert found["counts"]["flops"] > 0 and found["counts"]["held"] > 0
     assert len(found["waited"]["seconds"]) == 2
     assert found["waiting"] == pytest.approx(sum(found["waited"]["seconds"]) / sum(found["step"]["seconds"]))

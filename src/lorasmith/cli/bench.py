@@ -9,7 +9,8 @@ import typer
 
 from lorasmith.cli.console import console, echo, heading, print_note, print_problem, print_result
 from lorasmith.cli.flags import BaseDir, BaseModel, Device, ExtraModelPaths, folders_of, with_flags
-from lorasmith.core.printable import memory_text
+from lorasmith.core.printable import count_text, memory_text
+from lorasmith.runs.presets import PRESETS, USUAL_IMAGES
 from lorasmith.training.config import TrainConfig, cost_options
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def bench(
     measured_steps: Annotated[
         int | None, typer.Option("--steps", min=2, help="Number of timed steps. Default: as many as take some seconds.")
     ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=1, help="Number of training pictures, for the time to a good LoRA by each preset.")
+    ] = USUAL_IMAGES,
     floor: Annotated[
         bool, typer.Option("--floor/--no-floor", help="Also measure the frozen model, unquantized.")
     ] = True,
@@ -74,12 +78,12 @@ def bench(
             )
             pixels = side * base.components.latent.downscale
             print_result(
-                lambda: _everything(found, job, model, pixels, str(place)),
-                lambda: _print_bench(found, job, pixels, str(place)),
+                lambda: _everything(found, job, model, pixels, str(place), pictures),
+                lambda: _print_bench(found, job, pixels, str(place), pictures),
             )
 
 
-def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device: str) -> dict[str, Any]:
+def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device: str, pictures: int) -> dict[str, Any]:
     import torch
 
     from lorasmith.bench.benchmark import limits, shares
@@ -97,13 +101,31 @@ def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device:
         "of_floor": found.of_floor,
         "waiting": found.waiting,
         "images_per_hour": found.images_per_hour,
+        "presets": [dataclasses.asdict(one) for one in _lengths(found, pictures)],
         "shares": [dataclasses.asdict(share) for share in shares(found)],
         "limits": limits(found),
         "notes": (*job.notes, *refused_kernels()),
     }
 
 
-def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Length:
+    """How long a preset trains on a number of pictures."""
+
+    preset: str
+    pictures: int
+    seen: int  # pictures, repetitions counted
+    minutes: float  # of all steps as measured
+
+
+def _lengths(found: Measured, pictures: int) -> list[_Length]:
+    return [
+        _Length(one.name, pictures, seen := one.seen(pictures), 60 * seen / found.images_per_hour)
+        for one in PRESETS.values()
+    ]
+
+
+def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str, pictures: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -126,6 +148,8 @@ def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str) -> No
     console.print(table)
     echo()
     heading(f"{found.images_per_hour:,.0f}", "images an hour")
+    lengths = (f"{one.preset} {one.seen:,} seen, {one.minutes:,.1f} min" for one in _lengths(found, pictures))
+    echo(f"A LoRA of {count_text(pictures, 'picture')}: {'; '.join(lengths)}")
     if found.of_floor is not None:
         passes = "" if found.passes == 1 else f" × {found.passes}"
         heading(f"{found.of_floor:.0%}", f"of a step is the floor{passes}")
