@@ -49,7 +49,7 @@ from lorasmith.sampling.samplers import sigmas_for
 from tools.pretrain.data import CONCEPTS, short_name, with_article
 from tools.pretrain.transformer import DRAWING_TRANSFORMER, DrawingTransformer
 
-MEASURING = 1
+MEASURING = 2
 """Counted up when the same run would give other numbers: by other pictures, measures or steps of training."""
 
 DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone

@@ -1,4 +1,4 @@
-"""What looks at pictures: the judge of the built-in model's drawings, or image features for any other model."""
+"""What looks at pictures: a judge of the built-in model's drawings, or image features for any other model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.quality.identity import Identity
 from benchmarks.quality.subjects import Prompt, Task
 from lorasmith.core.pretrained import load_pretrained
 from lorasmith.evaluation import measures
@@ -19,8 +20,7 @@ from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.evaluation.judge import background_of, tensors
 from lorasmith.evaluation.recognition import Recogniser
 from lorasmith.evaluation.verdict import Drawn
-from tools.pretrain.data import HELD_OUT_STYLE
-from tools.pretrain.judge import SETS, SUBJECTS, Judge
+from tools.pretrain.judge import Judge
 
 Features = Callable[[Sequence[Image.Image]], Tensor]
 """Pictures → their features (N, width), rows of length 1."""
@@ -50,16 +50,18 @@ def seen(sight: Recogniser, task: Task, rows: Sequence[Sequence[Image.Image]]) -
 
 
 class JudgeSight:
-    """The judge: probability of the subject, share of wishes fulfilled, share of pictures that lost their class."""
+    """A judge: probability of the subject, share of wishes fulfilled, share of pictures that lost their class."""
 
-    def __init__(self) -> None:
-        self._judge = Judge.load()
+    def __init__(self, judge: Identity | Judge | None = None) -> None:
+        self._judge = judge or Identity.load()
 
     def fidelity(self, task: Task, pictures: Sequence[Image.Image]) -> float:
         pixels = tensors(pictures)
-        if task.of_class is None:
-            return float(self._judge.style_scores(pixels).softmax(1)[:, SETS.index(HELD_OUT_STYLE)].mean())
-        return float(self._judge.subject_scores(pixels).softmax(1)[:, SUBJECTS.index(task.name)].mean())
+        if task.of_style is not None:
+            column = self._judge.style_names.index(task.of_style)
+            return float(self._judge.style_scores(pixels).softmax(1)[:, column].mean())
+        column = self._judge.subject_names.index(task.name)
+        return float(self._judge.subject_scores(pixels).softmax(1)[:, column].mean())
 
     def shows(self, prompt: Prompt, picture: Image.Image) -> bool:
         if prompt.background is not None:

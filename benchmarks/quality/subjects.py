@@ -94,6 +94,7 @@ class Task:
     prompts: Sequence[Prompt]  # that ask for more than the trigger
     of_class: str | None  # the concept of the trigger's class word; None for a style
     shown: Mapping[int, Sequence[str]] = field(default_factory=dict)  # by `training`, what captions can say
+    of_style: str | None = None  # the icon set of a style
 
 
 def subject_task(subject: str) -> Task:
@@ -139,7 +140,8 @@ def style_task(name: str) -> Task:
     trigger = "sks style"
     things = {one: with_article(short_name(one)) for one in UNTAUGHT}
     prompts = [Prompt(f"{thing}, {trigger}", thing, concept=one) for one, thing in things.items()]
-    return Task(name, trigger, {1: training[:1], 4: training[:4], 12: training}, held_out, prompts, None)
+    numbers = {1: training[:1], 4: training[:4], 12: training}
+    return Task(name, trigger, numbers, held_out, prompts, None, of_style=icon_set)
 
 
 def drawing(subject: str, icon_set: str, background: str) -> Image.Image:

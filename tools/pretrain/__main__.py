@@ -138,6 +138,14 @@ def judge(work: Work = DEFAULT_WORK) -> None:
 
 
 @app.command()
+def identity(node_modules: Annotated[Path, typer.Argument(help="npm's folder.")], work: Work = DEFAULT_WORK) -> None:
+    """Train the judge of `benchmarks/quality`, with the autoencoder of the model in the package."""
+    from tools.pretrain.identity_training import train_identity
+
+    train_identity(node_modules, work, shipped_pipeline().vae.eval().to(memory_format=torch.channels_last))
+
+
+@app.command()
 def quality(
     model: Annotated[str, typer.Option(help="Which model.")] = "lorasmith-tiny",
     grid: Annotated[Path | None, typer.Option(help="Where to draw the grid of the sixty captions.")] = None,

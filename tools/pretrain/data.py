@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ICON_SIZES = (62, 56, 50)  # an icon is drawn this large, in the middle
 
 OTHER_SETS = ("emojione", "noto-v1")  # more pictures for the autoencoder
+FXEMOJI = "fxemoji"  # Firefox OS, which no part of the model has seen
 HELD_OUT_STYLE = "fluent-emoji-high-contrast"
 HELD_OUT_SUBJECTS = ("fox", "rocket", "pineapple", "owl", "guitar", "mushroom", "sailboat")
 UNTAUGHT = ("lion", "penguin", "skull", "red heart", "robot", "panda", "cactus", "light bulb")
@@ -90,7 +92,9 @@ def on_background(rgba: Tensor, colour: Tensor) -> Tensor:
     return rgba[..., :3, :, :] + (1 - rgba[..., 3:, :, :]) * colour[..., None, None]
 
 
-def render_icons(node_modules: Path, folder: Path) -> int:
+def render_icons(
+    node_modules: Path, folder: Path, icon_sets: Sequence[str] = (*STYLES, *OTHER_SETS, HELD_OUT_STYLE)
+) -> int:
     """Draw every concept in every set that has it into `folder`; returns how many drawings there are."""
     from tools.pretrain.icons import IconSets  # needs the SVG renderer, which nothing else here does
 
@@ -105,7 +109,7 @@ def render_icons(node_modules: Path, folder: Path) -> int:
         if group in _GROUPS_LEFT_OUT:
             continue
         name = slug(entry["label"])
-        for icon_set in (*STYLES, *OTHER_SETS, HELD_OUT_STYLE):
+        for icon_set in icon_sets:
             if sets.has(icon_set, name):
                 drawing = _planes(sets, icon_set, name)
                 if drawing[0, 3].mean() >= 3:  # a few icons come out empty

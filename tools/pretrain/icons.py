@@ -10,6 +10,21 @@ from typing import Any
 import resvg_py
 from PIL import Image
 
+from tools.pretrain.data import FXEMOJI
+
+_IN_FXEMOJI = {
+    "fox": "foxsmiling",
+    "wolf": "wolfface",
+    "tiger-face": "tiger",
+    "mouse-face": "mouse",
+    "spouting-whale": "spurtingwhale",
+    "ear-of-corn": "earofmaize",
+    "hot-pepper": "chilipepper",
+    "locomotive": "steamlocomotive",
+    "castle": "europeancastle",
+}
+"""Its names of some concepts; other names are those of the other sets without hyphens."""
+
 
 class IconSets:
     """Icon sets that npm installed (`@iconify-json/...`), loaded as they are asked for.
@@ -45,6 +60,8 @@ class IconSets:
 
     def _icon(self, icon_set: str, name: str) -> dict[str, Any] | None:
         contents = self._contents(icon_set)
+        if icon_set == FXEMOJI:
+            name = _IN_FXEMOJI.get(name, name.replace("-", ""))
         while name not in contents["icons"] and name in contents.get("aliases", {}):
             name = contents["aliases"][name]["parent"]
         icon: dict[str, Any] | None = contents["icons"].get(name)

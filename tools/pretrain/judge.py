@@ -25,6 +25,8 @@ SETS = (*STYLES, *OTHER_SETS, HELD_OUT_STYLE)
 class Judge(judge.Judge):
     """The judge with names of its answers."""
 
+    subject_names, style_names = SUBJECTS, SETS
+
     def __init__(self, subjects: int = len(SUBJECTS), styles: int = len(SETS)) -> None:
         super().__init__(subjects, styles)
 

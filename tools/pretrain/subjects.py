@@ -12,9 +12,8 @@ from PIL import Image
 
 from lorasmith.evaluation.judge import EDGE
 from lorasmith.evaluation.wishes import STYLES
-from tools.pretrain.data import HELD_OUT_SUBJECTS, OTHER_SETS, slug
+from tools.pretrain.data import FXEMOJI, HELD_OUT_SUBJECTS, OTHER_SETS, slug
 
-FXEMOJI = "fxemoji"  # no part of the built-in model has seen it
 SETS = (*STYLES, *OTHER_SETS, FXEMOJI)
 DEVELOPMENT = (*HELD_OUT_SUBJECTS, "hibiscus")
 TEST = (
@@ -22,18 +21,6 @@ TEST = (
     "palm tree", "rose", "grapes", "pear", "ear of corn", "hot pepper", "french fries", "cookie", "trophy", "tractor",
     "helicopter", "locomotive", "castle", "baseball", "dress", "jack-o-lantern", "ring", "candle", "bomb",
 )  # fmt: skip
-_IN_FXEMOJI = {
-    "fox": "foxsmiling",
-    "wolf": "wolfface",
-    "tiger face": "tiger",
-    "mouse face": "mouse",
-    "spouting whale": "spurtingwhale",
-    "ear of corn": "earofmaize",
-    "hot pepper": "chilipepper",
-    "locomotive": "steamlocomotive",
-    "castle": "europeancastle",
-}
-"""Its own names, where they are not those of emojibase without spaces."""
 
 
 def render_subjects(node_modules: Path, output: Path) -> None:
@@ -49,7 +36,6 @@ def render_subjects(node_modules: Path, output: Path) -> None:
         name = slug(subject)
         strip = Image.new("RGBA", (EDGE * len(SETS), EDGE))
         for place, icon_set in enumerate(SETS):
-            known = _IN_FXEMOJI.get(subject, name.replace("-", "")) if icon_set == FXEMOJI else name
-            if sets.has(icon_set, known):
-                strip.paste(sets.render(icon_set, known, EDGE - 2), (EDGE * place + 1, 1))
+            if sets.has(icon_set, name):
+                strip.paste(sets.render(icon_set, name, EDGE - 2), (EDGE * place + 1, 1))
         strip.save(output / f"{name}.webp", lossless=True, method=6)
