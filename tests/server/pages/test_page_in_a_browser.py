@@ -347,6 +347,27 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     assert not folder.exists()
 
 
+def test_pairs_without_a_model_that_edits_are_offered_a_slider(served: ServedPage, open_page: Opener) -> None:
+    folder = served.add_dataset("fox", 2)
+    (folder / "control").mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "control" / "fox_1.png")
+    page = open_page("#/new/fox/model")
+    waits(page, "None of these models edits pictures")
+    assert page.get_by_text("Suggested").count() == 0
+    assert page.locator("input[name=model]:checked").count() == 0
+    following = page.get_by_role("button", name="Next: settings")
+    expected(following).to_have_attribute("aria-disabled", "true")
+    page.get_by_role("radio").first.check()
+    waits(page, "cannot edit pictures, and your photos")
+    expected(following).to_have_attribute("aria-disabled", "true")
+    assert_legible(page)
+    page.get_by_role("button", name="Make it a slider").click()
+    waits(page, "Suggested")
+    until(lambda: served.draft("fox")["settings"].get("pairs") == "slider")
+    following.click()
+    page.wait_for_url("**/settings")
+
+
 def test_without_a_model_the_page_says_what_to_install(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
     served.made_up["models"] = {"models": [], "other": [], "notes": ["lorasmith-tiny is not installed; run this"]}

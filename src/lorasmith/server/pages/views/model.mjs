@@ -26,13 +26,16 @@ export function ModelView({ dataset }) {
   const [tooLarge, setTooLarge] = useState(new Set());
   const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
   const { pairs } = draft.settings;
-  const best = bestOf(models, tooLarge, !pairs && (photos?.images.some((one) => one.controls?.length) ?? false));
+  const isEdit =
+    !pairs && draft.settings.controls !== "none" && (photos?.images.some((one) => one.controls?.length) ?? false);
+  const best = bestOf(models, tooLarge, isEdit);
   const chosen = (draft.is_chosen && models.find((one) => one.name === draft.model && one.ready)) || best;
   useEffect(() => {
     if (found && photos && chosen && chosen.name !== draft.model) change({ model: chosen.name, edit: null });
   }, [found, photos, chosen?.name]);
   // A training adapter is for one model.
   const { training_adapter: adapter = null, ...others } = draft.settings;
+  const cannotEdit = found && photos && isEdit && !(chosen && takesControls(chosen, draft));
   const choose = (model) =>
     change({
       model: model.name,
@@ -80,6 +83,24 @@ export function ModelView({ dataset }) {
             below${builtin.length ? ", or try everything with the small one that is built in" : ""}.
           </p>
           ${found.notes.map((one) => html`<p key=${one}>Also, ${one}.</p>`)}
+        <//>`
+      }
+      ${
+        cannotEdit &&
+        html`<${Notice} mood="fair">
+          <p>
+            ${chosen ? `${chosen.title} cannot edit pictures` : "None of these models edits pictures"}, and your photos
+            have pictures before an edit. Choose or get one that can. Without one, a slider between both pictures works
+            with every model.
+          </p>
+          <div class="actions">
+            <${Button} onClick=${() => change({ pairs: true, settings: { ...draft.settings, pairs: "slider" } })}>
+              Make it a slider
+            <//>
+            <${Button} onClick=${() => change({ settings: { ...draft.settings, controls: "none" } })}>
+              Train on the pictures after alone
+            <//>
+          </div>
         <//>`
       }
       <div role="radiogroup" aria-label="Model" class="choices">
@@ -130,21 +151,22 @@ export function ModelView({ dataset }) {
     </section>
     <${NextBar} note=${chosen ? html`<b>${chosen.title}</b>` : ""}>
       <a class="button" href=${link("new", dataset, "photos")}>Back</a>
-      <${Button} kind="primary" disabled=${!chosen} onClick=${() => go("new", dataset, "settings")}>Next: settings<//>
+      <${Button} kind="primary" disabled=${!chosen || cannotEdit} onClick=${() => go("new", dataset, "settings")}>Next: settings<//>
     <//>
   `;
 }
 
 /**
  * The largest model that is whole, fit for pairs or for single photos, and not too large for this machine: larger
- * ones learn more. The built-in one otherwise.
+ * ones learn more. The built-in one otherwise, but none for pairs if none of them edits pictures.
  */
 export function bestOf(models, tooLarge = new Set(), isPairs = false) {
   const ready = models.filter((one) => one.ready);
   const own = ready.filter(
     (one) => !one.builtin && !tooLarge.has(one.name) && (isPairs ? one.takes_controls : !one.edit),
   );
-  return own.sort((a, b) => b.size_bytes - a.size_bytes)[0] ?? ready.find((one) => one.builtin) ?? ready[0] ?? null;
+  const largest = own.sort((a, b) => b.size_bytes - a.size_bytes)[0] ?? null;
+  return isPairs ? largest : (largest ?? ready.find((one) => one.builtin) ?? ready[0] ?? null);
 }
 
 const joined = (base, path) =>
