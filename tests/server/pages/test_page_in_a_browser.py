@@ -363,7 +363,7 @@ def test_pairs_without_a_model_that_edits_are_offered_a_slider(served: ServedPag
     assert_legible(page)
     page.get_by_role("button", name="Make it a slider").click()
     waits(page, "Suggested")
-    until(lambda: served.draft("fox")["settings"].get("pairs") == "slider")
+    until(lambda: served.draft("fox").get("settings", {}).get("pairs") == "slider")
     following.click()
     page.wait_for_url("**/settings")
 
