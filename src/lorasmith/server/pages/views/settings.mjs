@@ -70,8 +70,6 @@ export function SettingsView({ dataset }) {
   return html`
     <${Stepper} at="settings" dataset=${dataset} />
     <section>
-      <h1>What do the photos teach?</h1>
-      <${Teaches} draft=${draft} change=${change} plan=${plan} />
       <h1>How thoroughly?</h1>
       <${Problem} error=${error} onRetry=${reload} />
       ${!declared && !error && html`<${Loading} what="settings" />`}
@@ -87,6 +85,8 @@ export function SettingsView({ dataset }) {
           </label>`,
         )}
       </div>
+      <h2>What do the photos teach?</h2>
+      <${Teaches} draft=${draft} change=${change} plan=${plan} />
       <${Measure} measuring=${measuring} plan=${plan} />
       ${
         plan?.fits === false &&
@@ -131,8 +131,8 @@ export function SettingsView({ dataset }) {
     </section>
     ${
       declared &&
-      html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${plan?.recipe ?? preset?.settings ?? {}} own=${own}
-        error=${planError} onChange=${(settings) => change({ settings })} />`
+      html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${{ ...preset?.settings, ...plan?.recipe }}
+        own=${own} error=${planError} onChange=${(settings) => change({ settings })} />`
     }
     ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} />`}
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
