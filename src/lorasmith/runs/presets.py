@@ -30,6 +30,7 @@ USUAL_IMAGES = 20  # images for which the steps of a preset are given where thei
 _FEW, _MANY = 2, 9  # images from which there are few and many
 _ROUND = 50  # pictures seen are multiples of it
 _LORAS = 5  # that are kept, the finished one included
+_LEAST_KEPT = 50  # steps of a run that keeps several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +149,10 @@ def recipe_settings(
             found |= rule.settings
     whole = {**found, **given}
     each = whole.get("batch_size", 1) * whole.get("grad_accumulation_steps", 1)
-    steps = found.get("steps", -(-preset.seen(number) // each))
-    if "steps" not in given:
-        found = {"steps": steps, "save_every": steps // _LORAS, **found}
+    found = {"steps": -(-preset.seen(number) // each), **found}
+    steps = {**found, **given}["steps"]
+    if steps >= _LEAST_KEPT:
+        found = {"save_every": steps // _LORAS, **found}
     return {name: value for name, value in found.items() if name not in given}
 
 

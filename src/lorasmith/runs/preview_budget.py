@@ -113,10 +113,12 @@ def _stop_settings(plan: Plan) -> dict[str, Any] | None:
     for looks in _LOOKS:
         every = config.preview_every or max(1, config.steps // looks)
         for steps in dict.fromkeys(min(one, usual) for one in (usual, *_FEWER_STEPS)):
-            chosen = replace(config, preview_every=every, preview_steps=steps, preview_strengths="1")
+            chosen = replace(
+                config, early_stop="likeness", preview_every=every, preview_steps=steps, preview_strengths="1"
+            )
             program = _watched_program(replace(plan, job=replace(plan.job, config=chosen)))
             if (
-                len(program.steps) >= _LOOKS[-1] - 1
+                len(program.steps) >= max(_LOOKS[-1] - 1, chosen.stop_patience + 1)
                 and program.passes(_each_step(base)) * len(program.prompts) <= budget
             ):
                 return {
