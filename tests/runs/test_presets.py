@@ -79,10 +79,15 @@ def test_what_somebody_gives_wins_over_the_recipe(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "settings", [{"existing_lora": "a.safetensors"}, {"pairs": "slider"}, {"new_word": "<dog>"}], ids=repr
+    ("settings", "rank"),
+    [({"existing_lora": "a.safetensors"}, None), ({"pairs": "slider"}, 32), ({"new_word": "<a>"}, 32)],
 )
-def test_a_run_that_teaches_something_else_has_no_recipe(settings: dict[str, Any]) -> None:
-    spec = RunSpec(preset="thorough", settings=settings)
+def test_a_run_that_teaches_something_else_has_its_preset_alone(settings: dict[str, Any], rank: int | None) -> None:
+    found, chosen = with_recipe(RunSpec(preset="thorough", settings=settings), ["a"] * 4, model=BUILT_IN)
+    assert chosen is not None and chosen.kind is None and chosen.sentence.startswith("Preset thorough from 4 pictures")
+    assert found.settings.get("rank") == rank and found.settings["steps"] == 800
+    assert not found.settings.keys() - {"steps", "save_every", "rank", "patience", *settings}
+    spec = RunSpec(preset="thorough", settings={"existing_state": "a.safetensors"})
     assert with_recipe(spec, ["a"] * 4, model=BUILT_IN) == (spec, None)
 
 

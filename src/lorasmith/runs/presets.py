@@ -20,7 +20,8 @@ from lorasmith.core.options import Option, options_of
 from lorasmith.core.printable import count_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.spec import SETTINGS, RunSpec
+from lorasmith.training.adapter_settings import NONE_LORA
 from lorasmith.training.config import TrainConfig
 
 Kind = Literal["subject", "style"]
@@ -118,28 +119,30 @@ RECIPE: Sequence[Rule] = (
 )
 """What the recipe adds to a preset; of rules with equal settings, the last one holds."""
 
-_OWN_WAY = ("existing_lora", "existing_state", "new_word")
-"""Settings with which a run continues or learns something else, for which the recipe was not measured."""
+_OWN_WAY = ("existing_lora", "new_word")
+"""Settings with which a run learns on or something else, for which the rules were not measured."""
 
 
 def recipe_settings(
     preset: Preset,
     *,
     images: int | None = None,
-    kind: Kind = "subject",
+    kind: Kind | None = "subject",
     model: str = "",
     given: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """All settings of the recipe that differ from the defaults, without those that are `given`.
 
-    `images` is their number, `USUAL_IMAGES` if it is unknown, and `model` the name of `model_name`.
+    `images` is their number, `USUAL_IMAGES` if it is unknown, and `model` the name of `model_name`. Without a `kind`
+    they are those of the preset alone.
     """
     number = USUAL_IMAGES if images is None else images
     amount = "one" if number < _FEW else "few" if number < _MANY else "many"
     found = dict(preset.settings)
     for rule in RECIPE:
         holds = (
-            rule.images in (None, amount)
+            kind is not None
+            and rule.images in (None, amount)
             and rule.kind in (None, kind)
             and rule.model in (None, model)
             and rule.preset in (None, preset.name)
@@ -166,7 +169,7 @@ class Chosen:
     """What the recipe chose for a run."""
 
     preset: str
-    kind: Kind
+    kind: Kind | None  # None if the run learns something else, for which there are no rules
     because: str  # why it is of this kind, in a clause; empty if somebody said so
     images: int
     settings: Mapping[str, Any]  # those that nobody gave
@@ -181,8 +184,9 @@ class Chosen:
         """For the notes of a run."""
         guessed = f" ({self.because}; set kind if it is none)" if self.because else ""
         said = ", ".join(f"{name} {_said(value)}" for name, value in self.settings.items())
+        what = f"Preset {self.preset}" if self.kind is None else f"Recipe {self.preset} for a {self.kind}{guessed}"
         return (
-            f"Recipe {self.preset} for a {self.kind}{guessed} from {count_text(self.images, 'picture')}: "
+            f"{what} from {count_text(self.images, 'picture')}: "
             f"{said or 'every setting of it was given'}. preset none leaves it out."
         )
 
@@ -190,20 +194,20 @@ class Chosen:
 def with_recipe(spec: RunSpec, captions: Sequence[str], *, model: str) -> tuple[RunSpec, Chosen | None]:
     """The spec with the recipe of its preset among its settings, and what was chosen; None where no recipe holds.
 
-    `captions` are those of each image, empty for none. None is chosen without a preset, nor for runs that continue a
-    LoRA, learn a new word, or learn no subject (sliders, preferences).
+    `captions` are those of each image, empty for none. Runs that continue another one have no recipe; those that learn
+    on, learn a new word, or learn no subject (sliders, preferences) have the length and rank of the preset alone.
     """
     preset = PRESETS.get(spec.preset)
-    is_other = any(spec.settings.get(name) not in (None, "none") for name in _OWN_WAY)
-    if preset is None or is_other or spec.config.consequences().learns_no_subject:
+    if preset is None or spec.settings.get("existing_state") is not None:
         return spec, None
-    guessed, because = guessed_kind(captions, spec.data.trigger)
-    kind = cast(Kind, spec.kind) if spec.kind else guessed
-    own = recipe_settings(preset, images=len(captions), kind=kind, model=model, given=spec.settings)
-    chosen = Chosen(
-        preset=preset.name, kind=kind, because="" if spec.kind else because, images=len(captions), settings=own
-    )
-    return replace(spec, kind=kind, settings={**own, **spec.settings}), chosen
+    kind, because = guessed_kind(captions, spec.data.trigger) if not spec.kind else (cast(Kind, spec.kind), "")
+    is_other = any(spec.settings.get(name) not in (None, NONE_LORA) for name in _OWN_WAY)
+    taught = None if is_other or spec.config.consequences().learns_no_subject else kind
+    own = recipe_settings(preset, images=len(captions), kind=taught, model=model, given=spec.settings)
+    if spec.settings.get("existing_lora") not in (None, NONE_LORA):
+        own = {name: value for name, value in own.items() if not SETTINGS[name].of_fresh}
+    chosen = Chosen(preset=preset.name, kind=taught, because=because, images=len(captions), settings=own)
+    return replace(spec, kind=taught or "", settings={**own, **spec.settings}), chosen
 
 
 _STYLE = re.compile(

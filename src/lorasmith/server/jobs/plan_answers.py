@@ -69,7 +69,7 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> P
         fits=None if card_bytes is None else found.fits,
         memory_settings=proposal.settings,
         notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
-        teaches="" if recipe is None else recipe.kind,
+        teaches=spec.kind if recipe is not None else "",
         teaches_because="" if recipe is None else recipe.because,
         recipe={} if recipe is None else dict(recipe.settings),
         distilled=distilled,
