@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.folders import BUILT_IN_BASE
-from lorasmith.runs.presets import PRESETS
+from lorasmith.runs.presets import PRESETS, recipe_settings
 from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
@@ -822,7 +822,7 @@ def test_runs_are_told_apart_named_starred_deleted_and_brought_back(served: Serv
 @pytest.mark.slow
 def test_training_again_keeps_what_was_chosen_as_a_choice(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
-    quick = PRESETS["quick"].settings_for(4)
+    quick = recipe_settings(PRESETS["quick"], images=4)
     served.add_run("runs/fox-001", **quick)
     served.add_run("runs/fox-002", **quick, algorithm="LoKr", trigger="")
     page = open_page("#/runs/runs%2Ffox-001")
