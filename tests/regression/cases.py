@@ -10,6 +10,7 @@ return.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import sys
@@ -145,7 +146,8 @@ def others(folder: Path) -> Outcome:
     run = {"steps": 2, "training_dtype": "fp32", "targets": "attention"}
     runs = {name: _trained(model, data, folder / name, **{**run, **other}) for name, other in _OTHERS.items()}
     model_name, output = ("--model", "lorasmith-tiny"), ("--output", folder / "run", "--name", "lora")
-    _command("train", folder / "pictures", *model_name, *output, "--steps", 3, "--trigger", "sks")
+    plain = ("--preset", "none") if "preset" in inspect.signature(ls.train).parameters else ()  # earlier ones had none
+    _command("train", folder / "pictures", *model_name, *output, "--steps", 3, "--trigger", "sks", *plain)
     applied = ls.Lora.load(folder / "run" / "lora.safetensors", model).applied_to(model.denoiser)
     drawn = {f"picture {index}": _pixels(one) for index, one in enumerate(ls.generate(applied, ["sks", ""], steps=2))}
     return _merged({**runs, "command": Outcome([], {**_saved(folder / "run"), **drawn})})
