@@ -191,7 +191,7 @@ MUTATIONS = (
     # runs
     Mutation("steps = self.job.steps_before + self.step", "self.job.steps_before + ", ""),
     Mutation("return self.config.steps * self.config.samples_per_step", " * self.config.samples_per_step", ""),
-    Mutation("wanted = self.steps_per_image * (USUAL_IMAGES if images is None else images)", "is None", "is not None"),
+    Mutation("wanted = self.seen_per_image * images", " * images", ""),
     Mutation(
         "needed[disk] = needed.get(disk, 0) + max(0, facts.size_bytes - file.kept_bytes)", " - file.kept_bytes", ""
     ),

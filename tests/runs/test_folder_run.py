@@ -153,7 +153,7 @@ def test_loras_on_the_way_are_kept_and_can_be_used(images: Path, tmp_path: Path)
 def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preview_budget, "_budget", lambda *_: math.inf)
+    monkeypatch.setattr(preview_budget, "_run_passes", lambda *_: math.inf)
     run(planned(images, tmp_path / "run", previews=None, preview_steps=1, trigger="sks cat", steps=2), Host())
     found = {path.name for path in (tmp_path / "run").rglob("*.png")}
     assert {"base-1.png", "step-000002-1.png", "cat.png", "cat.preview.png"} <= found

@@ -40,7 +40,7 @@ def test_the_signature_lists_every_setting_with_its_type_and_default() -> None:
         parameter = shown[name]
         assert (parameter.annotation, parameter.default) == (hints[name], option.default), name
         assert parameter.kind is parameter.KEYWORD_ONLY
-    assert list(shown)[:4] == ["model", "data", "config", "output"]
+    assert list(shown)[:6] == ["model", "data", "config", "preset", "kind", "output"]
     assert {*shown} == {"model", "data", *(field.name for field in fields(TrainArguments))}
 
 

@@ -131,8 +131,9 @@ export function SettingsView({ dataset }) {
     </section>
     ${
       declared &&
-      html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${{ ...preset?.settings, ...plan?.recipe }}
-        own=${own} error=${planError} onChange=${(settings) => change({ settings })} />`
+      html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS}
+        base=${{ ...preset?.settings, ...plan?.recipe }} own=${own}
+        error=${planError} onChange=${(settings) => change({ settings })} />`
     }
     ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} />`}
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
