@@ -9,6 +9,7 @@ from importlib.resources import files
 
 from lorasmith.core.printable import printable
 
+_STYLES = ("tokens.css", "report.css")
 _VOID = frozenset({"br", "col", "hr", "img", "input", "meta"})
 
 
@@ -91,7 +92,8 @@ def document(title: str, *children: object, rules: str = "") -> str:
 
     `rules` is CSS for this page alone.
     """
-    style = files("lorasmith.report").joinpath("report.css").read_text(encoding="utf-8") + rules
+    sheets = (files("lorasmith.report").joinpath(name).read_text(encoding="utf-8") for name in _STYLES)
+    style = "".join(sheets) + rules
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

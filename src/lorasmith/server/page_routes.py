@@ -1,8 +1,9 @@
 """The page at `/`: static files of the package.
 
-`pages/` holds an HTML file, style sheets, ES modules without a build step, and vendored libraries with their licences.
-Only files that exist at start are served, below `/pages/`: requested names are looked up in a table. The style sheet of
-reports is included, since the page shares its design, and pictures that the built-in model drew are, from its package.
+`pages/` holds an HTML file, style sheets, typefaces, ES modules without a build step, and vendored libraries, with
+their licences. Only files that exist at start are served, below `/pages/`: requested names are looked up in a table.
+The style sheets of reports are included, since the page shares its design, and pictures that the built-in model drew
+are, from its package.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PAGE_POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
+        "font-src 'self'",
         "img-src 'self' blob: data:",
         "connect-src 'self'",
         "base-uri 'none'",
@@ -37,7 +39,7 @@ PAGE_POLICY = "; ".join(
 
 _PAGES = Path(__file__).parent / "pages"
 _SHARED = {
-    "report.css": Path(__file__).parents[1] / "report" / "report.css",
+    **{path.name: path for path in (Path(__file__).parents[1] / "report").glob("*.css")},
     "lorasmith-tiny.webp": BUILT_IN_SAMPLE,
 }
 _TYPES = {  # the operating system's table may differ, and browsers refuse modules of another type
@@ -47,6 +49,7 @@ _TYPES = {  # the operating system's table may differ, and browsers refuse modul
     ".svg": "image/svg+xml",
     ".txt": "text/plain",
     ".webp": "image/webp",
+    ".woff2": "font/woff2",
 }
 _INDEX = "index.html"
 
@@ -98,5 +101,5 @@ def _answer(request: web.Request, file: PageFile, *, cache: str) -> web.Response
     }
     if any(tag.value == file.digest for tag in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    charset = None if file.type.startswith("image/") else "utf-8"
+    charset = None if file.type.startswith(("image/", "font/")) else "utf-8"
     return web.Response(body=file.content, content_type=file.type, charset=charset, headers=headers)

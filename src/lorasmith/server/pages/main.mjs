@@ -47,13 +47,22 @@ function Page() {
       Skip to the content
     </a>
     <${Bar} at=${parts[0] ?? ""} />
-    <main id="main" ref=${main} tabindex="-1">
+    <main id="main" class=${ROOMS[parts[0] ?? ""] ?? placeOf(parts)} ref=${main} tabindex="-1">
       <${Offers} hidden=${[undefined, "jobs", "runs"].includes(parts[0])} />
       ${view}
     </main>
     <${Messages} />
   `;
 }
+
+const ROOMS = { "": "wall", photos: "wall", runs: "room", jobs: "room", compare: "room" };
+
+/**
+ * The class of the other views, whose rules are in the style sheet of that name.
+ *
+ * @param {string[]} parts
+ */
+const placeOf = ([name, , step]) => (name === "new" && (step ?? "photos") === "photos" ? "sheet" : "steps");
 
 /** @param {string[]} parts */
 function viewOf([name, ...rest]) {
