@@ -78,9 +78,9 @@ def test_hostile_captions_stay_text(tmp_path: Path) -> None:
     [
         ("finished", "Finished", "good", False),
         ("stopped", "Stopped early", "good", False),
-        ("cancelled", "Cancelled", "fair", True),
+        ("cancelled", "Stopped", "fair", True),
         ("failed", "Failed", "bad", True),
-        (None, "No end recorded", "fair", True),
+        (None, "Interrupted", "fair", True),
     ],
 )
 def test_however_it_ended(tmp_path: Path, reason: str | None, status: str, mood: str, resumable: bool) -> None:
@@ -197,7 +197,7 @@ def test_what_the_run_was_asked_and_made_with(tmp_path: Path) -> None:
 def test_a_record_of_another_version(tmp_path: Path) -> None:
     write_run(tmp_path, [started(9), *steps_done(1, 9, total=9)])
     (tmp_path / "run.json").write_text(json.dumps({"mood": "good"}))
-    assert "No end recorded" in page(tmp_path)
+    assert "Interrupted" in page(tmp_path)
 
 
 def test_the_end_that_is_not_logged_yet_is_on_the_page(tmp_path: Path) -> None:

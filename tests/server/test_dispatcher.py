@@ -100,6 +100,36 @@ async def test_a_measurement_makes_room_for_whatever_else_is_queued(context: Ser
     await ended(context, training)
 
 
+async def test_an_evaluation_follows_a_training_and_gives_way_to_whatever_else_is_queued(
+    context: ServerContext,
+) -> None:
+    dispatcher, store = context.dispatcher, context.store
+    await context.assistant.start()
+    first = dispatcher.submit("train", {"do": "wait", "evaluate": True})
+    second = dispatcher.submit("train", {"do": "wait"})
+    await started(context, first)
+    dispatcher.cancel(first.id)  # stopped and kept
+    await started(context, second)
+    evaluation = await until(lambda: next(iter(store.about("runs/x-001")), None))
+    measured = dispatcher.submit("measure", {"do": "wait"})
+    third = dispatcher.submit("train", {"do": "wait"})
+    dispatcher.cancel(second.id)
+    await started(context, third)  # which was queued later
+    assert store.get(evaluation.id).state == "pending"
+    dispatcher.cancel(third.id)
+    await started(context, evaluation)
+    assert store.get(measured.id).state == "pending"
+    drawn = dispatcher.submit("draw", {"do": "wait"})
+    await started(context, drawn)
+    assert store.get(evaluation.id).state == "pending"  # again
+    dispatcher.cancel(drawn.id)
+    await started(context, evaluation)
+    dispatcher.cancel(evaluation.id)
+    await ended(context, evaluation)
+    assert store.get(evaluation.id).state == "cancelled"
+    await context.assistant.stop()
+
+
 async def test_a_run_of_a_sweep_is_repeated_in_it_unless_it_is_complete(context: ServerContext) -> None:
     request, states = {"name": "x", "output": "runs/s/rank-2"}, ("failed", "completed")
     for state in states:

@@ -281,7 +281,7 @@ def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
     plain, tuned = (pixels_of(file) for file in files)
     assert np.abs(plain - tuned).max() > 8
     progress = [one["data"] for one in worker.sent if one.get("kind") == "progress"]
-    assert progress[-1] == {"value": len(progress), "maximum": len(progress)}
+    assert progress[-1] == {"value": len(progress), "maximum": len(progress), "pictures": 2}
     with Image.open(files[1]) as picture:
         assert picture.info["parameters"].endswith("LoRA: lora.safetensors:1")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import CancelledError, OptionError
 from lorasmith.core.folders import Folders, next_counter
 from lorasmith.families.forms import Expert
 from lorasmith.families.locating import ModelFiles
@@ -116,48 +116,59 @@ def draw_beside(
     prompt: str,
     sampling: Sampling,
     *,
-    strength: float,
+    strengths: Sequence[float],
     folder: Path,
     name: str = "",
     controls: Sequence[Image.Image] = (),
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
+    saved: Callable[[Sequence[Path]], object] = lambda paths: None,
     cancelled: Callable[[], bool] | None = None,
 ) -> tuple[list[Path], str]:
-    """Draw a prompt without and with a LoRA file, from the same noise, and save both as `save_pictures`.
+    """Draw a prompt without and with a LoRA file at each strength, from the same noise, and save as `save_pictures`.
 
-    `name` is the LoRA's in the pictures' parameters. Returns the paths, and a note on what of the LoRA does not apply.
-    Raises as `generate_clips`, after which nothing is left.
+    `name` is the LoRA's in the pictures' parameters. `saved` receives the paths when the first two are there, and with
+    each further one. Returns the paths, and a note on what of the LoRA does not apply. Raises as `generate_clips`
+    before the first two are there, after which nothing is left; later, cancelling leaves out the rest.
     """
-    base = denoiser.base
-    applied = Lora.load(lora, base).applied(denoiser, base.text_encoder, strength=strength)
-    sides = {
-        "none": (denoiser, base.text_encoder),
-        f"{name or lora.name}:{strength:g}": (applied.denoiser, applied.encoder),
-    }
-    drawn: list[tuple[str, PictureOrClip]] = []
-    for number, (used, (one, encoder)) in enumerate(sides.items()):
+    base, loaded = denoiser.base, Lora.load(lora, denoiser.base)
+    paths: list[Path] = []
+    unsaved: list[tuple[str, PictureOrClip]] = []
+    note = ""
+    for number, strength in enumerate((None, *strengths)):
+        used, one, encoder = "none", denoiser, base.text_encoder
+        if strength is not None:
+            applied = loaded.applied(denoiser, base.text_encoder, strength=strength)
+            used, one, encoder = f"{name or lora.name}:{strength:g}", applied.denoiser, applied.encoder
+            note = note or applied.note
 
         def tell(done: int, total: int, before: int = number) -> None:
             if progress is not None:
-                progress(before * total + done, len(sides) * total)
+                progress(before * total + done, (1 + len(strengths)) * total)
 
-        (clip,) = generate_clips(
-            one,
-            prompt,
-            sampling,
-            text_encoder=encoder,
-            controls=controls,
-            device=device,
-            progress=tell,
-            cancelled=cancelled,
-        )
-        drawn.append((used, clip if sampling.frames > 1 else clip.frames[0]))
-    paths = []
-    for used, picture in drawn:
-        made_with = f"Steps: {sampling.steps}, Seed: {sampling.seed}, Model: {base.title}, LoRA: {used}"
-        paths += save_pictures([picture], [prompt], folder, made_with=made_with)
-    return paths, applied.note
+        try:
+            (clip,) = generate_clips(
+                one,
+                prompt,
+                sampling,
+                text_encoder=encoder,
+                controls=controls,
+                device=device,
+                progress=tell,
+                cancelled=cancelled,
+            )
+        except CancelledError:
+            if not paths:
+                raise
+            break
+        unsaved.append((used, clip if sampling.frames > 1 else clip.frames[0]))
+        if number:
+            for drawn_with, picture in unsaved:
+                made_with = f"Steps: {sampling.steps}, Seed: {sampling.seed}, Model: {base.title}, LoRA: {drawn_with}"
+                paths += save_pictures([picture], [prompt], folder, made_with=made_with)
+            unsaved.clear()
+            saved(paths)
+    return paths, note
 
 
 def save_pictures(

@@ -264,20 +264,27 @@ def sentence_of(chosen: Verdict, loras: Sequence[EvaluatedLora], training: Train
     return f"{text}{'; it draws near copies of training pictures' if chosen.copied else ''}."
 
 
-def plain_sentence(one: Evaluation) -> str:
-    """The recommendation without its numbers, for who wants the file."""
-    word = class_word(one.trigger)
-    subject, best = f"your {word}" if word else "your photos", one.verdict.best
-    if best is not None:
-        but = ", and near copies of your photos" if one.verdict.copied else ""
-        return f"Looks like {subject}{but}; use {one.loras[best].label}."
+def plain_sentence(one: Evaluation, *, is_style: bool = False) -> str:
+    """The recommendation without its numbers, for who wants the file: what was learnt, then the step."""
+    word = "style" if is_style else class_word(one.trigger)
+    subject, it = (f"your {word}", "it") if word else ("your photos", "them")
+    if one.verdict.best is not None:
+        best = one.loras[one.verdict.best]
+        who = (
+            f"{best.label[:1].upper()}{best.label[1:]} looks most like {it}"
+            if len(one.loras) > 1
+            else f"It looks like {it}"
+        )
+        follows = "" if best.measures.adherence is None else " and still follows prompts"
+        copies = " It also draws near copies of your photos." if one.verdict.copied else ""
+        return f"It learnt {subject}. {who}{follows}.{copies}"
     if one.verdict.outcome == "nothing learnt":
-        return f"Does not look like {subject} yet; train longer."
+        return f"It has not learnt {subject} yet. Train it longer."
     if one.verdict.outcome == "ignores prompts":
-        return "Ignores what prompts ask for; train shorter."
+        return "It learnt too much. It ignores what prompts ask for, so train it shorter."
     if one.verdict.outcome == "changes nothing":
-        return "Changes nothing; is the file for this model?"
-    return "Look at the pictures and choose; the photos are too few or too different to be compared."
+        return "It changes nothing. Is the file for this model?"
+    return "Look and choose. Your photos are too few or too different to be compared."
 
 
 def class_word(trigger: str) -> str:

@@ -100,6 +100,11 @@ class Job:
     together: str | None = None  # jobs with the same text train together, over one model
 
     @property
+    def gives_way(self) -> bool:
+        """Whether the server queued it by itself, so that it makes room for every other job."""
+        return self.kind == "measure" or (self.kind == "evaluate" and bool(self.request.get("gives_way")))
+
+    @property
     def failure(self) -> str | None:
         """The sentence of its error; empty without one, None before it has ended."""
         if self.state in ACTIVE:
@@ -169,12 +174,14 @@ _LISTED_COLUMNS = _COLUMNS.replace(
 )
 """Without the graphs of requests, which may have megabytes each."""
 _JSON = ("request", "outputs", "messages", "error", "varied")
+_GIVES_WAY = "(kind = 'evaluate' AND json_extract(request, '$.gives_way') IS NOT NULL)"
+"""Of evaluations that the server queued by itself."""
 
 
 class JobStore:
     """The jobs in the database at `path`, None for one in memory. Every method raises StoreError if it cannot be read
-    or written. Opening it marks jobs left `running` by an earlier process as `interrupted`; interrupted runs of sweeps
-    wait again.
+    or written. Opening it marks jobs left `running` by an earlier process as `interrupted`; interrupted runs of sweeps,
+    and evaluations that nobody asked for, wait again.
     """
 
     def __init__(self, path: Path | None, *, most_pending: int = MOST_PENDING, most_ended: int = MOST_ENDED) -> None:
@@ -216,7 +223,7 @@ class JobStore:
             )
             database.execute(
                 "UPDATE jobs SET state = 'pending', ended = NULL, error = NULL "
-                "WHERE state = 'interrupted' AND sweep IS NOT NULL"
+                f"WHERE state = 'interrupted' AND (sweep IS NOT NULL OR {_GIVES_WAY})"
             )
 
     def close(self) -> None:
@@ -311,6 +318,15 @@ class JobStore:
         """The jobs that train a run or have trained it, oldest first."""
         return self._select("WHERE run = ? ORDER BY sequence", (run,))
 
+    def about(self, run: str) -> list[Job]:
+        """The jobs that draw with the LoRAs of a run or evaluate them: active ones, then ended ones, the last first."""
+        return self._select(
+            "WHERE kind IN ('draw', 'evaluate') AND json_extract(request, '$.run') = ? "
+            "ORDER BY ended IS NOT NULL, ended DESC, number, sequence",
+            (run,),
+            columns=_LISTED_COLUMNS,
+        )
+
     def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
         """Running jobs, oldest first, then waiting ones in queue order, without the graphs of requests."""
         return self._select(
@@ -349,12 +365,12 @@ class JobStore:
 
     def claim(self, device: str) -> list[Job]:
         """Start the next waiting job on a device, and those that train together with it; empty if there is none.
-        Measurements come after all others.
+        Evaluations that nobody asked for come after all others, and measurements after these.
         """
         with self._writing() as database:
             found = database.execute(
                 "SELECT id, together FROM jobs WHERE state = 'pending' "
-                "ORDER BY kind = 'measure', number, sequence LIMIT 1"
+                f"ORDER BY kind = 'measure', {_GIVES_WAY}, number, sequence LIMIT 1"
             ).fetchone()
             if found is None:
                 return []

@@ -40,9 +40,9 @@ from lorasmith.training.storage.run_folder import RunFolder
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),
     Outcome.STOPPED: ("Stopped early", "good"),
-    Outcome.CANCELLED: ("Cancelled", "fair"),
+    Outcome.CANCELLED: ("Stopped", "fair"),
     Outcome.FAILED: ("Failed", "bad"),
-    None: ("No end recorded", "fair"),
+    None: ("Interrupted", "fair"),
 }
 _MOST_DRAWN = 10_000  # steps of the plot
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, to limit its size

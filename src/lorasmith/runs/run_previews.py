@@ -343,7 +343,7 @@ def draw_requested(
             lora,
             request.prompt,
             sampling,
-            strength=request.strength,
+            strengths=[request.strength],
             folder=folder / TRIED,
             name=request.lora or f"{plan.title}, while it was trained",
             controls=[open_image(control)] if request.control else [],

@@ -246,6 +246,23 @@ class RunView:
             f"{number_text(last.mean)} (means of the first and the last {last.steps:,} steps)"
         )
 
+    def prompts_drawn(self) -> list[dict[str, Any]]:
+        """What was asked for while it trains, as JSON values."""
+        return [
+            {
+                "id": one.id,
+                "prompt": one.prompt[:_MOST_LETTERS],
+                "strength": one.strength,
+                "seed": one.seed,
+                "lora": one.lora,
+                "pictures": [f"{TRIED}/{_name(path)}" for path in one.paths],
+                "step": one.step,
+                "note": one.note[:_MOST_LETTERS],
+                "error": one.error[:_MOST_LETTERS],
+            }
+            for one in self.drawn.values()
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """All that is shown, as finite JSON values of bounded size: of long lists a part, evenly spaced."""
         best = self.best
@@ -275,16 +292,7 @@ class RunView:
                 for number, (prompt, path) in enumerate(zip(preview.prompts, preview.paths, strict=False), start=1)
             ][-_MOST_PREVIEWS:],
             "saves": [{"step": step, "file": _name(one.path)} for step, one in sorted(self.saves.items())],
-            "drawn": [
-                {
-                    "id": one.id,
-                    "pictures": [f"{TRIED}/{_name(path)}" for path in one.paths],
-                    "step": one.step,
-                    "note": one.note[:_MOST_LETTERS],
-                    "error": one.error[:_MOST_LETTERS],
-                }
-                for one in self.drawn.values()
-            ],
+            "drawn": self.prompts_drawn(),
             "notes": [
                 {**asdict(note), "text": note.text[:_MOST_LETTERS], "at": at}
                 for note, at in sorted(self.notes.items(), key=lambda note: note[1])[-_SENT_NOTES:]

@@ -132,6 +132,8 @@ class Dispatcher:
         self._log = log
         self._supervisor = Supervisor(config.workers, store, self)
         self._starting: asyncio.Task[None] | None = None
+        self._evaluating: set[asyncio.Task[None]] = set()
+        self._displaced: set[str] = set()  # evaluations that make room, and wait again afterwards
 
     async def start(self) -> None:
         """Start the workers in the background, as soon as the devices are known."""
@@ -143,6 +145,8 @@ class Dispatcher:
             self._starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._starting
+        for task in self._evaluating:
+            task.cancel()
         await self._supervisor.stop()
 
     def kill(self) -> None:
@@ -156,15 +160,17 @@ class Dispatcher:
         return self._queued(job)
 
     def _queued(self, job: Job) -> Job:
-        """Start a job that waits now, if a device is free; where only measurements run, one makes room."""
+        """Start a job that waits now, if a device is free; else one that nobody asked for makes room."""
         self.changed(job)
         self._supervisor.dispatch()
         job = self._store.get(job.id)
-        if job.state == "pending" and job.kind != "measure":
-            for other in self._store.running():
-                if other.kind == "measure":
-                    self.cancel(other.id)
-                    break
+        if job.state == "pending" and not job.gives_way:
+            others = [one for one in self._store.running() if one.gives_way and one.id not in self._displaced]
+            if others:
+                other = min(others, key=lambda one: one.kind != "measure")
+                if other.kind == "evaluate":
+                    self._displaced.add(other.id)
+                self.cancel(other.id, pause=other.kind == "evaluate")
         return job
 
     def cancel(self, id: str, *, pause: bool = False) -> bool:
@@ -256,8 +262,16 @@ class Dispatcher:
         return [worker.process.pid for worker in self._supervisor.workers if worker.process.pid is not None]
 
     def changed(self, job: Job) -> None:
+        if job.id in self._displaced and job.state != "running":
+            self._displaced.discard(job.id)
+            if job.state == "paused":
+                job = self._store.requeue(job.id)
         self._hub.publish(Notice(kind="job", job_id=job.id, data=job.summary(), client_id=job.client_id))
         self._publish_queue()
+        if job.kind == "train" and job.request.get("evaluate") and job.run and job.state in ("completed", "cancelled"):
+            task = asyncio.create_task(self._evaluate(job.run))
+            self._evaluating.add(task)
+            task.add_done_callback(self._evaluating.discard)
 
     def notice(self, job: Job, head: Mapping[str, Any], body: bytes) -> None:
         self._hub.publish(
@@ -282,6 +296,16 @@ class Dispatcher:
             return {}
         last, message = graph_end(job.id, error)
         return {"last": last, "messages": [message]}
+
+    async def _evaluate(self, run: str) -> None:
+        """Queue the evaluation of a run behind all other jobs, unless it has one or cannot be evaluated."""
+        try:
+            request = await self._assistant.ask("evaluation_afterwards", id=run)
+            waiting = any(one.request.get("gives_way") for one in self._store.about(run) if one.state in ACTIVE)
+            if request is not None and not waiting:
+                self.submit("evaluate", {**request, "gives_way": True})
+        except LorasmithError as error:
+            self._log.add("server", f"{run} is not evaluated: {error}")
 
     async def _start_workers(self) -> None:
         devices = self._config.devices

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,17 @@ class JobReporter:
         with contextlib.suppress(OSError):
             self._channel.send(head, picture)
 
-    def progress(self, done: int, total: int) -> None:
-        self.notice("progress", {"value": done, "maximum": total}, droppable=True)
+    def drawing(self, steps: int, files: Sequence[str] = ()) -> Callable[[int, int], None]:
+        """What reports the progress of pictures of so many sampling steps each: those done, and all; and the files that
+        there are so far, to which the caller adds.
+        """
+
+        def progress(done: int, total: int) -> None:
+            found: dict[str, Any] = {"value": done, "maximum": total, "pictures": total // steps}
+            found |= {"files": list(files)} if files else {}
+            self.notice("progress", found, droppable=True)
+
+        return progress
 
     def run(self, folder: Path) -> None:
         folder = folder.resolve()

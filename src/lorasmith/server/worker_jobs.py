@@ -90,9 +90,11 @@ class DrawJobs:
     def _evaluate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set
         reporter = JobReporter(self._work.channel, folders.base)
-        subject = subject_of([folders.base / request["run"]], trigger=request.get("subject") or None)
+        most = request.get("most", DrawingSettings.most)
+        subject = subject_of([folders.base / request["run"]], trigger=request.get("subject") or None, most=most)
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
-        found = evaluate(model, subject, DrawingSettings(), progress=reporter.progress, cancelled=cancelled)
+        progress = reporter.drawing(model.defaults.steps)
+        found = evaluate(model, subject, DrawingSettings(), progress=progress, cancelled=cancelled)
         return {"outputs": {"sentence": found.sentence}}
 
     def _draw_grid(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class DrawJobs:
             wish=request["wish"],
             prompt=request["text"],
             sampling=self._sampling(model, request),
-            progress=JobReporter(self._work.channel, folders.base).progress,
+            progress=JobReporter(self._work.channel, folders.base).drawing(model.defaults.steps),
             cancelled=cancelled,
         )
         return {"outputs": {"prompt": grid.prompt}}
@@ -125,19 +127,26 @@ class DrawJobs:
         run, title = folders.base / request["run"], Path(request["lora"]).name
         controls = [open_image(run / TRIED / request["control"])] if request["control"] else []
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
-        paths, note = draw_beside(
+        strengths = (request["strength"], *request.get("strengths", ()))
+        pictures: list[str] = []
+
+        def saved(paths: Sequence[Path]) -> None:
+            pictures[:] = [path.relative_to(run).as_posix() for path in paths]
+
+        _, note = draw_beside(
             model.denoiser,
             run / title,
             request["text"],
             self._sampling(model, request),
-            strength=request["strength"],
+            strengths=strengths,
             folder=run / TRIED,
             controls=controls,
-            progress=reporter.progress,
+            progress=reporter.drawing(model.defaults.steps, pictures),
+            saved=saved,
             cancelled=cancelled,
         )
-        pictures = [path.relative_to(run).as_posix() for path in paths]
-        return {"outputs": {"pictures": pictures, "notes": [note] if note else []}}
+        shown = [0.0, *strengths][: len(pictures)]
+        return {"outputs": {"pictures": pictures, "strengths": shown, "notes": [note] if note else []}}
 
 
 class CaptionJobs:

@@ -45,6 +45,21 @@ async def test_a_job_that_trains_is_queued_listed_moved_and_removed(client: Clie
     await client.error("GET", f"/jobs/{first['id']}", status=404)
 
 
+async def test_what_is_drawn_with_a_run_is_listed_by_its_run(client: Client) -> None:
+    store = client.context.store
+    ended, waits, evaluates = (
+        store.add(kind, {"run": "runs/fox-001", "text": "a fox"}) for kind in ("draw", "draw", "evaluate")
+    )
+    store.add("draw", {"run": "runs/cat-001"})
+    store.add("graph", {"prompt": {}, "run": "runs/fox-001"})
+    store.finish(ended.id, "completed", outputs={"pictures": ["tried/1.png"]})
+    found = await client.ask("GET", "/jobs?about=runs/fox-001")
+    assert [one["id"] for one in found["jobs"]] == [waits.id, evaluates.id, ended.id] and found["total"] == 3
+    assert found["jobs"][2]["outputs"] and found["jobs"][2]["request"]["text"] == "a fox"
+    found = await client.ask("GET", "/jobs?about=runs/fox-001&states=pending&limit=1&offset=1")
+    assert [one["id"] for one in found["jobs"]] == [evaluates.id] and found["total"] == 2
+
+
 REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "no job": ("GET", "/jobs/gone", None, 404, "gone"),
     "no job to stop": ("POST", "/jobs/gone/cancel", {}, 404, "gone"),

@@ -78,7 +78,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     run.finish()
     job.end()
     page.wait_for_url("**/#/runs/*")  # it has ended
-    expected(page.locator(".verdict")).to_have_text("Finished after 60 steps; use the last one.")
+    expected(page.locator(".verdict")).to_have_text(re.compile("^Trained for 60 steps."))
     (download,) = page.get_by_role("link", name=re.compile("^Download step")).all_inner_texts()
     assert download.startswith("Download step 60 (")
     page.get_by_role("heading", name="Details").click()
@@ -91,6 +91,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
         "name": "bello",
         "preset": "balanced",
         "settings": {"trigger": "bello"},
+        "evaluate": True,
     }
 
 
@@ -499,7 +500,7 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     dialog.get_by_text("What was learnt in 30 steps is kept").wait_for()
     dialog.get_by_role("button", name="Stop and keep").click()
     page.wait_for_url("**/#/runs/*")
-    expected(page.locator(".verdict")).to_have_text("Stopped after 30 steps; use the last one.")
+    expected(page.locator(".verdict")).to_have_text("Stopped at step 30, kept.")
 
 
 @pytest.mark.slow

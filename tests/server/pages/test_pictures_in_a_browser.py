@@ -113,7 +113,9 @@ def test_a_result_is_a_verdict_a_file_and_pictures(
     folder = served.add_run("runs/fox-001", trigger="foxy fox")
     write_evaluation(folder, trigger="foxy fox")
     page = open_page("#/runs/runs%2Ffox-001", scheme=scheme, width=width)
-    expected(page.locator(".verdict")).to_have_text("Looks like your fox; use step 40.")
+    expected(page.locator(".verdict")).to_have_text(
+        "It learnt your fox. Step 40 looks most like it and still follows prompts."
+    )
     (download,) = page.locator(".large-button").all()
     assert re.fullmatch(r"Download step 40 \(\d+ bytes\)", download.inner_text())
     assert download.get_attribute("href").endswith("fox-step00000040.safetensors")

@@ -237,12 +237,12 @@ def test_a_card_has_pictures_and_no_path(installation: Folders, base: Path) -> N
 @pytest.mark.parametrize(
     ("verdict", "sentence", "step"),
     [
-        ({"outcome": "use", "best": 0}, "Looks like your dog; use step 2.", 2),
-        ({"outcome": "use", "best": 0, "copied": True}, "Looks like your dog, and near copies of your photos; use", 2),
-        ({"outcome": "nothing learnt"}, "Does not look like your dog yet; train longer.", 4),
-        ({"outcome": "ignores prompts"}, "Ignores what prompts ask for; train shorter.", 4),
-        ({"outcome": "not comparable"}, "Look at the pictures and choose;", 4),
-        (None, "Finished after 4 steps; use the last one.", 4),
+        ({"outcome": "use", "best": 0}, "It learnt your dog. Step 2 looks most like it.", 2),
+        ({"outcome": "use", "best": 0, "copied": True}, "It learnt your dog. Step 2 looks most like it. It also", 2),
+        ({"outcome": "nothing learnt"}, "It has not learnt your dog yet. Train it longer.", 4),
+        ({"outcome": "ignores prompts"}, "It learnt too much. It ignores what prompts ask for,", 4),
+        ({"outcome": "not comparable"}, "Look and choose. Your photos are", 4),
+        (None, "Trained for 4 steps.", 4),
     ],
 )
 def test_one_lora_is_recommended(

@@ -319,7 +319,6 @@ declare namespace Api {
     model: string | null;
     edit: string | null;
     is_chosen: boolean;
-    what: "" | "edit" | "person" | "pet" | "slider" | "style" | "thing";
     pairs: boolean | null;
     preset: string;
     teaches: "" | "style" | "subject";
@@ -382,6 +381,7 @@ declare namespace Api {
     kind?: "train";
     name?: string;
     front?: boolean;
+    evaluate?: boolean;
   }
   interface RemovedJob {
     id: string;
@@ -443,6 +443,7 @@ declare namespace Api {
     likenesses: (LikenessFacts)[];
     previews: (PreviewFacts)[];
     pairs: (PairFacts)[];
+    drawn: (DrawnPrompt)[];
     images: (RunPicture)[];
     advice: (PictureAdvice)[];
     advice_summary: string;
@@ -499,6 +500,17 @@ declare namespace Api {
     title: string;
     number: number;
     file: string;
+  }
+  interface DrawnPrompt {
+    id: string;
+    prompt: string;
+    strength: number;
+    seed: number;
+    lora: string;
+    pictures: (string)[];
+    step: number;
+    note: string;
+    error: string;
   }
   interface RunPicture {
     file: string;
@@ -559,6 +571,7 @@ declare namespace Api {
   interface DrawingFacts {
     control: "none" | "optional" | "required";
     least_strength: number;
+    strengths: (number)[];
   }
   interface KeptControl {
     control: string;
@@ -569,6 +582,7 @@ declare namespace Api {
     seed?: number;
     control?: string;
     lora?: string;
+    strengths?: (number)[];
   }
   interface RequestBody {
     what: "drawing" | "preview" | "save";
@@ -656,6 +670,7 @@ declare namespace Api {
   }
   interface TrainOnBody {
     steps: number;
+    evaluate?: boolean;
   }
   interface SweepList {
     sweeps: (SweepRow)[];
@@ -706,11 +721,11 @@ declare namespace Api {
     | { path: ["datasets"]; query: { }; body: {}; answer: DatasetList }
     | { path: ["formats"]; query: { }; body: {}; answer: FormatsAnswer }
     | { path: ["datasets", string]; query: { }; body: {}; answer: DatasetAnswer }
-    | { path: ["datasets", string, "images", string]; query: { width?: number | null; original?: boolean | null; mask?: boolean | null; }; body: {}; answer: any }
+    | { path: ["datasets", string, "images", string]; query: { width?: number | null; original?: boolean | null; }; body: {}; answer: any }
     | { path: ["datasets", string, "controls", string]; query: { width?: number | null; }; body: {}; answer: any }
     | { path: ["datasets", string, "check"]; query: { model?: string | null; edit?: string | null; trigger?: string | null; resolution?: number | null; }; body: {}; answer: DataCheckAnswer }
     | { path: ["datasets", string, "draft"]; query: { }; body: {}; answer: DraftAnswer }
-    | { path: ["jobs"]; query: { states?: string | null; limit?: number | null; offset?: number | null; }; body: {}; answer: JobList }
+    | { path: ["jobs"]; query: { states?: string | null; limit?: number | null; offset?: number | null; about?: string | null; }; body: {}; answer: JobList }
     | { path: ["jobs", string]; query: { }; body: {}; answer: JobAnswer }
     | { path: ["events"]; query: { topic?: string | null; }; body: {}; answer: any }
     | { path: ["jobs", string, "events"]; query: { }; body: {}; answer: any }
@@ -757,7 +772,6 @@ declare namespace Api {
     | { path: ["downloads", string]; query: { }; body: {}; answer: RemovedDownload }
     | { path: ["datasets", string]; query: { }; body: {}; answer: RemovedAnswer }
     | { path: ["datasets", string, "images", string]; query: { }; body: {}; answer: RemovedAnswer }
-    | { path: ["datasets", string, "images", string, "mask"]; query: { }; body: {}; answer: RemovedAnswer }
     | { path: ["datasets", string, "controls", string]; query: { }; body: {}; answer: RemovedAnswer }
     | { path: ["jobs", string]; query: { }; body: {}; answer: RemovedJob }
     | { path: ["runs", string]; query: { }; body: {}; answer: RemovedAnswer };

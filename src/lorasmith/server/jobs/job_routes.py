@@ -62,6 +62,9 @@ async def _plan(context: ServerContext, call: Call) -> Any:
 async def _jobs(context: ServerContext, call: Call) -> Any:
     states = _states(call.text("states"))
     limit, offset = call.number("limit", 100, least=1, most=_MOST_LISTED), call.number("offset", 0)
+    if run := call.text("about"):
+        found = [job for job in context.store.about(run) if job.state in states]
+        return {"jobs": tuple(job_answer(job) for job in found[offset : offset + limit]), "total": len(found)}
     active, ended = ([kind for kind in kinds if kind in states] for kinds in (ACTIVE, ENDED))
     counts = context.store.counts()
     shown = context.store.active(limit, offset, active)
@@ -74,7 +77,8 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
 
 async def _add(context: ServerContext, call: Call) -> Any:
     spec = (await wanted_spec(context, call.body)).requested(context.config.folders())
-    return job_answer(context.dispatcher.submit("train", spec.to_request(), front=call.body.front))
+    request = {**spec.to_request(), **({"evaluate": True} if call.body.evaluate else {})}
+    return job_answer(context.dispatcher.submit("train", request, front=call.body.front))
 
 
 async def _measure(context: ServerContext, call: Call) -> Any:
@@ -225,6 +229,7 @@ JOB_ROUTES = (
             Query("states", "States of jobs, separated by commas; all without it."),
             Query("limit", "Number of jobs, at most 500.", "integer"),
             Query("offset", "Number of jobs to leave out.", "integer"),
+            Query("about", "Those alone that draw with the LoRAs of a run or evaluate them, by its id."),
         ),
         answer=JobList,
     ),

@@ -20,9 +20,6 @@ class Draft:
     model: Annotated[str | None, "its name in the list of models"] = None
     edit: Annotated[str | None, "edit variant that the model is, or none; null if its name says so"] = None
     is_chosen: Annotated[bool, "whether somebody chose the model, so that no other is suggested"] = False
-    what: Annotated[
-        Literal["", "person", "pet", "thing", "style", "edit", "slider"], "what it is; empty if nobody said so"
-    ] = ""
     pairs: Annotated[bool | None, "whether it trains on pairs; null if the pictures say so"] = None
     preset: Annotated[str, "name of a preset"] = "balanced"
     teaches: Annotated[Literal["", "subject", "style"], "what the pictures teach; guessed if empty"] = ""
@@ -109,6 +106,7 @@ class JobBody(PlanBody):
     kind: Annotated[Literal["train"], "train"] = "train"
     name: Annotated[str, "of the LoRA; that of the dataset if it is empty"] = ""
     front: Annotated[bool, "whether it goes before all others"] = False
+    evaluate: Annotated[bool, "whether its LoRAs are evaluated at its end, by a job behind all others"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +125,8 @@ class JobAnswer:
     started: Annotated[float | None, "when it was last started; null before that"]
     ended: Annotated[float | None, "when it ended; null before that"]
     outputs: Annotated[
-        dict[str, Any], "of a graph's nodes, by their ids; of a drawing its `pictures`, without and with the LoRA"
+        dict[str, Any],
+        "of a graph's nodes, by their ids; of a drawing its `pictures`, without and with the LoRA, and `strengths`",
     ]
     error: Annotated[dict[str, Any] | None, "why it failed"]
     run: Annotated[str | None, "id of the run that it trains or has trained"]

@@ -34,6 +34,7 @@ from lorasmith.server.datasets.dataset_shapes import SkippedFile
 from lorasmith.server.questions import question, shaped
 from lorasmith.server.runs.run_list_answers import row_of, run_folder_of
 from lorasmith.server.runs.run_shapes import (
+    DrawnPrompt,
     LikenessFacts,
     LoraFacts,
     PairFacts,
@@ -85,6 +86,7 @@ def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) 
         likenesses=tuple(shaped(LikenessFacts, one) for one in view.likenesses),
         previews=tuple(_previews(folder, view)),
         pairs=tuple(_pairs(folder, max((len(preview.prompts) for preview in view.previews.values()), default=0))),
+        drawn=tuple(DrawnPrompt(**{**one, "pictures": tuple(one["pictures"])}) for one in view.prompts_drawn()),
         images=tuple(_pictures(run, report)),
         advice=tuple(shaped(PictureAdvice, one, file=one.name) for one in report.advice.images),
         advice_summary=report.advice.summary,
@@ -182,12 +184,9 @@ def _recommended(run: LoggedRun) -> RecommendedLora | None:
         else evaluation.loras[evaluation.verdict.best].file
     )
     chosen = next((save for save in saves if save.path.name == best), None)
-    if evaluation is None:
-        sentence = f"{_ENDS[view.outcome]} after {count_text(view.step, 'step')}; use the last one."
-    else:
-        sentence = plain_sentence(evaluation)
+    is_style = run.record.source.get("kind") == "style"
     return RecommendedLora(
-        sentence=sentence,
+        sentence=_plain_end(view) if evaluation is None else plain_sentence(evaluation, is_style=is_style),
         is_judged=chosen is not None,
         step=view.step if chosen is None else chosen.step,
         file=path.name if chosen is None else chosen.path.name,
@@ -195,12 +194,22 @@ def _recommended(run: LoggedRun) -> RecommendedLora | None:
     )
 
 
+def _plain_end(view: RunView) -> str:
+    """How a run ended that was not evaluated, and how alike its last previews are to the photos."""
+    sentence = _ENDS[view.outcome].format(step=f"{view.step:,}", steps=count_text(view.step, "step"))
+    last = view.likeness
+    if last is None or not math.isfinite(last.likeness):
+        return sentence
+    own = "" if last.own is None else f" (your photos among themselves: {last.own:.2f})"
+    return f"{sentence} How much it looks like your photos: {last.likeness:.2f}{own}."
+
+
 _ENDS = {
-    None: "Interrupted",
-    Outcome.FINISHED: "Finished",
-    Outcome.STOPPED: "Stopped early",
-    Outcome.CANCELLED: "Stopped",
-    Outcome.FAILED: "Failed",
+    None: "Interrupted at step {step}.",
+    Outcome.FINISHED: "Trained for {steps}.",
+    Outcome.STOPPED: "Stopped by itself after {steps}.",
+    Outcome.CANCELLED: "Stopped at step {step}, kept.",
+    Outcome.FAILED: "Failed at step {step}.",
 }
 
 

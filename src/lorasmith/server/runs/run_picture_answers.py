@@ -12,26 +12,26 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.data.clips import open_still
 from lorasmith.evaluation.evaluation_record import EVALUATION
-from lorasmith.evaluation.likeness import check_installed
+from lorasmith.evaluation.likeness import check_installed, is_installed
 from lorasmith.evaluation.wishes import BUILT_IN_KINDS, KINDS, asked_with
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.report.pictures import thinned
 from lorasmith.report.share_card import MOST_PROMPTS, WIDTH, share_card
-from lorasmith.runs.evaluate import STRENGTHS, candidates_of, subject_of
+from lorasmith.runs.evaluate import candidates_of, subject_of
 from lorasmith.runs.gallery import MOST_STEPS, read_grids
 from lorasmith.runs.run_images import subject_words
 from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own
-from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import preview_file
 from lorasmith.server.questions import question
 from lorasmith.server.runs.run_answers import evaluation_of
 from lorasmith.server.runs.run_list_answers import run_folder_of
-from lorasmith.server.runs.run_result_answers import drawing_of, drawn_with
+from lorasmith.server.runs.run_result_answers import drawing_of, drawn_with, usual_strengths
 from lorasmith.server.runs.run_shapes import EvaluationAnswer, GalleryAnswer
 from lorasmith.training.storage.records import read_record
 
 _MOST_WISH = 1_000  # characters
+_MOST_AFTERWARDS = 5  # LoRAs of an evaluation that nobody asked for
 
 
 @question
@@ -57,6 +57,18 @@ def evaluation_request(folders: Folders, id: str, *, subject: str = "") -> dict[
 
 
 @question
+def evaluation_afterwards(folders: Folders, id: str) -> dict[str, Any] | None:
+    """As `evaluation_request`, of a run that has just ended; None if it has an evaluation, or cannot be evaluated."""
+    folder = run_folder_of(folders, id)
+    if not is_installed() or evaluation_of(folder) is not None or not subject_words(read_record(folder)):
+        return None
+    _, spec, model = drawn_with(folders, id)
+    if model.control_form.most or spec.config.consequences().learns_no_subject:
+        return None
+    return {**evaluation_request(folders, id), "most": _MOST_AFTERWARDS}
+
+
+@question
 def run_gallery(folders: Folders, id: str) -> GalleryAnswer:
     """The gallery of a run. Raises UnknownFileError, and as `drawing_facts`."""
     folder, spec, _ = drawn_with(folders, id)
@@ -64,7 +76,7 @@ def run_gallery(folders: Folders, id: str) -> GalleryAnswer:
     return GalleryAnswer(
         kinds=dict(BUILT_IN_KINDS if spec.model == BUILT_IN else KINDS),
         steps=steps,
-        strengths=_strengths(spec),
+        strengths=usual_strengths(spec),
         grids=read_grids(folder),
         subject=subject_words(read_record(folder)),
     )
@@ -86,7 +98,7 @@ def grid_request(folders: Folders, id: str, *, wish: str, subject: str = "") -> 
         "wish": wish.strip(),
         "text": asked_with(trigger, wish.strip()) if trigger else wish.strip(),
         "loras": [[step, name] for step, name in _drawn_steps(folder)],
-        "strengths": list(_strengths(spec)),
+        "strengths": list(usual_strengths(spec)),
     }
 
 
@@ -118,10 +130,6 @@ def _drawn_steps(folder: Path) -> list[tuple[int, str]]:
     """Steps and files of the LoRAs that are drawn in a grid."""
     saves = [one for one in candidates_of(folder, read_record(folder).title) if one.step is not None]
     return [(one.step or 0, one.path.name) for one in thinned(saves, MOST_STEPS)]
-
-
-def _strengths(spec: RunSpec) -> tuple[float, ...]:
-    return spec.config.consequences().strengths or STRENGTHS
 
 
 def _shown(folder: Path) -> tuple[int | None, list[tuple[str, Image.Image, Image.Image]]]:

@@ -26,6 +26,7 @@ from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import named_path
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
+from lorasmith.runs.evaluate import STRENGTHS
 from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
 from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_log import followed
@@ -34,7 +35,7 @@ from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.datasets.dataset_answers import CONTROL
 from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name, stays_in
 from lorasmith.server.jobs.plan_answers import structure_of
-from lorasmith.server.questions import question
+from lorasmith.server.questions import question, shaped
 from lorasmith.server.runs.run_answers import digest_of, is_trainable_on, saves_of
 from lorasmith.server.runs.run_list_answers import run_folder_of
 from lorasmith.server.runs.run_shapes import DrawingBody, DrawingFacts, InstalledLora, KeptControl, RequestAnswer
@@ -75,7 +76,7 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
 
 
 @question
-def train_on_request(folders: Folders, id: str, *, steps: int) -> RunSpec:
+def train_on_request(folders: Folders, id: str, *, steps: int, evaluate: bool = False) -> dict[str, Any]:
     """The request of a job that continues a complete run up to `steps` steps in total. The run's record is untrusted:
     it may name only files below the base folder and in the model folders. Raises UnknownFileError, and OptionError if
     the run is incomplete or cannot be continued here.
@@ -108,7 +109,8 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> RunSpec:
     state = RunFolder(folder).states().paths()[0].resolve()
     settings = {**changed(spec.data), **changed(spec.config), "steps": steps, "existing_state": str(state)}
     settings |= {"follow_links": True} if folders.follow_links else {}
-    return replace(spec, settings=settings)
+    request = replace(spec, settings=settings).to_request()
+    return {**request, **({"evaluate": True} if evaluate else {})}
 
 
 @question
@@ -126,7 +128,9 @@ def request_of_run(
     _check_drawing(folders, id, drawing)
     if drawing.lora:
         _lora_named(folder, drawing.lora)
-    return RequestAnswer(id=request(folder, DrawRequest(**asdict(drawing))))
+    if drawing.strengths:
+        raise OptionError("a run that trains draws at one strength; leave strengths out")
+    return RequestAnswer(id=request(folder, shaped(DrawRequest, drawing)))
 
 
 @question
@@ -138,6 +142,7 @@ def drawing_facts(folders: Folders, id: str) -> DrawingFacts:
     return DrawingFacts(
         control=model.control_form.need,
         least_strength=_least_strength(spec),
+        strengths=usual_strengths(spec),
     )
 
 
@@ -169,18 +174,20 @@ def draw_request(
     seed: int = 0,
     control: str = "",
     lora: str = "",
+    strengths: tuple[float, ...] = (),
 ) -> dict[str, Any]:
     """The request of a job that draws a prompt without and with a LoRA of a run. Raises as `drawing_facts`, and
     OptionError for a value out of its range, for a LoRA that there is not, and for a picture that is missing or not
     taken.
     """
-    asked = DrawingBody(prompt=prompt, strength=strength, seed=seed, control=control, lora=lora)
+    asked = DrawingBody(prompt=prompt, strength=strength, seed=seed, control=control, lora=lora, strengths=strengths)
     folder, spec, model = _check_drawing(folders, id, asked)
     return {
         **drawing_of(id, spec, model),
         "lora": _lora_named(folder, lora).name,
         "text": prompt,
         "strength": strength,
+        "strengths": [one for one in strengths if one != strength],
         "seed": seed,
         "control": control,
     }
@@ -206,10 +213,13 @@ def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path,
     if not 0 <= asked.seed < 2**32:
         raise OptionError(f"seed must be between 0 and {2**32 - 1}, got {asked.seed}; choose another")
     folder, spec, model = drawn_with(folders, id)
-    if not (least := _least_strength(spec)) <= asked.strength <= _GREATEST:
-        raise OptionError(
-            f"strength must be between {least:g} and {_GREATEST:g}, got {asked.strength:g}; choose another"
-        )
+    least = _least_strength(spec)
+    if (
+        wrong := next((one for one in (asked.strength, *asked.strengths) if not least <= one <= _GREATEST), None)
+    ) is not None:
+        raise OptionError(f"strength must be between {least:g} and {_GREATEST:g}, got {wrong:g}; choose another")
+    if len(asked.strengths) > _MOST_STRENGTHS:
+        raise OptionError(f"at most {_MOST_STRENGTHS} further strengths are drawn, got {len(asked.strengths):,}")
     form, control = model.control_form, asked.control
     if control and not form.most:
         raise OptionError(f"{model.title} ({model.family.title}) takes no controls, got one; leave it out")
@@ -226,7 +236,13 @@ def _least_strength(spec: RunSpec) -> float:
     return min((0.0, *spec.config.consequences().strengths))
 
 
+def usual_strengths(spec: RunSpec) -> tuple[float, ...]:
+    """At which the LoRA of a run is looked at: those of sliders are their own."""
+    return spec.config.consequences().strengths or STRENGTHS
+
+
 _GREATEST = 2.0  # strength
+_MOST_STRENGTHS = 8
 _OF_DRAWINGS = ("preview_frames", *options_of(MethodSettings))  # settings that they depend on
 _MOST_PROMPT = 10_000  # characters
 _LONGEST = 4096  # pixels of a stored picture; models see about a megapixel

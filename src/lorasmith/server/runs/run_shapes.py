@@ -187,6 +187,21 @@ _SUBJECT = "what prompts call what was learnt: the trigger, else the words that 
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrawnPrompt:
+    """A prompt that was drawn while a run trained, without and with its LoRA."""
+
+    id: Annotated[str, "of the request"]
+    prompt: str
+    strength: Annotated[float, "of the LoRA"]
+    seed: Annotated[int, "of the noise"]
+    lora: Annotated[str, "name of the file that was drawn with; empty for the weights of the step"]
+    pictures: Annotated[tuple[str, ...], "files of the run, without the LoRA and with it; empty if it failed"]
+    step: int
+    note: Annotated[str, "parts of the LoRA that do not apply, in a sentence"]
+    error: Annotated[str, "why it failed, in a sentence"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunAnswer(RunRow):
     """A run with all that its report says."""
 
@@ -206,6 +221,7 @@ class RunAnswer(RunRow):
     likenesses: Annotated[tuple[LikenessFacts, ...], "of all previews that were measured"]
     previews: Annotated[tuple[PreviewFacts, ...], "pictures that were drawn"]
     pairs: Annotated[tuple[PairFacts, ...], "what they were drawn from, of edit models"]
+    drawn: Annotated[tuple[DrawnPrompt, ...], "prompts that were drawn while it trained, as they were asked for"]
     images: Annotated[tuple[RunPicture, ...], "that were trained on"]
     advice: Annotated[tuple[PictureAdvice, ...], "what to do about single pictures"]
     advice_summary: Annotated[str, "the same in a line, or why there is none; empty where losses do not say"]
@@ -249,6 +265,7 @@ class DrawingFacts:
 
     control: Annotated[Literal["none", "optional", "required"], "whether its model takes or needs a picture to edit"]
     least_strength: Annotated[float, "of the LoRA: 0, or -2 of a slider"] = 0.0
+    strengths: Annotated[tuple[float, ...], "at which its LoRA is usually looked at"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +319,9 @@ class DrawingBody:
     seed: Annotated[int, "of the noise, from 0 to 4294967295"] = 0
     control: Annotated[str, "the picture to edit or to begin with, by its name in `tried`; empty for none"] = ""
     lora: Annotated[str, "a file among the `saves` of the run; empty for the last one, or the weights as they are"] = ""
+    strengths: Annotated[
+        tuple[float, ...], "further ones, at most 8, which are drawn after it; a run that trains draws none"
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,3 +344,4 @@ class TrainOnBody:
     """Steps of the longer run, those of the run included."""
 
     steps: int
+    evaluate: Annotated[bool, "whether its LoRAs are evaluated at its end, by a job behind all others"] = False

@@ -1,9 +1,9 @@
 // A job that this page starts and waits for: its button, its progress, its end.
 import { sentence } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
-import { useEvents } from "../lib/live.mjs";
 import { announcement, useStore, work } from "../lib/stores.mjs";
-import { Button, Field, Problem, Progress } from "./basics.mjs";
+import { Button, Field, Problem } from "./basics.mjs";
+import { JobProgress } from "./job_progress.mjs";
 import { act } from "./jobs.mjs";
 
 const ENDS = new Set(["completed", "failed", "cancelled", "interrupted", "paused"]);
@@ -23,10 +23,8 @@ export function Queued({ label, isIt, start, said, onDone, disabled, children })
     if (!mine && going) setQueued(going); // its end is waited for
   }, [mine, going]);
   const [error, setError] = useState(null);
-  const [done, setDone] = useState(null);
   const job = queued && (known?.jobs.get(queued.id) ?? queued);
   const isActive = job !== null && !ENDS.has(job.state);
-  useEvents(job?.state === "running" ? `jobs/${job.id}` : null, { progress: setDone });
   useEffect(() => {
     if (job?.state !== "completed") return;
     announcement.set(said);
@@ -35,7 +33,6 @@ export function Queued({ label, isIt, start, said, onDone, disabled, children })
   }, [job?.state]);
   const begin = async () => {
     setError(null);
-    setDone(null);
     try {
       setQueued(await start());
     } catch (failure) {
@@ -45,7 +42,7 @@ export function Queued({ label, isIt, start, said, onDone, disabled, children })
   return html`
     ${!isActive && children}
     ${job?.state === "pending" && html`<p class="faint" role="status">It waits for its turn.</p>`}
-    ${job?.state === "running" && html`<${Progress} label="Drawing" value=${done?.value} max=${done?.maximum} />`}
+    ${job?.state === "running" && html`<${JobProgress} job=${job} label="Drawing" />`}
     ${job?.state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
     <${Problem} error=${error} />
     <div class="actions">

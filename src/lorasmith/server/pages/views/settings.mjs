@@ -50,7 +50,7 @@ export function SettingsView({ dataset }) {
     if (shownInvalid()) return;
     setFailure(null);
     try {
-      const job = await post(["jobs"], { kind: "train", ...body() });
+      const job = await post(["jobs"], { kind: "train", evaluate: true, ...body() });
       change({ measurement: null });
       go("jobs", job.id);
     } catch (problem) {
