@@ -108,6 +108,8 @@ def test_steps_follow_the_batch() -> None:
         (["", ""], "ink style", "style", "style"),
         (["sks dog", "sks dog, a painting", "sks dog asleep"], "sks dog", "subject", "sks dog"),
         (["a drawing of sks"] * 4, "sks", "subject", "sks"),
+        (["sks cat in a line drawing", "a drawing of sks cat asleep"], "sks cat", "subject", "sks cat"),
+        (["a lion, line art style", "a bus, line art style"], "sks", "style", "differ and say art"),
     ],
 )
 def test_captions_say_what_they_teach(captions: list[str], trigger: str, kind: Kind, because: str) -> None:

@@ -236,6 +236,44 @@ def test_formats_name_what_is_read_and_why_others_are_not(folders: Folders, dog:
         assert answer == {"skipped": found.refused[suffix]}
 
 
+MASKS = {
+    "1.mask.png": "1.mask.png",
+    "1.MASK.PNG": "1.mask.png",
+    "1.mask.jpg": "1.mask.png",
+    "new.mask.png": "10.mask.png",
+}
+
+
+@pytest.mark.parametrize("file", MASKS)
+def test_a_mask_finds_its_picture_replaces_the_former_one_and_is_removed(
+    folders: Folders, dog: Path, tmp_path: Path, file: str
+) -> None:
+    image = "10.png" if file.startswith("new") else ""  # renamed in the same upload
+    of, kept = image or "1.png", MASKS[file]
+
+    def added(grey: int) -> dict[str, str]:
+        upload = sent(tmp_path, Image.new("L", (8, 8), grey))
+        return dataset_change_answers.add_mask(folders, "dog", file=file, temporary=upload, image=image)
+
+    assert added(9) == {"added": kept}
+    again = added(255)
+    assert again["added"] == kept and (folders.base / again["replaced"] / kept).is_file()
+    assert {one.file: one.mask for one in questions.dataset(folders, "dog").images}[of] == kept
+    shown = Image.open(io.BytesIO(questions.thumbnail(folders, "dog", of, 16, mask=True)))
+    assert shown.convert("L").getpixel((4, 4)) == 255
+    removed = dataset_change_answers.remove_mask(folders, "dog", of).removed
+    assert not list(dog.glob("*mask*"))
+    assert dataset_change_answers.restore_removed(folders, "dog", removed=removed).changed == 1
+    assert (dog / kept).is_file()
+
+
+def test_a_mask_without_its_picture_is_refused(folders: Folders, dog: Path, tmp_path: Path) -> None:
+    answer = dataset_change_answers.add_mask(folders, "dog", file="7.mask.png", temporary=sent(tmp_path, noise()))
+    assert answer == {"skipped": "is a mask, and no photo is called 7; add that too"}
+    with pytest.raises(UnknownFileError, match=r"2\.png in dog has no mask"):
+        dataset_change_answers.remove_mask(folders, "dog", "2.png")
+
+
 def test_a_copy_is_not_kept_twice(folders: Folders, dog: Path, tmp_path: Path) -> None:
     answer = dataset_change_answers.add_image(
         folders, "dog", file="copy.png", temporary=sent(tmp_path, (dog / "2.png").read_bytes())

@@ -162,14 +162,19 @@ async def test_a_dataset_that_a_job_needs_is_not_removed(client: Client, tmp_pat
         assert (tmp_path / "input" / "dog").is_dir()
 
 
-async def test_a_caption_follows_its_picture_to_another_name(client: Client) -> None:
+async def test_captions_and_masks_follow_their_picture_to_another_name(client: Client) -> None:
     await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
     await client.ask("POST", "/datasets/dog/images", data=form(("x.png", png()), ("x.txt", b"first")))
-    files = form(("folder/x.txt", b"second"), ("folder/x.png", png("blue")))
+    files = form(("folder/x.mask.png", png()), ("folder/x.txt", b"second"), ("folder/x.png", png("blue")))
     answer = await client.ask("POST", "/datasets/dog/images", data=files)
-    assert answer["added"] == ["x-2.png", "x-2.txt"]
+    assert answer["added"] == ["x-2.png", "x-2.mask.png", "x-2.txt"]
     images = (await client.ask("GET", "/datasets/dog"))["images"]
-    assert {one["file"]: one["caption"] for one in images} == {"x.png": "first", "x-2.png": "second"}
+    found = {one["file"]: (one["caption"], one["mask"]) for one in images}
+    assert found == {"x.png": ("first", ""), "x-2.png": ("second", "x-2.mask.png")}
+    async with client.http.get(f"{AT}/datasets/dog/images/x-2.png?width=16&mask=true") as response:
+        assert response.content_type == "image/webp"
+    await client.ask("DELETE", "/datasets/dog/images/x-2.png/mask")
+    await client.error("GET", "/datasets/dog/images/x-2.png?width=16&mask=true", status=404)
 
 
 async def test_pictures_are_served_as_pictures_and_small_ones_are_cached(client: Client, tmp_path: Path) -> None:

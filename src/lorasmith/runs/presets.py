@@ -222,10 +222,13 @@ _LEAST = 4  # captions, from which different ones say that there is no subject
 def guessed_kind(captions: Sequence[str], trigger: str = "") -> tuple[Kind, str]:
     """Whether captions are of a subject or of a style, and why, in a clause.
 
-    It is a style if the trigger or nearly all captions name one, or if no trigger and no word is in half of them.
+    It is a style if the trigger names one; where the trigger is not of several words, as in "sks dog", also if nearly
+    all captions name one, or if there is no trigger and no word is in half of them.
     """
     if word := _STYLE.search(trigger):
         return "style", f"the trigger says {word[0]}"
+    if len(trigger.split()) > 1:
+        return "subject", f"all pictures are of {trigger}"
     written = [one for one in captions if one.strip()]
     named = Counter(word.casefold() for one in written for word in sorted(set(_STYLE.findall(one))))
     common = next((word for word, count in named.most_common(1) if count >= _NEARLY_ALL * len(written)), None)

@@ -319,6 +319,7 @@ declare namespace Api {
     model: string | null;
     edit: string | null;
     is_chosen: boolean;
+    what: "" | "edit" | "person" | "pet" | "slider" | "style" | "thing";
     pairs: boolean | null;
     preset: string;
     teaches: "" | "style" | "subject";
@@ -721,7 +722,7 @@ declare namespace Api {
     | { path: ["datasets"]; query: { }; body: {}; answer: DatasetList }
     | { path: ["formats"]; query: { }; body: {}; answer: FormatsAnswer }
     | { path: ["datasets", string]; query: { }; body: {}; answer: DatasetAnswer }
-    | { path: ["datasets", string, "images", string]; query: { width?: number | null; original?: boolean | null; }; body: {}; answer: any }
+    | { path: ["datasets", string, "images", string]; query: { width?: number | null; original?: boolean | null; mask?: boolean | null; }; body: {}; answer: any }
     | { path: ["datasets", string, "controls", string]; query: { width?: number | null; }; body: {}; answer: any }
     | { path: ["datasets", string, "check"]; query: { model?: string | null; edit?: string | null; trigger?: string | null; resolution?: number | null; }; body: {}; answer: DataCheckAnswer }
     | { path: ["datasets", string, "draft"]; query: { }; body: {}; answer: DraftAnswer }
@@ -772,6 +773,7 @@ declare namespace Api {
     | { path: ["downloads", string]; query: { }; body: {}; answer: RemovedDownload }
     | { path: ["datasets", string]; query: { }; body: {}; answer: RemovedAnswer }
     | { path: ["datasets", string, "images", string]; query: { }; body: {}; answer: RemovedAnswer }
+    | { path: ["datasets", string, "images", string, "mask"]; query: { }; body: {}; answer: RemovedAnswer }
     | { path: ["datasets", string, "controls", string]; query: { }; body: {}; answer: RemovedAnswer }
     | { path: ["jobs", string]; query: { }; body: {}; answer: RemovedJob }
     | { path: ["runs", string]; query: { }; body: {}; answer: RemovedAnswer };

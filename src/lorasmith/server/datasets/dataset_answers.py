@@ -22,13 +22,14 @@ from lorasmith.data.captions import Caption, CaptionError, read_caption_file
 from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.folder_listing import ListedFolder, Skipped, control_folder, list_folders, stem_of
-from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
+from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_mask, open_reduced
 from lorasmith.data.preflight import Preflight, name_in
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs.data_check import TITLES, DataCheck, check_folder, said_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.datasets.dataset_folders import (
+    MASK,
     UnknownFileError,
     dataset_folder,
     is_builtin,
@@ -87,25 +88,41 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
 
 @question
 def thumbnail(
-    folders: Folders, name: str, file: str, width: int = 256, *, control: bool = False, original: bool = False
+    folders: Folders,
+    name: str,
+    file: str,
+    width: int = 256,
+    *,
+    control: bool = False,
+    original: bool = False,
+    mask: bool = False,
 ) -> bytes:
-    """A picture or control as WebP, upright, its longest edge at most `width` pixels; of a cropped one its `original`.
-    Raises UnknownFileError and ImageError.
+    """A picture or control as WebP, upright, its longest edge at most `width` pixels; of a cropped one its `original`;
+    or the `mask` of a picture, white inside. Raises UnknownFileError and ImageError.
     """
-    path = _shown_file(folders, name, file, control=control, original=original)
+    path = _shown_file(folders, name, file, control=control, original=original, mask=mask)
+    longest = max(16, min(width, MOST_THUMBNAIL))
+    picture = open_mask(path) if mask else open_reduced(path, longest)
+    picture.thumbnail((longest, longest))
     buffer = io.BytesIO()
-    open_reduced(path, max(16, min(width, MOST_THUMBNAIL))).save(buffer, format="webp", quality=82, method=2)
+    picture.save(buffer, format="webp", quality=82, method=2, lossless=mask)
     return buffer.getvalue()
 
 
 @question
-def picture_file(folders: Folders, name: str, file: str, *, control: bool = False, original: bool = False) -> str:
-    """The path of a picture or control, of a cropped one that of its `original`. Raises UnknownFileError."""
-    return str(_shown_file(folders, name, file, control=control, original=original).resolve())
+def picture_file(
+    folders: Folders, name: str, file: str, *, control: bool = False, original: bool = False, mask: bool = False
+) -> str:
+    """The path of a picture or control, of a cropped one that of its `original`, or of a picture's `mask`. Raises
+    UnknownFileError.
+    """
+    return str(_shown_file(folders, name, file, control=control, original=original, mask=mask).resolve())
 
 
-def _shown_file(folders: Folders, name: str, file: str, *, control: bool, original: bool) -> Path:
+def _shown_file(folders: Folders, name: str, file: str, *, control: bool, original: bool, mask: bool) -> Path:
     folder = dataset_folder(folders, name)
+    if mask:
+        return mask_of(folder, file)
     path = picture_of(folder, file, control=control)
     found = original_of(path, stamp_of(path)) if original else None
     return path if found is None or not stays_in(found.path, folder.resolve()) else found.path
@@ -252,8 +269,16 @@ def _caption_once(path: Path, stamp: Stamp) -> Caption:
 
 def masks_beside(picture: Path) -> list[Path]:
     """The masks of a picture, by its name."""
-    stem = f"{stem_of(picture.name)}.mask."
-    return [path for path in picture.parent.glob("*.mask.*") if path.name.startswith(stem) and is_regular(path)]
+    stem = f"{stem_of(picture.name)}{MASK}."
+    return [path for path in picture.parent.glob(f"*{MASK}.*") if path.name.startswith(stem) and is_regular(path)]
+
+
+def mask_of(folder: Path, file: str) -> Path:
+    """The mask of a picture of a dataset. Raises UnknownFileError."""
+    found = masks_beside(picture_of(folder, file))
+    if not found or not stays_in(found[0], folder.resolve()):
+        raise UnknownFileError(f"{file} in {folder.name} has no mask; load the page again")
+    return found[0]
 
 
 def caption_file(one: Candidate) -> Path:

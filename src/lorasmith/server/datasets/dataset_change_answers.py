@@ -35,11 +35,12 @@ from lorasmith.server.datasets.dataset_answers import (
     caption_file,
     caption_of,
     controls_in,
+    mask_of,
     masks_beside,
     picture_of,
     pictures_in,
 )
-from lorasmith.server.datasets.dataset_folders import UnknownFileError, dataset_folder, is_name, stays_in
+from lorasmith.server.datasets.dataset_folders import MASK, UnknownFileError, dataset_folder, is_name, stays_in
 from lorasmith.server.datasets.dataset_originals import forget_original, keep_original, original_of, originals_folder
 from lorasmith.server.datasets.dataset_shapes import (
     CaptionEdit,
@@ -219,6 +220,40 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
             return {"skipped": f"is left out, as {of.name} has another caption; change that instead"}
         write_atomic(target, "\n".join(caption.lines) + "\n")
         return {"added": target.name}
+
+
+@question
+def add_mask(folders: Folders, name: str, *, file: str, temporary: str, image: str = "") -> dict[str, str]:
+    """Move an uploaded mask, such as `1.mask.png`, beside its picture: `image`, or the one with the stem of `file`.
+    Returns `added` with its name and `replaced` with where former masks were moved to, or `skipped` with the reason.
+    Raises UnknownFileError and OutputError.
+    """
+    folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
+    try:
+        image_size(source)
+        suffixes = image_header(source).suffixes
+    except ImageError as error:
+        return {"skipped": error.reason}
+    given = Path(_file_name(file)).suffix.lower()
+    wanted = stem_of(stem_of(_file_name(file))).casefold()
+    with _CHANGING:
+        names = [one.name for one in pictures_in(folders, folder)[0]]
+        of = next((one for one in names if image == one or (not image and stem_of(one).casefold() == wanted)), None)
+        if of is None:
+            return {"skipped": f"is a mask, and no photo is called {stem_of(stem_of(_file_name(file)))}; add that too"}
+        former = masks_beside(folder / of)
+        target = folder / f"{stem_of(of)}{MASK}{plain_name(given if given in suffixes else suffixes[0])}"
+        aside = {"replaced": _removed(folders, former, name).removed} if former else {}
+        _move(source, target)
+    return {"added": target.name, **aside}
+
+
+@question
+def remove_mask(folders: Folders, name: str, file: str) -> RemovedAnswer:
+    """Move the masks of a picture to the removed files. Raises UnknownFileError and OutputError."""
+    folder = dataset_folder(folders, name, to_change=True)
+    with _CHANGING:
+        return _removed(folders, [mask_of(folder, file)], name)
 
 
 @question

@@ -9,6 +9,8 @@ from lorasmith.core.errors import DataError, OutputError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 
+MASK = ".mask"  # between the stem of a picture and the suffix of its mask
+
 
 class UnknownFileError(DataError):
     """No such dataset, picture or run."""

@@ -23,6 +23,7 @@ from lorasmith.core.options import Option, options_of
 from lorasmith.data.data_config import CAPTION_SUFFIXES, DataConfig
 from lorasmith.runs.queue import JobStateError
 from lorasmith.server.contained_files import send_file
+from lorasmith.server.datasets.dataset_folders import MASK
 from lorasmith.server.datasets.dataset_shapes import (
     CaptionBody,
     CaptionEdit,
@@ -67,8 +68,8 @@ class _Received:
     renamed: dict[str, str] = field(default_factory=dict)  # new names by the names as sent
     replaced: dict[str, str] = field(default_factory=dict)  # where files were moved to, by the names of the new ones
     pictures: dict[str, str] = field(default_factory=dict)  # names in the dataset by sent stem in lower case
-    # names and paths of captions, which wait for all pictures
-    texts: list[tuple[str, Path]] = field(default_factory=list)
+    # questions with names and paths of captions and masks, which wait for all pictures
+    others: list[tuple[str, str, Path]] = field(default_factory=list)
 
 
 async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
@@ -82,7 +83,10 @@ async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
             if fault:
                 received.skipped.append(SkippedFile(file=file.name, reason=fault))
             elif file.suffix.lower() in CAPTION_SUFFIXES:
-                received.texts.append((sent, path))
+                received.others.append(("add_caption", sent, path))
+                continue
+            elif file.stem.lower().endswith(MASK):
+                received.others.append(("add_mask", sent, path))
                 continue
             else:
                 answer = await _asked(context, "add_image", name=name, file=sent, temporary=str(path))
@@ -91,10 +95,11 @@ async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
                     received.pictures.setdefault(file.stem.casefold(), kept)
                 _note(received, "/".join(file.parts[-2:]) if is_control else file.name, answer)
             path.unlink(missing_ok=True)
-        for sent, path in received.texts:
+        for question, sent, path in received.others:
             file = PurePosixPath(sent.replace("\\", "/"))
-            image = received.pictures.get(file.stem.casefold(), "")
-            answer = await _asked(context, "add_caption", name=name, file=sent, temporary=str(path), image=image)
+            stem = file.stem.casefold().removesuffix(MASK) if question == "add_mask" else file.stem.casefold()
+            image = received.pictures.get(stem, "")
+            answer = await _asked(context, question, name=name, file=sent, temporary=str(path), image=image)
             _note(received, file.name, answer)
     return shaped(UploadAnswer, received)
 
@@ -167,8 +172,9 @@ async def _captions(context: ServerContext, call: Call) -> Any:
 async def _image(context: ServerContext, call: Call, *, control: bool = False) -> web.StreamResponse:
     """The picture or control, or a thumbnail, which is made again only when the file has changed."""
     named = {"name": call.path("name"), "file": call.path("file"), **({"control": True} if control else {})}
-    if call.text("original") == "true":
-        named["original"] = True
+    for flag in ("original", "mask"):
+        if call.text(flag) == "true":
+            named[flag] = True
     width = call.number("width", 0, most=_WIDTH)
     path = Path(await context.assistant.ask("picture_file", **named))
     if not width:
@@ -247,7 +253,7 @@ DATASET_ROUTES = (
         "POST",
         "/datasets/{name}/images",
         "Add pictures, and captions beside them; each file of the form is checked by its content. A picture before an "
-        "edit is named `control/` and as the picture after it.",
+        "edit is named `control/` and as the picture after it, a mask `1.mask.png` as the picture `1`.",
         handler=add_files,
         upload=True,
         answer=UploadAnswer,
@@ -258,7 +264,11 @@ DATASET_ROUTES = (
         "/datasets/{name}/images/{file}",
         "A picture, or a small upright version of it.",
         handler=_image,
-        query=(_WIDTH_QUERY, Query("original", "Whether a cropped picture is shown as it was before.", "boolean")),
+        query=(
+            _WIDTH_QUERY,
+            Query("original", "Whether a cropped picture is shown as it was before.", "boolean"),
+            Query("mask", "Whether its mask is shown, white inside.", "boolean"),
+        ),
         content="image/*",
     ),
     Endpoint(
@@ -276,6 +286,14 @@ DATASET_ROUTES = (
         question="crop_image",
         body=Crop,
         answer=CroppedAnswer,
+        changes_dataset=True,
+    ),
+    Endpoint(
+        "DELETE",
+        "/datasets/{name}/images/{file}/mask",
+        "Move the mask of a picture to the removed things.",
+        question="remove_mask",
+        answer=RemovedAnswer,
         changes_dataset=True,
     ),
     Endpoint(

@@ -19,7 +19,10 @@ from lorasmith.server.jobs.job_shapes import Draft, DraftAnswer, DraftBody
 from lorasmith.server.request_handling import ServerContext
 
 _MOST_BYTES = 64_000
-_EXAMPLES = {"fox": "a fox", "high-contrast": "high contrast style"}  # triggers of built-in datasets
+_EXAMPLES = {  # what is known of built-in datasets
+    "fox": Draft(what="pet", teaches="subject", trigger="a fox"),
+    "high-contrast": Draft(what="style", teaches="style", trigger="high contrast style"),
+}
 
 
 class StaleDraftError(LorasmithError):
@@ -79,7 +82,7 @@ def _stored(context: ServerContext, name: str) -> tuple[Draft, int]:
     """The draft of a dataset (at first an example's has its trigger) and its version. Raises UnknownFileError."""
     folder = dataset_folder(context.config.folders(), name)
     stored, version = context.store.draft(name)
-    first = Draft(trigger=_EXAMPLES.get(name, "") if is_builtin(folder) else "")
+    first = _EXAMPLES.get(name, Draft()) if is_builtin(folder) else Draft()
     return (typed(stored, Draft) if version else first), version
 
 

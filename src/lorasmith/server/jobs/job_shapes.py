@@ -20,6 +20,9 @@ class Draft:
     model: Annotated[str | None, "its name in the list of models"] = None
     edit: Annotated[str | None, "edit variant that the model is, or none; null if its name says so"] = None
     is_chosen: Annotated[bool, "whether somebody chose the model, so that no other is suggested"] = False
+    what: Annotated[
+        Literal["", "person", "pet", "thing", "style", "edit", "slider"], "what it is; empty if nobody said so"
+    ] = ""
     pairs: Annotated[bool | None, "whether it trains on pairs; null if the pictures say so"] = None
     preset: Annotated[str, "name of a preset"] = "balanced"
     teaches: Annotated[Literal["", "subject", "style"], "what the pictures teach; guessed if empty"] = ""
