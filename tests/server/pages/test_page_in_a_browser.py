@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -495,12 +496,26 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     run = job.train()
     run.show(started(400))
     run.take_steps(to=30)
+    # One page shows it, in one word, and what pages measure by themselves is no work.
+    served.do(lambda: served.context.dispatcher.submit("measure", {"model": "lorasmith-tiny", "settings": {}}))
+    page.get_by_role("link", name="Runs").click()
+    expected(page.locator(".run-rows .status")).to_have_text("Training")
+    expected(page.get_by_role("link", name="Runs")).to_have_text("Runs1")
+    page.goto(served.address)
+    expected(page.get_by_role("region", name="Queue").get_by_role("listitem")).to_have_count(1)
+    expected(page.get_by_text("Measurement")).to_have_count(0)
+    page.goto(served.address + "#/runs/runs%2Ffox-001")
+    page.wait_for_url(f"**/#/jobs/{job.id}")
+    expected(page.locator(".status")).to_have_text("Training")
     page.get_by_role("button", name="Stop and keep").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("What was learnt in 30 steps is kept").wait_for()
     dialog.get_by_role("button", name="Stop and keep").click()
     page.wait_for_url("**/#/runs/*")
     expected(page.locator(".verdict")).to_have_text("Stopped at step 30, kept.")
+    expected(page.locator(".status")).to_have_text("Stopped")
+    page.get_by_role("link", name="Runs", exact=True).first.click()
+    expected(page.locator(".run-rows .status")).to_have_text("Stopped")
 
 
 @pytest.mark.slow
@@ -650,6 +665,16 @@ def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Op
     page.get_by_role("link", name="Runs", exact=True).first.click()
     page.go_back()
     expected(page.locator(".try img")).to_have_count(4)
+    page.reload()
+    expected(page.locator(".try img")).to_have_count(4)
+    other = open_page("#/runs/runs%2Ffox-001")
+    expected(other.locator(".try img")).to_have_count(4)
+    page.get_by_label("Seed").fill("9")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expected(other.locator(".try").first).to_contain_text("seed 9")
+    draw_on(served, folder)
+    expected(other.locator(".try img")).to_have_count(6)
+    expected(other.locator(".try")).to_have_count(3)
     assert served.of("draw_request")[0] == {
         "id": "runs/fox-001",
         "prompt": "foxy <i>in</i> snow",
@@ -713,6 +738,22 @@ def test_what_a_run_is_drawn_for_is_found_again_and_asked_where_nothing_says_it(
     page.reload()
     evaluation, grid = regions.values()
     expected(evaluation.get_by_role("progressbar")).to_have_count(1)
+    home = open_page()
+    queue = home.get_by_role("region", name="Queue")
+    expected(queue.get_by_role("link", name="fox-001")).to_have_count(2)
+    expected(queue.locator("li").first).to_contain_text("Evaluation")
+    expected(queue.locator("li").last).to_contain_text("Gallery")
+    job, begun = served.taken(), time.monotonic()
+    for region in (evaluation, queue):
+        region.get_by_role("progressbar").wait_for()
+
+    def heard() -> bool:
+        done = 4 + int(time.monotonic() - begun)
+        job.notice("progress", {"value": done, "maximum": 400, "pictures": 40})
+        texts = [one.inner_text() for one in (evaluation, queue)]
+        return all(re.search(r"\d+ of 40 pictures · About \d+ (seconds|minutes) left", text) for text in texts)
+
+    until(heard)
     expected(grid.get_by_text("It waits for its turn.")).to_have_count(1)
     for name, region in regions.items():
         region.get_by_role("button", name="Cancel").click()

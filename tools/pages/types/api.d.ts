@@ -412,6 +412,8 @@ declare namespace Api {
     loss_label: string;
     held_out: number | null;
     cover: string | null;
+    subject: string;
+    teaches: "" | "edit" | "slider" | "style" | "subject";
     job: string | null;
     label: string;
     starred: boolean;
@@ -464,11 +466,12 @@ declare namespace Api {
     folder: string;
     is_trainable_on: boolean;
     dataset: string | null;
+    subject: string;
+    teaches: "" | "edit" | "slider" | "style" | "subject";
     job: string | null;
     label: string;
     starred: boolean;
     note: string;
-    subject: string;
   }
   interface RunSetting {
     name: string;
@@ -733,7 +736,7 @@ declare namespace Api {
     | { path: ["runs"]; query: { limit?: number | null; }; body: {}; answer: RunList }
     | { path: ["runs", string]; query: { }; body: {}; answer: RunAnswer }
     | { path: ["runs", string, "events"]; query: { }; body: {}; answer: any }
-    | { path: ["runs", string, "files", string]; query: { }; body: {}; answer: any }
+    | { path: ["runs", string, "files", string]; query: { width?: number | null; }; body: {}; answer: any }
     | { path: ["runs", string, "report"]; query: { }; body: {}; answer: any }
     | { path: ["runs", string, "graph"]; query: { notes?: boolean | null; }; body: {}; answer: Record<string, any> }
     | { path: ["runs", string, "drawing"]; query: { }; body: {}; answer: DrawingFacts }

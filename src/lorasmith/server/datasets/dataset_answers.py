@@ -101,11 +101,16 @@ def thumbnail(
     or the `mask` of a picture, white inside. Raises UnknownFileError and ImageError.
     """
     path = _shown_file(folders, name, file, control=control, original=original, mask=mask)
+    return reduced(path, width, is_mask=mask)
+
+
+def reduced(path: Path, width: int, *, is_mask: bool = False) -> bytes:
+    """A picture as WebP, upright, its longest edge at most `width` pixels. Raises ImageError."""
     longest = max(16, min(width, MOST_THUMBNAIL))
-    picture = open_mask(path) if mask else open_reduced(path, longest)
+    picture = open_mask(path) if is_mask else open_reduced(path, longest)
     picture.thumbnail((longest, longest))
     buffer = io.BytesIO()
-    picture.save(buffer, format="webp", quality=82, method=2, lossless=mask)
+    picture.save(buffer, format="webp", quality=82, method=2, lossless=is_mask)
     return buffer.getvalue()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -175,8 +175,15 @@ async def _image(context: ServerContext, call: Call, *, control: bool = False) -
     for flag in ("original", "mask"):
         if call.text(flag) == "true":
             named[flag] = True
-    width = call.number("width", 0, most=_WIDTH)
     path = Path(await context.assistant.ask("picture_file", **named))
+    return await send_picture(context, call, path, "thumbnail", named)
+
+
+async def send_picture(
+    context: ServerContext, call: Call, path: Path, question: str, named: Mapping[str, Any]
+) -> web.StreamResponse:
+    """A file as it is, or with a `width` the answer to a question that makes it smaller."""
+    width = call.number("width", 0, most=_WIDTH)
     if not width:
         return send_file(path)
     status = path.stat()
@@ -184,7 +191,7 @@ async def _image(context: ServerContext, call: Call, *, control: bool = False) -
     headers = {"ETag": f'"{tag}"', "Cache-Control": "private, no-cache"}
     if any(one.value == tag for one in call.request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    content = await context.assistant.ask("thumbnail", **named, width=width)
+    content = await context.assistant.ask(question, **named, width=width)
     return web.Response(body=content, content_type="image/webp", headers=headers)
 
 
@@ -219,7 +226,7 @@ def _value(name: str, text: str) -> Any:
         raise OptionError(f"{name} must be a number, true or false, got {json.dumps(text[:40])}; correct it") from error
 
 
-_WIDTH_QUERY = Query("width", "Pixels of the small version's longest edge, at most 2048.", "integer")
+WIDTH_QUERY = Query("width", "Pixels of the small version's longest edge, at most 2048.", "integer")
 
 DATASET_ROUTES = (
     Endpoint("GET", "/datasets", "All datasets.", question="datasets", answer=DatasetList),
@@ -265,7 +272,7 @@ DATASET_ROUTES = (
         "A picture, or a small upright version of it.",
         handler=_image,
         query=(
-            _WIDTH_QUERY,
+            WIDTH_QUERY,
             Query("original", "Whether a cropped picture is shown as it was before.", "boolean"),
             Query("mask", "Whether its mask is shown, white inside.", "boolean"),
         ),
@@ -319,7 +326,7 @@ DATASET_ROUTES = (
         "/datasets/{name}/controls/{file}",
         "A picture before an edit, or a small upright version of it.",
         handler=functools.partial(_image, control=True),
-        query=(_WIDTH_QUERY,),
+        query=(WIDTH_QUERY,),
         content="image/*",
     ),
     Endpoint(

@@ -6,7 +6,7 @@ import { link, useRoute } from "./lib/router.mjs";
 import { announcement, newest, status, useStore, work } from "./lib/stores.mjs";
 import { bytes, capital } from "./lib/words.mjs";
 import { Messages } from "./parts/basics.mjs";
-import { Offers } from "./parts/jobs.mjs";
+import { Offers, isAsked } from "./parts/jobs.mjs";
 import { WithDraft } from "./parts/with_draft.mjs";
 import { CompareView } from "./views/compare.mjs";
 import { HomeView } from "./views/home.mjs";
@@ -18,6 +18,7 @@ import { RunsView } from "./views/runs.mjs";
 import { SettingsView } from "./views/settings.mjs";
 import { SweepView } from "./views/sweep.mjs";
 
+const ACTIVE = ["running", "pending"];
 const STATUS_EVERY_MS = 15000;
 const STATUS_SOON_MS = 2000; // while the assistant starts
 
@@ -102,9 +103,10 @@ function viewOf([name, ...rest]) {
 
 function Bar({ at }) {
   const server = useStore(status);
-  const queue = useStore(work)?.queue;
+  const known = useStore(work);
   const device = server?.devices?.[0];
-  const busy = (queue?.running ?? 0) + (queue?.pending ?? 0);
+  const own = [...(known?.jobs.values() ?? [])].filter((job) => !isAsked(job) && ACTIVE.includes(job.state)).length;
+  const busy = Math.max(0, (known?.queue.running ?? 0) + (known?.queue.pending ?? 0) - own);
   const here = (name) => (name === at || (name === "" && at === "new") ? "page" : undefined);
   return html`<div class="top-bar" role="banner">
     <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="26" height="26" />Lorasmith</a>

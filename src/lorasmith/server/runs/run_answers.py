@@ -18,21 +18,21 @@ from lorasmith.core.files import Stamp, is_regular, stamp_of
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
-from lorasmith.evaluation.evaluation_record import EVALUATION, Evaluation, read_evaluation
 from lorasmith.formats.metadata import sha256_file
 from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.runs.evaluate import candidates_of, plain_sentence
-from lorasmith.runs.run_images import images_in, left_out_in, subject_words, thumbnail_of
+from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.runs.run_log import LoggedRun, followed, view_of_log
 from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
-from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name, stays_in
+from lorasmith.server.datasets.dataset_answers import reduced
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
 from lorasmith.server.questions import question, shaped
-from lorasmith.server.runs.run_list_answers import row_of, run_folder_of
+from lorasmith.server.runs.run_list_answers import evaluation_of, row_of, run_folder_of
 from lorasmith.server.runs.run_shapes import (
     DrawnPrompt,
     LikenessFacts,
@@ -77,7 +77,6 @@ def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) 
         settings=(*(RunSetting(**vars(setting)) for setting in report.settings), *_data_settings(record)),
         changed=_changed(record),
         trigger=_text(record.source.get("trigger")),
-        subject=subject_words(record),
         losses=tuple((one.step, one.loss) for one in thinned(points, _POINTS)),
         smooth=tuple((one.step, one.mean) for one in thinned(points, _POINTS)),
         rates=tuple(thinned(rates, _POINTS)),
@@ -117,6 +116,12 @@ def run_file(folders: Folders, id: str, path: str) -> str:
     if not all(map(is_name, path.split("/"))) or not is_regular(found) or not is_own(found, folder):
         raise UnknownFileError(f"there is no file {path!r} in {id}; choose one of its list")
     return str(found.resolve())
+
+
+@question
+def run_thumbnail(folders: Folders, id: str, path: str, width: int) -> bytes:
+    """A picture of a run as WebP, its longest edge at most `width` pixels. Raises UnknownFileError and ImageError."""
+    return reduced(Path(run_file(folders, id, path)), width)
 
 
 @question
@@ -211,12 +216,6 @@ _ENDS = {
     Outcome.CANCELLED: "Stopped at step {step}, kept.",
     Outcome.FAILED: "Failed at step {step}.",
 }
-
-
-def evaluation_of(run: Path) -> Evaluation | None:
-    """The stored evaluation of a run's LoRAs."""
-    folder = run / EVALUATION
-    return read_evaluation(folder) if stays_in(folder, run.resolve()) else None
 
 
 def _installed(folders: Folders, lora: Path) -> str | None:

@@ -26,17 +26,19 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
 from lorasmith.data.captions import one_line
+from lorasmith.evaluation.evaluation_record import EVALUATION, EVALUATION_RECORD, Evaluation, read_evaluation
 from lorasmith.runs.drawing import EXPERTS
-from lorasmith.runs.run_images import thumbnail_of
+from lorasmith.runs.presets import guessed_kind
+from lorasmith.runs.run_images import images_in, subject_words, thumbnail_of
 from lorasmith.runs.run_log import LoggedRun, followed, read_run
 from lorasmith.runs.run_page import is_own
-from lorasmith.runs.view import preview_file
-from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
+from lorasmith.runs.view import RunView, preview_file
+from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name, stays_in
 from lorasmith.server.datasets.dataset_shapes import RemovedAnswer, SkippedFile
 from lorasmith.server.questions import question
-from lorasmith.server.runs.run_shapes import RunList, RunMarks, RunPhase, RunRow
+from lorasmith.server.runs.run_shapes import RunList, RunMarks, RunPhase, RunRow, Taught
 from lorasmith.server.server_disk import disk_space, put_folder_back, removed_folder, set_aside
-from lorasmith.training.storage.records import EVENTS, RECORD
+from lorasmith.training.storage.records import EVENTS, RECORD, RunRecord
 from lorasmith.training.storage.run_folder import RunFolder
 
 MARKS = "marks.json"
@@ -85,7 +87,7 @@ class _Run:
 
     def row(self, jobs: Mapping[str, str]) -> RunRow:
         folder = Path(self.path)
-        stamp = tuple(stamp_of(folder / name) for name in (RECORD, EVENTS))
+        stamp = tuple(stamp_of(folder / name) for name in (RECORD, EVENTS, f"{EVALUATION}/{EVALUATION_RECORD}"))
         if self.stamp != stamp:
             is_large = stamp[1][1] > _LARGE_BYTES
             with followed(folder) if is_large else contextlib.nullcontext(read_run(folder)) as run:
@@ -117,14 +119,16 @@ def _found(id: str, path: str, modified: float) -> _Run:
     return known
 
 
-_FACTS = ("name", "started", "seconds", "step", "steps", "model", "family", "loss", "loss_label", "held_out")
+_FACTS = (
+    "name", "started", "seconds", "step", "steps", "model", "family", "loss", "loss_label", "held_out", "subject",
+    "teaches",
+)  # fmt: skip
 
 
 def _facts(run: LoggedRun) -> dict[str, Any]:
     """What a row has of the run's record and log."""
     record, view = run.record, run.view
     planned = record.config.get("steps")
-    shots = [preview_file(path) for preview in view.previews.values() for path in preview.paths[:1]]
     return {
         "outcome": None if view.outcome is None else view.outcome.value,
         "name": printable(record.title or run.folder.name),
@@ -137,8 +141,45 @@ def _facts(run: LoggedRun) -> dict[str, Any]:
         "loss": view.loss.mean,
         "loss_label": view.loss.label,
         "held_out": None if view.best is None else view.best.loss,
-        "covers": [*reversed(shots), f"{record.title}.png"],
+        "subject": printable(one_line(subject_words(record))),
+        "teaches": _taught(record),
+        "covers": [*_covers(view, evaluation_of(run.folder)), f"{record.title}.png"],
     }
+
+
+def _taught(record: RunRecord) -> Taught:
+    """What the pictures of a run teach."""
+    if record.consequences.is_slider:
+        return "slider"
+    if record.consequences.learns_no_subject:
+        return ""
+    images = [one for one in images_in(record.data) if one.use != "class"]
+    if any(one.controls for one in images):
+        return "edit"
+    if (said := record.source.get("kind")) in ("subject", "style"):
+        return cast(Taught, said)
+    return guessed_kind([one.caption for one in images], str(record.source.get("trigger") or ""))[0]
+
+
+def _covers(view: RunView, evaluation: Evaluation | None) -> list[str]:
+    """The first prompt's pictures, the best first: with the recommended LoRA, at its full strength, the newest."""
+    best = None if evaluation is None or evaluation.verdict.best is None else evaluation.loras[evaluation.verdict.best]
+    step = None if best is None else best.step
+    shots = sorted(
+        (one for one in view.previews.values() if one.paths),
+        key=lambda one: (step in (None, one.step), one.strength == 1, one.strength, one.step),
+        reverse=True,
+    )
+    drawn = [] if best is None else [f"{EVALUATION}/{one}" for one in best.pictures[:1]]
+    at_best = sum(one.step == step for one in shots)
+    files = [preview_file(one.paths[0]) for one in shots]
+    return [*files[:at_best], *drawn, *files[at_best:]]
+
+
+def evaluation_of(run: Path) -> Evaluation | None:
+    """The stored evaluation of a run's LoRAs."""
+    folder = run / EVALUATION
+    return read_evaluation(folder) if stays_in(folder, run.resolve()) else None
 
 
 def _cover(folder: Path, facts: Mapping[str, Any]) -> str | None:

@@ -24,8 +24,7 @@ from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own
 from lorasmith.runs.view import preview_file
 from lorasmith.server.questions import question
-from lorasmith.server.runs.run_answers import evaluation_of
-from lorasmith.server.runs.run_list_answers import run_folder_of
+from lorasmith.server.runs.run_list_answers import evaluation_of, run_folder_of
 from lorasmith.server.runs.run_result_answers import drawing_of, drawn_with, usual_strengths
 from lorasmith.server.runs.run_shapes import EvaluationAnswer, GalleryAnswer
 from lorasmith.training.storage.records import read_record

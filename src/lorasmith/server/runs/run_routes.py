@@ -9,8 +9,8 @@ from aiohttp import web
 
 from lorasmith.core.errors import OptionError
 from lorasmith.runs.queue import ACTIVE, JobStateError
-from lorasmith.server.contained_files import UNTRUSTED, send_file
-from lorasmith.server.datasets.dataset_routes import MOST_FILE_BYTES
+from lorasmith.server.contained_files import UNTRUSTED
+from lorasmith.server.datasets.dataset_routes import MOST_FILE_BYTES, WIDTH_QUERY, send_picture
 from lorasmith.server.datasets.dataset_shapes import RemovedAnswer, RestoreBody
 from lorasmith.server.endpoint import Call, Endpoint, Query, json_response, queueing
 from lorasmith.server.event_streams import run_events
@@ -62,7 +62,9 @@ async def _remove(context: ServerContext, call: Call) -> Any:
 
 
 async def _file(context: ServerContext, call: Call) -> web.StreamResponse:
-    return send_file(Path(await context.assistant.ask("run_file", id=call.path("id"), path=call.path("path"))))
+    named = {"id": call.path("id"), "path": call.path("path")}
+    path = Path(await context.assistant.ask("run_file", **named))
+    return await send_picture(context, call, path, "run_thumbnail", named)
 
 
 async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
@@ -142,6 +144,7 @@ RUN_ROUTES = (
         "/runs/{id}/files/{path:.+}",
         "A file of a run: a picture to look at, everything else to download.",
         handler=_file,
+        query=(WIDTH_QUERY,),
         content="*/*",
     ),
     Endpoint(

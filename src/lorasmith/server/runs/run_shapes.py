@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from lorasmith.evaluation.evaluation_record import Evaluation, Grid
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
 
+Taught = Literal["subject", "style", "edit", "slider", ""]
 RunPhase = Literal["running", "finished", "stopped", "cancelled", "failed", "interrupted"]
 
 
@@ -32,6 +33,9 @@ class MarksBody:
     note: Annotated[str | None, "of at most 4,000 characters"] = None
 
 
+_SUBJECT = "what prompts call what was learnt: the trigger, else the words that all captions share; empty without any"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
     """A run."""
@@ -50,7 +54,11 @@ class RunRow:
     loss: Annotated[float | None, "training loss, as in the report"]
     loss_label: Annotated[str, "what this number is"]
     held_out: Annotated[float | None, "lowest loss on held-out images; null without them"]
-    cover: Annotated[str | None, "picture of it, a path among its files"]
+    cover: Annotated[
+        str | None, "its newest picture, or one with the LoRA that an evaluation recommends; a path among its files"
+    ]
+    subject: Annotated[str, _SUBJECT] = ""
+    teaches: Annotated[Taught, "what its pictures teach, as it was said or guessed; empty for preferences"] = ""
     job: Annotated[str | None, "id of the job that trains it"] = None
     label: Annotated[str, "what it is called: the title that somebody gave it, or its folder's name"] = ""
     starred: Annotated[bool, "whether somebody starred it"] = False
@@ -183,9 +191,6 @@ class RunNote:
     step: int | None = None
 
 
-_SUBJECT = "what prompts call what was learnt: the trigger, else the words that all captions share; empty without any"
-
-
 @dataclass(frozen=True, kw_only=True)
 class DrawnPrompt:
     """A prompt that was drawn while a run trained, without and with its LoRA."""
@@ -210,7 +215,6 @@ class RunAnswer(RunRow):
     settings: Annotated[tuple[RunSetting, ...], "all of them"]
     changed: Annotated[dict[str, Any], "those that differ from their defaults"]
     trigger: Annotated[str, "phrase for the subject"]
-    subject: Annotated[str, _SUBJECT] = ""
     losses: Annotated[tuple[tuple[int, float | None], ...], "step and loss; of long runs a part of them, evenly spaced"]
     smooth: Annotated[
         tuple[tuple[int, float | None], ...], "step and mean of the losses before it; the last one is `loss`"

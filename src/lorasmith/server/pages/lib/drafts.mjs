@@ -50,7 +50,8 @@ class Draft {
   async load(signal) {
     if (this.#unsent) return this.send(); // its answer is the newer one
     const answer = await get(["datasets", this.dataset, "draft"], {}, signal);
-    if (!this.#unsent) this.#take(answer);
+    const isOlder = !this.isGone && answer.version < this.store.get().version; // than what was stored meanwhile
+    if (!this.#unsent && !isOlder) this.#take(answer);
     const old = answer.version === 0 ? oldDraft(this.dataset) : null;
     if (old) this.change(old);
   }

@@ -63,8 +63,9 @@ const STATES = {
   interrupted: ["Interrupted", "fair"],
   failed: ["Failed", "bad"],
 };
-/** The word for a state of a job or a run, and its colour. */
-export const stateWords = (state) => STATES[state] ?? [capital(state) || "No end recorded", "fair"];
+/** The word for a state of a job or a run, and its colour; a run, and a job that trains, is of the kind "train". */
+export const stateWords = (state, kind = "train") =>
+  state === "running" && kind === "train" ? ["Training", "accent"] : (STATES[state] ?? [capital(state), "fair"]);
 
 /** A name that folders and files may have. */
 export function slug(text) {

@@ -49,8 +49,8 @@ export function Fold({ title, children, id }) {
 
 export const Notice = ({ mood = "faint", children }) => html`<div class=${`notice ${mood}-notice`}>${children}</div>`;
 
-export function State({ state }) {
-  const [word, mood] = stateWords(state);
+export function State({ state, kind = "train" }) {
+  const [word, mood] = stateWords(state, kind);
   return html`<span class=${`status ${mood}`}>${word}</span>`;
 }
 

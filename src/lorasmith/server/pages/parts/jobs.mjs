@@ -5,9 +5,10 @@ import { link } from "../lib/router.mjs";
 import { newest, say, useStore, work } from "../lib/stores.mjs";
 import { moment } from "../lib/words.mjs";
 import { Button, State } from "./basics.mjs";
+import { JobProgress } from "./job_progress.mjs";
 
 export const titleOf = (job) =>
-  (job.kind === "train" && job.run?.split("/").pop()) ||
+  (job.kind === "train" ? job.run : job.about)?.split("/").pop() ||
   job.title ||
   job.name ||
   job.request?.name ||
@@ -29,6 +30,11 @@ const WORK = {
   evaluate: "Evaluation",
   caption: "Captions",
 };
+
+const workOf = (job) => (job.wish ? "Gallery" : (WORK[job.kind] ?? job.kind));
+
+/** Whether a job is one that somebody waits for: pages measure steps by themselves, when nothing else is to be done. */
+export const isAsked = (job) => job.kind !== "measure";
 
 /** Runs an action on a job; its failure is said at the edge of the page. */
 export async function act(job, action, body) {
@@ -97,7 +103,8 @@ export function Queue({ except, runs }) {
   const known = useStore(work);
   if (!known) return null;
   const jobs = [...known.jobs.values()]
-    .filter((job) => job.state in ORDER && job.id !== except && !(job.kind === "train" && runs?.has(job.run)))
+    .filter((job) => job.state in ORDER && isAsked(job) && job.id !== except)
+    .filter((job) => !(job.kind === "train" && runs?.has(job.run)))
     .sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.number ?? 0) - (b.number ?? 0));
   if (!jobs.length) return null;
   return html`<section aria-labelledby="queue">
@@ -107,14 +114,15 @@ export function Queue({ except, runs }) {
         (job) => html`<li key=${job.id} class="row">
           <div class="row-text">
             ${
-              job.kind === "train"
-                ? html`<a href=${link("jobs", job.id)}>${titleOf(job)}</a>`
+              job.kind === "train" || job.about
+                ? html`<a href=${job.about ? link("runs", job.about) : link("jobs", job.id)}>${titleOf(job)}</a>`
                 : html`<b>${titleOf(job)}</b>`
             }
-            <span class="faint">${WORK[job.kind] ?? job.kind} · ${moment(job.started ?? job.created)}</span>
+            <span class="faint">${workOf(job)} · ${moment(job.started ?? job.created)}</span>
+            ${job.kind !== "train" && job.state === "running" && html`<${JobProgress} job=${job} label=${workOf(job)} />`}
             ${job.state === "interrupted" && job.error && html`<span>${sentence(job.error.message)}</span>`}
           </div>
-          <${State} state=${job.state} />
+          <${State} state=${job.state} kind=${job.kind} />
           <div class="actions">
             ${
               job.state === "pending" &&

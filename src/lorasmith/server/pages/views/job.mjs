@@ -4,7 +4,7 @@ import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { link, replace } from "../lib/router.mjs";
 import { announcement, useStore, work } from "../lib/stores.mjs";
 import { Button, Loading, Problem, Question, State, useLoaded } from "../parts/basics.mjs";
-import { Queue, act, titleOf } from "../parts/jobs.mjs";
+import { Queue, act, isAsked, titleOf } from "../parts/jobs.mjs";
 import { LiveRun, useView } from "../parts/live_run.mjs";
 import { Stepper } from "../parts/stepper.mjs";
 
@@ -111,7 +111,10 @@ export function JobView({ id }) {
 function Standing({ job, view, known }) {
   if (job.state === "pending") {
     const ahead = [...(known?.jobs.values() ?? [])].filter(
-      (one) => one.id !== job.id && (one.state === "running" || (one.state === "pending" && one.number < job.number)),
+      (one) =>
+        one.id !== job.id &&
+        isAsked(one) &&
+        (one.state === "running" || (one.state === "pending" && one.number < job.number)),
     ).length;
     return html`<p role="status">
       ${ahead ? `It starts after ${ahead === 1 ? "one other job" : `${ahead} other jobs`}.` : "It starts in a moment."}

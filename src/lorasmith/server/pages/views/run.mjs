@@ -1,7 +1,7 @@
 // A run and what came of it; one that is still running is shown live.
 import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
-import { go, link } from "../lib/router.mjs";
+import { go, link, replace } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
 import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
 import { Advice, findingOf, trainAgain } from "../parts/advice.mjs";
@@ -27,6 +27,10 @@ export function RunView({ id }) {
     jobsOfRuns(known).get(id) ??
     [...(known?.jobs.values() ?? [])].filter((one) => one.run === id).sort((a, b) => b.created - a.created)[0];
   const isRunning = run?.state === "running";
+  const isWatched = isRunning && Boolean(run.job);
+  useEffect(() => {
+    if (isWatched) replace("jobs", run.job); // where it is controlled, too
+  }, [isWatched]);
   if (error && !run) {
     return html`<section>
       <h1>${id.split("/").pop()}</h1><${Problem} error=${error} onRetry=${reload} />
@@ -35,19 +39,14 @@ export function RunView({ id }) {
   }
   if (!run) return html`<section><${Loading} what="the run" /></section>`;
   return html`
-    <${Stepper} at=${isRunning ? "training" : "result"} dataset=${run.dataset}
-      addresses=${isRunning && run.job ? { training: link("jobs", run.job) } : {}} />
+    <${Stepper} at=${isRunning ? "training" : "result"} dataset=${run.dataset} addresses=${{}} />
     <section aria-labelledby="run">
       <p class="kicker"><a href=${link("runs")}>Runs</a>${nameOfRun(run) !== id.split("/").pop() && ` / ${id}`}</p>
       <div class="head">
         <h1 id="run">${nameOfRun(run)}</h1>
         <div class="actions">
           <${Star} run=${run} onChange=${reload} />
-          ${
-            jobsOfRuns(known).has(id) && !isRunning
-              ? html`<${State} state=${job.state} />`
-              : html`<span class=${`status ${run.mood}`}>${run.status}</span>`
-          }
+          <${State} state=${isRunning ? run.state : (jobsOfRuns(known).get(id)?.state ?? run.state)} />
         </div>
       </div>
       ${!isRunning && html`<p class="verdict plain">${run.recommended?.sentence ?? sentence(run.verdict)}</p>`}
@@ -58,13 +57,6 @@ export function RunView({ id }) {
           .join(" · ")}
       </p>
       ${!isRunning && html`<${Actions} key="actions" run=${run} job=${job} reload=${reload} />`}
-      ${
-        isRunning &&
-        run.job &&
-        html`<div class="actions">
-          <a class="button primary" href=${link("jobs", run.job)}>Watch and control it</a>
-        </div>`
-      }
     </section>
     ${isRunning ? html`<${Watched} run=${run} onEnd=${reload} />` : html`<${Results} run=${run} reload=${reload} />`}
     <section>
