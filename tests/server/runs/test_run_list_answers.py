@@ -13,6 +13,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.runs import run_log
 from lorasmith.server.runs import run_answers, run_list_answers
 from lorasmith.training.events import RunFinished, StepDone, encoded
+from tests.server.pages.run_folders import write_evaluation, write_finished_run
 from tests.training.run_cases import BEGIN, started, steps_done, write_run
 
 
@@ -81,3 +82,21 @@ def test_page_report_stream_and_row_read_a_log_once_and_then_what_is_new(
         assert len(parsed) == expected
         with log.open("a") as file:
             file.write(encoded(StepDone(step=4, loss=0.5, grad_norm=1.0, at=BEGIN + 9)) + "\n")
+
+
+def test_a_row_says_what_was_learnt_and_shows_it_at_its_best(tmp_path: Path) -> None:
+    folder = write_finished_run(tmp_path, "runs/fox-001")
+    write_finished_run(tmp_path, "runs/big-001", strengths=(-1.0, 0.0, 1.0), trigger="", slider_positive="a big fox")
+    write_finished_run(
+        tmp_path, "runs/ink-001", trigger="", captions=("a cup, ink style", "a dog, ink style", "a tree, ink style")
+    )
+
+    def rows() -> dict[str, tuple[str, str, str | None]]:
+        found = run_list_answers.runs(Folders(tmp_path)).runs
+        return {row.id.removeprefix("runs/"): (row.teaches, row.subject, row.cover) for row in found}
+
+    found = rows()
+    assert found["fox-001"] == ("subject", "foxy", "samples/60-1.0-1.png")  # the last one at full strength
+    assert found["big-001"][0] == "slider" and found["ink-001"][:2] == ("style", "ink style")
+    write_evaluation(folder)  # recommends step 40
+    assert rows()["fox-001"][2] == "samples/40-1.0-1.png"

@@ -31,7 +31,7 @@ def a_run(base: Path) -> Path:
 
 
 async def test_runs_and_their_files(client: Client, tmp_path: Path) -> None:
-    a_run(tmp_path)
+    folder = a_run(tmp_path)
     (row,) = (await client.ask("GET", "/runs"))["runs"]
     assert (row["id"], row["state"], row["step"], row["steps"]) == ("runs/dog-001", "interrupted", 1, 3)
     job = client.context.store.add("train", {})
@@ -42,6 +42,10 @@ async def test_runs_and_their_files(client: Client, tmp_path: Path) -> None:
     async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/Bild%20%C3%A4.png") as response:
         assert response.headers["Content-Type"] == "image/png"
         assert response.headers["Content-Disposition"].startswith("inline")
+    Image.new("RGB", (64, 48)).save(folder / "drawn.png")
+    async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/drawn.png?width=20") as response:
+        with Image.open(io.BytesIO(await response.read())) as small:
+            assert (small.format, max(small.size)) == ("WEBP", 20)
     for file in ("report.html", "run.json"):
         async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/{file}") as response:
             assert response.headers["Content-Type"] == "application/octet-stream"

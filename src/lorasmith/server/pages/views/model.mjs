@@ -151,7 +151,8 @@ export function ModelView({ dataset }) {
     </section>
     <${NextBar} note=${chosen ? html`<b>${chosen.title}</b>` : ""}>
       <a class="button" href=${link("new", dataset, "photos")}>Back</a>
-      <${Button} kind="primary" disabled=${!chosen || cannotEdit} onClick=${() => go("new", dataset, "settings")}>
+      <${Button} kind="primary" disabled=${!chosen || chosen.name !== draft.model || cannotEdit}
+          onClick=${() => go("new", dataset, "settings")}>
         Next: settings<//>
     <//>
   `;
