@@ -132,7 +132,7 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.get_by_role("heading", name="Details").click()
     page.wait_for_selector(".plot canvas")
     camera.every_look("6-details", page)
-    page.get_by_role("link", name="Runs").first.click()
+    page.goto(f"{page.url.split('#')[0]}#/runs")
     page.wait_for_selector(".run-rows li")
     camera.every_look("7-runs", page)
     if camera.wants_all:
@@ -160,7 +160,7 @@ def _sweep(page: Any, settings: str, camera: _Camera) -> None:
     camera.every_look("9-sweep-running", page)
     page.locator("table.sweep").get_by_text("Finished").nth(1).wait_for()
     camera.every_look("9-sweep", page)
-    page.get_by_role("link", name="Runs").first.click()
+    page.goto(f"{page.url.split('#')[0]}#/runs")
     page.locator(".row", has_text="2 runs").wait_for()
     camera.every_look("9-sweeps", page)
 

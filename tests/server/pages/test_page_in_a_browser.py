@@ -526,8 +526,8 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
     served.stop()
     lost = page.get_by_text("The connection to the server is lost.")
     lost.wait_for()
-    page.get_by_role("link", name="New LoRA").click()
-    page.get_by_role("link", name="Runs", exact=True).click()
+    page.get_by_role("link", name="My LoRAs").click()
+    page.goto(f"{served.address}#/runs")
     expected(page.get_by_text("lorasmith serve")).to_have_count(1)  # said once, and in full
     expected(page.get_by_text("Waiting for the server…")).to_have_count(1)
     served.start()
@@ -662,7 +662,7 @@ def test_a_lora_is_tried_beside_the_base_model(served: ServedPage, open_page: Op
     tried.get_by_role("button", name="Strength 0.8").click()
     waits(page, "2 of 2")
     page.keyboard.press("Escape")
-    page.get_by_role("link", name="Runs", exact=True).first.click()
+    page.get_by_role("link", name="My LoRAs").click()
     page.go_back()
     expected(page.locator(".try img")).to_have_count(4)
     assert served.of("draw_request")[0] == {
@@ -810,7 +810,7 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPa
         assert outline != "none", name
     wanted = {
         "Skip to the content",
-        "Runs",
+        "My LoRAs",
         "Choose photos",
         "Choose a folder",
         "Remove fox_1.png",

@@ -136,7 +136,7 @@ def test_drafts_of_earlier_pages_are_taken_over(served: ServedPage, open_page: O
     page.evaluate("text => localStorage.setItem('lorasmith.draft.fox', text)", stored)
     page.goto(f"{served.address}#/new/fox/photos")
     expected(page.get_by_label("Trigger word")).to_have_value("foxy")
-    page.get_by_role("link", name="Runs").click()
+    page.get_by_role("link", name="My LoRAs").click()
     page.go_back()
     expected(page.get_by_label("Name of the LoRA")).to_have_value("old")
     until(lambda: served.draft("fox").get("name") == "old")

@@ -242,7 +242,7 @@ def test_a_captioner_is_got_and_writes_what_can_be_undone(served: ServedPage, op
     dialog.get_by_role("button", name="Get it: Florence-2 base").click()
     assert_legible(page, "question")
     assert [one for one in served.processes if "files" in one.first] == []
-    page.get_by_role("button", name="Download 1 GiB").click()
+    page.get_by_role("button", name="Download 1.1 GB").click()
     dialog.get_by_text("Asking the hub", exact=True).wait_for()
     place.mkdir(parents=True)
     (place / "config.json").write_text("{}")

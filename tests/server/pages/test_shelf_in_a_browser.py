@@ -66,11 +66,11 @@ def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, shelf
     page = shelf()
     card = card_of(page, "Stable Diffusion XL 1.0")
     card.get_by_text("Fits this machine").wait_for()
-    assert "6.5 GiB to download" in card.inner_text()
+    assert "6.9 GB to download" in card.inner_text()
     assert card.get_by_role("link").get_attribute("href").endswith("stable-diffusion-xl-base-1.0")
     kept = card_of(page, "Z-Image")
     assert "Here already: text encoder, autoencoder. Missing: model." in kept.inner_text()
-    assert "3.9 GiB are here" in kept.inner_text()
+    assert "4.2 GB are here" in kept.inner_text()
     assert served.of("check_download") == []
 
     card.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
@@ -78,13 +78,13 @@ def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, shelf
     dialog.get_by_text("maker/model → models/checkpoints").wait_for()
     assert_legible(page, "dialog")
     assert served.of("download_files") == []
-    dialog.get_by_role("button", name="Download 6.5 GiB").click()
+    dialog.get_by_role("button", name="Download 6.9 GB").click()
     card.get_by_text("Asking the hub").wait_for()
     served.download(**LARGE)
-    card.get_by_text("2 GiB of 6 GiB · 50 MiB a second").wait_for()
+    card.get_by_text("2.1 GB of 6.4 GB · 52 MB a second").wait_for()
     assert_legible(page, "download")
     page.reload()
-    page.get_by_text("2 GiB of 6 GiB").wait_for()  # open, as something is on its way
+    page.get_by_text("2.1 GB of 6.4 GB").wait_for()  # open, as something is on its way
     served.download(**LARGE, is_checking=True)
     card.get_by_text("Checking model.safetensors").wait_for()
     arrived = served.base / "models" / "checkpoints" / "arrived.safetensors"
@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_before_the_first_byte(served: ServedPage, shelf: Ca
     served.made_up["check_download"]["free_bytes"] = 10**9
     page = shelf()
     page.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
-    page.get_by_text("6.5 GiB do not fit: the disk has 954 MiB free.").wait_for()
+    page.get_by_text("6.9 GB do not fit: the disk has 1 GB free.").wait_for()
     page.get_by_role("button", name="Download").click(force=True)
     assert served.of("download_files") == []
 

@@ -4,9 +4,10 @@ import { html, render, useEffect, useRef } from "./lib/html.mjs";
 import { listen } from "./lib/live.mjs";
 import { link, useRoute } from "./lib/router.mjs";
 import { announcement, newest, status, useStore, work } from "./lib/stores.mjs";
-import { bytes, capital } from "./lib/words.mjs";
+import { capital, memorySize } from "./lib/words.mjs";
 import { Messages } from "./parts/basics.mjs";
-import { Offers, isAsked } from "./parts/jobs.mjs";
+import { Icon } from "./parts/icons.mjs";
+import { isAsked, Offers } from "./parts/jobs.mjs";
 import { WithDraft } from "./parts/with_draft.mjs";
 import { CompareView } from "./views/compare.mjs";
 import { HomeView } from "./views/home.mjs";
@@ -107,24 +108,29 @@ function Bar({ at }) {
   const device = server?.devices?.[0];
   const own = [...(known?.jobs.values() ?? [])].filter((job) => !isAsked(job) && ACTIVE.includes(job.state)).length;
   const busy = Math.max(0, (known?.queue.running ?? 0) + (known?.queue.pending ?? 0) - own);
-  const here = (name) => (name === at || (name === "" && at === "new") ? "page" : undefined);
+  const here = (...names) => (names.includes(at) ? "page" : undefined);
   return html`<div class="top-bar" role="banner">
-    <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="26" height="26" />Lorasmith</a>
+    <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="24" height="24" /><span>Lorasmith</span></a>
     <nav aria-label="Main">
-      <a href="#/" aria-current=${here("")}>New LoRA</a>
-      <a href=${link("runs")} aria-current=${here("runs") ?? here("jobs") ?? here("sweeps") ?? here("compare")}>
-        Runs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}
+      <a href="#/" aria-current=${here("", "jobs", "runs", "sweeps", "compare")}>
+        My LoRAs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}
       </a>
-      <a href="editor/">Editor</a>
+      <a href=${link("photos")} aria-current=${here("photos", "new")}>Photos</a>
+      <a href=${link("models")} aria-current=${here("models")}>Models</a>
     </nav>
-    ${
-      device &&
-      html`<span class="device">
-        ${device.title ?? device.name}${device.memory_bytes ? ` · ${bytes(device.memory_bytes)}` : ""}
-      </span>`
-    }
+    <div class="aside">
+      ${device && html`<span class="device">${deviceWords(device)}</span>`}
+      <a class="icon-button" href="editor/" aria-label="Editor of graphs" title="Editor of graphs">
+        <${Icon} name="graph" />
+      </a>
+    </div>
   </div>`;
 }
+
+const deviceWords = ({ name, title, memory_bytes: memory }) =>
+  name === "cpu"
+    ? "This computer · no graphics card"
+    : [title || name, memory && memorySize(memory)].filter(Boolean).join(" · ");
 
 /** Keeps the status and the jobs up to date; returns what ends it. */
 function watchServer() {

@@ -12,15 +12,26 @@ export function measured(number) {
   return Math.abs(number) < 0.001 ? number.toExponential(2) : String(Number(number.toPrecision(4)));
 }
 
+/** The size of a file or a folder, as shops and download pages have it. */
 export function bytes(number) {
   if (!Number.isFinite(number)) return "–";
-  const units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+  const units = ["bytes", "kB", "MB", "GB", "TB"];
   let unit = 0;
-  while (number >= 1024 && unit < units.length - 1) {
-    number /= 1024;
+  while (number >= 1000 && unit < units.length - 1) {
+    number /= 1000;
     unit += 1;
   }
   return `${unit === 0 || number >= 100 ? Math.round(number) : Number(number.toPrecision(2))} ${units[unit]}`;
+}
+
+/** The size of a memory, as its maker has it. */
+export const memorySize = (number) => `${Math.max(1, Math.round(number / 2 ** 30))} GB`;
+
+const CARDS = [4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80, 96, 141];
+/** The smallest usual card that has so much memory, and a twelfth for all else on it. */
+export function cardFor(number) {
+  const size = CARDS.find((one) => one * 2 ** 30 >= number * (13 / 12));
+  return size ? `${size} GB card` : "several large cards";
 }
 
 /** A duration such as "about 4 minutes" (without "about" if exact). */

@@ -2,6 +2,7 @@
 import { html, useEffect, useId, useRef, useState } from "../lib/html.mjs";
 import { announcement, connection, toast, useStore } from "../lib/stores.mjs";
 import { stateWords } from "../lib/words.mjs";
+import { Icon } from "./icons.mjs";
 
 /** A button: `kind` "primary", "plain" or "danger". While an async `onClick` runs, it cannot be pressed again. */
 export function Button({ kind = "plain", onClick, children, disabled, busyText, ...rest }) {
@@ -100,12 +101,73 @@ export function Dialog({ title, onClose, children, wide }) {
     <div class="dialog-body">
       <div class="dialog-head">
         <h2 id=${id}>${title}</h2>
-        <button type="button" class="icon-button" aria-label="Close" onClick=${onClose}>✕</button>
+        <button type="button" class="icon-button" aria-label="Close" onClick=${onClose}>
+          <${Icon} name="close" />
+        </button>
       </div>
       ${children}
     </div>
   </dialog>`;
 }
+
+/** A dialog at the edge of the window, for what is looked up beside pictures. */
+export const Drawer = (props) => html`<${Dialog} ...${props} wide="drawer" />`;
+
+/**
+ * What stands beside pictures (in a `.with-panel`); on a phone it is pulled up from the lower edge by its title.
+ *
+ * @param {Props<{ title: string }>} props
+ */
+export function Panel({ title, children }) {
+  const [isUp, setUp] = useState(false);
+  return html`<aside class=${`panel ${isUp ? "up" : ""}`} aria-label=${title}>
+    <button type="button" class="panel-handle" aria-expanded=${isUp} onClick=${() => setUp(!isUp)}>
+      ${title}<${Icon} name="up" />
+    </button>
+    <div class="panel-body">${children}</div>
+  </aside>`;
+}
+
+/**
+ * One of a few, as tiles: `options` are {value, title, note, icon}; `icons` puts small ones into three columns.
+ *
+ * @param {Props<{ label: string, options: { value: any, title: any, note?: any, icon?: any }[], value: any }>} props
+ */
+export function Choices({ label, options, value, onChange, icons = false }) {
+  const name = useId();
+  return html`<div role="radiogroup" aria-label=${label} class=${`choices ${icons ? "icons" : ""}`}>
+    ${options.map(
+      (one) => html`<label key=${one.value} class=${`choice ${one.value === value ? "chosen" : ""}`}>
+        <input type="radio" name=${name} value=${one.value} checked=${one.value === value}
+          onChange=${() => onChange(one.value)} />
+        ${one.icon && html`<${Icon} name=${one.icon} />`}<b>${one.title}</b>
+        ${one.note && html`<span class="faint">${one.note}</span>`}
+      </label>`,
+    )}
+  </div>`;
+}
+
+/** A slider with its name and its value in words; `onInput` and `onChange` get the number. */
+export function Slider({ label, value, min, max, step, words, onInput, onChange, unseen = false }) {
+  const id = useId();
+  const given = (call) => call && ((event) => call(Number(event.currentTarget.value)));
+  return html`<div class="slider">
+    <label for=${id} class=${unseen ? "unseen" : ""}>${label}</label>
+    <input id=${id} type="range" min=${min} max=${max} step=${step} value=${value} aria-valuetext=${words}
+      style=${{ "--share": `${(100 * (value - min)) / (max - min || 1)}%` }}
+      onInput=${given(onInput)} onChange=${given(onChange)} />
+    ${words && html`<output for=${id}>${words}</output>`}
+  </div>`;
+}
+
+/** How far something is, around a number. */
+export const Ring = ({ share, label, children }) => html`<span class="ring" role="img" aria-label=${label}>
+  <svg viewBox="0 0 60 60" aria-hidden="true">
+    <circle cx="30" cy="30" r="26" />
+    <circle cx="30" cy="30" r="26" pathLength="100" stroke-dasharray=${`${100 * Math.min(1, share)} 100`} />
+  </svg>
+  <span aria-hidden="true">${children}</span>
+</span>`;
 
 /** A question with two answers; closed when `onYes` has ended well. */
 export function Question({ title, children, yes, kind = "primary", disabled, onYes, onClose }) {
@@ -174,7 +236,7 @@ export function Messages() {
       <div role="alert">
         ${
           lost &&
-          html`<div class="toast fair-toast">
+          html`<div class="toast">
             <span class="dot"></span>The connection to the server is lost. If it was stopped, start it again with:
             lorasmith serve. Trying to reach it again…
           </div>`
@@ -183,8 +245,8 @@ export function Messages() {
       <div role="status">
         ${
           message &&
-          html`<div class=${`toast ${message.mood}-toast`}>
-            ${message.text}
+          html`<div class="toast">
+            ${message.mood !== "good" && html`<${Icon} name="warning" />`}<span>${message.text}</span>
             ${
               message.undo &&
               html`<button type="button" class="button small"

@@ -15,6 +15,7 @@ const OUTLINES = {
   engineer: "M9 7l-5 5 5 5M15 7l5 5-5 5",
   fit: "M4 9V4h5M15 4h5v5M20 15v5h-5M9 20H4v-5",
   forward: "M9 5l7 7-7 7",
+  graph: "M4 4h6v6H4zM14 14h6v6h-6zM10 7h4a3 3 0 0 1 3 3v4",
   menu: "M4 7h16M4 12h16M4 17h16",
   more: "M5 12h.01M12 12h.01M19 12h.01",
   pause: "M8 5v14M16 5v14",
@@ -33,6 +34,7 @@ const OUTLINES = {
   thing: "M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9",
   trash: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
   undo: "M8 5L4 9l4 4M4 9h10a5 5 0 0 1 0 10h-3",
+  up: "M6 15l6-6 6 6",
   warning: "M12 4l9 16H3zM12 10v4M12 17h.01",
 };
 
