@@ -93,9 +93,9 @@ def _walk(hand: _Hand, page: Any, arguments: argparse.Namespace) -> None:
     hand.click(page.get_by_role("button", name="Start training"))
     page.wait_for_url("**/#/jobs/*")
     hand.reached("the suggested settings")
-    page.locator(".alone img, .wipe img").first.wait_for()
+    page.locator(".easel img").first.wait_for()
     hand.reached("the first picture, of the base model")
-    page.locator(".wipe img").first.wait_for()
+    page.locator(".easel-left").first.wait_for()
     hand.reached("the first picture with the LoRA")
     page.wait_for_url("**/#/runs/*")
     download = page.get_by_role("link", name=re.compile(r"^Download (step \d+ )?\(")).first

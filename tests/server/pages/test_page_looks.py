@@ -18,11 +18,11 @@ VIEWS = {
     "no photos": ("#/new/none", ".button.primary"),
     "model": ("#/new/fox/model", ".choice"),
     "settings": ("#/new/fox/settings", ".choice"),
-    "run": ("#/runs/runs%2Ffox-001", ".wipe img"),
-    "advice": ("#/runs/runs%2Ffox-004", "text=Repeat less"),
+    "run": ("#/runs/runs%2Ffox-001", ".easel img"),
+    "advice": ("#/runs/runs%2Ffox-004", "text=photos to look at"),
     "runs": ("#/runs", ".run-rows li"),
     "sweep": ("#/sweeps/fox-sweep-001", "table.sweep td"),
-    "compare": ("#/compare/runs%2Ffox-001/runs%2Ffox-002", ".plot canvas"),
+    "compare": ("#/compare/runs%2Ffox-001/runs%2Ffox-002", ".easel img"),
 }
 
 
@@ -51,8 +51,9 @@ def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
             page.get_by_text("All settings").click()
             page.get_by_text("Try several values").click()
         if name == "run":
-            page.get_by_text("More", exact=True).click()
-            page.get_by_role("heading", name="Details").click()
+            if width < 500:
+                page.locator(".panel-handle").click()
+            page.get_by_role("button", name="For engineers").click()
             page.wait_for_selector(".plot canvas")
         if name == "model":
             page.get_by_text("Too large for this machine").wait_for()

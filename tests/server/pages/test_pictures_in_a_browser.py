@@ -34,40 +34,43 @@ def test_pictures_come_from_the_start_and_are_scrubbed(
     training: ScriptedRun, open_page: Opener, scheme: str, width: int
 ) -> None:
     page = open_page("#/runs/runs%2Fcli-001", scheme=scheme, width=width)
-    alone = page.locator(".alone")
-    expected(alone).to_contain_text("Base model. Pictures with the LoRA follow.")
-    expected(page.locator(".plot canvas")).to_have_count(0)  # losses are folded up
+    after = page.locator(".easel-picture")
+    expected(after).to_have_attribute("alt", f"Without your LoRA: {PROMPTS[0]}")
+    expected(page.locator(".plot canvas")).to_have_count(0)  # losses are in the drawer
     assert_legible(page, "base")
     for step in (30, 75):
         training.preview(step)
-    film = page.get_by_role("region", name="Pictures")
-    after = film.locator(".wipe img").first
     expected(after).to_have_attribute("alt", f"Step 75: {PROMPTS[0]}")
-    scrubber = film.get_by_label("Step", exact=True)
-    scrubber.focus()
-    page.keyboard.press("ArrowLeft")
+    strip = page.get_by_role("group", name="Pictures by step")
+    strip.get_by_role("button", name="Step 75").press("ArrowLeft")
     expected(after).to_have_attribute("alt", f"Step 30: {PROMPTS[0]}")
     training.preview(150)
-    expected(film.get_by_role("button", name="Step 150")).to_have_count(1)
+    expected(strip.get_by_role("button")).to_have_count(3)
     expected(after).to_have_attribute("alt", f"Step 30: {PROMPTS[0]}")  # what was chosen stays
-    film.get_by_role("button", name="Step 150").press("Enter")
+    strip.get_by_role("button", name="Step 150").press("Enter")
     training.preview(225)
     expected(after).to_have_attribute("alt", f"Step 225: {PROMPTS[0]}")  # the newest again
-    film.get_by_role("button", name=PROMPTS[1]).click()  # as text
+    if width < 500:
+        page.locator(".panel-handle").click()
+    page.get_by_role("region", name="Drawn for you").get_by_role("button", name=PROMPTS[1]).click()  # as text
     expected(after).to_have_attribute("alt", f"Step 225: {PROMPTS[1]}")
-    divider = film.get_by_label(re.compile("^Divider: Base model on its left, Step 225 on its right"))
+    if width < 500:
+        page.locator(".panel-handle").click()
+    divider = page.get_by_label(re.compile("^Divider: Without on its left, Step 225 on its right"))
     divider.focus()
     page.keyboard.press("Home")
-    expected(divider).to_have_attribute("aria-valuetext", "0 % Base model")
+    expected(divider).to_have_attribute("aria-valuetext", "0 % Without")
     assert (
-        page.evaluate("getComputedStyle(document.querySelector('.wipe-before')).clipPath") == "inset(0px 100% 0px 0px)"
+        page.evaluate("getComputedStyle(document.querySelector('.easel-left')).clipPath") == "inset(0px 100% 0px 0px)"
     )
-    height = page.evaluate("document.querySelector('.film').getBoundingClientRect().height / innerHeight")
-    assert 0.3 < height <= 1, "prompts, picture, slider and strip are more than a screen"
-    assert_legible(page, "film")
-    page.get_by_role("heading", name="Details").click()
+    height = page.evaluate("document.querySelector('.easel').getBoundingClientRect().height / innerHeight")
+    assert 0.4 < height < 1, "the picture is as large as the window lets it"
+    assert_legible(page, "room")
+    if width < 500:
+        page.locator(".panel-handle").click()
+    page.get_by_role("button", name="For engineers").click()
     page.locator(".plot canvas").wait_for()
-    assert_legible(page, "details")
+    assert_legible(page, "drawer")
 
 
 @pytest.mark.slow
@@ -77,6 +80,7 @@ def test_a_run_that_trains_is_asked_for_pictures_its_lora_and_a_prompt(
     page = open_page("#/runs/runs%2Fcli-001", scheme="dark", width=390)
     training.preview(30)
     training.take_steps(to=33)
+    page.locator(".panel-handle").click()
     page.get_by_role("button", name="Preview now").press("Enter")
     page.get_by_text("Pictures are drawn after this step.").wait_for()
     assert training.serve_requests() == ["preview"]
@@ -84,25 +88,31 @@ def test_a_run_that_trains_is_asked_for_pictures_its_lora_and_a_prompt(
     page.get_by_role("button", name="Save now").click()
     page.get_by_text("The LoRA is saved after this step.").wait_for()
     assert training.serve_requests() == ["save"]
-    expected(page.get_by_role("link", name="step 33")).to_have_attribute(
+    page.get_by_role("button", name="For engineers").click()
+    expected(page.get_by_role("link", name="Download step 33")).to_have_attribute(
         "href", re.compile(r"cli-step00000033\.safetensors$")
     )
+    page.keyboard.press("Escape")
+    page.locator(".panel-handle").click()
+    page.get_by_role("button", name="How it is drawn").click()
     lora = page.get_by_label("LoRA", exact=True)
     expected(lora.locator("option")).to_have_text(["As it is now", "Step 33"])
+    lora.select_option("As it is now")
+    page.get_by_label("Seed", exact=True).fill("5")
     page.get_by_label("Prompt", exact=True).fill("foxy <i>in</i> snow")
     page.get_by_role("button", name="Draw", exact=True).click()
-    tried = page.locator(".try")
-    expected(tried).to_have_count(1)
-    drawing = {"prompt": "foxy <i>in</i> snow", "strength": 1, "seed": 0, "control": "", "lora": ""}
+    drawn = page.get_by_role("region", name="You drew")
+    expected(drawn.get_by_text("training goes on afterwards")).to_have_count(1)
+    drawing = {"prompt": "foxy <i>in</i> snow", "strength": 1, "seed": 5, "control": "", "lora": ""}
     assert training.serve_requests() == [drawing]
-    expected(tried.locator("img")).to_have_count(2)
-    expected(tried.locator("p").first).to_have_text("foxy <i>in</i> snow step 33, strength 1, seed 0")
+    expected(page.locator(".easel-picture")).to_have_attribute("alt", "Step 33: foxy <i>in</i> snow")
+    page.reload()
+    expected(drawn.locator(".drawn-tile")).to_have_count(1)
     assert_legible(page, "tried")
     training.close()
+    page.locator(".panel-handle").click()
     page.get_by_role("button", name="Save now").click()
-    page.get_by_text("a request is for a run that is being trained").or_(
-        page.get_by_text("A request is for a run that is being trained")
-    ).first.wait_for()
+    page.get_by_text(re.compile("^a request is for a run that is being trained", re.IGNORECASE)).first.wait_for()
 
 
 @pytest.mark.slow
@@ -113,39 +123,39 @@ def test_a_result_is_a_verdict_a_file_and_pictures(
     folder = served.add_run("runs/fox-001", trigger="foxy fox")
     write_evaluation(folder, trigger="foxy fox")
     page = open_page("#/runs/runs%2Ffox-001", scheme=scheme, width=width)
-    expected(page.locator(".verdict")).to_have_text(
-        "It learnt your fox. Step 40 looks most like it and still follows prompts."
+    expected(page.locator(".verdict")).to_have_text("It learnt your fox.")
+    expected(page.locator(".easel-picture")).to_have_attribute("alt", "Step 40: foxy fox")
+    if width < 500:
+        page.locator(".panel-handle").click()
+    page.get_by_role("button", name="Keep this one").click()
+    keep = page.get_by_role("dialog", name="Keep step 40")
+    expected(keep.get_by_role("link", name="Download the file")).to_have_attribute(
+        "href", re.compile(r"fox-step00000040\.safetensors$")
     )
-    (download,) = page.locator(".large-button").all()
-    assert re.fullmatch(r"Download step 40 \(\d+ bytes\)", download.inner_text())
-    assert download.get_attribute("href").endswith("fox-step00000040.safetensors")
-    expected(page.locator(".wipe img").first).to_have_attribute("alt", re.compile("^Step 40: "))
-    with page.expect_download() as card:
-        page.get_by_role("link", name="Share card").click()
-    assert card.value.suggested_filename == "fox-001.png"
-    gallery = page.get_by_role("region", name="Gallery")
-
-    def draw() -> None:
-        gallery.get_by_role("button", name="Draw 16 pictures").click()
-        job = served.taken()
-        write_grid(folder, job.request)
-        job.end()
-
-    gallery.get_by_role("button", name="on a purple background").click()
-    draw()
-    expected(gallery.locator("table.grid img")).to_have_count(16)
-    assert gallery.locator("table.grid thead th").all_inner_texts() == [
-        "Base model", "Strength", "Step 40", "Step 50", "Step 60",
-    ]  # fmt: skip
-    prompt = "foxy fox, on a purple background"
-    gallery.get_by_role("button", name=f"Step 50, strength 0.8: {prompt}").click()
-    page.get_by_text("9 of 16").wait_for()
-    assert_legible(page, "lightbox")
+    keep.get_by_role("button", name="Share a picture").click()
+    card = keep.get_by_role("img", name="The picture to share")
+    expected(card).to_have_js_property("complete", True)
+    assert card.evaluate("(one) => one.naturalWidth") == 1200  # it is seen before it is saved
+    assert_legible(page, "share")
+    with page.expect_download() as saved:
+        keep.get_by_role("link", name="Save the picture").click()
+    assert saved.value.suggested_filename == "fox-001.png"
     page.keyboard.press("Escape")
-    gallery.get_by_role("button", name="Something else").click()
-    gallery.get_by_label("What to ask for").fill("in a <b>hat</b>")
-    draw()
-    expected(gallery.get_by_text("foxy fox, in a <b>hat</b>")).to_have_count(1)
-    expected(gallery.get_by_role("group", name="Yours").get_by_role("button")).to_have_count(1)
-    assert [one["wish"] for one in served.of("grid_request")] == ["on a purple background", "in a <b>hat</b>"]
+    if width < 500:
+        page.locator(".panel-handle").click()
+
+    page.get_by_label("Prompt", exact=True).fill("foxy fox, in a <b>hat</b>")
+    page.get_by_role("button", name="How it is drawn").click()
+    page.get_by_role("button", name="Draw it at every step").click()
+    job = served.taken()
+    write_grid(folder, job.request)
+    job.end()
+    expected(page.locator(".easel-picture")).to_have_attribute("alt", "Step 40: foxy fox, in a <b>hat</b>")
+    strip = page.get_by_role("group", name="Pictures by step")
+    expected(strip.get_by_role("button")).to_have_count(3)
+    slider = page.get_by_label("Strength", exact=True)
+    slider.press("ArrowLeft")
+    expected(slider).to_have_attribute("aria-valuetext", "0.8")
+    expected(page.locator(".easel-picture")).to_have_attribute("alt", re.compile("^Step 40, strength 0.8: "))
+    assert [one["wish"] for one in served.of("grid_request")] == ["foxy fox, in a <b>hat</b>"]
     assert_legible(page, "result")

@@ -30,7 +30,7 @@ from lorasmith.server.runs.run_shapes import EvaluationAnswer, GalleryAnswer
 from lorasmith.training.storage.records import read_record
 
 _MOST_WISH = 1_000  # characters
-_MOST_AFTERWARDS = 5  # LoRAs of an evaluation that nobody asked for
+_MOST_AFTERWARDS = 4  # LoRAs of an evaluation that nobody asked for
 
 
 @question

@@ -4,8 +4,8 @@ import { changeDraft, currentDraft, useDraft } from "../lib/drafts.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
 import { said, say } from "../lib/stores.mjs";
-import { capital } from "../lib/words.mjs";
-import { Button, useLoaded } from "./basics.mjs";
+import { capital, count } from "../lib/words.mjs";
+import { Button, Fold, useLoaded } from "./basics.mjs";
 
 /** Chooses for the photos of a run what it was trained with, and what was chosen for single pictures since. */
 async function choose(run) {
@@ -76,8 +76,7 @@ export function Advice({ run }) {
       await choose(run);
       go("new", run.dataset, "photos", file);
     });
-  return html`<section aria-labelledby="advice">
-    <h2 id="advice">Picture by picture</h2>
+  return html`<${Fold} title=${`${count(run.advice.length, "photo")} to look at`}>
     <ul class="rows">
       ${run.advice.map(
         (one) => html`<li class="row" key=${one.file}>
@@ -109,7 +108,7 @@ export function Advice({ run }) {
       photos &&
       html`<div class="actions"><${Button} onClick=${() => trainAgain(run)}>Train again with these changes<//></div>`
     }
-  </section>`;
+  <//>`;
 }
 
 /** @param {Props<{ run: Api.RunAnswer, advice: Api.PictureAdvice }>} props */

@@ -1,14 +1,17 @@
-// Runs side by side: curves over each other, pictures of the same prompts, and the settings that differ.
+// Runs beside one another: the same prompt from the same noise, large, under a divider.
 import { fileOfRun, get } from "../lib/api.mjs";
 import { html, useMemo, useState } from "../lib/html.mjs";
 import { link } from "../lib/router.mjs";
 import { measured, valueWords, whole } from "../lib/words.mjs";
-import { Loading, Problem, useLoaded } from "../parts/basics.mjs";
+import { Drawer, Loading, Panel, Problem, useLoaded } from "../parts/basics.mjs";
 import { Curves, LINE_COLORS } from "../parts/curves.mjs";
-import { Lightbox } from "../parts/pictures.mjs";
+import { Icon } from "../parts/icons.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
+import { nearest, pictureAt, previewScenes, stepsOf, strengthsOf } from "../parts/scenes.mjs";
+import { Stage } from "../parts/stage.mjs";
 
 export const MOST_COMPARED = LINE_COLORS.length;
+const MOST_OFFERED = 24;
 
 export function CompareView({ ids }) {
   const wanted = ids.slice(0, MOST_COMPARED);
@@ -21,25 +24,125 @@ export function CompareView({ ids }) {
       <h1>Comparison</h1><${Problem} error=${error} onRetry=${reload} /><a href=${link("runs")}>All runs</a>
     </section>`;
   if (!runs) return html`<section><${Loading} what="runs" /></section>`;
+  return html`<${Compared} runs=${runs} />`;
+}
+
+/** @param {Props<{ runs: Api.RunAnswer[] }>} props */
+function Compared({ runs }) {
   const names = runs.map(nameOfRun);
-  return html`
-    <section>
-      <p class="kicker"><a href=${link("runs")}>Runs</a> / comparison</p><h1>${names.length} runs compared</h1>
-      <ul class="legend">
-        ${runs.map(
-          (run, index) => html`<li key=${run.id}>
-            <span class=${`swatch line-${index + 1}`}></span>
-            <a href=${link("runs", run.id)}>${names[index]}</a> <span class="faint">${run.id}</span>
-          </li>`,
+  const scenes = useMemo(() => runs.map((run) => previewScenes(run.previews)), [runs]);
+  const prompts = [...new Set(scenes.flatMap((all) => all.map((one) => one.prompt)))];
+  const shared = prompts.filter((prompt) => scenes.every((all) => all.some((one) => one.prompt === prompt)));
+  const [prompt, setPrompt] = useState(shared[0] ?? prompts[0]);
+  const [sides, setSides] = useState(runs.length > 1 ? ["0", "1"] : ["base", "0"]);
+  const [isDrawer, setDrawer] = useState(false);
+  const shot = (side) => {
+    const place = side === "base" ? scenes.findIndex((all) => all.some((one) => one.prompt === prompt)) : Number(side);
+    const scene = scenes[place]?.find((one) => one.prompt === prompt);
+    if (!scene) return null;
+    const step = stepsOf(scene).at(-1);
+    const strengths = strengthsOf(scene, step).filter(Boolean);
+    const file = side === "base" ? scene.base : pictureAt(scene, step, nearest(strengths, 1));
+    return file && fileOfRun(runs[place].id, file);
+  };
+  const titleOf = (side) => (side === "base" ? "Without" : names[Number(side)]);
+  const [left, right] = sides.map(shot);
+  const choose = (place, side) => setSides((before) => before.map((one, index) => (index === place ? side : one)));
+  return html`<div class="studio compared">
+    <div class="studio-picture">
+      ${
+        right
+          ? html`<${Stage} left=${left} layers=${[{ src: right, share: 1 }]} titles=${sides.map(titleOf)}
+              prompt=${prompt} />`
+          : html`<div class="easel-place"><p class="easel-words">
+              ${prompts.length ? "It did not draw this prompt." : "They have drawn nothing."}</p></div>`
+      }
+    </div>
+    <div class="studio-tools">
+      <div class="sides">
+        ${["Left", "Right"].map(
+          (label, place) => html`<label key=${label}>
+            <span>${label}</span>
+            <select value=${sides[place]} onChange=${(event) => choose(place, event.currentTarget.value)}>
+              <option value="base">Without</option>
+              ${names.map((name, index) => html`<option key=${runs[index].id} value=${String(index)}>${name}</option>`)}
+            </select>
+          </label>`,
         )}
-      </ul>
-    </section>
-    <${ComparedCurves} runs=${runs} names=${names} />
-    <${ComparedPictures} runs=${runs} names=${names} />
-    <${Table} title="What came of them" runs=${runs} names=${names} rows=${outcomes(runs)} />
-    <${Table} title="Settings that differ" runs=${runs} names=${names} rows=${different(runs)}
-      none="All settings are the same." />
-  `;
+      </div>
+      ${
+        prompts.length > 0 &&
+        html`<div class="ideas" role="group" aria-label="Prompts">
+          ${prompts.map(
+            (one) => html`<button type="button" class="chip" key=${one} aria-pressed=${one === prompt}
+                onClick=${() => setPrompt(one)}>
+              ${one || "No prompt"}
+            </button>`,
+          )}
+        </div>`
+      }
+    </div>
+    <${Panel} title=${runs.length > 1 ? "Which one do you like?" : "Compare it with another"}>
+      <h1 class="verdict">${runs.length > 1 ? "Which one do you like?" : "Compare it with another"}</h1>
+      <section class="drawn" aria-label="Compared">
+        <ul>
+          ${runs.map(
+            (run, index) => html`<li key=${run.id}>
+              <button type="button" class="drawn-tile" aria-pressed=${sides[1] === String(index)}
+                  aria-label=${`Show ${names[index]} on the right`} onClick=${() => choose(1, String(index))}>
+                ${shot(String(index)) && html`<img src=${shot(String(index))} alt="" loading="lazy" />`}
+                <span>${names[index]}</span>
+              </button>
+              <a href=${link("runs", run.id)} aria-label=${`Open ${names[index]}`}>Open it</a>
+            </li>`,
+          )}
+        </ul>
+      </section>
+      ${runs.length < MOST_COMPARED && html`<${Others} runs=${runs} />`}
+      <button type="button" class="engineer-line" onClick=${() => setDrawer(true)}>
+        <span>For engineers</span><span class="faint">losses, settings <${Icon} name="forward" /></span>
+      </button>
+    <//>
+    ${
+      isDrawer &&
+      html`<${Drawer} title="For engineers" onClose=${() => setDrawer(false)}>
+        <ul class="legend">
+          ${runs.map(
+            (run, index) => html`<li key=${run.id}>
+              <span class=${`swatch line-${index + 1}`}></span>${names[index]} <span class="faint">${run.id}</span>
+            </li>`,
+          )}
+        </ul>
+        <${ComparedCurves} runs=${runs} names=${names} />
+        <${Table} title="Settings that differ" runs=${runs} names=${names} rows=${different(runs)}
+          none="All settings are the same." />
+        <${Table} title="What came of them" runs=${runs} names=${names} rows=${outcomes(runs)} />
+      <//>`
+    }
+  </div>`;
+}
+
+/**
+ * Other runs to compare with.
+ *
+ * @param {Props<{ runs: Api.RunAnswer[] }>} props
+ */
+function Others({ runs }) {
+  const [found] = useLoaded((signal) => get(["runs"], { limit: MOST_OFFERED }, signal), []);
+  const others = (found?.runs ?? []).filter((one) => one.cover && !runs.some((run) => run.id === one.id));
+  if (!others.length) return null;
+  return html`<section class="drawn" aria-label="Add another">
+    <h2>Add another</h2>
+    <ul>
+      ${others.map(
+        (one) => html`<li key=${one.id}>
+          <a class="drawn-tile" href=${link("compare", ...runs.map((run) => run.id), one.id)}>
+            <img src=${fileOfRun(one.id, one.cover ?? "")} alt="" loading="lazy" /><span>${nameOfRun(one)}</span>
+          </a>
+        </li>`,
+      )}
+    </ul>
+  </section>`;
 }
 
 /** @param {Props<{ runs: Api.RunAnswer[] }>} props */
@@ -77,65 +180,6 @@ function ComparedCurves({ runs, names }) {
       }
     </div>
     <${Curves} key=${what} lines=${lines} label=${`Loss of ${names.join(", ")} over steps`} />
-  </section>`;
-}
-
-/** @param {Props<{ runs: Api.RunAnswer[] }>} props */
-function ComparedPictures({ runs, names }) {
-  const [large, setLarge] = useState(null);
-  const last = runs.map((run) => {
-    const drawn = run.previews.filter((one) => one.strength !== 0);
-    const step = Math.max(...drawn.map((one) => one.step));
-    const strengths = [...new Set(drawn.filter((one) => one.step === step).map((one) => one.strength))];
-    const strength = strengths.includes(1) ? 1 : strengths[0];
-    return new Map(
-      drawn.filter((one) => one.step === step && one.strength === strength).map((one) => [one.prompt, one]),
-    );
-  });
-  const prompts = [...new Set(last.flatMap((one) => [...one.keys()]))];
-  if (!prompts.length) return null;
-  const source = (shot) => fileOfRun(shot.run, shot.file);
-  const shots = prompts.flatMap((prompt) =>
-    runs.flatMap((run, index) => {
-      const shot = last[index].get(prompt);
-      return shot ? [{ ...shot, run: run.id, title: names[index] }] : [];
-    }),
-  );
-  return html`<section aria-labelledby="pictures">
-    <h2 id="pictures">Pictures at the end</h2>
-    <div class="scroll" tabindex="0" role="region" aria-label="Pictures side by side">
-      <table class="pictures">
-        <thead><tr>${names.map((name) => html`<th scope="col" key=${name}>${name}</th>`)}</tr></thead>
-        <tbody>
-          ${prompts.map(
-            (prompt) => html`
-              <tr class="prompt-row" key=${`${prompt} words`}>
-                <th scope="rowgroup" colspan=${runs.length}>${prompt || "No prompt"}</th>
-              </tr>
-              <tr key=${prompt}>
-                ${runs.map((run, index) => {
-                  const shot = shots.find((one) => one.run === run.id && one.prompt === prompt);
-                  return html`<td key=${run.id}>
-                    ${
-                      shot
-                        ? html`<button type="button" class="picture" onClick=${() => setLarge(shots.indexOf(shot))}>
-                          <img src=${source(shot)} alt=${`${names[index]}: ${prompt}`} loading="lazy" />
-                        </button>`
-                        : html`<span class="missing">Not drawn</span>`
-                    }
-                  </td>`;
-                })}
-              </tr>
-            `,
-          )}
-        </tbody>
-      </table>
-    </div>
-    ${
-      large !== null &&
-      html`<${Lightbox} start=${large} onClose=${() => setLarge(null)}
-        shots=${shots.map((shot) => ({ ...shot, file: source(shot) }))} source=${(file) => file} />`
-    }
   </section>`;
 }
 

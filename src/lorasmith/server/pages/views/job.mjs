@@ -1,16 +1,17 @@
-// A job while it waits and trains: its progress, losses, previews, and what can be done with it.
+// A training in the room for pictures, from the queue to its end: how long it takes, and what can be done with it.
 import { get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { link, replace } from "../lib/router.mjs";
-import { announcement, useStore, work } from "../lib/stores.mjs";
-import { Button, Loading, Problem, Question, State, useLoaded } from "../parts/basics.mjs";
-import { Queue, act, isAsked, titleOf } from "../parts/jobs.mjs";
-import { LiveRun, useView } from "../parts/live_run.mjs";
-import { Stepper } from "../parts/stepper.mjs";
-
-const ENDED = ["completed", "failed", "cancelled"];
+import { go, link, replace } from "../lib/router.mjs";
+import { announcement, said, say, useStore, work } from "../lib/stores.mjs";
+import { capital, duration, whole } from "../lib/words.mjs";
+import { Button, Loading, Problem, Progress, Question, State, useLoaded } from "../parts/basics.mjs";
+import { act, isAsked, titleOf } from "../parts/jobs.mjs";
+import { useView } from "../parts/live_run.mjs";
+import { Room } from "../parts/room.mjs";
+import { isActive } from "../parts/tries.mjs";
 
 const SPOKEN = { completed: "finished", cancelled: "stopped", pending: "waiting" };
+const SPOKEN_SHARES = 10; // progress is read out this often
 
 export function JobView({ id }) {
   const [loaded, error, reload] = useLoaded((signal) => get(["jobs", id], {}, signal), [id]);
@@ -18,79 +19,70 @@ export function JobView({ id }) {
   const heard = known?.jobs.get(id);
   const job = loaded && heard ? { ...loaded, ...heard } : (loaded ?? heard);
   const view = useView(`jobs/${id}`);
+  const [run] = useLoaded(
+    async (signal) => (job?.run && view?.step > 0 ? get(["runs", job.run], {}, signal) : null),
+    [job?.run, job?.state, view?.step > 0],
+  );
   const [asking, setAsking] = useState(false);
   const before = useRef(null);
-
+  const state = job?.state;
   useEffect(() => {
-    const state = job?.state;
     if (!state) return;
-    const wasOn = before.current && !ENDED.includes(before.current);
     if (before.current && before.current !== state) announcement.set(`The training is ${SPOKEN[state] ?? state}.`);
     before.current = state;
-    // Whoever watched it to its end sees the result; a link to an ended job stays what it is.
-    if (wasOn && (state === "completed" || state === "cancelled") && job.run) replace("runs", job.run);
-  }, [job?.state, job?.run]);
-
+    if ((state === "completed" || state === "cancelled") && job.run) replace("runs", job.run); // one page for a run
+  }, [state, job?.run]);
   if (error && !job)
     return html`<section>
       <h1>Training</h1><${Problem} error=${error} onRetry=${reload} /><a href="#/">Start a new one</a>
     </section>`;
   if (!job) return html`<section><${Loading} what="the training" /></section>`;
-  const { state } = job;
-  const trigger = job.request?.trigger ?? job.request?.settings?.trigger;
+  const isRunning = state === "running";
   const steps = view?.step ?? 0;
-  const isEnded = ENDED.includes(state);
+  const trigger = job.request?.trigger ?? job.request?.settings?.trigger ?? "";
   return html`
-    <${Stepper} at=${isEnded ? "result" : "training"} dataset=${job.request?.dataset ?? undefined}
-      addresses=${job.run && isEnded ? { training: link("jobs", id), result: link("runs", job.run) } : {}} />
-    <${LiveRun} view=${view} run=${job.run ? { id: job.run, trigger: trigger ?? "" } : null}
-      isRunning=${state === "running"}
-      head=${html`
-        <div class="head"><h1 id="job">${titleOf(job)}</h1><${State} state=${state} /></div>
-        <p class="faint">${[job.request?.model, trigger && `“${trigger}”`].filter(Boolean).join(" · ")}</p>
-        <${Standing} job=${job} view=${view} known=${known} />
-        ${job.error && html`<${Problem} error=${{ message: sentence(job.error.message) }} />`}
-      `}
-      controls=${html`
-        ${
-          state === "running" &&
-          html`
-            <${Button} onClick=${() => act(job, "cancel", { pause: true })} busyText="Pausing…">Pause<//>
-            <${Button} onClick=${() => setAsking(true)}>Stop and keep<//>
-          `
-        }
-        ${
-          state === "pending" &&
-          html`
-            <${Button} onClick=${() => act(job, "move", { front: true })}>To the front<//>
-            <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Do not train<//>
-          `
-        }
-        ${
-          (state === "paused" || state === "interrupted") &&
-          html`
-            <${Button} kind="primary" onClick=${() => act(job, "continue")}>Continue<//>
-            <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Stop here<//>
-          `
-        }
-        ${
-          (state === "cancelled" || (state === "failed" && job.run)) &&
-          html`<${Button} onClick=${() => act(job, "continue")}>Continue<//>`
-        }
-        ${
-          state === "failed" &&
-          html`<${Button} kind="primary"
-              onClick=${() => act(job, "retry").then((next) => next?.id && (location.hash = link("jobs", next.id)))}>
-            Try again
-          <//>`
-        }
-        ${
-          job.run &&
-          ENDED.includes(state) &&
-          html`<a class="button primary" href=${link("runs", job.run)}>See the result</a>`
-        }
-      `} />
-    <${Queue} except=${id} />
+    <${Room} run=${run ? { ...run, subject: run.subject || trigger } : null} id=${job.run} view=${view}
+        isRunning=${isRunning}
+      total=${view?.steps} onEnd=${() => {}}
+      empty=${html`<${Standing} job=${job} view=${view} known=${known} />`}
+      title=${headOf(state, view)} panel=${() => html`<${Training} title=${titleOf(job)} view=${view} state=${state}
+        note=${[job.request?.model, trigger && `“${trigger}”`].filter(Boolean).join(" · ")}
+        error=${job.error && state !== "cancelled" ? sentence(job.error.message) : ""}
+        controls=${html`
+          ${isRunning && steps > 0 && job.run && html`<${Requests} id=${job.run} />`}
+          ${
+            isRunning &&
+            html`
+              <${Button} onClick=${() => act(job, "cancel", { pause: true })} busyText="Pausing…">Pause<//>
+              <${Button} onClick=${() => setAsking(true)}>Stop and keep<//>
+            `
+          }
+          ${
+            state === "pending" &&
+            html`
+              <${Button} onClick=${() => act(job, "move", { front: true })}>To the front<//>
+              <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Do not train<//>
+            `
+          }
+          ${
+            !isActive(job) &&
+            (job.run || state !== "failed") &&
+            html`<${Button} kind=${state === "failed" ? "plain" : "primary"} onClick=${() => act(job, "continue")}>
+                Continue<//>`
+          }
+          ${
+            (state === "paused" || state === "interrupted") &&
+            html`<${Button} onClick=${() => act(job, "cancel", { pause: false })}>Stop here<//>`
+          }
+          ${
+            state === "failed" &&
+            html`<${Button} kind="primary"
+                onClick=${() => act(job, "retry").then((next) => next?.id && go("jobs", next.id))}>
+              Try again
+            <//>`
+          }
+          ${state === "failed" && job.run && html`<a class="button" href=${link("runs", job.run)}>See the result</a>`}
+        `} />`} />
     ${
       asking &&
       html`<${Question} title="Stop the training?" yes="Stop and keep" onClose=${() => setAsking(false)}
@@ -103,8 +95,75 @@ export function JobView({ id }) {
   `;
 }
 
+/** How far a training is: the time left in words, a bar, what is warned of, and what can be done. */
+export function Training({ title, view, state, note = "", error = "", controls }) {
+  const { step: done, steps: planned } = view ?? { step: 0, steps: 0 };
+  const isRunning = state === "running";
+  const left = leftOf(view);
+  const spoken = useRef(0);
+  useEffect(() => {
+    const share = planned ? Math.floor((SPOKEN_SHARES * done) / planned) : 0;
+    if (share > spoken.current && isRunning)
+      announcement.set(`${whole(done)} of ${whole(planned)} steps.${left ? ` ${left}.` : ""}`);
+    spoken.current = share;
+  }, [done, planned]);
+  const warnings = (view?.notes ?? []).filter((one) => one.is_warning);
+  const isDrawing = isRunning && view?.status.startsWith("Drawing");
+  return html`
+    <div class="panel-head"><p class="panel-name">${title}</p><${State} state=${state} /></div>
+    <h1 class="verdict">${headOf(state, view)}</h1>
+    ${note && html`<p class="faint panel-facts">${note}</p>`}
+    ${error && html`<${Problem} error=${{ message: error }} />`}
+    ${
+      planned > 0 &&
+      html`<div class="panel-progress">
+        <${Progress} value=${done} max=${planned} label="Progress of the training" />
+        <span class="faint">
+          ${whole(done)} of ${whole(planned)} steps${isDrawing ? " · drawing the next picture" : ""}
+        </span>
+      </div>`
+    }
+    <div class="actions">${controls}</div>
+    ${warnings
+      .filter((one) => one.kind !== "Note")
+      .map((one) => html`<p class="fair warning" key=${one.at + one.text}>${sentence(one.text)}</p>`)}
+  `;
+}
+
+function leftOf(view) {
+  const seconds = view?.metrics.find((one) => one.name === "time_left")?.value;
+  return Number.isFinite(seconds) ? `${capital(duration(seconds, { about: true }))} left` : "";
+}
+
+/** What is said of a training in a few words. */
+export const headOf = (state, view) =>
+  state === "running" && view?.step > 0 ? leftOf(view) || "Learning" : HEADS[state];
+
+const HEADS = {
+  running: "Getting ready",
+  pending: "Waiting for its turn",
+  paused: "Paused",
+  interrupted: "Interrupted",
+  failed: "It failed",
+  cancelled: "Stopped",
+  completed: "Finished",
+};
+
+/** What a run that trains is asked for. */
+export function Requests({ id }) {
+  const ask = (what, text) =>
+    said(async () => {
+      await post(["runs", id, "requests"], { what });
+      say(text);
+    });
+  return html`
+    <${Button} onClick=${() => ask("preview", "Pictures are drawn after this step.")}>Preview now<//>
+    <${Button} onClick=${() => ask("save", "The LoRA is saved after this step.")}>Save now<//>
+  `;
+}
+
 /**
- * What happens before the first step, in words.
+ * What happens before the first picture, in words.
  *
  * @param {Props<{ job: Api.JobAnswer }>} props
  */
@@ -116,20 +175,25 @@ function Standing({ job, view, known }) {
         isAsked(one) &&
         (one.state === "running" || (one.state === "pending" && one.number < job.number)),
     ).length;
-    return html`<p role="status">
+    return html`<p class="easel-words" role="status">
       ${ahead ? `It starts after ${ahead === 1 ? "one other job" : `${ahead} other jobs`}.` : "It starts in a moment."}
     </p>`;
   }
   if (job.state === "paused")
-    return html`<p>It is paused. Everything so far is stored, also when the server is stopped.</p>`;
-  if (job.state === "interrupted")
-    return job.error ? null : html`<p>It was interrupted. It continues where it stopped.</p>`; // or its error says so
-  if (job.state !== "running" || view?.step) return null;
+    return html`<p class="easel-words">Everything so far is stored, also when the server is stopped.</p>`;
+  if (job.state === "interrupted") return html`<p class="easel-words">It continues where it stopped.</p>`;
+  if (job.state !== "running") return html`<p class="easel-words">Nothing was drawn yet.</p>`;
   const lines = view?.preparation ?? [];
-  return html`
-    <ol class="preparing" role="status">
-      ${lines.length ? lines.map((line) => html`<li key=${line}>${line}</li>`) : html`<li>Getting ready…</li>`}
-    </ol>
-    <progress aria-label="Preparing"></progress>
-  `;
+  return html`<div class="easel-words" role="status">
+    ${
+      view?.step > 0
+        ? html`<p>The first picture comes soon.</p>`
+        : html`
+          <ol class="preparing">
+            ${lines.length ? lines.map((line) => html`<li key=${line}>${line}</li>`) : html`<li>Getting ready…</li>`}
+          </ol>
+          <progress aria-label="Preparing"></progress>
+        `
+    }
+  </div>`;
 }

@@ -1,0 +1,79 @@
+// "Keep this one": the file, a copy for ComfyUI, and a picture to share that is seen before it is saved.
+import { address, fileOfRun, post } from "../lib/api.mjs";
+import { html, useState } from "../lib/html.mjs";
+import { say } from "../lib/stores.mjs";
+import { bytes, whole } from "../lib/words.mjs";
+import { Button, Dialog, Field, Problem } from "./basics.mjs";
+import { Icon } from "./icons.mjs";
+import { nameOfRun } from "./run_card.mjs";
+
+/**
+ * @param {Props<{ run: Api.RunAnswer, file: string, step: number | null, picture: string | null }>} props
+ *   `file`: the LoRA that is kept, of `step`
+ */
+export function Keep({ run, file, step, picture, onClose, onDone }) {
+  const last = run.saves.length ? Math.max(...run.saves.map((one) => one.step)) : null;
+  const size = run.saves.find((one) => one.file === file)?.bytes ?? run.recommended?.bytes ?? 0;
+  const [name, setName] = useState("");
+  const [isShared, setShared] = useState(false);
+  const [isBroken, setBroken] = useState(false);
+  const [error, setError] = useState(null);
+  const hasCard = run.recommended?.is_judged || run.previews.length > 0;
+  const card = address(["runs", run.id, "card"]);
+  const install = async () => {
+    setError(null);
+    try {
+      const body = { step: step === last ? null : step, name: name.trim() };
+      const { installed, was_there: wasThere } = await post(["runs", run.id, "install"], body);
+      say(wasThere ? `${installed} was there already.` : `Copied to models/loras as ${installed}.`);
+      onDone();
+      onClose();
+    } catch (failure) {
+      setError(failure);
+    }
+  };
+  return html`<${Dialog} title=${step ? `Keep step ${whole(step)}` : "Keep it"} onClose=${onClose} wide="keep-dialog">
+    ${
+      isShared
+        ? html`
+          ${
+            isBroken
+              ? html`<p>There are no pictures for it yet. Draw some first.</p>`
+              : html`<img class="share-card" src=${card} alt="The picture to share" onError=${() => setBroken(true)} />`
+          }
+          <div class="actions end">
+            <${Button} onClick=${() => setShared(false)}>Back<//>
+            ${
+              !isBroken &&
+              html`<a class="button primary" href=${card} download=${`${nameOfRun(run)}.png`}>Save the picture</a>`
+            }
+          </div>
+        `
+        : html`
+          <div class="keep">
+            ${picture && html`<img src=${picture} alt="" />`}
+            <div>
+              ${run.subject && html`<p>Write <b>${run.subject}</b> in your prompts.</p>`}
+              <div class="keep-ways">
+                <a class="button primary" href=${fileOfRun(run.id, file)} download>
+                  <${Icon} name="download" /> Download the file <small>${bytes(size)}</small>
+                </a>
+                <${Button} onClick=${install}><${Icon} name="check" /> Copy to ComfyUI<//>
+                ${
+                  hasCard &&
+                  html`<${Button} onClick=${() => setShared(true)}><${Icon}
+                    name="share" /> Share a picture<//>`
+                }
+              </div>
+              ${run.lora?.installed && html`<p class="faint">In ComfyUI already, as ${run.lora.installed}.</p>`}
+              <${Field} label="Name in ComfyUI" optional>
+                ${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${name}
+                  placeholder=${file} onInput=${(event) => setName(event.currentTarget.value)} />`}
+              <//>
+              <${Problem} error=${error} />
+            </div>
+          </div>
+        `
+    }
+  <//>`;
+}
