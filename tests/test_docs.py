@@ -1,8 +1,9 @@
-"""The README tells the truth about commands, modules and the example code."""
+"""README and the pages of docs tell the truth about commands, links and the example code."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -46,7 +47,32 @@ SDIST = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hat
     "include"
 ]
 NOT_IN_SDIST = ("docs/images", "lorasmith-tiny", "lorasmith-editor", "comfyui-lorasmith")
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*lorasmith*/*.md"), *ROOT.glob("docs/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*lorasmith*/*.md"), *ROOT.glob("docs/**/*.md")]
+HISTORY = ("CHANGELOG.md", "lab-log.md")  # with commands as they were
+
+
+@pytest.mark.parametrize("page", [one for one in PAGES if one.name not in HISTORY], ids=lambda page: page.name)
+def test_every_command_of_a_page_can_be_typed(page: Path) -> None:
+    """Commands and flags exist; files need not."""
+    group = typer.main.get_command(app)
+    for line in typed(page):
+        command, words = group, shlex.split(line, comments=True)
+        context = group.make_context("lorasmith", [], resilient_parsing=True)
+        while (inner := getattr(command, "commands", {}).get(words[0] if words else "")) is not None:
+            command, words = inner, words[1:]
+        assert command is not group or words == ["--help"], line
+        flags = {one for param in command.get_params(context) for one in (*param.opts, *param.secondary_opts)}
+        assert {one.partition("=")[0] for one in words if re.match(r"-[-a-z]\S*$", one)} <= flags, line
+
+
+def typed(page: Path) -> list[str]:
+    """What follows `lorasmith` in the lines of code of a page."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    code = [*re.findall(r"^ {4,}(.*)$", text, flags=re.MULTILINE), *re.findall(r"`(lorasmith [^`]*)`", text)]
+    for block in re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        code += block.splitlines()
+    calls = [re.match(r"(?:\w+=\S+ |\S*bin/|uv run )*lorasmith (.*)", one) for one in code]
+    return [call[1] for call in calls if call and not re.search(r"[…\n]|\.\.\.", call[1])]
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,4 +1,4 @@
-"""Print the table of docs/models.md: settings with which each family fits a card, as `lorasmith plan` proposes them.
+"""Print the table of docs/cards.md: settings with which each family fits a card, as `lorasmith plan` proposes them.
 
     python -m tools.memory_table
 

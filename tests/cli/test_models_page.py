@@ -1,4 +1,4 @@
-"""What `docs/models.md` shows can be typed, in a ComfyUI folder with small models under the usual names."""
+"""Commands of `docs/models.md` and `docs/cards.md`, in a ComfyUI folder with small models under the usual names."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tests.families.flux_parts import comfyui_folder
 Command = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").replace("\\\n", " ")
-COMMANDS = re.findall(r"^    lorasmith (?!models --get)(.*)$", PAGE, flags=re.MULTILINE)
+PAGE = "".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8").replace("\\\n", " ") for name in ("models.md", "cards.md")
+)
+COMMANDS = re.findall(r"^    lorasmith (?!models --get|bench)(.*)$", PAGE, flags=re.MULTILINE)
 SHORT = ["--steps", "1", "--rank", "2", "--targets", "*.attn.to_q", "--resolution", "64"]
 
 
@@ -30,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_commands_run_in_order(lorasmith: Command, photos: Path, made: Path, tmp_path: Path) -> None:
     given, *others = COMMANDS
-    assert [command.split()[0] for command in COMMANDS] == ["train", "train", "models", "plan", "train"]
+    assert [command.split()[0] for command in COMMANDS] == ["train", "train", "models", "train", "plan"]
     for file in made.rglob("*.safetensors"):
         (tmp_path / file.name).symlink_to(file)
     ran = lorasmith(*shlex.split(given), *SHORT)
