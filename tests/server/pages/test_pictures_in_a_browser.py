@@ -101,7 +101,7 @@ def test_a_run_that_trains_is_asked_for_pictures_its_lora_and_a_prompt(
     page.get_by_label("Seed", exact=True).fill("5")
     page.get_by_label("Prompt", exact=True).fill("foxy <i>in</i> snow")
     page.get_by_role("button", name="Draw", exact=True).click()
-    drawn = page.get_by_role("region", name="You drew")
+    drawn = page.locator("[aria-label='You drew']")  # in the panel, which is down
     expected(drawn.get_by_text("training goes on afterwards")).to_have_count(1)
     drawing = {"prompt": "foxy <i>in</i> snow", "strength": 1, "seed": 5, "control": "", "lora": ""}
     assert training.serve_requests() == [drawing]

@@ -112,11 +112,10 @@ def run_card(folders: Folders, id: str) -> bytes:
     step, rows = _shown(folder)
     if not rows:
         raise OptionError(f"{id} has no pictures with its LoRA and without it; draw previews or evaluate it")
-    trigger = record.source.get("trigger")
-    title = trigger if isinstance(trigger, str) and trigger else record.title or folder.name
+    subject = subject_words(record)
     model = record.model.name.replace("\\", "/").rsplit("/", 1)[-1]
-    facts = ["Strength 1", *([f"step {step:,}"] if step else []), *([model] if model else [])]
-    return share_card(rows, title=title, facts=" · ".join(facts))
+    facts = [f"Write “{subject}” in prompts" if subject else "", f"step {step:,}" if step else "", model]
+    return share_card(rows, title=subject or record.title or folder.name, facts=" · ".join(filter(None, facts)))
 
 
 def _check_length(what: str, text: str, least: int = 0) -> None:

@@ -3,7 +3,7 @@ import { address, fileOfRun, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { say } from "../lib/stores.mjs";
 import { bytes, whole } from "../lib/words.mjs";
-import { Button, Dialog, Field, Problem } from "./basics.mjs";
+import { Button, Dialog, Field, Loading, Problem } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
 import { nameOfRun } from "./run_card.mjs";
 
@@ -17,6 +17,7 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
   const [name, setName] = useState("");
   const [isShared, setShared] = useState(false);
   const [isBroken, setBroken] = useState(false);
+  const [isThere, setThere] = useState(false);
   const [error, setError] = useState(null);
   const hasCard = run.recommended?.is_judged || run.previews.length > 0;
   const card = address(["runs", run.id, "card"]);
@@ -39,8 +40,10 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
           ${
             isBroken
               ? html`<p>There are no pictures for it yet. Draw some first.</p>`
-              : html`<img class="share-card" src=${card} alt="The picture to share" onError=${() => setBroken(true)} />`
+              : html`<img class="share-card" src=${card} alt="The picture to share" 
+                  onError=${() => setBroken(true)} onLoad=${() => setThere(true)} />`
           }
+          ${!isBroken && !isThere && html`<${Loading} what="the picture" />`}
           <div class="actions end">
             <${Button} onClick=${() => setShared(false)}>Back<//>
             ${

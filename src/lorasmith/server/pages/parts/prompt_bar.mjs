@@ -67,11 +67,7 @@ function Bar({ run, isTraining, ideas, shown, amount, facts, onDrawn, onGrid, pr
       setError(failure);
     }
   };
-  const submit = (event) => {
-    event.preventDefault();
-    if (!cannot) draw();
-  };
-  return html`<form class="prompt-place" onSubmit=${submit}>
+  return html`<div class="prompt-place">
     <${Problem} error=${error ?? problem} onRetry=${error ? undefined : onRetry} />
     ${
       ideas.length > 0 &&
@@ -87,7 +83,8 @@ function Bar({ run, isTraining, ideas, shown, amount, facts, onDrawn, onGrid, pr
     }
     <div class="prompt-bar">
       <input type="text" aria-label="Prompt" maxlength="10000" autocomplete="off" value=${prompt}
-        placeholder="What should be drawn?" onInput=${(event) => setPrompt(event.currentTarget.value)} />
+        placeholder="What should be drawn?" onKeyDown=${(event) => event.key === "Enter" && !cannot && draw()}
+        onInput=${(event) => setPrompt(event.currentTarget.value)} />
       <button type="button" class="round" aria-pressed=${isRandom ? "true" : "false"} aria-label="Random seed"
           title=${isRandom ? "Another noise for each picture" : `Always the noise of seed ${seed}`}
           onClick=${() => setRandom(!isRandom)}>
@@ -146,7 +143,7 @@ function Bar({ run, isTraining, ideas, shown, amount, facts, onDrawn, onGrid, pr
         }
       </div>`
     }
-  </form>`;
+  </div>`;
 }
 
 /** The name of a picture on the server, sent once for each run. */

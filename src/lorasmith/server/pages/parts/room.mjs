@@ -133,7 +133,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
     : [];
   const evaluating = jobs.find((job) => job.kind === "evaluate" && isActive(job));
   const shown = { step, file: lora, picture: layers[0].src || null };
-  const others = [...previews, ...evaluated];
+  const others = [...previews.filter((one) => !evaluated.some((two) => two.prompt === one.prompt)), ...evaluated];
   return html`<div class=${`studio ${shots.length ? "" : "stripless"}`}>
     <div class="studio-picture">
       ${
@@ -176,7 +176,8 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
       }
       ${
         scene &&
-        html`<p class="studio-prompt faint">
+        html`<p class="studio-prompt faint" role="status">
+          ${tries.some((one) => one.files.length < 2 && (one.job ? isActive(one.job) : !one.error)) ? "Drawing… " : ""}
           ${scene.prompt}${scene.note ? ` · ${sentence(scene.note)}` : ""}</p>`
       }
       ${
