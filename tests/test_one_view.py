@@ -93,7 +93,7 @@ def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
     assert LINE in texts[-1]
     assert {"name": "sharpness", "label": "sharpness of the minimum", "value": 0.25, "text": "0.25", "unit": "",
             "line": LINE} in views[-1]["metrics"]  # fmt: skip
-    for script in (PACKAGE / "server/pages/parts/live_run.mjs", EDITOR.folder / "extensions/lorasmith/lorasmith.js"):
+    for script in (PACKAGE / "server/pages/parts/engineers.mjs", EDITOR.folder / "extensions/lorasmith/lorasmith.js"):
         assert "view.metrics.map(" in script.read_text(encoding="utf-8"), "each one is drawn"
 
 

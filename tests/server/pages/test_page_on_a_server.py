@@ -57,66 +57,80 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     start_with(page, {"Steps": STEPS, "Previews": "sks fox"})
 
     # The base model's picture is first. The curve grows while the previews come; what is asked for comes in between.
-    page.get_by_role("img", name="Base model: sks fox").wait_for()
-    details = page.get_by_role("heading", name="Details")
-    details.click()
+    page.get_by_role("img", name=re.compile("^Without.*: sks fox$")).first.wait_for()
+    engineers = page.get_by_role("button", name="For engineers")
+    engineers.click()
     curve = page.get_by_role("img", name=re.compile("Training loss over"))
     curve.wait_for()
     first, drawn = points(page), picture_of(page)
     wait_until(lambda: points(page) > first and picture_of(page) != drawn)
+    page.keyboard.press("Escape")
     page.get_by_role("button", name="Save now").click()
     page.get_by_label("Prompt", exact=True).fill("sks fox that runs")
     page.get_by_role("button", name="Draw", exact=True).click()
-    loaded(page, ".try img", 2)
-    page.get_by_role("link", name=re.compile(r"^step \d+$")).wait_for()
-    loaded(page, ".wipe img", 2)
+    page.get_by_role("img", name=re.compile("^Step \\d+: sks fox that runs$")).wait_for()
+    loaded(page, ".easel img", 2)
+    engineers.click()
+    page.get_by_role("link", name=re.compile(r"^Download step \d+$")).first.wait_for()
+    page.keyboard.press("Escape")
     page.get_by_role("button", name="Pause").click()
-    page.get_by_text("It is paused.").wait_for()
-    paused_at = points(page)
-    assert 0 < paused_at < STEPS
+    page.get_by_role("heading", name="Paused").wait_for()
     page.reload()
-    details.click()
+    engineers.click()
     curve.wait_for()
-    wait_until(lambda: points(page) == paused_at)  # all of it is there again
+    paused_at = points(page)
+    assert 0 < paused_at < STEPS  # all of it is there again
+    page.keyboard.press("Escape")
     page.get_by_role("button", name="Continue", exact=True).click()
     page.wait_for_url("**/#/runs/*")
-    details.click()
+    engineers.click()
     assert points(page) == STEPS
-    loaded(page, ".previews img", 3)  # the base model, and two strengths
+    table = page.get_by_role("region", name="Pictures by strength and step")
+    assert {"Base model", "0.5", "1"} <= set(table.locator("tbody th").all_inner_texts())
+    page.keyboard.press("Escape")
 
+    page.get_by_role("button", name="Keep this one").click()
+    keep = page.get_by_role("dialog")
     with page.expect_download() as download:
-        page.get_by_role("link", name=re.compile(rf"^Download step {STEPS} \(")).first.click()
+        keep.get_by_role("link", name="Download the file").click()
     assert download.value.suggested_filename == "sks-fox.safetensors"
     download.value.save_as(tmp_path / "sks-fox.safetensors")
     assert change_in_diffusers(tmp_path / "sks-fox.safetensors") > 1e-3
-
-    page.get_by_label("Prompt", exact=True).fill("sks fox that sits")
-    page.get_by_role("button", name="Draw", exact=True).click()
-    loaded(page, ".try img", 2)
-    *_, plain, tuned = sorted((base / "runs").glob("*/tried/*.png"))
-    assert plain.read_bytes() != tuned.read_bytes()
-
-    page.locator(".chip", has_text="noto style").click()
-    page.get_by_role("button", name=re.compile(r"^Draw \d+ pictures$")).click()
-    loaded(page, "table.grid img", 11)  # the base model, and two steps at five strengths
+    keep.get_by_role("button", name="Share a picture").click()
+    loaded(page, ".share-card", 1)
     with page.expect_download() as card:
-        page.get_by_role("link", name="Share card").click()
+        keep.get_by_role("link", name="Save the picture").click()
     assert Path(card.value.path()).read_bytes().startswith(b"\x89PNG")
-
-    page.get_by_role("button", name="Copy to ComfyUI").click()
-    page.get_by_role("button", name="Copy", exact=True).click()
+    keep.get_by_role("button", name="Back").click()
+    keep.get_by_role("button", name="Copy to ComfyUI").click()
     page.get_by_text("Copied to models/loras as sks-fox.safetensors.").wait_for()
     copied = base / "models/loras/sks-fox.safetensors"
     assert copied.read_bytes() == (tmp_path / "sks-fox.safetensors").read_bytes()
 
-    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Prompt", exact=True).fill("sks fox that sits")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("img", name=re.compile("^Step \\d+: sks fox that sits$")).wait_for()
+    wait_until(lambda: page.get_by_role("button", name="Enough").count() == 0)  # the other strengths are there, too
+    *_, plain, _, tuned = sorted((base / "runs").glob("*/tried/*.png"))[-6:-3]
+    assert plain.read_bytes() != tuned.read_bytes()
+    slider = page.get_by_label("Strength", exact=True)
+    slider.press("ArrowLeft")
+    assert slider.get_attribute("aria-valuetext") == "0.8"
+
+    page.get_by_role("button", name="How it is drawn").click()
+    page.get_by_role("group", name="Prompts to try").get_by_role("button", name="noto style").click()
+    page.get_by_role("button", name="Draw it at every step").click()
+    page.get_by_role("img", name="noto style").first.wait_for()
+
+    page.get_by_label("More", exact=True).click()
     page.get_by_role("button", name="Train it further").click()
     page.get_by_label("More steps").fill("5")
     page.get_by_role("button", name="Train 5 more steps").click()
     page.wait_for_url("**/#/jobs/*")
     page.wait_for_url("**/#/runs/*")
-    details.click()
+    engineers.click()
     assert points(page) == STEPS + 5
+    page.keyboard.press("Escape")
 
     # Another one, and both side by side.
     page.get_by_role("button", name="Train again with changes").click()
@@ -124,19 +138,21 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     start_with(page, {"Steps": 10, "Rank": 4})
     page.wait_for_url("**/#/jobs/*")
     page.wait_for_url("**/#/runs/*")
-    details.click()
+    engineers.click()
     assert points(page) == 10
+    page.keyboard.press("Escape")
     page.goto(page.url.split("#")[0] + "#/runs")
     expected(page.get_by_role("checkbox")).not_to_have_count(0)
     for box in page.get_by_role("checkbox").all()[:2]:  # the newest
         box.check()
     page.get_by_role("button", name="Compare").click()
+    loaded(page, ".easel img", 2)
+    page.get_by_role("button", name="For engineers").click()
     page.wait_for_selector(".plot canvas")
     table = page.get_by_role("region", name="Settings that differ, as a table")
     table.wait_for()
     rows = dict(zip(table.locator("tbody th").all_inner_texts(), rows_of(table), strict=True))
     assert rows["steps"] == ["10", str(STEPS + 5)] and rows["rank"] == ["4", "16"]
-    loaded(page, ".pictures img", 2)
 
 
 def start_with(page: Any, settings: dict[str, int | str]) -> None:

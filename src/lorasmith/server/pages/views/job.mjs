@@ -180,7 +180,7 @@ function Standing({ job, view, known }) {
     </p>`;
   }
   if (job.state === "paused")
-    return html`<p class="easel-words">Everything so far is stored, also when the server is stopped.</p>`;
+    return html`<p class="easel-words">It is paused. All of it is stored, also when the server is stopped.</p>`;
   if (job.state === "interrupted") return html`<p class="easel-words">It continues where it stopped.</p>`;
   if (job.state !== "running") return html`<p class="easel-words">Nothing was drawn yet.</p>`;
   const lines = view?.preparation ?? [];
