@@ -10,7 +10,6 @@ built-in model is trained, as there is no other.
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -98,7 +97,8 @@ def _walk(hand: _Hand, page: Any, arguments: argparse.Namespace) -> None:
     page.locator(".easel-left").first.wait_for()
     hand.reached("the first picture with the LoRA")
     page.wait_for_url("**/#/runs/*")
-    download = page.get_by_role("link", name=re.compile(r"^Download (step \d+ )?\(")).first
+    hand.click(page.get_by_role("button", name="Keep this one"))
+    download = page.get_by_role("link", name="Download the file")
     download.wait_for()
     hand.reached("the end of the training")
     with page.expect_download() as downloaded:

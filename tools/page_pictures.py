@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -110,26 +109,24 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
         page.get_by_label(label, exact=True).press("Tab")
     camera.every_look("4-all-settings", page)
     page.get_by_role("button", name="Start training").click()
-    page.locator(".alone img").wait_for()
+    page.locator(".easel img").first.wait_for()
     camera.every_look("5-base", page)
-    page.locator(".wipe img").first.wait_for()
+    page.locator(".easel-left").wait_for()
     while page.locator("progress").first.evaluate("bar => bar.value") < 0.62 * _STEPS:
         time.sleep(0.5)
     camera.document("serve-training", page, scheme="dark", height=1360)
     camera.every_look("5-training", page)
     page.wait_for_url("**/#/runs/*")
-    page.get_by_role("link", name="Download step").wait_for()
-    page.locator(".wipe img").first.wait_for()
+    page.get_by_role("button", name="Keep this one").wait_for()
+    page.locator(".easel-left").wait_for()
     page.wait_for_timeout(1000)
     camera.document("serve-result", page, scheme="light", height=1360)
     if camera.wants_all:
         page.locator(".chip", has_text="noto style").click()
-        page.get_by_role("button", name=re.compile(r"^Draw \d+ pictures$")).click()
-        page.locator("table.grid img").first.wait_for()
         page.get_by_role("button", name="Draw", exact=True).click()
-        page.locator(".try img").first.wait_for()
+        page.get_by_role("region", name="You drew").locator(".drawn-tile").first.wait_for()
     camera.every_look("6-result", page)
-    page.get_by_role("heading", name="Details").click()
+    page.get_by_role("button", name="For engineers").click()
     page.wait_for_selector(".plot canvas")
     camera.every_look("6-details", page)
     page.goto(f"{page.url.split('#')[0]}#/runs")

@@ -119,7 +119,11 @@ export function Queue({ except, runs }) {
                 : html`<b>${titleOf(job)}</b>`
             }
             <span class="faint">${workOf(job)} · ${moment(job.started ?? job.created)}</span>
-            ${job.kind !== "train" && job.state === "running" && html`<${JobProgress} job=${job} label=${workOf(job)} />`}
+            ${
+              job.kind !== "train" &&
+              job.state === "running" &&
+              html`<${JobProgress} job=${job} label=${workOf(job)} />`
+            }
             ${job.state === "interrupted" && job.error && html`<span>${sentence(job.error.message)}</span>`}
           </div>
           <${State} state=${job.state} kind=${job.kind} />
