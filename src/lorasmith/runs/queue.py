@@ -121,6 +121,7 @@ class Job:
             "model": self.request.get("model"),
             "about": self.request.get("run") if self.kind in ("draw", "evaluate") else None,
             "wish": self.request.get("wish") if self.kind == "draw" else None,
+            "gives_way": self.gives_way,
         }
 
 

@@ -283,6 +283,7 @@ declare namespace Api {
     attempts: number;
     about: string | null;
     wish: string | null;
+    gives_way: boolean;
     request: Record<string, any>;
   }
   interface DataCheckAnswer {

@@ -136,6 +136,7 @@ class JobAnswer:
     attempts: Annotated[int, "how often it was started"]
     about: Annotated[str | None, "id of the run whose LoRAs it draws with or evaluates; null for other jobs"] = None
     wish: Annotated[str | None, "what the grid that it draws is asked for; null for other jobs"] = None
+    gives_way: Annotated[bool, "whether the server or a page queued it by itself: every other job comes first"] = False
     request: Annotated[dict[str, Any], "what it does"] = field(default_factory=dict)
 
 

@@ -5,7 +5,7 @@ import { go, link, replace } from "../lib/router.mjs";
 import { announcement, said, say, useStore, work } from "../lib/stores.mjs";
 import { capital, duration, whole } from "../lib/words.mjs";
 import { Button, Loading, Problem, Progress, Question, State, useLoaded } from "../parts/basics.mjs";
-import { act, isAsked, titleOf } from "../parts/jobs.mjs";
+import { act, titleOf } from "../parts/jobs.mjs";
 import { useView } from "../parts/live_run.mjs";
 import { Room } from "../parts/room.mjs";
 import { isActive } from "../parts/tries.mjs";
@@ -172,7 +172,7 @@ function Standing({ job, view, known }) {
     const ahead = [...(known?.jobs.values() ?? [])].filter(
       (one) =>
         one.id !== job.id &&
-        isAsked(one) &&
+        !one.gives_way &&
         (one.state === "running" || (one.state === "pending" && one.number < job.number)),
     ).length;
     return html`<p class="easel-words" role="status">
@@ -184,10 +184,11 @@ function Standing({ job, view, known }) {
   if (job.state === "interrupted") return html`<p class="easel-words">It continues where it stopped.</p>`;
   if (job.state !== "running") return html`<p class="easel-words">Nothing was drawn yet.</p>`;
   const lines = view?.preparation ?? [];
+  const isDrawing = view?.status.startsWith("Drawing");
   return html`<div class="easel-words" role="status">
     ${
-      view?.step > 0
-        ? html`<p>The first picture comes soon.</p>`
+      view?.step > 0 || isDrawing
+        ? html`<p>${isDrawing ? "Drawing what it looks like without your LoRA…" : "The first picture comes soon."}</p>`
         : html`
           <ol class="preparing">
             ${lines.length ? lines.map((line) => html`<li key=${line}>${line}</li>`) : html`<li>Getting ready…</li>`}

@@ -97,6 +97,7 @@ function Verdict({ run, job, shown, reload }) {
     </div>
     <h1 class="verdict">${head}</h1>
     ${reason.length > 0 && html`<p class="reason">${reason.join(" ")}</p>`}
+    ${job?.state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
     ${run.note && html`<p key="note" class="note">${run.note}</p>`}
     <div class="actions">
       ${
