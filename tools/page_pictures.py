@@ -124,7 +124,7 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     if camera.wants_all:
         page.locator(".chip", has_text="noto style").click()
         page.get_by_role("button", name="Draw", exact=True).click()
-        page.get_by_role("region", name="You drew").locator(".drawn-tile").first.wait_for()
+        page.get_by_role("region", name="You drew").locator(".scene-tile").first.wait_for()
     camera.every_look("6-result", page)
     page.get_by_role("button", name="For engineers").click()
     page.wait_for_selector(".plot canvas")

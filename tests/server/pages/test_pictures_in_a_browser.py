@@ -107,7 +107,7 @@ def test_a_run_that_trains_is_asked_for_pictures_its_lora_and_a_prompt(
     assert training.serve_requests() == [drawing]
     expected(page.locator(".easel-picture")).to_have_attribute("alt", "Step 33: foxy <i>in</i> snow")
     page.reload()
-    expected(drawn.locator(".drawn-tile")).to_have_count(1)
+    expected(drawn.locator(".scene-tile")).to_have_count(1)
     assert_legible(page, "tried")
     training.close()
     page.locator(".panel-handle").click()

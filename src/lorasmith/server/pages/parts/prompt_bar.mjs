@@ -67,7 +67,17 @@ function Bar({ run, isTraining, ideas, shown, amount, facts, onDrawn, onGrid, pr
       setError(failure);
     }
   };
-  return html`<div class="prompt-place">
+  const place = useRef(null);
+  useEffect(() => {
+    const style = place.current.closest(".studio").style; // where the panel of phones ends
+    const size = new ResizeObserver(() => style.setProperty("--prompt", `${place.current.offsetHeight}px`));
+    size.observe(place.current);
+    return () => {
+      size.disconnect();
+      style.removeProperty("--prompt");
+    };
+  }, []);
+  return html`<div class="prompt-place" ref=${place}>
     <${Problem} error=${error ?? problem} onRetry=${error ? undefined : onRetry} />
     ${
       ideas.length > 0 &&

@@ -277,7 +277,7 @@ const SubjectField = ({ value, onValue }) => html`<${Field} label="What should I
 function Tiles({ title, shown, tries, scenes, run, best, grids, onScene }) {
   const waiting = tries.filter((one) => one.files.length < 2);
   if (!waiting.length && !scenes.length && !grids.length) return null;
-  return html`<section class="drawn" aria-label=${title}>
+  return html`<section class="scenes" aria-label=${title}>
     <h2>${title}</h2>
     <ul>
       ${waiting.map((one) => html`<li key=${one.id}><${Waiting} one=${one} /></li>`)}
@@ -288,7 +288,7 @@ function Tiles({ title, shown, tries, scenes, run, best, grids, onScene }) {
         const file = pictureAt(scene, step, nearest(strengthsOf(scene, step).filter(Boolean), 1) ?? 0);
         const one = tries.find((other) => scene.key === `try ${other.id}`);
         return html`<li key=${scene.key}>
-          <button type="button" class="drawn-tile" aria-pressed=${scene.key === shown?.key} title=${scene.prompt}
+          <button type="button" class="scene-tile" aria-pressed=${scene.key === shown?.key} title=${scene.prompt}
               aria-label=${`${scene.prompt || "No prompt"}${one ? `, seed ${one.seed}` : ""}`}
               onClick=${() => onScene(scene)}>
             ${file && html`<img src=${fileOfRun(run.id, file)} alt="" loading="lazy" />`}

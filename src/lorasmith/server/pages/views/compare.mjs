@@ -84,11 +84,11 @@ function Compared({ runs }) {
     </div>
     <${Panel} title=${runs.length > 1 ? "Which one do you like?" : "Compare it with another"}>
       <h1 class="verdict">${runs.length > 1 ? "Which one do you like?" : "Compare it with another"}</h1>
-      <section class="drawn" aria-label="Compared">
+      <section class="scenes" aria-label="Compared">
         <ul>
           ${runs.map(
             (run, index) => html`<li key=${run.id}>
-              <button type="button" class="drawn-tile" aria-pressed=${sides[1] === String(index)}
+              <button type="button" class="scene-tile" aria-pressed=${sides[1] === String(index)}
                   aria-label=${`Show ${names[index]} on the right`} onClick=${() => choose(1, String(index))}>
                 ${shot(String(index)) && html`<img src=${shot(String(index))} alt="" loading="lazy" />`}
                 <span>${names[index]}</span>
@@ -131,12 +131,12 @@ function Others({ runs }) {
   const [found] = useLoaded((signal) => get(["runs"], { limit: MOST_OFFERED }, signal), []);
   const others = (found?.runs ?? []).filter((one) => one.cover && !runs.some((run) => run.id === one.id));
   if (!others.length) return null;
-  return html`<section class="drawn" aria-label="Add another">
+  return html`<section class="scenes" aria-label="Add another">
     <h2>Add another</h2>
     <ul>
       ${others.map(
         (one) => html`<li key=${one.id}>
-          <a class="drawn-tile" href=${link("compare", ...runs.map((run) => run.id), one.id)}>
+          <a class="scene-tile" href=${link("compare", ...runs.map((run) => run.id), one.id)}>
             <img src=${fileOfRun(one.id, one.cover ?? "")} alt="" loading="lazy" /><span>${nameOfRun(one)}</span>
           </a>
         </li>`,
