@@ -70,7 +70,9 @@ function Bar({ run, isTraining, ideas, shown, amount, facts, onDrawn, onGrid, pr
   const place = useRef(null);
   useEffect(() => {
     const style = place.current.closest(".studio").style; // where the panel of phones ends
-    const size = new ResizeObserver(() => style.setProperty("--prompt", `${place.current.offsetHeight}px`));
+    const size = new ResizeObserver(([{ target }]) =>
+      style.setProperty("--prompt", `${/** @type {HTMLElement} */ (target).offsetHeight}px`),
+    );
     size.observe(place.current);
     return () => {
       size.disconnect();
