@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Modules are compiled when they are first imported, and kept, as are the rewritten tests: empty means no.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all crash fuzz gpu lint lint-pages collected clean
+.PHONY: demo test test-all crash fuzz gpu site lint lint-pages collected clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
@@ -39,6 +39,17 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes $(MINUTES) --output $(OUT) \
 	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PARTS),--parts $(PARTS)) \
 	  $(if $(COMFYUI),--comfyui $(COMFYUI)) $(if $(SD_SCRIPTS),--sd-scripts $(SD_SCRIPTS))
+
+# The documentation as pages in build/site, in an environment of its own: the generator is no dependency of the tests.
+site: build/site-env/installed
+	build/site-env/bin/python -m tools.site
+
+build/site-env/installed: pyproject.toml
+	$(PYTHON) -m venv build/site-env
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["docs"], sep="\n")' \
+	  > build/site-env/docs.txt
+	build/site-env/bin/python -m pip install --quiet --requirement build/site-env/docs.txt
+	touch $@
 
 lint: .venv/installed-dev lint-pages
 	$(BIN)/ruff check .
