@@ -119,16 +119,22 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
     newest.current = last;
   }, [shots.length]);
   useEffect(() => {
+    if (key && scene?.key === key) announcement.set(`Shown: ${scene.prompt}`);
+  }, [key, scene?.key]);
+  useEffect(() => {
     for (const one of strengths) new Image().src = layer(one); // so that dragging shows them at once
   }, [scene?.key, step, strengths.length]);
 
   const saves = view?.saves ?? run?.saves ?? [];
-  const lora = saves.find((one) => one.step === step)?.file ?? (isRunning ? "" : (run?.recommended?.file ?? ""));
+  const isNewest = isRunning && chosen === null; // drawn with the weights as they are
+  const kept = isNewest ? null : saves.find((one) => one.step === step);
+  const lora = kept?.file ?? (isRunning ? "" : (run?.recommended?.file ?? ""));
   const subject = run?.subject ?? "";
+  const withSubject = (wish) => (wish.includes(subject) ? wish : `${subject}, ${wish}`);
   const ideas = subject
     ? Object.values(gallery?.kinds ?? {})
         .flat()
-        .map((wish) => (wish.includes(subject) ? wish : `${subject}, ${wish}`))
+        .map(withSubject)
         .slice(0, MOST_IDEAS)
     : [];
   const evaluating = jobs.find((job) => job.kind === "evaluate" && isActive(job));
@@ -194,7 +200,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
                       wish: prompt,
                       ...(subject ? {} : { subject: prompt }),
                     });
-                    setKey(`grid ${prompt}`);
+                    setKey(`grid ${withSubject(prompt)}`);
                     say("It is drawn with the LoRA of each step.");
                   })
           } />`
