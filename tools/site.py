@@ -32,7 +32,7 @@ def main() -> None:
     repository = re.search(r"^repo_url: *(\S+)", settings, flags=re.MULTILINE)
     prepare(repository[1] if repository else "")
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", ROOT / "mkdocs.yml"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml"]
     raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
 
 
