@@ -79,9 +79,9 @@ def _walk(hand: _Hand, page: Any, arguments: argparse.Namespace) -> None:
     page.get_by_text("Drop photos or a folder here").wait_for()
     hand.reached("the page is there")
     hand.drop(sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*.png")))  # without their captions
-    hand.type(page.get_by_label("Trigger word"), "sks fox")
+    hand.type(page.get_by_label("What will you call it in prompts?"), "sks fox")
     page.get_by_text("0 of 6 with a caption").wait_for()
-    hand.click(page.get_by_role("button", name="Next: model"))
+    hand.click(page.get_by_role("button", name="Choose a model"))
     page.wait_for_selector("input[name=model]:checked")
     hand.reached("photos, a trigger")
     hand.click(page.get_by_role("button", name="Next: settings"))

@@ -24,38 +24,76 @@ def crop_of(served: ServedPage) -> Crop | None:
     return dataset(served.folders, "fox").images[0].crop
 
 
-def open_large(page: Any, file: str) -> Any:
-    page.get_by_role("button", name=f"Show {file} large").click()
-    return page.get_by_role("dialog")
+def choose(page: Any, file: str) -> Any:
+    """The tile of a photo, which is chosen."""
+    tile = page.locator(f'.tile[data-file="{file}"]')
+    tile.click(position={"x": 8, "y": 8})
+    expected(tile).to_have_attribute("aria-selected", "true")
+    return tile
 
 
-def test_remarks_are_one_card_and_what_mends_them_is_undone(served: ServedPage, open_page: Opener) -> None:
+def test_remarks_are_chips_and_what_mends_them_is_undone(served: ServedPage, open_page: Opener) -> None:
     folder = served.add_dataset("fox", 4)
     (folder / "fox_5.png").write_bytes((folder / "fox_3.png").read_bytes())
     Image.new("RGB", (256, 256), "red").save(folder / "fox_4.png")
     Image.open(PICTURES / "fox_1.png").resize((40, 40)).save(folder / "fox_1.png")
     page = open_page(PHOTOS)
-    card = page.locator(".remarks-card")
-    expected(card.get_by_role("heading")).to_have_text("4 remarks")
-    titles = ["Pictures that show nothing", "Pictures that are far too small", "Missing captions", "Copies"]
-    assert card.locator("b").all_inner_texts() == titles
-    card.get_by_role("button", name="Show only: Copies").click()
+    chips = page.locator(".sheet-head .chip.amber")
+    expected(chips).to_have_text(["1 empty", "1 tiny", "2 without words", "1 twice"])
+    page.get_by_role("button", name="1 twice").click()
     expected(page.locator(".tile")).to_have_count(1)
-    page.get_by_role("button", name="Show all").click()
-    expected(page.locator(".tile")).to_have_count(5)
-
-    card.get_by_role("button", name="Fix all: leave out 2 photos").click()
-    page.get_by_text("2 photos were moved to the removed files: pictures that show nothing (1), copies (1).").wait_for()
-    assert served.photos() == ["fox_1.png", "fox_2.png", "fox_3.png"]  # not the small one
+    page.get_by_role("button", name="1 tiny").click()
+    page.get_by_text("fox_1.png is tiny and will look blurred.").wait_for()
     assert_legible(page)
-    page.get_by_role("button", name="Undo", exact=True).click()
+
+    page.get_by_role("button", name="Fix all: leave out 2 photos").click()
+    page.get_by_text("2 photos left out: 1 empty, 1 twice.").wait_for()
+    assert served.photos() == ["fox_1.png", "fox_2.png", "fox_3.png"]  # not the small one
+    expected(page.locator(".tile.pale")).to_have_count(2)  # in their places
+    page.locator(".toast").get_by_role("button", name="Undo", exact=True).click()
+    expected(page.locator(".tile.pale")).to_have_count(0)
     expected(page.locator(".tile")).to_have_count(5)
     assert len(served.photos()) == 5
-    card.get_by_role("button", name="Leave out: Pictures that are far too small").press("Enter")
-    expected(page.locator(".tile")).to_have_count(4)
-    page.get_by_text("fox_2.png").first.click()
+    page.get_by_role("button", name="1 tiny").press("Enter")
+    page.get_by_role("button", name="Leave out 1").press("Enter")
+    until(lambda: len(served.photos()) == 4)
+    expected(page.locator(".tile.pale")).to_have_count(1)
     page.keyboard.press("Control+z")
-    expected(page.locator(".tile")).to_have_count(5)
+    expected(page.locator(".tile.pale")).to_have_count(0)
+
+
+def test_keys_alone_go_through_the_sheet_and_mask_a_photo(served: ServedPage, open_page: Opener) -> None:
+    folder = served.add_dataset()
+    page = open_page(PHOTOS, scheme="dark")
+    choose(page, "fox_1.png")
+    for key in ("ArrowRight", "ArrowRight", "x"):
+        page.keyboard.press(key)
+    pale = page.locator('.tile.pale[data-file="fox_3.png"]')
+    expected(pale).to_be_focused()
+    assert served.photos() == ["fox_1.png", "fox_2.png", "fox_4.png"]
+    page.keyboard.press("x")  # brings it back
+    expected(pale).to_have_count(0)
+    until(lambda: len(served.photos()) == 4)
+    page.keyboard.press("Enter")
+    page.get_by_text("3 of 4").wait_for()
+    page.keyboard.press("m")
+    brush = page.get_by_role("application")
+    expected(brush).to_be_focused()
+    page.wait_for_function("document.querySelector('.masker canvas').width === 256")
+    for key in ("]", "Space", "ArrowLeft", "Shift+ArrowDown", "Space"):
+        page.keyboard.press(key)
+    assert_legible(page, "mask")
+    page.get_by_role("button", name="Keep the mask").press("Enter")
+    page.get_by_text("fox_3 has a mask now.").wait_for()
+    mask = Image.open(folder / "fox_3.mask.png").convert("L")
+    assert (mask.getpixel((128, 128)), mask.getpixel((8, 8))) == (255, 0)
+    until(lambda: served.draft("fox").get("settings") == {"masks": "files"})  # it is used
+    expected(page.locator(".stage .mask-shade")).to_have_count(1)
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Remove the mask").click()
+    until(lambda: not (folder / "fox_3.mask.png").exists())
+    page.keyboard.press("Control+z")
+    until((folder / "fox_3.mask.png").exists)
 
 
 def test_what_is_not_added_is_named_with_its_reason(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
@@ -73,7 +111,8 @@ def test_what_is_not_added_is_named_with_its_reason(served: ServedPage, open_pag
     page.goto(f"{served.address}{PHOTOS}")
     page.get_by_label("Caption of fox_1.png").wait_for()
     page.locator("input[webkitdirectory]").set_input_files(folder)
-    listed = page.locator(".notice .file-list li")
+    page.get_by_role("button", name="3 files not added").click()
+    listed = page.locator(".remark .file-list li")
     expected(listed).to_have_count(2)
     assert sorted(listed.all_inner_texts()) == [
         "a.jxl is a JXL file, which is not read here; convert it to PNG or JPEG. Also b.jxl.",
@@ -93,15 +132,18 @@ def test_a_mask_that_is_dropped_finds_its_photo(served: ServedPage, open_page: O
     mask = tmp_path / "fox_1.mask.png"
     Image.new("L", (8, 8)).save(mask)
     page.locator("input[type=file]").first.set_input_files(mask)
-    expected(page.get_by_text("Mask: fox_1.mask.png (used with “masks: files” in the settings)")).to_have_count(1)
-    expected(page.get_by_text("Waiting…")).to_have_count(0)
+    page.get_by_text("fox_1 has a mask now.").wait_for()
+    expected(page.locator('.tile[data-file="fox_1.png"] .mask-shade')).to_have_count(1)
+    expected(page.get_by_label("Learn only what the masks leave bright")).to_be_checked()
     expected(page.locator(".tile")).to_have_count(2)
+    page.locator(".toast").get_by_role("button", name="Undo", exact=True).click()
+    expected(page.locator(".mask-shade")).to_have_count(0)
 
 
 def test_a_long_check_says_how_far_it_is(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset("fox", 2)
     page = open_page(PHOTOS)
-    page.get_by_text("remark").first.wait_for()
+    page.get_by_text("1 without words").wait_for()
     for name, done, shown in (("fox", 1200, 1), ("other", 9000, 1), ("fox", 10_000, 0)):
         notice = Notice(kind="check", data={"name": name, "done": done, "total": 10_000})
         served.do(lambda: served.context.hub.publish(notice))  # noqa: B023 - called at once
@@ -110,37 +152,41 @@ def test_a_long_check_says_how_far_it_is(served: ServedPage, open_page: Opener) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
-def test_a_photo_is_large_beside_its_caption(served: ServedPage, open_page: Opener, scheme: str, width: int) -> None:
+def test_a_photo_is_large_beside_its_words(served: ServedPage, open_page: Opener, scheme: str, width: int) -> None:
     served.add_dataset()
     page = open_page(PHOTOS, scheme=scheme, width=width)
-    dialog = open_large(page, "fox_1.png")
-    dialog.get_by_text("1 of 4").wait_for()
+    choose(page, "fox_1.png").press("Enter")
+    page.get_by_text("1 of 4").wait_for()
     assert_legible(page, "large")
-    words = dialog.get_by_label("Caption of fox_1.png")
+    if width < 500:
+        page.get_by_role("button", name="What is it?").click()
+    words = page.get_by_label("Caption of fox_1.png")
     words.fill("a fox")
     words.press("PageDown")  # it goes on writing in the next one
-    words = dialog.get_by_label("Caption of fox_2.png")
+    words = page.get_by_label("Caption of fox_2.png")
     expected(words).to_be_focused()
-    expected(dialog.get_by_text("2 of 4")).to_have_count(1)
+    expected(page.get_by_text("2 of 4", exact=True)).to_have_count(1)
     page.keyboard.insert_text("b" * 30_000)  # nothing is cut
-
     assert len(words.input_value()) == 30_000
     words.fill("another fox, asleep")
     words.blur()
-    expected(dialog.get_by_label("Tags of fox_2.png").locator("li")).to_have_count(2)
-    page.keyboard.press("ArrowLeft")
-    expected(dialog.get_by_text("1 of 4")).to_have_count(1)
+    page.get_by_text("Tags", exact=True).click()
+    expected(page.get_by_label("Tags of fox_2.png").locator("li")).to_have_count(2)
+    assert_legible(page, "panel")
+    if width < 500:
+        page.locator(".panel-handle").click()
+    page.get_by_role("button", name="Previous photo").click()
+    expected(page.get_by_text("1 of 4", exact=True)).to_have_count(1)
     until(lambda: served.captions()[:2] == ["a fox", "another fox, asleep"])
-    dialog.get_by_role("button", name="Undo the last change").click()
+    page.get_by_role("button", name="Undo the last change").click()
     expected(page.get_by_text("Undone: The caption of fox_2.png was changed.")).to_have_count(1)
     assert served.captions()[:2] == ["a fox", ""]
-
-    dialog.get_by_role("button", name="Leave out").click()
-    expected(dialog.get_by_text("1 of 3")).to_have_count(1)
-    dialog.get_by_role("button", name="Undo the last change").click()
-    expected(dialog.get_by_text("2 of 4")).to_have_count(1)
+    page.keyboard.press("x")
+    until(lambda: len(served.photos()) == 3)
+    page.get_by_role("button", name="Undo the last change").click()
+    until(lambda: len(served.photos()) == 4)
     page.keyboard.press("Escape")
-    expected(page.get_by_role("dialog")).to_have_count(0)
+    expected(page.locator(".tile")).to_have_count(4)
 
 
 @pytest.mark.slow
@@ -148,46 +194,46 @@ def test_a_photo_is_large_beside_its_caption(served: ServedPage, open_page: Open
 def test_a_photo_is_cropped_by_keys_and_by_the_pointer(served: ServedPage, open_page: Opener, width: int) -> None:
     served.add_dataset()
     page = open_page(PHOTOS, width=width)
-    dialog = open_large(page, "fox_1.png")
-    dialog.get_by_role("button", name="Crop").click()
-    corner = dialog.get_by_role("button", name="Corner bottom right")
+    choose(page, "fox_1.png")
+    page.keyboard.press("c")
+    corner = page.get_by_role("button", name="Corner bottom right")
     corner.focus()
     for _ in range(5):
         page.keyboard.press("Shift+ArrowLeft")
     page.keyboard.press("ArrowUp")
     assert_legible(page, "cropper")
-    dialog.locator(".cropper").get_by_role("button", name="Crop").click()
-    dialog.get_by_text("· cropped").wait_for()
+    page.locator(".cropper").get_by_role("button", name="Crop").click()
+    page.locator(".stage img[src*='v=0.0']").wait_for()
     part = crop_of(served)
     assert part is not None and (part.x, part.y) == (0, 0)
     assert part.width == pytest.approx(0.75) and part.height == pytest.approx(0.99, abs=0.004)  # whole pixels
 
-    dialog.get_by_role("button", name="Crop").click()  # from the frame that there is
-    assert dialog.locator(".cropper img").get_attribute("src").endswith("original=true")
+    page.keyboard.press("c")  # from the frame that there is
+    assert page.locator(".cropper img").get_attribute("src").endswith("original=true")
     page.wait_for_function("document.querySelector('.cropper img').naturalWidth > 0")
-    image, handle = dialog.locator(".cropper img").bounding_box(), dialog.get_by_role("button", name="Corner top left")
+    image, handle = page.locator(".cropper img").bounding_box(), page.get_by_role("button", name="Corner top left")
     box = handle.bounding_box()
     start = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.move(*start)
     page.mouse.down()
     page.mouse.move(start[0] + 0.25 * image["width"], start[1] + 0.5 * image["height"], steps=4)
     page.mouse.up()
-    dialog.locator(".cropper").get_by_role("button", name="Crop").click()
-    expected(dialog.locator(".cropper")).to_have_count(0)
+    page.locator(".cropper").get_by_role("button", name="Crop").click()
+    page.locator(".stage img[src*='v=0.2']").wait_for()
     part = crop_of(served)
     assert part is not None
     assert part.x == pytest.approx(0.25, abs=0.02) and part.width == pytest.approx(0.5, abs=0.02)
     assert part.y == pytest.approx(0.5, abs=0.02) and part.height == pytest.approx(0.49, abs=0.02)
 
-    dialog.get_by_role("button", name="Crop").click()
-    dialog.get_by_label("Shape").select_option("square")
-    dialog.locator(".cropper").get_by_role("button", name="Crop").click()
-    expected(dialog.locator(".cropper")).to_have_count(0)
+    page.keyboard.press("c")
+    page.get_by_label("Shape").select_option("square")
+    page.locator(".cropper").get_by_role("button", name="Crop").click()
+    expected(page.locator(".cropper")).to_have_count(0)
     part = crop_of(served)
     assert part is not None and part.width == pytest.approx(part.height, abs=0.01)  # the photo is square
     for _ in range(3):
         with page.expect_response(lambda answer: answer.url.endswith("/crop")):
-            dialog.get_by_role("button", name="Undo the last change").click()
+            page.get_by_role("button", name="Undo the last change").click()
         page.get_by_text("Undone: fox_1.png was cropped.").wait_for()
     assert crop_of(served) is None
 
@@ -196,14 +242,13 @@ def test_a_photo_is_cropped_by_keys_and_by_the_pointer(served: ServedPage, open_
 def test_tags_are_chips_of_one_caption_and_of_all(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
     page = open_page(PHOTOS)
-    dialog = open_large(page, "fox_1.png")
-    assert dialog.get_by_label("Tags of fox_1.png").locator("li span").all_inner_texts() == ["a red fox", "picture 0"]
-    dialog.get_by_label("Add a tag").fill("snow")
-    dialog.get_by_label("Add a tag").press("Enter")
-    expected(dialog.get_by_label("Caption of fox_1.png")).to_have_value("a red fox, picture 0, snow")
-    dialog.get_by_role("button", name="Remove the tag picture 0").click()
-    expected(dialog.get_by_label("Caption of fox_1.png")).to_have_value("a red fox, snow")
-    page.keyboard.press("Escape")
+    page.get_by_text("Tags", exact=True).click()
+    assert page.get_by_label("Tags of fox_1.png").locator("li span").all_inner_texts() == ["a red fox", "picture 0"]
+    page.get_by_label("Add a tag").fill("snow")
+    page.get_by_label("Add a tag").press("Enter")
+    expected(page.get_by_label("Caption of fox_1.png")).to_have_value("a red fox, picture 0, snow")
+    page.get_by_role("button", name="Remove the tag picture 0").click()
+    expected(page.get_by_label("Caption of fox_1.png")).to_have_value("a red fox, snow")
 
     page.get_by_text("4 tags in the captions").click()
     page.get_by_role("button", name="a red fox 3").click()
@@ -219,6 +264,12 @@ def test_tags_are_chips_of_one_caption_and_of_all(served: ServedPage, open_page:
         with page.expect_response(lambda answer: answer.url.endswith("/captions")):
             page.get_by_role("button", name="Undo the last change").click()
     assert served.captions() == ["a red fox, snow", "", "a red fox, picture 2", "a red fox, picture 3"]
+    page.locator(".tag-list").get_by_role("button", name="snow 1").click()
+    expected(page.locator(".tile")).to_have_count(1)
+    for _ in range(2):  # the tag is gone then, and all photos are there
+        with page.expect_response(lambda answer: answer.url.endswith("/captions")):
+            page.get_by_role("button", name="Undo the last change").click()
+    expected(page.locator(".tile")).to_have_count(4)
 
 
 @pytest.mark.slow
@@ -237,6 +288,7 @@ def test_a_captioner_is_got_and_writes_what_can_be_undone(served: ServedPage, op
         "title": "Florence-2 base", "files": [{"file": "config.json", **row}], "free_bytes": 10**11
     }  # fmt: skip
     page = open_page(PHOTOS, width=390, scheme="dark")
+    page.locator(".panel-handle").click()
     page.get_by_role("button", name="Write captions").first.click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_role("button", name="Get it: Florence-2 base").click()
@@ -257,7 +309,7 @@ def test_a_captioner_is_got_and_writes_what_can_be_undone(served: ServedPage, op
     page.get_by_text("1 caption was written.").wait_for()
     page.get_by_text("odd.png makes the captioner fail.").wait_for()
     assert served.captions()[1] == "foxy, written"
-    page.get_by_role("button", name="Undo", exact=True).click()
+    page.locator(".toast").get_by_role("button", name="Undo", exact=True).click()
     expected(page.get_by_text("3 of 4 with a caption")).to_have_count(1)
     until(lambda: served.captions()[1] == "")
 
@@ -286,7 +338,7 @@ def test_photos_that_were_added_and_removed_come_and_go(
     page.locator("input[type=file]").first.set_input_files([photos / "dog 0.jpg", photos / "dog 1.jpg"])
     expected(page.locator(".tile")).to_have_count(4)
     page.get_by_text("of 4 with a caption").wait_for()
-    page.get_by_role("button", name="Undo", exact=True).click()
+    page.locator(".toast").get_by_role("button", name="Undo", exact=True).click()
     expected(page.locator(".tile")).to_have_count(2)
     until(lambda: served.photos() == ["fox_1.png", "fox_2.png"])
 
@@ -294,5 +346,5 @@ def test_photos_that_were_added_and_removed_come_and_go(
     page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
     page.get_by_text("The photos were moved to").wait_for()
     assert not (served.base / "input" / "fox").exists()
-    page.get_by_role("button", name="Undo", exact=True).click()
+    page.locator(".toast").get_by_role("button", name="Undo", exact=True).click()
     expected(page.locator(".tile")).to_have_count(2)

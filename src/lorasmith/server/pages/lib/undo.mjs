@@ -3,7 +3,10 @@ import { createStore, said, say, toast } from "./stores.mjs";
 
 const MOST = 100;
 
-/** @typedef {{ text: string, undo: () => unknown, key: string | null, before: string | null }} Done */
+/**
+ * @typedef {{ text: string, undo: () => unknown, key: string | null, before: string | null, photos: Pale[] }} Done
+ * @typedef {{ image: Api.PictureRow, picture: string }} Pale a photo that was left out, and the address of a copy
+ */
 
 /** @type {Map<string, import("./stores.mjs").Store<Done[]>>} */
 const stores = new Map();
@@ -25,11 +28,12 @@ export function doneTo(dataset) {
  * @param {string} dataset
  * @param {string} text
  * @param {() => unknown} undo takes it back; may return a promise, whose failure is said
- * @param {{ key?: string | null, before?: string | null, quiet?: boolean }} [options] `key` of changes that are one if
- *   they follow each other, such as typing; `before` is what the first of them replaced; whether nothing is said
+ * @param {{ key?: string | null, before?: string | null, quiet?: boolean, photos?: Pale[] }} [options] `key` of changes
+ *   that are one if they follow each other, such as typing; `before` is what the first of them replaced; whether nothing
+ *   is said; `photos` that were left out
  */
-export function did(dataset, text, undo, { key = null, before = null, quiet = false } = {}) {
-  const entry = { text, undo, key, before };
+export function did(dataset, text, undo, { key = null, before = null, quiet = false, photos = [] } = {}) {
+  const entry = { text, undo, key, before, photos };
   doneTo(dataset).set((all) =>
     [...(key !== null && all.at(-1)?.key === key ? all.slice(0, -1) : all), entry].slice(-MOST),
   );
@@ -42,7 +46,7 @@ export function undoLast(dataset) {
   return last && takeBack(dataset, last);
 }
 
-async function takeBack(dataset, entry) {
+export async function takeBack(dataset, entry) {
   doneTo(dataset).set((all) => all.filter((one) => one !== entry));
   toast.set(null);
   await said(async () => {

@@ -34,13 +34,14 @@ export function useAccept(withCaptions = false) {
  */
 export async function sorted(files) {
   const read = await formats();
-  /** @type {{ pictures: Sent[], captions: Sent[], refused: { name: string, reason: string }[] }} */
-  const found = { pictures: [], captions: [], refused: [] };
+  /** @type {{ pictures: Sent[], captions: Sent[], masks: Sent[], refused: { name: string, reason: string }[] }} */
+  const found = { pictures: [], captions: [], masks: [], refused: [] };
   for (const one of files) {
     const kind = suffix(one.path).toLowerCase();
     if (read.captions.includes(kind)) found.captions.push(one);
     else if (kind in read.refused) found.refused.push({ name: nameOf(one.path), reason: read.refused[kind] });
-    else if (read.pictures.includes(kind) || one.file.type.startsWith("image/")) found.pictures.push(one);
+    else if (read.pictures.includes(kind) || one.file.type.startsWith("image/"))
+      (/\.mask\.[^.]+$/i.test(one.path) ? found.masks : found.pictures).push(one);
     else found.refused.push({ name: nameOf(one.path), reason: "is not a picture" });
   }
   return found;
@@ -69,17 +70,18 @@ export function uploadsOf(dataset) {
 }
 
 /**
- * Starts to send pictures, each with the caption beside it, those in folders for controls as controls; then captions of
- * pictures that are there already. What is not added goes to `leftOut`.
+ * Starts to send pictures, each with the caption beside it, those in folders for controls as controls; then masks, and
+ * captions of pictures that are there already. What is not added goes to `leftOut`.
  *
  * @param {string} dataset
  * @param {Sent[]} files
  * @param {string | null} before null for pictures to train on; "" for pictures before an edit, by their names; or the
  *   picture that the first of them is before
+ * @param {(answer: Api.UploadAnswer) => unknown} onOthers called with what has become of masks and those captions
  * @returns the uploads, as of `uploadsOf`, when they have begun
  */
-export async function upload(dataset, files, before = null) {
-  const { pictures: all, captions: texts, refused } = await sorted(files);
+export async function upload(dataset, files, before = null, onOthers = () => {}) {
+  const { pictures: all, captions: texts, masks, refused } = await sorted(files);
   leaveOut(dataset, refused);
   const captions = new Map(texts.map((one) => [stem(one.path), one.file]));
   const pictures = before ? all.slice(0, 1) : all;
@@ -110,8 +112,11 @@ export async function upload(dataset, files, before = null) {
     }
   };
   const stems = new Set(pictures.map(({ path }) => stem(path)));
-  const others = texts.filter(({ path }) => !stems.has(stem(path)));
-  Promise.all(Array.from({ length: AT_ONCE }, work)).then(() => void (others.length && sendCaptions(dataset, others)));
+  const others = [...masks, ...texts.filter(({ path }) => !stems.has(stem(path)))];
+  Promise.all(Array.from({ length: AT_ONCE }, work)).then(async () => {
+    const answer = others.length ? await sendOthers(dataset, others) : null;
+    if (answer) onOthers(answer);
+  });
   return entries;
 }
 
@@ -124,19 +129,20 @@ function reasonOf(error) {
   return `was not sent: ${error.message}`;
 }
 
-async function sendCaptions(dataset, texts) {
+async function sendOthers(dataset, others) {
   const body = new FormData();
-  for (const { file, path } of texts) body.append("file", file, nameOf(path));
+  for (const { file, path } of others) body.append("file", file, nameOf(path));
   try {
     const answer = await post(["datasets", dataset, "images"], body);
     leaveOut(
       dataset,
       answer.skipped.map(({ file, reason }) => ({ name: file, reason })),
     );
+    return answer;
   } catch (error) {
     leaveOut(
       dataset,
-      texts.map(({ path }) => ({ name: nameOf(path), reason: reasonOf(error) })),
+      others.map(({ path }) => ({ name: nameOf(path), reason: reasonOf(error) })),
     );
   }
 }

@@ -1,132 +1,87 @@
-// The other picture of a pair, such as that before an edit: dragged to another picture, moved in a dialog, replaced,
-// removed.
+// The other picture of a pair, such as that before an edit: moved to another photo, replaced, removed.
 import { address } from "../lib/api.mjs";
-import { html, useRef, useState } from "../lib/html.mjs";
+import { html, useRef } from "../lib/html.mjs";
 import { filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { capital } from "../lib/words.mjs";
 import { Dialog } from "./basics.mjs";
+import { Icon } from "./icons.mjs";
 
-/** What pairs teach, by the setting pairs, and what their pictures are called. */
+/** What the pictures of pairs are called, by the setting pairs. */
 export const PAIRS = {
   none: {
-    title: "an edit: a picture before and one after",
-    other: "picture before",
-    of: "picture before",
+    other: "“before”",
+    of: "“before” of",
     others: "pictures before",
     main: "pictures after",
-    lack: "the picture before the edit: add it beside it, or choose controls optional in the settings.",
     zones: [
-      ["Before", "Drop the pictures before the edit here, named as those after it."],
-      ["After", "Drop the edited pictures here, with their captions: what was asked for."],
+      ["Before", "Same file names on both sides."],
+      ["After", "With captions that say what to change."],
     ],
   },
   slider: {
-    title: "a slider: a picture at each end",
     other: "opposite",
     of: "opposite of",
     others: "opposites",
     main: "pictures",
-    lack: "the opposite: add it beside it.",
     zones: [
-      ["Strength −1", "Drop the pictures of one end here, named as those of the other."],
-      ["Strength 1", "Drop the pictures of the other end here, with captions that do not name what changes."],
+      ["Less of it", "For example: young. Same file names on both sides."],
+      ["More of it", "For example: old. Captions say what both show."],
     ],
   },
   dpo: {
-    title: "a preference: a better picture and a worse one",
-    other: "opposite",
-    of: "opposite of",
-    others: "opposites",
-    main: "pictures",
-    lack: "the opposite: add it beside it.",
+    other: "worse one",
+    of: "worse one of",
+    others: "worse ones",
+    main: "better ones",
     zones: [
-      ["Worse", "Drop the worse pictures here, named as the better ones."],
-      ["Better", "Drop the better pictures here, with captions of both."],
+      ["Worse", "Same file names on both sides."],
+      ["Better", "With captions of both."],
     ],
   },
 };
 
-const DRAGGED = "application/x-lorasmith-control";
-const THUMBNAIL = 480; // pixels: twice the width at which they are shown
-
 /**
+ * What is done with the picture before of a photo, or with one that belongs to none.
+ *
  * @param {Props<{ controls: Api.ControlRow[] }>} props
  *   `image`: the trained picture, null for others that belong to none
- *   `controls`: [{file, width, height, fixed, problem}]
- *   `version`: changes when files have changed places, as their addresses then stay the same
  *   `words`: of `PAIRS`
- *   `actions`: null, or {pair(control, image), choose(files, image), remove(control), move(control)}; null if nothing
- *     can be changed
+ *   `actions`: {choose(files, image), remove(control), move(control)}
  */
-export function Before({ dataset, image, controls, version, words, actions }) {
+export function Before({ image, controls, words, actions }) {
   const input = useRef(null);
   const accept = useAccept();
-  const [over, setOver] = useState(false);
-  const allowed = (event) => {
-    if (!image || !actions || !event.dataTransfer.types.includes(DRAGGED)) return;
-    event.preventDefault();
-    setOver(true);
-  };
-  const dropped = (event) => {
-    setOver(false);
-    const control = event.dataTransfer.getData(DRAGGED);
-    if (!control || !image || !actions) return;
-    event.preventDefault();
-    actions.pair(control, image);
-  };
   const chosen = (event) => {
-    actions.choose(filesOfInput(event.currentTarget), image);
+    actions.choose(filesOfInput(event.currentTarget), image.file);
     event.currentTarget.value = "";
   };
-  return html`<div class=${`frame before ${over ? "over" : ""}`} data-before=${image ?? undefined}
-      onDragOver=${allowed} onDragLeave=${() => setOver(false)} onDrop=${dropped}>
-    ${controls.map(
-      (one) => html`<${Control} key=${one.file} dataset=${dataset} control=${one} version=${version} words=${words}
-        actions=${actions} />`,
-    )}
-    ${controls.length === 0 && html`<span class="missing">No ${words.other}</span>`}
+  return html`<div class="actions">
     ${
       image &&
-      actions &&
       html`
         <button type="button" class="button small"
-            aria-label=${`${controls.length ? "Replace" : "Add"} the ${words.of} ${image}`}
+            aria-label=${`${controls.length ? "Replace" : "Add"} the ${words.of} ${image.file}`}
             onClick=${() => input.current.click()}>
-          ${controls.length ? "Replace" : "Add"}
+          ${controls.length ? "Replace" : "Add"} the ${words.other}
         </button>
         <input ref=${input} type="file" accept=${accept} class="unseen" tabindex="-1"
-          aria-label=${`${capital(words.of)} ${image}`} onChange=${chosen} />
+          aria-label=${`${capital(words.of)} ${image.file}`} onChange=${chosen} />
       `
     }
-  </div>`;
-}
-
-function Control({ dataset, control, version, words, actions }) {
-  const [unseen, setUnseen] = useState(false);
-  const { file, fixed, problem } = control;
-  if (fixed) return html`<span class="missing">${file}</span>`;
-  const drag = (event) => event.dataTransfer.setData(DRAGGED, file);
-  return html`<div class="whole" draggable=${actions ? "true" : undefined} onDragStart=${drag}>
-    ${
-      unseen
-        ? html`<span class="missing">${problem || "No preview"}</span>`
-        : html`<img src=${address(["datasets", dataset, "controls", file], { width: THUMBNAIL, v: version })}
-          alt=${`${capital(words.other)}: ${file}`} draggable="false" loading="lazy"
-          onError=${() => setUnseen(true)} />`
-    }
-    ${
-      actions &&
-      html`
-        <button type="button" class="icon-button corner" aria-label=${`Remove the ${words.other}, ${file}`}
-            title="Remove" onClick=${() => actions.remove(file)}>
-          ✕
-        </button>
-        <button type="button" class="icon-button corner left" aria-label=${`Move ${file} to another picture`}
-            title="Move to another picture" onClick=${() => actions.move(file)}>
-          ⇄
-        </button>
-      `
-    }
+    ${controls
+      .filter((one) => !one.fixed)
+      .map(
+        ({ file }) => html`
+          <button type="button" class="button small" aria-label=${`Move ${file} to another picture`}
+              onClick=${() => actions.move(file)}>
+            <${Icon} name="swap" />Move it
+          </button>
+          <button type="button" class="button small" aria-label=${`Remove the ${words.other}, ${file}`}
+              onClick=${() => actions.remove(file)}>
+            <${Icon} name="trash" />Remove it
+          </button>
+        `,
+      )}
   </div>`;
 }
 

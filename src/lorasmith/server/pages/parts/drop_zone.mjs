@@ -2,18 +2,18 @@
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { capital } from "../lib/words.mjs";
+import { Icon } from "./icons.mjs";
 
 /**
+ * Takes pictures that are dropped or pasted anywhere on the page; returns whether some are held over it.
+ *
  * @param onFiles called with [{file, path}], and with the place that they were dropped on (its `data-before`: "" for
- *   the zone of the other pictures of pairs, or a picture's name), null for any other: pictures may be dropped anywhere
- *   on the page while this is shown
- * @param pairs words of `PAIRS` for two zones; null for one
+ *   the zone of the other pictures of pairs, or a picture's name), null for any other
  */
-export function DropZone({ onFiles, big, pairs }) {
+export function useDrops(onFiles) {
   const [over, setOver] = useState(false);
   const take = useRef(onFiles);
   take.current = onFiles;
-
   useEffect(() => {
     let depth = 0;
     const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
@@ -42,21 +42,36 @@ export function DropZone({ onFiles, big, pairs }) {
       for (const [name, listener] of Object.entries(listeners)) removeEventListener(name, listener);
     };
   }, []);
+  return over;
+}
 
-  if (!pairs) {
-    return html`<${Zone} big=${big} over=${over} onFiles=${(found) => onFiles(found, null)} what="photos"
-      text=${over ? "Let go to add them" : big ? "Drop photos or a folder here" : "Drop more photos anywhere here"} />`;
-  }
-  return html`<div class="pair-zones">
-    ${pairs.zones.map(
-      ([text, help], index) => html`<${Zone} key=${text} before=${index === 0} over=${over}
-        onFiles=${(found) => onFiles(found, index ? null : "")} what=${index ? pairs.main : pairs.others}
-        text=${text} help=${help} />`,
-    )}
+/** A zone of a page that takes pictures anywhere, with buttons that choose some; see `useDrops`. */
+export function DropZone({ onFiles, big = false }) {
+  const over = useDrops(onFiles);
+  return html`<div class=${`drop-zone ${big ? "big" : ""} ${over ? "over" : ""}`}>
+    <${Icon} name="plus" /><p><b>${over ? "Let go to add them" : "Drop photos or a folder here"}</b></p>
+    <${ChooseFiles} kind="primary" onFiles=${(found) => onFiles(found, null)} />
   </div>`;
 }
 
-function Zone({ before, big, over, onFiles, text, help, what }) {
+/** The zones of pairs: the left one is for the other pictures. @param pairs words of `PAIRS` */
+export const PairZones = ({ over, pairs, onFiles }) => html`<div class="pair-zones">
+  ${pairs.zones.map(
+    ([text, help], index) => html`<div key=${text} class=${`drop-zone ${over ? "over" : ""}`}
+        data-before=${index ? undefined : ""}>
+      <p><b>${text}</b> <span class="faint">${help}</span></p>
+      <${ChooseFiles} what=${index ? pairs.main : pairs.others} isNamed
+        onFiles=${(found) => onFiles(found, index ? null : "")} />
+    </div>`,
+  )}
+</div>`;
+
+/**
+ * Buttons that choose pictures, or a folder of them.
+ *
+ * @param what they are called; `isNamed` where several of these are on a page
+ */
+export function ChooseFiles({ kind = "", verb = "Choose", what = "photos", isNamed = false, onFiles }) {
   const files = useRef(null);
   const folder = useRef(null);
   const accept = useAccept(true);
@@ -64,28 +79,15 @@ function Zone({ before, big, over, onFiles, text, help, what }) {
     onFiles(filesOfInput(event.currentTarget));
     event.currentTarget.value = "";
   };
-  return html`<div class=${`drop-zone ${big ? "big" : ""} ${over ? "over" : ""}`}
-      data-before=${before ? "" : undefined}>
-    ${
-      big &&
-      html`<svg class="drop-picture" viewBox="0 0 64 48" aria-hidden="true">
-        <rect x="2" y="8" width="36" height="36" rx="4" /><rect x="14" y="4" width="46" height="38" rx="4" />
-        <circle cx="27" cy="16" r="4" /><path d="M16 38l13-13 8 8 9-11 13 16" />
-      </svg>`
-    }
-    <p class=${help ? "zone-title" : big ? "" : "by-mouse"}>
-      <b>${text}</b>${help && html`<span class="faint">${help}</span>`}
-    </p>
-    <div class="actions">
-      <button type="button" class=${`button ${big ? "primary" : ""}`}
-          aria-label=${help ? `Choose ${what}` : undefined} onClick=${() => files.current.click()}>
-        Choose photos
-      </button>
-      <button type="button" class="button" aria-label=${help ? `Choose a folder of ${what}` : undefined}
-          onClick=${() => folder.current.click()}>
-        Choose a folder
-      </button>
-    </div>
+  return html`<div class="actions">
+    <button type="button" class=${`button small ${kind}`} aria-label=${isNamed ? `Choose ${what}` : undefined}
+        onClick=${() => files.current.click()}>
+      ${verb} photos
+    </button>
+    <button type="button" class="button small" aria-label=${isNamed ? `Choose a folder of ${what}` : undefined}
+        onClick=${() => folder.current.click()}>
+      ${verb} a folder
+    </button>
     <input ref=${files} type="file" multiple accept=${accept} class="unseen" tabindex="-1"
       aria-label=${capital(what)} onChange=${chosen} />
     <input ref=${folder} type="file" multiple webkitdirectory class="unseen" tabindex="-1"

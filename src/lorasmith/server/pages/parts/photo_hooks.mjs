@@ -11,10 +11,12 @@ import { did, doneTo, undoLast } from "../lib/undo.mjs";
 import { forget, upload, uploadsOf } from "../lib/uploads.mjs";
 import { count } from "../lib/words.mjs";
 import { isPassing, useLoaded } from "./basics.mjs";
-import { isStale } from "./photo_tile.mjs";
+import { isStale } from "./caption.mjs";
+import { sourceOf, THUMBNAIL } from "./photo_tile.mjs";
 
 const CHECK_AFTER_MS = 700;
 const RELOAD_AFTER_MS = 400;
+const MOST_PALE = 24;
 const WHOLE = { x: 0, y: 0, width: 1, height: 1 };
 
 /** The photos, loaded again when something has changed on the server. */
@@ -37,14 +39,12 @@ export function usePhotos(/** @type {string} */ dataset) {
   const images = useMemo(() => (found?.images ?? []).filter((one) => !gone.has(one.file)), [found, gone]);
   const stray = found?.controls ?? []; // that belong to no photo
   const controls = [...images.flatMap((one) => one.controls), ...stray];
-  const stored = new Set([
-    ...images.flatMap((one) => [one.file, one.mask].filter(Boolean)),
-    ...controls.map((one) => `control/${one.file}`),
-  ]);
+  const stored = new Set([...images.map((one) => one.file), ...controls.map((one) => `control/${one.file}`)]);
   const onTheWay = sent.filter((one) => one.state !== "done" || (!stored.has(one.file) && !gone.has(one.file)));
+  const pale = useStore(doneTo(dataset)).flatMap((done) => done.photos.map((one) => ({ ...one, done })));
   return {
     dataset,
-    ...{ found, error, reload, version, images, stray, controls, onTheWay },
+    ...{ found, error, reload, version, images, stray, controls, onTheWay, pale },
     canChange: found ? !found.builtin : false,
     underway: onTheWay.filter((one) => one.state === "waiting" || one.state === "sending").length,
     previews: new Map(sent.filter((one) => one.file).map((one) => [one.file, one])),
@@ -120,9 +120,10 @@ export function useCaptions({ dataset, found, images }) {
  *
  * @param {ReturnType<typeof usePhotos>} photos
  * @param words of `PAIRS`
- * @param onRenamed called with the names of a photo before and after a change
+ * @param {{ onRenamed: (before: string, now: string) => unknown, onMask: () => unknown }} listener called with the names
+ *   of a photo before and after a change, and when a photo gets a mask
  */
-export function changesOf({ dataset, previews, hide, show, reload, renew }, words, onRenamed) {
+export function changesOf({ dataset, images, previews, hide, show, reload, renew }, words, { onRenamed, onMask }) {
   async function withdraw(keys) {
     const all = uploadsOf(dataset).get();
     const entries = all.filter((one) => keys.includes(one.key));
@@ -139,7 +140,7 @@ export function changesOf({ dataset, previews, hide, show, reload, renew }, word
   }
 
   async function take(files, before) {
-    const added = (await said(() => upload(dataset, files, before))) ?? [];
+    const added = (await said(() => upload(dataset, files, before, masked))) ?? [];
     const keys = added.map((one) => one.key);
     if (keys.length) did(dataset, `${count(keys.length, "photo")} added.`, () => withdraw(keys));
     if (before) renew();
@@ -171,20 +172,69 @@ export function changesOf({ dataset, previews, hide, show, reload, renew }, word
       did(dataset, `${file} was moved to the removed files.`, undone(undo));
     });
 
+  /** Notes the masks among files that were added. @param {Api.UploadAnswer} answer */
+  function masked({ added, replaced = {} }) {
+    for (const mask of added.filter((one) => /\.mask\.[^.]+$/.test(one))) {
+      const stem = mask.replace(/\.mask\.[^.]+$/, "");
+      const undo = async () => {
+        const { images: all } = await get(["datasets", dataset]);
+        const image = all.find((one) => one.mask === mask);
+        if (image) await remove(["datasets", dataset, "images", image.file, "mask"]);
+        if (replaced[mask]) await post(["datasets", dataset, "restore"], { removed: replaced[mask] });
+      };
+      did(dataset, `${stem} has ${replaced[mask] ? "another" : "a"} mask now.`, undone(undo));
+      onMask();
+    }
+    renew();
+  }
+
+  /** Stores a mask that was painted, white inside. */
+  async function mask({ file }, /** @type {Blob | null} */ painted) {
+    if (!painted) throw new Error("Paint what is to be learnt, then keep the mask.");
+    const body = new FormData();
+    body.append("file", painted, `${file.replace(/\.[^.]*$/, "")}.mask.png`);
+    const answer = await post(["datasets", dataset, "images"], body);
+    if (answer.skipped.length) throw new Error(`The mask ${answer.skipped[0].reason}.`);
+    masked(answer);
+  }
+
+  const removeMask = ({ file }) =>
+    changeControls(async () => {
+      const { removed } = await remove(["datasets", dataset, "images", file, "mask"]);
+      did(
+        dataset,
+        `The mask of ${file} was removed.`,
+        undone(() => post(["datasets", dataset, "restore"], { removed })),
+      );
+    });
+
+  /** Copies of photos, which are shown pale where these were; of many, none. */
+  async function copied(files) {
+    const some = files.length > MOST_PALE ? [] : images.filter((one) => files.includes(one.file));
+    const copy = async (image) => {
+      const answer = await fetch(sourceOf(dataset, image, THUMBNAIL));
+      return { image, picture: URL.createObjectURL(await answer.blob()) };
+    };
+    return Promise.all(some.map(copy)).catch(() => []);
+  }
+
   /** Moves photos to the removed files, all at once; they come back together. */
   async function drop(files, text) {
-    hide(files);
+    const photos = await copied(files);
+    if (!photos.length) hide(files);
     try {
       const { removed } =
         files.length === 1
           ? await remove(["datasets", dataset, "images", files[0]])
           : await post(["datasets", dataset, "remove"], { files });
       for (const file of files) if (previews.has(file)) forget(dataset, previews.get(file).key);
-      did(dataset, text, async () => {
+      const undo = async () => {
         await post(["datasets", dataset, "restore"], { removed });
         show(files);
         reload();
-      });
+      };
+      hide(files);
+      did(dataset, text, undo, { photos });
     } catch (failure) {
       show(files);
       say(failure.message, { mood: "bad" });
@@ -215,8 +265,8 @@ export function changesOf({ dataset, previews, hide, show, reload, renew }, word
     go();
   }
 
-  const dropOne = ({ file }) => drop([file], `${file} was moved to the removed files.`);
-  return { take, pair, removeControl, drop, dropOne, crop, removeAll };
+  const leaveOut = (files) => drop(files, `${files.length === 1 ? files[0] : count(files.length, "photo")} left out.`);
+  return { take, pair, removeControl, drop, leaveOut, crop, mask, removeMask, removeAll };
 }
 
 /**
@@ -226,18 +276,19 @@ export function changesOf({ dataset, previews, hide, show, reload, renew }, word
  * @param {ReturnType<typeof usePhotos>} photos
  * @param captions that were sent since the photos were loaded
  * @param {Api.Draft} draft
+ * @param {string | null | undefined} model the one that is chosen or suggested; undefined while that is not known
  */
-export function useCheck({ dataset, images, controls, version }, captions, draft) {
+export function useCheck({ dataset, images, controls, version }, captions, draft, model) {
   const [[check, error], setResult] = useState(/** @type {[Api.DataCheckAnswer | null, any]} */ ([null, null]));
   const [checking, setChecking] = useState(null);
   useEvents("", {
     check: ({ name, done, total }) => name === dataset && setChecking(done < total ? { done, total } : null),
   });
   const files = images.map((one) => one.file).join("\n");
-  const { model, edit, trigger } = draft;
+  const { edit, trigger } = draft;
   const query = { model, edit, trigger, resolution: draft.settings.resolution };
   useEffect(() => {
-    if (!files) {
+    if (!files || model === undefined) {
       setResult([null, null]);
       return undefined;
     }
@@ -263,27 +314,25 @@ export function useCheck({ dataset, images, controls, version }, captions, draft
 }
 
 /**
- * Which photos are shown: those with remarks, of one remark, with a tag.
+ * Which photos are shown: those of one remark, with a tag.
  *
  * @param {Api.PictureRow[]} images
  */
-export function useFilter(images, captionOf, problemsOf) {
-  const [onlyOdd, setOnlyOdd] = useState(false);
+export function useFilter(images, captionOf) {
   const [remark, setRemark] = useState(null);
   const [tag, setTag] = useState(null);
-  const odd = images.filter((one) => problemsOf(one).length);
-  const named = remark ? images.filter((one) => remark.files.includes(one.file)) : [];
+  const named = images.filter((one) => remark?.files?.includes(one.file));
+  const tagged = tag === null ? [] : images.filter((one) => hasTag(captionOf(one), tag)); // none if it was undone
   const shown = images
-    .filter((one) => !onlyOdd || !odd.length || odd.includes(one))
     .filter((one) => !named.length || named.includes(one))
-    .filter((one) => tag === null || hasTag(captionOf(one), tag));
-  return { shown, odd, onlyOdd, setOnlyOdd, remark, setRemark, tag, setTag };
+    .filter((one) => !tagged.length || tagged.includes(one));
+  return { shown, isPart: shown.length < images.length, remark, setRemark, tag: tagged.length ? tag : null, setTag };
 }
 
 /** Ctrl+Z takes back the last change, where it does not take back typing. */
 export function useUndoKey(dataset) {
   useEffect(() => {
-    const typing = "input:not([type=checkbox], [type=radio]), textarea, select, dialog:not(.photo-dialog)";
+    const typing = "input:not([type=checkbox], [type=radio], [type=range]), textarea, select, dialog, .masker";
     const pressed = (event) => {
       if (event.key !== "z" || !(event.ctrlKey || event.metaKey) || event.shiftKey || event.target.closest?.(typing))
         return;

@@ -1,91 +1,11 @@
-// One photo: the picture with the part that is trained, what is wrong with it, and its caption.
+// A picture of the contact sheet: what it shows, whether something is remarked about it, its mask, what is trained of it.
 import { address } from "../lib/api.mjs";
-import { html, useEffect, useId, useRef, useState } from "../lib/html.mjs";
-import { bytes } from "../lib/words.mjs";
-import { Elsewhere } from "./basics.mjs";
+import { html, useMemo, useState } from "../lib/html.mjs";
+import { capital } from "../lib/words.mjs";
+import { Icon } from "./icons.mjs";
 
-const STORE_AFTER_MS = 900;
-const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
-
-/**
- * @param {Props<{ image: Api.PictureRow }>} props
- *   `image`: a photo of the dataset, or `upload`, one on its way there
- *   `isFixed`: whether it can neither be changed nor removed
- *   `facts`: its {crop, trained} of the check; null to draw none
- *   `usesMasks`: whether the training takes masks from files
- *   `before`: its pictures before an edit, drawn beside it; null for photos that are no pairs
- *   `onOpen`: shows it large
- */
-export function PhotoTile({
-  dataset,
-  image,
-  upload,
-  preview,
-  caption,
-  problems = [],
-  facts,
-  trigger,
-  usesMasks,
-  isFixed,
-  isEdited,
-  onCaption,
-  onRemove,
-  onOpen,
-  before,
-}) {
-  const [unseen, setUnseen] = useState([]); // addresses that the browser could not show
-  const name = image?.file ?? upload.name;
-  const sources = upload
-    ? [upload.preview]
-    : [...(preview && !image.crop ? [preview] : []), sourceOf(dataset, image, THUMBNAIL)];
-  const source = sources.find((one) => !unseen.includes(one));
-  const state = upload?.state;
-  const photo = html`<div class="frame">
-    ${
-      !source
-        ? html`<span class="missing">${upload ? "No preview yet" : "No preview"}</span>`
-        : html`<div class="whole">
-          <img src=${source} alt=${caption || name} loading="lazy"
-            onError=${() => setUnseen((all) => [...all, source])} />
-          ${facts?.crop && html`<${Crop} crop=${facts.crop} />`}
-        </div>`
-    }
-    ${onOpen && html`<button type="button" class="open" aria-label=${`Show ${name} large`} onClick=${onOpen}></button>`}
-    ${state && html`<span class="sent-state">${state === "sending" ? "Sending…" : "Waiting…"}</span>`}
-    ${problems.length > 0 && html`<ul class="marks">${problems.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
-    ${
-      !isFixed &&
-      html`<button type="button" class="icon-button corner" aria-label=${`Remove ${name}`} title="Remove"
-          onClick=${onRemove}>
-        ✕
-      </button>`
-    }
-  </div>`;
-  return html`<li class=${`tile ${state ?? ""}`}>
-    ${before ? html`<div class="pair">${before}${photo}</div>` : photo}
-    <p class="tile-name">
-      <span class="clip" title=${name}>${upload?.isBefore ? `Before: ${name}` : name}</span>
-      ${
-        image?.width
-          ? html`<span class="faint nowrap">${image.width} × ${image.height}</span>`
-          : upload && html`<span class="faint nowrap">${bytes(upload.picture.size)}</span>`
-      }
-    </p>
-    ${
-      image?.mask &&
-      html`<p class="said faint">
-        Mask: ${image.mask}${usesMasks ? "" : " (used with “masks: files” in the settings)"}
-      </p>`
-    }
-    ${image && isFixed && html`<p class="said faint">${caption}</p>`}
-    ${
-      image &&
-      !isFixed &&
-      html`<${Caption} name=${name} caption=${caption} trigger=${trigger} isEdited=${isEdited}
-        onCaption=${onCaption} />`
-    }
-  </li>`;
-}
+export const THUMBNAIL = 480; // pixels
+const USUAL = 1; // width by height where it is not known
 
 /** The address of a photo, reduced; another one when it was cropped, as its name may stay. */
 export const sourceOf = (dataset, image, width) =>
@@ -98,78 +18,113 @@ export const sourceOf = (dataset, image, width) =>
       : image.bytes,
   });
 
-export function Crop({ crop }) {
-  const whole = crop.width > 0.995 && crop.height > 0.995;
-  if (whole) return null;
-  const share = (number) => `${(100 * number).toFixed(2)}%`;
-  return html`<span class="crop" title="The part that is trained"
-    style=${{ left: share(crop.x), top: share(crop.y), width: share(crop.width), height: share(crop.height) }}></span>`;
-}
+/** @param {number} version of the masks, whose names stay when they are painted again */
+export const maskOf = (dataset, image, width, version) =>
+  address(["datasets", dataset, "images", image.file], { width, mask: "true", v: version });
 
-/** Whether a caption was not stored because it is another one now than this page has shown. */
-export const isStale = (failure) => failure.kind === "StaleCaptionError";
+/** The picture before of a pair, of `before.mjs`, by its name. */
+export const controlOf = (dataset, file, version) =>
+  address(["datasets", dataset, "controls", file], { width: THUMBNAIL, v: version });
 
-/**
- * A caption that is stored a moment after typing, and when the field is left; one that was changed elsewhere waits
- * for a choice.
- */
-export function Caption({ name, caption, trigger, isEdited, onCaption, rows = 2 }) {
-  const [text, setText] = useState(null); // null: as stored
-  const [failed, setFailed] = useState(null); // why it was not stored
-  const [other, setOther] = useState(null); // what was stored elsewhere meanwhile
-  const waits = useRef(false);
-  const id = useId();
-  const timer = useRef(0);
-  const latest = useRef(null);
-  const field = useRef(null);
-  useEffect(() => {
-    if (!isEdited) return;
-    field.current.focus({ preventScroll: true });
-    field.current.scrollIntoView({ block: "center" });
-  }, [isEdited]);
-  const begun = useRef(null); // the caption that was there when typing began, whatever arrives meanwhile
-  latest.current = text;
-  if (text === null) begun.current = caption;
-  const store = async () => {
-    clearTimeout(timer.current);
-    const typed = latest.current;
-    if (typed === null || typed === begun.current || waits.current) return;
-    try {
-      await onCaption(typed, begun.current);
-      begun.current = typed;
-      setFailed(null);
-      if (latest.current === typed) setText(null);
-    } catch (failure) {
-      waits.current = isStale(failure);
-      if (waits.current) setOther((begun.current = Object.values(failure.details)[0]));
-      else setFailed(failure);
-    }
-  };
-  const choose = (mine) => {
-    waits.current = false;
-    setOther(null);
-    if (mine) return store();
-    setText(null);
-  };
-  useEffect(() => () => void store(), []);
-  const type = (event) => {
-    setText(event.currentTarget.value);
-    latest.current = event.currentTarget.value;
-    clearTimeout(timer.current);
-    timer.current = setTimeout(store, STORE_AFTER_MS);
-  };
+const share = (number) => `${(100 * number).toFixed(2)}%`;
+
+/** What is not trained of a picture, shaded: what is cut off, and what is outside of its mask. */
+export function Shades({ crop, mask }) {
+  const isCut = crop && (crop.width <= 0.995 || crop.height <= 0.995);
   return html`
-    <label class="unseen" for=${id}>Caption of ${name}</label>
-    <textarea ref=${field} id=${id} rows=${rows} class="caption" value=${text ?? caption}
-      placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"} onInput=${type} onBlur=${store}
-      aria-invalid=${failed ? "true" : undefined}></textarea>
-    ${other !== null && html`<${Elsewhere} there=${other} onChoose=${choose} what="caption" />`}
+    ${mask && html`<span class="mask-shade" style=${{ "--mask": `url("${mask}")` }}></span>`}
     ${
-      failed &&
-      html`<p class="field-error" role="alert">
-        This caption is not
-        stored. ${failed.message} <button type="button" class="as-link" onClick=${store}>Try again</button>
-      </p>`
+      isCut &&
+      html`<span class="crop" title="The part that is trained"
+        style=${{ left: share(crop.x), top: share(crop.y), width: share(crop.width), height: share(crop.height) }}>
+      </span>`
     }
   `;
+}
+
+/** What a drag of a picture before carries. */
+export const DRAGGED = "application/x-lorasmith-control";
+
+/**
+ * @param {Props<{ image: Api.PictureRow }>} props
+ *   `image`: a photo of the dataset, or `upload`, one on its way there
+ *   `picture`: address of a copy of one that was left out
+ *   `facts`: its {crop} of the check; null to draw none
+ *   `words`: of `PAIRS` for a pair, else null
+ *   `onPair`: called with a picture before that was dropped on it
+ */
+export function PhotoTile(props) {
+  const { dataset, image, upload, picture, preview, caption, remarks, facts, version, words, isChosen, isAt } = props;
+  const [unseen, setUnseen] = useState([]); // addresses that the browser could not show
+  const [over, setOver] = useState(false);
+  const { onChoose, onOpen, onPair } = props.actions ?? {};
+  return useMemo(() => {
+    const name = image?.file ?? upload.name;
+    const sources = upload
+      ? [upload.preview]
+      : picture
+        ? [picture]
+        : [...(preview && !image.crop ? [preview] : []), sourceOf(dataset, image, THUMBNAIL)];
+    const source = sources.find((one) => !unseen.includes(one));
+    const ratio = image?.width && image.height ? image.width / image.height : USUAL;
+    const kind = picture ? "pale" : (upload?.state ?? "");
+    const said = [
+      upload?.isBefore ? `Before: ${name}` : name,
+      picture && "left out",
+      caption,
+      remarks && (remarks === 1 ? "1 remark" : `${remarks} remarks`),
+    ];
+    return html`<li class=${`tile ${kind} ${words ? "paired" : ""}`} role="option" data-file=${name}
+        style=${{ "--ratio": ratio * (words && image ? 2 : 1) }} tabindex=${isAt ? 0 : -1}
+        aria-selected=${isChosen ? "true" : "false"} aria-disabled=${upload ? "true" : undefined}
+        aria-label=${said.filter(Boolean).join(", ")}
+        onClick=${(event) => onChoose?.(name, event)} onDblClick=${() => onOpen?.(name)}>
+      ${
+        words &&
+        image &&
+        html`<div class=${`half before ${over ? "over" : ""}`} data-before=${picture ? undefined : name}
+            onDragOver=${(event) => {
+              if (!onPair || !event.dataTransfer.types.includes(DRAGGED)) return;
+              event.preventDefault();
+              setOver(true);
+            }} onDragLeave=${() => setOver(false)}
+            onDrop=${(event) => {
+              setOver(false);
+              const control = event.dataTransfer.getData(DRAGGED);
+              if (!control || !onPair) return;
+              event.preventDefault();
+              onPair(control, name);
+            }}>
+          ${image.controls.slice(0, 1).map((one) =>
+            one.fixed || one.problem
+              ? html`<span class="missing">${one.problem || one.file}</span>`
+              : html`<img key=${one.file} src=${controlOf(dataset, one.file, version)} loading="lazy"
+                  alt=${`${capital(words.other)}: ${one.file}`} draggable=${onPair ? "true" : "false"}
+                  onDragStart=${(event) => event.dataTransfer.setData(DRAGGED, one.file)} />`,
+          )}
+          ${image.controls.length === 0 && html`<span class="missing">No ${words.other}</span>`}
+        </div>`
+      }
+      <div class="half">
+        ${
+          source
+            ? html`<img src=${source} alt="" loading="lazy" draggable="false"
+              onError=${() => setUnseen((all) => [...all, source])} />`
+            : html`<span class="missing">${name}</span>`
+        }
+        ${
+          image &&
+          !picture &&
+          html`<${Shades} crop=${facts?.crop} mask=${image.mask && maskOf(dataset, image, THUMBNAIL, version)} />`
+        }
+      </div>
+      ${upload && html`<span class="pill">${upload.state === "sending" ? "Sending…" : "Waiting…"}</span>`}
+      ${picture && html`<span class="pill">Left out</span>`}
+      ${remarks > 0 && html`<span class="dot-mark"></span>`}
+      ${image?.mask && html`<span class="mask-mark"><${Icon} name="brush" /></span>`}
+    </li>`;
+  }, [
+    ...[dataset, image, upload, picture, preview, caption, remarks, version, words, isChosen, isAt, unseen, over],
+    ...[facts?.crop, onPair === undefined],
+  ]);
 }

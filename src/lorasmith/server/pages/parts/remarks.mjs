@@ -1,56 +1,106 @@
-// What is remarked about the photos, in one card; and what mends it, which can be undone.
+// What is remarked about the photos: a chip each, and in words for the one that is chosen; what mends it can be undone.
 import { html } from "../lib/html.mjs";
-import { capital, count, whole } from "../lib/words.mjs";
-import { Button, Notice } from "./basics.mjs";
-import { sourceOf } from "./photo_tile.mjs";
+import { useStore } from "../lib/stores.mjs";
+import { leftOut } from "../lib/uploads.mjs";
+import { count, whole } from "../lib/words.mjs";
+import { Button } from "./basics.mjs";
 
-const STRIP = 6; // photos of a remark
-const LISTED = 4; // files that cannot be used
-const THUMBNAIL = 160;
-const MOODS = { problem: "bad", warning: "fair", remark: "faint" };
+const LISTED = 12; // files that cannot be used, and reasons
+const NAMED = 3;
 // Kinds whose photos are left out by choice, not by "Fix all".
 const CHOSEN = ["odd ones out", "tiny pictures", "blurred pictures"];
 const GRAVITY = ["problem", "warning", "remark"];
 
+const named = (files) =>
+  files.length > NAMED + 1
+    ? `${files.slice(0, NAMED).join(", ")} and ${files.length - NAMED} others`
+    : files.join(", ").replace(/, ([^,]*)$/, " and $1");
+const are = (files) => (files.length === 1 ? "is" : "are");
+
+/** By kind of the finding: what its chip says, and what is better than its message; {number} is that of photos. */
+const WORDS = {
+  "empty pictures": ["{number} empty"],
+  "tiny pictures": ["{number} tiny", (files) => `${named(files)} ${are(files)} tiny and will look blurred.`],
+  "enlarged pictures": ["{number} small", (files) => `${named(files)} ${are(files)} small and will be a little soft.`],
+  "blurred pictures": ["{number} blurred", (files) => `${named(files)} ${are(files)} blurred, which is learnt, too.`],
+  "cut pictures": ["{number} cut", (files) => `${named(files)} will lose their edges. Crop them to what matters.`],
+  copies: ["{number} twice", () => "These are in the set already. Keep one of each."],
+  "look-alikes": [
+    "{number} alike",
+    () => "Nearly the same as another one. Keep one, unless the difference matters to you.",
+  ],
+  "much alike": ["Much alike"],
+  "odd ones out": ["{number} different", () => "Do these show the same as the others?"],
+  "unchanged pairs": ["{number} unchanged"],
+  "swapped pairs": ["{number} swapped?"],
+  "other aspects": ["{number} of another shape"],
+  "missing captions": [
+    "{number} without words",
+    (files) =>
+      `${named(files)} ${are(files)} without words. Say what ${files.length === 1 ? "it shows" : "each shows"}.`,
+  ],
+  "empty captions": ["{number} with empty words"],
+  "equal captions": ["{number} with the same words", () => "Say in each what only that picture shows."],
+  "long captions": ["{number} too long"],
+  "known trigger": ["A known word"],
+  "dropped captions": ["Few words"],
+  "shared tags": ["Shared tags"],
+};
+const CHANGES = /^(make|turn|change|add|remove|convert|replace|put|transform|give)\b/i; // captions that name a change
+
 /**
- * The remarks: [{title, text, severity, files, removes, details}], the gravest first.
+ * The remarks: [{kind, chip, text, severity, files, removes, details}], the gravest first.
  *
- * @param {Props<{ check: Api.DataCheckAnswer | null }>} props
+ * @param {Props<{ check: Api.DataCheckAnswer | null, images: Api.PictureRow[] }>} props
  *   `isNameless`: whether neither captions nor a trigger name the subject
- *   `lacking`: photos that lack the other one of a pair, which `lack` is called
+ *   `words`: of `PAIRS` for pairs, else null
  *   `taker`: the model that takes no pictures before an edit though there are some; empty if it does
+ *   `isSlider`: whether strength is to do what captions must then not say
  */
-export function remarksOf({ check, isNameless, lacking, lack, taker }) {
+export function remarksOf({ check, images, captionOf, isNameless, words, taker, isSlider }) {
   const found = [];
   if (isNameless)
     found.push({
-      title: "Nothing names the subject",
+      chip: "No name yet",
       severity: "problem",
-      text: "Give a trigger word above, or captions to the photos, so that the LoRA learns what to call this.",
+      text: "What will you call it in prompts? Answer that, or say in words what each photo shows.",
     });
+  const lacking = words ? images.filter((one) => !one.controls.length).map((one) => one.file) : [];
   if (lacking.length)
     found.push({
-      title: "Pairs without a picture",
+      chip: `${lacking.length} without ${words.other}`,
       severity: "problem",
       files: lacking,
-      text: `${lacking.length === 1 ? "A photo lacks" : `${lacking.length} photos lack`} ${lack}`,
+      text: `${count(lacking.length, "picture has", "pictures have")} no ${words.other} yet. Drop them on the left, under the same file names.`,
     });
   if (taker)
     found.push({
-      title: "Not an edit model",
+      chip: "Cannot edit",
       severity: "problem",
-      text:
-        `${taker} takes no pictures before an edit. Choose an edit model, or what else the pairs teach, ` +
-        "or controls none in the settings to train without them.",
+      text: `${taker} cannot edit pictures. Choose one that can, make it a slider, or train on the pictures after alone.`,
+    });
+  const asking = isSlider ? images.filter((one) => CHANGES.test(captionOf(one))).map((one) => one.file) : [];
+  if (asking.length)
+    found.push({
+      chip: `${asking.length} name the change`,
+      severity: "warning",
+      files: asking,
+      text: "Say what both pictures show: the strength of the LoRA makes the change, not its words.",
     });
   const skipped = check?.skipped ?? [];
-  const findings = check?.findings ?? [];
-  for (const one of findings) {
-    const details = one.kind === "unused files" ? skipped : [];
-    found.push({ ...one, title: one.title || capital(one.kind), text: details.length ? "" : one.message, details });
+  for (const one of check?.findings ?? []) {
+    if (one.kind === "missing controls") continue; // said above, at once
+    if (isNameless && one.kind === "missing captions") continue;
+    const [chip, text] = WORDS[one.kind] ?? [];
+    const number = one.files.length || skipped.length;
+    found.push({
+      ...one,
+      chip:
+        one.kind === "unused files" ? `${number} not used` : (chip ?? one.title).replace("{number}", String(number)),
+      text: text?.(one.files) ?? one.message,
+      details: one.kind === "unused files" ? skipped : [],
+    });
   }
-  if (skipped.length && !findings.some((one) => one.kind === "unused files"))
-    found.push({ title: "Files that cannot be used", severity: "problem", text: "", details: skipped });
   return found.sort((a, b) => GRAVITY.indexOf(a.severity) - GRAVITY.indexOf(b.severity));
 }
 
@@ -58,97 +108,102 @@ export function remarksOf({ check, isNameless, lacking, lack, taker }) {
 export const removedBy = (remarks) => [...new Set(remarks.flatMap((one) => one.removes ?? []))];
 
 /**
- * @param {Props<{ images: Api.PictureRow[] }>} props
+ * @param {Props<{ number: number }>} props
+ *   `number`: of photos
  *   `remarks`: of `remarksOf`
- *   `checking`: how many images, {done, total}, while they are checked, else null
+ *   `chosen`: the remark whose photos are shown, in words below the chips; null for none
+ *   `check`: of `useCheck`
  *   `onFix`: called with remarks whose photos are to be removed; null where nothing can be changed
- *   `onShow`: called with a remark whose photos are to be shown alone
+ *   `onChoose`: called with a remark, or null
  *   `onCaption`: opens the dialog that writes captions; null where nothing can be changed
  */
-export function Remarks({ dataset, remarks, images, isChecked, error, checking, onFix, onShow, onCaption }) {
-  if (error) return html`<${Notice} mood="fair"><p>The photos were not checked. ${error.message}</p><//>`;
-  if (!images.length) return null;
-  if (checking)
-    return html`<p class="faint" role="status">
-      Checking photos: ${whole(checking.done)} of ${whole(checking.total)}…
-    </p>`;
-  if (!remarks.length)
-    return isChecked
-      ? html`<p class="all-good"><span aria-hidden="true">✓</span> Nothing to mend in these photos.</p>`
-      : null;
-  const byName = new Map(images.map((one) => [one.file, one]));
+export function Remarks({ dataset, remarks, number, chosen, check, onFix, onChoose, onCaption }) {
+  const files = useStore(leftOut)[dataset] ?? [];
+  const shown =
+    chosen?.chip === "not added" ? (files.length ? chosen : null) : remarks.find((one) => one.chip === chosen?.chip);
   const fixable = removedBy(remarks);
-  return html`<section class="remarks-card" aria-labelledby="remarks">
-    <div class="head">
-      <h3 id="remarks">${count(remarks.length, "remark")}</h3>
-      ${
-        onFix &&
-        fixable.length > 0 &&
-        html`<${Button} class="small" busyText="Removing…" onClick=${() => onFix(remarks)}>
-          Fix all: leave out ${count(fixable.length, "photo")}
-        <//>`
-      }
-    </div>
-    <ul class="findings">
-      ${remarks.map(
-        (one, index) => html`<li key=${`${one.title} ${index}`} class=${`${MOODS[one.severity] ?? "fair"}-item`}>
-          <div class="finding-text">
-            <b>${one.title}</b> <span>${one.text}</span>
-            ${
-              one.details?.length > 0 &&
-              html`<ul class="file-list">
-                ${one.details
-                  .slice(0, LISTED)
-                  .map((file) => html`<li key=${file.file}>${file.file} cannot be used: ${file.reason}</li>`)}
-                ${one.details.length > LISTED && html`<li>and ${one.details.length - LISTED} more</li>`}
-              </ul>`
-            }
-          </div>
-          ${
-            one.files?.some((file) => byName.has(file)) &&
-            html`<div class="strip">
-              ${one.files
-                .filter((file) => byName.has(file))
-                .slice(0, STRIP)
-                .map(
-                  (file) => html`<img key=${file} src=${sourceOf(dataset, byName.get(file), THUMBNAIL)} alt=${file}
-                    title=${file} loading="lazy" />`,
-                )}
-              ${one.files.length > STRIP && html`<span class="faint">+${one.files.length - STRIP}</span>`}
-            </div>`
-          }
-          <div class="actions">
-            ${
-              one.files?.length > 0 &&
-              html`<button type="button" class="as-link" aria-label=${`Show only: ${one.title}`}
-                  onClick=${() => onShow(one)}>
-                Show
-              </button>`
-            }
-            ${
-              onFix &&
-              one.removes?.length > 0 &&
-              html`<button type="button" class="as-link" aria-label=${`Leave out: ${one.title}`}
-                  onClick=${() => onFix([one])}>
-                Leave out ${one.removes.length}
-              </button>`
-            }
-            ${
-              onFix &&
-              CHOSEN.includes(one.kind) &&
-              html`<button type="button" class="as-link" aria-label=${`Leave out: ${one.title}`}
-                  onClick=${() => onFix([{ ...one, removes: one.files }])}>
-                Leave out ${one.files.length}
-              </button>`
-            }
-            ${
-              onCaption &&
-              one.kind === "missing captions" &&
-              html`<button type="button" class="as-link" onClick=${onCaption}>Write captions</button>`
-            }
-          </div>
-        </li>`,
-      )}
-    </ul>
-  </section>`;
+  const toggle = (one) => onChoose(one.chip === shown?.chip ? null : one);
+  const chip = (
+    one,
+    text = one.chip,
+  ) => html`<button type="button" key=${one.chip} class=${`chip ${one.severity === "remark" ? "" : "amber"}`}
+      aria-pressed=${one.chip === shown?.chip ? "true" : "false"} onClick=${() => toggle(one)}>
+    ${text}
+  </button>`;
+  const leave = shown && onFix && (CHOSEN.includes(shown.kind) ? shown.files : shown.removes);
+  return html`
+    ${remarks.map((one) => chip(one))}
+    ${files.length > 0 && chip({ chip: "not added", severity: "remark" }, `${count(files.length, "file")} not added`)}
+    ${
+      onFix &&
+      fixable.length > 0 &&
+      html`<${Button} class="small" busyText="Leaving out…" onClick=${() => onFix(remarks)}>
+        Fix all: leave out ${count(fixable.length, "photo")}
+      <//>`
+    }
+    ${
+      check.checking &&
+      html`<span class="faint" role="status">
+        Checking photos: ${whole(check.checking.done)} of ${whole(check.checking.total)}…
+      </span>`
+    }
+    ${check.error && html`<span class="faint">The photos were not checked. ${check.error.message}</span>`}
+    ${
+      number > 0 &&
+      check.check &&
+      !remarks.length &&
+      html`<span class="unseen" role="status">Nothing to mend in these photos.</span>`
+    }
+    ${
+      shown &&
+      html`<div class="remark" role="status">
+        ${
+          shown.chip === "not added"
+            ? html`
+              <ul class="file-list">${reasonsOf(files)}</ul>
+              <${Button} class="small" aria-label="Close the list of files that were not added"
+                  onClick=${() => {
+                    leftOut.set((all) => ({ ...all, [dataset]: [] }));
+                    onChoose(null);
+                  }}>
+                Close
+              <//>
+            `
+            : html`
+              <span>${shown.text}</span>
+              ${
+                shown.details?.length > 0 &&
+                html`<ul class="file-list">
+                  ${shown.details
+                    .slice(0, LISTED)
+                    .map((file) => html`<li key=${file.file}>${file.file} cannot be used: ${file.reason}</li>`)}
+                  ${shown.details.length > LISTED && html`<li>and ${shown.details.length - LISTED} more</li>`}
+                </ul>`
+              }
+              ${
+                leave?.length > 0 &&
+                html`<${Button} class="small" onClick=${() => onFix([{ ...shown, removes: leave }])}>
+                  Leave out ${leave.length}
+                <//>`
+              }
+              ${
+                onCaption &&
+                shown.kind === "missing captions" &&
+                html`<${Button} class="small" onClick=${onCaption}>Write captions<//>`
+              }
+              ${shown.files?.length > 0 && html`<${Button} class="small" onClick=${() => onChoose(null)}>Show all<//>`}
+            `
+        }
+      </div>`
+    }
+  `;
 }
+
+/** The files that were not added, by reason. */
+const reasonsOf = (files) =>
+  [...Map.groupBy(files, ({ reason }) => reason)].slice(0, LISTED).map(
+    ([reason, [first, ...others]]) => html`<li key=${reason}>
+      <b>${first.name}</b> ${reason}${reason.endsWith(".") ? "" : "."}
+      ${others.length > 0 && html` <span class="faint">Also ${named(others.map(({ name }) => name))}.</span>`}
+    </li>`,
+  );

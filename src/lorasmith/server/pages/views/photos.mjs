@@ -1,287 +1,327 @@
-// The photos of a LoRA: what they show, their captions, what is wrong with them, and what of them is trained.
+// The contact sheet: pictures from edge to edge, and beside them what they are of, and the words of the chosen one.
 import { get } from "../lib/api.mjs";
-import { useConflicts, useDraft } from "../lib/drafts.mjs";
-import { html, useState } from "../lib/html.mjs";
+import { useDraft } from "../lib/drafts.mjs";
+import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { answered, KINDS, kindOf } from "../lib/kinds.mjs";
 import { go } from "../lib/router.mjs";
 import { say, useStore } from "../lib/stores.mjs";
-import { counted } from "../lib/tags.mjs";
-import { doneTo, undoLast } from "../lib/undo.mjs";
-import { forget } from "../lib/uploads.mjs";
-import { capital, count, slug } from "../lib/words.mjs";
-import { Button, Elsewhere, Field, Loading, Problem, Question, useLoaded } from "../parts/basics.mjs";
+import { doneTo, takeBack, undoLast } from "../lib/undo.mjs";
+import { count, slug } from "../lib/words.mjs";
+import { Button, Loading, Problem, Question, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
 import { CaptionDialog, CaptioningState } from "../parts/captioning.mjs";
-import { DropZone } from "../parts/drop_zone.mjs";
-import { LeftOut } from "../parts/left_out.mjs";
-import { PhotoEditor } from "../parts/photo_editor.mjs";
+import { ChooseFiles, PairZones, useDrops } from "../parts/drop_zone.mjs";
+import { Icon } from "../parts/icons.mjs";
+import { Loupe } from "../parts/loupe.mjs";
 import { changesOf, useCaptions, useCheck, useFilter, usePhotos, useUndoKey } from "../parts/photo_hooks.mjs";
-import { PhotoTile } from "../parts/photo_tile.mjs";
+import { AllPhotos, ChosenPhotos, Named, What } from "../parts/photo_panel.mjs";
+import { controlOf, PhotoTile } from "../parts/photo_tile.mjs";
 import { Remarks, remarksOf, removedBy } from "../parts/remarks.mjs";
 import { Replace } from "../parts/replace.mjs";
-import { NextBar, Stepper } from "../parts/stepper.mjs";
-import { TagList } from "../parts/tags.mjs";
-import { takesControls } from "./model.mjs";
+import { bestOf, takesControls } from "./model.mjs";
 
-const FEW = 5;
+const SIZE_KEY = "lorasmith.sheet";
+const order = new Intl.Collator("en", { numeric: true }).compare;
 
 /** @param edited the picture whose caption has the focus at first */
 export function PhotosView({ dataset, edited }) {
   const [draft, change] = useDraft(dataset);
   const photos = usePhotos(dataset);
   const captions = useCaptions(photos);
-  const check = useCheck(photos, captions.captions, draft);
-  const filter = useFilter(photos.images, captions.captionOf, check.problemsOf);
-  const [crops, setCrops] = useState(true);
+  const [listed, listError] = useLoaded((signal) => get(["models"], {}, signal), []);
   const [opened, open] = useState(null); // the dialog that is open: {name, file}
-  const [listed] = useLoaded(async (signal) => (draft.model ? get(["models"], {}, signal) : null), [draft.model]);
+  const [size, setSize] = useState(() => Number(localStorage.getItem(SIZE_KEY)) || clamp(innerWidth * 0.15, 170, 340));
+  const [picked, pick] = useState(/** @type {string[]} */ (edited ? [edited] : [])); // files; the last one is looked at
+  const [mode, setMode] = useState(/** @type {"large" | "crop" | "mask" | null} */ (null));
+  const [written, write] = useState(edited); // the photo whose caption has the focus
+  const [isUp, setUp] = useState(false); // the panel of a phone
+  const sheet = useRef(null);
   useUndoKey(dataset);
 
-  const { found, images, controls, onTheWay, underway, canChange } = photos;
-  const model = listed?.models.find((one) => one.name === draft.model);
-  const takes = model ? takesControls(model, draft) : false;
+  const { found, images, controls, onTheWay, underway, canChange, pale, previews, stray, version } = photos;
+  const named = listed?.models.find((one) => one.name === draft.model);
+  const takes = named ? takesControls(named, draft) : false;
   const isPairs = draft.pairs ?? (controls.length > 0 || takes);
-  const words = PAIRS[draft.settings.pairs] ?? PAIRS.none;
-  const changes = changesOf(photos, words, (before, now) =>
-    open((shown) => (shown?.file === before ? { ...shown, file: now } : shown)),
+  const words = isPairs ? (PAIRS[draft.settings.pairs] ?? PAIRS.none) : null;
+  const suggested = listed && bestOf(listed.models, new Set(), words === PAIRS.none);
+  const sized = draft.model ?? (listed ? (suggested?.name ?? null) : listError ? null : undefined);
+  const check = useCheck(photos, captions.captions, draft, sized);
+  const filter = useFilter(images, captions.captionOf);
+  const kind = kindOf(draft, isPairs);
+  const changes = changesOf(photos, words ?? PAIRS.none, {
+    onRenamed: (before, now) => pick((files) => files.map((file) => (file === before ? now : file))),
+    onMask: () => change({ settings: { ...draft.settings, masks: "files" } }),
+  });
+  const over = useDrops((files, before) => canChange && changes.take(files, before));
+
+  // What was left out stays in its place, pale, until the page is loaded again.
+  const gone = filter.isPart ? [] : pale.filter(({ image }) => !images.some((one) => one.file === image.file));
+  const items = [...filter.shown.map((image) => ({ image, picture: "", done: null })), ...gone].sort((a, b) =>
+    order(a.image.file, b.image.file),
   );
+  const files = items.map(({ image }) => image.file);
+  const kept = picked.filter((file) => files.includes(file));
+  const chosen = kept.length ? kept : files.slice(0, 1);
+  const at = chosen.at(-1) ?? "";
+  const item = items.find(({ image }) => image.file === at);
+  const isLarge = mode !== null && item !== undefined && !item.picture;
+
   const captioned = images.filter((one) => captions.captionOf(one).trim()).length;
-  const total = images.length + onTheWay.length;
+  const total = images.length + onTheWay.filter((one) => !one.isBefore).length;
   const remarks = remarksOf({
     check: check.check,
-    isNameless: !captioned && !draft.trigger.trim(),
-    lack: words.lack,
-    lacking: isPairs ? images.filter((one) => !one.controls.length).map((one) => one.file) : [],
-    taker: controls.length > 0 && model && words === PAIRS.none && !takes ? model.title : "",
+    images,
+    captionOf: captions.captionOf,
+    isNameless: images.length > 0 && !captioned && !draft.trigger.trim(),
+    words,
+    taker: controls.length > 0 && named && words === PAIRS.none && !takes ? named.title : "",
+    isSlider: kind === "slider",
   });
 
   /** Removes what remarks say should be: everything that they name, in one step. */
   function fix(some) {
-    const there = (files) => files.filter((file) => images.some((one) => one.file === file));
-    const files = there(removedBy(some));
-    if (!files.length) return say("These photos are not here any more.");
+    const there = removedBy(some).filter((file) => images.some((one) => one.file === file));
+    if (!there.length) return say("These photos are not here any more.");
     filter.setRemark(null);
-    const kinds = some
-      .map((one) => [one.title.toLowerCase(), there(one.removes ?? []).length])
-      .filter(([, number]) => number)
-      .map(([title, number]) => `${title} (${number})`);
-    const moved = `${count(files.length, "photo was", "photos were")} moved to the removed files`;
-    return changes.drop(files, `${moved}: ${kinds.join(", ")}.`);
+    const kinds = some.filter((one) => one.removes?.length).map((one) => one.chip);
+    return changes.drop(there, `${count(there.length, "photo")} left out: ${kinds.join(", ")}.`);
   }
 
-  const shared = { dataset, draft, photos, captions, check, filter, changes, words, isPairs, open };
+  /** Leaves the chosen photos out, or brings them back. */
+  function leaveOut() {
+    const some = items.filter(({ image }) => chosen.includes(image.file));
+    const out = some.filter((one) => one.done);
+    if (out.length) return [...new Set(out.map((one) => one.done))].map((one) => takeBack(dataset, one));
+    if (isLarge) step(1) || step(-1);
+    return changes.leaveOut(chosen);
+  }
+
+  const focused = useRef(false); // whether the photo that is looked at is to have the focus
+  const show = (file, extend = false) => {
+    pick(extend ? [...chosen.filter((one) => one !== file), file] : [file]);
+    focused.current = true;
+  };
+  function step(by) {
+    const next = files[files.indexOf(at) + by];
+    if (next) show(next);
+    return Boolean(next);
+  }
+  useEffect(() => {
+    if (!focused.current || isLarge) return;
+    focused.current = false;
+    const tile = sheet.current?.querySelector(`.tile[tabindex="0"]`);
+    if (!document.activeElement?.closest("textarea")) tile?.focus({ preventScroll: true });
+    tile?.scrollIntoView({ block: "nearest" });
+  });
+  const choose = (file, event) => {
+    if (event.shiftKey) {
+      const [from, to] = [files.indexOf(chosen[0]), files.indexOf(file)];
+      const some = files.slice(Math.min(from, to), Math.max(from, to) + 1);
+      pick([chosen[0], ...some.filter((one) => one !== chosen[0] && one !== file), file]);
+    } else if (event.ctrlKey || event.metaKey)
+      pick(chosen.includes(file) ? chosen.filter((one) => one !== file) : [...chosen, file]);
+    else show(file);
+  };
+  const isMine = item && !item.picture && canChange;
+  const enter = (/** @type {"large" | "crop" | "mask"} */ next) => {
+    if (next === "crop" && (item?.image.mask || item?.image.controls.length))
+      return say("A photo with a mask or a picture before is cropped in another program: both files alike.");
+    setMode(next);
+  };
+
+  useKeys((event) => {
+    const { key, target } = event;
+    const isTyping = target.closest?.("input, textarea, select, summary");
+    if (event.ctrlKey || event.metaKey || event.altKey || opened || target.closest?.("dialog, .cropper, .masker"))
+      return;
+    const page = { PageDown: 1, PageUp: -1 }[key];
+    const along = { ArrowRight: 1, ArrowLeft: -1, ...(isLarge ? {} : { Home: -files.length, End: files.length }) }[key];
+    if (page && (isLarge || target.closest?.("textarea"))) {
+      step(page);
+      write(target.closest?.("textarea") ? files[files.indexOf(at) + page] : undefined);
+    } else if (isTyping) return;
+    else if (key === "Escape" && isLarge) {
+      setMode(null);
+      show(at);
+    } else if (along) {
+      const next = files[clamp(files.indexOf(at) + along, 0, files.length - 1)];
+      if (next) show(next, event.shiftKey);
+    } else if ((key === "ArrowDown" || key === "ArrowUp") && !isLarge && target.closest?.(".tiles"))
+      show(beside(sheet.current, at, key === "ArrowDown") ?? at, event.shiftKey);
+    else if (key === "Enter" && target.closest?.(".tiles") && item && !item.picture) setMode("large");
+    else if (key === "x" && canChange && item) leaveOut();
+    else if (key === "c" && isMine && item.image.width) enter("crop");
+    else if (key === "m" && isMine && item.image.width) enter("mask");
+    else return;
+    event.preventDefault();
+  });
+
+  const last = useStore(doneTo(dataset)).at(-1);
+  const model = named ?? suggested;
   return html`
-    <${Stepper} at="photos" dataset=${dataset} />
-    <section>
-      <h1>Your photos</h1>
-      <${Names} dataset=${dataset} />
-    </section>
-    <section aria-labelledby="photos">
-      <div class="head">
-        <h2 id="photos">${total ? count(total, "photo") : "Photos"}</h2>
-        <span class="faint" role="status">
+    <div class="sheet-main">
+      <div class="sheet-head">
+        <h1 class="unseen">Photos of ${draft.name || dataset}</h1>
+        <${Named} dataset=${dataset} such=${slug(draft.trigger) || dataset} />
+        <span class="chip plain" role="status">
+          ${underway ? `${count(underway, "photo")} on the way…` : count(total, "photo")}
+        </span>
+        <${Remarks} dataset=${dataset} remarks=${remarks} number=${images.length} check=${check} chosen=${filter.remark}
+          onChoose=${filter.setRemark} onFix=${canChange ? fix : null}
+          onCaption=${canChange ? () => open({ name: "captions" }) : null} />
+        ${
+          filter.tag !== null &&
+          html`<button type="button" class="chip" aria-pressed="true" onClick=${() => filter.setTag(null)}>
+            ${filter.tag}: ${count(filter.shown.length, "photo")}<span class="unseen">. Show all</span>
+          </button>`
+        }
+        <span class="sheet-tools">
           ${
-            underway
-              ? `${count(underway, "photo")} on the way…`
-              : images.length > 0 && `${captioned} of ${images.length} with a caption`
+            canChange &&
+            html`
+              ${!words && total > 0 && html`<${ChooseFiles} verb="Add" onFiles=${(some) => changes.take(some, null)} />`}
+              <${Button} class="small" disabled=${!last} title=${last?.text} aria-label="Undo the last change"
+                  onClick=${() => undoLast(dataset)}>
+                <${Icon} name="undo" />Undo
+              <//>
+            `
           }
+          <input type="range" min="90" max="420" value=${size} aria-label="Size of the pictures"
+            onInput=${(event) => {
+              setSize(Number(event.currentTarget.value));
+              localStorage.setItem(SIZE_KEY, event.currentTarget.value);
+            }} />
         </span>
       </div>
-      ${
-        found?.builtin
-          ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>`
-          : html`
-            <${DropZone} onFiles=${changes.take} pairs=${isPairs ? words : null} />
-            <${Kind} draft=${draft} isPairs=${isPairs} onChange=${change} />
-          `
-      }
       <${Problem} error=${photos.error} onRetry=${photos.reload} />
       ${!found && !photos.error && html`<${Loading} what="photos" />`}
-      <${LeftOut} dataset=${dataset} />
       <${CaptioningState} dataset=${dataset}
         onUndo=${(written) => captions.store(partOf(written, "before"), partOf(written, "caption"))} />
-      <${Remarks} dataset=${dataset} remarks=${remarks} images=${images} isChecked=${Boolean(check.check)}
-        error=${check.error} checking=${check.checking} onFix=${canChange ? fix : null} onShow=${filter.setRemark}
-        onCaption=${canChange ? () => open({ name: "captions" }) : null} />
-      ${images.length > 0 && html`<${Tools} ...${shared} crops=${crops} onCrops=${setCrops} />`}
-      <${PhotoList} ...${shared} crops=${crops} edited=${edited} />
-    </section>
-    ${opened && html`<${Opened} ...${shared} opened=${opened} lacking=${images.length - captioned} />`}
-    <${NextBar} note=${noteOf(total, underway)}>
-      <a class="button" href="#/">Back</a>
-      <${Button} kind="primary" disabled=${!images.length || underway > 0}
-          onClick=${() => go("new", dataset, "model")}>
-        Next: model
-      <//>
-    <//>
-  `;
-}
-
-/** What the LoRA and its subject are called. */
-function Names({ dataset }) {
-  const [draft, change] = useDraft(dataset);
-  const [theirs, choose] = useConflicts(dataset);
-  const input = (name, what, attributes) => html`
-    <input ...${attributes} type="text" value=${draft[name]}
-      onInput=${(event) => change({ [name]: event.currentTarget.value })} />
-    ${
-      name in theirs &&
-      html`<${Elsewhere} there=${theirs[name]} what=${what} onChoose=${(isMine) => choose(name, isMine)} />`
-    }
-  `;
-  return html`<div class="fields two">
-    <${Field} label="Name of the LoRA" help="The file and its folder are called so.">
-      ${(attributes) =>
-        input("name", "name", { ...attributes, maxlength: 64, placeholder: slug(draft.trigger) || dataset })}
-    <//>
-    <${Field} label="Trigger word" optional
-        help="Words that will call up what the photos show, such as “milo cat”. Put them into your prompts later.">
-      ${(attributes) => input("trigger", "trigger word", { ...attributes, maxlength: 200, autocapitalize: "off" })}
-    <//>
-  </div>`;
-}
-
-/** Whether the photos are pairs, and what these teach. */
-const Kind = ({ draft, isPairs, onChange }) => html`
-  <label class="check">
-    <input type="checkbox" checked=${isPairs}
-      onChange=${(event) => onChange({ pairs: event.currentTarget.checked, settings: taught(draft, "none") })} />
-    These are pairs: two pictures of each name
-  </label>
-  ${
-    isPairs &&
-    html`<${Field} label="What they teach">
-      ${(attributes) => html`<select ...${attributes} value=${draft.settings.pairs ?? "none"}
-          onChange=${(event) => onChange({ pairs: true, settings: taught(draft, event.currentTarget.value) })}>
-        ${Object.entries(PAIRS).map(
-          ([name, { title }]) => html`<option key=${name} value=${name}>${capital(title)}</option>`,
-        )}
-      </select>`}
-    <//>`
-  }
-`;
-
-/** What is done with all photos, and which of them are shown. */
-function Tools({ dataset, photos: { images, canChange }, captions, filter, open, crops, onCrops }) {
-  const last = useStore(doneTo(dataset)).at(-1);
-  const { shown, odd, onlyOdd, setOnlyOdd, remark, setRemark, tag, setTag } = filter;
-  const all = () => {
-    setRemark(null);
-    setTag(null);
-  };
-  return html`
-    <div class="tools">
+      ${canChange && words && !isLarge && html`<${PairZones} over=${over} pairs=${words} onFiles=${changes.take} />`}
       ${
         canChange &&
+        !words &&
+        total === 0 &&
+        html`<div class=${`drop-zone big ${over ? "over" : ""}`}>
+          <${Icon} name="plus" /><p><b>Drop photos or a folder here</b></p>
+          <${ChooseFiles} kind="primary" onFiles=${(some) => changes.take(some, null)} />
+        </div>`
+      }
+      ${
+        isLarge
+          ? html`<${Loupe} dataset=${dataset} image=${item.image} mode=${mode} at=${[files.indexOf(at), files.length]}
+            facts=${check.check?.images[at]} version=${version} words=${words} onMode=${setMode} onGo=${step}
+            onCrop=${changes.crop} onMask=${changes.mask} />`
+          : (items.length > 0 || onTheWay.length > 0) &&
+            html`<ul class=${`tiles ${over ? "over" : ""}`} ref=${sheet} role="listbox" aria-multiselectable="true"
+              aria-label="Photos" style=${{ "--tile": `${size}px` }}>
+            ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} />`)}
+            ${items.map(
+              ({ image, picture }) => html`<${PhotoTile} key=${image.file}
+                dataset=${dataset} image=${image} picture=${picture} preview=${previews.get(image.file)?.preview}
+                caption=${captions.captionOf(image)} remarks=${picture ? 0 : check.problemsOf(image).length}
+                facts=${chosen.includes(image.file) ? check.check?.images[image.file] : null} version=${version}
+                words=${words} isChosen=${chosen.includes(image.file)} isAt=${image.file === at}
+                actions=${{
+                  onChoose: choose,
+                  onOpen: picture ? null : () => setMode("large"),
+                  onPair: canChange ? changes.pair : undefined,
+                }} />`,
+            )}
+          </ul>`
+      }
+      ${
+        words &&
+        stray.length > 0 &&
         html`
-          <${Button} class="small" onClick=${() => open({ name: "captions" })}>Write captions<//>
-          <${Button} class="small" onClick=${() => open({ name: "replace" })}>Find and replace in captions<//>
-          <${Button} class="small" onClick=${() => open({ name: "clear" })}>Remove all<//>
-          <${Button} class="small" disabled=${!last} title=${last?.text} aria-label="Undo the last change"
-              onClick=${() => undoLast(dataset)}>
-            Undo
-          <//>
+          <h2>${count(stray.length, "picture")} without a partner</h2>
+          <p class="faint">Move each to the picture that it belongs to. What stays here is not trained on.</p>
+          <ul class="strays">
+            ${stray.map(
+              (one) => html`<li key=${one.file}>
+                <img src=${controlOf(dataset, one.file, version)} alt=${one.file} loading="lazy" />
+                <span class="clip" title=${one.file}>${one.file}</span>
+                ${
+                  canChange &&
+                  html`<${Before} image=${null} controls=${[one]} words=${words}
+                    actions=${{ remove: changes.removeControl, move: (file) => open({ name: "move", file }) }} />`
+                }
+              </li>`,
+            )}
+          </ul>
         `
       }
-      <label class="check">
-        <input type="checkbox" checked=${crops} onChange=${(event) => onCrops(event.currentTarget.checked)} />
-        Show what is trained
-      </label>
       ${
-        odd.length > 0 &&
-        html`<label class="check">
-          <input type="checkbox" checked=${onlyOdd} onChange=${(event) => setOnlyOdd(event.currentTarget.checked)} />
-          Only the ${count(odd.length, "photo")} with remarks
-        </label>`
+        (!isLarge || mode === "large") &&
+        html`<div class="sheet-bar">
+          <${Button} kind="primary" disabled=${!images.length || underway > 0}
+              onClick=${() => go("new", dataset, "model")}>
+            Choose a model<${Icon} name="forward" />
+          <//>
+          <span class="faint">
+            ${
+              !total
+                ? "Add photos first."
+                : underway
+                  ? `${count(underway, "photo")} on the way…`
+                  : draft.is_chosen && named
+                    ? named.title
+                    : model
+                      ? "One is suggested for this computer."
+                      : ""
+            }
+          </span>
+        </div>`
       }
     </div>
-    <${TagList} images=${images} captionOf=${captions.captionOf} chosen=${tag} onChoose=${setTag}
-      onChange=${canChange ? captions.changeTags : null} />
+    <aside class=${`sheet-panel ${isUp ? "up" : ""}`} aria-label="What is it?">
+      <button type="button" class="panel-handle" aria-expanded=${isUp ? "true" : "false"} onClick=${() => setUp(!isUp)}>
+        <span>${[KINDS[kind]?.title, draft.trigger].filter(Boolean).join(" · ") || "What is it?"}</span>
+        <${Icon} name="down" />
+      </button>
+      <div class="panel-body">
+        ${found?.builtin && html`<p class="faint">These pictures belong to Lorasmith; they cannot be changed.</p>`}
+        <${What} draft=${draft} kind=${kind} change=${change} dataset=${dataset}
+          onAnswer=${(what) => change(answered(draft, what))} />
+        ${
+          item &&
+          html`<${ChosenPhotos} draft=${draft} item=${item} files=${chosen} photos=${photos}
+            captions=${captions} check=${check} words=${words} isEdited=${at === written} canChange=${canChange}
+            isLarge=${isLarge} change=${change}
+            actions=${{
+              ...{
+                leaveOut,
+                enter,
+                choose: changes.take,
+                remove: changes.removeControl,
+                removeMask: changes.removeMask,
+              },
+              move: (file) => open({ name: "move", file }),
+            }} />`
+        }
+        ${
+          images.length > 0 &&
+          html`<${AllPhotos} images=${images} captions=${captions} captioned=${captioned} filter=${filter}
+            canChange=${canChange} onOpen=${(name) => open({ name })} kind=${kind} />`
+        }
+      </div>
+    </aside>
     ${
-      (remark || tag !== null) &&
-      html`<p class="filtered" role="status">
-        Shown: ${count(shown.length, "photo")}${remark ? ` of “${remark.title}”` : ""}
-        ${tag !== null ? ` with the tag “${tag}”` : ""}.
-        <button type="button" class="as-link" onClick=${all}>Show all</button>
-      </p>`
-    }
-  `;
-}
-
-/** The photos, those on their way first, each with its picture before; and such pictures that belong to none. */
-function PhotoList({ dataset, draft, photos, captions, check, filter, changes, words, isPairs, open, crops, edited }) {
-  const { stray, onTheWay, previews, version, canChange } = photos;
-  const actions = canChange
-    ? {
-        pair: changes.pair,
-        remove: changes.removeControl,
-        move: (file) => open({ name: "move", file }),
-        choose: changes.take,
-      }
-    : null;
-  const before = (image, controls) => html`<${Before} dataset=${dataset} image=${image} controls=${controls}
-    version=${version} words=${words} actions=${actions} />`;
-  return html`
-    <ul class=${`tiles ${isPairs ? "pairs" : ""}`}>
-      ${onTheWay.map(
-        (entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry}
-          onRemove=${() => forget(dataset, entry.key)} />`,
-      )}
-      ${filter.shown.map(
-        (image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image}
-          preview=${previews.get(image.file)?.preview} caption=${captions.captionOf(image)}
-          problems=${check.problemsOf(image)} facts=${crops ? check.check?.images[image.file] : null}
-          trigger=${draft.trigger} usesMasks=${draft.settings.masks === "files"} isFixed=${!canChange}
-          isEdited=${image.file === edited} onCaption=${(caption, seen) => captions.storeTyped(image, caption, seen)}
-          onRemove=${() => changes.dropOne(image)} onOpen=${() => open({ name: "photo", file: image.file })}
-          before=${isPairs ? before(image.file, image.controls) : null} />`,
-      )}
-    </ul>
-    ${
-      isPairs &&
-      stray.length > 0 &&
-      html`
-        <h3>${capital(words.others)}, without ${words === PAIRS.none ? "one after" : "a picture"}</h3>
-        <p class="faint">
-          Drag each onto the picture that it belongs to, or press ⇄. What stays here is not trained on.
-        </p>
-        <ul class="tiles">
-          ${stray.map(
-            (one) => html`<li class="tile" key=${one.file}>
-              ${before(null, [one])}
-              <p class="tile-name"><span class="clip" title=${one.file}>${one.file}</span></p>
-            </li>`,
-          )}
-        </ul>
-      `
+      opened &&
+      html`<${Opened} dataset=${dataset} draft=${draft} images=${images} captions=${captions} changes=${changes}
+        words=${words} opened=${opened} onClose=${() => open(null)} lacking=${images.length - captioned} />`
     }
   `;
 }
 
 /** The dialog that is open. */
-function Opened({ dataset, draft, photos, captions, check, filter, changes, words, open, opened, lacking }) {
-  const { images, canChange } = photos;
-  const last = useStore(doneTo(dataset)).at(-1);
-  const close = () => open(null);
-  const editing = {
-    caption: captions.storeTyped,
-    crop: changes.crop,
-    remove: changes.dropOne,
-    undo: () => undoLast(dataset),
-    tags: ({ file }, text) => captions.changeTags({ [file]: text }, `The tags of ${file} were changed.`),
-  };
+function Opened({ dataset, draft, images, captions, changes, words, opened, onClose, lacking }) {
   switch (opened.name) {
-    case "photo":
-      return html`<${PhotoEditor} dataset=${dataset} file=${opened.file}
-        images=${filter.shown.some((one) => one.file === opened.file) ? filter.shown : images}
-        captionOf=${captions.captionOf} facts=${check.check?.images ?? {}} problemsOf=${check.problemsOf}
-        trigger=${draft.trigger} known=${counted(images.map(captions.captionOf)).map(([name]) => name)} undo=${last}
-        onClose=${close}
-        actions=${{ show: (file) => open({ name: "photo", file }), ...(canChange ? editing : {}) }} />`;
     case "captions":
       return html`<${CaptionDialog} dataset=${dataset} number=${images.length} lacking=${lacking}
-        trigger=${draft.trigger} onClose=${close} />`;
+        trigger=${draft.trigger} onClose=${onClose} />`;
     case "clear":
-      return html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${close}
+      return html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${onClose}
           onYes=${() => changes.removeAll(draft)}>
         <p>
           The folder <b>${dataset}</b> with ${count(images.length, "photo")} and their captions is moved to the
@@ -290,25 +330,39 @@ function Opened({ dataset, draft, photos, captions, check, filter, changes, word
       <//>`;
     case "move":
       return html`<${MoveControl} dataset=${dataset} control=${opened.file} images=${images} words=${words}
-        onMove=${changes.pair} onClose=${close} />`;
+        onMove=${changes.pair} onClose=${onClose} />`;
     default:
       return html`<${Replace} images=${images} captionOf=${captions.captionOf} onReplace=${captions.replaceAll}
-        onClose=${close} />`;
+        onClose=${onClose} />`;
   }
 }
 
+/** Calls with each key that is pressed on the page. */
+function useKeys(press) {
+  const latest = useRef(press);
+  latest.current = press;
+  useEffect(() => {
+    const pressed = (event) => event.defaultPrevented || latest.current(event);
+    addEventListener("keydown", pressed);
+    return () => removeEventListener("keydown", pressed);
+  }, []);
+}
+
+/** The photo below or above another one, by where they are. */
+function beside(list, file, isBelow) {
+  const tiles = [...list.querySelectorAll(".tile:not([aria-disabled])")];
+  const from = tiles.find((one) => one.dataset.file === file);
+  const middle = (one) => one.offsetLeft + one.offsetWidth / 2;
+  const tops = tiles
+    .map((one) => one.offsetTop)
+    .filter((top) => (isBelow ? top > from.offsetTop : top < from.offsetTop));
+  const row = isBelow ? Math.min(...tops) : Math.max(...tops);
+  return tiles
+    .filter((one) => one.offsetTop === row)
+    .sort((a, b) => Math.abs(middle(a) - middle(from)) - Math.abs(middle(b) - middle(from)))[0]?.dataset.file;
+}
+
+const clamp = (number, least, most) => Math.min(most, Math.max(least, number));
+
 /** Captions that were written, before or after that, by file. */
 const partOf = (written, part) => Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one[part]]));
-
-/** The settings of a draft with what its pairs teach. */
-const taught = (draft, pairs) =>
-  Object.fromEntries([
-    ...Object.entries(draft.settings).filter(([name]) => name !== "pairs"),
-    ...(pairs === "none" ? [] : [["pairs", pairs]]),
-  ]);
-
-function noteOf(total, underway) {
-  if (!total) return "Add photos to go on.";
-  if (underway) return `${count(underway, "photo")} on the way…`;
-  return total < FEW ? "It works with a few, and better with ten or more." : "";
-}

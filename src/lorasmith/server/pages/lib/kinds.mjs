@@ -1,0 +1,117 @@
+// What pictures can be of: the question of the contact sheet, and what follows from its answer.
+
+const SUBJECT = {
+  teaches: /** @type {const} */ ("subject"),
+  ask: "What will you call it in prompts?",
+  help: "Two words: one of your own, and what it is.",
+  enough: 10,
+};
+
+/**
+ * The answers, as a draft keeps them. `settings` are those that one adds; `ask`, `such` and `help` are of the trigger;
+ * `enough` is the number of pictures or pairs that are a good start; `follows` says on later steps what it decides.
+ *
+ * @typedef {"person" | "pet" | "thing" | "style" | "edit" | "slider"} Kind
+ * @type {Record<Kind, {
+ *   title: string, icon: string, teaches: "" | "subject" | "style", isPairs?: boolean, settings?: Record<string, any>,
+ *   ask: string, such: string, help: string, enough: number, follows: string,
+ * }>}
+ */
+export const KINDS = {
+  person: {
+    ...SUBJECT,
+    title: "Person",
+    icon: "person",
+    ask: "What will you call them in prompts?",
+    such: "ohwx woman",
+    follows: "A person: the name goes in front of every caption, and one subject is learnt.",
+  },
+  pet: {
+    ...SUBJECT,
+    title: "Pet",
+    icon: "pet",
+    such: "milo cat",
+    follows: "A pet: its name goes in front of every caption, and one subject is learnt.",
+  },
+  thing: {
+    ...SUBJECT,
+    title: "Thing",
+    icon: "thing",
+    such: "zibo chair",
+    follows: "A thing: its name goes in front of every caption, and one subject is learnt.",
+  },
+  style: {
+    ...SUBJECT,
+    title: "Style",
+    icon: "style",
+    teaches: "style",
+    such: "zibo ink style",
+    help: "One word of your own, and “style”.",
+    enough: 12,
+    settings: { caption_dropout: 0.1 },
+    follows: "A style: captions say what is in the pictures, and every tenth time there is none.",
+  },
+  edit: {
+    title: "Before / after",
+    icon: "edit",
+    teaches: "",
+    isPairs: true,
+    ask: "Words in front of every request",
+    such: "",
+    help: "None are needed: each caption says what to change.",
+    enough: 10,
+    follows: "Before and after: captions say what to change, and the model must be one that edits pictures.",
+  },
+  slider: {
+    title: "Slider",
+    icon: "slider",
+    teaches: "",
+    isPairs: true,
+    ask: "What do all pictures show?",
+    such: "a house",
+    help: "What is the same at both ends.",
+    enough: 4,
+    settings: { pairs: "slider" },
+    follows: "A slider: its strength goes from one end to the other, and nothing else of the pictures is learnt.",
+  },
+};
+
+/** Settings that an answer decides. */
+const DECIDED = ["pairs", "controls", "caption_dropout", "preserve", "preserve_class"];
+
+/**
+ * What a draft says that its pictures are of; empty if nothing does.
+ *
+ * @param {Api.Draft} draft
+ * @param {boolean} isPairs
+ * @returns {Kind | ""}
+ */
+export function kindOf({ what, teaches, settings }, isPairs) {
+  if (isPairs) return settings.pairs === "slider" ? "slider" : "edit";
+  return what && !KINDS[what].isPairs ? what : teaches === "style" ? "style" : "";
+}
+
+/**
+ * The changes of a draft by an answer.
+ *
+ * @param {Api.Draft} draft
+ * @param {Kind} what
+ */
+export function answered(draft, what) {
+  const { teaches, isPairs = false, settings } = KINDS[what];
+  const others = Object.entries(draft.settings).filter(([name]) => !DECIDED.includes(name));
+  return { what, teaches, pairs: isPairs, settings: { ...Object.fromEntries(others), ...settings } };
+}
+
+/** The class of a subject: the last word of its trigger, such as cat; empty for a trigger of one word. */
+const classOf = (trigger) => /\s(\S+)$/.exec(trigger.trim())?.[1] ?? "";
+
+/**
+ * The settings of a draft by which others of its subject's class stay as they were, or without them; and that class.
+ *
+ * @param {Api.Draft} draft
+ */
+export function preserving({ settings: { preserve, preserve_class, ...others }, trigger }, isKept) {
+  const name = classOf(trigger);
+  return isKept && name ? { ...others, preserve: "class", preserve_class: name } : others;
+}
