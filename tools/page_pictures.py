@@ -90,7 +90,7 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     drop(page, sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*")))
     page.wait_for_url("**/photos")
     page.get_by_label("What will you call it in prompts?").fill("sks fox")
-    page.locator(".tile .crop, .sheet-head .chip.amber").first.wait_for()
+    page.locator(".tile .crop, .sheet-head .chip.fair").first.wait_for()
     page.wait_for_timeout(2500)
     camera.document("serve-photos", page, scheme="light", height=1000)
     camera.every_look("2-photos", page)

@@ -51,7 +51,10 @@ def open_pages(browser: Any) -> Iterator[PagesOpener]:
 
     def opened(address: str, *, width: int = 1200, scheme: str = "light") -> Any:
         context = browser.new_context(
-            viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=width < 500
+            viewport={"width": width, "height": 844},
+            color_scheme=scheme,
+            has_touch=width < 500,
+            reduced_motion="reduce",
         )
         contexts.append(context)
         page = context.new_page()

@@ -55,7 +55,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     assert broken.startswith("broken.jpg is not an image in spite of its name")
     assert notes == "notes.pdf is not a picture." and sea.startswith("sea.mp4 is a video, which the page does not take")
     waits(page, "2 without “before”")
-    page.get_by_role("button", name="Before / after").click()  # as guessed; the panel comes up
+    page.get_by_role("button", name="Before / after", exact=True).click()  # as guessed; the panel comes up
     page.get_by_role("radio", name="Pet").check(force=True)
     expected(page.get_by_text("2 without “before”")).to_have_count(0)  # single photos, whatever the folder control has
     waits(page, "2 of 3 with a caption")

@@ -38,7 +38,7 @@ def test_remarks_are_chips_and_what_mends_them_is_undone(served: ServedPage, ope
     Image.new("RGB", (256, 256), "red").save(folder / "fox_4.png")
     Image.open(PICTURES / "fox_1.png").resize((40, 40)).save(folder / "fox_1.png")
     page = open_page(PHOTOS)
-    chips = page.locator(".sheet-head .chip.amber")
+    chips = page.locator(".sheet-head .chip.fair")
     expected(chips).to_have_text(["1 empty", "1 tiny", "2 without words", "1 twice"])
     page.get_by_role("button", name="1 twice").click()
     expected(page.locator(".tile")).to_have_count(1)

@@ -29,8 +29,8 @@ export function doneTo(dataset) {
  * @param {string} text
  * @param {() => unknown} undo takes it back; may return a promise, whose failure is said
  * @param {{ key?: string | null, before?: string | null, quiet?: boolean, photos?: Pale[] }} [options] `key` of changes
- *   that are one if they follow each other, such as typing; `before` is what the first of them replaced; whether nothing
- *   is said; `photos` that were left out
+ *   that are one if they follow each other, such as typing; `before` is what the first of them replaced; whether
+ *   nothing is said; `photos` that were left out
  */
 export function did(dataset, text, undo, { key = null, before = null, quiet = false, photos = [] } = {}) {
   const entry = { text, undo, key, before, photos };

@@ -51,10 +51,13 @@ export function Loupe({ dataset, image, mode, at: [at, number], facts, version, 
   const before = words && image.controls.find((one) => !one.fixed && !one.problem);
   return html`<div class="loupe">
     <div class="loupe-bar">
-      <button type="button" class="button small" onClick=${() => onMode(null)}><${Icon} name="back" />All photos</button>
+      <button type="button" class="button small" onClick=${() => onMode(null)}>
+        <${Icon} name="back" />All photos
+      </button>
       <span class="faint" role="status">${at + 1} of ${number}</span>
       <span class="actions">
-        <button type="button" class="icon-button" aria-label="Previous photo" disabled=${at === 0} onClick=${() => onGo(-1)}>
+        <button type="button" class="icon-button" aria-label="Previous photo" disabled=${at === 0}
+            onClick=${() => onGo(-1)}>
           <${Icon} name="back" />
         </button>
         <button type="button" class="icon-button" aria-label="Next photo" disabled=${at === number - 1}
@@ -64,7 +67,10 @@ export function Loupe({ dataset, image, mode, at: [at, number], facts, version, 
       </span>
     </div>
     <div class="stage" ref=${stage} tabindex="-1">
-      ${before && html`<img key=${before.file} src=${controlOf(dataset, before.file, version)} alt=${`Before: ${before.file}`} />`}
+      ${
+        before &&
+        html`<img key=${before.file} src=${controlOf(dataset, before.file, version)} alt=${`Before: ${before.file}`} />`
+      }
       <div class="whole">
         <img key=${image.file} src=${sourceOf(dataset, image, LARGE)} alt=${image.caption || image.file} />
         <${Shades} crop=${facts?.crop} mask=${image.mask && maskOf(dataset, image, LARGE, version)} />

@@ -126,7 +126,7 @@ export function Masker({ name, source, mask, onMask, onCancel }) {
       <div class="whole">
         <img ref=${image} src=${source} alt=${`All of ${name}`} draggable="false" onLoad=${start} />
         <canvas ref=${canvas} tabindex="0" role="application"
-          aria-label=${`Brush. Arrow keys move it, Space ${isDown ? "lifts" : "lowers"} it, the brackets change its size.`}
+          aria-label=${`Brush: arrows move it, Space ${isDown ? "lifts" : "lowers"} it, brackets change its size`}
           onPointerDown=${drag} onKeyDown=${press}
           onPointerMove=${(event) => {
             const box = event.currentTarget.getBoundingClientRect();

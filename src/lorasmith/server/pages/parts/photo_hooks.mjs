@@ -120,8 +120,8 @@ export function useCaptions({ dataset, found, images }) {
  *
  * @param {ReturnType<typeof usePhotos>} photos
  * @param words of `PAIRS`
- * @param {{ onRenamed: (before: string, now: string) => unknown, onMask: () => unknown }} listener called with the names
- *   of a photo before and after a change, and when a photo gets a mask
+ * @param {{ onRenamed: (before: string, now: string) => unknown, onMask: () => unknown }} listener called with the
+ *   names of a photo before and after a change, and when a photo gets a mask
  */
 export function changesOf({ dataset, images, previews, hide, show, reload, renew }, words, { onRenamed, onMask }) {
   async function withdraw(keys) {

@@ -4,7 +4,7 @@ import { html, useState } from "../lib/html.mjs";
 import { KINDS, preserving } from "../lib/kinds.mjs";
 import { counted, withTag } from "../lib/tags.mjs";
 import { count } from "../lib/words.mjs";
-import { Button, Elsewhere, Field } from "./basics.mjs";
+import { Button, Choices, Elsewhere, Field } from "./basics.mjs";
 import { Before } from "./before.mjs";
 import { Caption } from "./caption.mjs";
 import { Icon } from "./icons.mjs";
@@ -36,16 +36,9 @@ export function What({ dataset, draft, kind, change, onAnswer }) {
   const isKept = draft.settings.preserve === "class";
   const kept = preserving(draft, true).preserve_class;
   return html`
-    <fieldset class="what">
-      <legend>What is it?</legend>
-      ${Object.entries(KINDS).map(
-        ([name, { title, icon }]) => html`<label key=${name} class=${name === kind ? "chosen" : ""}>
-          <input type="radio" class="unseen" name="what" value=${name} checked=${name === kind}
-            onChange=${() => onAnswer(name)} />
-          <${Icon} name=${icon} />${title}
-        </label>`,
-      )}
-    </fieldset>
+    <h2>What is it?</h2>
+    <${Choices} label="What is it?" icons value=${kind} onChange=${onAnswer}
+      options=${Object.entries(KINDS).map(([value, { title, icon }]) => ({ value, title, icon }))} />
     ${
       kind === "edit" &&
       html`<label class="check">
@@ -87,7 +80,8 @@ export function ChosenPhotos(props) {
   const [added, setAdded] = useState("");
   if (item.picture)
     return html`<div class="panel-part">
-      <p>${image.file} is left out.</p><div class="actions"><${Key} name="X" onClick=${actions.leaveOut}>Bring it back<//></div>
+      <p>${image.file} is left out.</p>
+      <div class="actions"><${Key} name="X" onClick=${actions.leaveOut}>Bring it back<//></div>
     </div>`;
   const some = photos.images.filter((one) => files.includes(one.file));
   if (some.length > 1)
@@ -133,7 +127,8 @@ export function ChosenPhotos(props) {
             <summary>Tags</summary>
             <${Chips} key=${`tags ${image.file}`} name=${image.file} caption=${caption}
               known=${counted(photos.images.map(captions.captionOf)).map(([name]) => name)}
-              onCaption=${(text) => captions.changeTags({ [image.file]: text }, `The tags of ${image.file} were changed.`)} />
+              onCaption=${(text) =>
+                captions.changeTags({ [image.file]: text }, `The tags of ${image.file} were changed.`)} />
           </details>
         `
         : html`<p>${caption || "No words"}</p>`

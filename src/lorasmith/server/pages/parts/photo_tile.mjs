@@ -1,4 +1,4 @@
-// A picture of the contact sheet: what it shows, whether something is remarked about it, its mask, what is trained of it.
+// A picture of the contact sheet, with its mask, what is trained of it, and a dot if something is remarked about it.
 import { address } from "../lib/api.mjs";
 import { html, useMemo, useState } from "../lib/html.mjs";
 import { capital } from "../lib/words.mjs";
@@ -118,10 +118,10 @@ export function PhotoTile(props) {
           html`<${Shades} crop=${facts?.crop} mask=${image.mask && maskOf(dataset, image, THUMBNAIL, version)} />`
         }
       </div>
-      ${upload && html`<span class="pill">${upload.state === "sending" ? "Sending…" : "Waiting…"}</span>`}
-      ${picture && html`<span class="pill">Left out</span>`}
+      ${upload && html`<span class="badge pill">${upload.state === "sending" ? "Sending…" : "Waiting…"}</span>`}
+      ${picture && html`<span class="badge pill">Left out</span>`}
       ${remarks > 0 && html`<span class="dot-mark"></span>`}
-      ${image?.mask && html`<span class="mask-mark"><${Icon} name="brush" /></span>`}
+      ${image?.mask && html`<span class="badge mask-mark"><${Icon} name="brush" /></span>`}
     </li>`;
   }, [
     ...[dataset, image, upload, picture, preview, caption, remarks, version, words, isChosen, isAt, unseen, over],

@@ -71,13 +71,15 @@ export function remarksOf({ check, images, captionOf, isNameless, words, taker, 
       chip: `${lacking.length} without ${words.other}`,
       severity: "problem",
       files: lacking,
-      text: `${count(lacking.length, "picture has", "pictures have")} no ${words.other} yet. Drop them on the left, under the same file names.`,
+      text: `${count(lacking.length, "picture has", "pictures have")} no ${words.other} yet. Drop them on the left.`,
     });
   if (taker)
     found.push({
       chip: "Cannot edit",
       severity: "problem",
-      text: `${taker} cannot edit pictures. Choose one that can, make it a slider, or train on the pictures after alone.`,
+      text:
+        `${taker} cannot edit pictures. Choose one that can, make it a slider, or train on the “after” pictures ` +
+        "alone.",
     });
   const asking = isSlider ? images.filter((one) => CHANGES.test(captionOf(one))).map((one) => one.file) : [];
   if (asking.length)
@@ -126,7 +128,7 @@ export function Remarks({ dataset, remarks, number, chosen, check, onFix, onChoo
   const chip = (
     one,
     text = one.chip,
-  ) => html`<button type="button" key=${one.chip} class=${`chip ${one.severity === "remark" ? "" : "amber"}`}
+  ) => html`<button type="button" key=${one.chip} class=${`chip ${one.severity === "remark" ? "" : "fair"}`}
       aria-pressed=${one.chip === shown?.chip ? "true" : "false"} onClick=${() => toggle(one)}>
     ${text}
   </button>`;

@@ -97,7 +97,10 @@ export function TagList({ images, captionOf, chosen, onChoose, onChange }) {
           lacking.length > 0 &&
           html`<${Button} class="small"
               onClick=${() =>
-                onChange(changed(lacking, withTag), `“${chosen}” was added to ${count(lacking.length, "caption")}.`)}>
+                onChange(
+                  changed(lacking, withTag),
+                  `“${chosen}” was added to ${count(lacking.length, "caption")}.`,
+                )}>
             Add it to the other ${lacking.length}
           <//>`
         }

@@ -7,7 +7,7 @@ import { go } from "../lib/router.mjs";
 import { say, useStore } from "../lib/stores.mjs";
 import { doneTo, takeBack, undoLast } from "../lib/undo.mjs";
 import { count, slug } from "../lib/words.mjs";
-import { Button, Loading, Problem, Question, useLoaded } from "../parts/basics.mjs";
+import { Button, Loading, Panel, Problem, Question, Slider, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
 import { CaptionDialog, CaptioningState } from "../parts/captioning.mjs";
 import { ChooseFiles, PairZones, useDrops } from "../parts/drop_zone.mjs";
@@ -34,7 +34,6 @@ export function PhotosView({ dataset, edited }) {
   const [picked, pick] = useState(/** @type {string[]} */ (edited ? [edited] : [])); // files; the last one is looked at
   const [mode, setMode] = useState(/** @type {"large" | "crop" | "mask" | null} */ (null));
   const [written, write] = useState(edited); // the photo whose caption has the focus
-  const [isUp, setUp] = useState(false); // the panel of a phone
   const sheet = useRef(null);
   useUndoKey(dataset);
 
@@ -159,6 +158,7 @@ export function PhotosView({ dataset, edited }) {
   const last = useStore(doneTo(dataset)).at(-1);
   const model = named ?? suggested;
   return html`
+    <div class="with-panel">
     <div class="sheet-main">
       <div class="sheet-head">
         <h1 class="unseen">Photos of ${draft.name || dataset}</h1>
@@ -179,17 +179,19 @@ export function PhotosView({ dataset, edited }) {
           ${
             canChange &&
             html`
-              ${!words && total > 0 && html`<${ChooseFiles} verb="Add" onFiles=${(some) => changes.take(some, null)} />`}
+              ${
+                !words && total > 0 && html`<${ChooseFiles} verb="Add" onFiles=${(some) => changes.take(some, null)} />`
+              }
               <${Button} class="small" disabled=${!last} title=${last?.text} aria-label="Undo the last change"
                   onClick=${() => undoLast(dataset)}>
                 <${Icon} name="undo" />Undo
               <//>
             `
           }
-          <input type="range" min="90" max="420" value=${size} aria-label="Size of the pictures"
-            onInput=${(event) => {
-              setSize(Number(event.currentTarget.value));
-              localStorage.setItem(SIZE_KEY, event.currentTarget.value);
+          <${Slider} label="Size of the pictures" unseen min="90" max="420" step="10" value=${size}
+            onInput=${(wide) => {
+              setSize(wide);
+              localStorage.setItem(SIZE_KEY, String(wide));
             }} />
         </span>
       </div>
@@ -274,12 +276,7 @@ export function PhotosView({ dataset, edited }) {
         </div>`
       }
     </div>
-    <aside class=${`sheet-panel ${isUp ? "up" : ""}`} aria-label="What is it?">
-      <button type="button" class="panel-handle" aria-expanded=${isUp ? "true" : "false"} onClick=${() => setUp(!isUp)}>
-        <span>${[KINDS[kind]?.title, draft.trigger].filter(Boolean).join(" · ") || "What is it?"}</span>
-        <${Icon} name="down" />
-      </button>
-      <div class="panel-body">
+    <${Panel} title=${[KINDS[kind]?.title, draft.trigger].filter(Boolean).join(" · ") || "What is it?"}>
         ${found?.builtin && html`<p class="faint">These pictures belong to Lorasmith; they cannot be changed.</p>`}
         <${What} draft=${draft} kind=${kind} change=${change} dataset=${dataset}
           onAnswer=${(what) => change(answered(draft, what))} />
@@ -304,8 +301,8 @@ export function PhotosView({ dataset, edited }) {
           html`<${AllPhotos} images=${images} captions=${captions} captioned=${captioned} filter=${filter}
             canChange=${canChange} onOpen=${(name) => open({ name })} kind=${kind} />`
         }
-      </div>
-    </aside>
+    <//>
+    </div>
     ${
       opened &&
       html`<${Opened} dataset=${dataset} draft=${draft} images=${images} captions=${captions} changes=${changes}
