@@ -49,7 +49,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.locator("input[type=file]").nth(1).set_input_files(photos)
 
     page.wait_for_url("**/#/new/my-dog/photos")  # named after the folder
-    assert page.locator(".tile img").first.get_attribute("src").startswith("blob:")  # seen before it is sent
+    page.locator(".tile img[src^='blob:']").first.wait_for()  # seen before it is sent
     page.get_by_role("button", name="3 files not added").click()
     broken, notes, sea = sorted(page.locator(".remark .file-list li").all_inner_texts())
     assert broken.startswith("broken.jpg is not an image in spite of its name")
@@ -351,7 +351,7 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     expected(page.locator(".tile")).to_have_count(4)
     expected(page.locator(".dot-mark")).to_have_count(2)
     page.locator('.tile[data-file="fox_3.png"]').click()
-    waits(page, "copy of")
+    expected(page.locator(".problems li")).to_have_text(["copy"])
     crop, picture = page.locator(".tile .crop").bounding_box(), page.locator(".tile[aria-selected=true]").bounding_box()
     assert crop["width"] == pytest.approx(0.8 * picture["width"], abs=1)
     page.get_by_role("button", name="Remove all").click()

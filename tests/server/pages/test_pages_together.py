@@ -89,20 +89,21 @@ def test_name_trigger_captions_and_photos_are_those_of_the_server(served: Served
     served.add_dataset()
     one = open_page("#/new/fox/photos")
     two = beside(one, f"{served.address}#/new/fox/photos")
-    one.get_by_label("Trigger word").fill("bello")
-    expected(two.get_by_label("Trigger word")).to_have_value("bello")
+    one.get_by_label("What will you call it in prompts?").fill("bello")
+    expected(two.get_by_label("What will you call it in prompts?")).to_have_value("bello")
     two.get_by_label("Name of the LoRA").fill("my dog")
     expected(one.get_by_label("Name of the LoRA")).to_have_value("my dog")
     caption = one.get_by_label("Caption of fox_1.png")
     caption.fill("a fox asleep")
     caption.blur()
     expected(two.get_by_label("Caption of fox_1.png")).to_have_value("a fox asleep")
-    two.get_by_role("button", name="Remove fox_3.png").click()
+    two.locator('.tile[data-file="fox_3.png"]').click()
+    two.keyboard.press("x")
     expected(one.locator(".tile")).to_have_count(3)
 
     elsewhere = one.context.browser.new_page()  # another browser, as of a phone
     elsewhere.goto(f"{served.address}#/new/fox/photos")
-    expected(elsewhere.get_by_label("Trigger word")).to_have_value("bello")
+    expected(elsewhere.get_by_label("What will you call it in prompts?")).to_have_value("bello")
     elsewhere.close()
 
 
@@ -110,7 +111,10 @@ def test_what_two_pages_type_at_once_is_lost_in_neither(served: ServedPage, open
     served.add_dataset()
     one = open_page("#/new/fox/photos")
     two = beside(one, f"{served.address}#/new/fox/photos")
-    trigger, others = one.get_by_label("Trigger word"), two.get_by_label("Trigger word")
+    trigger, others = (
+        one.get_by_label("What will you call it in prompts?"),
+        two.get_by_label("What will you call it in prompts?"),
+    )
     trigger.fill("bello")
     expected(others).to_have_value("bello")
     one.context.set_offline(True)
@@ -135,7 +139,7 @@ def test_drafts_of_earlier_pages_are_taken_over(served: ServedPage, open_page: O
     stored = '{"name": "old", "trigger": "foxy", "isChosen": true}'
     page.evaluate("text => localStorage.setItem('lorasmith.draft.fox', text)", stored)
     page.goto(f"{served.address}#/new/fox/photos")
-    expected(page.get_by_label("Trigger word")).to_have_value("foxy")
+    expected(page.get_by_label("What will you call it in prompts?")).to_have_value("foxy")
     page.get_by_role("link", name="My LoRAs").click()
     page.go_back()
     expected(page.get_by_label("Name of the LoRA")).to_have_value("old")

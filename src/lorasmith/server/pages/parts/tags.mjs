@@ -48,6 +48,8 @@ export function Chips({ name, caption, known, onCaption }) {
   </div>`;
 }
 
+const captions = (some) => count(some.length, "caption");
+
 /**
  * The tags of all captions, the most frequent first. A chosen one shows the photos that have it.
  *
@@ -86,21 +88,13 @@ export function TagList({ images, captionOf, chosen, onChoose, onChange }) {
       onChange &&
       html`<div class="actions">
         <${Button} class="small"
-            onClick=${() =>
-              onChange(
-                changed(having, withoutTag),
-                `“${chosen}” was removed from ${count(having.length, "caption")}.`,
-              )}>
-          Remove it from ${count(having.length, "caption")}
+            onClick=${() => onChange(changed(having, withoutTag), `“${chosen}” was removed from ${captions(having)}.`)}>
+          Remove it from ${captions(having)}
         <//>
         ${
           lacking.length > 0 &&
           html`<${Button} class="small"
-              onClick=${() =>
-                onChange(
-                  changed(lacking, withTag),
-                  `“${chosen}” was added to ${count(lacking.length, "caption")}.`,
-                )}>
+              onClick=${() => onChange(changed(lacking, withTag), `“${chosen}” was added to ${captions(lacking)}.`)}>
             Add it to the other ${lacking.length}
           <//>`
         }

@@ -42,6 +42,10 @@ export function PhotosView({ dataset, edited }) {
   const takes = named ? takesControls(named, draft) : false;
   const isPairs = draft.pairs ?? (controls.length > 0 || takes);
   const words = isPairs ? (PAIRS[draft.settings.pairs] ?? PAIRS.none) : null;
+  useEffect(() => {
+    if (draft.pairs === false && controls.length && !draft.settings.controls)
+      change({ settings: { ...draft.settings, controls: "none" } }); // pictures before are there, and not meant
+  }, [draft.pairs, controls.length]);
   const suggested = listed && bestOf(listed.models, new Set(), words === PAIRS.none);
   const sized = draft.model ?? (listed ? (suggested?.name ?? null) : listError ? null : undefined);
   const check = useCheck(photos, captions.captions, draft, sized);
