@@ -299,7 +299,8 @@ class ScriptedJob:
         if self._run is None:
             self._run = f"runs/{name}-001"
             dataset = Path(self.request["sources"][0]["path"]).name
-            write_record(base, self._run, [], **{"dataset": dataset, **self.request["settings"]})
+            settings = {name: value for name, value in self.request["settings"].items() if name != "controls"}
+            write_record(base, self._run, [], **{"dataset": dataset, **settings})
         run = self._run
         self.tell("run", run=run)
         found = ScriptedRun(

@@ -104,7 +104,8 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
         "model": "mine.safetensors",
         "name": "bello",
         "preset": "balanced",
-        "settings": {"trigger": "bello"},
+        "kind": "subject",
+        "settings": {"trigger": "bello", "controls": "none"},
         "evaluate": True,
     }
 
