@@ -73,6 +73,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.wait_for_selector("input[name=preset]:checked")
     assert page.locator("input[name=preset]:checked").get_attribute("value") == "balanced"
     waits(page, "Takes about")  # measured by itself
+    waits(page, "A pet: its name goes in front of every caption")
     assert_legible(page)
     page.get_by_role("button", name="Start training").click()
 

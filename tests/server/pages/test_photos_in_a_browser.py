@@ -40,6 +40,7 @@ def test_remarks_are_chips_and_what_mends_them_is_undone(served: ServedPage, ope
     page = open_page(PHOTOS)
     chips = page.locator(".sheet-head .chip.fair")
     expected(chips).to_have_text(["1 empty", "1 tiny", "2 without words", "1 twice"])
+    assert {one["model"] for one in served.of("check_dataset")} == {"lorasmith-tiny"}  # that is suggested
     page.get_by_role("button", name="1 twice").click()
     expected(page.locator(".tile")).to_have_count(1)
     page.get_by_role("button", name="1 tiny").click()
@@ -122,6 +123,30 @@ def test_what_is_not_added_is_named_with_its_reason(served: ServedPage, open_pag
     assert_legible(page)
     page.get_by_role("button", name="Close the list of files that were not added").click()
     expected(listed).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_what_it_is_sets_what_is_trained(served: ServedPage, open_page: Opener) -> None:
+    served.add_dataset()
+    page = open_page(PHOTOS)
+
+    def becomes(kind: str, **draft: Any) -> None:
+        page.get_by_role("radio", name=kind).check(force=True)
+        until(lambda: {name: served.draft("fox").get(name) for name in draft} == draft)
+
+    becomes("Style", what="style", teaches="style", pairs=False, settings={"caption_dropout": 0.1})
+    becomes("Slider", what="slider", teaches="", pairs=True, settings={"pairs": "slider"})
+    becomes("Before / after", what="edit", teaches="", pairs=True, settings={})
+    page.get_by_label("They are worse and better ones").check()
+    until(lambda: served.draft("fox")["settings"] == {"pairs": "dpo"})
+    becomes("Pet", what="pet", teaches="subject", pairs=False, settings={})
+    page.get_by_label("What will you call it in prompts?").fill("milo cat")
+    page.get_by_label("Keep others of “cat” as they were").check()
+    kept = {"preserve": "class", "preserve_class": "cat"}
+    until(lambda: served.draft("fox")["settings"] == kept)
+    page.get_by_label("What will you call it in prompts?").fill("milo tomcat")
+    until(lambda: served.draft("fox")["settings"] == {**kept, "preserve_class": "tomcat"})
+    assert_legible(page)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 import { get, post } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
+import { KINDS, kindOf } from "../lib/kinds.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { bytes, capital, count, duration, slug, whole } from "../lib/words.mjs";
@@ -33,6 +34,7 @@ export function SettingsView({ dataset }) {
   // A step of another choice takes about as long: the rank costs little.
   const stepSeconds =
     plan?.seconds_per_step ?? Object.values(plans).find((one) => one?.seconds_per_step)?.seconds_per_step ?? null;
+  const kind = kindOf(draft, draft.pairs ?? false);
   const planError = planErrors[preset?.name];
   const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
 
@@ -85,8 +87,11 @@ export function SettingsView({ dataset }) {
           </label>`,
         )}
       </div>
-      <h2>What do the photos teach?</h2>
-      <${Teaches} draft=${draft} change=${change} plan=${plan} />
+      ${
+        kind
+          ? html`<p>${KINDS[kind].follows} <a href=${link("new", dataset, "photos")}>Change this</a></p>`
+          : html`<h2>What do the photos teach?</h2><${Teaches} draft=${draft} change=${change} plan=${plan} />`
+      }
       <${Measure} measuring=${measuring} plan=${plan} />
       ${
         plan?.fits === false &&
