@@ -31,7 +31,7 @@ from lorasmith.evaluation.evaluation_record import DrawingSettings
 from lorasmith.evaluation.recognition import recogniser_of
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
-from lorasmith.report.pictures import PictureOrClip
+from lorasmith.report.pictures import PictureOrClip, picture_uri
 from lorasmith.runs.drawing import draw_beside
 from lorasmith.runs.evaluate import evaluate, subject_of
 from lorasmith.runs.preview_budget import PreviewProgram, different_pairs, is_built_in, loras_evaluated
@@ -41,8 +41,9 @@ from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling, clip_of, to_images
 from lorasmith.sampling.previews import Partner, Previewer
 from lorasmith.sampling.sample import SamplingCancelledError
+from lorasmith.sampling.sketches import Sketcher
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Drawing, Event, Previewed, Warned
+from lorasmith.training.events import Drawing, Event, Previewed, Sketched, Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.run_requests import DrawRequest
 from lorasmith.training.train import Plan, RunHost
@@ -97,6 +98,7 @@ def previews_of(
         device=device,
         cancelled=host.cancelled,
         partner=partner,
+        sketcher=Sketcher(lambda picture: host.on_event(Sketched(picture=picture_uri(picture)[0]))),
     )
     sampling = previewer.sampling
     made_with = {

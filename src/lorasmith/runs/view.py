@@ -45,6 +45,7 @@ from lorasmith.training.events import (
     RunFinished,
     RunStarted,
     Shrunk,
+    Sketched,
     StepDone,
     Validated,
     Warned,
@@ -108,6 +109,7 @@ class RunView:
         self.previews: dict[tuple[int, float], Previewed] = {}  # by step and strength
         self.saves: dict[int, LoraSaved] = {}  # LoRAs that are kept, by step
         self.drawn: dict[str, PromptDrawn] = {}  # what was asked for while it trains, by request
+        self.sketch = ""  # data URL of the picture that is drawn, as it is so far
         self.likeness: LikenessMeasured | None = None
         self.faults: list[int] = []  # steps that were rolled back
         self._preparation: dict[str, str] = {}
@@ -133,6 +135,10 @@ class RunView:
             for one in event.events:
                 self.take(one)
             return
+        if isinstance(event, Sketched):
+            self.sketch = event.picture
+            return
+        self.sketch = ""
         if isinstance(event, StepDone):  # first, as logs have up to millions
             self.activity = None
             self._take_step(event)
@@ -291,6 +297,7 @@ class RunView:
                 for preview in self.previews.values()
                 for number, (prompt, path) in enumerate(zip(preview.prompts, preview.paths, strict=False), start=1)
             ][-_MOST_PREVIEWS:],
+            "sketch": self.sketch,
             "saves": [{"step": step, "file": _name(one.path)} for step, one in sorted(self.saves.items())],
             "drawn": self.prompts_drawn(),
             "notes": [

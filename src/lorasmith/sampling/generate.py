@@ -21,6 +21,7 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.samplers import sigmas_for
+from lorasmith.sampling.sketches import Sketcher
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,13 @@ def clips(
     seeds: Sequence[int] = (),
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
+    sketcher: Sketcher | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
     """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
 
-    `negatives` are those of each prompt, whose controls are theirs, too. Other arguments and errors are as for
-    `generate_clips`.
+    `negatives` are those of each prompt, whose controls are theirs, too; `sketcher` sees the first of them. Other
+    arguments and errors are as for `generate_clips`.
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
@@ -158,13 +160,16 @@ def clips(
                     cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
                     seed=seeds[index],
                     dtype=dtype,
-                    callback=progress and _counter(progress, done, total),
+                    callback=_callback(progress, done, total, None if index else sketcher),
                     cancelled=cancelled,
                 )
                 done += len(some) - 1
         noise = [torch.zeros(shape) for shape in shapes]  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
-        return [clip_of(base, latent, sampling.frame_rate) for latent in latents]
+        drawn = [clip_of(base, latent, sampling.frame_rate) for latent in latents]
+    if sketcher is not None and drawn:
+        sketcher.learn(latents[0], drawn[0].frames[0])
+    return drawn
 
 
 def clip_of(model: Model, latents: Tensor, frame_rate: float | None = None) -> Clip:
@@ -320,5 +325,16 @@ def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning | None 
     return shape if known is None else (*shape[:2], *known.shape[2:])
 
 
-def _counter(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int, Tensor], None]:
-    return lambda step, _, __: progress(before + step + 1, total)
+def _callback(
+    progress: Callable[[int, int], None] | None, before: int, total: int, sketcher: Sketcher | None
+) -> Callable[[int, int, Tensor], None] | None:
+    if progress is None and sketcher is None:
+        return None
+
+    def heard(step: int, _: int, denoised: Tensor) -> None:
+        if progress is not None:
+            progress(before + step + 1, total)
+        if sketcher is not None:
+            sketcher.see(denoised)
+
+    return heard

@@ -21,6 +21,7 @@ from lorasmith.families.forms import Sight
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.sampling.generate import Experts, Sampling, clips
+from lorasmith.sampling.sketches import Sketcher
 
 Partner = Callable[[Denoiser, float], Experts]
 """From one of two experts, and the strength of the LoRA on it, to both; called for each row of pictures."""
@@ -36,8 +37,8 @@ class Previewer:
     those that will be drawn, besides 0; `pictures` is `Conditioning.pictures` of each prompt, for models that draw from
     pictures, and `seen` the pixels of these that the text encoder sees; `encoder` maps a strength to the text encoder,
     for LoRAs with layers for it; `trained_encoder` (path, strength) to that with the layers of a drawn LoRA, where text
-    encoders are trained. `partner` is for models with two experts. Raises ModelError if the model lacks a text encoder
-    or an autoencoder.
+    encoders are trained. `partner` is for models with two experts, `sketcher` sees what is drawn. Raises ModelError if
+    the model lacks a text encoder or an autoencoder.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class Previewer:
         device: torch.device | None = None,
         cancelled: Callable[[], bool] | None = None,
         partner: Partner | None = None,
+        sketcher: Sketcher | None = None,
     ) -> None:
         base = denoiser.base
         base.family.check_parts(base.components, text=True, images=True)
         self.prompts = tuple(prompts)
         self.sampling = sampling if sampling.cfg is not None else replace(sampling, cfg=base.defaults.guidance)
         self._denoiser, self._load, self._partner = denoiser, load, partner
-        self._device, self._cancelled = device, cancelled
+        self._device, self._cancelled, self._sketcher = device, cancelled, sketcher
         self._pictures = pictures or ({},) * len(self.prompts)
         self._trained_encoder = trained_encoder
         ahead = () if trained_encoder else strengths
@@ -93,7 +95,15 @@ class Previewer:
         encoded, negatives = self._encoded[strength]
         positives = [one.with_pictures(given) for one, given in zip(encoded, self._pictures, strict=True)]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
-        drawn = clips(drawing, positives, negatives, self.sampling, device=self._device, cancelled=self._cancelled)
+        drawn = clips(
+            drawing,
+            positives,
+            negatives,
+            self.sampling,
+            device=self._device,
+            sketcher=self._sketcher,
+            cancelled=self._cancelled,
+        )
         return [clip if len(clip.frames) > 1 else clip.frames[0] for clip in drawn]
 
 

@@ -138,6 +138,13 @@ class Drawing(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sketched(Event):
+    """The first picture of a preview, small and as it is so far. It is not logged."""
+
+    picture: Annotated[str, "as a data URL"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptDrawn(Event):
     """A prompt that was asked for while the run trains was drawn, without and with the LoRA."""
 

@@ -86,7 +86,13 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
   const { below, above, share } = between(strengths, at);
   const source = (file) => fileOfRun(id ?? "", file);
   const layer = (strength) => scene && source(pictureAt(scene, step, strength) ?? "");
-  const layers = [{ src: layer(below), share: 1 }, ...(share > 0 ? [{ src: layer(above), share }] : [])];
+  const isNewest = isRunning && chosen === null; // what is drawn next replaces it, and draws with the weights as they are
+  const sketch = isNewest && scene === previews[0] && view?.sketch;
+  const layers = [
+    { src: layer(below), share: 1 },
+    ...(share > 0 ? [{ src: layer(above), share }] : []),
+    ...(sketch ? [{ src: sketch, share: 1 }] : []),
+  ];
   const beside = scene?.given.find((one) => one.title === given);
   const left = !steps.length ? null : (beside?.file ?? scene?.base ?? null);
   const leftTitle = beside ? capital(beside.title) : "Without";
@@ -126,7 +132,6 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
   }, [scene?.key, step, strengths.length]);
 
   const saves = view?.saves ?? run?.saves ?? [];
-  const isNewest = isRunning && chosen === null; // drawn with the weights as they are
   const kept = isNewest ? null : saves.find((one) => one.step === step);
   const lora = kept?.file ?? (isRunning ? "" : (run?.recommended?.file ?? ""));
   const subject = run?.subject ?? "";
