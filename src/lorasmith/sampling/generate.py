@@ -167,8 +167,9 @@ def clips(
         noise = [torch.zeros(shape) for shape in shapes]  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
         drawn = [clip_of(base, latent, sampling.frame_rate) for latent in latents]
-    if sketcher is not None and drawn:
-        sketcher.learn(latents[0], drawn[0].frames[0])
+    if sketcher is not None:
+        for latent, clip in zip(latents, drawn, strict=True):
+            sketcher.learn(latent, clip.frames[0])
     return drawn
 
 

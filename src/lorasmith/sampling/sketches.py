@@ -21,6 +21,7 @@ class Sketcher:
 
     def __init__(self, show: Callable[[Image.Image], object]) -> None:
         self._show = show
+        self._sums: tuple[Tensor, Tensor] | None = None  # of products of channels, and of channels with colours
         self._colours: Tensor | None = None  # (channels + 1, 3)
         self._last = 0.0
 
@@ -34,14 +35,16 @@ class Sketcher:
         self._show(Image.fromarray(pixels.reshape(*latents.shape[-2:], 3).numpy()))
 
     def learn(self, latents: Tensor, picture: Image.Image) -> None:
-        """Fit the map to the picture that was decoded from latents."""
+        """Fit the map also to the picture that was decoded from latents."""
         small = picture.convert("RGB").resize((latents.shape[-1], latents.shape[-2]), Image.Resampling.BOX)
-        wanted = torch.from_numpy(np.asarray(small, np.float32)).reshape(-1, 3) / 255
-        self._colours = torch.linalg.lstsq(_rows(latents), wanted).solution
+        wanted, rows = torch.from_numpy(np.asarray(small, np.float64)).reshape(-1, 3) / 255, _rows(latents)
+        channels, colours = self._sums or (0.0, 0.0)
+        self._sums = channels + rows.T @ rows, colours + rows.T @ wanted
+        self._colours = torch.linalg.pinv(self._sums[0], hermitian=True) @ self._sums[1]
 
 
 def _rows(latents: Tensor) -> Tensor:
     """The channels of each place, and a one, (places, channels + 1)."""
     first = latents[0] if latents.ndim == 4 else latents[0, :, 0]
-    flat = first.detach().float().cpu().flatten(1).T
-    return torch.cat((flat, torch.ones(len(flat), 1)), dim=1)
+    flat = first.detach().cpu().double().flatten(1).T
+    return torch.cat((flat, flat.new_ones(len(flat), 1)), dim=1)

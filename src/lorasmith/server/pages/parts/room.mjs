@@ -155,7 +155,9 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
       ${
         scene
           ? html`<${Stage} left=${left && source(left)} layers=${layers} titles=${[leftTitle, rightTitle]}
-              prompt=${scene.prompt} fades=${isRunning} />`
+              prompt=${scene.prompt} fades=${isRunning}>
+            ${sketch && html`<span class="pill below" aria-hidden="true">the next one, being drawn</span>`}
+          <//>`
           : html`<div class="easel-place">${empty}</div>`
       }
     </div>
