@@ -156,7 +156,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
         scene
           ? html`<${Stage} left=${left && source(left)} layers=${layers} titles=${[leftTitle, rightTitle]}
               prompt=${scene.prompt} fades=${isRunning}>
-            ${sketch && html`<span class="pill below" aria-hidden="true">the next one, being drawn</span>`}
+            ${sketch && html`<span class="easel-pill next" aria-hidden="true">the next one, being drawn</span>`}
           <//>`
           : html`<div class="easel-place">${empty}</div>`
       }

@@ -35,14 +35,14 @@ export function Stage({ left, layers, titles, prompt, fades = false, children })
         html`
           <img key="left" class="easel-left" src=${left} alt=${`${titles[0]}: ${prompt}`} draggable="false" />
           <span class="easel-line" aria-hidden="true"><span><${Icon} name="engineer" /></span></span>
-          <span class="pill" aria-hidden="true">${titles[0]}</span>
-          <span class="pill right" aria-hidden="true">${titles[1]}</span>
+          <span class="easel-pill" aria-hidden="true">${titles[0]}</span>
+          <span class="easel-pill right" aria-hidden="true">${titles[1]}</span>
           <input type="range" min="0" max="100" value=${at}
             aria-label=${`Divider: ${titles[0]} on its left, ${titles[1]} on its right`}
             aria-valuetext=${`${at} % ${titles[0]}`} onInput=${(event) => setAt(Number(event.currentTarget.value))} />
         `
       }
-      ${!left && html`<span class="pill">${titles[1]}</span>`}
+      ${!left && html`<span class="easel-pill">${titles[1]}</span>`}
       ${children}
     </figure>
   </div>`;
