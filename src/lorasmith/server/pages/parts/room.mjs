@@ -86,7 +86,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
   const { below, above, share } = between(strengths, at);
   const source = (file) => fileOfRun(id ?? "", file);
   const layer = (strength) => scene && source(pictureAt(scene, step, strength) ?? "");
-  const isNewest = isRunning && chosen === null; // what is drawn next replaces it, and draws with the weights as they are
+  const isNewest = isRunning && chosen === null; // the next one replaces it; prompts are drawn with the weights of now
   const sketch = isNewest && scene === previews[0] && view?.sketch;
   const layers = [
     { src: layer(below), share: 1 },
