@@ -45,14 +45,14 @@ export function useDrops(onFiles) {
   return over;
 }
 
-/** A zone of a page that takes pictures anywhere, with buttons that choose some; see `useDrops`. */
-export function DropZone({ onFiles, big = false }) {
-  const over = useDrops(onFiles);
-  return html`<div class=${`drop-zone ${big ? "big" : ""} ${over ? "over" : ""}`}>
-    <${Icon} name="plus" /><p><b>${over ? "Let go to add them" : "Drop photos or a folder here"}</b></p>
-    <${ChooseFiles} kind="primary" onFiles=${(found) => onFiles(found, null)} />
-  </div>`;
-}
+/** The place for the first pictures. @param over whether some are held over the page */
+export const Zone = ({ over, onFiles }) => html`<div class=${`drop-zone big ${over ? "over" : ""}`}>
+  <${Icon} name="plus" /><p><b>${over ? "Let go to add them" : "Drop photos or a folder here"}</b></p>
+  <${ChooseFiles} kind="primary" onFiles=${(found) => onFiles(found, null)} />
+</div>`;
+
+/** A zone of a page that takes pictures anywhere; see `useDrops`. */
+export const DropZone = ({ onFiles }) => html`<${Zone} over=${useDrops(onFiles)} onFiles=${onFiles} />`;
 
 /** The zones of pairs: the left one is for the other pictures. @param pairs words of `PAIRS` */
 export const PairZones = ({ over, pairs, onFiles }) => html`<div class="pair-zones">

@@ -10,7 +10,7 @@ import { count, slug } from "../lib/words.mjs";
 import { Button, Loading, Panel, Problem, Question, Slider, useLoaded } from "../parts/basics.mjs";
 import { Before, MoveControl, PAIRS } from "../parts/before.mjs";
 import { CaptionDialog, CaptioningState } from "../parts/captioning.mjs";
-import { ChooseFiles, PairZones, useDrops } from "../parts/drop_zone.mjs";
+import { ChooseFiles, PairZones, useDrops, Zone } from "../parts/drop_zone.mjs";
 import { Icon } from "../parts/icons.mjs";
 import { Loupe } from "../parts/loupe.mjs";
 import { changesOf, useCaptions, useCheck, useFilter, usePhotos, useUndoKey } from "../parts/photo_hooks.mjs";
@@ -135,8 +135,11 @@ export function PhotosView({ dataset, edited }) {
   useKeys((event) => {
     const { key, target } = event;
     const isTyping = target.closest?.("input, textarea, select, summary");
-    if (event.ctrlKey || event.metaKey || event.altKey || opened || target.closest?.("dialog, .cropper, .masker"))
+    if (event.ctrlKey || event.metaKey || event.altKey || opened || target.closest?.("dialog")) return;
+    if (isLarge && mode !== "large") {
+      if (key === "Escape") setMode("large");
       return;
+    }
     const page = { PageDown: 1, PageUp: -1 }[key];
     const along = { ArrowRight: 1, ArrowLeft: -1, ...(isLarge ? {} : { Home: -files.length, End: files.length }) }[key];
     if (page && (isLarge || target.closest?.("textarea"))) {
@@ -204,15 +207,7 @@ export function PhotosView({ dataset, edited }) {
       <${CaptioningState} dataset=${dataset}
         onUndo=${(written) => captions.store(partOf(written, "before"), partOf(written, "caption"))} />
       ${canChange && words && !isLarge && html`<${PairZones} over=${over} pairs=${words} onFiles=${changes.take} />`}
-      ${
-        canChange &&
-        !words &&
-        total === 0 &&
-        html`<div class=${`drop-zone big ${over ? "over" : ""}`}>
-          <${Icon} name="plus" /><p><b>Drop photos or a folder here</b></p>
-          <${ChooseFiles} kind="primary" onFiles=${(some) => changes.take(some, null)} />
-        </div>`
-      }
+      ${canChange && !words && total === 0 && html`<${Zone} over=${over} onFiles=${changes.take} />`}
       ${
         isLarge
           ? html`<${Loupe} dataset=${dataset} image=${item.image} mode=${mode} at=${[files.indexOf(at), files.length]}
