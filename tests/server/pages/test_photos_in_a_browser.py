@@ -278,6 +278,21 @@ def test_tags_are_chips_of_one_caption_and_of_all(served: ServedPage, open_page:
     page.get_by_role("button", name="Remove the tag picture 0").click()
     expected(page.get_by_label("Caption of fox_1.png")).to_have_value("a red fox, snow")
 
+    choose(page, "fox_2.png")
+    page.locator('.tile[data-file="fox_4.png"]').click(modifiers=["Shift"])
+    page.get_by_text("3 photos chosen").wait_for()
+    page.get_by_label("Words to add to all of them").fill("at night")
+    page.get_by_role("button", name="Add", exact=True).click()
+    until(
+        lambda: (
+            served.captions() == ["a red fox, snow", "at night", *(f"a red fox, picture {n}, at night" for n in (2, 3))]
+        )
+    )
+    page.keyboard.press("Control+z")
+    until(lambda: served.captions()[1] == "")
+    page.locator('.tile[data-file="fox_3.png"]').click(modifiers=["Control"])
+    page.get_by_text("2 photos chosen").wait_for()
+
     page.get_by_text("4 tags in the captions").click()
     page.get_by_role("button", name="a red fox 3").click()
     expected(page.locator(".tile")).to_have_count(3)

@@ -1,6 +1,6 @@
 // A picture of the contact sheet, with its mask, what is trained of it, and a dot if something is remarked about it.
 import { address } from "../lib/api.mjs";
-import { html, useMemo, useState } from "../lib/html.mjs";
+import { html, useMemo, useRef, useState } from "../lib/html.mjs";
 import { capital } from "../lib/words.mjs";
 import { Icon } from "./icons.mjs";
 
@@ -51,13 +51,15 @@ export const DRAGGED = "application/x-lorasmith-control";
  *   `picture`: address of a copy of one that was left out
  *   `facts`: its {crop} of the check; null to draw none
  *   `words`: of `PAIRS` for a pair, else null
- *   `onPair`: called with a picture before that was dropped on it
+ *   `actions`: {onChoose(file, event), onOpen(file), onPair(control, file)}; null for what is on its way
  */
 export function PhotoTile(props) {
   const { dataset, image, upload, picture, preview, caption, remarks, facts, version, words, isChosen, isAt } = props;
   const [unseen, setUnseen] = useState([]); // addresses that the browser could not show
   const [over, setOver] = useState(false);
-  const { onChoose, onOpen, onPair } = props.actions ?? {};
+  const latest = useRef(props.actions); // what is drawn is kept while nothing of it changes
+  latest.current = props.actions;
+  const canPair = Boolean(props.actions?.onPair);
   return useMemo(() => {
     const name = image?.file ?? upload.name;
     const sources = upload
@@ -78,28 +80,28 @@ export function PhotoTile(props) {
         style=${{ "--ratio": ratio * (words && image ? 2 : 1) }} tabindex=${isAt ? 0 : -1}
         aria-selected=${isChosen ? "true" : "false"} aria-disabled=${upload ? "true" : undefined}
         aria-label=${said.filter(Boolean).join(", ")}
-        onClick=${(event) => onChoose?.(name, event)} onDblClick=${() => onOpen?.(name)}>
+        onClick=${(event) => latest.current?.onChoose(name, event)} onDblClick=${() => latest.current?.onOpen?.(name)}>
       ${
         words &&
         image &&
         html`<div class=${`half before ${over ? "over" : ""}`} data-before=${picture ? undefined : name}
             onDragOver=${(event) => {
-              if (!onPair || !event.dataTransfer.types.includes(DRAGGED)) return;
+              if (!canPair || !event.dataTransfer.types.includes(DRAGGED)) return;
               event.preventDefault();
               setOver(true);
             }} onDragLeave=${() => setOver(false)}
             onDrop=${(event) => {
               setOver(false);
               const control = event.dataTransfer.getData(DRAGGED);
-              if (!control || !onPair) return;
+              if (!control || !canPair) return;
               event.preventDefault();
-              onPair(control, name);
+              latest.current?.onPair(control, name);
             }}>
           ${image.controls.slice(0, 1).map((one) =>
             one.fixed || one.problem
               ? html`<span class="missing">${one.problem || one.file}</span>`
               : html`<img key=${one.file} src=${controlOf(dataset, one.file, version)} loading="lazy"
-                  alt=${`${capital(words.other)}: ${one.file}`} draggable=${onPair ? "true" : "false"}
+                  alt=${`${capital(words.other)}: ${one.file}`} draggable=${canPair ? "true" : "false"}
                   onDragStart=${(event) => event.dataTransfer.setData(DRAGGED, one.file)} />`,
           )}
           ${image.controls.length === 0 && html`<span class="missing">No ${words.other}</span>`}
@@ -125,6 +127,6 @@ export function PhotoTile(props) {
     </li>`;
   }, [
     ...[dataset, image, upload, picture, preview, caption, remarks, version, words, isChosen, isAt, unseen, over],
-    ...[facts?.crop, onPair === undefined],
+    ...[facts?.crop, canPair],
   ]);
 }

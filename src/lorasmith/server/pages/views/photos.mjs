@@ -1,6 +1,6 @@
 // The contact sheet: pictures from edge to edge, and beside them what they are of, and the words of the chosen one.
 import { get } from "../lib/api.mjs";
-import { useDraft } from "../lib/drafts.mjs";
+import { currentDraft, useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { answered, KINDS, kindOf } from "../lib/kinds.mjs";
 import { go } from "../lib/router.mjs";
@@ -53,7 +53,7 @@ export function PhotosView({ dataset, edited }) {
   const kind = kindOf(draft, isPairs);
   const changes = changesOf(photos, words ?? PAIRS.none, {
     onRenamed: (before, now) => pick((files) => files.map((file) => (file === before ? now : file))),
-    onMask: () => change({ settings: { ...draft.settings, masks: "files" } }),
+    onMask: async () => change({ settings: { ...(await currentDraft(dataset)).settings, masks: "files" } }),
   });
   const over = useDrops((files, before) => canChange && changes.take(files, before));
 
