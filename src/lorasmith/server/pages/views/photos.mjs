@@ -30,7 +30,7 @@ export function PhotosView({ dataset, edited }) {
   const captions = useCaptions(photos);
   const [listed, listError] = useLoaded((signal) => get(["models"], {}, signal), []);
   const [opened, open] = useState(null); // the dialog that is open: {name, file}
-  const [size, setSize] = useState(() => Number(localStorage.getItem(SIZE_KEY)) || clamp(innerWidth * 0.15, 170, 340));
+  const [size, setSize] = useState(() => remembered() || clamp(innerWidth * 0.15, 170, 340));
   const [picked, pick] = useState(/** @type {string[]} */ (edited ? [edited] : [])); // files; the last one is looked at
   const [mode, setMode] = useState(/** @type {"large" | "crop" | "mask" | null} */ (null));
   const [written, write] = useState(edited); // the photo whose caption has the focus
@@ -170,7 +170,7 @@ export function PhotosView({ dataset, edited }) {
       <div class="sheet-head">
         <h1 class="unseen">Photos of ${draft.name || dataset}</h1>
         <${Named} dataset=${dataset} such=${slug(draft.trigger) || dataset} />
-        <span class="chip plain" role="status">
+        <span class="chip" role="status">
           ${underway ? `${count(underway, "photo")} on the way…` : count(total, "photo")}
         </span>
         <${Remarks} dataset=${dataset} remarks=${remarks} number=${images.length} check=${check} chosen=${filter.remark}
@@ -198,7 +198,7 @@ export function PhotosView({ dataset, edited }) {
           <${Slider} label="Size of the pictures" unseen min="90" max="420" step="10" value=${size}
             onInput=${(wide) => {
               setSize(wide);
-              localStorage.setItem(SIZE_KEY, String(wide));
+              remembered(wide);
             }} />
         </span>
       </div>
@@ -359,6 +359,16 @@ function beside(list, file, isBelow) {
 }
 
 const clamp = (number, least, most) => Math.min(most, Math.max(least, number));
+
+/** The size of the pictures that the browser keeps, after it was changed; 0 if it keeps none. */
+function remembered(size = 0) {
+  try {
+    if (size) localStorage.setItem(SIZE_KEY, String(size));
+    return Number(localStorage.getItem(SIZE_KEY));
+  } catch {
+    return 0;
+  }
+}
 
 /** Captions that were written, before or after that, by file. */
 const partOf = (written, part) => Object.fromEntries(Object.entries(written).map(([file, one]) => [file, one[part]]));
