@@ -296,6 +296,10 @@ def test_a_prompt_is_drawn_without_and_with_the_lora(worker: Worker) -> None:
     worker.cancel_if = lambda head: head.get("kind") == "progress"
     assert "cancelled" in worker.refused("draw", request, state="cancelled").lower()
     assert len([*(worker.base / "runs/lora-001/tried").iterdir()]) == 4, "nothing is left of it"
+    worker.cancel_if = lambda head: len(head.get("data", {}).get("files", ())) == 3
+    kept = worker.run("draw", {**request, "strengths": [0.5, 1.5]})["outputs"]
+    assert (kept["strengths"], len(kept["pictures"])) == ([0.0, 1.0, 0.5], 3), "what was there when it was cancelled"
+    assert np.array_equal(tuned, pixels_of(worker.base / "runs/lora-001" / kept["pictures"][1]))
     worker.cancel_if = lambda head: False
     Image.new("RGB", (64, 64)).save(worker.base / "runs/lora-001/tried/photo.png")
     assert "takes no controls" in worker.refused("draw", {**request, "control": "photo.png"})

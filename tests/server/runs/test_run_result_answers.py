@@ -19,6 +19,7 @@ from lorasmith.runs.evaluate import subject_of
 from lorasmith.server.datasets.dataset_folders import UnknownFileError
 from lorasmith.server.runs.run_answers import run
 from lorasmith.server.runs.run_picture_answers import (
+    evaluation_afterwards,
     evaluation_request,
     grid_request,
     run_card,
@@ -135,12 +136,14 @@ def test_the_loras_of_a_run_are_evaluated(
     assert (found.evaluation, found.folder) == (None, "evaluation")
     request = evaluation_request(installation, RUN)
     assert (request["run"], request["files"]["vae"]) == (RUN, None)
+    assert evaluation_afterwards(installation, RUN) == {**request, "most": 4}
     as_edit_model(monkeypatch, is_required=True)
     with pytest.raises(OptionError, match="cannot be evaluated"):
         evaluation_request(installation, RUN)
     monkeypatch.setattr("lorasmith.evaluation.likeness._PACKAGES", ("not_there",))
     with pytest.raises(OptionError, match="not_there, which is not installed"):
         evaluation_request(installation, RUN)
+    assert evaluation_afterwards(installation, RUN) is None
     (base / RUN / "evaluation").symlink_to(tmp_path)
     assert run_evaluation(installation, RUN).evaluation is None, "where a link leads is not read"
 
@@ -216,7 +219,7 @@ def test_what_captions_share_is_drawn_where_there_is_no_trigger(installation: Fo
     for image in record["data"]["images"]:
         image["caption"] = "on the"
     (base / RUN / "run.json").write_text(json.dumps(record))
-    assert run(installation, RUN).subject == ""
+    assert run(installation, RUN).subject == "" and evaluation_afterwards(installation, RUN) is None
     assert grid_request(installation, RUN, wish="noto style", subject=" a cat ")["text"] == "a cat, noto style"
     with pytest.raises(OptionError, match="must have one trigger, got none"):
         evaluation_request(installation, RUN)
@@ -263,6 +266,8 @@ def test_one_lora_is_recommended(
         }  # fmt: skip
         (base / RUN / "evaluation").mkdir()
         (base / RUN / "evaluation" / "evaluation.json").write_text(json.dumps(record))
+    if verdict is not None:
+        assert evaluation_afterwards(installation, RUN) is None, "it has one"
     found = run(installation, RUN).recommended
     assert found is not None and found.sentence.startswith(sentence)
     assert (found.step, found.is_judged, found.bytes > 0) == (step, step == 2, True)
