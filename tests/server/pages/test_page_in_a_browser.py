@@ -516,6 +516,8 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     page.goto(served.address + "#/runs")
     expected(page.locator(".run-rows .status")).to_have_text("Training")
     page.goto(served.address)
+    expected(page.get_by_role("listitem", name="Learning")).to_contain_text("step 30 of 400")
+    page.get_by_role("button", name="Queue").click()
     expected(page.get_by_role("region", name="Queue").get_by_role("listitem")).to_have_count(1)
     expected(page.get_by_text("Measurement")).to_have_count(0)
     page.goto(served.address + "#/runs/runs%2Ffox-001")
@@ -530,6 +532,29 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     expected(page.locator(".status")).to_have_text("Stopped")
     page.goto(served.address + "#/runs")
     expected(page.locator(".run-rows .status")).to_have_text("Stopped")
+
+
+def test_the_example_is_trained_in_one_click_and_shown_on_the_wall(served: ServedPage, open_page: Opener) -> None:
+    page = open_page()
+    page.get_by_role("button", name="Try it with the fox").click()
+    page.wait_for_url("**/#/jobs/*")
+    job = served.taken()
+    assert (job.request["preset"], job.request["settings"]["trigger"]) == ("quick", "a fox")
+    run = job.train()
+    run.show(started(90))
+    run.preview(0, 0.0)
+    run.preview(30)
+    page.goto(served.address)
+    tile = page.get_by_role("listitem", name="Learning")
+    expected(tile.get_by_role("img", name="Step 30: a photo of foxy in the snow")).to_have_count(1)
+    run.preview(60)
+    expected(tile.locator(".newest")).to_have_attribute("alt", "Step 60: a photo of foxy in the snow")
+    expected(tile).to_contain_text("step 60 of 90")
+    assert_legible(page)
+    run.finish()
+    job.end()
+    expected(page.get_by_role("link", name="a fox · built-in model")).to_have_count(1)
+    expected(tile).to_have_count(0)
 
 
 @pytest.mark.slow
@@ -552,16 +577,17 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
     lost.wait_for()
     page.context.set_offline(False)
     lost.wait_for(state="detached")
-    expected(page.get_by_role("heading", name="fox-001")).to_have_count(1)
+    expected(page.locator(".panel-name")).to_contain_text("fox-001")
 
 
 @pytest.mark.slow
 def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_page: Opener) -> None:
     job = served.add_job("interrupted")
     page = open_page()
-    row = page.get_by_role("listitem").filter(has_text="Interrupted")  # in the queue, and only there
+    waits(page, "was interrupted")
+    page.get_by_role("button", name="Queue").click()
+    row = page.get_by_role("dialog").get_by_role("listitem").filter(has_text="Interrupted")
     expected(row.get_by_role("button", name="Continue")).to_have_count(1)
-    expected(page.get_by_text("was interrupted")).to_have_count(0)
     served.add_dataset()
     page.goto(served.address + "#/new/fox/photos")
     waits(page, "was interrupted")

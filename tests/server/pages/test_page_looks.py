@@ -13,7 +13,8 @@ from tests.server.pages.conftest import assert_legible
 from tests.server.pages.served_page import TRAINING, ServedPage
 
 VIEWS = {
-    "home": ("", ".card"),
+    "home": ("", ".covers .cover"),
+    "sets": ("#/photos", ".cover.four"),
     "photos": ("#/new/fox/photos", ".crop"),
     "no photos": ("#/new/none", ".button.primary"),
     "model": ("#/new/fox/model", ".choice"),

@@ -180,6 +180,7 @@ declare namespace Api {
     captions: number;
     modified: number;
     cover: string | null;
+    covers: (string)[];
     builtin: boolean;
   }
   interface FormatsAnswer {

@@ -26,6 +26,7 @@ from lorasmith.data.image_files import ImageError, header_size, image_suffixes, 
 from lorasmith.data.preflight import Preflight, name_in
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
+from lorasmith.report.pictures import thinned
 from lorasmith.runs.data_check import TITLES, DataCheck, check_folder, said_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.datasets.dataset_folders import (
@@ -150,6 +151,7 @@ def _row(folder: Path) -> DatasetRow | None:
         captions=sum(stem_of(image) in stems for image in listed.images),
         modified=folder.stat().st_mtime,
         cover=next(iter(listed.images), None),
+        covers=tuple(thinned(list(listed.images), 4)),
         builtin=is_builtin(folder),
     )
 

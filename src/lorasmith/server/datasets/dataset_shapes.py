@@ -20,6 +20,7 @@ class DatasetRow:
     captions: Annotated[int, "number of those with a caption"]
     modified: Annotated[float, "time of the last change, in seconds since the epoch"]
     cover: Annotated[str | None, "a picture of it; null if there is none"]
+    covers: Annotated[tuple[str, ...], "up to four of its pictures, evenly spaced"] = ()
     builtin: Annotated[bool, "whether it belongs to the package, so that it cannot be changed"] = False
 
 

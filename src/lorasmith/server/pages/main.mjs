@@ -16,6 +16,7 @@ import { ModelView } from "./views/model.mjs";
 import { PhotosView } from "./views/photos.mjs";
 import { RunView } from "./views/run.mjs";
 import { RunsView } from "./views/runs.mjs";
+import { SetsView } from "./views/sets.mjs";
 import { SettingsView } from "./views/settings.mjs";
 import { SweepView } from "./views/sweep.mjs";
 
@@ -50,7 +51,7 @@ function Page() {
     </a>
     <${Bar} at=${parts[0] ?? ""} />
     <main id="main" class=${ROOMS[parts[0] ?? ""] ?? placeOf(parts)} ref=${main} tabindex="-1">
-      <${Offers} hidden=${[undefined, "jobs", "runs"].includes(parts[0])} />
+      <${Offers} hidden=${["jobs", "runs"].includes(parts[0])} />
       ${view}
     </main>
     <${Messages} />
@@ -70,7 +71,9 @@ const placeOf = ([name, , step]) => (name === "new" && (step ?? "photos") === "p
 function viewOf([name, ...rest]) {
   switch (name) {
     case undefined:
-      return [html`<${HomeView} />`, "Photos to LoRA"];
+      return [html`<${HomeView} />`, "My LoRAs"];
+    case "photos":
+      return [html`<${SetsView} />`, "Photos"];
     case "new": {
       const [dataset, step = "photos", file] = rest;
       const view = { photos: PhotosView, model: ModelView, settings: SettingsView }[step];

@@ -27,9 +27,9 @@ export function address(segments, query = {}) {
   return url.href;
 }
 
-/** The address of a file of a run, whose name may have folders. */
-export const fileOfRun = (run, file) =>
-  `${address(["runs", run, "files"])}/${file.split("/").map(encodeURIComponent).join("/")}`;
+/** The address of a file of a run, whose name may have folders; of a picture with a `width` that of a small version. */
+export const fileOfRun = (run, file, width = 0) =>
+  `${address(["runs", run, "files"])}/${file.split("/").map(encodeURIComponent).join("/")}${width ? `?width=${width}` : ""}`;
 
 /**
  * @template {Api.Get["path"]} P

@@ -39,6 +39,12 @@ export function duration(seconds, { about = false } = {}) {
   if (!Number.isFinite(seconds)) return "–";
   const prefix = about ? "about " : "";
   if (seconds < 1) return "less than a second";
+  if (about && seconds < 90)
+    return seconds < 10
+      ? "a few seconds"
+      : seconds < 50
+        ? `about ${10 * Math.round(seconds / 10)} seconds`
+        : "about a minute";
   if (seconds < 90) return `${prefix}${count(Math.round(seconds), "second")}`;
   const minutes = Math.round(seconds / 60);
   if (minutes < 60) return `${prefix}${count(minutes, "minute")}`;

@@ -51,9 +51,6 @@ export const Zone = ({ over, onFiles }) => html`<div class=${`drop-zone big ${ov
   <${ChooseFiles} kind="primary" onFiles=${(found) => onFiles(found, null)} />
 </div>`;
 
-/** A zone of a page that takes pictures anywhere; see `useDrops`. */
-export const DropZone = ({ onFiles }) => html`<${Zone} over=${useDrops(onFiles)} onFiles=${onFiles} />`;
-
 /** The zones of pairs: the left one is for the other pictures. @param pairs words of `PAIRS` */
 export const PairZones = ({ over, pairs, onFiles }) => html`<div class="pair-zones">
   ${pairs.zones.map(

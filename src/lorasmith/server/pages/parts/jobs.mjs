@@ -98,15 +98,18 @@ export function Offers({ hidden }) {
 
 const ORDER = { running: 0, pending: 1, paused: 2, interrupted: 3 };
 
-/** The jobs that run or wait, in order, except one, and except those of `runs`, which are rows of their own. */
-export function Queue({ except, runs }) {
+/**
+ * The jobs that run or wait, in order, except one.
+ *
+ * @param {Props<{ except?: string, empty?: string }>} props `empty` is said where there is none
+ */
+export function Queue({ except, empty = "" }) {
   const known = useStore(work);
   if (!known) return null;
   const jobs = [...known.jobs.values()]
     .filter((job) => job.state in ORDER && isAsked(job) && job.id !== except)
-    .filter((job) => !(job.kind === "train" && runs?.has(job.run)))
     .sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.number ?? 0) - (b.number ?? 0));
-  if (!jobs.length) return null;
+  if (!jobs.length) return empty ? html`<p class="faint">${empty}</p>` : null;
   return html`<section aria-labelledby="queue">
     <h2 id="queue">Queue</h2>
     <ul class="rows">

@@ -3,6 +3,7 @@ import { post, put, remove } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { said, say } from "../lib/stores.mjs";
 import { Field, Question } from "./basics.mjs";
+import { Icon } from "./icons.mjs";
 import { nameOfRun } from "./run_card.mjs";
 
 /**
@@ -18,7 +19,7 @@ export function Star({ run, onChange }) {
     });
   return html`<button type="button" class="icon-button star" aria-label=${`Star ${nameOfRun(run)}`}
       aria-pressed=${run.starred ? "true" : "false"} title=${run.starred ? "Starred" : "Star"} onClick=${star}>
-    ${run.starred ? "★" : "☆"}
+    <${Icon} name="star" filled=${run.starred} />
   </button>`;
 }
 

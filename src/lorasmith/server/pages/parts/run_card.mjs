@@ -1,23 +1,40 @@
-// A run at a glance.
+// A run as its picture: what it is called, and a tile of it.
 import { fileOfRun } from "../lib/api.mjs";
 import { html } from "../lib/html.mjs";
 import { link } from "../lib/router.mjs";
-import { moment, whole } from "../lib/words.mjs";
-import { State } from "./basics.mjs";
+import { stateWords, whole } from "../lib/words.mjs";
+import { Star } from "./marks.mjs";
+
+const TILE_PX = 480;
+const ENDED = ["finished", "stopped", "cancelled", "completed"]; // of which nothing is to be said
+const BUILT_IN = "lorasmith-tiny";
 
 /** What a run is called, other than all others: the title that it was given, or its folder's name. */
 export const nameOfRun = (run) => run.label || run.id.split("/").pop();
 
-/** @param {Props<{ run: Api.RunRow }>} props */
-export function RunCard({ run }) {
-  return html`<a class="card" href=${link("runs", run.id)}>
-    <span class="card-picture">
-      ${run.cover && html`<img src=${fileOfRun(run.id, run.cover)} alt="" loading="lazy" />`}
-    </span>
-    <b>${run.starred && html`<span class="star" role="img" aria-label="Starred">★</span> `}${nameOfRun(run)}</b>
-    <span class="card-state"><${State} state=${run.state} /> <span class="faint">${stepsOf(run)}</span></span>
-    <span class="faint">${run.model ? `${run.model} · ` : ""}${moment(run.started)}</span>
-  </a>`;
+/** The same on a picture: the first run of a name is called by it. */
+export const shortName = (run) => nameOfRun(run).replace(/-001$/, "");
+
+/** What it was learnt with: a model of its own name, or the built-in one. */
+const modelWords = (model) => (model === BUILT_IN ? "built-in model" : model);
+
+/**
+ * A run of the wall: its best picture, with its words on it.
+ *
+ * @param {Props<{ run: Api.RunRow, state: string }>} props
+ */
+export function Cover({ run, state, onChange }) {
+  const what = run.teaches === "style" || run.teaches === "slider" ? run.teaches : run.subject || run.teaches;
+  return html`<li class=${run.starred ? "starred" : ""}>
+    <a class="cover" href=${link("runs", run.id)}>
+      ${run.cover && html`<img src=${fileOfRun(run.id, run.cover, TILE_PX)} alt="" loading="lazy" decoding="async" />`}
+      ${!ENDED.includes(state) && html`<span class="badge">${stateWords(state)[0]}</span>`}
+      <span class="cover-words">
+        <b>${shortName(run)}</b><span>${[what, modelWords(run.model)].filter(Boolean).join(" · ")}</span>
+      </span>
+    </a>
+    <${Star} run=${run} onChange=${onChange} />
+  </li>`;
 }
 
 export const stepsOf = (run) =>

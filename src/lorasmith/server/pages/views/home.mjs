@@ -1,112 +1,267 @@
-// The first view: a place for photos, the folders of photos that exist, and the latest runs.
-import { address, get, post } from "../lib/api.mjs";
-import { html, useState } from "../lib/html.mjs";
-import { useEvents } from "../lib/live.mjs";
+// The wall of LoRAs: the one that learns first and largest, then all others as their best pictures.
+import { fileOfRun, get, post } from "../lib/api.mjs";
+import { currentDraft } from "../lib/drafts.mjs";
+import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
-import { useStore, work } from "../lib/stores.mjs";
-import { sorted, upload } from "../lib/uploads.mjs";
-import { count, slug } from "../lib/words.mjs";
-import { Loading, Problem, useLoaded } from "../parts/basics.mjs";
-import { DropZone } from "../parts/drop_zone.mjs";
-import { Queue, jobsOfRuns } from "../parts/jobs.mjs";
-import { RunCard } from "../parts/run_card.mjs";
+import { said, useStore, work } from "../lib/stores.mjs";
+import { capital, duration, whole } from "../lib/words.mjs";
+import { Button, Drawer, Loading, Problem, Ring, isPassing, useLoaded } from "../parts/basics.mjs";
+import { Icon } from "../parts/icons.mjs";
+import { Queue, isAsked, jobsOfRuns, titleOf } from "../parts/jobs.mjs";
+import { useView } from "../parts/live_run.mjs";
+import { NewTile } from "../parts/new_set.mjs";
+import { Cover, nameOfRun, shortName } from "../parts/run_card.mjs";
+import { Stage } from "../parts/stage.mjs";
+import { SetTile } from "./sets.mjs";
+import { Sweeps } from "./sweep.mjs";
 
-const LATEST = 4;
+const FIRST = 60; // runs of the first answer; the others follow
+const LARGE_PX = 1024;
+const STRIP = 5; // earlier pictures below the newest
+const STRIP_PX = 128;
+const SEARCHED = 8; // runs from which on they are searched
+const EXAMPLE = "fox";
+const AGAIN_MS = 1000;
+const STANDING = ["running", "pending", "paused", "interrupted"];
+
+const NEW = { title: "New", text: "Drop pictures anywhere" };
+const KINDS = {
+  subject: "Subjects",
+  style: "Styles",
+  edit: "Edits",
+  slider: "Sliders",
+};
 
 export function HomeView() {
-  const [datasets, datasetsError, reloadDatasets] = useLoaded((signal) => get(["datasets"], {}, signal), []);
-  const [runs] = useLoaded((signal) => get(["runs"], { limit: 50 }, signal), []);
-  const [error, setError] = useState(null);
-  useEvents("", { dataset: reloadDatasets });
+  const [isAll, setAll] = useState(false);
+  const [found, error, reload] = useLoaded((signal) => get(["runs"], isAll ? {} : { limit: FIRST }, signal), [isAll]);
+  const known = useStore(work);
+  const ended = [...(known?.jobs.values() ?? [])].filter((job) => job.ended).length;
+  const before = useRef(ended);
+  useEffect(() => {
+    if (found && ended !== before.current) reload();
+    before.current = ended;
+  }, [ended]);
+  useEffect(() => {
+    if (found && found.total > found.runs.length + found.damaged.length) setAll(true);
+  }, [found]);
+  const jobs = jobsOfRuns(known);
+  const trains = trainingOf(known);
+  const live = trains ? null : found?.runs.find((run) => run.state === "running" && !run.job); // of the command line
+  if (!found || !known)
+    return html`
+      <${Problem} error=${error} onRetry=${reload} />${!error && html`<${Loading} what="your LoRAs" />`}
+      <ul class="covers"><li><${NewTile} ...${NEW} /></li></ul>
+    `;
+  const isBegun = [...known.jobs.values()].some((job) => job.kind === "train" && STANDING.includes(job.state));
+  if (!found.runs.length && !isBegun) return html`<${FirstOpen} />`;
+  return html`<${Wall} runs=${found.runs} jobs=${jobs} trains=${trains} live=${live} reload=${reload} />`;
+}
 
-  async function take(files) {
-    setError(null);
-    try {
-      if (!files.length) return;
-      const { pictures, refused } = await sorted(files);
-      const [first] = refused;
-      if (!pictures.length)
-        throw new Error(`There are no pictures among these files${first ? `: ${first.name} ${first.reason}` : ""}.`);
-      const folders = new Set(files.map(({ path }) => path.split("/")[0]));
-      const folder = folders.size === 1 && files[0].path.includes("/") ? slug([...folders][0]) : "";
-      const name = await created(folder || "photos", datasets?.datasets ?? []);
-      upload(name, files);
-      go("new", name, "photos");
-    } catch (failure) {
-      setError(failure);
-    }
-  }
+/** The training that runs, else the one that is next. */
+const trainingOf = (known) =>
+  [...(known?.jobs.values() ?? [])]
+    .filter((job) => job.kind === "train" && (job.state === "running" || job.state === "pending"))
+    .sort((a, b) => Number(b.state === "running") - Number(a.state === "running") || a.number - b.number)[0];
 
-  const queued = jobsOfRuns(useStore(work)); // these are in the queue above
-  const latest = (runs?.runs ?? []).filter((run) => !queued.has(run.id)).slice(0, LATEST);
-  const known = (datasets?.datasets ?? []).filter((one) => !one.builtin);
-  const examples = (datasets?.datasets ?? []).filter((one) => one.builtin);
+/** @param {Props<{ runs: Api.RunRow[], jobs: Map<string, Api.JobAnswer>, trains: Api.JobAnswer | undefined }>} props */
+function Wall({ runs, jobs, trains, live, reload }) {
+  const [kind, setKind] = useState("");
+  const [words, setWords] = useState("");
+  const [isOpen, setOpen] = useState(false);
+  const large = trains?.run ?? live?.id;
+  const isShown = (run) =>
+    run.id !== large &&
+    (!kind || (kind === "starred" ? run.starred : run.teaches === kind)) &&
+    (!words || `${nameOfRun(run)} ${run.id} ${run.subject} ${run.model} ${run.note}`.toLowerCase().includes(words));
+  const shown = runs.filter(isShown).sort((a, b) => Number(b.starred) - Number(a.starred));
+  const kinds = Object.keys(KINDS).filter((one) => runs.some((run) => run.teaches === one));
+  const chips = [
+    ["", "All"],
+    ...(kinds.length > 1 ? kinds.map((one) => [one, KINDS[one]]) : []),
+    ...(runs.some((run) => run.starred) ? [["starred", "Starred"]] : []),
+  ];
   return html`
-    <section class="hero">
-      <h1>Turn photos into a LoRA</h1>
-      <p class="lead">
-        A LoRA is a small file that teaches an image model something new: a person, a pet, a thing, a style. Ten
-        photos are enough.
-      </p>
-      <${DropZone} onFiles=${take} big />
-      <${Problem} error=${error} />
-    </section>
-    <${Queue} />
+    <h1 class="unseen">My LoRAs</h1>
+    <div class="wall-head">
+      ${
+        chips.length > 1 &&
+        html`<div class="chips" role="group" aria-label="Which">
+          ${chips.map(
+            ([one, text]) => html`<button type="button" class="chip" key=${one} aria-pressed=${kind === one}
+                onClick=${() => setKind(one)}>
+              ${text}
+            </button>`,
+          )}
+        </div>`
+      }
+      <div class="wall-tools">
+        ${
+          runs.length >= SEARCHED &&
+          html`<label class="find">
+            <span class="unseen">Find</span><${Icon} name="search" />
+            <input type="search" placeholder="Find" value=${words}
+              onInput=${(event) => setWords(event.currentTarget.value.toLowerCase())} />
+          </label>`
+        }
+        ${runs.length > 1 && html`<a class="button small" href=${link("runs")}>Compare</a>`}
+        <${OpenDrawer} onClick=${() => setOpen(true)} />
+      </div>
+    </div>
+    <ul class="covers">
+      ${(trains || live) && html`<${Learning} key="learning" job=${trains} run=${runs.find((run) => run.id === large)} />`}
+      <li key="new"><${NewTile} ...${NEW} /></li>
+      ${shown.map(
+        (run) => html`<${Cover} key=${run.id} run=${run} state=${jobs.get(run.id)?.state ?? run.state}
+          onChange=${reload} />`,
+      )}
+    </ul>
+    ${!shown.length && (kind || words) && html`<p class="faint">None of these.</p>`}
+    ${isOpen && html`<${WallDrawer} onClose=${() => setOpen(false)} />`}
+  `;
+}
+
+/** The jobs that somebody waits for are counted on it. */
+function OpenDrawer({ onClick }) {
+  const known = useStore(work);
+  const waiting = [...(known?.jobs.values() ?? [])].filter(
+    (job) => isAsked(job) && ["running", "pending"].includes(job.state),
+  ).length;
+  return html`<button type="button" class="button small" onClick=${onClick}>
+    Queue${waiting ? html` <span class="count">${waiting}</span>` : ""}
+  </button>`;
+}
+
+/** What is looked up beside the wall: the queue, sets of photos, sweeps. */
+function WallDrawer({ onClose }) {
+  const [sets] = useLoaded((signal) => get(["datasets"], {}, signal), []);
+  const own = (sets?.datasets ?? []).filter((one) => !one.builtin);
+  return html`<${Drawer} title="Queue, photos, sweeps" onClose=${onClose}>
+    <${Queue} empty="Nothing runs or waits." />
     ${
-      datasetsError
-        ? html`<section><h2>Your photos</h2><${Problem} error=${datasetsError} onRetry=${reloadDatasets} /></section>`
-        : !datasets
-          ? html`<section><h2>Your photos</h2><${Loading} what="folders of photos" /></section>`
-          : known.length > 0 &&
-            html`<section aria-labelledby="known">
-              <h2 id="known">Your photos</h2>
-              <ul class="cards">${known.map(card)}</ul>
-            </section>`
-    }
-    ${
-      latest.length > 0 &&
-      html`<section aria-labelledby="latest">
-        <div class="head">
-          <h2 id="latest">Latest runs</h2>
-          ${runs && runs.total > 1 && html`<a href=${link("runs")}>All ${count(runs.total, "run")}</a>`}
-        </div>
-        <ul class="cards">${latest.map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul>
+      own.length > 0 &&
+      html`<section aria-labelledby="own-sets">
+        <div class="head"><h2 id="own-sets">Photos</h2><a href=${link("photos")}>All</a></div>
+        <ul class="covers small">${own.slice(0, 6).map((one) => html`<${SetTile} key=${one.name} set=${one} />`)}</ul>
       </section>`
     }
+    <${Sweeps} />
+  <//>`;
+}
+
+/**
+ * The LoRA that learns, as large as four others: its newest picture over the one before, how far it is, and how long it
+ * takes yet.
+ *
+ * @param {Props<{ job: Api.JobAnswer | undefined, run: Api.RunRow | undefined }>} props
+ */
+function Learning({ job, run }) {
+  const id = job?.run ?? run?.id;
+  const view = useView(job ? `jobs/${job.id}` : `runs/${id}`);
+  const drawn = pictures(view);
+  const newest = drawn.at(-1);
+  const src =
+    newest && id ? fileOfRun(id, newest.file, LARGE_PX) : run?.cover ? fileOfRun(id, run.cover, LARGE_PX) : "";
+  const earlier = useRef({ now: "", before: "" });
+  if (earlier.current.now !== src) earlier.current = { now: src, before: earlier.current.now };
+  const { step = 0, steps = 0 } = view ?? run ?? {};
+  const seconds = view?.metrics.find((one) => one.name === "time_left")?.value;
+  const left = Number.isFinite(seconds) ? ` · ${duration(seconds, { about: true })} left` : "";
+  const isWaiting = job?.state === "pending";
+  const words = job?.request?.trigger || job?.request?.settings?.trigger || run?.subject;
+  return html`<li class="learning" aria-label="Learning">
+    <a class="cover" href=${job ? link("jobs", job.id) : link("runs", id)}>
+      ${earlier.current.before && html`<img key=${earlier.current.before} src=${earlier.current.before} alt="" />`}
+      ${src && html`<img key=${src} class="newest" src=${src} alt=${newest ? `Step ${newest.step}: ${newest.prompt}` : ""} />`}
+      <span class="badge">
+        <span class=${`dot ${isWaiting ? "" : "busy"}`}></span>${isWaiting ? "Waiting for its turn" : `Learning${left}`}
+      </span>
+      <span class="cover-words">
+        <b>${run ? shortName(run) : titleOf(job)}</b>
+        <span>
+          ${[words, step ? `step ${whole(step)} of ${whole(steps)}` : standing(view, isWaiting)].filter(Boolean).join(" — ")}
+        </span>
+        ${
+          drawn.length > 1 &&
+          html`<span class="cover-strip">
+            ${drawn.slice(-STRIP).map((one) => html`<img key=${one.file} src=${fileOfRun(id, one.file, STRIP_PX)} alt="" />`)}
+          </span>`
+        }
+      </span>
+      ${
+        steps > 0 &&
+        html`<${Ring} share=${step / steps} label=${`${whole((100 * step) / steps)} % done`}>
+          ${whole((100 * step) / steps)}
+        <//>`
+      }
+    </a>
+  </li>`;
+}
+
+const standing = (view, isWaiting) => (isWaiting ? "" : capital(view?.preparation?.at(-1) ?? "getting ready…"));
+
+/** The pictures of the first prompt by step: of the base model, then with the LoRA at its full strength. */
+function pictures(view) {
+  const first = (view?.previews ?? []).filter((one) => one.number === 1);
+  const base = first.find((one) => one.strength === 0);
+  return [...(base ? [base] : []), ...first.filter((one) => one.strength === 1)];
+}
+
+/** Before there is any LoRA: what one does, the example in one click, and the place for pictures. */
+function FirstOpen() {
+  const [sets] = useLoaded((signal) => get(["datasets"], {}, signal), []);
+  const examples = (sets?.datasets ?? []).filter((one) => one.builtin);
+  const own = (sets?.datasets ?? []).filter((one) => !one.builtin);
+  return html`
+    <div class="first">
+      <div class="first-words">
+        <h1>Teach it something of yours</h1>
+        <p>
+          A person, a pet, a thing, or the way you draw: about ten pictures are enough, and an image model can draw it in
+          any scene.
+        </p>
+        ${
+          examples.some((one) => one.name === EXAMPLE) &&
+          html`<${Button} kind="primary" class="large" busyText="Starting…" onClick=${trainExample}>
+            <${Icon} name="play" /> Try it with the fox
+          <//>`
+        }
+        <${NewTile} title="Drop photos or a folder here" />
+      </div>
+      <div class="first-picture">
+        <${Stage} left="pages/first/without.webp" layers=${[{ src: "pages/first/with.webp" }]}
+          titles=${["without", "with its LoRA"]} prompt=${FIRST_PROMPT} />
+        <p>
+          “${FIRST_PROMPT}”, drawn by the built-in model: without, and with a LoRA that learnt from sixteen drawings of a
+          style.
+        </p>
+      </div>
+    </div>
     ${
-      examples.length > 0 &&
-      html`<section aria-labelledby="examples">
-        <h2 id="examples">No photos at hand?</h2><ul class="cards">${examples.map(card)}</ul>
+      [...own, ...examples].length > 0 &&
+      html`<section aria-labelledby="sets">
+        <h2 id="sets">${own.length ? "Photos" : "No photos at hand?"}</h2>
+        <ul class="covers">${[...own, ...examples].map((one) => html`<${SetTile} key=${one.name} set=${one} />`)}</ul>
       </section>`
     }
   `;
 }
 
-const card = (one) => html`<li key=${one.name}>
-  <a class="card" href=${link("new", one.name, "photos")}>
-    <span class="card-picture">
-      ${
-        one.cover &&
-        html`<img src=${address(["datasets", one.name, "images", one.cover], { width: 320 })} alt="" loading="lazy" />`
-      }
-    </span>
-    <b>${one.name}</b>
-    <span class="faint">
-      ${count(one.images, "picture")}, ${one.captions ? count(one.captions, "caption") : "no captions"}
-    </span>
-  </a>
-</li>`;
+const FIRST_PROMPT = "a lion";
 
-/** Creates a folder of photos under a free name and returns the name. */
-async function created(wanted, known) {
-  const names = new Set(known.map((one) => one.name));
-  for (let number = 1; ; number += 1) {
-    const name = number === 1 ? wanted : `${wanted}-${number}`;
-    if (names.has(name)) continue;
-    try {
-      return (await post(["datasets"], { name })).name ?? name;
-    } catch (error) {
-      if (error.status !== 409 || number > 200) throw error;
+/** Trains the built-in example on the built-in model, quickly, and shows it; waits until the server can. */
+const trainExample = () =>
+  said(async () => {
+    for (;;) {
+      try {
+        const [{ models }, { trigger }] = await Promise.all([get(["models"]), currentDraft(EXAMPLE)]);
+        const model = models.find((one) => one.builtin)?.name ?? "";
+        const chosen = { dataset: EXAMPLE, name: EXAMPLE, model, trigger, preset: "quick", evaluate: true };
+        const job = await post(["jobs"], { kind: "train", settings: {}, ...chosen });
+        return go("jobs", job.id);
+      } catch (error) {
+        if (!isPassing(error)) throw error;
+        await new Promise((later) => setTimeout(later, AGAIN_MS));
+      }
     }
-  }
-}
+  });

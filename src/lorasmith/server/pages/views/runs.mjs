@@ -6,12 +6,13 @@ import { useStore, work } from "../lib/stores.mjs";
 import { count, duration, measured, moment } from "../lib/words.mjs";
 import { Star, removeRun } from "../parts/marks.mjs";
 import { Button, Loading, Notice, Problem, State, useLoaded } from "../parts/basics.mjs";
-import { CONTINUED, Queue, act, jobsOfRuns } from "../parts/jobs.mjs";
+import { Icon } from "../parts/icons.mjs";
+import { CONTINUED, act, jobsOfRuns } from "../parts/jobs.mjs";
 import { nameOfRun, stepsOf } from "../parts/run_card.mjs";
 import { NextBar } from "../parts/stepper.mjs";
 import { MOST_COMPARED } from "./compare.mjs";
-import { Sweeps } from "./sweep.mjs";
 
+const PICTURE_PX = 160;
 const FIRST = 100; // runs that are shown at first, starred ones before others
 
 export function RunsView() {
@@ -38,11 +39,9 @@ export function RunsView() {
   const jobs = jobsOfRuns(known);
   const choose = (id, on) => setChosen((ids) => (on ? [...ids, id] : ids.filter((one) => one !== id)));
   return html`
-    <${Queue} runs=${new Set(runs.map((run) => run.id))} />
-    <${Sweeps} />
     <section aria-labelledby="runs">
       <div class="head">
-        <h1 id="runs">Runs</h1>
+        <h1 id="runs">All runs</h1>
         ${
           runs.length > 3 &&
           html`<label class="search">
@@ -67,7 +66,7 @@ export function RunsView() {
                 onChange=${(event) => choose(run.id, event.currentTarget.checked)} />`
             }
             <a class="row-picture" href=${link("runs", run.id)} tabindex="-1" aria-hidden="true">
-              ${run.cover && html`<img src=${fileOfRun(run.id, run.cover)} alt="" loading="lazy" />`}
+              ${run.cover && html`<img src=${fileOfRun(run.id, run.cover, PICTURE_PX)} alt="" loading="lazy" />`}
             </a>
             <div class="row-text">
               <a href=${link("runs", run.id)}><b>${nameOfRun(run)}</b></a>
@@ -92,7 +91,7 @@ export function RunsView() {
             <${Star} run=${run} onChange=${reload} />
             <button type="button" class="icon-button" aria-label=${`Delete ${nameOfRun(run)}`} title="Delete"
                 onClick=${() => removeRun(run, reload)}>
-              ✕
+              <${Icon} name="trash" />
             </button>
           </li>`,
         )}
