@@ -166,6 +166,12 @@ def test_a_mask_that_is_dropped_finds_its_photo(served: ServedPage, open_page: O
     expected(page.locator(".tile")).to_have_count(2)
     page.locator(".toast").get_by_role("button", name="Undo", exact=True).click()
     expected(page.locator(".mask-shade")).to_have_count(0)
+    other = tmp_path / "fox_1.png"  # another photo of this name gets another one, and keeps its mask
+    Image.new("RGB", (64, 64), "blue").save(other)
+    page.locator("input[type=file]").first.set_input_files([mask, other])
+    expected(page.locator('.tile[data-file="fox_1-2.png"] .mask-shade')).to_have_count(1)
+    expected(page.locator(".mask-shade")).to_have_count(1)
+    expected(page.locator(".tile")).to_have_count(3)
 
 
 def test_a_long_check_says_how_far_it_is(served: ServedPage, open_page: Opener) -> None:

@@ -1,5 +1,6 @@
 // Photos on their way to the server. They outlive the view that started them.
 import { ApiError, get, post } from "./api.mjs";
+import { changeDraft, currentDraft } from "./drafts.mjs";
 import { useEffect, useState } from "./html.mjs";
 import { createStore } from "./stores.mjs";
 
@@ -41,7 +42,7 @@ export async function sorted(files) {
     if (read.captions.includes(kind)) found.captions.push(one);
     else if (kind in read.refused) found.refused.push({ name: nameOf(one.path), reason: read.refused[kind] });
     else if (read.pictures.includes(kind) || one.file.type.startsWith("image/"))
-      (/\.mask\.[^.]+$/i.test(one.path) ? found.masks : found.pictures).push(one);
+      (isMask(one.path) ? found.masks : found.pictures).push(one);
     else found.refused.push({ name: nameOf(one.path), reason: "is not a picture" });
   }
   return found;
@@ -54,6 +55,14 @@ export async function sorted(files) {
 function controlFolder(path) {
   const found = /(^|\/)control(_([1-9]))?\//.exec(path);
   return found && Number(found[3] ?? 0);
+}
+
+/** Whether a file is a mask, by its name. */
+export const isMask = (name) => /\.mask\.[^.]+$/i.test(name);
+/** Has masks used by the training, when some were added. */
+export async function trainWithMasks(dataset) {
+  const { settings } = await currentDraft(dataset);
+  await changeDraft(dataset, { settings: { ...settings, masks: "files" } });
 }
 
 const stem = (path) => path.replace(/\.[^./]*$/, "");
@@ -70,8 +79,8 @@ export function uploadsOf(dataset) {
 }
 
 /**
- * Starts to send pictures, each with the caption beside it, those in folders for controls as controls; then masks, and
- * captions of pictures that are there already. What is not added goes to `leftOut`.
+ * Starts to send pictures, each with caption and mask, those in folders for controls as controls; then captions and
+ * masks of pictures that are there already. What is not added goes to `leftOut`.
  *
  * @param {string} dataset
  * @param {Sent[]} files
@@ -84,6 +93,7 @@ export async function upload(dataset, files, before = null, onOthers = () => {})
   const { pictures: all, captions: texts, masks, refused } = await sorted(files);
   leaveOut(dataset, refused);
   const captions = new Map(texts.map((one) => [stem(one.path), one.file]));
+  const masked = new Map(masks.map((one) => [stem(stem(one.path)), one.file]));
   const pictures = before ? all.slice(0, 1) : all;
   const hasOthers = all.some(({ path }) => controlFolder(path) === null); // a dropped folder may have that name itself
   const store = uploadsOf(dataset);
@@ -101,6 +111,7 @@ export async function upload(dataset, files, before = null, onOthers = () => {})
       sent: isBefore ? `control/${sent}` : name,
       picture: file,
       caption: isBefore ? null : (captions.get(stem(path)) ?? null),
+      mask: isBefore ? null : (masked.get(stem(path)) ?? null),
       file: null,
     };
   });
@@ -108,11 +119,14 @@ export async function upload(dataset, files, before = null, onOthers = () => {})
   const waiting = [...entries];
   const work = async () => {
     for (let entry = waiting.shift(); entry; entry = waiting.shift()) {
-      if (store.get().some((one) => one.key === entry.key)) await send(dataset, store, entry);
+      if (store.get().some((one) => one.key === entry.key)) await send(dataset, store, entry, onOthers);
     }
   };
   const stems = new Set(pictures.map(({ path }) => stem(path)));
-  const others = [...masks, ...texts.filter(({ path }) => !stems.has(stem(path)))];
+  const others = [
+    ...masks.filter(({ path }) => !stems.has(stem(stem(path)))),
+    ...texts.filter(({ path }) => !stems.has(stem(path))),
+  ];
   Promise.all(Array.from({ length: AT_ONCE }, work)).then(async () => {
     const answer = others.length ? await sendOthers(dataset, others) : null;
     if (answer) onOthers(answer);
@@ -138,6 +152,7 @@ async function sendOthers(dataset, others) {
       dataset,
       answer.skipped.map(({ file, reason }) => ({ name: file, reason })),
     );
+    if (answer.added.some(isMask)) await trainWithMasks(dataset);
     return answer;
   } catch (error) {
     leaveOut(
@@ -147,15 +162,18 @@ async function sendOthers(dataset, others) {
   }
 }
 
-async function send(dataset, store, entry) {
+async function send(dataset, store, entry, onOthers) {
   const change = (parts) => store.set((all) => all.map((one) => (one.key === entry.key ? { ...one, ...parts } : one)));
   change({ state: "sending" });
   const body = new FormData();
   body.append("file", entry.picture, entry.sent);
   if (entry.caption) body.append("file", entry.caption, `${stem(entry.name)}.txt`);
+  if (entry.mask) body.append("file", entry.mask, `${stem(entry.name)}.mask${suffix(entry.mask.name)}`);
   try {
     const answer = await post(["datasets", dataset, "images"], body);
-    const added = answer.added.find((file) => !file.endsWith(".txt"));
+    const added = answer.added.find((file) => !file.endsWith(".txt") && !isMask(file));
+    if (entry.mask) onOthers(answer);
+    if (answer.added.some(isMask)) await trainWithMasks(dataset);
     leaveOut(
       dataset,
       answer.skipped.map(({ file, reason }) => ({ name: file, reason })),

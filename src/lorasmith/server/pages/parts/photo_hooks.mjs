@@ -8,7 +8,7 @@ import { go } from "../lib/router.mjs";
 import { said, say, useStore } from "../lib/stores.mjs";
 import { hasTag } from "../lib/tags.mjs";
 import { did, doneTo, undoLast } from "../lib/undo.mjs";
-import { forget, upload, uploadsOf } from "../lib/uploads.mjs";
+import { forget, isMask, trainWithMasks, upload, uploadsOf } from "../lib/uploads.mjs";
 import { count } from "../lib/words.mjs";
 import { isPassing, useLoaded } from "./basics.mjs";
 import { isStale } from "./caption.mjs";
@@ -120,10 +120,9 @@ export function useCaptions({ dataset, found, images }) {
  *
  * @param {ReturnType<typeof usePhotos>} photos
  * @param words of `PAIRS`
- * @param {{ onRenamed: (before: string, now: string) => unknown, onMask: () => unknown }} listener called with the
- *   names of a photo before and after a change, and when a photo gets a mask
+ * @param {(before: string, now: string) => unknown} onRenamed called with the names of a photo that was renamed
  */
-export function changesOf({ dataset, images, previews, hide, show, reload, renew }, words, { onRenamed, onMask }) {
+export function changesOf({ dataset, images, previews, hide, show, reload, renew }, words, onRenamed) {
   async function withdraw(keys) {
     const all = uploadsOf(dataset).get();
     const entries = all.filter((one) => keys.includes(one.key));
@@ -174,8 +173,9 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
 
   /** Notes the masks among files that were added. @param {Api.UploadAnswer} answer */
   function masked({ added, replaced = {} }) {
-    for (const mask of added.filter((one) => /\.mask\.[^.]+$/.test(one))) {
+    for (const mask of added.filter(isMask)) {
       const stem = mask.replace(/\.mask\.[^.]+$/, "");
+      if (added.some((one) => !isMask(one) && one.startsWith(`${stem}.`))) continue; // it comes and goes with its photo
       const undo = async () => {
         const { images: all } = await get(["datasets", dataset]);
         const image = all.find((one) => one.mask === mask);
@@ -183,7 +183,6 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
         if (replaced[mask]) await post(["datasets", dataset, "restore"], { removed: replaced[mask] });
       };
       did(dataset, `${stem} has ${replaced[mask] ? "another" : "a"} mask now.`, undone(undo));
-      onMask();
     }
     renew();
   }
@@ -196,6 +195,7 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
     const answer = await post(["datasets", dataset, "images"], body);
     if (answer.skipped.length) throw new Error(`The mask ${answer.skipped[0].reason}.`);
     masked(answer);
+    await trainWithMasks(dataset);
   }
 
   const removeMask = ({ file }) =>

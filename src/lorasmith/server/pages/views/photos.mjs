@@ -1,6 +1,6 @@
 // The contact sheet: pictures from edge to edge, and beside them what they are of, and the words of the chosen one.
 import { get } from "../lib/api.mjs";
-import { currentDraft, useDraft } from "../lib/drafts.mjs";
+import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { answered, KINDS, kindOf } from "../lib/kinds.mjs";
 import { go } from "../lib/router.mjs";
@@ -51,10 +51,9 @@ export function PhotosView({ dataset, edited }) {
   const check = useCheck(photos, captions.captions, draft, sized);
   const filter = useFilter(images, captions.captionOf);
   const kind = kindOf(draft, isPairs);
-  const changes = changesOf(photos, words ?? PAIRS.none, {
-    onRenamed: (before, now) => pick((files) => files.map((file) => (file === before ? now : file))),
-    onMask: async () => change({ settings: { ...(await currentDraft(dataset)).settings, masks: "files" } }),
-  });
+  const changes = changesOf(photos, words ?? PAIRS.none, (before, now) =>
+    pick((files) => files.map((file) => (file === before ? now : file))),
+  );
   const over = useDrops((files, before) => canChange && changes.take(files, before));
 
   // What was left out stays in its place, pale, until the page is loaded again.
@@ -91,12 +90,16 @@ export function PhotosView({ dataset, edited }) {
   }
 
   /** Leaves the chosen photos out, or brings them back. */
-  function leaveOut() {
+  async function leaveOut() {
     const some = items.filter(({ image }) => chosen.includes(image.file));
     const out = some.filter((one) => one.done);
-    if (out.length) return [...new Set(out.map((one) => one.done))].map((one) => takeBack(dataset, one));
-    if (isLarge) step(1) || step(-1);
-    return changes.leaveOut(chosen);
+    const isInSheet = sheet.current?.contains(document.activeElement);
+    if (out.length) await Promise.all([...new Set(out.map((one) => one.done))].map((one) => takeBack(dataset, one)));
+    else {
+      if (isLarge) step(1) || step(-1);
+      await changes.leaveOut(chosen);
+    }
+    if (isInSheet) focused.current = true; // its tile may have been made again
   }
 
   const focused = useRef(false); // whether the photo that is looked at is to have the focus
