@@ -106,6 +106,7 @@ def test_what_is_not_added_is_named_with_its_reason(served: ServedPage, open_pag
     for name in (".DS_Store", "a.jxl", "b.jxl", "fox_2.txt", "nobody.txt"):
         (folder / name).write_text("a fox on a tree")
     page = open_page()
+    page.get_by_role("button", name="Try it with the fox").wait_for()
     page.locator("input[webkitdirectory]").set_input_files(folder)
     page.get_by_text("no pictures among these files: a.jxl is a JXL file, which is not read here").wait_for()
     accepted = page.locator("input[type=file]").first.get_attribute("accept").split(",")
