@@ -133,7 +133,7 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.wait_for_selector(".run-rows li")
     camera.every_look("7-runs", page)
     if camera.wants_all:
-        _sweep(page, f"{address}#/new/photos/settings", camera)
+        _sweep(page, f"{address}#/new/fox-2/settings", camera)
 
 
 def _sweep(page: Any, settings: str, camera: _Camera) -> None:

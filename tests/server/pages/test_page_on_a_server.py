@@ -40,14 +40,14 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     page.set_default_timeout(PATIENCE_MS)
     page.get_by_text("Drop photos or a folder here").wait_for()
     drop(page, sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*")))
-    page.wait_for_url("**/#/new/photos/photos")
+    page.wait_for_url("**/#/new/fox-2/photos")
     page.get_by_text("6 of 6 with a caption").wait_for()
     page.get_by_label("What will you call it in prompts?").fill("sks fox")
     caption = page.get_by_label("Caption of fox_1.png")  # of the first photo, which is chosen
     assert caption.input_value() == "a fox"
     caption.fill("a fox that looks ahead")
     caption.blur()
-    wait_until(lambda: (base / "input/photos/fox_1.txt").read_text("utf-8").strip() == "a fox that looks ahead")
+    wait_until(lambda: (base / "input/fox-2/fox_1.txt").read_text("utf-8").strip() == "a fox that looks ahead")
     loaded(page, ".tile img", 6)
 
     page.get_by_role("button", name="Choose a model").click()

@@ -19,6 +19,7 @@ const FIRST = 60; // runs of the first answer; the others follow
 const LARGE_PX = 1024;
 const STRIP = 5; // earlier pictures below the newest
 const STRIP_PX = 128;
+const FEW = 6; // runs below which covers are larger
 const SEARCHED = 8; // runs from which on they are searched
 const EXAMPLE = "fox";
 const AGAIN_MS = 1000;
@@ -108,7 +109,7 @@ function Wall({ runs, jobs, trains, live, reload }) {
         <${OpenDrawer} onClick=${() => setOpen(true)} />
       </div>
     </div>
-    <ul class="covers">
+    <ul class=${`covers ${runs.length < FEW ? "few" : ""}`}>
       ${(trains || live) && html`<${Learning} key="learning" job=${trains} run=${runs.find((run) => run.id === large)} />`}
       <li key="new"><${NewTile} ...${NEW} /></li>
       ${shown.map(
