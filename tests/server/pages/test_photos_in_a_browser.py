@@ -76,7 +76,7 @@ def test_keys_alone_go_through_the_sheet_and_mask_a_photo(served: ServedPage, op
     expected(pale).to_have_count(0)
     until(lambda: len(served.photos()) == 4)
     page.keyboard.press("Enter")
-    page.get_by_text("3 of 4").wait_for()
+    page.get_by_text("3 of 4", exact=True).wait_for()
     page.keyboard.press("c")
     page.get_by_role("button", name="Corner top left").focus()
     page.keyboard.press("Escape")
@@ -191,7 +191,7 @@ def test_a_photo_is_large_beside_its_words(served: ServedPage, open_page: Opener
     served.add_dataset()
     page = open_page(PHOTOS, scheme=scheme, width=width)
     choose(page, "fox_1.png").press("Enter")
-    page.get_by_text("1 of 4").wait_for()
+    page.get_by_text("1 of 4", exact=True).wait_for()
     assert_legible(page, "large")
     if width < 500:
         page.get_by_role("button", name="What is it?").click()
