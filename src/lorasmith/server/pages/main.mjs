@@ -12,7 +12,7 @@ import { WithDraft } from "./parts/with_draft.mjs";
 import { CompareView } from "./views/compare.mjs";
 import { HomeView } from "./views/home.mjs";
 import { JobView } from "./views/job.mjs";
-import { ModelView } from "./views/model.mjs";
+import { ModelsView, ModelView } from "./views/model.mjs";
 import { PhotosView } from "./views/photos.mjs";
 import { RunView } from "./views/run.mjs";
 import { RunsView } from "./views/runs.mjs";
@@ -90,6 +90,8 @@ function viewOf([name, ...rest]) {
     case "runs":
       if (rest[0]) return [html`<${RunView} id=${rest[0]} key=${rest[0]} />`, rest[0].split("/").pop()];
       return [html`<${RunsView} />`, "All runs"];
+    case "models":
+      return [html`<${ModelsView} />`, "Models"];
     case "sweeps":
       if (rest[0]) return [html`<${SweepView} id=${rest[0]} key=${rest[0]} />`, rest[0]];
       break;

@@ -3,7 +3,7 @@ import { get, post, put, remove } from "../lib/api.mjs";
 import { isOnItsWay, sendModel } from "../lib/downloads.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { announcement, said, say } from "../lib/stores.mjs";
-import { bytes, capital } from "../lib/words.mjs";
+import { bytes, capital, cardFor, duration } from "../lib/words.mjs";
 import { Button, Dialog, Field, Notice, Problem, Progress, useLoaded } from "./basics.mjs";
 
 const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
@@ -52,14 +52,31 @@ function useMemory(models) {
   return memory;
 }
 
-/** @param {Props<{ release: Api.ShelfRow, download?: Api.DownloadAnswer, memory?: Api.ReleaseMemory | null }>} props */
+const DAY_S = 86400;
+/** How long a LoRA takes on this computer; nothing where that is not known. */
+export const timeWords = (seconds) =>
+  seconds === null || seconds === undefined
+    ? null
+    : seconds > DAY_S
+      ? "Not for this computer: days"
+      : `${capital(duration(seconds, { about: true }))} for a LoRA`;
+
+/** What a model can do besides drawing pictures, and whether it is the one for this computer. */
+export const Marks = ({ best, edits, clips }) => html`<span class="model-marks">
+  ${best && html`<span class="tag">Suggested</span>`}
+  ${edits && html`<span class="tag quiet">edits pictures</span>`}
+  ${clips && html`<span class="tag quiet">makes clips</span>`}
+</span>`;
+
 function ReleaseCard({ release, memory, download, onGet, onChange }) {
   const missing = release.files.filter((one) => !one.found);
   const kept = sum(missing.map((one) => one.kept_bytes));
   const here = release.files.filter((one) => one.found);
   return html`<li class="release">
     <h3>${release.title}</h3>
+    <${Marks} best=${release.best} edits=${release.edits} clips=${release.clips} />
     <p>${release.about}</p>
+    <p class=${memory && memory.fits === false ? "fair" : "faint"}>${needWords(release.seconds, memory)}</p>
     <p class="faint">
       ${bytes(sum(missing.map((one) => one.size_bytes)))} to download
       · <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>
@@ -72,7 +89,6 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
         Missing: ${missing.map((one) => partWords(one.part)).join(", ")}.
       </p>`
     }
-    <p class=${memory && memory.fits === false ? "fair" : "faint"}>${memoryWords(memory)}</p>
     <${Getting} download=${download} onChange=${onChange} of=${`: ${release.title}`}
       what=${kept ? "Continue" : "Get it"}
       onGet=${() => onGet({ kind: "release", name: release.name })}>
@@ -84,15 +100,11 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
 const partWords = (part) =>
   part === "denoiser" ? "model" : part === "vae" ? "autoencoder" : part.replaceAll("_", " ");
 
-function memoryWords(memory) {
-  if (memory === undefined) return "Computing the memory that it needs…";
-  if (memory === null) return "The memory that it needs is not known.";
-  const needed = bytes(memory.memory_bytes);
-  if (memory.fits === null) return `Training needs about ${needed} of memory`;
-  if (!memory.fits) return `Too large for this machine: training needs ${needed} of memory`;
-  return memory.encoders_fit
-    ? `Fits this machine: training needs about ${needed} of memory`
-    : `Training needs about ${needed} of memory, which fits; captions take seconds each to encode`;
+function needWords(seconds, memory) {
+  if (memory?.fits === false) return `Too large for this machine: needs ${cardFor(memory.memory_bytes)}`;
+  const slow = memory?.encoders_fit === false ? "; captions take seconds each" : "";
+  const time = timeWords(seconds);
+  return time ? time + slow : memory?.fits ? `Runs on this computer${slow}` : "";
 }
 
 /** A button that starts a download, how far it is, or why it ended. */

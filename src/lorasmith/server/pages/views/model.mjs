@@ -5,24 +5,79 @@ import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { status, useStore } from "../lib/stores.mjs";
-import { bytes, count } from "../lib/words.mjs";
+import { capital, cardFor, count } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
-import { GetDialog, Getting, OwnFile, Shelf } from "../parts/shelf.mjs";
+import { GetDialog, Getting, Marks, OwnFile, Shelf, timeWords } from "../parts/shelf.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 
-export function ModelView({ dataset }) {
-  const [draft, change] = useDraft(dataset);
+/** The models of the folders and what changes them. */
+function useShelf() {
   const [found, error, reload] = useLoaded((signal) => get(["models"], {}, signal), []);
-  const server = useStore(status);
-  const models = found?.models ?? [];
-  const [arrivals, setArrivals] = useState(0); // of files in the model folders
+  const [round, setRound] = useState(0); // of files that arrived in the model folders
   const lookAgain = () => {
-    setArrivals((number) => number + 1);
+    setRound((number) => number + 1);
     reload();
   };
   const [downloads, lookAtDownloads] = useDownloads(lookAgain);
   const [wanted, setWanted] = useState(null);
-  const [isOpen, setOpen] = useState(null); // whether the shelf is; null until it was opened or closed
+  return { found, error, reload, round, lookAgain, downloads, lookAtDownloads, wanted, setWanted };
+}
+
+/** Models to get, a place for a file that one has, and files that are no models. */
+function Others({ found, shelf, isOpen: isFirst }) {
+  const { round, lookAgain, downloads, lookAtDownloads, wanted, setWanted } = shelf;
+  const server = useStore(status);
+  const [isOpen, setOpen] = useState(null); // null until it was opened or closed
+  return html`
+    ${
+      found.other.length > 0 &&
+      html`<details>
+        <summary>${count(found.other.length, "file")} in the model folders cannot be trained</summary>
+        <ul>
+          ${found.other.map(
+            (one) => html`<li key=${`${one.place}/${one.name}`}>
+              <b>${one.name}</b> <span class="faint">in ${one.place}: ${one.what}</span>
+            </li>`,
+          )}
+        </ul>
+      </details>`
+    }
+    <details class="get-models" open=${isOpen ?? (isFirst || downloads.some((one) => isOnItsWay(one) || one.error))}
+        onToggle=${(event) => setOpen(event.currentTarget.open)}>
+      <summary><h2>Get a model</h2></summary>
+      <${Shelf} downloads=${downloads} round=${round} onGet=${setWanted} onChange=${lookAtDownloads} />
+      <${OwnFile} place=${joined(server?.base_dir, "models/checkpoints")} onAdded=${lookAgain} />
+      <div class="actions"><${Button} onClick=${lookAgain}>Look again<//></div>
+    </details>
+    ${wanted && html`<${GetDialog} wanted=${wanted} onStarted=${lookAtDownloads} onClose=${() => setWanted(null)} />`}
+  `;
+}
+
+/** The models that are here, and others to get. */
+export function ModelsView() {
+  const shelf = useShelf();
+  const { found, error, reload, downloads, lookAtDownloads, setWanted } = shelf;
+  return html`<section>
+    <h1>Models</h1>
+    <${Problem} error=${error} onRetry=${reload} />
+    ${!found && !error && html`<${Loading} what="models" />`}
+    <ul class="models">
+      ${found?.models.map(
+        (model) => html`<li key=${model.name}>
+          <div class="choice model"><${ModelBody} model=${model} /></div>
+          <${Missing} model=${model} downloads=${downloads} onGet=${setWanted} onChange=${lookAtDownloads} />
+        </li>`,
+      )}
+    </ul>
+    ${found && html`<${Others} found=${found} shelf=${shelf} isOpen />`}
+  </section>`;
+}
+
+export function ModelView({ dataset }) {
+  const [draft, change] = useDraft(dataset);
+  const shelf = useShelf();
+  const { found, error, reload, downloads, lookAtDownloads, setWanted } = shelf;
+  const models = found?.models ?? [];
   const [tooLarge, setTooLarge] = useState(new Set());
   const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
   const { pairs } = draft.settings;
@@ -54,37 +109,19 @@ export function ModelView({ dataset }) {
     if (found.fits === false) setTooLarge((names) => new Set([...names, model.name]));
     return found;
   };
-  const families = [
-    ...Map.groupBy(
-      models.filter((one) => !one.builtin),
-      (one) => one.family,
-    ),
-  ];
-  const builtin = models.filter((one) => one.builtin);
   const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best}
     chosen=${chosen} onChoose=${() => choose(model)} edit=${draft.edit} onEdit=${(edit) => change({ edit })}
-    onGet=${() => setWanted({ kind: "model", name: model.name })}
-    download=${downloads.find((one) => one.subject === `model:${model.name}`)} onDownload=${lookAtDownloads}
+    downloads=${downloads} onGet=${setWanted} onDownload=${lookAtDownloads}
     plan=${() => plan(model)} adapter=${adapter}
     onAdapter=${(name) => change({ settings: name ? { ...others, training_adapter: name } : others })} />`;
   return html`
     <${Stepper} at="model" dataset=${dataset} />
     <section>
       <h1>Which model should learn it?</h1>
-      <p>The LoRA will work with this model, and mostly with others of its family.</p>
+      <p class="faint">The LoRA will work with this model, and mostly with others of its family.</p>
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="models" />`}
-      ${
-        found &&
-        !families.length &&
-        html`<${Notice} mood="fair">
-          <p>
-            There is no model of your own yet. Get one
-            below${builtin.length ? ", or try everything with the small one that is built in" : ""}.
-          </p>
-          ${found.notes.map((one) => html`<p key=${one}>Also, ${one}.</p>`)}
-        <//>`
-      }
+      ${found?.notes.map((one) => html`<${Notice} mood="fair" key=${one}><p>${capital(one)}.</p><//>`)}
       ${
         cannotEdit &&
         html`<${Notice} mood="fair">
@@ -103,51 +140,10 @@ export function ModelView({ dataset }) {
           </div>
         <//>`
       }
-      <div role="radiogroup" aria-label="Model" class="choices">
-        ${families.map(
-          ([family, members]) => html`<div class="family" key=${family}><h2>${family}</h2>${members.map(row)}</div>`,
-        )}
-        ${
-          builtin.length > 0 &&
-          html`<div class="family">
-            <h2>To try it out</h2>${builtin.map(row)}
-            <p class="faint">
-              It draws icons of 64 × 64 pixels, on any machine and without a download. What it learns shows how
-              everything here works; its LoRAs fit no other model.
-            </p>
-          </div>`
-        }
+      <div role="radiogroup" aria-label="Model" class="models">
+        ${models.map(row)}
       </div>
-      ${
-        found &&
-        html`<details class="get-models"
-            open=${isOpen ?? (!families.length || downloads.some((one) => isOnItsWay(one) || one.error))}
-            onToggle=${(event) => setOpen(event.currentTarget.open)}>
-          <summary><h2>Get a model</h2></summary>
-          <p>
-            Models to begin with, the smallest first. Nothing is downloaded before you have seen what, how much and
-            from where.
-          </p>
-          <${Shelf} downloads=${downloads} round=${arrivals} onGet=${setWanted} onChange=${lookAtDownloads} />
-          <${OwnFile} place=${joined(server?.base_dir, "models/checkpoints")} onAdded=${lookAgain} />
-          <div class="actions"><${Button} onClick=${lookAgain}>Look again<//></div>
-        </details>`
-      }
-      ${wanted && html`<${GetDialog} wanted=${wanted} onStarted=${lookAtDownloads} onClose=${() => setWanted(null)} />`}
-      ${
-        found &&
-        found.other.length > 0 &&
-        html`<details>
-          <summary>${count(found.other.length, "file")} in the model folders that cannot be trained</summary>
-          <ul>
-            ${found.other.map(
-              (one) => html`<li key=${`${one.place}/${one.name}`}>
-                <b>${one.name}</b> <span class="faint">in ${one.place}: ${one.what}</span>
-              </li>`,
-            )}
-          </ul>
-        </details>`
-      }
+      ${found && html`<${Others} found=${found} shelf=${shelf} isOpen=${models.every((one) => one.builtin)} />`}
     </section>
     <${NextBar} note=${chosen ? html`<b>${chosen.title}</b>` : ""}>
       <a class="button" href=${link("new", dataset, "photos")}>Back</a>
@@ -164,6 +160,8 @@ export function ModelView({ dataset }) {
  */
 export function bestOf(models, tooLarge = new Set(), isPairs = false) {
   const ready = models.filter((one) => one.ready);
+  const named = isPairs ? null : ready.find((one) => one.best && !tooLarge.has(one.name));
+  if (named) return named;
   const own = ready.filter(
     (one) => !one.builtin && !tooLarge.has(one.name) && (isPairs ? one.takes_controls : !one.edit),
   );
@@ -177,14 +175,6 @@ const joined = (base, path) =>
 /** Whether a model gets pictures before an edit beside a caption. */
 export const takesControls = (model, draft) =>
   draft.edit && draft.model === model.name ? draft.edit !== "none" : model.takes_controls;
-
-/** What the list says of pictures before an edit, and how the variant was recognised. */
-const editsBy = (model) =>
-  model.edit && model.takes_controls
-    ? `Edits pictures: ${model.edit}, by its ${model.recognised_by}`
-    : model.takes_controls
-      ? "Edits pictures, as all of its family"
-      : null;
 
 /** What training a distilled model needs, and a way to train with the LoRA that was made for that, if it is here. */
 export function Distilled({ plan, adapter, onAdapter }) {
@@ -202,7 +192,48 @@ export function Distilled({ plan, adapter, onAdapter }) {
   <//>`;
 }
 
-/** @param {Props<{ model: Api.ModelRow }>} props */
+/** What a model draws, and what it takes to train it. */
+function ModelBody({ model, isBest, memory }) {
+  const time = timeWords(model.seconds);
+  return html`
+    ${
+      model.builtin &&
+      html`<img class="model-sample" src=${`pages/${model.name}.webp`} alt="Pictures that it drew"
+        onError=${(event) => (event.currentTarget.hidden = true)} />`
+    }
+    <b>${model.title || model.name}</b>
+    <${Marks} best=${isBest} edits=${model.takes_controls} clips=${model.clips} />
+    <span class="faint">
+      ${
+        model.builtin
+          ? "Built in: icons of 64 × 64 pixels, to see how everything works. Its LoRAs fit no other model."
+          : model.family
+      }
+    </span>
+    ${
+      memory?.fits === false
+        ? html`<span class="fair">Too large for this machine: needs ${cardFor(memory.memory_bytes)}</span>`
+        : time && html`<span class="faint">${time}</span>`
+    }
+    ${
+      !model.ready &&
+      html`<span class="fair">
+        Missing: ${model.missing
+          .map((one) => `${one.part.replaceAll("_", " ")}${one.usual_file ? ` (${one.usual_file})` : ""}`)
+          .join(", ")}
+      </span>`
+    }
+  `;
+}
+
+/** The way to get what a model lacks. */
+const Missing = ({ model, downloads, onGet, onChange }) =>
+  !model.ready && model.missing.some((one) => one.on_hub)
+    ? html`<${Getting} download=${downloads.find((one) => one.subject === `model:${model.name}`)}
+        onChange=${onChange} of=${` of ${model.title}`} what="Get what is missing"
+        onGet=${() => onGet({ kind: "model", name: model.name })} />`
+    : null;
+
 function ModelRow({
   model,
   isBest,
@@ -214,7 +245,7 @@ function ModelRow({
   adapter,
   onAdapter,
   onGet,
-  download,
+  downloads,
   onDownload,
 }) {
   const isChosen = model === chosen;
@@ -228,58 +259,15 @@ function ModelRow({
     );
     return () => (shown = false);
   }, [isChosen]);
-  const needed = memory?.memory_bytes;
-  const fits = memory?.fits;
-  const row = html`<label class=${`choice ${isChosen ? "chosen" : ""} ${model.ready ? "" : "unready"}`}>
+  const row = html`<label class=${`choice model ${isChosen ? "chosen" : ""} ${model.ready ? "" : "unready"}`}>
     <input type="radio" name="model" value=${model.name} checked=${isChosen} disabled=${!model.ready}
       onChange=${onChoose} />
-    <span class="choice-body">
-      <span class="choice-title">
-        <b>${model.title || model.name}</b>${isBest && html` <span class="tag">Suggested</span>`}
-      </span>
-      <span class="faint">
-        ${[
-          model.builtin ? "Built in; learns small pictures in a minute or two" : null,
-          bytes(model.size_bytes),
-          model.precision,
-          editsBy(model),
-        ]
-          .filter(Boolean)
-          .join(" · ")}
-      </span>
-      ${
-        model.builtin &&
-        html`<img class="model-sample" src=${`pages/${model.name}.webp`} alt="Pictures that it drew"
-          onError=${(event) => (event.currentTarget.hidden = true)} />`
-      }
-      ${
-        needed &&
-        html`<span class=${fits === false ? "fair" : "faint"}>
-          ${
-            fits === false
-              ? `Training needs ${bytes(needed)} of memory, more than is there`
-              : `Training needs about ${bytes(needed)} of memory${fits ? ", which fits" : ""}`
-          }
-        </span>`
-      }
-      ${
-        !model.ready &&
-        html`<span class="fair">
-          Missing: ${model.missing
-            .map((one) => `${one.part.replaceAll("_", " ")}${one.usual_file ? ` (${one.usual_file})` : ""}`)
-            .join(", ")}
-        </span>`
-      }
-    </span>
+    <${ModelBody} model=${model} isBest=${isBest} memory=${memory} />
   </label>`;
-  if (!model.ready && model.missing.some((one) => one.on_hub)) {
+  if (!isChosen)
     return html`<div>
-      ${row}
-      <${Getting} class="below" download=${download} onChange=${onDownload} of=${` of ${model.title}`}
-        what="Get what is missing" onGet=${onGet} />
+      ${row}<${Missing} model=${model} downloads=${downloads} onGet=${onGet} onChange=${onDownload} />
     </div>`;
-  }
-  if (!isChosen) return row;
   const distilled = html`<${Distilled} plan=${memory} adapter=${adapter} onAdapter=${onAdapter} />`;
   if (!model.edits?.length) return html`<div>${row}${distilled}</div>`;
   return html`<div>
