@@ -18,6 +18,7 @@ VIEWS = {
     "photos": ("#/new/fox/photos", ".crop"),
     "no photos": ("#/new/none", ".button.primary"),
     "model": ("#/new/fox/model", ".choice"),
+    "models": ("#/models", ".release"),
     "settings": ("#/new/fox/settings", ".choice"),
     "run": ("#/runs/runs%2Ffox-001", ".easel img"),
     "advice": ("#/runs/runs%2Ffox-004", ".easel img"),

@@ -104,7 +104,7 @@ function needWords(seconds, memory) {
   if (memory?.fits === false) return `Too large for this machine: needs ${cardFor(memory.memory_bytes)}`;
   const slow = memory?.encoders_fit === false ? "; captions take seconds each" : "";
   const time = timeWords(seconds);
-  return time ? time + slow : memory?.fits ? `Runs on this computer${slow}` : "";
+  return time ? time + slow : memory?.fits ? `Fits into the memory of this machine${slow}` : "";
 }
 
 /** A button that starts a download, how far it is, or why it ended. */

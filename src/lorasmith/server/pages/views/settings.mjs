@@ -5,8 +5,8 @@ import { html, useEffect, useState } from "../lib/html.mjs";
 import { KINDS, kindOf } from "../lib/kinds.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
-import { bytes, capital, count, duration, slug, whole } from "../lib/words.mjs";
-import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { capital, cardFor, count, duration, slug, whole } from "../lib/words.mjs";
+import { Button, Choices, Fold, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { Distilled } from "./model.mjs";
@@ -75,18 +75,15 @@ export function SettingsView({ dataset }) {
       <h1>How thoroughly?</h1>
       <${Problem} error=${error} onRetry=${reload} />
       ${!declared && !error && html`<${Loading} what="settings" />`}
-      <div role="radiogroup" aria-label="How thoroughly" class="choices three">
-        ${presets.map(
-          (one) => html`<label key=${one.name} class=${`choice ${one === preset ? "chosen" : ""}`}>
-            <input type="radio" name="preset" value=${one.name} checked=${one === preset}
-              onChange=${() => change({ preset: one.name })} />
-            <span class="choice-body">
-              <span class="choice-title"><b>${one.title}</b></span><span class="faint">${one.summary}</span>
-              <${Estimate} plan=${plans[one.name]} stepSeconds=${stepSeconds} error=${planErrors[one.name]} />
-            </span>
-          </label>`,
-        )}
-      </div>
+      <${Choices} label="How thoroughly" value=${preset?.name} onChange=${(name) => change({ preset: name })}
+        options=${presets.map((one) => ({
+          value: one.name,
+          title: one.title,
+          note: html`
+            <${Estimate} plan=${plans[one.name]} stepSeconds=${stepSeconds} error=${planErrors[one.name]} />
+            ${one.summary}
+          `,
+        }))} />
       ${
         kind
           ? html`<p>${KINDS[kind].follows} <a href=${link("new", dataset, "photos")}>Change this</a></p>`
@@ -97,15 +94,10 @@ export function SettingsView({ dataset }) {
         plan?.fits === false &&
         html`<${Notice} mood="fair">
           <p>
-            This needs about ${bytes(plan.memory_bytes)} of memory, more than is free. Choose a smaller model, or a
-            lower rank or resolution in all settings.
+            Too large for this machine: needs ${cardFor(plan.memory_bytes)}. Choose a smaller model, or a lower rank or
+            resolution in all settings.
           </p>
         <//>`
-      }
-      ${
-        plan?.fits !== false &&
-        Object.keys(plan?.memory_settings ?? {}).length > 0 &&
-        html`<p class="faint">So that it fits into memory, it runs with ${words(plan.memory_settings)}.</p>`
       }
       <${Distilled} plan=${plan} adapter=${own.training_adapter}
         onAdapter=${(name) => change({ settings: { ...draft.settings, training_adapter: name ?? undefined } })} />
@@ -122,7 +114,8 @@ export function SettingsView({ dataset }) {
       }
       ${
         plan &&
-        html`<dl class="facts">
+        html`<${Fold} title="What will happen, in numbers" id="numbers">
+          <dl class="facts">
           <${Fact} name="Photos"
             value=${plan.held_out ? `${plan.images} (${plan.held_out} held out)` : plan.images} />
           <${Fact} name="Photos seen" value=${`${whole(plan.seen)} in ${count(plan.steps, "step")}`} />
@@ -131,7 +124,13 @@ export function SettingsView({ dataset }) {
           <${Fact} name="Resolution" value=${`${plan.resolution} px`} />
           <${Fact} name="Rank" value=${plan.rank} />
           <${Fact} name="Trained parameters" value=${millions(plan.parameters)} />
-        </dl>`
+        </dl>
+          ${
+            plan.fits !== false &&
+            Object.keys(plan.memory_settings ?? {}).length > 0 &&
+            html`<p class="faint">So that it fits into memory, it runs with ${words(plan.memory_settings)}.</p>`
+          }
+        <//>`
       }
     </section>
     ${
@@ -140,7 +139,7 @@ export function SettingsView({ dataset }) {
         base=${{ ...preset?.settings, ...plan?.recipe }} own=${own}
         error=${planError} onChange=${(settings) => change({ settings })} />`
     }
-    ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} />`}
+    ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} seconds=${timeOf(plan, stepSeconds)} />`}
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
       <${Button} kind="primary" disabled=${!preset || (planError && planError.status !== 503)} busyText="Starting…"
@@ -158,7 +157,8 @@ const words = (settings) =>
     .map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`)
     .join(", ");
 const millions = (number) => (number >= 1e6 ? `${Number((number / 1e6).toPrecision(3))} million` : whole(number));
-const timeOf = (plan, stepSeconds) => plan?.seconds ?? (plan && stepSeconds ? stepSeconds * plan.steps : null);
+const timeOf = (plan, stepSeconds) =>
+  plan?.seconds ?? (plan && stepSeconds ? stepSeconds * plan.steps : (plan?.estimated_seconds ?? null));
 const noteOf = (plan, stepSeconds) =>
   timeOf(plan, stepSeconds)
     ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}`
@@ -170,15 +170,8 @@ const noteOf = (plan, stepSeconds) =>
 function Teaches({ draft, change, plan }) {
   const guessed = plan?.teaches_because ? plan.teaches : "";
   const chosen = draft.teaches || plan?.teaches || "subject";
-  return html`<div role="radiogroup" aria-label="What the photos teach" class="choices">
-      ${Object.entries(TAUGHT).map(
-        ([name, words]) => html`<label key=${name} class=${`choice ${name === chosen ? "chosen" : ""}`}>
-          <input type="radio" name="teaches" value=${name} checked=${name === chosen}
-            onChange=${() => change({ teaches: name })} />
-          <span class="choice-body"><b>${capital(name)}</b><span class="faint">${words}</span></span>
-        </label>`,
-      )}
-    </div>
+  return html`<${Choices} label="What the photos teach" value=${chosen} onChange=${(name) => change({ teaches: name })}
+      options=${Object.entries(TAUGHT).map(([name, note]) => ({ value: name, title: capital(name), note }))} />
     ${guessed && html`<p class="faint">Guessed: ${plan?.teaches_because}.</p>`}`;
 }
 
@@ -187,18 +180,12 @@ const TAUGHT = {
   style: "How they are drawn or taken, whatever they show.",
 };
 
-/** @param {Props<{ plan: Api.PlanAnswer | null | undefined }>} props */
 function Estimate({ plan, stepSeconds, error }) {
   if (error && error.status !== 503) return null;
-  if (!plan) return html`<span class="estimate faint">Estimating…</span>`;
+  if (!plan) return html`<span class="estimate">Estimating…</span>`;
+  const seconds = timeOf(plan, stepSeconds);
   return html`<span class="estimate">
-    ${
-      timeOf(plan, stepSeconds)
-        ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>
-            <span class="faint">${count(plan.seen, "photo seen", "photos seen")}</span>`
-        : html`<b>${count(plan.seen, "photo seen", "photos seen")}</b>`
-    }
-    ${plan.memory_bytes && html`<span class="faint">${bytes(plan.memory_bytes)} of memory</span>`}
+    ${seconds ? capital(duration(seconds, { about: true })) : count(plan.seen, "photo seen", "photos seen")}
   </span>`;
 }
 

@@ -3,7 +3,7 @@ import { get, post } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
-import { count, measured, nameWords, stateWords, valueWords, whole } from "../lib/words.mjs";
+import { count, duration, measured, nameWords, stateWords, valueWords, whole } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, State, useLoaded } from "../parts/basics.mjs";
 import { Queue } from "../parts/jobs.mjs";
 
@@ -108,7 +108,7 @@ export function SweepView({ id }) {
 }
 
 /** Starts a sweep: up to two of the declared settings, each with values to try. `base` makes the body of a job. */
-export function TryValues({ groups, base }) {
+export function TryValues({ groups, base, seconds }) {
   const [rows, setRows] = useState([
     { name: "rank", text: "" },
     { name: "", text: "" },
@@ -133,7 +133,7 @@ export function TryValues({ groups, base }) {
     <details>
       <summary><h2>Try several values</h2></summary>
       <p class="faint">
-        One run for each combination, ranked by the loss of held-out photos. Separate values by commas, such as 8, 16.
+        Trains it several times, so that you can pick the best. Separate values by commas, such as 8, 16.
       </p>
       <div class="fields">
         ${rows.map(
@@ -143,13 +143,12 @@ export function TryValues({ groups, base }) {
               ${(attributes) => html`<select ...${attributes} value=${row.name}
                   onChange=${(event) => change(index, { name: event.currentTarget.value })}>
                 <option value="">none</option>
+                <optgroup label="The most important">
+                  ${groups.flatMap((group) => group.settings.filter((one) => one.main)).map(option)}
+                </optgroup>
                 ${groups.map(
                   (group) => html`<optgroup key=${group.title} label=${group.title}>
-                    ${group.settings.map(
-                      (one) => html`<option key=${one.name} value=${one.name}>
-                        ${one.label || nameWords(one.name)}
-                      </option>`,
-                    )}
+                    ${group.settings.filter((one) => !one.main).map(option)}
                   </optgroup>`,
                 )}
               </select>`}
@@ -165,11 +164,18 @@ export function TryValues({ groups, base }) {
         <${Button} disabled=${number < 2} busyText="Starting…" onClick=${start}>
           ${number < 2 ? "Train each" : `Train ${number} runs`}
         <//>
+        ${
+          number > 1 &&
+          seconds &&
+          html`<span class="faint">Takes ${duration(seconds * number, { about: true })} for all ${number}</span>`
+        }
       </div>
       <${Problem} error=${error} />
     </details>
   </section>`;
 }
+
+const option = (one) => html`<option key=${one.name} value=${one.name}>${one.label || nameWords(one.name)}</option>`;
 
 /** Numbers and on/off as JSON, everything else as text. */
 function values(text) {
