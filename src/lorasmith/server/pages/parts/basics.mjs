@@ -133,12 +133,12 @@ export function Panel({ title, children }) {
  *
  * @param {Props<{ label: string, options: { value: any, title: any, note?: any, icon?: any }[], value: any }>} props
  */
-export function Choices({ label, options, value, onChange, icons = false }) {
-  const name = useId();
+export function Choices({ label, options, value, onChange, icons = false, name = "" }) {
+  const own = useId();
   return html`<div role="radiogroup" aria-label=${label} class=${`choices ${icons ? "icons" : ""}`}>
     ${options.map(
       (one) => html`<label key=${one.value} class=${`choice ${one.value === value ? "chosen" : ""}`}>
-        <input type="radio" name=${name} value=${one.value} checked=${one.value === value}
+        <input type="radio" name=${name || own} value=${one.value} checked=${one.value === value}
           onChange=${() => onChange(one.value)} />
         ${one.icon && html`<${Icon} name=${one.icon} />`}<b>${one.title}</b>
         ${one.note && html`<span class="faint">${one.note}</span>`}

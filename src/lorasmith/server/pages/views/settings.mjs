@@ -75,7 +75,8 @@ export function SettingsView({ dataset }) {
       <h1>How thoroughly?</h1>
       <${Problem} error=${error} onRetry=${reload} />
       ${!declared && !error && html`<${Loading} what="settings" />`}
-      <${Choices} label="How thoroughly" value=${preset?.name} onChange=${(name) => change({ preset: name })}
+      <${Choices} label="How thoroughly" name="preset" value=${preset?.name}
+        onChange=${(name) => change({ preset: name })}
         options=${presets.map((one) => ({
           value: one.name,
           title: one.title,
@@ -139,7 +140,11 @@ export function SettingsView({ dataset }) {
         base=${{ ...preset?.settings, ...plan?.recipe }} own=${own}
         error=${planError} onChange=${(settings) => change({ settings })} />`
     }
-    ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} seconds=${timeOf(plan, stepSeconds)} />`}
+    ${
+      declared &&
+      preset &&
+      html`<${TryValues} groups=${declared.groups} base=${body} seconds=${timeOf(plan, stepSeconds)} />`
+    }
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
       <${Button} kind="primary" disabled=${!preset || (planError && planError.status !== 503)} busyText="Starting…"
@@ -170,7 +175,8 @@ const noteOf = (plan, stepSeconds) =>
 function Teaches({ draft, change, plan }) {
   const guessed = plan?.teaches_because ? plan.teaches : "";
   const chosen = draft.teaches || plan?.teaches || "subject";
-  return html`<${Choices} label="What the photos teach" value=${chosen} onChange=${(name) => change({ teaches: name })}
+  return html`<${Choices} label="What the photos teach" name="teaches" value=${chosen}
+      onChange=${(name) => change({ teaches: name })}
       options=${Object.entries(TAUGHT).map(([name, note]) => ({ value: name, title: capital(name), note }))} />
     ${guessed && html`<p class="faint">Guessed: ${plan?.teaches_because}.</p>`}`;
 }
