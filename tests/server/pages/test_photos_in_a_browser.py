@@ -95,7 +95,8 @@ def test_keys_alone_go_through_the_sheet_and_mask_a_photo(served: ServedPage, op
     expected(page.locator(".stage .mask-shade")).to_have_count(1)
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Remove the mask").click()
-    until(lambda: not (folder / "fox_3.mask.png").exists())
+    page.get_by_text("The mask of fox_3.png was removed.").wait_for()
+    assert not (folder / "fox_3.mask.png").exists()
     page.keyboard.press("Control+z")
     until((folder / "fox_3.mask.png").exists)
 
