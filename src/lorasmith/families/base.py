@@ -181,6 +181,11 @@ class Family(ABC):
         return None
 
     @property
+    def makes_clips(self) -> bool:
+        """Whether its models draw clips."""
+        return self.own_defaults is not None and self.own_defaults.frames > 1
+
+    @property
     def presets(self) -> Mapping[str, Rule]:
         """Target presets by name: the family's own, `all-linear` and `all`."""
         return {**self.targets, **COMMON_PRESETS}

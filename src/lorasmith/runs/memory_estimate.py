@@ -30,6 +30,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, dtype_name, fast_dtype, full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
+from lorasmith.data.dataset import Sample
 from lorasmith.families.forms import NO_CONTROLS
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
@@ -40,7 +41,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, optimizer_bytes
 from lorasmith.training.optim.flat import buffer_bytes
-from lorasmith.training.way import dtype_on_device
+from lorasmith.training.way import Way, dtype_on_device
 
 _KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 """Quantizations that are proposed; those in fp8 take the memory of int8, and change the weights more."""
@@ -300,6 +301,17 @@ def _activation_plans(
     model: Model, job: TrainJob, side: int, frames: int, controls: Sequence[tuple[int, int]]
 ) -> tuple[MemoryPlan, ...]:
     """Every way to keep activations, measured on the meta device."""
+    with on_meta_device(model, job, side, frames, controls) as (samples, way):
+        return tuple(measured_plans(job.model, samples, job.config, way, 0, within=_FusedAttention))
+
+
+@contextlib.contextmanager
+def on_meta_device(
+    model: Model, job: TrainJob, side: int, frames: int = 1, controls: Sequence[tuple[int, int]] = ()
+) -> Iterator[tuple[tuple[Sample, ...], Way]]:
+    """Inside, the adapters of a job are attached to its model, which stays on the meta device; yields a sample for a
+    pass, whose latents have that side, and the way of the job there.
+    """
     scale = model.components.latent.downscale
     beside = [(height // scale, width // scale) for width, height in controls]
     tokens, sight = None, model.sight
@@ -317,7 +329,7 @@ def _activation_plans(
         model.family.unread_left_out(module),
         _autocast_on_meta(),
     ):
-        return tuple(measured_plans(job.model, samples, job.config, way, 0, within=_FusedAttention))
+        yield samples, way
 
 
 def _emptied(module: nn.Module, dtype: torch.dtype) -> None:

@@ -58,6 +58,9 @@ class ListedModel:
     controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
     also: Mapping[str, ControlSource] = field(default_factory=dict)  # where else, by the edit variant that says so
 
+    weights: int = 0  # of the denoiser, in millions; 0 where its file does not say, or holds other parts
+    makes_clips: bool = False
+
     @property
     def form(self) -> ControlForm:
         """Its controls, of which only the source is known."""
@@ -143,6 +146,8 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         recognised_by,
         form.source if form.most else None,
         {name: source for name, source in of_frames.items() if form.name != name},
+        0 if file.parts or not file.bits else round(8 * file.size_bytes / file.bits / 1e6),
+        family.makes_clips,
     )
     return listed, fitting
 

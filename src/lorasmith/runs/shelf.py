@@ -19,6 +19,7 @@ from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import nearest
 from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.forms import letters
 from lorasmith.families.loading import original_shapes
 from lorasmith.families.locating import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, ModelFiles
 from lorasmith.families.model_search import FoundFile, best_autoencoder, best_encoder, scanned
@@ -50,6 +51,12 @@ class ShelfModel:
     @property
     def missing(self) -> tuple[ShelfFile, ...]:
         return tuple(file for file in self.files if file.found is None)
+
+    @property
+    def edits(self) -> bool:
+        """Whether it gets pictures to edit, which all models of its family do, or its name says."""
+        name = letters(self.release.file)
+        return any(form.are_files and letters(form.name) in name for form in self.family.controls)
 
 
 def releases() -> dict[str, tuple[Family, Release]]:

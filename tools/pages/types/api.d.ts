@@ -74,6 +74,10 @@ declare namespace Api {
     edit: string;
     recognised_by: string;
     takes_controls: boolean;
+    seconds: number | null;
+    seconds_per_picture: number | null;
+    best: boolean;
+    clips: boolean;
   }
   interface MissingPart {
     part: string;
@@ -98,6 +102,13 @@ declare namespace Api {
     card: string;
     gated: boolean;
     files: (ShelfFileRow)[];
+    seconds: number | null;
+    seconds_per_picture: number | null;
+    best: boolean;
+    clips: boolean;
+    edits: boolean;
+    least_memory_bytes: number | null;
+    fits: boolean | null;
   }
   interface ShelfFileRow {
     part: string;
@@ -357,6 +368,7 @@ declare namespace Api {
     seconds_per_step: number | null;
     seconds: number | null;
     measured_at: number | null;
+    estimated_seconds: number | null;
     notes: (string)[];
     teaches: string;
     teaches_because: string;

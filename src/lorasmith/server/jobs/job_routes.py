@@ -44,7 +44,9 @@ _MOST_LISTED = 500
 async def _plan(context: ServerContext, call: Call) -> Any:
     device = next(iter(context.dispatcher.devices()), {})
     spec = await wanted_spec(context, call.body)
-    plan = await context.assistant.ask("plan", spec=spec.to_request(), card_bytes=device.get("memory_bytes"))
+    plan = await context.assistant.ask(
+        "plan", spec=spec.to_request(), card_bytes=device.get("memory_bytes"), device=device.get("name")
+    )
     settings = {**plan["memory_settings"], **plan["recipe"], **call.body.settings}  # as it is trained, and was measured
     subject = measurement_subject(spec.model, settings, str(device.get("name", "cpu")))
     found = context.store.measurement(subject)

@@ -27,6 +27,7 @@ from lorasmith.families.model_search import in_folders
 from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory
 from lorasmith.runs.presets import model_name, with_recipe
 from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.time_estimate import STEP_WORK, rates_of, run_s, work_of
 from lorasmith.server.jobs.job_shapes import PlanAnswer
 from lorasmith.server.models.model_answers import HashableFolders
 from lorasmith.server.questions import question
@@ -39,8 +40,8 @@ _FEW, _MANY_EPOCHS = 5, 300
 
 
 @question
-def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> PlanAnswer:
-    """The plan of a run, without loading weights. `card_bytes` is the device's memory, None if unknown. Raises
+def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None, device: str | None = None) -> PlanAnswer:
+    """The plan of a run, without loading weights, on a `device`. `card_bytes` is its memory, None if unknown. Raises
     LorasmithErrors for images, model or settings.
     """
     spec = spec.requested(folders)
@@ -68,6 +69,7 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> P
         memory_bytes=proposal.needed_bytes,
         fits=None if card_bytes is None else found.fits,
         memory_settings=proposal.settings,
+        estimated_seconds=None if device is None else _seconds(model, config, found.pixels, device),
         notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
         teaches=spec.kind if recipe is not None else "",
         teaches_because="" if recipe is None else recipe.because,
@@ -75,6 +77,18 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None) -> P
         distilled=distilled,
         usual_adapter=adapter,
     )
+
+
+def _seconds(model: Model, config: TrainConfig, pixels: int, device: str) -> float | None:
+    """About how long a run takes; None where that is unknown."""
+    weights = sum(one.numel() for one in model.components.denoiser.parameters())
+    name = model_name(model.path, model.family.name)
+    work = STEP_WORK.get(name) or work_of(model.family.title, round(weights / 1e6))
+    rates = rates_of(device)
+    if work is None or rates is None:
+        return None
+    picture = rates.step_s(work.at(pixels))
+    return run_s(picture, seen=config.steps * config.samples_per_step, preview_share=config.preview_share)
 
 
 def _checked_scan(folders: Folders, files: ModelFiles, images: Path, data: DataConfig) -> FolderScan:

@@ -9,6 +9,7 @@ import functools
 import shutil
 from dataclasses import replace
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES, captioner_files, 
 from lorasmith.runs.hub_download import HubFile, facts_of, store_token
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.runs.shelf import ShelfModel, memory_of, parts_on_hub, wanted_files
+from lorasmith.runs.time_estimate import STEP_WORK, Rates, StepWork, best_of, rates_of, usual_s, work_of
 from lorasmith.server.datasets.dataset_change_answers import TakenNameError
 from lorasmith.server.models.model_shapes import (
     AddedModel,
@@ -48,10 +50,18 @@ _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
 
 @question
-def models(folders: Folders) -> ModelListAnswer:
-    """The models in the model folders, built-in ones last, and the other files there."""
+def models(folders: Folders, *, device: str | None = None) -> ModelListAnswer:
+    """The models in the model folders, built-in ones last, and the other files there, with the time of a LoRA on a
+    device.
+    """
     found = listed_models(folders)
-    rows = [_model_row(folders, one) for one in found.models]
+    rates = None if device is None else rates_of(device)
+    rows = [_model_row(folders, one, rates) for one in sorted(found.models, key=attrgetter("size_bytes"))]
+    whole = [row for row in rows if row.ready and not row.builtin and not row.edit and not row.clips]
+    best = best_of((row.name, row.seconds, None) for row in whole)
+    if best is None:
+        best = next((row.name for row in rows if row.builtin), None)
+    rows = [replace(row, best=row.name == best) for row in rows]
     return ModelListAnswer(
         models=tuple(sorted(rows, key=lambda row: row.builtin)),
         other=tuple(map(_other, (*found.unused, *found.unknown))),
@@ -103,22 +113,33 @@ def _listed_once(folders: HashableFolders, state: str) -> ModelList:
     return list_models(folders.folders)
 
 
-def _model_row(folders: Folders, one: ListedModel) -> ModelRow:
+def _model_row(folders: Folders, one: ListedModel, rates: Rates | None) -> ModelRow:
     missing = (
         MissingPart(part=part.component, usual_file=part.usual_file, on_hub=part.hub is not None)
         for part in one.missing
     )
+    name, builtin = model_name(folders, one.path), one.path.is_relative_to(BUILT_IN_BASE)
     return shaped(
         ModelRow,
         one,
-        name=model_name(folders, one.path),
+        name=name,
         title=one.path.stem if one.path.is_file() else one.path.name,
-        builtin=one.path.is_relative_to(BUILT_IN_BASE),
+        builtin=builtin,
+        **_times(STEP_WORK.get(name) if builtin else work_of(one.family, one.weights), rates),
+        clips=one.makes_clips,
         ready=one.is_whole,
         missing=tuple(missing),
         recognised_by=one.edit_recognised_by,
         takes_controls=one.form.most > 0 and one.form.are_files,
     )
+
+
+def _times(work: StepWork | None, rates: Rates | None) -> dict[str, float]:
+    """The fields of rows that say how long it takes; nothing where that is unknown."""
+    if work is None or rates is None:
+        return {}
+    picture = rates.step_s(work)
+    return {"seconds": usual_s(picture), "seconds_per_picture": picture}
 
 
 def _other(one: ListedFile) -> OtherFile:
@@ -152,9 +173,12 @@ def captioners(folders: Folders) -> CaptionerList:
 
 
 @question
-def shelf(folders: Folders) -> ShelfAnswer:
-    """The released models to begin with, the smallest first."""
-    return ShelfAnswer(models=tuple(map(_row, _on_shelf(*state_of_models(folders)))))
+def shelf(folders: Folders, *, device: str | None = None, card_bytes: int | None = None) -> ShelfAnswer:
+    """The released models to begin with, the smallest first, with the time of a LoRA on a device."""
+    rates = None if device is None else rates_of(device)
+    rows = [_row(one, rates, card_bytes) for one in _on_shelf(*state_of_models(folders))]
+    best = best_of((row.name, row.seconds, row.fits) for row in rows if not row.clips)
+    return ShelfAnswer(models=tuple(replace(row, best=row.name == best) for row in rows))
 
 
 @functools.lru_cache(maxsize=2)
@@ -280,14 +304,20 @@ def _wanted(folders: Folders, kind: str, name: str) -> tuple[str, list[HubFile]]
     return title, files
 
 
-def _row(one: ShelfModel) -> ShelfRow:
-    release = one.release
+def _row(one: ShelfModel, rates: Rates | None, card_bytes: int | None) -> ShelfRow:
+    release, work = one.release, STEP_WORK.get(one.release.name)
+    least = None if work is None else int(work.least_gib * 2**30)
     return shaped(
         ShelfRow,
         release,
         family=one.family.title,
         card=f"https://huggingface.co/{release.card}",
         gated=release.is_gated,
+        **_times(work, rates),
+        edits=one.edits,
+        clips=one.family.makes_clips,
+        least_memory_bytes=least,
+        fits=None if least is None or card_bytes is None else least <= card_bytes,
         files=tuple(
             ShelfFileRow(
                 part=file.component,

@@ -30,6 +30,16 @@ from lorasmith.server.request_handling import ServerContext, form_parts, receive
 MOST_MODEL_BYTES = 200 * 2**30
 
 
+async def _models(context: ServerContext, call: Call) -> Any:
+    device = next(iter(context.dispatcher.devices()), {})
+    return await context.assistant.ask("models", device=device.get("name"))
+
+
+async def _shelf(context: ServerContext, call: Call) -> Any:
+    device = next(iter(context.dispatcher.devices()), {})
+    return await context.assistant.ask("shelf", device=device.get("name"), card_bytes=device.get("memory_bytes"))
+
+
 async def _memory(context: ServerContext, call: Call) -> Any:
     device = next(iter(context.dispatcher.devices()), {})
     return await context.assistant.ask("shelf_memory", name=call.path("name"), card_bytes=device.get("memory_bytes"))
@@ -74,8 +84,8 @@ async def _add_model(context: ServerContext, call: Call) -> Any:
 
 
 MODEL_ROUTES = (
-    Endpoint("GET", "/models", "The models in the model folders.", question="models", answer=ModelListAnswer),
-    Endpoint("GET", "/shelf", "Released models to begin with.", question="shelf", answer=ShelfAnswer),
+    Endpoint("GET", "/models", "The models in the model folders.", handler=_models, answer=ModelListAnswer),
+    Endpoint("GET", "/shelf", "Released models to begin with.", handler=_shelf, answer=ShelfAnswer),
     Endpoint(
         "GET",
         "/captioners",
