@@ -26,7 +26,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory.memory_plan import largest_pass
 
 
-def work_of(files: ModelFiles, memory: MemoryEstimate | None = None) -> StepWork:
+def work_counted(files: ModelFiles, memory: MemoryEstimate | None = None) -> StepWork:
     """What a step on a picture of the model's own size computes at the defaults."""
     model = load_completed(files, None).model
     weights = sum(one.numel() for one in model.denoiser.module.parameters())
@@ -53,14 +53,14 @@ def work_of(files: ModelFiles, memory: MemoryEstimate | None = None) -> StepWork
 def main(names: list[str]) -> None:
     """Print the rows of these models, or of all."""
     if not names or BUILT_IN in names:
-        print(f'    "{BUILT_IN}": {work_of(ModelFiles(str(built_in_models()[BUILT_IN])))},', flush=True)
+        print(f'    "{BUILT_IN}": {work_counted(ModelFiles(str(built_in_models()[BUILT_IN])))},', flush=True)
     for name, (family, release) in releases().items():
         if names and name not in names:
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / release.file
             write_header(path, denoiser_shapes(family, release.config), torch.bfloat16)
-            print(f'    "{name}": {work_of(ModelFiles(str(path)), memory_of(name))},', flush=True)
+            print(f'    "{name}": {work_counted(ModelFiles(str(path)), memory_of(name))},', flush=True)
 
 
 if __name__ == "__main__":

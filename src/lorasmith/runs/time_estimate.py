@@ -48,18 +48,34 @@ class StepWork:
 
 
 STEP_WORK: Mapping[str, StepWork] = {
-    BUILT_IN: StepWork(family="Stable Diffusion 1.x", resolution=64, weights=9, gflop=2.44, operations=1843, least_gib=0.5),
-    "sd1.5": StepWork(family="Stable Diffusion 1.x", resolution=512, weights=860, gflop=1710, operations=3224, least_gib=1.1),
+    BUILT_IN: StepWork(
+        family="Stable Diffusion 1.x", resolution=64, weights=9, gflop=2.44, operations=1843, least_gib=0.5
+    ),
+    "sd1.5": StepWork(
+        family="Stable Diffusion 1.x", resolution=512, weights=860, gflop=1710, operations=3224, least_gib=1.1
+    ),
     "anima": StepWork(family="Anima", resolution=1024, weights=2091, gflop=38400, operations=8301, least_gib=2.5),
-    "sdxl": StepWork(family="Stable Diffusion XL", resolution=1024, weights=2567, gflop=13800, operations=10728, least_gib=2.8),
+    "sdxl": StepWork(
+        family="Stable Diffusion XL", resolution=1024, weights=2567, gflop=13800, operations=10728, least_gib=2.8
+    ),
     "wan-2.1-1.3b": StepWork(family="Wan", resolution=640, weights=1419, gflop=9690, operations=9667, least_gib=1.5),
-    "flux.2-klein-4b": StepWork(family="Flux.2 klein", resolution=1024, weights=3876, gflop=75500, operations=4378, least_gib=4.6),
-    "sd3.5-medium": StepWork(family="Stable Diffusion 3.5", resolution=1024, weights=2243, gflop=24300, operations=7661, least_gib=2.6),
+    "flux.2-klein-4b": StepWork(
+        family="Flux.2 klein", resolution=1024, weights=3876, gflop=75500, operations=4378, least_gib=4.6
+    ),
+    "sd3.5-medium": StepWork(
+        family="Stable Diffusion 3.5", resolution=1024, weights=2243, gflop=24300, operations=7661, least_gib=2.6
+    ),
     "z-image": StepWork(family="Z-Image", resolution=1024, weights=6155, gflop=109000, operations=7988, least_gib=4.2),
-    "chroma1-hd": StepWork(family="Chroma", resolution=1024, weights=8900, gflop=136000, operations=11303, least_gib=5.0),
-    "flux.1-dev": StepWork(family="Flux.1", resolution=1024, weights=11901, gflop=154000, operations=11535, least_gib=5.5),
+    "chroma1-hd": StepWork(
+        family="Chroma", resolution=1024, weights=8900, gflop=136000, operations=11303, least_gib=5.0
+    ),
+    "flux.1-dev": StepWork(
+        family="Flux.1", resolution=1024, weights=11901, gflop=154000, operations=11535, least_gib=5.5
+    ),
     "krea-2": StepWork(family="Krea 2", resolution=1024, weights=12820, gflop=235000, operations=8018, least_gib=7.4),
-    "qwen-image": StepWork(family="Qwen-Image", resolution=1024, weights=20430, gflop=143000, operations=17419, least_gib=5.9),
+    "qwen-image": StepWork(
+        family="Qwen-Image", resolution=1024, weights=20430, gflop=143000, operations=17419, least_gib=5.9
+    ),
 }
 """By the name of the release, or of the built-in model."""
 
