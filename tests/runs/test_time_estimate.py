@@ -1,4 +1,4 @@
-"""How long a LoRA takes on a machine: what was counted of each release, the machine's rates, and the suggested model."""
+"""How long a LoRA takes: what was counted of each release, the rates of the machine, and the suggested model."""
 
 from __future__ import annotations
 

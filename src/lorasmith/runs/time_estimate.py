@@ -231,4 +231,4 @@ def _on_gpu(device: torch.device) -> Times:
 
 if __name__ == "__main__":
     asked = torch.device(sys.argv[1])
-    print(json.dumps(_on_processor() if asked.type == "cpu" else _on_gpu(asked)))
+    sys.stdout.write(json.dumps(_on_processor() if asked.type == "cpu" else _on_gpu(asked)))
