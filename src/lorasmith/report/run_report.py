@@ -136,20 +136,20 @@ def run_report(report: RunReport) -> str:
     return document(
         f"{report.title} · training report",
         _header(report),
-        section("The LoRA", definitions(report.files), [command(line, what) for what, line in report.commands.items()]),
         section("Before and after", report.before_after and picture_table(report.before_after)),
+        section("Previews during training", report.progress and picture_table(report.progress)),
         section("Which step?", *_evaluation(report)),
         section("Use it", *_use(report)),
         section("Loss", *_loss(report)),
         section("Loss by noise level", *_quantiles(report.quantiles)),
         section("Likeness of previews", *_likeness(report.curves)),
-        section("Previews during training", report.progress and picture_table(report.progress)),
         section("Trained on", *_trained_on(report)),
         section("Training images", *_images(report.images, report.advice)),
         section("Notes", _notes(report.notes), id="notes"),
         section("Settings", *_settings(report.settings)),
         section("Data", definitions(report.data), None if report.trained_on else _captions(report.captions)),
         section("Environment", definitions(report.environment)),
+        section("The LoRA", definitions(report.files), [command(line, what) for what, line in report.commands.items()]),
     )
 
 
