@@ -28,8 +28,10 @@ export function address(segments, query = {}) {
 }
 
 /** The address of a file of a run, whose name may have folders; of a picture with a `width` that of a small version. */
-export const fileOfRun = (run, file, width = 0) =>
-  `${address(["runs", run, "files"])}/${file.split("/").map(encodeURIComponent).join("/")}${width ? `?width=${width}` : ""}`;
+export function fileOfRun(run, file, width = 0) {
+  const path = file.split("/").map(encodeURIComponent).join("/");
+  return `${address(["runs", run, "files"])}/${path}${width ? `?width=${width}` : ""}`;
+}
 
 /**
  * @template {Api.Get["path"]} P

@@ -110,7 +110,10 @@ function Wall({ runs, jobs, trains, live, reload }) {
       </div>
     </div>
     <ul class=${`covers ${runs.length < FEW ? "few" : ""}`}>
-      ${(trains || live) && html`<${Learning} key="learning" job=${trains} run=${runs.find((run) => run.id === large)} />`}
+      ${
+        (trains || live) &&
+        html`<${Learning} key="learning" job=${trains} run=${runs.find((run) => run.id === large)} />`
+      }
       <li key="new"><${NewTile} ...${NEW} /></li>
       ${shown.map(
         (run) => html`<${Cover} key=${run.id} run=${run} state=${jobs.get(run.id)?.state ?? run.state}
@@ -173,19 +176,26 @@ function Learning({ job, run }) {
   return html`<li class="learning" aria-label="Learning">
     <a class="cover" href=${job ? link("jobs", job.id) : link("runs", id)}>
       ${earlier.current.before && html`<img key=${earlier.current.before} src=${earlier.current.before} alt="" />`}
-      ${src && html`<img key=${src} class="newest" src=${src} alt=${newest ? `Step ${newest.step}: ${newest.prompt}` : ""} />`}
+      ${
+        src &&
+        html`<img key=${src} class="newest" src=${src} alt=${newest ? `Step ${newest.step}: ${newest.prompt}` : ""} />`
+      }
       <span class="badge">
         <span class=${`dot ${isWaiting ? "" : "busy"}`}></span>${isWaiting ? "Waiting for its turn" : `Learning${left}`}
       </span>
       <span class="cover-words">
         <b>${run ? shortName(run) : titleOf(job)}</b>
         <span>
-          ${[words, step ? `step ${whole(step)} of ${whole(steps)}` : standing(view, isWaiting)].filter(Boolean).join(" — ")}
+          ${[words, step ? `step ${whole(step)} of ${whole(steps)}` : standing(view, isWaiting)]
+            .filter(Boolean)
+            .join(" — ")}
         </span>
         ${
           drawn.length > 1 &&
           html`<span class="cover-strip">
-            ${drawn.slice(-STRIP).map((one) => html`<img key=${one.file} src=${fileOfRun(id, one.file, STRIP_PX)} alt="" />`)}
+            ${drawn
+              .slice(-STRIP)
+              .map(({ file }) => html`<img key=${file} src=${fileOfRun(id, file, STRIP_PX)} alt="" />`)}
           </span>`
         }
       </span>
@@ -218,8 +228,8 @@ function FirstOpen() {
       <div class="first-words">
         <h1>Teach it something of yours</h1>
         <p>
-          A person, a pet, a thing, or the way you draw: about ten pictures are enough, and an image model can draw it in
-          any scene.
+          A person, a pet, a thing, or the way you draw: about ten pictures are enough, and an image model can draw it
+          in any scene.
         </p>
         ${
           examples.some((one) => one.name === EXAMPLE) &&
@@ -233,8 +243,8 @@ function FirstOpen() {
         <${Stage} left="pages/first/without.webp" layers=${[{ src: "pages/first/with.webp" }]}
           titles=${["without", "with its LoRA"]} prompt=${FIRST_PROMPT} />
         <p>
-          “${FIRST_PROMPT}”, drawn by the built-in model: without, and with a LoRA that learnt from sixteen drawings of a
-          style.
+          “${FIRST_PROMPT}”, drawn by the built-in model: without, and with a LoRA that learnt from sixteen drawings of
+          a style.
         </p>
       </div>
     </div>
