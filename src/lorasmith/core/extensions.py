@@ -27,6 +27,7 @@ KINDS: Mapping[str, str] = {
     "optimizers": "optimizer",
     "schedules": "learning-rate schedule",
     "losses": "loss function",
+    "methods": "method",
     "weightings": "loss weighting",
     "timesteps": "timestep distribution",
     "samplers": "sampler",

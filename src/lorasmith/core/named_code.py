@@ -7,10 +7,12 @@ runs code, so that one in a file counts only if the user types it too (`training
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lorasmith.core.errors import OptionError
@@ -60,6 +62,43 @@ def code_of(name: Code, known: Registry[T]) -> T | Any:
     if not isinstance(name, str):
         return name
     return _imported(name, known.kind) if is_import_path(name) and name not in known else known[name]
+
+
+_SEPARATORS = ", \t\r\n"
+_PAIR = re.compile(r"(?:^|(?<=[\s,]))([A-Za-z_]\w*)\s*=")  # in linear time, whatever the text
+
+
+def parsed_arguments(
+    text: str, code: Callable[..., Any], name: str, *, setting: str, ours: Mapping[str, str]
+) -> dict[str, Any]:
+    """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators spaces or commas.
+
+    `setting` has the text, `name` is that of the code; arguments in `ours` belong to the settings that it maps them to.
+    Raises OptionError for other text, and for arguments that the code lacks.
+    """
+    before, *pairs = _PAIR.split(text)
+    if before := before.strip(_SEPARATORS):
+        raise OptionError(
+            f"{setting} must be name=value, separated by blanks, such as betas=(0.9,0.99) eps=1e-7, got {before!r}"
+        )
+    known = inspect.signature(code).parameters.keys() - ours.keys()
+    values: dict[str, Any] = {}
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if key in ours:
+            raise OptionError(f"{setting} must not have {key}, which is for the setting {ours[key]}; use that")
+        if key not in known:
+            listed = f"has {', '.join(sorted(known))}" if known else "has none"
+            raise OptionError(f"{name} has no argument {key!r}{nearest(key, known)}; it {listed}")
+        if key in values:
+            raise OptionError(f"{setting} must have each argument once, got {key} twice; leave one out")
+        try:
+            values[key] = ast.literal_eval(value.strip(_SEPARATORS))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise OptionError(
+                f"{key} of {setting} must be a number, True, False, None, a text in quotes or a tuple of those, "
+                f"got {value.strip()!r}"
+            ) from None
+    return values
 
 
 def _imported(path: str, kind: str) -> Any:

@@ -69,14 +69,15 @@ class Option:
         if self.code and (callable(value) or isinstance(value, NamedCode)):
             return NamedCode.of(value) if callable(value) else value
         value = self._typed(value)
-        if self.choices:
+        if self.choices or self.code:
             folded = {choice.casefold(): choice for choice in self.choices}
             if value.casefold() not in folded:
                 if self.code and is_import_path(value):
                     return value
-                raise OptionError(
-                    f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}{nearest(value, self.choices)}"
+                known = (
+                    f"one of {', '.join(self.choices)}" if self.choices else "of an extension, and none is installed"
                 )
+                raise OptionError(f"{self.name} must be {known}, got {value!r}{nearest(value, self.choices)}")
             return folded[value.casefold()]
         if (self.min is not None and value < self.min) or (self.max is not None and value > self.max):
             raise OptionError(f"{self.name} must be {self.range_text()}, got {value!r}")

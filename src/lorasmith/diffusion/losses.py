@@ -56,22 +56,22 @@ def diffusion_loss(
     elif target is None:
         target = kind.target(batch.clean, batch.noise, batch.level)
     losses = code_of(loss_function, LOSSES)(prediction, target, batch)
-    _check_losses(losses, prediction, loss_function)
+    check_losses(losses, len(prediction), f"loss {loss_function}", differentiable=prediction.requires_grad)
     return losses.float()
 
 
-def _check_losses(losses: object, prediction: Tensor, name: str) -> None:
-    count = len(prediction)
+def check_losses(losses: object, count: int, what: str, *, differentiable: bool = True) -> None:
+    """Raise OptionError unless these are the losses of `count` samples; `what` computed them."""
     if not isinstance(losses, Tensor):
         got = type(losses).__name__
     elif losses.shape != (count,) or not losses.is_floating_point():
         got = f"a tensor of shape {tuple(losses.shape)} in {str(losses.dtype).removeprefix('torch.')}"
-    elif prediction.requires_grad and not losses.requires_grad:
+    elif differentiable and not losses.requires_grad:
         got = "a tensor without a gradient"
     else:
         return
     raise OptionError(
-        f"loss {name} must return a differentiable float tensor of shape ({count},), a loss for each sample, got "
+        f"{what} must return a differentiable float tensor of shape ({count},), a loss for each sample, got "
         f"{got}; average over all dimensions but the first, as error.flatten(1).mean(1) does"
     )
 

@@ -140,8 +140,8 @@ SETTINGS = (
 )
 
 _PAIRS = ("pairs", "pair_focus", "dpo_beta")
-_NOT_IN_GRAPHS = ("prior_target", "mask_prior_weight")
-"""Methods for pictures of the class and for masks, which graphs have none of."""
+_NOT_IN_GRAPHS = ("prior_target", "mask_prior_weight", "method", "method_args")
+"""Methods for pictures of the class and for masks, which graphs have none of, and those of extensions."""
 
 TLORA = ("tlora", "tlora_min_rank", "tlora_alpha")
 _LEVERS = (

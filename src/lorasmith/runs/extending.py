@@ -24,6 +24,7 @@ _MODULES = {
     "optimizers": "training.optim.update_rules",
     "schedules": "training.optim.update_rules",
     "losses": "diffusion.loss_functions",
+    "methods": "training.methods.method_settings",
     "weightings": "core.choices",
     "timesteps": "core.choices",
     "samplers": "sampling.samplers",
@@ -47,7 +48,7 @@ def register(kind: str, name: str, thing: T | None = None, *, before: str | Sequ
 
     Args:
         kind: `adapters`, `families`, `layouts`, `encoders`, `autoencoders`, `optimizers`, `schedules`, `losses`,
-            `weightings`, `timesteps`, `samplers`, `sigma_schedules`, `captioners` or `nodes`.
+            `methods`, `weightings`, `timesteps`, `samplers`, `sigma_schedules`, `captioners` or `nodes`.
         name: by which settings, files and commands name the thing; case is ignored.
         thing: what the kind asks for. Without one, the result is a decorator.
         before: names of things of the kind that this one precedes, where order counts: a family is asked before these

@@ -59,8 +59,8 @@ def names_alone(
         if isinstance(value, str) and is_import_path(value) and value not in imports and not declared.offers(value):
             typed = f"{allowing or '--' + name.replace('_', '-')} {value}"
             raise OptionError(
-                f"{name} in a file must be one of {', '.join(declared.choices)}, got {value!r}: importing it would run "
-                f"code; if you trust that, type {typed}"
+                f"{name} in a file must be one of {', '.join(declared.choices) or 'those of installed packages'}, got "
+                f"{value!r}: importing it would run code; if you trust that, type {typed}"
             )
     own = {key: value for key, value in values.items() if key != "track"}
     return own if track is None else {**own, "track": track}

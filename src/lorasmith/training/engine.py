@@ -26,6 +26,7 @@ from lorasmith.core.kept_values import changes_intercepted
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.power_average import LENGTHS, exponent, kept_share
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.diffusion.losses import check_losses
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.token_routing import tokens_routed
@@ -274,6 +275,7 @@ class Engine:
         for method in self.methods:
             goal = method.goal(goal, passes)
             for term in method.terms(passes):
+                check_losses(term, len(batch.clean), f"a term of {method.name}")
                 self._backward(term, batch, per_step)
                 if method.replaces_goal:
                     replacing = term.detach() if replacing is None else replacing + term.detach()

@@ -19,7 +19,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_uniform
 from lorasmith.diffusion.schedule import per_sample
 from lorasmith.training.methods.guidance_settings import guidance_range
-from lorasmith.training.methods.method import Goal, Method, Passes
+from lorasmith.training.methods.method import BuiltInMethod, Goal, Passes
 from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _TEXT = "unconditional"
 
 
 @dataclass(frozen=True)
-class GuidanceLoss(Method):
+class GuidanceLoss(BuiltInMethod):
     """A guided target, with a g for each draw between two values."""
 
     least: float

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from lorasmith.diffusion.schedule import per_sample
-from lorasmith.training.methods.method import Goal, Method, Passes
+from lorasmith.training.methods.method import BuiltInMethod, Goal, Passes
 
 if TYPE_CHECKING:
     from lorasmith.training.config import ResolvedConfig
 
 
 @dataclass(frozen=True)
-class MaskPrior(Method):
+class MaskPrior(BuiltInMethod):
     """The base model's prediction as target outside of masks, at a weight."""
 
     weight: float

@@ -32,24 +32,38 @@ if TYPE_CHECKING:
 
 
 class Method(ABC):
-    """What a method adds to a step; see the module."""
+    """What a method adds to a step; see the module.
 
-    name: str  # of the setting that turns it on, for messages
-    replaces_goal: bool = False  # whether its terms take the place of the loss of the pictures
-    needs_opposites: bool = False  # whether samples must be pairs
+    One is made several times in a run and keeps nothing between two steps, so that a run continues to the bit: its
+    values are functions of its arguments, the batch (whose `draws` and `settings.seed` are keys of random numbers,
+    `core.random`) and the weights. A method of an extension is an instance of a subclass; its arguments, such as the
+    fields of a dataclass, are those of the setting `method_args`.
 
-    @classmethod
-    @abstractmethod
-    def of(cls, config: ResolvedConfig) -> Self | None:
-        """The method as these settings have it; None if they leave it out."""
+    Attributes:
+        name: of the setting that turns it on, for messages.
+        replaces_goal: whether its terms take the place of the loss of the pictures.
+        needs_opposites: whether samples must be pairs.
+    """
+
+    name: str = "method"
+    replaces_goal: bool = False
+    needs_opposites: bool = False
 
     def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
-        """Raise OptionError for a model or adapters that the method is not for."""
+        """Called before the run.
+
+        Args:
+            facts: of the model.
+            adapters: those in training, by module path.
+
+        Raises:
+            OptionError: the method is not for this model or these adapters.
+        """
         return
 
     @property
     def texts(self) -> Mapping[str, TextRule]:
-        """Further texts of each sample, by a name of the method's own."""
+        """Further texts of each sample, functions of its caption and the trigger, by a name that no other method has."""
         return {}
 
     def goal(self, goal: Goal, passes: Passes) -> Goal:
@@ -57,12 +71,23 @@ class Method(ABC):
         return goal
 
     def terms(self, passes: Passes) -> Iterator[Tensor]:
-        """Further losses, (batch,) fp32 each; the backward pass of one ends before the next is asked for."""
+        """Further losses, (batch,) fp32 each, differentiable; the backward pass of one ends before the next is asked
+        for. Where weights are sharded (`passes.are_equal`), all batches of a step need equally many predictions.
+        """
         yield from ()
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         """A term of the whole step that depends on the weights alone, a scalar; None for none."""
         return None
+
+
+class BuiltInMethod(Method):
+    """A method with settings of its own."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: ResolvedConfig) -> Self | None:
+        """The method as these settings have it; None if they leave it out."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from lorasmith.core.named_code import Code
+from lorasmith.core.options import option
+from lorasmith.core.registry import Registry
 from lorasmith.training.methods.guidance_settings import GuidanceSettings
 from lorasmith.training.methods.pair_settings import PairSettings
 from lorasmith.training.methods.preservation_settings import PreservationSettings
 from lorasmith.training.methods.slider_settings import SliderSettings
+from lorasmith.training.section import Consequences, Section
 from lorasmith.training.token_route_settings import TokenRouteSettings
+
+if TYPE_CHECKING:
+    from lorasmith.training.methods.method import Method
+
+
+def _as_maker(name: str, thing: Any) -> Callable[..., Method]:
+    """The class of a registered method."""
+    from lorasmith.training.methods.method import Method
+
+    if not (isinstance(thing, type) and issubclass(thing, Method)):
+        raise TypeError(f"it must be a subclass of {Method.__module__}.{Method.__qualname__}")
+    return thing
+
+
+OWN_METHODS: Registry[Callable[..., Method]] = Registry("method", group="methods", checked=_as_maker)
+"""Methods of extensions; none is built in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnMethodSettings(Section, group="Methods", costs=True):
+    """A method of an extension or of a program."""
+
+    method: Code | None = option(
+        None,
+        choices=OWN_METHODS,
+        code="a class of methods or a function that makes one",
+        help="Further method of training, of an installed extension, or a class of your own by its import path, "
+        "module:Class (docs/extending.md).",
+    )
+    method_args: str | None = option(
+        None, help="Arguments of the method, separated by blanks, such as weight=0.5 text='a dog'."
+    )
+
+    def own_idle(self) -> Iterator[str]:
+        if self.method is None:
+            yield from self.has_no_effect("method_args", without="method")
+
+    def own_consequences(self) -> Consequences:
+        return Consequences(takes_further_passes="method" if self.method else "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings(  # a dataclass has the fields of its last base first
-    SliderSettings, PairSettings, TokenRouteSettings, GuidanceSettings, PreservationSettings
+    OwnMethodSettings, SliderSettings, PairSettings, TokenRouteSettings, GuidanceSettings, PreservationSettings
 ):
     """What a step does besides comparing one prediction with its target; see `training.methods.method`."""
 

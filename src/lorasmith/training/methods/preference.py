@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorasmith.training.methods.method import Method, Passes
+from lorasmith.training.methods.method import BuiltInMethod, Passes
 
 if TYPE_CHECKING:
     from lorasmith.training.config import ResolvedConfig
 
 
 @dataclass(frozen=True)
-class Preference(Method):
+class Preference(BuiltInMethod):
     """DPO of pictures over their opposites."""
 
     beta: float

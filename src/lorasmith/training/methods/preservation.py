@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 from torch import Tensor
 
 from lorasmith.data.captions import with_class
-from lorasmith.training.methods.method import Method, Passes
+from lorasmith.training.methods.method import BuiltInMethod, Passes
 from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _TEXT = "preserved"
 
 
 @dataclass(frozen=True)
-class Preservation(Method):
+class Preservation(BuiltInMethod):
     """Preservation of the class `of_class`, or of the empty text if it is None."""
 
     of_class: str | None

@@ -27,7 +27,7 @@ from torch import Tensor
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.schedule import per_sample
-from lorasmith.training.methods.method import Method, Passes
+from lorasmith.training.methods.method import BuiltInMethod, Passes
 from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _POSITIVE, _NEGATIVE, _NEUTRAL, _ANCHOR = "positive", "negative", "neutral", "an
 
 
 @dataclass(frozen=True)
-class Slider(Method):
+class Slider(BuiltInMethod):
     """A slider between two prompts; `neutral` None is each picture's caption."""
 
     positive: str
@@ -81,7 +81,7 @@ class Slider(Method):
 
 
 @dataclass(frozen=True)
-class PairSlider(Method):
+class PairSlider(BuiltInMethod):
     """A slider between the pictures of pairs; `focus` is the share of the loss that follows where they differ."""
 
     focus: float

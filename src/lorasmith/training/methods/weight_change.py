@@ -16,7 +16,7 @@ from torch import Tensor
 from lorasmith.adapters.adapter import Adapter, squared_product
 from lorasmith.adapters.lora import LowRank
 from lorasmith.core.errors import OptionError
-from lorasmith.training.methods.method import Method
+from lorasmith.training.methods.method import BuiltInMethod
 
 if TYPE_CHECKING:
     from lorasmith.training.config import ResolvedConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WeightChange(Method):
+class WeightChange(BuiltInMethod):
     """The penalty at a weight."""
 
     weight: float

@@ -12,20 +12,18 @@ of the end, so that no step has a rate of zero.
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.named_code import Code, NamedCode, code_of, package_of
+from lorasmith.core.named_code import Code, NamedCode, code_of, package_of, parsed_arguments
 from lorasmith.core.printable import one_line_of
-from lorasmith.core.registry import Registry, nearest
+from lorasmith.core.registry import Registry
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -115,7 +113,13 @@ def build_optimizer(
     """
     rule = rule_of(name)
     maker = _maker_of(name, rule)
-    given = {**rule.settings, **_parsed(arguments, name, maker)}
+    if arguments and not isinstance(maker, type):
+        raise OptionError(
+            f"optimizer_args are for names and classes, but {name} is a function, got {arguments!r}; give them in the "
+            "function, as functools.partial(torch.optim.NAdam, betas=(0.9, 0.99)) does"
+        )
+    parsed = parsed_arguments(arguments, maker, name, setting="optimizer_args", ours=_OURS) if arguments else {}
+    given = {**rule.settings, **parsed}
     decay = {"weight_decay": weight_decay} if rule.decays else {}
     parts = [
         {"params": [group.flat] if rule.elementwise else list(group.views), "lr": group.rate, **decay}
@@ -191,39 +195,6 @@ def _parameters(kind: Callable[..., Any]) -> frozenset[str]:
 
 
 _OURS = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "targets"}
-_SEPARATORS = ", \t\r\n"
-_PAIR = re.compile(r"(?:^|(?<=[\s,]))([A-Za-z_]\w*)\s*=")  # in linear time, whatever the text
-
-
-def _parsed(arguments: str | None, name: str, kind: Callable[..., Any]) -> dict[str, Any]:
-    """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators spaces or commas."""
-    if arguments and not isinstance(kind, type):
-        raise OptionError(
-            f"optimizer_args are for names and classes, but {name} is a function, got {arguments!r}; give them in the "
-            "function, as functools.partial(torch.optim.NAdam, betas=(0.9, 0.99)) does"
-        )
-    before, *pairs = _PAIR.split(arguments or "")
-    if before := before.strip(_SEPARATORS):
-        raise OptionError(
-            f"optimizer_args must be name=value, separated by blanks, such as betas=(0.9,0.99) eps=1e-7, got {before!r}"
-        )
-    values: dict[str, Any] = {}
-    for key, text in zip(pairs[::2], pairs[1::2], strict=True):
-        if key in _OURS:
-            raise OptionError(f"optimizer_args must not have {key}, which is for the setting {_OURS[key]}; use that")
-        if key not in (known := _parameters(kind)):
-            listed = ", ".join(sorted(known - _OURS.keys()))
-            raise OptionError(f"{name} has no argument {key!r}{nearest(key, known - _OURS.keys())}; it has {listed}")
-        if key in values:
-            raise OptionError(f"optimizer_args must have each argument once, got {key} twice; leave one out")
-        try:
-            values[key] = ast.literal_eval(text.strip(_SEPARATORS))
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise OptionError(
-                f"{key} of optimizer_args must be a number, True, False, None, a text in quotes or a tuple of those, "
-                f"got {text.strip()!r}"
-            ) from None
-    return values
 
 
 Shape = Callable[[float, int, float], float]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
-from lorasmith.training.methods.method import Method, Passes
+from lorasmith.training.methods.method import BuiltInMethod, Passes
 from lorasmith.training.methods.texts import TextRule
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Erasure(Method):
+class Erasure(BuiltInMethod):
     """Predictions for a prompt are led away from it."""
 
     prompt: str
