@@ -20,8 +20,9 @@ PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding=
 def test_the_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(TINY.folder / "input" / "fox", tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    exec(compile(code, "extending.md", "exec"), {"__name__": "a_program"})
+    names = {"__name__": "a_program"}
+    for code in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(compile(code, "extending.md", "exec"), names)
 
 
 def test_the_package_is_the_example() -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lorasmith.training.trainable import Facts
 
 
-class Method(ABC):
+class Method:
     """What a method adds to a step; see the module.
 
     One is made several times in a run and keeps nothing between two steps, so that a run continues to the bit: its
@@ -63,7 +63,7 @@ class Method(ABC):
 
     @property
     def texts(self) -> Mapping[str, TextRule]:
-        """Further texts of each sample, functions of its caption and the trigger, by a name that no other method has."""
+        """Further texts of each sample, functions of its caption and the trigger, by names of the method's own."""
         return {}
 
     def goal(self, goal: Goal, passes: Passes) -> Goal:
@@ -81,7 +81,7 @@ class Method(ABC):
         return None
 
 
-class BuiltInMethod(Method):
+class BuiltInMethod(Method, ABC):
     """A method with settings of its own."""
 
     @classmethod
