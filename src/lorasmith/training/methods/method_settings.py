@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
 
 def _as_maker(name: str, thing: Any) -> Callable[..., Method]:
     """The class of a registered method."""
-    from lorasmith.training.methods.method import Method
-
-    if not (isinstance(thing, type) and issubclass(thing, Method)):
-        raise TypeError(f"it must be a subclass of {Method.__module__}.{Method.__qualname__}")
+    base = pkgutil.resolve_name(f"{__package__}.method:Method")
+    if not (isinstance(thing, type) and issubclass(thing, base)):
+        raise TypeError(f"it must be a subclass of {base.__module__}.{base.__qualname__}")
     return thing
 
 
