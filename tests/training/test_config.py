@@ -35,6 +35,7 @@ OTHER_CONCEPTS = {
     "runs.library.evaluate": "the seed of a picture",
     "runs.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "cli.lora_files.convert": "a file's metadata",
+    "report.pictures.animation": "the effort of a WebP encoder",
     "core.adapter_state.PeftKind": "the name of a field",
     "cli.train.demo": "the demo's own run",
     "cli.lora_files.extract": "the size of a LoRA made of two checkpoints",

@@ -24,7 +24,7 @@ _MODULES = {
     "optimizers": "training.optim.update_rules",
     "schedules": "training.optim.update_rules",
     "losses": "diffusion.loss_functions",
-    "methods": "training.methods.method_settings",
+    "methods": "training.methods.own_method_settings",
     "weightings": "core.choices",
     "timesteps": "core.choices",
     "samplers": "sampling.samplers",

@@ -23,7 +23,7 @@ def test_a_feature_is_found_at_every_door(tmp_path: Path) -> None:
     text = registration.read_text()
     for before, after in (
         ("@dataclass", "from lorasmith.training.methods.erasure_settings import ErasureSettings\n\n\n@dataclass"),
-        ("    SliderSettings, ", "    ErasureSettings, SliderSettings, "),
+        ("    OwnMethodSettings, ", "    ErasureSettings, OwnMethodSettings, "),
         ("METHODS = (\n", 'METHODS = (\n    "erasure.Erasure",\n'),
     ):
         assert text.count(before) == 1

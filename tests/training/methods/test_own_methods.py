@@ -118,9 +118,8 @@ def test_a_package_brings_one_and_the_run_names_it(
     folder = tmp_path / "run"
     run(texts, method="blank", output=folder)
     install(monkeypatch, tmp_path / "elsewhere", {})
-    for path in (folder / "run.json", next(folder.glob("*.safetensors"))):
-        with pytest.raises(OptionError, match=r"method 'blank' of the package keeping 0\.1, which is not installed"):
-            read_run_file(path)
+    with pytest.raises(OptionError, match=r"method 'blank' of the package keeping 0\.1, which is not installed"):
+        read_run_file(folder / "run.json")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from lorasmith.core.printable import one_line_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.methods.method import BuiltInMethod, Method
-from lorasmith.training.methods.method_settings import METHODS, OWN_METHODS
+from lorasmith.training.methods.method_settings import METHODS
+from lorasmith.training.methods.own_method_settings import OWN_METHODS
 from lorasmith.training.methods.texts import OtherTexts
 from lorasmith.training.trainable import Facts
 
