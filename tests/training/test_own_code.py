@@ -31,6 +31,7 @@ from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import rule_of
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
+from tests.training.methods.gradient_cases import check, gradients, mean
 
 Run = Callable[..., TrainResult]
 
@@ -318,3 +319,45 @@ def test_weights_of_the_users_that_are_none_are_refused_before_the_run(
     ls.register("weightings", "mine", weights)
     with pytest.raises(OptionError, match=f"loss_weighting must be a function of level.*{sentence}"):
         plan_job(tiny.denoiser, TrainConfig(steps=10, loss_weighting="mine"), torch.device("cpu"))
+
+
+def anchored(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tensor:
+    """MSE, and the distance from the frozen model's prediction."""
+    frozen = batch.frozen()
+    assert frozen is batch.frozen() and not frozen.requires_grad and frozen.dtype == torch.float32
+    return mean(prediction - target) + 0.5 * mean(prediction - frozen)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"activations": "lean"}])
+def test_a_loss_asks_for_the_prediction_of_the_frozen_model(
+    tiny: ls.Model, dataset: EncodedDataset, settings: dict[str, Any]
+) -> None:
+    def reference(batch: Any, trained: Any, frozen: Any, target: Tensor) -> Tensor:
+        prediction = trained(batch.conditioning)
+        return mean(prediction - target) + 0.5 * mean(prediction - frozen(batch.conditioning))
+
+    check(gradients(tiny, dataset, reference, loss_function=anchored, **settings))
+
+
+def test_the_frozen_prediction_is_what_the_objective_compares_and_a_run_with_it_continues(
+    run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
+    seen = []
+
+    def distance(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tensor:
+        seen.append(float((prediction.detach() - batch.frozen()).abs().max()))
+        return anchored(prediction, target, batch)
+
+    own: dict[str, Any] = {"steps": 3, "objective": "x0", "loss": distance}
+    whole = run(dataset, **own)
+    assert seen[0] == 0 and seen[-1] > 0  # a fresh LoRA is the identity
+    done = itertools.count()
+    assert len(run(dataset, output=tmp_path, cancelled=lambda: next(done) == 1, **own).losses) == 1
+    assert same(run(dataset, output=tmp_path, **own), whole)
+
+
+def test_no_frozen_model_is_asked_outside_of_a_step(tiny: ls.Model, dataset: EncodedDataset) -> None:
+    job = plan_job(tiny.denoiser, TrainConfig(rank=2, targets="attention"), "cpu")
+    (batch,) = engine.batch_maker(job.model, dataset, job.config, job.way).step(0)
+    with pytest.raises(OptionError, match=r"batch.frozen\(\) is for a loss in a step of a run that trains alone"):
+        batch.frozen()

@@ -48,6 +48,15 @@ class LossBatch(Protocol):
     def places(self) -> Tensor | None: ...
     @property
     def settings(self) -> Any: ...
+    def frozen(self) -> Tensor:
+        """The frozen model's prediction for the same samples, as `prediction` without a gradient; computed once.
+
+        Where weights are sharded, the losses of all batches must ask for it, or none.
+
+        Raises:
+            OptionError: outside of a step, or in runs that train together.
+        """
+        ...
 
 
 class Loss(Protocol):
@@ -68,6 +77,11 @@ class Loss(Protocol):
 
 
 LOSSES: Registry[Loss] = Registry("loss function", group="losses")
+
+
+def may_ask_frozen(name: Code) -> bool:
+    """Whether a loss may ask for the frozen model's prediction: those of extensions and programs."""
+    return name not in LOSSES or LOSSES.extension(name) is not None
 
 
 def _mean(distance: Tensor, batch: LossBatch) -> Tensor:

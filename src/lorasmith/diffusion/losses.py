@@ -49,15 +49,22 @@ def diffusion_loss(
     any float dtype. Raises OptionError if a user's loss returns something else.
     """
     kind = PARAMETERIZATIONS[parameterization]
-    prediction = prediction.float()
+    prediction = compared(prediction, batch, parameterization=parameterization, objective=objective)
     if objective == "x0":
-        prediction = kind.clean(prediction, batch.noised, batch.level)
         target = batch.clean if target is None else kind.clean(target, batch.noised, batch.level)
     elif target is None:
         target = kind.target(batch.clean, batch.noise, batch.level)
     losses = code_of(loss_function, LOSSES)(prediction, target, batch)
     check_losses(losses, len(prediction), f"loss {loss_function}", differentiable=prediction.requires_grad)
     return losses.float()
+
+
+def compared(prediction: Tensor, batch: LossBatch, *, parameterization: str, objective: Objective) -> Tensor:
+    """What `objective` compares of a prediction (batch, ...), fp32."""
+    prediction = prediction.float()
+    if objective == "native":
+        return prediction
+    return PARAMETERIZATIONS[parameterization].clean(prediction, batch.noised, batch.level)
 
 
 def check_losses(losses: object, count: int, what: str, *, differentiable: bool = True) -> None:

@@ -59,6 +59,24 @@ class Batch:
     of_class: Tensor | None = None  # bool (batch,): whether samples show the subject's class; None for none
     route: Route | None = None  # of the picture's tokens; None for all through all blocks
     opposite: Batch | None = None  # the same with the other pictures of its pairs, on the same noise and level
+    predict_frozen: Callable[[Batch], Tensor] | None = None  # see `frozen`; None where no model can be asked
+
+    def frozen(self) -> Tensor:
+        """See `LossBatch`."""
+        return self._frozen
+
+    @functools.cached_property
+    def _frozen(self) -> Tensor:
+        if self.predict_frozen is None:
+            raise OptionError(
+                "batch.frozen() is for a loss in a step of a run that trains alone; leave it out, or train apart"
+            )
+        return self.predict_frozen(self)
+
+    def asking(self, predict_frozen: Callable[[Batch], Tensor]) -> Batch:
+        """The batch whose loss may ask for predictions of the frozen model, by this function."""
+        opposite = None if self.opposite is None else self.opposite.asking(predict_frozen)
+        return replace(self, predict_frozen=predict_frozen, opposite=opposite)
 
 
 def sample_index(draw: int, count: int, seed: int) -> int:

@@ -26,7 +26,8 @@ from lorasmith.core.kept_values import changes_intercepted
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.power_average import LENGTHS, exponent, kept_share
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.diffusion.losses import check_losses
+from lorasmith.diffusion.loss_functions import may_ask_frozen
+from lorasmith.diffusion.losses import check_losses, compared
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.token_routing import tokens_routed
@@ -157,7 +158,9 @@ class Engine:
         )
         self.methods = methods_of(config)
         self._dial = Dial()
-        self.trained = Attached(adapters, self._dial if self.methods else 1.0, differences or {})
+        self._asks_frozen = may_ask_frozen(config.loss_function)
+        is_dialed = self.methods or self._asks_frozen
+        self.trained = Attached(adapters, self._dial if is_dialed else 1.0, differences or {})
         self.text_adapters = text_adapters or {}
         named = list(_trained(self._all_adapters, self.trained.differences, model.word))
         self._names = [(path, name) for path, name, _ in named]
@@ -248,6 +251,8 @@ class Engine:
         self, batch: Batch, per_step: int, reduced: contextlib.AbstractContextManager[None] | None
     ) -> Tensor:
         """Add the gradient of a batch to the flat buffer, unless it is `reduced` within that context; its losses."""
+        if self._asks_frozen:
+            batch = batch.asking(self._frozen_prediction)
         # Until the backward passes end, as they may recompute blocks.
         with self.rank_masks.masks_applied(batch.masks):
             goal, loss = self._passes(batch, per_step)
@@ -258,6 +263,13 @@ class Engine:
         if reduced is None:
             self.flat.collect()
         return loss.detach()
+
+    def _frozen_prediction(self, batch: Batch) -> Tensor:
+        """What `objective` compares of the frozen model's prediction, fp32 of the latents' shape."""
+        with torch.no_grad(), self._dial.turned(0.0):
+            prediction = prediction_of(self.model, batch, self.way)
+        parameterization, objective = self.model.diffusion.parameterization, self.config.objective
+        return compared(prediction, batch, parameterization=parameterization, objective=objective)
 
     def _passes(self, batch: Batch, per_step: int) -> tuple[Goal, Tensor | None]:
         """The goal of the batch's prediction after the methods' terms, whose gradients are added.
