@@ -79,7 +79,7 @@ class Loss(Protocol):
 LOSSES: Registry[Loss] = Registry("loss function", group="losses")
 
 
-def may_ask_frozen(name: Code) -> bool:
+def may_ask_frozen(name: str) -> bool:
     """Whether a loss may ask for the frozen model's prediction: those of extensions and programs."""
     return name not in LOSSES or LOSSES.extension(name) is not None
 

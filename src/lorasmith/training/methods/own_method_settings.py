@@ -18,7 +18,7 @@ def _as_maker(name: str, thing: Any) -> Callable[..., Any]:
     base = pkgutil.resolve_name(f"{__package__}.method:Method")
     if not (isinstance(thing, type) and issubclass(thing, base)):
         raise TypeError(f"it must be a subclass of {base.__module__}.{base.__qualname__}")
-    return thing  # type: ignore[no-any-return]
+    return thing
 
 
 OWN_METHODS: Registry[Callable[..., Any]] = Registry("method", group="methods", checked=_as_maker)
