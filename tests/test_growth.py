@@ -30,6 +30,7 @@ from lorasmith.core import foreign_json, processes
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import annotated, safe_name
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.named_code import parsed_arguments
 from lorasmith.core.printable import sentence
 from lorasmith.data.captions import Choices
 from lorasmith.families.parts import autoencoders, clip
@@ -44,7 +45,6 @@ from lorasmith.runs.spec import SETTINGS
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.toolbox.check import check_lora
 from lorasmith.training.job import parse_targets
-from lorasmith.training.optim import update_rules
 from lorasmith.workflow import apply_overrides, parse_prompt
 from lorasmith.workflow.editor_format import _without_prefixes
 from tests.workflow.editor_cases import TEXT, graph, instance, joined, made, shown, subgraph
@@ -105,7 +105,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "weights of a prompt": parse_weights,
     "prompts": parse_prompts,
     "targets": lambda text: parse_targets(text, {}),
-    "arguments of an optimizer": lambda text: update_rules._parsed(text, "AdamW", AdamW),
+    "arguments of an optimizer": lambda text: parsed_arguments(text, AdamW, "AdamW", setting="optimizer_args", ours={}),
     "sentence": sentence,
     "wildcards": lambda text: Choices(text).count(100),
     "tensor's name": split_key,
