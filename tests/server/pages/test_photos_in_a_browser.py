@@ -74,7 +74,8 @@ def test_keys_alone_go_through_the_sheet_and_mask_a_photo(served: ServedPage, op
     assert served.photos() == ["fox_1.png", "fox_2.png", "fox_4.png"]
     page.keyboard.press("x")  # brings it back
     expected(pale).to_have_count(0)
-    until(lambda: len(served.photos()) == 4)
+    expected(page.locator('.tile[data-file="fox_3.png"]')).to_have_count(1)
+    assert len(served.photos()) == 4
     page.keyboard.press("Enter")
     page.get_by_text("3 of 4", exact=True).wait_for()
     page.keyboard.press("c")

@@ -157,7 +157,8 @@ export function PhotosView({ dataset, edited }) {
       if (next) show(next, event.shiftKey);
     } else if ((key === "ArrowDown" || key === "ArrowUp") && !isLarge && target.closest?.(".tiles"))
       show(beside(sheet.current, at, key === "ArrowDown") ?? at, event.shiftKey);
-    else if (key === "Enter" && target.closest?.(".tiles") && item && !item.picture) setMode("large");
+    else if (key === "Enter" && (target === document.body || target.closest?.(".tiles")) && item && !item.picture)
+      setMode("large"); // the focus falls to the body where a tile was made again
     else if (key === "x" && canChange && item) leaveOut();
     else if (key === "c" && isMine && item.image.width) enter("crop");
     else if (key === "m" && isMine && item.image.width) enter("mask");
