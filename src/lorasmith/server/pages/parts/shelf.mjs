@@ -76,7 +76,7 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
     <h3>${release.title}</h3>
     <${Marks} best=${release.best} edits=${release.edits} clips=${release.clips} />
     <p>${release.about}</p>
-    <p class=${memory && memory.fits === false ? "fair" : "faint"}>${needWords(release.seconds, memory)}</p>
+    <p class=${memory && memory.fits === false ? "fair" : "faint"}>${needWords(release, memory)}</p>
     <p class="faint">
       ${bytes(sum(missing.map((one) => one.size_bytes)))} to download
       · <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>
@@ -100,10 +100,11 @@ function ReleaseCard({ release, memory, download, onGet, onChange }) {
 const partWords = (part) =>
   part === "denoiser" ? "model" : part === "vae" ? "autoencoder" : part.replaceAll("_", " ");
 
-function needWords(seconds, memory) {
+function needWords({ seconds, least_memory_bytes: least }, memory) {
   if (memory?.fits === false) return `Too large for this machine: needs ${cardFor(memory.memory_bytes)}`;
   const slow = memory?.encoders_fit === false ? "; captions take seconds each" : "";
   const time = timeWords(seconds);
+  if (seconds > DAY_S && least) return `${time}. Needs ${cardFor(least)}`;
   return time ? time + slow : memory?.fits ? `Fits into the memory of this machine${slow}` : "";
 }
 
