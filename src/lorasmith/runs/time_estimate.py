@@ -160,6 +160,8 @@ def rates_of(device: str) -> Rates | None:
 @functools.lru_cache(maxsize=8)
 def _rates_once(device: str) -> Rates | None:
     target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        return None
     measure = _on_processor if target.type == "cpu" else functools.partial(_in_child, device)
     try:
         times = measured(target, "rates", measure)

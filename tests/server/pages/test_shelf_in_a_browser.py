@@ -41,8 +41,8 @@ def shelf(served: ServedPage, open_page: Opener) -> Callable[..., Any]:
     served.made_up["check_download"] = {"title": "A model", "files": [row], "free_bytes": 10**11}
     served.made_up["download_files"] = {"title": "A model", "files": [{**file, "path": "x"}]}
 
-    def shelf_of() -> Any:
-        found = answer("shelf", {}, served.folders)
+    def shelf_of(**asked: Any) -> Any:
+        found = answer("shelf", asked, served.folders)
         z_image = next(one for one in found["models"] if one["name"] == "z-image")
         for one in z_image["files"]:
             one["found"] = one["part"] != "denoiser"

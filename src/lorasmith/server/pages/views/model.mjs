@@ -161,10 +161,11 @@ export function ModelView({ dataset }) {
 export function bestOf(models, tooLarge = new Set(), isPairs = false) {
   const ready = models.filter((one) => one.ready);
   const named = isPairs ? null : ready.find((one) => one.best && !tooLarge.has(one.name));
-  if (named) return named;
   const own = ready.filter(
     (one) => !one.builtin && !tooLarge.has(one.name) && (isPairs ? one.takes_controls : !one.edit),
   );
+  // Without times of the others, the built-in one is named for want of a better one.
+  if (named && (!named.builtin || own.every((one) => one.seconds !== null))) return named;
   const largest = own.sort((a, b) => b.size_bytes - a.size_bytes)[0] ?? null;
   return isPairs ? largest : (largest ?? ready.find((one) => one.builtin) ?? ready[0] ?? null);
 }
