@@ -198,7 +198,7 @@ class ServedPage:
     def _downloads(self) -> list[ScriptedProcess]:
         return [one for one in self.processes if "files" in one.first]
 
-    def _plan(self, spec: dict[str, Any], card_bytes: int) -> dict[str, Any]:
+    def _plan(self, spec: dict[str, Any], card_bytes: int, device: str) -> dict[str, Any]:
         """A plan with settings that are checked, and numbers that are not computed, which would take seconds."""
         preset, given = PRESETS.get(spec.get("preset", "")), spec["settings"]
         recipe = {} if preset is None else recipe_settings(preset, images=4, given=given)

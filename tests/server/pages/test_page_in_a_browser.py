@@ -388,7 +388,7 @@ def test_without_a_model_the_page_says_what_to_install(served: ServedPage, open_
     served.add_dataset()
     served.made_up["models"] = {"models": [], "other": [], "notes": ["lorasmith-tiny is not installed; run this"]}
     page = open_page("#/new/fox/model")
-    page.get_by_text("Also, lorasmith-tiny is not installed; run this.").wait_for()
+    page.get_by_text("lorasmith-tiny is not installed; run this.").wait_for()
     assert page.get_by_text("the small one that is built in").count() == 0
 
 

@@ -5,7 +5,7 @@ import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { status, useStore } from "../lib/stores.mjs";
-import { capital, cardFor, count } from "../lib/words.mjs";
+import { cardFor, count } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { GetDialog, Getting, Marks, OwnFile, Shelf, timeWords } from "../parts/shelf.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
@@ -121,7 +121,7 @@ export function ModelView({ dataset }) {
       <p class="faint">The LoRA will work with this model, and mostly with others of its family.</p>
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="models" />`}
-      ${found?.notes.map((one) => html`<${Notice} mood="fair" key=${one}><p>${capital(one)}.</p><//>`)}
+      ${found?.notes.map((one) => html`<${Notice} mood="fair" key=${one}><p>${one}.</p><//>`)}
       ${
         cannotEdit &&
         html`<${Notice} mood="fair">
