@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.named_code import parsed_arguments
 from lorasmith.core.printable import sentence
 from lorasmith.data.captions import MAX_CAPTION, CaptionRules, caption_of_file_name
 from lorasmith.data.data_config import DataConfig
@@ -23,7 +24,6 @@ from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.spelling import grouped
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.training.job import parse_targets
-from lorasmith.training.optim import update_rules
 from lorasmith.training.storage.records import RECORD, read_history
 from lorasmith.workflow import parse_prompt
 from tests.fuzz.engine import Door
@@ -133,7 +133,7 @@ def name_doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         "weights": lambda: parse_weights(text),
         "prompts": lambda: parse_prompts(text),
         "targets": lambda: parse_targets(text, {}),
-        "optimizer": lambda: update_rules._parsed(text, "AdamW", AdamW),
+        "optimizer": lambda: parsed_arguments(text, AdamW, "AdamW", setting="optimizer_args", ours={}),
         "sentence": lambda: sentence(text),
         "file name": lambda: caption_of_file_name(text[:300]),
         "tensors": lambda: grouped([text[:2000], f"{text[:2000]}.lora_A.weight"]),
