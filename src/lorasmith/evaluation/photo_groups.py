@@ -42,7 +42,7 @@ def nearly_same(features: Tensor) -> list[tuple[int, int]]:
     alike = (features @ features.T).numpy()
     found = []
     for index in range(1, len(alike)):
-        before = int(alike[index, :index].argmax())
+        before = int(np.argmax(alike[index, :index]))
         if alike[index, before] >= SAME:
             found.append((before, index))
     return found
@@ -54,7 +54,7 @@ def _groups(alike: np.ndarray) -> list[list[int]]:
     means = alike.copy()
     np.fill_diagonal(means, -np.inf)
     while len(groups) > 1:
-        first, second = sorted(map(int, np.unravel_index(means.argmax(), means.shape)))
+        first, second = sorted(map(int, np.unravel_index(np.argmax(means), means.shape)))
         if means[first, second] < CUT_DISTANCE:
             break
         sizes = len(groups[first]), len(groups[second])

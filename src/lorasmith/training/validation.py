@@ -318,7 +318,7 @@ class History:
 
     def _still_falling(self, means: Array) -> bool:
         if len(means) <= _SMOOTH:
-            return self.since_best == 0 and float(means[-1]) < self._base.mean()
+            return self.since_best == 0 and float(means[-1]) < float(self._base.mean())
         back = max(_SMOOTH, len(means) // 4)
         before = means[max(0, len(means) - back - _SMOOTH) : len(means) - back].mean()
         fallen = float(before - means[-_SMOOTH:].mean())
@@ -344,7 +344,7 @@ class History:
 
     def _gain(self, means: Array) -> float:
         """Decrease of the loss since the start."""
-        return float(max(self._base.mean(), means[0]) - means.min())
+        return float(max(self._base.mean(), means[0]) - np.min(means))
 
 
 # Quantiles 0.975 of Student's t for 1 to 10 degrees of freedom.
