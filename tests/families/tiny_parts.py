@@ -214,9 +214,11 @@ class TinyFamily:
 
 @cache
 def _files() -> str:
-    folder = tempfile.TemporaryDirectory(prefix="tiny-")
-    atexit.register(folder.cleanup)
-    return folder.name
+    # No TemporaryDirectory: its object is freed, and the folder with it, in every forked child that forgets what is to
+    # be done at exit, as those of Python 3.13 do.
+    folder = tempfile.mkdtemp(prefix="tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def test_a_stop_saves_what_runs_and_starts_nothing(sweep: Sweep) -> None:
 
 
 INTERRUPTED = """
-import signal, sys, threading
+import os, signal, sys, threading
 from pathlib import Path
 from lorasmith.runs import sweep_run
 from lorasmith.runs.sweep_file import read_sweep
@@ -135,7 +135,7 @@ def ask(number, frame):
     if stop.is_set():
         raise KeyboardInterrupt
     stop.set()
-    print("stopping", flush=True)
+    os.write(1, b"stopping\\n")  # print is not reentrant, and the signal may come in that of "started"
 # Programs that a shell starts in the background ignore the signal.
 signal.signal(signal.SIGINT, ask if sys.argv[1] == "twice" else signal.default_int_handler)
 class Shown:

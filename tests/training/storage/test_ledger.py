@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_a_step_taken_again_replaces_what_came_after_it() -> None:
         ledger.add(step, [(0, 0.5, float(step))])
     for step in (1, 2, 3):
         straight.add(step, [(0, 0.5, float(step))])
-    assert ledger.images() == straight.images()
+    assert [*map(astuple, ledger.images())] == [*map(astuple, straight.images())]  # a NaN of a tuple equals itself
     assert ledger.curve() == straight.curve()
 
 
