@@ -27,18 +27,16 @@ def share_card(rows: Sequence[tuple[str, Image.Image, Image.Image]], *, title: s
     inner = WIDTH - 2 * _MARGIN
     columns = max(2, len(shown))  # a single prompt has both of its pictures side by side
     side = (inner - _GAP * (columns - 1)) // columns
-    lines = [wrapped(prompt, load_font(18), side, max_lines=2) for prompt, *_ in shown]
+    small = load_font(18)
+    lines = [wrapped(prompt, small, side, max_lines=2) for prompt, *_ in shown]
     head, labels = 122, 34
     high = 1 if len(shown) == 1 else 2
     prompts = 24 * max(map(len, lines)) + 12
     card = Image.new("RGB", (WIDTH, 2 * _MARGIN + head + high * (labels + side + _GAP) + prompts - _GAP), _GROUND)
     pen = ImageDraw.Draw(card)
-    pen.text((_MARGIN, _MARGIN - 8), "".join(wrapped(title, load_font(50, bold=True), inner, max_lines=1)), fill=_INK,
-             font=load_font(50, bold=True))  # fmt: skip
-    pen.text((_MARGIN, _MARGIN + 62), "".join(wrapped(facts, load_font(22), inner, max_lines=1)), fill=_FAINT,
-             font=load_font(22))  # fmt: skip
-    mark = load_font(18)
-    pen.text((WIDTH - _MARGIN - mark.getlength("Lorasmith"), _MARGIN), "Lorasmith", fill=_FAINT, font=mark)
+    for text, font, above, colour in ((title, load_font(50, bold=True), -8, _INK), (facts, load_font(22), 62, _FAINT)):
+        pen.text((_MARGIN, _MARGIN + above), "".join(wrapped(text, font, inner, max_lines=1)), fill=colour, font=font)
+    pen.text((WIDTH - _MARGIN - small.getlength("Lorasmith"), _MARGIN), "Lorasmith", fill=_FAINT, font=small)
     rounded = Image.new("L", (side, side))
     ImageDraw.Draw(rounded).rounded_rectangle((0, 0, side - 1, side - 1), _ROUND, fill=255)
     for column, (_, *pictures) in enumerate(shown):
@@ -52,5 +50,5 @@ def share_card(rows: Sequence[tuple[str, Image.Image, Image.Image]], *, title: s
             )
         below = card.height - _MARGIN - prompts + 12
         for number, text in enumerate(lines[column]):
-            pen.text((_MARGIN + column * (side + _GAP), below + 24 * number), text, fill=_INK, font=load_font(18))
+            pen.text((_MARGIN + column * (side + _GAP), below + 24 * number), text, fill=_INK, font=small)
     return encoded(card, "PNG", optimize=True)

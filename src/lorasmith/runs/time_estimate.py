@@ -13,8 +13,7 @@ import math
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasmith.bench.benchmark import measured_rates
+from lorasmith.bench.measure import pass_seconds
 from lorasmith.core.placement import fast_dtype
 from lorasmith.core.processor import usable_processors
 from lorasmith.families.locating import BUILT_IN
@@ -97,7 +97,6 @@ class Rates:
 
 _REACHED = 0.6
 """Share of the rate of a large product that those of a step reach."""
-_SIDE = 1536  # of a product that is timed on a processor
 _SMALL = 64  # side of the tensors of operations that are timed
 _ROUNDS = 12  # of which the fastest counts, as other programs slow the others down
 _CHILD_S = 120  # for a GPU to be measured
@@ -162,9 +161,9 @@ def _rates_once(device: str) -> Rates | None:
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         return None
-    measure = _on_processor if target.type == "cpu" else functools.partial(_in_child, device)
+    measure = _measured_here if target.type == "cpu" else _in_child
     try:
-        times = measured(target, "rates", measure)
+        times = measured(target, "rates", functools.partial(measure, target))
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError):
         return None
     if not {"gigaflop", "operation"} <= times.keys():
@@ -172,21 +171,19 @@ def _rates_once(device: str) -> Rates | None:
     return Rates(times["gigaflop"], times["operation"], target.type == "cpu")
 
 
-def _on_processor() -> Times:
-    """Times of one thread, as those of several depend on what else runs; products scale with the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _measured_here(device: torch.device) -> Times:
+    """Times of a device; of a processor those of one thread, as others depend on what else runs, and of products those
+    that its processors have together.
+    """
+    is_processor, before = device.type == "cpu", torch.get_num_threads()
+    if is_processor:
+        torch.set_num_threads(1)
     try:
-        device = torch.device("cpu")
-        flop = _product_s(fast_dtype(torch.bfloat16, device))
-        return {"gigaflop": 1e9 * flop / usable_processors(), "operation": _operation_s(device)}
+        products = measured_rates(device, fast_dtype(torch.bfloat16, device)).products
+        operation = _operation_s(device)
     finally:
         torch.set_num_threads(before)
-
-
-def _product_s(dtype: torch.dtype) -> float:
-    a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
-    return _fastest(lambda: torch.mm(a, b)) / (2.0 * _SIDE**3)
+    return {"gigaflop": 1e9 / products / (usable_processors() if is_processor else 1), "operation": operation}
 
 
 def _operation_s(device: torch.device) -> float:
@@ -198,39 +195,21 @@ def _operation_s(device: torch.device) -> float:
         for _ in range(_LAYERS):
             y = F.gelu(F.layer_norm(F.linear(y, weight), (_SMALL,)))
         y.sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    return _fastest(once) / (_LAYERS * _OPERATIONS)
+    return pass_seconds(once, steps=_ROUNDS, device=device, warmup=1).low / (_LAYERS * _OPERATIONS)
 
 
 _LAYERS = 8
 _OPERATIONS = 8  # of a layer: three forward, five backward
 
 
-def _fastest(once: Callable[[], object]) -> float:
-    once()
-    times = []
-    for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        once()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def _in_child(device: str) -> Times:
+def _in_child(device: torch.device) -> Times:
     """Times of a GPU, in a process of its own: who asks takes none of its memory."""
-    command = [sys.executable, "-P", "-m", "lorasmith.runs.time_estimate", device]
+    command = [sys.executable, "-P", "-m", "lorasmith.runs.time_estimate", str(device)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_S, check=True)
     found: dict[str, Any] = json.loads(ended.stdout)
     return {name: float(seconds) for name, seconds in found.items()}
 
 
-def _on_gpu(device: torch.device) -> Times:
-    products = measured_rates(device, fast_dtype(torch.bfloat16, device)).products
-    return {"gigaflop": 1e9 / products, "operation": _operation_s(device)}
-
-
 if __name__ == "__main__":
-    asked = torch.device(sys.argv[1])
-    sys.stdout.write(json.dumps(_on_processor() if asked.type == "cpu" else _on_gpu(asked)))
+    sys.stdout.write(json.dumps(_measured_here(torch.device(sys.argv[1]))))

@@ -257,6 +257,10 @@ class Dispatcher:
             for worker in self._supervisor.workers
         ]
 
+    def device(self) -> dict[str, Any]:
+        """The one that plans are for, the first; empty as long as none is known."""
+        return next(iter(self.devices()), {})
+
     def worker_pids(self) -> list[int]:
         """Used by tests."""
         return [worker.process.pid for worker in self._supervisor.workers if worker.process.pid is not None]

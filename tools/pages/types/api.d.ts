@@ -70,14 +70,14 @@ declare namespace Api {
     builtin: boolean;
     ready: boolean;
     missing: (MissingPart)[];
-    edits: (string)[];
-    edit: string;
-    recognised_by: string;
-    takes_controls: boolean;
     seconds: number | null;
     seconds_per_picture: number | null;
     best: boolean;
     clips: boolean;
+    edits: (string)[];
+    edit: string;
+    recognised_by: string;
+    takes_controls: boolean;
   }
   interface MissingPart {
     part: string;

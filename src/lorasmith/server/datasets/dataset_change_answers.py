@@ -234,13 +234,14 @@ def add_mask(folders: Folders, name: str, *, file: str, temporary: str, image: s
         suffixes = image_header(source).suffixes
     except ImageError as error:
         return {"skipped": error.reason}
-    given = Path(_file_name(file)).suffix.lower()
-    wanted = stem_of(stem_of(_file_name(file))).casefold()
+    given, stem = Path(_file_name(file)).suffix.lower(), stem_of(stem_of(_file_name(file)))
     with _CHANGING:
         names = [one.name for one in pictures_in(folders, folder)[0]]
-        of = next((one for one in names if image == one or (not image and stem_of(one).casefold() == wanted)), None)
+        of = next(
+            (one for one in names if image == one or (not image and stem_of(one).casefold() == stem.casefold())), None
+        )
         if of is None:
-            return {"skipped": f"is a mask, and no photo is called {stem_of(stem_of(_file_name(file)))}; add that too"}
+            return {"skipped": f"is a mask, and no photo is called {stem}; add that too"}
         former = masks_beside(folder / of)
         target = folder / f"{stem_of(of)}{MASK}{plain_name(given if given in suffixes else suffixes[0])}"
         aside = {"replaced": _removed(folders, former, name).removed} if former else {}

@@ -42,7 +42,7 @@ _MOST_LISTED = 500
 
 
 async def _plan(context: ServerContext, call: Call) -> Any:
-    device = next(iter(context.dispatcher.devices()), {})
+    device = context.dispatcher.device()
     spec = await wanted_spec(context, call.body)
     plan = await context.assistant.ask(
         "plan", spec=spec.to_request(), card_bytes=device.get("memory_bytes"), device=device.get("name")

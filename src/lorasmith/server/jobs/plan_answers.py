@@ -83,7 +83,7 @@ def _seconds(model: Model, config: TrainConfig, pixels: int, device: str) -> flo
     """About how long a run takes; None where that is unknown."""
     weights = sum(one.numel() for one in model.components.denoiser.parameters())
     name = model_name(model.path, model.family.name)
-    work = STEP_WORK.get(name) or work_of(model.family.title, round(weights / 1e6))
+    work = STEP_WORK[name] if name == BUILT_IN else work_of(model.family.title, round(weights / 1e6))
     rates = rates_of(device)
     if work is None or rates is None:
         return None

@@ -31,17 +31,17 @@ MOST_MODEL_BYTES = 200 * 2**30
 
 
 async def _models(context: ServerContext, call: Call) -> Any:
-    device = next(iter(context.dispatcher.devices()), {})
+    device = context.dispatcher.device()
     return await context.assistant.ask("models", device=device.get("name"))
 
 
 async def _shelf(context: ServerContext, call: Call) -> Any:
-    device = next(iter(context.dispatcher.devices()), {})
+    device = context.dispatcher.device()
     return await context.assistant.ask("shelf", device=device.get("name"), card_bytes=device.get("memory_bytes"))
 
 
 async def _memory(context: ServerContext, call: Call) -> Any:
-    device = next(iter(context.dispatcher.devices()), {})
+    device = context.dispatcher.device()
     return await context.assistant.ask("shelf_memory", name=call.path("name"), card_bytes=device.get("memory_bytes"))
 
 

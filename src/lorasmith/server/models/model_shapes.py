@@ -19,7 +19,19 @@ class MissingPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelRow:
+class _ForThisMachine:
+    """What rows of models say of a LoRA on this machine."""
+
+    seconds: Annotated[
+        float | None, "of a LoRA of 20 photos by the usual preset on this machine, about; null if unknown"
+    ] = None
+    seconds_per_picture: Annotated[float | None, "of a step on one picture, about"] = None
+    best: Annotated[bool, "whether it is the one for this machine"] = False
+    clips: Annotated[bool, "whether it makes clips"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow(_ForThisMachine):
     """A model that can be trained on."""
 
     name: Annotated[str, "by which a run names it"]
@@ -35,12 +47,6 @@ class ModelRow:
     edit: Annotated[str, "the one of them that it is; empty for none"] = ""
     recognised_by: Annotated[str, "what says so: its name or its tensors"] = "name"
     takes_controls: Annotated[bool, "whether it gets pictures beside a caption, as that variant"] = False
-    seconds: Annotated[
-        float | None, "of a LoRA of 20 photos by the usual preset on this machine, about; null if unknown"
-    ] = None
-    seconds_per_picture: Annotated[float | None, "of a step on one picture, about"] = None
-    best: Annotated[bool, "whether it is the one for this machine"] = False
-    clips: Annotated[bool, "whether it makes clips"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class ShelfFileRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShelfRow:
+class ShelfRow(_ForThisMachine):
     """A released model to begin with."""
 
     name: Annotated[str, "by which it is downloaded"]
@@ -85,12 +91,6 @@ class ShelfRow:
     card: Annotated[str, "address of the page with the licence"]
     gated: Annotated[bool, "whether the licence is to be accepted there first"]
     files: tuple[ShelfFileRow, ...]
-    seconds: Annotated[
-        float | None, "of a LoRA of 20 photos by the usual preset on this machine, about; null if unknown"
-    ] = None
-    seconds_per_picture: Annotated[float | None, "of a step on one picture, about"] = None
-    best: Annotated[bool, "whether it is the one for this machine"] = False
-    clips: Annotated[bool, "whether it makes clips"] = False
     edits: Annotated[bool, "whether it edits pictures"] = False
     least_memory_bytes: Annotated[int | None, "of a card that trains it, with the cheapest settings"] = None
     fits: Annotated[bool | None, "whether this device has that; null if unknown"] = None

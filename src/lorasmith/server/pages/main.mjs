@@ -7,7 +7,7 @@ import { announcement, newest, status, useStore, work } from "./lib/stores.mjs";
 import { capital, memorySize } from "./lib/words.mjs";
 import { Messages } from "./parts/basics.mjs";
 import { Icon } from "./parts/icons.mjs";
-import { isAsked, Offers } from "./parts/jobs.mjs";
+import { isActive, isAsked, Offers } from "./parts/jobs.mjs";
 import { WithDraft } from "./parts/with_draft.mjs";
 import { CompareView } from "./views/compare.mjs";
 import { HomeView } from "./views/home.mjs";
@@ -20,7 +20,6 @@ import { SetsView } from "./views/sets.mjs";
 import { SettingsView } from "./views/settings.mjs";
 import { SweepView } from "./views/sweep.mjs";
 
-const ACTIVE = ["running", "pending"];
 const STATUS_EVERY_MS = 15000;
 const STATUS_SOON_MS = 2000; // while the assistant starts
 
@@ -111,7 +110,7 @@ function Bar({ at }) {
   const server = useStore(status);
   const known = useStore(work);
   const device = server?.devices?.[0];
-  const own = [...(known?.jobs.values() ?? [])].filter((job) => !isAsked(job) && ACTIVE.includes(job.state)).length;
+  const own = [...(known?.jobs.values() ?? [])].filter((job) => !isAsked(job) && isActive(job)).length;
   const busy = Math.max(0, (known?.queue.running ?? 0) + (known?.queue.pending ?? 0) - own);
   const here = (...names) => (names.includes(at) ? "page" : undefined);
   return html`<div class="top-bar" role="banner">

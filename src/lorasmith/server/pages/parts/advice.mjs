@@ -31,7 +31,7 @@ export const trainAgain = (run) =>
   });
 
 /** Settings as those of the preset that most of them are, and what differs from it: {preset, settings}. */
-export function asPreset(changed, presets) {
+function asPreset(changed, presets) {
   const apart = (preset) => Object.entries(changed).filter(([name, value]) => preset.settings[name] !== value);
   const whole = presets.filter((one) => Object.keys(one.settings).every((name) => name in changed));
   const [best] = [...whole, ...presets.filter((one) => one.name === "balanced")].sort(

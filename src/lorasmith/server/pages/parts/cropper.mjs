@@ -117,7 +117,7 @@ export function dragged({ x, y, width, height }, corner, byX, byY, ratio) {
 }
 
 /** The largest frame of a ratio inside of another one, around its centre. */
-export function shaped({ x, y, width, height }, ratio) {
+function shaped({ x, y, width, height }, ratio) {
   const wide = Math.min(width, height * ratio);
   const high = wide / ratio;
   return { x: x + (width - wide) / 2, y: y + (height - high) / 2, width: wide, height: high };

@@ -7,21 +7,6 @@ import { moment } from "../lib/words.mjs";
 import { Button, State } from "./basics.mjs";
 import { JobProgress } from "./job_progress.mjs";
 
-export const titleOf = (job) =>
-  (job.kind === "train" ? job.run : job.about)?.split("/").pop() ||
-  job.title ||
-  job.name ||
-  job.request?.name ||
-  ({
-    train: "Training",
-    measure: "Measuring a step",
-    graph: "Workflow",
-    draw: "Drawing",
-    evaluate: "Evaluation",
-    caption: "Captions",
-  }[job.kind] ??
-    "Job");
-
 const WORK = {
   train: "Training",
   measure: "Measurement",
@@ -31,10 +16,22 @@ const WORK = {
   caption: "Captions",
 };
 
+export const titleOf = (job) =>
+  (job.kind === "train" ? job.run : job.about)?.split("/").pop() ||
+  job.title ||
+  job.name ||
+  job.request?.name ||
+  (WORK[job.kind] ?? "Job");
+
 const workOf = (job) => (job.wish ? "Gallery" : (WORK[job.kind] ?? job.kind));
 
 /** Whether a job is one that somebody waits for: pages measure steps by themselves, when nothing else is to be done. */
 export const isAsked = (job) => job.kind !== "measure";
+
+export const isActive = (job) => job.state === "running" || job.state === "pending";
+
+/** Whether a job is of the queue: it runs, waits or stands still. */
+export const isQueued = (job) => job.state in ORDER;
 
 /** Runs an action on a job; its failure is said at the edge of the page. */
 export async function act(job, action, body) {
@@ -58,7 +55,7 @@ export async function act(job, action, body) {
 export const jobsOfRuns = (known) =>
   new Map(
     [...(known?.jobs.values() ?? [])]
-      .filter((job) => job.run && job.kind === "train" && job.state in ORDER)
+      .filter((job) => job.run && job.kind === "train" && isQueued(job))
       .map((job) => [job.run, job]),
   );
 
@@ -107,7 +104,7 @@ export function Queue({ except, empty = "" }) {
   const known = useStore(work);
   if (!known) return null;
   const jobs = [...known.jobs.values()]
-    .filter((job) => job.state in ORDER && isAsked(job) && job.id !== except)
+    .filter((job) => isQueued(job) && isAsked(job) && job.id !== except)
     .sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.number ?? 0) - (b.number ?? 0));
   if (!jobs.length) return empty ? html`<p class="faint">${empty}</p>` : null;
   return html`<section aria-labelledby="queue">

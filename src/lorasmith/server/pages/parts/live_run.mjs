@@ -3,6 +3,7 @@ import { sentence } from "../lib/api.mjs";
 import { useEffect, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { say, work } from "../lib/stores.mjs";
+import { duration } from "../lib/words.mjs";
 
 /** What is shown of a run as a stream sends it; null before that. A stream sends the whole at first, then changes. */
 export function useView(topic) {
@@ -20,4 +21,10 @@ export function useView(topic) {
       })),
   });
   return view;
+}
+
+/** How long a run takes yet, such as "about 4 minutes left"; empty where that is not known. */
+export function timeLeft(view) {
+  const seconds = view?.metrics.find((one) => one.name === "time_left")?.value;
+  return Number.isFinite(seconds) ? `${duration(seconds, { about: true })} left` : "";
 }

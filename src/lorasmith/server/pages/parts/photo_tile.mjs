@@ -43,7 +43,7 @@ export function Shades({ crop, mask }) {
 }
 
 /** What a drag of a picture before carries. */
-export const DRAGGED = "application/x-lorasmith-control";
+const DRAGGED = "application/x-lorasmith-control";
 
 /**
  * @param {Props<{ image: Api.PictureRow }>} props

@@ -9,7 +9,7 @@ import { Button, Field, Panel, Problem, useLoaded } from "./basics.mjs";
 import { Engineers } from "./engineers.mjs";
 import { Icon } from "./icons.mjs";
 import { JobProgress } from "./job_progress.mjs";
-import { act } from "./jobs.mjs";
+import { act, isActive } from "./jobs.mjs";
 import { PromptBar } from "./prompt_bar.mjs";
 import {
   between,
@@ -23,7 +23,7 @@ import {
   tryScenes,
 } from "./scenes.mjs";
 import { Stage, StrengthSlider, Strip } from "./stage.mjs";
-import { heardFiles, isActive, useJobsAbout, useTries } from "./tries.mjs";
+import { heardFiles, useJobsAbout, useTries } from "./tries.mjs";
 
 const MOST_IDEAS = 8;
 

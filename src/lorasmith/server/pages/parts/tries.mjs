@@ -3,7 +3,6 @@ import { get } from "../lib/api.mjs";
 import { createStore, useStore, work } from "../lib/stores.mjs";
 import { useLoaded } from "./basics.mjs";
 
-const ENDED = new Set(["completed", "failed", "cancelled", "interrupted", "paused"]);
 const MOST = 100; // that are shown
 
 /** Pictures of drawings that are not complete, by job: [file, …]. */
@@ -12,8 +11,6 @@ export const heardFiles = (id, files) => partly.set((all) => new Map(all).set(id
 
 /** Drawings that this page asked of a training, until its view has them: {id, prompt, strength, seed, lora}. */
 export const asked = createStore(/** @type {Map<string, any[]>} */ (new Map()));
-
-export const isActive = (job) => !ENDED.has(job.state);
 
 /** The jobs that draw with a run's LoRAs or evaluate them, as far as the page has heard of them, by id. */
 export function useJobsAbout(id) {

@@ -4,11 +4,11 @@ import { currentDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { said, useStore, work } from "../lib/stores.mjs";
-import { capital, duration, whole } from "../lib/words.mjs";
+import { capital, whole } from "../lib/words.mjs";
 import { Button, Drawer, Loading, Problem, Ring, isPassing, useLoaded } from "../parts/basics.mjs";
 import { Icon } from "../parts/icons.mjs";
-import { Queue, isAsked, jobsOfRuns, titleOf } from "../parts/jobs.mjs";
-import { useView } from "../parts/live_run.mjs";
+import { Queue, isActive, isAsked, isQueued, jobsOfRuns, titleOf } from "../parts/jobs.mjs";
+import { timeLeft, useView } from "../parts/live_run.mjs";
 import { NewTile } from "../parts/new_set.mjs";
 import { Cover, nameOfRun, shortName } from "../parts/run_card.mjs";
 import { Stage } from "../parts/stage.mjs";
@@ -23,7 +23,6 @@ const FEW = 6; // runs below which covers are larger
 const SEARCHED = 8; // runs from which on they are searched
 const EXAMPLE = "fox";
 const AGAIN_MS = 1000;
-const STANDING = ["running", "pending", "paused", "interrupted"];
 
 const NEW = { title: "New", text: "Drop pictures anywhere" };
 const KINDS = {
@@ -54,7 +53,7 @@ export function HomeView() {
       <${Problem} error=${error} onRetry=${reload} />${!error && html`<${Loading} what="your LoRAs" />`}
       <ul class="covers"><li><${NewTile} ...${NEW} /></li></ul>
     `;
-  const isBegun = [...known.jobs.values()].some((job) => job.kind === "train" && STANDING.includes(job.state));
+  const isBegun = [...known.jobs.values()].some((job) => job.kind === "train" && isQueued(job));
   if (!found.runs.length && !isBegun) return html`<${FirstOpen} />`;
   return html`<${Wall} runs=${found.runs} jobs=${jobs} trains=${trains} live=${live} reload=${reload} />`;
 }
@@ -62,7 +61,7 @@ export function HomeView() {
 /** The training that runs, else the one that is next. */
 const trainingOf = (known) =>
   [...(known?.jobs.values() ?? [])]
-    .filter((job) => job.kind === "train" && (job.state === "running" || job.state === "pending"))
+    .filter((job) => job.kind === "train" && isActive(job))
     .sort((a, b) => Number(b.state === "running") - Number(a.state === "running") || a.number - b.number)[0];
 
 /** @param {Props<{ runs: Api.RunRow[], jobs: Map<string, Api.JobAnswer>, trains: Api.JobAnswer | undefined }>} props */
@@ -128,9 +127,7 @@ function Wall({ runs, jobs, trains, live, reload }) {
 /** The jobs that somebody waits for are counted on it. */
 function OpenDrawer({ onClick }) {
   const known = useStore(work);
-  const waiting = [...(known?.jobs.values() ?? [])].filter(
-    (job) => isAsked(job) && ["running", "pending"].includes(job.state),
-  ).length;
+  const waiting = [...(known?.jobs.values() ?? [])].filter((job) => isAsked(job) && isActive(job)).length;
   return html`<button type="button" class="button small" onClick=${onClick}>
     Queue${waiting ? html` <span class="count">${waiting}</span>` : ""}
   </button>`;
@@ -169,9 +166,8 @@ function Learning({ job, run }) {
   const earlier = useRef({ now: "", before: "" });
   if (earlier.current.now !== src) earlier.current = { now: src, before: earlier.current.now };
   const { step = 0, steps = 0 } = view ?? run ?? {};
-  const seconds = view?.metrics.find((one) => one.name === "time_left")?.value;
-  const left = Number.isFinite(seconds) ? ` · ${duration(seconds, { about: true })} left` : "";
   const isWaiting = job?.state === "pending";
+  const doing = isWaiting ? "Waiting for its turn" : ["Learning", timeLeft(view)].filter(Boolean).join(" · ");
   const words = job?.request?.trigger || job?.request?.settings?.trigger || run?.subject;
   return html`<li class="learning" aria-label="Learning">
     <a class="cover" href=${job ? link("jobs", job.id) : link("runs", id)}>
@@ -181,7 +177,7 @@ function Learning({ job, run }) {
         html`<img key=${src} class="newest" src=${src} alt=${newest ? `Step ${newest.step}: ${newest.prompt}` : ""} />`
       }
       <span class="badge">
-        <span class=${`dot ${isWaiting ? "" : "busy"}`}></span>${isWaiting ? "Waiting for its turn" : `Learning${left}`}
+        <span class=${`dot ${isWaiting ? "" : "busy"}`}></span>${doing}
       </span>
       <span class="cover-words">
         <b>${run ? shortName(run) : titleOf(job)}</b>

@@ -3,12 +3,11 @@ import { get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { go, link, replace } from "../lib/router.mjs";
 import { announcement, said, say, useStore, work } from "../lib/stores.mjs";
-import { capital, duration, whole } from "../lib/words.mjs";
+import { capital, whole } from "../lib/words.mjs";
 import { Button, Loading, Problem, Progress, Question, State, useLoaded } from "../parts/basics.mjs";
-import { act, titleOf } from "../parts/jobs.mjs";
-import { useView } from "../parts/live_run.mjs";
+import { act, isActive, titleOf } from "../parts/jobs.mjs";
+import { timeLeft, useView } from "../parts/live_run.mjs";
 import { Room } from "../parts/room.mjs";
-import { isActive } from "../parts/tries.mjs";
 
 const SPOKEN = { completed: "finished", cancelled: "stopped", pending: "waiting" };
 const SPOKEN_SHARES = 10; // progress is read out this often
@@ -99,7 +98,7 @@ export function JobView({ id }) {
 export function Training({ title, view, state, note = "", error = "", controls }) {
   const { step: done, steps: planned } = view ?? { step: 0, steps: 0 };
   const isRunning = state === "running";
-  const left = leftOf(view);
+  const left = capital(timeLeft(view));
   const spoken = useRef(0);
   useEffect(() => {
     const share = planned ? Math.floor((SPOKEN_SHARES * done) / planned) : 0;
@@ -130,14 +129,9 @@ export function Training({ title, view, state, note = "", error = "", controls }
   `;
 }
 
-function leftOf(view) {
-  const seconds = view?.metrics.find((one) => one.name === "time_left")?.value;
-  return Number.isFinite(seconds) ? `${capital(duration(seconds, { about: true }))} left` : "";
-}
-
 /** What is said of a training in a few words. */
 export const headOf = (state, view) =>
-  state === "running" && view?.step > 0 ? leftOf(view) || "Learning" : HEADS[state];
+  state === "running" && view?.step > 0 ? capital(timeLeft(view)) || "Learning" : HEADS[state];
 
 const HEADS = {
   running: "Getting ready",

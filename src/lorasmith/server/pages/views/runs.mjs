@@ -7,7 +7,7 @@ import { count, duration, measured, moment } from "../lib/words.mjs";
 import { Star, removeRun } from "../parts/marks.mjs";
 import { Button, Loading, Notice, Problem, State, useLoaded } from "../parts/basics.mjs";
 import { Icon } from "../parts/icons.mjs";
-import { CONTINUED, act, jobsOfRuns } from "../parts/jobs.mjs";
+import { CONTINUED, act, isActive, jobsOfRuns } from "../parts/jobs.mjs";
 import { nameOfRun, stepsOf } from "../parts/run_card.mjs";
 import { NextBar } from "../parts/stepper.mjs";
 import { MOST_COMPARED } from "./compare.mjs";
@@ -136,10 +136,6 @@ function RunState({ run, job }) {
       CONTINUED.includes(state) &&
       html`<${Button} class="small" onClick=${() => act(job, "continue")}>Continue<//>`
     }
-    ${
-      job &&
-      (state === "running" || state === "pending") &&
-      html`<a class="button small" href=${link("jobs", job.id)}>Watch</a>`
-    }
+    ${job && isActive(job) && html`<a class="button small" href=${link("jobs", job.id)}>Watch</a>`}
   `;
 }

@@ -7,6 +7,7 @@ import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { capital, cardFor, count, duration, slug, whole } from "../lib/words.mjs";
 import { Button, Choices, Fold, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { isActive } from "../parts/jobs.mjs";
 import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { Distilled } from "./model.mjs";
@@ -278,7 +279,7 @@ function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
 function Measure({ measuring, plan }) {
   const { job, error, needed, measure } = measuring;
   if (!plan) return null;
-  if (job && ["pending", "running"].includes(job.state)) {
+  if (job && isActive(job)) {
     return html`<p class="measure" role="status">
       <progress aria-label="Measuring"></progress> ${
         job.state === "pending"
