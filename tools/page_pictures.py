@@ -24,7 +24,8 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 MOST_BYTES = 150_000
 _PATIENCE_MS = 900_000
 _STEPS = 200
-_SIZE = {"width": 1120, "height": 860}
+_SIZE = {"width": 1280, "height": 860}
+_PHONE = {"width": 390, "height": 860}
 
 
 class _Camera:
@@ -46,7 +47,11 @@ class _Camera:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        for look, scheme, width in (("light", "light", 1120), ("dark", "dark", 1120), ("phone", "dark", 390)):
+        for look, scheme, width in (
+            ("light", "light", _SIZE["width"]),
+            ("dark", "dark", _SIZE["width"]),
+            ("phone", "dark", 390),
+        ):
             page.emulate_media(color_scheme=scheme)
             page.set_viewport_size({"width": width, "height": 860})
             page.wait_for_timeout(400)
@@ -89,14 +94,14 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     camera.every_look("1-home", page)
     drop(page, sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*")))
     page.wait_for_url("**/photos")
+    page.get_by_role("radio", name="Pet").check(force=True)
     page.get_by_label("What will you call it in prompts?").fill("sks fox")
     page.locator(".tile .crop, .sheet-head .chip.fair").first.wait_for()
     page.wait_for_timeout(2500)
-    camera.document("serve-photos", page, scheme="light", height=1000)
+    camera.document("serve-photos", page, scheme="light", height=860)
     camera.every_look("2-photos", page)
     page.get_by_role("button", name="Choose a model").click()
     page.wait_for_selector("input[name=model]:checked")
-    page.get_by_text("Training needs about").wait_for()
     camera.document("serve-model", page, scheme="light", height=1000)
     camera.every_look("3-model", page)
     page.get_by_role("button", name="Next: settings").click()
@@ -114,13 +119,13 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.locator(".easel-left").wait_for()
     while page.locator("progress").first.evaluate("bar => bar.value") < 0.62 * _STEPS:
         time.sleep(0.5)
-    camera.document("serve-training", page, scheme="dark", height=1360)
+    camera.document("serve-training", page, scheme="dark", height=860)
     camera.every_look("5-training", page)
     page.wait_for_url("**/#/runs/*")
     page.get_by_role("button", name="Keep this one").wait_for()
     page.locator(".easel-left").wait_for()
     page.wait_for_timeout(1000)
-    camera.document("serve-result", page, scheme="light", height=1360)
+    camera.document("serve-result", page, scheme="light", height=860)
     if camera.wants_all:
         page.locator(".chip", has_text="noto style").click()
         page.get_by_role("button", name="Draw", exact=True).click()
