@@ -81,8 +81,8 @@ def opened_browser() -> Iterator[Any]:
         browser.close()
 
 
-def drop(page: Any, files: Sequence[Path]) -> None:
-    """Drop files on a page, as somebody who drags them out of a folder."""
+def drop(page: Any, files: Sequence[Path], *, onto: str = "main") -> None:
+    """Drop files on a part of a page, as somebody who drags them out of a folder."""
     found = [
         [path.name, mimetypes.guess_type(path)[0] or "", base64.b64encode(path.read_bytes()).decode()] for path in files
     ]
@@ -98,4 +98,4 @@ def drop(page: Any, files: Sequence[Path]) -> None:
         found,
     )
     for event in ("dragenter", "dragover", "drop"):
-        page.dispatch_event("main", event, {"dataTransfer": transfer})
+        page.dispatch_event(onto, event, {"dataTransfer": transfer})

@@ -2,8 +2,8 @@
 
     python -m tools.page_pictures [--all FOLDER]
 
-It needs Playwright and Chromium, and trains for some minutes. With `--all`, pictures of every view, light, dark and as
-on a phone, are put into a folder to be looked at.
+It needs Playwright and Chromium, and trains for some minutes. With `--all`, pictures of every view, light and dark, as
+on a phone, a laptop and a large screen, are put into a folder to be looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import io
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ MOST_BYTES = 150_000
 _PATIENCE_MS = 900_000
 _STEPS = 200
 _SIZE = {"width": 1280, "height": 860}
-_PHONE = {"width": 390, "height": 860}
+_HEIGHTS = {390: 844, 1280: 860, 2560: 1440}
+"""Of the windows in which every view is looked at, by their widths."""
+
+_PHONE = 390
 
 
 class _Camera:
@@ -37,25 +41,27 @@ class _Camera:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def wants_all(self) -> bool:
         return self._folder is not None
 
-    def every_look(self, name: str, page: Any) -> None:
-        """A view in both colour schemes and on a phone, whole."""
+    def every_look(self, name: str, page: Any, *, whole: bool = False, widths: Sequence[int] = tuple(_HEIGHTS)) -> None:
+        """A view in both colour schemes, as on a phone, a laptop and a large screen; `whole` with what is scrolled to.
+
+        The picture of a width is `NAME-WIDTH-SCHEME.png`.
+        """
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for look, scheme, width in (
-            ("light", "light", _SIZE["width"]),
-            ("dark", "dark", _SIZE["width"]),
-            ("phone", "dark", 390),
-        ):
-            page.emulate_media(color_scheme=scheme)
-            page.set_viewport_size({"width": width, "height": 860})
-            page.wait_for_timeout(400)
-            page.screenshot(path=str(self._folder / f"{name}-{look}.png"), full_page=True)
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": _HEIGHTS[width]})
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                page.wait_for_timeout(500)
+                page.screenshot(path=str(self._folder / f"{name}-{width}-{scheme}.png"), full_page=whole)
+        print(name, flush=True)
         page.set_viewport_size(_SIZE)
         page.emulate_media(color_scheme="light")
 
@@ -91,7 +97,7 @@ def main() -> None:
 def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.goto(address)
     page.get_by_text("No photos at hand?").wait_for()
-    camera.every_look("1-home", page)
+    camera.every_look("first", page, whole=True)
     drop(page, sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*")))
     page.wait_for_url("**/photos")
     page.get_by_role("radio", name="Pet").check(force=True)
@@ -99,46 +105,78 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.locator(".tile .crop, .sheet-head .chip.fair").first.wait_for()
     page.wait_for_timeout(2500)
     camera.document("serve-photos", page, scheme="light", height=860)
-    camera.every_look("2-photos", page)
+    camera.every_look("photos", page)
+    if camera.wants_all:
+        _photo(page, camera)
     page.get_by_role("button", name="Choose a model").click()
     page.wait_for_selector("input[name=model]:checked")
     camera.document("serve-model", page, scheme="light", height=1000)
-    camera.every_look("3-model", page)
+    camera.every_look("model", page, whole=True)
     page.get_by_role("button", name="Next: settings").click()
     if camera.wants_all:
         page.get_by_text("Takes about").wait_for()  # measured
-    camera.every_look("4-settings", page)
+    camera.every_look("settings", page)
     page.get_by_text("All settings").first.click()
     for label, value in (("Steps", str(_STEPS)), ("Previews", "sks fox|sks fox, on a blue background")):
         page.get_by_label(label, exact=True).fill(value)
         page.get_by_label(label, exact=True).press("Tab")
-    camera.every_look("4-all-settings", page)
+    camera.every_look("settings-all", page, whole=True)
     page.get_by_role("button", name="Start training").click()
     page.locator(".easel img").first.wait_for()
-    camera.every_look("5-base", page)
+    camera.every_look("training-base", page, widths=(_PHONE, _SIZE["width"]))
     page.locator(".easel-left").wait_for()
     while page.locator("progress").first.evaluate("bar => bar.value") < 0.62 * _STEPS:
         time.sleep(0.5)
     camera.document("serve-training", page, scheme="dark", height=860)
-    camera.every_look("5-training", page)
+    camera.every_look("training", page)
     page.wait_for_url("**/#/runs/*")
     page.get_by_role("button", name="Keep this one").wait_for()
     page.locator(".easel-left").wait_for()
     page.wait_for_timeout(1000)
     camera.document("serve-result", page, scheme="light", height=860)
     if camera.wants_all:
-        page.locator(".chip", has_text="noto style").click()
-        page.get_by_role("button", name="Draw", exact=True).click()
-        page.get_by_role("region", name="You drew").locator(".scene-tile").first.wait_for()
-    camera.every_look("6-result", page)
+        _room(page, camera)
+        _sweep(page, f"{address}#/new/fox-2/settings", camera)
+        _beside(page, address, camera)
+
+
+def _photo(page: Any, camera: _Camera) -> None:
+    """One photo large, cropped and masked; and the panel of the sheet on a phone."""
+    page.set_viewport_size({"width": _PHONE, "height": _HEIGHTS[_PHONE]})
+    handle = page.locator(".panel-handle")
+    handle.click()
+    camera.every_look("photos-panel", page, widths=[_PHONE])
+    page.set_viewport_size({"width": _PHONE, "height": _HEIGHTS[_PHONE]})
+    handle.click()
+    page.set_viewport_size(_SIZE)
+    page.locator(".tile").nth(1).click(position={"x": 8, "y": 8})
+    for key, name in (("Enter", "photo"), ("c", "photo-crop"), ("Escape", ""), ("m", "photo-mask"), ("Escape", "")):
+        page.keyboard.press(key)
+        if name:
+            page.wait_for_timeout(500)
+            camera.every_look(name, page)
+    page.keyboard.press("Escape")
+
+
+def _room(page: Any, camera: _Camera) -> None:
+    """The result, what is kept of it, and what engineers look at."""
+    page.locator(".chip", has_text="noto style").click()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("region", name="You drew").locator(".scene-tile").first.wait_for()
+    camera.every_look("room", page)
+    page.set_viewport_size({"width": _PHONE, "height": _HEIGHTS[_PHONE]})
+    page.locator(".panel-handle").click()
+    camera.every_look("room-panel", page, widths=[_PHONE])
+    page.get_by_role("button", name="Keep this one").click()
+    camera.every_look("keep", page)
+    page.get_by_role("button", name="Share a picture").click()
+    page.wait_for_timeout(2500)
+    camera.every_look("share", page)
+    page.keyboard.press("Escape")
     page.get_by_role("button", name="For engineers").click()
     page.wait_for_selector(".plot canvas")
-    camera.every_look("6-details", page)
-    page.goto(f"{page.url.split('#')[0]}#/runs")
-    page.wait_for_selector(".run-rows li")
-    camera.every_look("7-runs", page)
-    if camera.wants_all:
-        _sweep(page, f"{address}#/new/fox-2/settings", camera)
+    camera.every_look("engineers", page)
+    page.keyboard.press("Escape")
 
 
 def _sweep(page: Any, settings: str, camera: _Camera) -> None:
@@ -146,7 +184,7 @@ def _sweep(page: Any, settings: str, camera: _Camera) -> None:
     page.goto(settings)
     page.get_by_text("All settings").first.click()
     page.locator("summary", has_text="Validation and previews").click()
-    for label, value in (("Steps", "2"), ("Validation share", "0.34")):
+    for label, value in (("Steps", "60"), ("Validation share", "0.34")):
         page.get_by_role("textbox", name=label).first.fill(value)
         page.get_by_role("textbox", name=label).first.press("Tab")
     page.get_by_text("All settings").first.click()
@@ -154,17 +192,49 @@ def _sweep(page: Any, settings: str, camera: _Camera) -> None:
     page.keyboard.press("Enter")
     page.get_by_label("Values").first.focus()
     page.keyboard.type("4, 8")
-    camera.every_look("8-several-values", page)
+    camera.every_look("settings-values", page)
     page.get_by_role("button", name="Train 2 runs").focus()
     page.keyboard.press("Enter")
     page.wait_for_url("**/#/sweeps/*")
     page.wait_for_selector("table.sweep")
-    camera.every_look("9-sweep-running", page)
+    camera.every_look("sweep-running", page)
     page.locator("table.sweep").get_by_text("Finished").nth(1).wait_for()
-    camera.every_look("9-sweep", page)
-    page.goto(f"{page.url.split('#')[0]}#/runs")
-    page.locator(".row", has_text="2 runs").wait_for()
-    camera.every_look("9-sweeps", page)
+    camera.every_look("sweep", page)
+
+
+def _beside(page: Any, address: str, camera: _Camera) -> None:
+    """The wall with several LoRAs, one of which learns, and all else that is looked up."""
+    page.goto(f"{address}#/new/fox/settings")
+    page.get_by_role("link", name="Choose a model").click()
+    page.get_by_role("button", name="Next: settings").click()
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/jobs/*")
+    page.goto(address)
+    page.locator(".learning .cover-strip").wait_for()
+    camera.every_look("wall", page)
+    page.get_by_role("button", name="Queue").click()
+    camera.every_look("wall-drawer", page)
+    page.keyboard.press("Escape")
+    for name, sign in (("runs", ".run-rows li"), ("photos", ".covers li a"), ("models", ".release")):
+        page.goto(f"{address}#/{name}")
+        page.locator(sign).first.wait_for()
+        page.wait_for_timeout(1000)
+        camera.every_look(f"all-{name}", page)
+    page.goto(f"{address}#/runs")
+    for box in page.get_by_role("checkbox").all()[-2:]:
+        box.check()
+    camera.every_look("all-runs-marked", page, widths=(_PHONE, _SIZE["width"]))
+    page.get_by_role("button", name="Compare").click()
+    page.locator(".easel-left").wait_for()
+    page.wait_for_timeout(1000)
+    camera.every_look("compare", page)
+    for view, name in (
+        ("lorasmith/v1/runs/runs/sks-fox-001/report", "report"),
+        ("editor/?run=runs/sks-fox-001", "editor"),
+    ):
+        page.goto(f"{address}{view}")
+        page.wait_for_timeout(5000)
+        camera.every_look(name, page)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,19 @@ def test_the_presets_draw_along_the_way(tiny: Model, preset: Preset, images: int
     assert program is not None and program.steps[0] <= config.steps / 10
 
 
+def test_a_slider_keeps_its_strengths_as_long_as_they_fit() -> None:
+    slider = replace(WHOLE, strengths=(-2.0, -1.0, 1.0, 2.0), is_strip=True)
+
+    def within(budget: float) -> tuple[int, int, list[int]]:
+        found = program_within(budget, slider, each_step=2)
+        assert found is not None
+        return len(found.strengths), found.sampling_steps, list(found.steps)
+
+    assert within(176) == (4, 12, [30])
+    assert within(100) == (4, 8, [])
+    assert within(99) == (0, 8, [30, 500])
+
+
 def test_where_nothing_fits_nothing_is_drawn() -> None:
     assert program_within(39, WHOLE, each_step=2) is None
     assert program_within(39, WHOLE, each_step=1) == PreviewProgram(8, (), (30,))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,14 @@ def test_a_complete_run_of_other_settings_is_not_this_one(sweep: Sweep, tmp_path
     assert found(moved, names_of(moved)[1], output).state == "complete", "of the same photos, elsewhere"
     others = sweep_of(tmp_path, "learning_rate = [1e-4, 3e-4]\nrank = [2, 4]\n")
     assert found(others, names_of(sweep)[1], output).state == "complete"
+
+
+def test_what_the_recipe_of_a_preset_chose_makes_no_other_run(sweep: Sweep, tmp_path: Path) -> None:
+    planned = replace(sweep, runs={name: replace(spec, preset="balanced") for name, spec in sweep.runs.items()})
+    first, second = names_of(planned)[:2]
+    left_by(planned, first, tmp_path / "out", [0.5], train_text_encoder=True, timesteps="shifted")
+    left_by(planned, second, tmp_path / "out", [0.5], train_text_encoder=True, noise_offset=0.1)
+    assert [found(planned, run, tmp_path / "out").state for run in (first, second)] == ["complete", "waiting"]
 
 
 def test_what_is_written_is_what_the_schema_says_and_is_read_again(sweep: Sweep, tmp_path: Path) -> None:

@@ -159,6 +159,12 @@ def recipe_settings(
     return {name: value for name, value in found.items() if name not in given}
 
 
+def recipe_names() -> frozenset[str]:
+    """The settings that a recipe may choose."""
+    own = {name for preset in PRESETS.values() for name in preset.settings}
+    return frozenset({"steps", "save_every", *own, *(name for rule in RECIPE for name in rule.settings)})
+
+
 def model_name(path: Path | None, family: str) -> str:
     """What rules call a model: the built-in one by its own name, others by their family's."""
     return BUILT_IN if path is not None and path.is_relative_to(BUILT_IN_BASE) else family

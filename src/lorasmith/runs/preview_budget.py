@@ -5,8 +5,9 @@ edit model are of several pairs, if these fit, too. The cost of a run and of a p
 in forward passes of the denoiser times the size of the latents, so equal runs draw the same on every machine. All begin
 with the base model, before the first step. The programs, from the most expensive: the LoRA over the steps, and at all
 strengths in the end; at full strength alone; near the start and in the middle of the run; with fewer sampling steps;
-near the start alone; only in the end. A slider is drawn at all strengths over the steps as well, if that fits. What is
-left of the share evaluates the saved LoRAs in the end (`evaluate`), as many of them as fit.
+near the start alone; only in the end. A slider is drawn at all strengths over the steps as well, if that fits, and in
+the end with fewer sampling steps rather than at one strength. What is left of the share evaluates the saved LoRAs in
+the end (`evaluate`), as many of them as fit.
 """
 
 from __future__ import annotations
@@ -238,10 +239,15 @@ def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> P
 def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
     yield whole
     yield replace(whole, is_strip=False)
-    yield (plain := replace(whole, is_strip=False, strengths=()))
     usual, (fewer, least) = whole.sampling_steps, _FEWER_STEPS
     first = whole.steps[:1]
     middle = sorted(whole.steps, key=lambda step: abs(2 * step - whole.steps[0] - whole.steps[-1]))[:1]
+    if whole.is_strip:
+        for counts in ((usual, fewer), (least,)):
+            for looks in (sorted({*first, *middle}), first, ()):
+                ends = replace(whole, is_strip=False, steps=tuple(looks))
+                yield from (replace(ends, sampling_steps=min(one, usual)) for one in counts)
+    yield (plain := replace(whole, is_strip=False, strengths=()))
     for steps, sampling in (
         (sorted({*first, *middle}), (usual, fewer, least)),
         (first, (least,)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from lorasmith.core.typed_json import Scalar
 from lorasmith.report.pictures import PictureTable
 from lorasmith.report.run_report import change, number
 from lorasmith.report.sweep_page import RankedRun, SweepReport, UnrankedRun, sweep_report
+from lorasmith.runs.presets import PRESETS, recipe_names
 from lorasmith.runs.run_log import LoggedRun, followed, read_run
 from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
@@ -138,17 +139,21 @@ def _is_of(planned: RunSpec, run: LoggedRun) -> bool:
     """Whether a complete run has the settings, and names the images and model, that the sweep gives it now."""
     try:
         spec = RunSpec.from_record(run.record.source, run.record.asked).trusted()
-        return _identity(spec) == _identity(planned)
+        is_chosen = planned.preset in PRESETS and run.record.source.get("preset") == planned.preset
+        chosen = recipe_names() - planned.settings.keys() if is_chosen else frozenset[str]()
+        return _identity(spec, chosen) == _identity(planned, chosen)
     except (OptionError, ValueError):
         return False
 
 
-def _identity(spec: RunSpec) -> dict[str, Any]:
-    """What makes two runs different. Of paths the name counts: photos and model may have been moved."""
+def _identity(spec: RunSpec, chosen: Set[str]) -> dict[str, Any]:
+    """What makes two runs different, but for settings that the recipe has chosen. Of paths the name counts: photos and
+    model may have been moved.
+    """
     settings = {
         name: value
         for name, value in {**vars(spec.data), **vars(spec.config)}.items()
-        if SETTINGS[name].changes_numbers and name not in _UNCOMPARED
+        if SETTINGS[name].changes_numbers and name not in _UNCOMPARED | chosen
     }
     for name in SETTING_PATHS:
         if isinstance(path := settings.get(name), str | tuple):

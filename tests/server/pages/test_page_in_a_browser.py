@@ -378,7 +378,7 @@ def test_pairs_without_a_model_that_edits_are_offered_a_slider(served: ServedPag
     expected(following).to_have_attribute("aria-disabled", "true")
     assert_legible(page)
     page.get_by_role("button", name="Make it a slider").click()
-    waits(page, "Suggested")
+    expected(page.locator("input[name=model]:checked")).to_have_count(1)
     until(lambda: served.draft("fox").get("settings", {}).get("pairs") == "slider")
     following.click()
     page.wait_for_url("**/settings")

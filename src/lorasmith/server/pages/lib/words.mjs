@@ -31,7 +31,7 @@ const CARDS = [4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80, 96, 141];
 /** The smallest usual card that has so much memory, and a twelfth for all else on it. */
 export function cardFor(number) {
   const size = CARDS.find((one) => one * 2 ** 30 >= number * (13 / 12));
-  return size ? `${size === 8 || size === 80 ? "an" : "a"} ${size} GB card` : "several large cards";
+  return size ? `${size === 8 || size === 80 ? "an" : "a"} ${size}\u00a0GB\u00a0card` : "several large cards";
 }
 
 /** A duration such as "about 4 minutes" (without "about" if exact). */

@@ -105,7 +105,12 @@ export function Queue({ except, empty = "" }) {
   if (!known) return null;
   const jobs = [...known.jobs.values()]
     .filter((job) => isQueued(job) && isAsked(job) && job.id !== except)
-    .sort((a, b) => ORDER[a.state] - ORDER[b.state] || (a.number ?? 0) - (b.number ?? 0));
+    .sort(
+      (a, b) =>
+        ORDER[a.state] - ORDER[b.state] ||
+        Number(a.gives_way) - Number(b.gives_way) ||
+        (a.number ?? 0) - (b.number ?? 0),
+    );
   if (!jobs.length) return empty ? html`<p class="faint">${empty}</p>` : null;
   return html`<section aria-labelledby="queue">
     <h2 id="queue">Queue</h2>

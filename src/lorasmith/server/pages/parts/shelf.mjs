@@ -16,16 +16,17 @@ const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
  *   `onGet`: called with {kind, name} of what to get
  *   `onChange`: called when a download was cancelled or forgotten
  *   `round`: changes when files may have arrived
+ *   `suggests`: whether the one for this computer is named, as none that is here can be
  */
-export function Shelf({ downloads, onGet, onChange, round }) {
+export function Shelf({ downloads, onGet, onChange, round, suggests }) {
   const [found, error, reload] = useLoaded((signal) => get(["shelf"], {}, signal), [round]);
   const memory = useMemory(found?.models);
   if (error) return html`<${Problem} error=${error} onRetry=${reload} />`;
   const offered = (found?.models ?? []).filter((one) => one.files.some((file) => !file.found));
   return html`<ul class="releases" aria-label="Models to get">
     ${offered.map(
-      (one) => html`<${ReleaseCard} key=${one.name} release=${one} memory=${memory[one.name]} onGet=${onGet}
-        onChange=${onChange} download=${downloads.find((each) => each.subject === `release:${one.name}`)} />`,
+      (one) => html`<${ReleaseCard} key=${one.name} release=${one} isBest=${suggests && one.best}
+        memory=${memory[one.name]} onGet=${onGet} onChange=${onChange} download=${downloads.find((each) => each.subject === `release:${one.name}`)} />`,
     )}
   </ul>`;
 }
@@ -68,19 +69,20 @@ export const Marks = ({ best, edits, clips }) => html`<span class="model-marks">
   ${clips && html`<span class="tag quiet">makes clips</span>`}
 </span>`;
 
-function ReleaseCard({ release, memory, download, onGet, onChange }) {
+function ReleaseCard({ release, isBest, memory, download, onGet, onChange }) {
   const missing = release.files.filter((one) => !one.found);
   const kept = sum(missing.map((one) => one.kept_bytes));
   const here = release.files.filter((one) => one.found);
   return html`<li class="release">
     <h3>${release.title}</h3>
-    <${Marks} best=${release.best} edits=${release.edits} clips=${release.clips} />
+    <${Marks} best=${isBest} edits=${release.edits} clips=${release.clips} />
     <p>${release.about}</p>
     <p class=${memory && memory.fits === false ? "fair" : "faint"}>${needWords(release, memory)}</p>
+    <p class="faint">${bytes(sum(missing.map((one) => one.size_bytes)))} to download</p>
     <p class="faint">
-      ${bytes(sum(missing.map((one) => one.size_bytes)))} to download
-      · <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>
-      ${release.gated ? ", to be accepted first" : ""}
+      <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>${
+        release.gated ? ", to be accepted first" : ""
+      }
     </p>
     ${
       here.length > 0 &&

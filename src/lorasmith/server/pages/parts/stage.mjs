@@ -58,10 +58,15 @@ export function Strip({ shots, step, best, total, onStep }) {
   const strip = useRef(null);
   useEffect(() => {
     const box = strip.current;
-    const button = box?.querySelector("[aria-pressed=true]");
-    if (!button) return;
-    box.scrollTop = button.offsetTop - (box.clientHeight - button.clientHeight) / 2;
-    box.scrollLeft = button.offsetLeft - (box.clientWidth - button.clientWidth) / 2;
+    const center = () => {
+      const button = box.querySelector("[aria-pressed=true]");
+      if (!button) return;
+      box.scrollTop = button.offsetTop - (box.clientHeight - button.clientHeight) / 2;
+      box.scrollLeft = button.offsetLeft - (box.clientWidth - button.clientWidth) / 2;
+    };
+    const size = new ResizeObserver(center); // calls once at first, and when a phone is turned
+    size.observe(box);
+    return () => size.disconnect();
   }, [step, shots.length]);
   const turn = (event) => {
     const by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[event.key];

@@ -45,7 +45,8 @@ function Others({ found, shelf, isOpen: isFirst }) {
     <details class="get-models" open=${isOpen ?? (isFirst || downloads.some((one) => isOnItsWay(one) || one.error))}
         onToggle=${(event) => setOpen(event.currentTarget.open)}>
       <summary><h2>Get a model</h2></summary>
-      <${Shelf} downloads=${downloads} round=${round} onGet=${setWanted} onChange=${lookAtDownloads} />
+      <${Shelf} downloads=${downloads} round=${round} onGet=${setWanted} onChange=${lookAtDownloads}
+        suggests=${found.models.every((one) => one.builtin)} />
       <${OwnFile} place=${joined(server?.base_dir, "models/checkpoints")} onAdded=${lookAgain} />
       <div class="actions"><${Button} onClick=${lookAgain}>Look again<//></div>
     </details>
@@ -109,7 +110,7 @@ export function ModelView({ dataset }) {
     if (found.fits === false) setTooLarge((names) => new Set([...names, model.name]));
     return found;
   };
-  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best}
+  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best && !model.builtin}
     chosen=${chosen} onChoose=${() => choose(model)} edit=${draft.edit} onEdit=${(edit) => change({ edit })}
     downloads=${downloads} onGet=${setWanted} onDownload=${lookAtDownloads}
     plan=${() => plan(model)} adapter=${adapter}

@@ -30,7 +30,7 @@ export function PhotosView({ dataset, edited }) {
   const captions = useCaptions(photos);
   const [listed, listError] = useLoaded((signal) => get(["models"], {}, signal), []);
   const [opened, open] = useState(null); // the dialog that is open: {name, file}
-  const [size, setSize] = useState(() => remembered() || clamp(innerWidth * 0.15, 170, 340));
+  const [own, setOwn] = useState(remembered); // the size that somebody chose
   const [picked, pick] = useState(/** @type {string[]} */ (edited ? [edited] : [])); // files; the last one is looked at
   const [mode, setMode] = useState(/** @type {"large" | "crop" | "mask" | null} */ (null));
   const [written, write] = useState(edited); // the photo whose caption has the focus
@@ -70,6 +70,7 @@ export function PhotosView({ dataset, edited }) {
 
   const captioned = images.filter((one) => captions.captionOf(one).trim()).length;
   const total = images.length + onTheWay.filter((one) => !one.isBefore).length;
+  const size = own || usualSize(total);
   const remarks = remarksOf({
     check: check.check,
     images,
@@ -201,7 +202,7 @@ export function PhotosView({ dataset, edited }) {
           }
           <${Slider} label="Size of the pictures" unseen min="90" max="420" step="10" value=${size}
             onInput=${(wide) => {
-              setSize(wide);
+              setOwn(wide);
               remembered(wide);
             }} />
         </span>
@@ -363,6 +364,9 @@ function beside(list, file, isBelow) {
 }
 
 const clamp = (number, least, most) => Math.min(most, Math.max(least, number));
+
+/** The height of pictures that fill most of the window, of a number of them. */
+const usualSize = (number) => clamp(Math.sqrt((0.42 * innerWidth * innerHeight) / Math.max(1, number)), 170, 340);
 
 /** The size of the pictures that the browser keeps, after it was changed; 0 if it keeps none. */
 function remembered(size = 0) {

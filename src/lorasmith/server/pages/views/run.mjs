@@ -118,7 +118,7 @@ function Verdict({ run, job, shown, reload }) {
       ${run.dataset && html`<${Button} onClick=${() => trainAgain(run)}>Train again with changes<//>`}
     </div>
     <p class="faint panel-facts">
-      ${[run.trigger && `Write “${run.trigger}” in prompts`, run.model, moment(run.started)]
+      ${[run.trigger && `Write “${run.trigger}” in prompts`, run.model, moment(run.started).replaceAll(" ", "\u00a0")]
         .filter(Boolean)
         .join(" · ")}
     </p>
