@@ -224,7 +224,8 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
 def _run_passes(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:
     """Forward passes that a run is worth, of latents of a size."""
     trained = statistics.fmean(one.size for one in samples)
-    return config.steps * config.samples_per_step * _STEP_PASSES * trained / size
+    ends = 2 if config.consequences().is_slider else 1  # that a step trains
+    return config.steps * config.samples_per_step * ends * _STEP_PASSES * trained / size
 
 
 def _each_step(base: Model) -> int:
@@ -243,10 +244,16 @@ def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
     first = whole.steps[:1]
     middle = sorted(whole.steps, key=lambda step: abs(2 * step - whole.steps[0] - whole.steps[-1]))[:1]
     if whole.is_strip:
-        for counts in ((usual, fewer), (least,)):
-            for looks in (sorted({*first, *middle}), first, ()):
-                ends = replace(whole, is_strip=False, steps=tuple(looks))
-                yield from (replace(ends, sampling_steps=min(one, usual)) for one in counts)
+        both = sorted({*first, *middle})
+        for looks, counts in (
+            (both, (usual, fewer)),
+            (first, (usual, fewer)),
+            (both, (least,)),
+            (first, (least,)),
+            ((), (fewer, least)),
+        ):
+            ends = replace(whole, is_strip=False, steps=tuple(looks))
+            yield from (replace(ends, sampling_steps=min(one, usual)) for one in counts)
     yield (plain := replace(whole, is_strip=False, strengths=()))
     for steps, sampling in (
         (sorted({*first, *middle}), (usual, fewer, least)),

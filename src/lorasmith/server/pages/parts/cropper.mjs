@@ -56,7 +56,7 @@ export function Cropper({ name, source, size, crop, onCrop, onCancel }) {
   const pixels = `${Math.round(box.width * size.width)} × ${Math.round(box.height * size.height)} pixels`;
   return html`<div class="cropper">
     <div class="stage">
-      <div class="whole" ref=${stage}>
+      <div class="whole" style=${{ "--ratio": size.width / size.height }} ref=${stage}>
         <img src=${source} alt=${`All of ${name}`} draggable="false" />
         <div class="crop-shade"><div style=${place}></div></div>
         <div class="crop-frame" style=${place}>

@@ -71,7 +71,7 @@ export function Loupe({ dataset, image, mode, at: [at, number], facts, version, 
         before &&
         html`<img key=${before.file} src=${controlOf(dataset, before.file, version)} alt=${`Before: ${before.file}`} />`
       }
-      <div class="whole">
+      <div class="whole" style=${image.width && image.height ? { "--ratio": image.width / image.height } : {}}>
         <img key=${image.file} src=${sourceOf(dataset, image, LARGE)} alt=${image.caption || image.file} />
         <${Shades} crop=${facts?.crop} mask=${image.mask && maskOf(dataset, image, LARGE, version)} />
       </div>

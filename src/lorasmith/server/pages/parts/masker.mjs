@@ -123,7 +123,7 @@ export function Masker({ name, source, mask, onMask, onCancel }) {
   const across = size * Math.min(1, 1 / ratio);
   return html`<div class="masker">
     <div class="stage">
-      <div class="whole">
+      <div class="whole" style=${{ "--ratio": ratio }}>
         <img ref=${image} src=${source} alt=${`All of ${name}`} draggable="false" onLoad=${start} />
         <canvas ref=${canvas} tabindex="0" role="application"
           aria-label=${`Brush: arrows move it, Space ${isDown ? "lifts" : "lowers"} it, brackets change its size`}

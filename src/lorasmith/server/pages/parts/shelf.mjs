@@ -26,7 +26,8 @@ export function Shelf({ downloads, onGet, onChange, round, suggests }) {
   return html`<ul class="releases" aria-label="Models to get">
     ${offered.map(
       (one) => html`<${ReleaseCard} key=${one.name} release=${one} isBest=${suggests && one.best}
-        memory=${memory[one.name]} onGet=${onGet} onChange=${onChange} download=${downloads.find((each) => each.subject === `release:${one.name}`)} />`,
+        memory=${memory[one.name]} onGet=${onGet} onChange=${onChange}
+        download=${downloads.find((each) => each.subject === `release:${one.name}`)} />`,
     )}
   </ul>`;
 }
@@ -80,9 +81,8 @@ function ReleaseCard({ release, isBest, memory, download, onGet, onChange }) {
     <p class=${memory && memory.fits === false ? "fair" : "faint"}>${needWords(release, memory)}</p>
     <p class="faint">${bytes(sum(missing.map((one) => one.size_bytes)))} to download</p>
     <p class="faint">
-      <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>${
-        release.gated ? ", to be accepted first" : ""
-      }
+      <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>
+      ${release.gated ? " (to be accepted first)" : ""}
     </p>
     ${
       here.length > 0 &&

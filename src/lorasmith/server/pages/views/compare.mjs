@@ -38,7 +38,8 @@ function Compared({ runs }) {
   const [isDrawer, setDrawer] = useState(false);
   const shot = (side) => {
     const place = side === "base" ? scenes.findIndex((all) => all.some((one) => one.prompt === prompt)) : Number(side);
-    const scene = scenes[place]?.find((one) => one.prompt === prompt);
+    const same = scenes[place]?.find((one) => one.prompt === prompt);
+    const scene = same ?? (shared.length ? null : scenes[place]?.[0]);
     if (!scene) return null;
     const step = stepsOf(scene).at(-1);
     const strengths = strengthsOf(scene, step).filter(Boolean);
@@ -72,6 +73,11 @@ function Compared({ runs }) {
       </div>
       ${
         prompts.length > 0 &&
+        !shared.length &&
+        html`<p class="faint">They drew no prompt in common: each shows its own.</p>`
+      }
+      ${
+        shared.length > 0 &&
         html`<div class="ideas" role="group" aria-label="Prompts">
           ${prompts.map(
             (one) => html`<button type="button" class="chip" key=${one} aria-pressed=${one === prompt}

@@ -180,7 +180,7 @@ function Learning({ job, run }) {
         <span class=${`dot ${isWaiting ? "" : "busy"}`}></span>${doing}
       </span>
       <span class="cover-words">
-        <b>${run ? shortName(run) : titleOf(job)}</b>
+        <b>${shortName(run ?? { label: titleOf(job) })}</b>
         <span>
           ${[words, step ? `step ${whole(step)} of ${whole(steps)}` : standing(view, isWaiting)]
             .filter(Boolean)

@@ -21,6 +21,7 @@ import { Replace } from "../parts/replace.mjs";
 import { bestOf, takesControls } from "./model.mjs";
 
 const SIZE_KEY = "lorasmith.sheet";
+const LARGEST = 560; // height of a picture
 const order = new Intl.Collator("en", { numeric: true }).compare;
 
 /** @param edited the picture whose caption has the focus at first */
@@ -200,7 +201,7 @@ export function PhotosView({ dataset, edited }) {
               <//>
             `
           }
-          <${Slider} label="Size of the pictures" unseen min="90" max="420" step="10" value=${size}
+          <${Slider} label="Size of the pictures" unseen min="90" max=${LARGEST} step="10" value=${size}
             onInput=${(wide) => {
               setOwn(wide);
               remembered(wide);
@@ -365,8 +366,15 @@ function beside(list, file, isBelow) {
 
 const clamp = (number, least, most) => Math.min(most, Math.max(least, number));
 
-/** The height of pictures that fill most of the window, of a number of them. */
-const usualSize = (number) => clamp(Math.sqrt((0.42 * innerWidth * innerHeight) / Math.max(1, number)), 170, 340);
+/** The largest height of a number of square pictures that fit into the window. */
+function usualSize(number) {
+  const beside = (innerWidth > 896 ? 352 : 8) + 2 * clamp(0.022 * innerWidth, 16, 40); // panel and gutters
+  const [wide, high] = [innerWidth - beside, innerHeight - 230];
+  const least = Math.min(170, 0.27 * innerWidth);
+  let across = 1;
+  while (Math.ceil(number / across) * (wide / across) > high && wide / across > least) across += 1;
+  return clamp(wide / across - 12, least, LARGEST);
+}
 
 /** The size of the pictures that the browser keeps, after it was changed; 0 if it keeps none. */
 function remembered(size = 0) {
