@@ -19,6 +19,8 @@ from tools.browsing import chromium, opened_browser
 PagesOpener = Callable[..., Any]
 
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
+AXE = Path(__file__).parents[3] / "tools" / "pages" / "node_modules" / "axe-core" / "axe.min.js"
+"""Installed by `make lint-pages`; without it, `assert_legible` checks the rest alone."""
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,22 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def assert_legible(page: Any, name: str = "") -> None:
-    """Text has contrast, controls have names, and nothing sticks out of the window."""
+    """Text has contrast, controls have names, nothing sticks out of the window, and axe finds nothing."""
     found = page.evaluate(CHECKS)
     assert found == {"faint": [], "nameless": [], "wide": []}, name
+    if AXE.is_file():
+        assert violations(page) == [], name
+
+
+def violations(page: Any) -> list[str]:
+    """What axe finds on a page: each rule with the first places where it is violated."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate(
+        """async () => (await axe.run({resultTypes: ["violations"]})).violations.map(
+            ({id, help, nodes}) => `${id}: ${help}: ${nodes.slice(0, 3).map((one) => one.html).join(" ")}`)"""
+    )
+    return list(found)
 
 
 def _is_wrong(message: Any) -> bool:

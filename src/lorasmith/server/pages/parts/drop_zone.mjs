@@ -77,11 +77,11 @@ export function ChooseFiles({ kind = "", verb = "Choose", what = "photos", isNam
     event.currentTarget.value = "";
   };
   return html`<div class="actions">
-    <button type="button" class=${`button small ${kind}`} aria-label=${isNamed ? `Choose ${what}` : undefined}
+    <button type="button" class=${`button small ${kind}`} aria-label=${isNamed ? `${verb} photos: ${what}` : undefined}
         onClick=${() => files.current.click()}>
       ${verb} photos
     </button>
-    <button type="button" class="button small" aria-label=${isNamed ? `Choose a folder of ${what}` : undefined}
+    <button type="button" class="button small" aria-label=${isNamed ? `${verb} a folder: ${what}` : undefined}
         onClick=${() => folder.current.click()}>
       ${verb} a folder
     </button>

@@ -99,7 +99,7 @@ function Compared({ runs }) {
                 ${shot(String(index)) && html`<img src=${shot(String(index))} alt="" loading="lazy" />`}
                 <span>${names[index]}</span>
               </button>
-              <a href=${link("runs", run.id)} aria-label=${`Open ${names[index]}`}>Open it</a>
+              <a href=${link("runs", run.id)} aria-label=${`Open it: ${names[index]}`}>Open it</a>
             </li>`,
           )}
         </ul>
