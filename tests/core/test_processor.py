@@ -15,6 +15,7 @@ from lorasmith.cli import main as command_line
 from lorasmith.core import processor
 from lorasmith.core.processor import (
     busy_processors,
+    is_alone,
     let_threads_sleep,
     processor_name,
     threads_beside,
@@ -95,6 +96,28 @@ def test_a_container_has_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert usable_processors() == 8, "there is no such file"
     (tmp_path / "cpu.max").write_text(quota)
     assert usable_processors() == processors
+
+
+@pytest.mark.parametrize(
+    ("system", "vendors", "alone"),
+    [
+        ("linux", ["0x8086", "0x1af4"], True),
+        ("linux", ["0x8086", "0x10de"], False),
+        ("linux", None, False),
+        ("darwin", ["0x8086"], False),
+    ],
+)
+def test_a_machine_that_surely_has_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str, vendors: list[str] | None, alone: bool
+) -> None:
+    for index, vendor in enumerate(vendors or []):
+        (tmp_path / "devices" / str(index)).mkdir(parents=True)
+        (tmp_path / "devices" / str(index) / "vendor").write_text(f"{vendor}\n")
+    monkeypatch.setattr(processor, "_PCI", tmp_path / "devices")
+    monkeypatch.setattr(processor, "_WSL_GPU", tmp_path / "dxg")
+    monkeypatch.setattr(processor.sys, "platform", system)
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    assert is_alone() is alone
 
 
 def test_the_processor_has_a_name() -> None:

@@ -28,7 +28,9 @@ def main() -> None:
                     jobs.extend(message[0]["jobs"])
                     arrived.release()
                 case "free":
-                    print("freed")
+                    print("freed", flush=True)
+                case "warm":
+                    print("warmed", flush=True)
         cancel.set()
         jobs.append({})
         arrived.release()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasmith.runs.queue import Job, JobStateError, UnknownJobError
-from lorasmith.server import server_disk
+from lorasmith.server import dispatcher, server_disk
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.request_handling import ServerContext
 from tests.launched import LONG_S
@@ -285,7 +285,34 @@ class Full:
         return getattr(self._database, name)
 
 
-async def test_devices_come_from_the_assistant(tmp_path: Path) -> None:
+async def test_the_first_page_has_a_model_ready_until_something_is_queued(context: ServerContext) -> None:
+    def said(text: str) -> int:
+        return sum(text in one["m"] for one in context.log.entries)
+
+    with context.dispatcher.watched():
+        with context.dispatcher.watched():
+            await until(lambda: said("warmed"))
+        assert not said("freed")
+    await until(lambda: said("freed"))
+    await ended(context, context.dispatcher.submit("train", {}))
+    with context.dispatcher.watched():
+        pass
+    await ended(context, context.dispatcher.submit("train", {"do": "steps", "steps": 1}))
+    assert (said("warmed"), said("freed")) == (1, 1)
+
+
+async def test_a_machine_without_gpus_waits_for_no_answer_about_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "is_alone", lambda: True)
+    async with dispatching(tmp_path, devices=None) as context:  # whose assistant is not started
+        with context.dispatcher.watched():
+            await until(lambda: any("warmed" in one["m"] for one in context.log.entries))
+        assert context.dispatcher.device()["name"] == "cpu"
+
+
+async def test_devices_come_from_the_assistant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "is_alone", lambda: False)
     context = fake_context(tmp_path, devices=None)
     await context.assistant.start()
     await context.dispatcher.start()

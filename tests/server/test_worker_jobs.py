@@ -29,7 +29,7 @@ from lorasmith.sampling.generate import generate
 from lorasmith.server.datasets.dataset_change_answers import captioning_request
 from lorasmith.server.runs.run_picture_answers import grid_request, run_gallery
 from lorasmith.server.runs.run_result_answers import draw_request, drawing_facts, keep_control
-from lorasmith.server.worker_jobs import job_kinds
+from lorasmith.server.worker_jobs import job_kinds, warm
 from lorasmith.training import train
 from tests.data.caption_models import MODELS
 
@@ -250,6 +250,18 @@ def test_a_measurement_is_kept_by_what_it_measures(worker: Worker, monkeypatch: 
         "subject": measurement_subject("lorasmith-tiny", settings | {"steps": 1}, "cpu"),
         "values": values,
     }
+
+
+def test_what_the_example_trains_is_loaded_ahead(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_jobs, "_WARM_BYTES", 2**60)
+    warm(worker.kinds)
+    assert worker.kinds["train"].model._kept is None, "memory is short"
+    monkeypatch.setattr(training_jobs, "_WARM_BYTES", 0)
+    warm(worker.kinds)
+    monkeypatch.setattr(training_jobs, "load_completed", None)
+    assert worker.run("train", TRAINING)["state"] == "completed"
+    worker.kinds["train"].free()
+    warm(worker.kinds)  # which cannot load now, and ends nothing
 
 
 def test_a_measurement_can_be_cancelled_between_its_stages(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,9 @@ and of LLVM's and Intel's in milliseconds. Their own defaults are 20 and 200 ms.
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEASURED_S = 0.2
+_PCI = Path("/sys/bus/pci/devices")
+_WSL_GPU = Path("/dev/dxg")
+_GPU_VENDORS = {"0x10de", "0x1002"}  # NVIDIA and AMD, whose GPUs torch uses
 
 BUSY = 0.5
 """Processors of other programs from which a machine counts as busy."""
@@ -60,6 +64,16 @@ def usable_processors() -> int:
         quota, period = _QUOTA.read_text().split()
         return max(1, min(len(_usable()), math.ceil(int(quota) / int(period))))
     return len(_usable())
+
+
+def is_alone() -> bool:
+    """Whether the machine surely has no GPU that torch uses; only a PC's Linux says so."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or _WSL_GPU.exists():
+        return False
+    try:
+        return not any(one.read_text().strip() in _GPU_VENDORS for one in _PCI.glob("*/vendor")) and _PCI.is_dir()
+    except OSError:
+        return False
 
 
 def threads_beside(most: int, busy: float) -> int:

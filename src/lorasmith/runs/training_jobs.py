@@ -20,7 +20,7 @@ from lorasmith.bench.benchmark import latent_side, measured
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.errors import CancelledError, OptionError
 from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.core.placement import free_device_memory
+from lorasmith.core.placement import free_device_memory, free_memory
 from lorasmith.core.printable import count_text, printable
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import EncodedDataset
@@ -44,6 +44,7 @@ from lorasmith.training.train import Plan
 from lorasmith.training.validation import UNJUDGED
 
 _BETWEEN_LINES_S = 30.0
+_WARM_BYTES = 2 * 2**30  # free memory with which a model is loaded ahead
 _TIMED_STEPS = 8  # of a measurement
 
 
@@ -176,6 +177,11 @@ class TrainingJobs:
 
     def free(self) -> None:
         self.model.release()
+
+    def warm(self, model: str) -> None:
+        """Load a model for the next job, unless memory is short."""
+        if free_memory(torch.device("cpu")) >= _WARM_BYTES:
+            self.model.load(RunSpec(model=model).files, self._work.folders())
 
     def _end_of(self, job: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         return how_it_ended(run, job=job["id"], log=self._work.start["log"])

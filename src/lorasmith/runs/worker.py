@@ -137,6 +137,9 @@ def _work(channel: BlockingChannel, start: dict[str, Any], inbox: _Inbox) -> Non
         if message["type"] == "free":
             _free(kinds)
             continue
+        if message["type"] == "warm":
+            module.warm(kinds)
+            continue
         if not _run(kinds, message["jobs"], channel, device):
             logging.getLogger("lorasmith").error("the device is not usable any more; the worker is replaced")
             return

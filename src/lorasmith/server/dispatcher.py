@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from lorasmith.core.errors import LorasmithError
+from lorasmith.core.processor import is_alone
 from lorasmith.runs.queue import ACTIVE, Job, JobKind, JobState, JobStateError, JobStore, StoreError
 from lorasmith.runs.supervisor import AGAIN_S, RestartedProcess, Supervisor, WorkerConfig
 from lorasmith.server.hub import Hub, LogBook, Notice
@@ -134,6 +135,7 @@ class Dispatcher:
         self._starting: asyncio.Task[None] | None = None
         self._evaluating: set[asyncio.Task[None]] = set()
         self._displaced: set[str] = set()  # evaluations that make room, and wait again afterwards
+        self._pages = 0  # that are open
 
     async def start(self) -> None:
         """Start the workers in the background, as soon as the devices are known."""
@@ -250,6 +252,27 @@ class Dispatcher:
             for worker in self._supervisor.workers:
                 worker.process.send({"type": "free"})
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside the context, a page is open. As long as nothing was ever queued, the first worker has the built-in
+        model ready for a first click, and gives it back when the last page is closed.
+        """
+        self._pages += 1
+        if self._pages == 1:
+            self._prepare("warm")
+        try:
+            yield
+        finally:
+            self._pages -= 1
+            if not self._pages:
+                self._prepare("free")
+
+    def _prepare(self, what: Literal["warm", "free"]) -> None:
+        with contextlib.suppress(StoreError):  # whoever uses the queue next says it
+            if not any(self._store.counts().values()):
+                for worker in self._supervisor.workers[:1]:
+                    worker.process.send({"type": what})
+
     def devices(self) -> list[dict[str, Any]]:
         """`{name, title, memory_bytes, free_bytes, state, job}` of each device, as far as known."""
         return [
@@ -313,6 +336,8 @@ class Dispatcher:
 
     async def _start_workers(self) -> None:
         devices = self._config.devices
+        if devices is None and is_alone():  # asking takes as long as torch takes to be imported
+            devices = [{"name": "cpu", "title": "CPU"}]
         while devices is None:
             try:
                 devices = await self._assistant.ask("devices")
@@ -320,6 +345,8 @@ class Dispatcher:
                 self._log.add("server", f"the devices are not known: {error}")
                 await asyncio.sleep(AGAIN_S)
         await self._supervisor.start(devices)
+        if self._pages:
+            self._prepare("warm")
 
     def _publish_queue(self) -> None:
         try:

@@ -36,7 +36,8 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
     topics = sorted(set(call.request.query.getall("topic", [])))
     if len(topics) > MOST_TOPICS:
         raise TooManyError(f"a stream must have at most {MOST_TOPICS} topics, got {len(topics):,}; close other pages")
-    with context.hub.subscribe(kinds=("job", "queue", "dataset", "check", "draft")) as notices:
+    notices = context.hub.subscribe(kinds=("job", "queue", "dataset", "check", "draft"))
+    with notices, context.dispatcher.watched():
         async with _stream(call.request) as stream:
             await stream.send("queue", context.store.queue_counts())
             for job in context.store.active(_FIRST_JOBS):

@@ -6,6 +6,7 @@ One executor of graphs caches results between them.
 from __future__ import annotations
 
 import gc
+import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from lorasmith.core.typed_json import typed
 from lorasmith.data.captioners import Captioner, load_captioner
 from lorasmith.data.image_files import open_image
 from lorasmith.evaluation.evaluation_record import DrawingSettings
-from lorasmith.families.locating import ModelFiles
+from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.captioning import made_caption
@@ -53,6 +54,17 @@ def job_kinds(work: Work) -> Mapping[str, JobKind]:
         "evaluate": drawing,
         "caption": CaptionJobs(work),
     }
+
+
+def warm(kinds: Mapping[str, JobKind]) -> None:
+    """Make ready what the example of the first open trains: the built-in model, if it is installed."""
+    training = kinds["train"]
+    assert isinstance(training, TrainingJobs)
+    try:
+        if built_in_models():
+            training.warm(BUILT_IN)
+    except Exception:  # any: the job that needs it says it
+        logging.getLogger("lorasmith").warning("nothing was loaded ahead:\n%s", traceback.format_exc())
 
 
 def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]:
