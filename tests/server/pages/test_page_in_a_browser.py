@@ -438,6 +438,42 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
 
 
 @pytest.mark.slow
+def test_several_values_are_tried_by_the_one_button_that_starts(served: ServedPage, open_page: Opener) -> None:
+    served.add_dataset()
+    page = open_page("#/new/fox/model")
+    page.get_by_role("button", name="Next: settings").click()
+    waits(page, "Takes about 3 minutes")  # 400 steps, as measured
+    page.get_by_text("Try several values").click()
+    first, second = (page.get_by_role("group", name=f"{one} setting") for one in ("First", "Second"))
+    important, others = first.locator("optgroup").all()
+    for names in (one.locator("option").all_inner_texts() for one in (important, others)):
+        assert names == sorted(names, key=str.lower) and len(names) > 5
+    first.get_by_label("Values").fill("4, abc")
+    waits(page, "Must be a whole number between 1 and")
+    page.get_by_role("button", name="Train 2 runs").click()  # shows the field
+    expected(first.get_by_label("Values")).to_be_focused()
+    first.get_by_label("Values").fill("4, 8")
+    second.get_by_label("Values").fill("200, 400")
+    waits(page, "Choose the setting that has these values.")
+    second.get_by_label("Setting (optional)").select_option("Steps")
+    expected(second.get_by_text("Number of optimizer updates.")).to_be_visible()
+    waits(page, "A fifth of the photos is kept aside")
+    waits(page, "Takes about 8 minutes for all 4 runs")  # twice 200 and 400 steps
+    page.get_by_role("button", name="Train 4 runs").click()
+    page.wait_for_url("**/#/sweeps/fox-sweep-001")
+    request = served.taken().request
+    tried = {name: request["settings"][name] for name in ("rank", "steps", "validation_share", "previews")}
+    assert tried == {"rank": 4, "steps": 200, "validation_share": 0.2, "previews": ""}
+
+    page.goto(served.address + "#/new/fox/settings")
+    page.get_by_text("Try several values").click()
+    first.get_by_label("Values").fill("24")  # one value is that of the one run
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/jobs/*")
+    assert served.do(served.context.store.pending)[-1].request["settings"] == {"rank": 24}
+
+
+@pytest.mark.slow
 def test_a_distilled_model_is_trained_with_its_adapter_if_that_is_chosen(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
     adapter = served.base / "models" / "loras" / "turbo_v2.safetensors"
@@ -901,8 +937,13 @@ def test_training_again_keeps_what_was_chosen_as_a_choice(served: ServedPage, op
     page.wait_for_url("**/settings")
     expected(page.locator("input[name=preset]:checked")).to_have_value("quick")
     expected(page.get_by_text("1 change")).to_have_count(0)
+    again = page.locator("p", has=page.get_by_role("link", name="fox-001"))
+    expected(again).to_have_text("fox-001 again, with nothing changed yet.")
+    page.get_by_role("radio", name="Thorough").check(force=True)
+    expected(again).to_contain_text("Rank 32 (8 before)")
     page.goto(served.address + "#/runs/runs%2Ffox-002")
     page.get_by_role("button", name="Train again with changes").click()
     page.wait_for_url("**/settings")
     expected(page.locator("input[name=preset]:checked")).to_have_value("quick")
     expected(page.locator(".all-settings > details > summary .tag")).to_have_text("1 change")
+    expected(page.get_by_text("fox-002 again, with nothing changed yet.")).to_have_count(1)

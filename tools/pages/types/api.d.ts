@@ -338,6 +338,7 @@ declare namespace Api {
     teaches: "" | "style" | "subject";
     settings: Record<string, any>;
     measurement: string | null;
+    again: string;
   }
   interface DraftBody {
     draft: Draft;

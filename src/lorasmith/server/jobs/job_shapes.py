@@ -28,6 +28,7 @@ class Draft:
     teaches: Annotated[Literal["", "subject", "style"], "what the pictures teach; guessed if empty"] = ""
     settings: Annotated[dict[str, Any], "those that differ from the preset's, by name"] = field(default_factory=dict)
     measurement: Annotated[str | None, "id of the job that measures a step for it"] = None
+    again: Annotated[str, "id of the run that is trained again; empty for none"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

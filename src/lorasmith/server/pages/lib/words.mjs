@@ -3,6 +3,7 @@
 const numbers = new Intl.NumberFormat("en");
 export const count = (number, one, many = `${one}s`) => `${numbers.format(number)} ${number === 1 ? one : many}`;
 export const capital = (text) => text && text[0].toUpperCase() + text.slice(1);
+export const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
 export const whole = (number) => numbers.format(Math.round(number));
 
 /** A loss or another measured number, in four significant digits. */

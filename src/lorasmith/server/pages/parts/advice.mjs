@@ -19,6 +19,7 @@ async function choose(run) {
     trigger: run.trigger,
     model: run.model,
     is_chosen: true,
+    again: run.id,
     ...chosen,
   });
 }

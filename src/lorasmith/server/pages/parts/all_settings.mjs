@@ -101,13 +101,8 @@ function Setting({ setting, preset, value, error, onChange }) {
       back();
       return;
     }
-    const found = setting.type === "text" ? text : Number(text);
-    const valid =
-      setting.type === "text" ||
-      (Number.isFinite(found) &&
-        (setting.type !== "integer" || Number.isInteger(found)) &&
-        (setting.min === null || found >= setting.min) &&
-        (setting.max === null || found <= setting.max));
+    const found = typedValue(setting, text);
+    const valid = found !== undefined;
     setTyped(valid ? null : text);
     setIsWrong(!valid);
     if (valid) choose(found);
@@ -141,7 +136,24 @@ function Setting({ setting, preset, value, error, onChange }) {
   <//>`;
 }
 
-function rangeOf({ type, min, max }) {
+/** The value that a text is for a setting; undefined if it is none. */
+export function typedValue({ type, choices, min, max }, text) {
+  if (type === "boolean") return { on: true, off: false }[text];
+  if (choices?.length) return choices.find((one) => one.toLowerCase() === text.toLowerCase());
+  if (type === "text") return text;
+  const found = Number(text);
+  const isOutside =
+    !Number.isFinite(found) ||
+    (type === "integer" && !Number.isInteger(found)) ||
+    (min !== null && found < min) ||
+    (max !== null && found > max);
+  return isOutside ? undefined : found;
+}
+
+/** What values a setting takes, in a sentence. */
+export function rangeOf({ type, choices, min, max }) {
+  if (type === "boolean") return "Must be on or off.";
+  if (choices?.length) return `Must be one of ${choices.join(", ")}.`;
   const what = type === "integer" ? "a whole number" : "a number";
   if (min !== null && max !== null) return `Must be ${what} between ${min} and ${max}.`;
   if (min !== null) return `Must be ${what} of at least ${min}.`;

@@ -3,10 +3,8 @@ import { get, post, put, remove } from "../lib/api.mjs";
 import { isOnItsWay, sendModel } from "../lib/downloads.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { announcement, said, say } from "../lib/stores.mjs";
-import { bytes, capital, cardFor, duration } from "../lib/words.mjs";
+import { bytes, capital, cardFor, duration, sum } from "../lib/words.mjs";
 import { Button, Dialog, Field, Notice, Problem, Progress, useLoaded } from "./basics.mjs";
-
-const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
 
 /**
  * Cards of released models that are not whole in the model folders.

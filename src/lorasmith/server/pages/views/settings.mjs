@@ -5,15 +5,17 @@ import { html, useEffect, useState } from "../lib/html.mjs";
 import { KINDS, kindOf } from "../lib/kinds.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
-import { capital, cardFor, count, duration, slug, whole } from "../lib/words.mjs";
+import { capital, cardFor, count, duration, nameWords, slug, sum, valueWords, whole } from "../lib/words.mjs";
 import { Button, Choices, Fold, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { isActive } from "../parts/jobs.mjs";
 import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
+import { nameOfRun } from "../parts/run_card.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { Distilled } from "./model.mjs";
-import { TryValues } from "./sweep.mjs";
+import { NO_TRIES, TryValues, gridOf, runsOf } from "./sweep.mjs";
 
 const PLAN_AFTER_MS = 500;
+const HELD_OUT = 0.2; // share of the photos that judge several runs, where none would be kept aside
 const OWN_FIELDS = new Set(["trigger"]); // asked for elsewhere
 
 export function SettingsView({ dataset }) {
@@ -38,6 +40,9 @@ export function SettingsView({ dataset }) {
   const kind = kindOf(draft, draft.pairs ?? false);
   const planError = planErrors[preset?.name];
   const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
+  const [tries, setTries] = useState(NO_TRIES);
+  const grid = gridOf(tries, declared?.groups ?? []);
+  const runs = runsOf(grid);
 
   const body = () => ({
     dataset,
@@ -53,12 +58,24 @@ export function SettingsView({ dataset }) {
     if (shownInvalid()) return;
     setFailure(null);
     try {
-      const job = await post(["jobs"], { kind: "train", evaluate: true, ...body() });
-      change({ measurement: null });
-      go("jobs", job.id);
+      const [view, { id }] = runs > 1 ? ["sweeps", await startTries()] : ["jobs", await startOne()];
+      change({ measurement: null, again: "" });
+      go(view, id);
     } catch (problem) {
       setFailure(problem);
     }
+  }
+  const single = () => Object.fromEntries(Object.entries(grid).map(([name, [value]]) => [name, value]));
+  function startOne() {
+    const job = body();
+    return post(["jobs"], { kind: "train", evaluate: true, ...job, settings: { ...job.settings, ...single() } });
+  }
+  /** The runs are ranked by photos that are held out; of few photos none are, unless it is asked for. */
+  function startTries() {
+    const job = body();
+    const judged = plan?.held_out ? {} : { validation_share: HELD_OUT };
+    const others = Object.entries({ ...judged, ...job.settings }).filter(([name]) => !(name in grid));
+    return post(["sweeps"], { ...job, settings: Object.fromEntries(others), grid });
   }
 
   if (!draft.model) {
@@ -74,6 +91,12 @@ export function SettingsView({ dataset }) {
     <${Stepper} at="settings" dataset=${dataset} />
     <section>
       <h1>How thoroughly?</h1>
+      ${
+        draft.again &&
+        declared &&
+        html`<${Again} id=${draft.again} draft=${draft} images=${images} groups=${declared.groups}
+          values=${{ ...preset?.settings, ...plan?.recipe, ...own }} />`
+      }
       <${Problem} error=${error} onRetry=${reload} />
       ${!declared && !error && html`<${Loading} what="settings" />`}
       <${Choices} label="How thoroughly" name="preset" value=${preset?.name}
@@ -144,17 +167,41 @@ export function SettingsView({ dataset }) {
     ${
       declared &&
       preset &&
-      html`<${TryValues} groups=${declared.groups} base=${body} seconds=${timeOf(plan, stepSeconds)} />`
+      html`<${TryValues} groups=${declared.groups} hidden=${OWN_FIELDS} tries=${tries} onChange=${setTries}
+        note=${runs > 1 && !plan?.held_out && "A fifth of the photos is kept aside to judge them."} />`
     }
-    <${NextBar} note=${noteOf(plan, stepSeconds)}>
+    <${NextBar} note=${noteOf(plan, stepSeconds, grid, runs)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
       <${Button} kind="primary" disabled=${!preset || (planError && planError.status !== 503)} busyText="Starting…"
           onClick=${start}>
-        Start training
+        ${runs > 1 ? `Train ${runs} runs` : "Start training"}
       <//>
     <//>
     ${failure && html`<div class="beside-bar"><${Problem} error=${failure} /></div>`}
   `;
+}
+
+/** Which run is trained again, and what differs from it. */
+function Again({ id, draft, images, groups, values }) {
+  const [run] = useLoaded((signal) => get(["runs", id], {}, signal), [id]);
+  if (!run) return null;
+  const own = groups
+    .flatMap((group) => group.settings)
+    .filter((one) => !OWN_FIELDS.has(one.name))
+    .map((one) => [nameWords(one.name), run.changed[one.name] ?? one.default, values[one.name] ?? one.default]);
+  const differing = [
+    ["Photos", run.images.length, images],
+    ["Model", run.model, draft.model],
+    ["Trigger", run.trigger, draft.trigger.trim()],
+    ...own,
+  ].filter(([, before, now]) => valueWords(before) !== valueWords(now));
+  return html`<p>
+    <a href=${link("runs", id)}>${nameOfRun(run)}</a> again, with ${
+      differing.length
+        ? differing.map(([name, before, now]) => `${name} ${valueWords(now)} (${valueWords(before)} before)`).join(", ")
+        : "nothing changed yet"
+    }.
+  </p>`;
 }
 
 const Fact = ({ name, value }) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
@@ -165,12 +212,21 @@ const words = (settings) =>
 const millions = (number) => (number >= 1e6 ? `${Number((number / 1e6).toPrecision(3))} million` : whole(number));
 const timeOf = (plan, stepSeconds) =>
   plan?.seconds ?? (plan && stepSeconds ? stepSeconds * plan.steps : (plan?.estimated_seconds ?? null));
-const noteOf = (plan, stepSeconds) =>
-  timeOf(plan, stepSeconds)
-    ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}`
-    : plan
-      ? count(plan.seen, "photo seen", "photos seen")
-      : "";
+/** The time that a plan takes, of each run of a grid where there are several. */
+function noteOf(plan, stepSeconds, grid, runs) {
+  const seconds = timeOf(plan, stepSeconds);
+  if (!seconds) return plan ? count(plan.seen, "photo seen", "photos seen") : "";
+  const share = Object.entries(grid).reduce((all, [name, values]) => all * timesAs(plan, name, values), 1);
+  return `Takes ${duration(seconds * share, { about: true })}${runs > 1 ? ` for all ${runs} runs` : ""}`;
+}
+
+/** How often the time of a plan the runs with these values take. */
+const timesAs = (plan, name, values) =>
+  name === "steps"
+    ? sum(values) / plan.steps
+    : name === "resolution"
+      ? sum(values.map((one) => one ** 2)) / plan.resolution ** 2
+      : values.length;
 
 /** @param {Props<{ plan: Api.PlanAnswer | null | undefined }>} props */
 function Teaches({ draft, change, plan }) {

@@ -1,10 +1,11 @@
 // Several runs that try different values: their list, the table of one, and the form that starts one.
-import { get, post } from "../lib/api.mjs";
-import { html, useEffect, useState } from "../lib/html.mjs";
-import { go, link } from "../lib/router.mjs";
+import { get } from "../lib/api.mjs";
+import { html, useEffect } from "../lib/html.mjs";
+import { link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
-import { count, duration, measured, nameWords, stateWords, valueWords, whole } from "../lib/words.mjs";
-import { Button, Field, Loading, Notice, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { count, measured, nameWords, stateWords, valueWords, whole } from "../lib/words.mjs";
+import { Field, Loading, Notice, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { rangeOf, typedValue } from "../parts/all_settings.mjs";
 import { Queue } from "../parts/jobs.mjs";
 
 const AGAIN_MS = 10000; // a sweep of the command line sends no events
@@ -107,28 +108,38 @@ export function SweepView({ id }) {
   `;
 }
 
-/** Starts a sweep: up to two of the declared settings, each with values to try. `base` makes the body of a job. */
-export function TryValues({ groups, base, seconds }) {
-  const [rows, setRows] = useState([
-    { name: "rank", text: "" },
-    { name: "", text: "" },
-  ]);
-  const [error, setError] = useState(null);
-  const change = (index, part) => setRows((all) => all.map((row, at) => (at === index ? { ...row, ...part } : row)));
-  const chosen = rows.filter((row) => row.name && row.text.trim());
-  const number = chosen.reduce((all, row) => all * values(row.text).length, chosen.length ? 1 : 0);
-  async function start() {
-    setError(null);
-    const grid = Object.fromEntries(chosen.map((row) => [row.name, values(row.text)]));
-    const body = base();
-    const own = Object.fromEntries(Object.entries(body.settings).filter(([name]) => !(name in grid)));
-    try {
-      const sweep = await post(["sweeps"], { ...body, settings: own, grid });
-      go("sweeps", sweep.id);
-    } catch (problem) {
-      setError(problem);
-    }
-  }
+/** Settings to try, none with values yet: {name, text} of each. */
+export const NO_TRIES = [
+  { name: "rank", text: "" },
+  { name: "", text: "" },
+];
+
+/** The values to try, by the name of their setting; nothing where no values are typed. */
+export const gridOf = (tries, groups) =>
+  Object.fromEntries(
+    tries
+      .map((row) => [settingOf(groups, row.name), partsOf(row.text)])
+      .filter(([setting, parts]) => setting && parts.length)
+      .map(([setting, parts]) => [setting.name, parts.map((part) => typedValue(setting, part) ?? part)]),
+  );
+
+/** The number of runs of a grid: one without values. */
+export const runsOf = (grid) => Object.values(grid).reduce((all, values) => all * values.length, 1);
+
+const settingOf = (groups, name) => groups.flatMap((group) => group.settings).find((one) => one.name === name);
+const partsOf = (text) =>
+  text
+    .split(",")
+    .map((one) => one.trim())
+    .filter(Boolean);
+
+/** Up to two settings with values to try; what starts the training trains each combination of them. */
+export function TryValues({ groups, hidden, tries, note, onChange }) {
+  const change = (index, part) => onChange(tries.map((row, at) => (at === index ? { ...row, ...part } : row)));
+  const all = groups
+    .flatMap((group) => group.settings)
+    .filter((one) => !hidden.has(one.name))
+    .sort((a, b) => (a.label || nameWords(a.name)).localeCompare(b.label || nameWords(b.name)));
   return html`<section class="all-settings">
     <details>
       <summary><h2>Try several values</h2></summary>
@@ -136,58 +147,36 @@ export function TryValues({ groups, base, seconds }) {
         Trains it several times, so that you can pick the best. Separate values by commas, such as 8, 16.
       </p>
       <div class="fields">
-        ${rows.map(
-          (row, index) => html`<div class="fields two" key=${index} role="group"
+        ${tries.map((row, index) => {
+          const setting = settingOf(groups, row.name);
+          const parts = partsOf(row.text);
+          const isTwice = index > 0 && setting && tries[0].name === row.name && parts.length > 0;
+          const wrong = setting
+            ? parts.some((part) => typedValue(setting, part) === undefined) && rangeOf(setting)
+            : parts.length > 0 && "Choose the setting that has these values.";
+          return html`<div class="fields two" key=${index} role="group"
               aria-label=${index ? "Second setting" : "First setting"}>
-            <${Field} label="Setting" optional=${index > 0}>
+            <${Field} label="Setting" optional=${index > 0} help=${setting?.help}>
               ${(attributes) => html`<select ...${attributes} value=${row.name}
                   onChange=${(event) => change(index, { name: event.currentTarget.value })}>
                 <option value="">none</option>
-                <optgroup label="The most important">
-                  ${groups.flatMap((group) => group.settings.filter((one) => one.main)).map(option)}
-                </optgroup>
-                ${groups.map(
-                  (group) => html`<optgroup key=${group.title} label=${group.title}>
-                    ${group.settings.filter((one) => !one.main).map(option)}
-                  </optgroup>`,
-                )}
+                <optgroup label="The most important">${all.filter((one) => one.main).map(option)}</optgroup>
+                <optgroup label="All others">${all.filter((one) => !one.main).map(option)}</optgroup>
               </select>`}
             <//>
-            <${Field} label="Values">
+            <${Field} label="Values" error=${wrong || (isTwice && "Both settings are the same.")}>
               ${(attributes) => html`<input ...${attributes} type="text" autocomplete="off" spellcheck=${false}
                 value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} />`}
             <//>
-          </div>`,
-        )}
+          </div>`;
+        })}
       </div>
-      <div class="tools">
-        <${Button} disabled=${number < 2} busyText="Starting…" onClick=${start}>
-          ${number < 2 ? "Train each" : `Train ${number} runs`}
-        <//>
-        ${
-          number > 1 &&
-          seconds &&
-          html`<span class="faint">Takes ${duration(seconds * number, { about: true })} for all ${number}</span>`
-        }
-      </div>
-      <${Problem} error=${error} />
+      ${note && html`<p class="faint">${note}</p>`}
     </details>
   </section>`;
 }
 
 const option = (one) => html`<option key=${one.name} value=${one.name}>${one.label || nameWords(one.name)}</option>`;
-
-/** Numbers and on/off as JSON, everything else as text. */
-function values(text) {
-  return text
-    .split(",")
-    .map((one) => one.trim())
-    .filter(Boolean)
-    .map((one) => {
-      if (one === "on" || one === "off") return one === "on";
-      return one !== "" && Number.isFinite(Number(one)) ? Number(one) : one;
-    });
-}
 
 /** Loads again when a job has ended, and from time to time while something runs. */
 function useAgain(busy, reload) {
