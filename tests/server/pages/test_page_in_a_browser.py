@@ -158,7 +158,7 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     expected(pictures[0]).to_have_attribute("src", re.compile("v=1"))
     assert [colour(page, one) for one in pictures[:2]] == ["0,255,0", "255,0,0"]
 
-    page.get_by_role("button", name="Move stray.png to another picture").press("Enter")
+    page.get_by_role("button", name="Move it to another picture: stray.png").press("Enter")
     dialog = page.get_by_role("dialog")
     assert_legible(page, "dialog")
     dialog.get_by_role("button", name="fox_3.png").press("Enter")
@@ -172,7 +172,7 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     waits(page, "1 photo added")
     expected(pictures[0]).to_have_attribute("src", re.compile("v=3"))
     page.keyboard.press("ArrowRight")
-    page.get_by_role("button", name="Remove the “before”, fox_2.png").click()
+    page.get_by_role("button", name="Remove it, the “before”: fox_2.png").click()
     expected(before[1]).to_contain_text("No “before”")
     assert {one.name for one in (folder / "control").iterdir()} == {"fox_1.png", "fox_3.png"}
     page.reload()

@@ -72,11 +72,11 @@ export function Before({ image, controls, words, actions }) {
       .filter((one) => !one.fixed)
       .map(
         ({ file }) => html`
-          <button type="button" class="button small" aria-label=${`Move ${file} to another picture`}
+          <button type="button" class="button small" aria-label=${`Move it to another picture: ${file}`}
               onClick=${() => actions.move(file)}>
             <${Icon} name="swap" />Move it
           </button>
-          <button type="button" class="button small" aria-label=${`Remove the ${words.other}, ${file}`}
+          <button type="button" class="button small" aria-label=${`Remove it, the ${words.other}: ${file}`}
               onClick=${() => actions.remove(file)}>
             <${Icon} name="trash" />Remove it
           </button>

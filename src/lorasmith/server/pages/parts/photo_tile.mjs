@@ -70,9 +70,14 @@ export function PhotoTile(props) {
     const source = sources.find((one) => !unseen.includes(one));
     const ratio = image?.width && image.height ? image.width / image.height : USUAL;
     const kind = picture ? "pale" : (upload?.state ?? "");
+    const control = words && image ? image.controls[0] : null;
+    const missing =
+      words && image && (!control ? `No ${words.other}` : control.problem || (control.fixed && control.file));
+    const badge = picture ? "Left out" : upload && (upload.state === "sending" ? "Sending…" : "Waiting…");
     const said = [
       upload?.isBefore ? `Before: ${name}` : name,
-      picture && "left out",
+      missing,
+      badge,
       caption,
       remarks && (remarks === 1 ? "1 remark" : `${remarks} remarks`),
     ];
@@ -97,14 +102,14 @@ export function PhotoTile(props) {
               event.preventDefault();
               latest.current?.onPair(control, name);
             }}>
-          ${image.controls.slice(0, 1).map((one) =>
-            one.fixed || one.problem
-              ? html`<span class="missing">${one.problem || one.file}</span>`
-              : html`<img key=${one.file} src=${controlOf(dataset, one.file, version)} loading="lazy"
-                  alt=${`${capital(words.other)}: ${one.file}`} draggable=${canPair ? "true" : "false"}
-                  onDragStart=${(event) => event.dataTransfer.setData(DRAGGED, one.file)} />`,
-          )}
-          ${image.controls.length === 0 && html`<span class="missing">No ${words.other}</span>`}
+          ${
+            missing
+              ? html`<span class="missing">${missing}</span>`
+              : control &&
+                html`<img key=${control.file} src=${controlOf(dataset, control.file, version)} loading="lazy"
+                  alt=${`${capital(words.other)}: ${control.file}`} draggable=${canPair ? "true" : "false"}
+                  onDragStart=${(event) => event.dataTransfer.setData(DRAGGED, control.file)} />`
+          }
         </div>`
       }
       <div class="half">
@@ -120,8 +125,7 @@ export function PhotoTile(props) {
           html`<${Shades} crop=${facts?.crop} mask=${image.mask && maskOf(dataset, image, THUMBNAIL, version)} />`
         }
       </div>
-      ${upload && html`<span class="badge pill">${upload.state === "sending" ? "Sending…" : "Waiting…"}</span>`}
-      ${picture && html`<span class="badge pill">Left out</span>`}
+      ${badge && html`<span class="badge pill">${badge}</span>`}
       ${remarks > 0 && html`<span class="dot-mark"></span>`}
       ${image?.mask && html`<span class="badge mask-mark"><${Icon} name="brush" /></span>`}
     </li>`;
