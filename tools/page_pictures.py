@@ -221,6 +221,8 @@ def _beside(page: Any, address: str, camera: _Camera) -> None:
         page.wait_for_timeout(1000)
         camera.every_look(f"all-{name}", page)
     page.goto(f"{address}#/runs")
+    page.locator(".run-rows li").first.wait_for()
+    page.get_by_role("link", name="Watch").wait_for(state="detached")  # the end of the training
     for box in page.get_by_role("checkbox").all()[-2:]:
         box.check()
     camera.every_look("all-runs-marked", page, widths=(_PHONE, _SIZE["width"]))
@@ -233,7 +235,7 @@ def _beside(page: Any, address: str, camera: _Camera) -> None:
         ("editor/?run=runs/sks-fox-001", "editor"),
     ):
         page.goto(f"{address}{view}")
-        page.wait_for_timeout(5000)
+        page.wait_for_timeout(15_000)
         camera.every_look(name, page)
 
 

@@ -58,7 +58,7 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
             <div>
               ${run.subject && html`<p>Write <b>${run.subject}</b> in your prompts.</p>`}
               <div class="keep-ways">
-                <a class="button primary" href=${fileOfRun(run.id, file)} download>
+                <a class="button primary" href=${fileOfRun(run.id, file)} download autofocus>
                   <${Icon} name="download" /> Download the file <small>${bytes(size)}</small>
                 </a>
                 <${Button} onClick=${install}><${Icon} name="check" /> Copy to ComfyUI<//>
