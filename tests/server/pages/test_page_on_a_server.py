@@ -19,7 +19,7 @@ from tools.browsing import Served, drop, served
 pytestmark = pytest.mark.slow
 
 STEPS = 40
-PATIENCE_MS = 300_000
+PATIENCE_MS = 600_000
 """For a step of the way, on a busy machine."""
 
 

@@ -95,7 +95,7 @@ def test_the_fox_in_one_click(page: Any, base: Path, server: Served, tmp_path: P
     cover.click()
     page.get_by_role("button", name="Keep this one").wait_for()
     loaded(page, ".easel img", 2)
-    assert change_in_diffusers(keep(page, hand, "a-fox.safetensors", tmp_path)) > 1e-3
+    assert change_in_diffusers(keep(page, hand, "fox.safetensors", tmp_path)) > 1e-3
     hand.reached("the LoRA as a file")
     page.close()
     (run,) = (base / "runs").iterdir()
