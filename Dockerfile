@@ -17,7 +17,7 @@ RUN --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt \
 RUN --mount=type=bind,source=.,target=/tmp/source,rw \
     cd /tmp/source \
  && /opt/lorasmith/bin/pip install --no-cache-dir --constraint constraints.txt \
-    ".[models,gguf,video]" ./lorasmith-tiny ./lorasmith-editor
+    ".[models,gguf,likeness,video]" ./lorasmith-tiny ./lorasmith-editor
 
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data lorasmith \
  && install --directory --owner lorasmith --group lorasmith /data /data/models /data/runs
