@@ -47,8 +47,10 @@ export function duration(seconds, { about = false } = {}) {
         ? `about ${10 * Math.round(seconds / 10)} seconds`
         : "about a minute";
   if (seconds < 90) return `${prefix}${count(Math.round(seconds), "second")}`;
-  const minutes = Math.round(seconds / 60);
+  let minutes = Math.round(seconds / 60);
   if (minutes < 60) return `${prefix}${count(minutes, "minute")}`;
+  const unit = minutes < 180 ? 10 : 60;
+  if (about) minutes = unit * Math.round(minutes / unit);
   const hours = Math.floor(minutes / 60);
   const rest = minutes % 60;
   if (hours < 24) return `${prefix}${count(hours, "hour")}${rest ? ` ${rest} min` : ""}`;

@@ -49,7 +49,7 @@ async function newSet(files) {
   return name;
 }
 
-/** The first word that all names of pictures share, other than a camera's. */
+/** The first word that most names of pictures share, other than a camera's. */
 function sharedWord(pictures) {
   const words = pictures.map(({ path }) =>
     slug(
@@ -59,9 +59,14 @@ function sharedWord(pictures) {
         .replace(/\.[^.]*$/, ""),
     ).split("-"),
   );
-  return words[0].find(
-    (one) => /^\p{L}{3,}$/u.test(one) && !CAMERAS.has(one) && words.every((all) => all.includes(one)),
-  );
+  return words
+    .flat()
+    .find(
+      (one) =>
+        /^\p{L}{3,}$/u.test(one) &&
+        !CAMERAS.has(one) &&
+        words.filter((all) => all.includes(one)).length > words.length / 2,
+    );
 }
 
 /** Creates a folder of photos under a free name and returns the name. */

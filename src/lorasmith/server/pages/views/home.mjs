@@ -12,7 +12,7 @@ import { timeLeft, useView } from "../parts/live_run.mjs";
 import { NewTile } from "../parts/new_set.mjs";
 import { Cover, nameOfRun, shortName } from "../parts/run_card.mjs";
 import { Stage } from "../parts/stage.mjs";
-import { SetTile } from "./sets.mjs";
+import { SetTile, useCovers } from "./sets.mjs";
 import { Sweeps } from "./sweep.mjs";
 
 const FIRST = 60; // runs of the first answer; the others follow
@@ -163,6 +163,7 @@ function Learning({ job, run }) {
   const newest = drawn.at(-1);
   const src =
     newest && id ? fileOfRun(id, newest.file, LARGE_PX) : run?.cover ? fileOfRun(id, run.cover, LARGE_PX) : "";
+  const photos = useCovers(src ? "" : job?.request?.dataset);
   const earlier = useRef({ now: "", before: "" });
   if (earlier.current.now !== src) earlier.current = { now: src, before: earlier.current.now };
   const { step = 0, steps = 0 } = view ?? run ?? {};
@@ -175,6 +176,10 @@ function Learning({ job, run }) {
       ${
         src &&
         html`<img key=${src} class="newest" src=${src} alt=${newest ? `Step ${newest.step}: ${newest.prompt}` : ""} />`
+      }
+      ${
+        photos.length === 4 &&
+        html`<span class="cover four">${photos.map((one) => html`<img key=${one} src=${one} alt="" />`)}</span>`
       }
       <span class="badge">
         <span class=${`dot ${isWaiting ? "" : "busy"}`}></span>${doing}

@@ -3,11 +3,12 @@ import { get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { go, link, replace } from "../lib/router.mjs";
 import { announcement, said, say, useStore, work } from "../lib/stores.mjs";
-import { capital, whole } from "../lib/words.mjs";
+import { capital, count, whole } from "../lib/words.mjs";
 import { Button, Loading, Problem, Progress, Question, State, useLoaded } from "../parts/basics.mjs";
 import { act, isActive, titleOf } from "../parts/jobs.mjs";
 import { timeLeft, useView } from "../parts/live_run.mjs";
 import { Room } from "../parts/room.mjs";
+import { useCovers } from "./sets.mjs";
 
 const SPOKEN = { completed: "finished", cancelled: "stopped", pending: "waiting" };
 const SPOKEN_SHARES = 10; // progress is read out this often
@@ -59,7 +60,10 @@ export function JobView({ id }) {
           ${
             state === "pending" &&
             html`
-              <${Button} onClick=${() => act(job, "move", { front: true })}>To the front<//>
+              ${
+                jobsAhead(job, known) > 0 &&
+                html`<${Button} onClick=${() => act(job, "move", { front: true })}>To the front<//>`
+              }
               <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Do not train<//>
             `
           }
@@ -163,15 +167,13 @@ export function Requests({ id }) {
  */
 function Standing({ job, view, known }) {
   if (job.state === "pending") {
-    const ahead = [...(known?.jobs.values() ?? [])].filter(
-      (one) =>
-        one.id !== job.id &&
-        !one.gives_way &&
-        (one.state === "running" || (one.state === "pending" && one.number < job.number)),
-    ).length;
-    return html`<p class="easel-words" role="status">
-      ${ahead ? `It starts after ${ahead === 1 ? "one other job" : `${ahead} other jobs`}.` : "It starts in a moment."}
-    </p>`;
+    const ahead = jobsAhead(job, known);
+    return html`<div class="easel-words">
+      <${Photos} of=${job.request?.dataset} />
+      <p role="status">
+        ${ahead ? `It starts after ${count(ahead, "other job")}.` : "It starts in a moment."}
+      </p>
+    </div>`;
   }
   if (job.state === "paused")
     return html`<p class="easel-words">It is paused. All of it is stored, also when the server is stopped.</p>`;
@@ -179,7 +181,9 @@ function Standing({ job, view, known }) {
   if (job.state !== "running") return html`<p class="easel-words">Nothing was drawn yet.</p>`;
   const lines = view?.preparation ?? [];
   const isDrawing = view?.status.startsWith("Drawing");
-  return html`<div class="easel-words" role="status">
+  return html`<div class="easel-words">
+    <${Photos} of=${job.request?.dataset} />
+    <div role="status">
     ${
       view?.step > 0 || isDrawing
         ? html`<p>${isDrawing ? "Drawing what it looks like without your LoRA…" : "The first picture comes soon."}</p>`
@@ -190,5 +194,24 @@ function Standing({ job, view, known }) {
           <progress aria-label="Preparing"></progress>
         `
     }
+    </div>
   </div>`;
+}
+
+/** How many jobs run or wait before one that waits. */
+const jobsAhead = (job, known) =>
+  [...(known?.jobs.values() ?? [])].filter(
+    (one) =>
+      one.id !== job.id &&
+      !one.gives_way &&
+      (one.state === "running" || (one.state === "pending" && one.number < job.number)),
+  ).length;
+
+/** Some of what a LoRA learns from, until there is a picture of its own. */
+function Photos({ of }) {
+  const files = useCovers(of);
+  return (
+    files.length > 0 &&
+    html`<p class="learnt-from">${files.map((src) => html`<img key=${src} src=${src} alt="" decoding="async" />`)}</p>`
+  );
 }

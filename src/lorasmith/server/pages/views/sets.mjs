@@ -26,21 +26,26 @@ export function SetsView() {
   </section>`;
 }
 
+const coversOf = (set) => set.covers.map((file) => address(["datasets", set.name, "images", file], { width: TILE_PX }));
+
+/** Up to four pictures of a set; none of one that is not there. */
+export function useCovers(name) {
+  const [found] = useLoaded((signal) => (name ? get(["datasets"], {}, signal) : Promise.resolve(null)), [name]);
+  const set = found?.datasets.find((one) => one.name === name);
+  return set ? coversOf(set) : [];
+}
+
 /**
  * A set as four of its pictures, or as one where it has fewer.
  *
  * @param {Props<{ set: Api.DatasetRow }>} props
  */
 export function SetTile({ set }) {
-  const shown = set.covers.length < 4 ? set.covers.slice(0, 1) : set.covers;
+  const covers = coversOf(set);
+  const shown = covers.length < 4 ? covers.slice(0, 1) : covers;
   return html`<li>
     <a class=${`cover ${shown.length > 1 ? "four" : ""}`} href=${link("new", set.name, "photos")}>
-      ${shown.map(
-        (
-          file,
-        ) => html`<img key=${file} src=${address(["datasets", set.name, "images", file], { width: TILE_PX })} alt=""
-          loading="lazy" decoding="async" />`,
-      )}
+      ${shown.map((src) => html`<img key=${src} src=${src} alt="" loading="lazy" decoding="async" />`)}
       <span class="cover-words">
         <b>${set.name}</b><span>${set.builtin ? "example · " : ""}${count(set.images, "picture")}</span>
       </span>
