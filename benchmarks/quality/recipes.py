@@ -54,7 +54,7 @@ _RATE_OF_BOTH = {"learning_rate": 1e-4, "text_encoder_rate": 1e-4}
 RECIPES: Mapping[str, Recipe] = {
     "lorasmith": Recipe(
         "docs/subjects.md",
-        {"train_text_encoder": True, "timesteps": "shifted", "timestep_shift": 3.0, "schedule": "linear"},
+        {"train_text_encoder": True, "schedule": "linear"},
         {"learning_rate": 1.4e-4, "text_encoder_rate": 7e-5},
         transformer=_NO_TEXT,
     ),

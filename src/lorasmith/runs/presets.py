@@ -114,7 +114,8 @@ RECIPE: Sequence[Rule] = (
         model=BUILT_IN,
         kind="subject",
         images="few",
-        settings={"timesteps": "shifted", "timestep_shift": 3.0},
+        preset="quick",
+        settings={"learning_rate": 2.8e-3, "schedule": "linear", "text_encoder_rate": 1.4e-3},
     ),
 )
 """What the recipe adds to a preset; of rules with equal settings, the last one holds."""
