@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_previews_fill_the_masks_of_pictures(files: dict[str, Path], photos: Pat
         with Image.open(samples / f"mask-{number}.png") as shown, Image.open(photos / f"{name}.mask.png") as mask:
             assert np.array_equal(np.asarray(shown.convert("L")), np.asarray(mask))
     page = (result.folder / "report.html").read_text(encoding="utf-8")
-    assert f"--control {samples.resolve() / 'control-1.png'} --mask {samples.resolve() / 'mask-1.png'}" in page
+    assert re.search(r"--control \S*samples/control-1\.png --mask \S*samples/mask-1\.png", page)
 
 
 def test_diffusers_applies_all_of_its_lora(files: dict[str, Path], photos: Path, tmp_path: Path) -> None:

@@ -194,6 +194,31 @@ def test_what_the_run_was_asked_and_made_with(tmp_path: Path) -> None:
     assert found.environment["packages torch"] == "2.9.0" and found.environment["base model name"] == "lorasmith-tiny"
 
 
+def test_the_page_has_no_place_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home" / "ann lee"
+    monkeypatch.setattr(Path, "home", lambda: home)
+    folder = home / "ComfyUI" / "runs" / "fox-001"
+    folder.mkdir(parents=True)
+    write_run(folder, [])
+    record = json.loads((folder / "run.json").read_text())
+    model = "/mnt/big disk/models/checkpoints/mine.safetensors"
+    record |= {
+        "data": {"folder": f"{home}/photos/fox", "note": "see https://example.org/a/b and 3/4"},
+        "model": {**record["model"], "name": "mine", "path": model},
+        "source": {"command": "train", "folder": f"{home}/ComfyUI/input/fox", "model": model, "name": "fox"},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "fox.safetensors").write_bytes(b"\0" * 2000)
+    text = page(folder)
+    assert "ann lee" not in text and "big disk" not in text and "/mnt" not in text and str(tmp_path) not in text
+    assert (
+        "lorasmith train &#x27;input/fox&#x27; --model &#x27;mine.safetensors&#x27;" in text
+        and "runs/fox-001/fox.safetensors" in text
+        and "photos/fox" in text
+    )
+    assert "https://example.org/a/b and 3/4" in text
+
+
 def test_a_record_of_another_version(tmp_path: Path) -> None:
     write_run(tmp_path, [started(9), *steps_done(1, 9, total=9)])
     (tmp_path / "run.json").write_text(json.dumps({"mood": "good"}))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,37 @@ def write_report(folder: Path, end: RunFinished | None = None) -> Path:
     run = read_run(folder)
     if end is not None:
         run.log.take(end)
-    write_atomic(target, run_report(report_of(run)))
+    write_atomic(target, page_of(run))
     return target
+
+
+def page_of(run: LoggedRun) -> str:
+    """The report as HTML, which may be given away: paths are those from the folder that holds the runs."""
+    parent = run.folder.resolve().parent
+    model = [Path(run.record.model.path).parent] if run.record.model.path else []
+    places = (parent.parent if parent.name == "runs" else parent, Path.cwd(), Path.home(), *model)
+    report = report_of(run)
+    told = {name: _without_places(getattr(report, name), places) for name in _WITH_PLACES}
+    return run_report(replace(report, **told))
+
+
+_WITH_PLACES = ("files", "commands", "left_out", "use", "programs", "settings", "data", "environment", "notes")
+_PLACE = re.compile(r"(?<![\w.~:/\\-])(?:[A-Za-z]:)?[/\\](?:[^/\\\s'\"<>|,]+[/\\])+")
+"""Folders of an absolute path."""
+
+
+def _without_places(value: Any, places: Sequence[Path]) -> Any:
+    """Texts, in whatever holds them, without the folders of absolute paths; those in the places keep their rest."""
+    if isinstance(value, str):
+        for place in places:
+            if place.parent != place:
+                value = value.replace(f"{place}{os.sep}", "")
+        return _PLACE.sub("", value)
+    if isinstance(value, Setting):
+        return replace(value, value=_without_places(value.value, places))
+    if isinstance(value, Mapping):
+        return {name: _without_places(one, places) for name, one in value.items()}
+    return type(value)(_without_places(one, places) for one in value) if isinstance(value, (list, tuple)) else value
 
 
 def report_of(run: LoggedRun) -> RunReport:

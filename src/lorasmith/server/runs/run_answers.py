@@ -21,11 +21,11 @@ from lorasmith.core.printable import count_text
 from lorasmith.formats.metadata import sha256_file
 from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
-from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
+from lorasmith.report.run_report import UNJUDGED, RunReport
 from lorasmith.runs.evaluate import candidates_of, plain_sentence
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.runs.run_log import LoggedRun, followed, view_of_log
-from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, report_of
+from lorasmith.runs.run_page import is_own, lora_of_run, loras_of_run, page_of, report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.datasets.dataset_answers import reduced
@@ -134,8 +134,8 @@ def run_view(folders: Folders, id: str, *, is_begun: bool = True) -> dict[str, A
 def run_page(folders: Folders, id: str) -> bytes:
     """The report of a run as HTML, made again from its records: the one in its folder is untrusted."""
     with followed(run_folder_of(folders, id)) as found:
-        report = report_of(found)
-    return run_report(report).encode("utf-8", "backslashreplace")
+        page = page_of(found)
+    return page.encode("utf-8", "backslashreplace")
 
 
 def _previews(folder: Path, view: RunView) -> Iterator[PreviewFacts]:
