@@ -19,7 +19,7 @@ def fresh(layer: nn.Module, *, rank: int = 3, alpha: float = 2.0) -> PissaAdapte
 @pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS)
 def test_it_starts_from_the_largest_singular_values(case: LayerCase) -> None:
     layer = case.make()
-    down, up = (start.flatten(1) for start in fresh(layer)._start)
+    down, up = (start.flatten(1) for start in fresh(layer).start)
     matrix = layer.weight.detach().flatten(1)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     expected = (left[:, :3] * values[:3]) @ right[:3]
@@ -27,7 +27,7 @@ def test_it_starts_from_the_largest_singular_values(case: LayerCase) -> None:
     torch.testing.assert_close(2.0 / 3 * up @ down, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-3, atol=1e-4)  # shared evenly
     layer = nn.Linear(300, 200)  # much wider than the rank: by subspace iteration
-    down, up = fresh(layer, rank=4, alpha=4.0)._start
+    down, up = fresh(layer, rank=4, alpha=4.0).start
     values = torch.linalg.svdvals(layer.weight.detach())
 
     torch.testing.assert_close(torch.linalg.svdvals(up @ down)[:4], values[:4], rtol=5e-3, atol=0)

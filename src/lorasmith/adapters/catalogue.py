@@ -36,7 +36,7 @@ class Algorithm:
 
 
 _EVERY_VARIANT = frozenset(
-    {"dora", "rslora", "pissa", "tucker", "tlora", "lora_plus_ratio", "rank_dropout", "module_dropout"}
+    {"dora", "rslora", "pissa", "init", "tucker", "tlora", "lora_plus_ratio", "rank_dropout", "module_dropout"}
 )
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -101,6 +101,10 @@ ADAPTERS: Registry[Any] = Registry(
     home="lorasmith.adapters.algorithms",
     checked=_checked,
 )
+
+
+INITS: Registry[Any] = Registry("init", group="inits", names=("LoRA-GA",), home="lorasmith.adapters.inits")
+"""Starts of adapters, functions of an `inits.InitLayer`."""
 
 
 def facts_of(algorithm: str) -> Algorithm:

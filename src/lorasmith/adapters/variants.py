@@ -3,7 +3,7 @@
     DoRA        arXiv:2402.09353   a magnitude beside the direction, around any adapter that adds to the weight
     rsLoRA      arXiv:2312.03732   scale alpha / √rank instead of alpha / rank; saved as alpha · √rank, so that every
                                    program computes the same
-    PiSSA       arXiv:2404.02948   start from the principal components
+    PiSSA       arXiv:2404.02948   start from the principal components; `inits` has starts from the gradient
     Tucker      arXiv:2309.14859   a core between the factors of a convolution (`lora`)
     T-LoRA      arXiv:2507.05964   fewer ranks the noisier the sample (`core.rank_schedule`), and an orthogonal start
     dropout     kohya's scripts    of inner dimensions, and of whole modules
@@ -200,6 +200,7 @@ class Variant:
     rslora: bool = False
     pissa: bool = False
     tucker: bool = False
+    started: bool = False  # from a start that is set before the first step (`inits`)
     orthogonal: bool = False  # T-LoRA's start
 
     def default_alpha(self, algorithm: str, rank: int) -> float:
@@ -226,6 +227,8 @@ def fresh_adapter(
         create = PissaAdapter.create
     elif variant.orthogonal:
         create = OrthogonalAdapter.create
+    elif variant.started:
+        create = StartedAdapter.create
     elif variant.tucker:
         create = LoraAdapter.create_tucker
     adapter = create(layer, rank=rank, alpha=alpha, seed=seed, path=path, zero=zero)
@@ -236,10 +239,10 @@ _OVERSAMPLING = 8
 _ITERATIONS = 16  # as PEFT's pissa_niter_16; spectra of trained weights are flat, which fewer would show
 
 
-class PissaAdapter(LowRank):
-    """A LoRA's difference from its start.
+class StartedAdapter(LowRank):
+    """A LoRA's difference from its start, of zeros until it is set.
 
-    start_down: (rank, in) or (rank, in, *kernel); start_up: (out, rank) or (out, rank, 1, ...).
+    start: down (rank, in) or (rank, in, *kernel), and up (out, rank) or (out, rank, 1, ...), fp32.
     """
 
     algorithm = "lora"
@@ -250,31 +253,28 @@ class PissaAdapter(LowRank):
         self.up = nn.Parameter(torch.zeros_like(start_up))
         self.alpha = alpha
         # Plain tensors, which keep fp32: the dtype of the differences would round the start.
-        self._start = (start_down, start_up)
+        self.start = (start_down, start_up)
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     def factors(self) -> Factors:
-        if self._start[0].device != self.down.device:
-            down, up = self._start
-            self._start = (down.to(self.down.device), up.to(self.up.device))
-        down, up = (tensor.to(self.down.dtype) for tensor in self._start)
+        if self.start[0].device != self.down.device:
+            down, up = self.start
+            self.start = (down.to(self.down.device), up.to(self.up.device))
+        down, up = (tensor.to(self.down.dtype) for tensor in self.start)
         return Factors(torch.cat((self.down, down + self.down)), torch.cat((up, self.up), dim=1))
 
     @classmethod
-    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> PissaAdapter:
-        weight = layer.weight.detach().to("cpu", torch.float32)
-        left, values, right = _principal(weight.flatten(1), rank, seed=seed, path=path)
-        root = (values * (rank / alpha if alpha else 0.0)).sqrt()
-        point = (1,) * len(weight.shape[2:])
-        down = (root[:, None] * right).reshape(rank, *weight.shape[1:])
-        return cls(down, (left * root).reshape(len(left), rank, *point), alpha=alpha)
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> StartedAdapter:
+        point = (1,) * len(layer.shape[2:])
+        down, up = torch.zeros(rank, *layer.shape[1:]), torch.zeros(layer.shape[0], rank, *point)
+        return cls(down, up, alpha=alpha)
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Adapter:
-        """A plain LoRA of twice the rank, as which files hold a PiSSA."""
+        """A plain LoRA of twice the rank, as which files hold one."""
         return LoraAdapter.from_weights(weights, layer)
 
     def to_weights(self) -> AdapterWeights:
@@ -284,7 +284,20 @@ class PissaAdapter(LowRank):
         return AdapterWeights(self.algorithm, tensors, self.alpha * 2)
 
 
-class OrthogonalAdapter(PissaAdapter):
+class PissaAdapter(StartedAdapter):
+    """A LoRA's difference from the principal components of the weight."""
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> PissaAdapter:
+        weight = layer.weight.detach().to("cpu", torch.float32)
+        left, values, right = principal(weight.flatten(1), rank, seed=seed, path=path)
+        root = (values * (rank / alpha if alpha else 0.0)).sqrt()
+        point = (1,) * len(weight.shape[2:])
+        down = (root[:, None] * right).reshape(rank, *weight.shape[1:])
+        return cls(down, (left * root).reshape(len(left), rank, *point), alpha=alpha)
+
+
+class OrthogonalAdapter(StartedAdapter):
     """A LoRA's difference from an orthogonal start (T-LoRA, section 3.3).
 
     That is the last singular vectors and values of a matrix of the weight's shape with entries N(0, 1/rank²). Its
@@ -292,7 +305,9 @@ class OrthogonalAdapter(PissaAdapter):
     """
 
     @classmethod
-    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> PissaAdapter:
+    def create(
+        cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str
+    ) -> OrthogonalAdapter:
         outputs, inputs = layer.shape[0], math.prod(layer.shape[1:])
         left = torch.linalg.qr(keyed_normal((outputs, rank), seed, "init", f"{path}/left")).Q
         right = torch.linalg.qr(keyed_normal((inputs, rank), seed, "init", f"{path}/right")).Q.T
@@ -325,10 +340,10 @@ def gaussian_singular_values(rows: int, columns: int) -> Tensor:
     return middle[torch.searchsorted(share, wanted).clamp(max=len(middle) - 1)].flip(0).float()
 
 
-def _principal(weight: Tensor, rank: int, *, seed: int, path: str) -> tuple[Tensor, Tensor, Tensor]:
+def principal(weight: Tensor, rank: int, *, seed: int, path: str) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values (rank,) of a matrix (out, in), with left (out, rank) and right (rank, in) vectors."""
     width = min(rank + _OVERSAMPLING, *weight.shape)
-    basis = torch.linalg.qr(weight @ keyed_normal((weight.shape[1], width), seed, "init", path)).Q
+    basis = torch.linalg.qr(weight @ keyed_normal((weight.shape[1], width), seed, "init", path).to(weight.device)).Q
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
     left, values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)

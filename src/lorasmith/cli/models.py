@@ -208,7 +208,18 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-_TARGET_SETTINGS = ("targets", "algorithm", "rank", "alpha", "differences", "dora", "pissa", "tucker", "lora_dtype")
+_TARGET_SETTINGS = (
+    "targets",
+    "algorithm",
+    "rank",
+    "alpha",
+    "differences",
+    "dora",
+    "pissa",
+    "init",
+    "tucker",
+    "lora_dtype",
+)
 
 
 def targets(

@@ -20,6 +20,7 @@ from lorasmith.core.typed_json import typed
 
 KINDS: Mapping[str, str] = {
     "adapters": "algorithm",
+    "inits": "init",
     "families": "model family",
     "layouts": "LoRA layout",
     "encoders": "text encoder",

@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 _MODULES = {
     "adapters": "adapters.catalogue",
+    "inits": "adapters.catalogue",
     "families": "families.base",
     "layouts": "formats.layouts.layout",
     "encoders": "families.parts.encoders",
@@ -47,8 +48,8 @@ def register(kind: str, name: str, thing: T | None = None, *, before: str | Sequ
     `lorasmith.` and the kind, the name is the thing's, the object is the thing. docs/extending.md has the contracts.
 
     Args:
-        kind: `adapters`, `families`, `layouts`, `encoders`, `autoencoders`, `optimizers`, `schedules`, `losses`,
-            `methods`, `weightings`, `timesteps`, `samplers`, `sigma_schedules`, `captioners` or `nodes`.
+        kind: `adapters`, `inits`, `families`, `layouts`, `encoders`, `autoencoders`, `optimizers`, `schedules`,
+            `losses`, `methods`, `weightings`, `timesteps`, `samplers`, `sigma_schedules`, `captioners` or `nodes`.
         name: by which settings, files and commands name the thing; case is ignored.
         thing: what the kind asks for. Without one, the result is a decorator.
         before: names of things of the kind that this one precedes, where order counts: a family is asked before these

@@ -31,6 +31,7 @@ from lorasmith.runs.progress_bars import note
 from lorasmith.training.batches import Batch, captions_ready, prefetched
 from lorasmith.training.config import TrainConfig, config_over
 from lorasmith.training.engine import Engine, batch_maker, prediction_of
+from lorasmith.training.gradient_starts import start_adapters
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
@@ -300,6 +301,7 @@ class Trainer:
                     )
                 )
                 stack.enter_context(self._loop.frozen())
+                start_adapters(self.engine, self._data)
                 stack.enter_context(self.engine.attached())
                 self._open = stack.pop_all()
         self._depth += 1

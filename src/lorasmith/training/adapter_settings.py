@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lorasmith.adapters.catalogue import ADAPTERS, ALGORITHMS, known_facts
+from lorasmith.adapters.catalogue import ADAPTERS, ALGORITHMS, INITS, known_facts
 from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import Code
 from lorasmith.core.options import option, options_of
 from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.training.section import Section
@@ -142,6 +143,22 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
         of_fresh=True,
         help="Start from the principal components of each weight (PiSSA). The file is a plain LoRA of twice the rank.",
     )
+    init: Code | None = option(
+        None,
+        choices=INITS,
+        code="a function",
+        of_fresh=True,
+        trains_alone=True,
+        help="Start from the gradient before the first step: LoRA-GA from its singular vectors, or a function of your "
+        "own (docs/extending.md). The file is a plain LoRA of twice the rank.",
+    )
+    init_steps: int = option(
+        8,
+        min=0,
+        max=1000,
+        of_fresh=True,
+        help="Steps whose draws init computes the gradient of, without an update; 0 computes none.",
+    )
     tucker: bool = option(
         False,
         of_fresh=True,
@@ -185,9 +202,17 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
                 raise OptionError(f"{name} is for {takers}, got algorithm {self.algorithm}; leave one of the two out")
         if self.pissa and self.tucker:
             raise OptionError("pissa and tucker are two starts of a convolution, got both; leave one of them out")
+        if self.init is not None and (self.pissa or self.tucker):
+            other = "pissa" if self.pissa else "tucker"
+            raise OptionError(f"init and {other} are two starts of an adapter, got both; leave one of them out")
         if self.tlora == "none":
             return
-        mixing = {"dora": "whose magnitudes are", "tucker": "whose core is", "pissa": "whose start is"}
+        mixing = {
+            "dora": "whose magnitudes are",
+            "tucker": "whose core is",
+            "pissa": "whose start is",
+            "init": "whose start is",
+        }
         for name, what in mixing.items():
             if not self.is_default(name):
                 raise OptionError(
@@ -199,10 +224,13 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
             )
 
     def own_idle(self) -> Iterator[str]:
-        start = "pissa" if self.pissa else "tlora orthogonal" if self.tlora == "orthogonal" else ""
+        starts = {"pissa": self.pissa, "init": self.init, "tlora orthogonal": self.tlora == "orthogonal"}
+        start = next((name for name, is_on in starts.items() if is_on), "")
         for name in sorted({"zero_init"} if start else unused_settings(self.algorithm)):
             if not self.is_default(name):
                 variant = start or self.algorithm
                 yield f"{name} {getattr(self, name)} has no effect with {variant}, which does not use it."
+        if self.init is None:
+            yield from self.has_no_effect("init_steps", without="init")
         if self.tlora == "none":
             yield from self.has_no_effect("tlora_min_rank", "tlora_alpha", without="tlora")

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, Dial, Difference, adapters_attached
-from lorasmith.adapters.variants import RankMasks
+from lorasmith.adapters.variants import RankMasks, StartedAdapter
 from lorasmith.core.effect import relative_change
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.kept_values import changes_intercepted
@@ -157,12 +157,21 @@ class Engine:
             schedule=config.rank_schedule,
         )
         self.methods = methods_of(config)
+        self.is_penalized = True  # by the methods, in the gradient
         self._dial = Dial()
         self._asks_frozen = may_ask_frozen(config.loss_function)
         is_dialed = self.methods or self._asks_frozen
         self.trained = Attached(adapters, self._dial if is_dialed else 1.0, differences or {})
         self.text_adapters = text_adapters or {}
-        named = list(_trained(self._all_adapters, self.trained.differences, model.word))
+        self.started = {
+            path: part
+            for path, adapter in self._all_adapters.items()
+            for part in adapter.modules()
+            if type(part) is StartedAdapter
+        }
+        self.has_starts = torch.tensor(not self.started)  # whether their starts are set
+        word = None if config.new_word is None else model.word
+        named = list(_trained(self._all_adapters, self.trained.differences, word))
         self._names = [(path, name) for path, name, _ in named]
         self.flat = FlatParameters(
             {name: parameter for _, name, parameter in named},
@@ -227,7 +236,7 @@ class Engine:
             for name, last in self._last.items():
                 flat.parameters[name].requires_grad_(step < last)
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
-        if self.way.processes.is_first:
+        if self.way.processes.is_first and self.is_penalized:
             for method in self.methods:
                 penalty = method.penalty(self._all_adapters)
                 if penalty is not None:
@@ -475,7 +484,14 @@ class Engine:
         average = {} if self._average is None else {"average": self._average}
         if self.power_averages is not None:
             average["power_averages"] = self.power_averages
-        return {"master": self.flat.master, **average, **self._scale.tensors}
+        starts = {
+            f"start.{path}.{name}": tensor
+            for path, adapter in self.started.items()
+            for name, tensor in zip(("down", "up"), adapter.start, strict=True)
+        }
+        if starts:
+            starts["has_starts"] = self.has_starts
+        return {"master": self.flat.master, **average, **starts, **self._scale.tensors}
 
 
 def batch_maker(

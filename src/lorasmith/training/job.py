@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.catalogue import facts_of, rank_words
+from lorasmith.adapters.catalogue import INITS, facts_of, rank_words
 from lorasmith.adapters.inject import (
     AdapterPlan,
     Difference,
@@ -42,6 +42,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.extensions import Extension
 from lorasmith.core.folders import Folders
+from lorasmith.core.named_code import code_of
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import best_device
 from lorasmith.core.printable import count_text
@@ -145,7 +146,14 @@ class TrainJob:
 
 def variant_of(config: TrainConfig) -> Variant:
     """The variant of the algorithm that the settings select."""
-    return Variant(config.dora, config.rslora, config.pissa, config.tucker, config.tlora == "orthogonal")
+    return Variant(
+        dora=config.dora,
+        rslora=config.rslora,
+        pissa=config.pissa,
+        tucker=config.tucker,
+        started=config.init is not None,
+        orthogonal=config.tlora == "orthogonal",
+    )
 
 
 def plan_job(
@@ -166,6 +174,8 @@ def plan_job(
     facts_of(config.algorithm)  # imported here at last, an extension's rules are checked with the resolved settings
     requested, config = config, _decided(model, config, device)
     config.check_for(model.diffusion)
+    if config.init is not None and not callable(code_of(config.init, INITS)):
+        raise OptionError(f"init must be a function of a layer, which {config.init} is not")
     plan = resolve_targets(model, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), model, config)
     model = existing.patched(model)

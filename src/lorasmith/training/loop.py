@@ -29,6 +29,7 @@ from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.cuda_graphs import NotReplayable
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import EventHandler, Outcome, StepDone, Warned
+from lorasmith.training.gradient_starts import start_adapters
 from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.memory.spilling import SpillCheck, memory_capped
 from lorasmith.training.planning import choose_way
@@ -266,6 +267,12 @@ class Loop:
 
     def _with_frozen(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
+        try:
+            start_adapters(self.engine, self._samples)
+        except (RuntimeError, MemoryError) as error:
+            if self.engine.way.sharding or not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(memory_missed(error)) from None
         while True:
             with self.engine.attached():
                 waiting = self._take_steps()

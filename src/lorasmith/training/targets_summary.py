@@ -92,7 +92,7 @@ class _Size:
 def _size(module: nn.Module, one: PlannedAdapter, config: TrainConfig) -> _Size:
     """Parameter count and tensors of a layer's adapter, counted on an adapter for a layer of zeros."""
     # Same parameters as LoRA, without decompositions.
-    variant = replace(variant_of(config), pissa=False, orthogonal=False)
+    variant = replace(variant_of(config), pissa=False, started=False, orthogonal=False)
     (adapter,) = create_adapters(
         nn.ModuleDict({"layer": _zeros_like(module)}),
         AdapterPlan((replace(one, path="layer"),)),
@@ -104,7 +104,7 @@ def _size(module: nn.Module, one: PlannedAdapter, config: TrainConfig) -> _Size:
     ).values()
     tensors = without_core(adapter.to_weights()).tensors  # as the portable layout has them
     # A start that is not zero is saved as well, at twice the rank.
-    copies = 2 if config.pissa or config.tlora == "orthogonal" else 1
+    copies = 2 if config.pissa or config.init or config.tlora == "orthogonal" else 1
     saved = sum(t.numel() * (copies if name != "dora_scale" else 1) for name, t in tensors.items())
     return _Size(sum(p.numel() for p in adapter.parameters()), saved, len(tensors) + 1)
 
