@@ -59,7 +59,7 @@ def test_a_function_gets_the_gradient_of_the_frozen_model(tiny: Model, dataset: 
         assert weight.grad is not None
         found, expected = seen[path].gradient, weight.grad.flatten(1)
         assert found is not None
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         torch.testing.assert_close(seen[path].weight, weight.detach().flatten(1))
         weight.requires_grad_(False).grad = None
 
