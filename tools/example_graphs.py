@@ -451,6 +451,16 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
     ),
+    "qwen_image21": _graph(
+        _loaders(
+            "qwen_image_2.1_bf16.safetensors",
+            ("qwen3vl_8b_bf16.safetensors",),
+            "qwen_image",
+            "qwen_image_2.1_vae_bf16.safetensors",
+        ),
+        {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=40, cfg=1.0)},
+        parts=_APART,
+    ),
     "qwen_image_edit_pairs": _pairs(
         _loaders(
             "qwen_image_edit_2511_bf16.safetensors",

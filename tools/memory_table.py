@@ -116,6 +116,7 @@ ROWS = (
     Row("ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
     Row("anima", {}, (("Qwen3Model", _QWEN_06B),)),
     Row("qwen-image", {}, (("Qwen2Model", _QWEN_25_7B),)),
+    Row("qwen-image-2.1", {}, (("Qwen3Model", _QWEN_8B),), prefix="model.language_model."),
     Row("chroma", {}, (("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}),)),
     Row("wan", _WAN_SMALL, (("UMT5EncoderModel", _UMT5),), resolution=640, variant="Wan 2.1 1.3B, 640 px"),
     Row("wan", {}, (("UMT5EncoderModel", _UMT5),), resolution=640, variant="Wan 2.1 and 2.2 A14B, 640 px"),

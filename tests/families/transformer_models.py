@@ -16,6 +16,7 @@ from tiny_krea2 import KREA2
 from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
 from tiny_qwen_image import QWEN_IMAGE
+from tiny_qwen_image21 import QWEN_IMAGE21
 from tiny_sd3 import SD3
 from tiny_wan import WAN, WAN_5B, WAN_I2V
 from tiny_z_image import Z_IMAGE
@@ -56,6 +57,7 @@ TINY: dict[str, TinyFamily] = {
     "sd3": SD3,
     "lumina2": LUMINA2,
     "qwen-image": QWEN_IMAGE,
+    "qwen-image-2.1": QWEN_IMAGE21,
     "chroma": CHROMA,
     "wan": WAN,
     "wan-i2v": WAN_I2V,

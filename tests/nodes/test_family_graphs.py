@@ -30,6 +30,7 @@ FAMILY = {
     "sd35": "sd3",
     "lumina2": "lumina2",
     "qwen_image": "qwen-image",
+    "qwen_image21": "qwen-image-2.1",
     "qwen_image_edit_pairs": "qwen-image",
     "chroma": "chroma",
     "wan": "wan",

@@ -106,6 +106,7 @@ class Sight:
     multiple: int  # of both sides in pixels
     chat: str  # the prompt, with `{pictures}` and `{text}`
     mark: str  # of each picture, with its `{number}` from 1
+    between: str = ""  # marks
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of what is seen of a picture of width × height px."""
@@ -113,7 +114,7 @@ class Sight:
 
     def prompt(self, text: str, numbers: Iterable[int]) -> str:
         """The prompt of a text with pictures of these numbers."""
-        marks = "".join(self.mark.format(number=number) for number in numbers)
+        marks = self.between.join(self.mark.format(number=number) for number in numbers)
         return self.chat.format(pictures=marks, text=text)
 
     def tokens(self, width: int, height: int) -> int:
@@ -218,13 +219,14 @@ class Routing:
         blocks: path of each list of blocks, in the order of their computation → the layouts of a block's arguments by
             name, the states first. A tensor with another number of dimensions has no tokens.
         text: where text is among tokens of both kinds: before those of pictures and as long in each row (`first`),
-            before them and of its own length in each row (`packed`), or after them (`last`).
+            before them and of its own length in each row (`packed`), or after them (`last`); with `all others`, tokens
+            of the picture are the last ones, those of text and controls before them.
         patch: latents of a token, in frames, height and width.
         states: place of the states among what a block returns, where that is a pair.
     """
 
     blocks: Mapping[str, Mapping[str, Layout]]
-    text: Literal["first", "packed", "last"] = "last"
+    text: Literal["first", "packed", "last", "all others"] = "last"
     patch: tuple[int, int, int] = (1, 2, 2)
     states: int = 1
 

@@ -18,6 +18,7 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     krea2,
     lumina2,
     qwen_image,
+    qwen_image21,
     sd3,
     sdxl,
     stable_diffusion,

@@ -72,8 +72,11 @@ def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _text_before(routing: Routing, conditioning: Conditioning) -> int | Tensor:
-    """Number of tokens of text before those of the picture, for each row (batch, 1) if they differ."""
+def _text_before(routing: Routing, conditioning: Conditioning) -> int | Tensor | None:
+    """Number of tokens of text before those of the picture, for each row (batch, 1) if they differ; None for all
+    that are not the picture's."""
+    if routing.text == "all others":
+        return None
     if routing.text == "last":
         return 0
     if routing.text == "packed" and conditioning.mask is not None:
@@ -93,7 +96,7 @@ class _Call:
 class _Router:
     """The state of one prediction."""
 
-    def __init__(self, routing: Routing, route: Route, text: int | Tensor) -> None:
+    def __init__(self, routing: Routing, route: Route, text: int | Tensor | None) -> None:
         self._place, self._route, self._text = routing.states, route, text
         self._indices: dict[tuple[bool, int], Tensor] = {}
         self._taken: dict[int, tuple[Tensor, Any]] = {}  # by the identity of the tensor, which must stay alive
@@ -150,7 +153,8 @@ class _Router:
         """(batch, total − dropped) indices of what is kept of a sequence."""
         found = self._indices.get((with_text, total))
         if found is None:
-            kept, start = self._route.kept, self._text if with_text else 0
+            kept, before = self._route.kept, total - self._route.tokens if self._text is None else self._text
+            start = before if with_text else 0
             count, dropped = kept.shape[1], self._route.tokens - kept.shape[1]
             places = torch.arange(total - dropped, device=kept.device).expand(len(kept), -1)
             within = places - start  # of the picture

@@ -165,7 +165,7 @@ class KlAutoencoder(AutoencoderKind):
     name = "kl"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return len(shapes.get("decoder.conv_in.weight", ())) == 4 and LATENT_MEANS not in shapes
+        return len(shapes.get("decoder.conv_in.weight", ())) == 4 and not {LATENT_MEANS, _DIFFUSERS} & shapes.keys()
 
     def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return shapes["decoder.conv_in.weight"][1]
@@ -363,7 +363,8 @@ class Wan22Autoencoder(_Wan):
     name = "wan22"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return _DEEPER in shapes or (_DIFFUSERS in shapes and _DEEPER_UPSAMPLER in shapes)
+        is_named = _DEEPER in shapes or (_DIFFUSERS in shapes and _DEEPER_UPSAMPLER in shapes)
+        return is_named and not _has_flat_kernels(shapes)
 
     def build(self, source: PartSource) -> nn.Module:
         from diffusers import AutoencoderKLWan
@@ -383,8 +384,48 @@ class Wan22Autoencoder(_Wan):
         return _form(vae, side)
 
 
+class QwenImage21Autoencoder(_Wan):
+    """Qwen-Image 2.1's: 64 channels, 16 pixels per latent, opacity beside colours."""
+
+    name = "qwen_image21"
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return (_DEEPER in shapes or _DIFFUSERS in shapes) and _has_flat_kernels(shapes)
+
+    def build(self, source: PartSource) -> nn.Module:
+        from diffusers import AutoencoderKLQwenImage21
+
+        tensors = plain_weights(source.tensors)
+        named = {_diffusers_name(name, is_deeper=True): tensor for name, tensor in tensors.items()}
+        config = source.config or {
+            "base_dim": named["encoder.conv_in.weight"].shape[0],
+            "decoder_base_dim": named["decoder.norm_out.gamma"].shape[0],
+            "z_dim": named["post_quant_conv.weight"].shape[0],
+            **source.settings,
+        }
+        return build(lambda: AutoencoderKLQwenImage21.from_config(config), lambda _: named, where=source.where)
+
+    def latent_format(self, vae: Any) -> LatentFormat:
+        return LatentFormat(vae.config.z_dim, 2 ** len(vae.config.temperal_downsample), scale=1.0)
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        opaque = torch.cat((pixels, torch.ones_like(pixels[:, :1])), dim=1)
+        return super().encode(vae, opaque.unsqueeze(2)).squeeze(2)
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        found = super().decode(vae, latents.unsqueeze(2)).squeeze(2)
+        opacity = found[:, 3:] / 2 + 0.5
+        return found[:, :3] * opacity + 1 - opacity
+
+
 AUTOENCODERS.register(WanAutoencoder.name)(WanAutoencoder())
 AUTOENCODERS.register(Wan22Autoencoder.name)(Wan22Autoencoder())
+AUTOENCODERS.register(QwenImage21Autoencoder.name)(QwenImage21Autoencoder())
+
+
+def _has_flat_kernels(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether kernels have no time axis."""
+    return any(len(shapes.get(f"decoder.{name}.weight", ())) == 4 for name in ("conv1", "conv_in"))
 
 
 def _form(vae: Any, downscale: int) -> LatentFormat:

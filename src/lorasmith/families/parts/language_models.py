@@ -246,6 +246,16 @@ def attention_capped(encoder: Any, cap: float | None) -> Iterator[None]:
             attention.attn_logit_softcapping = own
 
 
+@contextlib.contextmanager
+def last_norm_left_out(encoder: Any) -> Iterator[None]:
+    """Inside, the last of a language model's states are those before its norm."""
+    hook = encoder.norm.register_forward_hook(lambda _module, inputs, _output: inputs[0])
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def hidden_states(
     encoder: Any,
     ids: Sequence[int],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -40,6 +40,9 @@ class TowerKind:
     inner: str  # matrix that gives the inner width of a block
     width: str  # matrix that gives the width of the result
     settings: Mapping[str, Any]  # of its configuration, for towers from files
+    deep: Mapping[int, Sequence[int]] = field(
+        default_factory=dict
+    )  # by number of blocks, where those of DeepStack vary
 
     def found_in(self, source: PartSource) -> VisionTower | None:
         """The tower in an encoder's tensors; None if it is not there."""
@@ -73,7 +76,8 @@ class TowerKind:
         }
         if "pos_embed.weight" in tensors:
             found["num_position_embeddings"] = tensors["pos_embed.weight"].shape[0]
-        return {**found, **self.settings}
+        deep = self.deep.get(found["depth"])
+        return {**found, **self.settings, **({} if deep is None else {"deepstack_visual_indexes": list(deep)})}
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +193,6 @@ QWEN3_TOWER = TowerKind(
     axes=(*(0, 1, 2) * 20, 0, 0, 0, 0),
     inner="blocks.0.mlp.linear_fc1.weight",
     width="merger.linear_fc2.weight",
-    # Of the 4B model; larger ones have other layers and no model that reads them here.
-    settings={"num_heads": 16, "deepstack_visual_indexes": [5, 11, 17]},
+    settings={"num_heads": 16, "deepstack_visual_indexes": [5, 11, 17]},  # of the 4B model
+    deep={27: (8, 16, 24)},  # of the 8B model
 )
