@@ -4,6 +4,10 @@
 ARG BASE=docker.io/library/debian:trixie-slim
 FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# An image that is passed on is without `heic` and `video`: their wheels bring x264 and x265 (GPL-2.0).
+ARG EXTRAS=models,gguf,likeness
+ARG HOME_URL=
+LABEL org.opencontainers.image.source=${HOME_URL} org.opencontainers.image.licenses=Apache-2.0
 
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 python3-venv \
@@ -17,7 +21,7 @@ RUN --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt \
 RUN --mount=type=bind,source=.,target=/tmp/source,rw \
     cd /tmp/source \
  && /opt/lorasmith/bin/pip install --no-cache-dir --constraint constraints.txt \
-    ".[models,gguf,likeness,video]" ./lorasmith-tiny ./lorasmith-editor
+    ".[${EXTRAS}]" ./lorasmith-tiny ./lorasmith-editor
 
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data lorasmith \
  && install --directory --owner lorasmith --group lorasmith /data /data/models /data/runs

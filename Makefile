@@ -80,7 +80,7 @@ collected: .venv/installed-dev
 	$(PIP) --upgrade pip
 
 .venv/installed: $(wildcard pyproject.toml lorasmith-*/pyproject.toml) | .venv/bin/python
-	$(PIP) --editable ".[models,likeness]" $(COMPANIONS:%=--editable ./%)
+	$(PIP) --editable ".[models,heic,likeness]" $(COMPANIONS:%=--editable ./%)
 	touch $@
 
 .venv/installed-dev: $(wildcard pyproject.toml lorasmith-*/pyproject.toml) | .venv/bin/python

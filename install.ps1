@@ -24,5 +24,5 @@ if (-not (Test-Path -Path $python)) {
 }
 # Which build fits which driver is known there alone; the file needs nothing but Python.
 Invoke-Checked $python @('src\lorasmith\cli\torch_builds.py', '--run')
-Invoke-Checked $python @('-m', 'pip', 'install', '.[models,likeness]', '.\lorasmith-tiny', '.\lorasmith-editor')
+Invoke-Checked $python @('-m', 'pip', 'install', '.[models,heic,likeness]', '.\lorasmith-tiny', '.\lorasmith-editor')
 Write-Output 'Installed. To try it: .venv\Scripts\lorasmith demo'

@@ -73,16 +73,13 @@ GROUP_S = 9 * 60
 _SAVED_EVERY_S = 5
 """How often the rows of a part that runs are written to the results."""
 
-_UNUSED = ("pillow-heif",)
-"""Dependencies that no part imports."""
-
 _FOR_TESTS = ("pytest", "pytest-xdist", "hypothesis", "peft", "packaging")
 
 _DESCRIBE = """
 import importlib, json, re, sys, tomllib
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-unused, needed, modules = json.loads(sys.argv[1])
+needed, modules = json.loads(sys.argv[1])
 project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
 needed += [re.match(r"[A-Za-z0-9._-]+", one)[0] for one in project["dependencies"]]
 needed += [re.match(r"[A-Za-z0-9._-]+", one)[0] for one in project["optional-dependencies"]["models"]]
@@ -97,7 +94,7 @@ def is_there(name):
         except ImportError:
             continue
     return False
-missing = [name for name in map(plain, needed) if name not in unused and not is_there(name)]
+missing = [name for name in map(plain, needed) if not is_there(name)]
 if missing:
     sys.exit(f"packages must be installed, or their wheels given with --wheels: {', '.join(missing)}")
 for module in modules:
@@ -349,7 +346,7 @@ def main() -> int:
     if arguments.wheels is not None:
         run.part(_unpacking(arguments.wheels))
     described = subprocess.run(
-        [sys.executable, "-c", _DESCRIBE, json.dumps([_UNUSED, _FOR_TESTS, sorted({one.home for one in PLANNED})])],
+        [sys.executable, "-c", _DESCRIBE, json.dumps([_FOR_TESTS, sorted({one.home for one in PLANNED})])],
         env=environment(),
         cwd=ROOT,
         capture_output=True,

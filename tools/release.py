@@ -36,18 +36,32 @@ SHELLS = {
 
 
 def versions(root: Path = ROOT) -> dict[str, str]:
-    """The versions of the distributions, by name. Raises ValueError where extras do not admit those of the others."""
-    from packaging.requirements import Requirement
-
+    """The versions of the distributions, by name. Raises ValueError where an extra or the node pack has another one."""
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
-    found = {"lorasmith": project["version"]}
-    wanted = [Requirement(one) for extra in ("demo", "editor") for one in project["optional-dependencies"][extra]]
-    for name in PARTS[1:]:
-        source = root / name / "src" / name.replace("-", "_") / "__init__.py"
-        found[name] = re.findall(r'^__version__ = "(.+)"$', source.read_text("utf-8"), re.MULTILINE)[0]
-        if not any(one.name == name and found[name] in one.specifier for one in wanted):
-            raise ValueError(f"no extra admits {name} {found[name]}; correct it or the extras of pyproject.toml")
-    return found
+    version = project["version"]
+    for extra, name in (("demo", "lorasmith-tiny"), ("editor", "lorasmith-editor")):
+        if f"{name}~={version}" not in project["optional-dependencies"][extra]:
+            raise ValueError(f"the extra {extra} must ask for {name}~={version}")
+    pack = root / "comfyui-lorasmith" / "pyproject.toml"
+    if pack.is_file():
+        nodes = tomllib.loads(pack.read_text("utf-8"))["project"]
+        if (nodes["version"], nodes["dependencies"]) != (version, [f"lorasmith~={version}"]):
+            raise ValueError(f"{pack} must have version {version} and depend on lorasmith~={version}")
+    return dict.fromkeys(("lorasmith", *PARTS[1:]), version)
+
+
+def home(root: Path = ROOT) -> str:
+    """The address of the project's repository; empty where it has none."""
+    return str(tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["lorasmith"]["home"])
+
+
+def stamp(folder: Path, address: str) -> None:
+    """Give every distribution and the node pack in `folder` the address of the repository."""
+    for part in (*PARTS, "comfyui-lorasmith"):
+        file = folder / part / "pyproject.toml"
+        if address and file.is_file():
+            urls = f'[project.urls]\nRepository = "{address}"\nIssues = "{address}/issues"\n'
+            file.write_text(f"{file.read_text('utf-8').rstrip()}\n\n{urls}", "utf-8")
 
 
 def changes(text: str) -> dict[str, dict[str, list[str]]]:
@@ -142,6 +156,7 @@ def build(commit: str, output: Path, epoch: int, version: str) -> None:
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder, filter="data")
+        stamp(Path(folder), home(Path(folder)))
         # Of the commit, whichever Lorasmith the environment has.
         code = (
             f"from pathlib import Path; from tools.release import write_share; write_share(Path('share'), {version!r})"
@@ -179,11 +194,14 @@ def main() -> None:
     """Build, compare, check and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
+    parser.add_argument("--publish", action="store_true", help="refuse while the project has no home (pyproject.toml)")
     parser.add_argument("--draft", action="store_true", help="the changelog need not have the version yet")
     arguments = parser.parse_args()
     output: Path = arguments.output.resolve()
     if output.exists() and any(output.iterdir()):
         sys.exit(f"{output} must be empty; remove its files, or name another folder with --output")
+    if arguments.publish and not home():
+        sys.exit("home is empty in [tool.lorasmith] of pyproject.toml; give the repository's address before publishing")
     found = versions()
     newest = next(
         version for version in [*changes((ROOT / "CHANGELOG.md").read_text("utf-8")), "none"] if version[0] != "U"

@@ -5,7 +5,7 @@
 The pages of docs/ and those at the root of the repository are copied to build/site-pages with links that lead where the
 site has them, and MkDocs builds them strictly: a link or an anchor that leads nowhere is an error. mkdocs.yml has the
 navigation. A link whose text is the name of a page gets its title. Links to files that are no pages (code, tests,
-folders) lead to the repository, if `repo_url` says where that is, and are plain text otherwise.
+folders) lead to the repository, if `home` in pyproject.toml says where that is, and are plain text otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from tools.release import home
+
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "site-pages"
 ADDED = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
@@ -28,10 +30,9 @@ _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|!?\[[^\]]*\](?:\([^)]*\))?)*)\]\(([^)#\
 
 def main() -> None:
     """Prepare the pages and build them."""
-    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    repository = re.search(r"^repo_url: *(\S+)", settings, flags=re.MULTILINE)
-    prepare(repository[1] if repository else "")
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    repository = home()
+    prepare(repository)
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "LORASMITH_HOME": repository}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml"]
     raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
 

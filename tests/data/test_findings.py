@@ -70,7 +70,9 @@ def test_unused_files() -> None:
 def test_unused_files_name_the_package_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     skipped = [(name, Reason("is a HEIC file; convert it", "format")) for name in ("1.HEIC", "2.heic")]
     monkeypatch.setattr("lorasmith.data.folder_listing.image_suffixes", lambda: frozenset({".png"}))
-    assert only(found_in(several(2), skipped=skipped)).sentence.endswith("--fix; pip install pillow-heif reads HEIC")
+    assert only(found_in(several(2), skipped=skipped)).sentence.endswith(
+        '--fix; pip install "lorasmith[heic]" reads HEIC'
+    )
     monkeypatch.setattr("lorasmith.data.folder_listing.image_suffixes", lambda: frozenset({".png", ".heic", ".heif"}))
     assert "pip install" not in only(found_in(several(2), skipped=skipped)).sentence
 

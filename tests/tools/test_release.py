@@ -26,12 +26,33 @@ needs_companions = pytest.mark.skipif(
 def test_the_versions_agree(tmp_path: Path) -> None:
     found = release.versions()
     assert found.keys() == {"lorasmith", "lorasmith-tiny", "lorasmith-editor"}
+    assert set(found.values()) == {tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]}
     for part in release.PARTS[1:]:
-        (tmp_path / part / "src" / part.replace("-", "_")).mkdir(parents=True)
-        (tmp_path / part / "src" / part.replace("-", "_") / "__init__.py").write_text('__version__ = "99.0"\n')
-    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
-    with pytest.raises(ValueError, match=r"no extra admits lorasmith-tiny 99\.0"):
+        assert "../pyproject.toml" in (ROOT / part / "pyproject.toml").read_text("utf-8")
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    (tmp_path / "pyproject.toml").write_text(text.replace("lorasmith-tiny~=", "lorasmith-tiny~=99."), "utf-8")
+    with pytest.raises(ValueError, match=r"the extra demo must ask for lorasmith-tiny~="):
         release.versions(tmp_path)
+
+
+@needs_companions
+def test_the_home_of_the_project_is_one_setting(tmp_path: Path) -> None:
+    parts = [*release.PARTS, "comfyui-lorasmith"]
+    for part in parts:
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / "pyproject.toml").write_bytes((ROOT / part / "pyproject.toml").read_bytes())
+        assert "[project.urls]" not in (ROOT / part / "pyproject.toml").read_text("utf-8")
+    release.stamp(tmp_path, "https://example.org/lorasmith")
+    for part in parts:
+        project = tomllib.loads((tmp_path / part / "pyproject.toml").read_text("utf-8"))["project"]
+        assert project["urls"]["Repository"] == "https://example.org/lorasmith"
+
+
+def test_publishing_is_refused_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["release", "--publish", "--output", str(tmp_path)])
+    monkeypatch.setattr(release, "home", lambda: "")
+    with pytest.raises(SystemExit, match="home is empty"):
+        release.main()
 
 
 def test_the_changelog_has_versions_kinds_and_entries() -> None:
@@ -87,7 +108,7 @@ def test_lock_and_constraints_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(one for name, extra in extras.items() if name != "dev" for one in extra)]
-    bounds = dict(one.lower().split(">=") for one in wanted if ">=" in one and "lorasmith" not in one)
+    bounds = dict(one.lower().split(">=") for one in wanted if ">=" in one)
     oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
     assert {name: release_of(bound) for name, bound in bounds.items()} == {
         name: release_of(version) for name, version in oldest.items() if name != "comfyui-frontend-package"

@@ -7,10 +7,11 @@ packages of the extra `models` are imported by the model families where they use
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module, resources
+from importlib import import_module, metadata, resources
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,20 +29,19 @@ class Companion:
     problem: str = ""  # why it is not used
 
     @classmethod
-    def find(cls, name: str, extra: str, *, series: int) -> Companion:
-        """The installed one, if the first number of its version is `series`."""
+    def find(cls, name: str, extra: str) -> Companion:
+        """The installed one, if it is of the release that this lorasmith's extra asks for."""
         commands = f"pip install ./{name}", f'pip install "lorasmith[{extra}]"'
         nowhere = Path(__file__).parent / name
         try:
             package = import_module(name.replace("-", "_"))
-            version = str(package.__version__)
-        except (ImportError, AttributeError):  # the second of a folder that pip left behind
+            version = metadata.version(name)
+        except ImportError:  # the distribution is missing, too, where pip left an empty folder behind
             return cls(name, commands, nowhere, problem=f"{name} is not installed")
-        first = int(version.partition(".")[0])
-        if first == series:
+        wanted = _release_wanted(name)
+        if version.split(".")[: len(wanted)] == wanted:
             return cls(name, commands, Path(str(resources.files(package))), version)
-        age = "old" if first < series else "new"
-        problem = f"{name} {version} is too {age}, as this lorasmith needs {series}.x"
+        problem = f"{name} {version} does not fit, as this lorasmith needs {'.'.join(wanted)}.x"
         return cls(name, commands, nowhere, version, problem)
 
     @property
@@ -55,8 +55,18 @@ class Companion:
         return self.problem and f"{self.problem}; {self.remedy}"
 
 
-TINY = Companion.find("lorasmith-tiny", "demo", series=1)
-EDITOR = Companion.find("lorasmith-editor", "editor", series=1)
+def _release_wanted(name: str) -> list[str]:
+    """The numbers that a companion's version must begin with, by the metadata of the installation; empty: any."""
+    try:
+        required = metadata.requires("lorasmith") or []
+    except metadata.PackageNotFoundError:  # sources that are not installed
+        return []
+    found = (re.match(rf"{name} *~= *([\d.]+)\.\d+", one) for one in required)
+    return next((one[1].split(".") for one in found if one), [])
+
+
+TINY = Companion.find("lorasmith-tiny", "demo")
+EDITOR = Companion.find("lorasmith-editor", "editor")
 
 
 class MissingPackageError(ModelError):

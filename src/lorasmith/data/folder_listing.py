@@ -189,7 +189,7 @@ def foreign_suffixes() -> list[str]:
 def reader_install(suffix: str) -> str:
     """The command that installs a reader for this suffix; empty if there is none or it is installed."""
     missing = suffix in _HEIC_SUFFIXES and suffix not in image_suffixes()
-    return "pip install pillow-heif" if missing else ""
+    return 'pip install "lorasmith[heic]"' if missing else ""
 
 
 def name_without_repeats(name: str) -> str:
