@@ -7,7 +7,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # An image that is passed on is without `heic` and `video`: their wheels bring x264 and x265 (GPL-2.0).
 ARG EXTRAS=models,gguf,likeness
 ARG HOME_URL=
-LABEL org.opencontainers.image.source=${HOME_URL} org.opencontainers.image.licenses=Apache-2.0
+LABEL org.opencontainers.image.source=${HOME_URL}
 
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 python3-venv \
