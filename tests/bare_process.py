@@ -27,6 +27,7 @@ ONLY_WITH_MODELS = (
     "lorasmith.families.parts.anima_network",
     "lorasmith.families.parts.controls_at_zero",
     "lorasmith.families.parts.masked_transformers",
+    "lorasmith.families.parts.qwen_image21_network",
     "lorasmith.families.parts.sentencepiece_tokenizer",
 )
 """Modules with classes that extend those of diffusers and transformers, imported when such a model is loaded."""

@@ -26,7 +26,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, Any] = {
     "algorithm": "LoKr", "differences": "norms", "zero_init": "down", "dora": "input", "optimizer": "Adam",
     "schedule": "cosine", "loss_function": "L1", "objective": "x0", "timesteps": "uniform", "lora_dtype": "fp32",
-    "tlora": "plain", "method": "keeping.methods:Blank", "method_args": "text='a dog' weight=0.5",
+    "tlora": "plain", "init": "LoRA-GA", "method": "keeping.methods:Blank", "method_args": "text='a dog' weight=0.5",
     "loss_weighting": "min_snr", "quantization": "int8", "products": "int8", "activations": "lean",
     "training_dtype": "none", "track": "wandb", "attention": "cudnn", "vae_dtype": "bf16",
     "trigger": "sks dog", "captions": "filename", "prefix": "a photo of", "suffix": "--", "more_resolutions": "256,512",

@@ -126,7 +126,7 @@ def test_a_complete_run_of_other_settings_is_not_this_one(sweep: Sweep, tmp_path
 def test_what_the_recipe_of_a_preset_chose_makes_no_other_run(sweep: Sweep, tmp_path: Path) -> None:
     planned = replace(sweep, runs={name: replace(spec, preset="balanced") for name, spec in sweep.runs.items()})
     first, second = names_of(planned)[:2]
-    left_by(planned, first, tmp_path / "out", [0.5], train_text_encoder=True, timesteps="shifted")
+    left_by(planned, first, tmp_path / "out", [0.5], train_text_encoder=True, schedule="linear")
     left_by(planned, second, tmp_path / "out", [0.5], train_text_encoder=True, noise_offset=0.1)
     assert [found(planned, run, tmp_path / "out").state for run in (first, second)] == ["complete", "waiting"]
 

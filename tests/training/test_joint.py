@@ -359,7 +359,10 @@ def test_previews_find_the_bare_model_and_the_other_runs_wait(
         ({"gradient_checkpointing": True}, "must have the same gradient_checkpointing, got False and True"),
         ({"activations": "lean"}, "must have the same activations"),
         ({"deterministic": True}, "must have the same deterministic"),
-        ({"compile": True}, "use none of compile, cuda_graphs, autotune, got compile on; leave it out, or train apart"),
+        (
+            {"compile": True},
+            "use none of init, compile, cuda_graphs, autotune, got compile on; leave it out, or train apart",
+        ),
         ({"cuda_graphs": True}, "got cuda_graphs on"),
         ({"autotune": True}, "got autotune on"),
     ],

@@ -20,8 +20,8 @@ from lorasmith.core.typed_json import typed
 
 KINDS: Mapping[str, str] = {
     "adapters": "algorithm",
-    "inits": "init",
     "families": "model family",
+    "inits": "init",
     "layouts": "LoRA layout",
     "encoders": "text encoder",
     "autoencoders": "autoencoder",

@@ -84,6 +84,7 @@ class QwenImage21(Family):
     targets = {
         "attention": Rule(_ATTENTION),
         "attention+ff": Rule((*_ATTENTION, "transformer_blocks.*.img_mlp.*")),
+        "transformer": Rule(("transformer_blocks.*",), linear_only=True),
     }
     signs = ("txt_in.text_norm.weight", "modulation.1.weight", "transformer_blocks.0.attn.to_q.weight")
     text_encoders = {

@@ -69,6 +69,9 @@ STEP_WORK: Mapping[str, StepWork] = {
     "chroma1-hd": StepWork(
         family="Chroma", resolution=1024, weights=8900, gflop=136000, operations=11303, least_gib=5.0
     ),
+    "qwen-image-2.1": StepWork(
+        family="Qwen-Image 2.1", resolution=1024, weights=7115, gflop=135000, operations=7269, least_gib=4.7
+    ),
     "flux.1-dev": StepWork(
         family="Flux.1", resolution=1024, weights=11901, gflop=154000, operations=11535, least_gib=5.5
     ),
