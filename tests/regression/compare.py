@@ -95,9 +95,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _environment(package: Path) -> dict[str, str]:
-    """The environment of a side's process: its package first, one thread, no GPU, no network."""
+    """The environment of a side's process: its package and built-in model, one thread, no GPU, no network."""
     fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join((str(package), str(_ROOT / "lorasmith-tiny" / "src")))}
+    paths = (package, package.parent / "lorasmith-tiny" / "src")
+    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def _case_difference(case: str, *sides: Path) -> str:

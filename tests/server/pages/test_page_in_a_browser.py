@@ -461,6 +461,7 @@ def test_several_values_are_tried_by_the_one_button_that_starts(served: ServedPa
     waits(page, "Takes about 8 minutes for all 4 runs")  # twice 200 and 400 steps
     page.get_by_role("button", name="Train 4 runs").click()
     page.wait_for_url("**/#/sweeps/fox-sweep-001")
+    expected(page.get_by_text("Try several values")).to_have_count(0)  # a view that was never left keeps its values
     request = served.taken().request
     tried = {name: request["settings"][name] for name in ("rank", "steps", "validation_share", "previews")}
     assert tried == {"rank": 4, "steps": 200, "validation_share": 0.2, "previews": ""}
