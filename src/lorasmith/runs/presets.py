@@ -103,7 +103,7 @@ class Rule:
 
 
 RECIPE: Sequence[Rule] = (
-    # docs/quality.md: a recipe leads there with few drawings of a subject alone.
+    # docs/lab-log.md: only few drawings of a subject were measured by the judge that had seen none of the subjects.
     Rule(
         model=BUILT_IN,
         kind="subject",
