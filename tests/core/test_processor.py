@@ -15,7 +15,7 @@ from lorasmith.cli import main as command_line
 from lorasmith.core import processor
 from lorasmith.core.processor import (
     busy_processors,
-    is_alone,
+    has_no_gpu,
     let_threads_sleep,
     processor_name,
     threads_beside,
@@ -117,7 +117,7 @@ def test_a_machine_that_surely_has_no_gpu(
     monkeypatch.setattr(processor, "_WSL_GPU", tmp_path / "dxg")
     monkeypatch.setattr(processor.sys, "platform", system)
     monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
-    assert is_alone() is alone
+    assert has_no_gpu() is alone
 
 
 def test_the_processor_has_a_name() -> None:

@@ -304,7 +304,7 @@ async def test_the_first_page_has_a_model_ready_until_something_is_queued(contex
 async def test_a_machine_without_gpus_waits_for_no_answer_about_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "is_alone", lambda: True)
+    monkeypatch.setattr(dispatcher, "has_no_gpu", lambda: True)
     async with dispatching(tmp_path, devices=None) as context:  # whose assistant is not started
         with context.dispatcher.watched():
             await until(lambda: any("warmed" in one["m"] for one in context.log.entries))
@@ -312,7 +312,7 @@ async def test_a_machine_without_gpus_waits_for_no_answer_about_them(
 
 
 async def test_devices_come_from_the_assistant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "is_alone", lambda: False)
+    monkeypatch.setattr(dispatcher, "has_no_gpu", lambda: False)
     context = fake_context(tmp_path, devices=None)
     await context.assistant.start()
     await context.dispatcher.start()

@@ -66,7 +66,7 @@ def usable_processors() -> int:
     return len(_usable())
 
 
-def is_alone() -> bool:
+def has_no_gpu() -> bool:
     """Whether the machine surely has no GPU that torch uses; only a PC's Linux says so."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or _WSL_GPU.exists():
         return False

@@ -73,8 +73,10 @@ def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _text_before(routing: Routing, conditioning: Conditioning) -> int | Tensor | None:
-    """Number of tokens of text before those of the picture, for each row (batch, 1) if they differ; None for all
-    that are not the picture's."""
+    """Number of tokens of text before those of the picture, for each row (batch, 1) if they differ.
+
+    None for all that are not the picture's.
+    """
     if routing.text == "all others":
         return None
     if routing.text == "last":

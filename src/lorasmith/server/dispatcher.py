@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.processor import is_alone
+from lorasmith.core.processor import has_no_gpu
 from lorasmith.runs.queue import ACTIVE, Job, JobKind, JobState, JobStateError, JobStore, StoreError
 from lorasmith.runs.supervisor import AGAIN_S, RestartedProcess, Supervisor, WorkerConfig
 from lorasmith.server.hub import Hub, LogBook, Notice
@@ -336,7 +336,7 @@ class Dispatcher:
 
     async def _start_workers(self) -> None:
         devices = self._config.devices
-        if devices is None and is_alone():  # asking takes as long as torch takes to be imported
+        if devices is None and has_no_gpu():  # asking takes as long as torch takes to be imported
             devices = [{"name": "cpu", "title": "CPU"}]
         while devices is None:
             try:

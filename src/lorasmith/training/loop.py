@@ -267,12 +267,15 @@ class Loop:
 
     def _with_frozen(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
+        fault: StepFault | None = None
         try:
             start_adapters(self.engine, self._samples)
         except (RuntimeError, MemoryError) as error:
             if self.engine.way.sharding or not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(memory_missed(error)) from None
+            fault = OutOfMemory(memory_missed(error))
+        if fault is not None:  # outside of `except`, as in `_take`
+            raise fault
         while True:
             with self.engine.attached():
                 waiting = self._take_steps()

@@ -14,6 +14,7 @@ from lorasmith.server import event_streams
 from lorasmith.server.models import downloads
 from tests.launched import LONG_S
 from tests.server.pages.served_page import ServedPage
+from tools import browsing
 from tools.browsing import chromium, opened_browser
 
 PagesOpener = Callable[..., Any]
@@ -43,6 +44,19 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedPa
     page.start()
     yield page
     page.close()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The base folder of `server`."""
+    return tmp_path / "ComfyUI"
+
+
+@pytest.fixture
+def server(browser: Any, base: Path) -> Iterator[browsing.Served]:
+    """The whole server, after the browser, so that nothing is started where there is none."""
+    with browsing.served(base) as running:
+        yield running
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,13 @@ import torch
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from tests.server.pages.conftest import PagesOpener, expected
-from tools.browsing import Served, drop, served
+from tools.browsing import Served, drop
 
 pytestmark = pytest.mark.slow
 
 STEPS = 40
 PATIENCE_MS = 600_000
 """For a step of the way, on a busy machine."""
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tmp_path / "ComfyUI"
-
-
-@pytest.fixture
-def server(browser: Any, base: Path) -> Iterator[Served]:
-    """After the browser, so that nothing is started where there is none."""
-    with served(base) as running:
-        yield running
 
 
 def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpener, base: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lorasmith.evaluation.measures import learnt, likeness, self_likeness
 from lorasmith.evaluation.recognition import recogniser_of
 from tests.server.pages.conftest import PagesOpener, expected
 from tests.server.pages.test_page_on_a_server import PATIENCE_MS, change_in_diffusers, loaded
-from tools.browsing import Served, drop, served
+from tools.browsing import Served, drop
 
 pytestmark = pytest.mark.slow
 
@@ -26,17 +25,6 @@ FOX = sorted((BUILT_IN_BASE / "input" / "fox").glob("*.png"))
 
 LEARNT = 0.3
 """Least share of the way from what the base model draws to the training pictures, by the judge."""
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tmp_path / "ComfyUI"
-
-
-@pytest.fixture
-def server(browser: Any, base: Path) -> Iterator[Served]:
-    with served(base) as running:
-        yield running
 
 
 @pytest.fixture
@@ -60,6 +48,18 @@ class Hand:
 
     def reached(self, what: str) -> None:
         print(f"{what}: {self.clicks} clicks, {time.monotonic() - self._start:.1f} s")
+
+
+def train(page: Any, hand: Hand) -> None:
+    """From the photos to the room, with all that is suggested."""
+    hand.click(page.get_by_role("button", name="Choose a model"))
+    page.wait_for_selector("input[name=model]:checked")
+    hand.click(page.get_by_role("button", name="Next: settings"))
+    hand.click(page.get_by_role("button", name="Start training"))
+    page.wait_for_url("**/#/jobs/*")
+    page.wait_for_url("**/#/runs/*")
+    hand.reached("the LoRA in its room")
+    loaded(page, ".easel img", 2)
 
 
 def keep(page: Any, hand: Hand, name: str, target: Path) -> Path:
@@ -122,14 +122,7 @@ def test_a_messy_folder_to_a_kept_lora(page: Any, base: Path, tmp_path: Path) ->
     assert [one.read_text("utf-8").strip() for one in folder.glob("*.txt")] == ["a fox"]
     hand.reached("the photos")
     page.get_by_label("What will you call it in prompts?").fill("sks fox")
-    hand.click(page.get_by_role("button", name="Choose a model"))
-    page.wait_for_selector("input[name=model]:checked")
-    hand.click(page.get_by_role("button", name="Next: settings"))
-    hand.click(page.get_by_role("button", name="Start training"))
-    page.wait_for_url("**/#/jobs/*")
-    page.wait_for_url("**/#/runs/*")
-    hand.reached("the LoRA in its room")
-    loaded(page, ".easel img", 2)
+    train(page, hand)
     assert change_in_diffusers(keep(page, hand, "sks-fox.safetensors", tmp_path)) > 1e-3
     hand.reached("the LoRA as a file")
     assert hand.clicks <= 4
@@ -151,14 +144,7 @@ def test_a_slider_from_four_pairs(page: Any, tmp_path: Path) -> None:
     expected(page.locator(".tile .half.before img")).to_have_count(4)
     page.get_by_label("What do all pictures show?").fill("a fox")
     hand.reached("the pairs")
-    hand.click(page.get_by_role("button", name="Choose a model"))
-    page.wait_for_selector("input[name=model]:checked")
-    hand.click(page.get_by_role("button", name="Next: settings"))
-    hand.click(page.get_by_role("button", name="Start training"))
-    page.wait_for_url("**/#/jobs/*")
-    page.wait_for_url("**/#/runs/*")
-    hand.reached("the slider in its room")
-    loaded(page, ".easel img", 2)
+    train(page, hand)
     strength = page.get_by_label("Strength", exact=True)
     drawn = {}
     for key in ("ArrowRight", "ArrowLeft"):  # to both ends

@@ -40,9 +40,8 @@ class TowerKind:
     inner: str  # matrix that gives the inner width of a block
     width: str  # matrix that gives the width of the result
     settings: Mapping[str, Any]  # of its configuration, for towers from files
-    deep: Mapping[int, Sequence[int]] = field(
-        default_factory=dict
-    )  # by number of blocks, where those of DeepStack vary
+    # Blocks of DeepStack by the number of all, where they vary.
+    deep: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def found_in(self, source: PartSource) -> VisionTower | None:
         """The tower in an encoder's tensors; None if it is not there."""
