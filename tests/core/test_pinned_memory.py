@@ -7,6 +7,7 @@ import mmap
 import pytest
 import torch
 
+from lorasmith.core import pinned_memory
 from lorasmith.core.pinned_memory import PinnedBuffer
 
 
@@ -16,17 +17,23 @@ class FakeRuntime:
     def __init__(self, *, full: bool = False) -> None:
         self.registered: dict[int, int] = {}
         self.full = full
+        self.last_error = 0
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         assert address % mmap.PAGESIZE == 0
         assert all(address + size <= one or address >= one + length for one, length in self.registered.items())
         if not self.full:
             self.registered[address] = size
-        return 2 * self.full
+        self.last_error = 2 * self.full
+        return self.last_error
 
     def cudaHostUnregister(self, address: int) -> int:
         del self.registered[address]
         return 0
+
+    def cudaGetLastError(self) -> int:
+        found, self.last_error = self.last_error, 0
+        return found
 
 
 @pytest.fixture
@@ -34,6 +41,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     fake = FakeRuntime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(pinned_memory, "_forgetting_errors", lambda: fake.cudaGetLastError)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
     return fake
 
@@ -55,3 +63,23 @@ def test_where_nothing_can_be_registered_torch_pins(runtime: FakeRuntime) -> Non
     buffer = PinnedBuffer(9, torch.device("cuda"))
     assert buffer.bytes.shape == (9,)
     buffer.free()
+
+
+def test_a_buffer_that_is_dropped_is_not_left_registered(runtime: FakeRuntime) -> None:
+    buffer = PinnedBuffer(100, torch.device("cuda"))
+    view = buffer.bytes[:50]
+    del buffer
+    assert not runtime.registered
+    view.fill_(7)
+
+
+def test_a_failure_leaves_no_error_behind(runtime: FakeRuntime) -> None:
+    """The next launch of a kernel would raise it, as if that were out of memory."""
+    runtime.full = True
+    PinnedBuffer(9, torch.device("cuda"))
+    assert runtime.last_error == 0
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch has no CUDA runtime")
+def test_the_runtime_that_torch_has_loaded_is_found() -> None:
+    assert pinned_memory._forgetting_errors() is not None

@@ -64,6 +64,15 @@ def test_what_does_not_belong_into_a_capture_is_found() -> None:
     assert seen(cached) == {"keeps memory of the graph": 1}
 
 
+def test_all_graphs_of_a_process_are_captured_on_one_stream() -> None:
+    """cuBLAS keeps a workspace for each stream, and a run makes graphs again after each preview."""
+    streams = Streams()
+    with streams.in_place(), graphs_watched(streams, Traced()), Devices(MODE), MODE:
+        for _ in range(3):
+            cuda_graphs.CudaGraphs(torch.ones(4, device=DEVICE))
+    assert streams.count == 2  # with that of the start
+
+
 @pytest.mark.parametrize(
     ("run", "refusal"),
     [

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from lorasmith.core import kernels
 from lorasmith.families.model import Model
 from lorasmith.training import attention, measured_times
 from lorasmith.training import way as ways
@@ -117,6 +120,46 @@ def test_seconds_of_a_call_are_those_between_waits_for_the_device(monkeypatch: p
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
     assert kernel_seconds("cudnn", call(), clock) == math.inf
+
+
+class Attention:
+    """Stands for torch's: results are changed where the kernel that was asked for first is a `wrong` one."""
+
+    def __init__(self, *, wrong: str, gradients: bool) -> None:
+        self.first = ""
+        self.wrong, self.gradients = wrong, gradients
+
+    @contextlib.contextmanager
+    def preferred(self, kernel: str) -> Iterator[None]:
+        before, self.first = self.first, kernel
+        try:
+            yield
+        finally:
+            self.first = before
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        result = torch.softmax(query @ key.mT, -1) @ value
+        if self.first != self.wrong:
+            return result
+        return result * 1 + 0.05 * (key - key.detach()) if self.gradients else result * float("nan")
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["result", "gradients"])
+def test_a_kernel_with_other_numbers_is_not_timed_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, kept: Path, gradients: bool
+) -> None:
+    fake = Attention(wrong="cudnn", gradients=gradients)
+    refusals: list[str] = []
+    monkeypatch.setattr(kernels, "_REFUSALS", refusals)
+    monkeypatch.setattr(attention, "attention_preferred", fake.preferred)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fake)
+    monkeypatch.setattr(attention, "kernel_seconds", lambda kernel, call: {"cudnn": 1.0}.get(kernel, 2.0))
+    g = torch.Generator().manual_seed(0)
+    one = AttentionCall("a", 1, tuple(torch.randn(1, 1, 4, 4, generator=g) for _ in range(3)), {})  # type: ignore[arg-type]
+    found = fastest_kernel([one], CPU)
+    assert found.kernel == "torch" and set(found.seconds) == {*KERNELS} - {"cudnn"}
+    [refusal] = refusals
+    assert f"its {'gradient of the key' if gradients else 'result'} is not torch's" in refusal
 
 
 def test_a_machine_is_its_card_driver_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:

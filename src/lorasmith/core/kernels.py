@@ -31,6 +31,11 @@ def refused_kernels(since: int = 0) -> Sequence[str]:
     return _REFUSALS[since:]
 
 
+def refuse(refusal: str) -> None:
+    """Add a sentence on a kernel that is not used to `refused_kernels`."""
+    _REFUSALS.append(refusal)
+
+
 def kernel_or(
     name: str,
     plain: Callable[..., Any],
@@ -64,7 +69,7 @@ def kernel_or(
             return Kernel(name, kernel)
         reason = "its numbers are not torch's on this device; report it with the output of lorasmith doctor"
     refusal = f"The Triton kernel for {name} is not used, and torch's operations, which are slower, are: {reason}."
-    _REFUSALS.append(refusal)
+    refuse(refusal)
     return Kernel(name, plain, refusal)
 
 

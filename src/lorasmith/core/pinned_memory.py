@@ -7,9 +7,15 @@ again: registering costs more than a copy.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import mmap
-from collections.abc import Iterator
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +25,23 @@ from lorasmith.core.mapped_files import release_pages
 
 
 class PinnedBuffer:
-    """Bytes (size_bytes,) in pinned memory, in torch's own where registering fails; size_bytes must not be 0."""
+    """Bytes (size_bytes,) in pinned memory, in torch's own where registering fails; size_bytes must not be 0.
+
+    Memory is unregistered with the buffer: a range that is mapped later at an address still registered is refused.
+    """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
-        self._device = device
-        self._registered = _registered(size_bytes)
-        pinned = self._registered
+        pinned = _registered(size_bytes)
         self.bytes: Tensor = torch.empty(size_bytes, dtype=torch.uint8).pin_memory() if pinned is None else pinned
+        self._unregister: Callable[[], object] | None = None
+        if pinned is not None:
+            self._unregister = end = weakref.finalize(self, _unregistered, pinned, device)
+            end.atexit = False  # CUDA ends first
 
     def free(self) -> None:
         """Unregister the memory once the device has read it; the bytes stay readable."""
-        if self._registered is not None:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.cudart().cudaHostUnregister(self._registered.data_ptr())
-            self._registered = None
+        if self._unregister is not None:
+            self._unregister()
 
 
 _BUFFER_BYTES = 2**25
@@ -137,6 +146,42 @@ def _pieces(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _registered(size_bytes: int) -> Tensor | None:
-    mapped = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
-    status = torch.cuda.cudart().cudaHostRegister(mapped.data_ptr(), size_bytes, 0)
-    return mapped if int(status) == 0 else None
+    mapped = torch.frombuffer(_mapped(size_bytes), dtype=torch.uint8)
+    is_done = _succeeds(torch.cuda.cudart().cudaHostRegister, mapped.data_ptr(), size_bytes, 0)
+    return mapped if is_done else None
+
+
+def _unregistered(registered: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    _succeeds(torch.cuda.cudart().cudaHostUnregister, registered.data_ptr())
+
+
+def _mapped(size_bytes: int) -> mmap.mmap:
+    """Anonymous memory, on Linux in huge pages where it has them, as registering asks for each page by itself."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size_bytes)
+    mapped = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
+    with contextlib.suppress(OSError):  # of kernels without them
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
+
+
+def _succeeds(call: Callable[..., Any], *args: int) -> bool:
+    """Whether a function of the CUDA runtime succeeds. If not, its error is not left to the next launch of a kernel."""
+    if int(call(*args)) == 0:
+        return True
+    if (forget := _forgetting_errors()) is not None:
+        forget()
+    return False
+
+
+@functools.cache
+def _forgetting_errors() -> Callable[[], int] | None:
+    """`cudaGetLastError` of the runtime that torch has loaded, and has no binding for; None where it is not found."""
+    version = str(torch.version.cuda).partition(".")[0]
+    try:  # torch loads its libraries so that all see their names, except on Windows
+        library = ctypes.CDLL(f"cudart64_{version}.dll" if sys.platform == "win32" else None)
+        found: Callable[[], int] = library.cudaGetLastError
+    except (OSError, AttributeError):
+        return None
+    return found

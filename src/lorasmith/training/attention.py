@@ -2,7 +2,8 @@
 
 torch takes the first kernel of a fixed order that accepts a call, whichever is faster for the GPU, the libraries and
 the shape. Here the calls of one forward pass are listed, and each kernel is timed on the tensors of each different one,
-in both directions. Times are kept (`measured_times`).
+in both directions. Times are kept (`measured_times`). Kernels whose result or gradients are not those of torch's own
+choice have none: versions of cuDNN had NaN and wrong gradients for some shapes.
 
 The kernel is part of the run state, so that a resumed run keeps it, whatever is measured then.
 """
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from lorasmith.core.allocator import has_lost_device
 from lorasmith.core.choices import AttentionChoice, AttentionKernel
+from lorasmith.core.kernels import refuse
 from lorasmith.training.measured_times import FASTER, measured
 
 KERNELS: tuple[AttentionKernel, ...] = get_args(AttentionKernel)
@@ -36,6 +38,9 @@ _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 _WARM_UP, _TIMED = 3, 10  # passes of a call; cuDNN plans in the first one
+
+_TOLERANCE = 0.02
+"""Difference of results relative to their norm; kernels in bf16 differ by less than a tenth of it."""
 
 
 @contextlib.contextmanager
@@ -105,32 +110,64 @@ def fastest_kernel(calls: Sequence[AttentionCall], device: torch.device) -> Fast
 
 
 def _by_kernel(call: AttentionCall) -> dict[str, float]:
-    return {kernel: kernel_seconds(kernel, call) for kernel in KERNELS}
+    own = _attempted("torch", call)
+    return {
+        kernel: kernel_seconds(kernel, call)
+        for kernel in KERNELS
+        if kernel == "torch" or _agrees(own, _attempted(kernel, call), kernel, call)
+    }
+
+
+def _pass(kernel: AttentionChoice, call: AttentionCall) -> tuple[Tensor, ...]:
+    """The result of a forward pass of a call, and the gradients of its inputs for the result as the gradient."""
+    query, key, value = inputs = [one.detach().requires_grad_() for one in call.inputs]
+    with torch.enable_grad(), attention_preferred(kernel):
+        result = F.scaled_dot_product_attention(query, key, value, **call.keywords)
+        return result.detach(), *torch.autograd.grad(result, inputs, result.detach())
+
+
+def _attempted(kernel: AttentionChoice, call: AttentionCall) -> tuple[Tensor, ...] | None:
+    """`_pass`, or None where it fails: of memory, or of a library that has no plan for the shape."""
+    try:
+        return _pass(kernel, call)
+    except RuntimeError as error:
+        if has_lost_device(error):
+            raise
+        return None
+
+
+def _agrees(
+    own: tuple[Tensor, ...] | None, found: tuple[Tensor, ...] | None, kernel: AttentionKernel, call: AttentionCall
+) -> bool:
+    if own is None or found is None:
+        return False
+    for name, expected, one in zip(("result", "query", "key", "value"), own, found, strict=True):
+        error, norm = ((one - expected).float().norm(), expected.float().norm())
+        if not bool(error <= _TOLERANCE * norm):  # NaN is no number
+            refuse(
+                f"Attention by {kernel} is not used for {call.name}, as its "
+                f"{'result' if name == 'result' else f'gradient of the {name}'} is not torch's on this device; report "
+                "it with the output of lorasmith doctor."
+            )
+            return False
+    return True
 
 
 def kernel_seconds(
     kernel: AttentionKernel, call: AttentionCall, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Seconds of one forward and backward pass of a call on its GPU; infinite where that fails."""
-    query, key, value = inputs = [one.detach().requires_grad_() for one in call.inputs]
-
-    def once() -> None:
-        with torch.enable_grad():
-            result = F.scaled_dot_product_attention(query, key, value, **call.keywords)
-            torch.autograd.grad(result, inputs, result.detach())
-
-    device = query.device
+    device = call.inputs[0].device
     try:
-        with attention_preferred(kernel):
-            for _ in range(_WARM_UP):
-                once()
-            torch.cuda.synchronize(device)
-            began = clock()
-            for _ in range(_TIMED):
-                once()
-            torch.cuda.synchronize(device)
-            return (clock() - began) / _TIMED
-    except RuntimeError as error:  # of memory, or of a library that has no plan for the shape
+        for _ in range(_WARM_UP):
+            _pass(kernel, call)
+        torch.cuda.synchronize(device)
+        began = clock()
+        for _ in range(_TIMED):
+            _pass(kernel, call)
+        torch.cuda.synchronize(device)
+        return (clock() - began) / _TIMED
+    except RuntimeError as error:
         if has_lost_device(error):
             raise
         return math.inf

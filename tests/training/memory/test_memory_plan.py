@@ -194,6 +194,14 @@ def test_where_memory_runs_out_all_blocks_are_offloaded_first(
     assert not any(on_device)
 
 
+def test_the_pool_of_cuda_graphs_is_in_the_budget(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = engine_of(planned(tiny, targets="*.attn2.to_q"))
+    monkeypatch.setattr(memory_plan, "free_memory", lambda *_: 1 << 30)
+    without = memory_plan.free_bytes(trained)
+    trained.way = replace(trained.way, cuda_graphs=True)
+    assert memory_plan.free_bytes(trained) == without // 2
+
+
 def test_the_budget_counts_what_is_taken_already() -> None:
     cpu = torch.device("cpu")
     free = free_memory(cpu)

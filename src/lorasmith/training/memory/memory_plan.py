@@ -192,7 +192,9 @@ def free_bytes(engine: Engine) -> int:
     # One plan for all processes, as sharded weights are gathered in the same order by all.
     limits = [limit for limit in (way.memory_budget, way.memory_cap) if limit is not None]
     free = min(way.processes.gathered(free_memory(way.device, min(limits, default=None))))
-    return int(way.memory_share * free) - optimizer
+    bare = int(way.memory_share * free) - optimizer
+    # The pool of CUDA graphs keeps the memory of a whole pass, and the first pass of another shape is made outside it.
+    return bare // 2 if way.cuda_graphs else bare
 
 
 def optimizer_bytes(master_bytes: int) -> int:
