@@ -18,6 +18,7 @@ from lorasmith.runs.hub_download import (
     GatedError,
     HubError,
     HubFile,
+    NoNetworkError,
     Progress,
     download,
     facts_of,
@@ -101,7 +102,7 @@ def test_the_files_of_a_captioner_are_listed_and_small_ones_verified(served: Fak
     assert not list((tmp_path / "says").glob("config.json*"))
     with pytest.raises(HubError, match="has no model in safetensors any more"):
         files_of("maker/model", tmp_path)
-    with pytest.raises(HubError, match=r"does not have config\.json any more"):
+    with pytest.raises(HubError, match=r"does not have all files any more"):
         files_of("maker/none", tmp_path)
 
 
@@ -114,7 +115,7 @@ def test_a_broken_connection_is_continued(served: FakeHub, wanted: HubFile) -> N
 
 def test_a_later_download_continues_what_a_first_one_left(served: FakeHub, wanted: HubFile) -> None:
     served.cut_after = [900, *[0] * 20]
-    with pytest.raises(HubError, match=r"the connection broke .*kept, so get it again to continue"):
+    with pytest.raises(HubError, match=r"the connection broke; .*kept, so get it again to continue"):
         download([wanted])
     assert not wanted.path.exists() and wanted.kept_bytes == 500
     served.cut_after = []
@@ -203,10 +204,18 @@ def test_without_a_network_or_with_it_forbidden(
                 constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(served.address, nowhere),
             )
             context.setattr(constants, "ENDPOINT", nowhere)
+            other = HubFile("maker/other", "small.safetensors", wanted.path.with_name("small.safetensors"))
             with pytest.raises(
-                HubError, match=r"cannot be reached.*check the network, or put weights.safetensors into"
-            ):
-                download([wanted])
+                NoNetworkError, match=r"^no internet just now, or .*; try again, or add the files "
+            ) as none:
+                download([wanted, other])
+            folder = str(wanted.path.parent)
+            assert none.value.details["files"] == [
+                {"file": "files/weights.safetensors", "page": f"{nowhere}/maker/model", "folder": folder},
+                {"file": "small.safetensors", "page": f"{nowhere}/maker/other", "folder": folder},
+            ]
+            with pytest.raises(NoNetworkError, match=f"yourself: all files of {nowhere}/maker/model into .*says$"):
+                files_of("maker/model", wanted.path.with_name("says"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, so nothing is downloaded; unset it"):
         download([wanted])
@@ -299,7 +308,7 @@ def test_a_redirect_that_leads_nowhere(
     served: FakeHub, wanted: HubFile, place: str, network_attempts: list[str]
 ) -> None:
     served.redirects = place
-    with pytest.raises(HubError, match=r"try again|check the network|yourself|cannot be"):
+    with pytest.raises(HubError, match=r"try again|yourself|cannot be"):
         download([wanted])
     assert not wanted.path.exists() and not wanted.kept_bytes
     assert all("%5B" in attempt for attempt in network_attempts)  # which is the host of the third one

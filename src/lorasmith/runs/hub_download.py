@@ -84,6 +84,29 @@ class GatedError(HubError):
         self.details = {"accept": accept, "has_token": has_token}
 
 
+class NoNetworkError(HubError):
+    """The hub does not answer. `details` says which files are to be put where instead: JSON values."""
+
+    def __init__(self, files: Sequence[HubFile]) -> None:
+        endpoint = _hub().ENDPOINT
+        rows = [
+            {"file": one.file, "page": f"{endpoint}/{one.repository}", "folder": str(one.path.parent)} for one in files
+        ]
+        places = ", ".join(f"{one['file']} of {one['page']} into {one['folder']}" for one in rows)
+        super().__init__(
+            f"no internet just now, or {endpoint} does not answer; try again, or add the files yourself: {places}"
+        )
+        self.details = {"files": rows}
+
+
+def facts_of_all(files: Sequence[HubFile]) -> dict[HubFile, HubFacts]:
+    """`facts_of` each. Raises as it, but a NoNetworkError names all files."""
+    try:
+        return {file: facts_of(file) for file in files}
+    except NoNetworkError as error:
+        raise NoNetworkError(files) from error
+
+
 @model_packages("a download from the hub")
 def facts_of(file: HubFile) -> HubFacts:
     """Ask the hub for the size and the digest of a file. Raises HubError."""
@@ -107,7 +130,7 @@ def files_of(repository: str, folder: Path) -> list[HubFile]:
     """
     from huggingface_hub import HfApi
 
-    with _explained(HubFile(repository, "config.json", folder / "config.json")):
+    with _explained(HubFile(repository, "all files", folder / "all files")):
         found = HfApi(endpoint=_hub().ENDPOINT, token=_token()).model_info(repository)
     names = [sibling.rfilename for sibling in found.siblings or () if re.fullmatch(_WANTED, sibling.rfilename)]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
@@ -153,7 +176,7 @@ def download(
     HubError, OutputError, and CancelledError soon after `cancelled` is set.
     """
     cancelled = cancelled or threading.Event()
-    facts = {file: facts_of(file) for file in files if not file.path.exists()}
+    facts = facts_of_all([file for file in files if not file.path.exists()])
     check_space(facts, spare_bytes)
     total, rate = sum(fact.size_bytes for fact in facts.values()), _Rate()
     before, name = 0, ""
@@ -183,7 +206,7 @@ def store_token(token: str) -> None:
         login(token=token.strip())
     except (HTTPError, OSError, ValueError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) is None and not isinstance(error, ValueError):
-            raise HubError(_unreachable(constants.ENDPOINT, error)) from error
+            raise HubError(f"no internet just now, or {constants.ENDPOINT} does not answer; try again later") from error
         raise HubError(
             f"the hub does not know this token; make one at {constants.ENDPOINT}/settings/tokens and paste it whole"
         ) from error
@@ -344,12 +367,12 @@ def _explained(file: HubFile) -> Iterator[None]:
             raise OutputError(f"{file.part} cannot be written ({error.strerror}); check its folder") from error
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise OutputError(f"{file.part} cannot be written ({error.strerror}); check the disk") from error
-        kept = f"; {memory_text(file.kept_bytes)} are kept, so get it again to continue" if file.kept_bytes else ""
-        raise HubError(_unreachable(constants.ENDPOINT, error) + (kept or f", or {by_hand}")) from error
-
-
-def _unreachable(endpoint: str, error: Exception) -> str:
-    return f"{endpoint} cannot be reached, or the connection broke ({type(error).__name__}); check the network"
+        if not file.kept_bytes:
+            raise NoNetworkError([file]) from error
+        raise HubError(
+            f"no internet just now, or the connection broke; {memory_text(file.kept_bytes)} are kept, so get it again "
+            "to continue"
+        ) from error
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
@@ -109,6 +110,23 @@ def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, sh
     assert_legible(page, "failed")
     card.get_by_role("button", name="Close").click()
     card.get_by_text("The connection broke").wait_for(state="detached")
+
+
+def test_without_a_network_it_says_where_files_go(served: ServedPage, shelf: Callable[..., Any]) -> None:
+    whole = served.made_up["check_download"]
+    told = {"file": "model.safetensors", "page": "https://hub.example/maker/model", "folder": "/models/checkpoints"}
+    served.made_up["check_download"] = RefusedError("NoNetworkError", "no internet", {"files": [told]})
+    page = shelf(width=390, scheme="dark")
+    page.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
+    alert = page.get_by_role("dialog").get_by_role("alert")
+    alert.get_by_text("No internet just now. Try again, or add the files yourself:").wait_for()
+    assert alert.get_by_role("listitem").inner_text() == " of ".join(
+        [told["file"], f"{told['page']} into {told['folder']}"]
+    )
+    assert_legible(page, "no network")
+    served.made_up["check_download"] = whole
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_role("button", name="Download 6.9 GB").wait_for()
 
 
 def test_a_full_disk_is_said_before_the_first_byte(served: ServedPage, shelf: Callable[..., Any]) -> None:

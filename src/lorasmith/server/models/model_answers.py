@@ -23,7 +23,7 @@ from lorasmith.families.model_search import FoundFile, in_folders, recognised_fi
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.runs import shelf as models_to_get
 from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES, captioner_files, captioner_folders, kept_bytes
-from lorasmith.runs.hub_download import HubFile, facts_of, store_token
+from lorasmith.runs.hub_download import HubFile, facts_of_all, store_token
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.runs.shelf import ShelfModel, memory_of, parts_on_hub, wanted_files
 from lorasmith.runs.time_estimate import STEP_WORK, Rates, StepWork, best_of, rates_of, usual_s, work_of
@@ -212,7 +212,7 @@ def download_files(folders: Folders, *, kind: DownloadKind, name: str) -> dict[s
 def check_download(folders: Folders, *, kind: DownloadKind, name: str) -> DownloadCheck:
     """What the hub says of the files to download. Raises HubError, GatedError, and as `download_files`."""
     title, files = _wanted(folders, kind, name)
-    facts = {file: facts_of(file) for file in files}
+    facts = facts_of_all(files)
     return DownloadCheck(
         title=title,
         files=tuple(

@@ -189,7 +189,9 @@ export function GetDialog({ wanted, onStarted, onClose }) {
     ${
       error?.kind === "GatedError"
         ? html`<${Gated} error=${error} onAgain=${reload} />`
-        : html`<${Problem} error=${error ?? failure} onRetry=${error ? reload : undefined} />`
+        : error?.kind === "NoNetworkError"
+          ? html`<${NoNetwork} files=${error.details.files} onAgain=${reload} />`
+          : html`<${Problem} error=${error ?? failure} onRetry=${error ? reload : undefined} />`
     }
     ${
       found &&
@@ -224,6 +226,21 @@ export function GetDialog({ wanted, onStarted, onClose }) {
     }
   <//>`;
 }
+
+/** What can be done without the hub. @param files {file, page, folder} of each */
+const NoNetwork = ({ files, onAgain }) => html`
+  <div role="alert">
+    <p>No internet just now. Try again, or add the files yourself:</p>
+    <ul>
+      ${files.map(
+        ({ file, page, folder }) => html`<li key=${`${page} ${file}`}>
+          <b>${file}</b> of <a href=${page} target="_blank" rel="noreferrer">${page}</a> into <code>${folder}</code>
+        </li>`,
+      )}
+    </ul>
+  </div>
+  <div class="actions end"><${Button} kind="primary" onClick=${onAgain}>Try again<//></div>
+`;
 
 /** Where to accept a licence, and where the token goes. */
 function Gated({ error, onAgain }) {
