@@ -438,6 +438,24 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
 
 
 @pytest.mark.slow
+def test_a_set_that_nothing_names_is_asked_for_before_it_is_trained(served: ServedPage, open_page: Opener) -> None:
+    for one in served.add_dataset().glob("*.txt"):
+        one.unlink()
+    page = open_page("#/new/fox/model", width=390, scheme="dark")
+    page.get_by_role("button", name="Next: settings").click()
+    start = page.get_by_role("button", name="Start training")
+    asked = page.get_by_label("What should I draw?")
+    asked.wait_for()
+    expected(start).to_be_disabled()
+    assert_legible(page)
+    asked.press_sequentially(" a fox")
+    expected(asked).to_be_focused()  # it stays while it is answered
+    expected(start).to_be_enabled()
+    start.click()
+    assert served.taken().request["settings"]["trigger"] == "a fox"
+
+
+@pytest.mark.slow
 def test_several_values_are_tried_by_the_one_button_that_starts(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
     page = open_page("#/new/fox/model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from PIL import Image
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.evaluation.measures import learnt, likeness, self_likeness
 from lorasmith.evaluation.recognition import recogniser_of
+from lorasmith.runs.gallery import read_grids
 from tests.server.pages.conftest import PagesOpener, expected
-from tests.server.pages.test_page_on_a_server import PATIENCE_MS, change_in_diffusers, loaded
+from tests.server.pages.test_page_on_a_server import PATIENCE_MS, change_in_diffusers, loaded, wait_until
 from tools.browsing import Served, drop
 
 pytestmark = pytest.mark.slow
 
-FOX = sorted((BUILT_IN_BASE / "input" / "fox").glob("*.png"))
+INPUT = BUILT_IN_BASE / "input"
+FOX = sorted((INPUT / "fox").glob("*.png"))
 
 LEARNT = 0.3
 """Least share of the way from what the base model draws to the training pictures, by the judge."""
@@ -100,14 +103,7 @@ def test_the_fox_in_one_click(page: Any, base: Path, server: Served, tmp_path: P
     page.close()
     (run,) = (base / "runs").iterdir()
     samples = run / "samples"
-    judge = recogniser_of(is_built_in=True)
-    own = judge.features([Image.open(one) for one in FOX])
-    before, after = judge.features(
-        [Image.open(samples / "base-1.png"), Image.open(max(samples.glob("step-*-1.png")))]
-    ).split(1)
-    found, plain, photos = likeness(after, own), likeness(before, own), self_likeness(own)
-    print(f"base {plain:.3f}, LoRA {found:.3f}, photos {photos:.3f}")
-    assert learnt(found, plain, photos) > LEARNT
+    assert share_learnt(samples / "base-1.png", max(samples.glob("step-*-1.png")), FOX) > LEARNT
 
 
 def test_a_messy_folder_to_a_kept_lora(page: Any, base: Path, tmp_path: Path) -> None:
@@ -158,6 +154,49 @@ def test_a_slider_from_four_pairs(page: Any, tmp_path: Path) -> None:
     assert all(np.abs(drawn[one] - drawn[two]).mean() > 5 for one, two in itertools.combinations(sorted(light), 2))
     keep(page, hand, "a-fox.safetensors", tmp_path)
     hand.reached("the slider as a file")
+
+
+@pytest.mark.parametrize("way", ["an example of a style", "photos with words", "photos without words"])
+def test_other_ways_end_in_a_gallery_of_what_was_taught(way: str, page: Any, base: Path) -> None:
+    hand, subject, taught = Hand(), "a fox", FOX
+    if way == "an example of a style":
+        subject, taught = "high contrast style", sorted((INPUT / "high-contrast").glob("*.png"))
+        hand.click(page.get_by_role("link", name="high-contrast"))
+        page.get_by_text("16 photos", exact=True).wait_for()
+    else:
+        words = [one.with_suffix(".txt") for one in FOX if way == "photos with words"]
+        drop(page, [*FOX, *words])
+        page.get_by_text(f"{len(words)} of 6 with a caption").wait_for()
+        hand.reached("the photos")
+    hand.click(page.get_by_role("button", name="Choose a model"))
+    page.wait_for_selector("input[name=model]:checked")
+    hand.click(page.get_by_role("button", name="Next: settings"))
+    if way == "photos without words":
+        page.get_by_label("What should I draw?").fill(subject)
+    page.get_by_role("radio", name=re.compile("^Quick")).check(force=True)
+    hand.click(page.get_by_role("button", name="Start training"))
+    page.wait_for_url("**/#/runs/*")
+    hand.reached("the LoRA in its room")
+    page.get_by_role("group", name="Prompts to try").get_by_role("button", name=f"{subject}, on a red").click()
+    hand.click(page.get_by_role("button", name="How it is drawn"))
+    hand.click(page.get_by_role("button", name="Draw it at every step"))
+    (run,) = (base / "runs").iterdir()
+    wait_until(lambda: len(read_grids(run)) == 1)
+    hand.reached("its gallery")
+    (grid,) = read_grids(run)
+    assert grid.prompt == f"{subject}, on a red background"
+    last = max((cell for cell in grid.cells if cell.strength == 1), key=lambda cell: cell.step)
+    assert share_learnt(run / grid.base, run / last.file, taught) > LEARNT
+
+
+def share_learnt(base: Path, lora: Path, taught: list[Path]) -> float:
+    """Share of the way from the base model's picture to the training pictures, by the judge."""
+    judge = recogniser_of(is_built_in=True)
+    own = judge.features([Image.open(one) for one in taught])
+    before, after = judge.features([Image.open(base), Image.open(lora)]).split(1)
+    found, plain, photos = likeness(after, own), likeness(before, own), self_likeness(own)
+    print(f"base {plain:.3f}, LoRA {found:.3f}, photos {photos:.3f}")
+    return learnt(found, plain, photos)
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -103,6 +103,18 @@ export function answered(draft, what) {
   return { what, teaches, pairs: isPairs, settings: { ...Object.fromEntries(others), ...settings } };
 }
 
+/**
+ * Whether nothing says what pictures show: neither a trigger nor a caption, where captions are their files'.
+ *
+ * @param {Api.Draft} draft
+ * @param {Api.PictureRow[]} images
+ */
+export const isNameless = ({ trigger, settings }, images, captionOf = (one) => one.caption) =>
+  images.length > 0 &&
+  !trigger.trim() &&
+  (settings.captions ?? "files") === "files" &&
+  !images.some((one) => captionOf(one).trim());
+
 /** The class of a subject: the last word of its trigger, such as cat; empty for a trigger of one word. */
 const classOf = (trigger) => /\s(\S+)$/.exec(trigger.trim())?.[1] ?? "";
 

@@ -11,7 +11,7 @@ import { Icon } from "./icons.mjs";
 import { Chips, TagList } from "./tags.mjs";
 
 /** A text of the draft, with what another page has typed meanwhile. */
-function DraftText({ dataset, name, what, attributes, onInput }) {
+export function DraftText({ dataset, name, what, attributes, onInput }) {
   const [draft, change] = useDraft(dataset);
   const [theirs, choose] = useConflicts(dataset);
   return html`

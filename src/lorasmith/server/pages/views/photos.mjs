@@ -2,7 +2,7 @@
 import { get } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { answered, KINDS, kindOf } from "../lib/kinds.mjs";
+import { answered, isNameless, KINDS, kindOf } from "../lib/kinds.mjs";
 import { go } from "../lib/router.mjs";
 import { say, useStore } from "../lib/stores.mjs";
 import { doneTo, takeBack, undoLast } from "../lib/undo.mjs";
@@ -76,7 +76,7 @@ export function PhotosView({ dataset, edited }) {
     check: check.check,
     images,
     captionOf: captions.captionOf,
-    isNameless: images.length > 0 && !captioned && !draft.trigger.trim(),
+    isNameless: isNameless(draft, images, captions.captionOf),
     words,
     taker: controls.length > 0 && named && words === PAIRS.none && !takes ? named.title : "",
     isSlider: kind === "slider",

@@ -2,13 +2,14 @@
 import { get, post } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
-import { KINDS, kindOf } from "../lib/kinds.mjs";
+import { isNameless, KINDS, kindOf } from "../lib/kinds.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { capital, cardFor, count, duration, nameWords, slug, sum, valueWords, whole } from "../lib/words.mjs";
-import { Button, Choices, Fold, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { Button, Choices, Field, Fold, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { isActive } from "../parts/jobs.mjs";
 import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
+import { DraftText } from "../parts/photo_panel.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { Distilled } from "./model.mjs";
@@ -38,6 +39,11 @@ export function SettingsView({ dataset }) {
   const stepSeconds =
     plan?.seconds_per_step ?? Object.values(plans).find((one) => one?.seconds_per_step)?.seconds_per_step ?? null;
   const kind = kindOf(draft, draft.pairs ?? false);
+  const lacksName = kind !== "edit" && photos !== null && isNameless(draft, photos.images);
+  const [asksName, setAsksName] = useState(false); // still while it is typed
+  useEffect(() => {
+    if (lacksName) setAsksName(true);
+  }, [lacksName]);
   const planError = planErrors[preset?.name];
   const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
   const [tries, setTries] = useState(NO_TRIES);
@@ -96,6 +102,16 @@ export function SettingsView({ dataset }) {
         declared &&
         html`<${Again} id=${draft.again} draft=${draft} images=${images} groups=${declared.groups}
           values=${{ ...preset?.settings, ...plan?.recipe, ...own }} />`
+      }
+      ${
+        asksName &&
+        html`<${Field} class="asked" label="What should I draw?" help=${(KINDS[kind] ?? KINDS.thing).help}>
+          ${(attributes) => html`<${DraftText} dataset=${dataset} name="trigger" what="trigger word"
+            attributes=${{
+              ...{ ...attributes, maxlength: 200, autocapitalize: "off", "aria-required": "true" },
+              placeholder: (KINDS[kind] ?? KINDS.thing).such,
+            }} />`}
+        <//>`
       }
       <${Problem} error=${error} onRetry=${reload} />
       ${!declared && !error && html`<${Loading} what="settings" />`}
@@ -170,10 +186,10 @@ export function SettingsView({ dataset }) {
       html`<${TryValues} groups=${declared.groups} hidden=${OWN_FIELDS} tries=${tries} onChange=${setTries}
         note=${runs > 1 && !plan?.held_out && "A fifth of the photos is kept aside to judge them."} />`
     }
-    <${NextBar} note=${noteOf(plan, stepSeconds, grid, runs)}>
+    <${NextBar} note=${lacksName ? "Say first what I should draw." : noteOf(plan, stepSeconds, grid, runs)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
-      <${Button} kind="primary" disabled=${!preset || (planError && planError.status !== 503)} busyText="Starting…"
-          onClick=${start}>
+      <${Button} kind="primary" busyText="Starting…" onClick=${start}
+          disabled=${!preset || lacksName || (planError && planError.status !== 503)}>
         ${runs > 1 ? `Train ${runs} runs` : "Start training"}
       <//>
     <//>
