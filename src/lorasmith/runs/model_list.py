@@ -168,7 +168,7 @@ def _part(file: FoundFile) -> ListedFile:
 
 
 def _unknown(file: FoundFile, fault: str) -> ListedFile:
-    return ListedFile(file.path, file.place, fault, file.size_bytes)
+    return ListedFile(file.path, file.place, fault.removeprefix(f"{file.path} "), file.size_bytes)
 
 
 _SCHEDULER = {"beta_schedule": "scaled_linear"}

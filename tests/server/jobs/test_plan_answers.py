@@ -47,7 +47,7 @@ def test_models_have_the_names_that_runs_take(folders: Folders) -> None:
         ("lorasmith-tiny", True, True),
     ]
     assert found.models[0].title == "own" and found.models[0].size_bytes == TINY.stat().st_size
-    assert [one.name for one in found.other] == ["junk.safetensors"]
+    assert [(one.name, one.recognised) for one in found.other] == [("junk.safetensors", False)]
     for row in found.models:
         assert known_model(folders, row.name) == row.name
     assert models(folders) is not found and models(folders) == found

@@ -147,6 +147,20 @@ def test_missing_parts_of_a_model_are_one_press_away(served: ServedPage, shelf: 
     page.get_by_role("button", name="Cancel the download").wait_for()
 
 
+def test_files_that_are_no_models_are_named_first(served: ServedPage, shelf: Callable[..., Any]) -> None:
+    folder = served.base / "models" / "checkpoints"
+    folder.mkdir()
+    (folder / "page.safetensors").write_text("<!DOCTYPE html>")
+    page = shelf(width=390)
+    for view in ("#/new/fox/model", "#/models"):
+        page.goto(served.address + view)
+        said = page.get_by_text("page.safetensors in models/checkpoints: is a web page, not a model")
+        said.wait_for()
+        models = page.get_by_text("lorasmith-tiny").first.bounding_box()
+        assert said.bounding_box()["y"] < models["y"]
+        assert_legible(page, view)
+
+
 def test_a_file_that_one_has_is_sent(shelf: Callable[..., Any], tmp_path: Path) -> None:
     mine, odd = tmp_path / "mine.safetensors", tmp_path / "odd.safetensors"
     shutil.copyfile(BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors", mine)

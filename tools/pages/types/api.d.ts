@@ -89,6 +89,7 @@ declare namespace Api {
     place: string;
     what: string;
     size_bytes: number;
+    recognised: boolean;
   }
   interface ShelfAnswer {
     models: (ShelfRow)[];

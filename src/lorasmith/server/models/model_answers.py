@@ -64,7 +64,10 @@ def models(folders: Folders, *, device: str | None = None) -> ModelListAnswer:
     rows = [replace(row, best=row.name == best) for row in rows]
     return ModelListAnswer(
         models=tuple(sorted(rows, key=lambda row: row.builtin)),
-        other=tuple(map(_other, (*found.unused, *found.unknown))),
+        other=(
+            *(_other(one, recognised=True) for one in found.unused),
+            *(_other(one, recognised=False) for one in found.unknown),
+        ),
         notes=tuple(filter(None, (TINY.trouble, models_trouble()))),
     )
 
@@ -142,8 +145,8 @@ def _times(work: StepWork | None, rates: Rates | None) -> dict[str, float]:
     return {"seconds": usual_s(picture), "seconds_per_picture": picture}
 
 
-def _other(one: ListedFile) -> OtherFile:
-    return shaped(OtherFile, one, name=one.path.name)
+def _other(one: ListedFile, *, recognised: bool) -> OtherFile:
+    return shaped(OtherFile, one, name=one.path.name, recognised=recognised)
 
 
 @question

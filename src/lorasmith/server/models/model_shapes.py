@@ -57,6 +57,7 @@ class OtherFile:
     place: str
     what: str
     size_bytes: int
+    recognised: Annotated[bool, "whether it is a part of models that are not here"] = True
 
 
 @dataclass(frozen=True, kw_only=True)

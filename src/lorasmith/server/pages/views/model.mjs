@@ -23,23 +23,39 @@ function useShelf() {
   return { found, error, reload, round, lookAgain, downloads, lookAtDownloads, wanted, setWanted };
 }
 
-/** Models to get, a place for a file that one has, and files that are no models. */
+const SHOWN = 3; // broken files
+
+const FileRow = ({ file: { name, place, what } }) => html`<li>
+  <b>${name}</b> <span class="faint">in ${place}: ${what}</span>
+</li>`;
+
+/** Files of the model folders that are no models, or damaged, each with its reason. */
+function Broken({ found }) {
+  const broken = found.other.filter((one) => !one.recognised);
+  if (!broken.length) return null;
+  const rows = broken.map((one) => html`<${FileRow} key=${`${one.place}/${one.name}`} file=${one} />`);
+  return html`<${Notice} mood="fair">
+    <p>${count(broken.length, "file")} in the model folders cannot be used:</p>
+    <ul>${rows.slice(0, SHOWN)}</ul>
+    ${
+      rows.length > SHOWN &&
+      html`<details><summary>${rows.length - SHOWN} more</summary><ul>${rows.slice(SHOWN)}</ul></details>`
+    }
+  <//>`;
+}
+
+/** Models to get, a place for a file that one has, and parts that are not used. */
 function Others({ found, shelf, isOpen: isFirst }) {
   const { round, lookAgain, downloads, lookAtDownloads, wanted, setWanted } = shelf;
   const server = useStore(status);
   const [isOpen, setOpen] = useState(null); // null until it was opened or closed
+  const unused = found.other.filter((one) => one.recognised);
   return html`
     ${
-      found.other.length > 0 &&
+      unused.length > 0 &&
       html`<details>
-        <summary>${count(found.other.length, "file")} in the model folders cannot be trained</summary>
-        <ul>
-          ${found.other.map(
-            (one) => html`<li key=${`${one.place}/${one.name}`}>
-              <b>${one.name}</b> <span class="faint">in ${one.place}: ${one.what}</span>
-            </li>`,
-          )}
-        </ul>
+        <summary>${count(unused.length, "file fits", "files fit")} none of these models</summary>
+        <ul>${unused.map((one) => html`<${FileRow} key=${`${one.place}/${one.name}`} file=${one} />`)}</ul>
       </details>`
     }
     <details class="get-models" open=${isOpen ?? (isFirst || downloads.some((one) => isOnItsWay(one) || one.error))}
@@ -62,6 +78,7 @@ export function ModelsView() {
     <h1>Models</h1>
     <${Problem} error=${error} onRetry=${reload} />
     ${!found && !error && html`<${Loading} what="models" />`}
+    ${found && html`<${Broken} found=${found} />`}
     <ul class="models">
       ${found?.models.map(
         (model) => html`<li key=${model.name}>
@@ -122,6 +139,7 @@ export function ModelView({ dataset }) {
       <p class="faint">The LoRA will work with this model, and mostly with others of its family.</p>
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="models" />`}
+      ${found && html`<${Broken} found=${found} />`}
       ${found?.notes.map((one) => html`<${Notice} mood="fair" key=${one}><p>${one}.</p><//>`)}
       ${
         cannotEdit &&
