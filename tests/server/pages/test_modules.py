@@ -1,7 +1,8 @@
-"""The page's modules are legible."""
+"""The page's modules are legible, and what they show is there on every machine."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import lorasmith
@@ -19,3 +20,17 @@ def test_no_line_is_long() -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         found += [f"{path.name}:{number}" for number, line in enumerate(lines, 1) if len(line) > LONGEST]
     assert not found
+
+
+def test_no_letter_of_a_font_is_an_icon() -> None:
+    """Arrows, crosses and stars are boxes where no font has them; `parts/icons.mjs` draws them."""
+    found = []
+    for path in [*MODULES, PAGES / "index.html"]:
+        text = re.sub(r"/\*.*?\*/|(?<!:)//[^\n]*", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)  # no comments
+        found += [f"{path.name}: {letter}" for letter in text if not ICONLESS.match(letter)]
+        found += [f"{path.name}: {code}" for code in re.findall(r"&#x?\w+;|&\w*arr;|\\u2[1-9a-f]\w\w", text)]
+    assert not found
+
+
+ICONLESS = re.compile(r"[\x00-\xff\u2010-\u2027\u2212]")
+"""Letters of Latin-1, dashes, quotes and the ellipsis, and minus, which the page's own typefaces have."""

@@ -77,7 +77,7 @@ def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, shelf
 
     card.get_by_role("button", name="Get it: Stable Diffusion XL 1.0").click()
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text("maker/model → models/checkpoints").wait_for()
+    dialog.get_by_text("maker/model, into models/checkpoints").wait_for()
     assert_legible(page, "dialog")
     assert served.of("download_files") == []
     dialog.get_by_role("button", name="Download 6.9 GB").click()

@@ -60,7 +60,7 @@ def test_a_model_comes_from_the_hub(
             page = shelf_of(open_pages, running.address)
             assert asked(found) == 0  # not a byte before it is wanted
             dialog = get(page, "Get it: Stable Diffusion XL 1.0")
-            dialog.get_by_text("stabilityai/stable-diffusion-xl-base-1.0 → models/checkpoints").wait_for()
+            dialog.get_by_text("stabilityai/stable-diffusion-xl-base-1.0, into models/checkpoints").wait_for()
             assert found.bytes_asked == []
 
             # Two pieces of what the hub's library writes arrive, and no more: then the page is loaded again, and the

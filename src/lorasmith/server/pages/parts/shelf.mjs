@@ -200,7 +200,7 @@ export function GetDialog({ wanted, onStarted, onClose }) {
           ${found.files.map(
             (one) => html`<li class="row" key=${one.file}>
               <span class="row-text">
-                <b>${one.file}</b><span class="faint">${one.repository} → ${one.folder}</span>
+                <b>${one.file}</b><span class="faint">${one.repository}, into ${one.folder}</span>
               </span>
               <span class="nowrap">
                 ${one.kept_bytes ? `${bytes(one.size_bytes - one.kept_bytes)} of ` : ""}${bytes(one.size_bytes)}
@@ -227,7 +227,11 @@ export function GetDialog({ wanted, onStarted, onClose }) {
   <//>`;
 }
 
-/** What can be done without the hub. @param files {file, page, folder} of each */
+/**
+ * What can be done without the hub.
+ *
+ * @param {Props<{ files: { file: string, page: string, folder: string }[] }>} props
+ */
 const NoNetwork = ({ files, onAgain }) => html`
   <div role="alert">
     <p>No internet just now. Try again, or add the files yourself:</p>

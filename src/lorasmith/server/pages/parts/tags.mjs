@@ -3,6 +3,7 @@ import { html, useId, useState } from "../lib/html.mjs";
 import { counted, hasTag, tagsOf, withTag, withoutTag } from "../lib/tags.mjs";
 import { count } from "../lib/words.mjs";
 import { Button } from "./basics.mjs";
+import { Icon } from "./icons.mjs";
 
 const SHOWN = 40;
 
@@ -28,7 +29,7 @@ export function Chips({ name, caption, known, onCaption }) {
           <span>${tag}</span>
           <button type="button" aria-label=${`Remove the tag ${tag}`}
               onClick=${() => onCaption(withoutTag(caption, tag))}>
-            ✕
+            <${Icon} name="close" />
           </button>
         </li>`,
       )}
