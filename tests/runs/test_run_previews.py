@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lorasmith.runs.run import Host
 from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, previews_of
 from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, Previewed, Warned
+from lorasmith.training.events import Event, LikenessMeasured, Previewed, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.train import Plan
 
@@ -79,7 +79,7 @@ def rows(events: list[Event]) -> list[tuple[int, float]]:
     return [(event.step, event.strength) for event in events if isinstance(event, Previewed)]
 
 
-def warning(events: list[Event]) -> str:
+def warning(events: Iterable[Event]) -> str:
     (event,) = events
     assert isinstance(event, Warned)
     return event.message
@@ -91,13 +91,38 @@ def test_the_second_failure_in_a_row_is_the_last(previews: Make, broken: Make, s
     assert "could not be drawn (out of memory); training continues" in warning(draw(10, saved))
     assert warning(draw(20, saved)).endswith("nor could the one before; training continues without previews")
     broken(None)
-    assert draw(30, saved) == draw(40, saved, final=True) == []
+    assert [*draw(30, saved), *draw(40, saved, final=True)] == []
 
 
 def test_what_went_well_before_a_failure_is_told(previews: Make, saved: Path, tmp_path: Path) -> None:
     *drawn, failed = previews()(10, tmp_path / "absent.safetensors")
     assert rows(drawn) == [(10, 0.0)]
     assert "absent.safetensors" in warning([failed]) and "LoraError" not in warning([failed])
+
+
+def test_a_picture_is_reported_before_it_is_measured(
+    previews: Make, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading what measures takes longer than drawing, and a picture is waited for."""
+    calls: list[str] = []
+
+    class Measuring:
+        def __init__(self, *_: object) -> None:
+            calls.append("loaded")
+
+        def measured(self, step: int, *_: object) -> LikenessMeasured:
+            calls.append("measured")
+            return LikenessMeasured(step=step, likeness=0.5, own=0.6, adherence=None, score=0.4)
+
+    monkeypatch.setattr(previewing, "PreviewLikeness", Measuring)
+    monkeypatch.setattr(previewing.likeness, "is_installed", lambda: True)
+    draw = previews()
+    events = [*draw.draw_base(0)]
+    for event in draw(10, saved):
+        assert isinstance(event, LikenessMeasured) or not calls
+        events.append(event)
+    assert calls == ["loaded", "measured"]
+    assert rows(events[:-1]) == [(0, 0.0), (10, 1.0)] and isinstance(events[-1], LikenessMeasured)
 
 
 def test_a_full_disk_is_a_warning(previews: Make, saved: Path, tmp_path: Path) -> None:
@@ -108,14 +133,14 @@ def test_a_full_disk_is_a_warning(previews: Make, saved: Path, tmp_path: Path) -
 def test_interrupts_go_through(previews: Make, broken: Make, saved: Path) -> None:
     broken(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        previews()(10, saved)
+        list(previews()(10, saved))
 
 
 def test_a_cancelled_preview_is_no_failure(tiny: Model, saved: Path, tmp_path: Path) -> None:
     config = TrainConfig(previews="a lion", preview_steps=2)
     draw = made(tiny, config, tmp_path, Stopped())
     assert draw is not None
-    assert [draw(step, saved) for step in (10, 20, 30)] == [[], [], []]
+    assert [list(draw(step, saved)) for step in (10, 20, 30)] == [[], [], []]
 
 
 @pytest.mark.parametrize(

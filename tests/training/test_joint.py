@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -323,15 +323,15 @@ class Looks:
         self._module, self.seen = module, []  # type: ignore[var-annotated]
         self._whole = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
-    def draw_base(self, step: int) -> Sequence[Event]:
+    def draw_base(self, step: int) -> Generator[Event, None, None]:
         return self(step, Path(), final=False)
 
-    def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]:
+    def __call__(self, step: int, lora: Path, *, final: bool) -> Generator[Event, None, None]:
         now = self._module.state_dict()
         assert all(torch.equal(now[name], tensor) for name, tensor in self._whole.items())
         assert not any("forward" in vars(one) for one in self._module.modules())
         self.seen.append((step, final))
-        return ()
+        yield from ()
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ def test_previews_and_folding_refuse_numbers_that_are_none(doors: Doors, whole: 
     data = EncodedDataset((Sample(torch.zeros(4, 8, 8), Conditioning({}), "1.png"),))
     plan = Plan(denoiser=denoiser, job=plan_job(denoiser, TrainConfig(), "cpu"), data=data)
     previews = previews_of(plan, PreviewProgram(1, (), prompts=("a cat",)), doors.folder, Host())
-    assert "must hold finite numbers" in previews(1, doors.file)[-1].message  # type: ignore[attr-defined]
+    assert "must hold finite numbers" in list(previews(1, doors.file))[-1].message  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])

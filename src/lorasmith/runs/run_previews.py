@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -122,14 +123,23 @@ def previews_of(
         )
 
     decoded = _decoded(base, pairs, device)
-    measuring = None
-    if likeness.is_installed() and not config.consequences().learns_no_subject:
-        measuring = PreviewLikeness(
-            trained_pictures(plan), recogniser_of(is_built_in=is_built_in(plan)), program.wishes
-        )
-    last = evaluated if most else None
+
+    @cache
+    def measuring() -> PreviewLikeness:
+        return PreviewLikeness(trained_pictures(plan), recogniser_of(is_built_in=is_built_in(plan)), program.wishes)
+
+    is_measured = likeness.is_installed() and not config.consequences().learns_no_subject
     return RunPreviews(
-        previewer.draw, plan, program, folder, host, made_with, decoded, last, measuring, in_place=in_place
+        previewer.draw,
+        plan,
+        program,
+        folder,
+        host,
+        made_with,
+        decoded,
+        evaluated if most else None,
+        measuring if is_measured else None,
+        in_place=in_place,
     )
 
 
@@ -184,12 +194,13 @@ def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict
 
 
 class RunPreviews:
-    """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
+    """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and yields events.
 
     `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one (the
-    same each time); those at full strength are measured by `measuring`. `made_with` is that of `PreviewFolder`,
-    `beside` has what prompts edit, by the stem of their files; `evaluate` is called after the last preview. The host
-    receives a `Drawing` before each row of pictures. `in_place` is as of `Draw`.
+    same each time); those at full strength are measured by what `measuring` returns, after they are reported.
+    `made_with` is that of `PreviewFolder`, `beside` has what prompts edit, by the stem of their files; `evaluate` is
+    called after the last preview. The host receives a `Drawing` before each row of pictures. `in_place` is as of
+    `Draw`.
     """
 
     def __init__(
@@ -202,7 +213,7 @@ class RunPreviews:
         made_with: Mapping[str, Any],
         beside: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
         evaluate: Callable[[], object] | None = None,
-        measuring: PreviewLikeness | None = None,
+        measuring: Callable[[], PreviewLikeness] | None = None,
         *,
         in_place: bool = False,
     ) -> None:
@@ -220,51 +231,46 @@ class RunPreviews:
         """Whether the pictures of a step are in the folder."""
         return self._files.has_step(step)
 
-    def draw_base(self, step: int) -> list[Event]:
-        """Draw the model without the LoRA, before the first step; returns events as a call does."""
-        events = self._drawn(step, self._frozen(self._base(step, self._counted(1))))
+    def draw_base(self, step: int) -> Generator[Event]:
+        """Draw the model without the LoRA, before the first step; yields events as a call does."""
+        yield from self._drawn(step, self._frozen(self._base(step, self._counted(1))))
         torch.cuda.empty_cache()  # which training needs
-        return events
 
-    def __call__(self, step: int, lora: Path, *, final: bool = False) -> list[Event]:
+    def __call__(self, step: int, lora: Path, *, final: bool = False) -> Generator[Event]:
         """Draw the LoRA saved at `lora` after `step` updates, without the adapters attached to the model.
 
-        Returns a `Previewed` per row, the first time also for the base model, what was measured, and a `Warned` on
-        failure; after the second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so
-        far.
+        Yields a `Previewed` per row, the first time also for the base model, what was measured, and a `Warned` on
+        failure; after the second consecutive failure nothing is drawn. A cancelled preview ends after
+        the rows drawn so far.
         """
         if self._failures == _MOST_FAILURES:
-            return []
+            return
         rows = self._previews(step, lora, final)
-        events = self._drawn(step, self._frozen(rows) if final else rows)
+        yield from self._drawn(step, self._frozen(rows) if final else rows)
         if final and self._evaluate is not None and not self._host.cancelled():
             try:
                 self._evaluate()
             except SamplingCancelledError:
                 pass
             except Exception as error:  # any: the LoRA is saved
-                events.append(Warned(message=f"the LoRAs could not be evaluated ({_reason(error)})"))
+                yield Warned(message=f"the LoRAs could not be evaluated ({_reason(error)})")
         # The allocator caches blocks in sampling's sizes, and after a failure training needs all memory.
         torch.cuda.empty_cache()
-        return events
 
     def _frozen(self, rows: Iterator[Event]) -> Iterator[Event]:
         """Rows that are drawn with the bare model, which is as for those on the way inside."""
         with self._job.model.frozen(self._job.config, self._job.way) if self.in_place else contextlib.nullcontext():
             yield from rows
 
-    def _drawn(self, step: int, rows: Iterator[Event]) -> list[Event]:
-        events: list[Event] = []
+    def _drawn(self, step: int, rows: Iterator[Event]) -> Iterator[Event]:
         try:
-            for event in rows:
-                events.append(event)
+            yield from rows
             self._failures = 0
         except SamplingCancelledError:
             pass
         except Exception as error:  # any: a preview must not end training
             self._failures += 1
-            events.append(Warned(message=self._complaint(step, error)))
-        return events
+            yield Warned(message=self._complaint(step, error))
 
     def _base(self, step: int, draw: Callable[[Path | None], Sequence[PictureOrClip]]) -> Iterator[Event]:
         for stem, pictures in self._beside.items():
@@ -283,7 +289,7 @@ class RunPreviews:
         paths = files.write_step(full, step, lora.name)
         yield self._previewed(step, paths, 1.0)
         if self._measuring is not None:
-            yield self._measuring.measured(step, full, self._draw(None, 0.0))
+            yield self._measuring().measured(step, full, self._draw(None, 0.0))
         files.write_steps_sheet()
         if final:
             give_picture(lora, paths[0], private=self._private)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -348,8 +348,7 @@ class _Run:
             with self._tracked():
                 if start is None and self._draw is not None:
                     loop.engine.restore_base_model()
-                    for event in self._draw.draw_base(loop.step):
-                        self._emit(event)
+                    self._emit_each(self._draw.draw_base(loop.step))
                 with self._captions(), self._hashes:
                     outcome = loop.run()
                     self._hashes.wait(host.cancelled)
@@ -370,8 +369,7 @@ class _Run:
         try:
             if result.path is not None and self._draw is not None:
                 loop.engine.restore_base_model()
-                for event in self._draw(result.steps - job.steps_before, result.path, final=True):
-                    self._emit(event)
+                self._emit_each(self._draw(result.steps - job.steps_before, result.path, final=True))
             self._write_extras(result, end)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(_kept(result))
@@ -400,6 +398,12 @@ class _Run:
     def _kept(self) -> ValidationWatch | LikenessWatch | None:
         """The watch that decides which LoRA is the best."""
         return self._likeness or self._validation
+
+    def _emit_each(self, events: Generator[Event]) -> None:
+        """Emit events as they come; what makes them ends before an error of a handler leaves."""
+        with contextlib.closing(events):
+            for event in events:
+                self._emit(event)
 
     def _emit(self, event: Event) -> None:
         for handler in self._handlers:

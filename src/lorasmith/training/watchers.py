@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -206,7 +207,8 @@ class EffectWatch(Watcher):
 
 
 class Draw(Protocol):
-    """Draws previews of the LoRA saved at `lora` after `step` updates; returns the events to emit.
+    """Draws previews of the LoRA saved at `lora` after `step` updates; yields the events to emit, each as soon as there
+    is what it reports.
 
     If it is `in_place`, those on the way are drawn with the frozen model as the run has it, others with the bare one.
     """
@@ -222,11 +224,11 @@ class Draw(Protocol):
         """Whether the pictures of a step are there."""
         ...
 
-    def draw_base(self, step: int) -> Sequence[Event]:
+    def draw_base(self, step: int) -> Generator[Event]:
         """Draw the model without the LoRA, before the first step; `step` are the updates that a state brought."""
         ...
 
-    def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]: ...
+    def __call__(self, step: int, lora: Path, *, final: bool) -> Generator[Event]: ...
 
 
 class PreviewWatch(Watcher):
@@ -253,16 +255,21 @@ class PreviewWatch(Watcher):
     def drawn(self, loop: Loop) -> list[Event]:
         """Draw and report; returns the events, none if the LoRA could not be saved."""
         events: list[Event] = []
-        _warned(loop, f"No preview at step {loop.step}", lambda: events.extend(self._drawn(loop)))
-        for event in events:
-            loop.emit(event)
+
+        def draw() -> None:
+            with contextlib.closing(self._drawn(loop)) as drawn:
+                for event in drawn:
+                    loop.emit(event)
+                    events.append(event)
+
+        _warned(loop, f"No preview at step {loop.step}", draw)
         return events
 
-    def _drawn(self, loop: Loop) -> Sequence[Event]:
+    def _drawn(self, loop: Loop) -> Generator[Event]:
         try:
             with loop.engine.exported():
                 self._save(loop, self._path)
-            return self._draw(loop.step, self._path, final=False)
+            yield from self._draw(loop.step, self._path, final=False)
         finally:
             self._path.unlink(missing_ok=True)
 
