@@ -1,4 +1,5 @@
-// What can be computed about a page: {faint: text below 4.5 : 1, nameless: controls without names, wide: what sticks out}.
+// What can be computed about a page: {faint: text below 4.5 : 1, nameless: controls without names, wide: what sticks out,
+// small: on a phone, what is touched and below 24 pixels, labels included; links within sentences are not}.
 (() => {
   const LEAST = 4.5;
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -37,5 +38,14 @@
     .map((one) => one.outerHTML.slice(0, 80));
   const width = document.documentElement.clientWidth;
   const wide = document.documentElement.scrollWidth > width ? [`${document.documentElement.scrollWidth} of ${width}`] : [];
-  return { faint, nameless, wide };
+  const TARGET = 24;
+  const text = (one) => one.textContent.trim();
+  const isInline = (one) => one.matches("a") && getComputedStyle(one).display === "inline" && text(one) !== text(one.parentElement);
+  const least = (one) => Math.min(one.getBoundingClientRect().width, one.getBoundingClientRect().height);
+  const small = [...document.querySelectorAll("a[href], button, input, select, textarea, summary")]
+    .filter((one) => width < 500 && shown(one) && !isInline(one))
+    .map((one) => [one, Math.max(least(one), ...[...(one.matches("[type=checkbox], [type=radio]") ? one.labels : [])].map(least))])
+    .filter(([, size]) => size < TARGET)
+    .map(([one, size]) => `${one.outerHTML.slice(0, 90)} ${size.toFixed(1)}`);
+  return { faint, nameless, wide, small };
 })();
