@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.pretrained import load_pretrained
+from lorasmith.core.pretrained import NETWORKS, import_by_modules, load_pretrained
 from lorasmith.data.captioners import transformers_captioner
 from lorasmith.evaluation.clip_model import ClipModel
 from lorasmith.families.parts.encoders import folder_tokenizer
@@ -132,6 +134,38 @@ def test_the_question_is_impossible_in_the_whole_process(tmp_path: Path, asked: 
     with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
         AutoConfig.from_pretrained(folder)
     assert not asked and not [*folder.rglob("ran")]
+
+
+def test_a_module_of_a_package_is_imported_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the package is asked for one of its names."""
+    folder = tmp_path / "of_networks" / "inner"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "__init__.py").write_text("from .large import Large\nfrom .small import Small\n")
+    for name in ("large", "small"):
+        (folder / f"{name}.py").write_text(f"class {name.title()}: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_by_modules("of_networks.inner")
+    small = importlib.import_module("of_networks.inner.small")
+    assert "of_networks.inner.large" not in sys.modules
+    package = importlib.import_module("of_networks").inner
+    assert not hasattr(package, "__wrapped__") and "of_networks.inner.large" not in sys.modules
+    assert package.Large.__module__ == "of_networks.inner.large" and package.Small is small.Small
+    with pytest.raises(AttributeError, match="Medium"):
+        package.Medium  # noqa: B018
+    import_by_modules("of_networks.inner")
+    assert sys.modules["of_networks.inner"] is package
+
+
+@pytest.mark.parametrize("package", NETWORKS)
+def test_packages_that_are_imported_by_modules_only_pass_names_on(package: str) -> None:
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    todo: list[ast.stmt] = ast.parse(Path(spec.origin).read_bytes()).body
+    assert todo
+    for one in todo:
+        inner = one.body if isinstance(one, ast.If) else [one]
+        assert all(isinstance(each, ast.Import | ast.ImportFrom) for each in inner), ast.unparse(one)
 
 
 def test_a_folder_of_ones_own_with_paths_that_are_gone_is_loaded(models: dict[str, Path], tmp_path: Path) -> None:

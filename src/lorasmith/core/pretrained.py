@@ -7,9 +7,11 @@ transformers would ask whether to run it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,42 @@ def load_pretrained(kind: Any, folder: Path, **settings: Any) -> Any:
 def prepare_libraries() -> None:
     """For the whole process, disable progress bars of transformers and diffusers, which would interrupt a training
     run's own, and transformers' question whether to run the code of a folder: without an explicit
-    `trust_remote_code`, that is refused.
+    `trust_remote_code`, that is refused. Networks of diffusers are imported without all others.
     """
     for package in ("diffusers", "transformers"):
         with suppress(ModuleNotFoundError):  # a family of one's own may need neither
             import_module(f"{package}.utils.logging").disable_progress_bar()
+    for package in NETWORKS:
+        with suppress(ModuleNotFoundError):
+            import_by_modules(package)
     with suppress(ModuleNotFoundError):
         # The seconds that it waits for an answer.
         setattr(import_module("transformers.dynamic_module_utils"), "TIME_OUT_REMOTE_CODE", 0)  # noqa: B010
 
 
+def import_by_modules(package: str) -> None:
+    """Let a package whose `__init__` only passes names of its modules on do so when it is asked for one, unless it is
+    imported already: until then, importing one of its modules imports no other.
+    """
+    if package in sys.modules or (spec := find_spec(package)) is None or spec.loader is None:
+        return
+    loader, module = spec.loader, module_from_spec(spec)
+
+    def found(name: str) -> Any:
+        if name.startswith("__") and name != "__all__":  # of those who look through all modules
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        vars(module).pop("__getattr__", None)
+        loader.exec_module(module)
+        return getattr(module, name)
+
+    vars(module)["__getattr__"] = found
+    sys.modules[package] = module
+    parent, _, child = package.rpartition(".")
+    setattr(sys.modules[parent], child, module)
+
+
+NETWORKS = ("diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets")
+"""Packages of some hundred networks, of which a model needs one or two."""
 _MOST_BYTES = 64 * 2**20
 _UNUSED = ("special_tokens_map_file",)  # written by older versions, read by none
 

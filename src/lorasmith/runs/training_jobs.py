@@ -6,6 +6,7 @@ The model of the last training is kept for the next one on the same files.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -350,6 +351,7 @@ class WarmModel:
     def release(self) -> None:
         if self._kept is not None:
             self._kept = self._identity = None
+            gc.unfreeze()  # a model that was loaded ahead
             free_device_memory()
 
 
