@@ -60,6 +60,8 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
     () => previewScenes((view ?? run)?.previews ?? [], run?.pairs),
     [(view ?? run)?.previews, run?.pairs],
   );
+  // The answer to what the prompt bar asks takes seconds of the processor, which the first picture of the LoRA needs.
+  const isFirstAwaited = previews.length > 0 && !previews.some((one) => one.cells.length);
   const evaluated = found?.evaluation ? evaluationScenes(found.evaluation, found.folder) : [];
   const drawn = tryScenes(tries);
   const grids = gridScenes(gallery?.grids ?? []);
@@ -195,7 +197,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
       }
       ${
         about &&
-        (hasLora || (isRunning && view?.step > 0)) &&
+        (hasLora || (isRunning && view?.step > 0 && !isFirstAwaited)) &&
         html`<${PromptBar} run=${{ ...about, saves }} isTraining=${isRunning} ideas=${ideas} lora=${lora}
           amount=${resting} onDrawn=${(made) => setKey(`try ${made}`)}
           onGrid=${
