@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models
 from lorasmith.runs import time_estimate
 from lorasmith.runs.shelf import releases
 from lorasmith.runs.time_estimate import DAY_S, EVENING_S, STEP_WORK, Rates, best_of, rates_of, work_of
+from lorasmith.training import measured_times
 from tools.step_work import work_counted
 
 
@@ -50,5 +52,19 @@ def test_rates_are_measured_here_as_in_a_process_of_their_own():
     there = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert here is not None
     assert here.is_processor
+    assert there.pop("busy") >= 0
     assert set(there) == {"gigaflop", "operation"}
     assert all(0 < one < 1 for one in (here.gflop_s, here.operation_s, *there.values()))
+
+
+def test_rates_that_other_programs_slowed_down_are_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(measured_times, "_path", lambda: tmp_path / "times.json")
+    seconds = iter([(0.02, 2e-5, 2.0), (0.01, 3e-5, 0.0), (0.001, 1e-6, 0.0)])
+    times = (dict(zip(("gigaflop", "operation", "busy"), one, strict=True)) for one in seconds)
+    monkeypatch.setattr(time_estimate, "_measured_here", lambda device: next(times))
+    found = []
+    for _ in range(3):  # processes
+        time_estimate._rates_once.cache_clear()
+        found.append(rates_of("cpu"))
+    time_estimate._rates_once.cache_clear()
+    assert found == [Rates(0.02, 2e-5, True), Rates(0.01, 2e-5, True), Rates(0.01, 2e-5, True)]

@@ -40,6 +40,7 @@ MOST_WAITING_BYTES = MOST_ENDED_BYTES = 256 * 2**20
 """Of the requests of jobs that wait or can be continued, and of all data of ended ones."""
 
 _MOST_LOOKS = 20_000  # thousands of steps of SQLite's machine for reading a database of others
+_FASTEST_S = 7 * 86_400.0  # that the fastest measurement is kept
 _SMALL_BYTES = 2**16  # smaller requests are queued even beyond `MOST_WAITING_BYTES`
 WORKER_ENDED = "WorkerEnded"  # kind of the error of a job whose worker crashed
 _REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
@@ -454,15 +455,23 @@ class JobStore:
         return removed
 
     def set_measurement(self, subject: str, found: Mapping[str, Any]) -> None:
-        """Store the values of a measurement, with its time as `measured`."""
+        """Store the values of a measurement, with its time as `measured`, unless those of the last week are faster.
+
+        Other programs make steps slower, and nothing makes them faster.
+        """
         with self._writing() as database:
+            kept = database.execute(
+                "SELECT found FROM measurements WHERE subject = ? AND measured > ?", (subject, time.time() - _FASTEST_S)
+            ).fetchone()
+            if kept is not None and json.loads(kept["found"])["seconds_per_step"] <= found["seconds_per_step"]:
+                return
             database.execute(
                 "INSERT OR REPLACE INTO measurements (subject, found, measured) VALUES (?, ?, ?)",
                 (subject, json.dumps(found), time.time()),
             )
 
     def measurement(self, subject: str) -> dict[str, Any] | None:
-        """The values of the last measurement of a subject, or None."""
+        """The kept values of a measured subject, or None."""
         with self._explained():
             row = self._database.execute(
                 "SELECT found, measured FROM measurements WHERE subject = ?", (subject,)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from lorasmith.bench.benchmark import measured_rates
 from lorasmith.bench.measure import pass_seconds
 from lorasmith.core.placement import fast_dtype
-from lorasmith.core.processor import usable_processors
+from lorasmith.core.processor import BUSY, busy_processors, usable_processors
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.runs.presets import PRESETS, USUAL_IMAGES, USUAL_PRESET, recipe_settings
 from lorasmith.training.config import TrainConfig
@@ -154,7 +154,9 @@ def best_of(models: Iterable[tuple[str, float | None, bool | None]]) -> str | No
 
 
 def rates_of(device: str) -> Rates | None:
-    """The rates of a device by its name, kept; measured the first time. None if that fails."""
+    """The rates of a device by its name, kept; measured the first time, and once in a process as long as other programs
+    kept processors busy meanwhile. None if that fails.
+    """
     with _measuring:
         return _rates_once(device)
 
@@ -166,7 +168,7 @@ def _rates_once(device: str) -> Rates | None:
         return None
     measure = _measured_here if target.type == "cpu" else _in_child
     try:
-        times = measured(target, "rates", functools.partial(measure, target))
+        times = measured(target, "rates", functools.partial(measure, target), is_final=_was_quiet)
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError):
         return None
     if not {"gigaflop", "operation"} <= times.keys():
@@ -174,9 +176,15 @@ def _rates_once(device: str) -> Rates | None:
     return Rates(times["gigaflop"], times["operation"], target.type == "cpu")
 
 
+def _was_quiet(kept: Times) -> bool:
+    return kept.get("busy", BUSY) < BUSY
+
+
 def _measured_here(device: torch.device) -> Times:
-    """Times of a device; of a processor those of one thread, as others depend on what else runs, and of products those
-    that its processors have together.
+    """Times of a device, and the processors that other programs kept busy.
+
+    Those of a processor are of one thread, as others depend on what else runs, and of products those that its
+    processors have together.
     """
     is_processor, before = device.type == "cpu", torch.get_num_threads()
     if is_processor:
@@ -186,7 +194,8 @@ def _measured_here(device: torch.device) -> Times:
         operation = _operation_s(device)
     finally:
         torch.set_num_threads(before)
-    return {"gigaflop": 1e9 / products / (usable_processors() if is_processor else 1), "operation": operation}
+    together = usable_processors() if is_processor else 1
+    return {"gigaflop": 1e9 / products / together, "operation": operation, "busy": busy_processors()}
 
 
 def _operation_s(device: torch.device) -> float:

@@ -28,12 +28,25 @@ FASTER = 0.97
 """Part of the time of one variant below which another is faster; less is within the noise."""
 
 
-def measured(device: torch.device, name: str, measure: Callable[[], Times]) -> Times:
-    """The kept times of something on a device, or those that are measured now, of which infinite ones are left out."""
+def measured(
+    device: torch.device,
+    name: str,
+    measure: Callable[[], Times],
+    *,
+    is_final: Callable[[Times], bool] = lambda kept: True,
+) -> Times:
+    """The kept times of something on a device, or those that are measured now, of which infinite ones are left out.
+
+    Kept times that are not final are measured again; the faster ones are kept.
+    """
     kept, machine = _read(), machine_of(device)
     known = kept.setdefault(machine, {})
-    if name not in known:
-        known[name] = {variant: seconds for variant, seconds in measure().items() if math.isfinite(seconds)}
+    before = known.get(name)
+    if before is None or not is_final(before):
+        found = {variant: seconds for variant, seconds in measure().items() if math.isfinite(seconds)}
+        known[name] = {
+            variant: min(seconds, (before or {}).get(variant, seconds)) for variant, seconds in found.items()
+        }
         _write(kept)
     return known[name]
 
