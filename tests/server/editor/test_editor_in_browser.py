@@ -376,7 +376,12 @@ def test_open_in_editor_opens_the_graph_of_a_run(editor: Editor) -> None:
     red = "!LiteGraph.registered_node_types[node.type] || node.has_errors"
     assert editor.do(f"() => {APP}.graph.nodes.filter(node => {red}).map(node => node.type)") == []
     assert "run=" not in editor.page.url  # loaded again, the page keeps what was changed since
+    editor.wait(f"{APP}.canvas.ds.scale >= 0.6")  # its text can be read
+    open_tabs = f"{APP}.extensionManager.workflow.openWorkflows.map(one => one.filename)"
+    editor.wait(f"{open_tabs}.join() === {json.dumps(state['run'].split('/')[-1])}")
     editor.picture("run")
+    editor.do(f"() => {APP}.extensionManager.command.execute('Lorasmith.Back')")
+    editor.page.wait_for_url(f"**/#/runs/{run}")
 
 
 def test_pictures_in_subfolders_stay_chosen(editor: Editor) -> None:

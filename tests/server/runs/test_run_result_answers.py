@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.runs.evaluate import subject_of
 from lorasmith.server.datasets.dataset_folders import UnknownFileError
+from lorasmith.server.runs import run_result_answers
 from lorasmith.server.runs.run_answers import run
 from lorasmith.server.runs.run_picture_answers import (
     evaluation_afterwards,
@@ -29,6 +31,7 @@ from lorasmith.server.runs.run_picture_answers import (
 from lorasmith.server.runs.run_result_answers import draw_request, drawing_facts, keep_control, request_of_run
 from lorasmith.server.runs.run_shapes import DrawingBody
 from lorasmith.training.run_requests import REQUESTS
+from lorasmith.training.storage.records import ModelRecord, read_record
 from lorasmith.training.storage.run_folder import RunFolder
 
 RUN = "runs/dog-001"
@@ -103,13 +106,32 @@ def test_a_record_chooses_among_the_models_of_the_server(installation: Folders, 
         path.write_text(json.dumps({**record, "source": {**record["source"], "model": model}}))
         with pytest.raises(OptionError, match="neither in the model folders nor below the base folder"):
             drawing_facts(installation, RUN)
-    path.write_text(json.dumps({**record, "source": {}}))
-    with pytest.raises(OptionError, match="was not trained on a folder"):
+        of_graph = {"source": {"command": "run"}, "model": {**record["model"], "name": "m", "path": model, "files": {}}}
+        path.write_text(json.dumps({**record, **of_graph}))
+        with pytest.raises(OptionError, match="neither in the model folders nor below the base folder"):
+            drawing_facts(installation, RUN)
+    path.write_text(json.dumps({**record, "source": {}, "model": {"name": "made in memory"}}))
+    with pytest.raises(OptionError, match="names no model"):
         drawing_facts(installation, RUN)
     path.write_text(json.dumps(record))
     (base / RUN / "dog.safetensors").unlink()
     with pytest.raises(OptionError, match="has saved no LoRA yet"):
         drawing_facts(installation, RUN)
+
+
+def test_a_run_of_a_graph_is_drawn_with_the_model_of_its_record(installation: Folders, base: Path) -> None:
+    path = base / RUN / "run.json"
+    record = json.loads(path.read_text())
+    as_typed = draw_request(installation, RUN, prompt="a dog")
+    path.write_text(json.dumps({**record, "source": {"command": "run", "prompt": {}}}))
+    assert draw_request(installation, RUN, prompt="a dog") == as_typed
+    assert run_gallery(installation, RUN).subject == "", "the page asks for it"
+    assert grid_request(installation, RUN, wish="on a beach", subject="a dog")["text"] == "a dog, on a beach"
+    model, vae = (base / "models" / kind / "mine.safetensors" for kind in ("checkpoints", "vae"))
+    given = {"name": "mine", "path": str(model), "files": {"denoiser": str(model), "text_encoder": str(model)}}
+    given["files"]["vae"] = str(vae)
+    spec = run_result_answers._drawing_spec(replace(read_record(base / RUN), model=ModelRecord(**given)))
+    assert (spec.model, spec.text_encoders, spec.vae) == (str(model), (), str(vae))
 
 
 def test_what_is_no_picture_and_a_folder_elsewhere_are_refused(

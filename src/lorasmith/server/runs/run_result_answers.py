@@ -23,7 +23,7 @@ from lorasmith.data.crops import pixel_step
 from lorasmith.data.image_files import ImageError, open_reduced
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_structure
-from lorasmith.families.locating import named_path
+from lorasmith.families.locating import BUILT_IN, named_path
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.evaluate import STRENGTHS
@@ -257,9 +257,9 @@ def drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
     if not RunFolder(folder).is_training:
         _lora_at(folder, record, None)
     try:
-        spec = RunSpec.from_record(record.source, {})
+        spec = _drawing_spec(record)
     except ValueError as error:
-        raise OptionError(f"{id} was not trained on a folder; draw with its LoRA in a graph") from error
+        raise OptionError(f"the record of {id} names no model ({error}); draw with its LoRA in a graph") from error
     asked = record.asked
     spec = spec.with_settings(**{name: asked[name] for name in _OF_DRAWINGS if asked.get(name) is not None})
     files = (spec.model, *spec.text_encoders, spec.vae)
@@ -273,6 +273,18 @@ def drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
     if model.named_expert is not None or form.is_fill or len(form.frames) > 1:
         raise OptionError(f"{model.title} needs more than a prompt and a picture; draw with lorasmith generate")
     return folder, spec, model
+
+
+def _drawing_spec(record: RunRecord) -> RunSpec:
+    """The model of a run as it was named; that of a graph by the files of its parts. ValueError if it is not known."""
+    base = record.model
+    if record.source.get("command") == "train" or base.path is None:
+        return RunSpec.from_record(record.source, {})
+    if base.name == BUILT_IN:
+        return RunSpec(model=BUILT_IN)
+    apart = {part: path for part, path in base.files.items() if not Path(path).is_relative_to(base.path)}
+    encoders = dict.fromkeys(path for part, path in apart.items() if part.startswith("text_encoder"))
+    return RunSpec(model=base.path, text_encoders=tuple(encoders), vae=apart.get("vae"))
 
 
 def _tried(folder: Path) -> Path:

@@ -20,6 +20,10 @@ const WIDGET = "lorasmith_training";
 const MESSAGE = "lorasmith.training";
 const HEIGHT = 250; // pixels of the widget
 const GAP = 4; // pixels that the editor adds to the height of a widget
+const READABLE = 0.6; // scale below which the editor draws no text
+const TITLE = 30; // height of a node's title
+const FILLED = 0.75; // share of the window that the editor fits a graph into
+const BACK = "Lorasmith.Back";
 const COLORS = { raw: "#7f9fc2", trend: "#4f9be8", heldOut: "#f08a3c", grid: "#7f7f7f55", text: "#9aa4ad" };
 
 const MOST_TRAININGS = 30;
@@ -379,6 +383,35 @@ function keepNumbers(prompt) {
   }
 }
 
+// Where "Back to Lorasmith" leads: to the run whose graph was opened, else home.
+let back = new URL("../", location.href);
+
+// The editor fits a graph that it opens into the window. Where its text could not be read then, the training is fitted.
+function fitReadably(canvas) {
+  const { ds } = canvas;
+  const fit = ds.fitToBounds;
+  ds.fitToBounds = function (bounds, ...options) {
+    fit.call(this, bounds, ...options);
+    const train = this.scale < READABLE && (app.rootGraph ?? app.graph).nodes.find((node) => node.lorasmithPanel);
+    if (!train || canvas.graph !== train.graph) return;
+    const { pos: [x, y], size: [width, height] } = train;
+    const most = (FILLED * canvas.canvas.clientHeight) / READABLE; // its beginning, where the window is low
+    fit.call(this, [x, y - TITLE, width, Math.min(height + TITLE, most)], ...options);
+  };
+}
+
+// Whether the open graph is the one that the editor opens when it has none, as it is.
+function isFirstGraph() {
+  const { nodes, links } = (app.rootGraph ?? app.graph).serialize();
+  const first = new Map(defaultGraph.nodes.map((node) => [node.id, node]));
+  const isSame = ({ id, type, widgets_values: values }) => {
+    const before = first.get(id);
+    const known = before?.widgets_values ?? []; // nodes have further values here, such as what a seed becomes
+    return before?.type === type && known.every((value, index) => value === values?.[index]);
+  };
+  return nodes.length === first.size && links.length === defaultGraph.links.length && nodes.every(isSame);
+}
+
 // The run that the page's "Open in editor" names in the address: its graph is opened once, in place of the last one.
 async function openRun() {
   const address = new URL(location.href);
@@ -386,11 +419,15 @@ async function openRun() {
   if (!run) return;
   address.searchParams.delete("run");
   history.replaceState(history.state, "", address);
+  back = new URL(`../#/runs/${encodeURIComponent(run)}`, address);
+  const { workflow } = app.extensionManager;
+  const before = isFirstGraph() ? workflow.activeWorkflow : undefined;
   try {
     const answer = await fetch(`/lorasmith/v1/runs/${encodeURIComponent(run)}/graph`);
     const found = await answer.json();
     if (!answer.ok) throw new Error(found.error.message);
     await app.loadApiJson(found, run.split("/").pop());
+    if (before?.isTemporary && before !== workflow.activeWorkflow) await workflow.closeWorkflow(before);
   } catch (error) {
     app.extensionManager.toast.add({ severity: "error", summary: "The graph of this run cannot be opened", detail: error.message });
   }
@@ -407,6 +444,17 @@ api.addEventListener(MESSAGE, onTraining);
 
 app.registerExtension({
   name: "Lorasmith.Training",
+
+  commands: [{ id: BACK, label: "Back to Lorasmith", icon: "pi pi-arrow-left", function: () => location.assign(back) }],
+  menuCommands: [{ path: ["File"], commands: [BACK] }],
+  actionBarButtons: [
+    {
+      icon: "icon-[lucide--arrow-left]",
+      label: "Lorasmith",
+      tooltip: "Back to Lorasmith",
+      onClick: () => location.assign(back),
+    },
+  ],
 
   // The graph that the editor opens when it has none, and as "Load default": its own needs models that are not here.
   async init() {
@@ -437,6 +485,7 @@ app.registerExtension({
   },
 
   setup() {
+    fitReadably(app.canvas);
     whenGraphIsOpen(openRun);
     api.addEventListener("execution_error", ({ detail }) => endAll(detail.prompt_id, "Failed."));
     api.addEventListener("execution_interrupted", ({ detail }) =>
