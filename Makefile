@@ -78,6 +78,7 @@ collected: .venv/installed-dev
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
+	$(BIN)/python src/lorasmith/cli/torch_builds.py --save-download
 
 .venv/installed: $(wildcard pyproject.toml lorasmith-*/pyproject.toml) | .venv/bin/python
 	$(PIP) --editable ".[models,heic,likeness]" $(COMPANIONS:%=--editable ./%)

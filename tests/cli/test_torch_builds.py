@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,3 +160,47 @@ def test_the_file_runs_before_anything_is_installed() -> None:
     done = subprocess.run([sys.executable, "-I", "-S", str(file)], capture_output=True, text=True, check=True)
     title, command = done.stdout.splitlines()
     assert title.startswith("torch for ") and " install " in command
+
+
+def test_make_saves_the_download_of_cuda_where_there_is_no_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server of this machine stands for PyTorch's."""
+    (tmp_path / "cpu" / "torch").mkdir(parents=True)
+    served = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    index = http.server.ThreadingHTTPServer(("127.0.0.1", 0), served)
+    threading.Thread(target=index.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{index.server_port}/"
+    monkeypatch.setattr(torch_builds, "_INDEX", address)
+    found = {"pip": True}
+    monkeypatch.setattr(torch_builds.importlib.util, "find_spec", found.get)
+    bare = Machine(system="Linux", processor="x86_64", nvidia=None, cards="")
+    build = torch_builds.smaller_build(bare)
+    assert build is not None and build.command[-3:] == ("torch", "--index-url", f"{address}cpu")
+    for other in (
+        replace(bare, nvidia=MISMATCH),  # a card whose driver is to be repaired
+        replace(bare, cards="VGA compatible controller: Advanced Micro Devices, Inc. [AMD/ATI] Radeon RX 7900 XTX"),
+        replace(bare, system="Darwin", processor="arm64"),
+    ):
+        assert torch_builds.smaller_build(other) is None
+    found["torch"] = True
+    assert torch_builds.smaller_build(bare) is None
+    del found["torch"]
+    assert torch_builds.smaller_build(bare) == build
+    index.shutdown()
+    index.server_close()
+    assert torch_builds.smaller_build(bare) is None
+
+
+def test_make_goes_on_where_nothing_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    build = torch_builds.TorchBuild(title="the CPU", because="no card", command=("pip", "install", "torch"))
+    monkeypatch.setattr(torch_builds, "smaller_build", lambda machine: build)
+    monkeypatch.setattr(torch_builds.subprocess, "run", lambda command, **_: ran.append(command))
+    monkeypatch.setattr(torch_builds, "this_machine", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["torch_builds.py", "--save-download"])
+    torch_builds.main()
+    assert ran == [build.command]
+    monkeypatch.setattr(torch_builds, "smaller_build", lambda machine: None)
+    torch_builds.main()
+    assert len(ran) == 1

@@ -3,6 +3,8 @@
 `lorasmith doctor --install` prints it. Only Python is needed, so that it also runs before anything is installed:
 
     python src/lorasmith/cli/torch_builds.py --run
+
+`make` runs it with `--save-download`, before everything else is installed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass
 
 _INDEX = "https://download.pytorch.org/whl/"
@@ -121,6 +124,26 @@ def _build(title: str, index: str | None, because: str, install: tuple[str, ...]
     return TorchBuild(title=title, because=because, command=(*install, "torch", *where))
 
 
+def smaller_build(machine: Machine) -> TorchBuild | None:
+    """The build for the CPU, where pip would choose the one for NVIDIA cards for a machine without a graphics card.
+
+    None if torch is installed, if a card's tools are there, or if the index of these builds does not answer at once.
+    """
+    if machine.system != "Linux" or machine.nvidia is not None or importlib.util.find_spec("torch") is not None:
+        return None
+    build = torch_build(machine, installer())
+    if build.command[-1] != f"{_INDEX}cpu":
+        return None
+    try:
+        urllib.request.urlopen(f"{_INDEX}cpu/torch/", timeout=_PATIENCE_S).close()
+    except OSError:
+        return None
+    return build
+
+
+_PATIENCE_S = 2
+
+
 def installer() -> tuple[str, ...]:
     """The command that installs packages for this interpreter, whose environment has no pip if uv made it.
 
@@ -171,13 +194,24 @@ def main() -> None:
     """Print the command, and run it with `--run`."""
     parser = argparse.ArgumentParser(description="The build of torch for this machine.")
     parser.add_argument("--run", action="store_true", help="also run the command")
-    runs = parser.parse_args().run
+    parser.add_argument(
+        "--save-download",
+        action="store_true",
+        help="install the build for the CPU if there is no graphics card and no torch yet, and else nothing",
+    )
+    given = parser.parse_args()
+    if given.save_download:
+        if smaller := smaller_build(this_machine()):
+            sys.stdout.write(f"torch for {smaller.title}: {smaller.because}\n")
+            sys.stdout.flush()
+            subprocess.run(smaller.command, check=False)  # if it fails, what is installed next brings torch
+        return
     build = torch_build(this_machine(), installer())
     sys.stdout.write(f"torch for {build.title}: {build.because}\n{command_line(build.command)}\n")
     sys.stdout.flush()
     if not build.command:
         sys.exit(1)
-    if runs:
+    if given.run:
         sys.exit(subprocess.run(build.command, check=False).returncode)
 
 
