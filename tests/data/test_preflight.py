@@ -136,6 +136,14 @@ def test_quality_is_measured_upright_and_reduced(tmp_path: Path) -> None:
     assert found.findings_of(1) == ["blurred pictures"] and found.findings_of(0) == []
 
 
+def test_the_copy_with_a_mask_is_kept(tmp_path: Path) -> None:
+    add(tmp_path / "1.png", photo(8), "with words")
+    shutil.copy(tmp_path / "1.png", tmp_path / "2.png")
+    Image.new("L", (8, 8)).save(tmp_path / "2.mask.png")
+    (group,) = checked(tmp_path, config=DataConfig(masks="files")).alike
+    assert (group.best, group.copies) == (1, ((0, 1),))
+
+
 def test_copies_and_the_best_of_pictures_that_look_alike(tmp_path: Path) -> None:
     add(tmp_path / "1.png", photo(8, (128, 128)), "small")
     add(tmp_path / "2.jpg", photo(8), None, quality=95)

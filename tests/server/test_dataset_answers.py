@@ -69,6 +69,8 @@ def test_datasets_are_folders_with_pictures_and_new_ones(folders: Folders, dog: 
     assert row.modified == dog.stat().st_mtime
     assert (rows["new"].images, rows["new"].cover) == (0, None)
     assert rows["fox"].builtin and rows["fox"].images == 6
+    assert questions.datasets(folders, name="dog").datasets == (row,)
+    assert questions.datasets(folders, name="absent").datasets == ()
 
 
 def test_a_dataset_shows_its_pictures_in_natural_order(folders: Folders, dog: Path) -> None:

@@ -106,10 +106,11 @@ class CheckedImage:
         return self.file.caption_source in ("file", "metadata")
 
     @property
-    def worth(self) -> tuple[bool, int, bool, int]:
-        """Rank among look-alikes: sharp, large, captioned, little compressed."""
-        file = self.file
-        return not self.quality.is_blurred, file.width * file.height, self.is_captioned, file.path.stat().st_size
+    def worth(self) -> tuple[bool, int, bool, bool, int]:
+        """Rank among look-alikes: sharp, large, masked, captioned, little compressed."""
+        file, is_masked = self.file, self.file.mask is not None
+        area, size_bytes = file.width * file.height, file.path.stat().st_size
+        return not self.quality.is_blurred, area, is_masked, self.is_captioned, size_bytes
 
     @property
     def size(self) -> str:
@@ -124,7 +125,7 @@ class CheckedImage:
 class LookAlikes:
     """Near-duplicates, as indices of images."""
 
-    best: int  # the one to keep: sharp, large, captioned
+    best: int  # the one to keep: sharp, large, masked, captioned
     others: tuple[int, ...]  # ascending
     copies: tuple[tuple[int, int], ...] = ()  # each of `others` with the content of another member, and that member
 

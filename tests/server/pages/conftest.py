@@ -100,6 +100,13 @@ def expected(locator: Any) -> Any:
     return expect(locator)
 
 
+def choose_files(button: Any, files: Any) -> None:
+    """Press a button that asks for files, and choose some."""
+    with button.page.expect_file_chooser() as chooser:
+        button.click()
+    chooser.value.set_files(files)
+
+
 def until(condition: Callable[[], bool]) -> None:
     """Wait until something holds on the server, where no part of the page shows it."""
     end = time.monotonic() + LONG_S

@@ -45,7 +45,7 @@
   const small = [...document.querySelectorAll("a[href], button, input, select, textarea, summary")]
     .filter((one) => width < 500 && shown(one) && !isInline(one))
     .map((one) => [one, Math.max(least(one), ...[...(one.matches("[type=checkbox], [type=radio]") ? one.labels : [])].map(least))])
-    .filter(([, size]) => size < TARGET)
+    .filter(([, size]) => size > 0 && size < TARGET) // pictures may not have come yet
     .map(([one, size]) => `${one.outerHTML.slice(0, 90)} ${size.toFixed(1)}`);
   return { faint, nameless, wide, small };
 })();

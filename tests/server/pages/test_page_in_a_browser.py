@@ -19,7 +19,7 @@ from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
-from tests.server.pages.conftest import assert_legible, expected, until
+from tests.server.pages.conftest import assert_legible, choose_files, expected, until
 from tests.server.pages.run_folders import ScriptedRun, events_of, step_done, write_evaluation, write_record
 from tests.server.pages.served_page import ServedPage
 from tests.training.run_cases import picture, started
@@ -143,8 +143,9 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     page = open_page("#/new/fox/photos")
     page.get_by_role("radio", name="Before / after").check(force=True)
     waits(page, "3 without “before”")
-    page.get_by_label("Pictures before", exact=True).set_input_files(
-        [tmp_path / f"{name}.png" for name in ("fox_1", "fox_2", "stray")]
+    choose_files(
+        page.get_by_role("button", name="Choose photos: pictures before"),
+        [tmp_path / f"{name}.png" for name in ("fox_1", "fox_2", "stray")],
     )
     waits(page, "1 without “before”")
     before = [page.locator(f'.before[data-before="fox_{number}.png"]') for number in (1, 2, 3)]
@@ -168,7 +169,7 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     expected(page.get_by_text("without “before”")).to_have_count(0)
 
     page.locator('.tile[data-file="fox_1.png"]').click(position={"x": 8, "y": 8})
-    page.get_by_label("“before” of fox_1.png", exact=True).set_input_files(tmp_path / "new.png")
+    choose_files(page.get_by_role("button", name="Replace the “before” of fox_1.png"), tmp_path / "new.png")
     waits(page, "1 photo added")
     expected(pictures[0]).to_have_attribute("src", re.compile("v=3"))
     page.keyboard.press("ArrowRight")
@@ -188,7 +189,7 @@ def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_
     waits(page, "flux1-kontext cannot edit pictures. Choose one that can, make it a slider")
 
     page.get_by_role("radio", name="Slider").check(force=True)
-    page.get_by_label("Opposites", exact=True).wait_for(state="attached")
+    page.get_by_role("button", name="Choose photos: opposites").wait_for()
     expected(before[1]).to_contain_text("No opposite")
     waits(page, "1 without opposite")
     expected(page.get_by_text("Cannot edit")).to_have_count(0)
@@ -851,7 +852,7 @@ def test_an_edit_model_is_tried_on_a_picture(served: ServedPage, open_page: Open
     draw = page.get_by_role("button", name="Draw", exact=True)
     draw.click(force=True)
     assert served.of("draw_request") == []
-    page.get_by_label("Picture to edit").set_input_files(photos / "dog 0.jpg")
+    choose_files(page.get_by_role("button", name="Choose a picture"), photos / "dog 0.jpg")
     page.get_by_role("img", name="Picture to edit").wait_for()
     served.made_up["keep_control"] = RefusedError("DataError", "the picture is damaged; choose another one")
     draw.click()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,60 @@ def test_what_it_is_sets_what_is_trained(served: ServedPage, open_page: Opener) 
 
 
 @pytest.mark.slow
+def test_a_phone_shows_the_remarks_of_a_long_name_and_asks_for_no_drop(served: ServedPage, open_page: Opener) -> None:
+    name = "photos-of-the-old-fox-at-the-end-of-the-garden-behind-our-house"
+    folder = served.add_dataset(name, 4)
+    (folder / "fox_5.png").write_bytes((folder / "fox_3.png").read_bytes())
+    page = open_page(f"#/new/{name}/photos", width=390)
+    chip = page.get_by_role("button", name="1 twice")
+    chip.wait_for()
+    box = chip.bounding_box()
+    assert box["x"] + box["width"] <= 390
+    for choice in ("photos", "a folder"):  # once each, without the inputs behind them
+        expected(page.get_by_role("button", name=re.compile(f"{choice}$", re.IGNORECASE))).to_have_count(1)
+    page.locator(".panel-handle").click()
+    page.get_by_text("4 different photos: it works with a few").wait_for()
+    for view in ("#/photos", "#/new/none/photos", "#/models", ""):
+        page.goto(served.address + view)
+        page.get_by_role("button", name=re.compile("^Choose")).first.or_(
+            page.locator(".button.primary")
+        ).first.wait_for()
+        expected(page.get_by_text(re.compile(r"\bdrop\b", re.IGNORECASE))).to_have_count(0)
+
+
+def test_a_new_set_has_a_name_that_says_something(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
+    page = open_page()
+    page.clock.set_fixed_time("2026-05-09T12:00:00")
+    for names, wanted in (
+        (("IMG_2041", "IMG_2042"), "photos-9-may"),  # the day, where files have names of a camera
+        (("IMG_2043", "IMG_2044"), "photos-9-may-2"),
+        (("milo_1", "IMG_2 milo", "garden"), "milo"),  # what most share
+    ):
+        files = [tmp_path / f"{one}.png" for one in names]
+        for one in files:
+            Image.new("RGB", (64, 64), "red").save(one)
+        page.goto(served.address)
+        page.locator("input[type=file]").first.set_input_files(files)
+        page.wait_for_url(f"**/#/new/{wanted}/photos")
+        expected(page.get_by_label("Name of the LoRA")).to_have_attribute("placeholder", wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_message_covers_no_button_that_leads_on(served: ServedPage, open_page: Opener, width: int) -> None:
+    served.add_dataset()
+    page = open_page(PHOTOS, width=width)
+    for on in ("Choose a model", "Next: settings", "Start training"):
+        button = page.get_by_role("button", name=on)
+        expected(button).to_be_enabled()
+        page.evaluate("import('/pages/lib/stores.mjs').then(({ toast }) => toast.set({ text: 'It is done.' }))")
+        page.locator(".toast").wait_for()
+        above, below = page.locator(".toast").bounding_box(), button.bounding_box()
+        assert above["y"] + above["height"] <= below["y"] or above["x"] >= below["x"] + below["width"], on
+        button.click()
+
+
+@pytest.mark.slow
 def test_a_mask_that_is_dropped_finds_its_photo(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
     served.add_dataset("fox", 2)
     page = open_page(PHOTOS)
@@ -297,6 +352,7 @@ def test_tags_are_chips_of_one_caption_and_of_all(served: ServedPage, open_page:
             served.captions() == ["a red fox, snow", "at night", *(f"a red fox, picture {n}, at night" for n in (2, 3))]
         )
     )
+    page.get_by_text("“at night” was added to 3 captions.").wait_for()  # from then on it can be undone
     page.keyboard.press("Control+z")
     until(lambda: served.captions()[1] == "")
     page.locator('.tile[data-file="fox_3.png"]').click(modifiers=["Control"])

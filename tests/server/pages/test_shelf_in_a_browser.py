@@ -18,7 +18,7 @@ from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
-from tests.server.pages.conftest import assert_legible, until
+from tests.server.pages.conftest import assert_legible, choose_files, until
 from tests.server.pages.served_page import ServedPage
 
 Opener = Callable[..., Any]
@@ -166,8 +166,8 @@ def test_a_file_that_one_has_is_sent(shelf: Callable[..., Any], tmp_path: Path) 
     shutil.copyfile(BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors", mine)
     odd.write_bytes(b"x" * 1000)
     page = shelf()
-    page.get_by_label("A model file").set_input_files(odd)
+    choose_files(page.get_by_role("button", name="Choose a file"), odd)
     page.get_by_role("alert").filter(has_text="cannot be used").wait_for()
-    page.get_by_label("A model file").set_input_files(mine)
+    choose_files(page.get_by_role("button", name="Choose a file"), mine)
     page.get_by_text("mine.safetensors is in models/checkpoints.").wait_for()
     page.get_by_role("radio", name="mine").wait_for()

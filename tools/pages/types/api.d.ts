@@ -738,7 +738,7 @@ declare namespace Api {
     | { path: ["captioners"]; query: { }; body: {}; answer: CaptionerList }
     | { path: ["shelf", string, "memory"]; query: { }; body: {}; answer: ReleaseMemory }
     | { path: ["downloads"]; query: { }; body: {}; answer: DownloadList }
-    | { path: ["datasets"]; query: { }; body: {}; answer: DatasetList }
+    | { path: ["datasets"]; query: { name?: string | null; }; body: {}; answer: DatasetList }
     | { path: ["formats"]; query: { }; body: {}; answer: FormatsAnswer }
     | { path: ["datasets", string]; query: { }; body: {}; answer: DatasetAnswer }
     | { path: ["datasets", string, "images", string]; query: { width?: number | null; original?: boolean | null; mask?: boolean | null; }; body: {}; answer: any }

@@ -60,12 +60,12 @@ MOST_THUMBNAIL = 2048  # pixels of the longest edge
 
 
 @question
-def datasets(folders: Folders) -> DatasetList:
-    """All datasets by name: folders with pictures, and empty ones."""
+def datasets(folders: Folders, *, name: str | None = None) -> DatasetList:
+    """All datasets by name, or the one of a `name`: folders with pictures, and empty ones."""
     rows = {}
     for root in (BUILT_IN_BASE / "input", folders.place("input")):
         for folder in subfolders(root):
-            if folders.is_here(folder) and (row := _row(folder)) is not None:
+            if name in (None, folder.name) and folders.is_here(folder) and (row := _row(folder)) is not None:
                 rows[folder.name] = row
     return DatasetList(datasets=tuple(sorted(rows.values(), key=lambda row: (row.builtin, row.name.casefold()))))
 

@@ -195,6 +195,10 @@ async def send_picture(
     return web.Response(body=content, content_type="image/webp", headers=headers)
 
 
+async def _datasets(context: ServerContext, call: Call) -> Any:
+    return await context.assistant.ask("datasets", name=call.request.query.get("name") or None)
+
+
 async def _check(context: ServerContext, call: Call) -> Any:
     query = {name: text for name, text in call.request.query.items() if name != "token"}
     model, trigger, edit = query.pop("model", None), query.pop("trigger", ""), query.pop("edit", None)
@@ -229,7 +233,14 @@ def _value(name: str, text: str) -> Any:
 WIDTH_QUERY = Query("width", "Pixels of the small version's longest edge, at most 2048.", "integer")
 
 DATASET_ROUTES = (
-    Endpoint("GET", "/datasets", "All datasets.", question="datasets", answer=DatasetList),
+    Endpoint(
+        "GET",
+        "/datasets",
+        "All datasets.",
+        handler=_datasets,
+        query=(Query("name", "Answer that one alone."),),
+        answer=DatasetList,
+    ),
     Endpoint("GET", "/formats", "Files that can be added to datasets.", question="formats", answer=FormatsAnswer),
     Endpoint(
         "POST",

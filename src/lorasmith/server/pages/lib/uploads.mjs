@@ -219,6 +219,9 @@ async function walk(entry, folder, found) {
   }
 }
 
+/** Whether files can be dropped, as with a mouse: a finger drags none. */
+export const canDrop = matchMedia("(any-pointer: fine)").matches;
+
 /** The files of a file input: a list of {file, path}. */
 export const filesOfInput = (input) =>
   visible([...input.files].map((file) => ({ file, path: file.webkitRelativePath || file.name })));

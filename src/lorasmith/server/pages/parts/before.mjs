@@ -2,7 +2,6 @@
 import { address } from "../lib/api.mjs";
 import { html, useRef } from "../lib/html.mjs";
 import { filesOfInput, useAccept } from "../lib/uploads.mjs";
-import { capital } from "../lib/words.mjs";
 import { Dialog } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
 
@@ -64,8 +63,7 @@ export function Before({ image, controls, words, actions }) {
             onClick=${() => input.current.click()}>
           ${controls.length ? "Replace" : "Add"} the ${words.other}
         </button>
-        <input ref=${input} type="file" accept=${accept} class="unseen" tabindex="-1"
-          aria-label=${`${capital(words.of)} ${image.file}`} onChange=${chosen} />
+        <input ref=${input} type="file" accept=${accept} hidden onChange=${chosen} />
       `
     }
     ${controls

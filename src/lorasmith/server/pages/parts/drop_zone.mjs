@@ -1,7 +1,6 @@
 // A place for pictures: dropped, pasted or chosen, folders too.
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
-import { capital } from "../lib/words.mjs";
+import { canDrop, filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { Icon } from "./icons.mjs";
 
 /**
@@ -45,9 +44,11 @@ export function useDrops(onFiles) {
   return over;
 }
 
+export const DROP_HERE = canDrop ? "Drop photos or a folder here" : "Your photos";
+
 /** The place for the first pictures. @param over whether some are held over the page */
 export const Zone = ({ over, onFiles }) => html`<div class=${`drop-zone big ${over ? "over" : ""}`}>
-  <${Icon} name="plus" /><p><b>${over ? "Let go to add them" : "Drop photos or a folder here"}</b></p>
+  <${Icon} name="plus" /><p><b>${over ? "Let go to add them" : DROP_HERE}</b></p>
   <${ChooseFiles} kind="primary" onFiles=${(found) => onFiles(found, null)} />
 </div>`;
 
@@ -85,9 +86,7 @@ export function ChooseFiles({ kind = "", verb = "Choose", what = "photos", isNam
         onClick=${() => folder.current.click()}>
       ${verb} a folder
     </button>
-    <input ref=${files} type="file" multiple accept=${accept} class="unseen" tabindex="-1"
-      aria-label=${capital(what)} onChange=${chosen} />
-    <input ref=${folder} type="file" multiple webkitdirectory class="unseen" tabindex="-1"
-      aria-label=${`A folder of ${what}`} onChange=${chosen} />
+    <input ref=${files} type="file" multiple accept=${accept} hidden onChange=${chosen} />
+    <input ref=${folder} type="file" multiple webkitdirectory hidden onChange=${chosen} />
   </div>`;
 }

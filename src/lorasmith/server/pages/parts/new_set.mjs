@@ -2,7 +2,7 @@
 import { get, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
-import { sorted, upload } from "../lib/uploads.mjs";
+import { canDrop, sorted, upload } from "../lib/uploads.mjs";
 import { slug } from "../lib/words.mjs";
 import { Problem } from "./basics.mjs";
 import { ChooseFiles, useDrops } from "./drop_zone.mjs";
@@ -13,12 +13,8 @@ const CAMERAS = new Set(
 );
 const today = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
 
-/**
- * The tile that makes a new set; the whole window takes drops while it is shown.
- *
- * @param {Props<{ title: string, text: string }>} props
- */
-export function NewTile({ title, text }) {
+/** The tile that makes a new set; the whole window takes drops while it is shown. */
+export function NewTile({ title = "New", text = canDrop ? "Drop pictures anywhere" : "" }) {
   const [error, setError] = useState(null);
   const take = async (files) => {
     setError(null);

@@ -286,7 +286,8 @@ export function useCheck({ dataset, images, controls, version }, captions, draft
   });
   const files = images.map((one) => one.file).join("\n");
   const { edit, trigger } = draft;
-  const query = { model, edit, trigger, resolution: draft.settings.resolution };
+  const { resolution, masks } = draft.settings;
+  const query = { model, edit, trigger, resolution, masks };
   useEffect(() => {
     if (!files || model === undefined) {
       setResult([null, null]);

@@ -8,6 +8,7 @@ import { Button, Choices, Elsewhere, Field } from "./basics.mjs";
 import { Before } from "./before.mjs";
 import { Caption } from "./caption.mjs";
 import { Icon } from "./icons.mjs";
+import { removedBy } from "./remarks.mjs";
 import { Chips, TagList } from "./tags.mjs";
 
 /** A text of the draft, with what another page has typed meanwhile. */
@@ -190,9 +191,12 @@ const Key = ({ name, children, onClick }) => html`<button type="button" class="b
 </button>`;
 
 /** What is done with the words of all photos, and how many photos these are. */
-export function AllPhotos({ images, captions, captioned, filter, canChange, onOpen, kind }) {
+export function AllPhotos({ images, check, captions, captioned, filter, canChange, onOpen, kind }) {
+  const alike = (check?.findings ?? []).filter((one) => one.kind === "copies" || one.kind === "look-alikes");
+  const number = images.length - removedBy(alike).filter((file) => images.some((one) => one.file === file)).length;
   const enough = KINDS[kind]?.enough ?? 10;
   const what = KINDS[kind]?.isPairs ? "pair" : "photo";
+  const some = count(number, number < images.length ? `different ${what}` : what);
   return html`<div class="panel-part">
     <h2>All photos</h2>
     <p class="faint" role="status">${captioned} of ${images.length} with a caption</p>
@@ -208,9 +212,9 @@ export function AllPhotos({ images, captions, captioned, filter, canChange, onOp
       onChange=${canChange ? captions.changeTags : null} />
     <p class="faint">
       ${
-        images.length >= enough
-          ? `${count(images.length, what)} are a good start.`
-          : `${count(images.length, what)}: it works with a few, and better with ${enough} or more.`
+        number >= enough
+          ? `${some} are a good start.`
+          : `${some}: it works with a few, and better with ${enough} or more.`
       }
     </p>
   </div>`;

@@ -194,7 +194,7 @@ function PictureZone({ picture, isNeeded, onPicture }) {
     <${Button} class="small" onClick=${() => input.current.click()}>
         ${picture ? "Choose another" : "Choose a picture"}<//>
     ${picture && html`<${Button} class="small" onClick=${() => onPicture(null)}>Take it away<//>`}
-    <input ref=${input} type="file" accept=${accept} class="unseen" tabindex="-1" aria-label="Picture to edit"
+    <input ref=${input} type="file" accept=${accept} hidden
       onChange=${(event) => {
         take(filesOfInput(event.currentTarget));
         event.currentTarget.value = "";

@@ -1,7 +1,7 @@
 // What is remarked about the photos: a chip each, and in words for the one that is chosen; what mends it can be undone.
 import { html } from "../lib/html.mjs";
 import { useStore } from "../lib/stores.mjs";
-import { leftOut } from "../lib/uploads.mjs";
+import { canDrop, leftOut } from "../lib/uploads.mjs";
 import { count, whole } from "../lib/words.mjs";
 import { Button } from "./basics.mjs";
 
@@ -71,7 +71,9 @@ export function remarksOf({ check, images, captionOf, isNameless, words, taker, 
       chip: `${lacking.length} without ${words.other}`,
       severity: "problem",
       files: lacking,
-      text: `${count(lacking.length, "picture has", "pictures have")} no ${words.other} yet. Drop them on the left.`,
+      text:
+        `${count(lacking.length, "picture has", "pictures have")} no ${words.other} yet. ` +
+        `${canDrop ? "Drop" : "Add"} them on the left.`,
     });
   if (taker)
     found.push({

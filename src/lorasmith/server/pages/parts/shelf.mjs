@@ -3,6 +3,7 @@ import { get, post, put, remove } from "../lib/api.mjs";
 import { isOnItsWay, sendModel } from "../lib/downloads.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { announcement, said, say } from "../lib/stores.mjs";
+import { canDrop } from "../lib/uploads.mjs";
 import { bytes, capital, cardFor, duration, sum } from "../lib/words.mjs";
 import { Button, Dialog, Field, Notice, Problem, Progress, useLoaded } from "./basics.mjs";
 
@@ -326,7 +327,9 @@ export function OwnFile({ place, onAdded }) {
         </b> <span class="faint">
           ${
             share === null
-              ? "Drop a checkpoint or a part of a model here (.safetensors, .gguf)"
+              ? canDrop
+                ? "Drop a checkpoint or a part of a model here (.safetensors, .gguf)"
+                : "A checkpoint or a part of a model (.safetensors, .gguf)"
               : share < 1
                 ? `${Math.round(100 * share)} % are copied`
                 : "Looking what it holds…"
@@ -336,8 +339,7 @@ export function OwnFile({ place, onAdded }) {
       <div class="actions">
         <${Button} disabled=${share !== null} onClick=${() => input.current.click()}>Choose a file<//>
       </div>
-      <input ref=${input} type="file" accept=".safetensors,.sft,.gguf" class="unseen" tabindex="-1"
-        aria-label="A model file"
+      <input ref=${input} type="file" accept=".safetensors,.sft,.gguf" hidden
         onChange=${(event) => {
           send(event.currentTarget.files[0]);
           event.currentTarget.value = "";

@@ -9,6 +9,7 @@ import { Button, Drawer, Loading, Problem, Ring, isPassing, useLoaded } from "..
 import { Icon } from "../parts/icons.mjs";
 import { Queue, isActive, isAsked, isQueued, jobsOfRuns, titleOf } from "../parts/jobs.mjs";
 import { timeLeft, useView } from "../parts/live_run.mjs";
+import { DROP_HERE } from "../parts/drop_zone.mjs";
 import { NewTile } from "../parts/new_set.mjs";
 import { Cover, nameOfRun, shortName } from "../parts/run_card.mjs";
 import { Stage } from "../parts/stage.mjs";
@@ -24,7 +25,6 @@ const SEARCHED = 8; // runs from which on they are searched
 const EXAMPLE = "fox";
 const AGAIN_MS = 1000;
 
-const NEW = { title: "New", text: "Drop pictures anywhere" };
 const KINDS = {
   subject: "Subjects",
   style: "Styles",
@@ -51,7 +51,7 @@ export function HomeView() {
   if (!found || !known)
     return html`
       <${Problem} error=${error} onRetry=${reload} />${!error && html`<${Loading} what="your LoRAs" />`}
-      <ul class="covers"><li><${NewTile} ...${NEW} /></li></ul>
+      <ul class="covers"><li><${NewTile} /></li></ul>
     `;
   const isBegun = [...known.jobs.values()].some((job) => job.kind === "train" && isQueued(job));
   if (!found.runs.length && !isBegun) return html`<${FirstOpen} />`;
@@ -113,7 +113,7 @@ function Wall({ runs, jobs, trains, live, reload }) {
         (trains || live) &&
         html`<${Learning} key="learning" job=${trains} run=${runs.find((run) => run.id === large)} />`
       }
-      <li key="new"><${NewTile} ...${NEW} /></li>
+      <li key="new"><${NewTile} /></li>
       ${shown.map(
         (run) => html`<${Cover} key=${run.id} run=${run} state=${jobs.get(run.id)?.state ?? run.state}
           onChange=${reload} />`,
@@ -238,7 +238,7 @@ function FirstOpen() {
             <${Icon} name="play" /> Try it with the fox
           <//>`
         }
-        <${NewTile} title="Drop photos or a folder here" />
+        <${NewTile} title=${DROP_HERE} text="" />
       </div>
       <div class="first-picture">
         <${Stage} left="pages/first/without.webp" layers=${[{ src: "pages/first/with.webp" }]}

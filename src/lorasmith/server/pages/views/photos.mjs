@@ -175,10 +175,13 @@ export function PhotosView({ dataset, edited }) {
     <div class="sheet-main">
       <div class="sheet-head">
         <h1 class="unseen">Photos of ${draft.name || dataset}</h1>
-        <${Named} dataset=${dataset} such=${slug(draft.trigger) || dataset} />
-        <span class="chip" role="status">
-          ${underway ? `${count(underway, "photo")} on the way…` : count(total, "photo")}
-        </span>
+        <div class="sheet-title">
+          <${Named} dataset=${dataset} such=${slug(draft.trigger) || dataset} />
+          <span class="chip" role="status">
+            ${underway ? `${count(underway, "photo")} on the way…` : count(total, "photo")}
+          </span>
+        </div>
+        <div class="sheet-chips">
         <${Remarks} dataset=${dataset} remarks=${remarks} number=${images.length} check=${check} chosen=${filter.remark}
           onChoose=${filter.setRemark} onFix=${canChange ? fix : null}
           onCaption=${canChange ? () => open({ name: "captions" }) : null} />
@@ -207,6 +210,7 @@ export function PhotosView({ dataset, edited }) {
               remembered(wide);
             }} />
         </span>
+        </div>
       </div>
       <${Problem} error=${photos.error} onRetry=${photos.reload} />
       ${!found && !photos.error && html`<${Loading} what="photos" />`}
@@ -303,8 +307,8 @@ export function PhotosView({ dataset, edited }) {
         }
         ${
           images.length > 0 &&
-          html`<${AllPhotos} images=${images} captions=${captions} captioned=${captioned} filter=${filter}
-            canChange=${canChange} onOpen=${(name) => open({ name })} kind=${kind} />`
+          html`<${AllPhotos} images=${images} check=${check.check} captions=${captions} captioned=${captioned}
+            filter=${filter} canChange=${canChange} onOpen=${(name) => open({ name })} kind=${kind} />`
         }
     <//>
     </div>

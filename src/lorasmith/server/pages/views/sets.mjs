@@ -19,7 +19,7 @@ export function SetsView() {
     ${
       found &&
       html`<ul class="covers">
-        <li><${NewTile} title="New" text="Drop pictures anywhere" /></li>
+        <li><${NewTile} /></li>
         ${found.datasets.map((one) => html`<${SetTile} key=${one.name} set=${one} />`)}
       </ul>`
     }
@@ -30,8 +30,8 @@ const coversOf = (set) => set.covers.map((file) => address(["datasets", set.name
 
 /** Up to four pictures of a set; none of one that is not there. */
 export function useCovers(name) {
-  const [found] = useLoaded((signal) => (name ? get(["datasets"], {}, signal) : Promise.resolve(null)), [name]);
-  const set = found?.datasets.find((one) => one.name === name);
+  const [found] = useLoaded((signal) => (name ? get(["datasets"], { name }, signal) : Promise.resolve(null)), [name]);
+  const set = found?.datasets[0];
   return set ? coversOf(set) : [];
 }
 
