@@ -18,6 +18,7 @@ from lorasmith.core.processor import (
     has_no_gpu,
     let_threads_sleep,
     processor_name,
+    slowdown_beside,
     threads_beside,
     usable_processors,
 )
@@ -78,6 +79,16 @@ def test_a_thread_for_each_free_processor() -> None:
         (16, 16.0, 8),
     ]:
         assert threads_beside(most, busy) == threads
+
+
+@pytest.mark.parametrize(
+    ("processors", "busy", "times"), [(2, 0.4, 1.0), (2, 1.0, 2.0), (2, 2.0, 3.0), (8, 2.0, 4 / 3)]
+)
+def test_a_run_takes_longer_on_fewer_threads_and_on_a_share_of_a_processor(
+    processors: int, busy: float, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "usable_processors", lambda: processors)
+    assert slowdown_beside(busy) == pytest.approx(times)
 
 
 def test_busy_are_others_on_the_processors_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

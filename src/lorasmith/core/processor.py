@@ -81,6 +81,15 @@ def threads_beside(most: int, busy: float) -> int:
     return max(1, most // 2, most - round(busy))
 
 
+def slowdown_beside(busy: float) -> float:
+    """How many times as long a run takes beside programs that keep `busy` processors; 1 on a quiet machine."""
+    if busy < BUSY:
+        return 1.0
+    most = usable_processors()
+    threads = threads_beside(most, busy)
+    return most / (threads * min(1.0, most / (busy + threads)))
+
+
 @functools.cache
 def processor_name() -> str:
     """Architecture and model of the processor."""

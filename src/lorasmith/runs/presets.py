@@ -269,3 +269,11 @@ def setting_groups() -> dict[str, list[Option]]:
 
 def _said(value: object) -> str:
     return {True: "on", False: "off"}.get(value, "") if isinstance(value, bool) else str(value)
+
+
+def run_s(picture_s: float, *, seen: int, preview_share: float) -> float:
+    """Seconds of a run that sees so many pictures, with its previews."""
+    return _START_S + seen * picture_s * (1 + preview_share)
+
+
+_START_S = 8.0  # to load a model and to encode photos

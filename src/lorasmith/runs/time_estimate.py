@@ -25,7 +25,7 @@ from lorasmith.bench.measure import pass_seconds
 from lorasmith.core.placement import fast_dtype
 from lorasmith.core.processor import BUSY, busy_processors, usable_processors
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.runs.presets import PRESETS, USUAL_IMAGES, USUAL_PRESET, recipe_settings
+from lorasmith.runs.presets import PRESETS, USUAL_IMAGES, USUAL_PRESET, recipe_settings, run_s
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.measured_times import Times, measured
 
@@ -124,14 +124,6 @@ def work_of(family: str, weights: int = 0) -> StepWork | None:
     nearest = min(known, key=lambda one: abs(math.log(weights / one.weights)))
     ratio = weights / nearest.weights
     return replace(nearest, weights=weights, gflop=nearest.gflop * ratio, least_gib=nearest.least_gib * ratio)
-
-
-def run_s(picture_s: float, *, seen: int, preview_share: float) -> float:
-    """Seconds of a run that sees so many pictures, with its previews."""
-    return _START_S + seen * picture_s * (1 + preview_share)
-
-
-_START_S = 8.0  # to load a model and to encode photos
 
 
 def usual_s(picture_s: float) -> float:

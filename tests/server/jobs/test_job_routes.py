@@ -139,7 +139,8 @@ async def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
 
 
 async def test_a_plan_has_the_time_of_a_measured_step(client: Client) -> None:
-    plan = {"steps": 50, "memory_bytes": 1, "memory_settings": {"quantization": "int8"}, "recipe": {"rank": 8}}
+    plan = {"steps": 50, "slowdown": 2.0, "memory_bytes": 1, "recipe": {"rank": 8, "preview_share": 0.25}}
+    plan |= {"memory_settings": {"quantization": "int8"}, "estimated_seconds": 10.0}
     made_up(client)["plan"] = plan
     assert await client.ask("POST", "/plans", RUN) == plan
     job = await client.ask("POST", "/measurements", {"model": RUN["model"], "settings": {"rank": 8}}, status=201)
@@ -148,6 +149,9 @@ async def test_a_plan_has_the_time_of_a_measured_step(client: Client) -> None:
     client.context.store.set_measurement(subject, {"seconds_per_step": 0.5})
     found = await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 8, "steps": 50}})
     assert (found["seconds_per_step"], found["seconds"]) == (0.5, 25.0) and found["measured_at"] > 0
+    assert found["estimated_seconds"] == pytest.approx(
+        8 + 1.25 * 2 * 25
+    )  # with its start and previews, on a busy machine
     assert await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 9}}) == plan
 
 

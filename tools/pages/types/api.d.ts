@@ -371,6 +371,7 @@ declare namespace Api {
     seconds: number | null;
     measured_at: number | null;
     estimated_seconds: number | null;
+    slowdown: number;
     notes: (string)[];
     teaches: string;
     teaches_because: string;

@@ -13,6 +13,7 @@ from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.registry import nearest
 from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import known_model
+from lorasmith.runs.presets import run_s
 from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.access import serves_others
@@ -37,6 +38,7 @@ from lorasmith.server.jobs.job_shapes import (
 )
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
+from lorasmith.training.config import TrainConfig
 
 _MOST_LISTED = 500
 
@@ -53,8 +55,10 @@ async def _plan(context: ServerContext, call: Call) -> Any:
     if found is None:
         return plan
     seconds = found["seconds_per_step"]
+    share = settings.get("preview_share", TrainConfig.preview_share)
     return {
         **plan,
+        "estimated_seconds": run_s(seconds * plan["slowdown"], seen=plan["steps"], preview_share=share),
         "seconds_per_step": seconds,
         "seconds": seconds * plan["steps"],
         "measured_at": found["measured_at"],

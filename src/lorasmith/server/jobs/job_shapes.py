@@ -95,7 +95,10 @@ class PlanAnswer:
     measured_at: Annotated[float | None, "when that was measured, in seconds since the epoch; null if it was not"] = (
         None
     )
-    estimated_seconds: Annotated[float | None, "of the run, about, without a measured step; null if unknown"] = None
+    estimated_seconds: Annotated[
+        float | None, "of the run with its previews, about, as busy as the machine is; null if unknown"
+    ] = None
+    slowdown: Annotated[float, "how many times as long other programs make it take, in `estimated_seconds`"] = 1.0
     notes: Annotated[tuple[str, ...], "remarks, one sentence each"] = ()
     teaches: Annotated[str, "subject or style, as it was said or guessed; empty without a recipe"] = ""
     teaches_because: Annotated[str, "why that was guessed, in a clause; empty if it was said"] = ""

@@ -11,6 +11,7 @@ from typing import Any
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.placement import drives_display
 from lorasmith.core.printable import count_text, memory_text
+from lorasmith.core.processor import busy_processors, slowdown_beside
 from lorasmith.data.controls import check_controls
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import FolderScan, scan_folder
@@ -25,9 +26,9 @@ from lorasmith.families.locating import (
 from lorasmith.families.model import Model, training_adapter_in
 from lorasmith.families.model_search import in_folders
 from lorasmith.runs.memory_estimate import DESKTOP_BYTES, MemoryEstimate, estimate_memory
-from lorasmith.runs.presets import model_name, with_recipe
+from lorasmith.runs.presets import model_name, run_s, with_recipe
 from lorasmith.runs.spec import RunSpec
-from lorasmith.runs.time_estimate import STEP_WORK, rates_of, run_s, work_of
+from lorasmith.runs.time_estimate import STEP_WORK, rates_of, work_of
 from lorasmith.server.jobs.job_shapes import PlanAnswer
 from lorasmith.server.models.model_answers import HashableFolders
 from lorasmith.server.questions import question
@@ -56,6 +57,7 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None, devi
     controls = 0 if data.controls == "opposite" else max((len(one.controls) for one in scanned), default=0)
     found = _estimate(folders, files, config, data.resolution, card_bytes, controls)
     proposal = found.proposal
+    slowdown = slowdown_beside(busy_processors()) if device == "cpu" else 1.0
     distilled, adapter = ("", "") if config.training_adapter else _distilled(folders, files)
     return PlanAnswer(
         steps=config.steps,
@@ -69,7 +71,8 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None, devi
         memory_bytes=proposal.needed_bytes,
         fits=None if card_bytes is None else found.fits,
         memory_settings=proposal.settings,
-        estimated_seconds=None if device is None else _seconds(model, config, found.pixels, device),
+        slowdown=slowdown,
+        estimated_seconds=None if device is None else _seconds(model, config, found.pixels, device, slowdown),
         notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
         teaches=spec.kind if recipe is not None else "",
         teaches_because="" if recipe is None else recipe.because,
@@ -79,7 +82,7 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None, devi
     )
 
 
-def _seconds(model: Model, config: TrainConfig, pixels: int, device: str) -> float | None:
+def _seconds(model: Model, config: TrainConfig, pixels: int, device: str, slowdown: float) -> float | None:
     """About how long a run takes; None where that is unknown."""
     weights = sum(one.numel() for one in model.components.denoiser.parameters())
     name = model_name(model.path, model.family.name)
@@ -87,7 +90,7 @@ def _seconds(model: Model, config: TrainConfig, pixels: int, device: str) -> flo
     rates = rates_of(device)
     if work is None or rates is None:
         return None
-    picture = rates.step_s(work.at(pixels))
+    picture = slowdown * rates.step_s(work.at(pixels))
     return run_s(picture, seen=config.steps * config.samples_per_step, preview_share=config.preview_share)
 
 

@@ -227,13 +227,16 @@ const words = (settings) =>
     .join(", ");
 const millions = (number) => (number >= 1e6 ? `${Number((number / 1e6).toPrecision(3))} million` : whole(number));
 const timeOf = (plan, stepSeconds) =>
-  plan?.seconds ?? (plan && stepSeconds ? stepSeconds * plan.steps : (plan?.estimated_seconds ?? null));
+  plan && !plan.seconds && stepSeconds
+    ? stepSeconds * plan.steps * (plan.slowdown ?? 1)
+    : (plan?.estimated_seconds ?? plan?.seconds ?? null);
 /** The time that a plan takes, of each run of a grid where there are several. */
 function noteOf(plan, stepSeconds, grid, runs) {
   const seconds = timeOf(plan, stepSeconds);
   if (!seconds) return plan ? count(plan.seen, "photo seen", "photos seen") : "";
   const share = Object.entries(grid).reduce((all, [name, values]) => all * timesAs(plan, name, values), 1);
-  return `Takes ${duration(seconds * share, { about: true })}${runs > 1 ? ` for all ${runs} runs` : ""}`;
+  const why = plan.slowdown > 1 ? ", as other programs keep the processor busy" : "";
+  return `Takes ${duration(seconds * share, { about: true })}${runs > 1 ? ` for all ${runs} runs` : ""}${why}`;
 }
 
 /** How often the time of a plan the runs with these values take. */
