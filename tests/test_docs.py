@@ -24,6 +24,13 @@ def test_every_command_is_in_the_table() -> None:
         assert names(group.typer_instance) == {row[1] for row in rows if row[0] == group.name}
 
 
+def test_the_readme_in_chinese_has_the_same_commands() -> None:
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    for kind in (r"^    .+$", r"```python\n.*?```", r"^\| (`[^|]+`) \|", r"^!?\[.*\]\((docs/images/[^)]+)\)"):
+        english = re.findall(kind, README, flags=re.MULTILINE if kind[0] == "^" else re.DOTALL)
+        assert english and re.findall(kind, chinese, flags=re.MULTILINE if kind[0] == "^" else re.DOTALL) == english
+
+
 def names(commands: typer.Typer) -> set[str]:
     """Names of commands, and of groups of them."""
     single = {one.name or one.callback.__name__ for one in commands.registered_commands if one.callback}
