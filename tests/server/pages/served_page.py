@@ -210,7 +210,8 @@ class ServedPage:
             "held_out": 0,
             "parameters": rank * 76_000, "memory_bytes": 600_000_000, "fits": True, "memory_settings": {}, "notes": [],
             "seconds_per_step": None, "seconds": None, "slowdown": 1.0, "measured_at": None,
-            "distilled": "", "usual_adapter": "", "recipe": recipe, "teaches": spec.get("kind") or ("subject" if recipe else ""),
+            "distilled": "", "usual_adapter": "", "recipe": recipe,
+            "teaches": spec.get("kind") or ("subject" if recipe else ""),
             "teaches_because": "" if spec.get("kind") or not recipe else "all pictures are of sks",
         }  # fmt: skip
 
