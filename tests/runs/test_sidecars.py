@@ -19,7 +19,12 @@ from lorasmith.runs.run import Host, run
 from lorasmith.runs.sidecars import write_sidecars
 from tests.runs.folder_cases import planned
 
-HEADER = {"modelspec.trigger_phrase": "sks <dog>, a", "ss_sd_model_name": "v1-5 & co", "ss_steps": "1200"}
+HEADER = {
+    "modelspec.trigger_phrase": "sks <dog>, a",
+    "ss_sd_model_name": "v1-5 & co",
+    "ss_steps": "1200",
+    "lorasmith.algorithm": "lora",
+}
 
 
 def written(folder: Path, family: str, header: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:

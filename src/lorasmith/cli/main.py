@@ -13,6 +13,7 @@ import typer
 
 from lorasmith.cli import (
     bench,
+    card,
     data,
     evaluate,
     generate,
@@ -89,7 +90,8 @@ def _common(
     pass
 
 
-for command in (train, sweep, recorded_runs, models, workflow, generate, evaluate, lora_files, bench, serve, data):
+_COMMANDS = (train, sweep, recorded_runs, models, workflow, generate, evaluate, lora_files, card, bench, serve, data)
+for command in _COMMANDS:
     command.register(app)
 with_general_flags(app)
 with_readable_help(app)

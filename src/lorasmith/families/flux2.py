@@ -79,6 +79,7 @@ _KLEIN_4B = Release(
     hub=HubFolder("Comfy-Org/Flux-2-Klein-4B/split_files/diffusion_models", 7.75),
     licence="Apache 2.0",
     card="black-forest-labs/FLUX.2-klein-base-4B",
+    distilled="black-forest-labs/FLUX.2-klein-4B",
     config={"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
 )
 

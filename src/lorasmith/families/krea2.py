@@ -131,6 +131,7 @@ class Krea2(Family):
             hub=HubFolder("Comfy-Org/Krea-2/diffusion_models", 26.28),
             licence="Krea 2 Community License",
             card="krea/Krea-2-Raw",
+            distilled="krea/Krea-2-Turbo",
         ),
     )
     released: Mapping[str, Any] = {}  # the class' own defaults

@@ -44,6 +44,7 @@ class Release:
     hub: HubFolder  # where that file is
     licence: str
     card: str  # `owner/repository` whose page on the hub has the licence
+    distilled: str = ""  # `owner/repository` of its variant distilled to few steps, which draws with LoRAs of this one
     is_gated: bool = False  # whether the licence is to be accepted on that page first
     holds: tuple[str, ...] = ()  # component names of the parts besides the denoiser that the file holds
     config: Mapping[str, Any] = field(default_factory=dict)  # of the denoiser where it differs from `Family.released`

@@ -106,6 +106,7 @@ class ZImage(Family):
             hub=HubFolder("Comfy-Org/Z-Image/split_files/diffusion_models", 12.31),
             licence="Apache 2.0",
             card="Tongyi-MAI/Z-Image",
+            distilled="Tongyi-MAI/Z-Image-Turbo",
         ),
     )
     released: Mapping[str, Any] = {}  # the class' own defaults

@@ -142,6 +142,15 @@ def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: re.split(r"[/\\]", value)[-1] if key in _NAMES_OF_FILES else value for key, value in kept.items()}
 
 
+def private_entries(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries that `without_private` leaves out or shortens, but the picture."""
+    kept = without_private(metadata)
+    return {key: value for key, value in metadata.items() if kept.get(key) != value and key != THUMBNAIL}
+
+
+THUMBNAIL = "modelspec.thumbnail"
+"""Entry with a small picture that the LoRA drew, as a data URL (ModelSpec)."""
+
 _NAMES_OF_FILES = frozenset({"ss_sd_model_name", "ss_vae_name", "ss_output_name", "modelspec.title"})
 _PUBLIC_WORDS = """
     format sshs_model_hash sshs_legacy_hash lora_adapter_metadata

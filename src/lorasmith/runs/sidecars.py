@@ -29,10 +29,9 @@ from lorasmith.families import known  # noqa: F401  (its families register thems
 from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
-from lorasmith.formats.metadata import autov2, autov3, sha256_file, steps_of
+from lorasmith.formats.metadata import THUMBNAIL, autov2, autov3, sha256_file, steps_of
 from lorasmith.report.pictures import encoded
 
-THUMBNAIL = "modelspec.thumbnail"
 _EDGE, _QUALITY = 256, 85
 _CIVITAI, _USER = ".civitai.info", ".json"
 _HASHES = {"SHA256": sha256_file, "AutoV2": autov2, "AutoV3": autov3}
@@ -68,10 +67,15 @@ def check_sidecars(title: str, *, has_folder: bool) -> None:
         raise OptionError(f"sidecars of {title!r} would replace the run's own {RUN_RECORD}; give the LoRA another name")
 
 
-def write_sidecars(lora: Path, family: Family) -> tuple[Path, ...]:
-    """Write or replace both files, which hold the LoRA's hashes; returns their paths. LoraError if it is unreadable."""
+def write_sidecars(lora: Path, family: Family | None, *, trigger: str = "") -> tuple[Path, ...]:
+    """Write or replace both files, which hold the LoRA's hashes; returns their paths. LoraError if it is unreadable.
+
+    Without a `trigger` it is that of the LoRA's metadata. `family` is None if it is not known.
+    """
     metadata = check_safetensors(lora).metadata
-    contents = {_CIVITAI: _civitai(lora, metadata, family), _USER: _user(lora, metadata, family)}
+    trigger = trigger or metadata.get("modelspec.trigger_phrase", "")
+    about = _sentence(lora, metadata, family)
+    contents = {_CIVITAI: _civitai(lora, metadata, family, trigger, about), _USER: _user(family, trigger, about)}
     written = []
     for suffix, content in contents.items():
         target = lora.with_name(lora.stem + suffix)
@@ -80,13 +84,14 @@ def write_sidecars(lora: Path, family: Family) -> tuple[Path, ...]:
     return tuple(written)
 
 
-def _civitai(lora: Path, metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
-    trigger = metadata.get("modelspec.trigger_phrase", "")
+def _civitai(
+    lora: Path, metadata: Mapping[str, str], family: Family | None, trigger: str, about: str
+) -> dict[str, Any]:
     is_plain = metadata.get("ss_network_module", "networks.lora") == "networks.lora"
     return {
         "name": lora.stem,
-        "description": html.escape(_sentence(lora, metadata, family)),  # readers show it as HTML
-        "baseModel": family.civitai_name or family.title,
+        "description": html.escape(about),  # readers show it as HTML
+        "baseModel": "Other" if family is None else family.civitai_name or family.title,
         "trainedWords": [trigger] if trigger else [],
         "model": {"name": lora.stem, "type": "LORA" if is_plain else "LoCon"},
         "files": [
@@ -103,21 +108,27 @@ def _civitai(lora: Path, metadata: Mapping[str, str], family: Family) -> dict[st
     }
 
 
-def _user(lora: Path, metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
+def _user(family: Family | None, trigger: str, about: str) -> dict[str, Any]:
     return {
-        "description": _sentence(lora, metadata, family),
-        "sd version": family.a1111_version,
-        "activation text": metadata.get("modelspec.trigger_phrase", ""),
+        "description": about,
+        "sd version": Family.a1111_version if family is None else family.a1111_version,
+        "activation text": trigger,
         "preferred weight": 1.0,  # as it was trained
         "negative text": "",
         "notes": "",
     }
 
 
-def _sentence(lora: Path, metadata: Mapping[str, str], family: Family) -> str:
-    base = metadata.get("ss_sd_model_name")
-    on = f" on {base}" if base else ""
-    return f"For {family.title}, trained{on} in {count_text(steps_of(metadata, lora.name), 'step')} with Lorasmith."
+def _sentence(lora: Path, metadata: Mapping[str, str], family: Family | None) -> str:
+    """What is known of it; other trainers' files say less."""
+    base, steps = metadata.get("ss_sd_model_name"), steps_of(metadata, lora.name)
+    trained = [f"on {base}"] if base else []
+    trained += [f"in {count_text(steps, 'step')}"] if steps else []
+    trained += ["with Lorasmith"] if "lorasmith.steps" in metadata or "lorasmith.algorithm" in metadata else []
+    parts = [] if family is None else [f"for {family.title}"]
+    parts += [f"trained {' '.join(trained)}"] if trained else []
+    text = ", ".join(parts) or "a LoRA"
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _data_url(picture: Image.Image) -> str:
