@@ -231,7 +231,7 @@ def _beside(page: Any, address: str, camera: _Camera) -> None:
     page.wait_for_timeout(1000)
     camera.every_look("compare", page)
     for view, name in (
-        ("lorasmith/v1/runs/runs/sks-fox-001/report", "report"),
+        ("lorasmith/v1/runs/runs%2Fsks-fox-001/report", "report"),
         ("editor/?run=runs/sks-fox-001", "editor"),
     ):
         page.goto(f"{address}{view}")
