@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
 
 TOKEN = "hf_" + "x" * 34
 
@@ -30,6 +33,9 @@ class FakeHub:
         in_git: files that are small enough for git itself, whose digest is that of git's object.
         gate: bytes from `held_after` on are sent while this is set.
         held_after: place in a file.
+        private: repositories that were made, and whether each is private.
+        stored: uploaded large files by digest, which are sent once.
+        refuses_uploads: status of the next answer to a large file; 0 takes it.
         requests: method, path, first byte of the wanted range, and token of each.
     """
 
@@ -45,6 +51,9 @@ class FakeHub:
     in_git: set[str] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
     held_after: int = 0
+    private: dict[str, bool] = field(default_factory=dict)
+    stored: dict[str, bytes] = field(default_factory=dict)
+    refuses_uploads: int = 0
     requests: list[tuple[str, str, int, str]] = field(default_factory=list)
     address: str = ""
 
@@ -89,6 +98,64 @@ class _Handler(BaseHTTPRequestHandler):
             self._whoami()
         else:
             self._answer()
+
+    def do_POST(self) -> None:
+        sent = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.state.requests.append(("POST", self.path, 0, token))
+        if token != TOKEN:
+            return self._refuse(401)
+        path = self.path.partition("?")[0]
+        if path == "/api/validate-yaml":
+            front = yaml.safe_load(json.loads(sent)["content"].split("---\n")[1])
+            return self._json({"warnings": [], "errors": []}, 200 if isinstance(front, dict) else 400)
+        if path == "/api/repos/create":
+            asked = json.loads(sent)
+            repository = f"{asked['organization']}/{asked['name']}"
+            is_private = asked.get("private", asked.get("visibility") == "private")
+            self.state.private[repository] = is_private
+            return self._json({"url": f"{self.state.address}/{repository}"})
+        if path.endswith("/preupload/main"):
+            modes = {".safetensors": "lfs", ".png": "lfs", ".webp": "lfs"}
+            files = [one["path"] for one in json.loads(sent)["files"]]
+            ways = {one: modes.get(one[one.rfind(".") :], "regular") for one in files}
+            return self._json(
+                {"files": [{"path": one, "uploadMode": way, "shouldIgnore": False} for one, way in ways.items()]}
+            )
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(sent)["objects"]
+            for one in objects:
+                if one["oid"] not in self.state.stored:
+                    one["actions"] = {"upload": {"href": f"{self.state.address}/lfs/{one['oid']}"}}
+            return self._json({"transfer": "basic", "objects": objects})
+        if path.endswith("/commit/main"):
+            repository = "/".join(path.split("/")[3:5])
+            for line in map(json.loads, sent.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.state.files[f"{repository}/{value['path']}"] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.state.files[f"{repository}/{value['path']}"] = self.state.stored[value["oid"]]
+            return self._json({"commitUrl": f"{self.state.address}/{repository}/commit/x", "commitOid": "c" * 40})
+        return self._refuse(404)
+
+    def do_PUT(self) -> None:
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        self.state.requests.append(("PUT", self.path, 0, ""))
+        if status := self.state.refuses_uploads:
+            self.state.refuses_uploads = 0
+            return self._refuse(status)
+        assert hashlib.sha256(sent).hexdigest() == self.path.removeprefix("/lfs/")
+        self.state.stored[self.path.removeprefix("/lfs/")] = sent
+        return self._json({})
+
+    def _json(self, answer: object, status: int = 200) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -139,9 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, repository: str, token: str) -> None:
         """The files of a repository."""
         files = [path.removeprefix(f"{repository}/") for path in self.state.files if path.startswith(f"{repository}/")]
-        if not files or (repository in self.state.gated and token != TOKEN):
-            return self._refuse(404 if not files else 401, "RepoNotFound" if not files else "GatedRepo")
-        content = json.dumps({"id": repository, "sha": "c" * 40, "siblings": [{"rfilename": one} for one in files]})
+        is_there = bool(files) or repository in self.state.private
+        if not is_there or (repository in self.state.gated and token != TOKEN):
+            return self._refuse(401 if is_there else 404, "GatedRepo" if is_there else "RepoNotFound")
+        private = self.state.private.get(repository, False)
+        siblings = [{"rfilename": one} for one in files]
+        content = json.dumps({"id": repository, "sha": "c" * 40, "private": private, "siblings": siblings})
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from lorasmith.cli.console import console, echo, print_note, print_result
 from lorasmith.cli.flags import LoraModel
+from lorasmith.core.errors import OptionError
 
 if TYPE_CHECKING:
     from lorasmith.runs.model_card import Card
@@ -42,15 +44,21 @@ def card(
         typer.Option(help="A picture that it drew, with prompt and seed in its file as A1111 writes them. Repeatable."),
     ] = None,
     private_captions: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--private-captions",
-            help="Leave folders, captions, prompts and unknown entries out of the file's metadata.",
+            "--private-captions/--public-captions",
+            help="Leave folders, captions, prompts and unknown entries out of the file's metadata, or upload them "
+            "without a question.",
         ),
-    ] = False,
+    ] = None,
     with_training_pictures: Annotated[
         bool, typer.Option("--with-training-pictures", help="Include small versions of the training pictures.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload the folder to this repository, owner/name; private unless --public."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub, let everybody see it.")] = False,
     model: LoraModel = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier card at --output.")] = False,
 ) -> None:
@@ -62,21 +70,55 @@ def card(
     """
     from lorasmith.runs.model_card import write_card
 
+    if public and push_to_hub is None:
+        raise OptionError("--public has no effect without --push-to-hub; leave it out, or name a repository")
+    repository = ""
+    if push_to_hub is not None:
+        from lorasmith.runs.hub_upload import named_repository
+
+        repository = named_repository(push_to_hub)
     with console.status("Writing the card"):
         done = write_card(
             source,
             output,
+            repository=repository,
             step=step,
             base_model=base_model,
             trigger=trigger,
             licence=license,
             model=model,
             pictures=picture or (),
-            private=private_captions,
+            private=bool(private_captions),
             with_training_pictures=with_training_pictures,
             overwrite=overwrite,
         )
-    print_result(lambda: done, lambda: _print_card(done))
+    if push_to_hub is None:
+        print_result(lambda: done, lambda: _print_card(done))
+        return
+    _print_card(done)
+    if done.told and private_captions is None:
+        _ask(done)
+    from lorasmith.runs.hub_upload import upload
+
+    with console.status(f"Uploading to {repository}"):
+        uploaded = upload(done.folder, repository, public=public)
+
+    def show() -> None:
+        echo(f"{'Only you see it' if uploaded.is_private else 'Everybody sees it'}, at {uploaded.address}")
+
+    print_result(lambda: {**vars(done), "uploaded": uploaded}, show)
+
+
+def _ask(done: Card) -> None:
+    """Raise OptionError unless who runs the command agrees to what the metadata tells."""
+    if sys.stdin.isatty() and console.draws:
+        if typer.confirm("Upload this as well?"):
+            return
+        raise OptionError("nothing was uploaded; --private-captions --overwrite leaves these entries out")
+    raise OptionError(
+        f"the LoRA's metadata tells of folders, captions or prompts ({', '.join(done.told)}); add --private-captions "
+        "--overwrite to leave this out, or --public-captions --overwrite to upload it"
+    )
 
 
 def _print_card(done: Card) -> None:

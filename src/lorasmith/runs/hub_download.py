@@ -88,7 +88,7 @@ class NoNetworkError(HubError):
     """The hub does not answer. `details` says which files are to be put where instead: JSON values."""
 
     def __init__(self, files: Sequence[HubFile]) -> None:
-        endpoint = _hub().ENDPOINT
+        endpoint = hub_constants().ENDPOINT
         rows = [
             {"file": one.file, "page": f"{endpoint}/{one.repository}", "folder": str(one.path.parent)} for one in files
         ]
@@ -113,12 +113,12 @@ def facts_of(file: HubFile) -> HubFacts:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     with _explained(file):
-        metadata = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=_token())
+        metadata = get_hf_file_metadata(hf_hub_url(file.repository, file.file), token=hub_token())
     is_digest = re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", metadata.etag or "")
     if metadata.size is None or metadata.size < 0 or not is_digest or metadata.commit_hash is None:
         raise HubError(
-            f"{_hub().ENDPOINT} names no size and digest of {file.file}, so it cannot be verified; get it from "
-            f"there and put it into {file.path.parent}"
+            f"{hub_constants().ENDPOINT} names no size and digest of {file.file}, so it cannot be verified; get it "
+            f"from there and put it into {file.path.parent}"
         )
     return HubFacts(metadata.size, str(metadata.etag), metadata.commit_hash)
 
@@ -131,10 +131,12 @@ def files_of(repository: str, folder: Path) -> list[HubFile]:
     from huggingface_hub import HfApi
 
     with _explained(HubFile(repository, "all files", folder / "all files")):
-        found = HfApi(endpoint=_hub().ENDPOINT, token=_token()).model_info(repository)
+        found = HfApi(endpoint=hub_constants().ENDPOINT, token=hub_token()).model_info(repository)
     names = [sibling.rfilename for sibling in found.siblings or () if re.fullmatch(_WANTED, sibling.rfilename)]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise HubError(f"{repository} has no model in safetensors any more; look for another one at {_hub().ENDPOINT}")
+        raise HubError(
+            f"{repository} has no model in safetensors any more; look for another one at {hub_constants().ENDPOINT}"
+        )
     if len(names) > _MOST_FILES:
         raise HubError(f"{repository} has {len(names):,} files, and a model has {_MOST_FILES} at most; use another one")
     names.sort(key=lambda name: (name == "config.json", not name.endswith(".safetensors"), name))
@@ -201,7 +203,7 @@ def store_token(token: str) -> None:
     with model_packages("a token of the hub"):
         from huggingface_hub import login
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
-    constants = _hub()
+    constants = hub_constants()
     try:
         login(token=token.strip())
     except (HTTPError, OSError, ValueError) as error:
@@ -234,7 +236,7 @@ def _fetch(file: HubFile, facts: HubFacts, report: Callable[..., None], spare_by
             hf_hub_url(file.repository, file.file, revision=facts.commit),
             cast(BinaryIO, _Part(opened, file, facts, report, spare_bytes)),
             resume_size=kept,
-            headers={**build_hf_headers(token=_token()), "Accept-Encoding": "identity"},
+            headers={**build_hf_headers(token=hub_token()), "Accept-Encoding": "identity"},
             expected_size=facts.size_bytes,
         )
 
@@ -324,7 +326,7 @@ class _Rate:
         return (size - first) / (now - since) if now > since else 0.0
 
 
-def _hub() -> Any:
+def hub_constants() -> Any:
     """huggingface_hub's constants. Its telemetry is off: it would look up what program it is used by."""
     from huggingface_hub import constants
 
@@ -332,7 +334,8 @@ def _hub() -> Any:
     return constants
 
 
-def _token() -> str | bool:
+def hub_token() -> str | bool:
+    """The token of the login; False for none."""
     from huggingface_hub import get_token
 
     return get_token() or False
@@ -341,7 +344,7 @@ def _token() -> str | bool:
 @contextlib.contextmanager
 def _explained(file: HubFile) -> Iterator[None]:
     """Errors of the hub and of the connection become sentences."""
-    constants = _hub()
+    constants = hub_constants()
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     page, by_hand = f"{constants.ENDPOINT}/{file.repository}", f"put {file.path.name} into {file.path.parent} yourself"
@@ -352,7 +355,7 @@ def _explained(file: HubFile) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            has_token = bool(_token())
+            has_token = bool(hub_token())
             how = "with the account of your token" if has_token else "and store an access token"
             raise GatedError(
                 f"the hub asks for the licence of {file.repository} to be accepted; do so at {page}, {how}",
