@@ -147,6 +147,26 @@ def test_the_node_of_august_2025_shows_one_picture_without_a_number(base: Path, 
     assert found.tensors["context"].shape[1] == tokens + 2 + 2 + 5 and not found.controls
 
 
+@pytest.mark.parametrize(
+    "node, image", [("TextEncodeQwenImageEdit", "image"), ("TextEncodeQwenImageEditPlus", "image1")]
+)
+def test_a_prompt_of_a_family_of_its_own_has_the_picture_where_its_denoiser_looks(
+    node: str, image: str, tmp_path: Path
+) -> None:
+    tiny = TINY["qwen-image-2.1"]
+    model = tiny.loaded(tiny.saved(tmp_path))
+    pictures_in(tmp_path, before=(64, 64), style=(128, 32))
+    text = api(node, clip=["clip", 0], prompt="a fox", vae=["vae", 0], **{image: ["one", 0]})
+    graph = {**loaders(tmp_path), "text": text, "show": api("PreviewAny", source=["text", 0])}
+    found = run(tmp_path, graph)["text"][0][0][0]
+    sight = model.family.controls[0].sight
+    assert sight is not None
+    seen = pixels(tmp_path, "before/a.png", sight.size(64, 64))
+    expected = model.text_encoder.encode("a fox", [seen], sight=sight).tensors["context"]
+    torch.testing.assert_close(found.tensors["context"], expected, rtol=1e-4, atol=1e-4)
+    assert [tuple(one.shape) for one in found.controls] == [(1, 64, 4, 4)]
+
+
 def test_a_text_encoder_that_sees_nothing_is_refused(base: Path) -> None:
     graph = drawing(base, "index")
     graph["clip"] = api("CheckpointLoaderSimple", ckpt_name="lorasmith-tiny.safetensors")

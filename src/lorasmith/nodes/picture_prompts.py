@@ -35,7 +35,10 @@ def text_encode_qwen_image_edit(
         clip = with_embeddings(context, clip)
         with clip.active():
             return ([clip.encode(prompt)],)
-    sight = sight_of(pixels=1024**2, multiple=_own_sight(clip).multiple, is_numbered=False)
+    own = _own_sight(clip)
+    sight = sight_of(pixels=1024**2, multiple=own.multiple, is_numbered=False)
+    if sight.chat != own.chat:  # a family whose denoiser has the references where its own prompt has them
+        sight = own
     return ([_seen(context, clip, vae, prompt, {1: image}, sight)],)
 
 
@@ -55,9 +58,9 @@ def text_encode_qwen_image_edit_plus(
     image2: Tensor | None = socket("IMAGE", optional=True, tooltip=_PICTURE),
     image3: Tensor | None = socket("IMAGE", optional=True, tooltip=_PICTURE),
 ) -> tuple[list[Conditioning]]:
-    """Encode an instruction for Qwen-Image-Edit 2509, 2511 or Krea 2 with pictures to edit or refer to."""
+    """Encode an instruction for Qwen-Image-Edit 2509, 2511, Qwen-Image 2.1 or Krea 2 with pictures."""
     images = {number: one for number, one in enumerate((image1, image2, image3), start=1) if one is not None}
-    return ([_seen(context, clip, vae, prompt, images, _numbered(clip))],)
+    return ([_seen(context, clip, vae, prompt, images, _own_sight(clip))],)
 
 
 def sees_pictures(clip: TextEncoder) -> bool:
@@ -67,11 +70,7 @@ def sees_pictures(clip: TextEncoder) -> bool:
 
 def prompt_with(context: NodeContext, clip: TextEncoder, prompt: str, pictures: Sequence[Tensor]) -> Conditioning:
     """The conditioning of TextEncodeQwenImageEditPlus without a VAE."""
-    return _seen(context, clip, None, prompt, dict(enumerate(pictures, start=1)), _numbered(clip))
-
-
-def _numbered(clip: TextEncoder) -> Sight:
-    return sight_of(pixels=384**2, multiple=_own_sight(clip).multiple)
+    return _seen(context, clip, None, prompt, dict(enumerate(pictures, start=1)), _own_sight(clip))
 
 
 def _own_sight(clip: TextEncoder) -> Sight:
