@@ -291,6 +291,12 @@ def _with_clip(title: str, prefix: str, prompts: tuple[str, ...], **settings: An
 
 _APART = {"model": ["1", 0], "clip": ["2", 0], "vae": ["3", 0]}
 _KLEIN = _loaders("flux-2-klein-base-4b.safetensors", ("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors")
+_QWEN21 = _loaders(
+    "qwen_image_2.1_bf16.safetensors",
+    ("qwen3vl_8b_bf16.safetensors",),
+    "qwen_image",
+    "qwen_image_2.1_vae_bf16.safetensors",
+)
 _EMPTY: Graph = {"31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["2", 0])}
 
 GRAPHS: dict[str, Graph] = {
@@ -452,14 +458,12 @@ GRAPHS: dict[str, Graph] = {
         parts=_APART,
     ),
     "qwen_image21": _graph(
-        _loaders(
-            "qwen_image_2.1_bf16.safetensors",
-            ("qwen3vl_8b_bf16.safetensors",),
-            "qwen_image",
-            "qwen_image_2.1_vae_bf16.safetensors",
-        ),
+        _QWEN21,
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=40, cfg=1.0)},
         parts=_APART,
+    ),
+    "qwen_image21_pairs": _pairs(
+        _QWEN21, {**_seen(), **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=40, cfg=1.0)}
     ),
     "qwen_image_edit_pairs": _pairs(
         _loaders(

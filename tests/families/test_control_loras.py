@@ -24,7 +24,7 @@ from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
 # Qwen-Image's is the variant that is told that controls are clean, as Krea 2 is.
-EDIT = {"flux2-klein": None, "qwen-image": "edit-2511", "krea2": None}
+EDIT = {"flux2-klein": None, "qwen-image": "edit-2511", "krea2": None, "qwen-image-2.1": None}
 
 
 @pytest.fixture(scope="module", params=EDIT)
@@ -43,7 +43,7 @@ def colours(model: Model) -> list[Tensor]:
 def pairs(model: Model, *, shift: int = 0) -> EncodedDataset:
     """Four pictures of one colour each, which are controls too: of themselves, or of those `shift` further on."""
     with model.text_encoder.active():
-        caption = model.text_encoder.encode("the same again")
+        caption = model.text_encoder.encode("the same again, as it was in the picture")
     found = colours(model)
     return EncodedDataset(
         tuple(

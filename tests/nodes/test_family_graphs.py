@@ -31,6 +31,7 @@ FAMILY = {
     "lumina2": "lumina2",
     "qwen_image": "qwen-image",
     "qwen_image21": "qwen-image-2.1",
+    "qwen_image21_pairs": "qwen-image-2.1",
     "qwen_image_edit_pairs": "qwen-image",
     "chroma": "chroma",
     "wan": "wan",
