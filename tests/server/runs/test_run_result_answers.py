@@ -123,7 +123,8 @@ def test_a_run_of_a_graph_is_drawn_with_the_model_of_its_record(installation: Fo
     path = base / RUN / "run.json"
     record = json.loads(path.read_text())
     as_typed = draw_request(installation, RUN, prompt="a dog")
-    path.write_text(json.dumps({**record, "source": {"command": "run", "prompt": {}}}))
+    unnamed = {"source": {"command": "run", "prompt": {}}, "data": {}, "samples": []}
+    path.write_text(json.dumps({**record, **unnamed}))
     assert draw_request(installation, RUN, prompt="a dog") == as_typed
     assert run_gallery(installation, RUN).subject == "", "the page asks for it"
     assert grid_request(installation, RUN, wish="on a beach", subject="a dog")["text"] == "a dog, on a beach"
