@@ -73,7 +73,7 @@ def test_a_kohya_file_has_a_card_of_what_it_says_and_asks_for_the_rest(tmp_path:
 
 
 def test_private_captions_take_out_what_was_listed(tmp_path: Path) -> None:
-    card = write_card(kohya_file(tmp_path), private=True)
+    card = write_card(kohya_file(tmp_path), private_captions=True)
     assert card.told == {}
     everything = b"".join(path.read_bytes() for path in card.folder.rglob("*") if path.is_file())
     assert b"jane" not in everything and b"1200" in everything

@@ -88,7 +88,7 @@ def card(
             licence=license,
             model=model,
             pictures=picture or (),
-            private=bool(private_captions),
+            private_captions=bool(private_captions),
             with_training_pictures=with_training_pictures,
             overwrite=overwrite,
         )

@@ -117,7 +117,7 @@ def write_card(
     licence: str = "",
     model: str | None = None,
     pictures: Sequence[Path] = (),
-    private: bool = False,
+    private_captions: bool = False,
     with_training_pictures: bool = False,
     overwrite: bool = False,
 ) -> Card:
@@ -133,7 +133,8 @@ def write_card(
         licence: the hub's name for the licence, likewise.
         model: model whose names tell whether diffusers loads the file; the released one of its family if None.
         pictures: further pictures; their prompts and seeds are read from the files, in A1111's form.
-        private: leave folders, captions, prompts and the unknown out of the file's metadata, and captions off the card.
+        private_captions: leave folders, captions, prompts and the unknown out of the file's metadata, and captions off
+            the card.
         with_training_pictures: include small versions of a run's training pictures.
         overwrite: replace an earlier card.
 
@@ -156,11 +157,11 @@ def write_card(
     base = _base_of((base_model, *found.names, *_named_in(found.lora, summary.metadata)))
     family = _family(found.family, summary.family)
     shown = [*found.pictures, *map(_given_picture, pictures)]
-    if private:
+    if private_captions:
         shown = [one for one in shown if one.prompt not in found.captions]
     stem, notes = safe_name(found.title), list[str]()
     with atomic_folder(target) as folder:
-        lora, loads = _put_lora(found.lora, folder / f"{stem}.safetensors", model, notes, private=private)
+        lora, loads = _put_lora(found.lora, folder / f"{stem}.safetensors", model, notes, private=private_captions)
         if found.controls and not with_training_pictures:
             _drop_thumbnail(lora)
         kept = _put_pictures(folder, stem, shown[:_MOST_PICTURES])
