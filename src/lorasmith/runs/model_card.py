@@ -318,7 +318,7 @@ def _family(name: str, title: str | None) -> Family | None:
     """By the name in a record, else by the title that the file was recognised by."""
     if name in FAMILIES:
         return FAMILIES[name]
-    return next((one for _, one in FAMILIES.items() if (name and one.name == name) or one.title == title), None)
+    return next((one for _, one in FAMILIES.items() if one.title == title), None)
 
 
 def _given_picture(path: Path) -> _Picture:

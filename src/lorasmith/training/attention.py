@@ -143,7 +143,7 @@ def _agrees(
         return False
     for name, expected, one in zip(("result", "query", "key", "value"), own, found, strict=True):
         error, norm = ((one - expected).float().norm(), expected.float().norm())
-        if not bool(error <= _TOLERANCE * norm):  # NaN is no number
+        if not bool(error <= _TOLERANCE * norm):  # NaN compares as false
             refuse(
                 f"Attention by {kernel} is not used for {call.name}, as its "
                 f"{'result' if name == 'result' else f'gradient of the {name}'} is not torch's on this device; report "
