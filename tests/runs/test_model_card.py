@@ -101,6 +101,25 @@ def test_a_peft_folder_is_converted_and_its_configuration_names_the_base(base: s
         assert (data["base_model"], data["license"]) == (base, "openrail++")
 
 
+def test_files_of_ai_toolkit_name_their_kind_of_model_and_their_trigger(tmp_path: Path) -> None:
+    path = kohya_file(tmp_path)
+    metadata = {
+        "software": json.dumps({"name": "ai-toolkit", "repo": "https://github.com/ostris/ai-toolkit"}),
+        "training_info": json.dumps({"step": 2000, "epoch": 9}),
+        "ss_base_model_version": "sd_1.5",
+        "ss_tag_frequency": json.dumps({"1_ohwx man": {"ohwx man": 1}}),
+    }
+    write_safetensors(path, {key: one.clone() for key, one in read_safetensors(path)[0].items()}, metadata)
+    card = write_card(path)
+    data, text = front(card)
+    assert data["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert data["instance_prompt"] == "ohwx man"
+    assert "- Steps: 2,000" in text and "- Trainer: ai-toolkit" in text
+    assert card.missing[0].startswith("The file names its kind of model alone, sd_1.5, so stable-diffusion-v1-5/")
+    chosen = write_card(path, base_model="someone/tuned", overwrite=True)
+    assert chosen.base_models == ("someone/tuned",) and len(chosen.missing) == 2
+
+
 def test_the_distilled_variant_comes_first_and_other_licences_are_named_with_a_link(tmp_path: Path) -> None:
     names = {"ss_sd_model_name": "krea2_raw_fp8_scaled.safetensors"}
     data, text = front(write_card(kohya_file(tmp_path, **names)))

@@ -117,6 +117,9 @@ def steps_of(metadata: Mapping[str, str], file_name: str) -> int:
     for key in ("lorasmith.steps", "ss_steps"):
         if re.fullmatch(r"\d{1,9}", metadata.get(key, "")):
             return int(metadata[key])
+    in_info = re.search(r'"step": (\d{1,9})\b', metadata.get("training_info", ""))  # ai-toolkit
+    if in_info:
+        return int(in_info[1])
     # The last match, because a prefix may itself be the name of an earlier file.
     in_name = re.findall(r"(?:^|_)(\d{1,9})_steps_", file_name)
     return int(in_name[-1]) if in_name else 0
