@@ -1,9 +1,9 @@
 """Build what a release consists of: `python -m tools.release --output dist` in a clean checkout.
 
-Sdists and wheels of the three distributions, an SBOM (CycloneDX, from uv.lock) and SHA256SUMS. Everything is built
-twice, in two folders, and must come out with the same bytes. The wheel of lorasmith has a man page and completions for
-shells, made of the declarations that `--help` prints. Runs in an environment with Lorasmith, and needs
-`pip install uv packaging`; uv downloads hatchling.
+Sdists and wheels of three distributions, the node pack as a zip file, an SBOM (CycloneDX, from uv.lock) and SHA256SUMS.
+Everything is built twice, in two folders, and must come out with the same bytes. The wheel of lorasmith has a man page
+and completions for shells, made of the declarations that `--help` prints. Runs in an environment with Lorasmith, and
+needs `pip install uv packaging`; uv downloads hatchling.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PARTS = (".", "lorasmith-tiny", "lorasmith-editor")
+PACK = "comfyui-lorasmith"
 SHELLS = {
     "bash": "bash-completion/completions/lorasmith",
     "zsh": "zsh/site-functions/_lorasmith",
@@ -42,7 +43,7 @@ def versions(root: Path = ROOT) -> dict[str, str]:
     for extra, name in (("demo", "lorasmith-tiny"), ("editor", "lorasmith-editor")):
         if f"{name}~={version}" not in project["optional-dependencies"][extra]:
             raise ValueError(f"the extra {extra} must ask for {name}~={version}")
-    pack = root / "comfyui-lorasmith" / "pyproject.toml"
+    pack = root / PACK / "pyproject.toml"
     if pack.is_file():
         nodes = tomllib.loads(pack.read_text("utf-8"))["project"]
         if (nodes["version"], nodes["dependencies"]) != (version, [f"lorasmith~={version}"]):
@@ -57,11 +58,20 @@ def home(root: Path = ROOT) -> str:
 
 def stamp(folder: Path, address: str) -> None:
     """Give every distribution and the node pack in `folder` the address of the repository."""
-    for part in (*PARTS, "comfyui-lorasmith"):
+    for part in (*PARTS, PACK):
         file = folder / part / "pyproject.toml"
         if address and file.is_file():
             urls = f'[project.urls]\nRepository = "{address}"\nIssues = "{address}/issues"\n'
             file.write_text(f"{file.read_text('utf-8').rstrip()}\n\n{urls}", "utf-8")
+
+
+def image_arguments(variant: str, root: Path = ROOT) -> dict[str, str]:
+    """Build arguments of the image for `cpu` or `cuda`; those of `cuda` are the defaults of compose.cuda.yaml."""
+    found = {"HOME_URL": home(root)}
+    if variant == "cuda":
+        text = (root / "compose.cuda.yaml").read_text("utf-8")
+        found |= dict(re.findall(r"^ +(\w+): \$\{\1:-(.+)\}$", text, re.MULTILINE))
+    return found
 
 
 def changes(text: str) -> dict[str, dict[str, list[str]]]:
@@ -170,7 +180,22 @@ def build(commit: str, output: Path, epoch: int, version: str) -> None:
                 env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch)},
                 check=True,
             )
+        write_pack(Path(folder) / PACK, output / f"lorasmith-nodes-{version}.zip", epoch)
     (output / ".gitignore").unlink(missing_ok=True)
+
+
+def write_pack(folder: Path, output: Path, epoch: int) -> None:
+    """Write what ComfyUI's registry gets of the node pack: all but the folders and files that `.comfyignore` names."""
+    ignored = [folder / line for line in (folder / ".comfyignore").read_text("utf-8").splitlines()]
+    if missing := [str(one) for one in ignored if not one.exists()]:
+        raise ValueError(f".comfyignore must name folders and files that exist, without patterns: {missing}")
+    time = datetime.fromtimestamp(epoch, UTC).timetuple()[:6]
+    with zipfile.ZipFile(output, "w") as files:
+        for path in sorted(one for one in folder.rglob("*") if one.is_file()):
+            if not any(path.is_relative_to(one) for one in ignored):
+                info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), time)
+                info.external_attr = 0o100644 << 16
+                files.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def check(wheel: Path, version: str) -> None:
@@ -194,15 +219,25 @@ def main() -> None:
     """Build, compare, check and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
-    parser.add_argument("--publish", action="store_true", help="refuse while the project has no home (pyproject.toml)")
+    parser.add_argument(
+        "--publish",
+        metavar="TAG",
+        help="refuse while pyproject.toml has no home, and a tag that is not its version",
+    )
+    parser.add_argument("--image", choices=("cpu", "cuda"), help="print the build arguments of an image, and end")
     parser.add_argument("--draft", action="store_true", help="the changelog need not have the version yet")
     arguments = parser.parse_args()
+    if arguments.image:
+        print("\n".join(f"{name}={value}" for name, value in image_arguments(arguments.image).items()))
+        return
     output: Path = arguments.output.resolve()
     if output.exists() and any(output.iterdir()):
         sys.exit(f"{output} must be empty; remove its files, or name another folder with --output")
     if arguments.publish and not home():
         sys.exit("home is empty in [tool.lorasmith] of pyproject.toml; give the repository's address before publishing")
     found = versions()
+    if arguments.publish and arguments.publish != f"v{found['lorasmith']}":
+        sys.exit(f"the tag is {arguments.publish}, pyproject.toml has {found['lorasmith']}; tag v{found['lorasmith']}")
     newest = next(
         version for version in [*changes((ROOT / "CHANGELOG.md").read_text("utf-8")), "none"] if version[0] != "U"
     )

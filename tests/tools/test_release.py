@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from lorasmith.cli.main import app
@@ -37,7 +39,7 @@ def test_the_versions_agree(tmp_path: Path) -> None:
 
 @needs_companions
 def test_the_home_of_the_project_is_one_setting(tmp_path: Path) -> None:
-    parts = [*release.PARTS, "comfyui-lorasmith"]
+    parts = [*release.PARTS, release.PACK]
     for part in parts:
         (tmp_path / part).mkdir(exist_ok=True)
         (tmp_path / part / "pyproject.toml").write_bytes((ROOT / part / "pyproject.toml").read_bytes())
@@ -48,11 +50,71 @@ def test_the_home_of_the_project_is_one_setting(tmp_path: Path) -> None:
         assert project["urls"]["Repository"] == "https://example.org/lorasmith"
 
 
-def test_publishing_is_refused_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sys.argv", ["release", "--publish", "--output", str(tmp_path)])
-    monkeypatch.setattr(release, "home", lambda: "")
-    with pytest.raises(SystemExit, match="home is empty"):
+@needs_companions
+@pytest.mark.parametrize(
+    ("home", "message"), [("", "home is empty"), ("https://example.org/lorasmith", "the tag is v0.0.0, pyproject")]
+)
+def test_publishing_is_refused_without_a_home_or_for_another_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str, message: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["release", "--publish", "v0.0.0", "--output", str(tmp_path)])
+    monkeypatch.setattr(release, "home", lambda: home)
+    with pytest.raises(SystemExit, match=message):
         release.main()
+
+
+@needs_companions
+def test_the_workflow_that_publishes_has_few_rights_and_pinned_actions() -> None:
+    text = (ROOT / ".github" / "workflows" / "publish.yml").read_text("utf-8")
+    workflow = yaml.safe_load(text)
+    jobs = workflow["jobs"]
+    assert workflow["permissions"] == {}
+    assert {name: {*job["permissions"]} for name, job in jobs.items()} == {
+        "build": {"contents"},
+        "attest": {"attestations", "id-token"},
+        "pypi": {"id-token"},
+        "image": {"attestations", "contents", "id-token", "packages"},
+        "nodes": set(),
+        "page": {"contents"},
+    }
+    assert [name for name, job in jobs.items() if job["permissions"].get("contents") == "write"] == ["page"]
+    # What runs code of the project neither publishes distributions nor signs them.
+    steps = [(name, step) for name, job in jobs.items() for step in job["steps"]]
+    assert {name for name, step in steps if "tools.release" in step.get("run", "")} == {"build", "image"}
+    for name, job in jobs.items():
+        if name in ("build", "image"):  # a rehearsal has no tag, and they publish nothing without one
+            rights = [one for one in job["steps"] if "attest@" in str(one) or "login-action" in str(one)]
+            assert all(one["if"] == "github.ref_type == 'tag'" for one in rights)
+        else:
+            assert job["if"] == "github.ref_type == 'tag'" and "needs" in job
+    assert "push: ${{ github.ref_type == 'tag' }}" in text
+    used = re.findall(r"uses: (.+)", text)
+    assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one) for one in used)
+    pins = {one.partition("@")[0]: one for one in used}
+    assert set(used) == set(pins.values())
+    # Text that somebody else may choose reaches a shell as a variable, not as a piece of its script.
+    assert not [step for _, step in steps if "${{" in step.get("run", "")]
+
+
+@needs_companions
+def test_the_images_differ_by_what_compose_says() -> None:
+    assert release.image_arguments("cpu").keys() == {"HOME_URL"}
+    cuda = release.image_arguments("cuda")
+    args = yaml.safe_load((ROOT / "compose.cuda.yaml").read_text("utf-8"))["services"]["lorasmith"]["build"]["args"]
+    assert cuda.keys() == {"HOME_URL", *args} and "nvidia/cuda" in cuda["BASE"] and "/cu" in cuda["TORCH_INDEX"]
+    comment = (ROOT / "Dockerfile").read_text("utf-8").partition("ARG")[0]
+    assert all(f"{name}={cuda[name]}" in comment for name in args)
+
+
+@needs_companions
+def test_the_pack_is_published_without_its_proof(tmp_path: Path) -> None:
+    for name in ("a.zip", "b.zip"):
+        release.write_pack(ROOT / release.PACK, tmp_path / name, 1_700_000_000)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as files:
+        names = files.namelist()
+    assert {"__init__.py", "pyproject.toml", "LICENSE", "web/docs/LorasmithTrainLora.md"} < set(names)
+    assert not [name for name in names if name.startswith(("proof", ".comfyignore"))]
 
 
 def test_the_changelog_has_versions_kinds_and_entries() -> None:
