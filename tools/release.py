@@ -25,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tools.rehearsal import rehearse
+
 ROOT = Path(__file__).parents[1]
 PARTS = (".", "lorasmith-tiny", "lorasmith-editor")
 PACK = "comfyui-lorasmith"
@@ -224,6 +226,7 @@ def main() -> None:
         metavar="TAG",
         help="refuse while pyproject.toml has no home, and a tag that is not its version",
     )
+    parser.add_argument("--rehearse", action="store_true", help="install and try what was built (tools/rehearsal.py)")
     parser.add_argument("--image", choices=("cpu", "cuda"), help="print the build arguments of an image, and end")
     parser.add_argument("--draft", action="store_true", help="the changelog need not have the version yet")
     arguments = parser.parse_args()
@@ -261,6 +264,9 @@ def main() -> None:
         check(next(output.glob(f"{part.replace('-', '_')}-{version}-*.whl")), version)
     (output / "SHA256SUMS").write_text("".join(f"{digest}  {file}\n" for file, digest in sums[0].items()), "utf-8")
     print("\n".join(f"{digest}  {file}" for file, digest in sums[0].items()))
+    if arguments.rehearse:
+        for line in rehearse(output):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
