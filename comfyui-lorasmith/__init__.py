@@ -25,6 +25,6 @@ if _numbers(_found) < _numbers(_needed):
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: E402 - only then
 
 WEB_DIRECTORY = "./web"
-"""Has the help pages of the nodes, `docs/NODE.md`, which `proof/help_pages.py` writes."""
+"""Has the help pages of the nodes, `docs/NODE.md` and `docs/NODE/zh.md`, which `proof/help_pages.py` writes."""
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

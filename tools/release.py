@@ -25,11 +25,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tools.node_pack import PACK, check_pack, stamped, write_pack
 from tools.rehearsal import rehearse
 
 ROOT = Path(__file__).parents[1]
 PARTS = (".", "lorasmith-tiny", "lorasmith-editor")
-PACK = "comfyui-lorasmith"
 SHELLS = {
     "bash": "bash-completion/completions/lorasmith",
     "zsh": "zsh/site-functions/_lorasmith",
@@ -63,8 +63,11 @@ def stamp(folder: Path, address: str) -> None:
     for part in (*PARTS, PACK):
         file = folder / part / "pyproject.toml"
         if address and file.is_file():
+            text = file.read_text("utf-8")
+            if part == PACK:
+                text = stamped(text, address, tomllib.loads(text)["project"]["version"])
             urls = f'[project.urls]\nRepository = "{address}"\nIssues = "{address}/issues"\n'
-            file.write_text(f"{file.read_text('utf-8').rstrip()}\n\n{urls}", "utf-8")
+            file.write_text(f"{text.rstrip()}\n\n{urls}", "utf-8")
 
 
 def image_arguments(variant: str, root: Path = ROOT) -> dict[str, str]:
@@ -186,20 +189,6 @@ def build(commit: str, output: Path, epoch: int, version: str) -> None:
     (output / ".gitignore").unlink(missing_ok=True)
 
 
-def write_pack(folder: Path, output: Path, epoch: int) -> None:
-    """Write what ComfyUI's registry gets of the node pack: all but the folders and files that `.comfyignore` names."""
-    ignored = [folder / line for line in (folder / ".comfyignore").read_text("utf-8").splitlines()]
-    if missing := [str(one) for one in ignored if not one.exists()]:
-        raise ValueError(f".comfyignore must name folders and files that exist, without patterns: {missing}")
-    time = datetime.fromtimestamp(epoch, UTC).timetuple()[:6]
-    with zipfile.ZipFile(output, "w") as files:
-        for path in sorted(one for one in folder.rglob("*") if one.is_file()):
-            if not any(path.is_relative_to(one) for one in ignored):
-                info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), time)
-                info.external_attr = 0o100644 << 16
-                files.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
-
-
 def check(wheel: Path, version: str) -> None:
     """Check a wheel's metadata by the packaging standards. Raises ValueError, and the exceptions of `packaging`."""
     from packaging.metadata import Metadata
@@ -262,6 +251,7 @@ def main() -> None:
         sys.exit(f"these differ between two builds: {[one for one in sums[0] if sums[0][one] != sums[1].get(one)]}")
     for part, version in found.items():
         check(next(output.glob(f"{part.replace('-', '_')}-{version}-*.whl")), version)
+    check_pack(next(output.glob("lorasmith-nodes-*.zip")), home())
     (output / "SHA256SUMS").write_text("".join(f"{digest}  {file}\n" for file, digest in sums[0].items()), "utf-8")
     print("\n".join(f"{digest}  {file}" for file, digest in sums[0].items()))
     if arguments.rehearse:

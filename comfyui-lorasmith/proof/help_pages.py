@@ -1,10 +1,15 @@
 """Write the nodes' help pages, which ComfyUI shows beside a graph: `python comfyui-lorasmith/proof/help_pages.py`.
 
 What a node is for and how it is used stands here; its inputs and outputs are described by its own tooltips.
+`texts_zh.json` has each text in Chinese, and a further language is a further file of this kind: from it the pages and
+what the editor shows of nodes (`locales`) are made. A text that it lacks is an error that names it.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import checkout
@@ -48,25 +53,76 @@ USES = {
 }
 
 
-def pages(pack: Any) -> dict[str, str]:
+Translate = Callable[[str], str]
+
+
+def files(pack: Any) -> dict[str, str]:
+    """What is written, by path in the pack. Raises ValueError for texts that a language lacks or no longer needs."""
+    found = {f"web/docs/{name}.md": text for name, text in _pages(pack, str).items()}
+    for path in sorted(Path(__file__).parent.glob("texts_*.json")):
+        language = path.stem.partition("_")[2]
+        texts = _Texts(path)
+        found |= {f"web/docs/{name}/{language}.md": text for name, text in _pages(pack, texts).items()}
+        shown = {name: _shown(pack, name, texts) for name in pack.NODE_CLASS_MAPPINGS}
+        found[f"locales/{language}/nodeDefs.json"] = json.dumps(shown, ensure_ascii=False, indent=1) + "\n"
+        texts.check()
+    return found
+
+
+class _Texts:
+    """Texts in a language, by their English."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._texts: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        self._asked: set[str] = set()
+
+    def __call__(self, text: str) -> str:
+        self._asked.add(text)
+        return self._texts.get(text, text)
+
+    def check(self) -> None:
+        lacking, left = self._asked - self._texts.keys(), self._texts.keys() - self._asked
+        if lacking or left:
+            raise ValueError(
+                f"{self._path.name} lacks {sorted(lacking)} and has {sorted(left)}, which no node says; translate the "
+                "first, remove the second, and run comfyui-lorasmith/proof/help_pages.py"
+            )
+
+
+def _pages(pack: Any, translated: Translate) -> dict[str, str]:
     """Markdown by class of node."""
     titles = pack.NODE_DISPLAY_NAME_MAPPINGS
-    return {name: page(name, kind, titles[name]) for name, kind in pack.NODE_CLASS_MAPPINGS.items()}
+    return {name: _page(name, kind, titles[name], translated) for name, kind in pack.NODE_CLASS_MAPPINGS.items()}
 
 
-def page(name: str, kind: Any, title: str) -> str:
-    inputs = kind.INPUT_TYPES()
-    parts = [f"# {title}", kind.DESCRIPTION, *USES[name]]
-    rows = [
-        f"| {key} | {_in_cell(one[1]['tooltip'])} |"
-        for part in ("required", "optional")
-        for key, one in inputs.get(part, {}).items()
-    ]
-    parts += ["## Inputs", "\n".join(["| input | |", "|---|---|", *rows])]
+def _page(name: str, kind: Any, title: str, translated: Translate) -> str:
+    parts = [f"# {translated(title)}", *map(translated, (kind.DESCRIPTION, *USES[name]))]
+    rows = [f"| {key} | {_in_cell(translated(text))} |" for key, text in _inputs(kind).items()]
+    parts += [f"## {translated('Inputs')}", "\n".join([f"| {translated('input')} | |", "|---|---|", *rows])]
     if kind.RETURN_TYPES:
-        rows = [f"| {key} | {text} |" for key, text in zip(kind.RETURN_NAMES, kind.OUTPUT_TOOLTIPS, strict=True)]
-        parts += ["## Outputs", "\n".join(["| output | |", "|---|---|", *rows])]
+        outputs = zip(kind.RETURN_NAMES, kind.OUTPUT_TOOLTIPS, strict=True)
+        rows = [f"| {key} | {translated(text)} |" for key, text in outputs]
+        parts += [f"## {translated('Outputs')}", "\n".join([f"| {translated('output')} | |", "|---|---|", *rows])]
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(pack: Any, name: str, translated: Translate) -> dict[str, Any]:
+    """What the editor shows of a node, in the form of its own translations."""
+    kind = pack.NODE_CLASS_MAPPINGS[name]
+    found: dict[str, Any] = {
+        "display_name": translated(pack.NODE_DISPLAY_NAME_MAPPINGS[name]),
+        "description": translated(kind.DESCRIPTION),
+        "inputs": {key: {"tooltip": translated(text)} for key, text in _inputs(kind).items()},
+    }
+    if kind.RETURN_TYPES:
+        found["outputs"] = {str(at): {"tooltip": translated(text)} for at, text in enumerate(kind.OUTPUT_TOOLTIPS)}
+    return found
+
+
+def _inputs(kind: Any) -> dict[str, str]:
+    declared = kind.INPUT_TYPES()
+    return {key: one[1]["tooltip"] for part in ("required", "optional") for key, one in declared.get(part, {}).items()}
 
 
 def _in_cell(text: str) -> str:
@@ -77,7 +133,7 @@ if __name__ == "__main__":
     import stand_in
 
     stand_in.install()
-    folder = checkout.PACK / "web" / "docs"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in pages(checkout.pack()).items():
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    for name, text in files(checkout.pack()).items():
+        path = checkout.PACK / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")

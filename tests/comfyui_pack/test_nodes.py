@@ -405,9 +405,23 @@ def test_each_node_input_and_output_is_described_and_has_its_help_page(pack: Any
         for key, one in {**declared["required"], **declared.get("optional", {})}.items():
             assert len(one) > 1 and one[1].get("tooltip"), f"{name}.{key}"
         assert len(getattr(kind, "OUTPUT_TOOLTIPS", ())) == len(kind.RETURN_TYPES), name
-    folder = checkout.PACK / pack.WEB_DIRECTORY / "docs"
-    written = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
-    assert written == help_pages.pages(pack), "run comfyui-lorasmith/proof/help_pages.py"
+    made = help_pages.files(pack)
+    assert {f"web/docs/{name}.md" for name in pack.NODE_CLASS_MAPPINGS} <= made.keys()
+    assert {f"web/docs/{name}/zh.md" for name in pack.NODE_CLASS_MAPPINGS} <= made.keys()
+    folders = [checkout.PACK / pack.WEB_DIRECTORY / "docs", checkout.PACK / "locales"]
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    written = {path.relative_to(checkout.PACK).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    assert written == made, "run comfyui-lorasmith/proof/help_pages.py"
+
+
+def test_a_text_that_a_language_lacks_or_keeps_is_named(pack: Any, tmp_path: Path) -> None:
+    import help_pages
+
+    (tmp_path / "texts_xx.json").write_text('{"a": "A", "gone": "Gone"}', encoding="utf-8")
+    texts = help_pages._Texts(tmp_path / "texts_xx.json")
+    assert (texts("a"), texts("new")) == ("A", "new")
+    with pytest.raises(ValueError, match=r"texts_xx.json lacks \['new'\] and has \['gone'\]"):
+        texts.check()
 
 
 def test_remedies_are_ones_that_a_node_has(pack: Any, train: Train, tmp_path: Path) -> None:

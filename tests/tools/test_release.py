@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from typer.main import get_command
 
 from lorasmith.cli.main import app
 from tools import release
+from tools.node_pack import PACK
 
 ROOT = release.ROOT
 
@@ -39,7 +39,7 @@ def test_the_versions_agree(tmp_path: Path) -> None:
 
 @needs_companions
 def test_the_home_of_the_project_is_one_setting(tmp_path: Path) -> None:
-    parts = [*release.PARTS, release.PACK]
+    parts = [*release.PARTS, PACK]
     for part in parts:
         (tmp_path / part).mkdir(exist_ok=True)
         (tmp_path / part / "pyproject.toml").write_bytes((ROOT / part / "pyproject.toml").read_bytes())
@@ -104,17 +104,6 @@ def test_the_images_differ_by_what_compose_says() -> None:
     assert cuda.keys() == {"HOME_URL", *args} and "nvidia/cuda" in cuda["BASE"] and "/cu" in cuda["TORCH_INDEX"]
     comment = (ROOT / "Dockerfile").read_text("utf-8").partition("ARG")[0]
     assert all(f"{name}={cuda[name]}" in comment for name in args)
-
-
-@needs_companions
-def test_the_pack_is_published_without_its_proof(tmp_path: Path) -> None:
-    for name in ("a.zip", "b.zip"):
-        release.write_pack(ROOT / release.PACK, tmp_path / name, 1_700_000_000)
-    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    with zipfile.ZipFile(tmp_path / "a.zip") as files:
-        names = files.namelist()
-    assert {"__init__.py", "pyproject.toml", "LICENSE", "web/docs/LorasmithTrainLora.md"} < set(names)
-    assert not [name for name in names if name.startswith(("proof", ".comfyignore"))]
 
 
 def test_the_changelog_has_versions_kinds_and_entries() -> None:
