@@ -22,9 +22,11 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tools.bundled import bundled
 from tools.node_pack import PACK, check_pack, stamped, write_pack
 from tools.rehearsal import rehearse
 
@@ -146,7 +148,10 @@ def write_share(folder: Path, version: str) -> None:
 
 
 def sbom(epoch: int) -> str:
-    """The packages that uv.lock installs with the extras, as CycloneDX; without a time and number of its own."""
+    """The packages that uv.lock installs with the extras, as CycloneDX; without a time and number of its own.
+
+    Libraries that their wheels bundle are components of theirs, where the locked version is the installed one.
+    """
     command = [sys.executable, "-m", "uv", "export", "--quiet", "--frozen", "--format", "cyclonedx1.5"]
     done = subprocess.run(
         [*command, "--all-extras", "--no-extra=dev"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -161,8 +166,39 @@ def sbom(epoch: int) -> str:
             )
             one["version"] = found[one["name"]]
             one["licenses"] = [{"expression": project["project"]["license"]}]
+    for one in document["components"]:
+        if libraries := installed_libraries(one["name"], one["version"]):
+            one["components"] = libraries
     document["metadata"]["timestamp"] = datetime.fromtimestamp(epoch, UTC).isoformat()
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def installed_libraries(name: str, version: str) -> list[dict[str, Any]]:
+    """What a package bundles, as components of CycloneDX; nothing if this version is not installed."""
+    try:
+        package = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return []
+    return [
+        {
+            "type": "library",
+            "name": one.name,
+            "licenses": [{"expression": one.licence}],
+            "properties": [{"name": "lorasmith:file", "value": one.file}],
+        }
+        for one in (bundled(package) if package.version == version else ())
+    ]
+
+
+def not_read(root: Path = ROOT) -> list[str]:
+    """Packages of extras of which no locked version is installed, so that the SBOM lacks what they bundle."""
+    extras = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    named = {re.split("[<>=~[]", one)[0] for extra, packages in extras.items() if extra != "dev" for one in packages}
+    locked: dict[str, set[str]] = {}
+    for one in tomllib.loads((root / "uv.lock").read_text("utf-8"))["package"]:
+        locked.setdefault(one["name"], set()).add(one.get("version", ""))
+    installed = {re.sub("[._-]+", "-", one.name).lower(): one.version for one in metadata.distributions()}
+    return sorted(name for name in named - {*versions(root)} if installed.get(name) not in locked[name])
 
 
 def build(commit: str, output: Path, epoch: int, version: str) -> None:
@@ -237,6 +273,14 @@ def main() -> None:
         sys.exit(
             f"CHANGELOG.md ends with version {newest}, pyproject.toml has {found['lorasmith']}; give the entries it"
         )
+    if others := not_read():
+        message = (
+            f"the SBOM says what wheels bundle, but {', '.join(others)} are not installed as uv.lock has them; run "
+            'python -m pip install --constraint constraints.txt ".[EXTRAS]" with all extras but dev'
+        )
+        if not arguments.draft:
+            sys.exit(message)
+        print(f"Note: {message}", file=sys.stderr)
     commit = subprocess.run(["git", "log", "-1", "--format=%H %ct"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     name, time = commit.stdout.decode().split()
     epoch = int(time)

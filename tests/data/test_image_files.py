@@ -5,7 +5,7 @@ import io
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -320,18 +320,30 @@ def test_heic_is_read(tmp_path: Path) -> None:
         open_image(tmp_path / "cut.heic")
 
 
-def test_heic_is_read_where_the_plug_in_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, object]] = []
-    plug_in = types.ModuleType("pillow_heif")
-    plug_in.register_heif_opener = lambda **settings: asked.append(settings)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
-    image_files._register_heif.cache_clear()
-    image_suffixes()
-    image_suffixes()
-    assert len(asked) == 1
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+@pytest.mark.parametrize(
+    ("installed", "registered"),
+    [
+        ({"pillow_heif": "1.23.2"}, ["pillow_heif"]),
+        ({"pi_heif": "1.24.0"}, ["pi_heif"]),
+        ({"pillow_heif": "1.24.0", "pi_heif": "1.24.0"}, ["pillow_heif"]),
+        ({"pillow_heif": "1.21.2", "pi_heif": "1.23.2-dev"}, ["pi_heif"]),
+        ({"pi_heif": "1.23.1"}, []),
+        ({}, []),
+    ],
+)
+def test_heic_is_read_by_a_plug_in_that_is_recent_enough(
+    monkeypatch: pytest.MonkeyPatch, installed: Mapping[str, str], registered: Sequence[str]
+) -> None:
+    asked: list[str] = []
+    for name in ("pillow_heif", "pi_heif"):
+        plug_in = types.ModuleType(name)
+        plug_in.register_heif_opener = lambda name=name, **settings: asked.append(name)  # type: ignore[attr-defined]
+        plug_in.libheif_version = lambda name=name: installed[name]  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, plug_in if name in installed else None)
     image_files._register_heif.cache_clear()
     assert ".png" in image_suffixes()
+    image_suffixes()
+    assert asked == registered
 
 
 def test_what_is_too_long_to_train_on_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

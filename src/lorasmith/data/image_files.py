@@ -8,6 +8,7 @@ import importlib
 import io
 import math
 import os
+import re
 import struct
 import threading
 import warnings
@@ -285,12 +286,21 @@ def _readable_formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
+_LIBHEIF = (1, 23, 2)  # earlier ones have CVE-2026-84383
+
+
 @functools.cache
 def _register_heif() -> None:
-    """Register Pillow's plug-in for HEIC and HEIF, without which everything else works."""
-    with contextlib.suppress(ImportError):
-        pillow_heif = importlib.import_module("pillow_heif")
-        pillow_heif.register_heif_opener(thumbnails=False)
+    """Register a plug-in of Pillow for HEIC and HEIF, without which everything else works.
+
+    That is pillow-heif, or pi-heif, which decodes only and so brings no library under GPL.
+    """
+    for name in ("pillow_heif", "pi_heif"):
+        with contextlib.suppress(ImportError):
+            plug_in = importlib.import_module(name)
+            if tuple(map(int, re.findall(r"\d+", plug_in.libheif_version())[:3])) >= _LIBHEIF:
+                plug_in.register_heif_opener(thumbnails=False)
+                return
 
 
 @contextlib.contextmanager
