@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,3 +75,10 @@ def test_what_breaks_a_rule_is_named(
     write_pack(folder, tmp_path / "pack.zip", EPOCH)
     with pytest.raises(ValueError, match=re.escape(message)):
         check_pack(tmp_path / "pack.zip", ADDRESS)
+
+
+def test_installing_it_takes_no_package_of_comfyui_back() -> None:
+    """ComfyUI pins its own packages; of others it has lower bounds, so that only an upper one would move them back."""
+    project = tomllib.loads((release.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed = [re.fullmatch(r"([\w-]+)>=[\d.]+", one) for one in project["dependencies"]]
+    assert all(needed) and not [one[1] for one in needed if one is not None and one[1].startswith("comfyui")]
