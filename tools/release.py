@@ -60,8 +60,19 @@ def home(root: Path = ROOT) -> str:
     return str(tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["lorasmith"]["home"])
 
 
+def minor(version: str) -> str:
+    """The minor version, such as `0.9` of `0.9.3`."""
+    return ".".join(version.split(".")[:2])
+
+
+def site_address(address: str, version: str) -> str:
+    """The address of the documentation of a version: the repository's pages on GitHub. Empty for other hosts."""
+    found = re.fullmatch(r"https://github\.com/([^/]+)/([^/]+)/?", address)
+    return f"https://{found[1].lower()}.github.io/{found[2]}/{minor(version)}/" if found else ""
+
+
 def stamp(folder: Path, address: str) -> None:
-    """Give every distribution and the node pack in `folder` the address of the repository."""
+    """Give every distribution and the node pack in `folder` the address of the repository, and of its documentation."""
     for part in (*PARTS, PACK):
         file = folder / part / "pyproject.toml"
         if address and file.is_file():
@@ -69,6 +80,8 @@ def stamp(folder: Path, address: str) -> None:
             if part == PACK:
                 text = stamped(text, address, tomllib.loads(text)["project"]["version"])
             urls = f'[project.urls]\nRepository = "{address}"\nIssues = "{address}/issues"\n'
+            if documentation := site_address(address, versions(folder)["lorasmith"]):
+                urls += f'Documentation = "{documentation}"\n'
             file.write_text(f"{text.rstrip()}\n\n{urls}", "utf-8")
 
 

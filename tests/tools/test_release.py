@@ -75,14 +75,17 @@ def test_the_workflow_that_publishes_has_few_rights_and_pinned_actions() -> None
         "pypi": {"id-token"},
         "image": {"attestations", "contents", "id-token", "packages"},
         "nodes": set(),
+        "site": {"contents"},
+        "site-pages": {"id-token", "pages"},
         "page": {"contents"},
     }
     assert [name for name, job in jobs.items() if job["permissions"].get("contents") == "write"] == ["page"]
     # What runs code of the project neither publishes distributions nor signs them.
     steps = [(name, step) for name, job in jobs.items() for step in job["steps"]]
     assert {name for name, step in steps if "tools.release" in step.get("run", "")} == {"build", "image"}
+    assert [name for name, step in steps if "tools.release --rehearse" in step.get("run", "")] == ["build"]
     for name, job in jobs.items():
-        if name in ("build", "image"):  # a rehearsal has no tag, and they publish nothing without one
+        if name in ("build", "image", "site"):  # a rehearsal has no tag, and they publish nothing without one
             rights = [one for one in job["steps"] if "attest@" in str(one) or "login-action" in str(one)]
             assert all(one["if"] == "github.ref_type == 'tag'" for one in rights)
         else:
