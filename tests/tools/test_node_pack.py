@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not (release.ROOT / PACK).is_dir(), reason="an s
 def folder(tmp_path: Path) -> Path:
     """The pack as a release has it."""
     shutil.copytree(release.ROOT / PACK, tmp_path / PACK, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(release.ROOT / "pyproject.toml", tmp_path)
     release.stamp(tmp_path, ADDRESS)
     return tmp_path / PACK
 
