@@ -44,7 +44,7 @@ def fake_context(base: Path, **settings: Any) -> ServerContext:
 def server_context(config: ServerConfig, assistant: Any = None) -> ServerContext:
     """The parts of a server, none of them started; with an `assistant` in this process, nothing is logged to a file."""
     hub = Hub()
-    log = LogBook(config.log if assistant is None else None, hub)
+    log = LogBook(config.log if assistant is None else None, hub, as_json=config.logs_json)
     store = JobStore(config.folder / "jobs.sqlite3")
     if assistant is None:
         assistant = Assistant(config.assistant, on_line=lambda line: log.add("assistant", line))

@@ -9,6 +9,7 @@ import typer
 from lorasmith.cli.console import echo, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_of
 from lorasmith.cli.together import check_alone
+from lorasmith.core.printable import count_text
 from lorasmith.runs.child_process import TOKEN_VARIABLE
 from lorasmith.server.server_config import LOOPBACK, ServerConfig
 
@@ -38,6 +39,22 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Further name by which browsers reach it, as that of a proxy. Repeatable."),
     ] = None,
+    drain: Annotated[
+        bool,
+        typer.Option(
+            "--drain",
+            help="Have the server that runs in this base folder start no further jobs, wait until those that run have "
+            "ended, and end it: before an update. Waiting jobs stay in the queue.",
+        ),
+    ] = False,
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json",
+            help="Write the lines of user/lorasmith/server.log as JSON objects with the ids of jobs, and changes of "
+            "jobs too.",
+        ),
+    ] = False,
     follow_links: FollowLinks = False,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
@@ -61,7 +78,11 @@ def serve(
         token=token or None,
         names=tuple(allow_host or ()),
         follow_links=follow_links,
+        logs_json=log_json,
     )
+    if drain:
+        _drain(config)
+        return
     access_of(config)
 
     def started(address: str) -> None:
@@ -78,3 +99,17 @@ def serve(
             echo("Stopping and saving the running job. Press Ctrl-C again to stop at once.")
 
     serve_until_stopped(config, started=started, stopping=stopping)
+
+
+def _drain(config: ServerConfig) -> None:
+    from lorasmith.server.draining import drain
+
+    def waiting(running: int) -> None:
+        if running:
+            echo(f"The server starts no further jobs; {count_text(running, 'job')} still running.")
+
+    address = drain(config, waiting=waiting)
+    print_result(
+        lambda: {"address": address, "base_dir": config.base, "drained": True},
+        lambda: echo(f"The server at {address} has ended. Waiting jobs start with the next one."),
+    )

@@ -365,6 +365,12 @@ class JobStore:
         counts = self.counts()
         return {state: counts[state] for state in ACTIVE}
 
+    def oldest_wait_s(self) -> float:
+        """How long the oldest waiting job waits, in seconds; 0 if none does."""
+        with self._explained():
+            (created,) = self._database.execute("SELECT min(created) FROM jobs WHERE state = 'pending'").fetchone()
+        return 0.0 if created is None else max(0.0, time.time() - created)
+
     def claim(self, device: str) -> list[Job]:
         """Start the next waiting job on a device, and those that train together with it; empty if there is none.
         Evaluations that nobody asked for come after all others, and measurements after these.

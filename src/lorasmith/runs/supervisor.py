@@ -72,6 +72,7 @@ class Supervisor:
         self._unrecorded: list[tuple[Job, dict[str, Any], Mapping[str, Any] | None]] = []
         self._recording: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self.is_draining = False  # no further jobs are started
         self.workers: list[Worker] = []
 
     async def start(self, devices: Sequence[Mapping[str, Any]]) -> None:
@@ -109,7 +110,7 @@ class Supervisor:
     def dispatch(self) -> None:
         """Start waiting jobs on the workers that are ready."""
         # A worker left by a killed supervisor may still be saving the run that one of the jobs continues.
-        if self._is_stopping or not all(worker.has_lock for worker in self.workers):
+        if self._is_stopping or self.is_draining or not all(worker.has_lock for worker in self.workers):
             return
         for worker in self.workers:
             if worker.state == "ready":

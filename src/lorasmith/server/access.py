@@ -25,6 +25,7 @@ from aiohttp.typedefs import Handler, Middleware
 from lorasmith.core.errors import OptionError
 from lorasmith.server.request_handling import ServerContext, error_response, in_time
 from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.watching import HEALTH
 
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -144,7 +145,7 @@ def _refusal(request: web.Request, access: Access) -> web.Response | None:
     if (_changes_something(request) or not _opens_a_page(request)) and not _is_from_here(request):
         said = "requests of pages of other sites are refused; open the page of this server"
         return error_response(403, "origin", said)
-    if access.token is not None and request.method == "POST" and request.path == _LOGIN:
+    if (request.method, request.path) in _OPEN:
         return None
     if not access.shows_token(request):
         if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
@@ -263,6 +264,8 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _PORTS = {"http": 80, "https": 443}
 _COOKIE = "lorasmith"
 _LOGIN = "/lorasmith/login"
+_OPEN = frozenset({("POST", _LOGIN), ("GET", HEALTH), ("HEAD", HEALTH)})
+"""What is answered without the token."""
 _HEADERS = {
     "Content-Security-Policy": CONTENT_POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",

@@ -53,6 +53,14 @@ class StatusAnswer:
     devices: Annotated[tuple[TrainingDevice, ...], "that train"]
     queue: Annotated[QueueCounts, "number of jobs"]
     disk_free_bytes: Annotated[int, "of the base folder's disk"]
+    draining: Annotated[bool, "whether no further jobs are started"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrainBody:
+    """Whether the server starts no further jobs, and ends when those that run have ended."""
+
+    drain: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +117,13 @@ async def _status(context: ServerContext, call: Call) -> StatusAnswer:
         devices=typed(context.dispatcher.devices(), tuple[TrainingDevice, ...]),
         queue=QueueCounts(**context.store.queue_counts()),
         disk_free_bytes=shutil.disk_usage(context.config.base).free,
+        draining=context.dispatcher.is_draining,
     )
+
+
+async def _drain(context: ServerContext, call: Call) -> StatusAnswer:
+    context.dispatcher.drain(drains=call.body.drain)
+    return await _status(context, call)
 
 
 def _setting(one: Option) -> SettingAnswer:
@@ -119,6 +133,14 @@ def _setting(one: Option) -> SettingAnswer:
 
 SERVER_ROUTES = (
     Endpoint("GET", "/status", "The state of the server.", handler=_status, answer=StatusAnswer),
+    Endpoint(
+        "POST",
+        "/drain",
+        "Start no further jobs, and end the server when those that run have ended; or start jobs again.",
+        handler=_drain,
+        body=DrainBody,
+        answer=StatusAnswer,
+    ),
     Endpoint(
         "GET",
         "/settings",

@@ -15,6 +15,7 @@ from lorasmith.runs.queue import ACTIVE, Job, JobKind, JobState, JobStateError, 
 from lorasmith.runs.supervisor import AGAIN_S, RestartedProcess, Supervisor, WorkerConfig
 from lorasmith.server.hub import Hub, LogBook, Notice
 from lorasmith.server.job_reporter import graph_end
+from lorasmith.server.meter import Meter
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_disk import disk_space
 
@@ -136,6 +137,8 @@ class Dispatcher:
         self._evaluating: set[asyncio.Task[None]] = set()
         self._displaced: set[str] = set()  # evaluations that make room, and wait again afterwards
         self._pages = 0  # that are open
+        self.meter = Meter()
+        self.drained = asyncio.Event()  # it was drained, and no job runs any more
 
     async def start(self) -> None:
         """Start the workers in the background, as soon as the devices are known."""
@@ -154,6 +157,23 @@ class Dispatcher:
     def kill(self) -> None:
         """Kill the workers; a running job becomes interrupted."""
         self._supervisor.kill()
+
+    @property
+    def is_draining(self) -> bool:
+        return self._supervisor.is_draining
+
+    def drain(self, *, drains: bool = True) -> None:
+        """Start no further jobs, until this is called with False; sets `drained` when those that run have ended."""
+        self._supervisor.is_draining = drains
+        if drains:
+            self._note_drained()
+        else:
+            self.drained.clear()
+            self._supervisor.dispatch()
+
+    def _note_drained(self) -> None:
+        if self.is_draining and not any(worker.jobs for worker in self._supervisor.workers):
+            self.drained.set()
 
     def submit(self, kind: JobKind, request: Mapping[str, Any], **more: Any) -> Job:
         """Queue a job, as `JobStore.add`. Raises QueueFullError, DuplicateJobError, DiskFullError and StoreError."""
@@ -289,6 +309,9 @@ class Dispatcher:
         return [worker.process.pid for worker in self._supervisor.workers if worker.process.pid is not None]
 
     def changed(self, job: Job) -> None:
+        self.meter.changed(job)
+        self._log.note_job(job)
+        self._note_drained()
         if job.id in self._displaced and job.state != "running":
             self._displaced.discard(job.id)
             if job.state == "paused":
@@ -301,6 +324,8 @@ class Dispatcher:
             task.add_done_callback(self._evaluating.discard)
 
     def notice(self, job: Job, head: Mapping[str, Any], body: bytes) -> None:
+        if head["kind"] == "view":
+            self.meter.viewed(job, head["data"]["view"])
         self._hub.publish(
             Notice(
                 kind=head["kind"],
@@ -313,7 +338,7 @@ class Dispatcher:
         )
 
     def line(self, text: str, jobs: Sequence[Job]) -> None:
-        self._log.add("worker", text)
+        self._log.add("worker", text, jobs=[job.id for job in jobs])
 
     def trouble(self, error: StoreError) -> None:
         self._log.add("server", str(error))

@@ -14,7 +14,7 @@ from aiohttp import web
 from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.runs.queue import JobStore
-from lorasmith.server import access, api_routes, comfyui, page_routes
+from lorasmith.server import access, api_routes, comfyui, page_routes, watching
 from lorasmith.server.comfyui import editor_files
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Assistant, Dispatcher
@@ -29,7 +29,7 @@ def make_app(context: ServerContext) -> web.Application:
     app = web.Application(middlewares=[errors_answered, access.guard(context)], client_max_size=MAX_JSON_BYTES)
     app.on_response_prepare.append(access.add_headers)  # for every response, streams and errors included
     app[CONTEXT] = context
-    for part in (access, api_routes, comfyui, page_routes, editor_files):
+    for part in (access, api_routes, comfyui, page_routes, watching, editor_files):
         app.add_routes(part.routes(context))
     return app
 
@@ -41,7 +41,7 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
     """
     ensure_folder(config.folder)
     folders = config.folders()
-    note = config.folder / "server.address"
+    note = config.address_note
     with contextlib.ExitStack() as parts:
         try:
             parts.enter_context(locked(config.folder / "server.lock", "locked"))
@@ -50,7 +50,7 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
                 raise
             raise OutputError(_taken(config)) from error
         hub = Hub()
-        log = LogBook(config.log, hub)
+        log = LogBook(config.log, hub, as_json=config.logs_json)
         store = JobStore(config.folder / "jobs.sqlite3")
         parts.callback(store.close)
         assistant = Assistant(config.assistant, on_line=lambda line: log.add("assistant", line))
@@ -98,7 +98,8 @@ def serve(
     started: Callable[[str], object] = lambda address: None,
     stopping: Callable[[int], object] = lambda running: None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM, then save and stop running jobs; a second signal kills them (CancelledError).
+    """Serve until Ctrl-C or SIGTERM, then save and stop running jobs; a second signal kills them (CancelledError). A
+    server that was drained ends by itself when its last job has.
     `started` receives the address, `stopping` the number of running jobs. Raises also as `running`.
     """
 
@@ -107,7 +108,10 @@ def serve(
         with _signals(stop, hurry):
             async with running(config) as (context, address):
                 started(address)
-                await stop.wait()
+                ends = [asyncio.create_task(event.wait()) for event in (stop, context.dispatcher.drained)]
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                for task in ends:
+                    task.cancel()
                 stopping(sum(device["job"] is not None for device in context.dispatcher.devices()))
                 ending = asyncio.create_task(_kill_when(hurry, context.dispatcher))
         ending.cancel()
@@ -143,7 +147,7 @@ async def _listening(connections: Connections, config: ServerConfig) -> tuple[as
 
 def _taken(config: ServerConfig) -> str:
     try:
-        where = f" at {(config.folder / 'server.address').read_text(encoding='utf-8')[:100]}"
+        where = f" at {config.address_note.read_text(encoding='utf-8')[:100]}"
     except OSError:
         where = ""
     return (

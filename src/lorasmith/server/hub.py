@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from aiohttp.http import HttpProcessingError
 
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.printable import printable
+
+if TYPE_CHECKING:
+    from lorasmith.runs.queue import Job
 
 NoticeKind: TypeAlias = Literal["job", "queue", "dataset", "check", "draft", "graph", "view", "progress", "log"]
 
@@ -207,11 +211,13 @@ _MOST_BYTES = 10 * 2**20
 
 class LogBook:
     """The log of a server; `entries` are the last lines, each `{"t": ISO time, "m": text}`. At 10 MiB the file at
-    `path` (None for none) is renamed to `<name>.1`. The hub receives each line as a `log` notice.
+    `path` (None for none) is renamed to `<name>.1`. The hub receives each line as a `log` notice. With `as_json` a line
+    of the file is an object `{t, source, m, jobs}`, and changes of jobs are such lines, too.
     """
 
-    def __init__(self, path: Path | None, hub: Hub) -> None:
+    def __init__(self, path: Path | None, hub: Hub, *, as_json: bool = False) -> None:
         self.path = path
+        self._as_json = as_json
         self._hub = hub
         self.entries: deque[dict[str, str]] = deque(maxlen=_REMEMBERED)
         if path is not None:
@@ -235,21 +241,33 @@ class LogBook:
                 logger.removeHandler(handler)
                 logger.propagate = True
 
-    def add(self, source: str, text: str) -> None:
-        """Add the lines of a text; `source` is the name of the process."""
+    def add(self, source: str, text: str, *, jobs: Sequence[str] = ()) -> None:
+        """Add the lines of a text; `source` is the name of the process, `jobs` are the ids of what it runs."""
         for line in text.splitlines():
-            self._add(source, line)
+            entry = {"t": _now(), "m": printable(line, limit=_LONGEST)}
+            self.entries.append(entry)
+            self._write(f"{entry['t']} {source}: {entry['m']}", {"source": source, **entry, "jobs": list(jobs)})
+            self._hub.publish(Notice(kind="log", data=entry, droppable=True))
 
-    def _add(self, source: str, text: str) -> None:
-        entry = {"t": datetime.now().isoformat(timespec="milliseconds"), "m": printable(text, limit=_LONGEST)}
-        self.entries.append(entry)
-        if self.path is not None:
-            with contextlib.suppress(OSError):  # a full disk costs log entries, not the server
-                if self.path.exists() and self.path.stat().st_size > _MOST_BYTES:
-                    self.path.replace(self.path.with_name(f"{self.path.name}.1"))
-                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(f"{entry['t']} {source}: {entry['m']}\n")
-        self._hub.publish(Notice(kind="log", data=entry, droppable=True))
+    def note_job(self, job: Job) -> None:
+        """Add a change of a job to the file, if its lines are objects; also what is not sent to readers of the log."""
+        if self._as_json:
+            facts = {name: getattr(job, name) for name in ("kind", "state", "attempts", "device", "run")}
+            said = str((job.error or {}).get("message", ""))
+            self._write("", {"source": "queue", "t": _now(), "m": said, "jobs": [job.id], **facts})
+
+    def _write(self, line: str, facts: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        with contextlib.suppress(OSError):  # a full disk costs log entries, not the server
+            if self.path.exists() and self.path.stat().st_size > _MOST_BYTES:
+                self.path.replace(self.path.with_name(f"{self.path.name}.1"))
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write((json.dumps(facts) if self._as_json else line) + "\n")
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="milliseconds")
 
 
 class _Handler(logging.Handler):

@@ -26,6 +26,7 @@ class ServerConfig:
     port: int = 8188  # 0: a free one
     token: str | None = None  # required beyond loopback
     names: Sequence[str] = ()  # further host names, such as that of a proxy
+    logs_json: bool = False  # whether lines of the log are JSON objects
     silence_s: float = 60.0  # without a heartbeat, after which a child process is restarted
     patience_s: float = 10.0  # after a cancel, from which a second cancel kills the worker
     grace_s: float = 60.0  # for a worker to save its run when the server stops
@@ -40,6 +41,11 @@ class ServerConfig:
     def folders(self) -> Folders:
         """The folders of models and images, read again. Raises OptionError, as `Folders.load`."""
         return Folders.load(self.base, extra_model_paths=self.extra_model_paths, follow_links=self.follow_links)
+
+    @property
+    def address_note(self) -> Path:
+        """A file with the address of the server that runs here."""
+        return self.folder / "server.address"
 
     @property
     def log(self) -> Path:

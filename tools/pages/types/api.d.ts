@@ -15,6 +15,7 @@ declare namespace Api {
     devices: (TrainingDevice)[];
     queue: QueueCounts;
     disk_free_bytes: number;
+    draining: boolean;
   }
   interface TrainingDevice {
     name: string;
@@ -25,6 +26,9 @@ declare namespace Api {
   interface QueueCounts {
     pending: number;
     running: number;
+  }
+  interface DrainBody {
+    drain?: boolean;
   }
   interface SettingsAnswer {
     groups: (SettingGroup)[];
@@ -764,6 +768,7 @@ declare namespace Api {
     | { path: ["sweeps", string]; query: { }; body: {}; answer: SweepAnswer }
     | { path: ["openapi.json"]; query: { }; body: {}; answer: Record<string, any> };
   type Post =
+    | { path: ["drain"]; query: { }; body: DrainBody; answer: StatusAnswer }
     | { path: ["models"]; query: { }; body: FormData; answer: AddedModel }
     | { path: ["downloads"]; query: { }; body: DownloadBody; answer: DownloadAnswer }
     | { path: ["downloads", "check"]; query: { }; body: DownloadBody; answer: DownloadCheck }
