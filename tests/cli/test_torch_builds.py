@@ -204,3 +204,19 @@ def test_make_goes_on_where_nothing_is_saved(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch_builds, "smaller_build", lambda machine: None)
     torch_builds.main()
     assert len(ran) == 1
+
+
+def test_a_build_that_cannot_be_installed_names_the_other_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = subprocess.CompletedProcess((), 1)
+    monkeypatch.setattr(torch_builds.subprocess, "run", lambda command, **_: failed)
+    monkeypatch.setattr(
+        torch_builds,
+        "this_machine",
+        lambda: torch_builds.Machine(system="Linux", processor="x86_64", nvidia=None, cards=""),
+    )
+    monkeypatch.setattr(sys, "argv", ["torch_builds.py", "--run"])
+    with pytest.raises(SystemExit, match="1"):
+        torch_builds.main()
+    assert "Without this command, pip installs PyPI's build" in capsys.readouterr().err

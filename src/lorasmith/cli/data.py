@@ -240,15 +240,15 @@ def check(
         typer.Option(
             metavar="NEW_FOLDER",
             help="Write a mended copy: pictures upright, in 8 bits and no larger than needed; copies and unusable "
-            "files set apart.",
+            "files moved to unused/.",
         ),
     ] = None,
     fix_only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KIND",
-            help=f"What --fix mends: {', '.join(get_args(Fix))}. Default: all. What training refuses is set apart in "
-            "any case. Repeatable.",
+            help=f"What --fix mends: {', '.join(get_args(Fix))}. Default: all. What training refuses is moved to "
+            "unused/ in any case. Repeatable.",
         ),
     ] = None,
     base_dir: BaseDir = None,

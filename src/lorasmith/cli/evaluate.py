@@ -71,9 +71,10 @@ def evaluate(
 ) -> None:
     """Say which LoRA of a run is good.
 
-    Draws each saved LoRA from the same noise: the trigger alone, with wishes, and prompts without it. It measures
-    whether pictures look like the training pictures, and whether wishes are followed, and recommends the LoRA in which
-    both are highest, or says why none can be. Writes a page, a contact sheet, and evaluation.json.
+    Draws each saved LoRA from the same noise: the trigger alone, the trigger with additions such as "in snow", and
+    prompts without it. It measures whether pictures look like the training pictures, and whether the additions are
+    followed. It recommends the LoRA in which both are highest, or says why none can be recommended. Writes a page, a
+    contact sheet, and evaluation.json.
 
     Needs the extra likeness: pip install "lorasmith\\[likeness]".
     """

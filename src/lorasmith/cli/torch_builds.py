@@ -211,8 +211,9 @@ def main() -> None:
     sys.stdout.flush()
     if not build.command:
         sys.exit(1)
-    if given.run:
-        sys.exit(subprocess.run(build.command, check=False).returncode)
+    if given.run and (code := subprocess.run(build.command, check=False).returncode):
+        sys.stderr.write("This build was not installed. Without this command, pip installs PyPI's build of torch.\n")
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -558,8 +558,9 @@ def evaluate(
 ) -> Evaluation:
     """Say which LoRA of a run is good, as `lorasmith evaluate` does.
 
-    Each LoRA draws the trigger alone, with wishes, and prompts without it, all from the same noise. It is measured
-    whether pictures look like the training pictures, and whether wishes are followed. Needs the extra likeness.
+    Each LoRA draws the trigger alone, the trigger with additions, and prompts without it, all from the same noise.
+    It is measured whether pictures look like the training pictures, and whether additions are followed. Needs the
+    extra likeness.
 
     Args:
         model: the base model; a name, a path or a pipeline is loaded first.

@@ -17,9 +17,10 @@ class PairSettings(Section, group="Methods", costs=True):
 
     pairs: Literal["none", "slider", "dpo"] = option(
         "none",
-        help="Train on pairs of pictures: each image, and its control as its opposite, of the same name. slider makes "
-        "the LoRA's strength the amount of what differs, images at 1 and opposites at -1; a step takes twice as long. "
-        "dpo has the model prefer images to their opposites (Diffusion-DPO, Flow-DPO), three times as long.",
+        help="Train on pairs of pictures: each image is the positive example, and its control of the same name the "
+        "negative one. slider makes the LoRA's strength the amount of what differs, images at 1 and controls at -1; a "
+        "step takes twice as long. dpo has the model prefer images to their controls (Diffusion-DPO, Flow-DPO), three "
+        "times as long.",
     )
     pair_focus: float = option(
         1.0,
