@@ -1,7 +1,8 @@
 """The page at `/`: static files of the package.
 
-`pages/` holds an HTML file, style sheets, typefaces, ES modules without a build step, and vendored libraries, with
-their licences. Only files that exist at start are served, below `/pages/`: requested names are looked up in a table.
+`pages/` holds an HTML file, style sheets, typefaces, ES modules without a build step, tables of translations, and
+vendored libraries, with their licences.
+Only files that exist at start are served, below `/pages/`: requested names are looked up in a table.
 The style sheets of reports are included, since the page shares its design, and pictures that the built-in model drew
 are, from its package.
 """
@@ -45,6 +46,7 @@ _SHARED = {
 _TYPES = {  # the operating system's table may differ, and browsers refuse modules of another type
     ".css": "text/css",
     ".html": "text/html",
+    ".json": "application/json",
     ".mjs": "text/javascript",
     ".svg": "image/svg+xml",
     ".txt": "text/plain",

@@ -65,10 +65,11 @@ def open_pages(browser: Any) -> Iterator[PagesOpener]:
     wrong: list[str] = []
     contexts = []
 
-    def opened(address: str, *, width: int = 1200, scheme: str = "light") -> Any:
+    def opened(address: str, *, width: int = 1200, scheme: str = "light", locale: str = "en-US") -> Any:
         context = browser.new_context(
             viewport={"width": width, "height": 844},
             color_scheme=scheme,
+            locale=locale,
             has_touch=width < 500,
             reduced_motion="reduce",
         )

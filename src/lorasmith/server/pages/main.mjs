@@ -1,13 +1,15 @@
 // The page: its frame, what all views share, and the choice of the view by address.
 import { get } from "./lib/api.mjs";
 import { html, render, useEffect, useRef } from "./lib/html.mjs";
+import { LANGUAGES, language, setLanguage, t } from "./lib/language.mjs";
 import { listen } from "./lib/live.mjs";
 import { link, useRoute } from "./lib/router.mjs";
 import { announcement, newest, status, useStore, work } from "./lib/stores.mjs";
-import { capital, memorySize } from "./lib/words.mjs";
+import { memorySize } from "./lib/words.mjs";
 import { Messages } from "./parts/basics.mjs";
 import { Icon } from "./parts/icons.mjs";
 import { isActive, isAsked, Offers } from "./parts/jobs.mjs";
+import { STEPS } from "./parts/stepper.mjs";
 import { WithDraft } from "./parts/with_draft.mjs";
 import { CompareView } from "./views/compare.mjs";
 import { HomeView } from "./views/home.mjs";
@@ -70,39 +72,39 @@ const placeOf = ([name, , step]) => (name === "new" && (step ?? "photos") === "p
 function viewOf([name, ...rest]) {
   switch (name) {
     case undefined:
-      return [html`<${HomeView} />`, "My LoRAs"];
+      return [html`<${HomeView} />`, t`My LoRAs`];
     case "photos":
-      return [html`<${SetsView} />`, "Photos"];
+      return [html`<${SetsView} />`, t`Photos`];
     case "new": {
       const [dataset, step = "photos", file] = rest;
       const view = { photos: PhotosView, model: ModelView, settings: SettingsView }[step];
       if (dataset && view)
         return [
           html`<${WithDraft} dataset=${dataset} view=${view} edited=${file} key=${`${dataset} ${step}`} />`,
-          capital(step),
+          STEPS[step],
         ];
       break;
     }
     case "jobs":
-      if (rest[0]) return [html`<${JobView} id=${rest[0]} key=${rest[0]} />`, "Training"];
+      if (rest[0]) return [html`<${JobView} id=${rest[0]} key=${rest[0]} />`, t`Training`];
       break;
     case "runs":
       if (rest[0]) return [html`<${RunView} id=${rest[0]} key=${rest[0]} />`, rest[0].split("/").pop()];
-      return [html`<${RunsView} />`, "All runs"];
+      return [html`<${RunsView} />`, t`All runs`];
     case "models":
-      return [html`<${ModelsView} />`, "Models"];
+      return [html`<${ModelsView} />`, t`Models`];
     case "sweeps":
       if (rest[0]) return [html`<${SweepView} id=${rest[0]} key=${rest[0]} />`, rest[0]];
       break;
     case "compare":
-      return [html`<${CompareView} ids=${rest} key=${rest.join(" ")} />`, "Comparison"];
+      return [html`<${CompareView} ids=${rest} key=${rest.join(" ")} />`, t`Comparison`];
     default:
   }
   return [
     html`<section>
       <h1>Nothing here</h1><p>This address leads nowhere. <a href="#/">Start from the beginning.</a></p>
     </section>`,
-    "Nothing here",
+    t`Nothing here`,
   ];
 }
 
@@ -117,13 +119,14 @@ function Bar({ at }) {
     <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="24" height="24" /><span>Lorasmith</span></a>
     <nav aria-label="Main">
       <a href="#/" aria-current=${here("", "jobs", "runs", "sweeps", "compare")}>
-        My LoRAs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}
+        My LoRAs${busy ? html`<span class="count" aria-label=${t`, ${busy} in the queue`}>${busy}</span>` : null}
       </a>
       <a href=${link("photos")} aria-current=${here("photos", "new")}>Photos</a>
       <a href=${link("models")} aria-current=${here("models")}>Models</a>
     </nav>
     <div class="aside">
       ${device && html`<span class="device">${deviceWords(device)}</span>`}
+      <${Language} />
       <a class="icon-button" href="editor/" aria-label="Editor of graphs" title="Editor of graphs">
         <${Icon} name="graph" />
       </a>
@@ -131,9 +134,21 @@ function Bar({ at }) {
   </div>`;
 }
 
+/** The choice of the language; each is called by its own name. */
+const Language = () => html`<label class="icon-button language" title="Language">
+  <${Icon} name="language" />
+  <select aria-label="Language" onChange=${(event) => setLanguage(event.currentTarget.value)}>
+    ${LANGUAGES.map(
+      (one) => html`<option key=${one} value=${one} lang=${one} selected=${one === language}>
+        ${new Intl.DisplayNames(one, { type: "language" }).of(one)}
+      </option>`,
+    )}
+  </select>
+</label>`;
+
 const deviceWords = ({ name, title, memory_bytes: memory }) =>
   name === "cpu"
-    ? "This computer · no graphics card"
+    ? t`This computer · no graphics card`
     : [title || name, memory && memorySize(memory)].filter(Boolean).join(" · ");
 
 /** Keeps the status and the jobs up to date; returns what ends it. */

@@ -1,4 +1,5 @@
 // Requests to the server. Every failure is an ApiError whose message is a sentence for people.
+import { t } from "./language.mjs";
 import { connection } from "./stores.mjs";
 
 const ROOT = new URL("lorasmith/v1/", document.baseURI);
@@ -88,7 +89,7 @@ async function request(method, url, { body, signal, keepalive }) {
     connection.set({ lost: true });
     throw new ApiError(
       "offline",
-      "The server does not answer. If it was stopped, start it again with: lorasmith serve",
+      t`The server does not answer. If it was stopped, start it again with: lorasmith serve`,
     );
   }
   if (connection.get().lost) connection.set({ lost: false });
@@ -103,7 +104,7 @@ async function request(method, url, { body, signal, keepalive }) {
     throw new ApiError(found.kind ?? "error", sentence(found.message), response.status, found.details);
   throw new ApiError(
     "error",
-    `The server answered with an error (${response.status} ${response.statusText}).`,
+    t`The server answered with an error (${response.status} ${response.statusText}).`,
     response.status,
   );
 }

@@ -1,6 +1,7 @@
 // Downloads of the server, and model files that are sent to it.
 import { ApiError, address, get, sentence } from "./api.mjs";
 import { useEffect, useRef, useState } from "./html.mjs";
+import { t } from "./language.mjs";
 
 const PAUSE_MS = 1000;
 export const isOnItsWay = (download) => download?.state === "waiting" || download?.state === "running";
@@ -56,10 +57,10 @@ export function sendModel(file, onProgress) {
     request.responseType = "json";
     request.upload.onprogress = (event) => onProgress(event.total ? event.loaded / event.total : 0);
     request.onerror = () =>
-      reject(new ApiError("offline", "The file could not be sent. Look whether the server runs, and send it again."));
+      reject(new ApiError("offline", t`The file could not be sent. Look whether the server runs, and send it again.`));
     request.onload = () => {
       if (request.status < 300) return resolve(request.response);
-      const { kind = "error", message = `The server answered with an error (${request.status}).` } =
+      const { kind = "error", message = t`The server answered with an error (${request.status}).` } =
         request.response?.error ?? {};
       return reject(new ApiError(kind, sentence(message), request.status));
     };

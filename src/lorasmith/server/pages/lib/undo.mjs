@@ -1,4 +1,5 @@
 // What was done to the photos of a folder on this page, and how each of it is taken back.
+import { t } from "./language.mjs";
 import { createStore, said, say, toast } from "./stores.mjs";
 
 const MOST = 100;
@@ -51,6 +52,6 @@ export async function takeBack(dataset, entry) {
   toast.set(null);
   await said(async () => {
     await entry.undo();
-    say(`Undone: ${entry.text}`);
+    say(t`Undone: ${entry.text}`);
   });
 }

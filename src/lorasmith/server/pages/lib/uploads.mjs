@@ -2,6 +2,7 @@
 import { ApiError, get, post } from "./api.mjs";
 import { changeDraft, currentDraft } from "./drafts.mjs";
 import { useEffect, useState } from "./html.mjs";
+import { t } from "./language.mjs";
 import { createStore } from "./stores.mjs";
 
 /** A file, with the path inside the dropped folder. @typedef {{ file: File, path: string }} Sent */
@@ -43,7 +44,7 @@ export async function sorted(files) {
     else if (kind in read.refused) found.refused.push({ name: nameOf(one.path), reason: read.refused[kind] });
     else if (read.pictures.includes(kind) || one.file.type.startsWith("image/"))
       (isMask(one.path) ? found.masks : found.pictures).push(one);
-    else found.refused.push({ name: nameOf(one.path), reason: "is not a picture" });
+    else found.refused.push({ name: nameOf(one.path), reason: t`is not a picture` });
   }
   return found;
 }
@@ -140,7 +141,7 @@ const leaveOut = (dataset, some) =>
 /** The reason of a failure as other reasons are: what follows the name of a file. */
 function reasonOf(error) {
   if (!(error instanceof ApiError)) throw error;
-  return `was not sent: ${error.message}`;
+  return t`was not sent: ${error.message}`;
 }
 
 async function sendOthers(dataset, others) {

@@ -1,7 +1,9 @@
 // Numbers, sizes, times and states in words.
+import { language, plural, t } from "./language.mjs";
 
-const numbers = new Intl.NumberFormat("en");
-export const count = (number, one, many = `${one}s`) => `${numbers.format(number)} ${number === 1 ? one : many}`;
+const numbers = new Intl.NumberFormat(language);
+/** A number of things; the names are literals, as the translations are keyed by them. */
+export const count = (number, one, many = `${one}s`) => plural(number, numbers.format(number), one, many);
 export const capital = (text) => text && text[0].toUpperCase() + text.slice(1);
 export const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
 export const whole = (number) => numbers.format(Math.round(number));
@@ -16,7 +18,7 @@ export function measured(number) {
 /** The size of a file or a folder, as shops and download pages have it. */
 export function bytes(number) {
   if (!Number.isFinite(number)) return "–";
-  const units = ["bytes", "kB", "MB", "GB", "TB"];
+  const units = [t`bytes`, "kB", "MB", "GB", "TB"];
   let unit = 0;
   while (number >= 1000 && unit < units.length - 1) {
     number /= 1000;
@@ -32,38 +34,40 @@ const CARDS = [4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80, 96, 141];
 /** The smallest usual card that has so much memory, and a twelfth for all else on it. */
 export function cardFor(number) {
   const size = CARDS.find((one) => one * 2 ** 30 >= number * (13 / 12));
-  return size ? `${size === 8 || size === 80 ? "an" : "a"} ${size}\u00a0GB\u00a0card` : "several large cards";
+  if (!size) return t`several large cards`;
+  return size === 8 || size === 80 ? t`an ${size}\u00a0GB\u00a0card` : t`a ${size}\u00a0GB\u00a0card`;
 }
 
 /** A duration such as "about 4 minutes" (without "about" if exact). */
 export function duration(seconds, { about = false } = {}) {
   if (!Number.isFinite(seconds)) return "–";
-  const prefix = about ? "about " : "";
-  if (seconds < 1) return "less than a second";
+  const told = (text) => (about ? t`about ${text}` : text);
+  if (seconds < 1) return t`less than a second`;
   if (about && seconds < 90)
     return seconds < 10
-      ? "a few seconds"
+      ? t`a few seconds`
       : seconds < 50
-        ? `about ${10 * Math.round(seconds / 10)} seconds`
-        : "about a minute";
-  if (seconds < 90) return `${prefix}${count(Math.round(seconds), "second")}`;
+        ? t`about ${10 * Math.round(seconds / 10)} seconds`
+        : t`about a minute`;
+  if (seconds < 90) return told(count(Math.round(seconds), "second"));
   let minutes = Math.round(seconds / 60);
-  if (minutes < 60) return `${prefix}${count(minutes, "minute")}`;
+  if (minutes < 60) return told(count(minutes, "minute"));
   const unit = minutes < 180 ? 10 : 60;
   if (about) minutes = unit * Math.round(minutes / unit);
   const hours = Math.floor(minutes / 60);
   const rest = minutes % 60;
-  if (hours < 24) return `${prefix}${count(hours, "hour")}${rest ? ` ${rest} min` : ""}`;
-  return `${prefix}${count(Math.round(hours / 24), "day")}`;
+  if (hours < 24) return told(rest ? t`${count(hours, "hour")} ${rest} min` : count(hours, "hour"));
+  return told(count(Math.round(hours / 24), "day"));
 }
 
-const sameYear = new Intl.DateTimeFormat("en-GB", {
+const dates = language === "en" ? "en-GB" : language;
+const sameYear = new Intl.DateTimeFormat(dates, {
   day: "numeric",
   month: "short",
   hour: "2-digit",
   minute: "2-digit",
 });
-const otherYear = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", year: "numeric" });
+const otherYear = new Intl.DateTimeFormat(dates, { day: "numeric", month: "short", year: "numeric" });
 export function moment(seconds) {
   if (!Number.isFinite(seconds)) return "–";
   const date = new Date(seconds * 1000);
@@ -71,21 +75,21 @@ export function moment(seconds) {
 }
 
 const STATES = {
-  pending: ["Waiting", "faint"],
-  waiting: ["Waiting", "faint"],
-  running: ["Running", "accent"],
-  completed: ["Finished", "good"],
-  complete: ["Finished", "good"],
-  finished: ["Finished", "good"],
-  stopped: ["Stopped early", "good"],
-  cancelled: ["Stopped", "fair"],
-  paused: ["Paused", "fair"],
-  interrupted: ["Interrupted", "fair"],
-  failed: ["Failed", "bad"],
+  pending: [t`Waiting`, "faint"],
+  waiting: [t`Waiting`, "faint"],
+  running: [t`Running`, "accent"],
+  completed: [t`Finished`, "good"],
+  complete: [t`Finished`, "good"],
+  finished: [t`Finished`, "good"],
+  stopped: [t`Stopped early`, "good"],
+  cancelled: [t`Stopped`, "fair"],
+  paused: [t`Paused`, "fair"],
+  interrupted: [t`Interrupted`, "fair"],
+  failed: [t`Failed`, "bad"],
 };
 /** The word for a state of a job or a run, and its colour; a run, and a job that trains, is of the kind "train". */
 export const stateWords = (state, kind = "train") =>
-  state === "running" && kind === "train" ? ["Training", "accent"] : (STATES[state] ?? [capital(state), "fair"]);
+  state === "running" && kind === "train" ? [t`Training`, "accent"] : (STATES[state] ?? [capital(state), "fair"]);
 
 /** A name that folders and files may have. */
 export function slug(text) {
@@ -100,9 +104,9 @@ export function slug(text) {
 
 /** The value of a setting as text. */
 export function valueWords(value) {
-  if (value === null || value === undefined || value === "") return "automatic";
-  if (value === true) return "on";
-  if (value === false) return "off";
+  if (value === null || value === undefined || value === "") return t`automatic`;
+  if (value === true) return t`on`;
+  if (value === false) return t`off`;
   if (typeof value === "number")
     return Math.abs(value) > 0 && Math.abs(value) < 0.001 ? value.toExponential().replace("e-", "e−") : String(value);
   return Array.isArray(value) ? value.map(valueWords).join(", ") : String(value);

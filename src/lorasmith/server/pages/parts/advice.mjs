@@ -2,6 +2,7 @@
 import { fileOfRun, get, post, remove } from "../lib/api.mjs";
 import { changeDraft, currentDraft, useDraft } from "../lib/drafts.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { go } from "../lib/router.mjs";
 import { said, say } from "../lib/stores.mjs";
 import { capital, count } from "../lib/words.mjs";
@@ -70,14 +71,14 @@ export function Advice({ run }) {
       const { removed } = await remove(["datasets", dataset, "images", file]);
       setAway((all) => ({ ...all, [file]: removed }));
       reload();
-      say(`${file} was moved to the removed files.`, { undo: () => restore(file, removed) });
+      say(t`${file} was moved to the removed files.`, { undo: () => restore(file, removed) });
     });
   const edit = (file) =>
     said(async () => {
       await choose(run);
       go("new", run.dataset, "photos", file);
     });
-  return html`<${Fold} title=${`${count(run.advice.length, "photo")} to look at`}>
+  return html`<${Fold} title=${t`${count(run.advice.length, "photo")} to look at`}>
     <ul class="rows">
       ${run.advice.map(
         (one) => html`<li class="row" key=${one.file}>
@@ -132,7 +133,7 @@ function Actions({ run, advice, isThere, removed, onLeaveOut, onRestore, onEdit 
     return html`<div class="actions">
       <span class="faint">
         Left out.
-      </span> <${Button} class="small" aria-label=${of("Undo")} onClick=${onRestore}>Undo<//>
+      </span> <${Button} class="small" aria-label=${of(t`Undo`)} onClick=${onRestore}>Undo<//>
     </div>`;
   return html`<div class="actions">
     ${
@@ -141,11 +142,11 @@ function Actions({ run, advice, isThere, removed, onLeaveOut, onRestore, onEdit 
         ? html`
           <span class="faint">
             It will be drawn less often.
-          </span> <${Button} class="small" aria-label=${of("Undo")} onClick=${() => store([...before, ...others])}>
+          </span> <${Button} class="small" aria-label=${of(t`Undo`)} onClick=${() => store([...before, ...others])}>
             Undo
           <//>
         `
-        : html`<${Button} class="small" aria-label=${of("Repeat less")}
+        : html`<${Button} class="small" aria-label=${of(t`Repeat less`)}
             onClick=${() => store([advice.drawn_less, ...others])}>
           Repeat less
         <//>`)
@@ -153,8 +154,8 @@ function Actions({ run, advice, isThere, removed, onLeaveOut, onRestore, onEdit 
     ${
       isThere &&
       html`
-        <${Button} class="small" aria-label=${of("Edit the caption")} onClick=${onEdit}>Edit the caption<//>
-        <${Button} class="small" aria-label=${of("Leave out")} onClick=${onLeaveOut}>Leave out<//>
+        <${Button} class="small" aria-label=${of(t`Edit the caption`)} onClick=${onEdit}>Edit the caption<//>
+        <${Button} class="small" aria-label=${of(t`Leave out`)} onClick=${onLeaveOut}>Leave out<//>
       `
     }
   </div>`;

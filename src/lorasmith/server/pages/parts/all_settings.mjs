@@ -1,5 +1,6 @@
 // Every setting, made from its declaration: a control that fits its type, its help, and whether it was changed.
 import { html, useEffect, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { count, nameWords, valueWords } from "../lib/words.mjs";
 import { Field } from "./basics.mjs";
 
@@ -131,7 +132,7 @@ function Setting({ setting, preset, value, error, onChange }) {
     ${(attributes) =>
       html`<input ...${attributes} type="text" inputmode=${{ integer: "numeric", number: "decimal" }[setting.type]}
         autocomplete="off" spellcheck=${false} value=${typed ?? (isChanged ? value : (standard ?? ""))}
-        placeholder=${standard === null || standard === undefined ? "automatic" : ""}
+        placeholder=${standard === null || standard === undefined ? t`automatic` : ""}
         onInput=${(event) => setTyped(event.currentTarget.value)} onChange=${type} />`}
   <//>`;
 }
@@ -152,10 +153,10 @@ export function typedValue({ type, choices, min, max }, text) {
 
 /** What values a setting takes, in a sentence. */
 export function rangeOf({ type, choices, min, max }) {
-  if (type === "boolean") return "Must be on or off.";
-  if (choices?.length) return `Must be one of ${choices.join(", ")}.`;
-  const what = type === "integer" ? "a whole number" : "a number";
-  if (min !== null && max !== null) return `Must be ${what} between ${min} and ${max}.`;
-  if (min !== null) return `Must be ${what} of at least ${min}.`;
-  return max !== null ? `Must be ${what} of at most ${max}.` : `Must be ${what}.`;
+  if (type === "boolean") return t`Must be on or off.`;
+  if (choices?.length) return t`Must be one of ${choices.join(", ")}.`;
+  const what = type === "integer" ? t`a whole number` : t`a number`;
+  if (min !== null && max !== null) return t`Must be ${what} between ${min} and ${max}.`;
+  if (min !== null) return t`Must be ${what} of at least ${min}.`;
+  return max !== null ? t`Must be ${what} of at most ${max}.` : t`Must be ${what}.`;
 }

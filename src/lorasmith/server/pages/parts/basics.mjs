@@ -1,5 +1,6 @@
 // Small parts that every view is made of.
 import { html, useEffect, useId, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { announcement, connection, toast, useStore } from "../lib/stores.mjs";
 import { stateWords } from "../lib/words.mjs";
 import { Icon } from "./icons.mjs";
@@ -70,7 +71,7 @@ export function Field({ label, help, error, optional, class: extra = "", childre
 /** What was changed elsewhere while something else was typed here: `there` is the text that is stored. */
 export const Elsewhere = ({ there, onChoose, what }) => html`<div class="conflict" role="alert">
   <p>It was changed elsewhere, so your text is not stored. The ${what} is now:</p>
-  <p class="there">${there || `(no ${what})`}</p>
+  <p class="there">${there || t`(no ${what})`}</p>
   <div class="actions">
     <button type="button" class="button small" onClick=${() => onChoose(true)}>Keep mine</button>
     <button type="button" class="button small" onClick=${() => onChoose(false)}>Use that one</button>
@@ -195,7 +196,7 @@ export function Command({ label, text }) {
   const copy = async () => {
     if (await copyText(text)) {
       setCopied(true);
-      announcement.set("Copied.");
+      announcement.set(t`Copied.`);
       setTimeout(() => setCopied(false), 2000);
     }
   };
@@ -203,8 +204,8 @@ export function Command({ label, text }) {
     <figcaption>${label}</figcaption>
     <div class="copyable">
       <pre tabindex="0"><code>${text}</code></pre>
-      <button type="button" class="button small" onClick=${copy} aria-label=${`Copy: ${label}`}>
-        ${copied ? "Copied" : "Copy"}
+      <button type="button" class="button small" onClick=${copy} aria-label=${t`Copy: ${label}`}>
+        ${copied ? t`Copied` : t`Copy`}
       </button>
     </div>
   </figure>`;

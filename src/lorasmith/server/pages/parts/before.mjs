@@ -1,6 +1,7 @@
 // The other picture of a pair, such as that before an edit: moved to another photo, replaced, removed.
 import { address } from "../lib/api.mjs";
 import { html, useRef } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { Dialog } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
@@ -8,33 +9,33 @@ import { Icon } from "./icons.mjs";
 /** What the pictures of pairs are called, by the setting pairs. */
 export const PAIRS = {
   none: {
-    other: "“before”",
-    of: "“before” of",
-    others: "pictures before",
-    main: "pictures after",
+    other: t`“before”`,
+    of: t`“before” of`,
+    others: t`pictures before`,
+    main: t`pictures after`,
     zones: [
-      ["Before", "Same file names on both sides."],
-      ["After", "With captions that say what to change."],
+      [t`Before`, t`Same file names on both sides.`],
+      [t`After`, t`With captions that say what to change.`],
     ],
   },
   slider: {
-    other: "opposite",
-    of: "opposite of",
-    others: "opposites",
-    main: "pictures",
+    other: t`opposite`,
+    of: t`opposite of`,
+    others: t`opposites`,
+    main: t`pictures`,
     zones: [
-      ["Less of it", "For example: young. Same file names on both sides."],
-      ["More of it", "For example: old. Captions say what both show."],
+      [t`Less of it`, t`For example: young. Same file names on both sides.`],
+      [t`More of it`, t`For example: old. Captions say what both show.`],
     ],
   },
   dpo: {
-    other: "worse one",
-    of: "worse one of",
-    others: "worse ones",
-    main: "better ones",
+    other: t`worse one`,
+    of: t`worse one of`,
+    others: t`worse ones`,
+    main: t`better ones`,
     zones: [
-      ["Worse", "Same file names on both sides."],
-      ["Better", "With captions of both."],
+      [t`Worse`, t`Same file names on both sides.`],
+      [t`Better`, t`With captions of both.`],
     ],
   },
 };
@@ -59,9 +60,9 @@ export function Before({ image, controls, words, actions }) {
       image &&
       html`
         <button type="button" class="button small"
-            aria-label=${`${controls.length ? "Replace" : "Add"} the ${words.of} ${image.file}`}
+            aria-label=${t`${controls.length ? t`Replace` : t`Add`} the ${words.of} ${image.file}`}
             onClick=${() => input.current.click()}>
-          ${controls.length ? "Replace" : "Add"} the ${words.other}
+          ${controls.length ? t`Replace` : t`Add`} the ${words.other}
         </button>
         <input ref=${input} type="file" accept=${accept} hidden onChange=${chosen} />
       `
@@ -70,11 +71,11 @@ export function Before({ image, controls, words, actions }) {
       .filter((one) => !one.fixed)
       .map(
         ({ file }) => html`
-          <button type="button" class="button small" aria-label=${`Move it to another picture: ${file}`}
+          <button type="button" class="button small" aria-label=${t`Move it to another picture: ${file}`}
               onClick=${() => actions.move(file)}>
             <${Icon} name="swap" />Move it
           </button>
-          <button type="button" class="button small" aria-label=${`Remove it, the ${words.other}: ${file}`}
+          <button type="button" class="button small" aria-label=${t`Remove it, the ${words.other}: ${file}`}
               onClick=${() => actions.remove(file)}>
             <${Icon} name="trash" />Remove it
           </button>

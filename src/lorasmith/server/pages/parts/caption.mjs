@@ -1,5 +1,6 @@
 // The words of one photo, stored as they are typed.
 import { html, useEffect, useId, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { Elsewhere } from "./basics.mjs";
 
 const STORE_AFTER_MS = 900;
@@ -59,7 +60,7 @@ export function Caption({ name, caption, trigger, isEdited, onCaption }) {
   return html`
     <label class="unseen" for=${id}>Caption of ${name}</label>
     <textarea ref=${field} id=${id} rows="4" class="caption" value=${text ?? caption}
-      placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"} onInput=${type} onBlur=${store}
+      placeholder=${trigger ? t`Only “${trigger}”` : t`What is in the picture?`} onInput=${type} onBlur=${store}
       aria-invalid=${failed ? "true" : undefined}></textarea>
     ${other !== null && html`<${Elsewhere} there=${other} onChoose=${choose} what="caption" />`}
     ${

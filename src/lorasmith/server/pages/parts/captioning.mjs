@@ -2,6 +2,7 @@
 import { get, post, sentence } from "../lib/api.mjs";
 import { isOnItsWay, useDownloads } from "../lib/downloads.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, say, useStore, work } from "../lib/stores.mjs";
 import { did } from "../lib/undo.mjs";
@@ -40,7 +41,7 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
         ...before,
         jobs: new Map([[job.id, job], ...(before?.jobs ?? [])]),
       }));
-      announcement.set("The captions are being written.");
+      announcement.set(t`The captions are being written.`);
       onClose();
     } catch (refused) {
       setFailure(refused);
@@ -83,7 +84,7 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
           }
           <label class="check">
             <input type="radio" name="which" checked=${overwrite} onChange=${() => setOverwrite(true)} />
-            ${number === 1 ? "The photo" : `All ${number} photos`}: captions that are there are replaced, and can be
+            ${number === 1 ? t`The photo` : t`All ${number} photos`}: captions that are there are replaced, and can be
             brought back
           </label>
           ${
@@ -109,7 +110,7 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
               downloads.some((each) => each.subject === `captioner:${one.name}` && isOnItsWay(each)),
             )
           }>
-        <summary>${here.length ? "Get another captioner" : "Get a captioner"}</summary>
+        <summary>${here.length ? t`Get another captioner` : t`Get a captioner`}</summary>
         <ul class="releases" aria-label="Captioners to get">
           ${offered.map(
             (one) => html`<${Offer} key=${one.name} captioner=${one}
@@ -136,7 +137,7 @@ function Offer({ captioner, download, onGet, onChange }) {
     <h3>${title}</h3><p>${about}</p>
     <p class="faint">About ${bytes(size)} · <a href=${card} target="_blank" rel="noreferrer">${licence}</a></p>
     <${Getting} download=${download} onChange=${onChange} of=${`: ${title}`}
-      what=${kept ? "Continue" : "Get it"}
+      what=${kept ? t`Continue` : t`Get it`}
       onGet=${onGet} />
   </li>`;
 }
@@ -173,9 +174,9 @@ export function CaptioningState({ dataset, onUndo }) {
           changed,
           empty,
           failed: Object.entries(failed),
-          error: state === "failed" || state === "interrupted" ? (error?.message ?? "It ended.") : "",
+          error: state === "failed" || state === "interrupted" ? (error?.message ?? t`It ended.`) : "",
         });
-        if (number) did(dataset, `${count(number, "caption was", "captions were")} written.`, () => onUndo(written));
+        if (number) did(dataset, t`${count(number, "caption was", "captions were")} written.`, () => onUndo(written));
       },
       (failure) => say(failure.message, { mood: "bad" }),
     );
@@ -189,10 +190,10 @@ export function CaptioningState({ dataset, onUndo }) {
         <span role="status">
           ${
             isWaiting
-              ? "The captions wait for the job that runs."
+              ? t`The captions wait for the job that runs.`
               : done && !isPending
-                ? `${done.value} of ${done.maximum} captions`
-                : "Loading the captioner…"
+                ? t`${done.value} of ${done.maximum} captions`
+                : t`Loading the captioner…`
           }
         </span>
         <${Button} class="small" aria-label="Stop writing captions"
@@ -219,4 +220,4 @@ export function CaptioningState({ dataset, onUndo }) {
   <//>`;
 }
 
-const named = (files) => `${files.slice(0, 3).join(", ")}${files.length > 3 ? ` and ${files.length - 3} more` : ""}.`;
+const named = (files) => `${files.slice(0, 3).join(", ")}${files.length > 3 ? t` and ${files.length - 3} more` : ""}.`;

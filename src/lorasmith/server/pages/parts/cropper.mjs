@@ -1,16 +1,23 @@
 // The frame by which a photo is cropped: moved and drawn by its corners, with the pointer or the arrow keys.
 import { html, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { Button } from "./basics.mjs";
 
 const LEAST = 0.05; // of each side
 const STEP = 0.01;
 const RATIOS = {
-  free: ["Any shape", null],
-  square: ["Square", 1],
-  portrait: ["Portrait, 3 : 4", 3 / 4],
-  landscape: ["Landscape, 4 : 3", 4 / 3],
+  free: [t`Any shape`, null],
+  square: [t`Square`, 1],
+  portrait: [t`Portrait, 3 : 4`, 3 / 4],
+  landscape: [t`Landscape, 4 : 3`, 4 / 3],
 };
 const CORNERS = { "top left": [0, 0], "top right": [1, 0], "bottom left": [0, 1], "bottom right": [1, 1] };
+const NAMES = {
+  "top left": t`Corner top left`,
+  "top right": t`Corner top right`,
+  "bottom left": t`Corner bottom left`,
+  "bottom right": t`Corner bottom right`,
+};
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const WHOLE = { x: 0, y: 0, width: 1, height: 1 };
 
@@ -53,18 +60,18 @@ export function Cropper({ name, source, size, crop, onCrop, onCancel }) {
   };
   const share = (number) => `${(100 * number).toFixed(2)}%`;
   const place = { left: share(box.x), top: share(box.y), width: share(box.width), height: share(box.height) };
-  const pixels = `${Math.round(box.width * size.width)} × ${Math.round(box.height * size.height)} pixels`;
+  const pixels = t`${Math.round(box.width * size.width)} × ${Math.round(box.height * size.height)} pixels`;
   return html`<div class="cropper">
     <div class="stage">
       <div class="whole" style=${{ "--ratio": size.width / size.height }} ref=${stage}>
-        <img src=${source} alt=${`All of ${name}`} draggable="false" />
+        <img src=${source} alt=${t`All of ${name}`} draggable="false" />
         <div class="crop-shade"><div style=${place}></div></div>
         <div class="crop-frame" style=${place}>
           <button type="button" class="crop-move" aria-label="Move the frame" title="Drag, or press the arrow keys"
             onPointerDown=${drag(null)} onKeyDown=${press(null)}></button>
           ${Object.entries(CORNERS).map(
             ([corner, at]) => html`<button type="button" key=${corner}
-              class=${`crop-handle ${corner.replace(" ", "-")}`} aria-label=${`Corner ${corner}`}
+              class=${`crop-handle ${corner.replace(" ", "-")}`} aria-label=${NAMES[corner]}
               onPointerDown=${drag(at)} onKeyDown=${press(at)}></button>`,
           )}
         </div>

@@ -1,5 +1,6 @@
 // Curves over training steps, drawn by uPlot in the page's own colours.
 import { html, useEffect, useRef } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { measured, whole } from "../lib/words.mjs";
 import UPlot from "../vendor/uplot.mjs";
 
@@ -14,7 +15,7 @@ const NARROW_HEIGHT = 200;
  * @param axis what the lines are of, beside their axis
  * @param marks [{x, label}] vertical lines
  */
-export function Curves({ lines, label, axis = "Loss", marks = [] }) {
+export function Curves({ lines, label, axis = t`Loss`, marks = [] }) {
   const host = useRef(null);
   const plot = useRef(null);
   const shape = lines.map((line) => `${line.label}|${line.color}`).join("\n");
@@ -71,7 +72,7 @@ function options(host, lines, name, marks) {
     axes: [
       {
         ...axis,
-        label: "Step",
+        label: t`Step`,
         labelFont: font,
         labelSize: 18,
         values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")),
@@ -89,7 +90,7 @@ function options(host, lines, name, marks) {
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     legend: { live: true },
     series: [
-      { label: "Step", value: (_, step) => (step === null ? "–" : whole(step)) },
+      { label: t`Step`, value: (_, step) => (step === null ? "–" : whole(step)) },
       ...lines.map((line) => ({
         label: line.label,
         stroke: color(line.color),

@@ -1,5 +1,6 @@
 // A place for pictures: dropped, pasted or chosen, folders too.
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { canDrop, filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { Icon } from "./icons.mjs";
 
@@ -44,11 +45,11 @@ export function useDrops(onFiles) {
   return over;
 }
 
-export const DROP_HERE = canDrop ? "Drop photos or a folder here" : "Your photos";
+export const DROP_HERE = canDrop ? t`Drop photos or a folder here` : t`Your photos`;
 
 /** The place for the first pictures. @param over whether some are held over the page */
 export const Zone = ({ over, onFiles }) => html`<div class=${`drop-zone big ${over ? "over" : ""}`}>
-  <${Icon} name="plus" /><p><b>${over ? "Let go to add them" : DROP_HERE}</b></p>
+  <${Icon} name="plus" /><p><b>${over ? t`Let go to add them` : DROP_HERE}</b></p>
   <${ChooseFiles} kind="primary" onFiles=${(found) => onFiles(found, null)} />
 </div>`;
 
@@ -67,24 +68,26 @@ export const PairZones = ({ over, pairs, onFiles }) => html`<div class="pair-zon
 /**
  * Buttons that choose pictures, or a folder of them.
  *
- * @param what they are called; `isNamed` where several of these are on a page
+ * @param isMore whether there are some already; `what` they are called, `isNamed` where several of these are on a page
  */
-export function ChooseFiles({ kind = "", verb = "Choose", what = "photos", isNamed = false, onFiles }) {
+export function ChooseFiles({ kind = "", isMore = false, what = "", isNamed = false, onFiles }) {
   const files = useRef(null);
   const folder = useRef(null);
   const accept = useAccept(true);
+  const photos = isMore ? t`Add photos` : t`Choose photos`;
+  const directory = isMore ? t`Add a folder` : t`Choose a folder`;
   const chosen = (event) => {
     onFiles(filesOfInput(event.currentTarget));
     event.currentTarget.value = "";
   };
   return html`<div class="actions">
-    <button type="button" class=${`button small ${kind}`} aria-label=${isNamed ? `${verb} photos: ${what}` : undefined}
+    <button type="button" class=${`button small ${kind}`} aria-label=${isNamed ? `${photos}: ${what}` : undefined}
         onClick=${() => files.current.click()}>
-      ${verb} photos
+      ${photos}
     </button>
-    <button type="button" class="button small" aria-label=${isNamed ? `${verb} a folder: ${what}` : undefined}
+    <button type="button" class="button small" aria-label=${isNamed ? `${directory}: ${what}` : undefined}
         onClick=${() => folder.current.click()}>
-      ${verb} a folder
+      ${directory}
     </button>
     <input ref=${files} type="file" multiple accept=${accept} hidden onChange=${chosen} />
     <input ref=${folder} type="file" multiple webkitdirectory hidden onChange=${chosen} />

@@ -1,6 +1,7 @@
 // Everything of a run in numbers, commands and paths, in one drawer.
 import { address, fileOfRun, get, sentence } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { say } from "../lib/stores.mjs";
 import { bytes, measured, moment, valueWords, whole } from "../lib/words.mjs";
 import { findingOf } from "./advice.mjs";
@@ -61,7 +62,7 @@ export function Engineers({ run, view, scene, found, onClose, children }) {
                 <b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">the best</span>`}
               </div>
               <a class="button small" href=${source(one.file)} download
-                  aria-label=${`Download step ${whole(one.step)}${one.bytes ? ` (${bytes(one.bytes)})` : ""}`}>
+                  aria-label=${t`Download step ${whole(one.step)}${one.bytes ? ` (${bytes(one.bytes)})` : ""}`}>
                 Download${one.bytes ? ` (${bytes(one.bytes)})` : ""}
               </a>
             </li>`,
@@ -88,7 +89,7 @@ export function Engineers({ run, view, scene, found, onClose, children }) {
         <h3 id="use">How to use it</h3>
         ${Object.entries(run?.use ?? {}).map(
           ([program, [what, text]]) => html`<div class="program" key=${program}>
-            <h4>${program}</h4><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}
+            <h4>${program}</h4><p>${what}</p>${text && html`<${Command} label=${t`For ${program}`} text=${text} />`}
           </div>`,
         )}
       `
@@ -124,7 +125,7 @@ function Table({ scene, source }) {
   const shown = scene.base && strengths[0] < 0 ? [...strengths, 0].sort((a, b) => a - b) : strengths;
   const rows = scene.base && strengths[0] >= 0 ? [0, ...shown] : shown;
   return html`
-    <h3>All pictures of “${scene.prompt || "no prompt"}”</h3>
+    <h3>All pictures of “${scene.prompt || t`no prompt`}”</h3>
     <div class="scroll" tabindex="0" role="region" aria-label="Pictures by strength and step">
       <table class="pictures">
         <thead>
@@ -136,7 +137,7 @@ function Table({ scene, source }) {
         <tbody>
           ${rows.map(
             (strength) => html`<tr key=${strength}>
-              <th scope="row">${strength === 0 ? "Base model" : strength}</th>
+              <th scope="row">${strength === 0 ? t`Base model` : strength}</th>
               ${(strength === 0 ? steps.slice(0, 1) : steps).map((step) => {
                 const file = strengthsOf(scene, step).includes(strength) && pictureAt(scene, step, strength);
                 return html`<td key=${step}>
@@ -144,7 +145,7 @@ function Table({ scene, source }) {
                     file
                       ? html`<a href=${source(file)} target="_blank" rel="noopener">
                         <img src=${source(file)} loading="lazy"
-                          alt=${`${strength === 0 ? "Base model" : `Step ${step}, ${strength}`}: ${scene.prompt}`} />
+                          alt=${`${strength === 0 ? t`Base model` : t`Step ${step}, ${strength}`}: ${scene.prompt}`} />
                       </a>`
                       : html`<span class="missing">–</span>`
                   }
@@ -268,12 +269,12 @@ function LossCurves({ points, validations, best, verdict = "" }) {
   const held = validations.filter((one) => Number.isFinite(one.loss));
   const base = held.length ? held[0].base_loss : null;
   const lines = [
-    { label: "Loss", xs, ys, color: "--raw", width: 1 },
-    { label: "Mean", xs, ys: means, color: "--smooth", width: 2 },
+    { label: t`Loss`, xs, ys, color: "--raw", width: 1 },
+    { label: t`Mean`, xs, ys: means, color: "--smooth", width: 2 },
     ...(held.length
       ? [
           {
-            label: "Held out",
+            label: t`Held out`,
             xs: held.map((one) => one.step),
             ys: held.map((one) => one.loss),
             color: "--held-out",
@@ -285,7 +286,7 @@ function LossCurves({ points, validations, best, verdict = "" }) {
     ...(Number.isFinite(base)
       ? [
           {
-            label: "Held out, base model",
+            label: t`Held out, base model`,
             xs: [0, Math.max(xs.at(-1) ?? 1, held.at(-1)?.step ?? 1)],
             ys: [base, base],
             color: "--held-out",
@@ -295,12 +296,12 @@ function LossCurves({ points, validations, best, verdict = "" }) {
         ]
       : []),
   ];
-  const heldOut = held.length ? `; held-out loss ${measured(held.at(-1).loss)}, lowest at step ${best}` : "";
+  const heldOut = held.length ? t`; held-out loss ${measured(held.at(-1).loss)}, lowest at step ${best}` : "";
   return html`
     <h3 id="curves">Loss</h3>
     <${Curves} lines=${lines}
-      marks=${best ? [{ x: best, label: `lowest held-out loss, step ${whole(best)}` }] : []}
-      label=${`Training loss over ${xs.at(-1) ?? 0} steps, last ${measured(means.at(-1) ?? NaN)}${heldOut}`} />
+      marks=${best ? [{ x: best, label: t`lowest held-out loss, step ${whole(best)}` }] : []}
+      label=${t`Training loss over ${xs.at(-1) ?? 0} steps, last ${measured(means.at(-1) ?? NaN)}${heldOut}`} />
     ${verdict && html`<p class="verdict-line">${sentence(verdict)}</p>`}
   `;
 }
@@ -311,11 +312,11 @@ function LikenessCurves({ points }) {
   const xs = points.map((one) => one.step);
   const { own, likeness } = points.at(-1);
   const lines = [
-    { label: "Previews", xs, ys: points.map((one) => one.likeness), color: "--smooth", width: 2, points: true },
+    { label: t`Previews`, xs, ys: points.map((one) => one.likeness), color: "--smooth", width: 2, points: true },
     ...(Number.isFinite(own)
       ? [
           {
-            label: "Photos to one another",
+            label: t`Photos to one another`,
             xs: [0, xs.at(-1)],
             ys: [own, own],
             color: "--smooth",
@@ -327,7 +328,7 @@ function LikenessCurves({ points }) {
     ...(points.some((one) => Number.isFinite(one.adherence))
       ? [
           {
-            label: "Prompts followed",
+            label: t`Prompts followed`,
             xs,
             ys: points.map((one) => one.adherence),
             color: "--held-out",
@@ -340,6 +341,6 @@ function LikenessCurves({ points }) {
   return html`
     <h3>Likeness to the photos</h3>
     <${Curves} lines=${lines} axis="Likeness"
-      label=${`Likeness of previews to the training photos, ${measured(likeness)} at step ${xs.at(-1)}`} />
+      label=${t`Likeness of previews to the training photos, ${measured(likeness)} at step ${xs.at(-1)}`} />
   `;
 }

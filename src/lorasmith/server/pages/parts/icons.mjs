@@ -15,6 +15,7 @@ const OUTLINES = {
   engineer: "M9 7l-5 5 5 5M15 7l5 5-5 5",
   forward: "M9 5l7 7-7 7",
   graph: "M4 4h6v6H4zM14 14h6v6h-6zM10 7h4a3 3 0 0 1 3 3v4",
+  language: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18zM3.5 12h17M12 3c4 4 4 14 0 18M12 3c-4 4-4 14 0 18",
   menu: "M4 7h16M4 12h16M4 17h16",
   more: "M5 12h.01M12 12h.01M19 12h.01",
   person: "M12 12a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM5 20c0-4 3-6 7-6s7 2 7 6",

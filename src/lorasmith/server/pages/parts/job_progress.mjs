@@ -1,6 +1,7 @@
 // How far a job is that draws or writes captions: a bar, what is done of how much, and the time left.
 import { capital, count, duration, whole } from "../lib/words.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { Progress } from "./basics.mjs";
 
@@ -24,8 +25,8 @@ export function JobProgress({ job, label }) {
   const taken = last ? last.at - first.at : 0;
   const seconds = taken >= LEAST_MS ? (taken / 1000 / (value - first.value)) * (maximum - value) : NaN;
   const told = [
-    pictures && `${whole(Math.floor((value / maximum) * pictures))} of ${count(pictures, "picture")}`,
-    Number.isFinite(seconds) && `${capital(duration(seconds, { about: true }))} left`,
+    pictures && t`${whole(Math.floor((value / maximum) * pictures))} of ${count(pictures, "picture")}`,
+    Number.isFinite(seconds) && t`${capital(duration(seconds, { about: true }))} left`,
   ].filter(Boolean);
   return html`
     <${Progress} label=${label} value=${value} max=${maximum} />

@@ -1,6 +1,7 @@
 // Jobs: what one is called, the queue, and what can be done with each.
 import { post, remove, sentence } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { link } from "../lib/router.mjs";
 import { newest, say, useStore, work } from "../lib/stores.mjs";
 import { moment } from "../lib/words.mjs";
@@ -8,12 +9,12 @@ import { Button, State } from "./basics.mjs";
 import { JobProgress } from "./job_progress.mjs";
 
 const WORK = {
-  train: "Training",
-  measure: "Measurement",
-  graph: "Workflow",
-  draw: "Drawing",
-  evaluate: "Evaluation",
-  caption: "Captions",
+  train: t`Training`,
+  measure: t`Measurement`,
+  graph: t`Workflow`,
+  draw: t`Drawing`,
+  evaluate: t`Evaluation`,
+  caption: t`Captions`,
 };
 
 export const titleOf = (job) =>
@@ -21,9 +22,9 @@ export const titleOf = (job) =>
   job.title ||
   job.name ||
   job.request?.name ||
-  (WORK[job.kind] ?? "Job");
+  (WORK[job.kind] ?? t`Job`);
 
-const workOf = (job) => (job.wish ? "Gallery" : (WORK[job.kind] ?? job.kind));
+const workOf = (job) => (job.wish ? t`Gallery` : (WORK[job.kind] ?? job.kind));
 
 /** Whether a job is one that somebody waits for: pages measure steps by themselves, when nothing else is to be done. */
 export const isAsked = (job) => job.kind !== "measure";
@@ -79,8 +80,9 @@ export function Offers({ hidden }) {
     (job) => html`<div class="notice fair-notice offer" key=${job.id} role="group"
         aria-label="Interrupted training">
       <p>
-        <b>${titleOf(job)}</b> was
-        interrupted${job.error ? `: ${sentence(job.error.message)}` : ". It continues where it stopped."}
+        ${html`<b>${titleOf(job)}</b>`} was interrupted${
+          job.error ? `: ${sentence(job.error.message)}` : t`. It continues where it stopped.`
+        }
       </p>
       <div class="actions">
         <${Button} onClick=${() => postpone(job)}>Not now<//>

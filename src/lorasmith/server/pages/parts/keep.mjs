@@ -1,6 +1,7 @@
 // "Keep this one": the file, a copy for ComfyUI, and a picture to share that is seen before it is saved.
 import { address, fileOfRun, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { say } from "../lib/stores.mjs";
 import { bytes, whole } from "../lib/words.mjs";
 import { Button, Dialog, Field, Loading, Problem } from "./basics.mjs";
@@ -26,14 +27,14 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
     try {
       const body = { step: step === last ? null : step, name: name.trim() };
       const { installed, was_there: wasThere } = await post(["runs", run.id, "install"], body);
-      say(wasThere ? `${installed} was there already.` : `Copied to models/loras as ${installed}.`);
+      say(wasThere ? t`${installed} was there already.` : t`Copied to models/loras as ${installed}.`);
       onDone();
       onClose();
     } catch (failure) {
       setError(failure);
     }
   };
-  return html`<${Dialog} title=${step ? `Keep step ${whole(step)}` : "Keep it"} onClose=${onClose} wide="keep-dialog">
+  return html`<${Dialog} title=${step ? t`Keep step ${whole(step)}` : t`Keep it`} onClose=${onClose} wide="keep-dialog">
     ${
       isShared
         ? html`
@@ -56,7 +57,7 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
           <div class="keep">
             ${picture && html`<img src=${picture} alt="" />`}
             <div>
-              ${run.subject && html`<p>Write <b>${run.subject}</b> in your prompts.</p>`}
+              ${run.subject && html`<p>Write ${html`<b>${run.subject}</b>`} in your prompts.</p>`}
               <div class="keep-ways">
                 <a class="button primary" href=${fileOfRun(run.id, file)} download autofocus>
                   <${Icon} name="download" /> Download the file <small>${bytes(size)}</small>

@@ -1,6 +1,7 @@
 // What the server shows of a run as it changes: progress, pictures, numbers and remarks.
 import { sentence } from "../lib/api.mjs";
 import { useEffect, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { say, work } from "../lib/stores.mjs";
 import { duration } from "../lib/words.mjs";
@@ -26,5 +27,5 @@ export function useView(topic) {
 /** How long a run takes yet, such as "about 4 minutes left"; empty where that is not known. */
 export function timeLeft(view) {
   const seconds = view?.metrics.find((one) => one.name === "time_left")?.value;
-  return Number.isFinite(seconds) ? `${duration(seconds, { about: true })} left` : "";
+  return Number.isFinite(seconds) ? t`${duration(seconds, { about: true })} left` : "";
 }

@@ -1,6 +1,7 @@
 // One photo as large as the sheet: looked at, cropped, or masked.
 import { address } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { Problem } from "./basics.mjs";
 import { Cropper } from "./cropper.mjs";
 import { Icon } from "./icons.mjs";
@@ -69,7 +70,8 @@ export function Loupe({ dataset, image, mode, at: [at, number], facts, version, 
     <div class="stage" ref=${stage} tabindex="-1">
       ${
         before &&
-        html`<img key=${before.file} src=${controlOf(dataset, before.file, version)} alt=${`Before: ${before.file}`} />`
+        html`<img key=${before.file} src=${controlOf(dataset, before.file, version)}
+          alt=${t`Before: ${before.file}`} />`
       }
       <div class="whole" style=${image.width && image.height ? { "--ratio": image.width / image.height } : {}}>
         <img key=${image.file} src=${sourceOf(dataset, image, LARGE)} alt=${image.caption || image.file} />

@@ -1,6 +1,7 @@
 // What somebody keeps of a run: its title, a star and a note; and its removal, which can be undone.
 import { post, put, remove } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { said, say } from "../lib/stores.mjs";
 import { Field, Question } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
@@ -17,8 +18,8 @@ export function Star({ run, onChange }) {
       await put(["runs", run.id, "marks"], { starred: !run.starred });
       await onChange();
     });
-  return html`<button type="button" class="icon-button star" aria-label=${`Star ${nameOfRun(run)}`}
-      aria-pressed=${run.starred ? "true" : "false"} title=${run.starred ? "Starred" : "Star"} onClick=${star}>
+  return html`<button type="button" class="icon-button star" aria-label=${t`Star ${nameOfRun(run)}`}
+      aria-pressed=${run.starred ? "true" : "false"} title=${run.starred ? t`Starred` : t`Star`} onClick=${star}>
     <${Icon} name="star" filled=${run.starred} />
   </button>`;
 }
@@ -60,5 +61,5 @@ export const removeRun = (run, onDone) =>
       await post(["runs", run.id, "restore"], { removed });
       onDone(true);
     };
-    say(`${nameOfRun(run)} was moved to the removed files.`, { undo: () => said(undo) });
+    say(t`${nameOfRun(run)} was moved to the removed files.`, { undo: () => said(undo) });
   });

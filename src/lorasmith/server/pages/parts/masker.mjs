@@ -1,5 +1,6 @@
 // A mask that is painted over a photo: bright is learnt, dark is not. By the pointer, or by a brush that keys move.
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { Button } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
 
@@ -124,9 +125,13 @@ export function Masker({ name, source, mask, onMask, onCancel }) {
   return html`<div class="masker">
     <div class="stage">
       <div class="whole" style=${{ "--ratio": ratio }}>
-        <img ref=${image} src=${source} alt=${`All of ${name}`} draggable="false" onLoad=${start} />
+        <img ref=${image} src=${source} alt=${t`All of ${name}`} draggable="false" onLoad=${start} />
         <canvas ref=${canvas} tabindex="0" role="application"
-          aria-label=${`Brush: arrows move it, Space ${isDown ? "lifts" : "lowers"} it, brackets change its size`}
+          aria-label=${
+            isDown
+              ? t`Brush: arrows move it, Space lifts it, brackets change its size`
+              : t`Brush: arrows move it, Space lowers it, brackets change its size`
+          }
           onPointerDown=${drag} onKeyDown=${press}
           onPointerMove=${(event) => {
             const box = event.currentTarget.getBoundingClientRect();

@@ -1,6 +1,7 @@
 // Pictures that become a new set of photos: dropped anywhere on the page, pasted, or chosen.
 import { get, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { go } from "../lib/router.mjs";
 import { canDrop, sorted, upload } from "../lib/uploads.mjs";
 import { slug } from "../lib/words.mjs";
@@ -14,7 +15,7 @@ const CAMERAS = new Set(
 const today = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
 
 /** The tile that makes a new set; the whole window takes drops while it is shown. */
-export function NewTile({ title = "New", text = canDrop ? "Drop pictures anywhere" : "" }) {
+export function NewTile({ title = t`New`, text = canDrop ? t`Drop pictures anywhere` : "" }) {
   const [error, setError] = useState(null);
   const take = async (files) => {
     setError(null);
@@ -27,7 +28,7 @@ export function NewTile({ title = "New", text = canDrop ? "Drop pictures anywher
   const isOver = useDrops((files) => take(files));
   return html`<div class=${`new-tile ${isOver ? "over" : ""}`}>
     <${Icon} name="plus" />
-    <p><b>${isOver ? "Let go to add them" : title}</b>${text && html`<span>${text}</span>`}</p>
+    <p><b>${isOver ? t`Let go to add them` : title}</b>${text && html`<span>${text}</span>`}</p>
     <${ChooseFiles} onFiles=${take} /><${Problem} error=${error} />
   </div>`;
 }
@@ -37,7 +38,7 @@ async function newSet(files) {
   const { pictures, refused } = await sorted(files);
   const [first] = refused;
   if (!pictures.length)
-    throw new Error(`There are no pictures among these files${first ? `: ${first.name} ${first.reason}` : ""}.`);
+    throw new Error(t`There are no pictures among these files${first ? `: ${first.name} ${first.reason}` : ""}.`);
   const folders = new Set(files.map(({ path }) => path.split("/")[0]));
   const folder = folders.size === 1 && files[0].path.includes("/") ? slug([...folders][0]) : "";
   const name = await created(folder || sharedWord(pictures) || slug(`photos ${today.format(new Date())}`));

@@ -3,6 +3,7 @@
 import { get, post, put, remove } from "../lib/api.mjs";
 import { changeDraft } from "../lib/drafts.mjs";
 import { useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { go } from "../lib/router.mjs";
 import { said, say, useStore } from "../lib/stores.mjs";
@@ -94,7 +95,7 @@ export function useCaptions({ dataset, found, images }) {
     return (sending.current = sending.current.then(send, send)); // one after the other: each has seen what came before
   }
 
-  async function replaceAll(texts, text = `${count(Object.keys(texts).length, "caption")} changed.`) {
+  async function replaceAll(texts, text = t`${count(Object.keys(texts).length, "caption")} changed.`) {
     const changed = images.filter((one) => one.file in texts);
     const before = Object.fromEntries(changed.map((one) => [one.file, captionOf(one)]));
     await store(texts, before);
@@ -108,7 +109,7 @@ export function useCaptions({ dataset, found, images }) {
     const key = `caption ${file}`;
     const before = last?.key === key ? last.before : seen;
     const undo = () => store({ [file]: before }, { [file]: caption });
-    did(dataset, `The caption of ${file} was changed.`, undo, { key, before, quiet: true });
+    did(dataset, t`The caption of ${file} was changed.`, undo, { key, before, quiet: true });
   }
 
   const changeTags = (texts, text) => said(() => replaceAll(texts, text));
@@ -141,7 +142,7 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
   async function take(files, before) {
     const added = (await said(() => upload(dataset, files, before, masked))) ?? [];
     const keys = added.map((one) => one.key);
-    if (keys.length) did(dataset, `${count(keys.length, "photo")} added.`, () => withdraw(keys));
+    if (keys.length) did(dataset, t`${count(keys.length, "photo")} added.`, () => withdraw(keys));
     if (before) renew();
   }
 
@@ -159,16 +160,16 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
       const { changed } = await put(["datasets", dataset, "controls"], { control, image });
       if (!changed) return;
       const now = `${image.replace(/\.[^.]*$/, "")}${control.replace(/^.*(?=\.)/, "")}`; // the name that it has now
-      const text = `The ${words.of} ${image} and the other one have changed places.`;
+      const text = t`The ${words.of} ${image} and the other one have changed places.`;
       const undo = () => put(["datasets", dataset, "controls"], { control: now, former: control });
-      did(dataset, changed > 1 ? text : `${image} has its ${words.other}.`, undone(undo));
+      did(dataset, changed > 1 ? text : t`${image} has its ${words.other}.`, undone(undo));
     });
 
   const removeControl = (file) =>
     changeControls(async () => {
       const { removed } = await remove(["datasets", dataset, "controls", file]);
       const undo = () => post(["datasets", dataset, "restore"], { removed, control: true });
-      did(dataset, `${file} was moved to the removed files.`, undone(undo));
+      did(dataset, t`${file} was moved to the removed files.`, undone(undo));
     });
 
   /** Notes the masks among files that were added. @param {Api.UploadAnswer} answer */
@@ -182,18 +183,18 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
         if (image) await remove(["datasets", dataset, "images", image.file, "mask"]);
         if (replaced[mask]) await post(["datasets", dataset, "restore"], { removed: replaced[mask] });
       };
-      did(dataset, `${stem} has ${replaced[mask] ? "another" : "a"} mask now.`, undone(undo));
+      did(dataset, replaced[mask] ? t`${stem} has another mask now.` : t`${stem} has a mask now.`, undone(undo));
     }
     renew();
   }
 
   /** Stores a mask that was painted, white inside. */
   async function mask({ file }, /** @type {Blob | null} */ painted) {
-    if (!painted) throw new Error("Paint what is to be learnt, then keep the mask.");
+    if (!painted) throw new Error(t`Paint what is to be learnt, then keep the mask.`);
     const body = new FormData();
     body.append("file", painted, `${file.replace(/\.[^.]*$/, "")}.mask.png`);
     const answer = await post(["datasets", dataset, "images"], body);
-    if (answer.skipped.length) throw new Error(`The mask ${answer.skipped[0].reason}.`);
+    if (answer.skipped.length) throw new Error(t`The mask ${answer.skipped[0].reason}.`);
     masked(answer);
     await trainWithMasks(dataset);
   }
@@ -203,7 +204,7 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
       const { removed } = await remove(["datasets", dataset, "images", file, "mask"]);
       did(
         dataset,
-        `The mask of ${file} was removed.`,
+        t`The mask of ${file} was removed.`,
         undone(() => post(["datasets", dataset, "restore"], { removed })),
       );
     });
@@ -251,13 +252,13 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
       return answer.file;
     };
     const file = await cropped(image.file, box);
-    did(dataset, `${image.file} was cropped.`, () => cropped(file, image.crop ?? WHOLE));
+    did(dataset, t`${image.file} was cropped.`, () => cropped(file, image.crop ?? WHOLE));
   }
 
   /** @param {Api.Draft} draft */
   async function removeAll({ name, trigger, ...chosen }) {
     const { removed } = await remove(["datasets", dataset]);
-    did(dataset, `The photos were moved to ${removed}.`, async () => {
+    did(dataset, t`The photos were moved to ${removed}.`, async () => {
       await post(["datasets", dataset, "restore"], { removed });
       await changeDraft(dataset, { name, trigger, ...chosen });
       go("new", dataset);
@@ -265,7 +266,7 @@ export function changesOf({ dataset, images, previews, hide, show, reload, renew
     go();
   }
 
-  const leaveOut = (files) => drop(files, `${files.length === 1 ? files[0] : count(files.length, "photo")} left out.`);
+  const leaveOut = (files) => drop(files, t`${files.length === 1 ? files[0] : count(files.length, "photo")} left out.`);
   return { take, pair, removeControl, drop, leaveOut, crop, mask, removeMask, removeAll };
 }
 

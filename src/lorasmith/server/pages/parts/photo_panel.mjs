@@ -1,6 +1,7 @@
 // Beside the contact sheet: what the pictures are of, what is said of the chosen ones, and what is done with all.
 import { useConflicts, useDraft } from "../lib/drafts.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { KINDS, preserving } from "../lib/kinds.mjs";
 import { counted, withTag } from "../lib/tags.mjs";
 import { count } from "../lib/words.mjs";
@@ -28,7 +29,7 @@ export function DraftText({ dataset, name, what, attributes, onInput }) {
 /** What the LoRA is called. @param such what it is called if nobody says */
 export const Named = ({ dataset, such }) => html`<span class="sheet-name">
   <${DraftText} dataset=${dataset} name="name" what="name"
-    attributes=${{ "aria-label": "Name of the LoRA", title: "Name of the LoRA", maxlength: 64, placeholder: such }} />
+    attributes=${{ "aria-label": t`Name of the LoRA`, title: t`Name of the LoRA`, maxlength: 64, placeholder: such }} />
 </span>`;
 
 /** The question of what the pictures are of, and what that asks for. */
@@ -98,7 +99,7 @@ export function ChosenPhotos(props) {
                 const texts = some.filter((one) => !captions.captionOf(one).includes("\n"));
                 captions.changeTags(
                   Object.fromEntries(texts.map((one) => [one.file, withTag(captions.captionOf(one), added)])),
-                  `“${added}” was added to ${count(texts.length, "caption")}.`,
+                  t`“${added}” was added to ${count(texts.length, "caption")}.`,
                 );
                 setAdded("");
               }}>
@@ -129,15 +130,15 @@ export function ChosenPhotos(props) {
             <${Chips} key=${`tags ${image.file}`} name=${image.file} caption=${caption}
               known=${counted(photos.images.map(captions.captionOf)).map(([name]) => name)}
               onCaption=${(text) =>
-                captions.changeTags({ [image.file]: text }, `The tags of ${image.file} were changed.`)} />
+                captions.changeTags({ [image.file]: text }, t`The tags of ${image.file} were changed.`)} />
           </details>
         `
-        : html`<p>${caption || "No words"}</p>`
+        : html`<p>${caption || t`No words`}</p>`
     }
     <p class="faint photo-facts" title=${image.file}>
-      <span class="clip">${image.file}</span>${image.crop ? " · cropped" : ""}
+      <span class="clip">${image.file}</span>${image.crop ? t` · cropped` : ""}
       ${image.width ? ` · ${image.width} × ${image.height}` : ""}
-      ${trained ? ` · trained at ${trained[0]} × ${trained[1]}` : ""}${tokens ? ` · ${count(tokens, "token")}` : ""}
+      ${trained ? t` · trained at ${trained[0]} × ${trained[1]}` : ""}${tokens ? ` · ${count(tokens, "token")}` : ""}
     </p>
     ${
       canChange &&
@@ -148,7 +149,7 @@ export function ChosenPhotos(props) {
           image.width &&
           html`
             <${Key} name="C" onClick=${() => actions.enter("crop")}>Crop<//>
-            <${Key} name="M" onClick=${() => actions.enter("mask")}>${image.mask ? "Change the mask" : "Mask"}<//>
+            <${Key} name="M" onClick=${() => actions.enter("mask")}>${image.mask ? t`Change the mask` : t`Mask`}<//>
           `
         }
       </div>`
@@ -195,8 +196,14 @@ export function AllPhotos({ images, check, captions, captioned, filter, canChang
   const alike = (check?.findings ?? []).filter((one) => one.kind === "copies" || one.kind === "look-alikes");
   const number = images.length - removedBy(alike).filter((file) => images.some((one) => one.file === file)).length;
   const enough = KINDS[kind]?.enough ?? 10;
-  const what = KINDS[kind]?.isPairs ? "pair" : "photo";
-  const some = count(number, number < images.length ? `different ${what}` : what);
+  const isFewer = number < images.length;
+  const some = KINDS[kind]?.isPairs
+    ? isFewer
+      ? count(number, "different pair")
+      : count(number, "pair")
+    : isFewer
+      ? count(number, "different photo")
+      : count(number, "photo");
   return html`<div class="panel-part">
     <h2>All photos</h2>
     <p class="faint" role="status">${captioned} of ${images.length} with a caption</p>
@@ -213,8 +220,8 @@ export function AllPhotos({ images, check, captions, captioned, filter, canChang
     <p class="faint">
       ${
         number >= enough
-          ? `${some} are a good start.`
-          : `${some}: it works with a few, and better with ${enough} or more.`
+          ? t`${some} are a good start.`
+          : t`${some}: it works with a few, and better with ${enough} or more.`
       }
     </p>
   </div>`;

@@ -1,7 +1,8 @@
 // A picture of the contact sheet, with its mask, what is trained of it, and a dot if something is remarked about it.
 import { address } from "../lib/api.mjs";
 import { html, useMemo, useRef, useState } from "../lib/html.mjs";
-import { capital } from "../lib/words.mjs";
+import { t } from "../lib/language.mjs";
+import { capital, count } from "../lib/words.mjs";
 import { Icon } from "./icons.mjs";
 
 export const THUMBNAIL = 480; // pixels
@@ -72,14 +73,14 @@ export function PhotoTile(props) {
     const kind = picture ? "pale" : (upload?.state ?? "");
     const control = words && image ? image.controls[0] : null;
     const missing =
-      words && image && (!control ? `No ${words.other}` : control.problem || (control.fixed && control.file));
-    const badge = picture ? "Left out" : upload && (upload.state === "sending" ? "Sending…" : "Waiting…");
+      words && image && (!control ? t`No ${words.other}` : control.problem || (control.fixed && control.file));
+    const badge = picture ? t`Left out` : upload && (upload.state === "sending" ? t`Sending…` : t`Waiting…`);
     const said = [
-      upload?.isBefore ? `Before: ${name}` : name,
+      upload?.isBefore ? t`Before: ${name}` : name,
       missing,
       badge,
       caption,
-      remarks && (remarks === 1 ? "1 remark" : `${remarks} remarks`),
+      remarks && count(remarks, "remark"),
     ];
     return html`<li class=${`tile ${kind} ${words ? "paired" : ""}`} role="option" data-file=${name}
         style=${{ "--ratio": ratio * (words && image ? 2 : 1) }} tabindex=${isAt ? 0 : -1}

@@ -1,6 +1,7 @@
 // The bar at the bottom of the room: a prompt, its seed, and how it is drawn.
 import { get, post } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { whole } from "../lib/words.mjs";
 import { Button, Field, Problem, isPassing, useLoaded } from "./basics.mjs";
@@ -98,7 +99,7 @@ function Bar({ run, isTraining, ideas, shown, amount, facts, onDrawn, onGrid, pr
         placeholder="What should be drawn?" onKeyDown=${(event) => event.key === "Enter" && !cannot && draw()}
         onInput=${(event) => setPrompt(event.currentTarget.value)} />
       <button type="button" class="round" aria-pressed=${isRandom ? "true" : "false"} aria-label="Random seed"
-          title=${isRandom ? "Another noise for each picture" : `Always the noise of seed ${seed}`}
+          title=${isRandom ? t`Another noise for each picture` : t`Always the noise of seed ${seed}`}
           onClick=${() => setRandom(!isRandom)}>
         <${Icon} name="dice" />
       </button>
@@ -124,17 +125,18 @@ function Bar({ run, isTraining, ideas, shown, amount, facts, onDrawn, onGrid, pr
               }
               ${saves.map(
                 (one) => html`<option key=${one.file} value=${one.file}>
-                  Step ${whole(one.step)}${one.file === run.recommended?.file ? " (recommended)" : ""}
+                  Step ${whole(one.step)}${one.file === run.recommended?.file ? t` (recommended)` : ""}
                 </option>`,
               )}
             </select>`}
           <//>`
         }
-        <${Field} label="Exact strength" error=${hasStrength ? null : `Must be a number from ${least} to ${GREATEST}.`}>
+        <${Field} label="Exact strength"
+            error=${hasStrength ? null : t`Must be a number from ${least} to ${GREATEST}.`}>
           ${(attributes) => html`<input ...${attributes} type="text" inputmode="decimal" value=${strength}
             placeholder=${String(amount || 1)} onInput=${(event) => setStrength(event.currentTarget.value)} />`}
         <//>
-        <${Field} label="Seed" error=${hasSeed ? null : `Must be a whole number from 0 to ${MOST_SEED}.`}>
+        <${Field} label="Seed" error=${hasSeed ? null : t`Must be a whole number from 0 to ${MOST_SEED}.`}>
           ${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${seed}
             onInput=${(event) => {
               setSeed(event.currentTarget.value);
@@ -188,11 +190,11 @@ function PictureZone({ picture, isNeeded, onPicture }) {
       }}>
     ${picture && html`<img src=${picture.preview} alt="Picture to edit" />`}
     <span>
-      ${picture ? picture.name : "Drop the picture to edit here"}
+      ${picture ? picture.name : t`Drop the picture to edit here`}
       ${!isNeeded && !picture && html` <span class="faint">(optional)</span>`}
     </span>
     <${Button} class="small" onClick=${() => input.current.click()}>
-        ${picture ? "Choose another" : "Choose a picture"}<//>
+        ${picture ? t`Choose another` : t`Choose a picture`}<//>
     ${picture && html`<${Button} class="small" onClick=${() => onPicture(null)}>Take it away<//>`}
     <input ref=${input} type="file" accept=${accept} hidden
       onChange=${(event) => {

@@ -1,5 +1,6 @@
 // What is remarked about the photos: a chip each, and in words for the one that is chosen; what mends it can be undone.
 import { html } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { useStore } from "../lib/stores.mjs";
 import { canDrop, leftOut } from "../lib/uploads.mjs";
 import { count, whole } from "../lib/words.mjs";
@@ -11,40 +12,59 @@ const NAMED = 3;
 const CHOSEN = ["odd ones out", "tiny pictures", "blurred pictures"];
 const GRAVITY = ["problem", "warning", "remark"];
 
-const named = (files) =>
-  files.length > NAMED + 1
-    ? `${files.slice(0, NAMED).join(", ")} and ${files.length - NAMED} others`
-    : files.join(", ").replace(/, ([^,]*)$/, " and $1");
-const are = (files) => (files.length === 1 ? "is" : "are");
+const named = (files) => {
+  if (files.length > NAMED + 1) return t`${files.slice(0, NAMED).join(", ")} and ${files.length - NAMED} others`;
+  return files.length < 2 ? files.join("") : t`${files.slice(0, -1).join(", ")} and ${files.at(-1)}`;
+};
 
 /** By kind of the finding: what its chip says, and what is better than its message; {number} is that of photos. */
 const WORDS = {
-  "empty pictures": ["{number} empty"],
-  "tiny pictures": ["{number} tiny", (files) => `${named(files)} ${are(files)} tiny and will look blurred.`],
-  "enlarged pictures": ["{number} small", (files) => `${named(files)} ${are(files)} small and will be a little soft.`],
-  "blurred pictures": ["{number} blurred", (files) => `${named(files)} ${are(files)} blurred, which is learnt, too.`],
-  "cut pictures": ["{number} cut", (files) => `${named(files)} will lose their edges. Crop them to what matters.`],
-  copies: ["{number} twice", () => "These are in the set already. Keep one of each."],
-  "look-alikes": [
-    "{number} alike",
-    () => "Nearly the same as another one. Keep one, unless the difference matters to you.",
-  ],
-  "much alike": ["Much alike"],
-  "odd ones out": ["{number} different", () => "Do these show the same as the others?"],
-  "unchanged pairs": ["{number} unchanged"],
-  "swapped pairs": ["{number} swapped?"],
-  "other aspects": ["{number} of another shape"],
-  "missing captions": [
-    "{number} without words",
+  "empty pictures": [t`{number} empty`],
+  "tiny pictures": [
+    t`{number} tiny`,
     (files) =>
-      `${named(files)} ${are(files)} without words. Say what ${files.length === 1 ? "it shows" : "each shows"}.`,
+      files.length === 1
+        ? t`${files[0]} is tiny and will look blurred.`
+        : t`${named(files)} are tiny and will look blurred.`,
   ],
-  "empty captions": ["{number} with empty words"],
-  "equal captions": ["{number} with the same words", () => "Say in each what only that picture shows."],
-  "long captions": ["{number} too long"],
-  "known trigger": ["A known word"],
-  "dropped captions": ["Few words"],
-  "shared tags": ["Shared tags"],
+  "enlarged pictures": [
+    t`{number} small`,
+    (files) =>
+      files.length === 1
+        ? t`${files[0]} is small and will be a little soft.`
+        : t`${named(files)} are small and will be a little soft.`,
+  ],
+  "blurred pictures": [
+    t`{number} blurred`,
+    (files) =>
+      files.length === 1
+        ? t`${files[0]} is blurred, which is learnt, too.`
+        : t`${named(files)} are blurred, which is learnt, too.`,
+  ],
+  "cut pictures": [t`{number} cut`, (files) => t`${named(files)} will lose their edges. Crop them to what matters.`],
+  copies: [t`{number} twice`, () => t`These are in the set already. Keep one of each.`],
+  "look-alikes": [
+    t`{number} alike`,
+    () => t`Nearly the same as another one. Keep one, unless the difference matters to you.`,
+  ],
+  "much alike": [t`Much alike`],
+  "odd ones out": [t`{number} different`, () => t`Do these show the same as the others?`],
+  "unchanged pairs": [t`{number} unchanged`],
+  "swapped pairs": [t`{number} swapped?`],
+  "other aspects": [t`{number} of another shape`],
+  "missing captions": [
+    t`{number} without words`,
+    (files) =>
+      files.length === 1
+        ? t`${files[0]} is without words. Say what it shows.`
+        : t`${named(files)} are without words. Say what each shows.`,
+  ],
+  "empty captions": [t`{number} with empty words`],
+  "equal captions": [t`{number} with the same words`, () => t`Say in each what only that picture shows.`],
+  "long captions": [t`{number} too long`],
+  "known trigger": [t`A known word`],
+  "dropped captions": [t`Few words`],
+  "shared tags": [t`Shared tags`],
 };
 const CHANGES = /^(make|turn|change|add|remove|convert|replace|put|transform|give)\b/i; // captions that name a change
 
@@ -61,35 +81,33 @@ export function remarksOf({ check, images, captionOf, isNameless, words, taker, 
   const found = [];
   if (isNameless)
     found.push({
-      chip: "No name yet",
+      chip: t`No name yet`,
       severity: "problem",
-      text: "What will you call it in prompts? Answer that, or say in words what each photo shows.",
+      text: t`What will you call it in prompts? Answer that, or say in words what each photo shows.`,
     });
   const lacking = words ? images.filter((one) => !one.controls.length).map((one) => one.file) : [];
   if (lacking.length)
     found.push({
-      chip: `${lacking.length} without ${words.other}`,
+      chip: t`${lacking.length} without ${words.other}`,
       severity: "problem",
       files: lacking,
       text:
-        `${count(lacking.length, "picture has", "pictures have")} no ${words.other} yet. ` +
-        `${canDrop ? "Drop" : "Add"} them on the left.`,
+        t`${count(lacking.length, "picture has", "pictures have")} no ${words.other} yet.` +
+        (canDrop ? t` Drop them on the left.` : t` Add them on the left.`),
     });
   if (taker)
     found.push({
-      chip: "Cannot edit",
+      chip: t`Cannot edit`,
       severity: "problem",
-      text:
-        `${taker} cannot edit pictures. Choose one that can, make it a slider, or train on the “after” pictures ` +
-        "alone.",
+      text: t`${taker} cannot edit pictures. Choose one that can, make it a slider, or train on “after” alone.`,
     });
   const asking = isSlider ? images.filter((one) => CHANGES.test(captionOf(one))).map((one) => one.file) : [];
   if (asking.length)
     found.push({
-      chip: `${asking.length} name the change`,
+      chip: t`${asking.length} name the change`,
       severity: "warning",
       files: asking,
-      text: "Say what both pictures show: the strength of the LoRA makes the change, not its words.",
+      text: t`Say what both pictures show: the strength of the LoRA makes the change, not its words.`,
     });
   const skipped = check?.skipped ?? [];
   for (const one of check?.findings ?? []) {
@@ -100,7 +118,7 @@ export function remarksOf({ check, images, captionOf, isNameless, words, taker, 
     found.push({
       ...one,
       chip:
-        one.kind === "unused files" ? `${number} not used` : (chip ?? one.title).replace("{number}", String(number)),
+        one.kind === "unused files" ? t`${number} not used` : (chip ?? one.title).replace("{number}", String(number)),
       text: text?.(one.files) ?? one.message,
       details: one.kind === "unused files" ? skipped : [],
     });
@@ -137,7 +155,7 @@ export function Remarks({ dataset, remarks, number, chosen, check, onFix, onChoo
   const leave = shown && onFix && (CHOSEN.includes(shown.kind) ? shown.files : shown.removes);
   return html`
     ${remarks.map((one) => chip(one))}
-    ${files.length > 0 && chip({ chip: "not added", severity: "remark" }, `${count(files.length, "file")} not added`)}
+    ${files.length > 0 && chip({ chip: "not added", severity: "remark" }, t`${count(files.length, "file")} not added`)}
     ${
       onFix &&
       fixable.length > 0 &&

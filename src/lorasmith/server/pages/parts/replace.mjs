@@ -1,5 +1,6 @@
 // Find and replace in all captions.
 import { html, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { count } from "../lib/words.mjs";
 import { Button, Dialog, Field, Problem } from "./basics.mjs";
 
@@ -39,7 +40,7 @@ export function Replace({ images, captionOf, onReplace, onClose }) {
         letters matter
       </label>
       <p role="status" class="faint">
-        ${find ? `In ${count(number, "caption")}.` : "It searches the captions of all photos."}
+        ${find ? t`In ${count(number, "caption")}.` : t`It searches the captions of all photos.`}
       </p>
       ${
         sample &&

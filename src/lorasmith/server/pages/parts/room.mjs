@@ -1,6 +1,7 @@
 // The room for the pictures of a run, while it trains and afterwards: one picture, its steps, its strength, a prompt.
 import { fileOfRun, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, said, say } from "../lib/stores.mjs";
 import { capital } from "../lib/words.mjs";
@@ -97,10 +98,10 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
   ];
   const beside = scene?.given.find((one) => one.title === given);
   const left = !steps.length ? null : (beside?.file ?? scene?.base ?? null);
-  const leftTitle = beside ? capital(beside.title) : "Without";
+  const leftTitle = beside ? capital(beside.title) : t`Without`;
   const rightTitle = !steps.length
-    ? "Without your LoRA"
-    : [step === null ? "With it" : `Step ${step}`, ...(at === 1 ? [] : [`strength ${Number(at.toFixed(2))}`])].join(
+    ? t`Without your LoRA`
+    : [step === null ? t`With it` : t`Step ${step}`, ...(at === 1 ? [] : [t`strength ${Number(at.toFixed(2))}`])].join(
         ", ",
       );
 
@@ -123,11 +124,11 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
   useEffect(() => {
     const last = shots.at(-1)?.step ?? null;
     if (isRunning && newest.current !== null && last !== newest.current)
-      announcement.set(`A new picture, of step ${last}.`);
+      announcement.set(t`A new picture, of step ${last}.`);
     newest.current = last;
   }, [shots.length]);
   useEffect(() => {
-    if (key && scene?.key === key) announcement.set(`Shown: ${scene.prompt}`);
+    if (key && scene?.key === key) announcement.set(t`Shown: ${scene.prompt}`);
   }, [key, scene?.key]);
   useEffect(() => {
     for (const one of strengths) new Image().src = layer(one); // so that dragging shows them at once
@@ -192,7 +193,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
       ${
         scene &&
         html`<p class="studio-prompt faint" role="status">
-          ${tries.some((one) => one.files.length < 2 && (one.job ? isActive(one.job) : !one.error)) ? "Drawing… " : ""}
+          ${tries.some((one) => one.files.length < 2 && (one.job ? isActive(one.job) : !one.error)) ? t`Drawing… ` : ""}
           ${scene.prompt}${scene.note ? ` · ${sentence(scene.note)}` : ""}</p>`
       }
       ${
@@ -210,7 +211,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
                       ...(subject ? {} : { subject: prompt }),
                     });
                     setKey(`grid ${withSubject(prompt)}`);
-                    say("It is drawn with the LoRA of each step.");
+                    say(t`It is drawn with the LoRA of each step.`);
                   })
           } />`
       }
@@ -262,8 +263,8 @@ function Evaluating({ job }) {
     <p>
       ${
         job.state === "running"
-          ? "Finding out which step is best."
-          : "Which step is best is found out when nothing else is to be done."
+          ? t`Finding out which step is best.`
+          : t`Which step is best is found out when nothing else is to be done.`
       }
     </p>
     ${job.state === "running" && html`<${JobProgress} job=${job} label="Finding the best step" />`}
@@ -304,10 +305,10 @@ function Tiles({ title, shown, tries, scenes, run, best, grids, onScene }) {
         const one = tries.find((other) => scene.key === `try ${other.id}`);
         return html`<li key=${scene.key}>
           <button type="button" class="scene-tile" aria-pressed=${scene.key === shown?.key} title=${scene.prompt}
-              aria-label=${`${scene.prompt || "No prompt"}${one ? `, seed ${one.seed}` : ""}`}
+              aria-label=${`${scene.prompt || t`No prompt`}${one ? t`, seed ${one.seed}` : ""}`}
               onClick=${() => onScene(scene)}>
             ${file && html`<img src=${fileOfRun(run.id, file)} alt="" loading="lazy" />`}
-            <span>${scene.prompt || "No prompt"}</span>
+            <span>${scene.prompt || t`No prompt`}</span>
           </button>
           ${one?.job && isActive(one.job) && html`<${Waiting} one=${one} isBegun />`}
         </li>`;
@@ -322,9 +323,9 @@ function Waiting({ one, isBegun = false }) {
   useEvents(job?.state === "running" && one.files ? `jobs/${job.id}` : null, {
     progress: ({ files }) => files && heardFiles(job.id, files),
   });
-  const error = one.error ?? (job?.state === "failed" ? (job.error?.message ?? "It failed") : "");
+  const error = one.error ?? (job?.state === "failed" ? (job.error?.message ?? t`It failed`) : "");
   return html`<div class=${isBegun ? "drawn-rest" : "drawn-waiting"}>
-    ${!isBegun && html`<b>${one.prompt || "No prompt"}</b>`}
+    ${!isBegun && html`<b>${one.prompt || t`No prompt`}</b>`}
     ${error && html`<${Problem} error=${{ message: sentence(error) }} />`}
     ${!job && !error && html`<span class="faint" role="status">Takes a moment; training goes on afterwards.</span>`}
     ${job?.state === "pending" && html`<span class="faint" role="status">It waits for its turn.</span>`}
@@ -333,7 +334,7 @@ function Waiting({ one, isBegun = false }) {
       job &&
       isActive(job) &&
       html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>
-        ${isBegun ? "Enough" : "Cancel"}
+        ${isBegun ? t`Enough` : t`Cancel`}
       <//>`
     }
   </div>`;

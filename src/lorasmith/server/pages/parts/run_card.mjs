@@ -1,6 +1,7 @@
 // A run as its picture: what it is called, and a tile of it.
 import { fileOfRun } from "../lib/api.mjs";
 import { html } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { link } from "../lib/router.mjs";
 import { stateWords, whole } from "../lib/words.mjs";
 import { Star } from "./marks.mjs";
@@ -16,7 +17,7 @@ export const nameOfRun = (run) => run.label || run.id.split("/").pop();
 export const shortName = (run) => nameOfRun(run).replace(/-001$/, "");
 
 /** What it was learnt with: a model of its own name, or the built-in one. */
-const modelWords = (model) => (model === BUILT_IN ? "built-in model" : model);
+const modelWords = (model) => (model === BUILT_IN ? t`built-in model` : model);
 
 /**
  * A run of the wall: its best picture, with its words on it.
@@ -39,5 +40,5 @@ export function Cover({ run, state, onChange }) {
 
 export const stepsOf = (run) =>
   run.step === run.steps || !run.steps
-    ? `${whole(run.step ?? 0)} steps`
-    : `${whole(run.step ?? 0)} of ${whole(run.steps)} steps`;
+    ? t`${whole(run.step ?? 0)} steps`
+    : t`${whole(run.step ?? 0)} of ${whole(run.steps)} steps`;

@@ -2,6 +2,7 @@
 import { get, post, put, remove } from "../lib/api.mjs";
 import { isOnItsWay, sendModel } from "../lib/downloads.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { announcement, said, say } from "../lib/stores.mjs";
 import { canDrop } from "../lib/uploads.mjs";
 import { bytes, capital, cardFor, duration, sum } from "../lib/words.mjs";
@@ -59,8 +60,8 @@ export const timeWords = (seconds) =>
   seconds === null || seconds === undefined
     ? null
     : seconds > DAY_S
-      ? "Not for this computer: days"
-      : `${capital(duration(seconds, { about: true }))} for a LoRA`;
+      ? t`Not for this computer: days`
+      : t`${capital(duration(seconds, { about: true }))} for a LoRA`;
 
 /** What a model can do besides drawing pictures, and whether it is the one for this computer. */
 export const Marks = ({ best, edits, clips }) => html`<span class="model-marks">
@@ -81,7 +82,7 @@ function ReleaseCard({ release, isBest, memory, download, onGet, onChange }) {
     <p class="faint">${bytes(sum(missing.map((one) => one.size_bytes)))} to download</p>
     <p class="faint">
       <a href=${release.card} target="_blank" rel="noreferrer">${release.licence}</a>
-      ${release.gated ? " (to be accepted first)" : ""}
+      ${release.gated ? t` (to be accepted first)` : ""}
     </p>
     ${
       here.length > 0 &&
@@ -91,7 +92,7 @@ function ReleaseCard({ release, isBest, memory, download, onGet, onChange }) {
       </p>`
     }
     <${Getting} download=${download} onChange=${onChange} of=${`: ${release.title}`}
-      what=${kept ? "Continue" : "Get it"}
+      what=${kept ? t`Continue` : t`Get it`}
       onGet=${() => onGet({ kind: "release", name: release.name })}>
       ${kept > 0 && html`<span class="faint">${bytes(kept)} are here</span>`}
     <//>
@@ -99,14 +100,14 @@ function ReleaseCard({ release, isBest, memory, download, onGet, onChange }) {
 }
 
 const partWords = (part) =>
-  part === "denoiser" ? "model" : part === "vae" ? "autoencoder" : part.replaceAll("_", " ");
+  part === "denoiser" ? t`model` : part === "vae" ? t`autoencoder` : part.replaceAll("_", " ");
 
 function needWords({ seconds, least_memory_bytes: least }, memory) {
-  if (memory?.fits === false) return `Too large for this machine: needs ${cardFor(memory.memory_bytes)}`;
-  const slow = memory?.encoders_fit === false ? "; captions take seconds each" : "";
+  if (memory?.fits === false) return t`Too large for this machine: needs ${cardFor(memory.memory_bytes)}`;
+  const slow = memory?.encoders_fit === false ? t`; captions take seconds each` : "";
   const time = timeWords(seconds);
-  if (seconds > DAY_S && least) return `${time}. Needs ${cardFor(least)}`;
-  return time ? time + slow : memory?.fits ? `Fits into the memory of this machine${slow}` : "";
+  if (seconds > DAY_S && least) return t`${time}. Needs ${cardFor(least)}`;
+  return time ? time + slow : memory?.fits ? t`Fits into the memory of this machine${slow}` : "";
 }
 
 /** A button that starts a download, how far it is, or why it ended. */
@@ -145,19 +146,19 @@ function DownloadState({ download, onChange }) {
   const total = download.total_bytes;
   const doing =
     state === "waiting"
-      ? "Waits for another download"
+      ? t`Waits for another download`
       : !total
-        ? "Asking the hub"
+        ? t`Asking the hub`
         : download.is_checking
-          ? `Checking ${file}`
-          : `${bytes(download.done_bytes)} of ${bytes(total)}` +
-            (download.bytes_per_s ? ` · ${bytes(download.bytes_per_s)} a second` : "");
+          ? t`Checking ${file}`
+          : t`${bytes(download.done_bytes)} of ${bytes(total)}` +
+            (download.bytes_per_s ? t` · ${bytes(download.bytes_per_s)} a second` : "");
   return html`<div class="download">
-    <${Progress} value=${total ? download.done_bytes : null} max=${total} label=${`Download of ${title}`} />
+    <${Progress} value=${total ? download.done_bytes : null} max=${total} label=${t`Download of ${title}`} />
     <div class="actions spread">
       <span class="faint">${doing}</span>
       <${Button} class="small" onClick=${act(() => post(["downloads", id, "cancel"]))}
-          aria-label=${`Cancel the download of ${title}`}>
+          aria-label=${t`Cancel the download of ${title}`}>
         Cancel
       <//>
     </div>
@@ -175,13 +176,13 @@ export function GetDialog({ wanted, onStarted, onClose }) {
       setFailure(refused);
       return;
     }
-    announcement.set("The download has started.");
+    announcement.set(t`The download has started.`);
     onStarted();
     onClose();
   };
   const left = sum((found?.files ?? []).map((one) => one.size_bytes - one.kept_bytes));
   const isFull = found && left > found.free_bytes;
-  return html`<${Dialog} title=${found ? `Get ${found.title}` : "Get a model"} onClose=${onClose}>
+  return html`<${Dialog} title=${found ? t`Get ${found.title}` : t`Get a model`} onClose=${onClose}>
     ${
       !found &&
       !error &&
@@ -204,7 +205,11 @@ export function GetDialog({ wanted, onStarted, onClose }) {
                 <b>${one.file}</b><span class="faint">${one.repository}, into ${one.folder}</span>
               </span>
               <span class="nowrap">
-                ${one.kept_bytes ? `${bytes(one.size_bytes - one.kept_bytes)} of ` : ""}${bytes(one.size_bytes)}
+                ${
+                  one.kept_bytes
+                    ? t`${bytes(one.size_bytes - one.kept_bytes)} of ${bytes(one.size_bytes)}`
+                    : bytes(one.size_bytes)
+                }
               </span>
             </li>`,
           )}
@@ -212,7 +217,7 @@ export function GetDialog({ wanted, onStarted, onClose }) {
         <p class=${isFull ? "fair" : "faint"}>
           ${
             isFull
-              ? `${bytes(left)} do not fit: the disk has ${bytes(found.free_bytes)} free.`
+              ? t`${bytes(left)} do not fit: the disk has ${bytes(found.free_bytes)} free.`
               : html`The disk has ${bytes(found.free_bytes)} free.
                 Each file is checked against the hub's SHA-256 before it is used.`
           }
@@ -237,11 +242,12 @@ const NoNetwork = ({ files, onAgain }) => html`
   <div role="alert">
     <p>No internet just now. Try again, or add the files yourself:</p>
     <ul>
-      ${files.map(
-        ({ file, page, folder }) => html`<li key=${`${page} ${file}`}>
-          <b>${file}</b> of <a href=${page} target="_blank" rel="noreferrer">${page}</a> into <code>${folder}</code>
-        </li>`,
-      )}
+      ${files.map(({ file, page, folder }) => {
+        const source = html`<a href=${page} target="_blank" rel="noreferrer">${page}</a>`;
+        return html`<li key=${`${page} ${file}`}>
+            ${html`<b>${file}</b>`} of ${source} into ${html`<code>${folder}</code>`}
+          </li>`;
+      })}
     </ul>
   </div>
   <div class="actions end"><${Button} kind="primary" onClick=${onAgain}>Try again<//></div>
@@ -271,8 +277,8 @@ function Gated({ error, onAgain }) {
       <li>
         ${
           hasToken
-            ? "Use the token of that account: the one that is stored has no access yet."
-            : "Make an access token there (Settings, Access Tokens, Read), and paste it here."
+            ? t`Use the token of that account: the one that is stored has no access yet.`
+            : t`Make an access token there (Settings, Access Tokens, Read), and paste it here.`
         }
       </li>
     </ol>
@@ -301,7 +307,7 @@ export function OwnFile({ place, onAdded }) {
     setShare(0);
     try {
       const added = await sendModel(file, setShare);
-      say(`${added.file} is in ${added.place}.`);
+      say(t`${added.file} is in ${added.place}.`);
       onAdded();
     } catch (failure) {
       setError(failure);
@@ -328,11 +334,11 @@ export function OwnFile({ place, onAdded }) {
           ${
             share === null
               ? canDrop
-                ? "Drop a checkpoint or a part of a model here (.safetensors, .gguf)"
-                : "A checkpoint or a part of a model (.safetensors, .gguf)"
+                ? t`Drop a checkpoint or a part of a model here (.safetensors, .gguf)`
+                : t`A checkpoint or a part of a model (.safetensors, .gguf)`
               : share < 1
-                ? `${Math.round(100 * share)} % are copied`
-                : "Looking what it holds…"
+                ? t`${Math.round(100 * share)} % are copied`
+                : t`Looking what it holds…`
           }
         </span>
       </p>
@@ -348,7 +354,8 @@ export function OwnFile({ place, onAdded }) {
     ${share !== null && html`<${Progress} value=${share} max=${1} label="Copying the model" />`}
     <${Problem} error=${error} />
     <p class="faint">
-      It is copied into the model folders. Without a copy: put it into <code>${place}</code> yourself, and look again.
+      It is copied into the model folders. Without a copy: put it
+      into ${html`<code>${place}</code>`} yourself, and look again.
     </p>
   `;
 }

@@ -1,5 +1,6 @@
 // One picture as large as its place, with that of the base model under a divider.
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { Slider } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
 
@@ -38,7 +39,7 @@ export function Stage({ left, layers, titles, prompt, fades = false, children })
           <span class="easel-pill" aria-hidden="true">${titles[0]}</span>
           <span class="easel-pill right" aria-hidden="true">${titles[1]}</span>
           <input type="range" min="0" max="100" value=${at}
-            aria-label=${`Divider: ${titles[0]} on its left, ${titles[1]} on its right`}
+            aria-label=${t`Divider: ${titles[0]} on its left, ${titles[1]} on its right`}
             aria-valuetext=${`${at} % ${titles[0]}`} onInput=${(event) => setAt(Number(event.currentTarget.value))} />
         `
       }
@@ -81,15 +82,15 @@ export function Strip({ shots, step, best, total, onStep }) {
     <div class="steps-strip" ref=${strip} role="group" aria-label="Pictures by step" onKeyDown=${turn}>
       ${shots.map(
         (one) => html`<button type="button" key=${one.step} class="strip-shot" aria-pressed=${one.step === step}
-            aria-label=${`Step ${one.step}${one.step === best ? ", recommended" : ""}`} title=${`Step ${one.step}`}
-            onClick=${() => onStep(one.step)}>
+            aria-label=${one.step === best ? t`Step ${one.step}, recommended` : t`Step ${one.step}`}
+            title=${t`Step ${one.step}`} onClick=${() => onStep(one.step)}>
           ${one.src ? html`<img src=${one.src} alt="" loading="lazy" />` : html`<span class="faint">${one.step}</span>`}
           ${one.step === best && html`<span class="best-mark"><${Icon} name="check" /></span>`}
         </button>`,
       )}
     </div>
     <p class="faint strip-words">
-      ${step === null || step === undefined ? "" : `${step}${total ? ` of ${total}` : ""}`}
+      ${step === null || step === undefined ? "" : total ? t`${step} of ${total}` : step}
     </p>
   </div>`;
 }
@@ -113,7 +114,7 @@ export function StrengthSlider({ strengths, amount, onAmount, onRest, children }
     ${
       strengths.length > 1
         ? html`<${Slider} label="Strength" min=${strengths[0]} max=${strengths.at(-1)} step="any" value=${amount}
-            words=${amount === 0 ? "without" : String(Number(amount.toFixed(2)))} onInput=${onAmount}
+            words=${amount === 0 ? t`without` : String(Number(amount.toFixed(2)))} onInput=${onAmount}
             onChange=${() => onRest(null)} />`
         : html`<span class="faint">Strength ${amount}</span>`
     }

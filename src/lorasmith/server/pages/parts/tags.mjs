@@ -1,5 +1,6 @@
 // Tags as chips: those of one caption, and those of all.
 import { html, useId, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { counted, hasTag, tagsOf, withTag, withoutTag } from "../lib/tags.mjs";
 import { count } from "../lib/words.mjs";
 import { Button } from "./basics.mjs";
@@ -23,11 +24,11 @@ export function Chips({ name, caption, known, onCaption }) {
   };
   if (caption.includes("\n")) return html`<p class="faint">These are several captions, a line each.</p>`;
   return html`<div class="chips-field">
-    <ul class="chips" aria-label=${`Tags of ${name}`}>
+    <ul class="chips" aria-label=${t`Tags of ${name}`}>
       ${tags.map(
         (tag, index) => html`<li class="chip" key=${`${index} ${tag}`}>
           <span>${tag}</span>
-          <button type="button" aria-label=${`Remove the tag ${tag}`}
+          <button type="button" aria-label=${t`Remove the tag ${tag}`}
               onClick=${() => onCaption(withoutTag(caption, tag))}>
             <${Icon} name="close" />
           </button>
@@ -89,13 +90,14 @@ export function TagList({ images, captionOf, chosen, onChoose, onChange }) {
       onChange &&
       html`<div class="actions">
         <${Button} class="small"
-            onClick=${() => onChange(changed(having, withoutTag), `“${chosen}” was removed from ${captions(having)}.`)}>
+            onClick=${() =>
+              onChange(changed(having, withoutTag), t`“${chosen}” was removed from ${captions(having)}.`)}>
           Remove it from ${captions(having)}
         <//>
         ${
           lacking.length > 0 &&
           html`<${Button} class="small"
-              onClick=${() => onChange(changed(lacking, withTag), `“${chosen}” was added to ${captions(lacking)}.`)}>
+              onClick=${() => onChange(changed(lacking, withTag), t`“${chosen}” was added to ${captions(lacking)}.`)}>
             Add it to the other ${lacking.length}
           <//>`
         }

@@ -1,6 +1,7 @@
 // Runs beside one another: the same prompt from the same noise, large, under a divider.
 import { fileOfRun, get } from "../lib/api.mjs";
 import { html, useMemo, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { link } from "../lib/router.mjs";
 import { measured, valueWords, whole } from "../lib/words.mjs";
 import { Drawer, Loading, Panel, Problem, useLoaded } from "../parts/basics.mjs";
@@ -46,7 +47,7 @@ function Compared({ runs }) {
     const file = side === "base" ? scene.base : pictureAt(scene, step, nearest(strengths, 1));
     return file && fileOfRun(runs[place].id, file);
   };
-  const titleOf = (side) => (side === "base" ? "Without" : names[Number(side)]);
+  const titleOf = (side) => (side === "base" ? t`Without` : names[Number(side)]);
   const [left, right] = sides.map(shot);
   const choose = (place, side) => setSides((before) => before.map((one, index) => (index === place ? side : one)));
   return html`<div class="studio compared">
@@ -56,12 +57,12 @@ function Compared({ runs }) {
           ? html`<${Stage} left=${left} layers=${[{ src: right, share: 1 }]} titles=${sides.map(titleOf)}
               prompt=${prompt} />`
           : html`<div class="easel-place"><p class="easel-words">
-              ${prompts.length ? "It did not draw this prompt." : "They have drawn nothing."}</p></div>`
+              ${prompts.length ? t`It did not draw this prompt.` : t`They have drawn nothing.`}</p></div>`
       }
     </div>
     <div class="studio-tools">
       <div class="sides">
-        ${["Left", "Right"].map(
+        ${[t`Left`, t`Right`].map(
           (label, place) => html`<label key=${label}>
             <span>${label}</span>
             <select value=${sides[place]} onChange=${(event) => choose(place, event.currentTarget.value)}>
@@ -82,24 +83,24 @@ function Compared({ runs }) {
           ${prompts.map(
             (one) => html`<button type="button" class="chip" key=${one} aria-pressed=${one === prompt}
                 onClick=${() => setPrompt(one)}>
-              ${one || "No prompt"}
+              ${one || t`No prompt`}
             </button>`,
           )}
         </div>`
       }
     </div>
-    <${Panel} title=${runs.length > 1 ? "Which one do you like?" : "Compare it with another"}>
-      <h1 class="verdict">${runs.length > 1 ? "Which one do you like?" : "Compare it with another"}</h1>
+    <${Panel} title=${runs.length > 1 ? t`Which one do you like?` : t`Compare it with another`}>
+      <h1 class="verdict">${runs.length > 1 ? t`Which one do you like?` : t`Compare it with another`}</h1>
       <section class="scenes" aria-label="Compared">
         <ul>
           ${runs.map(
             (run, index) => html`<li key=${run.id}>
               <button type="button" class="scene-tile" aria-pressed=${sides[1] === String(index)}
-                  aria-label=${`Show ${names[index]} on the right`} onClick=${() => choose(1, String(index))}>
+                  aria-label=${t`Show ${names[index]} on the right`} onClick=${() => choose(1, String(index))}>
                 ${shot(String(index)) && html`<img src=${shot(String(index))} alt="" loading="lazy" />`}
                 <span>${names[index]}</span>
               </button>
-              <a href=${link("runs", run.id)} aria-label=${`Open it: ${names[index]}`}>Open it</a>
+              <a href=${link("runs", run.id)} aria-label=${t`Open it: ${names[index]}`}>Open it</a>
             </li>`,
           )}
         </ul>
@@ -185,7 +186,7 @@ function ComparedCurves({ runs, names }) {
         </label>`
       }
     </div>
-    <${Curves} key=${what} lines=${lines} label=${`Loss of ${names.join(", ")} over steps`} />
+    <${Curves} key=${what} lines=${lines} label=${t`Loss of ${names.join(", ")} over steps`} />
   </section>`;
 }
 
@@ -196,7 +197,7 @@ function Table({ title, runs, names, rows, none }) {
     ${
       !rows.length
         ? html`<p class="faint">${none}</p>`
-        : html`<div class="scroll" tabindex="0" role="region" aria-label=${`${title}, as a table`}>
+        : html`<div class="scroll" tabindex="0" role="region" aria-label=${t`${title}, as a table`}>
           <table>
             <thead><tr><td></td>${names.map((name) => html`<th scope="col" key=${name}>${name}</th>`)}</tr></thead>
             <tbody>
@@ -215,13 +216,13 @@ function Table({ title, runs, names, rows, none }) {
 
 function outcomes(runs) {
   const rows = [
-    ["State", (run) => run.status],
-    ["Steps", (run) => whole(run.step)],
-    ["Model", (run) => run.model],
-    ["Training loss", (run) => (run.loss === null ? "–" : measured(run.loss))],
-    ["Lowest held-out loss", (run) => (run.held_out === null ? "–" : measured(run.held_out))],
-    ["Best step", (run) => (run.best_step === null ? "–" : whole(run.best_step))],
-    ["Verdict", (run) => run.verdict],
+    [t`State`, (run) => run.status],
+    [t`Steps`, (run) => whole(run.step)],
+    [t`Model`, (run) => run.model],
+    [t`Training loss`, (run) => (run.loss === null ? "–" : measured(run.loss))],
+    [t`Lowest held-out loss`, (run) => (run.held_out === null ? "–" : measured(run.held_out))],
+    [t`Best step`, (run) => (run.best_step === null ? "–" : whole(run.best_step))],
+    [t`Verdict`, (run) => run.verdict],
   ];
   return rows.map(([name, of]) => [name, runs.map(of)]);
 }

@@ -2,6 +2,7 @@
 import { fileOfRun, get, post } from "../lib/api.mjs";
 import { currentDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { go, link } from "../lib/router.mjs";
 import { said, useStore, work } from "../lib/stores.mjs";
 import { capital, whole } from "../lib/words.mjs";
@@ -26,10 +27,10 @@ const EXAMPLE = "fox";
 const AGAIN_MS = 1000;
 
 const KINDS = {
-  subject: "Subjects",
-  style: "Styles",
-  edit: "Edits",
-  slider: "Sliders",
+  subject: t`Subjects`,
+  style: t`Styles`,
+  edit: t`Edits`,
+  slider: t`Sliders`,
 };
 
 export function HomeView() {
@@ -77,9 +78,9 @@ function Wall({ runs, jobs, trains, live, reload }) {
   const shown = runs.filter(isShown).sort((a, b) => Number(b.starred) - Number(a.starred));
   const kinds = Object.keys(KINDS).filter((one) => runs.some((run) => run.teaches === one));
   const chips = [
-    ["", "All"],
+    ["", t`All`],
     ...(kinds.length > 1 ? kinds.map((one) => [one, KINDS[one]]) : []),
-    ...(runs.some((run) => run.starred) ? [["starred", "Starred"]] : []),
+    ...(runs.some((run) => run.starred) ? [["starred", t`Starred`]] : []),
   ];
   return html`
     <h1 class="unseen">My LoRAs</h1>
@@ -168,14 +169,14 @@ function Learning({ job, run }) {
   if (earlier.current.now !== src) earlier.current = { now: src, before: earlier.current.now };
   const { step = 0, steps = 0 } = view ?? run ?? {};
   const isWaiting = job?.state === "pending";
-  const doing = isWaiting ? "Waiting for its turn" : ["Learning", timeLeft(view)].filter(Boolean).join(" · ");
+  const doing = isWaiting ? t`Waiting for its turn` : [t`Learning`, timeLeft(view)].filter(Boolean).join(" · ");
   const words = job?.request?.trigger || job?.request?.settings?.trigger || run?.subject;
   return html`<li class="learning" aria-label="Learning">
     <a class="cover" href=${job ? link("jobs", job.id) : link("runs", id)}>
       ${earlier.current.before && html`<img key=${earlier.current.before} src=${earlier.current.before} alt="" />`}
       ${
         src &&
-        html`<img key=${src} class="newest" src=${src} alt=${newest ? `Step ${newest.step}: ${newest.prompt}` : ""} />`
+        html`<img key=${src} class="newest" src=${src} alt=${newest ? t`Step ${newest.step}: ${newest.prompt}` : ""} />`
       }
       ${
         photos.length === 4 &&
@@ -187,7 +188,7 @@ function Learning({ job, run }) {
       <span class="cover-words">
         <b>${shortName(run ?? { label: titleOf(job) })}</b>
         <span>
-          ${[words, step ? `step ${whole(step)} of ${whole(steps)}` : standing(view, isWaiting)]
+          ${[words, step ? t`step ${whole(step)} of ${whole(steps)}` : standing(view, isWaiting)]
             .filter(Boolean)
             .join(" — ")}
         </span>
@@ -202,7 +203,7 @@ function Learning({ job, run }) {
       </span>
       ${
         steps > 0 &&
-        html`<${Ring} share=${step / steps} label=${`${whole((100 * step) / steps)} % done`}>
+        html`<${Ring} share=${step / steps} label=${t`${whole((100 * step) / steps)} % done`}>
           ${whole((100 * step) / steps)}
         <//>`
       }
@@ -210,7 +211,7 @@ function Learning({ job, run }) {
   </li>`;
 }
 
-const standing = (view, isWaiting) => (isWaiting ? "" : capital(view?.preparation?.at(-1) ?? "getting ready…"));
+const standing = (view, isWaiting) => (isWaiting ? "" : capital(view?.preparation?.at(-1) ?? t`getting ready…`));
 
 /** The pictures of the first prompt by step: of the base model, then with the LoRA at its full strength. */
 function pictures(view) {
@@ -242,7 +243,7 @@ function FirstOpen() {
       </div>
       <div class="first-picture">
         <${Stage} left="pages/first/without.webp" layers=${[{ src: "pages/first/with.webp" }]}
-          titles=${["without", "with its LoRA"]} prompt=${FIRST_PROMPT} />
+          titles=${[t`without`, t`with its LoRA`]} prompt=${FIRST_PROMPT} />
         <p>
           “${FIRST_PROMPT}”, drawn by the built-in model: without, and with a LoRA that learnt from sixteen drawings of
           a style.
@@ -252,7 +253,7 @@ function FirstOpen() {
     ${
       [...own, ...examples].length > 0 &&
       html`<section aria-labelledby="sets">
-        <h2 id="sets">${own.length ? "Photos" : "No photos at hand?"}</h2>
+        <h2 id="sets">${own.length ? t`Photos` : t`No photos at hand?`}</h2>
         <ul class="covers">${[...own, ...examples].map((one) => html`<${SetTile} key=${one.name} set=${one} />`)}</ul>
       </section>`
     }

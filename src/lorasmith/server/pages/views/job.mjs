@@ -1,6 +1,7 @@
 // A training in the room for pictures, from the queue to its end: how long it takes, and what can be done with it.
 import { get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { go, link, replace } from "../lib/router.mjs";
 import { announcement, said, say, useStore, work } from "../lib/stores.mjs";
 import { capital, count, whole } from "../lib/words.mjs";
@@ -10,7 +11,15 @@ import { timeLeft, useView } from "../parts/live_run.mjs";
 import { Room } from "../parts/room.mjs";
 import { useCovers } from "./sets.mjs";
 
-const SPOKEN = { completed: "finished", cancelled: "stopped", pending: "waiting" };
+const SPOKEN = {
+  pending: t`The training is waiting.`,
+  running: t`The training is running.`,
+  paused: t`The training is paused.`,
+  interrupted: t`The training is interrupted.`,
+  completed: t`The training is finished.`,
+  cancelled: t`The training is stopped.`,
+  failed: t`The training has failed.`,
+};
 const SPOKEN_SHARES = 10; // progress is read out this often
 
 export function JobView({ id }) {
@@ -28,7 +37,7 @@ export function JobView({ id }) {
   const state = job?.state;
   useEffect(() => {
     if (!state) return;
-    if (before.current && before.current !== state) announcement.set(`The training is ${SPOKEN[state] ?? state}.`);
+    if (before.current && before.current !== state) announcement.set(SPOKEN[state]);
     before.current = state;
     if ((state === "completed" || state === "cancelled") && job.run) replace("runs", job.run); // one page for a run
   }, [state, job?.run]);
@@ -91,7 +100,11 @@ export function JobView({ id }) {
       html`<${Question} title="Stop the training?" yes="Stop and keep" onClose=${() => setAsking(false)}
           onYes=${() => post(["jobs", id, "cancel"], { pause: false })}>
         <p>
-          ${steps ? `What was learnt in ${steps} steps is kept. You can continue it later.` : "Nothing was learnt yet."}
+          ${
+            steps
+              ? t`What was learnt in ${steps} steps is kept. You can continue it later.`
+              : t`Nothing was learnt yet.`
+          }
         </p>
       <//>`
     }
@@ -107,7 +120,7 @@ export function Training({ title, view, state, note = "", error = "", controls }
   useEffect(() => {
     const share = planned ? Math.floor((SPOKEN_SHARES * done) / planned) : 0;
     if (share > spoken.current && isRunning)
-      announcement.set(`${whole(done)} of ${whole(planned)} steps.${left ? ` ${left}.` : ""}`);
+      announcement.set(t`${whole(done)} of ${whole(planned)} steps.${left ? ` ${left}.` : ""}`);
     spoken.current = share;
   }, [done, planned]);
   const warnings = (view?.notes ?? []).filter((one) => one.is_warning);
@@ -122,7 +135,7 @@ export function Training({ title, view, state, note = "", error = "", controls }
       html`<div class="panel-progress">
         <${Progress} value=${done} max=${planned} label="Progress of the training" />
         <span class="faint">
-          ${whole(done)} of ${whole(planned)} steps${isDrawing ? " · drawing the next picture" : ""}
+          ${whole(done)} of ${whole(planned)} steps${isDrawing ? t` · drawing the next picture` : ""}
         </span>
       </div>`
     }
@@ -135,16 +148,16 @@ export function Training({ title, view, state, note = "", error = "", controls }
 
 /** What is said of a training in a few words. */
 export const headOf = (state, view) =>
-  state === "running" && view?.step > 0 ? capital(timeLeft(view)) || "Learning" : HEADS[state];
+  state === "running" && view?.step > 0 ? capital(timeLeft(view)) || t`Learning` : HEADS[state];
 
 const HEADS = {
-  running: "Getting ready",
-  pending: "Waiting for its turn",
-  paused: "Paused",
-  interrupted: "Interrupted",
-  failed: "It failed",
-  cancelled: "Stopped",
-  completed: "Finished",
+  running: t`Getting ready`,
+  pending: t`Waiting for its turn`,
+  paused: t`Paused`,
+  interrupted: t`Interrupted`,
+  failed: t`It failed`,
+  cancelled: t`Stopped`,
+  completed: t`Finished`,
 };
 
 /** What a run that trains is asked for. */
@@ -155,8 +168,8 @@ export function Requests({ id }) {
       say(text);
     });
   return html`
-    <${Button} onClick=${() => ask("preview", "Pictures are drawn after this step.")}>Preview now<//>
-    <${Button} onClick=${() => ask("save", "The LoRA is saved after this step.")}>Save now<//>
+    <${Button} onClick=${() => ask("preview", t`Pictures are drawn after this step.`)}>Preview now<//>
+    <${Button} onClick=${() => ask("save", t`The LoRA is saved after this step.`)}>Save now<//>
   `;
 }
 
@@ -171,7 +184,7 @@ function Standing({ job, view, known }) {
     return html`<div class="easel-words">
       <${Photos} of=${job.request?.dataset} />
       <p role="status">
-        ${ahead ? `It starts after ${count(ahead, "other job")}.` : "It starts in a moment."}
+        ${ahead ? t`It starts after ${count(ahead, "other job")}.` : t`It starts in a moment.`}
       </p>
     </div>`;
   }
@@ -186,7 +199,9 @@ function Standing({ job, view, known }) {
     <div role="status">
     ${
       view?.step > 0 || isDrawing
-        ? html`<p>${isDrawing ? "Drawing what it looks like without your LoRA…" : "The first picture comes soon."}</p>`
+        ? html`<p>
+          ${isDrawing ? t`Drawing what it looks like without your LoRA…` : t`The first picture comes soon.`}
+        </p>`
         : html`
           <ol class="preparing">
             ${lines.length ? lines.map((line) => html`<li key=${line}>${line}</li>`) : html`<li>Getting ready…</li>`}

@@ -3,6 +3,7 @@ import { get, post } from "../lib/api.mjs";
 import { isOnItsWay, useDownloads } from "../lib/downloads.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { go, link } from "../lib/router.mjs";
 import { status, useStore } from "../lib/stores.mjs";
 import { cardFor, count } from "../lib/words.mjs";
@@ -145,9 +146,9 @@ export function ModelView({ dataset }) {
         cannotEdit &&
         html`<${Notice} mood="fair">
           <p>
-            ${chosen ? `${chosen.title} cannot edit pictures` : "None of these models edits pictures"}, and your photos
-            have pictures before an edit. Choose or get one that can. Without one, a slider between both pictures works
-            with every model.
+            ${chosen ? t`${chosen.title} cannot edit pictures` : t`None of these models edits pictures`}, and your
+            photos have pictures before an edit. Choose or get one that can. Without one, a slider between both pictures
+            works with every model.
           </p>
           <div class="actions">
             <${Button} onClick=${() => change({ pairs: true, settings: { ...draft.settings, pairs: "slider" } })}>
@@ -226,7 +227,7 @@ function ModelBody({ model, isBest, memory }) {
     <span class="faint">
       ${
         model.builtin
-          ? "Built in: icons of 64 × 64 pixels, to see how everything works. Its LoRAs fit no other model."
+          ? t`Built in: icons of 64 × 64 pixels, to see how everything works. Its LoRAs fit no other model.`
           : model.family
       }
     </span>
@@ -250,7 +251,7 @@ function ModelBody({ model, isBest, memory }) {
 const Missing = ({ model, downloads, onGet, onChange }) =>
   !model.ready && model.missing.some((one) => one.on_hub)
     ? html`<${Getting} download=${downloads.find((one) => one.subject === `model:${model.name}`)}
-        onChange=${onChange} of=${` of ${model.title}`} what="Get what is missing"
+        onChange=${onChange} of=${t` of ${model.title}`} what="Get what is missing"
         onGet=${() => onGet({ kind: "model", name: model.name })} />`
     : null;
 
@@ -297,7 +298,7 @@ function ModelRow({
       ${(attributes) => html`<select ...${attributes} value=${edit ?? ""}
           onChange=${(event) => onEdit(event.currentTarget.value || null)}>
         <option value="">
-          ${model.edit ? `Yes, ${model.edit}, by its ${model.recognised_by}` : "No, by its name"}
+          ${model.edit ? t`Yes, ${model.edit}, by its ${model.recognised_by}` : t`No, by its name`}
         </option>
         ${model.edits
           .filter((one) => one !== model.edit)

@@ -2,6 +2,7 @@
 import { get } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { answered, isNameless, KINDS, kindOf } from "../lib/kinds.mjs";
 import { go } from "../lib/router.mjs";
 import { say, useStore } from "../lib/stores.mjs";
@@ -85,10 +86,10 @@ export function PhotosView({ dataset, edited }) {
   /** Removes what remarks say should be: everything that they name, in one step. */
   function fix(some) {
     const there = removedBy(some).filter((file) => images.some((one) => one.file === file));
-    if (!there.length) return say("These photos are not here any more.");
+    if (!there.length) return say(t`These photos are not here any more.`);
     filter.setRemark(null);
     const kinds = some.filter((one) => one.removes?.length).map((one) => one.chip);
-    return changes.drop(there, `${count(there.length, "photo")} left out: ${kinds.join(", ")}.`);
+    return changes.drop(there, t`${count(there.length, "photo")} left out: ${kinds.join(", ")}.`);
   }
 
   /** Leaves the chosen photos out, or brings them back. */
@@ -133,7 +134,7 @@ export function PhotosView({ dataset, edited }) {
   const isMine = item && !item.picture && canChange;
   const enter = (/** @type {"large" | "crop" | "mask"} */ next) => {
     if (next === "crop" && (item?.image.mask || item?.image.controls.length))
-      return say("A photo with a mask or a picture before is cropped in another program: both files alike.");
+      return say(t`A photo with a mask or a picture before is cropped in another program: both files alike.`);
     setMode(next);
   };
 
@@ -178,7 +179,7 @@ export function PhotosView({ dataset, edited }) {
         <div class="sheet-title">
           <${Named} dataset=${dataset} such=${slug(draft.trigger) || dataset} />
           <span class="chip" role="status">
-            ${underway ? `${count(underway, "photo")} on the way…` : count(total, "photo")}
+            ${underway ? t`${count(underway, "photo")} on the way…` : count(total, "photo")}
           </span>
         </div>
         <div class="sheet-chips">
@@ -195,9 +196,7 @@ export function PhotosView({ dataset, edited }) {
           ${
             canChange &&
             html`
-              ${
-                !words && total > 0 && html`<${ChooseFiles} verb="Add" onFiles=${(some) => changes.take(some, null)} />`
-              }
+              ${!words && total > 0 && html`<${ChooseFiles} isMore onFiles=${(some) => changes.take(some, null)} />`}
               <${Button} class="small" disabled=${!last} title=${last?.text} aria-label="Undo the last change"
                   onClick=${() => undoLast(dataset)}>
                 <${Icon} name="undo" />Undo
@@ -272,20 +271,20 @@ export function PhotosView({ dataset, edited }) {
           <span class="faint">
             ${
               !total
-                ? "Add photos first."
+                ? t`Add photos first.`
                 : underway
-                  ? `${count(underway, "photo")} on the way…`
+                  ? t`${count(underway, "photo")} on the way…`
                   : draft.is_chosen && named
                     ? named.title
                     : model
-                      ? "One is suggested for this computer."
+                      ? t`One is suggested for this computer.`
                       : ""
             }
           </span>
         </div>`
       }
     </div>
-    <${Panel} title=${[KINDS[kind]?.title, draft.trigger].filter(Boolean).join(" · ") || "What is it?"}>
+    <${Panel} title=${[KINDS[kind]?.title, draft.trigger].filter(Boolean).join(" · ") || t`What is it?`}>
         ${found?.builtin && html`<p class="faint">These pictures belong to Lorasmith; they cannot be changed.</p>`}
         <${What} draft=${draft} kind=${kind} change=${change} dataset=${dataset}
           onAnswer=${(what) => change(answered(draft, what))} />
@@ -330,7 +329,7 @@ function Opened({ dataset, draft, images, captions, changes, words, opened, onCl
       return html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${onClose}
           onYes=${() => changes.removeAll(draft)}>
         <p>
-          The folder <b>${dataset}</b> with ${count(images.length, "photo")} and their captions is moved to the
+          The folder ${html`<b>${dataset}</b>`} with ${count(images.length, "photo")} and their captions is moved to the
           removed files of Lorasmith. Nothing is deleted, and runs keep their LoRAs.
         </p>
       <//>`;

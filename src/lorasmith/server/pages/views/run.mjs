@@ -1,6 +1,7 @@
 // A run in the room for pictures: its verdict, what is kept of it, and what is done with it next.
 import { address, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { go, link, replace } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { moment, whole } from "../lib/words.mjs";
@@ -97,7 +98,9 @@ function Verdict({ run, job, shown, reload }) {
     </div>
     <h1 class="verdict">${head}</h1>
     ${reason.length > 0 && html`<p class="reason">${reason.join(" ")}</p>`}
-    ${job?.state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? "It failed") }} />`}
+    ${
+      job?.state === "failed" && html`<${Problem} error=${{ message: sentence(job.error?.message ?? t`It failed`) }} />`
+    }
     ${run.note && html`<p key="note" class="note">${run.note}</p>`}
     <div class="actions">
       ${
@@ -118,7 +121,7 @@ function Verdict({ run, job, shown, reload }) {
       ${run.dataset && html`<${Button} onClick=${() => trainAgain(run)}>Train again with changes<//>`}
     </div>
     <p class="faint panel-facts">
-      ${[run.trigger && `Write “${run.trigger}” in prompts`, run.model, moment(run.started).replaceAll(" ", "\u00a0")]
+      ${[run.trigger && t`Write “${run.trigger}” in prompts`, run.model, moment(run.started).replaceAll(" ", "\u00a0")]
         .filter(Boolean)
         .join(" · ")}
     </p>
@@ -139,10 +142,10 @@ function TrainOn({ run, onClose }) {
   const isGood = Number.isInteger(more) && more > 0;
   const start = async () =>
     go("jobs", (await post(["runs", run.id, "train-on"], { steps: done + more, evaluate: true })).id);
-  return html`<${Question} title="Train it further" yes=${`Train ${isGood ? whole(more) : ""} more steps`}
+  return html`<${Question} title="Train it further" yes=${t`Train ${isGood ? whole(more) : ""} more steps`}
       disabled=${!isGood} onYes=${start} onClose=${onClose}>
     <p>It continues after step ${whole(done)}, as if the run had been longer from its start.</p>
-    <${Field} label="More steps" error=${isGood ? null : "Must be a whole number of at least 1."}>
+    <${Field} label="More steps" error=${isGood ? null : t`Must be a whole number of at least 1.`}>
       ${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${steps}
         onInput=${(event) => setSteps(event.currentTarget.value)} />`}
     <//>

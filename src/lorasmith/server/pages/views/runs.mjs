@@ -1,6 +1,7 @@
 // All runs in the base folder, those of the command line too, to look at and to compare.
 import { fileOfRun, get } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { count, duration, measured, moment } from "../lib/words.mjs";
@@ -60,7 +61,7 @@ export function RunsView() {
           (run) => html`<li class="row" key=${run.id} aria-label=${nameOfRun(run)}>
             ${
               runs.length > 1 &&
-              html`<input type="checkbox" aria-label=${`Compare ${nameOfRun(run)}`}
+              html`<input type="checkbox" aria-label=${t`Compare ${nameOfRun(run)}`}
                 checked=${chosen.includes(run.id)}
                 disabled=${!chosen.includes(run.id) && chosen.length >= MOST_COMPARED}
                 onChange=${(event) => choose(run.id, event.currentTarget.checked)} />`
@@ -78,9 +79,9 @@ export function RunsView() {
                   stepsOf(run),
                   run.seconds ? duration(run.seconds) : null,
                   run.held_out
-                    ? `held-out loss ${measured(run.held_out)}`
+                    ? t`held-out loss ${measured(run.held_out)}`
                     : run.loss
-                      ? `loss ${measured(run.loss)}`
+                      ? t`loss ${measured(run.loss)}`
                       : null,
                 ]
                   .filter(Boolean)
@@ -89,7 +90,7 @@ export function RunsView() {
             </div>
             <${RunState} run=${run} job=${jobs.get(run.id)} />
             <${Star} run=${run} onChange=${reload} />
-            <button type="button" class="icon-button" aria-label=${`Delete ${nameOfRun(run)}`} title="Delete"
+            <button type="button" class="icon-button" aria-label=${t`Delete ${nameOfRun(run)}`} title="Delete"
                 onClick=${() => removeRun(run, reload)}>
               <${Icon} name="trash" />
             </button>
@@ -114,7 +115,7 @@ export function RunsView() {
     </section>
     ${
       chosen.length > 0 &&
-      html`<${NextBar} note=${`${count(chosen.length, "run")} marked`}>
+      html`<${NextBar} note=${t`${count(chosen.length, "run")} marked`}>
         <${Button} onClick=${() => setChosen([])}>Clear<//>
         <${Button} kind="primary" disabled=${chosen.length < 2} onClick=${() => go("compare", ...chosen)}>Compare<//>
       <//>`

@@ -2,6 +2,7 @@
 import { get, post } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { isNameless, KINDS, kindOf } from "../lib/kinds.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
@@ -157,14 +158,14 @@ export function SettingsView({ dataset }) {
         plan &&
         html`<${Fold} title="What will happen, in numbers" id="numbers">
           <dl class="facts">
-          <${Fact} name="Photos"
-            value=${plan.held_out ? `${plan.images} (${plan.held_out} held out)` : plan.images} />
-          <${Fact} name="Photos seen" value=${`${whole(plan.seen)} in ${count(plan.steps, "step")}`} />
-          <${Fact} name="Each photo is seen"
-            value=${`${plan.epochs >= 10 ? Math.round(plan.epochs) : Number(plan.epochs.toFixed(1))} times`} />
-          <${Fact} name="Resolution" value=${`${plan.resolution} px`} />
-          <${Fact} name="Rank" value=${plan.rank} />
-          <${Fact} name="Trained parameters" value=${millions(plan.parameters)} />
+          <${Fact} label="Photos"
+            value=${plan.held_out ? t`${plan.images} (${plan.held_out} held out)` : plan.images} />
+          <${Fact} label="Photos seen" value=${t`${whole(plan.seen)} in ${count(plan.steps, "step")}`} />
+          <${Fact} label="Each photo is seen"
+            value=${t`${plan.epochs >= 10 ? Math.round(plan.epochs) : Number(plan.epochs.toFixed(1))} times`} />
+          <${Fact} label="Resolution" value=${`${plan.resolution} px`} />
+          <${Fact} label="Rank" value=${plan.rank} />
+          <${Fact} label="Trained parameters" value=${millions(plan.parameters)} />
         </dl>
           ${
             plan.fits !== false &&
@@ -184,13 +185,13 @@ export function SettingsView({ dataset }) {
       declared &&
       preset &&
       html`<${TryValues} groups=${declared.groups} hidden=${OWN_FIELDS} tries=${tries} onChange=${setTries}
-        note=${runs > 1 && !plan?.held_out && "A fifth of the photos is kept aside to judge them."} />`
+        note=${runs > 1 && !plan?.held_out && t`A fifth of the photos is kept aside to judge them.`} />`
     }
-    <${NextBar} note=${lacksName ? "Say first what I should draw." : noteOf(plan, stepSeconds, grid, runs)}>
+    <${NextBar} note=${lacksName ? t`Say first what I should draw.` : noteOf(plan, stepSeconds, grid, runs)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
       <${Button} kind="primary" busyText="Starting…" onClick=${start}
           disabled=${!preset || lacksName || (planError && planError.status !== 503)}>
-        ${runs > 1 ? `Train ${runs} runs` : "Start training"}
+        ${runs > 1 ? t`Train ${runs} runs` : t`Start training`}
       <//>
     <//>
     ${failure && html`<div class="beside-bar"><${Problem} error=${failure} /></div>`}
@@ -206,26 +207,28 @@ function Again({ id, draft, images, groups, values }) {
     .filter((one) => !OWN_FIELDS.has(one.name))
     .map((one) => [nameWords(one.name), run.changed[one.name] ?? one.default, values[one.name] ?? one.default]);
   const differing = [
-    ["Photos", run.images.length, images],
-    ["Model", run.model, draft.model],
-    ["Trigger", run.trigger, draft.trigger.trim()],
+    [t`Photos`, run.images.length, images],
+    [t`Model`, run.model, draft.model],
+    [t`Trigger`, run.trigger, draft.trigger.trim()],
     ...own,
   ].filter(([, before, now]) => valueWords(before) !== valueWords(now));
   return html`<p>
-    <a href=${link("runs", id)}>${nameOfRun(run)}</a> again, with ${
+    ${html`<a href=${link("runs", id)}>${nameOfRun(run)}</a>`} again, with ${
       differing.length
-        ? differing.map(([name, before, now]) => `${name} ${valueWords(now)} (${valueWords(before)} before)`).join(", ")
-        : "nothing changed yet"
+        ? differing
+            .map(([name, before, now]) => t`${name} ${valueWords(now)} (${valueWords(before)} before)`)
+            .join(", ")
+        : t`nothing changed yet`
     }.
   </p>`;
 }
 
-const Fact = ({ name, value }) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
+const Fact = ({ label, value }) => html`<div><dt>${label}</dt><dd>${value}</dd></div>`;
 const words = (settings) =>
   Object.entries(settings)
     .map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`)
     .join(", ");
-const millions = (number) => (number >= 1e6 ? `${Number((number / 1e6).toPrecision(3))} million` : whole(number));
+const millions = (number) => (number >= 1e6 ? t`${Number((number / 1e6).toPrecision(3))} million` : whole(number));
 const timeOf = (plan, stepSeconds) =>
   plan && !plan.seconds && stepSeconds
     ? stepSeconds * plan.steps * (plan.slowdown ?? 1)
@@ -235,8 +238,8 @@ function noteOf(plan, stepSeconds, grid, runs) {
   const seconds = timeOf(plan, stepSeconds);
   if (!seconds) return plan ? count(plan.seen, "photo seen", "photos seen") : "";
   const share = Object.entries(grid).reduce((all, [name, values]) => all * timesAs(plan, name, values), 1);
-  const why = plan.slowdown > 1 ? ", as other programs keep the processor busy" : "";
-  return `Takes ${duration(seconds * share, { about: true })}${runs > 1 ? ` for all ${runs} runs` : ""}${why}`;
+  const why = plan.slowdown > 1 ? t`, as other programs keep the processor busy` : "";
+  return t`Takes ${duration(seconds * share, { about: true })}${runs > 1 ? t` for all ${runs} runs` : ""}${why}`;
 }
 
 /** How often the time of a plan the runs with these values take. */
@@ -253,13 +256,13 @@ function Teaches({ draft, change, plan }) {
   const chosen = draft.teaches || plan?.teaches || "subject";
   return html`<${Choices} label="What the photos teach" name="teaches" value=${chosen}
       onChange=${(name) => change({ teaches: name })}
-      options=${Object.entries(TAUGHT).map(([name, note]) => ({ value: name, title: capital(name), note }))} />
+      options=${Object.entries(TAUGHT).map(([name, one]) => ({ value: name, ...one }))} />
     ${guessed && html`<p class="faint">Guessed: ${plan?.teaches_because}.</p>`}`;
 }
 
 const TAUGHT = {
-  subject: "A person, an animal or a thing that all photos show.",
-  style: "How they are drawn or taken, whatever they show.",
+  subject: { title: t`Subject`, note: t`A person, an animal or a thing that all photos show.` },
+  style: { title: t`Style`, note: t`How they are drawn or taken, whatever they show.` },
 };
 
 function Estimate({ plan, stepSeconds, error }) {
@@ -358,8 +361,8 @@ function Measure({ measuring, plan }) {
     return html`<p class="measure" role="status">
       <progress aria-label="Measuring"></progress> ${
         job.state === "pending"
-          ? "A measurement waits for its turn."
-          : "A few steps are being measured on this machine, for the time that it takes…"
+          ? t`A measurement waits for its turn.`
+          : t`A few steps are being measured on this machine, for the time that it takes…`
       } You can start already.
     </p>`;
   }
@@ -368,8 +371,8 @@ function Measure({ measuring, plan }) {
     <p class="faint">
       ${
         job?.state === "failed"
-          ? `The measurement failed. ${job.error?.message ?? ""}`
-          : "The time is not known yet: no step was measured on this machine."
+          ? t`The measurement failed. ${job.error?.message ?? ""}`
+          : t`The time is not known yet: no step was measured on this machine.`
       }
     </p>
     <${Button} class="small" onClick=${measure}>Measure a step<//><${Problem} error=${error} />

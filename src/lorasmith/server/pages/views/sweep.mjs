@@ -1,6 +1,7 @@
 // Several runs that try different values: their list, the table of one, and the form that starts one.
 import { get } from "../lib/api.mjs";
 import { html, useEffect } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { count, measured, nameWords, stateWords, valueWords, whole } from "../lib/words.mjs";
@@ -69,7 +70,7 @@ export function SweepView({ id }) {
       }
       ${
         found &&
-        html`<div class="scroll" tabindex="0" role="region" aria-label=${`Runs of ${id}, the best first`}>
+        html`<div class="scroll" tabindex="0" role="region" aria-label=${t`Runs of ${id}, the best first`}>
           <table class="sweep">
             <thead>
               <tr>
@@ -153,9 +154,9 @@ export function TryValues({ groups, hidden, tries, note, onChange }) {
           const isTwice = index > 0 && setting && tries[0].name === row.name && parts.length > 0;
           const wrong = setting
             ? parts.some((part) => typedValue(setting, part) === undefined) && rangeOf(setting)
-            : parts.length > 0 && "Choose the setting that has these values.";
+            : parts.length > 0 && t`Choose the setting that has these values.`;
           return html`<div class="fields two" key=${index} role="group"
-              aria-label=${index ? "Second setting" : "First setting"}>
+              aria-label=${index ? t`Second setting` : t`First setting`}>
             <${Field} label="Setting" optional=${index > 0} help=${setting?.help}>
               ${(attributes) => html`<select ...${attributes} value=${row.name}
                   onChange=${(event) => change(index, { name: event.currentTarget.value })}>
@@ -164,7 +165,7 @@ export function TryValues({ groups, hidden, tries, note, onChange }) {
                 <optgroup label="All others">${all.filter((one) => !one.main).map(option)}</optgroup>
               </select>`}
             <//>
-            <${Field} label="Values" error=${wrong || (isTwice && "Both settings are the same.")}>
+            <${Field} label="Values" error=${wrong || (isTwice && t`Both settings are the same.`)}>
               ${(attributes) => html`<input ...${attributes} type="text" autocomplete="off" spellcheck=${false}
                 value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} />`}
             <//>

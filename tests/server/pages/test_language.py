@@ -1,0 +1,99 @@
+"""The page in other languages: every table has what the modules say, and the main views have no English sentence."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorasmith
+
+PAGES = Path(lorasmith.__file__).parent / "server" / "pages"
+MODULES = sorted(path for path in PAGES.rglob("*.mjs") if "vendor" not in path.parts)
+TABLES = sorted(PAGES.glob("lang/*.json"))
+EXTRACTOR = Path(__file__).parents[3] / "tools" / "pages" / "texts.mjs"
+
+NEEDS_NODE = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node to read the modules with")
+
+Table = dict[str, str | dict[str, str]]
+
+
+@functools.cache
+def texts() -> dict[str, str]:
+    """The keys of all texts of the page, each with the first place where it stands."""
+    command = ["node", str(EXTRACTOR), *map(str, MODULES)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    places: dict[str, str] = {}
+    for path, keys in found.items():
+        for key, line in keys:
+            places.setdefault(key, f"{Path(path).relative_to(PAGES)}:{line}")
+    return places
+
+
+def table(path: Path) -> Table:
+    """A table; a key that is there twice is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = {key for key, _ in pairs if [one for one, _ in pairs].count(key) > 1}
+        assert not twice, f"{path.name} has twice: {twice}"
+        return dict(pairs)
+
+    found: Table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    return found
+
+
+def wrong(found: Table, places: dict[str, str]) -> list[str]:
+    """What a table lacks, has too much, or has with other holes than the English text."""
+    said = [f"missing, of {place}: {key}" for key, place in places.items() if key not in found]
+    said += [f"stale: {key}" for key in found if key not in places]
+    for key, entry in found.items():
+        for form in [entry] if isinstance(entry, str) else entry.values():
+            if sorted(re.findall(r"\{\w+\}", form)) != sorted(re.findall(r"\{\w+\}", key)):
+                said.append(f"other holes: {key}: {form}")
+            if not form.strip() or re.search(r'[<>"]', form):
+                said.append(f"not a text: {key}: {form}")
+    return said
+
+
+@NEEDS_NODE
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_table_has_every_text_of_the_page_and_no_other(path: Path) -> None:
+    found = table(path)
+    assert not wrong(found, texts())
+    assert list(found) == sorted(found), "the keys of a table are sorted"
+
+
+@NEEDS_NODE
+def test_what_is_wrong_in_a_table_is_named() -> None:
+    places = {"{0} of {1}": "a.mjs:1", "Stop": "a.mjs:2", "{0} photos": "a.mjs:3"}
+    good: Table = {"{0} of {1}": "{1}, {0}", "Stop": "Halt", "{0} photos": {"one": "{0} Foto", "other": "{0} Fotos"}}
+    assert wrong(good, places) == []
+    assert wrong({**good, "Stop": " ", "Gone": "Fort"}, places) == ["stale: Gone", "not a text: Stop:  "]
+    assert wrong({**good, "{0} of {1}": "{0}"}, places) == ["other holes: {0} of {1}: {0}"]
+    assert wrong({"Stop": "Halt", "{0} photos": "{0}"}, places) == ["missing, of a.mjs:1: {0} of {1}"]
+
+
+@NEEDS_NODE
+def test_texts_are_found_in_templates_attributes_and_code(tmp_path: Path) -> None:
+    module = tmp_path / "module.mjs"
+    module.write_text(
+        r"""
+        import { html } from "./html.mjs"; // html`<p>Not this</p>`
+        const rule = /`[/]"/.test(text) ? 1 / 2 : t`Either ${t`or`}`;
+        const view = ({ one }) => html`<p title="A title" class="No text">
+          Step ${one} of <b>${rule}</b>
+          ${one > 1 && html`<${Button} busyText="Busy…" onClick=${() => say(t`It’s \u201c${one}\u201d.`)}>Go on<//>`}
+        </p> ${count(one.length, "photo")} ${count(sum(few(one)), "file fits", "files fit")}`;
+        """
+    )
+    output = subprocess.run(["node", str(EXTRACTOR), str(module)], check=True, capture_output=True, text=True).stdout
+    (found,) = json.loads(output).values()
+    assert sorted(key for key, _ in found) == sorted(
+        ["Either {0}", "or", "A title", "Step {0} of", "Busy…", "It’s “{0}”.", "Go on", "{0} photos", "{0} files fit"]
+    )
