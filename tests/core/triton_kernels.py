@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +20,31 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+class Traffic:
+    """Bytes that an interpreted kernel moves to and from memory: sectors of 32, each once a program."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import interpreter_builder
+
+        self._builder = interpreter_builder
+        self._sectors: set[tuple[object, bool, int]] = set()
+        for name, is_store in (("create_masked_load", False), ("create_masked_store", True)):
+            counted = partial(self._counted, getattr(interpreter_builder, name), is_store)
+            monkeypatch.setattr(interpreter_builder, name, counted)
+
+    @property
+    def size_bytes(self) -> int:
+        return 32 * len(self._sectors)
+
+    def _counted(self, call: Any, is_store: bool, pointers: Any, *rest: Any) -> Any:
+        mask = rest[1] if is_store else rest[0]
+        program = self._builder.grid_idx
+        self._sectors |= {(program, is_store, int(one) // 32) for one in pointers.data[mask.data].flat}
+        return call(pointers, *rest)
+
+
 def compiled(
-    module: Any, fixed: Mapping[str, int], types: Mapping[str, str], uneven: Collection[str], capability: int
+    module: Any, fixed: Mapping[str, int | str], types: Mapping[str, str], uneven: Collection[str], capability: int
 ) -> Any:
     """The `kernel` of a module for a GPU, with values of its constants and types of its other arguments, else i32.
 

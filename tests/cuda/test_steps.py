@@ -85,7 +85,7 @@ ONCE = (
     r"a blocking copy to the device: models/transformers/transformer_z_image\.py",
     r"a blocking copy to the device: models/transformers/transformer_qwenimage\.py:\d+ in _get_device_freqs",
     r"a blocking copy to the device: families/parts/masked_transformers\.py:\d+ in (<listcomp>|_get_freqs_cis)",
-    r"a blocking copy to the device: core/quantization\.py:\d+ in level_pairs",
+    r"a blocking copy to the device: core/quantization\.py:\d+ in (level_pairs|levels_on)",
     # Parts of an adapter that are not trained, which are kept on the device from their first use.
     r"a blocking copy to the device: adapters/variants\.py:\d+ in (_magnitude|factors)",
 )

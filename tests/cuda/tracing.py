@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from lorasmith.bench.measure import frozen_floor
-from lorasmith.core import pinned_memory, quantized_products
+from lorasmith.core import pinned_memory, quantization, quantized_products
 from lorasmith.core.kernels import Kernel
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
@@ -393,6 +393,17 @@ def _turned(x: Tensor, turns: Tensor, direction: float) -> Tensor:
 _turned.register_fake(lambda x, turns, direction: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
+@torch.library.custom_op("lorasmith_tests::unpacked", mutates_args=("y",))
+def _unpacked(y: Tensor, tensors: Sequence[Tensor]) -> None:
+    """In place of the kernel that unpacks weights."""
+    raise AssertionError("is called with fake tensors")
+
+
+def _unpacked_in_place(y: Tensor, *tensors: Tensor) -> Tensor:
+    _unpacked(y, tensors)
+    return y
+
+
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for all steps of a process: what they cache outlives them."""
 
@@ -429,6 +440,7 @@ def traced(
         # Triton compiles for a device alone.
         mock.patch.object(quantized_products, "int8_product_on", lambda *_: by_torch(quantized_products._int8_product)),
         mock.patch.object(quantized_products, "rounding_on", lambda *_: by_torch(quantized_products.rounded_by_torch)),
+        mock.patch.object(quantization, "unpacking_on", lambda *_: by_torch(_unpacked_in_place)),
         mock.patch.object(backward_passes, "rotation_on", lambda *_: by_torch(_turned)),
         # The tiny models' weights and activations are below the sizes from which anything is done about them.
         mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),

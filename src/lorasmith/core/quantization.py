@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.core.choices import ProductFormat, Quantization
+from lorasmith.core.kernels import Kernel, kernel_or
 from lorasmith.core.pinned_memory import DeviceCopies
 
 WEIGHT_SOURCE = "weight_source"
@@ -306,6 +307,8 @@ def _scaled(weight: Tensor, largest: float, *, by_row: bool = True) -> tuple[Ten
 
 
 def _from_scaled(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    if (kernel := _kernel(_SCALED.get(codes.dtype), codes, scale)) is not None:
+        return kernel(torch.empty_like(codes, dtype=dtype), codes, scale)
     # The CPU takes ten times as long for operands of several dtypes, and a compiler fuses anyway.
     if codes.device.type == "cuda" and not torch.compiler.is_compiling():
         return scaled_at_once(codes, scale, dtype)
@@ -340,10 +343,19 @@ def _normal_float(weight: Tensor, dtype: torch.dtype) -> Packed:
 
 
 def _from_levels(codes: Tensor, scale: Tensor, *, shape: torch.Size, order: list[int], dtype: torch.dtype) -> Tensor:
-    pairs = F.embedding(codes.int(), level_pairs(NF4_LEVELS, codes.device))
-    flat = pairs.view(-1, BLOCK).mul_(scale).view(-1)[: math.prod(shape)]
+    if (kernel := _kernel("nf4", codes, scale)) is not None:
+        flat = kernel(codes.new_empty(2 * len(codes), dtype=dtype), codes, scale, levels_on(codes.device))
+    else:
+        pairs = F.embedding(codes.int(), level_pairs(NF4_LEVELS, codes.device))
+        flat = pairs.view(-1, BLOCK).mul_(scale).view(-1)
     back = sorted(range(len(order)), key=order.__getitem__)
-    return flat.to(dtype).view(shape).permute(back)
+    return flat[: math.prod(shape)].to(dtype).view(shape).permute(back)
+
+
+@functools.cache
+def levels_on(device: torch.device) -> Tensor:
+    """The levels of nf4, (16,) fp32."""
+    return torch.tensor(NF4_LEVELS, device=device)
 
 
 @functools.cache
@@ -371,6 +383,8 @@ def mxfp8_codes(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Packed:
 
 
 def _from_mxfp8(codes: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tensor:
+    if (kernel := _kernel("mxfp8", codes, exponents)) is not None:
+        return kernel(torch.empty_like(codes, dtype=dtype), codes, exponents)
     scale = exponents.view(torch.float8_e8m0fnu).float().unsqueeze(-1)  # 2^(e − 127); 255 is not a number
     return codes.float().view(len(codes), -1, MXFP8_BLOCK).mul_(scale).view(codes.shape).to(dtype)
 
@@ -402,11 +416,62 @@ def nvfp4_codes(codes: Tensor, blocks: Tensor, scale: Tensor, dtype: torch.dtype
 
 
 def _from_nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, *smoothing: Tensor, dtype: torch.dtype) -> Tensor:
+    if (kernel := _kernel("nvfp4", codes, blocks, scale, *smoothing)) is not None:
+        return kernel(codes.new_empty(len(codes), 2 * codes.shape[1], dtype=dtype), codes, blocks, scale, *smoothing)
     pairs = F.embedding(codes.int(), level_pairs(E2M1_LEVELS, codes.device))
     weight = pairs.view(len(codes), -1, NVFP4_BLOCK).mul_((blocks.float() * scale).unsqueeze(-1)).view(len(codes), -1)
     for factor in smoothing:
         weight = weight.mul_(factor)
     return weight.to(dtype)
+
+
+_KINDS: Mapping[str, Quantization] = {
+    "int8": "int8",
+    "e4m3": "fp8_e4m3",
+    "e5m2": "fp8_e5m2",
+    "mxfp8": "mxfp8",
+    "nf4": "nf4",
+    "nvfp4": "nvfp4",
+}
+"""Kinds of `core.unpacking_kernel`, with a method that packs so."""
+
+_SCALED = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+"""Those of codes with scales for rows."""
+
+
+def _kernel(kind: str | None, codes: Tensor, *others: Tensor) -> Callable[..., Tensor] | None:
+    """What unpacks codes in one kernel; None where torch's operations do, as on a CPU and in compiled code."""
+    if kind is None or codes.device.type != "cuda" or torch.compiler.is_compiling() or codes.numel() >= _MOST_CODES:
+        return None
+    # Rows must follow one another in memory, as they do in a result that is made like them.
+    order = sorted(range(codes.ndim), key=codes.stride, reverse=True)
+    if order[0] != 0 or not codes.permute(order).is_contiguous() or not all(one.is_contiguous() for one in others):
+        return None
+    found = unpacking_on(codes.device, kind)
+    return None if found.refusal else found.run
+
+
+_MOST_CODES = 2**30
+"""Codes from which a kernel could not count a row's numbers in 32 bits."""
+
+
+@functools.cache
+def unpacking_on(device: torch.device, kind: str) -> Kernel:
+    """`core.unpacking_kernel.unpacked` of a kind on a GPU, which is refused unless it gives the numbers of a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    here = packed(torch.randn(3, 2112, generator=generator), _KINDS[kind], torch.float32)  # more than two blocks of it
+    expected = here.weight()
+    there = [tensor.to(device) for tensor in here.tensors]
+    further = [levels_on(device)] if kind == "nf4" else []
+
+    def load() -> Callable[..., Tensor]:
+        from lorasmith.core.unpacking_kernel import unpacked
+
+        return functools.partial(unpacked, kind)
+
+    y = torch.empty(expected.numel() if kind == "nf4" else expected.shape, device=device)
+    trial = (y, *there, *further)
+    return kernel_or(f"unpacking {_KINDS[kind]}", lambda *_: expected.view(y.shape), load, [trial])
 
 
 def tiled(scales: Tensor) -> Tensor:
