@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import open_regular
+from lorasmith.core.kernels import Kernel, kernel_or
 from lorasmith.core.mapped_files import MappedFile
 from lorasmith.core.placement import dtype_name
 from lorasmith.core.printable import printable
@@ -118,9 +119,37 @@ def _format(kind: str) -> str:
 def _from_blocks(codes: Tensor, *, dtype: torch.dtype, kind: str, inside: tuple[int, ...]) -> Tensor:
     """The weight (out, *inside) of codes (rows, bytes of a row)."""
     decode, size, size_bytes = _decoders()[kind]
-    with _constants_kept() if codes.is_cuda and not torch.compiler.is_compiling() else contextlib.nullcontext():
+    on_gpu = codes.is_cuda and not torch.compiler.is_compiling()
+    if on_gpu and kind in _PARTS and codes.is_contiguous() and not (found := unpacking_on(codes.device, kind)).refusal:
+        y = codes.new_empty(codes.numel() // size_bytes * size, dtype=dtype)
+        return found.run(codes, y).view(-1, *inside)  # type: ignore[no-any-return]
+    with _constants_kept() if on_gpu else contextlib.nullcontext():
         numbers: Tensor = decode(codes.reshape(-1, size_bytes), size, size_bytes, torch.float32)
     return numbers.to(dtype).reshape(-1, *inside)
+
+
+_PARTS = {
+    "Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16, "Q4_0": 1, "Q4_1": 1, "Q5_0": 1, "Q5_1": 1, "Q8_0": 1
+}  # fmt: skip
+"""Types that `gguf_kernel` has, with the parts of a block that have scales of their own."""
+
+
+@functools.cache
+def unpacking_on(device: torch.device, kind: str) -> Kernel:
+    """`gguf_kernel.unpacked` for a type on a GPU, of codes and y, which is refused unless it gives a CPU's numbers."""
+    _, size, size_bytes = _decoders()[kind]
+    generator = torch.Generator().manual_seed(0)
+    most = 0x7C  # so that scales in fp16 are finite
+    codes = torch.randint(0, most, (5, size_bytes), generator=generator, dtype=torch.uint8)
+    expected = _from_blocks(codes, dtype=torch.float32, kind=kind, inside=()).view(-1)
+
+    def load() -> Callable[..., Tensor]:
+        from lorasmith.families.files.gguf_kernel import unpacked
+
+        return functools.partial(unpacked, kind, _PARTS[kind], size, size_bytes)
+
+    trial = (codes.to(device), torch.empty(5 * size, device=device))
+    return kernel_or(f"unpacking {kind}", lambda *_: expected, load, [trial])
 
 
 @functools.cache
