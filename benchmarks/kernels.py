@@ -36,7 +36,13 @@ from lorasmith.core.choices import Quantization
 from lorasmith.core.pinned_memory import PinnedBuffer
 from lorasmith.core.printable import first_line
 from lorasmith.core.quantization import packed, scaled_at_once
-from lorasmith.core.quantized_products import PRODUCT_KINDS, int8_product_on, rounded_by_torch, rounded_rows
+from lorasmith.core.quantized_products import (
+    PRODUCT_KINDS,
+    int8_product_on,
+    rounded_by_torch,
+    rounded_rows,
+    transposing_on,
+)
 from lorasmith.training.memory.backward_passes import apply_rotary_emb
 from lorasmith.training.memory.compilation import triton_kernels
 
@@ -241,8 +247,8 @@ def products(sizes: Sizes, device: torch.device) -> Rows:
         b = b.t() if in_columns else b.t().contiguous()
         scales = torch.ones(tokens, 1, device=device), torch.ones(1, outer, device=device)
         multiply = int8_product_on(device).run
-        order = "columns, as forward" if in_columns else "rows, as backward"
-        way = f"int8 as in a run, codes in {order}"
+        order = "columns, as in a run" if in_columns else "rows"
+        way = f"int8 kernel, codes in {order}"
         return Measured(what, way, lambda: multiply(a, scales[0], b, scales[1], torch.bfloat16), work, "TFLOP/s")
 
     def layer(kind: Quantization, backward: bool) -> Measured:
@@ -259,7 +265,9 @@ def products(sizes: Sizes, device: torch.device) -> Rows:
     def transpose() -> Measured:
         codes = random(outer, inner).to(torch.int8)
         moved = 2 * codes.nbytes / GIGA
-        return Measured(f"codes {outer}×{inner}", "transposed", lambda: codes.t().contiguous(), moved, "GB/s")
+        return Measured(
+            f"codes {outer}×{inner}", "transposed", lambda: transposing_on(device).run(codes), moved, "GB/s"
+        )
 
     def low_rank() -> Measured:
         y, inner_rows, up = random(tokens, outer), random(tokens, 16), random(16, outer)

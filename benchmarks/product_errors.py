@@ -161,7 +161,7 @@ class _Around:
     def __init__(self, own: Any, errors: dict[str, list[float]] | None, factors: Tensor) -> None:
         self._own, self._errors, self._factors = own, errors, factors
 
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None, shared: dict[object, Any]) -> Tensor:
         x = x * self._factors
         found = self._own.forward(weight, x, None)
         if self._errors is not None:

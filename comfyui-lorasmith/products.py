@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,9 @@ def _mkl_lacks_avx512() -> bool:
 class OneDnnProducts:
     """By oneDNN, which multiplies fp32 matrices with AVX-512 on all processors that have it."""
 
-    def forward(self, weight: Packed | Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        self, weight: Packed | Tensor, x: Tensor, bias: Tensor | None, shared: dict[object, Any] | None = None
+    ) -> Tensor:
         return _product(x, _plain(weight), bias)
 
     def backward(self, weight: Packed | Tensor, grad: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,9 @@ def test_it_is_the_product_of_integers_with_scales(
     for scale in (scale_b, scale_b[:, :1]):
         y = product(a, scale_a, b, scale, torch.float32)
         torch.testing.assert_close(y.double(), whole * scale.double(), rtol=1e-6, atol=0)
+    bias = torch.rand(columns, generator=g).half()
+    y = product(a, scale_a, b, scale_b, torch.float32, bias)
+    torch.testing.assert_close(y.double(), whole * scale_b.double() + bias, rtol=1e-6, atol=1e-3)
     assert product(a, scale_a, b, scale_b, torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -43,10 +47,13 @@ def test_it_is_the_product_of_integers_with_scales(
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("order", ["b_inner", "b_column"])
 def test_it_compiles_for_gpus(capability: int, order: str) -> None:
-    """To machine code with their instructions for int8; `order` is the stride of 1: the weight transposed, or not."""
+    """To machine code with their instructions for int8; `order` is the stride of 1; runs have the first."""
     fixed = {**int8_kernel.BLOCK, "block_rows": int8_kernel.BLOCK_ROWS[-1], "a_inner": 1, "scale_column": 1, order: 1}
-    types = {"a": "*i8", "b": "*i8", "y": "*bf16", "scale_a": "*fp32", "scale_b": "*fp32"}
+    fixed["has_bias"] = 1
+    types = {"bias": "*bf16", "a": "*i8", "b": "*i8", "y": "*bf16", "scale_a": "*fp32", "scale_b": "*fp32"}
     found = compiled(int8_kernel, fixed, types, {"rows"}, capability)
     assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in found.asm["ptx"]
     assert ".s32.s8.s8" in found.asm["ptx"]
+    in_bytes = re.findall(r"(?:ld|st)\.shared\.[bus]8", found.asm["ptx"])
+    assert not in_bytes or order == "b_column", "the loop moves bytes one by one"
     assert found.metadata.shared <= 99 * 1024  # of the smallest of these GPUs

@@ -55,7 +55,7 @@ OUT, IN = 64, 96
 def scales_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both ways to come by the product in fp8: with scales inside, and multiplied with them afterwards."""
     if not request.param:
-        monkeypatch.setattr(quantized_products, "_dtypes_scaled_by_row", lambda *_: ())
+        monkeypatch.setattr(quantized_products, "_dtypes_scaled_by_row", lambda *_: {})
     return request.param
 
 
@@ -110,6 +110,21 @@ def test_backward_is_the_product_with_the_weight_untransposed(kind: str, dtype: 
     # In blocks across, a weight in nvfp4 is rounded a second time.
     limit = 1 / 8 if kind == "nvfp4" else 1 / 16
     assert row_error(found.float(), grad.float() @ weight.weight()) < limit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_layers_with_one_input_round_is_rounded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = (packed(numbers(OUT, IN, seed=seed), kind, torch.float32) for seed in (0, 1))
+    x, bias = numbers(9, IN, seed=2), torch.arange(OUT).float()
+    apart = [products(one).forward(one, x, bias) for one in (q, k)]
+    calls = list[int]()
+    for name in ("rounded_rows", "packed"):
+        plain = getattr(quantized_products, name)
+        monkeypatch.setattr(quantized_products, name, lambda *given, plain=plain: calls.append(0) or plain(*given))
+    shared = dict[object, Any]()
+    together = [products(one).forward(one, x, bias, shared) for one in (q, k)]
+    assert len(calls) == 1
+    assert all(map(torch.equal, together, apart))
 
 
 @pytest.mark.parametrize("kind", FP8)

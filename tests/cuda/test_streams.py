@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_weights import weights_packed
 from lorasmith.adapters.weight_stream import WeightStream
-from lorasmith.core import pinned_memory
+from lorasmith.core import pinned_memory, quantization
+from lorasmith.core.kernels import Kernel
 from lorasmith.core.placement import placed, sent
 from lorasmith.core.quantization import packed
 from lorasmith.training.batches import prefetched
 from lorasmith.training.step_results import Mailbox
 from tests.cuda.streams import Event, Stream, Streams
-from tests.cuda.tracing import DEVICE, MODE, Devices, Watch, faked
+from tests.cuda.tracing import DEVICE, MODE, Devices, Watch, faked, unpacked_in_place
 
 
 def used(streams: Streams, *reads: Tensor) -> Tensor:
@@ -85,7 +86,8 @@ def watched() -> Iterator[Watch]:
     """Streams and fake tensors of a device; steps without a backward pass need no stub of it."""
     found = Streams()
     registered = mock.patch.object(pinned_memory, "_registered", lambda _: None)
-    with found.in_place(), Devices(MODE), registered, MODE, Watch(found) as watch:
+    unpacking = mock.patch.object(quantization, "unpacking_on", lambda *_: Kernel("", unpacked_in_place))
+    with found.in_place(), Devices(MODE), registered, unpacking, MODE, Watch(found) as watch:
         yield watch
 
 

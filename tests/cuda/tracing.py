@@ -399,7 +399,13 @@ def _unpacked(y: Tensor, tensors: Sequence[Tensor]) -> None:
     raise AssertionError("is called with fake tensors")
 
 
-def _unpacked_in_place(y: Tensor, *tensors: Tensor) -> Tensor:
+def _int8_product(a: Tensor, scale_a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    assert b.stride(0) == 1, "tensor cores take int8 in column order, and rows byte by byte"
+    return quantized_products._int8_product(a, scale_a, b, *rest)
+
+
+def unpacked_in_place(y: Tensor, *tensors: Tensor) -> Tensor:
+    """What unpacks fake weights as `core.unpacking_kernel` does, in one operation."""
     _unpacked(y, tensors)
     return y
 
@@ -428,7 +434,7 @@ def traced(
     job = plan_job(model.denoiser, TrainConfig(**given), torch.device("cpu"))
     way = replace(job.way, device=DEVICE, **(changes or {}))
     found, streams = Traced(layers=len(job.adapters)), Streams()
-    dtypes = (torch.float32, torch.bfloat16) if scales_by_row else ()
+    dtypes = {torch.float32: False, torch.bfloat16: True} if scales_by_row else {}
     by_torch = partial(Kernel, "")
     with (
         contextlib.ExitStack() as prepared,
@@ -438,9 +444,12 @@ def traced(
         mock.patch.object(pinned_memory, "_registered", lambda _: None),
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
         # Triton compiles for a device alone.
-        mock.patch.object(quantized_products, "int8_product_on", lambda *_: by_torch(quantized_products._int8_product)),
+        mock.patch.object(quantized_products, "int8_product_on", lambda *_: by_torch(_int8_product)),
+        mock.patch.object(
+            quantized_products, "transposing_on", lambda *_: by_torch(quantized_products._transposed_by_torch)
+        ),
         mock.patch.object(quantized_products, "rounding_on", lambda *_: by_torch(quantized_products.rounded_by_torch)),
-        mock.patch.object(quantization, "unpacking_on", lambda *_: by_torch(_unpacked_in_place)),
+        mock.patch.object(quantization, "unpacking_on", lambda *_: by_torch(unpacked_in_place)),
         mock.patch.object(backward_passes, "rotation_on", lambda *_: by_torch(_turned)),
         # The tiny models' weights and activations are below the sizes from which anything is done about them.
         mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),

@@ -75,8 +75,8 @@ def is_targetable(module: nn.Module) -> bool:
 class Products(Protocol):
     """Products of a Linear layer with its weight: packed, or the parameter of a layer without a source."""
 
-    def forward(self, weight: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x Wᵀ + b` of x (..., in), in its dtype."""
+    def forward(self, weight: Any, x: Tensor, bias: Tensor | None, shared: dict[object, Any] | None = None) -> Tensor:
+        """`x Wᵀ + b` of x (..., in), in its dtype; `shared` has what was made of this x for other layers."""
 
     def backward(self, weight: Any, grad: Tensor) -> Tensor:
         """`grad W` of grad (..., out), in its dtype."""
@@ -137,15 +137,18 @@ class FrozenLayer:
                 return self.product_with(weight, x, added)
         return _product(self, x, added)
 
-    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd, by the layer's `Products` if it has any."""
+    def times(self, x: Tensor, bias: Tensor | None = None, shared: dict[object, Any] | None = None) -> Tensor:
+        """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd, by the layer's `Products` if it has any.
+
+        `shared` is one for all layers with this x.
+        """
         if (plain := self._plain) is not None:
             return F.linear(x, plain, bias)
         if (products := self._products) is None:
             with self.weight_acquired() as weight:
                 return F.linear(x, weight, bias)
         with self._used() as given:
-            return products.forward(given, x, bias)
+            return products.forward(given, x, bias, shared)
 
     def grad_times(self, grad: Tensor) -> Tensor:
         """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""

@@ -1,9 +1,10 @@
 """A Triton kernel for products of int8 matrices with scales of rows and columns.
 
-    y = (a · row scales) (b · column scales)    a (n, k), b (k, m), sums in int32, y in the wanted dtype
+    y = (a · row scales) (b · column scales) + bias    a (n, k), b (k, m), sums in int32, y in the wanted dtype
 
-Scales are multiplied while the sums are in registers, so that no matrix of int32 is stored. b may be in row or in
-column order: a weight serves the forward product transposed and the backward product as it is, without a copy.
+Scales are multiplied, and a bias is added, while the sums are in registers, so that no matrix of int32 is stored. b may
+be in row or in column order. Tensor cores take it in columns: in rows it is stored to shared memory byte by byte in the
+loop, and products are slower than in bf16.
 
 Without Triton `product` fails. The kernel calls only what `triton.language` has built in, so that Triton's
 interpreter runs it if `TRITON_INTERPRET` was set when this module was imported.
@@ -35,20 +36,24 @@ another on the same columns, which are then in the cache."""
 LAUNCH = {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": False}
 
 
-def product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in any order, scale_b (1, m) or (1, 1)."""
+def product(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """`(a · scale_a) (b · scale_b) + bias` for a (n, k), scale_a (n, 1), b (k, m) in any order, scale_b (1, m) or
+    (1, 1), bias (m,)."""
     (rows, inner), columns = a.shape, b.shape[1]
     y = torch.empty(rows, columns, dtype=dtype, device=a.device)
     block_rows = next((size for size in BLOCK_ROWS if rows <= size), BLOCK_ROWS[-1])
     blocks = -(-rows // block_rows) * -(-columns // BLOCK["block_columns"])
     scale_b = scale_b.expand(1, columns)
     sizes = (rows, columns, inner, a.stride(0), a.stride(1), b.stride(0), b.stride(1), scale_b.stride(1))
-    given = (a, b, y, scale_a, scale_b, *sizes)
+    given = (a, b, y, scale_a, scale_b, scale_a if bias is None else bias.contiguous(), *sizes)
+    fixed = {"has_bias": bias is not None, "block_rows": block_rows, **BLOCK}
     if a.is_cuda and not torch.compiler.is_compiling():
         with torch.cuda.device(a.device):  # Triton launches on the current device; compiled code sets it itself
-            kernel[(blocks,)](*given, block_rows=block_rows, **BLOCK, **LAUNCH)
+            kernel[(blocks,)](*given, **fixed, **LAUNCH)
     else:
-        kernel[(blocks,)](*given, block_rows=block_rows, **BLOCK, **LAUNCH)
+        kernel[(blocks,)](*given, **fixed, **LAUNCH)
     return y
 
 
@@ -58,6 +63,7 @@ def _kernel(
     y,
     scale_a,
     scale_b,
+    bias,
     rows,
     columns,
     inner,
@@ -66,6 +72,7 @@ def _kernel(
     b_inner,
     b_column,
     scale_column,
+    has_bias: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
     block_inner: tl.constexpr,
@@ -94,6 +101,8 @@ def _kernel(
         b_here += block_inner * b_inner
     scaled = sums.to(tl.float32) * tl.load(scale_a + row, mask=is_row, other=0.0)[:, None]
     scaled *= tl.load(scale_b + column * scale_column, mask=is_column, other=0.0)[None, :]
+    if has_bias:
+        scaled += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     place = y + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(place, scaled.to(y.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 

@@ -425,7 +425,7 @@ def _from_nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, *smoothing: Tensor
     return weight.to(dtype)
 
 
-_KINDS: Mapping[str, Quantization] = {
+KERNEL_KINDS: Mapping[str, Quantization] = {
     "int8": "int8",
     "e4m3": "fp8_e4m3",
     "e5m2": "fp8_e5m2",
@@ -459,7 +459,9 @@ _MOST_CODES = 2**30
 def unpacking_on(device: torch.device, kind: str) -> Kernel:
     """`core.unpacking_kernel.unpacked` of a kind on a GPU, which is refused unless it gives the numbers of a CPU."""
     generator = torch.Generator().manual_seed(0)
-    here = packed(torch.randn(3, 2112, generator=generator), _KINDS[kind], torch.float32)  # more than two blocks of it
+    here = packed(
+        torch.randn(3, 2112, generator=generator), KERNEL_KINDS[kind], torch.float32
+    )  # more than two blocks of it
     expected = here.weight()
     there = [tensor.to(device) for tensor in here.tensors]
     further = [levels_on(device)] if kind == "nf4" else []
@@ -471,7 +473,7 @@ def unpacking_on(device: torch.device, kind: str) -> Kernel:
 
     y = torch.empty(expected.numel() if kind == "nf4" else expected.shape, device=device)
     trial = (y, *there, *further)
-    return kernel_or(f"unpacking {_KINDS[kind]}", lambda *_: expected.view(y.shape), load, [trial])
+    return kernel_or(f"unpacking {KERNEL_KINDS[kind]}", lambda *_: expected.view(y.shape), load, [trial])
 
 
 def tiled(scales: Tensor) -> Tensor:

@@ -20,9 +20,13 @@ They need a Linear layer whose sizes are multiples of 16, in mxfp8 and nvfp4 of 
 
 fp8: activations and gradients are in e4m3. Gradients are often in e5m2 for its range (Micikevicius et al. 2022,
 arXiv:2209.05433), but rows with scales of their own need none, and its error is twice as large
-(docs/lab-log.md). `torch._scaled_mm` needs the second matrix in column order, so the backward product makes a
-temporary copy of the codes. Support of scales per row depends on GPU and version (often only with results in bf16), so
+(docs/lab-log.md). Support of scales per row depends on GPU and version (often only with results in bf16), so
 it is tried once for each shape; without it the scales are multiplied afterwards.
+
+The second matrix of a product is in column order on a GPU: `torch._scaled_mm` takes no other, and in int8 tensor cores
+read it so, and any other byte by byte. So backward products make a temporary copy of the codes
+(`core.transpose_kernel`). What several layers with one input round of it is rounded once (`Shared`), and biases are
+added inside of the product where the device can.
 
 int8: sums are exact, so that all ways to compute them give the same ones, except on processors without VNNI, whose
 products saturate in pairs: there is none there.
@@ -76,6 +80,10 @@ def _sums_exactly() -> bool:
         return False
 
 
+Shared = dict[object, Any]
+"""What products with one input have rounded of it, by format; empty at first."""
+
+
 class Fp8Products:
     """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale, on a device."""
 
@@ -85,19 +93,21 @@ class Fp8Products:
         self._forward = _dtypes_scaled_by_row(device, ACTIVATION, code, inside, out)
         self._backward = _dtypes_scaled_by_row(device, GRADIENT, code, out, inside)
 
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None, shared: Shared | None = None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         codes, scale = weight.tensors
-        rows, row_scale = rounded_rows(x.reshape(-1, x.shape[-1]), ACTIVATION)
-        y = _fp8_product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, self._forward, fast=True)
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
+        found = None if shared is None else shared.get(ACTIVATION)
+        rows, row_scale = found or rounded_rows(x.reshape(-1, x.shape[-1]), ACTIVATION)
+        if shared is not None:
+            shared[ACTIVATION] = rows, row_scale
+        y = _fp8_product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, self._forward, bias, fast=True)
+        return y.view(*x.shape[:-1], len(codes))
 
     def backward(self, weight: Packed, grad: Tensor) -> Tensor:
         """`grad W` of grad (..., out), in its dtype."""
         codes, _ = weight.tensors
-        (rows, row_scale), left = _rounded_gradient(weight, grad, GRADIENT)
-        columns = codes.t().contiguous().t()
-        y = _fp8_product(rows, row_scale, columns, left, grad.dtype, self._backward, fast=False)
+        (rows, row_scale), left = _rounded_gradient(weight, grad, GRADIENT, codes.shape[1])
+        y = _fp8_product(rows, row_scale, _in_columns(codes), left, grad.dtype, self._backward, None, fast=False)
         return y.view(*grad.shape[:-1], codes.shape[1])
 
 
@@ -107,20 +117,24 @@ class Int8Products:
     def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
         self._product = int8_product_on(device).run
         self._rotation = None if codes.rotated_by is None else rotation(codes.rotated_by, device)
+        self._format = torch.int8, codes.rotated_by
 
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None, shared: Shared | None = None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
         codes, scale = weight.tensors
-        flat = x.reshape(-1, x.shape[-1])
-        rows, row_scale = rounded_rows(self._rotated(flat), torch.int8)
-        y: Tensor = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype)
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(codes))
+        found = None if shared is None else shared.get(self._format)
+        rows, row_scale = found or rounded_rows(self._rotated(x.reshape(-1, x.shape[-1])), torch.int8)
+        if shared is not None:
+            shared[self._format] = rows, row_scale
+        y: Tensor = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, bias)
+        return y.view(*x.shape[:-1], len(codes))
 
     def backward(self, weight: Packed, grad: Tensor) -> Tensor:
         """`grad W` of grad (..., out), in its dtype."""
         codes, _ = weight.tensors
-        (rows, row_scale), left = _rounded_gradient(weight, grad, torch.int8)
-        y = self._rotated(self._product(rows, row_scale, codes, left, grad.dtype))
+        (rows, row_scale), left = _rounded_gradient(weight, grad, torch.int8, codes.shape[1])
+        second = _in_columns(codes) if codes.device.type == "cuda" else codes
+        y = self._rotated(self._product(rows, row_scale, second, left, grad.dtype, None))
         return y.view(*grad.shape[:-1], codes.shape[1])
 
     def _rotated(self, rows: Tensor) -> Tensor:
@@ -135,13 +149,20 @@ class BlockProducts:
         if self._kind == "nvfp4":
             level_pairs(E2M1_LEVELS, device)  # kept, so that the first backward pass does not wait for its copy
 
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None, shared: Shared | None = None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
-        flat = x.reshape(-1, x.shape[-1])
-        for smoothing in weight.tensors[3:]:  # see `nvfp4_codes`
-            flat = flat * smoothing
+        smoothing = weight.tensors[3:]  # see `nvfp4_codes`
+        shared = None if smoothing else shared
+        rows: Packed | None = None if shared is None else shared.get(self._kind)
+        if rows is None:
+            flat = x.reshape(-1, x.shape[-1])
+            for factor in smoothing:
+                flat = flat * factor
+            rows = packed(flat, self._kind, torch.float32)
+        if shared is not None:
+            shared[self._kind] = rows
         bare = replace(weight, tensors=weight.tensors[:3], dtype=torch.float32)
-        y = _block_product(packed(flat, self._kind, torch.float32), bare, x.dtype)
+        y = _block_product(rows, bare, x.dtype)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(bare.tensors[0]))
 
     def backward(self, weight: Packed, grad: Tensor) -> Tensor:
@@ -186,13 +207,50 @@ GRADIENT_BLOCKS: Quantization = "mxfp8"
 """Format of gradients, and of weights they are multiplied with, in products with weights in mxfp8 and nvfp4."""
 
 
-def _rounded_gradient(weight: Packed, grad: Tensor, kind: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """`rounded_rows` of a gradient with the scales of outputs multiplied in, and the scale (1, 1) that is left."""
+def _rounded_gradient(
+    weight: Packed, grad: Tensor, kind: torch.dtype, columns: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """`rounded_rows` of a gradient with the scales of outputs multiplied in, and the scales of columns that are left:
+    (1, columns), or (1, 1)."""
     scale = weight.tensors[1]
     flat = grad.reshape(-1, grad.shape[-1])
     if scale.numel() > 1:
-        return rounded_rows(flat, kind, scale.reshape(-1)), scale.new_ones(1, 1)
+        left = scale.new_ones(1, columns) if torch.compiler.is_compiling() else _ones(columns, scale.device)
+        return rounded_rows(flat, kind, scale.reshape(-1)), left
     return rounded_rows(flat, kind), scale.reshape(1, 1)
+
+
+@functools.cache
+def _ones(columns: int, device: torch.device) -> Tensor:
+    return torch.ones(1, columns, device=device)
+
+
+def _in_columns(codes: Tensor) -> Tensor:
+    """A copy of codes (rows, columns) in column order, by `core.transpose_kernel` on a GPU."""
+    if torch.compiler.is_compiling():
+        return codes.t().contiguous().t()
+    copy: Tensor = transposing_on(codes.device).run(codes.contiguous())
+    return copy.t()
+
+
+@functools.cache
+def transposing_on(device: torch.device) -> Kernel:
+    """What transposes contiguous codes of a byte on a device."""
+    name = "transposing codes"
+    if device.type != "cuda":
+        return Kernel(name, _transposed_by_torch)
+    codes = torch.arange(48 * 144, device=device).reshape(48, 144).to(torch.int8)
+
+    def load() -> Callable[..., Any]:
+        from lorasmith.core.transpose_kernel import transposed
+
+        return transposed
+
+    return kernel_or(name, _transposed_by_torch, load, [(codes,)])
+
+
+def _transposed_by_torch(codes: Tensor) -> Tensor:
+    return codes.t().contiguous()
 
 
 def rounded_rows(rows: Tensor, kind: torch.dtype, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -296,14 +354,27 @@ def int8_product_on(device: torch.device) -> Kernel:
         return product
 
     orders = (b.to(device), b.t().to(device).t())
-    trials = [(a.to(device), scale, order, scale.t(), torch.float32) for order in orders]
-    return kernel_or(name, _int8_product, load, trials, expected=lambda *_: a.float() @ b.float())
+    trials = [
+        (a.to(device), scale, order, scale.t(), torch.float32, bias)
+        for order in orders
+        for bias in (None, torch.arange(32.0, device=device))
+    ]
+
+    def expected(*trial: Any) -> Tensor:
+        product = a.float() @ b.float()
+        return product if trial[-1] is None else product + torch.arange(32.0)
+
+    return kernel_or(name, _int8_product, load, trials, expected=expected)
 
 
-def _int8_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in any order, scale_b (1, m) or (1, 1)."""
+def _int8_product(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """`(a · scale_a) (b · scale_b) + bias` for a (n, k), scale_a (n, 1), b (k, m) in any order, scale_b (1, m) or
+    (1, 1), bias (m,)."""
     y = torch._int_mm(*(_as_on_cuda(a, b) if a.device.type == "cuda" else (a, b)))[: len(a)]
-    return (y * scale_a).mul_(scale_b).to(dtype)
+    y = (y * scale_a).mul_(scale_b).to(dtype)
+    return y if bias is None else y.add_(bias)
 
 
 def _as_on_cuda(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,42 +388,51 @@ def _fp8_product(
     b: Tensor,
     scale_b: Tensor,
     dtype: torch.dtype,
-    by_row: tuple[torch.dtype, ...],
+    by_row: Mapping[torch.dtype, bool],
+    bias: Tensor | None,
     *,
     fast: bool,
 ) -> Tensor:
-    """`(a · scale_a) (b · scale_b)` for a (n, k), scale_a (n, 1), b (k, m) in columns, scale_b (1, m) or (1, 1).
+    """`(a · scale_a) (b · scale_b) + bias` for a (n, k), scale_a (n, 1), b (k, m) in columns, scale_b (1, m) or (1, 1).
 
-    `by_row` are the dtypes of results with scales per row; `fast` lets the GPU accumulate in fewer bits, which forward
-    products tolerate.
+    `by_row` are the dtypes of results with scales per row, and whether they take a bias; `fast` lets the GPU accumulate
+    in fewer bits, which forward products tolerate.
     """
     scaled = dtype if dtype in by_row else torch.bfloat16
     if scaled in by_row:
         scale_b = scale_b.expand(1, b.shape[1]).contiguous()
-        y = torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=scaled, use_fast_accum=fast)
-        return y.to(dtype)
+        inside = bias if by_row[scaled] and bias is not None and bias.dtype == scaled == dtype else None
+        y = torch._scaled_mm(
+            a, b, scale_a=scale_a, scale_b=scale_b, bias=inside, out_dtype=scaled, use_fast_accum=fast
+        ).to(dtype)
+        return y if bias is inside else y.add_(bias)  # type: ignore[arg-type]
     one = scale_a.new_ones(())
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # the sums would overflow fp16
     y = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=wide, use_fast_accum=fast)
-    return y.mul_(scale_a).mul_(scale_b).to(dtype)
+    y = y.mul_(scale_a).mul_(scale_b).to(dtype)
+    return y if bias is None else y.add_(bias)
 
 
 @functools.cache
 def _dtypes_scaled_by_row(
     device: torch.device, a: torch.dtype, b: torch.dtype, inner: int, columns: int
-) -> tuple[torch.dtype, ...]:
-    """Dtypes of results for which a device supports scales per row with these formats and sizes, and is right."""
+) -> Mapping[torch.dtype, bool]:
+    """Dtypes of results for which a device supports scales per row with these formats and sizes, and is right, and
+    whether it does with a bias in that dtype."""
     rows = torch.arange(1.0, 17, device=device).reshape(-1, 1) / inner  # results are in range of fp16
     across = torch.linspace(1, 2, columns, device=device).reshape(1, -1)
     left, right = torch.ones(len(rows), inner, device=device).to(a), torch.ones(columns, inner, device=device).to(b)
 
-    def is_right(dtype: torch.dtype) -> bool:
+    def is_right(dtype: torch.dtype, bias: Tensor | None = None) -> bool:
         try:
-            y = torch._scaled_mm(left, right.t(), scale_a=rows, scale_b=across, out_dtype=dtype)
+            y = torch._scaled_mm(left, right.t(), scale_a=rows, scale_b=across, bias=bias, out_dtype=dtype)
         except (RuntimeError, ValueError) as error:
             if not is_refusal(error):
                 raise
             return False
-        return bool(torch.allclose(y.float(), inner * rows * across, rtol=0.01))
+        expected = inner * rows * across + (0 if bias is None else bias.float())
+        return bool(torch.allclose(y.float(), expected, rtol=0.01))
 
-    return tuple(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if is_right(dtype))
+    bias = torch.linspace(3, 5, columns, device=device)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return {dtype: is_right(dtype, bias.to(dtype)) for dtype in dtypes if is_right(dtype)}

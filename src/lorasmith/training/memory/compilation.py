@@ -32,8 +32,8 @@ from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.adapters.weight_stream import Block, streamed_block
 from lorasmith.core.blocks import units
 from lorasmith.core.kernels import Kernel
-from lorasmith.core.quantization import weight_source
-from lorasmith.core.quantized_products import ACTIVATION, has_products, int8_product_on, rounding_on
+from lorasmith.core.quantization import KERNEL_KINDS, unpacking_on, weight_source
+from lorasmith.core.quantized_products import ACTIVATION, has_products, int8_product_on, rounding_on, transposing_on
 from lorasmith.core.recomputation import recomputed
 from lorasmith.data.dataset import Sample
 from lorasmith.families.forms import Routing
@@ -85,9 +85,9 @@ def triton_kernels(device: torch.device) -> tuple[Kernel, ...]:
     """The project's kernels for a GPU, each tried on it; none for other devices."""
     if device.type != "cuda":
         return ()
-    found = [rotation_on(device)]
+    found = [rotation_on(device), *(unpacking_on(device, kind) for kind in KERNEL_KINDS)]
     if has_products("int8", device):
-        found += [int8_product_on(device), rounding_on(device, torch.int8)]
+        found += [int8_product_on(device), rounding_on(device, torch.int8), transposing_on(device)]
     if has_products("fp8", device):
         found.append(rounding_on(device, ACTIVATION))
     return tuple(found)
