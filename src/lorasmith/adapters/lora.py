@@ -299,7 +299,7 @@ class _LinearWithLora(torch.autograd.Function):
         call = current_call()
         kept = () if call is None else call.kept
         is_needed = call is None or not call.is_unused
-        shared = dict[object, Any]()
+        shared: dict[object, Any] = {}
         results = [
             unviewed(layer.times(x, bias, shared)) if is_needed else x.new_empty((*x.shape[:-1], layer.out_features))
             for layer, bias in zip(layers, biases, strict=True)
