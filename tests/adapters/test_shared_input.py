@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import inject
+from lorasmith.adapters import inject, lora
 from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_weights import weights_packed
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import RankMasks
@@ -91,6 +93,35 @@ def test_layers_that_turn_out_to_have_other_inputs_are_right_too(monkeypatch: py
     apart(monkeypatch)
     for found, expected in zip(together, outcome(net, adapters, *inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_frozen_products_that_add_to_narrow_ones_give_the_same(
+    kind: Any, is_apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: with biases and without, of one adapter and of two on a layer."""
+    torch.manual_seed(0)
+    net, x = Attention(32).requires_grad_(False), torch.randn(2, 5, 32)
+    if is_apart:
+        apart(monkeypatch)
+    attached = [Attached(adapters_of(net), strength=0.7), Attached(adapters_of(net, (2, 2, 2)))]
+
+    def found() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        with adapters_attached(net, attached):
+            y = net(leaf)
+        parameters = [p for one in attached for adapter in one.adapters.values() for p in adapter.parameters()]
+        return [y, *torch.autograd.grad(y.square().sum(), [leaf, *parameters])]
+
+    with ExitStack() as stack:
+        if kind is not None:
+            stack.enter_context(weights_packed(net, kind=kind, device=x.device, dtype=x.dtype))
+        expected = found()
+        monkeypatch.setattr(lora, "_adds_to_narrow", lambda _: True)
+        monkeypatch.setattr(FrozenLayer, "times", None)
+        for one, other in zip(found(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_computes_them_apart(groups: list[int]) -> None:

@@ -150,6 +150,19 @@ class FrozenLayer:
         with self._used() as given:
             return products.forward(given, x, bias, shared)
 
+    @property
+    def adds_products(self) -> bool:
+        """Whether `add_times` is one product with the weight, plain or unpacked."""
+        return self._plain is not None or self._products is None
+
+    def add_times(self, total: Tensor, x: Tensor) -> None:
+        """`total + x Wᵀ` for total (rows, out) and x (rows, in), in place; the layer has no `Products`."""
+        if (plain := self._plain) is not None:
+            total.addmm_(x, plain.t())
+        else:
+            with self.weight_acquired() as weight:
+                total.addmm_(x, weight.t())
+
     def grad_times(self, grad: Tensor) -> Tensor:
         """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""
         if (plain := self._plain) is not None:

@@ -300,9 +300,13 @@ class _LinearWithLora(torch.autograd.Function):
         kept = () if call is None else call.kept
         is_needed = call is None or not call.is_unused
         shared: dict[object, Any] = {}
+        # On a GPU narrow products are bound by bandwidth: the first one writes a result that the frozen one adds to.
+        narrow_first = _first_terms(places, layers) if is_needed and _adds_to_narrow(x) else {}
         results = [
-            unviewed(layer.times(x, bias, shared)) if is_needed else x.new_empty((*x.shape[:-1], layer.out_features))
-            for layer, bias in zip(layers, biases, strict=True)
+            unviewed(layer.times(x, bias, shared))
+            if is_needed and index not in narrow_first
+            else x.new_empty((*x.shape[:-1], layer.out_features))
+            for index, (layer, bias) in enumerate(zip(layers, biases, strict=True))
         ]
         inners, joined_downs = [], []
         ups: Sequence[Any] = tensors[1::3]
@@ -312,13 +316,19 @@ class _LinearWithLora(torch.autograd.Function):
             last = first + len(terms)
             down = _joined(tensors[3 * first : 3 * last : 3], 0)
             inner = kept[run] if kept else F.linear(_at(x, samples), down)
-            for (layer, factor), part, up, mask in zip(
-                terms, _parts(inner, ups[first:last]), ups[first:last], masks[first:last], strict=True
+            for term, ((layer, factor), part, up, mask) in enumerate(
+                zip(terms, _parts(inner, ups[first:last]), ups[first:last], masks[first:last], strict=True), first
             ):
                 if mask is not None and not kept:
                     part.mul_(mask)
-                if is_needed:
-                    _rows(_at(results[layer], samples)).addmm_(_rows(part), up.t(), alpha=factor)
+                if not is_needed:
+                    continue
+                rows = _rows(_at(results[layer], samples))
+                if narrow_first.get(layer) == term:
+                    _narrow_product(rows, _rows(part), up, biases[layer], factor)
+                    layers[layer].add_times(rows, _rows(x))
+                else:
+                    rows.addmm_(_rows(part), up.t(), alpha=factor)
             inners.append(inner)
             joined_downs.append(down)
             first = last
@@ -380,6 +390,30 @@ def _through_frozen(layers: Sequence[FrozenLayer], grads: Sequence[Tensor | None
             rows = _rows(grad)
             total = layer.grad_times(rows) if total is None else layer.add_grad_times(total, rows)
     return None if total is None else total.view(x.shape)
+
+
+def _adds_to_narrow(x: Tensor) -> bool:
+    """Whether frozen products add to the first narrow one, which sums both in fp32."""
+    return x.device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+def _first_terms(places: _Places, layers: Sequence[FrozenLayer]) -> dict[int, int]:
+    """The index of the first term of each layer, of layers where that is for all samples and products can be added."""
+    found: dict[int, int | None] = {}
+    index = 0
+    for samples, terms in places:
+        for layer, _ in terms:
+            found.setdefault(layer, index if samples is None and layers[layer].adds_products else None)
+            index += 1
+    return {layer: term for layer, term in found.items() if term is not None}
+
+
+def _narrow_product(y: Tensor, part: Tensor, up: Tensor, bias: Tensor | None, factor: float) -> None:
+    """`y = factor · part upᵀ + bias`."""
+    if bias is None:
+        y.addmm_(part, up.t(), beta=0, alpha=factor)
+    else:
+        torch.addmm(bias, part, up.t(), alpha=factor, out=y)
 
 
 def _joined(tensors: Sequence[Any], dim: int) -> Any:

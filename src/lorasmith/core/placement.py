@@ -64,7 +64,8 @@ def memory_used(device: torch.device) -> int:
     CPU; 0 if the system does not say.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        # `max_memory_allocated` flattens and sorts all statistics, which takes a third of a millisecond.
+        return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"])
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - in every step
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

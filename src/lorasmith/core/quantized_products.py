@@ -183,6 +183,11 @@ class ProductKind:
     others: str = ""  # devices beside these, in words
     multiple: int = 16  # of which the sizes of a weight must be multiples
 
+    def needs_compiler(self, device: torch.device) -> bool:
+        """Whether products without one take longer than those of the unpacked weight, as activations are packed in many
+        operations, which move 33 to 147 bytes a number."""
+        return self.make is BlockProducts and device.type == "cuda"
+
     @property
     def device(self) -> str:
         """What has such products, in words."""

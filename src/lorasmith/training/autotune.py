@@ -23,7 +23,7 @@ from lorasmith.adapters.frozen_weights import format_in_model, products_enabled
 from lorasmith.core.allocator import has_lost_device, is_out_of_memory
 from lorasmith.core.choices import ProductFormat
 from lorasmith.core.placement import dtype_name, free_device_memory
-from lorasmith.core.quantized_products import has_products
+from lorasmith.core.quantized_products import PRODUCT_KINDS, has_products
 from lorasmith.training.batches import Batch
 from lorasmith.training.engine import Engine
 from lorasmith.training.measured_times import FASTER, Times, measured
@@ -78,6 +78,7 @@ def tuned(
         *(plan.applied for plan in plans),
         *(partial(_with_products, kind) for kind in _open_products(engine)),
         _compiled,
+        *(partial(_with_products, kind) for kind in _open_products(engine, is_compiled=True)),
     ]
     for change in changes:
         way = change(best)
@@ -89,19 +90,22 @@ def tuned(
 
 
 def _with_products(kind: ProductFormat, way: Way) -> Way:
-    return replace(way, products=kind)
+    is_slow = PRODUCT_KINDS[kind].needs_compiler(way.device) and not way.compile
+    return way if is_slow or way.products != "training_dtype" else replace(way, products=kind)
 
 
 def _compiled(way: Way) -> Way:
     return replace(way, activations="keep", kept_blocks=1, compile=True)  # torch selects the kept activations itself
 
 
-def _open_products(engine: Engine) -> set[ProductFormat]:
-    """Formats of products that the frozen weights and the device have, if none is set."""
+def _open_products(engine: Engine, *, is_compiled: bool = False) -> Sequence[ProductFormat]:
+    """Formats of products that the frozen weights and the device have, if none is set: those that are fast without a
+    compiler, or the others."""
     if engine.way.products != "training_dtype":
-        return set()
+        return ()
     formats = {format_in_model(layer) for layer in packable_layers(engine.model.module)}
-    return {one.products for one in formats if one is not None and has_products(one.products, engine.way.device)}
+    kinds = {one.products for one in formats if one is not None and has_products(one.products, engine.way.device)}
+    return sorted(kind for kind in kinds if PRODUCT_KINDS[kind].needs_compiler(engine.way.device) == is_compiled)
 
 
 def described(engine: Engine, batches: Sequence[Batch]) -> str:

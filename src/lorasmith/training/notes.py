@@ -140,6 +140,11 @@ def notes_on_products(config: TrainConfig, model: Trainable, device: torch.devic
             f"products {kind} has no effect on {device}, which has no products in {kind} ({facts.device}); all are in "
             "training_dtype.",
         )
+    if facts.needs_compiler(device) and not config.compile:
+        return (
+            f"products {kind} has no effect without compile: packing activations in {kind} then takes longer than the "
+            "products save; turn compile on, or leave products out.",
+        )
     if fitting == len(formats):
         return ()
     return (

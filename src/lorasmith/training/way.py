@@ -195,8 +195,12 @@ def dtype_on_device(config: TrainConfig, module: nn.Module, device: torch.device
 
 
 def products_on_device(config: TrainConfig, device: torch.device) -> ProductFormat:
-    """`products` on a device: training_dtype if it has none in the format that is set."""
-    return config.products if quantized_products.has_products(config.products, device) else "training_dtype"
+    """`products` on a device: training_dtype if it has none in the format that is set, or slow ones."""
+    kind = config.products
+    if kind == "training_dtype" or not quantized_products.has_products(kind, device):
+        return "training_dtype"
+    is_slow = quantized_products.PRODUCT_KINDS[kind].needs_compiler(device) and not config.compile
+    return "training_dtype" if is_slow else kind
 
 
 def notes_on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> Iterator[str]:

@@ -46,8 +46,10 @@ from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.activations import blocks_checkpointed
+from lorasmith.training.notes import notes_on_products
 from lorasmith.training.results import TrainResult
 from lorasmith.training.trainable import trainable
+from lorasmith.training.way import products_on_device
 from tests.covering import slow_except
 
 LAYERS = "attention, *.conv1"
@@ -288,6 +290,17 @@ def test_it_says_what_products_are_of(
     job = planned(tiny, quantization=kind, products=products)
     assert [note for note in job.notes if re.match(sentence, note)]
     assert job.way.products == (products if there else "training_dtype")
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_products_in_blocks_need_a_compiler_on_a_gpu(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, is_compiled: bool
+) -> None:
+    monkeypatch.setattr(quantized_products, "has_products", lambda kind, device: True)
+    config, gpu = TrainConfig(quantization="nvfp4", products="nvfp4", compile=is_compiled), torch.device("cuda")
+    assert products_on_device(config, gpu) == ("nvfp4" if is_compiled else "training_dtype")
+    (note,) = notes_on_products(config, trainable(tiny.denoiser), gpu)
+    assert note.startswith("products nvfp4 has no effect without compile: packing activations") != is_compiled
 
 
 def test_the_name_of_a_graph_for_products_in_fp8_is_read_and_kept_in_one_place() -> None:
