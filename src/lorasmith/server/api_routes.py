@@ -102,7 +102,7 @@ async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
     images = call.number("images", 0) or None
     return SettingsAnswer(
         groups=tuple(
-            SettingGroup(title=title, settings=tuple(map(_setting, options)))
+            SettingGroup(title=title, settings=tuple(map(setting_answer, options)))
             for title, options in setting_groups().items()
         ),
         presets=tuple(replace(preset, settings=recipe_settings(preset, images=images)) for preset in PRESETS.values()),
@@ -126,7 +126,8 @@ async def _drain(context: ServerContext, call: Call) -> StatusAnswer:
     return await _status(context, call)
 
 
-def _setting(one: Option) -> SettingAnswer:
+def setting_answer(one: Option) -> SettingAnswer:
+    """A setting as pages get it."""
     label, kind = one.name.replace("_", " ").capitalize(), _TYPES[one.type]
     return shaped(SettingAnswer, one, label=label, type=kind, choices=tuple(one.choices), main=one.is_main)
 

@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 
 import lorasmith
+from lorasmith.families.base import FAMILIES
+from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES
+from lorasmith.runs.presets import PRESETS, setting_groups
+from lorasmith.server.api_routes import setting_answer
 
 PAGES = Path(lorasmith.__file__).parent / "server" / "pages"
 MODULES = sorted(path for path in PAGES.rglob("*.mjs") if "vendor" not in path.parts)
@@ -26,14 +30,27 @@ Table = dict[str, str | dict[str, str]]
 
 @functools.cache
 def texts() -> dict[str, str]:
-    """The keys of all texts of the page, each with the first place where it stands."""
+    """The keys of all texts of the page, each with a place where it stands."""
     command = ["node", str(EXTRACTOR), *map(str, MODULES)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    places: dict[str, str] = {}
+    places = declared()
     for path, keys in found.items():
         for key, line in keys:
             places.setdefault(key, f"{Path(path).relative_to(PAGES)}:{line}")
     return places
+
+
+def declared() -> dict[str, str]:
+    """The texts of the server that the page translates: those that are declared, each with what it is of."""
+    found = {}
+    for title, options in setting_groups().items():
+        found[title] = "a heading of settings"
+        for one in map(setting_answer, options):
+            found |= {one.label: f"the setting {one.name}", one.help: f"the setting {one.name}"}
+    for preset in PRESETS.values():
+        found |= {preset.title: f"the preset {preset.name}", preset.summary: f"the preset {preset.name}"}
+    releases = [one for _, family in FAMILIES.items() for one in family.releases]
+    return found | {one.about: f"the model {one.name}" for one in [*releases, *CAPTIONER_RELEASES.values()]}
 
 
 def table(path: Path) -> Table:
@@ -65,7 +82,8 @@ def wrong(found: Table, places: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_a_table_has_every_text_of_the_page_and_no_other(path: Path) -> None:
     found = table(path)
-    assert not wrong(found, texts())
+    said = wrong(found, texts())
+    assert not said, "\n".join([path.name, *said])
     assert list(found) == sorted(found), "the keys of a table are sorted"
 
 

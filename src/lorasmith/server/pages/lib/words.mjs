@@ -1,5 +1,5 @@
 // Numbers, sizes, times and states in words.
-import { language, plural, t } from "./language.mjs";
+import { language, plural, t, translated } from "./language.mjs";
 
 const numbers = new Intl.NumberFormat(language);
 /** A number of things; the names are literals, as the translations are keyed by them. */
@@ -113,4 +113,4 @@ export function valueWords(value) {
 }
 
 /** The name of a setting as words: "batch_size" → "Batch size". */
-export const nameWords = (name) => capital(name).replaceAll("_", " ");
+export const nameWords = (name) => translated(capital(name).replaceAll("_", " "));

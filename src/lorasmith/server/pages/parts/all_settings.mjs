@@ -1,8 +1,21 @@
 // Every setting, made from its declaration: a control that fits its type, its help, and whether it was changed.
 import { html, useEffect, useState } from "../lib/html.mjs";
-import { t } from "../lib/language.mjs";
+import { t, translated } from "../lib/language.mjs";
 import { count, nameWords, valueWords } from "../lib/words.mjs";
 import { Field } from "./basics.mjs";
+
+/**
+ * Declared settings and presets, with their texts in the language of the page.
+ *
+ * @param {Api.SettingsAnswer} answer
+ */
+export const inWords = ({ groups, presets }) => ({
+  groups: groups.map(({ title, settings }) => ({
+    title: translated(title),
+    settings: settings.map((one) => ({ ...one, label: translated(one.label), help: translated(one.help) })),
+  })),
+  presets: presets.map((one) => ({ ...one, title: translated(one.title), summary: translated(one.summary) })),
+});
 
 /**
  * @param {Props<{ groups: Api.SettingGroup[] }>} props

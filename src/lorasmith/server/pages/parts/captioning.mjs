@@ -2,7 +2,7 @@
 import { get, post, sentence } from "../lib/api.mjs";
 import { isOnItsWay, useDownloads } from "../lib/downloads.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
-import { t } from "../lib/language.mjs";
+import { t, translated } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, say, useStore, work } from "../lib/stores.mjs";
 import { did } from "../lib/undo.mjs";
@@ -65,7 +65,7 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
                 onChange=${() => setChosen(one.name)} />
               <span class="choice-body">
                 <span class="choice-title">${one.title}</span>
-                ${one.about && html`<span class="faint">${one.about}</span>`}
+                ${one.about && html`<span class="faint">${translated(one.about)}</span>`}
               </span>
             </label>`,
           )}
@@ -134,7 +134,7 @@ export function CaptionDialog({ dataset, number, lacking, trigger, onClose }) {
 function Offer({ captioner, download, onGet, onChange }) {
   const { title, about, licence, card, size_bytes: size, kept_bytes: kept } = captioner;
   return html`<li class="release">
-    <h3>${title}</h3><p>${about}</p>
+    <h3>${title}</h3><p>${translated(about)}</p>
     <p class="faint">About ${bytes(size)} · <a href=${card} target="_blank" rel="noreferrer">${licence}</a></p>
     <${Getting} download=${download} onChange=${onChange} of=${`: ${title}`}
       what=${kept ? t`Continue` : t`Get it`}

@@ -2,7 +2,7 @@
 import { get, post, put, remove } from "../lib/api.mjs";
 import { isOnItsWay, sendModel } from "../lib/downloads.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { t } from "../lib/language.mjs";
+import { t, translated } from "../lib/language.mjs";
 import { announcement, said, say } from "../lib/stores.mjs";
 import { canDrop } from "../lib/uploads.mjs";
 import { bytes, capital, cardFor, duration, sum } from "../lib/words.mjs";
@@ -77,7 +77,7 @@ function ReleaseCard({ release, isBest, memory, download, onGet, onChange }) {
   return html`<li class="release">
     <h3>${release.title}</h3>
     <${Marks} best=${isBest} edits=${release.edits} clips=${release.clips} />
-    <p>${release.about}</p>
+    <p>${translated(release.about)}</p>
     <p class=${memory && memory.fits === false ? "fair" : "faint"}>${needWords(release, memory)}</p>
     <p class="faint">${bytes(sum(missing.map((one) => one.size_bytes)))} to download</p>
     <p class="faint">

@@ -9,7 +9,7 @@ import { useStore, work } from "../lib/stores.mjs";
 import { capital, cardFor, count, duration, nameWords, slug, sum, valueWords, whole } from "../lib/words.mjs";
 import { Button, Choices, Field, Fold, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { isActive } from "../parts/jobs.mjs";
-import { AllSettings, shownInvalid } from "../parts/all_settings.mjs";
+import { AllSettings, inWords, shownInvalid } from "../parts/all_settings.mjs";
 import { DraftText } from "../parts/photo_panel.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
@@ -24,7 +24,10 @@ export function SettingsView({ dataset }) {
   const [draft, change] = useDraft(dataset);
   const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
   const images = photos?.images?.length ?? null;
-  const [declared, error, reload] = useLoaded((signal) => get(["settings"], { images }, signal), [images]);
+  const [declared, error, reload] = useLoaded(
+    async (signal) => inWords(await get(["settings"], { images }, signal)),
+    [images],
+  );
   const [failure, setFailure] = useState(null);
   const presets = declared?.presets ?? [];
   const preset =
@@ -226,7 +229,7 @@ function Again({ id, draft, images, groups, values }) {
 const Fact = ({ label, value }) => html`<div><dt>${label}</dt><dd>${value}</dd></div>`;
 const words = (settings) =>
   Object.entries(settings)
-    .map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`)
+    .map(([name, value]) => `${nameWords(name).toLowerCase()} ${value}`)
     .join(", ");
 const millions = (number) => (number >= 1e6 ? t`${Number((number / 1e6).toPrecision(3))} million` : whole(number));
 const timeOf = (plan, stepSeconds) =>
