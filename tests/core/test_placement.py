@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.core.placement import best_device, dtype_from_name, fast_dtype, memory_format_for, multiplies, placed
+from lorasmith.core import placement
+from lorasmith.core.errors import OptionError
+from lorasmith.core.placement import (
+    best_device,
+    chosen_device,
+    dtype_from_name,
+    fast_dtype,
+    memory_format_for,
+    multiplies,
+    placed,
+)
 
 CPU = torch.device("cpu")
 
@@ -101,6 +111,39 @@ def test_convolutional_models_run_channels_last() -> None:
 
 def test_the_best_device_is_one_that_works() -> None:
     assert torch.ones(1, device=best_device()).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "is_taken"),
+    [
+        (["sm_75", "sm_80", "sm_90", "compute_90"], (6, 1), False),
+        (["sm_75", "sm_80", "sm_90", "compute_90"], (8, 9), True),  # machine code of 8.0
+        (["sm_80", "sm_90", "compute_90"], (12, 0), True),  # compiled by the driver
+        (["sm_80", "sm_90"], (12, 0), False),
+        (["sm_90a", "sm_100", "sm_120"], (12, 1), True),
+        ([], (5, 0), True),  # torch does not say
+    ],
+)
+def test_a_card_without_kernels_is_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, built: list[str], capability: tuple[int, int], is_taken: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GTX 1080")
+    monkeypatch.setattr(placement, "best_device", lambda: torch.device("cuda"))
+    if is_taken:
+        assert chosen_device(None) == torch.device("cuda")
+    else:
+        with pytest.raises(OptionError, match=r"has kernels \(compute capability .*\), got GTX 1080 with .*--install"):
+            chosen_device(None)
+
+
+def test_a_driver_that_torch_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OptionError, match=r"one that is here \(cpu\), as there is an NVIDIA driver, .* got 'cuda'"):
+        chosen_device("cuda")
 
 
 @pytest.mark.parametrize(

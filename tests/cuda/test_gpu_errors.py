@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from lorasmith.core import placement
 from lorasmith.core.allocator import has_lost_device, is_of_gpu, is_out_of_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train, train_together
-from lorasmith.training import engine
+from lorasmith.training import engine, trainable
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Shrunk, Warned
+from lorasmith.training.job import plan_job
 
 _DSA = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
 
@@ -170,3 +176,30 @@ def test_a_fault_of_torch_itself_is_no_failure_of_the_gpu(
     failing(OTHER[0])
     with pytest.raises(RuntimeError, match=OTHER[0]):
         run(tiny, dataset, [])
+
+
+def test_a_card_whose_memory_others_have_is_named_with_what_they_have(
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where two runs share a card, or 3 GiB of it are free."""
+    taken = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * taken, 24 * taken))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: taken)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError(FULL[0])
+
+    monkeypatch.setattr(trainable, "placed", full)
+    job = plan_job(tiny.denoiser, TrainConfig(targets="*.0.attn2.to_q"), torch.device("cpu"))
+    way = replace(job.way, device=torch.device("cuda"))
+    sentence = r"the GPU must hold the frozen weights, but is out of memory \(2.00 GiB more .*; other programs have 20"
+    with pytest.raises(TrainingError, match=sentence) as error, job.model.frozen(job.config, way):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_driver_that_is_too_old_is_a_note(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    notes = plan_job(tiny.denoiser, TrainConfig(targets="*.0.attn2.to_q"), torch.device("cpu")).notes
+    assert [note for note in notes if re.match(r"There is an NVIDIA driver, .* on the CPU; .*--install", note)]

@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from lorasmith.cli.main import app
+from lorasmith.core import placement
 from lorasmith.core.folders import Folders
 from lorasmith.core.kernels import Kernel
 from lorasmith.runs import doctor
@@ -64,7 +65,7 @@ def test_a_kernel_that_a_gpu_refuses_is_named(monkeypatch: pytest.MonkeyPatch, t
 def test_each_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_LITTLE_MEMORY", 2**60)
     monkeypatch.setattr(doctor, "LITTLE_DISK", 2**70)
-    monkeypatch.setattr(doctor, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(placement, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = "\n".join(one.problem for one in check_up(Folders(tmp_path)).problems)
     for words in ("NVIDIA driver", "too little for most models", "are free for", "no models besides"):
@@ -74,5 +75,5 @@ def test_each_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "models" / "checkpoints" / "a.safetensors").touch()
     monkeypatch.setattr(doctor, "_LITTLE_MEMORY", 0)
     monkeypatch.setattr(doctor, "LITTLE_DISK", 0)
-    monkeypatch.setattr(doctor, "which", lambda name: None)
+    monkeypatch.setattr(placement, "which", lambda name: None)
     assert check_up(Folders(tmp_path)).problems == ()

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import gc
 import os
+import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from shutil import which
 from typing import Any
 
 import psutil
@@ -18,6 +20,7 @@ from lorasmith.core.allocator import release_freed_memory
 from lorasmith.core.errors import OptionError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.pinned_memory import DeviceCopies
+from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
@@ -65,7 +68,8 @@ def memory_used(device: torch.device) -> int:
     """
     if device.type == "cuda":
         # `max_memory_allocated` flattens and sorts all statistics, which takes a third of a millisecond.
-        return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"])
+        known = torch.cuda.memory_stats_as_nested_dict(device)
+        return int(known["allocated_bytes"]["all"]["peak"]) if known else 0
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - in every step
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -82,6 +86,13 @@ def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
         taken = psutil.Process().memory_info().rss
         free = psutil.virtual_memory().available
     return int(free if limit_bytes is None else min(free, limit_bytes - taken))
+
+
+def memory_beside(device: torch.device) -> str:
+    """The memory of a GPU and what of it other programs have, as a clause."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(total - free - torch.cuda.memory_reserved(device), 0)
+    return f"other programs have {memory_text(others)} of its {memory_text(total)}"
 
 
 def free_device_memory() -> None:
@@ -106,17 +117,57 @@ def drives_display(index: int = 0) -> bool:
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:
-    """A device by its name, such as `cuda:1`; None for `best_device`. Raises OptionError if it does not exist here."""
-    if name is None:
-        return best_device()
+    """A device by its name, such as `cuda:1`; None for `best_device`.
+
+    Raises OptionError if it does not exist here, or is a GPU for which this torch has no kernels.
+    """
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = best_device() if name is None else torch.device(name)
+        if name is not None:
+            torch.empty(1, device=device)
         assert device.type != "meta"  # has no numbers
     except (RuntimeError, AssertionError) as error:  # torch raises the second where it was built without CUDA
         there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-        raise OptionError(f"device must be one that is here ({there}), got {str(name)!r}; name one of these") from error
+        why = f", as {idle_gpu()}" if idle_gpu() else ""
+        raise OptionError(
+            f"device must be one that is here ({there}){why}, got {str(name)!r}; name one of these"
+        ) from error
+    if device.type == "cuda":
+        _check_kernels(device)
     return device
+
+
+def idle_gpu() -> str:
+    """Why no CUDA device is here although NVIDIA's driver is, as a clause; empty if one is, or without a driver."""
+    if torch.cuda.is_available() or which("nvidia-smi") is None:
+        return ""
+    return f"there is an NVIDIA driver, but this torch ({torch.__version__}) cannot use it"
+
+
+def _check_kernels(device: torch.device) -> None:
+    """Raise OptionError if torch was built without kernels for a GPU, which fails at its first one otherwise."""
+    if torch.version.hip is not None or not (built := torch.cuda.get_arch_list()):
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    # Machine code runs on cards of its generation from its number on, and PTX (compute) is compiled for all later ones.
+    numbers = [(kind, int(match[1]), int(match[2])) for kind, match in _kernel_kinds(built)]
+    if any(of == major and least <= minor for kind, of, least in numbers if kind == "sm"):
+        return
+    if any((of, least) <= (major, minor) for kind, of, least in numbers if kind == "compute"):
+        return
+    known = ", ".join(dict.fromkeys(f"{of}.{least}" for _, of, least in numbers))
+    raise OptionError(
+        f"device must be a GPU for which torch {torch.__version__} has kernels (compute capability {known}), got "
+        f"{torch.cuda.get_device_name(device)} with {major}.{minor}; install another build of torch, whose command "
+        "lorasmith doctor --install prints, or use device cpu"
+    )
+
+
+def _kernel_kinds(built: Sequence[str]) -> Iterator[tuple[str, re.Match[str]]]:
+    for one in built:
+        kind, _, number = one.partition("_")
+        if (match := re.match(r"(\d+)(\d)", number)) is not None:
+            yield kind, match
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from shutil import which
 
 import psutil
 import torch
@@ -18,7 +17,7 @@ from lorasmith.core.errors import OutputError
 from lorasmith.core.extras import EDITOR, TINY
 from lorasmith.core.files import check_writable
 from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
-from lorasmith.core.placement import dtype_name, multiplies
+from lorasmith.core.placement import dtype_name, idle_gpu, multiplies
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processor import processor_name, usable_processors
 from lorasmith.data.encoding_cache import default_cache
@@ -216,9 +215,9 @@ def _problems(
     for companion in _COMPANIONS:
         if companion.version and companion.problem:
             yield Problem(problem=companion.problem, remedy=companion.remedy)
-    if not any(device.name.startswith("cuda") for device in devices) and which("nvidia-smi") is not None:
+    if why := idle_gpu():
         yield Problem(
-            problem=f"there is an NVIDIA driver, but this torch ({torch.__version__}) cannot use it",
+            problem=why,
             remedy="install the build of torch for it: lorasmith doctor --install prints the command",
         )
     kernels = (kernel for device in devices for kernel in triton_kernels(torch.device(device.name)))

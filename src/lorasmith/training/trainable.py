@@ -28,10 +28,11 @@ from lorasmith.adapters.frozen_weights import products_enabled, weights_packed
 from lorasmith.adapters.inject import Dial, Rule, adapters_attached, strength_now
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged, place_beside, ranks_chosen
 from lorasmith.adapters.weight_stream import WeightStream
+from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.arguments import check_arguments
-from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.errors import DataError, OptionError, TrainingError
 from lorasmith.core.extensions import Extension
-from lorasmith.core.placement import placed, reproducible
+from lorasmith.core.placement import memory_beside, placed, reproducible
 from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
@@ -433,36 +434,50 @@ def trainable(model: Trainable | Denoiser | Model) -> Trainable:
 def _frozen(module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig, way: Way) -> Iterator[None]:
     """Inside the context, a network is ready on its device; see `Trainable.frozen`."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(module))
-        device, dtype = way.device, way.dtype
-        kind, elsewhere = config.quantization, list[nn.Module]()
-        stack.enter_context(patches_merged(module, patches, dtype=dtype if kind == "none" else torch.float32))
-        attached = attachments(module, patches)
-        stream = WeightStream(device) if way.offloading else None
-        if way.sharding:
-            elsewhere = stack.enter_context(
-                weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=way.processes)
-            )
-        packed = stack.enter_context(
-            weights_packed(
-                module,
-                kind=kind,
-                device=device,
-                dtype=dtype,
-                stream=stream,
-                share=1.0 if way.offloading_share is None else way.offloading_share,
-                without=elsewhere,
-            )
-        )
-        packed += [layer.get_parameter("weight") for layer in elsewhere]
-        if kind == "none" and stream is None:
-            stack.enter_context(weights_as_stored(module, dtype, device, without=elsewhere))
-        stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
-        if way.products != "training_dtype":
-            stack.enter_context(products_enabled(module, way.products, device))
-        place_beside(module, attached)
-        stack.enter_context(adapters_attached(module, attached))
+        try:
+            _freeze(stack, module, patches, config, way)
+        except (RuntimeError, MemoryError) as error:
+            if way.device.type != "cuda" or way.sharding or not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"the GPU must hold the frozen weights, but is out of memory ({memory_missed(error)}; "
+                f"{memory_beside(way.device)}); close other programs, or use quantization or offloading"
+            ) from error
         yield
+
+
+def _freeze(
+    stack: contextlib.ExitStack, module: nn.Module, patches: Sequence[Patch], config: ResolvedConfig, way: Way
+) -> None:
+    stack.enter_context(evaluating(module))
+    device, dtype = way.device, way.dtype
+    kind, elsewhere = config.quantization, list[nn.Module]()
+    stack.enter_context(patches_merged(module, patches, dtype=dtype if kind == "none" else torch.float32))
+    attached = attachments(module, patches)
+    stream = WeightStream(device) if way.offloading else None
+    if way.sharding:
+        elsewhere = stack.enter_context(
+            weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=way.processes)
+        )
+    packed = stack.enter_context(
+        weights_packed(
+            module,
+            kind=kind,
+            device=device,
+            dtype=dtype,
+            stream=stream,
+            share=1.0 if way.offloading_share is None else way.offloading_share,
+            without=elsewhere,
+        )
+    )
+    packed += [layer.get_parameter("weight") for layer in elsewhere]
+    if kind == "none" and stream is None:
+        stack.enter_context(weights_as_stored(module, dtype, device, without=elsewhere))
+    stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
+    if way.products != "training_dtype":
+        stack.enter_context(products_enabled(module, way.products, device))
+    place_beside(module, attached)
+    stack.enter_context(adapters_attached(module, attached))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorasmith.core import quantized_products
 from lorasmith.core.choices import ActivationPlan, AttentionChoice, ProductFormat
-from lorasmith.core.placement import chosen_dtype, dtype_name, multiplies
+from lorasmith.core.placement import chosen_dtype, dtype_name, idle_gpu, multiplies
 from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
 
@@ -204,7 +204,9 @@ def products_on_device(config: TrainConfig, device: torch.device) -> ProductForm
 
 
 def notes_on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> Iterator[str]:
-    """Notes on settings with little or no effect on a device."""
+    """Notes on settings with little or no effect on a device, and on a GPU that is not used."""
+    if device.type == "cpu" and (why := idle_gpu()):
+        yield f"{why[0].upper()}{why[1:]}: steps are computed on the CPU; lorasmith doctor --install mends it."
     if config.training_dtype != "auto" and not multiplies(asked := chosen_dtype(config.training_dtype, module), device):
         name = dtype_name(asked)
         if config.exact_dtype:
