@@ -9,13 +9,16 @@ from pathlib import Path
 import models
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformer_models import TINY
 
+from benchmarks.bases import MODELS
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.data.dataset import Sample
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from tests.cuda.tracing import MODE
 
 FAMILIES = ("sd1", "sdxl", *TINY)
 
@@ -34,6 +37,26 @@ def small_model(family: str, folder: Path) -> Model:
     path = folder / name
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     return load_model(path)
+
+
+def full_size(name: str, blocks: Sequence[int]) -> Model:
+    """A model of `benchmarks.bases` in bf16 whose weights have no numbers; of a transformer the first blocks of either
+    kind, or all if none are given."""
+    model = MODELS[name].make(torch.bfloat16, torch.device("meta"))
+    denoiser = model.components.denoiser
+    for listed, count in zip(("transformer_blocks", "single_transformer_blocks"), blocks, strict=False):
+        setattr(denoiser, listed, getattr(denoiser, listed)[:count])
+    with MODE:
+        for part in denoiser.modules():
+            for key, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[key] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
+                    )
+            for key, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
 
 
 def samples_of(model: Model, count: int, *, is_masked: bool) -> Sequence[Sample]:

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,6 +37,7 @@ from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import activations, backward_passes
 from lorasmith.training.trainable import trainable
+from tests.cuda.costs import Costs, computes
 from tests.cuda.streams import Streams
 
 DEVICE = torch.device("cuda:0")
@@ -136,7 +138,7 @@ class Watch(TorchDispatchMode):
         if _is_of_host(args, kwargs):  # such as lengths of texts, whose numbers are known
             with _disable_current_modes():
                 return func(*args, **kwargs)
-        if _computes(func):
+        if computes(func):
             self.operations[func._opname] += 1
         if func is _aten._local_scalar_dense.default and args[0].device.type == "cuda":
             self.waits[f"reads a value: {_place()}"] += 1
@@ -159,17 +161,6 @@ class Watch(TorchDispatchMode):
         if wait is not None:
             self.waits[wait] += 1
         return result
-
-
-def _computes(func: Any) -> bool:
-    """Whether an operation makes or changes numbers, for which a GPU is given work."""
-    if func._opname in _MAKING_NONE:
-        return False
-    aliases = [returned.alias_info for returned in func._schema.returns]
-    return not aliases or any(alias is None or alias.is_write for alias in aliases)
-
-
-_MAKING_NONE = {"_unsafe_view", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 def _uses(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -276,7 +267,7 @@ def faked(module: nn.Module) -> None:
     known: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and not isinstance(parameter, FakeTensor):
                 fake = known.get(id(parameter)) or nn.Parameter(
                     MODE.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad
                 )
@@ -300,6 +291,7 @@ class Traced:
         operations: number of operations that compute, of the gradient of the last step.
         layers: adapted layers.
         streams: made in the last step.
+        costs: of the gradient of the last step, as `costs.Costs.as_numbers`, if they are counted.
     """
 
     waits: Counter[str] = field(default_factory=Counter)
@@ -312,6 +304,7 @@ class Traced:
     operations: int = 0
     layers: int = 0
     streams: int = 0
+    costs: dict[str, list[float]] = field(default_factory=dict)
 
 
 def floor(model: Model, samples: Sequence[Sample]) -> Traced:
@@ -410,6 +403,91 @@ def unpacked_in_place(y: Tensor, *tensors: Tensor) -> Tensor:
     return y
 
 
+@torch.library.custom_op("lorasmith_tests::int8_product", mutates_args=())
+def _int8_in_one(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """In place of the kernel of products in int8."""
+    raise AssertionError("is called with fake tensors")
+
+
+_int8_in_one.register_fake(lambda a, scale_a, b, *rest: a.new_empty(a.shape[0], b.shape[1], dtype=rest[1]))
+
+
+@torch.library.custom_op("lorasmith_tests::transposed", mutates_args=())
+def _transposed(codes: Tensor) -> Tensor:
+    """In place of the kernel that transposes codes."""
+    raise AssertionError("is called with fake tensors")
+
+
+_transposed.register_fake(lambda codes: codes.new_empty(codes.shape[1], codes.shape[0]))
+
+
+@torch.library.custom_op("lorasmith_tests::rounded", mutates_args=())
+def _rounded(rows: Tensor, kind: torch.dtype, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In place of the kernel that rounds rows."""
+    raise AssertionError("is called with fake tensors")
+
+
+_rounded.register_fake(
+    lambda rows, kind, factors: (
+        rows.new_empty(rows.shape, dtype=kind),
+        rows.new_empty(rows.shape[0], 1, dtype=torch.float32),
+    )
+)
+
+
+@torch.library.custom_op("lorasmith_tests::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In place of a fused kernel of attention."""
+    raise AssertionError("is called with fake tensors")
+
+
+@torch.library.custom_op("lorasmith_tests::attention_backward", mutates_args=())
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of its backward pass."""
+    raise AssertionError("is called with fake tensors")
+
+
+_attention.register_fake(lambda q, k, v: torch.empty_like(q))
+_attention_backward.register_fake(lambda grad, q, k, v, y: tuple(map(torch.empty_like, (q, k, v))))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y: Tensor = _attention(q, k, v)
+        ctx.save_for_backward(q, k, v, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _attention_backward(grads[0], *ctx.saved_tensors)
+
+
+def _attention_in_one(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    y: Tensor = _Attention.apply(query, key, value)
+    return y
+
+
+@contextlib.contextmanager
+def kernels_alone() -> Iterator[None]:
+    """Inside the context, attention, products in int8, transposing and rounding are one operation each, as their
+    kernels are."""
+    by_kernel = partial(Kernel, "")
+    with (
+        mock.patch.object(quantized_products, "int8_product_on", lambda *_: by_kernel(_int8_in_one)),
+        mock.patch.object(quantized_products, "transposing_on", lambda *_: by_kernel(_transposed)),
+        mock.patch.object(
+            quantized_products,
+            "rounding_on",
+            lambda *_: by_kernel(lambda rows, kind, largest, factors: _rounded(rows, kind, factors)),
+        ),
+        mock.patch.object(F, "scaled_dot_product_attention", _attention_in_one),
+    ):
+        yield
+
+
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for all steps of a process: what they cache outlives them."""
 
@@ -421,6 +499,7 @@ def traced(
     *,
     steps: int = 2,
     scales_by_row: bool = True,
+    counts: bool = False,
     **settings: Any,
 ) -> Traced:
     """Steps on the fake device; `model` cannot be used afterwards.
@@ -428,6 +507,7 @@ def traced(
     Args:
         changes: to the way, behind the plan.
         scales_by_row: whether the device multiplies with a scale for each row.
+        counts: whether costs are counted; every kernel of the project is then one operation.
     """
     given = {"rank": 4, "training_dtype": "bf16", "exact_dtype": True, "learning_rate": 1e-3, **settings}
     # Planned on the CPU: some algorithms compute their first weights.
@@ -455,6 +535,7 @@ def traced(
         mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),
         mock.patch.object(activations, "_SMALL", 256),
         mock.patch.object(activations, "_WORTH_MOVING", 256),
+        kernels_alone() if counts else contextlib.nullcontext(),
     ):
         with MODE:
             for module in (model.components.denoiser, *job.adapters.values(), *job.differences.values()):
@@ -467,8 +548,10 @@ def traced(
             streams_before = streams.count
             batches = maker.step(step)
             found.batches += devices.waits
+            counting = Costs() if counts else contextlib.nullcontext()
             with MODE, Watch(streams) as watch:
-                results = engine.gradient(batches)
+                with counting:
+                    results = engine.gradient(batches)
                 found.operations = watch.operations.total()
                 engine.update(step, *results)
             found.streams = streams.count - streams_before
@@ -477,6 +560,7 @@ def traced(
             else:
                 found.first = watch.waits
             found.refused += watch.refused
+            found.costs = counting.as_numbers() if isinstance(counting, Costs) else {}
         found.races = streams.races
         with MODE:
             prepared.close()
