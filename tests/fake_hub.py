@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 import yaml
 
 TOKEN = "hf_" + "x" * 34
@@ -84,6 +85,18 @@ def hub(files: Mapping[str, bytes]) -> Iterator[FakeHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub_with_login(patch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """An empty hub, which huggingface_hub uses with the account `somebody`."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with hub({}) as found:
+        patch.setattr(constants, "ENDPOINT", found.address)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", TOKEN)
+        yield found
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,11 +19,13 @@ Names are resolved when they are first used, so that importing the package is qu
     train_together  several runs over one model, which is held once
     generate        pictures from prompts, with LoRAs
     evaluate        which LoRA of a run is good, by what each draws
+    write_card      a folder to share a LoRA with, as the Hugging Face hub expects it
+    upload_card     such a folder to the hub
     run_workflow    a ComfyUI workflow, from its file or an example of the package
     Lora            a LoRA in memory: load, apply, save
     TrainConfig, DataConfig, ImageSource     settings of a run and of its data
     register        an algorithm, a family, an optimizer or another thing of your own, by kind and name
-    Model, Denoiser, EncodedDataset, Sample, Conditioning, TrainResult, Evaluation     what functions take and return
+    Model, Denoiser, EncodedDataset, Sample, Conditioning, TrainResult, Evaluation, Card   what these take and return
     events          what a run reports to `on_event`
     errors          the exceptions, all of them LorasmithError
 """
@@ -48,7 +50,9 @@ if TYPE_CHECKING:
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
     from lorasmith.runs.extending import register
+    from lorasmith.runs.hub_upload import upload_card
     from lorasmith.runs.library import encode, evaluate, generate, load_dataset, train, train_together
+    from lorasmith.runs.model_card import Card, write_card
     from lorasmith.runs.trainer import Trainer
     from lorasmith.training import events
     from lorasmith.training.config import TrainConfig
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Card",
     "Conditioning",
     "DataConfig",
     "Denoiser",
@@ -85,9 +90,12 @@ __all__ = [
     "run_workflow",
     "train",
     "train_together",
+    "upload_card",
+    "write_card",
 ]
 
 _HOMES = {
+    "Card": "runs.model_card",
     "Conditioning": "families.conditionings",
     "DataConfig": "data.data_config",
     "Denoiser": "families.model",
@@ -111,6 +119,8 @@ _HOMES = {
     "run_workflow": "nodes.workflow_run",
     "train": "runs.library",
     "train_together": "runs.library",
+    "upload_card": "runs.hub_upload",
+    "write_card": "runs.model_card",
 }
 _MODULES = {"errors": "core.errors", "events": "training.events"}
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from lorasmith.cli.main import app
 from lorasmith.core.errors import OptionError
 from lorasmith.runs.hub_download import HubError
-from lorasmith.runs.hub_upload import named_repository, upload
-from tests.fake_hub import TOKEN, FakeHub, hub
+from lorasmith.runs.hub_upload import named_repository, upload_card
+from tests.fake_hub import FakeHub, hub_with_login
 from tests.runs.test_model_card import kohya_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the hub's client
@@ -20,12 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    constants = pytest.importorskip("huggingface_hub.constants")
-    with hub({}) as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with hub_with_login(monkeypatch) as found:
         yield found
 
 
@@ -41,22 +36,22 @@ def test_a_folder_is_uploaded_to_a_private_repository_and_again_without_its_larg
 ) -> None:
     repository = named_repository("dog")
     assert repository == "somebody/dog"
-    done = upload(folder, repository)
+    done = upload_card(folder, repository)
     assert done.is_private and done.address == f"{served.address}/somebody/dog"
     assert served.private == {"somebody/dog": True}
     assert {path: served.files[path] for path in served.files} == {
         f"somebody/dog/{path.name}": path.read_bytes() for path in folder.iterdir()
     }
     served.requests.clear()
-    assert upload(folder, repository).is_private
+    assert upload_card(folder, repository).is_private
     assert "PUT" not in {method for method, *_ in served.requests}
 
 
 def test_an_upload_that_broke_continues(served: FakeHub, folder: Path) -> None:
     served.refuses_uploads = 400
     with pytest.raises(HubError, match="run the command again to continue"):
-        upload(folder, "somebody/dog")
-    assert upload(folder, "somebody/dog", public=True).is_private, "it was made private"
+        upload_card(folder, "somebody/dog")
+    assert upload_card(folder, "somebody/dog", public=True).is_private, "it was made private"
     assert len(served.files) == 2
 
 
@@ -65,11 +60,11 @@ def test_what_cannot_be_uploaded_is_refused(served: FakeHub, folder: Path, monke
         named_repository("a/b/c")
     served.files["somebody/cat/cat.safetensors"] = b"cat"
     with pytest.raises(HubError, match=r"exists with other files, such as cat\.safetensors; choose another name"):
-        upload(folder, "somebody/cat")
+        upload_card(folder, "somebody/cat")
     served.files["somebody/dog/README.md"] = b"dog"
     with pytest.raises(HubError, match="somebody/dog exists and is public; add --public"):
-        upload(folder, "somebody/dog")
-    assert not upload(folder, "somebody/dog", public=True).is_private
+        upload_card(folder, "somebody/dog")
+    assert not upload_card(folder, "somebody/dog", public=True).is_private
     monkeypatch.setenv("HF_TOKEN", "hf_" + "y" * 34)
     with pytest.raises(HubError, match="does not know your token; run: hf auth login"):
         named_repository("dog")

@@ -98,10 +98,10 @@ def card(
     _print_card(done)
     if done.told and private_captions is None:
         _ask(done)
-    from lorasmith.runs.hub_upload import upload
+    from lorasmith.runs.hub_upload import upload_card
 
     with console.status(f"Uploading to {repository}"):
-        uploaded = upload(done.folder, repository, public=public)
+        uploaded = upload_card(done.folder, repository, public=public)
 
     def show() -> None:
         echo(f"{'Only you see it' if uploaded.is_private else 'Everybody sees it'}, at {uploaded.address}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import OptionError
 from lorasmith.core.extras import model_packages
 from lorasmith.core.printable import first_line
@@ -49,9 +50,19 @@ def named_repository(name: str) -> str:
     return name if "/" in name else f"{owner}/{name}"
 
 
+@typed_arguments
 @model_packages("an upload to the hub")
-def upload(folder: Path, repository: str, *, public: bool = False) -> Uploaded:
-    """Upload a folder to a repository of models, `owner/name`, which is made if it does not exist. Raises HubError."""
+def upload_card(folder: Path | str, repository: str, *, public: bool = False) -> Uploaded:
+    """Upload a folder that `write_card` wrote, with the login of huggingface_hub. Files that are there already are not
+    sent again, so a call continues an upload that broke.
+
+    Args:
+        repository: of models, `owner/name`; made if it does not exist.
+        public: let everybody see it.
+
+    Raises HubError, also for a repository with files of something else and for a public one without `public`.
+    """
+    folder = Path(folder)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # hidden by its lazy import

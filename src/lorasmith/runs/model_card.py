@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from lorasmith.core.adapter_state import DIFFUSERS
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import LoraError, ModelError, OptionError, OutputError
 from lorasmith.core.files import atomic_folder, read_regular, write_atomic
 from lorasmith.core.folders import RUN_RECORD, safe_name
@@ -58,9 +59,10 @@ class Card:
     told: Mapping[str, str]  # entries of the file's metadata that tell of folders, captions, prompts or the unknown
 
 
+@typed_arguments
 def write_card(
-    source: Path,
-    output: Path | None = None,
+    source: Path | str,
+    output: Path | str | None = None,
     *,
     repository: str = "",
     step: int | None = None,
@@ -68,7 +70,7 @@ def write_card(
     trigger: str = "",
     licence: str = "",
     model: str | None = None,
-    pictures: Sequence[Path] = (),
+    pictures: Sequence[Path | str] = (),
     private_captions: bool = False,
     with_training_pictures: bool = False,
     overwrite: bool = False,
@@ -92,18 +94,19 @@ def write_card(
 
     Raises OptionError, LoraError, ModelError, OutputError and, for a damaged record, TrainingError.
     """
+    source = Path(source)
     found = card_source(
         source,
         step=step,
         base_model=base_model,
         trigger=trigger,
-        pictures=pictures,
+        pictures=[Path(one) for one in pictures],
         with_training_pictures=with_training_pictures,
     )
     if output is None:
         is_run = (source / RUN_RECORD).is_file()
         output = source / "card" if is_run else source.with_name(f"{found.title}-card")
-    target = free_target(output, overwrite=overwrite)
+    target = free_target(Path(output), overwrite=overwrite)
     if target.exists() and not is_card(target):
         raise OutputError(f"{target} is no card of a LoRA, and only a card is replaced; choose another --output")
     if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", licence):

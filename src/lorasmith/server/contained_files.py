@@ -6,12 +6,15 @@ that a browser would run or render as a page are sent as downloads.
 
 from __future__ import annotations
 
+import asyncio
 import mimetypes
 import os
 import re
 import sys
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import IO, Literal, cast
 from urllib.parse import quote
 
 from aiohttp import web
@@ -74,13 +77,8 @@ def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -
     """A response with a file from `contained`. aiohttp handles ranges and conditional requests."""
     kind = mimetypes.guess_type(path.name)[0] or ""
     inline = kind in _SHOWN
-    shown = name or path.name
-    plain = re.sub(r'[^\x20-\x7e]|["\\]', "_", shown)
-    disposition = f'{"inline" if inline else "attachment"}; filename="{plain}"'
-    if plain != shown:
-        disposition += f"; filename*=UTF-8''{quote(shown.encode(errors='replace'))}"
     headers = {
-        "Content-Disposition": disposition,
+        "Content-Disposition": _disposition("inline" if inline else "attachment", name or path.name),
         "Content-Type": kind if inline else "application/octet-stream",
         "Content-Security-Policy": UNTRUSTED,
         "Cache-Control": cache,
@@ -88,6 +86,58 @@ def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -
     return web.FileResponse(path, headers=headers)
 
 
+async def send_zip(request: web.Request, files: Mapping[str, Path], *, name: str) -> web.StreamResponse:
+    """A response with files in a ZIP file, not compressed, which is made while it is sent."""
+    headers = {"Content-Disposition": _disposition("attachment", name), "Cache-Control": "no-store"}
+    response = web.StreamResponse(headers={**headers, "Content-Type": "application/zip"})
+    await response.prepare(request)
+    blocks = _zipped(files)
+    while (block := await asyncio.to_thread(next, blocks, None)) is not None:
+        await response.write(block)
+    await response.write_eof()
+    return response
+
+
+def _zipped(files: Mapping[str, Path]) -> Iterator[bytes]:
+    """A ZIP file in pieces."""
+    made = _Unseekable()
+    with zipfile.ZipFile(cast(IO[bytes], made), "w") as archive:
+        for name, path in files.items():
+            entry = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
+            with path.open("rb") as source, archive.open(entry, "w") as target:
+                while block := source.read(_BLOCK):
+                    target.write(block)
+                    yield made.taken()
+    yield made.taken()
+
+
+class _Unseekable:
+    """What was written since it was last taken. Without `tell`, zipfile puts sizes behind files."""
+
+    def __init__(self) -> None:
+        self._written = bytearray()
+
+    def write(self, block: bytes) -> int:
+        self._written += block
+        return len(block)
+
+    def flush(self) -> None:
+        pass
+
+    def taken(self) -> bytes:
+        found = bytes(self._written)
+        self._written.clear()
+        return found
+
+
+def _disposition(kind: Literal["inline", "attachment"], name: str) -> str:
+    """Whether a browser shows or stores a file, and its name."""
+    plain = re.sub(r'[^\x20-\x7e]|["\\]', "_", name)
+    encoded = "" if plain == name else f"; filename*=UTF-8''{quote(name.encode(errors='replace'))}"
+    return f'{kind}; filename="{plain}"{encoded}'
+
+
+_BLOCK = 2**20
 _SHOWN = frozenset(
     (
         *("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "image/bmp", "image/x-ms-bmp"),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.pages.conftest import assert_legible, expected
+from tests.fake_hub import hub_with_login
+from tests.runs.test_model_card import kohya_file
+from tests.server.pages.conftest import assert_legible, expected, until
 from tests.server.pages.run_folders import PROMPTS, ScriptedRun, write_evaluation, write_grid, write_record
 from tests.server.pages.served_page import ServedPage
 from tests.training.run_cases import started
@@ -113,6 +118,52 @@ def test_a_run_that_trains_is_asked_for_pictures_its_lora_and_a_prompt(
     page.locator(".panel-handle").click()
     page.get_by_role("button", name="Save now").click()
     page.get_by_text(re.compile("^a request is for a run that is being trained", re.IGNORECASE)).first.wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the hub's client
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
+def test_what_leaves_is_listed_before_a_lora_is_shared(
+    served: ServedPage, open_page: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, width: int
+) -> None:
+    folder = served.add_run("runs/fox-001", trigger="foxy fox")
+    write_evaluation(folder, trigger="foxy fox")
+    lora = kohya_file(tmp_path, **{"lorasmith.steps": "40", "ss_sd_model_name": "mine.safetensors"})
+    shutil.copyfile(lora, folder / "fox-step00000040.safetensors")
+    with hub_with_login(monkeypatch) as hub:
+        page = open_page("#/runs/runs%2Ffox-001", scheme=scheme, width=width)
+        if width < 500:
+            page.locator(".panel-handle").click()
+        page.get_by_role("button", name="Keep this one").click()
+        keep = page.get_by_role("dialog", name="Keep step 40")
+        keep.get_by_role("button", name="Share it on Hugging Face").click()
+        files = keep.locator(".hub-files")
+        files.get_by_text("README.md").wait_for()
+        assert served.of("write_hub_folder")[-1]["step"] == 40
+        keep.get_by_text("The LoRA's metadata has no folders, captions or prompts.").wait_for()
+        assert_legible(page, "folder")
+        keep.get_by_label("Licence of the base model").fill("mit")
+        keep.get_by_label("Licence of the base model").press("Enter")
+        until(lambda: served.of("write_hub_folder")[-1].get("licence") == "mit")
+        with page.expect_download() as saved:
+            keep.get_by_role("link", name="Download the folder").click()
+        assert saved.value.suggested_filename == "fox.zip"
+        with zipfile.ZipFile(saved.value.path()) as sent:
+            assert "license: mit" in sent.read("fox/README.md").decode()
+        assert not hub.requests, "nothing was asked for"
+
+        keep.get_by_label("Repository").fill("fox")
+        keep.get_by_role("button", name="Upload…").click()
+        keep.get_by_text(re.compile("files go to the hub, where only you see them")).wait_for()
+        assert not hub.requests
+        keep.get_by_role("button", name="Yes, upload them").click()
+        keep.get_by_role("link", name="somebody/fox").wait_for()
+        assert hub.private == {"somebody/fox": True}
+        assert_legible(page, "uploaded")
+
+        keep.get_by_label("Leave folders, captions and prompts in the LoRA's metadata").check()
+        keep.locator(".hub-told").wait_for()
+        assert_legible(page, "told")
 
 
 @pytest.mark.slow

@@ -693,6 +693,40 @@ declare namespace Api {
     wish: string;
     subject?: string;
   }
+  interface HubFolderBody {
+    step?: number | null;
+    trigger?: string;
+    base_model?: string;
+    licence?: string;
+    private_captions?: boolean;
+    with_training_pictures?: boolean;
+  }
+  interface HubFolder {
+    folder: string;
+    files: (HubFile)[];
+    base_models: (string)[];
+    trigger: string;
+    licence: string;
+    pictures: number;
+    notes: (string)[];
+    told: Record<string, string>;
+    can_upload: boolean;
+  }
+  interface HubFile {
+    path: string;
+    bytes: number;
+  }
+  interface HubUploadBody {
+    repository: string;
+    folder: HubFolderBody;
+    told?: (string)[];
+    public?: boolean;
+  }
+  interface HubUpload {
+    repository: string;
+    address: string;
+    is_private: boolean;
+  }
   interface TrainOnBody {
     steps: number;
     evaluate?: boolean;
@@ -764,6 +798,7 @@ declare namespace Api {
     | { path: ["runs", string, "evaluation"]; query: { }; body: {}; answer: EvaluationAnswer }
     | { path: ["runs", string, "gallery"]; query: { }; body: {}; answer: GalleryAnswer }
     | { path: ["runs", string, "card"]; query: { }; body: {}; answer: any }
+    | { path: ["runs", string, "hub-folder"]; query: { }; body: {}; answer: any }
     | { path: ["sweeps"]; query: { }; body: {}; answer: SweepList }
     | { path: ["sweeps", string]; query: { }; body: {}; answer: SweepAnswer }
     | { path: ["openapi.json"]; query: { }; body: {}; answer: Record<string, any> };
@@ -792,6 +827,8 @@ declare namespace Api {
     | { path: ["runs", string, "requests"]; query: { }; body: RequestBody; answer: RequestAnswer }
     | { path: ["runs", string, "evaluation"]; query: { }; body: EvaluationBody; answer: JobAnswer }
     | { path: ["runs", string, "gallery"]; query: { }; body: GalleryBody; answer: JobAnswer }
+    | { path: ["runs", string, "hub-folder"]; query: { }; body: HubFolderBody; answer: HubFolder }
+    | { path: ["runs", string, "hub-upload"]; query: { }; body: HubUploadBody; answer: HubUpload }
     | { path: ["runs", string, "train-on"]; query: { }; body: TrainOnBody; answer: JobAnswer }
     | { path: ["sweeps"]; query: { }; body: SweepBody; answer: SweepAnswer };
   type Delete =

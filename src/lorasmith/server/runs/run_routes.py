@@ -9,7 +9,8 @@ from aiohttp import web
 
 from lorasmith.core.errors import OptionError
 from lorasmith.runs.queue import ACTIVE, JobStateError
-from lorasmith.server.contained_files import UNTRUSTED
+from lorasmith.server.access import serves_others
+from lorasmith.server.contained_files import UNTRUSTED, send_zip
 from lorasmith.server.datasets.dataset_routes import MOST_FILE_BYTES, WIDTH_QUERY, send_picture
 from lorasmith.server.datasets.dataset_shapes import RemovedAnswer, RestoreBody
 from lorasmith.server.endpoint import Call, Endpoint, Query, json_response, queueing
@@ -22,6 +23,10 @@ from lorasmith.server.runs.run_shapes import (
     EvaluationBody,
     GalleryAnswer,
     GalleryBody,
+    HubFolder,
+    HubFolderBody,
+    HubUpload,
+    HubUploadBody,
     InstallBody,
     InstalledLora,
     KeptControl,
@@ -85,6 +90,26 @@ async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
 async def _card(context: ServerContext, call: Call) -> web.StreamResponse:
     card = await context.assistant.ask("run_card", id=call.path("id"))
     return web.Response(body=card, content_type="image/png", headers={"Cache-Control": "no-store"})
+
+
+async def _write_hub_folder(context: ServerContext, call: Call) -> Any:
+    found = await context.assistant.ask("write_hub_folder", **call.arguments)
+    return {**found, "can_upload": found["can_upload"] and not serves_others(context.config)}
+
+
+async def _hub_folder(context: ServerContext, call: Call) -> web.StreamResponse:
+    found = await context.assistant.ask("hub_folder_files", id=call.path("id"))
+    files = {f"{found['title']}/{name}": Path(path) for name, path in found["files"].items()}
+    return await send_zip(call.request, files, name=f"{found['title']}.zip")
+
+
+async def _upload_hub_folder(context: ServerContext, call: Call) -> Any:
+    if serves_others(context.config):
+        raise OptionError(
+            "a LoRA is uploaded to the hub only by pages of the machine that the server runs on, whose login it uses; "
+            "download the folder"
+        )
+    return await context.assistant.ask("upload_hub_folder", **call.arguments)
 
 
 async def _add_control(context: ServerContext, call: Call) -> Any:
@@ -232,6 +257,29 @@ RUN_ROUTES = (
         "A picture to share: what the base model draws, what the LoRA draws, trigger, strength and model.",
         handler=_card,
         content="image/png",
+    ),
+    Endpoint(
+        "POST",
+        "/runs/{id}/hub-folder",
+        "Write a folder to share a LoRA of a run with, as the Hugging Face hub expects it, and list what is in it.",
+        handler=_write_hub_folder,
+        body=HubFolderBody,
+        answer=HubFolder,
+    ),
+    Endpoint(
+        "GET",
+        "/runs/{id}/hub-folder",
+        "That folder as a ZIP file.",
+        handler=_hub_folder,
+        content="application/zip",
+    ),
+    Endpoint(
+        "POST",
+        "/runs/{id}/hub-upload",
+        "Upload that folder with the login of the hub's own client; the repository is private unless `public` is true.",
+        handler=_upload_hub_folder,
+        body=HubUploadBody,
+        answer=HubUpload,
     ),
     queueing(
         "/runs/{id}/train-on",

@@ -264,6 +264,62 @@ class InstalledLora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubFolderBody:
+    """What the folder to share a LoRA with holds; what the run does not say is left out where it is empty."""
+
+    step: Annotated[int | None, "of the LoRA; null for the recommended one, else the last one"] = None
+    trigger: str = ""
+    base_model: Annotated[str, "its id on the hub"] = ""
+    licence: Annotated[str, "the hub's name of it; that of the base model if empty"] = ""
+    private_captions: Annotated[bool, "leave folders, captions and prompts out of the LoRA's metadata"] = True
+    with_training_pictures: Annotated[bool, "include small versions of the training pictures"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFile:
+    """A file of the folder."""
+
+    path: Annotated[str, "in the folder"]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFolder:
+    """A folder to share a LoRA with, as it was written."""
+
+    folder: Annotated[str, "its path in the base folder"]
+    files: tuple[HubFile, ...]
+    base_models: Annotated[tuple[str, ...], "ids on the hub, that which pictures are drawn with first"]
+    trigger: Annotated[str, "empty if it is not known"]
+    licence: Annotated[str, "the hub's name of it; empty if it is not known"]
+    pictures: Annotated[int, "that the LoRA drew"]
+    notes: Annotated[tuple[str, ...], "about its conversion for diffusers"]
+    told: Annotated[
+        dict[str, str], "entries of the LoRA's metadata that tell of folders, captions or prompts, shortened"
+    ]
+    can_upload: Annotated[bool, "whether there is a login at the hub, which requests may use"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubUploadBody:
+    """Where the folder goes, and what was agreed to."""
+
+    repository: Annotated[str, "`owner/name`, or a name, whose owner is the account that is logged in"]
+    folder: HubFolderBody
+    told: Annotated[tuple[str, ...], "names of the metadata's entries that were listed; more are refused"] = ()
+    public: Annotated[bool, "let everybody see it"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubUpload:
+    """A repository of the hub."""
+
+    repository: Annotated[str, "`owner/name`"]
+    address: str
+    is_private: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawingFacts:
     """What drawing with the LoRA of a run takes."""
 

@@ -1,10 +1,12 @@
-// "Keep this one": the file, a copy for ComfyUI, and a picture to share that is seen before it is saved.
+// "Keep this one": the file, a copy for ComfyUI, a picture to share that is seen before it is saved, and a folder for the
+// hub.
 import { address, fileOfRun, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
 import { say } from "../lib/stores.mjs";
 import { bytes, whole } from "../lib/words.mjs";
 import { Button, Dialog, Field, Loading, Problem } from "./basics.mjs";
+import { HubFolder } from "./hub_folder.mjs";
 import { Icon } from "./icons.mjs";
 import { nameOfRun } from "./run_card.mjs";
 
@@ -16,7 +18,7 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
   const last = run.saves.length ? Math.max(...run.saves.map((one) => one.step)) : null;
   const size = run.saves.find((one) => one.file === file)?.bytes ?? run.recommended?.bytes ?? 0;
   const [name, setName] = useState("");
-  const [isShared, setShared] = useState(false);
+  const [shared, setShared] = useState(""); // "picture" or "folder"
   const [isBroken, setBroken] = useState(false);
   const [isThere, setThere] = useState(false);
   const [error, setError] = useState(null);
@@ -35,9 +37,10 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
     }
   };
   return html`<${Dialog} title=${step ? t`Keep step ${whole(step)}` : t`Keep it`} onClose=${onClose} wide="keep-dialog">
+    ${shared === "folder" && html`<${HubFolder} run=${run} step=${step} onBack=${() => setShared("")} />`}
     ${
-      isShared
-        ? html`
+      shared === "picture" &&
+      html`
           ${
             isBroken
               ? html`<p>There are no pictures for it yet. Draw some first.</p>`
@@ -46,14 +49,17 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
           }
           ${!isBroken && !isThere && html`<${Loading} what="the picture" />`}
           <div class="actions end">
-            <${Button} onClick=${() => setShared(false)}>Back<//>
+            <${Button} onClick=${() => setShared("")}>Back<//>
             ${
               !isBroken &&
               html`<a class="button primary" href=${card} download=${`${nameOfRun(run)}.png`}>Save the picture</a>`
             }
           </div>
         `
-        : html`
+    }
+    ${
+      !shared &&
+      html`
           <div class="keep">
             ${picture && html`<img src=${picture} alt="" />`}
             <div>
@@ -65,9 +71,10 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
                 <${Button} onClick=${install}><${Icon} name="check" /> Copy to ComfyUI<//>
                 ${
                   hasCard &&
-                  html`<${Button} onClick=${() => setShared(true)}><${Icon}
+                  html`<${Button} onClick=${() => setShared("picture")}><${Icon}
                     name="share" /> Share a picture<//>`
                 }
+                <${Button} onClick=${() => setShared("folder")}><${Icon} name="share" /> Share it on Hugging Face<//>
               </div>
               ${run.lora?.installed && html`<p class="faint">In ComfyUI already, as ${run.lora.installed}.</p>`}
               <${Field} label="Name in ComfyUI" optional>
