@@ -159,7 +159,11 @@ _HASHES = {"SHA-256": "sha256", "AutoV2": "autov2", "AutoV3": "autov3"}
 
 def _picture_line(one: DrawnPicture) -> str:
     seed = "" if one.seed is None else f", seed {one.seed}"
-    return f"- ![]({one.path.as_posix()}) {_code(one.prompt) if one.prompt else 'no prompt recorded'}{seed}"
+    picture = f'<img src="{one.path.as_posix()}" width="{_WIDTH}" alt="">'  # above it, the gallery has the large ones
+    return f"- {picture}<br>{_code(one.prompt) if one.prompt else 'no prompt recorded'}{seed}"
+
+
+_WIDTH = 256  # pixels
 
 
 _RECORDED = {
@@ -184,6 +188,7 @@ def _training_facts(written: LoraSummary) -> dict[str, str]:
     for name, keys in _RECORDED.items():
         values = (written.metadata.get(key, "") for key in keys)
         facts[name] = next((one for one in values if one and one != "None"), "")
+    facts["Resolution"] = " x ".join(re.findall(r"\d+", facts["Resolution"]))  # kohya's is a tuple
     facts["Trainer"] = "Lorasmith" if _OURS in written.metadata else _software(written.metadata)
     return {name: value for name, value in facts.items() if value}
 

@@ -27,6 +27,7 @@ from lorasmith.core.errors import LoraError, ModelError, OptionError, OutputErro
 from lorasmith.core.files import atomic_folder, read_regular, write_atomic
 from lorasmith.core.folders import RUN_RECORD, safe_name
 from lorasmith.data.clips import open_still
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.inspect import describe, main_layout
@@ -113,6 +114,8 @@ def write_card(
         raise OptionError(f"a licence must be the hub's name of it, such as apache-2.0, got {licence!r}; correct it")
     shown = [one for one in found.pictures if not (private_captions and one.prompt in found.captions)]
     stem, notes = safe_name(found.title), list[str]()
+    if found.base.name == BUILT_IN:  # not the released model of its family
+        model = model or BUILT_IN
     with atomic_folder(target) as folder:
         lora, loads = _put_lora(found.lora, folder / f"{stem}.safetensors", model, notes, private=private_captions)
         if found.controls and not with_training_pictures:

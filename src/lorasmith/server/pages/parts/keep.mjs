@@ -1,5 +1,5 @@
-// "Keep this one": the file, a copy for ComfyUI, a picture to share that is seen before it is saved, and a folder for the
-// hub.
+// "Keep this one": the file, a copy for ComfyUI, a picture to share that is seen before it is saved, and a folder for
+// the hub.
 import { address, fileOfRun, post } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
