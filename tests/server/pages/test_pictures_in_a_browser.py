@@ -161,7 +161,7 @@ def test_what_leaves_is_listed_before_a_lora_is_shared(
         assert hub.private == {"somebody/fox": True}
         assert_legible(page, "uploaded")
 
-        keep.get_by_label("Leave folders, captions and prompts in the LoRA's metadata").check()
+        keep.get_by_label("Keep folders, captions and prompts in the LoRA's metadata").check()
         keep.locator(".hub-told").wait_for()
         assert_legible(page, "told")
 

@@ -1,20 +1,21 @@
 // A folder to share a LoRA with: what is in it and what leaves is listed, then it is downloaded or uploaded to the hub.
 import { address, post } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
-import { bytes } from "../lib/words.mjs";
+import { t } from "../lib/language.mjs";
+import { bytes, whole } from "../lib/words.mjs";
 import { Button, Field, Loading, Problem } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
 import { nameOfRun } from "./run_card.mjs";
 
 const MISSING = [
-  { key: "trigger", label: "Trigger", example: "sks dog", known: (found) => found.trigger },
+  { key: "trigger", label: t`Trigger`, example: "sks dog", known: (found) => found.trigger },
   {
     key: "base_model",
-    label: "Base model on the hub",
+    label: t`Base model on the hub`,
     example: "owner/name",
     known: (found) => found.base_models.length,
   },
-  { key: "licence", label: "Licence of the base model", example: "apache-2.0", known: (found) => found.licence },
+  { key: "licence", label: t`Licence of the base model`, example: "apache-2.0", known: (found) => found.licence },
 ];
 
 /** @param {Props<{ run: Api.RunAnswer, step: number | null }>} props */
@@ -55,7 +56,7 @@ export function HubFolder({ run, step, onBack }) {
     <label class="check">
       <input type="checkbox" checked=${!asked.private_captions} disabled=${isBusy}
         onChange=${(event) => change({ private_captions: !event.currentTarget.checked })} />
-      <span>Leave folders, captions and prompts in the LoRA's metadata</span>
+      <span>Keep folders, captions and prompts in the LoRA's metadata</span>
     </label>
     <label class="check">
       <input type="checkbox" checked=${asked.with_training_pictures} disabled=${isBusy}
@@ -117,7 +118,7 @@ function Upload({ run, asked, found }) {
   const [error, setError] = useState(null);
   if (!found.can_upload)
     return html`<p class="faint">
-      To upload it from here, log in with the hub's own program on this computer: <code>hf auth login</code>
+      To upload it from here, log in with the hub's own program on this computer: <code>${"hf auth login"}</code>
     </p>`;
   const upload = async () => {
     setError(null);
@@ -134,7 +135,7 @@ function Upload({ run, asked, found }) {
     ${
       done
         ? html`<p role="status">
-          ${done.is_private ? "Only you see it:" : "Everybody sees it:"} <a href=${done.address} target="_blank"
+          ${done.is_private ? t`Only you see it:` : t`Everybody sees it:`} <a href=${done.address} target="_blank"
             rel="noopener noreferrer">${done.repository}</a>
         </p>`
         : html`
@@ -150,10 +151,11 @@ function Upload({ run, asked, found }) {
           <${Problem} error=${error} />
           ${
             isAsked
-              ? html`<p>
-                ${found.files.length} files go to the hub,
-                ${isPublic ? " where everybody sees them." : " where only you see them."}
-              </p>
+              ? html`<p>${
+                  isPublic
+                    ? t`${whole(found.files.length)} files go to the hub, where everybody sees them.`
+                    : t`${whole(found.files.length)} files go to the hub, where only you see them.`
+                }</p>
               <div class="actions end">
                 <${Button} onClick=${() => setAsked(false)}>Not now<//>
                 <${Button} kind="primary" onClick=${upload} busyText="Uploading…">Yes, upload them<//>
