@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
@@ -48,6 +49,7 @@ class StatusAnswer:
     """The state of the server."""
 
     version: Annotated[str, "of Lorasmith"]
+    docs: Annotated[str, "address of this version's documentation, with a slash at its end; empty if it has none"]
     ready: Annotated[bool, "whether the assistant answers; until then, what needs it is answered with 503"]
     base_dir: Annotated[str, "the base folder"]
     devices: Annotated[tuple[TrainingDevice, ...], "that train"]
@@ -109,9 +111,17 @@ async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
     )
 
 
+def _docs() -> str:
+    urls = [one.partition(", ") for one in metadata("lorasmith").get_all("Project-URL") or ()]
+    published = next((address for label, _, address in urls if label == "Documentation"), "")
+    address = os.environ.get("LORASMITH_DOCS", published)
+    return f"{address.rstrip('/')}/" if address else ""
+
+
 async def _status(context: ServerContext, call: Call) -> StatusAnswer:
     return StatusAnswer(
         version=version("lorasmith"),
+        docs=_docs(),
         ready=context.assistant.is_ready,
         base_dir=str(context.config.base),
         devices=typed(context.dispatcher.devices(), tuple[TrainingDevice, ...]),

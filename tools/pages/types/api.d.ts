@@ -10,6 +10,7 @@ declare namespace Api {
   }
   interface StatusAnswer {
     version: string;
+    docs: string;
     ready: boolean;
     base_dir: string;
     devices: (TrainingDevice)[];

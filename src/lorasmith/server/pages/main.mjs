@@ -1,5 +1,6 @@
 // The page: its frame, what all views share, and the choice of the view by address.
 import { get } from "./lib/api.mjs";
+import { helpPage } from "./lib/help.mjs";
 import { html, render, useEffect, useRef } from "./lib/html.mjs";
 import { LANGUAGES, language, setLanguage, t } from "./lib/language.mjs";
 import { listen } from "./lib/live.mjs";
@@ -50,7 +51,7 @@ function Page() {
         }}>
       Skip to the content
     </a>
-    <${Bar} at=${parts[0] ?? ""} />
+    <${Bar} at=${parts[0] ?? ""} help=${helpPage(parts)} />
     <main id="main" class=${ROOMS[parts[0] ?? ""] ?? placeOf(parts)} ref=${main} tabindex="-1">
       <${Offers} hidden=${["jobs", "runs"].includes(parts[0])} />
       ${view}
@@ -108,7 +109,7 @@ function viewOf([name, ...rest]) {
   ];
 }
 
-function Bar({ at }) {
+function Bar({ at, help }) {
   const server = useStore(status);
   const known = useStore(work);
   const device = server?.devices?.[0];
@@ -127,6 +128,13 @@ function Bar({ at }) {
     <div class="aside">
       ${device && html`<span class="device">${deviceWords(device)}</span>`}
       <${Language} />
+      ${
+        server?.docs &&
+        html`<a class="icon-button" href=${server.docs + help} target="_blank" rel="noreferrer"
+            aria-label="Help with this view" title="Help with this view">
+          <${Icon} name="help" />
+        </a>`
+      }
       <a class="icon-button" href="editor/" aria-label="Editor of graphs" title="Editor of graphs">
         <${Icon} name="graph" />
       </a>
