@@ -67,6 +67,7 @@ ENVIRONMENTS = (
 
 def rehearse(files: Path) -> Iterator[str]:
     """Lines of a table in Markdown, one for each environment. Raises RuntimeError if something fails in one."""
+    _find_pythons()
     yield "| Python | packages | torch | installed | demo | stopped | resumed |"
     yield "|---|---|---|---|---|---|---|"
     for one in ENVIRONMENTS:
@@ -74,6 +75,15 @@ def rehearse(files: Path) -> Iterator[str]:
             found = _tried(one, files, Path(folder))
         seconds = " | ".join(f"{value:.0f} s" for value in found.seconds.values())
         yield f"| {one.python} | {one.versions}, {found.packages} | {found.torch} | {seconds} |"
+
+
+def _find_pythons() -> None:
+    """Raise RuntimeError unless each Python is installed, before the first of them takes its minutes."""
+    wanted = sorted({one.python for one in ENVIRONMENTS})
+    command = (sys.executable, "-m", "uv", "--quiet", "python", "find", "--no-python-downloads")
+    found = {one: subprocess.run([*command, one], capture_output=True, check=False).returncode == 0 for one in wanted}
+    if missing := [one for one, is_there in found.items() if not is_there]:
+        raise RuntimeError(f"uv finds no Python {', '.join(missing)}; put them on the path")
 
 
 class Tried(NamedTuple):
