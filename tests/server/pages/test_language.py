@@ -8,15 +8,23 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 
 import lorasmith
+from lorasmith.evaluation import evaluation_record
+from lorasmith.evaluation.evaluation_record import Verdict
 from lorasmith.families.base import FAMILIES
 from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES
+from lorasmith.runs.evaluate import plain_sentence
 from lorasmith.runs.presets import PRESETS, setting_groups
+from lorasmith.runs.run_plan import ClassImageDrawn, ImageEncoded, ImagesFound, ModelLoading
+from lorasmith.runs.view import _preparation
 from lorasmith.server.api_routes import setting_answer
+from lorasmith.server.runs.run_answers import _plain_end
+from lorasmith.training.events import CaptionEncoded, Outcome
 
 PAGES = Path(lorasmith.__file__).parent / "server" / "pages"
 MODULES = sorted(path for path in PAGES.rglob("*.mjs") if "vendor" not in path.parts)
@@ -68,7 +76,7 @@ def table(path: Path) -> Table:
 def wrong(found: Table, places: dict[str, str]) -> list[str]:
     """What a table lacks, has too much, or has with other holes than the English text."""
     said = [f"missing, of {place}: {key}" for key, place in places.items() if key not in found]
-    said += [f"stale: {key}" for key in found if key not in places]
+    said += [f"stale: {key}" for key in found if key not in places and not key.startswith("~")]
     for key, entry in found.items():
         for form in [entry] if isinstance(entry, str) else entry.values():
             if sorted(re.findall(r"\{\w+\}", form)) != sorted(re.findall(r"\{\w+\}", key)):
@@ -85,6 +93,55 @@ def test_a_table_has_every_text_of_the_page_and_no_other(path: Path) -> None:
     said = wrong(found, texts())
     assert not said, "\n".join([path.name, *said])
     assert list(found) == sorted(found), "the keys of a table are sorted"
+
+
+def sentences() -> set[str]:
+    """What the server says of the end of a run, and before its first step: one sentence of each kind."""
+    likeness = SimpleNamespace(likeness=0.5, own=0.6), SimpleNamespace(likeness=0.5, own=None), None
+    ends = {
+        _plain_end(cast("Any", SimpleNamespace(outcome=outcome, step=step, likeness=like)))
+        for outcome in (None, *Outcome)
+        for step in (1, 2000)
+        for like in likeness
+    }
+    lora = SimpleNamespace(label="step 40", measures=SimpleNamespace(adherence=0.9))
+    plain = SimpleNamespace(label="step 40", measures=SimpleNamespace(adherence=None))
+    ends |= {
+        plain_sentence(cast("Any", SimpleNamespace(trigger=trigger, loras=loras, verdict=verdict)))
+        for trigger in ("foxy", "sks dog")
+        for loras in ([lora], [plain], [lora, lora], [plain, plain])
+        for verdict in (
+            *(Verdict(outcome="use", best=0, copied=copied) for copied in (True, False)),
+            *(Verdict(outcome=outcome) for outcome in get_args(evaluation_record.Outcome)),
+        )
+    }
+    images = [
+        SimpleNamespace(caption_source=source, caption="fox")
+        for source in ("trigger", "folder", "class", "none", "text")
+    ]
+    before = (
+        *(
+            ImagesFound(folder=Path(), scan=cast("Any", SimpleNamespace(images=some)), trigger="sks dog")
+            for some in (images, images[::-1], images[:1], [])
+        ),
+        ModelLoading(model="lorasmith-tiny"),
+        *(ImageEncoded(done=1, total=4, cached=cached) for cached in (0, 2)),
+        CaptionEncoded(done=1, total=4),
+        ClassImageDrawn(done=1, total=4),
+    )
+    said = {one for end in ends for one in re.split(r"(?<=[.!?]) (?=[A-Z])", end)}
+    return said | {text for event in before if (text := _preparation(event)) is not None}
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_table_has_the_sentences_of_the_server_about_a_run(path: Path) -> None:
+    likes = {
+        key: "(.+)".join(map(re.escape, re.split(r"\{\d\}", key[1:]))) for key in table(path) if key.startswith("~")
+    }
+    said = sentences()
+    assert [one for one in said if not any(re.fullmatch(like, one) for like in likes.values())] == []
+    parts = " ".join(said)
+    assert [key for key, like in likes.items() if not re.search(like, parts)] == []
 
 
 @NEEDS_NODE

@@ -40,7 +40,7 @@ export const t = (strings, ...values) =>
   translation ? translation.text(strings, values) : String.raw({ raw: strings }, ...values);
 
 /** A text that is not written in a module, such as a name of the server's. */
-export const translated = (text) => (translation ? translation.entry(text) : text);
+export const translated = (text) => (translation ? translation.heard(text) : text);
 
 /** A number of things, whose key has the plural: `{0} photos`. */
 export const plural = (number, words, one, many) =>

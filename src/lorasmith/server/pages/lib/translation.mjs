@@ -66,8 +66,23 @@ export function translator(language, table) {
     const found = table[key] ?? key;
     return typeof found === "string" ? found : (found[rules.select(number)] ?? found.other);
   };
+  // Keys of sentences of the server begin with ~. A hole ends at a comma, but for the last word of a key.
+  const sentences = Object.keys(table)
+    .filter((key) => key.startsWith("~"))
+    .sort((a, b) => b.length - a.length)
+    .map((key) => {
+      const words = key.slice(1).replace(/[.?()]/g, "\\$&");
+      const like = words.replace(/\{\d\}$/, "(.+)").replace(/\{\d\}/g, "((?:[^,]|,\\d)+?)");
+      return { key, like: new RegExp(`^${like}$`) };
+    });
+  const heard = (text) => {
+    const found = text in table ? null : sentences.find(({ like }) => like.test(text));
+    const [, ...values] = found?.like.exec(text) ?? [];
+    return entry(found?.key ?? text).replace(/\{(\d)\}/g, (hole, place) => (found ? heard(values[place]) : hole));
+  };
   return {
     entry,
+    heard,
     text: (strings, values) => entry(keyOf(strings)).replace(/\{(\d)\}/g, (_, hole) => values[hole]),
     elements:
       (html) =>

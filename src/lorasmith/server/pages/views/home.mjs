@@ -2,7 +2,7 @@
 import { fileOfRun, get, post } from "../lib/api.mjs";
 import { currentDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { t } from "../lib/language.mjs";
+import { t, translated } from "../lib/language.mjs";
 import { go, link } from "../lib/router.mjs";
 import { said, useStore, work } from "../lib/stores.mjs";
 import { capital, whole } from "../lib/words.mjs";
@@ -211,7 +211,8 @@ function Learning({ job, run }) {
   </li>`;
 }
 
-const standing = (view, isWaiting) => (isWaiting ? "" : capital(view?.preparation?.at(-1) ?? t`getting ready…`));
+const standing = (view, isWaiting) =>
+  isWaiting ? "" : capital(translated(view?.preparation?.at(-1) ?? "") || t`getting ready…`);
 
 /** The pictures of the first prompt by step: of the base model, then with the LoRA at its full strength. */
 function pictures(view) {

@@ -1,7 +1,7 @@
 // A training in the room for pictures, from the queue to its end: how long it takes, and what can be done with it.
 import { get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
-import { t } from "../lib/language.mjs";
+import { t, translated } from "../lib/language.mjs";
 import { go, link, replace } from "../lib/router.mjs";
 import { announcement, said, say, useStore, work } from "../lib/stores.mjs";
 import { capital, count, whole } from "../lib/words.mjs";
@@ -204,7 +204,11 @@ function Standing({ job, view, known }) {
         </p>`
         : html`
           <ol class="preparing">
-            ${lines.length ? lines.map((line) => html`<li key=${line}>${line}</li>`) : html`<li>Getting ready…</li>`}
+            ${
+              lines.length
+                ? lines.map((line) => html`<li key=${line}>${translated(line)}</li>`)
+                : html`<li>Getting ready…</li>`
+            }
           </ol>
           <progress aria-label="Preparing"></progress>
         `

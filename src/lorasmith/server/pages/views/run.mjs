@@ -1,7 +1,7 @@
 // A run in the room for pictures: its verdict, what is kept of it, and what is done with it next.
 import { address, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
-import { t } from "../lib/language.mjs";
+import { t, translated } from "../lib/language.mjs";
 import { go, link, replace } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { moment, whole } from "../lib/words.mjs";
@@ -55,7 +55,9 @@ export function RunView({ id }) {
 
 /** What is said of a run, sentence by sentence. */
 const verdictOf = (run) =>
-  sentence(run.recommended?.sentence ?? (run.verdict || run.status)).split(/(?<=[.!?]) (?=[A-Z])/);
+  sentence(run.recommended?.sentence ?? (run.verdict || run.status))
+    .split(/(?<=[.!?]) (?=[A-Z])/)
+    .map(translated);
 
 /** @param {Props<{ run: Api.RunAnswer, job: Api.JobAnswer | undefined }>} props */
 function Verdict({ run, job, shown, reload }) {

@@ -1,6 +1,7 @@
 // All sets of photos as tiles, the examples last.
 import { address, get } from "../lib/api.mjs";
 import { html } from "../lib/html.mjs";
+import { t } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { link } from "../lib/router.mjs";
 import { count } from "../lib/words.mjs";
@@ -47,7 +48,7 @@ export function SetTile({ set }) {
     <a class=${`cover ${shown.length > 1 ? "four" : ""}`} href=${link("new", set.name, "photos")}>
       ${shown.map((src) => html`<img key=${src} src=${src} alt="" loading="lazy" decoding="async" />`)}
       <span class="cover-words">
-        <b>${set.name}</b><span>${set.builtin ? "example · " : ""}${count(set.images, "picture")}</span>
+        <b>${set.name}</b><span>${set.builtin ? t`example · ` : ""}${count(set.images, "picture")}</span>
       </span>
     </a>
   </li>`;
