@@ -323,6 +323,11 @@ class Prompts:
         """Those that are drawn from several noises."""
         return (self.trigger, *self.asked)
 
+    def pictures(self, loras: int, noises: int = NOISES) -> int:
+        """How many are drawn of so many LoRAs, of the base model, and of the recommended LoRA at each strength."""
+        each = len(self.shown) + (noises - 1) * len(self.with_trigger)
+        return each * (loras + 1) + STRIP * len(STRENGTHS)
+
 
 _VALIDATED = (
     "The rule of the recommendation was validated on drawings of the built-in model; look at the pictures as well."
@@ -347,7 +352,7 @@ class _Artist:
         self.sampling = Sampling(steps=drawing.steps or base.defaults.steps, width=drawing.width, height=drawing.height)
         again = [(text, drawing.seed + more) for more in range(1, drawing.noises) for text in prompts.with_trigger]
         self._pictures = [*((text, drawing.seed) for text in prompts.shown), *again]
-        self._total = self.sampling.steps * (len(self._pictures) * (loras + 1) + STRIP * len(STRENGTHS))
+        self._total = self.sampling.steps * prompts.pictures(loras, drawing.noises)
         self._done = 0
 
     def drawn(self, lora: Path | None, notes: list[str] | None = None) -> list[Image.Image]:

@@ -29,6 +29,7 @@ from lorasmith.runs.evaluate import loras_within
 from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import parse_prompts, parse_strengths
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.storage.records import RunRecord
 from lorasmith.training.train import Plan
 from lorasmith.training.watchers import likeness_steps, preview_steps
 
@@ -219,6 +220,20 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
     budget = config.preview_share * _run_passes(config, plan.data.samples, size)
     left = budget - program.passes(_each_step(base)) * len(program.prompts)
     return min(DrawingSettings.most, loras_within(left / (program.sampling_steps * _each_step(base) + _OTHER_PASSES)))
+
+
+def seconds_drawn(pictures: int, base: Model, record: RunRecord, seconds_per_step: float) -> float | None:
+    """About how long so many pictures take on the machine whose steps of a run took that long; None if its record does
+    not say what it trained.
+    """
+    sizes = [math.prod(one.latents) for one in record.samples if one.latents]
+    batch, batches = record.config.get("batch_size"), record.config.get("grad_accumulation_steps")
+    if not sizes or not isinstance(batch, int) or not isinstance(batches, int) or min(batch, batches) < 1:
+        return None
+    side = base.defaults.resolution
+    size = math.prod(base.components.latent.shape(side, side, 1))
+    passes = pictures * (base.defaults.steps * _each_step(base) + _OTHER_PASSES)
+    return passes * seconds_per_step * size / (_STEP_PASSES * batch * batches * statistics.fmean(sizes))
 
 
 def _run_passes(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:

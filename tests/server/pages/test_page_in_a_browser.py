@@ -646,8 +646,15 @@ def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_
     expected(row.get_by_role("button", name="Continue")).to_have_count(1)
     served.add_dataset()
     page.goto(served.address + "#/new/fox/photos")
+    page.get_by_text("a fox").first.wait_for()
+    offer = page.get_by_role("group", name="Interrupted training")
+    expected(offer).to_have_count(0)  # pictures come first
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(served.address + "#/runs")
     waits(page, "was interrupted")
-    page.get_by_role("group", name="Interrupted training").get_by_role("button", name="Continue").click()
+    assert offer.bounding_box()["height"] < 70, "one line on a phone"
+    assert_legible(page, "offer")
+    offer.get_by_role("button", name="Continue").click()
     page.wait_for_url(f"**/#/jobs/{job.id}")
 
 
@@ -703,7 +710,7 @@ def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: O
     page.get_by_role("button", name="Keep this one").click()
     page.get_by_role("dialog", name="Keep step 40").get_by_role("button", name="Copy to ComfyUI").click()
     name = "fox-step00000040.safetensors"
-    waits(page, f"Copied to models/loras as {name}.")
+    waits(page, f"Copied as {name} into the folder models/loras.")
     assert (served.base / "models" / "loras" / name).read_bytes() == (folder / name).read_bytes()
     page.get_by_label("More", exact=True).click()
     page.get_by_role("button", name="Train it further").click()
@@ -787,7 +794,9 @@ def test_a_run_is_evaluated(served: ServedPage, open_page: Opener, scheme: str, 
     page = open_page("#/runs/runs%2Ffox-001", scheme=scheme, width=width)
     if width < 500:
         pull_up(page)
-    page.get_by_role("button", name="Which step is best?").click()
+    asked = page.get_by_role("group", name="Evaluation")
+    expected(asked.locator(".effort")).to_have_text(re.compile(r"^It draws \d+ pictures, in (about|a few|less) .+\.$"))
+    asked.get_by_role("button", name="Which step is best?").click()
     job = served.taken()
     job.progress(4)
     page.get_by_role("group", name="Evaluation").get_by_role("progressbar").wait_for()

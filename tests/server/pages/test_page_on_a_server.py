@@ -91,7 +91,7 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     assert Path(card.value.path()).read_bytes().startswith(b"\x89PNG")
     keep.get_by_role("button", name="Back").click()
     keep.get_by_role("button", name="Copy to ComfyUI").click()
-    page.get_by_text("Copied to models/loras as sks-fox.safetensors.").wait_for()
+    page.get_by_text("Copied as sks-fox.safetensors into the folder models/loras.").wait_for()
     copied = base / "models/loras/sks-fox.safetensors"
     assert copied.read_bytes() == (tmp_path / "sks-fox.safetensors").read_bytes()
 

@@ -183,6 +183,9 @@ def test_a_result_is_a_verdict_a_file_and_pictures(
     expected(keep.get_by_role("link", name="Download the file")).to_have_attribute(
         "href", re.compile(r"fox-step00000040\.safetensors$")
     )
+    keep.get_by_text(
+        "The file is called fox-step00000040.safetensors. Here it is in the folder runs/fox-001."
+    ).wait_for()
     keep.get_by_role("button", name="Share a picture").click()
     card = keep.get_by_role("img", name="The picture to share")
     expected(card).to_have_js_property("complete", True)

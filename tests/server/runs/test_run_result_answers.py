@@ -17,6 +17,7 @@ from lorasmith.families.forms import ControlForm
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.runs.evaluate import subject_of
+from lorasmith.runs.view import RunView
 from lorasmith.server.datasets.dataset_folders import UnknownFileError
 from lorasmith.server.runs import run_result_answers
 from lorasmith.server.runs.run_answers import run
@@ -159,7 +160,13 @@ def test_the_loras_of_a_run_are_evaluated(
     assert (found.evaluation, found.folder) == (None, "evaluation")
     request = evaluation_request(installation, RUN)
     assert (request["run"], request["files"]["vae"]) == (RUN, None)
-    assert evaluation_afterwards(installation, RUN) == {**request, "most": 4}
+    assert request["most"] == 4 and evaluation_afterwards(installation, RUN) == request
+    loras = len({one.step for one in run(installation, RUN).saves})
+    assert found.pictures == 32 * (1 + loras) + 10, "each of these, without and with each LoRA, and two by strength"
+    assert found.seconds is not None and found.seconds > 0
+    monkeypatch.setattr(RunView, "seconds_per_step", property(lambda self: 10.0))
+    slower = run_evaluation(installation, RUN).seconds
+    assert slower is not None and slower > found.seconds
     as_edit_model(monkeypatch, is_required=True)
     with pytest.raises(OptionError, match="cannot be evaluated"):
         evaluation_request(installation, RUN)

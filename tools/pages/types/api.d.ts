@@ -621,6 +621,8 @@ declare namespace Api {
     evaluation: Evaluation | null;
     folder: string;
     subject: string;
+    pictures: number;
+    seconds: number | null;
   }
   interface Evaluation {
     title: string;

@@ -53,7 +53,7 @@ function Page() {
     </a>
     <${Bar} at=${parts[0] ?? ""} help=${helpPage(parts)} />
     <main id="main" class=${ROOMS[parts[0] ?? ""] ?? placeOf(parts)} ref=${main} tabindex="-1">
-      <${Offers} hidden=${["jobs", "runs"].includes(parts[0])} />
+      <${Offers} hidden=${address !== "" && address !== "runs"} />
       ${view}
     </main>
     <${Messages} />

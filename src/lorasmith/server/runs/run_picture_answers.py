@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.data.clips import open_still
-from lorasmith.evaluation.evaluation_record import EVALUATION
+from lorasmith.evaluation.evaluation_record import EVALUATION, DrawingSettings
 from lorasmith.evaluation.likeness import check_installed, is_installed
 from lorasmith.evaluation.wishes import BUILT_IN_KINDS, KINDS, asked_with
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.report.pictures import thinned
 from lorasmith.report.share_card import MOST_PROMPTS, WIDTH, share_card
-from lorasmith.runs.evaluate import candidates_of, subject_of
+from lorasmith.runs.evaluate import Prompts, candidates_of, subject_of
 from lorasmith.runs.gallery import MOST_STEPS, read_grids
+from lorasmith.runs.preview_budget import seconds_drawn
 from lorasmith.runs.run_images import subject_words
 from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own
@@ -30,15 +31,24 @@ from lorasmith.server.runs.run_shapes import EvaluationAnswer, GalleryAnswer
 from lorasmith.training.storage.records import read_record
 
 _MOST_WISH = 1_000  # characters
-_MOST_AFTERWARDS = 4  # LoRAs of an evaluation that nobody asked for
+_MOST_EVALUATED = 4  # LoRAs of a run, evenly spaced up to the last one
 
 
 @question
 def run_evaluation(folders: Folders, id: str) -> EvaluationAnswer:
     """The stored evaluation of the LoRAs of a run. Raises UnknownFileError."""
-    folder = run_folder_of(folders, id)
-    subject = subject_words(read_record(folder))
-    return EvaluationAnswer(evaluation=evaluation_of(folder), folder=EVALUATION, subject=subject)
+    with followed(run_folder_of(folders, id)) as run:
+        folder, record, seconds_per_step = run.folder, run.record, run.view.seconds_per_step
+    subject = subject_words(record)
+    found = EvaluationAnswer(evaluation=evaluation_of(folder), folder=EVALUATION, subject=subject)
+    try:
+        _, spec, model = drawn_with(folders, id)
+    except (OptionError, ModelError):  # what was evaluated elsewhere is shown all the same
+        return found
+    prompts = Prompts.of(subject, DrawingSettings(), is_built_in=spec.model == BUILT_IN)
+    pictures = prompts.pictures(min(_MOST_EVALUATED, len(candidates_of(folder, record.title))))
+    seconds = None if seconds_per_step is None else seconds_drawn(pictures, model, record, seconds_per_step)
+    return replace(found, pictures=pictures, seconds=seconds)
 
 
 @question
@@ -52,7 +62,8 @@ def evaluation_request(folders: Folders, id: str, *, subject: str = "") -> dict[
     if model.control_form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
     subject_of([folder], trigger=subject.strip() or None)
-    return {"run": id, "model": spec.model, "files": asdict(spec.files), "subject": subject.strip()}
+    asked = {"subject": subject.strip(), "most": _MOST_EVALUATED}
+    return {"run": id, "model": spec.model, "files": asdict(spec.files), **asked}
 
 
 @question
@@ -64,7 +75,7 @@ def evaluation_afterwards(folders: Folders, id: str) -> dict[str, Any] | None:
     _, spec, model = drawn_with(folders, id)
     if model.control_form.most or spec.config.consequences().learns_no_subject:
         return None
-    return {**evaluation_request(folders, id), "most": _MOST_AFTERWARDS}
+    return evaluation_request(folders, id)
 
 
 @question

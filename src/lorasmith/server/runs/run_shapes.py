@@ -335,6 +335,8 @@ class EvaluationAnswer:
     evaluation: Annotated[Evaluation | None, "null if they were not evaluated yet"]
     folder: Annotated[str, "of its pictures, among the files of the run"]
     subject: Annotated[str, _SUBJECT] = ""
+    pictures: Annotated[int, "that an evaluation draws"] = 0
+    seconds: Annotated[float | None, "that it takes, by the speed of the run's steps; null if that is not known"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,11 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
     try {
       const body = { step: step === last ? null : step, name: name.trim() };
       const { installed, was_there: wasThere } = await post(["runs", run.id, "install"], body);
-      say(wasThere ? t`${installed} was there already.` : t`Copied to models/loras as ${installed}.`);
+      say(
+        wasThere
+          ? t`${installed} was in the folder models/loras already.`
+          : t`Copied as ${installed} into the folder models/loras.`,
+      );
       onDone();
       onClose();
     } catch (failure) {
@@ -76,7 +80,11 @@ export function Keep({ run, file, step, picture, onClose, onDone }) {
                 }
                 <${Button} onClick=${() => setShared("folder")}><${Icon} name="share" /> Share it on Hugging Face<//>
               </div>
-              ${run.lora?.installed && html`<p class="faint">In ComfyUI already, as ${run.lora.installed}.</p>`}
+              <p class="faint">The file is called ${file}. Here it is in the folder ${run.id}.</p>
+              ${
+                run.lora?.installed &&
+                html`<p class="faint">ComfyUI has it already, as ${run.lora.installed} in the folder models/loras.</p>`
+              }
               <${Field} label="Name in ComfyUI" optional>
                 ${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${name}
                   placeholder=${file} onInput=${(event) => setName(event.currentTarget.value)} />`}

@@ -4,7 +4,7 @@ import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { announcement, said, say } from "../lib/stores.mjs";
-import { capital } from "../lib/words.mjs";
+import { capital, count, duration } from "../lib/words.mjs";
 import { Advice } from "./advice.mjs";
 import { Button, Field, Panel, Problem, useLoaded } from "./basics.mjs";
 import { Engineers } from "./engineers.mjs";
@@ -219,13 +219,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
     <${Panel} title=${title}>
       ${panel(shown)}
       ${evaluating && html`<${Evaluating} job=${evaluating} />`}
-      ${
-        hasLora &&
-        found &&
-        !found.evaluation &&
-        !evaluating &&
-        html`<${AskEvaluation} id=${id} subject=${found.subject} />`
-      }
+      ${hasLora && found && !found.evaluation && !evaluating && html`<${AskEvaluation} id=${id} found=${found} />`}
       <${Problem} error=${evaluationError} />
       <${Tiles} title="You drew" shown=${scene} tries=${tries} scenes=${[...drawn, ...grids]} run=${about} best=${best}
         grids=${jobs.filter((job) => isOf(job, "grid") && isActive(job))} onScene=${pickScene} />
@@ -246,7 +240,8 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
         ${
           found?.evaluation &&
           !evaluating &&
-          html`<div class="actions"><${Button} onClick=${() => evaluate(id, "")}>Evaluate again<//></div>`
+          html`<div class="actions"><${Button} onClick=${() => evaluate(id, "")}>Evaluate again<//></div>
+            <${Effort} found=${found} />`
         }
       <//>`
     }
@@ -272,14 +267,26 @@ function Evaluating({ job }) {
   </div>`;
 }
 
-function AskEvaluation({ id, subject }) {
+/** @param {Props<{ id: string | null, found: Api.EvaluationAnswer }>} props */
+function AskEvaluation({ id, found }) {
+  const { subject } = found;
   const [word, setWord] = useState("");
   return html`<div class="evaluating" role="group" aria-label="Evaluation">
     ${subject === "" && html`<${SubjectField} value=${word} onValue=${setWord} />`}
     <${Button} class="small" disabled=${subject === "" && !word.trim()} onClick=${() => evaluate(id, word.trim())}>
       Which step is best?
     <//>
+    <${Effort} found=${found} />
   </div>`;
+}
+
+/** What an evaluation takes, before it begins. */
+function Effort({ found: { pictures, seconds } }) {
+  if (!pictures) return null;
+  const time = seconds === null ? "" : duration(seconds, { about: true });
+  return html`<p class="faint effort">
+    ${time ? html`It draws ${count(pictures, "picture")}, in ${time}.` : html`It draws ${count(pictures, "picture")}.`}
+  </p>`;
 }
 
 /** What a run without a trigger learnt, where its captions do not say it either. */
