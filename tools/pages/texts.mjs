@@ -1,14 +1,14 @@
-// The texts of the page's modules, as the keys of its tables of translations: `node texts.mjs FILE…` prints
-// [key, line] of each as JSON, by file.
+// The texts of the page's modules, as the keys of its tables of translations: `node texts.mjs FILE…` prints as JSON, by
+// file, {keys, bare}: [key, line] of each text, and of what looks like one but would not be translated.
 import { readFileSync } from "node:fs";
 import { keyOf, translateTemplate } from "../../src/lorasmith/server/pages/lib/translation.mjs";
 
 /**
- * The template literals of a module: a scan of tokens, without a grammar.
+ * The strings and template literals of a module: a scan of tokens, without a grammar.
  *
  * @returns {{ tag: string, strings: string[], line: number }[]} `tag` is empty where there is none
  */
-function templates(source) {
+function literals(source) {
   const found = [];
   const lineAt = (at) => source.slice(0, at).split("\n").length;
   /** Scans code from `at` to the brace that closes it, or to the end; returns where it ended. */
@@ -22,8 +22,10 @@ function templates(source) {
       else if (rest === "//") at = end(source.indexOf("\n", at));
       else if (rest === "/*") at = source.indexOf("*/", at) + 2;
       else if (letter === '"' || letter === "'") {
+        const start = at;
         for (at += 1; source[at] !== letter; at += 1) if (source[at] === "\\") at += 1;
         at += 1;
+        found.push({ tag: "", strings: [plain(source.slice(start + 1, at - 1))], line: lineAt(start) });
         before = '"';
       } else if (letter === "`") {
         at = template(at, /^\w+$/.test(before) && source[at - 1] === before.at(-1) ? before : "");
@@ -81,13 +83,17 @@ const plain = (raw) =>
     letter ? ({ n: "\n", t: "\t" }[letter] ?? letter) : String.fromCharCode(Number.parseInt(long ?? short, 16)),
   );
 
-/** The keys of a module, each with its line. */
-function keysOf(file) {
+/** {keys, bare} of a module. */
+function textsOf(file) {
   const source = readFileSync(file, "utf8");
   const keys = [];
-  for (const { tag, strings, line } of templates(source)) {
-    if (tag === "html") translateTemplate(strings, (key) => (keys.push([key, line]), key));
-    else if (tag === "t") keys.push([keyOf(strings), line]);
+  const bare = [];
+  for (const { tag, strings, line } of literals(source)) {
+    if (tag === "html") {
+      const rest = translateTemplate(strings, (key) => (keys.push([key, line]), "")).strings.join("");
+      for (const [, text] of rest.matchAll(/="([A-Z][^"]*[a-z][^"]*)"/g)) bare.push([text, line]);
+    } else if (tag === "t") keys.push([keyOf(strings), line]);
+    else if (/^[A-Z][^]* [a-z]/.test(keyOf(strings))) bare.push([keyOf(strings), line]);
   }
   for (const call of source.matchAll(/(?<!const )\bcount\(/g)) {
     const line = source.slice(0, call.index).split("\n").length;
@@ -95,10 +101,10 @@ function keysOf(file) {
     if (!one) throw new Error(`${file}:${line}: count must name what it counts in quotes`);
     keys.push([`{0} ${many}`, line]);
   }
-  return keys;
+  return { keys, bare };
 }
 
 /** A call of `count`, whose number may have calls in it. */
 const COUNTED = /^count\((?:[^()"]|\((?:[^()]|\([^()]*\))*\))*,\s*"([^"]+)"(?:,\s*"([^"]+)")?,?\s*\)/;
 
-console.log(JSON.stringify(Object.fromEntries(process.argv.slice(2).map((file) => [file, keysOf(file)]))));
+console.log(JSON.stringify(Object.fromEntries(process.argv.slice(2).map((file) => [file, textsOf(file)]))));
