@@ -1,7 +1,7 @@
 // Everything of a run in numbers, commands and paths, in one drawer.
 import { address, fileOfRun, get, sentence } from "../lib/api.mjs";
 import { html, useState } from "../lib/html.mjs";
-import { t } from "../lib/language.mjs";
+import { t, translated } from "../lib/language.mjs";
 import { say } from "../lib/stores.mjs";
 import { bytes, measured, moment, valueWords, whole } from "../lib/words.mjs";
 import { findingOf } from "./advice.mjs";
@@ -232,7 +232,7 @@ function Details({ run }) {
         <summary>All settings of this run</summary>
         ${groups.map(
           ([group, settings]) => html`
-            <h3 key=${group}>${group}</h3>
+            <h3 key=${group}>${translated(group)}</h3>
             <dl>
               ${settings.map(
                 (one) => html`<div key=${one.name}><dt>${one.name}</dt><dd>${valueWords(one.value)}</dd></div>`,
