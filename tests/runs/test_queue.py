@@ -18,6 +18,7 @@ from lorasmith.runs.queue import (
     DuplicateJobError,
     JobStateError,
     JobStore,
+    KeyTakenError,
     QueueFullError,
     StoreError,
     UnknownJobError,
@@ -274,16 +275,93 @@ def test_runs_of_a_sweep_wait_again_after_their_server_ended(path: Path) -> None
     assert states == ["pending", "interrupted", "cancelled", "pending"]
 
 
-def test_a_database_of_version_1_is_read_on(path: Path, store: JobStore) -> None:
+TERMS = ("key", "priority", "deadline", "limits", "spent_s", "losses", "notify", "submitter")
+
+
+@pytest.mark.parametrize(("version", "added"), [(1, ("sweep", "varied", "together", *TERMS)), (2, TERMS)])
+def test_a_database_of_an_earlier_version_is_read_on(
+    path: Path, store: JobStore, version: int, added: tuple[str, ...]
+) -> None:
     store.add("train", {"name": "a"}, id="a")
-    for column in ("sweep", "varied", "together"):
-        store._database.execute("DROP INDEX IF EXISTS jobs_sweep")
+    for index in ("jobs_sweep", "jobs_deadline"):
+        store._database.execute(f"DROP INDEX {index}")
+    for trigger in ("notices_added", "notices_changed"):
+        store._database.execute(f"DROP TRIGGER {trigger}")
+    for table in ("keys", "notices"):
+        store._database.execute(f"DROP TABLE {table}")
+    for column in added:
         store._database.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
-    store._database.execute("PRAGMA user_version = 1")
+    store._database.execute(f"PRAGMA user_version = {version}")
     store.close()
+    if version == 2:  # the queue of a sweep by an earlier version, which nobody writes any more
+        assert [job.id for job in jobs_in(path)] == ["a"]
     again = JobStore(path)
     assert (again.get("a").request, again.get("a").sweep, again.get("a").varied) == ({"name": "a"}, None, {})
     again.close()
+
+
+def test_a_key_is_one_job_as_long_as_it_is_known(path: Path, store: JobStore) -> None:
+    assert store.of_key("k", "digest") is None
+    job = store.add("train", {"name": "a"}, key="k", digest="digest")
+    assert store.of_key("k", "digest") == job and job.key == "k"
+    with pytest.raises(KeyTakenError, match="'k' was used for another request"):
+        store.of_key("k", "other")
+    with pytest.raises(StoreError):
+        store.add("train", {}, key="k", digest="digest")
+    assert names(store) == ["a"]
+    store.remove([job.id])
+    with pytest.raises(KeyTakenError, match="was removed"):
+        store.of_key("k", "digest")
+    store._database.execute("UPDATE keys SET created = 0")
+    store.close()
+    again = JobStore(path)
+    assert again.of_key("k", "digest") is None
+    again.close()
+
+
+def test_jobs_with_a_key_wait_again_after_their_server_ended(path: Path, store: JobStore) -> None:
+    for name in ("lost", "stopped", "running"):
+        store.add("train", {}, id=name, key=name)
+        store.claim("w")
+    store.finish("lost", "interrupted", error={"kind": "WorkerEnded", "message": "five times"})
+    store.finish("stopped", "interrupted", error={"kind": "Interrupted", "message": "the server was stopped"})
+    store.close()
+    again = JobStore(path)
+    assert [again.get(name).state for name in ("lost", "stopped", "running")] == ["interrupted", "pending", "pending"]
+    again.close()
+
+
+def test_a_higher_priority_is_started_first_and_the_front_before_all(store: JobStore) -> None:
+    for name, priority in (("low", -1), ("a", 0), ("high", 5), ("b", 0), ("higher", 6), ("high too", 5)):
+        store.add("train", {"name": name}, priority=priority)
+    store.add("train", {"name": "front"}, front=True)
+    assert names(store) == ["front", "higher", "high", "high too", "a", "b", "low"]
+    assert [job.request["name"] for job in store.active(9)] == names(store)
+    (claimed,) = store.claim("w")
+    assert (claimed.request["name"], store.claim("w")[0].priority) == ("front", 6)
+
+
+def test_the_end_of_an_attempt_that_was_given_up_changes_nothing(store: JobStore) -> None:
+    job = store.add("train", {})
+    store.claim("w")
+    store.finish(job.id, "interrupted", attempt=1)
+    store.requeue(job.id, losses=1)
+    assert store.finish(job.id, "completed", attempt=1).state == "pending"
+    (again,) = store.claim("w")
+    assert (again.attempts, again.losses) == (2, 1)
+    assert store.finish(job.id, "completed", attempt=1, outputs={"late": True}).state == "running"
+    ended = store.finish(job.id, "completed", attempt=2)
+    assert (ended.state, ended.outputs) == ("completed", {}) and ended.spent_s >= 0
+
+
+def test_minutes_of_all_attempts_are_added(store: JobStore) -> None:
+    job = store.add("train", {})
+    for _ in range(2):
+        store.claim("w")
+        store._database.execute("UPDATE jobs SET started = started - 60")
+        store.finish(job.id, "paused")
+        store.requeue(job.id)
+    assert 120 <= store.get(job.id).spent_s < 120 + 60
 
 
 def test_another_process_reads_the_jobs_while_they_are_written(path: Path, store: JobStore) -> None:

@@ -62,6 +62,9 @@ def run(channel: Any, job: dict[str, Any], cancel: threading.Event) -> None:
             os._exit(3)
         case "wait":
             channel.send({"type": "run", "run": "runs/x-001"})
+            if "view" in request:
+                data = {"node_id": None, "view": request["view"]}
+                channel.send({"type": "notice", "kind": "view", "data": data, "droppable": True})
             cancel.wait()
             end |= {"state": "cancelled", "error": {"kind": "CancelledError", "message": "stopped"}}
         case "wait deaf":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,11 +166,63 @@ async def test_a_worker_that_dies_costs_its_attempt_alone(context: ServerContext
     await started(context, hanging)
     (pid,) = dispatcher.worker_pids()
     os.kill(pid, signal.SIGKILL)
-    lost = await ended(context, hanging)
-    assert lost.state == "interrupted" and "SIGKILL" in str(lost.error)
-    dispatcher.proceed(hanging.id)
-    await started(context, hanging)
+    await until(lambda: context.store.get(hanging.id).attempts == 2)  # it has waited again by itself
     assert dispatcher.worker_pids() != [pid]
+    assert any("SIGKILL" in one["m"] for one in context.log.entries)
+
+
+async def test_a_job_waits_again_until_it_loses_workers_without_progress(context: ServerContext) -> None:
+    states = context.config.base / "runs" / "x-001" / "states"
+    states.mkdir(parents=True)
+    job = context.dispatcher.submit("train", {"do": "crash"})
+    context.store.set_run(job.id, "runs/x-001")
+    lost = await ended(context, job)
+    assert (lost.state, lost.attempts, lost.losses) == ("interrupted", 5, 4)
+    assert "exit status 3" in str(lost.error)
+    assert not any((context.config.folder / "attempts").iterdir())
+    made = states / "00000002.safetensors"
+    made.touch()
+    os.utime(made, (2**32, 2**32))  # a state that is newer than each attempt
+    job = context.dispatcher.proceed(job.id)
+    await until(lambda: context.store.get(job.id).attempts > 12)
+    context.store.remove([])
+    made.unlink()
+    assert (await ended(context, job)).state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("terms", "kind", "sentence"),
+    [
+        ({"deadline": 1.0}, "DeadlineError", "had to end by 1970-01-01"),
+        ({"limits": {"minutes": 1e-4}}, "LimitError", r"at most 0\.0001 minutes"),
+        ({"limits": {"steps": 99}}, "LimitError", "at most 99 steps, its limit, and came to 100"),
+        ({"limits": {"memory_bytes": 4999}}, "LimitError", "at most 4,999 memory_bytes"),
+    ],
+)
+async def test_a_job_beyond_its_terms_is_stopped_and_saved(
+    context: ServerContext, monkeypatch: pytest.MonkeyPatch, terms: dict[str, Any], kind: str, sentence: str
+) -> None:
+    monkeypatch.setattr(dispatcher, "_CLOCK_S", 0.05)
+    view = {"step": 1, "steps": 100, "metrics": [{"name": "memory", "value": 5000}]}
+    job = context.dispatcher.submit("train", {"do": "wait", "view": view}, **terms)
+    done = await ended(context, job)
+    assert done.state == "failed" and done.error is not None and done.error["kind"] == kind
+    assert re.search(sentence, done.error["message"]) and context.store.get(job.id).attempts <= 1
+    fitting = {"deadline": 2.0**33, "limits": {"minutes": 60, "steps": 100, "memory_bytes": 5000}}
+    other = context.dispatcher.submit("train", {"do": "wait", "view": view}, **fitting)
+    await until(lambda: context.hub.views(other.id))
+    await asyncio.sleep(0.2)
+    assert context.store.get(other.id).state == "running"
+
+
+async def test_a_waiting_job_fails_at_its_deadline(context: ServerContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "_CLOCK_S", 0.05)
+    running = context.dispatcher.submit("train", {"do": "wait"})
+    await started(context, running)
+    late = context.dispatcher.submit("train", {}, deadline=time.time() + 0.3)
+    done = await ended(context, late)
+    assert (done.state, done.attempts, (done.error or {})["kind"]) == ("failed", 0, "DeadlineError")
+    assert context.store.get(running.id).state == "running"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
@@ -183,12 +237,12 @@ async def test_a_worker_that_sends_no_heartbeat_is_replaced(tmp_path: Path) -> N
         def is_over() -> bool:
             assert child is not None
             child.heard = -LONG_S  # as if it had been silent for long
-            return context.store.get(job.id).state != "running"
+            return not is_alive(pid)
 
         await until(is_over)
-        lost = context.store.get(job.id)
-        assert lost.state == "interrupted" and "no heartbeat for 20 seconds" in str(lost.error)
-        assert not is_alive(pid)
+        await until(lambda: context.store.get(job.id).attempts == 2)
+        assert any("no heartbeat for 20 seconds" in one["m"] for one in context.log.entries)
+        context.dispatcher.cancel(job.id)
         after = context.dispatcher.submit("train", {})
         assert (await ended(context, after)).state == "completed"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from lorasmith.core.errors import OutputError
+from lorasmith.core.fence import check_fence
 
 MAX_TEXT_BYTES = 256 * 2**20
 """Size limit of text files that are read whole (graphs, records, captions), the longest of which have some MB."""
@@ -83,6 +84,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        check_fence()
         temporary.replace(target)
         _flush_folder(target.parent)
 
@@ -102,6 +104,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         try:
             fresh.mkdir()
             yield fresh
+            check_fence()
             if target.exists():
                 old.parent.mkdir()
                 target.rename(old)

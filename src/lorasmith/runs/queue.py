@@ -44,7 +44,7 @@ _FASTEST_S = 7 * 86_400.0  # that the fastest measurement is kept
 _SMALL_BYTES = 2**16  # smaller requests are queued even beyond `MOST_WAITING_BYTES`
 WORKER_ENDED = "WorkerEnded"  # kind of the error of a job whose worker crashed
 _REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
-_VERSION = 2  # 2: columns of sweeps
+_VERSION = 3  # 2: columns of sweeps; 3: terms of clients
 _DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _LEAST_FREE = 128 * 2**10  # SQLite reports a full disk as such only where a write fails, not for its shared memory
 
@@ -63,6 +63,10 @@ class QueueFullError(LorasmithError):
 
 class DuplicateJobError(LorasmithError):
     """A job with this id exists."""
+
+
+class KeyTakenError(LorasmithError):
+    """A client's key was used for another request, or its job was removed."""
 
 
 class UnknownJobError(LorasmithError):
@@ -99,6 +103,12 @@ class Job:
     sweep: str | None = None  # the sweep that it is a run of
     varied: Mapping[str, Any] = field(default_factory=dict)  # its settings among those that the sweep varies
     together: str | None = None  # jobs with the same text train together, over one model
+    key: str | None = None  # by which its client knows it; it waits again whenever its server ended
+    priority: int = 0  # higher ones first
+    deadline: float | None = None  # seconds since the epoch by which it must have ended
+    limits: Mapping[str, Any] = field(default_factory=dict)  # `steps`, `minutes` and `memory_bytes`, each optional
+    spent_s: float = 0.0  # in earlier attempts
+    losses: int = 0  # workers lost in a row without a new run state
 
     @property
     def gives_way(self) -> bool:
@@ -146,11 +156,24 @@ CREATE TABLE IF NOT EXISTS jobs (
     worker TEXT,
     sweep TEXT,
     varied TEXT NOT NULL DEFAULT '{}',
-    together TEXT
+    together TEXT,
+    key TEXT,
+    priority INTEGER NOT NULL DEFAULT 0,
+    deadline REAL,
+    limits TEXT NOT NULL DEFAULT '{}',
+    spent_s REAL NOT NULL DEFAULT 0,
+    losses INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (state, number, sequence);
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
 CREATE INDEX IF NOT EXISTS jobs_sweep ON jobs (sweep);
+CREATE INDEX IF NOT EXISTS jobs_deadline ON jobs (deadline) WHERE deadline IS NOT NULL;
+CREATE TABLE IF NOT EXISTS keys (
+    key TEXT PRIMARY KEY,
+    job TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    created REAL NOT NULL
+);
 CREATE TABLE IF NOT EXISTS measurements (
     subject TEXT PRIMARY KEY,
     found TEXT NOT NULL,
@@ -163,19 +186,37 @@ CREATE TABLE IF NOT EXISTS drafts (
 );
 """
 
-_ADDED = {"sweep": "TEXT", "varied": "TEXT NOT NULL DEFAULT '{}'", "together": "TEXT"}
-"""Columns that databases of version 1 lack."""
+_ADDED = {
+    "sweep": "TEXT",
+    "varied": "TEXT NOT NULL DEFAULT '{}'",
+    "together": "TEXT",
+    "key": "TEXT",
+    "priority": "INTEGER NOT NULL DEFAULT 0",
+    "deadline": "REAL",
+    "limits": "TEXT NOT NULL DEFAULT '{}'",
+    "spent_s": "REAL NOT NULL DEFAULT 0",
+    "losses": "INTEGER NOT NULL DEFAULT 0",
+}
+"""Columns that databases of earlier versions lack."""
 
-_COLUMNS = (
+_SWEEP_COLUMNS = (
     "id, kind, state, number, request, client_id, created, started, ended, outputs, messages, error, run, attempts, "
     "worker AS device, sweep, varied, together"
 )
-_SUMMARISED = ("id", "kind", "state", "number", "client_id", "created", "started", "ended", "run", "attempts")
+"""Those that every version has in the queue of a sweep."""
+_COLUMNS = f"{_SWEEP_COLUMNS}, key, priority, deadline, limits, spent_s, losses"
+_SUMMARISED = (
+    "id", "kind", "state", "number", "client_id", "created", "started", "ended", "run", "attempts", "key", "priority",
+    "deadline", "limits",
+)  # fmt: skip
+_PRIORITY_STEP = 1e9
+"""Places in the queue that a priority is worth: more than there are jobs."""
+_KEPT_KEYS_S = 30 * 86_400.0  # that the key of a client is known
 _LISTED_COLUMNS = _COLUMNS.replace(
     "request,", "json_remove(request, '$.prompt', '$.workflow', '$.extra_data') AS request,"
 )
 """Without the graphs of requests, which may have megabytes each."""
-_JSON = ("request", "outputs", "messages", "error", "varied")
+_JSON = ("request", "outputs", "messages", "error", "varied", "limits")
 _GIVES_WAY = "(kind = 'evaluate' AND json_extract(request, '$.gives_way') IS NOT NULL)"
 """Of evaluations that the server queued by itself."""
 
@@ -183,7 +224,7 @@ _GIVES_WAY = "(kind = 'evaluate' AND json_extract(request, '$.gives_way') IS NOT
 class JobStore:
     """The jobs in the database at `path`, None for one in memory. Every method raises StoreError if it cannot be read
     or written. Opening it marks jobs left `running` by an earlier process as `interrupted`; interrupted runs of sweeps,
-    and evaluations that nobody asked for, wait again.
+    jobs with a key, and evaluations that nobody asked for, wait again.
     """
 
     def __init__(self, path: Path | None, *, most_pending: int = MOST_PENDING, most_ended: int = MOST_ENDED) -> None:
@@ -212,8 +253,9 @@ class JobStore:
                 f"{self._path} is of a later version of Lorasmith; install that one, or move the file away"
             )
         with self._writing() as database:
-            if version == 1:
-                for name, type in _ADDED.items():
+            there = {row["name"] for row in database.execute("PRAGMA table_info(jobs)")}
+            for name, type in _ADDED.items() if there else ():
+                if name not in there:
                     database.execute(f"ALTER TABLE jobs ADD COLUMN {name} {type}")
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 database.execute(statement)
@@ -225,8 +267,11 @@ class JobStore:
             )
             database.execute(
                 "UPDATE jobs SET state = 'pending', ended = NULL, error = NULL "
-                f"WHERE state = 'interrupted' AND (sweep IS NOT NULL OR {_GIVES_WAY})"
+                f"WHERE state = 'interrupted' AND (sweep IS NOT NULL OR {_GIVES_WAY} OR "
+                "(key IS NOT NULL AND json_extract(error, '$.kind') = ?))",
+                (error["kind"],),
             )
+            database.execute("DELETE FROM keys WHERE created < ?", (time.time() - _KEPT_KEYS_S,))
 
     def close(self) -> None:
         self._database.close()
@@ -243,9 +288,15 @@ class JobStore:
         sweep: str | None = None,
         varied: Mapping[str, Any] | None = None,
         together: str | None = None,
+        key: str | None = None,
+        digest: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        limits: Mapping[str, Any] | None = None,
     ) -> Job:
         """Queue a new job. `id` is a UUID in lower case, None for a new one. `front` puts it before all others, by a
-        negative number. Raises QueueFullError and DuplicateJobError.
+        negative number, and so does a higher priority. `key` is a new one, as `of_key` says, and `digest` that of its
+        request. Raises QueueFullError and DuplicateJobError.
         """
         id, text = id or str(uuid.uuid4()), json.dumps(request)
         with self._writing() as database:
@@ -265,15 +316,40 @@ class JobStore:
                     )
             if database.execute("SELECT 1 FROM jobs WHERE id = ?", (id,)).fetchone():
                 raise DuplicateJobError(f"a job's id must be a new one, got {id}; leave it out")
-            added = database.execute(
-                "INSERT INTO jobs (id, kind, state, number, request, client_id, created, sweep, varied, together) "
-                "VALUES (?,?,'pending',0,?,?,?,?,?,?)",
-                (id, kind, text, client_id, time.time(), sweep, json.dumps(varied or {}), together),
+            now = time.time()
+            values = (
+                *(id, kind, text, client_id, now, sweep, json.dumps(varied or {}), together),
+                *(key, priority, deadline, json.dumps(limits or {})),
             )
+            added = database.execute(
+                "INSERT INTO jobs (id, kind, state, number, request, client_id, created, sweep, varied, together, "
+                "key, priority, deadline, limits) VALUES (?,?,'pending',0,?,?,?,?,?,?,?,?,?,?)",
+                values,
+            )
+            if key is not None:
+                database.execute("INSERT INTO keys VALUES (?,?,?,?)", (key, id, digest, now))
             place = added.lastrowid or 0
-            chosen = number if number is not None else float(-place if front else place)
+            chosen = place - priority * _PRIORITY_STEP
+            if front:
+                (least,) = database.execute("SELECT min(number) FROM jobs WHERE state = 'pending'").fetchone()
+                chosen = min(float(-place), least - 1)
+            chosen = chosen if number is None else number
             database.execute("UPDATE jobs SET number = ? WHERE id = ?", (chosen, id))
         return self.get(id)
+
+    def of_key(self, key: str, digest: str) -> Job | None:
+        """The job that was queued with a client's key, None for a new key. Raises KeyTakenError if it was queued for
+        another request, or removed.
+        """
+        with self._explained():
+            found = self._database.execute("SELECT job, digest FROM keys WHERE key = ?", (key,)).fetchone()
+        if found is None:
+            return None
+        if found["digest"] != digest:
+            raise KeyTakenError(f"key {key!r} was used for another request, job {found['job']}; choose a new key")
+        if (job := self.find(found["job"])) is None:
+            raise KeyTakenError(f"the job of key {key!r} has ended and was removed; choose a new key to repeat it")
+        return job
 
     def find(self, id: str) -> Job | None:
         return next(iter(self._select("WHERE id = ?", (id,))), None)
@@ -365,6 +441,10 @@ class JobStore:
         counts = self.counts()
         return {state: counts[state] for state in ACTIVE}
 
+    def overdue(self) -> list[Job]:
+        """Waiting jobs whose deadline has passed."""
+        return self._select("WHERE deadline <= ? AND state = 'pending'", (time.time(),), columns=_LISTED_COLUMNS)
+
     def oldest_wait_s(self) -> float:
         """How long the oldest waiting job waits, in seconds; 0 if none does."""
         with self._explained():
@@ -402,18 +482,20 @@ class JobStore:
         outputs: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
         messages: Sequence[Sequence[Any]] = (),
+        attempt: int | None = None,
     ) -> Job:
-        """End a job in a state of `ENDED`. Raises UnknownJobError if it was removed."""
+        """End a job in a state of `ENDED`; with the number of an attempt, only if that one is running. Raises
+        UnknownJobError if it was removed.
+        """
+        now = time.time()
         with self._writing() as database:
             database.execute(
-                "UPDATE jobs SET state = ?, ended = ?, outputs = ?, error = ?, messages = ? WHERE id = ?",
+                "UPDATE jobs SET spent_s = spent_s + CASE state WHEN 'running' THEN max(0, ? - started) ELSE 0 END, "
+                "state = ?, ended = ?, outputs = ?, error = ?, messages = ? "
+                "WHERE id = ? AND (? IS NULL OR (attempts = ? AND state = 'running'))",
                 (
-                    state,
-                    time.time(),
-                    json.dumps(outputs or {}),
-                    None if error is None else json.dumps(error),
-                    json.dumps(messages),
-                    id,
+                    *(now, state, now, json.dumps(outputs or {}), None if error is None else json.dumps(error)),
+                    *(json.dumps(messages), id, attempt, attempt),
                 ),
             )
             database.execute(
@@ -429,13 +511,15 @@ class JobStore:
         with self._writing() as database:
             database.execute("UPDATE jobs SET run = ? WHERE id = ?", (run, id))
 
-    def requeue(self, id: str) -> Job:
+    def requeue(self, id: str, *, losses: int = 0) -> Job:
         """Queue an ended job again, at its place. Raises UnknownJobError, and JobStateError if it has not ended."""
         with self._writing() as database:
             job = self.get(id)
             if job.state not in ENDED:
                 raise JobStateError(f"a job that is {job.state} cannot be queued again; wait until it has ended")
-            database.execute("UPDATE jobs SET state = 'pending', ended = NULL, error = NULL WHERE id = ?", (id,))
+            database.execute(
+                "UPDATE jobs SET state = 'pending', ended = NULL, error = NULL, losses = ? WHERE id = ?", (losses, id)
+            )
         return self.get(id)
 
     def move(self, id: str, front: bool) -> Job:
@@ -548,7 +632,7 @@ def jobs_in(path: Path) -> list[Job]:
         kind = database.execute("SELECT type FROM sqlite_master WHERE name = 'jobs'").fetchone()
         if kind is None or kind[0] != "table":
             raise StoreError(f"{path} has no jobs; move it away")
-        found = [_job(row) for row in database.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY number, sequence")]
+        found = [_job(row) for row in database.execute(f"SELECT {_SWEEP_COLUMNS} FROM jobs ORDER BY number, sequence")]
         for job in found:
             objects = isinstance(job.request, dict) and isinstance(job.varied, dict)
             if not (isinstance(job.id, str) and job.state in STATES and objects):

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+from lorasmith.core.errors import OutputError
+from lorasmith.core.files import write_atomic
 from lorasmith.core.launched import VISIBLE_GPUS, gpu_variable
 from lorasmith.runs.child_process import ChildOwner, ChildProcess
 from lorasmith.runs.queue import WORKER_ENDED, Job, JobState, JobStore, StoreError
@@ -24,7 +26,16 @@ AGAIN_S = 5.0  # seconds between attempts to record the end of a job on a full d
 WORKER_COMMAND = (sys.executable, "-P", "-m", "lorasmith.runs.worker")
 """With -P: it may run in a folder whose files must not be imported."""
 
-_STOPPED = "the server was stopped while the job was running; continue it"
+
+class _Stop(NamedTuple):
+    """How a job ends that is stopped."""
+
+    state: JobState
+    error: Mapping[str, Any] | None = None
+
+
+_STOPPED = {"kind": "Interrupted", "message": "the server was stopped while the job was running; continue it"}
+_STOPPED_WITH = {"kind": "Interrupted", "message": "a job that trained with it had to stop; continue it"}
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 60.0
 
 
@@ -36,6 +47,7 @@ class WorkerConfig:
     cwd: Path
     log: Path  # with their output, named in messages
     locks: Path | None = None  # folder of their locks; None if no worker of an earlier supervisor can be left
+    fences: Path | None = None  # folder of the notes of `core.fence`; None for none
     command: Sequence[str] = WORKER_COMMAND
     silence_s: float = 60.0  # without a heartbeat, after which a worker is restarted
     patience_s: float = 10.0  # after a cancel, from which a second cancel kills the worker
@@ -68,7 +80,7 @@ class Supervisor:
         self._config = config
         self._queue = queue
         self._listener = listener
-        self._stops: dict[str, JobState] = {}  # by job: the state that replaces "cancelled"
+        self._stops: dict[str, _Stop] = {}  # by job: how it ends in place of "cancelled"
         self._unrecorded: list[tuple[Job, dict[str, Any], Mapping[str, Any] | None]] = []
         self._recording: asyncio.Task[None] | None = None
         self._is_stopping = False
@@ -85,7 +97,7 @@ class Supervisor:
         self._is_stopping = True
         for worker in self.workers:
             for id in worker.jobs:
-                self._stops.setdefault(id, "interrupted")
+                self._stops.setdefault(id, _Stop("interrupted", _STOPPED))
         # A worker exits by itself after the grace; then it is killed.
         await asyncio.gather(*(worker.process.stop(self._config.grace_s + 2) for worker in self.workers))
         if self._recording is not None:
@@ -96,13 +108,18 @@ class Supervisor:
         for worker in self.workers:
             worker.process.kill("it was ended at once")
 
-    def cancel(self, id: str, state: JobState = "cancelled") -> bool:
+    def cancel(
+        self, id: str, state: JobState = "cancelled", error: Mapping[str, Any] | None = None, *, alone: bool = False
+    ) -> bool:
         """Stop a running job, and those that train with it; returns whether a worker has it. It saves its run and ends
-        later, in this state; a second cancel after `patience_s` kills its worker.
+        later, in this state and with this error, with `alone` the others as `interrupted`; a second cancel after
+        `patience_s` kills its worker.
         """
         for worker in self.workers:
             if id in worker.jobs:
-                self._stops |= dict.fromkeys(worker.jobs, state)
+                others = {one for one in worker.jobs if alone and one != id}
+                self._stops |= dict.fromkeys(worker.jobs.keys() - others, _Stop(state, error))
+                self._stops |= dict.fromkeys(others, _Stop("interrupted", _STOPPED_WITH))
                 worker.cancel()
                 return True
         return False
@@ -122,9 +139,21 @@ class Supervisor:
                     return
                 if not jobs:
                     return
-                worker.run(jobs)
+                worker.run(jobs, self._fence(jobs))
                 for job in jobs:
                     self._listener.changed(job)
+
+    def _fence(self, jobs: Sequence[Job]) -> Path | None:
+        """Note the attempt of jobs, that of the first one for all; None without a folder for notes."""
+        if self._config.fences is None:
+            return None
+        note = self._config.fences / jobs[0].id
+        try:
+            write_atomic(note, str(jobs[0].attempts))
+        except OutputError as error:  # the run will meet the same disk
+            self._listener.trouble(StoreError(error))
+            return None
+        return note
 
     def on_job_message(self, job: Job, head: dict[str, Any], body: bytes) -> None:
         """A message of a worker about one of its jobs."""
@@ -145,17 +174,16 @@ class Supervisor:
         """A job whose worker has ended."""
         stop = self._stops.pop(job.id, None)
         message = f"the worker ended while the job was running: {why}; continue the job, the log is {self._config.log}"
-        error = {"kind": WORKER_ENDED, "message": message} if stop is None else _error_of(stop)
-        state = stop or "interrupted"
-        self._record(job, {"state": state, "error": error, **self._listener.lost(job, error)}, None)
+        stop = stop or _Stop("interrupted", {"kind": WORKER_ENDED, "message": message})
+        end = {"state": stop.state, "error": stop.error, **self._listener.lost(job, stop.error)}
+        self._record(job, end, None)
 
     def _end(self, job: Job, head: Mapping[str, Any]) -> None:
         state: JobState = head["state"]
         stop = self._stops.pop(job.id, None)
         error = head.get("error")
         if state == "cancelled":
-            state = stop or "interrupted"  # not requested: the worker is stopping
-            error = _error_of(state)
+            state, error = stop or _Stop("interrupted", _STOPPED)  # not requested: the worker is stopping
         if head.get("found") is not None:
             with self._reported():
                 self._queue.set_measurement(head["found"]["subject"], head["found"]["values"])
@@ -166,7 +194,10 @@ class Supervisor:
         """Record the end of a job, later if the disk is full; then publish its last notice."""
         last = end.pop("last", last)
         try:
-            job = self._queue.finish(job.id, **end)
+            if self._config.fences is not None:
+                with contextlib.suppress(OSError):
+                    (self._config.fences / job.id).unlink(missing_ok=True)
+            job = self._queue.finish(job.id, attempt=job.attempts, **end)
         except StoreError as error:
             self._listener.trouble(error)
             self._unrecorded.append((job, end, last))
@@ -191,10 +222,6 @@ class Supervisor:
             yield
         except StoreError as error:
             self._listener.trouble(error)
-
-
-def _error_of(stop: JobState) -> dict[str, str] | None:
-    return {"kind": "Interrupted", "message": _STOPPED} if stop == "interrupted" else None
 
 
 WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "busy", "gone"]
@@ -224,9 +251,13 @@ class Worker:
         """Whether no worker of another supervisor can be running in its place."""
         return self._config.locks is None or self.state not in ("starting", "waiting")
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[Job], fence: Path | None) -> None:
         self.jobs, self.state, self._cancelled_at = {job.id: job for job in jobs}, "busy", None
-        sent = [{"id": job.id, "kind": job.kind, "request": job.request, "run": job.run} for job in jobs]
+        more = {} if fence is None else {"fence": str(fence)}
+        sent = [
+            {"id": job.id, "kind": job.kind, "request": job.request, "run": job.run, "attempt": job.attempts, **more}
+            for job in jobs
+        ]
         self.process.send({"type": "jobs", "jobs": sent})
 
     def cancel(self) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from lorasmith.core.cancellation import answering, check_wanted
 from lorasmith.core.errors import CancelledError, LorasmithError, OutputError
+from lorasmith.core.fence import fenced
 from lorasmith.core.files import locked
 from lorasmith.core.folders import Folders
 from lorasmith.core.processor import let_threads_sleep
@@ -179,7 +180,10 @@ def _run(
         with contextlib.suppress(OSError):  # the supervisor has exited
             channel.send({"type": "ended", "id": id, **end})
 
-    kind.run(jobs, ended)
+    with contextlib.ExitStack() as held:
+        if (note := jobs[0].get("fence")) is not None:
+            held.enter_context(fenced(Path(note), jobs[0]["attempt"]))
+        kind.run(jobs, ended)
     if "OutOfMemory" in failed:
         _free(kinds)
     return not failed or _is_usable(device)

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.processor import has_no_gpu
-from lorasmith.runs.queue import ACTIVE, Job, JobKind, JobState, JobStateError, JobStore, StoreError
+from lorasmith.runs.queue import ACTIVE, WORKER_ENDED, Job, JobKind, JobState, JobStateError, JobStore, StoreError
 from lorasmith.runs.supervisor import AGAIN_S, RestartedProcess, Supervisor, WorkerConfig
 from lorasmith.server.hub import Hub, LogBook, Notice
 from lorasmith.server.job_reporter import graph_end
@@ -123,6 +125,12 @@ def _fail(answer: asyncio.Future[Any], message: str) -> None:
         answer.set_exception(UnavailableError(message))
 
 
+MOST_LOSSES = 5  # workers that a job may lose in a row without a new run state, before it no longer waits again
+_CLOCK_S = 1.0  # between looks at deadlines and minutes
+_AGAIN: tuple[JobKind, ...] = ("train", "evaluate", "caption")
+"""Kinds that wait again by themselves when their worker has ended. The client of a graph was told that it failed."""
+
+
 class Dispatcher:
     """Queues, starts, stops and continues jobs. Methods raise StoreError, without any change, if the database fails."""
 
@@ -137,19 +145,23 @@ class Dispatcher:
         self._evaluating: set[asyncio.Task[None]] = set()
         self._displaced: set[str] = set()  # evaluations that make room, and wait again afterwards
         self._pages = 0  # that are open
+        self._clock: asyncio.Task[None] | None = None
+        self._over: set[str] = set()  # running jobs that are stopped as they went beyond their limits
         self.meter = Meter()
         self.drained = asyncio.Event()  # it was drained, and no job runs any more
 
     async def start(self) -> None:
         """Start the workers in the background, as soon as the devices are known."""
         self._starting = asyncio.create_task(self._start_workers())
+        self._clock = asyncio.create_task(self._look_at_clock())
 
     async def stop(self) -> None:
         """Stop the running jobs, which save their runs and become interrupted, and the workers."""
-        if self._starting is not None:
-            self._starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._starting
+        for running in (self._starting, self._clock):
+            if running is not None:
+                running.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await running
         for task in self._evaluating:
             task.cancel()
         await self._supervisor.stop()
@@ -312,6 +324,10 @@ class Dispatcher:
         self.meter.changed(job)
         self._log.note_job(job)
         self._note_drained()
+        if job.state != "running":
+            self._over.discard(job.id)
+        if job.state == "interrupted":
+            job = self._waiting_again(job)
         if job.id in self._displaced and job.state != "running":
             self._displaced.discard(job.id)
             if job.state == "paused":
@@ -326,6 +342,7 @@ class Dispatcher:
     def notice(self, job: Job, head: Mapping[str, Any], body: bytes) -> None:
         if head["kind"] == "view":
             self.meter.viewed(job, head["data"]["view"])
+            self._check_limits(job, head["data"]["view"])
         self._hub.publish(
             Notice(
                 kind=head["kind"],
@@ -348,6 +365,42 @@ class Dispatcher:
             return {}
         last, message = graph_end(job.id, error)
         return {"last": last, "messages": [message]}
+
+    def _waiting_again(self, job: Job) -> Job:
+        """A job that has lost its worker, queued again if it is of a kind that can be and it makes progress."""
+        if job.kind not in _AGAIN or (job.error or {}).get("kind") != WORKER_ENDED:
+            return job
+        states = None if job.run is None else self._config.base / job.run / "states"
+        newest = max((one.stat().st_mtime for one in states.glob("*")), default=0.0) if states else 0.0
+        losses = 0 if newest > (job.started or 0.0) else job.losses + 1
+        if losses >= MOST_LOSSES:
+            return job
+        try:
+            job = self._store.requeue(job.id, losses=losses)
+        except StoreError as error:  # it stays interrupted, to be continued
+            self.trouble(error)
+            return job
+        self._log.note_job(job)
+        asyncio.get_running_loop().call_soon(self._supervisor.dispatch)
+        return job
+
+    async def _look_at_clock(self) -> None:
+        while True:
+            await asyncio.sleep(_CLOCK_S)
+            for worker in self._supervisor.workers:
+                for job in list(worker.jobs.values()):
+                    self._check_limits(job)
+            try:
+                for job in self._store.overdue():
+                    self.changed(self._store.finish(job.id, "failed", error=_beyond(job)))
+            except StoreError as error:
+                self.trouble(error)
+
+    def _check_limits(self, job: Job, view: Mapping[str, Any] | None = None) -> None:
+        """Stop a running job that went beyond one of its limits; it saves its run."""
+        if job.id not in self._over and (error := _beyond(job, view)) is not None:
+            self._over.add(job.id)
+            self._supervisor.cancel(job.id, "failed", error, alone=True)
 
     async def _evaluate(self, run: str) -> None:
         """Queue the evaluation of a run behind all other jobs, unless it has one or cannot be evaluated."""
@@ -378,3 +431,28 @@ class Dispatcher:
             self._hub.publish(Notice(kind="queue", data=self._store.queue_counts()))
         except StoreError as error:
             self.trouble(error)
+
+
+def _beyond(job: Job, view: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The error of a job that went beyond its deadline or one of its limits; `view` is the last one of its run."""
+    now, limits = time.time(), job.limits
+    if job.deadline is not None and now >= job.deadline:
+        at = datetime.fromtimestamp(job.deadline).isoformat(sep=" ", timespec="seconds")
+        message = f"the job had to end by {at}, its deadline, and did not; queue it with a later one to train on"
+        return {"kind": "DeadlineError", "message": message}
+    found: tuple[str, float, float] | None = None
+    spent = job.spent_s + (now - job.started if job.started is not None else 0.0)
+    if (most := limits.get("minutes")) is not None and job.state == "running" and spent >= 60 * most:
+        found = "minutes", spent / 60, most
+    shown = {one["name"]: one["value"] for one in (view or {}).get("metrics", ())}
+    shown["steps"] = (view or {}).get("steps", 0)
+    for limit, name in (("steps", "steps"), ("memory_bytes", "memory")):
+        if (most := limits.get(limit)) is not None and shown.get(name, 0) > most:
+            found = limit, shown[name], most
+    if found is None:
+        return None
+    name, value, most = found
+    message = (
+        f"the job may have at most {most:,} {name}, its limit, and came to {value:,.4g}; queue it with a higher one"
+    )
+    return {"kind": "LimitError", "message": message}

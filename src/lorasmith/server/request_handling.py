@@ -60,6 +60,7 @@ _STATUS = {
     "GatedError": 403,
     "InternalError": 500,
     "JobStateError": 409,
+    "KeyTakenError": 409,
     "OutsideError": 403,
     "QueueFullError": 429,
     "StaleCaptionError": 409,

@@ -64,6 +64,7 @@ class ServerConfig:
             cwd=self.base,
             log=self.log,
             locks=self.folder,
+            fences=self.folder / "attempts",
             command=self.worker_command,
             silence_s=self.silence_s,
             patience_s=self.patience_s,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ async def test_a_job_that_trains_is_queued_listed_moved_and_removed(client: Clie
     await client.error("GET", f"/jobs/{first['id']}", status=404)
 
 
+async def test_the_same_key_twice_is_one_job(client: Client) -> None:
+    body = {**RUN, "key": "order 7", "priority": 3, "deadline": 2.0**33, "limits": {"minutes": 5.5}}
+    first = await client.ask("POST", "/jobs", body, status=201)
+    assert (first["key"], first["priority"], first["deadline"]) == ("order 7", 3, 2.0**33)
+    assert first["limits"] == {"minutes": 5.5}
+    assert (await client.ask("POST", "/jobs", body, status=200))["id"] == first["id"]
+    at_once = await asyncio.gather(*(client.http.post(f"{AT}/jobs", json={**body, "key": "8"}) for _ in range(5)))
+    assert sorted(one.status for one in at_once) == [200] * 4 + [201]
+    assert len({(await one.json())["id"] for one in at_once}) == 1
+    assert (await client.ask("GET", "/jobs"))["total"] == 2
+    said = await client.error("POST", "/jobs", {**body, "name": "other"}, status=409)
+    assert said == f"key 'order 7' was used for another request, job {first['id']}; choose a new key"
+    await client.ask("DELETE", f"/jobs/{first['id']}")
+    assert "was removed" in await client.error("POST", "/jobs", body, status=409)
+
+
 async def test_what_is_drawn_with_a_run_is_listed_by_its_run(client: Client) -> None:
     store = client.context.store
     ended, waits, evaluates = (
@@ -79,6 +96,12 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "a lora": ("POST", "/jobs", {**RUN, "settings": {"existing_lora": "../x"}}, 400, "must stay inside its folder"),
     "a setting": ("POST", "/jobs", {**RUN, "settings": {"steps": -1}}, 400, "steps must be between"),
     "a kind": ("POST", "/jobs", {**RUN, "kind": "graph"}, 400, "kind must be one of train"),
+    "a priority": ("POST", "/jobs", {**RUN, "priority": 101}, 400, "priority must be between -100 and 100, got 101"),
+    "a past": ("POST", "/jobs", {**RUN, "deadline": 5}, 400, "deadline must be in the future"),
+    "a long key": ("POST", "/jobs", {**RUN, "key": "x" * 201}, 400, "at most 200 printable characters"),
+    "an odd key": ("POST", "/jobs", {**RUN, "key": "a\nb"}, 400, "at most 200 printable characters"),
+    "no minutes": ("POST", "/jobs", {**RUN, "limits": {"minutes": 0}}, 400, "limits.minutes must be above 0, got 0"),
+    "its own limit": ("POST", "/jobs", {**RUN, "limits": {"steps": 49}}, 400, "at most limits.steps, 49, got 50"),
     "a network": ("POST", "/jobs", {"model": "lorasmith-tiny", "folder": "//host/x"}, 400, "there is no folder"),
     "states": ("GET", "/jobs?states=waiting", None, 400, "states must be of pending"),
     "limit": ("GET", "/jobs?limit=1000", None, 400, "limit must be a whole number between 1 and 500"),

@@ -302,6 +302,10 @@ declare namespace Api {
     about: string | null;
     wish: string | null;
     gives_way: boolean;
+    key: string | null;
+    priority: number;
+    deadline: number | null;
+    limits: Record<string, any>;
     request: Record<string, any>;
   }
   interface DataCheckAnswer {
@@ -405,6 +409,15 @@ declare namespace Api {
     name?: string;
     front?: boolean;
     evaluate?: boolean;
+    key?: string;
+    priority?: number;
+    deadline?: number | null;
+    limits?: JobLimits;
+  }
+  interface JobLimits {
+    steps?: number | null;
+    minutes?: number | null;
+    memory_bytes?: number | null;
   }
   interface RemovedJob {
     id: string;

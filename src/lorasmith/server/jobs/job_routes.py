@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
+import time
+from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
@@ -11,6 +15,7 @@ from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.registry import nearest
+from lorasmith.core.typed_json import json_values
 from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import known_model
 from lorasmith.runs.presets import run_s
@@ -19,7 +24,7 @@ from lorasmith.runs.spec import RunSpec
 from lorasmith.server.access import serves_others
 from lorasmith.server.contained_files import OutsideError, contained
 from lorasmith.server.datasets.dataset_folders import dataset_folder
-from lorasmith.server.endpoint import Call, Endpoint, Query
+from lorasmith.server.endpoint import Call, Endpoint, Query, json_response
 from lorasmith.server.event_streams import all_events, job_events
 from lorasmith.server.jobs.job_rows import job_answer
 from lorasmith.server.jobs.job_shapes import (
@@ -41,6 +46,7 @@ from lorasmith.server.server_config import ServerConfig
 from lorasmith.training.config import TrainConfig
 
 _MOST_LISTED = 500
+_LONGEST_KEY, _MOST_PRIORITY = 200, 100
 
 
 async def _plan(context: ServerContext, call: Call) -> Any:
@@ -82,9 +88,35 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
 
 
 async def _add(context: ServerContext, call: Call) -> Any:
-    spec = (await wanted_spec(context, call.body)).requested(context.config.folders())
-    request = {**spec.to_request(), **({"evaluate": True} if call.body.evaluate else {})}
-    return job_answer(context.dispatcher.submit("train", request, front=call.body.front))
+    body: JobBody = call.body
+    digest = hashlib.sha256(json.dumps(json_values(body), sort_keys=True).encode()).hexdigest()
+    if body.key and (known := context.store.of_key(body.key, digest)) is not None:
+        return json_response(job_answer(known))
+    limits = _checked_terms(body)
+    spec = (await wanted_spec(context, body)).requested(context.config.folders())
+    if body.key and (known := context.store.of_key(body.key, digest)) is not None:  # sent twice at once
+        return json_response(job_answer(known))
+    request = {**spec.to_request(), **({"evaluate": True} if body.evaluate else {})}
+    terms = {"key": body.key or None, "priority": body.priority, "deadline": body.deadline, "limits": limits}
+    return job_answer(context.dispatcher.submit("train", request, front=body.front, digest=digest, **terms))
+
+
+def _checked_terms(body: JobBody) -> dict[str, Any]:
+    """The limits of a job that are set. Raises OptionError."""
+    if len(body.key) > _LONGEST_KEY or not body.key.isprintable():
+        raise OptionError(f"key must have at most {_LONGEST_KEY} printable characters, got {len(body.key)}")
+    if abs(body.priority) > _MOST_PRIORITY:
+        raise OptionError(f"priority must be between -{_MOST_PRIORITY} and {_MOST_PRIORITY}, got {body.priority}")
+    if body.deadline is not None and body.deadline <= time.time():
+        raise OptionError(f"deadline must be in the future, in seconds since the epoch, got {body.deadline:g}")
+    limits = {name: value for name, value in asdict(body.limits).items() if value is not None}
+    for name, value in limits.items():
+        if value <= 0:
+            raise OptionError(f"limits.{name} must be above 0, got {value:g}; leave it out for no limit")
+    steps = body.settings.get("steps")
+    if isinstance(steps, int) and steps > limits.get("steps", steps):
+        raise OptionError(f"steps must be at most limits.steps, {limits['steps']}, got {steps}; lower steps")
+    return limits
 
 
 async def _measure(context: ServerContext, call: Call) -> Any:

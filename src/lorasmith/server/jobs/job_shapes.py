@@ -108,6 +108,15 @@ class PlanAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobLimits:
+    """What a job may use. One that goes beyond it saves its run and fails; it can be continued."""
+
+    steps: Annotated[int | None, "of its run; null for no limit"] = None
+    minutes: Annotated[float | None, "in all attempts together; null for no limit"] = None
+    memory_bytes: Annotated[int | None, "at the peak, as its run reports it; null for no limit"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobBody(PlanBody):
     """The job to add to the queue."""
 
@@ -115,6 +124,16 @@ class JobBody(PlanBody):
     name: Annotated[str, "of the LoRA; that of the dataset if it is empty"] = ""
     front: Annotated[bool, "whether it goes before all others"] = False
     evaluate: Annotated[bool, "whether its LoRAs are evaluated at its end, by a job behind all others"] = False
+    key: Annotated[
+        str,
+        "chosen by the client, at most 200 characters: a request with a key that was used is answered with its job. A "
+        "job with a key waits again whenever its server ended. Empty for none",
+    ] = ""
+    priority: Annotated[int, "higher ones are started first, -100 to 100"] = 0
+    deadline: Annotated[
+        float | None, "when it must have ended, in seconds since the epoch; it then saves its run and fails"
+    ] = None
+    limits: Annotated[JobLimits, "what it may use"] = field(default_factory=JobLimits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +161,12 @@ class JobAnswer:
     about: Annotated[str | None, "id of the run whose LoRAs it draws with or evaluates; null for other jobs"] = None
     wish: Annotated[str | None, "what the grid that it draws is asked for; null for other jobs"] = None
     gives_way: Annotated[bool, "whether the server or a page queued it by itself: every other job comes first"] = False
+    key: Annotated[str | None, "that its client gave it; null for none"] = None
+    priority: Annotated[int, "higher ones are started first"] = 0
+    deadline: Annotated[float | None, "when it must have ended, in seconds since the epoch; null for none"] = None
+    limits: Annotated[dict[str, Any], "what it may use, of steps, minutes and memory_bytes"] = field(
+        default_factory=dict
+    )
     request: Annotated[dict[str, Any], "what it does"] = field(default_factory=dict)
 
 

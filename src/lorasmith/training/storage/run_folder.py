@@ -28,6 +28,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.core.fence import check_fence_sometimes
 from lorasmith.core.files import (
     atomic_path,
     check_parents,
@@ -193,7 +194,10 @@ class RunFolder:
                     file.write(line.rstrip() + b"\n")
 
     def __call__(self, event: Event) -> None:
-        """Append an event. A full disk costs the events until there is room again, not the run."""
+        """Append an event. A full disk costs the events until there is room again, not the run. Raises
+        StaleAttemptError.
+        """
+        check_fence_sometimes()
         line = b"\n" * self._is_cut + f"{encoded(event)}\n".encode()
         self.lacks_last = True
         with contextlib.suppress(OSError):
