@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-ONLY_WHERE_ASKED = ("ray", "prometheus_client", "fsspec", "s3fs", "boto3", "lorasmith.server.draining")
+ONLY_WHERE_ASKED = (
+    "ray",
+    "prometheus_client",
+    "fsspec",
+    "s3fs",
+    "boto3",
+    "lorasmith.server.draining",
+    "lorasmith.server.notices",
+)
 
 SERVED = f"""
 import asyncio, sys, urllib.request

@@ -9,8 +9,9 @@ import typer
 from lorasmith.cli.console import echo, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_of
 from lorasmith.cli.together import check_alone
+from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import count_text
-from lorasmith.runs.child_process import TOKEN_VARIABLE
+from lorasmith.runs.child_process import SECRET_VARIABLE, TOKEN_VARIABLE
 from lorasmith.server.server_config import LOOPBACK, ServerConfig
 
 
@@ -38,6 +39,25 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Further name by which browsers reach it, as that of a proxy. Repeatable."),
+    ] = None,
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Address that receives a signed notice of each change of a job and each preview. Needs "
+            "--notify-secret.",
+        ),
+    ] = None,
+    notify_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Host, or HOST:PORT, that jobs may name for notices of their own. Repeatable.",
+        ),
+    ] = None,
+    notify_secret: Annotated[
+        str | None,
+        typer.Option(envvar=SECRET_VARIABLE, help="Secret that notices are signed with, of at least 12 characters."),
     ] = None,
     drain: Annotated[
         bool,
@@ -78,12 +98,17 @@ def serve(
         token=token or None,
         names=tuple(allow_host or ()),
         follow_links=follow_links,
+        notify=notify or None,
+        notify_hosts=tuple(notify_host or ()),
+        notify_secret=notify_secret if notify or notify_host else None,
         logs_json=log_json,
     )
     if drain:
         _drain(config)
         return
     access_of(config)
+    if notify or notify_host:
+        _check_notices(config)
 
     def started(address: str) -> None:
         def say() -> None:
@@ -99,6 +124,19 @@ def serve(
             echo("Stopping and saving the running job. Press Ctrl-C again to stop at once.")
 
     serve_until_stopped(config, started=started, stopping=stopping)
+
+
+def _check_notices(config: ServerConfig) -> None:
+    """Raises OptionError."""
+    from lorasmith.server.notices import LEAST_SECRET, checked_url
+
+    if len(config.notify_secret or "") < LEAST_SECRET:
+        raise OptionError(
+            f"--notify and --notify-host need a secret of at least {LEAST_SECRET} characters, by which receivers know "
+            f"who sends; set {SECRET_VARIABLE} or --notify-secret"
+        )
+    if config.notify is not None:
+        checked_url(config.notify, config.all_notify_hosts())
 
 
 def _drain(config: ServerConfig) -> None:

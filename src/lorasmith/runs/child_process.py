@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, Protocol, TypeAlias
 
 from lorasmith.core.printable import printable
 
-TOKEN_VARIABLE = "LORASMITH_TOKEN"  # environment variable of a server's token, which child processes do not inherit
+TOKEN_VARIABLE, SECRET_VARIABLE = "LORASMITH_TOKEN", "LORASMITH_NOTIFY_SECRET"
+"""Environment variables of a server's token and of the secret of its notices, which child processes do not inherit."""
 
 _LONGEST_LINE = 64 * 2**10
 
@@ -174,7 +175,7 @@ class ChildProcess:
 
 def _inherited() -> dict[str, str]:
     """The environment without the token; module paths do not depend on the current folder."""
-    found = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    found = {name: value for name, value in os.environ.items() if name not in (TOKEN_VARIABLE, SECRET_VARIABLE)}
     if paths := found.get("PYTHONPATH"):
         found["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in paths.split(os.pathsep))
     return found

@@ -39,6 +39,9 @@ MOST_ENDED = 2_000  # ended jobs that are kept, the newest; paused and interrupt
 MOST_WAITING_BYTES = MOST_ENDED_BYTES = 256 * 2**20
 """Of the requests of jobs that wait or can be continued, and of all data of ended ones."""
 
+MOST_NOTICES = 1_000  # of a job that wait, besides those of its states
+MOST_NOTICE_PAUSE_S = 3600.0
+
 _MOST_LOOKS = 20_000  # thousands of steps of SQLite's machine for reading a database of others
 _FASTEST_S = 7 * 86_400.0  # that the fastest measurement is kept
 _SMALL_BYTES = 2**16  # smaller requests are queued even beyond `MOST_WAITING_BYTES`
@@ -109,6 +112,7 @@ class Job:
     limits: Mapping[str, Any] = field(default_factory=dict)  # `steps`, `minutes` and `memory_bytes`, each optional
     spent_s: float = 0.0  # in earlier attempts
     losses: int = 0  # workers lost in a row without a new run state
+    notify: str | None = None  # URL that receives a notice of each change
 
     @property
     def gives_way(self) -> bool:
@@ -162,7 +166,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     deadline REAL,
     limits TEXT NOT NULL DEFAULT '{}',
     spent_s REAL NOT NULL DEFAULT 0,
-    losses INTEGER NOT NULL DEFAULT 0
+    losses INTEGER NOT NULL DEFAULT 0,
+    notify TEXT
 );
 CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (state, number, sequence);
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
@@ -174,6 +179,16 @@ CREATE TABLE IF NOT EXISTS keys (
     digest TEXT NOT NULL,
     created REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS notices (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    job TEXT NOT NULL,
+    url TEXT NOT NULL,
+    created REAL NOT NULL,
+    body TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,
+    due REAL NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS notices_job ON notices (job, sequence);
 CREATE TABLE IF NOT EXISTS measurements (
     subject TEXT PRIMARY KEY,
     found TEXT NOT NULL,
@@ -186,6 +201,23 @@ CREATE TABLE IF NOT EXISTS drafts (
 );
 """
 
+_TRIGGERED = """
+CREATE TRIGGER IF NOT EXISTS notices_{name} AFTER {event} ON jobs WHEN NEW.notify IS NOT NULL AND {condition} BEGIN
+    INSERT INTO notices (job, url, created, body) VALUES (
+        NEW.id, NEW.notify, (julianday('now') - 2440587.5) * 86400.0, json_object(
+            'kind', 'state', 'job', NEW.id, 'key', NEW.key, 'name', json_extract(NEW.request, '$.name'),
+            'state', NEW.state, 'attempt', NEW.attempts, 'device', NEW.worker, 'run', NEW.run,
+            'error', CASE WHEN NEW.error IS NULL THEN NULL ELSE json_object(
+                'kind', json_extract(NEW.error, '$.kind'), 'message', json_extract(NEW.error, '$.message')) END,
+            'outputs', json(NEW.outputs)));
+END
+"""
+_TRIGGERS = (
+    _TRIGGERED.format(name="added", event="INSERT", condition="1"),
+    _TRIGGERED.format(name="changed", event="UPDATE OF state", condition="OLD.state != NEW.state"),
+)
+"""A notice is stored in the transaction that changes a job, so that none is lost or sent for nothing."""
+
 _ADDED = {
     "sweep": "TEXT",
     "varied": "TEXT NOT NULL DEFAULT '{}'",
@@ -196,6 +228,7 @@ _ADDED = {
     "limits": "TEXT NOT NULL DEFAULT '{}'",
     "spent_s": "REAL NOT NULL DEFAULT 0",
     "losses": "INTEGER NOT NULL DEFAULT 0",
+    "notify": "TEXT",
 }
 """Columns that databases of earlier versions lack."""
 
@@ -204,7 +237,7 @@ _SWEEP_COLUMNS = (
     "worker AS device, sweep, varied, together"
 )
 """Those that every version has in the queue of a sweep."""
-_COLUMNS = f"{_SWEEP_COLUMNS}, key, priority, deadline, limits, spent_s, losses"
+_COLUMNS = f"{_SWEEP_COLUMNS}, key, priority, deadline, limits, spent_s, losses, notify"
 _SUMMARISED = (
     "id", "kind", "state", "number", "client_id", "created", "started", "ended", "run", "attempts", "key", "priority",
     "deadline", "limits",
@@ -259,6 +292,8 @@ class JobStore:
                     database.execute(f"ALTER TABLE jobs ADD COLUMN {name} {type}")
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 database.execute(statement)
+            for statement in _TRIGGERS:
+                database.execute(statement)
             database.execute(f"PRAGMA user_version = {_VERSION}")
             error = {"kind": "Interrupted", "message": "the server ended while the job was running; continue it"}
             database.execute(
@@ -293,6 +328,7 @@ class JobStore:
         priority: int = 0,
         deadline: float | None = None,
         limits: Mapping[str, Any] | None = None,
+        notify: str | None = None,
     ) -> Job:
         """Queue a new job. `id` is a UUID in lower case, None for a new one. `front` puts it before all others, by a
         negative number, and so does a higher priority. `key` is a new one, as `of_key` says, and `digest` that of its
@@ -319,11 +355,11 @@ class JobStore:
             now = time.time()
             values = (
                 *(id, kind, text, client_id, now, sweep, json.dumps(varied or {}), together),
-                *(key, priority, deadline, json.dumps(limits or {})),
+                *(key, priority, deadline, json.dumps(limits or {}), notify),
             )
             added = database.execute(
                 "INSERT INTO jobs (id, kind, state, number, request, client_id, created, sweep, varied, together, "
-                "key, priority, deadline, limits) VALUES (?,?,'pending',0,?,?,?,?,?,?,?,?,?,?)",
+                "key, priority, deadline, limits, notify) VALUES (?,?,'pending',0,?,?,?,?,?,?,?,?,?,?,?)",
                 values,
             )
             if key is not None:
@@ -543,6 +579,36 @@ class JobStore:
                 if database.execute("DELETE FROM jobs WHERE id = ? AND state != 'running'", (id,)).rowcount:
                     removed.append(id)
         return removed
+
+    def add_notice(self, job: Job, body: Mapping[str, Any]) -> None:
+        """Store a notice of a job that has a `notify`, besides those of its states, unless very many wait."""
+        with self._writing() as database:
+            (waiting,) = database.execute("SELECT count(*) FROM notices WHERE job = ?", (job.id,)).fetchone()
+            if waiting < MOST_NOTICES:
+                values = (job.id, job.notify, time.time(), json.dumps({"job": job.id, "key": job.key, **body}))
+                database.execute("INSERT INTO notices (job, url, created, body) VALUES (?,?,?,?)", values)
+
+    def due_notices(self, limit: int) -> list[dict[str, Any]]:
+        """The first notice of each job, if it is due: `sequence`, `job`, `url`, `created`, `body`, `tries`."""
+        now = time.time()
+        with self._explained():
+            rows = self._database.execute(
+                "SELECT sequence, job, url, created, body, tries FROM notices WHERE sequence IN "
+                "(SELECT min(sequence) FROM notices GROUP BY job) AND (due <= ? OR due > ?) ORDER BY due LIMIT ?",
+                (now, now + MOST_NOTICE_PAUSE_S, limit),  # later ones are of a clock that was set back
+            ).fetchall()
+        return [dict(row) for row in rows]
+
+    def end_notice(self, sequence: int) -> None:
+        """Forget a notice that was received, or given up."""
+        with self._writing() as database:
+            database.execute("DELETE FROM notices WHERE sequence = ?", (sequence,))
+
+    def delay_notice(self, sequence: int, seconds: float) -> None:
+        """Note a failed attempt; the next one is due after `seconds`, at most `MOST_NOTICE_PAUSE_S`."""
+        with self._writing() as database:
+            due = time.time() + min(seconds, MOST_NOTICE_PAUSE_S)
+            database.execute("UPDATE notices SET tries = tries + 1, due = ? WHERE sequence = ?", (due, sequence))
 
     def set_measurement(self, subject: str, found: Mapping[str, Any]) -> None:
         """Store the values of a measurement, with its time as `measured`, unless those of the last week are faster.

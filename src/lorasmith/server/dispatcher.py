@@ -145,6 +145,7 @@ class Dispatcher:
         self._evaluating: set[asyncio.Task[None]] = set()
         self._displaced: set[str] = set()  # evaluations that make room, and wait again afterwards
         self._pages = 0  # that are open
+        self._noted: dict[str, set[str]] = {}  # pictures that a notice was stored of, by running job
         self._clock: asyncio.Task[None] | None = None
         self._over: set[str] = set()  # running jobs that are stopped as they went beyond their limits
         self.meter = Meter()
@@ -189,6 +190,7 @@ class Dispatcher:
 
     def submit(self, kind: JobKind, request: Mapping[str, Any], **more: Any) -> Job:
         """Queue a job, as `JobStore.add`. Raises QueueFullError, DuplicateJobError, DiskFullError and StoreError."""
+        more = {"notify": self._config.notify, **more} if self._config.notify else more
         with disk_space(self._config.folder, len(json.dumps(request))):
             job = self._store.add(kind, request, **more)
         return self._queued(job)
@@ -249,7 +251,14 @@ class Dispatcher:
             raise JobStateError(f"a job can be repeated when it has ended, and this one is {job.state}")
         if job.sweep is not None and job.state == "completed":  # its folder holds the complete run
             return self.submit(job.kind, {**job.request, "output": None}, client_id=job.client_id)
-        more = {"sweep": job.sweep, "varied": job.varied, "client_id": job.client_id}
+        more = {
+            "sweep": job.sweep,
+            "varied": job.varied,
+            "client_id": job.client_id,
+            "priority": job.priority,
+            "limits": job.limits,
+            "notify": job.notify,
+        }
         return self.submit(job.kind, job.request, **more)
 
     def move(self, id: str, front: bool) -> Job:
@@ -326,6 +335,7 @@ class Dispatcher:
         self._note_drained()
         if job.state != "running":
             self._over.discard(job.id)
+            self._noted.pop(job.id, None)
         if job.state == "interrupted":
             job = self._waiting_again(job)
         if job.id in self._displaced and job.state != "running":
@@ -343,6 +353,8 @@ class Dispatcher:
         if head["kind"] == "view":
             self.meter.viewed(job, head["data"]["view"])
             self._check_limits(job, head["data"]["view"])
+            if job.notify is not None:
+                self._note_pictures(job, head["data"]["view"])
         self._hub.publish(
             Notice(
                 kind=head["kind"],
@@ -395,6 +407,15 @@ class Dispatcher:
                     self.changed(self._store.finish(job.id, "failed", error=_beyond(job)))
             except StoreError as error:
                 self.trouble(error)
+
+    def _note_pictures(self, job: Job, view: Mapping[str, Any]) -> None:
+        """Store a notice of each preview that a run has drawn since the last view of this attempt."""
+        noted = self._noted.setdefault(job.id, set())
+        for one in view.get("previews", ()):
+            if one["file"] not in noted:
+                noted.add(one["file"])
+                with contextlib.suppress(StoreError):
+                    self._store.add_notice(job, {"kind": "picture", "run": view.get("run"), **one})
 
     def _check_limits(self, job: Job, view: Mapping[str, Any] | None = None) -> None:
         """Stop a running job that went beyond one of its limits; it saves its run."""

@@ -8,6 +8,7 @@ import errno
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -22,6 +23,9 @@ from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.models.downloads import Downloads
 from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
+
+if TYPE_CHECKING:
+    from lorasmith.server.notices import NoticeSender
 
 
 def make_app(context: ServerContext) -> web.Application:
@@ -78,9 +82,14 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
                 parts.callback(note.unlink, missing_ok=True)
                 await assistant.start()
                 await dispatcher.start()
+                sender = _notice_sender(config, store, log)
+                if sender is not None:
+                    await sender.start()
                 try:
                     yield context, address
                 finally:
+                    if sender is not None:
+                        await sender.stop()
                     await context.downloads.stop()
                     await dispatcher.stop()
                     await assistant.stop()
@@ -119,6 +128,15 @@ def serve(
             raise CancelledError("the server was ended at once; a running job continues from its last run state")
 
     asyncio.run(main())
+
+
+def _notice_sender(config: ServerConfig, store: JobStore, log: LogBook) -> NoticeSender | None:
+    """What sends notices; None on a server without."""
+    if config.notify_secret is None:
+        return None
+    from lorasmith.server.notices import NoticeSender
+
+    return NoticeSender(store, config.notify_secret, config.all_notify_hosts(), lambda line: log.add("server", line))
 
 
 async def _kill_when(hurry: asyncio.Event, dispatcher: Dispatcher) -> None:

@@ -26,6 +26,9 @@ class ServerConfig:
     port: int = 8188  # 0: a free one
     token: str | None = None  # required beyond loopback
     names: Sequence[str] = ()  # further host names, such as that of a proxy
+    notify: str | None = None  # URL that receives notices of all jobs
+    notify_hosts: Sequence[str] = ()  # further hosts that jobs may name for theirs
+    notify_secret: str | None = None  # that notices are signed with
     logs_json: bool = False  # whether lines of the log are JSON objects
     silence_s: float = 60.0  # without a heartbeat, after which a child process is restarted
     patience_s: float = 10.0  # after a cancel, from which a second cancel kills the worker
@@ -41,6 +44,12 @@ class ServerConfig:
     def folders(self) -> Folders:
         """The folders of models and images, read again. Raises OptionError, as `Folders.load`."""
         return Folders.load(self.base, extra_model_paths=self.extra_model_paths, follow_links=self.follow_links)
+
+    def all_notify_hosts(self) -> tuple[str, ...]:
+        """Hosts that notices may be sent to, with the port unless it is the usual one."""
+        from lorasmith.server.notices import host_of
+
+        return (*self.notify_hosts, *([host_of(self.notify)] if self.notify else []))
 
     @property
     def address_note(self) -> Path:

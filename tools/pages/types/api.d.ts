@@ -413,6 +413,7 @@ declare namespace Api {
     priority?: number;
     deadline?: number | null;
     limits?: JobLimits;
+    notify?: string;
   }
   interface JobLimits {
     steps?: number | null;

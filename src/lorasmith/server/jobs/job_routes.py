@@ -93,12 +93,22 @@ async def _add(context: ServerContext, call: Call) -> Any:
     if body.key and (known := context.store.of_key(body.key, digest)) is not None:
         return json_response(job_answer(known))
     limits = _checked_terms(body)
+    notify = {"notify": _checked_notify(context.config, body.notify)} if body.notify else {}
     spec = (await wanted_spec(context, body)).requested(context.config.folders())
     if body.key and (known := context.store.of_key(body.key, digest)) is not None:  # sent twice at once
         return json_response(job_answer(known))
     request = {**spec.to_request(), **({"evaluate": True} if body.evaluate else {})}
     terms = {"key": body.key or None, "priority": body.priority, "deadline": body.deadline, "limits": limits}
-    return job_answer(context.dispatcher.submit("train", request, front=body.front, digest=digest, **terms))
+    return job_answer(context.dispatcher.submit("train", request, front=body.front, digest=digest, **terms, **notify))
+
+
+def _checked_notify(config: ServerConfig, url: str) -> str:
+    """An address for notices. Raises OptionError if the operator does not allow it."""
+    if config.notify_secret is None:
+        raise OptionError("notify needs a server that signs notices; have it started with --notify-host and a secret")
+    from lorasmith.server.notices import checked_url
+
+    return checked_url(url, config.all_notify_hosts())
 
 
 def _checked_terms(body: JobBody) -> dict[str, Any]:

@@ -134,6 +134,9 @@ class JobBody(PlanBody):
         float | None, "when it must have ended, in seconds since the epoch; it then saves its run and fails"
     ] = None
     limits: Annotated[JobLimits, "what it may use"] = field(default_factory=JobLimits)
+    notify: Annotated[
+        str, "address that receives its notices, on a host that the operator allows; the server's own if it is empty"
+    ] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
