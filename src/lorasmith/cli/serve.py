@@ -40,6 +40,18 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Further name by which browsers reach it, as that of a proxy. Repeatable."),
     ] = None,
+    new_token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=ROLE",
+            help="Print a new token for NAME, who may look, train or administer, and keep its digest in the base "
+            "folder. Every request then needs a token. Nothing is served.",
+        ),
+    ] = None,
+    remove_token: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Remove the token of NAME, at once also for a running server."),
+    ] = None,
     notify: Annotated[
         str | None,
         typer.Option(
@@ -103,6 +115,9 @@ def serve(
         notify_secret=notify_secret if notify or notify_host else None,
         logs_json=log_json,
     )
+    if new_token is not None or remove_token is not None:
+        _change_tokens(config, new_token, remove_token)
+        return
     if drain:
         _drain(config)
         return
@@ -124,6 +139,27 @@ def serve(
             echo("Stopping and saving the running job. Press Ctrl-C again to stop at once.")
 
     serve_until_stopped(config, started=started, stopping=stopping)
+
+
+def _change_tokens(config: ServerConfig, new: str | None, removed: str | None) -> None:
+    """Remove a token, add one, or both. Raises OptionError."""
+    from lorasmith.server import tokens
+
+    file, found = config.tokens_file, {"base_dir": config.base, "removed": removed, "name": None, "token": None}
+    if removed is not None:
+        tokens.remove_token(file, removed)
+    if new is not None:
+        name, _, role = new.rpartition("=")
+        found |= {"name": name, "token": tokens.new_token(file, name, role)}
+
+    def say() -> None:
+        if removed is not None:
+            echo(f"The token of {removed} is refused from now on.")
+        if new is not None:
+            echo(f"The token of {found['name']}, which is shown this once:")
+            echo(f"{found['token']}")
+
+    print_result(lambda: found, say)
 
 
 def _check_notices(config: ServerConfig) -> None:

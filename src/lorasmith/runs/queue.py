@@ -113,6 +113,7 @@ class Job:
     spent_s: float = 0.0  # in earlier attempts
     losses: int = 0  # workers lost in a row without a new run state
     notify: str | None = None  # URL that receives a notice of each change
+    submitter: str | None = None  # name of the token by which it was queued
 
     @property
     def gives_way(self) -> bool:
@@ -167,7 +168,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     limits TEXT NOT NULL DEFAULT '{}',
     spent_s REAL NOT NULL DEFAULT 0,
     losses INTEGER NOT NULL DEFAULT 0,
-    notify TEXT
+    notify TEXT,
+    submitter TEXT
 );
 CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (state, number, sequence);
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
@@ -229,6 +231,7 @@ _ADDED = {
     "spent_s": "REAL NOT NULL DEFAULT 0",
     "losses": "INTEGER NOT NULL DEFAULT 0",
     "notify": "TEXT",
+    "submitter": "TEXT",
 }
 """Columns that databases of earlier versions lack."""
 
@@ -237,10 +240,10 @@ _SWEEP_COLUMNS = (
     "worker AS device, sweep, varied, together"
 )
 """Those that every version has in the queue of a sweep."""
-_COLUMNS = f"{_SWEEP_COLUMNS}, key, priority, deadline, limits, spent_s, losses, notify"
+_COLUMNS = f"{_SWEEP_COLUMNS}, key, priority, deadline, limits, spent_s, losses, notify, submitter"
 _SUMMARISED = (
     "id", "kind", "state", "number", "client_id", "created", "started", "ended", "run", "attempts", "key", "priority",
-    "deadline", "limits",
+    "deadline", "limits", "submitter",
 )  # fmt: skip
 _PRIORITY_STEP = 1e9
 """Places in the queue that a priority is worth: more than there are jobs."""
@@ -329,6 +332,7 @@ class JobStore:
         deadline: float | None = None,
         limits: Mapping[str, Any] | None = None,
         notify: str | None = None,
+        submitter: str | None = None,
     ) -> Job:
         """Queue a new job. `id` is a UUID in lower case, None for a new one. `front` puts it before all others, by a
         negative number, and so does a higher priority. `key` is a new one, as `of_key` says, and `digest` that of its
@@ -355,11 +359,12 @@ class JobStore:
             now = time.time()
             values = (
                 *(id, kind, text, client_id, now, sweep, json.dumps(varied or {}), together),
-                *(key, priority, deadline, json.dumps(limits or {}), notify),
+                *(key, priority, deadline, json.dumps(limits or {}), notify, submitter),
             )
             added = database.execute(
                 "INSERT INTO jobs (id, kind, state, number, request, client_id, created, sweep, varied, together, "
-                "key, priority, deadline, limits, notify) VALUES (?,?,'pending',0,?,?,?,?,?,?,?,?,?,?,?)",
+                "key, priority, deadline, limits, notify, submitter) "
+                "VALUES (?,?,'pending',0,?,?,?,?,?,?,?,?,?,?,?,?)",
                 values,
             )
             if key is not None:

@@ -20,6 +20,7 @@ from lorasmith.server.job_reporter import graph_end
 from lorasmith.server.meter import Meter
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_disk import disk_space
+from lorasmith.server.tokens import CALLER
 
 
 class RefusedError(LorasmithError):
@@ -190,7 +191,7 @@ class Dispatcher:
 
     def submit(self, kind: JobKind, request: Mapping[str, Any], **more: Any) -> Job:
         """Queue a job, as `JobStore.add`. Raises QueueFullError, DuplicateJobError, DiskFullError and StoreError."""
-        more = {"notify": self._config.notify, **more} if self._config.notify else more
+        more = {"notify": self._config.notify, "submitter": CALLER.get() or None, **more}
         with disk_space(self._config.folder, len(json.dumps(request))):
             job = self._store.add(kind, request, **more)
         return self._queued(job)

@@ -52,6 +52,11 @@ class ServerConfig:
         return (*self.notify_hosts, *([host_of(self.notify)] if self.notify else []))
 
     @property
+    def tokens_file(self) -> Path:
+        """The digests of tokens with names."""
+        return self.folder / "tokens.json"
+
+    @property
     def address_note(self) -> Path:
         """A file with the address of the server that runs here."""
         return self.folder / "server.address"

@@ -306,6 +306,7 @@ declare namespace Api {
     priority: number;
     deadline: number | null;
     limits: Record<string, any>;
+    submitter: string | null;
     request: Record<string, any>;
   }
   interface DataCheckAnswer {

@@ -170,6 +170,7 @@ class JobAnswer:
     limits: Annotated[dict[str, Any], "what it may use, of steps, minutes and memory_bytes"] = field(
         default_factory=dict
     )
+    submitter: Annotated[str | None, "name of the token by which it was queued; null without one"] = None
     request: Annotated[dict[str, Any], "what it does"] = field(default_factory=dict)
 
 
