@@ -19,7 +19,7 @@ from lorasmith.training import autotune
 from lorasmith.training.autotune import Tuned, tuned
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import Autotuned, Event, StepDone
+from lorasmith.training.events import Autotuned, Event, StepDone, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
@@ -65,6 +65,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Timer]:
 
 
 def engine_of(model: Model, **settings: Any) -> Engine:
+    settings = {"autotune": True, **settings}
     job = plan_job(model.denoiser, TrainConfig(targets="*.attn2.to_q", batch_size=2, **settings), CPU)
     return Engine(job.model, job.adapters, job.config, job.way)
 
@@ -73,10 +74,12 @@ def plan(activations: Any, depth: int = 0) -> MemoryPlan:
     return MemoryPlan(activations, depth, 1, 2)
 
 
-def choose(engine: Engine, dataset: EncodedDataset, steps: int = 1000, plans: Sequence[MemoryPlan] = ()) -> Tuned:
+def choose(
+    engine: Engine, dataset: EncodedDataset, steps: int = 1000, plans: Sequence[MemoryPlan] = (), **others: Any
+) -> Tuned:
     maker = batch_maker(engine.model, dataset, engine.config, engine.way, engine.rank_masks)
     with engine.frozen():
-        return tuned(engine, maker.step(0), plans, steps)
+        return tuned(engine, maker.step(0), plans, steps, **others)
 
 
 def test_the_fastest_of_activations_products_and_code(
@@ -94,6 +97,40 @@ def test_the_fastest_of_activations_products_and_code(
         f"Steps: {both}, compiled; seconds a step: keep: 3; lean: 4; {depth}: 2; {both}: 1; {both}, compiled: 0.8. "
         "Leave autotune out to set it yourself."
     )
+
+
+def test_long_runs_try_what_rounds_alike_by_default(
+    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And say so first; short ones time one way alone."""
+    monkeypatch.setattr(autotune, "has_products", lambda kind, device: kind == "int8")
+    engine, heard = engine_of(tiny, quantization="int8", autotune=None), list[Event]()
+    timer = timed(keep=3.0, int8=0.1, compile=0.8)
+    found = choose(engine, dataset, emit=heard.append)
+    assert timer.asked == ["keep", "keep, compiled"]
+    assert found.way == replace(engine.way, compile=True)
+    assert str(found).endswith("Turn autotune off to set it yourself.")
+    (said,) = heard
+    assert isinstance(said, Warned) and said.is_remark
+    assert said.message.startswith("The run's steps take about 0:50:00: other ways")
+    assert "none is begun after 0:02:30; turn autotune off" in said.message
+    engine.way = replace(engine.way, varying_sizes=True)
+    assert not choose(engine, dataset, emit=heard.append).way.compile
+    heard.clear()
+    timer = timed(keep=0.5, compile=0.1)
+    short = engine_of(tiny, autotune=None)
+    assert choose(short, dataset, steps=1000, emit=heard.append).way == short.way
+    assert timer.asked == ["keep"] and not heard
+
+
+def test_by_default_no_way_is_begun_after_a_twentieth_of_the_run(
+    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]
+) -> None:
+    engine, ticks = engine_of(tiny, autotune=None), iter([0.0, 100.0, 151.0])
+    timer = timed(keep=3.0, lean=2.95, depth=2.8, compile=0.8)
+    found = choose(engine, dataset, plans=[plan("lean"), plan("keep", 2)], clock=lambda: next(ticks))
+    assert timer.asked == ["keep", "lean"]
+    assert found.way == engine.way
 
 
 @pytest.mark.parametrize(
@@ -187,7 +224,11 @@ def test_a_way_that_fails_is_not_taken(tiny: Model, dataset: EncodedDataset, mon
 
 def test_where_nothing_is_chosen(tiny: Model) -> None:
     assert engine_of(tiny, autotune=True).way.autotune
-    assert not engine_of(tiny).way.autotune
+    assert not engine_of(tiny, autotune=None).way.autotune
+    on_gpu: list[tuple[dict[str, Any], bool]] = [({}, True), ({"autotune": False}, False), ({"compile": True}, False)]
+    for settings, is_tuned in on_gpu:
+        job = plan_job(tiny.denoiser, TrainConfig(targets="*.attn2.to_q", **settings), CPU)
+        assert Way.of(job.config, job.model.module, torch.device("cuda")).autotune == is_tuned, settings
     config = TrainConfig(targets="*.attn2.to_q", autotune=True, deterministic=True)
     job = plan_job(tiny.denoiser, config, CPU)
     assert not job.way.autotune

@@ -354,7 +354,8 @@ def split_strength(text: str) -> tuple[Path, float]:
 def _parameter(option: Option, alias: str | None) -> inspect.Parameter:
     # typer converts types; the option itself checks ranges and choices. A switch that is off by default needs no
     # negated flag.
-    name, off = flag(option.name), f"/{negated_flag(option.name)}" if option.default is True else ""
+    is_open = option.type is bool and option.default is not False
+    name, off = flag(option.name), f"/{negated_flag(option.name)}" if is_open else ""
     declared = [name + off, *([alias] if alias else [])]
     details: dict[str, Any] = {"help": _described(option), "rich_help_panel": option.group or None}
     if option.type is not bool:

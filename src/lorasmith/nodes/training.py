@@ -214,7 +214,7 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
         _own("products"),
         _own("attention"),
         _own("cuda_graphs"),
-        _own("autotune"),
+        _own("autotune", default=False),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     search_aliases=["LorasmithTrainLora", "LorasmithLoraSettings", "LorasmithResumeLora"],  # in ComfyUI
@@ -285,7 +285,7 @@ def settings_of(values: Mapping[str, Any], find: Callable[[str, str], Path]) -> 
     `find` finds a file of one of ComfyUI's folders, which is the first argument, by its name there.
     """
     defaults = {setting.name: setting.default for setting in (*SETTINGS, *METHODS)}
-    chosen = defaults | dict(values)
+    chosen = {"autotune": False} | defaults | dict(values)  # a graph's steps are computed as it says
     for name in unused_settings(chosen["algorithm"]):
         if chosen[name] == defaults[name]:  # a default needs no note that it has no effect
             del chosen[name]

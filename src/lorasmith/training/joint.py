@@ -365,7 +365,7 @@ class _JointEngine(Engine):
     def __init__(self, job: TrainJob, participant: _Participant[Any], model: SharedModel, *, share: float) -> None:
         super().__init__(job.model, job.adapters, job.config, job.way, job.differences)
         way = job.way if job.way.activations == "auto" else job.way.settled
-        self.way = replace(way, memory_share=share)
+        self.way = replace(way, memory_share=share, autotune=False)
         self._participant, self._model = participant, model
         self._has_arrived = self._is_prepared = False
 

@@ -54,8 +54,10 @@ def choose_way(
     if not is_tuned:
         return False
     maker = batch_maker(engine.model, samples, engine.config, engine.way, engine.rank_masks)
-    found = tuned(engine, maker.step(engine.steps_before + step), plans, steps)
+    found = tuned(engine, maker.step(engine.steps_before + step), plans, steps, emit)
     engine.way = replace(found.way, autotune=False)
+    if found.by_default and len(found.seconds) < 2:
+        return False
     emit(Autotuned(seconds={str(way): seconds for way, seconds in found.seconds.items()}, message=str(found)))
     return (found.way.products, found.way.compile) != (before.products, before.compile)
 

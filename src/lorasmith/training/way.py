@@ -66,7 +66,7 @@ class Way:
             compile=config.compile,
             attention=_attention(config, device),
             cuda_graphs=config.cuda_graphs and device.type == "cuda" and current().size == 1,
-            autotune=config.autotune and not config.deterministic and current().size == 1,
+            autotune=_is_tuned(config, device) and not config.deterministic and current().size == 1,
             processes=current(),
             sharding=config.sharding and current().size > 1,
         )
@@ -118,7 +118,7 @@ class Way:
 
     def to_state(self, config: ResolvedConfig) -> dict[str, Any]:
         """What a run state keeps, as JSON values; `WayState` reads it."""
-        is_tuned = config.autotune and not self.autotune
+        is_tuned = _is_tuned(config, self.device) and not self.autotune
         return {
             "micro_batch": self.micro_batch,
             "checkpoint_depth": self.checkpoint_depth,
@@ -235,6 +235,13 @@ def notes_on_device(config: TrainConfig, module: nn.Module, device: torch.device
         yield "cuda_graphs has no effect here, as they are of GPUs; leave it out."
     elif config.cuda_graphs and current().size > 1:
         yield "cuda_graphs has no effect in several processes, which exchange gradients during the backward pass."
+
+
+def _is_tuned(config: TrainConfig, device: torch.device) -> bool:
+    """Whether steps are timed in several ways, if the run is long enough."""
+    if config.autotune is not None:
+        return config.autotune
+    return device.type == "cuda" and not config.compile and not config.cuda_graphs
 
 
 def _attention(config: ResolvedConfig, device: torch.device) -> AttentionChoice:

@@ -115,14 +115,15 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         "the host no longer limits steps of small pictures on a fast GPU. Best with few sizes and lengths of captions. "
         "Takes more GPU memory.",
     )
-    autotune: bool = option(
-        False,
+    autotune: bool | None = option(
+        None,
         group="Speed",
         of_model=False,
         trains_alone=True,
         help="Time steps in several ways before the first one, take the fastest, and keep the times for later runs: "
         "activations where auto finds several plans that fit, products in the format of quantized weights, and, in "
-        "runs of more than ten minutes, compiled blocks. Changes the numbers as these settings do.",
+        "runs of more than ten minutes, compiled blocks. Changes the numbers as these settings do. Default: on for "
+        "runs of more than ten minutes on one GPU, without products, in at most a twentieth of that time.",
     )
     bucket_mode: bool = option(
         False,
