@@ -130,7 +130,7 @@ def test_the_page_needs_nothing_else_and_speaks(picture: Path) -> None:
     [policy] = [value for name, key, value in found.attributes if (name, key) == ("meta", "content") and "src" in value]
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", text)
-    assert found.tags.count("h1") == 1 and found.tags.count("h2") == 10
+    assert found.tags.count("h1") == 1 and found.tags.count("h2") == 11
     pictures = found.tags.count("img") + found.tags.count("svg")
     named = [value for name, key, value in found.attributes if (name, key) in {("img", "alt"), ("svg", "aria-label")}]
     assert len(named) == pictures == 6 and all(named)

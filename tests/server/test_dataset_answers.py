@@ -215,7 +215,7 @@ def test_an_upload_is_kept_under_a_safe_free_name(folders: Folders, dog: Path, t
         ("a.png", b"<html><script>", "is not an image in spite of its name"),
         ("a.svg", b"<svg/>", "is a SVG file, which is not read here"),
         ("a.png", b"\x89PNG\r\n\x1a\n broken", "is not an image|is damaged"),
-        ("a.mp4", b"", "is a video, which the page does not take; run lorasmith train"),
+        ("a.mp4", b"", "is a video, which the page does not take; save it as an animated WebP"),
     ],
 )
 def test_what_is_no_picture_is_not_kept(
@@ -357,6 +357,16 @@ def test_a_check_says_what_is_wrong_with_each_picture(folders: Folders, dog: Pat
     assert wide.trained == (32, 32)
     assert found.images["1.png"].tokens and not found.images["1.png"].problems
     assert found.resolutions == (32,) and not found.assumed and found.samples_per_epoch == 4
+
+
+def test_of_copies_the_one_with_a_mask_is_kept(folders: Folders, dog: Path) -> None:
+    for copy in ("0.png", "3.png"):
+        (dog / copy).write_bytes((dog / "2.png").read_bytes())
+    Image.new("L", (48, 40), 255).save(dog / "3.mask.png")
+    for settings in ({}, {"masks": "files"}):
+        (finding,) = [one for one in dataset_answers.check_dataset(folders, "dog", settings=settings).findings
+                      if one.kind == "copies"]  # fmt: skip
+        assert set(finding.removes) == {"0.png", "2.png"}
 
 
 def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> None:

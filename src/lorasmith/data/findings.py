@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
+from glob import escape
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -108,7 +109,9 @@ class CheckedImage:
     @property
     def worth(self) -> tuple[bool, int, bool, bool, int]:
         """Rank among look-alikes: sharp, large, masked, captioned, little compressed."""
-        file, is_masked = self.file, self.file.mask is not None
+        file = self.file
+        # A mask is kept whether or not this training uses it.
+        is_masked = file.mask is not None or any(file.path.parent.glob(f"{escape(file.path.stem)}.mask.*"))
         area, size_bytes = file.width * file.height, file.path.stat().st_size
         return not self.quality.is_blurred, area, is_masked, self.is_captioned, size_bytes
 

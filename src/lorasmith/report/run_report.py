@@ -139,6 +139,7 @@ def run_report(report: RunReport) -> str:
         section("Before and after", report.before_after and picture_table(report.before_after)),
         section("Previews during training", report.progress and picture_table(report.progress)),
         section("Which step?", *_evaluation(report)),
+        section("In numbers", definitions(report.facts, class_="facts")),
         section("Use it", *_use(report)),
         section("Loss", *_loss(report)),
         section("Loss by noise level", *_quantiles(report.quantiles)),
@@ -183,7 +184,6 @@ def _header(report: RunReport) -> Html:
         tag("h1", report.title),
         tag("p", tag("span", report.status, class_=f"status {report.mood}"), " ", report.summary, class_="summary"),
         tag("p", report.verdict, class_="verdict"),
-        definitions(report.facts, class_="facts"),
         tag("p", tag("a", "Notes", href="#notes"), f": {happened}", class_="summary") if happened else None,
     )
 

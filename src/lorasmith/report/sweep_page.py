@@ -69,9 +69,9 @@ def sweep_report(report: SweepReport) -> str:
             tag("p", report.summary, class_="summary"),
             tag("p", report.verdict, class_="verdict"),
         ),
+        section("Pictures", *_pictures(report)),
         section("Ranking", *_ranking(report)),
         section("Held-out loss", *_curves(report.ranked)),
-        section("Pictures", *_pictures(report)),
         section("Failed and unfinished", _unranked(report.unranked)),
     )
 

@@ -68,7 +68,7 @@ def page_of(run: LoggedRun) -> str:
     model = [Path(run.record.model.path).parent] if run.record.model.path else []
     places = (parent.parent if parent.name == "runs" else parent, Path.cwd(), Path.home(), *model)
     report = report_of(run)
-    told = {name: _without_places(getattr(report, name), places) for name in _WITH_PLACES}
+    told = {name: without_places(getattr(report, name), places) for name in _WITH_PLACES}
     return run_report(replace(report, **told))
 
 
@@ -77,7 +77,7 @@ _PLACE = re.compile(r"(?<![\w.~:/\\-])(?:[A-Za-z]:)?[/\\](?:[^/\\\s'\"<>|,]+[/\\
 """Folders of an absolute path."""
 
 
-def _without_places(value: Any, places: Sequence[Path]) -> Any:
+def without_places(value: Any, places: Sequence[Path]) -> Any:
     """Texts, in whatever holds them, without the folders of absolute paths; those in the places keep their rest."""
     if isinstance(value, str):
         for place in places:
@@ -85,10 +85,10 @@ def _without_places(value: Any, places: Sequence[Path]) -> Any:
                 value = value.replace(f"{place}{os.sep}", "")
         return _PLACE.sub("", value)
     if isinstance(value, Setting):
-        return replace(value, value=_without_places(value.value, places))
+        return replace(value, value=without_places(value.value, places))
     if isinstance(value, Mapping):
-        return {name: _without_places(one, places) for name, one in value.items()}
-    return type(value)(_without_places(one, places) for one in value) if isinstance(value, (list, tuple)) else value
+        return {name: without_places(one, places) for name, one in value.items()}
+    return type(value)(without_places(one, places) for one in value) if isinstance(value, (list, tuple)) else value
 
 
 def report_of(run: LoggedRun) -> RunReport:

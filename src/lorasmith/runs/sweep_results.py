@@ -24,7 +24,7 @@ from lorasmith.report.run_report import change, number
 from lorasmith.report.sweep_page import RankedRun, SweepReport, UnrankedRun, sweep_report
 from lorasmith.runs.presets import PRESETS, recipe_names
 from lorasmith.runs.run_log import LoggedRun, followed, read_run
-from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
+from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of, without_places
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.runs.sweep_file import Sweep
 from lorasmith.training.events import Outcome
@@ -202,7 +202,11 @@ def _report(record: SweepRecord, output: Path) -> SweepReport:
         comparable=record.comparable,
         varied=varied,
         ranked=[_ranked(one, varied, output) for one in ranked],
-        unranked=[UnrankedRun(run.name, run.state, run.steps, run.error) for run in record.runs if run.place is None],
+        unranked=[
+            UnrankedRun(run.name, run.state, run.steps, without_places(run.error, (output.resolve(), Path.home())))
+            for run in record.runs
+            if run.place is None
+        ],
         pictures=table,
         sheets=sheets,
     )

@@ -145,6 +145,12 @@ class RequestWatch(Watcher):
         )
 
 
+def drawings_waiting(run: Path) -> dict[str, DrawRequest]:
+    """The drawings that a run was asked for and has not drawn yet, by the id of their request, the oldest first."""
+    found = ((_DRAWN.fullmatch(file.name), _drawing(file)) for file in _files(run))
+    return {match[1]: drawing for match, drawing in found if match and drawing}
+
+
 def _files(run: Path) -> list[Path]:
     """The requests that wait, LoRAs first, in the order of their age."""
     return [path for *_, path in sorted(_stamped(run))]

@@ -64,7 +64,7 @@ async def test_a_sweep_of_the_page_is_a_group_of_jobs(client: Client, tmp_path: 
     assert [job.request["output"] for job in jobs] == [f"runs/fox-sweep-001/{one['name']}" for one in found["runs"]]
     assert [dict(job.varied) for job in jobs] == [{"rank": rank, "learning_rate": 0.0001} for rank in (2, 4)]
     assert jobs[1].request["settings"] == {
-        "steps": 3, "validation_share": 0.2, "previews": "", "rank": 4, "learning_rate": 0.0001,
+        "steps": 3, "validation_share": 0.2, "rank": 4, "learning_rate": 0.0001,
     }  # fmt: skip
     client.context.store.finish(jobs[0].id, "failed", error={"kind": "DataError", "message": "no memory"})
     (row,) = (await client.ask("GET", "/sweeps"))["sweeps"]

@@ -154,6 +154,17 @@ def test_what_it_is_sets_what_is_trained(served: ServedPage, open_page: Opener) 
     page.get_by_label("What will you call it in prompts?").fill("milo tomcat")
     until(lambda: served.draft("fox")["settings"] == {**kept, "preserve_class": "tomcat"})
     assert_legible(page)
+    becomes("Style", settings={"caption_dropout": 0.1})
+    page.goto(served.address + "#/new/fox/model")
+    page.get_by_role("button", name="Next: settings").click()
+    page.get_by_text("All settings").click()
+    page.get_by_role("searchbox").fill("dropout")
+    dropout = page.get_by_label(re.compile("^Caption dropout"))
+    expected(dropout).to_have_value("0.1")
+    expected(page.locator(".all-settings > details > summary .tag")).to_have_count(0)  # nobody changed it
+    dropout.fill("0.3")
+    dropout.blur()
+    expected(page.locator(".all-settings > details > summary .tag")).to_have_text("1 change")
 
 
 @pytest.mark.slow
@@ -456,3 +467,31 @@ def test_photos_that_were_added_and_removed_come_and_go(
     assert not (served.base / "input" / "fox").exists()
     page.locator(".toast").get_by_role("button", name="Undo", exact=True).click()
     expected(page.locator(".tile")).to_have_count(2)
+
+
+@pytest.mark.slow
+def test_an_example_is_shown_by_four_whole_pictures(served: ServedPage, open_page: Opener) -> None:
+    page = open_page("#/photos")
+    tiles = page.locator(".cover", has_text="example")
+    expected(tiles).to_have_count(len([one for one in PICTURES.parent.iterdir() if one.is_dir()]))
+    for tile in tiles.all():
+        pictures = tile.locator("img")
+        expected(pictures).to_have_count(4)
+        for one in pictures.all():
+            one.scroll_into_view_if_needed()
+            expected(one).to_have_js_property("complete", True)
+            kept = one.evaluate("(img) => img.clientWidth / img.clientHeight / (img.naturalWidth / img.naturalHeight)")
+            assert 0.9 < kept < 1.1, "ears are not cut off"
+
+
+@pytest.mark.slow
+def test_times_are_said_in_words(served: ServedPage, open_page: Opener) -> None:
+    page = open_page("#/photos")
+    said = """async (seconds) => {
+        const { duration } = await import(`${location.origin}/pages/lib/words.mjs`);
+        return seconds.map((one) => duration(one, { about: true }));
+    }"""
+    assert page.evaluate(said, [3, 27, 54, 87, 200, 5403, 20_000]) == [
+        "a few seconds", "about 30 seconds", "about a minute", "about a minute", "about 3 minutes",
+        "about 1 hour 30 min", "about 6 hours",
+    ]  # fmt: skip

@@ -108,6 +108,8 @@ def test_a_run_that_trains_is_asked_for_pictures_its_lora_and_a_prompt(
     page.get_by_role("button", name="Draw", exact=True).click()
     drawn = page.locator("[aria-label='You drew']")  # in the panel, which is down
     expected(drawn.get_by_text("training goes on afterwards")).to_have_count(1)
+    page.reload()
+    expected(drawn.get_by_text("training goes on afterwards")).to_have_count(1)  # it is found again
     drawing = {"prompt": "foxy <i>in</i> snow", "strength": 1, "seed": 5, "control": "", "lora": ""}
     assert training.serve_requests() == [drawing]
     expected(page.locator(".easel-picture")).to_have_attribute("alt", "Step 33: foxy <i>in</i> snow")

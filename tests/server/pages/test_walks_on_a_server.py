@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.folders import BUILT_IN_BASE
+from lorasmith.evaluation.likeness import is_installed
 from lorasmith.evaluation.measures import learnt, likeness, self_likeness
 from lorasmith.evaluation.recognition import recogniser_of
 from lorasmith.runs.gallery import read_grids
@@ -100,6 +101,10 @@ def test_the_fox_in_one_click(page: Any, base: Path, server: Served, tmp_path: P
     loaded(page, ".easel img", 2)
     assert change_in_diffusers(keep(page, hand, "fox.safetensors", tmp_path)) > 1e-3
     hand.reached("the LoRA as a file")
+    if is_installed():  # README's installation brings it
+        page.locator(".verdict", has_text=re.compile("^It learnt your fox")).wait_for(timeout=4 * PATIENCE_MS)
+        hand.reached("which step is best")
+        expected(page.locator(".reason")).to_have_text(re.compile(r"^(Step \d+ looks|It looks) .*like it"))
     page.close()
     (run,) = (base / "runs").iterdir()
     samples = run / "samples"

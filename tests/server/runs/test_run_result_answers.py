@@ -79,7 +79,7 @@ def test_models_that_need_more_are_refused(
     installation: Folders, base: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     as_edit_model(monkeypatch, source=source)
-    with pytest.raises(OptionError, match="draw with lorasmith generate"):
+    with pytest.raises(OptionError, match="draw with its LoRA in ComfyUI"):
         drawing_facts(installation, RUN)
 
 
@@ -198,6 +198,8 @@ def test_a_run_that_trains_is_asked_for_a_drawing(
     asked = request_of_run(installation, RUN, what="drawing", drawing=drawing)
     stored = json.loads((base / RUN / REQUESTS / f"draw-{asked.id}.json").read_text())
     assert stored == {"prompt": "sks dog", "strength": 0.5, "seed": 0, "control": "", "lora": ""}
+    (waits,) = run(installation, RUN).asked  # found again by every page
+    assert (waits.id, waits.prompt, waits.strength, waits.seed, waits.lora) == (asked.id, "sks dog", 0.5, 0, "")
     assert request_of_run(installation, RUN, what="save").id == "save"
     assert {one.name for one in (base / RUN / REQUESTS).iterdir()} == {"save", f"draw-{asked.id}.json"}
     with pytest.raises(OptionError, match="strength must be between"):

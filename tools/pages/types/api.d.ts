@@ -509,6 +509,7 @@ declare namespace Api {
     label: string;
     starred: boolean;
     note: string;
+    asked: (AskedPrompt)[];
   }
   interface RunSetting {
     name: string;
@@ -590,6 +591,13 @@ declare namespace Api {
     kind: string;
     message: string;
     step: number | null;
+  }
+  interface AskedPrompt {
+    id: string;
+    prompt: string;
+    strength: number;
+    seed: number;
+    lora: string;
   }
   interface MarksBody {
     title?: string | null;
@@ -786,6 +794,7 @@ declare namespace Api {
     change: number | null;
     steps: number;
     error: string;
+    cover: string | null;
   }
   type Get =
     | { path: ["status"]; query: { }; body: {}; answer: StatusAnswer }

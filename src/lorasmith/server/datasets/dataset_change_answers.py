@@ -57,8 +57,8 @@ from lorasmith.server.server_disk import disk_space, keep_captions, put_back, pu
 MOST_IMAGES = 2000  # in a dataset filled by the page
 
 _NO_VIDEOS = (
-    "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as "
-    "an animated WebP file"
+    "is a video, which the page does not take; save it as an animated WebP file for a model of videos, or add pictures "
+    "of it"
 )
 _CHANGING = threading.Lock()  # held from reading a dataset until its change is complete
 

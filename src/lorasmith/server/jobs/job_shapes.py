@@ -248,6 +248,7 @@ class SweepRunRow:
     )
     steps: Annotated[int, "that were taken."] = 0
     error: Annotated[str, "of a failed run, in a sentence."] = ""
+    cover: Annotated[str | None, "its newest picture; a path among its files."] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import ensure_folder, is_regular
 from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import Job, jobs_in
+from lorasmith.runs.run_page import without_places
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.sweep_file import check_held_out, grid_values
 from lorasmith.runs.sweep_results import SweepEntry, result_in, sweep_record
@@ -22,7 +23,7 @@ from lorasmith.server.datasets.dataset_folders import UnknownFileError, is_name
 from lorasmith.server.datasets.dataset_shapes import SkippedFile
 from lorasmith.server.jobs.job_shapes import SweepAnswer, SweepList, SweepRow, SweepRunRow
 from lorasmith.server.questions import question, shaped
-from lorasmith.server.runs.run_list_answers import is_below, run_folder_of
+from lorasmith.server.runs.run_list_answers import is_below, row_of, run_folder_of
 from lorasmith.training.storage.run_folder import new_run_folder
 
 _RUNS = "runs"
@@ -34,7 +35,7 @@ def sweep_requests(folders: Folders, spec: RunSpec, grid: dict[str, list[Any]]) 
     """The id of a new sweep, with an empty folder, and the request and varied settings of each of its runs: `spec` with
     each combination of values in `grid`. Raises OptionError, LoraError and DataError.
     """
-    given = {**({} if "previews" in grid else {"previews": ""}), **spec.settings}
+    given = spec.settings
     if "folder" in grid:
         raise OptionError("a sweep of the page has one dataset, got folder in grid; run lorasmith sweep")
     varied = grid_values(grid, given)
@@ -90,9 +91,25 @@ def sweep(folders: Folders, id: str, *, queued: tuple[Mapping[str, Any], ...] = 
     entries = [_entry(folders, id, number, name, one) for number, (name, one) in enumerate(found.items(), start=1)]
     record = sweep_record(id, entries)
     rows = (
-        shaped(SweepRunRow, one, run=f"{_RUNS}/{id}/{one.name}", settings=dict(one.settings)) for one in record.runs
+        shaped(
+            SweepRunRow,
+            one,
+            run=f"{_RUNS}/{id}/{one.name}",
+            settings=dict(one.settings),
+            error=without_places(one.error, (folders.base, Path.home())),
+            cover=_cover(folders, f"{_RUNS}/{id}/{one.name}"),
+        )
+        for one in record.runs
     )
     return SweepAnswer(id=id, comparable=record.comparable, runs=tuple(rows))
+
+
+def _cover(folders: Folders, run: str) -> str | None:
+    """The picture that a run is shown by; None where it has none or cannot be read."""
+    try:
+        return row_of(run, run_folder_of(folders, run), {}).cover
+    except LorasmithError:
+        return None
 
 
 def _entry(folders: Folders, id: str, number: int, name: str, one: Mapping[str, Any]) -> SweepEntry:

@@ -34,6 +34,7 @@ from lorasmith.server.datasets.dataset_shapes import SkippedFile
 from lorasmith.server.questions import question, shaped
 from lorasmith.server.runs.run_list_answers import evaluation_of, row_of, run_folder_of
 from lorasmith.server.runs.run_shapes import (
+    AskedPrompt,
     DrawnPrompt,
     LikenessFacts,
     LoraFacts,
@@ -50,6 +51,7 @@ from lorasmith.server.runs.run_shapes import (
 )
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Outcome
+from lorasmith.training.run_requests import drawings_waiting
 from lorasmith.training.storage.records import RunRecord
 from lorasmith.training.storage.run_folder import RunFolder
 
@@ -86,6 +88,7 @@ def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) 
         previews=tuple(_previews(folder, view)),
         pairs=tuple(_pairs(folder, max((len(preview.prompts) for preview in view.previews.values()), default=0))),
         drawn=tuple(DrawnPrompt(**{**one, "pictures": tuple(one["pictures"])}) for one in view.prompts_drawn()),
+        asked=tuple(shaped(AskedPrompt, one, id=id) for id, one in drawings_waiting(folder).items()),
         images=tuple(_pictures(run, report)),
         advice=tuple(shaped(PictureAdvice, one, file=one.name) for one in report.advice.images),
         advice_summary=report.advice.summary,

@@ -266,12 +266,12 @@ def drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
     elsewhere = tuple(one for one in files if one and not _is_model(folders, one))
     if rights_needed(RunSpec(text_encoders=elsewhere)):
         raise OptionError(
-            f"the model of {id} is neither in the model folders nor below the base folder; draw with lorasmith generate"
+            f"the model of {id} is neither in the model folders nor below the base folder; put it there to draw with it"
         )
     model = structure_of(spec.model).as_edit(spec.edit)
     form = model.control_form
     if model.named_expert is not None or form.is_fill or len(form.frames) > 1:
-        raise OptionError(f"{model.title} needs more than a prompt and a picture; draw with lorasmith generate")
+        raise OptionError(f"{model.title} needs more than a prompt and a picture; draw with its LoRA in ComfyUI")
     return folder, spec, model
 
 

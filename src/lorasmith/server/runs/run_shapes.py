@@ -207,6 +207,17 @@ class DrawnPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AskedPrompt:
+    """A prompt that a run which trains was asked for, and will draw after the step that it takes."""
+
+    id: Annotated[str, "of the request"]
+    prompt: str
+    strength: Annotated[float, "of the LoRA"]
+    seed: Annotated[int, "of the noise"]
+    lora: Annotated[str, "name of the file that is drawn with; empty for the weights of the step"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunAnswer(RunRow):
     """A run with all that its report says."""
 
@@ -226,6 +237,7 @@ class RunAnswer(RunRow):
     previews: Annotated[tuple[PreviewFacts, ...], "pictures that were drawn"]
     pairs: Annotated[tuple[PairFacts, ...], "what they were drawn from, of edit models"]
     drawn: Annotated[tuple[DrawnPrompt, ...], "prompts that were drawn while it trained, as they were asked for"]
+    asked: Annotated[tuple[AskedPrompt, ...], "prompts that it will draw while it trains"] = ()
     images: Annotated[tuple[RunPicture, ...], "that were trained on"]
     advice: Annotated[tuple[PictureAdvice, ...], "what to do about single pictures"]
     advice_summary: Annotated[str, "the same in a line, or why there is none; empty where losses do not say"]

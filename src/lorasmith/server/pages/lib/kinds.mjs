@@ -80,6 +80,24 @@ export const KINDS = {
 /** Settings that an answer decides. */
 const DECIDED = ["pairs", "controls", "caption_dropout", "preserve", "preserve_class"];
 
+/** Settings that the page asks for in other places than among all of them. */
+const ASKED = [...DECIDED.filter((name) => name !== "caption_dropout"), "masks", "training_adapter", "image_repeats"];
+
+/**
+ * The settings of a draft that follow from what the page asked, so that nobody changed them among all settings.
+ *
+ * @param {Api.Draft} draft
+ * @param {Kind | ""} kind
+ * @param {Record<string, any>} usual values without the draft's
+ */
+export const unchanged = ({ settings }, kind, usual) =>
+  Object.keys(settings).filter(
+    (name) =>
+      ASKED.includes(name) ||
+      settings[name] === usual[name] ||
+      (kind && KINDS[kind].settings?.[name] === settings[name]),
+  );
+
 /**
  * What a draft says that its pictures are of; empty if nothing does.
  *

@@ -13,7 +13,7 @@ async function choose(run) {
   const { presets } = await get(["settings"], { images: run.images.length });
   const { trigger: _, ...changed } = run.changed;
   const { settings: before } = await currentDraft(run.dataset);
-  const chosen = asPreset(changed, presets);
+  const chosen = await withoutRecipe(run, asPreset(changed, presets));
   if (before.image_repeats !== undefined) chosen.settings = { ...chosen.settings, image_repeats: before.image_repeats };
   await changeDraft(run.dataset, {
     name: run.name,
@@ -23,6 +23,17 @@ async function choose(run) {
     again: run.id,
     ...chosen,
   });
+}
+
+/** A choice without the settings that the recipe of its preset chooses anyway, where its model is here. */
+async function withoutRecipe({ dataset, model, trigger }, { preset, settings }) {
+  try {
+    const { recipe } = await post(["plans"], { dataset, model, trigger, preset, settings: {} });
+    const isOwn = ([name, value]) => recipe[name] !== value;
+    return { preset, settings: Object.fromEntries(Object.entries(settings).filter(isOwn)) };
+  } catch {
+    return { preset, settings };
+  }
 }
 
 /** Leads to the settings for training a run again. */

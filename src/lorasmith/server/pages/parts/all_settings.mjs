@@ -20,12 +20,13 @@ export const inWords = ({ groups, presets }) => ({
 /**
  * @param {Props<{ groups: Api.SettingGroup[] }>} props
  *   `groups`: declared settings; `hidden` names those that are asked for elsewhere
- *   `base`: values of the chosen preset; `own` values that were changed here
+ *   `base`: values of the chosen preset; `own` other values, of which those of the names `given` were not changed here
  *   `onChange`: called with the changed values
  */
-export function AllSettings({ groups, hidden, base, own, error, onChange }) {
+export function AllSettings({ groups, hidden, base, own, given, error, onChange }) {
   const [wanted, setWanted] = useState("");
-  const changed = Object.keys(own).length;
+  const isChanged = (name) => name in own && !given.includes(name);
+  const changed = Object.keys(own).filter(isChanged).length;
   const matching = (one) =>
     !hidden.has(one.name) &&
     (!wanted || `${one.name} ${one.label} ${one.help}`.toLowerCase().includes(wanted.toLowerCase()));
@@ -38,8 +39,10 @@ export function AllSettings({ groups, hidden, base, own, error, onChange }) {
     else next[name] = value;
     onChange(next);
   };
+  const undoAll = () => onChange(Object.fromEntries(Object.entries(own).filter(([name]) => !isChanged(name))));
   const control = (one) => html`<${Setting} key=${one.name} setting=${one} preset=${base[one.name]}
-    value=${own[one.name]} error=${error} onChange=${(value) => set(one.name, value)} />`;
+    value=${own[one.name]} isMarked=${isChanged(one.name)} error=${error}
+    onChange=${(value) => set(one.name, value)} />`;
   const main = shown.flatMap((group) => group.settings.filter((one) => one.main));
   return html`<section class="all-settings">
     <details>
@@ -52,10 +55,7 @@ export function AllSettings({ groups, hidden, base, own, error, onChange }) {
           <input type="search" placeholder="Search" value=${wanted}
             onInput=${(event) => setWanted(event.currentTarget.value)} />
         </label>
-        ${
-          changed > 0 &&
-          html`<button type="button" class="button small" onClick=${() => onChange({})}>Undo all changes</button>`
-        }
+        ${changed > 0 && html`<button type="button" class="button small" onClick=${undoAll}>Undo all changes</button>`}
       </div>
       ${!shown.length && html`<p class="faint">No setting has these words.</p>`}
       ${
@@ -64,7 +64,7 @@ export function AllSettings({ groups, hidden, base, own, error, onChange }) {
       }
       ${shown.map((group) => {
         const rest = group.settings.filter((one) => !one.main);
-        const touched = rest.filter((one) => one.name in own).length;
+        const touched = rest.filter((one) => isChanged(one.name)).length;
         return (
           rest.length > 0 &&
           html`<details class="group" key=${group.title} open=${wanted !== "" || touched > 0}>
@@ -88,7 +88,7 @@ export function shownInvalid() {
 }
 
 /** @param {Props<{ setting: Api.SettingAnswer }>} props */
-function Setting({ setting, preset, value, error, onChange }) {
+function Setting({ setting, preset, value, isMarked, error, onChange }) {
   const standard = preset ?? setting.default;
   const current = value ?? standard;
   const isChanged = value !== undefined;
@@ -100,7 +100,7 @@ function Setting({ setting, preset, value, error, onChange }) {
       ? error.message
       : null;
   const label = html`
-    ${setting.label || nameWords(setting.name)}${isChanged && html` <span class="tag">changed</span>`}
+    ${setting.label || nameWords(setting.name)}${isMarked && html` <span class="tag">changed</span>`}
   `;
   const choose = (next) => onChange(next === standard ? undefined : next);
   useEffect(() => void (isWrong || setTyped(null)), [value]); // chosen elsewhere, too

@@ -2,7 +2,7 @@
 import { get, post } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
-import { filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
+import { canDrop, filesOf, filesOfInput, useAccept } from "../lib/uploads.mjs";
 import { whole } from "../lib/words.mjs";
 import { Button, Field, Problem, isPassing, useLoaded } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
@@ -190,7 +190,7 @@ function PictureZone({ picture, isNeeded, onPicture }) {
       }}>
     ${picture && html`<img src=${picture.preview} alt="Picture to edit" />`}
     <span>
-      ${picture ? picture.name : t`Drop the picture to edit here`}
+      ${picture ? picture.name : canDrop ? t`Drop the picture to edit here` : t`The picture to edit`}
       ${!isNeeded && !picture && html` <span class="faint">(optional)</span>`}
     </span>
     <${Button} class="small" onClick=${() => input.current.click()}>

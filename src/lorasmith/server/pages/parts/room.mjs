@@ -52,7 +52,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
     async (signal) => (hasLora && id ? get(["runs", id, "gallery"], {}, signal) : null),
     [id, hasLora, ended("grid").join()],
   );
-  const tries = useTries(about, view);
+  const tries = useTries(about, view, isRunning);
   useEffect(() => {
     if (evaluations) onEnd();
   }, [evaluations]);

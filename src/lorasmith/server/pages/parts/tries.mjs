@@ -1,5 +1,6 @@
 // What was drawn with the LoRAs of a run by request, as every page finds it: the server keeps it.
 import { get } from "../lib/api.mjs";
+import { t } from "../lib/language.mjs";
 import { createStore, useStore, work } from "../lib/stores.mjs";
 import { useLoaded } from "./basics.mjs";
 
@@ -22,14 +23,16 @@ export function useJobsAbout(id) {
  * The drawings of a run, the newest first: {id, prompt, strength, strengths, seed, lora, step, control, files, job,
  * note, error}; `job` is null for those that the training itself draws.
  *
- * @param {{ id: string, saves?: { step: number, file: string }[], drawn?: any[] } | null} run
+ * @param {{ id: string, saves?: { step: number, file: string }[], drawn?: any[], asked?: any[] } | null} run
  * @param {any} view
  */
-export function useTries(run, view) {
+export function useTries(run, view, isRunning) {
   const id = run?.id ?? "";
   const heard = useJobsAbout(id);
   const halves = useStore(partly);
-  const wanted = useStore(asked).get(id) ?? [];
+  const own = useStore(asked).get(id) ?? [];
+  // Before this page was loaded, or by another one.
+  const others = (run?.asked ?? []).filter((one) => !own.some((two) => two.id === one.id));
   const news = heard.map((job) => `${job.id} ${job.state}`).sort();
   const [found] = useLoaded(
     async (signal) => (id ? (await get(["jobs"], { about: id, limit: MOST }, signal)).jobs : []),
@@ -69,8 +72,11 @@ export function useTries(run, view) {
     files: one.pictures,
     job: null,
   }));
-  const waiting = wanted
+  const waiting = [...others, ...own]
     .filter((one) => !drawn.some((other) => other.id === one.id))
-    .map((one) => ({ ...one, strengths: [one.strength], step: null, files: [], job: null }));
+    .map((one) => ({
+      ...{ ...one, strengths: [one.strength], step: null, files: [], job: null },
+      error: isRunning ? "" : t`The training stopped before this was drawn. Draw it again`,
+    }));
   return [...waiting.toReversed(), ...byJob, ...byTraining.toReversed()];
 }

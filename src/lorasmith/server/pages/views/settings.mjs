@@ -3,7 +3,7 @@ import { get, post } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
-import { isNameless, KINDS, kindOf } from "../lib/kinds.mjs";
+import { isNameless, KINDS, kindOf, unchanged } from "../lib/kinds.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { capital, cardFor, count, duration, nameWords, slug, sum, valueWords, whole } from "../lib/words.mjs";
@@ -53,6 +53,7 @@ export function SettingsView({ dataset }) {
   const [tries, setTries] = useState(NO_TRIES);
   const grid = gridOf(tries, declared?.groups ?? []);
   const runs = runsOf(grid);
+  const base = { ...preset?.settings, ...plan?.recipe };
 
   const body = () => ({
     dataset,
@@ -181,7 +182,7 @@ export function SettingsView({ dataset }) {
     ${
       declared &&
       html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS}
-        base=${{ ...preset?.settings, ...plan?.recipe }} own=${own}
+        base=${base} own=${own} given=${unchanged(draft, kind, base)}
         error=${planError} onChange=${(settings) => change({ settings })} />`
     }
     ${

@@ -1,5 +1,5 @@
 // Several runs that try different values: their list, the table of one, and the form that starts one.
-import { get } from "../lib/api.mjs";
+import { fileOfRun, get } from "../lib/api.mjs";
 import { html, useEffect } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
 import { link } from "../lib/router.mjs";
@@ -10,6 +10,12 @@ import { rangeOf, typedValue } from "../parts/all_settings.mjs";
 import { Queue } from "../parts/jobs.mjs";
 
 const AGAIN_MS = 10000; // a sweep of the command line sends no events
+
+const PICTURE_PX = 512;
+const wordsOf = (settings) =>
+  Object.entries(settings)
+    .map(([name, value]) => `${nameWords(name)} ${valueWords(value)}`)
+    .join(", ");
 
 /** The sweeps of the base folder; nothing if there is none. */
 export function Sweeps() {
@@ -56,11 +62,25 @@ export function SweepView({ id }) {
     reload,
   );
   const varied = [...new Set((found?.runs ?? []).flatMap((one) => Object.keys(one.settings)))];
+  const pictured = (found?.runs ?? []).filter((one) => one.cover);
   return html`
-    <section aria-labelledby="sweep">
+    <section class="sweep-view" aria-labelledby="sweep">
       <p class="kicker"><a href=${link("runs")}>Runs</a></p><h1 id="sweep">${id}</h1>
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="the sweep" />`}
+      ${
+        pictured.length > 0 &&
+        html`<ul class="sweep-pictures" aria-label="Pictures, the best run first">
+          ${pictured.map(
+            ({ name, run, cover, place, settings }) => html`<li key=${name}>
+              <a href=${link("runs", run)}>
+                <img src=${fileOfRun(run, cover ?? "", PICTURE_PX)} alt="" loading="lazy" />
+                <b>${place ? `${place}. ` : ""}${wordsOf(settings) || name}</b>
+              </a>
+            </li>`,
+          )}
+        </ul>`
+      }
       ${
         found &&
         !found.comparable &&
