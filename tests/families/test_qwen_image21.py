@@ -13,12 +13,13 @@ from tiny_qwen_image21 import SYSTEM, called
 from torch import Tensor
 from transformer_models import Case
 
-from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.errors import DataError, LoraError, ModelError
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.parts.encoders import qwen_tokenizer
 from lorasmith.families.parts.vision_towers import PICTURE, QWEN3_TOWER
+from lorasmith.formats.lora_file import load_lora
 
 FAMILY = FAMILIES["qwen-image-2.1"]
 REFERENCES = [(4, 6), (6, 2), (2, 2)]
@@ -100,6 +101,30 @@ def test_other_variants_and_too_many_references_are_refused_in_a_sentence(case: 
     _, _, conditioning = given(5, 1)
     with pytest.raises(DataError, match=r"has references in the text, which has 5 tokens, fewer than 8; encode"):
         case.ours.denoiser.predict(torch.zeros(1, 64, 4, 4), torch.tensor([0.5]), conditioning)
+
+
+@pytest.mark.parametrize(("trained", "loaded", "title"), [
+    ("qwen-image", "qwen-image-2.1", "Qwen-Image"), ("qwen-image-2.1", "qwen-image", "Qwen-Image 2.1"),
+])  # fmt: skip
+def test_a_lora_of_the_other_version_is_refused_where_their_widths_are_the_same_too(
+    tmp_path: Path, trained: str, loaded: str, title: str
+) -> None:
+    its, ours = (Case.of(name, tmp_path).ours.names for name in (trained, loaded))
+    assert its.weight_shapes["transformer_blocks.0.attn.to_q"] == ours.weight_shapes["transformer_blocks.0.attn.to_q"]
+    blocks = {path: shape for path, shape in its.weight_shapes.items() if path.startswith("transformer_blocks.")}
+    tensors = {}
+    for path, shape in blocks.items():
+        if len(shape) == 2:
+            stem = f"diffusion_model.{path}"
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = (
+                torch.ones(2, shape[1]), torch.ones(shape[0], 2)
+            )  # fmt: skip
+    file = save(tmp_path / "dog.safetensors", tensors)
+    assert load_lora(file, its).unknown == {}
+    with pytest.raises(
+        LoraError, match=rf"looks like a LoRA for {title}: .* are not in the loaded {loaded} model; load"
+    ):
+        load_lora(file, ours)
 
 
 def test_the_tower_of_8b_has_its_layers() -> None:

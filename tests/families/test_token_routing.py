@@ -28,21 +28,26 @@ BATCH = 3
 
 
 class _Hidden(TorchFunctionMode):
-    """Attention of tokens to each other does not see what is dropped while `is_on`."""
+    """Attention of tokens to each other does not see what is dropped while `is_on`.
 
-    def __init__(self, dropped: Tensor, tokens: int, before: Sequence[int]) -> None:
+    `before` counts the tokens before the picture's; None where it comes last, and parts of a sequence attend apart.
+    """
+
+    def __init__(self, dropped: Tensor, tokens: int, before: Sequence[int] | None) -> None:
         super().__init__()
         self.dropped, self.tokens, self.before, self.is_on, self.seen = dropped, tokens, before, False, 0
 
     def places(self, total: int) -> Tensor:
         """Bool (batch, total): the dropped tokens of a sequence."""
         found = torch.zeros(BATCH, total, dtype=torch.bool)
-        for row, (start, one) in enumerate(zip(self.before, self.dropped, strict=True)):
+        starts = [total - self.tokens] * BATCH if self.before is None else self.before
+        for row, (start, one) in enumerate(zip(starts, self.dropped, strict=True)):
             start = start if total > self.stream else 0
             found[row, start : start + self.tokens] = one
         return found
 
     stream = 0  # number of tokens of pictures
+    entered = 0  # number of tokens that the first routed block has
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         called = self._attention if func is F.scaled_dot_product_attention and self.is_on else func
@@ -51,7 +56,8 @@ class _Hidden(TorchFunctionMode):
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any
     ) -> Tensor:
-        if query.shape[2] == key.shape[2]:  # not attention to text alone
+        # Not attention to text alone.
+        if key.shape[2] == (query.shape[2] if self.before is not None else self.entered):
             self.seen += 1
             shown = ~self.places(key.shape[2])[:, None, None]
             attn_mask = shown if attn_mask is None else shown & attn_mask
@@ -68,7 +74,7 @@ def hidden(blocks: Sequence[nn.Module], route: Route, mode: _Hidden, *, sequence
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = batch_first(args[0] if args else kwargs["hidden_states"])
         before.append(states[mode.places(states.shape[1])])
-        mode.is_on = True
+        mode.is_on, mode.entered = True, states.shape[1]
 
     def leave(_module: nn.Module, _args: Any, result: Any) -> Any:
         mode.is_on = False
@@ -137,7 +143,7 @@ def test_kept_tokens_are_computed_without_the_others(case: Case, first: int, las
     blocks = [block for block, _ in routing.listed(model.denoiser.module)]
     text_first = model.family.name in TEXT_FIRST
     lengths = conditioning.lengths if model.family.name == "lumina2" else [conditioning.tensors["context"].shape[1]] * 3
-    mode = _Hidden(dropped, tokens, lengths if text_first else [0] * BATCH)
+    mode = _Hidden(dropped, tokens, None if routing.text == "all others" else lengths if text_first else [0] * BATCH)
     mode.stream = tokens + sum(torch.Size(routing.grid(one.shape[1:])).numel() for one in conditioning.controls)
 
     def predict() -> Tensor:

@@ -35,7 +35,7 @@ def _pipeline(parts: dict[str, Any]) -> dict[str, Any]:
 
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
-            self.model = model
+            self.model, self.config = model, model.config
             self.dtype, self.device = torch.float32, torch.device("cpu")
 
         def forward(self, **given: Any) -> Any:

@@ -326,6 +326,8 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
 
     def tokenizer(component: str, kind: EncoderKind, encoder: nn.Module) -> Any:
         found = getattr(pipeline, component.replace("text_encoder", "tokenizer"), None)
+        if found is None:
+            found = getattr(pipeline, "processor", None)
         found = getattr(found, "tokenizer", found)  # of a processor, which has one for pictures as well
         if found is None:
             raise ModelError(f"{title} must have the tokenizer of its {component} but has none; load it with all parts")

@@ -324,6 +324,8 @@ _FILES_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetens
 # A LoRA of a related model has many module names, and some shapes, in common with this one. Input and output
 # convolutions may differ between versions of one model, so that a few misfits are no proof.
 _MISFIT_LIMIT = 0.1
+# LoRAs for Flux.1 are of use on Chroma, which lacks a quarter of the modules.
+_ABSENT_LIMIT = 1 / 3
 
 
 def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -368,12 +370,26 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
             "load the model that it was trained on"
         )
     wrong = (StrangerReason.SHAPE, StrangerReason.INCOMPLETE)
-    misfits = [part.name for part in unapplied(state, names) if part.component == DENOISER and part.reason in wrong]
-    if len(misfits) > _MISFIT_LIMIT * sum(component_of(base) == DENOISER for base in groups):
+    left = [part for part in unapplied(state, names) if part.component == DENOISER]
+    misfits = [part.name for part in left if part.reason in wrong]
+    total = sum(component_of(base) == DENOISER for base in groups)
+    absent = [part.name for part in left if part.reason in (StrangerReason.MODULE, StrangerReason.NAME)]
+    if family and len(absent) > _ABSENT_LIMIT * total and _family_of_names(names) not in (None, family):
+        raise LoraError(
+            f"{path} {looks}: {len(absent)} of its {len(groups)} modules, such as {absent[0]}, are not in the loaded "
+            f"{names.family} model; load the model that it was trained on"
+        )
+    if len(misfits) > _MISFIT_LIMIT * total:
         raise LoraError(
             f"{path} {looks}: {len(misfits)} of its {len(groups)} modules, such as {misfits[0]}, have another shape "
             f"than in the loaded {names.family} model; load the model that it was trained on"
         )
+
+
+def _family_of_names(names: ModelNames) -> str | None:
+    """Display name of the family that a LoRA on all of a model would be recognised as."""
+    shapes = {path: names.weight_shapes.get(path, ()) for path in names.denoiser}
+    return guessed_family({f"{path}.lora_A.weight": (1, *shape[1:]) for path, shape in shapes.items()})
 
 
 # Rounded, they would change whole rows or columns of the base's weights.
