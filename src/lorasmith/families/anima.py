@@ -26,14 +26,15 @@ from lorasmith.families.files.original_weights import block_count
 from lorasmith.families.forms import Defaults, Diffusion, Routing
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import parse_weights, t5_tokenizer
-from lorasmith.families.parts.language_models import hidden_states, t5_tokens
+from lorasmith.families.parts.language_models import hidden_states, qwen3_paths, t5_tokens
 from lorasmith.families.slots import EncoderSlot, Encoding, HubFolder, Release, TextEncoders
-from lorasmith.formats.names import OriginalName, ProgramLimits
+from lorasmith.formats.names import EncoderNames, OriginalName, ProgramLimits
 from lorasmith.formats.spelling import DENOISER_START, Signature
 
 _ROWS = 512  # of conditioning, at least
 _NO_TOKEN = -1
 _END_OF_TEXT = "<|endoftext|>"
+_ENCODER_LAYERS = 28  # of Qwen3 0.6B
 
 # Of Cosmos-Predict2's released configurations, those of the one that Anima was trained from.
 _FIXED = {"rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None}
@@ -173,6 +174,16 @@ class Anima(Family):
         else:
             inside = _PARTS[part] if part in _PARTS else f"{_PARTS[attention]}.{_PARTS[layer]}"
         return OriginalName(f"blocks.{index}.{inside}")
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        """sd-scripts trains the encoder too."""
+        encoder: Any = text_encoders.get("text_encoder")
+        layers = range(_ENCODER_LAYERS) if encoder is None else encoder.layers
+        return {
+            "text_encoder": EncoderNames(
+                qwen3_paths(len(layers)), kohya=("lora_te_",), comfyui=("qwen3_06b",), comfyui_stem="model."
+            )
+        }
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         adapter: Any = denoiser.text_conditioner

@@ -284,7 +284,7 @@ class Family(ABC):
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         """Names of the text encoders in LoRA files, whether these are loaded or not, by component name.
 
-        None by default: nobody trains language models with a LoRA for pictures.
+        None by default: few trainers train language models with a LoRA for pictures.
         """
         return {}
 

@@ -74,6 +74,7 @@ class EncoderNames:
     comfyui: tuple[str, ...]  # ComfyUI's names of it (`clip_l`, `t5xxl`); the first is written, all are read
     # whether its class in transformers has no `text_model.` in its paths since version 5.6
     drops_text_model: bool = False
+    comfyui_stem: str = ""  # what ComfyUI's paths have in front of these
 
 
 @dataclass(frozen=True)

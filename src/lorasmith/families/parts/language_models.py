@@ -337,6 +337,13 @@ RELEASED_PATHS = tuple(
 )
 """Paths of the layers of T5-XXL that a LoRA can change."""
 
+
+def qwen3_paths(layers: int) -> tuple[str, ...]:
+    """Paths of the linear layers of a Qwen3 of so many layers."""
+    parts = (*(f"self_attn.{one}_proj" for one in "qkvo"), *(f"mlp.{one}_proj" for one in ("gate", "up", "down")))
+    return tuple(f"layers.{layer}.{part}" for layer in range(layers) for part in parts)
+
+
 T5_BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 """Name of a block's biases by relative position, which only the first block of T5 has."""
 

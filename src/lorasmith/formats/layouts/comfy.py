@@ -54,18 +54,23 @@ class _ComfyuiNames(Layout):
         places = {**other_places(names), **diffusers_places(names), **original_places(names)}
         bases = {prefix + path: parts for prefix in COMFYUI_PREFIXES for path, parts in places.items()}
         for component in names.text_encoders:
-            for kind in names.text_encoders[component].comfyui:
-                prefix = f"text_encoders.{kind}.transformer."
+            for prefix in _encoder_prefixes(component, names):
                 bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
         return bases
 
     def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
         if ref.component != DENOISER:
-            return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
+            return _encoder_prefixes(ref.component, names)[0] + ref.path
         return ".".join(names.pipeline_place(ref.path))
 
     def original_base(self, path: str) -> str:
         return COMFYUI_PREFIXES[0] + path
+
+
+def _encoder_prefixes(component: str, names: ModelNames) -> list[str]:
+    """What is in front of the paths of a text encoder; the first is written, all are read."""
+    own = names.text_encoders[component]
+    return [f"text_encoders.{kind}.transformer.{own.comfyui_stem}" for kind in own.comfyui]
 
 
 class ComfyLayout(_ComfyuiNames):
