@@ -56,7 +56,7 @@ def values(name: str) -> list[Any]:
     """Some that are not the default, falsy ones above all."""
     one = OPTIONS[name]
     if one.type is bool:
-        return [not one.default]
+        return [value for value in (True, False) if value is not one.default]
     if one.type is str:
         return [OTHERS[name]]
     return [value for value in {one.type(one.min), one.type(min(one.max, 1e6))} if value != one.default]

@@ -86,6 +86,8 @@ def test_a_graph_means_what_it_means_in_comfyui(asked: Callable[..., Asked]) -> 
     # What differs on purpose: the model's own objective and noise levels.
     assert config.objective == "native"
     assert config.timesteps is None
+    assert config.autotune is False, "a graph says how its steps are computed"
+    assert asked(autotune=True).config.autotune
 
 
 def test_what_other_programs_leave_out_is_left_to_the_report(train: Callable[..., Any], bench: Any) -> None:

@@ -113,6 +113,15 @@ def test_each_smaller_way_needs_less_memory_until_there_is_none(tiny: Model) -> 
     assert kept is None  # that share is set
 
 
+@pytest.mark.parametrize("settings", [{}, {"autotune": False}], ids=str)
+def test_a_way_that_was_measured_by_default_is_kept(tiny: Model, settings: dict[str, Any]) -> None:
+    config = resolved(**settings)
+    fresh = replace(way(tiny, "cpu", **settings), device=torch.device("cuda"), autotune=not settings)
+    state = replace(fresh, autotune=False, compile=True).to_state(config)
+    found = fresh.resumed(typed(json.loads(json.dumps(state)), WayState))
+    assert (found.compile, found.autotune) == (not settings, False)
+
+
 TUNED = {"activations": "lean", "products": "int8", "compile": False}
 
 
