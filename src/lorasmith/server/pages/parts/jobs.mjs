@@ -125,7 +125,9 @@ export function Queue({ except, empty = "" }) {
                 ? html`<a href=${job.about ? link("runs", job.about) : link("jobs", job.id)}>${titleOf(job)}</a>`
                 : html`<b>${titleOf(job)}</b>`
             }
-            <span class="faint">${workOf(job)} · ${moment(job.started ?? job.created)}${job.submitter ? ` · ${job.submitter}` : ""}</span>
+            <span class="faint">
+              ${[workOf(job), moment(job.started ?? job.created), job.submitter].filter(Boolean).join(" · ")}
+            </span>
             ${
               job.kind !== "train" &&
               job.state === "running" &&
