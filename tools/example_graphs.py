@@ -399,6 +399,20 @@ GRAPHS: dict[str, Graph] = {
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=28, cfg=5.5)},
         parts=_APART,
     ),
+    "ideogram4": _graph(
+        _loaders(
+            "ideogram4_fp8_scaled.safetensors",
+            ("qwen3vl_8b_fp8_scaled.safetensors",),
+            "ideogram4",
+            "flux2-vae.safetensors",
+        ),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=2.0),
+            **_ksampler("EmptyFlux2LatentImage", negative=["31", 0], model="40", steps=20, cfg=7.0),
+        },
+        parts=_APART,
+    ),
     "ernie_image": _graph(
         _loaders("ernie-image.safetensors", ("ministral-3-3b.safetensors",), "flux2", "flux2-vae.safetensors"),
         {**_EMPTY, **_ksampler("EmptyFlux2LatentImage", negative=["31", 0], steps=20, cfg=4.0)},

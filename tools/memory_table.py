@@ -113,6 +113,7 @@ ROWS = (
     Row("sd3", {"dual_attention_layers": ()}, _SD3_ENCODERS, variant="Stable Diffusion 3.5 large"),
     Row("lumina2", {}, ()),  # a header alone holds no vocabulary, without which Gemma 2 is not loaded
     Row("krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
+    Row("ideogram4", {}, (("Qwen3Model", _QWEN_8B),), prefix="model.language_model."),
     Row("ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
     Row("anima", {}, (("Qwen3Model", _QWEN_06B),)),
     Row("qwen-image", {}, (("Qwen2Model", _QWEN_25_7B),)),

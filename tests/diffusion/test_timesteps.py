@@ -111,6 +111,12 @@ def test_the_shift_by_size_is_diffusers() -> None:
             torch.testing.assert_close(found, sigmas, rtol=1e-5, atol=1e-6)
 
 
+def test_a_shift_may_be_a_power_of_the_size() -> None:
+    by_side = ResolutionShift(mu=(0.0, math.log(2)), patches=(32**2, 64**2), patch=1, is_power=True)
+    for height, width in [(32, 32), (64, 64), (32, 128), (16, 16), (128, 128)]:
+        assert by_side(height, width) == pytest.approx(math.sqrt(height * width) / 32, rel=1e-9)
+
+
 def test_a_number_fixes_the_shift_whatever_the_size() -> None:
     u = torch.linspace(0, 1, 11)
     fixed = quantile_map("shifted", 2.0, FLUX)

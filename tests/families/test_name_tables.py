@@ -307,6 +307,7 @@ RELEASED: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "ernie-image": ("ernie-image", {}, 409, "8.033490048"),  # its file has 14.96 GiB in bf16
     "qwen-image": ("qwen-image", {}, 1933, "20.430401088"),  # its folder's index says 40,860,802,176 bytes in bf16
     "qwen-image-2.1": ("qwen-image-2.1", {}, 297, "7.115124736"),  # its file has 14.2 GB in bf16
+    "ideogram4": ("ideogram4", {}, 458, "9.3"),  # 9.3 billion by its authors
     # lumina_2_model_bf16.safetensors is 5,219,585,680 bytes: these, an unused norm of 2304 numbers, 42 KB of header.
     "lumina2": ("lumina2", {"axes_lens": (1536, 512, 512)}, 399, "2.609769152"),
     "chroma": ("chroma", {}, 643, "8.899983424"),  # 8.9 billion by its authors

@@ -23,7 +23,7 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.families.conditionings import AT_ZERO, FIRST_FRAME, Conditioning
 from lorasmith.families.token_routing import Route, tokens_routed
 
-TEXT_FIRST = {"flux1", "flux2", "flux2-klein", "chroma", "krea2", "lumina2", "qwen-image"}
+TEXT_FIRST = {"flux1", "flux2", "flux2-klein", "chroma", "ideogram4", "krea2", "lumina2", "qwen-image"}
 BATCH = 3
 
 

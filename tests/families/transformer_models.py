@@ -12,6 +12,7 @@ from tiny_ernie_image import ERNIE_IMAGE
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_hunyuan_video15 import HUNYUAN_VIDEO15
+from tiny_ideogram4 import IDEOGRAM4
 from tiny_krea2 import KREA2
 from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
@@ -52,6 +53,7 @@ TINY: dict[str, TinyFamily] = {
     "flux2-klein": KLEIN,
     "flux2": DEV,
     "krea2": KREA2,
+    "ideogram4": IDEOGRAM4,
     "ernie-image": ERNIE_IMAGE,
     "anima": ANIMA,
     "sd3": SD3,

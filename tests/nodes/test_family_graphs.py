@@ -25,6 +25,7 @@ FAMILY = {
     "flux2_klein": "flux2-klein",
     "flux2_klein_pairs": "flux2-klein",
     "krea2": "krea2",
+    "ideogram4": "ideogram4",
     "ernie_image": "ernie-image",
     "anima": "anima",
     "sd35": "sd3",

@@ -16,6 +16,7 @@ _ROWS = {
     "Lumina 2": ("lumina2",),
     "Qwen-Image, 2512, Edit": ("qwen-image",),
     "Qwen-Image 2.1": ("qwen-image-2.1",),
+    "Ideogram 4": ("ideogram4",),
     "Krea 2": ("krea2",),
     "ERNIE-Image": ("ernie-image",),
     "Anima": ("anima",),

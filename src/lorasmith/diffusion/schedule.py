@@ -38,7 +38,7 @@ from lorasmith.core.registry import Registry
 
 @dataclass(frozen=True)
 class ResolutionShift:
-    """A shift by picture size: exp(mu), with mu linear in the number of patches of the latents.
+    """A shift by picture size: exp(mu), with mu linear in the number of patches of the latents, or in its logarithm.
 
     Larger pictures need more noise for the same uncertainty (Esser et al. 2024, section 5.3.2).
     """
@@ -46,14 +46,16 @@ class ResolutionShift:
     mu: tuple[float, float] = (0.5, 1.15)  # at each of `patches`
     patches: tuple[int, int] = (256, 4096)  # two numbers of patches
     patch: int = 2  # side of a patch in latents
+    is_power: bool = False  # whether mu is linear in the logarithm, the shift being a power of the number
 
     def __call__(self, height: int, width: int) -> float:
         """The shift for latents of a height and width."""
         return self.of_patches((height // self.patch) * (width // self.patch))
 
     def of_patches(self, count: float) -> float:
-        (low, high), (few, many) = self.mu, self.patches
-        return math.exp(low + (high - low) * (count - few) / (many - few))
+        low, high = self.mu
+        few, many, here = (math.log(one) if self.is_power else one for one in (*self.patches, count))
+        return math.exp(low + (high - low) * (here - few) / (many - few))
 
 
 EXPONENTIAL_STEPS = 10_000

@@ -15,6 +15,7 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     flux,
     flux2,
     hunyuan_video15,
+    ideogram4,
     krea2,
     lumina2,
     qwen_image,

@@ -393,7 +393,11 @@ def _built(
     kinds = {name: ENCODERS[slot.kind] for name, slot in family.text_encoders.items() if name in sources}
     encoders = {name: kind.build(sources[name]) for name, kind in kinds.items()}
     tokenizers = {name: tokenizer(name, kind, encoders[name]) for name, kind in kinds.items()}
-    vae = AUTOENCODERS[family.autoencoder.kind].build(sources["vae"]) if "vae" in sources else None
+    vae = None
+    if (source := sources.get("vae")) is not None:
+        if source.config is not None:
+            source = replace(source, settings=family.autoencoder.in_pipelines)
+        vae = AUTOENCODERS[family.autoencoder.kind].build(source)
     image_encoder = None
     if (slot := family.image_encoder) is not None and IMAGE_ENCODER in sources:
         image_encoder = ENCODERS[slot.kind].build(sources[IMAGE_ENCODER])

@@ -111,6 +111,8 @@ class AutoencoderSlot:
     # of its tensors' names in a full checkpoint; the first one found is used
     prefixes: tuple[str, ...] = ("first_stage_model.", "vae.")
     settings: Mapping[str, Any] = field(default_factory=dict)  # of its configuration that shapes leave open
+    # settings for its kind of what a diffusers pipeline of the family holds otherwise than files of the autoencoder
+    in_pipelines: Mapping[str, Any] = field(default_factory=dict)
     hub: HubFolder | None = None  # where that file is
 
     downscale: int = 8  # pixels per latent

@@ -77,6 +77,7 @@ _TITLES = {
     "qwen_image_edit_pairs": ("Qwen-Image-Edit, pairs", "Qwen-Image-Edit 2511" + _ON_PAIRS),
     "qwen_image21": ("Qwen-Image 2.1", "Qwen-Image 2.1" + _ON_A_FOLDER),
     "qwen_image21_pairs": ("Qwen-Image 2.1, pairs", "Qwen-Image 2.1" + _ON_PAIRS),
+    "ideogram4": ("Ideogram 4", "Ideogram 4" + _ON_A_FOLDER),
     "krea2": ("Krea 2", "Krea 2" + _ON_A_FOLDER),
     "anima": ("Anima", "Anima" + _ON_A_FOLDER),
     "wan": ("Wan 2.1", "Wan 2.1" + _ON_A_FOLDER),

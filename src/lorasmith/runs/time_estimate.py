@@ -66,6 +66,9 @@ STEP_WORK: Mapping[str, StepWork] = {
         family="Stable Diffusion 3.5", resolution=1024, weights=2243, gflop=24300, operations=7661, least_gib=2.6
     ),
     "z-image": StepWork(family="Z-Image", resolution=1024, weights=6155, gflop=109000, operations=7988, least_gib=4.2),
+    "ideogram-4": StepWork(
+        family="Ideogram 4", resolution=1024, weights=9279, gflop=175000, operations=9102, least_gib=6.3
+    ),
     "chroma1-hd": StepWork(
         family="Chroma", resolution=1024, weights=8900, gflop=136000, operations=11303, least_gib=5.0
     ),

@@ -26,6 +26,8 @@ def test_families() -> None:
         ("diffusion_model.transformer_blocks.0.img_mlp.net.2", 12288, "Qwen-Image"),
         ("diffusion_model.layers.0.attention.to_q", 3840, "Z-Image"),
         ("diffusion_model.layers.0.attention.qkv", 2304, "Lumina 2"),
+        ("diffusion_model.layers.0.attention.qkv", 4608, "Ideogram 4"),
+        ("lora_unet_layers_0_attention_o", 64, "Ideogram 4"),
         ("lora_unet_blocks_0_self_attn_q", 5120, "Wan"),
         ("transformer.blocks.0.attn1.to_q", 1536, "Wan"),
         ("transformer.layers.0.self_attention.to_q", 4096, "ERNIE-Image"),

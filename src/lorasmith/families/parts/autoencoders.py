@@ -116,6 +116,9 @@ FLUX_AUTOENCODER = AutoencoderSlot(
 )
 """Flux.1's autoencoder, which Chroma, Lumina 2 and Z-Image have too."""
 
+PLACES_FIRST = "places_first"
+"""Setting of Flux.2's autoencoder: whether its statistics have the places of a patch before the channels."""
+
 LATENT_MEANS = "bn.running_mean"
 """Tensor of autoencoders that normalise their latents by statistics of their own, as Flux.2's does."""
 
@@ -219,6 +222,9 @@ class Flux2Autoencoder(AutoencoderKind):
 
         plain = plain_weights(source.tensors)
         statistics = {name: tensor for name, tensor in plain.items() if name.startswith("bn.")}
+        if source.settings.get(PLACES_FIRST):
+            ordered = {name: one.reshape(_PATCH**2, -1).T.reshape(-1) for name, one in statistics.items() if one.ndim}
+            statistics |= ordered
         named = diffusers_vae({name: tensor for name, tensor in plain.items() if name not in statistics})
         config = source.config
         if config is None:
