@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.data.findings import CheckedImage, Finding, LookAlikes, TokenLimit, found_in, tags_of
+from lorasmith.data.findings import CaptionKeys, CheckedImage, Finding, LookAlikes, TokenLimit, found_in, tags_of
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.folder_listing import Reason
 from lorasmith.data.picture_quality import PictureQuality
@@ -33,10 +33,12 @@ def image(
     quality: PictureQuality = SHARP,
     has_empty_caption: bool = False,
     tokens: int | None = None,
+    json_fault: str = "",
 ) -> CheckedImage:
     caption = f"a dog that {name} shows" if caption is None else caption
     file = ImageFile(Path("/photos") / name, *size, caption, source)  # type: ignore[arg-type]
-    return CheckedImage(file, name, bucket, crop or (0, 0, *size), scale, bucket, quality, has_empty_caption, tokens)
+    crop, told = crop or (0, 0, *size), (has_empty_caption, tokens, json_fault)
+    return CheckedImage(file, name, bucket, crop, scale, bucket, quality, *told)
 
 
 def several(count: int, **settings) -> list[CheckedImage]:
@@ -167,6 +169,17 @@ def test_equal_captions_that_may_be_meant() -> None:
     assert found_in(short) == ()
     of_copies = [*several(3), *(image(f"{name}.png", caption="a dog on a red sofa") for name in "xy")]
     assert [one.kind for one in found_in(of_copies, alike=[LookAlikes(3, (4,))])] == ["look-alikes"]
+
+
+def test_broken_json() -> None:
+    keys = CaptionKeys("Ideogram 4", ("a", "b"))
+    images = [*several(2), image("x.png", json_fault="no b"), image("y.png", json_fault="'sks,' in front of it")]
+    finding = only(found_in(images, keys=keys))
+    assert (finding.kind, finding.images) == ("broken captions", (2, 3))
+    assert finding.sentence == (
+        "2 captions are no JSON object with a and b, as Ideogram 4 reads: x.png (no b), y.png ('sks,' in front of it); "
+        "mend them, with the trigger inside of a description"
+    )
 
 
 def test_long_captions() -> None:

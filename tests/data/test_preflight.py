@@ -16,7 +16,7 @@ from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.crops import framings
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.findings import TokenLimit
+from lorasmith.data.findings import CaptionKeys, TokenLimit
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import Bucket, Epoch, Preflight, name_in, preflight, usual_resolution
 
@@ -173,6 +173,22 @@ def test_captions(tmp_path: Path) -> None:
         ("empty captions", (1, 2)),
         ("long captions", (3,)),
     ]
+
+
+def test_captions_in_json_are_parsed_as_they_are_trained(tmp_path: Path) -> None:
+    captions = (
+        '{"a": "sks fox", "b": []}',
+        "a fox",
+        '{"a": "sks fox"}',
+        '{"a": "sks fox", "b": [}',
+        '{"a": "", "b": 1}',
+    )
+    for index, caption in enumerate(captions):
+        add(tmp_path / f"{index}.png", photo(index), caption)
+    keys = CaptionKeys("X", ("a", "b"))
+    faults = [one.json_fault for one in checked(tmp_path, config=DataConfig(trigger="sks"), keys=keys).images]
+    assert faults == ["", "", "no b", "Expecting value at letter 24", "'sks,' in front of it"]
+    assert not any(one.json_fault for one in checked(tmp_path).images), "where a model reads such alone"
 
 
 def test_skipped_files_are_named_with_their_reason(tmp_path: Path) -> None:

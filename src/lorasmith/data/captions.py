@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,6 +109,30 @@ def has_trigger(text: str, trigger: str) -> bool:
 
 def _words(trigger: str) -> str:
     return rf"(?<!\w){re.escape(trigger)}(?!\w)"
+
+
+def json_fault(text: str, keys: Sequence[str]) -> str:
+    """What keeps a caption that is meant as JSON from being an object with some keys; empty where nothing does, and for
+    plain text.
+
+    >>> json_fault('{"a": "a fox" "b": ""}', ["a"]), json_fault('{"a": "a fox"}', ["a", "b"])
+    ("Expecting ',' delimiter at letter 15", 'no b')
+    >>> json_fault('sks, {"a": "a fox"}', ["a"]), json_fault("a fox", ["a"])
+    ("'sks,' in front of it", '')
+    """
+    start = text.find('{"')
+    if start < 0:
+        return ""
+    if start:
+        return f"{text[:start].strip()!r} in front of it"
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"{error.msg} at letter {error.pos + 1}"
+    except RecursionError:
+        return "brackets that nest too deeply"
+    missing = [key for key in keys if key not in found]
+    return f"no {' and no '.join(missing)}" if missing else ""
 
 
 def with_class(caption: str, trigger: str, of_class: str) -> str:

@@ -43,6 +43,7 @@ FindingKind = Literal[
     "empty captions",
     "equal captions",
     "long captions",
+    "broken captions",
     "known trigger",
     "dropped captions",
     "shared tags",
@@ -73,6 +74,14 @@ class TokenLimit:
 
 
 @dataclass(frozen=True)
+class CaptionKeys:
+    """The keys of captions in JSON on which a model was trained."""
+
+    reader: str  # in messages
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PairRules:
     """What is expected of the controls of images."""
 
@@ -94,6 +103,7 @@ class CheckedImage:
     quality: PictureQuality
     has_empty_caption: bool = False  # its caption file is empty
     tokens: int | None = None  # of its caption, if a tokenizer was passed
+    json_fault: str = ""  # of its caption, if it is meant as JSON and keys were passed
 
     @property
     def kept(self) -> float:
@@ -160,6 +170,7 @@ def found_in(
     missing: Sequence[Path] = (),
     alike: Sequence[LookAlikes] = (),
     limit: TokenLimit | None = None,
+    keys: CaptionKeys | None = None,
     trigger: str = "",
     caption_dropout: float = 0.0,
     upscale: bool = True,
@@ -168,7 +179,8 @@ def found_in(
     """The findings about the images of a folder, the most serious kinds first.
 
     `skipped` has names and reasons, `missing` the images without a caption of their own; `limit` is given where tokens
-    were counted and the model has one, `controls` where images are checked as pairs.
+    were counted and the model has one, `keys` where captions may be JSON, `controls` where images are checked as
+    pairs.
     """
     return (
         *_unused(skipped),
@@ -178,6 +190,7 @@ def found_in(
         *_captions(images, missing, trigger),
         *_equal_captions(images, {index for group in alike for index in group.others}),
         *([] if limit is None else _long_captions(images, limit)),
+        *([] if keys is None else _broken_captions(images, keys)),
         *_known_trigger(one_line(trigger)),
         *_dropped_captions(trigger, caption_dropout),
         *_shared_tags(images, one_line(trigger)),
@@ -384,6 +397,14 @@ def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterato
         problem = f"{_count(found, 'caption has', 'captions have')} more than the {limit.longest} tokens {limit.rule}"
         remedy = f"shorten {_them(found)} to what is seen in the picture"
         yield _about(images, found, "long captions", problem, remedy, lambda image: f"{image.tokens:,} tokens")
+
+
+def _broken_captions(images: Sequence[CheckedImage], keys: CaptionKeys) -> Iterator[Finding]:
+    if found := _those(images, lambda image: bool(image.json_fault)):
+        named = " and ".join(keys.keys)
+        problem = f"{_count(found, 'caption is', 'captions are')} no JSON object with {named}, as {keys.reader} reads"
+        remedy = f"mend {_them(found)}, with the trigger inside of a description"
+        yield _about(images, found, "broken captions", problem, remedy, lambda image: image.json_fault)
 
 
 def _known_trigger(trigger: str) -> Iterator[Finding]:

@@ -13,12 +13,21 @@ from functools import partial
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.captions import CaptionRules, read_caption
+from lorasmith.data.captions import CaptionRules, json_fault, read_caption
 from lorasmith.data.clips import open_still
 from lorasmith.data.crops import Framing, framings_of, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import held_out_names
-from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, PairRules, TokenLimit, found_in
+from lorasmith.data.findings import (
+    CaptionKeys,
+    CheckedImage,
+    Finding,
+    FindingKind,
+    LookAlikes,
+    PairRules,
+    TokenLimit,
+    found_in,
+)
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.folder_listing import Reason
 from lorasmith.data.image_files import in_threads
@@ -98,6 +107,7 @@ def preflight(
     multiple: int,
     tokenize: Callable[[str], int] | None = None,
     limit: TokenLimit | None = None,
+    keys: CaptionKeys | None = None,
     form: ControlForm | None = None,
     batch: int = 1,
     validation_share: float | None = None,
@@ -106,9 +116,9 @@ def preflight(
     """Check a scanned folder.
 
     `resolution` is the model's, for a `config` without one; sides are multiples of at least `multiple`. `tokenize`
-    counts a caption's tokens. `form` is that of the model's controls. `validation_share` is held out as by `split`.
-    `progress` receives (images done, all images). ImageError if an image can no longer be read; DataError if the
-    resolution is below `multiple`.
+    counts a caption's tokens, `keys` are those of captions in JSON. `form` is that of the model's controls.
+    `validation_share` is held out as by `split`. `progress` receives (images done, all images). ImageError if an image
+    can no longer be read; DataError if the resolution is below `multiple`.
     """
     resolutions = config.all_resolutions(resolution)
     step = pixel_step(config, multiple)
@@ -120,8 +130,9 @@ def preflight(
         if progress:
             progress(len(qualities), len(scan.images))
     count = partial(_tokens, tokenize, config) if tokenize else None
+    fault = partial(_json_fault, keys, config) if keys else None
     images = tuple(
-        _checked(image, quality, folder, found, count)
+        _checked(image, quality, folder, found, count, fault)
         for image, quality, found in zip(scan.images, qualities, frames, strict=True)
     )
     alike = tuple(_compared(images, qualities))
@@ -143,6 +154,7 @@ def preflight(
             missing=scan.missing_captions,
             alike=alike,
             limit=limit,
+            keys=keys,
             trigger=config.trigger,
             caption_dropout=config.caption_dropout,
             upscale=config.upscale,
@@ -198,6 +210,7 @@ def _checked(
     folder: Path,
     frames: Sequence[Framing],
     count: Callable[[ImageFile], int] | None,
+    fault: Callable[[ImageFile], str] | None,
 ) -> CheckedImage:
     largest = max(frames, key=lambda one: one.scale)  # decides whether the picture is large enough
     return CheckedImage(
@@ -210,6 +223,7 @@ def _checked(
         quality,
         has_empty_caption=not image.captions and _has_caption_file(image.path),
         tokens=count(image) if count else None,
+        json_fault=fault(image) if fault else "",
     )
 
 
@@ -217,6 +231,13 @@ def _tokens(tokenize: Callable[[str], int], config: DataConfig, image: ImageFile
     """Tokens of an image's longest caption, prefix, trigger and suffix included."""
     rules = CaptionRules.of(config, is_class=image.is_class)
     return max(tokenize(rules.plain([caption])) for caption in image.captions or ("",))
+
+
+def _json_fault(keys: CaptionKeys, config: DataConfig, image: ImageFile) -> str:
+    """The first fault of an image's captions in JSON, as they are trained."""
+    rules = CaptionRules.of(config, is_class=image.is_class)
+    faults = (json_fault(rules.plain([caption]), keys.keys) for caption in image.captions)
+    return next(filter(None, faults), "")
 
 
 def _has_caption_file(image: Path) -> bool:

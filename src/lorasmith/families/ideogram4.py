@@ -48,6 +48,7 @@ class Ideogram4(Family):
     network = "lorasmith.families.parts.ideogram4_network.Ideogram4Transformer"
     text_width = "llm_features_dim"
     usual_tokens = 256  # captions are long
+    caption_keys = ("high_level_description", "compositional_deconstruction")
     diffusers_start = "layers.0.attention.to_q."
     modelspec_implementation = "https://github.com/ideogram-oss/ideogram4"
     kohya_name = "ideogram4"

@@ -19,7 +19,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import ClipForm, clip_form, open_still
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.findings import CheckedImage, Finding, FindingKind, TokenLimit, joined, tags_of
+from lorasmith.data.findings import CaptionKeys, CheckedImage, Finding, FindingKind, TokenLimit, joined, tags_of
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.image_files import ImageError
 from lorasmith.data.preflight import Preflight, name_in, preflight, usual_resolution
@@ -79,6 +79,7 @@ def check_scan(
 ) -> DataCheck:
     """Check a scanned folder, with usual sizes if there is no model; see `check_folder`."""
     tokenize, limit = token_counter(model) if model is not None else (None, None)
+    keys = () if model is None else model.family.caption_keys
     found = preflight(
         scan,
         config,
@@ -87,6 +88,7 @@ def check_scan(
         multiple=_MULTIPLE if model is None else model.defaults.pixel_multiple,
         tokenize=tokenize,
         limit=limit,
+        keys=CaptionKeys(model.family.title, keys) if model is not None and keys else None,
         form=None if model is None else model.control_form,
         batch=batch,
         validation_share=validation_share,
@@ -214,6 +216,7 @@ _KINDS: dict[FindingKind, tuple[str, str]] = {
     "empty captions": ("Empty captions", ""),
     "equal captions": ("Equal captions", ""),
     "long captions": ("Captions that are too long", ""),
+    "broken captions": ("Captions in JSON that are broken", ""),
     "known trigger": ("A trigger that the model knows", ""),
     "dropped captions": ("Captions that are dropped", ""),
     "shared tags": ("Tags and phrases that all share", ""),
@@ -285,6 +288,8 @@ def said_of(found: Preflight, index: int) -> tuple[list[str], list[str]]:
     remarks = [_REMARKS[kind] for kind in kinds if kind in _REMARKS]
     if "long captions" in kinds and found.limit is not None:
         remarks.append(f"{one.tokens:,} tokens of {found.limit.longest}")
+    if one.json_fault:
+        remarks.append(f"its JSON: {one.json_fault}")
     return [_mark(one, kind) for kind in kinds if _KINDS[kind][1]], remarks
 
 

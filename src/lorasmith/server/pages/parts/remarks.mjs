@@ -62,6 +62,7 @@ const WORDS = {
   "empty captions": [t`{number} with empty words`],
   "equal captions": [t`{number} with the same words`, () => t`Say in each what only that picture shows.`],
   "long captions": [t`{number} too long`],
+  "broken captions": [t`{number} with broken JSON`],
   "known trigger": [t`A known word`],
   "dropped captions": [t`Few words`],
   "shared tags": [t`Shared tags`],
