@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import DataError, ModelError, OptionError
-from lorasmith.data.captioners import CAPTIONERS, load_captioner
+from lorasmith.data.captioners import CAPTIONERS, caption_request, load_captioner
+from lorasmith.families.base import FAMILIES
 from tests.installed import install
 
 CPU = torch.device("cpu")
@@ -49,6 +50,16 @@ def test_a_folder_or_an_id_means_transformers(tmp_path: Path, monkeypatch: pytes
     folder.mkdir()
     model = wanted.format(folder=folder)
     assert load_captioner(model, CPU)(PICTURE) == f"{model.removeprefix('transformers:')} cpu (8, 8)"
+
+
+def test_a_family_says_how_a_captioner_is_asked_for_its_captions() -> None:
+    asked = caption_request("ideogram4")
+    assert all(f'"{key}"' in asked for key in FAMILIES["ideogram4"].caption_keys)
+    assert caption_request("Which colours?") == "Which colours?"
+    with pytest.raises(OptionError, match=r"Flux\.1 takes captions as plain text; leave the request out"):
+        caption_request("flux1")
+    with pytest.raises(OptionError, match="the captioner loud takes no request; leave it out, or use a chat model"):
+        load_captioner("loud", CPU, request="Which colours?")
 
 
 def test_what_cannot_be_loaded_is_a_sentence() -> None:

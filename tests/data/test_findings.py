@@ -178,7 +178,7 @@ def test_broken_json() -> None:
     assert (finding.kind, finding.images) == ("broken captions", (2, 3))
     assert finding.sentence == (
         "2 captions are no JSON object with a and b, as Ideogram 4 reads: x.png (no b), y.png ('sks,' in front of it); "
-        "mend them, with the trigger inside of a description"
+        "mend them, with nothing in front"
     )
 
 

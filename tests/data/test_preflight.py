@@ -187,7 +187,7 @@ def test_captions_in_json_are_parsed_as_they_are_trained(tmp_path: Path) -> None
         add(tmp_path / f"{index}.png", photo(index), caption)
     keys = CaptionKeys("X", ("a", "b"))
     faults = [one.json_fault for one in checked(tmp_path, config=DataConfig(trigger="sks"), keys=keys).images]
-    assert faults == ["", "", "no b", "Expecting value at letter 24", "'sks,' in front of it"]
+    assert faults == ["", "", "no b", "Expecting value at letter 24", ""]
     assert not any(one.json_fault for one in checked(tmp_path).images), "where a model reads such alone"
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.data import captioners
-from lorasmith.data.captioners import transformers_captioner
+from lorasmith.data.captioners import load_captioner, transformers_captioner
 from tests.covering import slow_except
 from tests.data.caption_models import ENDS, MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 
@@ -101,6 +101,18 @@ def test_kernels_that_a_configuration_names_are_not_fetched(model: Path, monkeyp
         part["attn_implementation"] = part["_attn_implementation"] = "somebody/kernel"
     (model / "config.json").write_text(json.dumps(config))
     assert transformers_captioner(str(model), CPU)(PICTURES[0])
+
+
+def test_chat_models_are_asked_for_what_is_requested(tmp_path: Path) -> None:
+    MODELS["llava"](tmp_path / "llava")
+    asked = load_captioner(str(tmp_path / "llava"), CPU, request="a dog")
+    said = [one._inputs(PICTURES[0])["input_ids"] for one in (asked, load_captioner(str(tmp_path / "llava"), CPU))]  # type: ignore[attr-defined]
+    decoder = asked._processor  # type: ignore[attr-defined]
+    assert "a dog" in decoder.batch_decode(said[0])[0] and "a dog" not in decoder.batch_decode(said[1])[0]
+    assert isinstance(asked(PICTURES[0]), str)
+    MODELS["blip"](tmp_path / "blip")
+    with pytest.raises(OptionError, match="takes no request; leave it out, or use a chat model with vision"):
+        load_captioner(str(tmp_path / "blip"), CPU, request="a dog")
 
 
 def test_a_model_that_is_not_there() -> None:

@@ -79,6 +79,13 @@ def caption(
             "brings.",
         ),
     ],
+    request: Annotated[
+        str,
+        typer.Option(
+            help="What a chat model with vision is asked instead of for a sentence, or the model family that was "
+            "trained on captions in JSON, such as ideogram4, for captions of its form."
+        ),
+    ] = "",
     trigger: Annotated[str, typer.Option(help="Phrase that is put in front of captions that lack it.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace captions that are there.")] = False,
     recursive: Annotated[bool, typer.Option("--recursive", help="Include all folders inside.")] = False,
@@ -95,7 +102,7 @@ def caption(
     captions the rest.
     """
     from lorasmith.core.placement import chosen_device
-    from lorasmith.data.captioners import load_captioner
+    from lorasmith.data.captioners import caption_request, load_captioner
     from lorasmith.runs.captioner_shelf import named_captioner
     from lorasmith.runs.captioning import caption_images, images_to_caption
 
@@ -108,7 +115,7 @@ def caption(
         print_result(lambda: _plain_captions(found, None))
         return
     with console.status(f"Loading {captioner}"):
-        load = load_captioner(captioner, place)
+        load = load_captioner(captioner, place, request=caption_request(request))
     with stoppable() as stop:
         with progress_shown("Captioning") as progress:
             done = caption_images(found.images, load, trigger=trigger, progress=progress, cancelled=stop.is_set)

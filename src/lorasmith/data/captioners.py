@@ -24,6 +24,7 @@ from lorasmith.core.extras import model_packages
 from lorasmith.core.pretrained import load_pretrained
 from lorasmith.core.registry import Registry
 from lorasmith.data.captions import one_line
+from lorasmith.families.base import FAMILIES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,10 +36,11 @@ TRANSFORMERS = "transformers"  # the captioner of Lorasmith's own
 CAPTIONERS: Registry[Callable[[str, torch.device], Captioner]] = Registry("captioner", ModelError, group="captioners")
 
 
-def load_captioner(wanted: str, device: torch.device) -> Captioner:
+def load_captioner(wanted: str, device: torch.device, *, request: str = "") -> Captioner:
     """A captioner by `NAME`, `NAME:ARGUMENT`, or the folder or hub id of a transformers model.
 
-    OptionError for an unknown name, ModelError if it cannot be loaded.
+    `request` is what a chat model is asked instead of for a sentence. OptionError for one of another model, or for an
+    unknown name, ModelError if the captioner cannot be loaded.
     """
     name, _, argument = wanted.partition(":")
     if name not in CAPTIONERS:
@@ -49,18 +51,34 @@ def load_captioner(wanted: str, device: torch.device) -> Captioner:
             )
         name, argument = TRANSFORMERS, wanted
     try:
-        return CAPTIONERS[name](argument, device)
+        made = CAPTIONERS[name](argument, device)
     except LorasmithError:
         raise
     except Exception as error:  # other people's code, which may raise anything
         raise ModelError(
             f"the captioner {name} cannot be loaded ({type(error).__name__}: {error}); check its package and its model"
         ) from error
+    if not request:
+        return made
+    if not isinstance(made, _Captioner) or not made.chats:
+        raise OptionError(f"the captioner {wanted} takes no request; leave it out, or use a chat model with vision")
+    return made.asked(request)
+
+
+def caption_request(wanted: str) -> str:
+    """What a captioner is asked: that of a family by its name, or `wanted` as it is. OptionError if it has none."""
+    if wanted not in FAMILIES:
+        return wanted
+    if not (asked := FAMILIES[wanted].caption_request):
+        raise OptionError(f"{FAMILIES[wanted].title} takes captions as plain text; leave the request out")
+    return asked
 
 
 REQUEST = "Describe this image in one sentence."  # prompt of chat models
 
 _MAX_NEW_TOKENS = 512  # some models repeat themselves without an end
+_MAX_ASKED_TOKENS = 2048  # for a request of somebody's own, such as JSON
+_FENCE = re.compile(r"```\w* (.*) ```")  # around code
 _TASK = "<DETAILED_CAPTION>"  # of Florence-2
 
 
@@ -91,10 +109,20 @@ def transformers_captioner(model: str, device: torch.device) -> Captioner:
 
 
 class _Captioner:
-    def __init__(self, network: Any, processor: Any, device: torch.device) -> None:
+    def __init__(self, network: Any, processor: Any, device: torch.device, request: str = "") -> None:
         self._network = network
         self._processor = processor
         self._device = device
+        self._request = request
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model is asked in words."""
+        return bool(getattr(self._processor, "chat_template", None))
+
+    def asked(self, request: str) -> _Captioner:
+        """The captioner of the same model with another request."""
+        return _Captioner(self._network, self._processor, self._device, request)
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> str:
@@ -104,22 +132,24 @@ class _Captioner:
             for name, one in self._inputs(image).items()
             if isinstance(one, torch.Tensor)
         }
-        made = network.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)[0]
+        most = _MAX_ASKED_TOKENS if self._request else _MAX_NEW_TOKENS
+        made = network.generate(**inputs, max_new_tokens=most, do_sample=False)[0]
         given = inputs.get("input_ids")
         # Decoders repeat their prompt.
         if given is not None and len(made) >= given.shape[1] and torch.equal(made[: given.shape[1]], given[0]):
             made = made[given.shape[1] :]
-        if len(made) >= _MAX_NEW_TOKENS:  # a caption is whole, or there is none
-            raise ValueError(f"its caption does not end within {_MAX_NEW_TOKENS} tokens")
+        if len(made) >= most:  # a caption is whole, or there is none
+            raise ValueError(f"its caption does not end within {most} tokens")
         decoder = processor.tokenizer if isinstance(processor, _ImageAndTokenizer) else processor
-        return one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
+        said = one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
+        return said if (code := _FENCE.fullmatch(said)) is None else code[1]
 
     def _inputs(self, image: Image.Image) -> Any:
         processor = self._processor
         if isinstance(processor, _ImageAndTokenizer):
             return processor.images(images=image, return_tensors="pt")
-        if getattr(processor, "chat_template", None):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": REQUEST}]
+        if self.chats:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": self._request or REQUEST}]
             return processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 add_generation_prompt=True,

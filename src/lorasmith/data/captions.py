@@ -37,6 +37,8 @@ MAX_CAPTION = 20_000  # characters of a caption: a text encoder reads at most so
 # It looks behind so that a run of blanks is tried at its start alone.
 _NUMBER_AT_END = re.compile(r"(?:^|(?<![ .#-])[ .#-]+)(?:[0-9]+|\([0-9]+\))$")
 
+_FIRST_TEXT = re.compile(r'\{ ?"[^"\\]*" ?: ?"')  # the start of an object up to its first value, a text
+
 V = TypeVar("V")
 _MOST_CHARACTERS = 20_000_000  # of all texts that `possible` returns
 _PUNCTUATION = ",.;:!?"  # suffixes that begin with it follow without a blank
@@ -157,10 +159,18 @@ def with_trigger(caption: str, trigger: str) -> str:
 
     >>> with_trigger("on a beach", "sks dog"), with_trigger("a SKS dog", "sks dog"), with_trigger("", "sks dog")
     ('sks dog, on a beach', 'a SKS dog', 'sks dog')
+
+    It is put in front of the first text of a caption in JSON:
+
+    >>> with_trigger('{"about": "on a beach", "parts": []}', "sks dog")
+    '{"about": "sks dog, on a beach", "parts": []}'
     """
     caption, trigger = one_line(caption), one_line(trigger)
     if not trigger or has_trigger(caption, trigger):
         return caption
+    if (first := _FIRST_TEXT.match(caption)) is not None:
+        inside, rest = json.dumps(trigger, ensure_ascii=False)[1:-1], caption[first.end() :]
+        return f"{first[0]}{inside}{'' if rest.startswith(chr(34)) else ', '}{rest}"
     return f"{trigger}, {caption}" if caption else trigger
 
 

@@ -403,7 +403,7 @@ def _broken_captions(images: Sequence[CheckedImage], keys: CaptionKeys) -> Itera
     if found := _those(images, lambda image: bool(image.json_fault)):
         named = " and ".join(keys.keys)
         problem = f"{_count(found, 'caption is', 'captions are')} no JSON object with {named}, as {keys.reader} reads"
-        remedy = f"mend {_them(found)}, with the trigger inside of a description"
+        remedy = f"mend {_them(found)}, with nothing in front"
         yield _about(images, found, "broken captions", problem, remedy, lambda image: image.json_fault)
 
 

@@ -74,7 +74,8 @@ class Family(ABC):
         network: class of the denoiser, in diffusers or by its full name.
         text_width: setting of the denoiser's configuration with the width of its text, if every encoder has this width.
         usual_tokens: of a prompt.
-        caption_keys: of captions in JSON, where it was trained on such.
+        caption_keys, caption_request: of captions in JSON, where it was trained on such, and how a captioner is asked
+            for them.
         draws_clips: whether that pipeline's results are clips, not pictures.
         denoiser_folder: subfolder of the denoiser there, and the prefix of its LoRA keys in PEFT's naming.
         denoiser_parts: further parts of that pipeline which our denoiser holds, as submodules of the same name.
@@ -119,6 +120,7 @@ class Family(ABC):
     text_width: str = ""
     usual_tokens: int = 64
     caption_keys: tuple[str, ...] = ()
+    caption_request: str = ""
     draws_clips: bool = False
     denoiser_folder: str = "transformer"
     denoiser_parts: tuple[str, ...] = ()

@@ -35,6 +35,15 @@ _TURN = "<|im_start|>"
 # this number is as wide.
 _SIDE_SHIFT = ResolutionShift(mu=(0.0, math.log(2)), patches=(32**2, 64**2), patch=1, is_power=True)
 
+_REQUEST = (
+    "Describe this picture as one JSON object in one line, without any other text: "
+    '{"high_level_description": "what it shows and in which medium, in a sentence", "compositional_deconstruction": '
+    '{"background": "surroundings, ground and light", "elements": [{"type": "obj", "desc": "a thing or person, with '
+    'its colours, shape and place"}, {"type": "text", "text": "letters as they are written", "desc": "how they '
+    'look and where they are"}]}}. One element for each thing and each piece of lettering that is seen, the main one '
+    "first; no text elements without lettering."
+)
+
 _ATTENTION = ("layers.*.attention.to_*",)
 _FUSED = ("to_q", "to_k", "to_v")
 
@@ -48,6 +57,7 @@ class Ideogram4(Family):
     network = "lorasmith.families.parts.ideogram4_network.Ideogram4Transformer"
     text_width = "llm_features_dim"
     usual_tokens = 256  # captions are long
+    caption_request = _REQUEST
     caption_keys = ("high_level_description", "compositional_deconstruction")
     diffusers_start = "layers.0.attention.to_q."
     modelspec_implementation = "https://github.com/ideogram-oss/ideogram4"
