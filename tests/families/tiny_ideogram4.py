@@ -132,7 +132,6 @@ IDEOGRAM4 = TinyFamily(
     dressed=_pipeline,
     unlearnt=0.5,  # 64 of 128 channels
     left_out={
-        "ComfyUI": "no numbers of ComfyUI are recorded for it",
         "guided picture": "its pipeline guides by a second network, which sees no text",
         "diffusers reads the file": "diffusers has no converter of the original names",
     },

@@ -15,6 +15,8 @@ changes these numbers and no computation:
 - Text encoders: Qwen3 is known by a width of 2560 or (Anima) 1024, Qwen2.5-VL by that of its keys, Qwen3-VL by its
   vision tower. Widths and layers of T5, CLIP-L, Qwen, vision towers and Ministral come from the file, the sizes of
   Qwen3's heads too.
+- Ideogram 4 has the released widths and numbers of heads in ComfyUI, and those of the file here. The last layer that
+  it reads has no norm here, as in the authors' code, and as in ComfyUI where the encoder's file has no tower.
 - ERNIE-Image has the released widths and numbers of heads and layers in ComfyUI, and those of the file here.
 - Anima's adapter is of one size in ComfyUI, and of the file's here; so are the widths of the modulation and the text.
 - Stable Diffusion 3 fills the states of its CLIPs up to T5's width of 4096, here to that of the file.
@@ -54,6 +56,7 @@ def taken_small() -> Iterator[None]:
 
     detect, load = comfy.model_detection.detect_unet_config, comfy.model_base.BaseModel.load_model_weights
     sdxl, z_image = comfy.supported_models.SDXL, comfy.supported_models.ZImage
+    ideogram = comfy.supported_models.Ideogram4
     adapter = comfy.ldm.anima.model.LLMAdapter
     adapter_sizes: dict[str, int] = {}
 
@@ -67,6 +70,8 @@ def taken_small() -> Iterator[None]:
             sdxl.unet_config = {name: config.get(name, value) for name, value in sdxl.unet_config.items()}
         if config.get("image_model") == "anima":
             adapter_sizes.update(_adapter(sizes))
+        if config.get("image_model") == "ideogram4":
+            ideogram.unet_extra_config = {name: config[name] for name in ideogram.unet_extra_config if name in config}
         if "z_image_modulation" in config:
             z_image.unet_config = {**z_image.unet_config, "dim": config["dim"]}
         return config
@@ -133,7 +138,7 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
                 small = _small_vision(qwen_vl.Qwen2VLVisionTransformer, shapes)
                 stack.enter_context(mock.patch.object(qwen_vl, "Qwen2VLVisionTransformer", small))
             elif head and start != "model.":
-                kind = "qwen3vl_4b"
+                kind = "qwen3vl_8b" if clip_type == "ideogram4" else "qwen3vl_4b"
             elif head:
                 kind = "qwen3_06b" if clip_type == "stable_diffusion" else "qwen3_4b"
             options[f"{'gemma2_2b' if is_gemma else kind}_model_config"] = _language_model(own, head or assumed)
@@ -141,14 +146,17 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
                 stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", _by_t5(comfy.sd.TEModel)))
                 options["_model_config"] = _t5(shapes)  # ByT5's settings are of an encoder without a name
             if kind != "ministral3_3b":
-                for config in (llama.Qwen3_06BConfig, llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
+                for config in (
+                    *(llama.Qwen3_06BConfig, llama.Qwen3_4BConfig, llama.Qwen3_8BConfig),
+                    *(qwen3vl.Qwen3VL_4BConfig, qwen3vl.Qwen3VL_8BConfig),
+                ):
                     stack.enter_context(mock.patch.object(config, "head_dim", head or config.head_dim))
-                if kind == "qwen3vl_4b":
+                if kind.startswith("qwen3vl"):
                     deep = {"deepstack_visual_indexes": [5, 11, 17]}
                     rows = {"num_position_embeddings": shapes["model.visual.pos_embed.weight"][0]}
                     stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION_COMMON, rows))
                     vision = {**_vision(shapes, "model.visual.", "linear_fc1"), **deep}
-                    stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": vision}))
+                    stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {kind: vision}))
                 found = getattr(comfy.sd.TEModel, kind.upper())
                 stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: found))
         clip = comfy.sd.load_clip(
@@ -157,6 +165,8 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     for module in clip.cond_stage_model.modules():  # the class' size is looked up again in the forward pass
         if head and hasattr(getattr(module, "config", None), "head_dim"):
             module.config.head_dim = head
+        if clip_type == "ideogram4" and hasattr(module, "embed_tokens"):
+            module.norm = None
     if clip_type == "sd3" and "t5xxl_model_config" in options:
         _narrowed(clip.cond_stage_model, options["t5xxl_model_config"]["d_model"])
     return clip
@@ -245,6 +255,14 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             "hidden_size": width, "num_attention_heads": width // head, "num_layers": _count(shapes, "layers."),
             "ffn_hidden_size": shapes["layers.0.mlp.gate_proj.weight"][0],
             "text_in_dim": shapes["text_proj.weight"][1], "rope_axes_dim": (head // 4, 3 * head // 8, 3 * head // 8),
+        }  # fmt: skip
+    if kind == "ideogram4":
+        width, head = shapes["input_proj.weight"][0], shapes["layers.0.attention.norm_q.weight"][0]
+        return {
+            "num_attention_heads": width // head, "attention_head_dim": head,
+            "intermediate_size": shapes["layers.0.feed_forward.w1.weight"][0],
+            "adaln_dim": shapes["adaln_proj.weight"][0], "llm_features_dim": shapes["llm_cond_proj.weight"][1],
+            "rope_theta": 5000000, "mrope_section": [part * head // 256 for part in (24, 20, 20)], "norm_eps": 1e-5,
         }  # fmt: skip
     if kind == "anima":
         head = shapes["blocks.0.self_attn.q_norm.weight"][0]
