@@ -73,8 +73,9 @@ class PreviewsNode:
             _OPTIONS["preview_every"],
             default=0,
             min=0,
-            tooltip="Steps of training between pictures; 0 is after 30, a tenth, a quarter, a half and three quarters "
-            "of the run. The model without the LoRA is drawn before the first step, and the finished LoRA always.",
+            tooltip="Steps of training between pictures; 0 is after 30, a twentieth, a quarter, a half and three "
+            "quarters of the run. The model without the LoRA is drawn before the first step, and the finished LoRA "
+            "always.",
         )
         samplers = comfy.samplers.KSampler
         return {

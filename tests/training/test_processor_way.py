@@ -50,7 +50,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, busy: list[float]) -> Iterator[None
     monkeypatch.setattr(ways, "multiplies", lambda dtype, device: True)
     monkeypatch.setattr(processor_way, "threads_are_set", lambda: False)
     monkeypatch.setattr(processor_way, "usable_processors", lambda: 4)
-    monkeypatch.setattr(processor_way, "busy_processors", lambda: busy[0])
+    monkeypatch.setattr(processor_way, "busy_processors", lambda: busy.pop(0) if len(busy) > 1 else busy[0])
     monkeypatch.setattr(processor_way, "_WORTH_STEPS", 100)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -130,6 +130,17 @@ def test_times_are_kept_and_named(choose: Choose, timer: Timer, kept: Path) -> N
 def test_where_nothing_is_measured(choose: Choose, timer: Timer, settings: dict[str, Any], dtype: str) -> None:
     job, threads = choose(**settings)
     assert (job.config.training_dtype, threads, timer.asked) == (dtype, 4, [])
+
+
+@pytest.mark.parametrize(
+    ("looks", "threads"), [([3.0, 0.1], 4), ([3.0, 2.0, 0.2], 4), ([3.0, 3.0, 1.0, 0.0], 3), ([0.1, 3.0], 4)]
+)
+def test_a_moment_of_other_programs_does_not_halve_the_threads_of_a_run(
+    choose: Choose, busy: list[float], looks: list[float], threads: int
+) -> None:
+    """The page, which is drawn when a run begins, is such a program."""
+    busy[:] = looks
+    assert choose(steps=99)[1] == threads
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

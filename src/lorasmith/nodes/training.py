@@ -132,8 +132,8 @@ SETTINGS = (
     ),
     _open(
         "preview_every",
-        tooltip="Steps between previews; 0 is after 30, a tenth, a quarter, a half and three quarters of the run. The "
-        "base model is drawn before the first step, and the finished LoRA always.",
+        tooltip="Steps between previews; 0 is after 30, a twentieth, a quarter, a half and three quarters of the run. "
+        "The base model is drawn before the first step, and the finished LoRA always.",
     ),
     _own("private"),
     _own("training_adapter", **_LORA_FILE),

@@ -37,6 +37,7 @@ _WORTH_STEPS = 100  # of a run from which formats are measured, as that takes up
 _TIMED = 2  # steps, after one that warms up
 _HOPELESS = 2.0  # times the best step, from which the first one of another way is enough
 _FREE_SHARE = 0.5  # of free memory that weights in fp32 may take
+_LOOKS = 3  # at a busy machine, the quietest of which counts for the whole run: a page that opens is soon done
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,16 @@ class Load:
 
     @classmethod
     def now(cls, *, always: bool = False) -> Load:
-        """Measured in a fifth of a second; not if the number of threads is given, unless `always`."""
+        """Measured in a fifth of a second, again if busy; not if the number of threads is given, unless `always`."""
         threads, is_set = torch.get_num_threads(), threads_are_set()
         if is_set or threads == 1:
             return cls(threads, busy_processors() if always else 0.0, is_set=True)
-        return cls(min(threads, usable_processors()), busy_processors(), is_set=False)
+        busy = busy_processors()
+        for _ in range(_LOOKS - 1):
+            if busy < BUSY:
+                break
+            busy = min(busy, busy_processors())
+        return cls(min(threads, usable_processors()), busy, is_set=False)
 
     @property
     def is_quiet(self) -> bool:

@@ -84,8 +84,8 @@ class PreviewSettings(Section, group="Validation and previews", changes_numbers=
         None,
         min=1,
         max=100_000,
-        help="Steps between previews. Default: after 30 steps, a tenth, a quarter, a half and three quarters of the "
-        "run. The base model is drawn before the first step, and the finished LoRA always.",
+        help="Steps between previews. Default: after 30 steps, a twentieth, a quarter, a half and three quarters of "
+        "the run. The base model is drawn before the first step, and the finished LoRA always.",
     )
     preview_strengths: str | None = option(
         None,

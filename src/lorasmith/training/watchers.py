@@ -32,7 +32,7 @@ from lorasmith.training.way import Way
 _VALIDATIONS = 10  # in a run, and previews by which it is stopped
 
 _FIRST_PREVIEW = 30  # steps: half a minute, where one takes a second
-_PREVIEWS = (0.1, 0.25, 0.5, 0.75)  # shares of a run
+_PREVIEWS = (0.05, 0.25, 0.5, 0.75)  # shares of a run
 
 
 def preview_steps(config: TrainConfig) -> Sequence[int]:
