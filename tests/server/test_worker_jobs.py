@@ -128,6 +128,8 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker, mo
     assert "cancelled after 1 step" in worker.refused("train", TRAINING, state="cancelled")
     assert worker.run_id == "runs/lora-001"
     assert worker.views()[0]["preparation"][0].startswith("6 photos found; captions: ")
+    said = worker.views()[-1]["preparation"]
+    assert any(line.endswith(" planned") for line in said) and not any("parameters" in line for line in said)
     loaded = worker.kinds["train"].model._kept
     worker.cancel_if = lambda head: False
     found = worker.run("train", TRAINING)  # the folder is found by the run's fingerprint

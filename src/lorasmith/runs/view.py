@@ -501,7 +501,7 @@ def _preparation(event: Event) -> str | None:
         case ModelLoading():
             return f"Loading {event.model}…"
         case RunPlanned():
-            return event.plan.trained
+            return f"{count_text(event.plan.config.steps, 'step')} planned"
         case ImageEncoded():
             earlier = f", {event.cached:,} of them earlier" if event.cached else ""
             return f"Photos prepared: {event.done:,} of {event.total:,}{earlier}"

@@ -20,7 +20,7 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.runs.captioner_shelf import CAPTIONER_RELEASES
 from lorasmith.runs.evaluate import plain_sentence
 from lorasmith.runs.presets import PRESETS, setting_groups
-from lorasmith.runs.run_plan import ClassImageDrawn, ImageEncoded, ImagesFound, ModelLoading
+from lorasmith.runs.run_plan import ClassImageDrawn, ImageEncoded, ImagesFound, ModelLoading, RunPlanned
 from lorasmith.runs.view import _preparation
 from lorasmith.server.api_routes import setting_answer
 from lorasmith.server.runs.run_answers import _plain_end
@@ -132,6 +132,7 @@ def sentences() -> set[str]:
             for some in (images, images[::-1], images[:1], [])
         ),
         ModelLoading(model="lorasmith-tiny"),
+        *(RunPlanned(plan=cast("Any", SimpleNamespace(config=SimpleNamespace(steps=steps)))) for steps in (1, 150)),
         *(ImageEncoded(done=1, total=4, cached=cached) for cached in (0, 2)),
         CaptionEncoded(done=1, total=4),
         ClassImageDrawn(done=1, total=4),

@@ -8,6 +8,7 @@ from pathlib import Path
 import lorasmith
 
 PAGES = Path(lorasmith.__file__).parent / "server" / "pages"
+TOOLS = Path(__file__).parents[3] / "tools" / "pages"
 LONGEST = 120
 MODULES = sorted(path for path in PAGES.rglob("*.*") if path.suffix in (".mjs", ".css") and "vendor" not in path.parts)
 
@@ -34,3 +35,26 @@ def test_no_letter_of_a_font_is_an_icon() -> None:
 
 ICONLESS = re.compile(r"[\x00-\xff\u2010-\u2027\u2212]")
 """Letters of Latin-1, dashes, quotes and the ellipsis, and minus, which the page's own typefaces have."""
+
+
+def test_nothing_is_left_that_no_module_uses() -> None:
+    """What is exported is imported by its name, and a class that is styled is written by a module."""
+    texts = {path: path.read_text(encoding="utf-8") for path in MODULES if path.suffix == ".mjs"}
+    tools = "".join(path.read_text(encoding="utf-8") for path in TOOLS.glob("*.mjs"))
+    found = []
+    for path, text in texts.items():
+        others = "".join(one for other, one in texts.items() if other != path) + tools
+        exported = re.findall(r"^export (?:async )?(?:function|const|let|class) (\w+)", text, flags=re.MULTILINE)
+        found += [f"{path.name}: {name}" for name in exported if not re.search(rf"\b{name}\b", others)]
+    written = "".join([*texts.values(), (PAGES / "index.html").read_text(encoding="utf-8")])
+    for path in MODULES:
+        if path.suffix == ".css":
+            rules = re.sub(r"/\*.*?\*/|\{[^{}]*\}", "{}", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+            names = {name for name in re.findall(r"\.([a-z][\w-]*)", rules) if not MADE.fullmatch(name)}
+            used = {name for name in names if re.search(rf"(?<![\w-]){name}(?![\w-])", written)}
+            found += [f"{path.name}: .{name}" for name in names - used]
+    assert not found
+
+
+MADE = re.compile(r"u-.*|line-\d|(top|bottom)-(left|right)")
+"""Classes that uPlot writes, or that a module puts together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,49 @@ VIEWS = {
     "sweep": ("#/sweeps/fox-sweep-001", "table.sweep td"),
     "compare": ("#/compare/runs%2Ffox-001/runs%2Ffox-002", ".easel img"),
 }
+
+FOR_ENGINEERS = re.compile(
+    r"\b(parameters?|[KMGT]iB|(?:fp|bf|float|int)\d+|nf4|dtypes?|quantiz\w+|VRAM|CUDA|NaN|undefined)\b",
+    re.IGNORECASE,
+)
+
+
+def test_views_say_nothing_that_only_engineers_act_on(served: ServedPage, open_page: Callable[..., Any]) -> None:
+    """As they open: what is folded and in drawers is not seen."""
+    served.add_dataset()
+    for number in (1, 2, 4):
+        served.add_run(f"runs/fox-00{number}")
+    request = {**TRAINING, "output": "runs/fox-sweep-001/rank-8"}
+    served.do(lambda: served.context.store.add("train", request, sweep="fox-sweep-001", varied={"rank": 8}))
+    page = open_page()
+    for name, (view, ready) in VIEWS.items():
+        page.goto(served.address + view)
+        page.wait_for_selector(ready)
+        if name == "settings":
+            page.get_by_text("What will happen, in numbers").wait_for()
+        if name == "model":
+            page.get_by_text("Too large for this machine").wait_for()
+        assert len(text := page.locator("body").inner_text()) > 50
+        assert not FOR_ENGINEERS.findall(text), name
+        if name == "run":
+            page.get_by_role("button", name="Keep this one").click()
+            page.get_by_role("link", name="Download the file").wait_for()
+            assert not FOR_ENGINEERS.findall(page.locator("dialog").inner_text())
+            page.keyboard.press("Escape")
+
+
+def test_few_loras_fill_a_wide_wall(served: ServedPage, open_page: Callable[..., Any]) -> None:
+    """Until there are four, side by side; then the first one is as large as four others."""
+    page = open_page()
+    page.set_viewport_size({"width": 2560, "height": 1440})
+    for number in range(1, 5):
+        served.add_run(f"runs/fox-00{number}")
+        page.reload()
+        page.wait_for_selector(f".covers > li:nth-child({number + 1})")
+        boxes = [one.bounding_box() for one in page.locator(".covers > li").all()]
+        seen = sum(box["width"] * max(0, min(1440, box["y"] + box["height"]) - box["y"]) for box in boxes)
+        assert seen > 0.5 * 2560 * 1440, f"{number}: {boxes}"
+        assert max(box["width"] for box in boxes) > (1200 if number != 2 else 800)
 
 
 @pytest.mark.slow

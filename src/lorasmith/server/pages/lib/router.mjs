@@ -14,7 +14,7 @@ export function replace(...parts) {
 }
 
 /** The parts of the current address; the first names the view. */
-export function route() {
+function route() {
   return location.hash
     .replace(/^#\/?/, "")
     .split("/")

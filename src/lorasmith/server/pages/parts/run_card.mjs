@@ -7,6 +7,7 @@ import { stateWords, whole } from "../lib/words.mjs";
 import { Star } from "./marks.mjs";
 
 const TILE_PX = 480;
+const LARGE_PX = 1024; // of few
 const ENDED = ["finished", "stopped", "cancelled", "completed"]; // of which nothing is to be said
 const BUILT_IN = "lorasmith-tiny";
 
@@ -24,11 +25,15 @@ const modelWords = (model) => (model === BUILT_IN ? t`built-in model` : model);
  *
  * @param {Props<{ run: Api.RunRow, state: string }>} props
  */
-export function Cover({ run, state, onChange }) {
+export function Cover({ run, state, isLarge = false, onChange }) {
   const what = run.teaches === "style" || run.teaches === "slider" ? run.teaches : run.subject || run.teaches;
   return html`<li class=${run.starred ? "starred" : ""}>
     <a class="cover" href=${link("runs", run.id)}>
-      ${run.cover && html`<img src=${fileOfRun(run.id, run.cover, TILE_PX)} alt="" loading="lazy" decoding="async" />`}
+      ${
+        run.cover &&
+        html`<img src=${fileOfRun(run.id, run.cover, isLarge ? LARGE_PX : TILE_PX)} alt="" loading="lazy"
+          decoding="async" />`
+      }
       ${!ENDED.includes(state) && html`<span class="badge">${stateWords(state)[0]}</span>`}
       <span class="cover-words">
         <b>${shortName(run)}</b><span>${[what, modelWords(run.model)].filter(Boolean).join(" · ")}</span>

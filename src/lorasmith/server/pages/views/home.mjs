@@ -21,7 +21,7 @@ const FIRST = 60; // runs of the first answer; the others follow
 const LARGE_PX = 1024;
 const STRIP = 5; // earlier pictures below the newest
 const STRIP_PX = 128;
-const FEW = 6; // runs below which covers are larger
+const FEW = 6; // runs below which they fill the window, the first one largest
 const SEARCHED = 8; // runs from which on they are searched
 const EXAMPLE = "fox";
 const AGAIN_MS = 1000;
@@ -82,6 +82,9 @@ function Wall({ runs, jobs, trains, live, reload }) {
     ...(kinds.length > 1 ? kinds.map((one) => [one, KINDS[one]]) : []),
     ...(runs.some((run) => run.starred) ? [["starred", t`Starred`]] : []),
   ];
+  const isFew = shown.length > 0 && runs.length < FEW;
+  const cover = (run) => html`<${Cover} key=${run.id} run=${run} state=${jobs.get(run.id)?.state ?? run.state}
+      isLarge=${isFew} onChange=${reload} />`;
   return html`
     <h1 class="unseen">My LoRAs</h1>
     <div class="wall-head">
@@ -109,16 +112,14 @@ function Wall({ runs, jobs, trains, live, reload }) {
         <${OpenDrawer} onClick=${() => setOpen(true)} />
       </div>
     </div>
-    <ul class=${`covers ${runs.length < FEW ? "few" : ""}`}>
+    <ul class=${`covers ${isFew ? "few" : ""}`}>
       ${
-        (trains || live) &&
-        html`<${Learning} key="learning" job=${trains} run=${runs.find((run) => run.id === large)} />`
+        trains || live
+          ? html`<${Learning} key="learning" job=${trains} run=${runs.find((run) => run.id === large)} />`
+          : isFew && cover(shown[0])
       }
       <li key="new"><${NewTile} /></li>
-      ${shown.map(
-        (run) => html`<${Cover} key=${run.id} run=${run} state=${jobs.get(run.id)?.state ?? run.state}
-          onChange=${reload} />`,
-      )}
+      ${shown.slice(isFew && !(trains || live) ? 1 : 0).map(cover)}
     </ul>
     ${!shown.length && (kind || words) && html`<p class="faint">None of these.</p>`}
     ${isOpen && html`<${WallDrawer} onClose=${() => setOpen(false)} />`}
