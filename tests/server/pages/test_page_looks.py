@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorasmith.training.events import Outcome
-from tests.server.pages.conftest import assert_legible
+from tests.server.pages.conftest import assert_legible, until
 from tests.server.pages.served_page import TRAINING, ServedPage
 
 VIEWS = {
@@ -56,6 +56,16 @@ def test_views_say_nothing_that_only_engineers_act_on(served: ServedPage, open_p
             page.get_by_role("link", name="Download the file").wait_for()
             assert not FOR_ENGINEERS.findall(page.locator("dialog").inner_text())
             page.keyboard.press("Escape")
+
+
+def test_photos_fill_a_window_that_becomes_larger(served: ServedPage, open_page: Callable[..., Any]) -> None:
+    served.add_dataset()
+    page = open_page("#/new/fox/photos")
+    tile = page.locator(".tile").first
+    tile.wait_for()
+    before = tile.bounding_box()["height"]
+    page.set_viewport_size({"width": 2560, "height": 1440})
+    until(lambda: tile.bounding_box()["height"] > 1.3 * before)
 
 
 def test_few_loras_fill_a_wide_wall(served: ServedPage, open_page: Callable[..., Any]) -> None:

@@ -72,6 +72,12 @@ export function PhotosView({ dataset, edited }) {
 
   const captioned = images.filter((one) => captions.captionOf(one).trim()).length;
   const total = images.length + onTheWay.filter((one) => !one.isBefore).length;
+  const [, setWindow] = useState(""); // turned phones and other windows have another usual size
+  useEffect(() => {
+    const resized = () => setWindow(`${innerWidth} ${innerHeight}`);
+    addEventListener("resize", resized);
+    return () => removeEventListener("resize", resized);
+  }, []);
   const size = own || usualSize(total);
   const remarks = remarksOf({
     check: check.check,
