@@ -37,6 +37,7 @@ FOR_ENGINEERS = re.compile(
 def test_views_say_nothing_that_only_engineers_act_on(served: ServedPage, open_page: Callable[..., Any]) -> None:
     """As they open: what is folded and in drawers is not seen."""
     served.add_dataset()
+    served.trains_four_fifths()
     for number in (1, 2, 4):
         served.add_run(f"runs/fox-00{number}")
     request = {**TRAINING, "output": "runs/fox-sweep-001/rank-8"}
