@@ -81,10 +81,12 @@ collected: .venv/installed-dev
 	$(BIN)/python src/lorasmith/cli/torch_builds.py --save-download
 
 .venv/installed: $(wildcard pyproject.toml lorasmith-*/pyproject.toml) | .venv/bin/python
+	@echo "Installing torch and other packages: up to 4 GB to download, and minutes without output."
 	$(PIP) --editable ".[models,heic,likeness]" $(COMPANIONS:%=--editable ./%)
 	touch $@
 
 .venv/installed-dev: $(wildcard pyproject.toml lorasmith-*/pyproject.toml) | .venv/bin/python
+	@echo "Installing torch and other packages: up to 4 GB to download, and minutes without output."
 	$(PIP) --editable ".[dev]" $(COMPANIONS:%=--editable ./%)
 	touch $@
 
