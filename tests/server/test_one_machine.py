@@ -14,6 +14,8 @@ ONLY_WHERE_ASKED = (
     "boto3",
     "lorasmith.server.draining",
     "lorasmith.server.notices",
+    "lorasmith.runs.ray_cluster",
+    "lorasmith.runs.ray_bridge",
 )
 
 SERVED = f"""

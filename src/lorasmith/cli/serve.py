@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -39,6 +40,15 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Further name by which browsers reach it, as that of a proxy. Repeatable."),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ray://HOST:PORT",
+            envvar="RAY_ADDRESS",
+            help="Train on the GPUs of a Ray cluster in place of this machine's. The base folder is one that all its "
+            "machines share. ?cpus=N trains on N cores each, ?workers=M sets the number of workers.",
+        ),
     ] = None,
     new_token: Annotated[
         str | None,
@@ -124,6 +134,11 @@ def serve(
     access_of(config)
     if notify or notify_host:
         _check_notices(config)
+
+    if workers:
+        from lorasmith.runs.ray_cluster import bridge_command, devices_on
+
+        config = replace(config, devices=devices_on(workers, config.base), worker_command=bridge_command(workers))
 
     def started(address: str) -> None:
         def say() -> None:
