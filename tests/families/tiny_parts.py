@@ -90,6 +90,7 @@ class TinyFamily:
         reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
         unreached: patterns of modules whose output is not part of any prediction, so that they have no gradient.
         unlearnt: part of the noise that a network which is narrower than its latents cannot predict.
+        learnt_with: settings of the training in which pictures are learnt, where small ones get hardly any noise.
         has_released_widths: whether diffusers reads LoRAs under original names at the released widths alone.
         left_out: tests that do not apply → the reason.
         is_slow: whether its tests with the mark `slow_by_family` are slow: those in which it brings nothing new.
@@ -113,6 +114,7 @@ class TinyFamily:
     reads_weights: bool = False
     unreached: tuple[str, ...] = ()
     unlearnt: float = 0.0
+    learnt_with: Mapping[str, Any] = field(default_factory=dict)
     has_released_widths: bool = False
     left_out: Mapping[str, str] = field(default_factory=dict)
     is_slow: bool = False

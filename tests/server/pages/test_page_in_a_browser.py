@@ -651,7 +651,7 @@ def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_
     expected(row.get_by_role("button", name="Continue")).to_have_count(1)
     served.add_dataset()
     page.goto(served.address + "#/new/fox/photos")
-    page.get_by_text("a fox").first.wait_for()
+    page.locator(".tile").first.wait_for()
     offer = page.get_by_role("group", name="Interrupted training")
     expected(offer).to_have_count(0)  # pictures come first
     page.set_viewport_size({"width": 390, "height": 844})
