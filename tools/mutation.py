@@ -199,7 +199,7 @@ MUTATIONS = (
     Mutation("if head > MOST_JSON_BYTES or body > MOST_BODY_BYTES:", " or body > MOST_BODY_BYTES", ""),
     # server
     Mutation(
-        'if access.token is not None and "token" in request.query and not response.prepared:',
+        'if caller is not None and caller.cookie and "token" in request.query and not response.prepared:',
         '"token" in request.query',
         '"token" not in request.query',
     ),

@@ -324,8 +324,8 @@ _FILES_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetens
 # A LoRA of a related model has many module names, and some shapes, in common with this one. Input and output
 # convolutions may differ between versions of one model, so that a few misfits are no proof.
 _MISFIT_LIMIT = 0.1
-# LoRAs for Flux.1 are of use on Chroma, which lacks a quarter of the modules.
-_ABSENT_LIMIT = 1 / 3
+# LoRAs for Flux.1 are of use on Chroma, which lacks a quarter of the modules. Names of a few modules are no proof.
+_ABSENT_LIMIT, _ABSENT_LEAST = 1 / 3, 4
 
 
 def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -374,7 +374,8 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
     misfits = [part.name for part in left if part.reason in wrong]
     total = sum(component_of(base) == DENOISER for base in groups)
     absent = [part.name for part in left if part.reason in (StrangerReason.MODULE, StrangerReason.NAME)]
-    if family and len(absent) > _ABSENT_LIMIT * total and _family_of_names(names) not in (None, family):
+    is_other = len(absent) >= _ABSENT_LEAST and len(absent) > _ABSENT_LIMIT * total
+    if family and is_other and _family_of_names(names) not in (None, family):
         raise LoraError(
             f"{path} {looks}: {len(absent)} of its {len(groups)} modules, such as {absent[0]}, are not in the loaded "
             f"{names.family} model; load the model that it was trained on"
