@@ -92,7 +92,7 @@ def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset, 
 @pytest.mark.slow
 def test_four_pictures_are_learnt(case: Case, four: EncodedDataset) -> None:
     given = {"steps": 400, "batch_size": 4, "algorithm": "Full", "learning_rate": 3e-3, "targets": "all-linear"}
-    result = run(case.ours, four, **given, **case.tiny.learnt_with)
+    result = run(case.ours, four, **given | case.tiny.learnt_with)
     assert np.mean(result.losses[-20:]) - case.tiny.unlearnt < 0.1 * np.mean(result.losses[:5])
 
 

@@ -112,7 +112,7 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 IDEOGRAM4 = TinyFamily(
     "ideogram4",
-    "ideogram4_bf16.safetensors",
+    "ideogram4_fp8_scaled.safetensors",
     {
         "num_layers": 2,
         "attention_head_dim": 32,
@@ -131,7 +131,8 @@ IDEOGRAM4 = TinyFamily(
     drawn=_drawn,
     dressed=_pipeline,
     unlearnt=0.5,  # 64 of 128 channels
-    learnt_with={"timesteps": "uniform"},  # shifted by the side, 32 px have a sixteenth of the noise of 512 px
+    # Shifted by the side, 32 px have a sixteenth of the noise of 512 px.
+    learnt_with={"timesteps": "uniform", "steps": 1200},
     left_out={
         "guided picture": "its pipeline guides by a second network, which sees no text",
         "diffusers reads the file": "diffusers has no converter of the original names",
