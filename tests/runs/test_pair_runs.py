@@ -83,8 +83,9 @@ def test_the_runs_of_a_sweep_have_controls(pairs: Path) -> None:
 
 
 def test_a_missing_control_ends_the_plan_before_anything_is_encoded(
-    klein: dict[str, Path], pairs: Path, tmp_path: Path
+    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # its run is in ./runs
     few = tmp_path / "few"
     few.mkdir()
     (few / "a.png").write_bytes((pairs / "before" / "a.png").read_bytes())
