@@ -17,7 +17,7 @@ from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.core.files import locked
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import one_line_of, printable
 from lorasmith.runs.child_process import BlockingChannel, Message, channel_of_child
 from lorasmith.runs.ray_cluster import RayPlaces, connected, version_fault, versions
 
@@ -260,7 +260,7 @@ def main() -> None:
         _say(str(error))
         code = 1
     except Exception as error:  # Ray's, when a machine or the head is lost
-        _say(f"the machine of the worker was lost ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+        _say(f"the machine of the worker was lost ({type(error).__name__}: {one_line_of(error)[:300]})")
         code = 1
     os._exit(code)
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import ensure_folder, locked
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import one_line_of, printable
 
 _CHECK_S = 120.0
 _CONNECT_S = 10.0
@@ -46,7 +46,7 @@ class RayPlaces:
         """Raises OptionError."""
         plain, _, query = text.partition("?")
         try:
-            parts = urlsplit(plain if "://" in plain else f"ray://{plain}")
+            parts = _address_parts(plain)
             values = {name: int(value) for name, (value,) in parse_qs(query, strict_parsing=bool(query)).items()}
             fits = parts.scheme == "ray" and bool(parts.hostname) and not parts.path and parts.username is None
             if not fits or (plain != "auto" and parts.port is None):
@@ -64,6 +64,10 @@ class RayPlaces:
     def resources(self) -> dict[str, float]:
         """What Ray reserves for a worker."""
         return {"num_cpus": self.cpus, "num_gpus": 0} if self.cpus else {"num_cpus": 0, "num_gpus": 1}
+
+
+def _address_parts(address: str) -> SplitResult:
+    return urlsplit(address if "://" in address else f"ray://{address}")
 
 
 def bridge_command(text: str) -> tuple[str, ...]:
@@ -98,7 +102,7 @@ def connected(places: RayPlaces) -> Any:
             'workers on a Ray cluster need the package ray; install it with pip install "ray[client]"'
         ) from error
     if places.address != "auto":
-        parts = urlsplit(places.address if "://" in places.address else f"ray://{places.address}")
+        parts = _address_parts(places.address)
         try:  # Ray itself would wait for minutes
             socket.create_connection((str(parts.hostname), parts.port or 0), timeout=_CONNECT_S).close()
         except OSError as error:
@@ -108,7 +112,7 @@ def connected(places: RayPlaces) -> Any:
     try:
         ray.init(address=places.address, log_to_driver=False, logging_level="ERROR", namespace="lorasmith")
     except Exception as error:  # several kinds, by version
-        text = printable(" ".join(str(error).split()), limit=300)
+        text = printable(one_line_of(error), limit=300)
         if "ersion mismatch" in text or "same version" in text:
             said = f"Ray or Python differ between this machine and the cluster ({text}); make them equal"
         else:
@@ -183,7 +187,7 @@ def check(places: RayPlaces, base: Path) -> int:
             try:
                 seen = dict(zip(answers, ray.get(list(answers.values()), timeout=_CHECK_S), strict=True))
             except Exception as error:  # several kinds, by version
-                text = printable(" ".join(str(error).split()), limit=300)
+                text = printable(one_line_of(error), limit=300)
                 raise LorasmithError(
                     f"a machine of the Ray cluster cannot be checked ({text}); see its logs"
                 ) from error

@@ -52,13 +52,12 @@ def checked_url(url: str, hosts: Collection[str]) -> str:
             "notify must be an http or https address without user, password and fragment, such as "
             f"https://example.org/hook, got {printable(url, limit=100)}; correct it"
         )
-    usual = port in (None, _PORTS[parts.scheme])
-    allowed = {one.casefold() for one in hosts}
-    if not ({f"{name}:{port or _PORTS[parts.scheme]}", *([name] if usual else [])} & allowed):
-        shown = name if usual else f"{name}:{port}"
+    host = host_of(url)
+    if {host, f"{name}:{port or _PORTS[parts.scheme]}"}.isdisjoint(one.casefold() for one in hosts):
+        shown = printable(host, limit=100)
         raise OptionError(
-            f"notices may be sent to hosts that the operator allows, and {printable(shown, limit=100)} is none; have "
-            f"the server started with --notify-host {printable(shown, limit=100)}"
+            f"notices may be sent to hosts that the operator allows, and {shown} is none; have the server started with "
+            f"--notify-host {shown}"
         )
     return url
 
