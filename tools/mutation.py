@@ -69,7 +69,7 @@ MUTATIONS = (
     Mutation("term = LowRankTerm(0, strength * self.scale, down, up, mask)", "strength * self.scale", "strength"),
     Mutation("up = self.b1 * (strength * self.alpha / self.rank)", " / self.rank", ""),
     Mutation(
-        "{path: one for path, one in patch.adapters.items() if patch.bypass or path in unmerged},",
+        "{path: adapter for path, adapter in patch.adapters.items() if patch.bypass or path in unmerged},",
         " or path in unmerged",
         "",
     ),
@@ -228,7 +228,7 @@ MUTATIONS = (
     ),
     Mutation("return (((images - 0.5) * factor + 0.5).clamp(0, 1),)", ".clamp(0, 1)", ""),
     # cli
-    Mutation("if only is not None and not 1 <= only <= len(found.runs):", "1 <= only <=", "0 <= only <="),
+    Mutation("if only is not None and not 1 <= only <= len(sweep_read.runs):", "1 <= only <=", "0 <= only <="),
 )
 
 

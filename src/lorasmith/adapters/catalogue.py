@@ -84,7 +84,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 
 def _checked(name: str, adapter: Any) -> Any:
     needed = ("create", "from_weights", "merged", "attached", "algorithm", "format")
-    if not all(hasattr(adapter, one) for one in needed) or adapter.__abstractmethods__:
+    if not all(hasattr(adapter, name) for name in needed) or adapter.__abstractmethods__:
         raise TypeError("it must be a concrete subclass of lorasmith.adapters.adapter.Adapter with a format")
     if adapter.algorithm != name.casefold():
         raise TypeError(f"its attribute algorithm must be {name.casefold()!r}, got {adapter.algorithm!r}")

@@ -496,7 +496,7 @@ def weights_as_stored(
     layers = layers_as_stored(module, dtype)
     if device.type == "cpu":
         plain = [layer for layer in packable_layers(module) if weight_source(layer) is None]
-        others = [one for one in plain if _needs_copy(one.get_parameter("weight"), dtype)]
+        others = [layer for layer in plain if _needs_copy(layer.get_parameter("weight"), dtype)]
         needed = sum(other.get_parameter("weight").nbytes for other in others)
         layers += others if 2 * needed > free_memory(device) else []
     with contextlib.ExitStack() as undo:
@@ -565,7 +565,7 @@ def weights_digest(module: nn.Module, originals: Mapping[str, Tensor] | None = N
     name, of which the module has patched ones now.
     """
     originals = originals or {}
-    return digest_of_tensors(_sampled((name, originals.get(name, one)) for name, one in named_weights(module)))
+    return digest_of_tensors(_sampled((name, originals.get(name, weight)) for name, weight in named_weights(module)))
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

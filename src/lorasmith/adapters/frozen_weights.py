@@ -153,10 +153,14 @@ def _sizes(
 def products_enabled(module: nn.Module, kind: ProductFormat, device: torch.device) -> Iterator[None]:
     """Inside the context, layers for which `takes_products` holds multiply in a format, forward and backward."""
     formats = {layer: format_in_model(layer) for layer in packable_layers(module)}
-    chosen = {layer: one for layer, one in formats.items() if one is not None and takes_products(layer, kind, one)}
+    chosen = {
+        layer: format_
+        for layer, format_ in formats.items()
+        if format_ is not None and takes_products(layer, kind, format_)
+    }
     try:
-        for layer, one in chosen.items():
-            setattr(layer, PRODUCTS, PRODUCT_KINDS[kind].make(one, layer.get_parameter("weight").shape, device))
+        for layer, format_ in chosen.items():
+            setattr(layer, PRODUCTS, PRODUCT_KINDS[kind].make(format_, layer.get_parameter("weight").shape, device))
         yield
     finally:
         for layer in chosen:

@@ -60,9 +60,9 @@ class GloraAdapter(Adapter):
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> GloraAdapter:
-        given = taken(weights, _NAMES, ("bm",))
-        old = {**given, **_swapped(given)}
-        tensors = _shaped(given, layer) or _shaped(old, layer)
+        tensors_read = taken(weights, _NAMES, ("bm",))
+        old = {**tensors_read, **_swapped(tensors_read)}
+        tensors = _shaped(tensors_read, layer) or _shaped(old, layer)
         if tensors is None:
             raise misfit(weights, layer)
         alpha = weights.alpha

@@ -84,13 +84,13 @@ def plan_adapters(
     layers = {path: module for path, module in model.named_modules() if is_targetable(module)}
     kept = {path: module for path, module in layers.items() if not any(rule.matches(path, module) for rule in exclude)}
     matching = {path: [rule for rule in rules if rule.matches(path, module)] for path, module in kept.items()}
-    used = [rule for found in matching.values() for rule in found]
+    used = [rule for rules_of in matching.values() for rule in rules_of]
     if (idle := next((rule for rule in rules if rule not in used), None)) or not used:
         what = (idle.name or ", ".join(idle.include) if idle else "") or "nothing"
         raise OptionError(f"targets must match at least one Linear or convolution, but {what} matches none")
-    targets = {path: found for path, found in matching.items() if found}
+    targets = {path: rules_of for path, rules_of in matching.items() if rules_of}
     return AdapterPlan(
-        tuple(_planned(path, FrozenLayer(kept[path]), found, rank, capped) for path, found in targets.items()),
+        tuple(_planned(path, FrozenLayer(kept[path]), rules_of, rank, capped) for path, rules_of in targets.items()),
         tuple(rule.name for rule in exclude if not any(rule.matches(*layer) for layer in layers.items())),
     )
 
@@ -257,14 +257,14 @@ def load_adapters(model: nn.Module, weights: Mapping[str, AdapterWeights]) -> di
     """Adapters with given tensors, by module path."""
     layers = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
-    for path, given in weights.items():
+    for path, module_weights in weights.items():
         if path not in layers or not isinstance(getattr(layers[path], "weight", None), Tensor):
             raise LoraError(f"the LoRA is for a layer {path} that the model lacks; it was made for another model")
         layer = FrozenLayer(layers[path])
-        if "dora_scale" in given.tensors:
-            adapters[path] = dora_from_weights(given, layer)
+        if "dora_scale" in module_weights.tensors:
+            adapters[path] = dora_from_weights(module_weights, layer)
         else:
-            adapters[path] = ADAPTERS[given.algorithm].from_weights(given, layer)
+            adapters[path] = ADAPTERS[module_weights.algorithm].from_weights(module_weights, layer)
     return adapters
 
 

@@ -125,7 +125,9 @@ def _folded(model: nn.Module, patches: Sequence[Patch]) -> dict[tuple[str, str],
     found: dict[tuple[str, str], list[Callable[[Tensor], Tensor]]] = {}
     for patch in patches:
         unmerged = _unmerged(model, patch)
-        adapters = {path: one for path, one in patch.adapters.items() if not patch.bypass and path not in unmerged}
+        adapters = {
+            path: adapter for path, adapter in patch.adapters.items() if not patch.bypass and path not in unmerged
+        }
         for path, adapter in load_adapters(model, adapters).items():
             found.setdefault((path, "weight"), []).append(
                 functools.partial(_with_adapter, adapter=adapter, strength=patch.strength)
@@ -178,7 +180,7 @@ def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
             if path in unmerged and "weight" in changes
         }
         for weights in (
-            {path: one for path, one in patch.adapters.items() if patch.bypass or path in unmerged},
+            {path: adapter for path, adapter in patch.adapters.items() if patch.bypass or path in unmerged},
             differences,
         ):
             if weights:
@@ -194,8 +196,8 @@ def place_beside(model: nn.Module, attached: Sequence[Attached]) -> None:
 
     Of a network that is to be packed, `attachments` are made before it is, as differences are then folded in.
     """
-    for one in attached:
-        _placed(model, one.adapters)
+    for attachment in attached:
+        _placed(model, attachment.adapters)
 
 
 def ranks_chosen(model: nn.Module, share: Tensor) -> None:
@@ -230,7 +232,9 @@ def _unmerged(model: nn.Module, patch: Patch) -> set[str]:
     modules = dict(model.named_modules())
     sources = {path: weight_source(modules[path]) for path in (*patch.adapters, *patch.differences) if path in modules}
     return {
-        path for path, one in sources.items() if one is not None and (patch.bypass or not _is_quantized(modules[path]))
+        path
+        for path, source in sources.items()
+        if source is not None and (patch.bypass or not _is_quantized(modules[path]))
     }
 
 

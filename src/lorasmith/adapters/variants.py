@@ -358,8 +358,8 @@ def droppable(adapters: Mapping[str, Adapter]) -> dict[str, LowRank]:
 
 def rank_ordered(adapters: Mapping[str, Adapter]) -> dict[str, LowRank]:
     """The adapters of which the first ranks can be used alone: plain LoRAs."""
-    plain = ((path, one) for path, one in adapters.items() if isinstance(one, LowRank))
-    return {path: one for path, one in plain if one.factors().mid is None}
+    plain = ((path, adapter) for path, adapter in adapters.items() if isinstance(adapter, LowRank))
+    return {path: adapter for path, adapter in plain if adapter.factors().mid is None}
 
 
 class RankMasks:
@@ -400,8 +400,8 @@ class RankMasks:
         schedule = self._schedule
         by_rank = {rank: schedule.mask(share, rank) for rank in {adapter.rank for adapter in self.adapters.values()}}
         whole = [
-            by_rank[one.rank] if path in self._leveled else torch.ones(len(share), one.rank)
-            for path, one in self.adapters.items()
+            by_rank[adapter.rank] if path in self._leveled else torch.ones(len(share), adapter.rank)
+            for path, adapter in self.adapters.items()
         ]
         return torch.cat(whole, dim=1)
 

@@ -126,7 +126,7 @@ class WeightStream:
 
     def _send(self, block: Block, *, spared: Block | None) -> _Buffer:
         """Copy a block to a buffer that has another one than `spared`."""
-        buffer = next(one for one in self._buffers if one.block is None or one.block is not spared)
+        buffer = next(buffer for buffer in self._buffers if buffer.block is None or buffer.block is not spared)
         buffer.block = block
         self.copies += 1
         if self._side is None:
@@ -215,8 +215,8 @@ class Block:
     def _placed(self, weights: Sequence[Packed]) -> list[tuple[Tensor, ByteRange]]:
         return [
             pair
-            for one, places in zip(weights, self._places, strict=True)
-            for pair in zip(one.tensors, places, strict=True)
+            for weight, places in zip(weights, self._places, strict=True)
+            for pair in zip(weight.tensors, places, strict=True)
         ]
 
     def forget_host(self) -> None:

@@ -87,7 +87,7 @@ def measured(
     counts = counted(lambda counter: training_steps(job, samples, counter), device)
     with training_steps(job, samples) as once:
         once()
-        profile = min((profiled(once, device) for _ in range(2)), key=lambda one: one.whole)
+        profile = min((profiled(once, device) for _ in range(2)), key=lambda taken: taken.whole)
     if frozen is not None and frozen.counts is not None:
         on_stage("the floor again")
         frozen.measure(len(frozen.passes))
@@ -277,7 +277,7 @@ def shares(measured: Measured) -> list[Share]:
             "targets",
         ),
     ]
-    return sorted(found, key=lambda one: one.of_step, reverse=True)
+    return sorted(found, key=lambda share: share.of_step, reverse=True)
 
 
 def limits(measured: Measured) -> list[str]:

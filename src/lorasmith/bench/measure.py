@@ -124,8 +124,8 @@ def synthetic_samples(
         latent = model.components.latent
         shape = latent.shape(height * latent.downscale, width * latent.downscale, frames)
         latents = torch.randn(shape, generator=generator)
-        given = _shapes_beside(model, height * latent.downscale, width * latent.downscale, frames)
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, **given}.items()}
+        shapes_beside = _shapes_beside(model, height * latent.downscale, width * latent.downscale, frames)
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, **shapes_beside}.items()}
         sizes = [(1, *size) if latent.frames else size for size in controls]
         beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in sizes]
         opposite = torch.randn(shape, generator=generator) if are_pairs else None
@@ -148,7 +148,8 @@ def _shapes_beside(model: Model, height: int, width: int, frames: int) -> dict[s
     pixels = torch.empty(1, 3, *([frames] if latent.frames else []), height, width, device="meta")
     mask, parts = torch.empty(height, width, device="meta"), replace(model.components, image_encoder=None)
     return {
-        name: tuple(one.shape) for name, one in model.family.picture_inputs(form, parts, encode, pixels, mask).items()
+        name: tuple(tensor.shape)
+        for name, tensor in model.family.picture_inputs(form, parts, encode, pixels, mask).items()
     }
 
 
@@ -461,5 +462,5 @@ def profiled(once: Callable[[], None], device: torch.device) -> Profile:
             kernels += event.self_device_time_total / 1e6
     products = sum(seconds for name, seconds in times.items() if _PRODUCT.search(name))
     ran = kernels if on_gpu else sum(seconds for name, seconds in times.items() if name.startswith("aten::"))
-    longest = dict(sorted(times.items(), key=lambda one: one[1], reverse=True)[:_MOST])
+    longest = dict(sorted(times.items(), key=lambda entry: entry[1], reverse=True)[:_MOST])
     return Profile(whole, products, max(0.0, ran - products), longest)

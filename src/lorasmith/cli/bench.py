@@ -69,7 +69,7 @@ def bench(
             base, config.samples_per_step, side, side, are_pairs=config.consequences().are_pairs
         )
         with on_processor(job, samples) as job:
-            found = measured(
+            measures = measured(
                 job,
                 samples,
                 steps=measured_steps,
@@ -78,12 +78,14 @@ def bench(
             )
             pixels = side * base.components.latent.downscale
             print_result(
-                lambda: _everything(found, job, model, pixels, str(place), pictures),
-                lambda: _print_bench(found, job, pixels, str(place), pictures),
+                lambda: _everything(measures, job, model, pixels, str(place), pictures),
+                lambda: _print_bench(measures, job, pixels, str(place), pictures),
             )
 
 
-def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device: str, pictures: int) -> dict[str, Any]:
+def _everything(
+    measures: Measured, job: TrainJob, model: str, pixels: int, device: str, pictures: int
+) -> dict[str, Any]:
     import torch
 
     from lorasmith.bench.benchmark import limits, shares
@@ -96,14 +98,14 @@ def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device:
         "settings": dataclasses.asdict(job.config),
         "trained": job.parameters,
         "environment": environment(torch.device(device), job.config.optimizer, compile=job.config.compile),
-        **dataclasses.asdict(found),
-        "step_s": found.step.median,
-        "of_floor": found.of_floor,
-        "waiting": found.waiting,
-        "images_per_hour": found.images_per_hour,
-        "presets": [dataclasses.asdict(one) for one in _lengths(found, pictures)],
-        "shares": [dataclasses.asdict(share) for share in shares(found)],
-        "limits": limits(found),
+        **dataclasses.asdict(measures),
+        "step_s": measures.step.median,
+        "of_floor": measures.of_floor,
+        "waiting": measures.waiting,
+        "images_per_hour": measures.images_per_hour,
+        "presets": [dataclasses.asdict(length) for length in _lengths(measures, pictures)],
+        "shares": [dataclasses.asdict(share) for share in shares(measures)],
+        "limits": limits(measures),
         "notes": (*job.notes, *refused_kernels()),
     }
 
@@ -118,55 +120,57 @@ class _Length:
     minutes: float  # of all steps as measured
 
 
-def _lengths(found: Measured, pictures: int) -> list[_Length]:
+def _lengths(measures: Measured, pictures: int) -> list[_Length]:
     return [
-        _Length(one.name, pictures, seen := one.seen(pictures), 60 * seen / found.images_per_hour)
-        for one in PRESETS.values()
+        _Length(preset.name, pictures, seen := preset.seen(pictures), 60 * seen / measures.images_per_hour)
+        for preset in PRESETS.values()
     ]
 
 
-def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str, pictures: int) -> None:
+def _print_bench(measures: Measured, job: TrainJob, pixels: int, device: str, pictures: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from lorasmith.bench.benchmark import limits
     from lorasmith.core.kernels import refused_kernels
 
-    facts, config, counts = job.model.facts, job.config, found.counts
+    facts, config, counts = job.model.facts, job.config, measures.counts
     echo(f"{facts.title} ({facts.family_title}) on {_machine(device)}, products in {config.training_dtype}")
     echo(job.summary)
     echo(f"batch {config.batch_size} × {config.grad_accumulation_steps}, {pixels}×{pixels} pixels")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "seconds", "from", "to", "GFLOP", "operations", "kept for backward, MiB"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    if found.forward is not None:
-        table.add_row("forward", *_seconds(found.forward))
-    if found.floor is not None:
-        table.add_row("floor", *_seconds(found.floor), *_counted(found.floor_counts))
-    table.add_row(Text("step", style="bold"), *_seconds(found.step), *_counted(counts))
+    if measures.forward is not None:
+        table.add_row("forward", *_seconds(measures.forward))
+    if measures.floor is not None:
+        table.add_row("floor", *_seconds(measures.floor), *_counted(measures.floor_counts))
+    table.add_row(Text("step", style="bold"), *_seconds(measures.step), *_counted(counts))
     echo()
     console.print(table)
     echo()
-    heading(f"{found.images_per_hour:,.0f}", "images an hour")
-    lengths = (f"{one.preset} {one.seen:,} seen, {one.minutes:,.1f} min" for one in _lengths(found, pictures))
-    echo(f"A LoRA of {count_text(pictures, 'picture')}: {'; '.join(lengths)}")
-    if found.of_floor is not None:
-        passes = "" if found.passes == 1 else f" × {found.passes}"
-        heading(f"{found.of_floor:.0%}", f"of a step is the floor{passes}")
-    elif found.floor is None:
-        echo("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
-    batches = f"{1000 * found.parts.making:.1f} ms"
-    echo(f"Waiting for data: {found.waiting:.1%} of a step, beside which its batches take {batches}")
-    have = "" if found.memory is None else f" of {found.memory / 2**30:.1f} GiB"
-    echo(
-        f"Memory: {_mib(found.weights)} of frozen weights, and {_mib(found.above)} above them in a step, of which "
-        f"{_mib(counts.state)} for what is trained; at most {_mib(found.peak)}{have}"
+    heading(f"{measures.images_per_hour:,.0f}", "images an hour")
+    lengths = (
+        f"{length.preset} {length.seen:,} seen, {length.minutes:,.1f} min" for length in _lengths(measures, pictures)
     )
-    if found.plan is not None:
-        echo(str(found.plan))
+    echo(f"A LoRA of {count_text(pictures, 'picture')}: {'; '.join(lengths)}")
+    if measures.of_floor is not None:
+        passes = "" if measures.passes == 1 else f" × {measures.passes}"
+        heading(f"{measures.of_floor:.0%}", f"of a step is the floor{passes}")
+    elif measures.floor is None:
+        echo("The floor is not measured" + (", or does not fit into memory." if measures.floor_counts is None else "."))
+    batches = f"{1000 * measures.parts.making:.1f} ms"
+    echo(f"Waiting for data: {measures.waiting:.1%} of a step, beside which its batches take {batches}")
+    have = "" if measures.memory is None else f" of {measures.memory / 2**30:.1f} GiB"
+    echo(
+        f"Memory: {_mib(measures.weights)} of frozen weights, and {_mib(measures.above)} above them in a step, of "
+        f"which {_mib(counts.state)} for what is trained; at most {_mib(measures.peak)}{have}"
+    )
+    if measures.plan is not None:
+        echo(str(measures.plan))
     echo()
     heading("What limits it")
-    for sentence in limits(found):
+    for sentence in limits(measures):
         echo(f"- {sentence}")
     for note in (*job.notes, *refused_kernels()):
         print_note(note)
@@ -233,26 +237,26 @@ def _print_torch_build() -> None:
         raise typer.Exit(1)
 
 
-def _print_checkup(found: Checkup) -> None:
-    heading("Versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
-    for device in found.devices:
+def _print_checkup(checkup: Checkup) -> None:
+    heading("Versions", ", ".join(f"{name} {version}" for name, version in checkup.versions.items()))
+    for device in checkup.devices:
         heading("Device  ", f"{device.name}: {device.title}, {memory_text(device.memory_bytes)}")
         emulated = [name for name in ("bf16", "fp16") if name not in device.products]
         slow = f" ({' and '.join(emulated)} only emulated, so that fp32 is used instead)" if emulated else ""
         echo(f"         products in {', '.join(device.products)}{slow}; compiler {device.compiler}")
-    threads = f"{found.threads} thread{'s' * (found.threads != 1)} on the CPU"
-    heading("Threads ", f"{threads}, beside other programs that keep {found.busy:.1f} processors busy")
-    heading("Memory  ", f"{memory_text(found.free_memory_bytes)} of {memory_text(found.memory_bytes)} are free")
-    heading("Models  ", f"in {found.base_dir}: {', '.join(f'{kind} {n}' for kind, n in found.folders.items())}")
-    for folder, free in found.disks.items():
+    threads = f"{checkup.threads} thread{'s' * (checkup.threads != 1)} on the CPU"
+    heading("Threads ", f"{threads}, beside other programs that keep {checkup.busy:.1f} processors busy")
+    heading("Memory  ", f"{memory_text(checkup.free_memory_bytes)} of {memory_text(checkup.memory_bytes)} are free")
+    heading("Models  ", f"in {checkup.base_dir}: {', '.join(f'{kind} {n}' for kind, n in checkup.folders.items())}")
+    for folder, free in checkup.disks.items():
         heading("Disk    ", f"{memory_text(free)} are free for {folder}")
-    for extra in found.extras:
+    for extra in checkup.extras:
         lacks = f"{', '.join(extra.missing)} not installed, {extra.remedy}" if extra.missing else ""
         heading("Extra   ", f"{extra.name}: {'; '.join(part for part in (', '.join(extra.present), lacks) if part)}")
-    for extension in found.extensions:
+    for extension in checkup.extensions:
         state = "cannot be used" if extension.fault else "usable"
         heading("Extends ", f"{extension.source}: {extension.name} ({extension.kind}), {state}")
-    for problem in found.problems:
+    for problem in checkup.problems:
         print_problem(problem.problem, problem.remedy, kind="Problem" if problem.is_fault else None)
-    if not found.problems:
+    if not checkup.problems:
         echo("No problem was found.")

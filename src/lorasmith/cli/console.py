@@ -214,14 +214,14 @@ def _others_logged(log: _LogFile) -> Iterator[None]:
         log.add_text(f"{category.__name__}: {printable(message, limit=sys.maxsize)}")
 
     warnings.showwarning = show
-    for one in (handler, *last):
-        root.addHandler(one)
+    for own_handler in (handler, *last):
+        root.addHandler(own_handler)
     try:
         yield
     finally:
         warnings.showwarning = shown
-        for one in (handler, *last):
-            root.removeHandler(one)
+        for own_handler in (handler, *last):
+            root.removeHandler(own_handler)
 
 
 @contextlib.contextmanager
@@ -275,7 +275,7 @@ def print_json_error(kind: str, message: str, code: int, **more: object) -> None
 
 def end_with(error: LorasmithError, code: int = 1, *, kind: str = "error") -> NoReturn:
     """Print an error, labelled `kind`, and end the command by typer.Exit."""
-    name = next(one.__name__ for one in type(error).__mro__ if one.__module__ == LorasmithError.__module__)
+    name = next(base.__name__ for base in type(error).__mro__ if base.__module__ == LorasmithError.__module__)
     findings = {"findings": error.findings} if isinstance(error, GraphError) else {}
     print_json_error(name, str(error).split("\n", 1)[0], code, **findings)
     print_error(str(error), kind=kind)
@@ -303,9 +303,9 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         known = (str, int, float, bool, type(None))
-        return {key if isinstance(key, known) else str(key): _plain(one) for key, one in value.items()}
+        return {key if isinstance(key, known) else str(key): _plain(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(member) for member in value]
     return str(value)
 
 
@@ -320,9 +320,9 @@ def other_output_made_printable() -> None:
     made = logging.getLogRecordFactory()
 
     def record(*args: Any, **keywords: Any) -> logging.LogRecord:
-        one = made(*args, **keywords)
-        one.msg, one.args = _output.source + printable(one.getMessage()), ()
-        return one
+        entry = made(*args, **keywords)
+        entry.msg, entry.args = _output.source + printable(entry.getMessage()), ()
+        return entry
 
     logging.setLogRecordFactory(record)
     warnings.formatwarning = lambda message, category, *_: (

@@ -109,40 +109,40 @@ def caption(
     captioner = named_captioner(folders_of(base_dir, extra_model_paths), captioner)
     place = chosen_device(device)
     check_writable(folder)
-    found = images_to_caption(folder, overwrite=overwrite, recursive=recursive, follow_links=follow_links)
-    _print_left_out(found)
-    if not found.images:
-        print_result(lambda: _plain_captions(found, None))
+    images = images_to_caption(folder, overwrite=overwrite, recursive=recursive, follow_links=follow_links)
+    _print_left_out(images)
+    if not images.images:
+        print_result(lambda: _plain_captions(images, None))
         return
     with console.status(f"Loading {captioner}"):
         load = load_captioner(captioner, place, request=caption_request(request))
     with stoppable() as stop:
         with progress_shown("Captioning") as progress:
-            done = caption_images(found.images, load, trigger=trigger, progress=progress, cancelled=stop.is_set)
+            done = caption_images(images.images, load, trigger=trigger, progress=progress, cancelled=stop.is_set)
         _print_left(folder, done)
         print_result(
-            lambda: _plain_captions(found, done),
+            lambda: _plain_captions(images, done),
             lambda: echo(f"{len(done.written):,} captions are written in {folder}"),
         )
 
 
-def _plain_captions(found: ImagesToCaption, done: Captioned | None) -> dict[str, Any]:
+def _plain_captions(images: ImagesToCaption, done: Captioned | None) -> dict[str, Any]:
     return {
         "written": () if done is None else done.written,
-        "kept": found.kept,
-        "sharing": found.sharing,
-        "refused": found.refused,
+        "kept": images.kept,
+        "sharing": images.sharing,
+        "refused": images.refused,
         "empty": () if done is None else done.empty,
         "failed": () if done is None else done.failed,
     }
 
 
-def _print_left_out(found: ImagesToCaption) -> None:
-    if found.kept:
-        echo(f"{len(found.kept):,} images have a caption, which is kept; --overwrite replaces it")
-    for image, other in found.sharing[:_SHOWN]:
+def _print_left_out(images: ImagesToCaption) -> None:
+    if images.kept:
+        echo(f"{len(images.kept):,} images have a caption, which is kept; --overwrite replaces it")
+    for image, other in images.sharing[:_SHOWN]:
         print_note(f"{image} has the caption file of {other.name}; rename one of them", kind="skipped")
-    for image, reason in found.refused[:_SHOWN]:
+    for image, reason in images.refused[:_SHOWN]:
         print_note(f"{image} {reason}", kind="skipped")
 
 
@@ -181,14 +181,14 @@ def list_cache() -> None:
     from lorasmith.data.encoding_cache import default_cache
 
     cache = default_cache()
-    found = cache.summary()
-    size = sum(one.size_bytes for one in found)
+    summaries = cache.summary()
+    size = sum(summary.size_bytes for summary in summaries)
 
     def show() -> None:
-        _print_cache(found)
+        _print_cache(summaries)
         echo(f"{memory_text(size)} in {cache.folder}")
 
-    print_result(lambda: {"folder": cache.folder, "size_bytes": size, "encoders": found}, show)
+    print_result(lambda: {"folder": cache.folder, "size_bytes": size, "encoders": summaries}, show)
 
 
 def clear_cache(older_than: OlderThan = None) -> None:
@@ -203,19 +203,19 @@ def clear_cache(older_than: OlderThan = None) -> None:
     )
 
 
-def _print_cache(found: list[EncoderSummary]) -> None:
+def _print_cache(summaries: list[EncoderSummary]) -> None:
     from rich.table import Table
 
-    if not found:
+    if not summaries:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("Encoder")
     for title in ("Entries", "Size", "Last use"):
         table.add_column(title, justify="right")
-    for one in found:
-        name = f"{one.title or 'unnamed'} ({one.encoder[:8]})"
-        damaged = f" and {one.unreadable:,} unreadable files" if one.unreadable else ""
-        table.add_row(name, f"{one.entries:,}{damaged}", memory_text(one.size_bytes), _ago(one.last_used))
+    for summary in summaries:
+        name = f"{summary.title or 'unnamed'} ({summary.encoder[:8]})"
+        damaged = f" and {summary.unreadable:,} unreadable files" if summary.unreadable else ""
+        table.add_row(name, f"{summary.entries:,}{damaged}", memory_text(summary.size_bytes), _ago(summary.last_used))
     console.print(table)
 
 
@@ -319,23 +319,23 @@ def print_check(check: DataCheck) -> None:
     """Print a checked folder: images, sizes, steps, and what to look at."""
     from lorasmith.runs.data_check import step_lines
 
-    found = check.preflight
-    heading(count_text(len(found.images), "image"), f"in {found.folder}")
+    preflight = check.preflight
+    heading(count_text(len(preflight.images), "image"), f"in {preflight.folder}")
     assumed = ", assumed; --model or --resolution decides" if check.is_size_assumed else ""
-    sides = " and ".join(f"{side}×{side}" for side in found.resolutions)
+    sides = " and ".join(f"{side}×{side}" for side in preflight.resolutions)
     lines = {
         "Model": check.model or "",
-        "Pictures": f"about {sides} pixels, sides are multiples of {found.multiple}{assumed}",
-        "Sizes": _sizes(found),
-        "Captions": _captions(found),
-        "Controls": f"{found.paired:,} of {len(found.images):,} have theirs" if found.paired else "",
-        **step_lines(found),
+        "Pictures": f"about {sides} pixels, sides are multiples of {preflight.multiple}{assumed}",
+        "Sizes": _sizes(preflight),
+        "Captions": _captions(preflight),
+        "Controls": f"{preflight.paired:,} of {len(preflight.images):,} have theirs" if preflight.paired else "",
+        **step_lines(preflight),
     }
     print_facts(lines, 10)
-    for note in found.notes:
+    for note in preflight.notes:
         print_note(note)
-    print_findings(found.findings)
-    if not found.findings:
+    print_findings(preflight.findings)
+    if not preflight.findings:
         echo("Nothing to look at: the images are fit for training.")
 
 
@@ -352,9 +352,9 @@ def print_mended(mended: MendedFolder) -> None:
         echo(f"  {CHANGES} in it says what was done to each file.")
 
 
-def _sizes(found: Preflight) -> str:
-    shown = [f"{bucket.width}×{bucket.height} × {bucket.images:,}" for bucket in found.buckets[:_SIZES]]
-    more = len(found.buckets) - len(shown)
+def _sizes(preflight: Preflight) -> str:
+    shown = [f"{bucket.width}×{bucket.height} × {bucket.images:,}" for bucket in preflight.buckets[:_SIZES]]
+    more = len(preflight.buckets) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more sizes" if more > 0 else "")
 
 

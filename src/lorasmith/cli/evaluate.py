@@ -108,14 +108,16 @@ def evaluate(
         height=height,
     )
     with stoppable() as stop, progress_shown("Drawing") as progress:
-        found = evaluated(loaded.model, subject, drawing, folder, clip=clip, progress=progress, cancelled=stop.is_set)
+        evaluation = evaluated(
+            loaded.model, subject, drawing, folder, clip=clip, progress=progress, cancelled=stop.is_set
+        )
 
     def show() -> None:
-        for note in found.notes:
+        for note in evaluation.notes:
             print_note(note)
-        for lora in found.loras:
+        for lora in evaluation.loras:
             echo(lora.line)
-        echo(found.sentence)
+        echo(evaluation.sentence)
         heading("Page", folder / EVALUATION_PAGE)
 
-    print_result(lambda: {**asdict(found), "folder": folder}, show)
+    print_result(lambda: {**asdict(evaluation), "folder": folder}, show)

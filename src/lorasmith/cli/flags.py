@@ -93,7 +93,9 @@ class HelpGroup(TyperGroup):
             formatter.write_dl(records, col_max=_NAMES)
         found = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
         with formatter.section("Commands"):
-            formatter.write_dl([(name, one.get_short_help_str(_SUMMARY)) for name, one in found if one is not None])
+            formatter.write_dl(
+                [(name, command.get_short_help_str(_SUMMARY)) for name, command in found if command is not None]
+            )
 
 
 def with_first(*options: str) -> type[HelpCommand]:

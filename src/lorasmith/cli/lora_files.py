@@ -82,7 +82,9 @@ def _print_summary(summary: LoraSummary) -> None:
     from lorasmith.formats.metadata import LeveledRanks
 
     used = recorded_extensions(summary.metadata)
-    brought = [f"{one.name} ({one.source}{', missing' if missing([one]) else ''})" for one in used]
+    brought = [
+        f"{dependency.name} ({dependency.source}{', missing' if missing([dependency]) else ''})" for dependency in used
+    ]
     rows = {
         "File": f"{summary.path} ({summary.size_bytes / 2**20:.1f} MiB)",
         "Layout": _counts(summary.layouts),
@@ -484,10 +486,10 @@ def _print_resized(modules: Iterable[Resized], *, one_by_one: bool) -> None:
         groups.setdefault(module.name if one_by_one else block, []).append(module)
     table = Table("module" if one_by_one else "block", "rank before", "rank now", "energy kept", box=None)
     for name, group in groups.items():
-        total = sum(one.total for one in group)
-        energy = sum(one.kept for one in group) / total if total else 1.0
-        before = [one.before for one in group if one.before is not None]
-        table.add_row(name, _range(before), _range([one.after for one in group]), f"{min(energy, 1.0):.2%}")
+        total = sum(module.total for module in group)
+        energy = sum(module.kept for module in group) / total if total else 1.0
+        before = [module.before for module in group if module.before is not None]
+        table.add_row(name, _range(before), _range([module.after for module in group]), f"{min(energy, 1.0):.2%}")
     console.print(table)
 
 
@@ -595,43 +597,43 @@ def diff(
     raise typer.Exit(0 if same else 1)
 
 
-def _plain_differences(found: Comparison) -> dict[str, Any]:
+def _plain_differences(comparison: Comparison) -> dict[str, Any]:
     """Infinite distances become null."""
 
     def numbers(pair: Pair) -> dict[str, Any]:
         return {"name": pair.name, "distance": pair.distance, "cosine": pair.cosine}
 
     return {
-        **dataclasses.asdict(found),
-        "pairs": [numbers(pair) for pair in found.pairs],
-        "blocks": [numbers(pair) for pair in found.blocks()],
-        "overall": numbers(found.overall()),
+        **dataclasses.asdict(comparison),
+        "pairs": [numbers(pair) for pair in comparison.pairs],
+        "blocks": [numbers(pair) for pair in comparison.blocks()],
+        "overall": numbers(comparison.overall()),
     }
 
 
-def _print_differences(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
+def _print_differences(comparison: Comparison, first: Path, second: Path, *, same: bool) -> None:
     from rich.table import Table
 
-    unit = "modules" if found.kind == "LoRA" else "tensors"
-    for path, names in ((first, found.only_first), (second, found.only_second)):
+    unit = "modules" if comparison.kind == "LoRA" else "tensors"
+    for path, names in ((first, comparison.only_first), (second, comparison.only_second)):
         if names:
             echo(f"Only in {path}: {len(names)} {unit}, such as {', '.join(names[:_SHOWN])}")
-    counts = collections.Counter(found.settings.values())
-    for (one, other), count in counts.most_common(_SHOWN):
-        example = next(name for name, both in found.settings.items() if both == (one, other))
-        echo(f"{count} {unit}, such as {example}: {one} against {other}")
-    if found.by_tensors:
-        echo(f"{found.by_tensors} modules were compared by their tensors; --model compares their effect")
-    if found.overall().apart:
+    counts = collections.Counter(comparison.settings.values())
+    for (first_value, other), count in counts.most_common(_SHOWN):
+        example = next(name for name, both in comparison.settings.items() if both == (first_value, other))
+        echo(f"{count} {unit}, such as {example}: {first_value} against {other}")
+    if comparison.by_tensors:
+        echo(f"{comparison.by_tensors} modules were compared by their tensors; --model compares their effect")
+    if comparison.overall().apart:
         table = Table("block", "distance", "cosine", box=None)
-        for pair in (*found.blocks(), found.overall()):
+        for pair in (*comparison.blocks(), comparison.overall()):
             cosine = "none" if pair.cosine is None else f"{pair.cosine:.4f}"
             table.add_row(pair.name, f"{pair.distance:.3g}", cosine)
         console.print(table)
-    for key, values in found.metadata.items():
-        one, other = ("(none)" if value is None else _short(value) for value in values)
-        echo(f"Metadata {key}: {one} against {other}")
-    echo(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
+    for key, values in comparison.metadata.items():
+        first_value, other = ("(none)" if value is None else _short(value) for value in values)
+        echo(f"Metadata {key}: {first_value} against {other}")
+    echo(f"{len(comparison.pairs)} {unit} in both: " + ("the same" if same else "different"))
 
 
 def _short(value: str) -> str:

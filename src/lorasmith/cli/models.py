@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
     app.command("plan", help=plan.__doc__)(
         with_flags(
             plan,
-            {name: one for name, one in settings.items() if name in _PLAN_SETTINGS},
+            {name: value for name, value in settings.items() if name in _PLAN_SETTINGS},
             aliases={"training_dtype": "--dtype", "batch_size": "--batch"},
         )
     )
@@ -90,9 +90,9 @@ def models(
     from lorasmith.runs.model_list import list_models
 
     with console.status("Reading headers"):
-        found = list_models(folders_of(base_dir, extra_model_paths))
-    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
-    print_result(lambda: {**dataclasses.asdict(found), "models": whole}, lambda: _print_models(found))
+        listed = list_models(folders_of(base_dir, extra_model_paths))
+    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in listed.models]
+    print_result(lambda: {**dataclasses.asdict(listed), "models": whole}, lambda: _print_models(listed))
 
 
 def _get(name: str, folders: Folders) -> None:
@@ -113,8 +113,8 @@ def _get(name: str, folders: Folders) -> None:
         wanted = wanted_files(folders, name)
     release = wanted.release
     print_note(f"{release.title} is under the {release.licence} (https://huggingface.co/{release.card}).")
-    _download(release.title, [one.hub for one in wanted.missing])
-    got = {one.component: str(one.found or one.hub.path) for one in wanted.files}
+    _download(release.title, [download.hub for download in wanted.missing])
+    got = {file.component: str(file.found or file.hub.path) for file in wanted.files}
     print_result(lambda: got, lambda: echo("\n".join(f"{part:<16}{path}" for part, path in got.items())))
 
 
@@ -123,9 +123,13 @@ def _download(title: str, files: list[HubFile]) -> None:
 
     with stoppable(at_once=True), progress_shown(f"MB of {title}") as progress:
 
-        def show(one: Progress) -> None:
-            doing = f", checking {one.file}" if one.is_checking else f", {one.bytes_per_s / 1e6:.1f} MB/s, {one.file}"
-            progress(one.done_bytes // 10**6, one.total_bytes // 10**6, more=doing)
+        def show(state: Progress) -> None:
+            doing = (
+                f", checking {state.file}"
+                if state.is_checking
+                else f", {state.bytes_per_s / 1e6:.1f} MB/s, {state.file}"
+            )
+            progress(state.done_bytes // 10**6, state.total_bytes // 10**6, more=doing)
 
         download(files, on_progress=show)
 
@@ -164,16 +168,16 @@ def _stem(usual_file: str) -> str:
     return usual_file.replace(".safetensors", "")
 
 
-def _print_models(found: ModelList) -> None:
-    for family, models in itertools.groupby(found.models, key=lambda one: one.family):
+def _print_models(listed: ModelList) -> None:
+    for family, models in itertools.groupby(listed.models, key=lambda model: model.family):
         heading(family)
         for model in models:
             precision = f", {model.precision}" if model.precision else ""
             echo(f"  {model.path.name} ({_size(model.size_bytes)}{precision}) in {model.place}")
             for line in (*_parts(model), *_controls(model)):
                 echo(f"    {line}")
-    _print_files("Text encoders and autoencoders that fit none of these", found.unused)
-    _print_files("Not recognised", found.unknown)
+    _print_files("Text encoders and autoencoders that fit none of these", listed.unused)
+    _print_files("Not recognised", listed.unknown)
 
 
 def _parts(model: ListedModel) -> list[str]:
@@ -329,7 +333,7 @@ def plan(
 
     files = ModelFiles(model, tuple(text_encoder or ()), vae, edit)
     with console.status(f"Estimating {model}"):
-        found = estimate_memory(
+        estimate = estimate_memory(
             files,
             TrainConfig(**settings),
             card_bytes=int(memory * 2**30),
@@ -340,57 +344,63 @@ def plan(
             folders=folders_of(base_dir, extra_model_paths),
         )
     if drives_display() if desktop is None else desktop:
-        found = dataclasses.replace(found, desktop_bytes=DESKTOP_BYTES)
-    print_result(lambda: _plain_plan(found), lambda: _print_plan(found))
-    if not found.fits:
+        estimate = dataclasses.replace(estimate, desktop_bytes=DESKTOP_BYTES)
+    print_result(lambda: _plain_plan(estimate), lambda: _print_plan(estimate))
+    if not estimate.fits:
         raise typer.Exit(1)
 
 
-def _plain_plan(found: MemoryEstimate) -> dict[str, Any]:
-    proposal = {**dataclasses.asdict(found.proposal), "settings": found.proposal.settings}
-    whole = {**dataclasses.asdict(found), "proposal": proposal, "fits": found.fits, "encoders_fit": found.encoders_fit}
+def _plain_plan(estimate: MemoryEstimate) -> dict[str, Any]:
+    proposal = {**dataclasses.asdict(estimate.proposal), "settings": estimate.proposal.settings}
+    whole = {
+        **dataclasses.asdict(estimate),
+        "proposal": proposal,
+        "fits": estimate.fits,
+        "encoders_fit": estimate.encoders_fit,
+    }
     for plan in (proposal["plan"], *whole["plans"]):
         del plan["blocks"]
     return whole
 
 
-def _print_plan(found: MemoryEstimate) -> None:
+def _print_plan(estimate: MemoryEstimate) -> None:
     plans = [
-        f"{f'checkpointing at depth {one.checkpoint_depth}' if one.checkpoint_depth else one.activations} "
-        f"{memory_text(one.needed_bytes)}"
-        for one in found.plans
+        f"{f'checkpointing at depth {plan.checkpoint_depth}' if plan.checkpoint_depth else plan.activations} "
+        f"{memory_text(plan.needed_bytes)}"
+        for plan in estimate.plans
     ]
-    encoders = [f"{name} {memory_text(size)}" for name, size in found.text_encoders.items()]
-    encoders += [f"{name} is missing (usually {file})" for name, file in found.missing.items()]
+    encoders = [f"{name} {memory_text(size)}" for name, size in estimate.text_encoders.items()]
+    encoders += [f"{name} is missing (usually {file})" for name, file in estimate.missing.items()]
     facts = {
-        "Model": f"{found.model} ({found.family})",
-        "Trains": found.trained,
-        "Pictures": f"{found.pixels}×{found.pixels} pixels{f', {found.frames} frames' if found.frames > 1 else ''}, "
-        f"batch {found.batch_size}, products in {found.dtype}",
-        "Controls": ", ".join(f"{width}×{height} pixels" for width, height in found.controls),
-        "Weights": _by_kind(found.weights),
-        "Offloaded": _by_kind(found.offloaded),
-        "Host": f"{_by_kind({kind: sizes[1.0] for kind, sizes in found.on_host.items()})}, if all is offloaded",
-        "Desktop": f"{memory_text(found.desktop_bytes)} are left to it" if found.desktop_bytes else "",
-        "Sharded": _by_kind(found.sharded),
-        "Trained": f"{memory_text(found.trained_bytes)} of weights, gradients and optimizer state",
+        "Model": f"{estimate.model} ({estimate.family})",
+        "Trains": estimate.trained,
+        "Pictures": f"{estimate.pixels}×{estimate.pixels} pixels"
+        f"{f', {estimate.frames} frames' if estimate.frames > 1 else ''}, batch {estimate.batch_size}, "
+        f"products in {estimate.dtype}",
+        "Controls": ", ".join(f"{width}×{height} pixels" for width, height in estimate.controls),
+        "Weights": _by_kind(estimate.weights),
+        "Offloaded": _by_kind(estimate.offloaded),
+        "Host": f"{_by_kind({kind: sizes[1.0] for kind, sizes in estimate.on_host.items()})}, if all is offloaded",
+        "Desktop": f"{memory_text(estimate.desktop_bytes)} are left to it" if estimate.desktop_bytes else "",
+        "Sharded": _by_kind(estimate.sharded),
+        "Trained": f"{memory_text(estimate.trained_bytes)} of weights, gradients and optimizer state",
         "Step": ", ".join(plans),
         "Before": f"text encoders, which are used before training: {', '.join(encoders)}",
     }
-    print_facts(facts, 10, {"Model": [part.line for part in found.found]})
-    proposal, card = found.proposal, memory_text(found.card_bytes)
+    print_facts(facts, 10, {"Model": [part.line for part in estimate.found]})
+    proposal, card = estimate.proposal, memory_text(estimate.card_bytes)
     flags = " ".join(proposal.flags) or "the defaults"
     echo()
     host = f", and {memory_text(proposal.host_bytes)} of host memory" if proposal.host_bytes else ""
-    if found.fits:
+    if estimate.fits:
         echo(f"Fits {card} with {flags}: about {memory_text(proposal.needed_bytes)}{host}.")
     else:
         echo(
             f"Does not fit {card}: with {flags} it needs about {memory_text(proposal.needed_bytes)}, "
             f"{memory_text(proposal.short_bytes)} too much; use smaller pictures, a smaller batch or fewer targets."
         )
-    if not found.encoders_fit:
-        size = memory_text(sum(found.text_encoders.values()))
+    if not estimate.encoders_fit:
+        size = memory_text(sum(estimate.text_encoders.values()))
         print_note(
             f"The text encoders need {size} at once, more than {card} has free: their weights are copied from host "
             "memory for each caption, which takes seconds; files in fp8 or GGUF are smaller."

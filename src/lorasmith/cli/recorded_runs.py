@@ -160,38 +160,38 @@ def reproduce(
     if again.steps < planned:  # cancelled, stopped early, or the best LoRA
         echo(f"{lora.name} is from step {again.steps} of {planned}; training ends there.")
     with host.training():
-        found = again.reproduce(verify=verify)
-    print_result(lambda: _plain_reproduced(found), lambda: _print_reproduced(found, lora))
-    if found.result is not None:
+        reproduced = again.reproduce(verify=verify)
+    print_result(lambda: _plain_reproduced(reproduced), lambda: _print_reproduced(reproduced, lora))
+    if reproduced.result is not None:
         host.stop.exit_if_set()
-    if found.differs or (found.result is not None and not found.is_same):
+    if reproduced.differs or (reproduced.result is not None and not reproduced.is_same):
         raise typer.Exit(1)
 
 
-def _plain_reproduced(found: Reproduced) -> dict[str, Any]:
+def _plain_reproduced(reproduced: Reproduced) -> dict[str, Any]:
     """As JSON, where `same` is null if nothing was trained or training stopped early."""
     from lorasmith.cli.run_output import plain_result
 
     return {
-        "differs": found.differs,
-        "same": found.is_same if found.is_complete else None,
-        "result": None if found.result is None else plain_result(found.result),
+        "differs": reproduced.differs,
+        "same": reproduced.is_same if reproduced.is_complete else None,
+        "result": None if reproduced.result is None else plain_result(reproduced.result),
     }
 
 
-def _print_reproduced(found: Reproduced, lora: Path) -> None:
-    if found.differs:
+def _print_reproduced(reproduced: Reproduced, lora: Path) -> None:
+    if reproduced.differs:
         return  # each was printed when it was found
-    if found.result is None:
+    if reproduced.result is None:
         echo("Base model, images, settings and initial weights are the same.")
         return
     from lorasmith.cli.run_output import report_result
 
-    report_result(found.result)
-    if found.is_complete:
-        same = "bit-identical" if found.is_same else "not the same"
+    report_result(reproduced.result)
+    if reproduced.is_complete:
+        same = "bit-identical" if reproduced.is_same else "not the same"
         echo()
-        echo(f"The tensors of {found.result.path} and {lora} are {same}.")
+        echo(f"The tensors of {reproduced.result.path} and {lora} are {same}.")
 
 
 def report(

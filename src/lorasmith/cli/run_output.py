@@ -112,7 +112,8 @@ def _planning_shown() -> Iterator[EventHandler]:
                 case ImagesChecked():
                     live.close()
                     print_findings(
-                        [one for one in event.check.preflight.findings if one.kind != "unused files"], most=6
+                        [finding for finding in event.check.preflight.findings if finding.kind != "unused files"],
+                        most=6,
                     )
                 case ModelLoading():
                     live.enter_context(console.status(f"Loading {event.model}"))
@@ -184,8 +185,8 @@ def print_trained(planned: FolderPlan, result: TrainResult) -> None:
         if result.path is not None:
             files, prompt, base = planned.spec.files, planned.summary.prompt, planned.denoiser.base
             form = base.control_form
-            masked = [one for one in planned.summary.scan.images if one.mask and form.is_fill][:1]
-            controls = [one.path for one in masked] or planned.summary.controls
+            masked = [image for image in planned.summary.scan.images if image.mask and form.is_fill][:1]
+            controls = [image.path for image in masked] or planned.summary.controls
             command = generate_command(
                 files.model,
                 result.path,
@@ -194,7 +195,7 @@ def print_trained(planned: FolderPlan, result: TrainResult) -> None:
                 vae=files.vae,
                 edit=files.edit,
                 controls=["start.png"] if form.frames else controls,
-                mask=next((one.mask for one in masked), None),
+                mask=next((image.mask for image in masked), None),
                 frames=base.defaults.frames if form.frames else 1,
             )
             echo()
@@ -221,11 +222,11 @@ def train_experts_and_report(spec: RunSpec, host: TerminalHost, *, fresh: bool, 
             break
 
     def show_results() -> None:
-        for expert, one in results.items():
-            if one is not None:
+        for expert, result in results.items():
+            if result is not None:
                 echo()
                 heading(expert)
-                report_result(one, resumable=False)
+                report_result(result, resumable=False)
         loras = [experts.lora(expert) for expert in EXPERTS]
         if host.stop.is_set():
             echo("The same command trains the rest.")
@@ -237,7 +238,7 @@ def train_experts_and_report(spec: RunSpec, host: TerminalHost, *, fresh: bool, 
             both |= {"frames": frames, "prompt": prompt}
             echo(f"  {command_line(['lorasmith', 'generate', '--model', models[0], *arguments_for(both)])}")
 
-    print_result(lambda: {expert: one and plain_result(one) for expert, one in results.items()}, show_results)
+    print_result(lambda: {expert: result and plain_result(result) for expert, result in results.items()}, show_results)
     host.stop.exit_if_set()
 
 
@@ -325,9 +326,9 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
         echo(f"  {command_line(['lorasmith', 'bands', positional(result.path)])}")
 
 
-def _print_images(found: ImagesFound) -> None:
-    scan, trigger = found.scan, found.trigger
-    heading(count_text(len(scan.images), "image"), f"in {found.folder}")
+def _print_images(images: ImagesFound) -> None:
+    scan, trigger = images.scan, images.trigger
+    heading(count_text(len(scan.images), "image"), f"in {images.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
     for instead, count in caption_counts(scan.images, trigger).items():

@@ -160,21 +160,21 @@ def _change_tokens(config: ServerConfig, new: str | None, removed: str | None) -
     """Remove a token, add one, or both. Raises OptionError."""
     from lorasmith.server import tokens
 
-    file, found = config.tokens_file, {"base_dir": config.base, "removed": removed, "name": None, "token": None}
+    file, answer = config.tokens_file, {"base_dir": config.base, "removed": removed, "name": None, "token": None}
     if removed is not None:
         tokens.remove_token(file, removed)
     if new is not None:
         name, _, role = new.rpartition("=")
-        found |= {"name": name, "token": tokens.new_token(file, name, role)}
+        answer |= {"name": name, "token": tokens.new_token(file, name, role)}
 
     def say() -> None:
         if removed is not None:
             echo(f"The token of {removed} is refused from now on.")
         if new is not None:
-            echo(f"The token of {found['name']}, which is shown this once:")
-            echo(f"{found['token']}")
+            echo(f"The token of {answer['name']}, which is shown this once:")
+            echo(f"{answer['token']}")
 
-    print_result(lambda: found, say)
+    print_result(lambda: answer, say)
 
 
 def _check_notices(config: ServerConfig) -> None:

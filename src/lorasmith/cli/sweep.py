@@ -93,32 +93,32 @@ def sweep(
             f"--together trains runs in one process of this machine, got it with --launcher {launcher}; leave one out"
         )
     folders_of(base_dir, extra_model_paths)
-    found = read_sweep(file, follow_links=follow_links)
-    if only is not None and not 1 <= only <= len(found.runs):
-        raise OptionError(f"--only must be the number of a run, from 1 to {len(found.runs)}, got {only}")
-    chosen = sweep_devices(devices or found.device) if launcher is _Launcher.LOCAL and not list_runs else ()
-    place = check_writable((output or found.output or RUNS / file.stem).absolute())
+    sweep_read = read_sweep(file, follow_links=follow_links)
+    if only is not None and not 1 <= only <= len(sweep_read.runs):
+        raise OptionError(f"--only must be the number of a run, from 1 to {len(sweep_read.runs)}, got {only}")
+    chosen = sweep_devices(devices or sweep_read.device) if launcher is _Launcher.LOCAL and not list_runs else ()
+    place = check_writable((output or sweep_read.output or RUNS / file.stem).absolute())
     if only is None and not list_runs:  # otherwise checked when the sweep was started
-        check_held_out(found.runs.values(), where=str(found.file))
+        check_held_out(sweep_read.runs.values(), where=str(sweep_read.file))
     folder = sweep_folder(place)
     where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
     models = {name: path.absolute() for name, path in where.items() if path is not None}
-    progress = _Progress(found, folder)
+    progress = _Progress(sweep_read, folder)
     if list_runs:
         progress.print_all()
         raise typer.Exit(progress.exit_code)
-    names = progress.pending([list(found.runs)[only - 1]] if only is not None else list(found.runs))
+    names = progress.pending([list(sweep_read.runs)[only - 1]] if only is not None else list(sweep_read.runs))
     if launcher is _Launcher.SLURM and names:
-        _submit(found, names, folder, models, slurm_options, follow_links=follow_links)
+        _submit(sweep_read, names, folder, models, slurm_options, follow_links=follow_links)
         return
-    heading(f"{len(names)} of {count_text(len(found.runs), 'run')}", f"to do in {folder}")
+    heading(f"{len(names)} of {count_text(len(sweep_read.runs), 'run')}", f"to do in {folder}")
     if names:
         with _stopped_runs_shown(progress) as stop:
             if launcher is _Launcher.RAY:
-                run_on_ray(found, names, folder, progress, models=models, cancelled=stop.is_set)
+                run_on_ray(sweep_read, names, folder, progress, models=models, cancelled=stop.is_set)
             else:
                 run_sweep(
-                    found,
+                    sweep_read,
                     names,
                     folder,
                     chosen,
@@ -267,10 +267,10 @@ def _table(ranked: list[SweepEntry], folder: Path) -> Table:
     for name in ("", "Held-out loss", "Change", "Best step", "Time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("Run", overflow="fold")
-    for one in ranked:
-        loss, base = one.loss or math.nan, one.base_loss or math.nan
-        cells = (str(one.place), number(loss), change(loss, base), f"{one.best_step:,}", duration(one.seconds))
-        table.add_row(*cells, str(_shortened(folder / one.name)))
+    for run in ranked:
+        loss, base = run.loss or math.nan, run.base_loss or math.nan
+        cells = (str(run.place), number(loss), change(loss, base), f"{run.best_step:,}", duration(run.seconds))
+        table.add_row(*cells, str(_shortened(folder / run.name)))
     return table
 
 

@@ -101,8 +101,8 @@ def started_on_gpus(gpus: str | None) -> bool:
 def _numbers(gpus: str, there: int) -> list[int]:
     if re.fullmatch(r"all|\d+(,\d+)*", gpus) is None:
         raise OptionError(f"--gpus must be all or numbers of GPUs such as 0,2, got {gpus!r}")
-    numbers = list(range(there)) if gpus == "all" else sorted({int(one) for one in gpus.split(",")})
+    numbers = list(range(there)) if gpus == "all" else sorted({int(number) for number in gpus.split(",")})
     if not numbers or numbers[-1] >= there:
-        found = f"those of this machine are 0 to {there - 1}" if there else "this machine has none"
-        raise OptionError(f"--gpus must name GPUs that are there, got {gpus}; {found}")
+        there_are = f"those of this machine are 0 to {there - 1}" if there else "this machine has none"
+        raise OptionError(f"--gpus must name GPUs that are there, got {gpus}; {there_are}")
     return numbers

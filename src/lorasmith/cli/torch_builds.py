@@ -101,13 +101,17 @@ def _for_nvidia(printed: str, install: tuple[str, ...]) -> TorchBuild:
     newest = max(cards, default=_UNKNOWN)
     because = f"{cards.get(newest, 'an NVIDIA card')}, driver {driver}"
     update = f"update NVIDIA's driver to {CUDA_BUILDS[0].driver} or later"
-    fitting = [one for one in CUDA_BUILDS if driver >= one.driver and one.oldest <= newest <= one.newest]
-    if newest < min(one.oldest for one in CUDA_BUILDS):
+    fitting = [
+        cuda_build
+        for cuda_build in CUDA_BUILDS
+        if driver >= cuda_build.driver and cuda_build.oldest <= newest <= cuda_build.newest
+    ]
+    if newest < min(cuda_build.oldest for cuda_build in CUDA_BUILDS):
         return _build("the CPU", "cpu", f"{because}; it is older than those that builds are made for", install)
     if not fitting:
         return _build("the CPU", "cpu", f"{because}; for CUDA, {update}", install)
     # For cards of several generations a build for all of them, or else one for the newest.
-    build = next((one for one in fitting if one.oldest <= min(cards, default=newest)), fitting[0])
+    build = next((candidate for candidate in fitting if candidate.oldest <= min(cards, default=newest)), fitting[0])
     left_out = [name for card, name in cards.items() if card < build.oldest]
     if left_out:
         because += f"; the build has nothing for {', '.join(left_out)}"
@@ -199,8 +203,8 @@ def main() -> None:
         action="store_true",
         help="install the build for the CPU if there is no graphics card and no torch yet, and else nothing",
     )
-    given = parser.parse_args()
-    if given.save_download:
+    arguments = parser.parse_args()
+    if arguments.save_download:
         if smaller := smaller_build(this_machine()):
             sys.stdout.write(f"torch for {smaller.title}: {smaller.because}\n")
             sys.stdout.flush()
@@ -211,7 +215,7 @@ def main() -> None:
     sys.stdout.flush()
     if not build.command:
         sys.exit(1)
-    if given.run and (code := subprocess.run(build.command, check=False).returncode):
+    if arguments.run and (code := subprocess.run(build.command, check=False).returncode):
         sys.stderr.write("This build was not installed. Without this command, pip installs PyPI's build of torch.\n")
         sys.exit(code)
 

@@ -38,7 +38,7 @@ from lorasmith.training.config import TrainConfig, code_settings
 
 
 def _main(config: type) -> list[str]:
-    return [name for name, one in options_of(config).items() if one.is_main]
+    return [name for name, setting in options_of(config).items() if setting.is_main]
 
 
 _FIRST = ("model", "preset", "kind", *_main(DataConfig), "name", "output", *_main(TrainConfig), "no_previews", "config")
@@ -163,10 +163,10 @@ def train(
 def _which_models(folders: Folders) -> str:
     names = [name for kind in ("checkpoints", "diffusion_models") for name in folders.files(kind)]
     own = [name for name in names if name != f"{BUILT_IN}.safetensors"]
-    found = f"; found here: {', '.join(own)}" if own else ""
+    shown = f"; found here: {', '.join(own)}" if own else ""
     return (
         "--model must be a .safetensors or .gguf file, a diffusers folder or a hub id, but none is given"
-        f"{found}; --model {BUILT_IN} is the small model of lorasmith-tiny"
+        f"{shown}; --model {BUILT_IN} is the small model of lorasmith-tiny"
     )
 
 

@@ -187,7 +187,7 @@ def nodes(
         for category, members in nodes_by_category(known):
             heading(category)
             for node in members:
-                echo(f"  {_title(node)}: {', '.join(one.name for one in node.inputs) or 'no inputs'}")
+                echo(f"  {_title(node)}: {', '.join(slot.name for slot in node.inputs) or 'no inputs'}")
         echo()
         echo("Workflows of these nodes to begin with: lorasmith run example:")
 
@@ -206,7 +206,7 @@ def _print_node(node: Node, folders: Folders) -> None:
     if node.aliases:
         echo(f"  Older names: {', '.join(node.aliases)}")
     for title, optional in (("Inputs", False), ("Optional inputs", True)):
-        members = [one for one in node.inputs if one.optional is optional]
+        members = [slot for slot in node.inputs if slot.optional is optional]
         if members:
             heading(title)
         for member in members:
@@ -222,9 +222,9 @@ def _print_node(node: Node, folders: Folders) -> None:
             echo(f"    {output.tooltip}")
 
 
-def _choices(one: Any, folders: Folders) -> list[str]:
+def _choices(slot: Any, folders: Folders) -> list[str]:
     """The choices; of long lists (of files) only the first ones."""
-    choices = one.choices(folders)
+    choices = slot.choices(folders)
     more = [f"{len(choices) - _MOST:,} more"] if len(choices) > _MOST else []
     return [*choices[:_MOST], *more]
 

@@ -219,7 +219,11 @@ def _follows(shape: tuple[int, ...], words: Sequence[str], known: dict[str, tupl
 
 
 def _product(word: str, known: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    return (math.prod(size for one in word.split("*") for size in ((int(one),) if one.isdigit() else known[one])),)
+    return (
+        math.prod(
+            size for factor in word.split("*") for size in ((int(factor),) if factor.isdigit() else known[factor])
+        ),
+    )
 
 
 def _in_words(words: Sequence[str], known: Mapping[str, tuple[int, ...]]) -> str:

@@ -33,10 +33,10 @@ def typed_arguments(function: Callable[P, R]) -> Callable[P, R]:
                     f"help(lorasmith.{function.__qualname__}) lists them"
                 )
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs).arguments
         except TypeError:
             return function(*args, **kwargs)  # whose own error names it
-        check_arguments(given, typing.get_type_hints(function), function.__qualname__)
+        check_arguments(bound, typing.get_type_hints(function), function.__qualname__)
         return function(*args, **kwargs)
 
     return checked
@@ -65,11 +65,11 @@ def _is_of(value: object, hint: Any) -> bool:
         return (
             isinstance(value, collections.abc.Sequence)
             and not isinstance(value, str | bytes)
-            and all(_is_of(one, arms[0]) for one in value)
+            and all(_is_of(item, arms[0]) for item in value)
         )
     if origin is collections.abc.Mapping:
         return isinstance(value, Mapping) and all(
-            _is_of(one, arm) for pair in value.items() for one, arm in zip(pair, arms, strict=True)
+            _is_of(item, arm) for pair in value.items() for item, arm in zip(pair, arms, strict=True)
         )
     if origin is tuple:
         return isinstance(value, tuple) and len(value) == len(arms) and all(map(_is_of, value, arms))

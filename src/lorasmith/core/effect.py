@@ -16,7 +16,9 @@ LEAST_EFFECT = 1e-4
 
 def relative_change(before: Tensor, after: Tensor) -> float:
     """‖after − before‖ / ‖before‖ of a parameter, on its device; the norm of `after` where `before` is zero."""
-    base, change = (float(torch.linalg.vector_norm(one.float())) for one in (before, after.float() - before.float()))
+    base, change = (
+        float(torch.linalg.vector_norm(tensor.float())) for tensor in (before, after.float() - before.float())
+    )
     return change / base if base else change
 
 

@@ -61,8 +61,8 @@ def _release_wanted(name: str) -> list[str]:
         required = metadata.requires("lorasmith") or []
     except metadata.PackageNotFoundError:  # sources that are not installed
         return []
-    found = (re.match(rf"{name} *~= *([\d.]+)\.\d+", one) for one in required)
-    return next((one[1].split(".") for one in found if one), [])
+    found = (re.match(rf"{name} *~= *([\d.]+)\.\d+", requirement) for requirement in required)
+    return next((match[1].split(".") for match in found if match), [])
 
 
 TINY = Companion.find("lorasmith-tiny", "demo")

@@ -166,7 +166,7 @@ class Folders:
         except ModelError:
             return None
         wanted = [relative.as_posix() + suffix for suffix in ("", *EMBEDDING_EXTENSIONS)]
-        direct = (root / one for root in self.roots(kind) for one in wanted)
+        direct = (root / stem for root in self.roots(kind) for stem in wanted)
         if (found := next(filter(is_regular, direct), None)) is not None:
             return found
         below = next(filter(None, map(_names_below(tuple(self.roots(kind))).get, wanted)), None)

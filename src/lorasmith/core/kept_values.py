@@ -64,12 +64,12 @@ class KeptValues:
         if (key := storage_key(tensor)) is None:
             return
         new, self._new = self._new, []
-        for one in new:
-            if (kept := one()) is not None and (place := storage_key(kept.tensor)) is not None:
-                self._of.setdefault(place, []).append(one)
+        for reference in new:
+            if (kept := reference()) is not None and (place := storage_key(kept.tensor)) is not None:
+                self._of.setdefault(place, []).append(reference)
         for call in self.before_changes:
             call(key)
-        alive = [kept for one in self._of.pop(key, ()) if (kept := one()) is not None]
+        alive = [kept for reference in self._of.pop(key, ()) if (kept := reference()) is not None]
         if not alive:
             return
         with torch.no_grad():
@@ -96,15 +96,15 @@ def _copies(kept: Sequence[Kept]) -> Iterator[Kept]:
     whole: dict[torch.dtype, Tensor] = {}
     size = kept[0].tensor.untyped_storage().nbytes()
     is_alone = len(kept) == 1 and kept[0].tensor.nbytes <= size
-    for one in kept:
-        tensor = one.value
+    for copy in kept:
+        tensor = copy.value
         if is_alone or size % tensor.itemsize:
-            one.move(tensor.clone())
+            copy.move(tensor.clone())
         else:
             if tensor.dtype not in whole:
                 whole[tensor.dtype] = tensor.as_strided((size // tensor.itemsize,), (1,), 0).clone()
-            one.move(whole[tensor.dtype].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()))
-        yield one
+            copy.move(whole[tensor.dtype].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()))
+        yield copy
 
 
 class _Active(threading.local):
@@ -156,21 +156,21 @@ _interception = _Interception()
 @contextlib.contextmanager
 def changes_intercepted() -> Iterator[None]:
     """Inside the context, `changes_watched` costs nothing to enter; it replaces functions of torch, for all threads."""
-    one = _interception
-    with one.lock:
-        one.count += 1
-        if one.count == 1:
+    interception = _interception
+    with interception.lock:
+        interception.count += 1
+        if interception.count == 1:
             for place, name, function in _replacements():
                 undo = functools.partial(setattr, place, name, vars(place)[name]) if name in vars(place) else None
-                one.undo.callback(undo or functools.partial(delattr, place, name))
+                interception.undo.callback(undo or functools.partial(delattr, place, name))
                 setattr(place, name, function)
     try:
         yield
     finally:
-        with one.lock:
-            one.count -= 1
-            if not one.count:
-                one.undo.close()
+        with interception.lock:
+            interception.count -= 1
+            if not interception.count:
+                interception.undo.close()
 
 
 @functools.cache
@@ -242,18 +242,18 @@ def _changed_by(op: OpOverload | OpOverloadPacket) -> frozenset[int | str]:
 def _changing(values: KeptValues, function: Any, args: Any, kwargs: Any, places: frozenset[int | str]) -> Any:
     """A call of a function that changes the tensors at `places`, positions and names of its arguments."""
     changed: list[Tensor] = []
-    for place, given in (*enumerate(args), *kwargs.items()):
+    for place, argument in (*enumerate(args), *kwargs.items()):
         if place in places:
-            changed += [leaf for leaf in _leaves(given) if isinstance(leaf, Tensor)]
+            changed += [leaf for leaf in _leaves(argument) if isinstance(leaf, Tensor)]
     if not changed:
         return function(*args, **kwargs)
-    for one in changed:
-        values.before_change(one)
+    for tensor in changed:
+        values.before_change(tensor)
     if torch.is_grad_enabled():
         # Autograd saves other arguments before the change, so those in the same memory are given as copies.
-        keys = {storage_key(one) for one in changed}
-        args = [one if place in places else _apart(one, keys) for place, one in enumerate(args)]
-        kwargs = {name: one if name in places else _apart(one, keys) for name, one in kwargs.items()}
+        keys = {storage_key(tensor) for tensor in changed}
+        args = [argument if place in places else _apart(argument, keys) for place, argument in enumerate(args)]
+        kwargs = {name: argument if name in places else _apart(argument, keys) for name, argument in kwargs.items()}
     try:
         return function(*args, **kwargs)
     except RuntimeError as error:
@@ -265,17 +265,17 @@ def _changing(values: KeptValues, function: Any, args: Any, kwargs: Any, places:
         return getattr(Tensor, f"__{name[3:]}")(*args).to(args[0].dtype)
 
 
-def _leaves(given: Any) -> Sequence[Any]:
-    return (given,) if isinstance(given, Tensor) else tree_leaves(given)
+def _leaves(value: Any) -> Sequence[Any]:
+    return (value,) if isinstance(value, Tensor) else tree_leaves(value)
 
 
-def _apart(given: Any, keys: set[int | None]) -> Any:
+def _apart(value: Any, keys: set[int | None]) -> Any:
     """An argument without memory of others."""
-    if isinstance(given, Tensor):
-        return given.clone() if storage_key(given) in keys else given
-    if isinstance(given, list | tuple | dict):
-        return tree_map_only(Tensor, functools.partial(_apart, keys=keys), given)
-    return given
+    if isinstance(value, Tensor):
+        return value.clone() if storage_key(value) in keys else value
+    if isinstance(value, list | tuple | dict):
+        return tree_map_only(Tensor, functools.partial(_apart, keys=keys), value)
+    return value
 
 
 def _into(out: Any, values: KeptValues, function: Any, args: Any, kwargs: Any) -> Any:
@@ -283,11 +283,11 @@ def _into(out: Any, values: KeptValues, function: Any, args: Any, kwargs: Any) -
     for into in tree_leaves(out):
         values.before_change(into)
     leafs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not torch.is_grad_enabled() or not any(one.requires_grad for one in leafs):
+    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leafs):
         return function(*args, **kwargs)
     result = function(*args, **{name: value for name, value in kwargs.items() if name != "out"})
-    for into, one in zip(tree_leaves(out), tree_leaves(result), strict=True):
-        into.copy_(one)
+    for into, source in zip(tree_leaves(out), tree_leaves(result), strict=True):
+        into.copy_(source)
     return out
 
 

@@ -176,9 +176,9 @@ def interface_towards_others(store: Store, launched: LaunchedProcess) -> Iterato
 
     Yields the interface's name; empty if none was found and gloo decides.
     """
-    given = os.environ.get(INTERFACE)
-    if given:
-        yield given
+    interface = os.environ.get(INTERFACE)
+    if interface:
+        yield interface
         return
     own = _address_towards(launched.host)
     store.set(f"address/{launched.rank}", own)
@@ -224,7 +224,7 @@ def _is_loopback(address: str) -> bool:
 def _interface_with(address: str) -> str:
     import psutil
 
-    for name, found in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in found):
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
             return name
     return ""

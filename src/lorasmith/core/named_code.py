@@ -122,8 +122,8 @@ def _imported(path: str, kind: str) -> Any:
 
 def _name_of(code: Any) -> str:
     if isinstance(code, functools.partial):
-        given = [*map(_shown, code.args), *(f"{name}={_shown(value)}" for name, value in code.keywords.items())]
-        return f"{_name_of(code.func)}({', '.join(given)})"
+        arguments = [*map(_shown, code.args), *(f"{name}={_shown(value)}" for name, value in code.keywords.items())]
+        return f"{_name_of(code.func)}({', '.join(arguments)})"
     if not hasattr(code, "__qualname__"):  # an object that is called
         return f"{_name_of(type(code))}()"
     return f"{getattr(code, '__module__', '')}:{code.__qualname__}"  # methods of built-in classes have no module

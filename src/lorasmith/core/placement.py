@@ -42,7 +42,7 @@ def full_precision(module: nn.Module) -> set[Tensor]:
     for layer in module.modules():
         if layer.__dict__.get(FULL_PRECISION):
             found |= {*layer.parameters(recurse=False), *layer.buffers(recurse=False)}
-        found |= {one for name in layer._non_persistent_buffers_set if (one := layer._buffers[name]) is not None}
+        found |= {buffer for name in layer._non_persistent_buffers_set if (buffer := layer._buffers[name]) is not None}
     return {tensor for tensor in found if tensor.is_floating_point()}
 
 
@@ -164,8 +164,8 @@ def _check_kernels(device: torch.device) -> None:
 
 
 def _kernel_kinds(built: Sequence[str]) -> Iterator[tuple[str, re.Match[str]]]:
-    for one in built:
-        kind, _, number = one.partition("_")
+    for architecture in built:
+        kind, _, number = architecture.partition("_")
         if (match := re.match(r"(\d+)(\d)", number)) is not None:
             yield kind, match
 

@@ -77,8 +77,8 @@ def coefficients(
     import numpy as np
 
     goal = profile(*wanted, steps)
-    profiles = np.stack([profile(*one, steps) for one in kept])
+    profiles = np.stack([profile(*kept_average, steps) for kept_average in kept])
     last, others = profiles[-1], profiles[:-1]
-    found = np.linalg.lstsq((others - last).T, goal - last, rcond=None)[0]
-    factors: NDArray[np.float64] = np.append(found, 1 - found.sum())
+    solution = np.linalg.lstsq((others - last).T, goal - last, rcond=None)[0]
+    factors: NDArray[np.float64] = np.append(solution, 1 - solution.sum())
     return factors, float(np.linalg.norm(factors @ profiles - goal) / np.linalg.norm(goal))

@@ -60,14 +60,14 @@ def import_by_modules(package: str) -> None:
         return
     loader, module = spec.loader, module_from_spec(spec)
 
-    def found(name: str) -> Any:
+    def lookup(name: str) -> Any:
         if name.startswith("__") and name != "__all__":  # of those who look through all modules
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         vars(module).pop("__getattr__", None)
         loader.exec_module(module)
         return getattr(module, name)
 
-    vars(module)["__getattr__"] = found
+    vars(module)["__getattr__"] = lookup
     sys.modules[package] = module
     parent, _, child = package.rpartition(".")
     setattr(sys.modules[parent], child, module)
@@ -112,7 +112,7 @@ def _members(values: Any) -> Iterator[tuple[str, Any, bool]]:
             yield from ((name, value, is_nested) for name, value in container.items())
         if isinstance(container, dict | list):
             inner = container.values() if isinstance(container, dict) else container
-            waiting += [(one, True) for one in inner]
+            waiting += [(value, True) for value in inner]
 
 
 def _is_elsewhere(folder: Path, name: str) -> bool:

@@ -289,11 +289,11 @@ def _gpu_of(local_rank: int, count: int) -> int | None:
     return local_rank % count if count else None
 
 
-def _check_gpus(found: Sequence[str | None]) -> None:
+def _check_gpus(gpus: Sequence[str | None]) -> None:
     """Raise OptionError if processes share a GPU (`found` holds UUIDs, None without one), which NCCL cannot."""
-    for rank, one in enumerate(found):
-        if one is not None and one in found[:rank]:
+    for rank, gpu in enumerate(gpus):
+        if gpu is not None and gpu in gpus[:rank]:
             raise OptionError(
                 f"each process of a run must have a GPU of its own, but process {rank} has that of process "
-                f"{found.index(one)}; start as many on a machine as it has GPUs"
+                f"{gpus.index(gpu)}; start as many on a machine as it has GPUs"
             )

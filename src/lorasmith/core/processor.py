@@ -71,7 +71,7 @@ def has_no_gpu() -> bool:
     if sys.platform != "linux" or platform.machine() != "x86_64" or _WSL_GPU.exists():
         return False
     try:
-        return not any(one.read_text().strip() in _GPU_VENDORS for one in _PCI.glob("*/vendor")) and _PCI.is_dir()
+        return not any(vendor.read_text().strip() in _GPU_VENDORS for vendor in _PCI.glob("*/vendor")) and _PCI.is_dir()
     except OSError:
         return False
 

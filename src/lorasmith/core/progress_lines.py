@@ -94,11 +94,11 @@ class ProgressLines:
 
 def seconds_between_lines() -> float:
     """OptionError if the environment variable is set to anything but a positive number."""
-    given = os.environ.get(PROGRESS_VARIABLE) or "30"
+    text = os.environ.get(PROGRESS_VARIABLE) or "30"
     try:
-        seconds = float(given)
+        seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not seconds > 0:
-        raise OptionError(f"{PROGRESS_VARIABLE} must be a number of seconds above 0, got {given!r}; such as 30")
+        raise OptionError(f"{PROGRESS_VARIABLE} must be a number of seconds above 0, got {text!r}; such as 30")
     return seconds

@@ -79,12 +79,12 @@ class RecomputedCall:
         """Name what may be kept, and the `ctx` of a function of autograd that can leave its outputs unset."""
         if self._block is not None:
             self.kept, self.node = self._block.affordable(results), node
-            self._versions = [one._version for one in self.kept]
+            self._versions = [tensor._version for tensor in self.kept]
             self._block = None
 
     def drop_modified(self) -> None:
         """Keep nothing that was modified in place since."""
-        if self._versions != [one._version for one in self.kept]:
+        if self._versions != [tensor._version for tensor in self.kept]:
             self.kept = ()
 
 
@@ -119,11 +119,11 @@ class _Block:
         kwargs: Mapping[str, Any],
         unused: dict[_Shape, frozenset[int]],
     ) -> None:
-        given = [*args, *kwargs.values()]
-        tensors = [one for one in given if isinstance(one, Tensor)]
+        arguments = [*args, *kwargs.values()]
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         self._forward, self._names, self._unused = forward, [*kwargs], unused
-        self._is_tensor = [isinstance(one, Tensor) for one in given]
-        self._others = [None if isinstance(one, Tensor) else one for one in given]
+        self._is_tensor = [isinstance(argument, Tensor) for argument in arguments]
+        self._others = [None if isinstance(argument, Tensor) else argument for argument in arguments]
         # As a function saves tensors, so that hooks around the block see them, such as those that offload.
         self._inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
         self._budget = KEPT_SHARE * sum(tensor.nbytes for tensor in tensors)
@@ -166,11 +166,11 @@ class _Block:
             node = leaves.pop()
             if node is not None and node not in nodes and node._sequence_nr() > began:
                 nodes.add(node)
-                leaves += [one for one, _ in node.next_functions]
+                leaves += [function for function, _ in node.next_functions]
         used: set[Node | None] = set()
         for node in sorted(nodes, key=methodcaller("_sequence_nr"), reverse=True):  # the last function first
             if node in used or not _is_linear(node):
-                used.update(one for one, _ in node.next_functions)
+                used.update(function for function, _ in node.next_functions)
         return frozenset(
             number for number, call in enumerate(self._calls) if call.node in nodes and call.node not in used
         )
@@ -191,12 +191,12 @@ class _Block:
             call.drop_modified()
         self._again, self._saved = iter(self._calls), []
         tensors = iter(self._inputs.saved_tensors)
-        given = [
+        inputs = [
             next(tensors) if is_tensor else other
             for is_tensor, other in zip(self._is_tensor, self._others, strict=True)
         ]
-        count = len(given) - len(self._names)
-        args, kwargs = given[:count], dict(zip(self._names, given[count:], strict=True))
+        count = len(inputs) - len(self._names)
+        args, kwargs = inputs[:count], dict(zip(self._names, inputs[count:], strict=True))
         running = self._running(self._found, _same)
         with contextlib.suppress(_CompleteError), torch.enable_grad(), running, changes_watched(self._values):
             self._forward(*args, **kwargs)
@@ -249,7 +249,7 @@ def _is_linear(node: Node) -> bool:
     """Whether a node saves nothing of the tensors that it differentiates."""
     name = type(node).__name__.rstrip("0123456789")
     if name == "MulBackward":
-        return sum(one is not None for one, _ in node.next_functions) == 1
+        return sum(function is not None for function, _ in node.next_functions) == 1
     return name in _LINEAR
 
 

@@ -47,9 +47,9 @@ def _whole(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bytes)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_whole(one) for one in value]
+        return [_whole(item) for item in value]
     if isinstance(value, dict):
-        return {name: _whole(one) for name, one in value.items()}
+        return {name: _whole(item) for name, item in value.items()}
     if dataclasses.is_dataclass(value):
         return {field.name: _whole(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value
@@ -60,11 +60,11 @@ def _refuse_large_integers(value: Any, place: str) -> None:
     level = [value]
     while level:
         inner: list[Any] = []
-        for one in level:
-            if isinstance(one, int) and not -(2**63) <= one < 2**64:
+        for item in level:
+            if isinstance(item, int) and not -(2**63) <= item < 2**64:
                 raise ValueError(f"{place or 'it'} must have integers of 64 bits")
-            if isinstance(one, (dict, list, tuple)):
-                inner += one.values() if isinstance(one, dict) else one
+            if isinstance(item, (dict, list, tuple)):
+                inner += item.values() if isinstance(item, dict) else item
         level = inner
 
 
@@ -85,13 +85,13 @@ def _alike(schema: Any) -> None:
     """Change schemas to what all versions of msgspec make: one line of text, and no defaults that are empty objects."""
     waiting = [schema]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            if one.get("default") == {}:
-                del one["default"]
-            if isinstance(text := one.get("description"), str):
-                one["description"] = " ".join(text.split())
-        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else ()
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if value.get("default") == {}:
+                del value["default"]
+            if isinstance(text := value.get("description"), str):
+                value["description"] = " ".join(text.split())
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
 
 
 def _declared(kinds: Sequence[Any]) -> set[Any]:
@@ -130,18 +130,18 @@ def _sentence(error: str, value: Any, kind: Any, place: str) -> str:
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
         kind = _inner(kind, name)
         if index == "...":  # at a name of a mapping, which msgspec does not tell
-            name = next(key for key, one in value.items() if not _fits(one, kind))
+            name = next(key for key, member in value.items() if not _fits(member, kind))
         value = value[name or int(index)]
         place += f"[{index}]" if not name else f".{name}" if place else name
     if missing := re.match(r"Object missing required field `(\w+)`", message):
         return f"{place}.{missing[1]} is missing".removeprefix(".")
     if message.startswith("Invalid enum value"):
-        choices = typing.get_args(kind) or [one.value for one in kind]
+        choices = typing.get_args(kind) or [choice.value for choice in kind]
         rule = f"one of {', '.join(map(str, choices))}"
     elif message == "Number out of range":
         return f"{place} must be a number of 64 bits"
     elif expected := re.match(r"Expected `([^`]+)`(?: of length (\d+))?", message):
-        *others, last = (_WORDS.get(one, one) for one in expected[1].removesuffix(" | null").split(" | "))
+        *others, last = (_WORDS.get(word, word) for word in expected[1].removesuffix(" | null").split(" | "))
         rule = f"{', '.join(others)} or {last}" if others else last
         rule += f" of {expected[2]}" if expected[2] else ""
     else:

@@ -128,21 +128,25 @@ class _Captioner:
     def __call__(self, image: Image.Image) -> str:
         network, processor = self._network, self._processor
         inputs = {
-            name: one.to(self._device, network.dtype if one.is_floating_point() else one.dtype)
-            for name, one in self._inputs(image).items()
-            if isinstance(one, torch.Tensor)
+            name: tensor.to(self._device, network.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in self._inputs(image).items()
+            if isinstance(tensor, torch.Tensor)
         }
         most = _MAX_ASKED_TOKENS if self._request else _MAX_NEW_TOKENS
         made = network.generate(**inputs, max_new_tokens=most, do_sample=False)[0]
-        given = inputs.get("input_ids")
+        prompt_ids = inputs.get("input_ids")
         # Decoders repeat their prompt.
-        if given is not None and len(made) >= given.shape[1] and torch.equal(made[: given.shape[1]], given[0]):
-            made = made[given.shape[1] :]
+        if (
+            prompt_ids is not None
+            and len(made) >= prompt_ids.shape[1]
+            and torch.equal(made[: prompt_ids.shape[1]], prompt_ids[0])
+        ):
+            made = made[prompt_ids.shape[1] :]
         if len(made) >= most:  # a caption is whole, or there is none
             raise ValueError(f"its caption does not end within {most} tokens")
         decoder = processor.tokenizer if isinstance(processor, _ImageAndTokenizer) else processor
-        said = one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
-        return said if (code := _FENCE.fullmatch(said)) is None else code[1]
+        answer = one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
+        return answer if (code := _FENCE.fullmatch(answer)) is None else code[1]
 
     def _inputs(self, image: Image.Image) -> Any:
         processor = self._processor

@@ -128,12 +128,12 @@ def json_fault(text: str, keys: Sequence[str]) -> str:
     if start:
         return f"{text[:start].strip()!r} in front of it"
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         return f"{error.msg} at letter {error.pos + 1}"
     except RecursionError:
         return "brackets that nest too deeply"
-    missing = [key for key in keys if key not in found]
+    missing = [key for key in keys if key not in content]
     return f"no {' and no '.join(missing)}" if missing else ""
 
 
@@ -195,11 +195,11 @@ def shared_phrase(captions: Sequence[str]) -> str:
     spoken = sorted((re.findall(r"[\w'-]+", caption.casefold()) for caption in captions), key=len)
     for length in range(min(_MOST_SHARED, len(spoken[0]) if spoken else 0), 0, -1):
         starts = range(len(spoken[0]) - length + 1)
-        found = dict.fromkeys(tuple(spoken[0][start : start + length]) for start in starts)
+        phrases = dict.fromkeys(tuple(spoken[0][start : start + length]) for start in starts)
         for words in spoken[1:]:
             there = {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
-            found = {one: None for one in found if one in there}
-        for phrase in found:
+            phrases = {phrase: None for phrase in phrases if phrase in there}
+        for phrase in phrases:
             if shared := _without_ends(phrase):
                 return " ".join(shared)
     return ""
@@ -237,8 +237,8 @@ class Choices:
 
     def resolved(self, numbers: Iterable[float]) -> str:
         """The text with an alternative of each group, chosen by a number in [0, 1) per group."""
-        given = iter(numbers)
-        return self._folded(str, "".join, lambda texts: texts[int(next(given) * len(texts))])
+        remaining = iter(numbers)
+        return self._folded(str, "".join, lambda texts: texts[int(next(remaining) * len(texts))])
 
     def count(self, limit: int) -> int:
         """The number of ways to choose, capped at `limit` + 1. Equal texts count separately."""
@@ -356,7 +356,7 @@ class CaptionRules:
         )
         if sum(numbers) > limit or room < 0:
             return None
-        texts = {self._around(kept, list(one)) for kept, others in tagged for one in self._arranged(others)}
+        texts = {self._around(kept, list(tags)) for kept, others in tagged for tags in self._arranged(others)}
         if self.caption_dropout:
             texts.add("")
         return frozenset(texts) if len(texts) <= limit else None
@@ -428,7 +428,7 @@ def _decoded(content: bytes) -> tuple[str, bool]:
 
 def _places(text: str) -> list[int]:
     """Positions of the braces of groups and of the bars between their alternatives, in order."""
-    found: list[int] = []
+    places: list[int] = []
     open_groups: list[list[int]] = []  # places of an opening brace and of the bars after it
     for place, character in enumerate(text):
         if character == "{":
@@ -438,8 +438,8 @@ def _places(text: str) -> list[int]:
         elif character == "}" and open_groups:
             group = open_groups.pop()
             if len(group) > 1:
-                found += [*group, place]
-    return sorted(found)
+                places += [*group, place]
+    return sorted(places)
 
 
 def _product(counts: Iterable[int], limit: int) -> int:

@@ -144,7 +144,7 @@ def clip_frames(path: Path, content: bytes, numbers: Sequence[int]) -> Iterator[
     images = (
         _video_frames(path, content, wanted)
         if is_video(path)
-        else (one for number, (one, _) in enumerate(open_animation(path, content)) if number in wanted)
+        else (frame for number, (frame, _) in enumerate(open_animation(path, content)) if number in wanted)
     )
     for number, picture in zip(sorted(wanted), images, strict=False):
         for _ in range(numbers.count(number)):

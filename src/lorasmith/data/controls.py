@@ -30,8 +30,8 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     if config.controls == "opposite":
         _check_opposites(scan, config, form, title)
         return
-    subjects = [one for one in scan.images if not one.is_class]
-    paired = [one for one in subjects if one.controls]
+    subjects = [image for image in scan.images if not image.is_class]
+    paired = [subject for subject in subjects if subject.controls]
     if form.frames and form.is_required:
         _check_clips(scan, config, model)
     if config.controls == "none":
@@ -40,14 +40,14 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         _check_masks(subjects, config, title)
     if not form.most or not form.are_files:
         if paired or config.control:
-            variants = [one.name for one in model.family.controls if one.name and not form.most]
+            variants = [control.name for control in model.family.controls if control.name and not form.most]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
             without = "leave control out" if config.control else "choose controls none"
             edit = f"choose edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
             takes = "none beside its images" if form.most else "no controls"
             raise DataError(f"{title} takes {takes}, but {what}; {edit}{without} to train without them")
         return
-    if many := next((one for one in paired if len(one.controls) > form.most), None):
+    if many := next((image for image in paired if len(image.controls) > form.most), None):
         raise DataError(f"{title} {form.count_text}, but {many.name} has {len(many.controls)}; remove some")
     if paired and form.sight is not None:
         model.text_encoder.check_sight()
@@ -59,8 +59,8 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
 def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
     """Raise DataError unless each image has a control, and all as many; `title` is of what needs them."""
     otherwise = "or leave pairs out" if config.controls == "opposite" else _OPTIONAL
-    subjects = [one for one in scan.images if not one.is_class]
-    paired = [one for one in subjects if one.controls]
+    subjects = [image for image in scan.images if not image.is_class]
+    paired = [subject for subject in subjects if subject.controls]
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]
     if damaged:
         raise DataError(f"{damaged[0][0].name} {damaged[0][1]}, {otherwise}")
@@ -70,13 +70,13 @@ def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
             f"{title} needs a control for each image, but none of {count_text(len(subjects), 'image')} has a file of "
             f"its name {where}; add them, {otherwise}"
         )
-    if missing := [one.name for one in subjects if not one.controls]:
+    if missing := [subject.name for subject in subjects if not subject.controls]:
         raise DataError(
             f"each image needs a control, but there is none for {_listed(missing)}; add a file of the same name to "
             f"{paired[0].controls[0].path.parent}, {otherwise}"
         )
     first = paired[0]
-    if other := next((one for one in paired if len(one.controls) != len(first.controls)), None):
+    if other := next((image for image in paired if len(image.controls) != len(first.controls)), None):
         raise DataError(
             f"all images need as many controls, but {first.name} has {len(first.controls)} and {other.name} "
             f"{len(other.controls)}; add or remove some, {otherwise}"
@@ -87,7 +87,7 @@ def _check_opposites(scan: FolderScan, config: DataConfig, form: ControlForm, ti
     """Raise DataError unless each image is a picture with one opposite, and the model draws from text alone."""
     if form.is_required or not form.are_files:
         raise DataError(f"{title} is given pictures beside a caption, and is not trained on pairs; leave pairs out")
-    if clip := next((one for one in scan.images if one.times), None):
+    if clip := next((image for image in scan.images if image.times), None):
         raise DataError(f"pairs are of pictures, but {clip.name} is a clip; remove it")
     check_pairs(scan, config, title="pairs")
     first = scan.images[0]
@@ -105,12 +105,12 @@ def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
         )
     assert clips is not None
     least = 1 + clips.latent.time_downscale
-    for one in scan.images:
-        frames = len(clips.numbers(one.times)) if one.times else 1
+    for image in scan.images:
+        frames = len(clips.numbers(image.times)) if image.times else 1
         if frames < least:
-            what = f"{clips.available(one.times)} frames at {clips.rate:g} a second" if one.times else "one"
+            what = f"{clips.available(image.times)} frames at {clips.rate:g} a second" if image.times else "one"
             raise DataError(
-                f"{title} draws a clip from its first frame, and needs at least {least} frames, but {one.name} has "
+                f"{title} draws a clip from its first frame, and needs at least {least} frames, but {image.name} has "
                 f"{what}; remove it, or train it with a text-to-video model"
             )
 
@@ -120,7 +120,7 @@ def _check_masks(images: Sequence[ImageFile], config: DataConfig, title: str) ->
     what = f"{title} paints what a mask covers"
     if config.masks == "alpha":  # which is laid on white
         raise DataError(f"{what} from what is around it, which transparency hides; choose --masks files")
-    missing = [one.name for one in images if one.mask is None]
+    missing = [image.name for image in images if image.mask is None]
     if missing and config.controls != "optional":
         raise DataError(
             f"{what}, but there is none for {_listed(missing)}; add NAME.mask.png beside it and --masks files, "
@@ -147,7 +147,7 @@ def control_framings(
     An aligned control has the image's size and part, or if its aspect ratio is another one, a size of as many pixels.
     Without a form it is an opposite, which always has the image's size.
     """
-    return [_control_framing(control, image, one, form) for one in framings]
+    return [_control_framing(control, image, framing, form) for framing in framings]
 
 
 def seen_with(image: FramedImage, form: ControlForm | None) -> list[tuple[SeenPicture, ...]]:
@@ -157,11 +157,13 @@ def seen_with(image: FramedImage, form: ControlForm | None) -> list[tuple[SeenPi
         return found
     for control in image.image.controls:
         shown = []
-        for one in control_framings(control, image.image, image.framings, form):
-            width, height = form.sight.size(one.width, one.height)
-            shown.append(replace(one, width=width, height=height))
+        for control_framing in control_framings(control, image.image, image.framings, form):
+            width, height = form.sight.size(control_framing.width, control_framing.height)
+            shown.append(replace(control_framing, width=width, height=height))
         keys = FramedImage(control, tuple(shown), (control.digest, "")).keys()
-        pictures = (SeenPicture(key, partial(_pixels, control, one)) for key, one in zip(keys, shown, strict=True))
+        pictures = (
+            SeenPicture(key, partial(_pixels, control, framing)) for key, framing in zip(keys, shown, strict=True)
+        )
         found = [(*before, picture) for before, picture in zip(found, pictures, strict=True)]
     return found
 

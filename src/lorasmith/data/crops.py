@@ -123,7 +123,7 @@ def framings(
             ]
             found.append(Framing(columns, rows, box, colours=(colours[0], colours[1], colours[2])))
     if config.flip:
-        return tuple(itertools.chain.from_iterable((one, replace(one, is_mirrored=True)) for one in found))
+        return tuple(itertools.chain.from_iterable((framing, replace(framing, is_mirrored=True)) for framing in found))
     return tuple(found)
 
 
@@ -245,15 +245,15 @@ def framed(
         picture, opacity = open_layers(image.path, content, scale=max(framing.scale for framing in framings))
         pixels = [to_tensor(framing.applied(picture, size)) for framing in framings]
     mask = opacity if config.masks == "alpha" else mask_of(image, config)
-    found = []
+    pictures = []
     for one, shown in zip(framings, pixels, strict=True):
         if mask is None:
-            found.append(FramedPicture(shown, None))
+            pictures.append(FramedPicture(shown, None))
             continue
         sizes = ((one.width // downscale, one.height // downscale), (one.width, one.height))
         inside, whole = (torch.from_numpy(np.array(one.mask_applied(mask, size, of))).float() / 255 for of in sizes)
-        found.append(FramedPicture(shown, inside, whole))
-    return found
+        pictures.append(FramedPicture(shown, inside, whole))
+    return pictures
 
 
 def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
@@ -327,12 +327,12 @@ def _one_area(edge: int, fewest: int, most: int) -> tuple[int, list[int]]:
         return [column for column in columns if area % column == 0]
 
     def cropped(area: int) -> float:
-        found = [math.log(bucket * bucket / area) for bucket in buckets(area, 2 * edge)]
-        if not found:
+        logarithms = [math.log(bucket * bucket / area) for bucket in buckets(area, 2 * edge)]
+        if not logarithms:
             return math.inf
-        middles = [(one + other) / 2 for one, other in itertools.pairwise(found)]
+        middles = [(lower + other) / 2 for lower, other in itertools.pairwise(logarithms)]
         places = [0.0, *(middle for middle in middles if middle < _WIDE), _WIDE]
-        return round(max(min(abs(place - one) for one in found) for place in places), 6)
+        return round(max(min(abs(place - middle) for middle in logarithms) for place in places), 6)
 
     area = min(range(edge**2, -(-7 * edge**2 // 8) - 1, -1), key=cropped)
     return area, buckets(area, area)

@@ -357,15 +357,15 @@ class DataConfig:
 
     def all_resolutions(self, default: int) -> tuple[int, ...]:
         """Resolutions in pixels, `resolution` (or `default`) first."""
-        found = [self.resolution or default]
+        resolutions = [self.resolution or default]
         for text in filter(None, map(str.strip, self.more_resolutions.split(","))):
             if not text.isdecimal() or not 1 <= int(text) <= LARGEST_SIDE:
                 raise OptionError(
                     f"more_resolutions must be numbers between 1 and {LARGEST_SIDE:,}, separated by commas, "
                     f"got {text!r}; write 512,768"
                 )
-            found.append(int(text))
-        return tuple(dict.fromkeys(found))
+            resolutions.append(int(text))
+        return tuple(dict.fromkeys(resolutions))
 
     @property
     def repeat_rules(self) -> tuple[tuple[str, Fraction], ...]:

@@ -93,12 +93,12 @@ class Variants:
         return SeenCaption.of(self.rules.drawn(self.captions, seed, draw), self.picture(seed, draw).seen)
 
     def picture(self, seed: int, draw: int) -> Picture:
-        found = self.pictures[0]
+        picture = self.pictures[0]
         if len(self.pictures) > 1:
-            found = self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
+            picture = self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
         if self.control_dropout and keyed_uniform(seed, "controls", draw) < self.control_dropout:
-            return replace(found, inputs={}, seen=())
-        return found
+            return replace(picture, inputs={}, seen=())
+        return picture
 
     def possible(self, most: int) -> list[Caption] | None:
         """All captions of its draws; None if there may be more than `most`."""
@@ -144,7 +144,7 @@ class Sample:
     opposite: Tensor | None = None
 
     def __post_init__(self) -> None:
-        latents, given, opposite = self.latents, self.conditioning, self.opposite
+        latents, conditioning, opposite = self.latents, self.conditioning, self.opposite
         if not isinstance(latents, Tensor) or latents.ndim not in (3, 4) or not latents.is_floating_point():
             raise DataError(
                 "latents of a sample must be a tensor of floats (channels, [frames,] height, width), got "
@@ -159,12 +159,12 @@ class Sample:
                     f"{_shape_text(opposite)}; scale both pictures to one size and encode them alike"
                 )
             object.__setattr__(self, "opposite", opposite.detach().to("cpu", torch.float32))
-        if not isinstance(given, Conditioning):
+        if not isinstance(conditioning, Conditioning):
             raise DataError(
-                f"the conditioning of a sample must be a Conditioning, got {_shape_text(given)}; make one: "
+                f"the conditioning of a sample must be a Conditioning, got {_shape_text(conditioning)}; make one: "
                 'Conditioning({"context": tensor}) with a tensor (1, tokens, width)'
             )
-        for name, tensor in given.tensors.items():
+        for name, tensor in conditioning.tensors.items():
             if not isinstance(tensor, Tensor) or tensor.shape[:1] != (1,):
                 raise DataError(
                     f"tensors of a sample's conditioning must have a batch of 1, got {_shape_text(tensor)} as {name}; "
@@ -263,18 +263,22 @@ class EncodedDataset:
     trigger: str = ""
 
     def __post_init__(self) -> None:
-        given: object = self.samples
-        if not isinstance(given, Iterable) or isinstance(given, str | Mapping | Tensor):
-            raise DataError(f"a dataset must have a list of samples, got {described(given)}; make them with encode")
-        object.__setattr__(self, "samples", tuple(given))
+        samples: object = self.samples
+        if not isinstance(samples, Iterable) or isinstance(samples, str | Mapping | Tensor):
+            raise DataError(f"a dataset must have a list of samples, got {described(samples)}; make them with encode")
+        object.__setattr__(self, "samples", tuple(samples))
         if not self.samples:
             raise DataError("a dataset needs at least one sample, got none; add some images")
-        for number, one in enumerate(self.samples):
-            if not isinstance(one, Sample):
+        for number, member in enumerate(self.samples):
+            if not isinstance(member, Sample):
                 raise DataError(
-                    f"a dataset must have samples, got {described(one)} as number {number}; make one with encode"
+                    f"a dataset must have samples, got {described(member)} as number {number}; make one with encode"
                 )
-        encoders = {id(one.variants.encoded): one.variants.encoded for one in self.samples if one.variants is not None}
+        encoders = {
+            id(sample.variants.encoded): sample.variants.encoded
+            for sample in self.samples
+            if sample.variants is not None
+        }
         if self.captions is None and len(encoders) == 1:  # of samples that were taken from another dataset
             object.__setattr__(self, "captions", *encoders.values())
         like = self.samples[0].latents
@@ -321,18 +325,18 @@ def places_of(samples: Sequence[Sample]) -> Tensor | None:
 
     First frames that are given have weight 0, and the others as much more.
     """
-    given = [sample.conditioning.tensors.get(FIRST_FRAME) for sample in samples]
-    if all(one is None for one in given) and all(sample.places is None for sample in samples):
+    first_frames = [sample.conditioning.tensors.get(FIRST_FRAME) for sample in samples]
+    if all(frame is None for frame in first_frames) and all(sample.places is None for sample in samples):
         return None
     frames = samples[0].latents.shape[1:-2]
     shape = (*(1,) * (1 + len(frames)), *samples[0].latents.shape[-2:])
     weights = [torch.ones(shape) if sample.places is None else sample.places.reshape(shape) for sample in samples]
-    for index, clean in enumerate(given):
+    for index, clean in enumerate(first_frames):
         if clean is not None:
             count, first = frames.numel(), clean.shape[2]
             after = torch.tensor([0.0] * first + [count / max(1, count - first)] * (count - first))
             weights[index] = weights[index] * after.reshape(1, -1, 1, 1)
-        elif any(one is not None for one in given):
+        elif any(frame is not None for frame in first_frames):
             weights[index] = weights[index].expand(1, *frames, -1, -1)
     return torch.stack(weights)
 
@@ -409,18 +413,18 @@ class EncodedCaptions:
             is_ready = False
             for done, caption in enumerate(missing, start=1):
                 text, seen = parts_of(caption)
-                beside = {"pictures": [one.key for one in seen], "embeddings": self.vectors(text)}
-                key = key_of(caption=text, **{name: one for name, one in beside.items() if one})
-                found = None if entries is None else _conditioning(text, entries.get(key))
-                if found is None:
+                beside = {"pictures": [picture.key for picture in seen], "embeddings": self.vectors(text)}
+                key = key_of(caption=text, **{name: entry for name, entry in beside.items() if entry})
+                conditioning = None if entries is None else _conditioning(text, entries.get(key))
+                if conditioning is None:
                     if not is_ready:  # where all are in the cache, the encoder is not even read
                         encoder.enter_context(self._ready())
                         is_ready = True
-                    found = self._encoded(caption)
+                    conditioning = self._encoded(caption)
                     self.encoded += 1
                     if entries is not None:
-                        entries.put(key, _tensors(found))
-                self._known[caption] = found
+                        entries.put(key, _tensors(conditioning))
+                self._known[caption] = conditioning
                 if progress:
                     progress(done, len(missing))
 
@@ -441,7 +445,7 @@ class EncodedCaptions:
 
     def _encoded(self, caption: Caption) -> Conditioning:
         text, seen = parts_of(caption)
-        return self._encode(text, *([[one.pixels() for one in seen]] if seen else []))
+        return self._encode(text, *([[picture.pixels() for picture in seen]] if seen else []))
 
     def staying(self) -> AbstractContextManager[object]:
         """Context in which the encoder is on its device."""
@@ -515,14 +519,14 @@ def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
 
 def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
     tensors = tensors or {}
-    named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}
+    named = {name.removeprefix(_TENSOR): tensor for name, tensor in tensors.items() if name.startswith(_TENSOR)}
     if not named:
         return None
     return Conditioning(named, text=caption, mask=tensors.get(_MASK))
 
 
 def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
-    ours, theirs = (len(one.samples[0].latents) for one in (dataset, given))
+    ours, theirs = (len(dataset_of.samples[0].latents) for dataset_of in (dataset, given))
     if ours != theirs:
         raise DataError(
             f"validation images need latents of {ours} channels like the training images, got {theirs}; encode both "

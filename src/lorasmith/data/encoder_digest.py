@@ -184,10 +184,10 @@ def file_sha256(path: Path, remembered: RememberedDigests, *, each_block: Callab
 def are_settled(files: Iterable[FileState]) -> bool:
     """Whether files are unchanged since they were mapped, and any further change would change their times."""
     try:
-        unchanged = all(file_state(Path(one.path)) == one for one in files)
+        unchanged = all(file_state(Path(file.path)) == file for file in files)
     except OSError:
         return False
-    return unchanged and all(max(one.modified, one.changed) < time.time_ns() - _SETTLED_NS for one in files)
+    return unchanged and all(max(file.modified, file.changed) < time.time_ns() - _SETTLED_NS for file in files)
 
 
 def _files_of(module: nn.Module) -> list[FileState]:
@@ -244,9 +244,9 @@ def _unpackings(module: nn.Module) -> dict[str, str]:
     found = {}
     for path, weight in packed_layers(module).items():
         unpack: Any = weight.unpack
-        given = (unpack.args, sorted(unpack.keywords.items())) if isinstance(unpack, partial) else ()
+        arguments = (unpack.args, sorted(unpack.keywords.items())) if isinstance(unpack, partial) else ()
         name = (unpack.func if isinstance(unpack, partial) else unpack).__qualname__
-        found[path] = f"{name} {given} {tuple(weight.shape)}"
+        found[path] = f"{name} {arguments} {tuple(weight.shape)}"
     return found
 
 
@@ -287,8 +287,8 @@ def _rules_digest(kind: str, settings: Sequence[str], rules: object) -> str:
 
 def _versions(*packages: str) -> Mapping[str, str]:
     """Versions that encodings depend on: ours, torch's major and minor, those of packages."""
-    found = {"encoding": str(ENCODING_VERSION), "torch": ".".join(torch.__version__.split(".")[:2])}
+    versions = {"encoding": str(ENCODING_VERSION), "torch": ".".join(torch.__version__.split(".")[:2])}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

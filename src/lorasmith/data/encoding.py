@@ -82,7 +82,7 @@ def load_dataset(
             with current().rank0_first():
                 prior = find_class(whole, place)
             scan = scan if prior is None else replace(scan, images=(*scan.images, *prior.images))
-        held = any(isinstance(one, PictureItems) and any(one.spool.iterdir()) for one in sources)
+        held = any(isinstance(source, PictureItems) and any(source.spool.iterdir()) for source in sources)
         data = encode_scan(
             scan,
             model,
@@ -106,9 +106,9 @@ def _sources(images: object, stack: contextlib.ExitStack, rate: float) -> Iterat
         yield ImageSource(os.fsdecode(images))
     elif isinstance(images, list | tuple):
         items: list[object] = []
-        for one in images:
-            if (source := _named_source(one)) is None:
-                items.append(one)
+        for image in images:
+            if (source := _named_source(image)) is None:
+                items.append(image)
                 continue
             if items:
                 yield _items(items, stack, rate)
@@ -118,8 +118,8 @@ def _sources(images: object, stack: contextlib.ExitStack, rate: float) -> Iterat
             yield _items(items, stack, rate)
     elif (source := _named_source(images)) is not None:
         yield source
-    elif (given := items_of(images)) is not None:
-        yield _items(given, stack, rate)
+    elif (in_memory := items_of(images)) is not None:
+        yield _items(in_memory, stack, rate)
     else:
         remedy = 'such as [(picture, "a dog")], a generator or a torch dataset of these'
         if isinstance(images, DataLoader):
@@ -195,10 +195,10 @@ def encode_scan(
         entries=lambda: _entries(cache, text_digest, model, f"text encoders of {model.title}", hash_progress),
         memory_bytes=int(config.caption_memory * 2**30),
         encoder_bytes=sum(
-            one.nbytes
+            parameter.nbytes
             for name in encoder.encoders.modules
             for part in encoder.networks(name, sees=sight is not None)
-            for one in part.parameters()
+            for parameter in part.parameters()
         ),
     )
     pictures = PictureEncoder(
@@ -247,7 +247,7 @@ def encode_images(
     processes = current()
     images = [_framed(image, config, resolution, step, pictures.clips) for image in scan.images]
     seen = [seen_with(image, pictures.controls) for image in images]
-    plain = [SeenCaption.of(image.caption, one[0]) for image, one in zip(scan.images, seen, strict=True)]
+    plain = [SeenCaption.of(image.caption, pictures[0]) for image, pictures in zip(scan.images, seen, strict=True)]
     if processes.size > 1 and config.cache:
         # Each process encodes a share into the cache, from which all of them read the rest.
         share = slice(processes.rank, None, processes.size)
@@ -297,7 +297,7 @@ def encoded_pixels(
     hash_progress: Callable[[int, int], None],
 ) -> list[Tensor]:
     """Latents of each picture, pixels (1, 3, [frames,] height, width) in [−1, 1]; otherwise as `encoded_texts`."""
-    keys = [key_of(pixels=digest_of_tensors([("pixels", one)])) for one in pictures]
+    keys = [key_of(pixels=digest_of_tensors([("pixels", picture)])) for picture in pictures]
     different = dict(zip(keys, pictures, strict=True))
     found: dict[str, Tensor] = {}
     title = f"autoencoder of {autoencoder.title}"
@@ -352,7 +352,7 @@ def _controls(
     """The controls of each image, each of whose framings is encoded once."""
     form, are_opposites = pictures.controls, config.controls == "opposite"
     if (form is not None and not form.most) or not any(image.image.controls for image in images):
-        return [_EncodedControls([], [{}] * len(one.framings), [None] * len(one.framings)) for one in images]
+        return [_EncodedControls([], [{}] * len(image.framings), [None] * len(image.framings)) for image in images]
     work, asked = [], []
     for image in images:
         for control in image.image.controls:
@@ -366,25 +366,25 @@ def _controls(
         latents: list[tuple[Tensor, ...]] = [()] * len(image.framings)
         for _ in image.image.controls:
             framed, framings, found = next(encoded)
-            places = [framed.framings.index(one) for one in framings]
+            places = [framed.framings.index(framing) for framing in framings]
             keys.append([framed.keys()[place] for place in places])
             latents = [(*before, found[place].latents[None]) for before, place in zip(latents, places, strict=True)]
         if are_opposites:
-            result.append(_EncodedControls(keys, [{}] * len(latents), [one[0] for (one,) in latents]))
+            result.append(_EncodedControls(keys, [{}] * len(latents), [latents_of[0] for (latents_of,) in latents]))
         else:
-            result.append(_EncodedControls(keys, [named_controls(one) for one in latents], [None] * len(latents)))
+            result.append(_EncodedControls(keys, [named_controls(latent) for latent in latents], [None] * len(latents)))
     return result
 
 
 def _clips_in_part(images: Sequence[FramedImage], clips: ClipForm) -> Iterator[str]:
     """Notes on clips that are longer than the model's frames."""
     parts = [
-        (one.image.name, len(one.numbers), all_of_it)
-        for one in images
-        if one.numbers and (all_of_it := clips.available(one.image.times)) > len(one.numbers)
+        (image.image.name, len(image.numbers), all_of_it)
+        for image in images
+        if image.numbers and (all_of_it := clips.available(image.image.times)) > len(image.numbers)
     ]
     if parts:
-        (name, used, frames), count = parts[0], sum(bool(one.numbers) for one in images)
+        (name, used, frames), count = parts[0], sum(bool(image.numbers) for image in images)
         yield (
             f"{len(parts)} of {count} clips {'is' if len(parts) == 1 else 'are'} trained in part, such as {name} with "
             f"{used} of its {frames} frames at {clips.rate:g} a second: a clip has at most {clips.most}, in steps of "
@@ -405,24 +405,24 @@ def _sample(
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
     found, fills = [], pictures.controls is not None and pictures.controls.is_fill
-    for framing, one, given, opposite, shown in zip(
+    for framing, framed_latents, controls_given, opposite, shown in zip(
         framed.framings, encoded, controls.tensors, controls.opposites, seen, strict=True
     ):
-        places = place_weights(one.inside, config)
+        places = place_weights(framed_latents.inside, config)
         crop = f"{framing.width}×{framing.height} crop"
-        if one.inside is not None and (places is None or (fills and not one.inside.any())):
+        if framed_latents.inside is not None and (places is None or (fills and not framed_latents.inside.any())):
             notes.append(
                 f"the mask of {name} leaves nothing of its {crop} inside, so that is trained as a whole; correct the "
                 "mask, or remove it"
             )
-        elif fills and one.inside is not None and one.inside.min() == 1:
+        elif fills and framed_latents.inside is not None and framed_latents.inside.min() == 1:
             notes.append(
                 f"the mask of {name} covers all of its {crop}, so that the model is given nothing of it; correct the "
                 "mask, unless whole pictures are meant"
             )
         size = framing.picture_size(image.width, image.height)
-        own = {} if config.controls == "none" else one.inputs
-        found.append(Picture(one.latents, size, places, {**own, **given}, shown, opposite))
+        own = {} if config.controls == "none" else framed_latents.inputs
+        found.append(Picture(framed_latents.latents, size, places, {**own, **controls_given}, shown, opposite))
     rules = CaptionRules.of(config, is_class=image.is_class)
     dropout = config.control_dropout if found[0].inputs else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0

@@ -139,7 +139,7 @@ class EncodingCache:
                         unreadable=len(files) - len(shards),
                     )
                 )
-        return sorted(found, key=lambda one: -one.last_used)
+        return sorted(found, key=lambda summary: -summary.last_used)
 
     def clear(self, *, unused_days: float = 0.0) -> Cleared:
         """Remove files not used for a number of days, all by default; files in use on Windows stay."""
@@ -220,13 +220,13 @@ class EncodingCache:
         # Looking at every file takes longer than a write; what other processes wrote is noticed within a minute.
         if self._size_bytes <= self.limit_bytes and time.monotonic() - self._sized < _SIZE_SECONDS:
             return
-        found = [
+        files = [
             (stat.st_mtime, stat.st_size, path)
             for folder in self._folders()
             for path, stat in _files(folder, _SHARD_NAME)
         ]
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if total <= self.limit_bytes:
                 break
             if path.name not in self._used and not self._open[path.parent.name] and _removed(path):
@@ -334,8 +334,8 @@ def key_of(**values: object) -> str:
 def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
     """The user's cache in `$LORASMITH_CACHE_DIR` or the system's cache folder; disabled without a home folder."""
     limit_bytes = int(limit_gib * 2**30)
-    if given := os.environ.get(FOLDER_VARIABLE, ""):
-        return EncodingCache(Path(given) / "encodings", limit_bytes=limit_bytes)
+    if folder := os.environ.get(FOLDER_VARIABLE, ""):
+        return EncodingCache(Path(folder) / "encodings", limit_bytes=limit_bytes)
     try:
         return EncodingCache(_system_cache() / "lorasmith" / "encodings", limit_bytes=limit_bytes)
     except RuntimeError:
@@ -387,7 +387,7 @@ def write_shard(path: Path, encoder: str, title: str, entries: Mapping[str, Mapp
     """Write a shard atomically; `entries` are tensors by name, by key. Raises OutputError."""
     digests = {key: _digest(encoder, key, tensors) for key, tensors in entries.items()}
     about = {"format": _FORMAT, "encoder": encoder, "title": title[:_MAX_TITLE], "entries": digests}
-    tensors = {f"{key}/{name}": tensor for key, one in entries.items() for name, tensor in one.items()}
+    tensors = {f"{key}/{name}": tensor for key, entry in entries.items() for name, tensor in entry.items()}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         for piece in serialised(tensors, {_KEY: json.dumps(about)}):
             file.write(piece)

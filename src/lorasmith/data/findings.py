@@ -207,7 +207,7 @@ def listed(
 ) -> str:
     """The names of some images, with a detail of each."""
     shown = [images[index] for index in islice(found, _LISTED + 1)]
-    return joined([f"{one.name} ({detail(one)})" if detail else one.name for one in shown], of=len(found))
+    return joined([f"{image.name} ({detail(image)})" if detail else image.name for image in shown], of=len(found))
 
 
 _UNUSED: dict[ReasonKind, str] = {
@@ -278,7 +278,7 @@ def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Findin
 
 
 def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> Iterator[Finding]:
-    place = {one.name: index for index, one in enumerate(images)}
+    place = {image.name: index for index, image in enumerate(images)}
     copies = dict(sorted(pair for group in alike for pair in group.copies))
     similar = dict(sorted((index, group.best) for group in alike for index in group.others if index not in copies))
     if copies:
@@ -436,7 +436,7 @@ def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Findi
     if len(written) < max(_SHARED_FROM, len(subjects)):
         return
     if found := shared_phrases(written, trigger):
-        nearly = "" if all(has_trigger(one, phrase) for phrase in found for one in written) else "nearly "
+        nearly = "" if all(has_trigger(caption, phrase) for phrase in found for caption in written) else "nearly "
         what = ("tag" if set(found) <= set(tags_of(written[0])) else "phrase") + ("" if len(found) == 1 else "s")
         yield Finding(
             "shared tags",
@@ -459,7 +459,7 @@ def _about(
 
 
 def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) -> tuple[int, ...]:
-    return tuple(index for index, one in enumerate(images) if are(one))
+    return tuple(index for index, image in enumerate(images) if are(image))
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -474,8 +474,8 @@ def joined(texts: Sequence[str], *, of: int | None = None) -> str:
     return ", ".join(texts[:shown]) + (f" and {more:,} more" if more else "")
 
 
-def _count(found: Collection[object], one: str, many: str) -> str:
-    return f"{len(found):,} {one if len(found) == 1 else many}"
+def _count(found: Collection[object], singular: str, many: str) -> str:
+    return f"{len(found):,} {singular if len(found) == 1 else many}"
 
 
 def _are(found: Collection[int]) -> str:

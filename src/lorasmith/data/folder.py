@@ -122,27 +122,29 @@ def scan_sources(
     unread: list[Candidate] = []
     missing: list[Path] = []
     notes = ScanNotes()
-    found: list[Candidate] = []
+    collected: list[Candidate] = []
     for source in sources:
         if isinstance(source, PictureItems):
-            found += item_candidates(source, config, clips=clips)
+            collected += item_candidates(source, config, clips=clips)
         else:
-            found += candidates(source, config, cache=cache, skipped=skipped, notes=notes, unread=unread, clips=clips)
+            collected += candidates(
+                source, config, cache=cache, skipped=skipped, notes=notes, unread=unread, clips=clips
+            )
 
     if (
         not is_class
         and config.image_repeats
-        and (left_out := [one for one in found if not config.repeat_factor(one.name)])
+        and (left_out := [candidate for candidate in collected if not config.repeat_factor(candidate.name)])
     ):
-        if len(left_out) == len(found):
-            raise DataError(f"image_repeats leaves out each of {len(found):,} images; give one a factor above 0")
+        if len(left_out) == len(collected):
+            raise DataError(f"image_repeats leaves out each of {len(collected):,} images; give one a factor above 0")
         notes.add(NoteKind.LEFT_OUT, left_out[0].name, len(left_out))
-        found = [one for one in found if config.repeat_factor(one.name)]
+        collected = [candidate for candidate in collected if config.repeat_factor(candidate.name)]
 
     def check(candidate: Candidate) -> _Checked | Reason:
         return _checked(candidate, config, rules, is_class=is_class)
 
-    for candidate, checked in zip(found, in_threads(check, found, most=_READERS), strict=True):
+    for candidate, checked in zip(collected, in_threads(check, collected, most=_READERS), strict=True):
         if isinstance(checked, Reason):
             unusable.append((candidate.path, checked))
             refused.append(candidate)
@@ -159,7 +161,7 @@ def scan_sources(
     if not scanned:
         raise DataError(_nothing_usable(sources, unusable + skipped))
     if len(sources) > 1:
-        _note_repetition(found, notes)
+        _note_repetition(collected, notes)
     return FolderScan(
         tuple(scanned) if is_class or not config.image_repeats else _repeated(scanned, config),
         tuple(unusable + skipped),
@@ -175,14 +177,14 @@ def _repeated(images: Sequence[ImageFile], config: DataConfig) -> tuple[ImageFil
     Raises DataError if one would occur more than `MAX_REPEATS` times.
     """
     wanted = [image.repeats * config.repeat_factor(image.name) for image in images]
-    scale = math.lcm(*(one.denominator for one in wanted))
-    repeats = [int(one * scale) for one in wanted]
+    scale = math.lcm(*(fraction.denominator for fraction in wanted))
+    repeats = [int(fraction * scale) for fraction in wanted]
     if (most := max(repeats)) > MAX_REPEATS:
         raise DataError(
             f"an image must occur at most {MAX_REPEATS:,} times in an epoch, but image_repeats makes "
             f"{images[repeats.index(most)].name} occur {most:,} times; use factors such as 0.5"
         )
-    return tuple(replace(one, repeats=number) for one, number in zip(images, repeats, strict=True))
+    return tuple(replace(image, repeats=number) for image, number in zip(images, repeats, strict=True))
 
 
 def checked_again(refused: Candidate, config: DataConfig) -> ImageFile | Reason:
@@ -209,56 +211,58 @@ class _Checked:
 
 
 def _checked(
-    found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, any_format: bool = False
+    candidate: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, any_format: bool = False
 ) -> _Checked | Reason:
     """An image with its captions; or why it is skipped."""
-    if found.barred:
-        return found.barred
+    if candidate.barred:
+        return candidate.barred
     file = None
     try:
-        opened = found.opened or open_file(
-            found.path, clips=found.clips, any_format=any_format, seconds=seconds_read(config)
+        opened = candidate.opened or open_file(
+            candidate.path, clips=candidate.clips, any_format=any_format, seconds=seconds_read(config)
         )
         width, height = opened.width, opened.height
-        digest = file_digest(found.path)
+        digest = file_digest(candidate.path)
         if fault := _size_fault(width, height):
             return Reason(fault, "size")
-        if found.mask and (fault := _mask_fault(found.mask, width, height)):
+        if candidate.mask and (fault := _mask_fault(candidate.mask, width, height)):
             return Reason(fault, "mask")
         controls = []
-        for path in found.controls:
+        for path in candidate.controls:
             control = _control(path)
             if isinstance(control, Reason):
                 return control
             controls.append(control)
-        if found.caption_file:
-            file = read_caption_file(found.folder.file(found.caption_file))
+        if candidate.caption_file:
+            file = read_caption_file(candidate.folder.file(candidate.caption_file))
     except ImageError as error:
         return Reason(error.reason, "unreadable")
     except CaptionError as error:
         return Reason(f"is left out because its caption file {error.path.name} {error.reason}", "caption")
     of_file: tuple[str, ...] = ()
-    of_entry = found.entry
+    of_entry = candidate.entry
     if file and file.text:
         of_file = file.lines if config.caption_lines else (file.text,)
     if config.caption_lines:
-        of_entry = tuple(line for one in of_entry for line in one.splitlines())
+        of_entry = tuple(line for caption in of_entry for line in caption.splitlines())
     of_entry = tuple(filter(None, map(one_line, of_entry)))
-    if found.refused and not of_file:
-        return Reason(f"is left out because {found.metadata} {found.refused}; repair or remove that file", "metadata")
-    is_file = bool(of_file) and not (found.entry_first and of_entry)
+    if candidate.refused and not of_file:
+        return Reason(
+            f"is left out because {candidate.metadata} {candidate.refused}; repair or remove that file", "metadata"
+        )
+    is_file = bool(of_file) and not (candidate.entry_first and of_entry)
     own = of_file if is_file else of_entry
-    captions, source = _captions(found, own, "file" if is_file else "metadata", config, is_class)
+    captions, source = _captions(candidate, own, "file" if is_file else "metadata", config, is_class)
     image = ImageFile(
-        found.path,
+        candidate.path,
         width,
         height,
         rules.plain(captions),
         source,
-        found.repeats,
+        candidate.repeats,
         captions,
-        found.weight,
-        found.mask,
+        candidate.weight,
+        candidate.mask,
         is_class,
         digest,
         opened.times,
@@ -282,14 +286,14 @@ _MISSING: dict[CaptionOrigin, frozenset[CaptionSource]] = {
 
 
 def _captions(
-    found: Candidate, own: tuple[str, ...], origin: CaptionSource, config: DataConfig, is_class: bool
+    candidate: Candidate, own: tuple[str, ...], origin: CaptionSource, config: DataConfig, is_class: bool
 ) -> tuple[tuple[str, ...], CaptionSource]:
     """The captions of an image and their origin; `own` are those in files, from `origin`."""
-    folder = found.folder
+    folder = candidate.folder
     match config.captions:
         case "files" if own:
             return own, origin
-        case "filename" if caption := caption_of_file_name(stem_of(found.name)):
+        case "filename" if caption := caption_of_file_name(stem_of(candidate.name)):
             return (caption,), "filename"
         case "folder" if caption := name_without_repeats(_name(folder.path)):
             return (caption,), "folder"
@@ -349,15 +353,15 @@ def _note_links(image: Candidate, notes: ScanNotes) -> None:
             notes.add(NoteKind.LINKS, f"{name} to {real}")
 
 
-def _note_repetition(found: Sequence[Candidate], notes: ScanNotes) -> None:
+def _note_repetition(candidates_read: Sequence[Candidate], notes: ScanNotes) -> None:
     seen: set[tuple[str, str]] = set()
     real: dict[str, str] = {}
-    for one in found:
-        folder = real.setdefault(one.folder.path, "") or os.path.realpath(one.folder.path)
-        real[one.folder.path] = folder
-        if (folder, one.name) in seen:
-            notes.add(NoteKind.TWICE, one.name)
-        seen.add((folder, one.name))
+    for candidate in candidates_read:
+        folder = real.setdefault(candidate.folder.path, "") or os.path.realpath(candidate.folder.path)
+        real[candidate.folder.path] = folder
+        if (folder, candidate.name) in seen:
+            notes.add(NoteKind.TWICE, candidate.name)
+        seen.add((folder, candidate.name))
 
 
 def _nothing_usable(sources: Sequence[ImageSource | PictureItems], skipped: Skipped) -> str:

@@ -142,7 +142,7 @@ def list_folders(
             skip(Path(listed.path), f"cannot be read ({error.strerror}); check its permissions")
             continue
         yield listed
-        found = []
+        folders = []
         for name in subfolders:
             path = Path(listed.path, name)
             if (name in SET_APART and Path(path, REASONS).is_file()) or _is_run(path):
@@ -166,8 +166,8 @@ def list_folders(
                 seen.add(identity)
                 if not repeats:
                     repeats, caption = listed.repeats, listed.caption
-                found.append(ListedFolder(str(path), listed.key(name), source, follow_links, repeats, caption))
-        ahead += reversed(found)
+                folders.append(ListedFolder(str(path), listed.key(name), source, follow_links, repeats, caption))
+        ahead += reversed(folders)
 
 
 def foreign_reason(suffix: str) -> Reason | None:

@@ -90,7 +90,7 @@ def _split_folder(folder: Path) -> Path:
 
 
 def _data_files(folder: Path) -> list[str]:
-    return _names(folder / _PARTS[0], lambda content: [one["filename"] for one in content["_data_files"]])
+    return _names(folder / _PARTS[0], lambda content: [entry["filename"] for entry in content["_data_files"]])
 
 
 def _names(file: Path, listed: Callable[[Any], list[str]]) -> list[str]:
@@ -128,7 +128,9 @@ def _columns(dataset: Any) -> tuple[str, str | None, list[str]]:
     datasets = _package()
     features = dict(dataset.features or {})
     controls = [name for name in control_fields(features) if _undecoded(features[name]) is not None]
-    images = [name for name, one in features.items() if isinstance(one, datasets.Image) and name not in controls]
+    images = [
+        name for name, feature in features.items() if isinstance(feature, datasets.Image) and name not in controls
+    ]
     if not images:
         known = printable(", ".join(features) or "none", limit=100)
         raise DataError(f"a dataset must have a column of images, got the columns {known}; use cast_column")
@@ -165,20 +167,20 @@ def _write(
     written = 0
     for number, row in enumerate(rows):
         stem = f"{number:0{digits}}"
-        given = [row[image]]
+        cells = [row[image]]
         for column in controls:
-            given += row[column] if isinstance(row[column], list) else [row[column]]
-        contents = [_content(one or {}, outside=at_most is None) for one in given]
+            cells += row[column] if isinstance(row[column], list) else [row[column]]
+        contents = [_content(cell or {}, outside=at_most is None) for cell in cells]
         texts = row[text] if text else None
-        written += sum(len(one or b"") for one in contents)
-        written += sum(len(one) for one in (texts if isinstance(texts, list) else [texts]) if isinstance(one, str))
+        written += sum(len(content or b"") for content in contents)
+        written += sum(len(text) for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str))
         if at_most is not None and written > at_most:
             raise ValueError("it has more bytes of pictures and captions than its files")
         name = f"row {number} without a picture"  # an entry without an image, which the scan reports
         if contents[0] is not None:
             name = f"{stem}{_suffix(contents[0])}"
             (folder / name).write_bytes(contents[0])
-        for place, content in enumerate(one for one in contents[1:] if one is not None):
+        for place, content in enumerate(content for content in contents[1:] if content is not None):
             beside = ensure_folder(folder / control_folder(place))
             (beside / f"{stem}{_suffix(content)}").write_bytes(content)
         lines.append(json.dumps({"file_name": name, "text": texts}))

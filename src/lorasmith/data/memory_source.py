@@ -78,14 +78,14 @@ class _Item:
         return f"item {self.number}" + (f" ({self.name})" if self.name else "")
 
 
-def items_of(given: object) -> Iterable[object] | None:
+def items_of(sequence: object) -> Iterable[object] | None:
     """The items of a generator, an iterable or a torch dataset of either style; None if `given` is none of these."""
-    if isinstance(given, str | bytes | Mapping | np.ndarray | torch.Tensor | DataLoader | type):
+    if isinstance(sequence, str | bytes | Mapping | np.ndarray | torch.Tensor | DataLoader | type):
         return None
-    if isinstance(given, Iterable):
-        return given
-    if hasattr(given, "__getitem__") and hasattr(given, "__len__"):
-        return (given[number] for number in range(len(given)))
+    if isinstance(sequence, Iterable):
+        return sequence
+    if hasattr(sequence, "__getitem__") and hasattr(sequence, "__len__"):
+        return (sequence[number] for number in range(len(sequence)))
     return None
 
 
@@ -101,21 +101,21 @@ def item_candidates(source: PictureItems, config: DataConfig, *, clips: bool) ->
                 "you trust as a list of paths"
             )
         if isinstance(item.picture, str | os.PathLike):
-            found = listings.candidate(Path(item.picture))
-            found = replace(found, repeats=item.repeats, weight=item.weight)
+            candidate = listings.candidate(Path(item.picture))
+            candidate = replace(candidate, repeats=item.repeats, weight=item.weight)
             if item.captions:
-                found = replace(found, caption_file=None, metadata=item.title, entry=item.captions, refused="")
+                candidate = replace(candidate, caption_file=None, metadata=item.title, entry=item.captions, refused="")
         else:
-            found = _written(item, source, config, clips)
+            candidate = _written(item, source, config, clips)
         if item.mask is not None:
-            found.mask = _mask(item, source.spool / f"{number}" / f"{found.name}.mask", config)
+            candidate.mask = _mask(item, source.spool / f"{number}" / f"{candidate.name}.mask", config)
         if item.controls and config.controls != "none":
             place = source.spool / f"{number}"
-            found.controls = tuple(
-                _beside(item, one, "control", place / f"{found.name}.control {index}")
-                for index, one in enumerate(item.controls)
+            candidate.controls = tuple(
+                _beside(item, control, "control", place / f"{candidate.name}.control {index}")
+                for index, control in enumerate(item.controls)
             )
-        yield found
+        yield candidate
 
 
 class _Listings:
@@ -144,56 +144,56 @@ class _Listings:
         return found
 
 
-def _read(number: int, given: object) -> _Item:
-    item = _Item(number, given)
-    if isinstance(given, str | os.PathLike):
+def _read(number: int, content: object) -> _Item:
+    item = _Item(number, content)
+    if isinstance(content, str | os.PathLike):
         return item
-    if isinstance(given, tuple | list) and len(given) in (2, 3):
-        picture, caption, *mask = given
+    if isinstance(content, tuple | list) and len(content) in (2, 3):
+        picture, caption, *mask = content
         return replace(item, picture=picture, captions=_captions(item, caption), mask=mask[0] if mask else None)
-    if isinstance(given, Mapping):
-        return _of_fields(item, given)
-    if isinstance(given, Image.Image | np.ndarray | torch.Tensor):
+    if isinstance(content, Mapping):
+        return _of_fields(item, content)
+    if isinstance(content, Image.Image | np.ndarray | torch.Tensor):
         raise DataError(
-            f"{item.title} must have a caption beside its picture, got {described(given)} alone; give {_FORMS}, with "
+            f"{item.title} must have a caption beside its picture, got {described(content)} alone; give {_FORMS}, with "
             "the caption None for the trigger"
         )
-    raise DataError(f"{item.title} must be {_FORMS}, got {described(given)}")
+    raise DataError(f"{item.title} must be {_FORMS}, got {described(content)}")
 
 
-def _of_fields(item: _Item, given: Mapping[Any, Any]) -> _Item:
-    named = next((str(given[key]) for key in NAME_COLUMNS if given.get(key) is not None), "")
-    picture = next((given[key] for key in (_PICTURE, _CLIP) if given.get(key) is not None), None)
+def _of_fields(item: _Item, fields: Mapping[Any, Any]) -> _Item:
+    named = next((str(fields[key]) for key in NAME_COLUMNS if fields.get(key) is not None), "")
+    picture = next((fields[key] for key in (_PICTURE, _CLIP) if fields.get(key) is not None), None)
     if picture is None and not named:
-        known = printable(", ".join(map(str, given)) or "none", limit=80)
+        known = printable(", ".join(map(str, fields)) or "none", limit=80)
         raise DataError(f"{item.title} must have a picture as image (or a path as file_name), got the fields {known}")
     settings = {}
     for key, declared in options_of(ImageSource).items():
-        if given.get(key) is not None:
-            settings[key] = declared.check(given[key])
-    controls = control_fields(given)
-    if stray := [key for key in given if "control" in str(key) and key not in controls and given[key] is not None]:
+        if fields.get(key) is not None:
+            settings[key] = declared.check(fields[key])
+    controls = control_fields(fields)
+    if stray := [key for key in fields if "control" in str(key) and key not in controls and fields[key] is not None]:
         raise DataError(
             f"controls are named control, a picture or a list of them, got {stray[0]} in {item.title}; rename it"
         )
-    rate = given.get("frame_rate")
+    rate = fields.get("frame_rate")
     if rate is not None and not (isinstance(rate, Real) and 0 < float(rate) <= 1000):
         raise DataError(f"frame_rate of {item.title} must be a number between 0 and 1000, got {described(rate)}")
     return replace(
         item,
         picture=named if picture is None else picture,
         name="" if picture is None else _file_name(named),
-        captions=_captions(item, next((given[key] for key in TEXT_COLUMNS if given.get(key) is not None), None)),
-        mask=given.get("mask"),
-        controls=tuple(one for key in controls for one in _listed(given[key]) if one is not None),
+        captions=_captions(item, next((fields[key] for key in TEXT_COLUMNS if fields.get(key) is not None), None)),
+        mask=fields.get("mask"),
+        controls=tuple(control for key in controls for control in _listed(fields[key]) if control is not None),
         rate=float(rate or 0),
-        is_clip=given.get(_PICTURE) is None and picture is not None,
+        is_clip=fields.get(_PICTURE) is None and picture is not None,
         **settings,
     )
 
 
-def _listed(given: object) -> Sequence[object]:
-    return given if isinstance(given, list | tuple) else (given,)
+def _listed(value: object) -> Sequence[object]:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _file_name(named: str) -> str:
@@ -202,12 +202,12 @@ def _file_name(named: str) -> str:
     return file_stem(name) if name else ""
 
 
-def _captions(item: _Item, given: object) -> tuple[str, ...]:
-    texts = () if given is None else (given,) if isinstance(given, str) else given
+def _captions(item: _Item, captions: object) -> tuple[str, ...]:
+    texts = () if captions is None else (captions,) if isinstance(captions, str) else captions
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise DataError(
-            f"the caption of {item.title} must be a text, a list of texts or None, got {described(given)}; write out "
-            "what the picture shows"
+            f"the caption of {item.title} must be a text, a list of texts or None, got {described(captions)}; write "
+            "out what the picture shows"
         )
     if len(texts) > MAX_CAPTIONS or sum(map(len, texts)) > MAX_CAPTION:
         raise DataError(

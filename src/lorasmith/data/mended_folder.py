@@ -153,12 +153,12 @@ def _filled(
         ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "write images") as pool,
     ):
         refused = check.refused if "formats" in only else ()
-        again = list(pool.map(lambda one: checked_again(one, config), refused))
+        again = list(pool.map(lambda fault: checked_again(fault, config), refused))
         # Refused files come last, so that they take no other image's name.
-        images = [one.file for index, one in enumerate(check.images) if index not in set_aside]
-        images += [one for one in again if isinstance(one, ImageFile)]
+        images = [image.file for index, image in enumerate(check.images) if index not in set_aside]
+        images += [image for image in again if isinstance(image, ImageFile)]
         named = [(image, name_in(folder, image.path)) for image in images]
-        jobs = [_Job(one, name, *names.place(name)) for one, name in named]
+        jobs = [_Job(image, name, *names.place(name)) for image, name in named]
         most = int(_MOST_AREA * max(check.resolutions) ** 2)
         captioned = []
         for done, written in enumerate(pool.map(lambda job: _write_image(job, draft, most, only), jobs), start=1):
@@ -168,17 +168,23 @@ def _filled(
                 progress(done, len(jobs))
     duplicates, unused = SET_APART
     yield from _keep(draft / duplicates, [set_aside[index] for index in sorted(set_aside)], folder, "set apart")
-    used, masks = {image.path for image in images}, {one.path: one.mask for one in check.refused}
+    used, masks = {image.path for image in images}, {fault.path: fault.mask for fault in check.refused}
     # A picture in an unreadable format may also be refused for its caption or its mask.
-    found = {one.path: why for one, why in zip(refused, again, strict=True) if isinstance(why, Reason)}
-    deeper = {path: why for path, why in found.items() if why.kind != "unreadable"}
+    reasons = {fault.path: why for fault, why in zip(refused, again, strict=True) if isinstance(why, Reason)}
+    deeper = {path: why for path, why in reasons.items() if why.kind != "unreadable"}
     skipped = [
         _SetAside(path, deeper.get(path, reason), masks.get(path)) for path, reason in check.skipped if path not in used
     ]
-    left = [one for one in skipped if is_folder(one.path) or _leads_out(one.path, folder)]
-    yield from _keep(draft / unused, [one for one in skipped if one not in left], folder, "unused")
-    for one in left:
-        yield MendedFile(name_in(folder, one.path), None, ("left out",), one.reason)
+    left = [
+        path_skipped
+        for path_skipped in skipped
+        if is_folder(path_skipped.path) or _leads_out(path_skipped.path, folder)
+    ]
+    yield from _keep(
+        draft / unused, [path_skipped for path_skipped in skipped if path_skipped not in left], folder, "unused"
+    )
+    for path_skipped in left:
+        yield MendedFile(name_in(folder, path_skipped.path), None, ("left out",), path_skipped.reason)
     for path in _others(images, captioned, [*set_aside.values(), *skipped]):
         yield MendedFile(name_in(folder, path), None, ("left out",), "belongs to no picture here, or is not used")
 
@@ -305,11 +311,13 @@ def _others(
 ) -> Iterator[Path]:
     """Files beside the images that are not in the copy: without a picture, or unused."""
     paths = {path for image in images for path in (image.path, image.mask)}
-    paths |= {path for one in set_aside for path in (one.path, one.mask)}
-    for one in set_aside:
-        paths.update(one.path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
-    from_files = {one.path.with_suffix("") for one in captioned if one.caption_source == "file" or not one.captions}
-    from_metadata = any(one.caption_source == "metadata" for one in captioned)
+    paths |= {path for image in set_aside for path in (image.path, image.mask)}
+    for aside in set_aside:
+        paths.update(aside.path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
+    from_files = {
+        image.path.with_suffix("") for image in captioned if image.caption_source == "file" or not image.captions
+    }
+    from_metadata = any(image.caption_source == "metadata" for image in captioned)
     for folder in sorted({image.path.parent for image in images}):
         for path in sorted(folder.iterdir()):
             if path.name.startswith(".") or path in paths or not path.is_file():

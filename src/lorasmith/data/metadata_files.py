@@ -150,10 +150,10 @@ def _inside(name: str, folders: Sequence[Path]) -> str | None:
 
 def _json_rows(content: bytes) -> Iterator[Row]:
     value = parse_foreign_json(_text(content))
-    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+    if isinstance(value, list) and any(isinstance(row, dict) for row in value):
         yield from _listed_rows(enumerate(value, start=1), "entry")
         return
-    if not isinstance(value, dict) or not value or not all(isinstance(one, dict) for one in value.values()):
+    if not isinstance(value, dict) or not value or not all(isinstance(row, dict) for row in value.values()):
         raise MetadataError('holds no captions by image, such as {"1.png": {"caption": "a dog"}}', damaged=False)
     for name, entry in value.items():
         yield name, _kohya(entry), entry
@@ -162,14 +162,14 @@ def _json_rows(content: bytes) -> Iterator[Row]:
 def _controls(row: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[str]:
     """Paths of a row's controls relative to its folder. ValueError for what is no path, or outside of the folder."""
     for key in control_fields(row):
-        given = row[key] if isinstance(row[key], list) else [row[key] or None]
-        for one in given:
-            if one is None:  # as rows of tables have it that lack a control
+        paths = row[key] if isinstance(row[key], list) else [row[key] or None]
+        for control in paths:
+            if control is None:  # as rows of tables have it that lack a control
                 continue
-            if not isinstance(one, str) or not one or "\x00" in one:
-                raise ValueError(f"its {key} is {described(one)}, not a path; write the control's name")
-            if (path := _inside(one, folders)) is None:
-                raise ValueError(f"its control {one} is outside of the folder; copy it into the folder")
+            if not isinstance(control, str) or not control or "\x00" in control:
+                raise ValueError(f"its {key} is {described(control)}, not a path; write the control's name")
+            if (path := _inside(control, folders)) is None:
+                raise ValueError(f"its control {control} is outside of the folder; copy it into the folder")
             yield path
 
 
@@ -181,7 +181,7 @@ def _kohya(entry: Mapping[str, Any]) -> Any:
     if not tags or not isinstance(tags, str):
         return text or tags or None
     if isinstance(text, list):
-        return [f"{one}, {tags}" if isinstance(one, str) else one for one in text]
+        return [f"{caption}, {tags}" if isinstance(caption, str) else caption for caption in text]
     return f"{text}, {tags}" if isinstance(text, str) else text or tags
 
 

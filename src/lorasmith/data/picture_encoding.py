@@ -118,19 +118,19 @@ def encode_pictures(
     """
     with torch.no_grad(), encoder.entries() as entries, contextlib.ExitStack() as ready:
         work = [_Work(image, entries) for image in images]
-        lacking = [one for one in work if one.missing]
+        lacking = [item for item in work if item.missing]
         done = 0
 
-        def count(one: _Work) -> None:
+        def count(item: _Work) -> None:
             nonlocal done
-            if len(one.found) == len(one.framed.framings):
+            if len(item.found) == len(item.framed.framings):
                 done += 1
                 if progress:
-                    progress(done, len(work), one.framed.image.name, len(work) - len(lacking))
+                    progress(done, len(work), item.framed.image.name, len(work) - len(lacking))
 
-        for one in work:
-            if not one.missing:
-                count(one)
+        for item in work:
+            if not item.missing:
+                count(item)
         if lacking:
             ready.enter_context(encoder.ready())
         batches = _batches(_read_ahead(lacking, config, encoder.downscale), encoder.batch_pixels)
@@ -140,7 +140,7 @@ def encode_pictures(
                     further = encoder.picture_inputs(picture.picture.pixels[None], picture.picture.mask)
                     _keep(picture, found, further, entries)
                     count(picture.work)
-    return [[one.found[index] for index in range(len(one.framed.framings))] for one in work]
+    return [[item.found[index] for index in range(len(item.framed.framings))] for item in work]
 
 
 class _Work:
@@ -152,7 +152,9 @@ class _Work:
         self.found: dict[int, EncodedFraming] = {}
         for index, key in enumerate(self.keys):
             if entries is not None and (tensors := entries.get(key)) and _LATENTS in tensors:
-                further = {name.removeprefix(_BESIDE): one for name, one in tensors.items() if name.startswith(_BESIDE)}
+                further = {
+                    name.removeprefix(_BESIDE): tensor for name, tensor in tensors.items() if name.startswith(_BESIDE)
+                }
                 self.found[index] = EncodedFraming(tensors[_LATENTS], tensors.get(_INSIDE), further)
         self.missing = [index for index in range(len(framed.framings)) if index not in self.found]
 
@@ -169,17 +171,17 @@ def _read_ahead(
 ) -> Generator[tuple[_Work, list[FramedPicture]]]:
     """Images with their missing framings as pixels, in order, read a few ahead."""
 
-    def read(one: _Work) -> list[FramedPicture]:
-        wanted = [one.framed.framings[index] for index in one.missing]
-        image, numbers = one.framed.image, one.framed.numbers
-        return framed(image, one.framed.digest[0], wanted, config, downscale=downscale, numbers=numbers)
+    def read(item: _Work) -> list[FramedPicture]:
+        wanted = [item.framed.framings[index] for index in item.missing]
+        image, numbers = item.framed.image, item.framed.numbers
+        return framed(image, item.framed.digest[0], wanted, config, downscale=downscale, numbers=numbers)
 
     coming: deque[tuple[_Work, Future[list[FramedPicture]]]] = deque()
     with ThreadPoolExecutor(_READERS, thread_name_prefix="lorasmith-images") as pool:
         try:
-            for one in lacking:
-                coming.append((one, pool.submit(read, one)))
-                if len(coming) >= (_CLIPS_AHEAD if one.framed.numbers else _AHEAD):
+            for item in lacking:
+                coming.append((item, pool.submit(read, item)))
+                if len(coming) >= (_CLIPS_AHEAD if item.framed.numbers else _AHEAD):
                     first, pictures = coming.popleft()
                     yield first, pictures.result()
             while coming:
@@ -194,11 +196,11 @@ def _batches(read: Generator[tuple[_Work, list[FramedPicture]]], batch_pixels: i
     """Consecutive pictures of one size with at most `batch_pixels` together; at least one."""
     waiting: dict[tuple[int, ...], list[_Waiting]] = {}
     with contextlib.closing(read):
-        for one, pictures in read:
-            for index, picture in zip(one.missing, pictures, strict=True):
+        for item, pictures in read:
+            for index, picture in zip(item.missing, pictures, strict=True):
                 shape = tuple(picture.pixels.shape)
                 batch = waiting.setdefault(shape, [])
-                batch.append(_Waiting(one, index, picture))
+                batch.append(_Waiting(item, index, picture))
                 if (len(batch) + 1) * picture.pixels[0].numel() > batch_pixels:
                     yield waiting.pop(shape)
     yield from waiting.values()
@@ -272,23 +274,28 @@ class _Beside:
         if not is_out_of_memory(error):
             raise error
         del error, future  # whose frames hold memory
-        wait([one for _, one in self._running])
+        wait([future for _, future in self._running])
         return batch, self._pool.submit(_latents, batch, self._encoder).result()  # alone
 
 
 @torch.no_grad()
 def _latents(batch: Sequence[_Waiting], encoder: PictureEncoder) -> Tensor:
     """The latents of pictures of one size, fp32 on the CPU."""
-    return encoder.encode(torch.stack([one.picture.pixels for one in batch])).to("cpu", torch.float32)
+    return encoder.encode(torch.stack([waiting_picture.picture.pixels for waiting_picture in batch])).to(
+        "cpu", torch.float32
+    )
 
 
-def _keep(one: _Waiting, latents: Tensor, further: Mapping[str, Tensor], entries: CacheEntries | None) -> None:
+def _keep(
+    waiting_picture: _Waiting, latents: Tensor, further: Mapping[str, Tensor], entries: CacheEntries | None
+) -> None:
     """Store the latents of a framing, also in the cache. Raises DataError if they are not finite."""
-    check_latents(latents, like=latents, name=one.work.framed.image.name)
-    inside = one.picture.inside
-    one.work.found[one.index] = EncodedFraming(latents.clone(), inside, further)
+    check_latents(latents, like=latents, name=waiting_picture.work.framed.image.name)
+    inside = waiting_picture.picture.inside
+    waiting_picture.work.found[waiting_picture.index] = EncodedFraming(latents.clone(), inside, further)
     if entries is not None:
         further = {_BESIDE + name: tensor for name, tensor in further.items()}
         entries.put(
-            one.work.keys[one.index], {_LATENTS: latents, **({} if inside is None else {_INSIDE: inside}), **further}
+            waiting_picture.work.keys[waiting_picture.index],
+            {_LATENTS: latents, **({} if inside is None else {_INSIDE: inside}), **further},
         )

@@ -77,7 +77,7 @@ def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
     Copies that were scaled, stretched, recompressed or brightened are similar; mirrored ones are not, and cropped ones
     only where little was removed. Empty pictures match none.
     """
-    indexes = [index for index, one in enumerate(qualities) if not one.is_empty]
+    indexes = [index for index, quality in enumerate(qualities) if not quality.is_empty]
     if len(indexes) < 2:
         return []
     bits = np.array([[qualities[index].hash >> bit & 1 for bit in range(64)] for index in indexes], dtype=np.float32)
@@ -116,7 +116,7 @@ def _blur(grey: Image.Image) -> float | None:
         again = grey.filter(ImageFilter.BoxBlur((_BOX * step_x, _BOX * step_y)))
         lost = ImageChops.subtract(before, _differences(again, step_x, step_y))
         means.append((_tile_means(before), _tile_means(lost)))
-    changes, removed = (one + other for one, other in zip(*means, strict=True))
+    changes, removed = (change + other for change, other in zip(*means, strict=True))
     judged = changes >= 2 * _LEAST_CHANGE
     if not np.any(judged):
         return None

@@ -87,12 +87,12 @@ class Preflight:
 
     @property
     def captioned(self) -> int:
-        return sum(one.is_captioned for one in self.images)
+        return sum(image.is_captioned for image in self.images)
 
     @property
     def paired(self) -> int:
         """Number of images with controls."""
-        return sum(bool(one.file.controls) for one in self.images)
+        return sum(bool(image.file.controls) for image in self.images)
 
     def findings_of(self, index: int) -> list[FindingKind]:
         return [finding.kind for finding in self.findings if index in finding.images]
@@ -132,8 +132,8 @@ def preflight(
     count = partial(_tokens, tokenize, config) if tokenize else None
     fault = partial(_json_fault, keys, config) if keys else None
     images = tuple(
-        _checked(image, quality, folder, found, count, fault)
-        for image, quality, found in zip(scan.images, qualities, frames, strict=True)
+        _checked(image, quality, folder, framings_of, count, fault)
+        for image, quality, framings_of in zip(scan.images, qualities, frames, strict=True)
     )
     alike = tuple(_compared(images, qualities))
     return Preflight(
@@ -197,10 +197,10 @@ def usual_resolution(images: Sequence[ImageFile]) -> int:
     return next(fitting, _USUAL[-1])
 
 
-def _measured(one: tuple[ImageFile, Sequence[Framing]]) -> PictureQuality:
+def _measured(pair: tuple[ImageFile, Sequence[Framing]]) -> PictureQuality:
     """The quality of an image, measured at its largest training size."""
-    image, frames = one
-    longest = max(max(one.width, one.height) for one in frames)
+    image, frames = pair
+    longest = max(max(frame.width, frame.height) for frame in frames)
     return measured(open_still(image.path, min(MEASURED_EDGE, longest), grey=True))
 
 
@@ -212,7 +212,7 @@ def _checked(
     count: Callable[[ImageFile], int] | None,
     fault: Callable[[ImageFile], str] | None,
 ) -> CheckedImage:
-    largest = max(frames, key=lambda one: one.scale)  # decides whether the picture is large enough
+    largest = max(frames, key=lambda frame: frame.scale)  # decides whether the picture is large enough
     return CheckedImage(
         image,
         name_in(folder, image.path),
@@ -271,8 +271,8 @@ def _with_equal_controls(images: Sequence[CheckedImage], groups: Iterable[Sequen
 
 
 def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:
-    counts, samples = Counter(one.bucket for one in images), Counter[tuple[int, int]]()
-    for one in images:
-        samples[one.bucket] += one.file.repeats
+    counts, samples = Counter(image.bucket for image in images), Counter[tuple[int, int]]()
+    for image in images:
+        samples[image.bucket] += image.file.repeats
     ordered = sorted(counts, key=lambda size: (-counts[size], size))
     return tuple(Bucket(*size, counts[size], samples[size]) for size in ordered)

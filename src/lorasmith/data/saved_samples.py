@@ -73,12 +73,12 @@ class SavedSamples:
 
     @property
     def flat(self) -> list[Conditioning]:
-        return [one for combined in self.conditioning for one in combined]
+        return [conditioning for combined in self.conditioning for conditioning in combined]
 
     @property
     def distinct(self) -> list[Conditioning]:
         """The conditionings, shared ones once."""
-        return list({id(one): one for one in self.flat}.values())
+        return list({id(conditioning): conditioning for conditioning in self.flat}.values())
 
     def check(self, place: str) -> None:
         """Raise DataError for counts, shapes, dtypes or values that samples cannot have; `place` starts the message."""
@@ -118,8 +118,10 @@ def write_samples(folder: Path, samples: SavedSamples, *, shard_size: int) -> in
             version=_VERSION,
             shards=names,
             latents=[(len(batch.samples), batch.downscale) for batch in samples.latents],
-            conditioning=[[numbers[id(one)] for one in combined] for combined in samples.conditioning],
-            prompts=[_Prompt(_storable(one.text), one.span) for one in samples.distinct],
+            conditioning=[
+                [numbers[id(conditioning)] for conditioning in combined] for combined in samples.conditioning
+            ],
+            prompts=[_Prompt(_storable(conditioning.text), conditioning.span) for conditioning in samples.distinct],
         )
         write_atomic(new / INDEX, json.dumps(dataclasses.asdict(index), ensure_ascii=False))
     return len(names)
@@ -144,8 +146,8 @@ def read_samples(folder: Path) -> SavedSamples:
     ]
     parts = _parts_by_prompt(tensors, len(index.prompts), folder)
     prompts = [
-        _conditioning(parts[number], said, f"{folder}: conditioning {number}")
-        for number, said in enumerate(index.prompts)
+        _conditioning(parts[number], prompt, f"{folder}: conditioning {number}")
+        for number, prompt in enumerate(index.prompts)
     ]
     if any(not 0 <= number < len(prompts) for combined in index.conditioning for number in combined):
         raise DataError(f"{folder / INDEX} must name conditionings that it holds, and does not; {_AGAIN}")
@@ -274,12 +276,12 @@ def _ranges(index: _Index, tensors: Iterable[str], folder: Path) -> list[range]:
 
 def _joined(tensors: Mapping[str, Tensor], numbers: range, folder: Path) -> Tensor:
     parts = [tensors.get(f"latent.{number}") for number in numbers]
-    found = [part for part in parts if part is not None and part.ndim and len(part) == 1]
-    if len(found) < len(parts) or len({(part.shape, part.dtype) for part in found}) > 1:
+    rows = [part for part in parts if part is not None and part.ndim and len(part) == 1]
+    if len(rows) < len(parts) or len({(part.shape, part.dtype) for part in rows}) > 1:
         raise DataError(
             f"latents {numbers.start} to {numbers.stop - 1} in {folder} must be there, of one shape and dtype; {_AGAIN}"
         )
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _parts_by_prompt(tensors: Mapping[str, Tensor], count: int, folder: Path) -> list[dict[str, Tensor]]:
@@ -296,11 +298,11 @@ def _parts_by_prompt(tensors: Mapping[str, Tensor], count: int, folder: Path) ->
     return parts
 
 
-def _conditioning(parts: Mapping[str, Tensor], said: _Prompt, place: str) -> Conditioning:
+def _conditioning(parts: Mapping[str, Tensor], prompt: _Prompt, place: str) -> Conditioning:
     named = {name.removeprefix("tensors."): part for name, part in parts.items() if name.startswith("tensors.")}
     if parts.keys() - {"mask"} != {f"tensors.{name}" for name in named}:
         raise DataError(f"{place} must have tensors and a mask alone; {_AGAIN}")
-    return Conditioning(named, said.text, parts.get("mask"), said.span)
+    return Conditioning(named, prompt.text, parts.get("mask"), prompt.span)
 
 
 def _check_latents(samples: Tensor, place: str) -> None:
@@ -370,13 +372,13 @@ class _Shard:
 
     def latents(self) -> list[LatentBatch]:
         batches = []
-        for found in self.lists["latents"]:
-            if not isinstance(found, dict):
+        for batch in self.lists["latents"]:
+            if not isinstance(batch, dict):
                 raise DataError(f"{self.path} must hold tensors as latents, and does not; {_COMFYUI_AGAIN}")
-            self._ignore(found, _LATENT_KEYS)
-            downscale = found.get("downscale_ratio_spacial")
+            self._ignore(batch, _LATENT_KEYS)
+            downscale = batch.get("downscale_ratio_spacial")
             known = type(downscale) is int and 0 < downscale < 1000
-            batches.append(LatentBatch(self._tensor(found.get("samples"), "latents"), downscale if known else None))
+            batches.append(LatentBatch(self._tensor(batch.get("samples"), "latents"), downscale if known else None))
         return batches
 
     def conditionings(self) -> list[list[Conditioning]]:
@@ -416,7 +418,11 @@ class _Shard:
     def _tokens(self, options: dict[Any, Any], batch: int) -> dict[str, Tensor]:
         """T5 token ids and weights, the same for each prompt of a batch."""
         ids = self._tensor(options[_IDS], _IDS)
-        weights = torch.ones(ids.shape) if (given := options.get(_WEIGHTS)) is None else self._tensor(given, _WEIGHTS)
+        weights = (
+            torch.ones(ids.shape)
+            if (token_weights := options.get(_WEIGHTS)) is None
+            else self._tensor(token_weights, _WEIGHTS)
+        )
         are_tokens = ids.dtype in (torch.int32, torch.int64) and ids.ndim == 1 and ids.numel() > 0
         are_tokens = are_tokens and ids.shape == weights.shape
         if not are_tokens or int(ids.min()) < 0 or int(ids.max()) >= _VOCABULARY or not weights.isfinite().all():
@@ -426,23 +432,23 @@ class _Shard:
             )
         return {_IDS: ids.long().expand(batch, -1), _WEIGHTS: weights.float().expand(batch, -1)}
 
-    def _tensor(self, found: Any, name: str) -> Tensor:
-        if type(found) is not Tensor or not found.ndim:
-            raise DataError(f"{name} in {self.path} must be a tensor, got {type(found).__name__}; {_COMFYUI_AGAIN}")
-        if id(found) not in self.tensors:
-            self.tensors[id(found)] = found.detach()
-            self.budget -= found.numel() * found.element_size()
+    def _tensor(self, value: Any, name: str) -> Tensor:
+        if type(value) is not Tensor or not value.ndim:
+            raise DataError(f"{name} in {self.path} must be a tensor, got {type(value).__name__}; {_COMFYUI_AGAIN}")
+        if id(value) not in self.tensors:
+            self.tensors[id(value)] = value.detach()
+            self.budget -= value.numel() * value.element_size()
         if self.budget < 0:
             raise DataError(f"{self.path} must hold the tensors that it announces, and is too small; {_COMFYUI_AGAIN}")
-        return self.tensors[id(found)]
+        return self.tensors[id(value)]
 
     def _number(self, options: dict[Any, Any], name: str, default: float) -> float:
-        found = options.get(name, default)
-        if type(found) not in (int, float) or not abs(found) <= 1e6:
+        number = options.get(name, default)
+        if type(number) not in (int, float) or not abs(number) <= 1e6:
             raise DataError(
-                f"{name} in {self.path} must be a number up to 10⁶, got {type(found).__name__}; {_COMFYUI_AGAIN}"
+                f"{name} in {self.path} must be a number up to 10⁶, got {type(number).__name__}; {_COMFYUI_AGAIN}"
             )
-        return float(found)
+        return float(number)
 
-    def _ignore(self, found: dict[Any, Any], known: frozenset[str]) -> None:
-        self.ignored.update(dict.fromkeys(key for key in found if isinstance(key, str) and key not in known))
+    def _ignore(self, content: dict[Any, Any], known: frozenset[str]) -> None:
+        self.ignored.update(dict.fromkeys(key for key in content if isinstance(key, str) and key not in known))

@@ -30,7 +30,7 @@ def shared_phrases(captions: Sequence[str], trigger: str = "") -> list[str]:
     distinct = list(dict.fromkeys(captions))
     if len(distinct) == 1:
         return []
-    compared = [_clauses(one, trigger) for one in distinct[:: 1 + len(distinct) // _COMPARED]]
+    compared = [_clauses(caption, trigger) for caption in distinct[:: 1 + len(distinct) // _COMPARED]]
     least = _NEARLY_ALL * len(compared)
 
     def frequent(each: Iterable[set[_Words]]) -> set[_Words]:
@@ -45,15 +45,17 @@ def shared_phrases(captions: Sequence[str], trigger: str = "") -> list[str]:
         levels.append(frequent({run for run in runs if run[1:] in shorter and run[:-1] in shorter} for runs in longer))
     begins = frequent({clauses[0][:length] for length in range(1, _LONGEST + 1)} for clauses in compared if clauses)
     seen: list[_Words] = []
-    found: list[_Words] = []
+    phrases: list[_Words] = []
     for phrase in (run for level in reversed(levels) for run in sorted(level)):
         core = phrase if phrase in tags else _core(phrase)
         says_enough = len(core) >= _SHORTEST and sum(word not in _SAYING_NOTHING for word in core) >= _SAYING
-        if (core in tags or says_enough) and all(2 * sum(word in one for word in core) <= len(core) for one in seen):
+        if (core in tags or says_enough) and all(
+            2 * sum(word in clauses for word in core) <= len(core) for clauses in seen
+        ):
             seen.append(core)
             if phrase not in begins:
-                found.append(core)
-    return [text for _, text in sorted(_spelled(one, distinct) for one in found)]
+                phrases.append(core)
+    return [text for _, text in sorted(_spelled(phrase, distinct) for phrase in phrases)]
 
 
 def _clauses(caption: str, trigger: str) -> list[_Words]:
@@ -82,5 +84,5 @@ def _core(phrase: _Words) -> _Words:
 def _spelled(phrase: _Words, captions: Sequence[str]) -> tuple[int, str]:
     """Where the phrase stands in the first caption that has it, and its spelling there."""
     pattern = re.compile(r"\s+".join(map(re.escape, phrase)), re.IGNORECASE)
-    found = next(filter(None, map(pattern.search, captions)), None)
-    return (0, " ".join(phrase)) if found is None else (found.start(), found[0])
+    match = next(filter(None, map(pattern.search, captions)), None)
+    return (0, " ".join(phrase)) if match is None else (match.start(), match[0])

@@ -303,10 +303,12 @@ class _Masks:
         if not self._on:
             return None
         beside = folder.masks.get(stem)
-        found = (folder, beside[0]) if beside else self._elsewhere.get(folder.key(stem)) or self._elsewhere.get(stem)
-        if found is not None:
-            self._used.add(found[0].file(found[1]))
-        return found
+        listed_mask = (
+            (folder, beside[0]) if beside else self._elsewhere.get(folder.key(stem)) or self._elsewhere.get(stem)
+        )
+        if listed_mask is not None:
+            self._used.add(listed_mask[0].file(listed_mask[1]))
+        return listed_mask
 
     def leave(self, folder: ListedFolder) -> None:
         kind = NoteKind.MASK if self._on else NoteKind.MASKS_OFF
@@ -352,19 +354,19 @@ class _Controls:
             image.controls = ()
             return
         stem = stem_of(image.name)
-        found = []
+        paths = []
         for files in self._files:
             there = files.get(image.folder.key(stem)) or files.get(stem) or ()
             # dog_1 is of the image dog_1, if there is one, and a further one of dog if not
-            own = [one for one in there if one[0] < 0 or stem_of(one[2]) not in stems]
-            for _, listed, name in sorted(own, key=lambda one: one[0]):
-                found.append(listed.file(name))
+            own = [control for control in there if control[0] < 0 or stem_of(control[2]) not in stems]
+            for _, listed, name in sorted(own, key=lambda control: control[0]):
+                paths.append(listed.file(name))
                 self._used.add(listed.file(name))
                 image.barred = image.barred or _barred(listed, name, "control")
-        image.controls = tuple(found) or image.controls
-        if not found and image.lost_control:
+        image.controls = tuple(paths) or image.controls
+        if not paths and image.lost_control:
             image.barred = Reason(f"is left out because {image.lost_control}", "control")
-        if not found and not self._follow_links:
+        if not paths and not self._follow_links:
             for path in image.controls:
                 if not path.resolve().is_relative_to(image.folder.source):
                     image.barred = Reason(f"is left out because its control {path.name} {LINK}; copy that file", "link")
@@ -422,5 +424,5 @@ def _note_orphans(folder: ListedFolder, notes: ScanNotes) -> None:
 
 
 def _sentence(kind: NoteKind, count: int, example: str) -> str:
-    one, several, rest = kind.value
-    return f"{count:,} {one if count == 1 else several} {rest.replace('{}', example)}"
+    singular, several, rest = kind.value
+    return f"{count:,} {singular if count == 1 else several} {rest.replace('{}', example)}"

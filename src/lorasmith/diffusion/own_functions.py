@@ -52,19 +52,19 @@ def _tried(compute: Callable[[slice], object], rule: str, name: str, remedy: str
     """The values for all samples, after trying some samples alone and all of them again."""
     try:
         whole, again = compute(slice(None)), compute(slice(None))
-        one, others = compute(slice(1)), compute(slice(1, None))
+        first, others = compute(slice(1)), compute(slice(1, None))
     except Exception as error:  # of any kind
         raise OptionError(f"{rule}, but {name} fails: {one_line_of(error)}; {remedy}") from error
-    for found, count in ((whole, _COUNT), (again, _COUNT), (one, 1), (others, _COUNT - 1)):
+    for found, count in ((whole, _COUNT), (again, _COUNT), (first, 1), (others, _COUNT - 1)):
         if wrong := _wrong(found, count, most):
             raise OptionError(f"{rule}, but {name} returns {wrong} for {count}; {remedy}")
     assert isinstance(whole, Tensor) and isinstance(again, Tensor)
-    assert isinstance(one, Tensor) and isinstance(others, Tensor)
+    assert isinstance(first, Tensor) and isinstance(others, Tensor)
     if not torch.equal(whole, again):
         raise OptionError(
             f"{rule}, the same in every call, but {name} returns others in a second call; take no random numbers in it"
         )
-    if not torch.allclose(whole, torch.cat((one, others)), atol=_TOLERANCE, rtol=_TOLERANCE):
+    if not torch.allclose(whole, torch.cat((first, others)), atol=_TOLERANCE, rtol=_TOLERANCE):
         raise OptionError(f"{rule}, each of one number alone, but those of {name} depend on the others; {remedy}")
     return whole
 

@@ -54,7 +54,7 @@ class ResolutionShift:
 
     def of_patches(self, count: float) -> float:
         low, high = self.mu
-        few, many, here = (math.log(one) if self.is_power else one for one in (*self.patches, count))
+        few, many, here = (math.log(patches) if self.is_power else patches for patches in (*self.patches, count))
         return math.exp(low + (high - low) * (here - few) / (many - few))
 
 

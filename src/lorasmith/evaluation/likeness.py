@@ -56,8 +56,8 @@ def features(pictures: Sequence[Image.Image]) -> Tensor:
     found = []
     for start in range(0, len(pictures), _BATCH):
         some = pictures[start : start + _BATCH]
-        small = [one.convert("RGB").resize((EDGE, EDGE), Image.Resampling.BICUBIC) for one in some]
-        pixels = torch.from_numpy(np.stack([np.asarray(one, np.float32) for one in small])).movedim(-1, 1)
+        small = [picture.convert("RGB").resize((EDGE, EDGE), Image.Resampling.BICUBIC) for picture in some]
+        pixels = torch.from_numpy(np.stack([np.asarray(picture, np.float32) for picture in small])).movedim(-1, 1)
         found.append(network((pixels - 127) / 128).mean((2, 3)))
     return F.normalize(torch.cat(found), dim=1)
 

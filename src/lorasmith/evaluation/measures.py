@@ -48,7 +48,7 @@ def adherence(drawn: Sequence[Tensor], base: Sequence[Tensor]) -> float | None:
     count = len(base[0])
     if count < 2:
         return None
-    found, best = (_recognised(one, base) - 1 / count for one in (drawn, base))
+    found, best = (_recognised(features, base) - 1 / count for features in (drawn, base))
     return min(1.0, max(0.0, found / best)) if best > 0 else 0.0
 
 
@@ -57,7 +57,7 @@ _SHARPNESS = 5.0  # of the softmax by which wishes are recognised
 
 def _recognised(drawn: Sequence[Tensor], base: Sequence[Tensor]) -> float:
     """Mean probability of each wish among all."""
-    alike = [_changes(one) @ _changes(other).T for one, other in zip(drawn, base, strict=True)]
+    alike = [_changes(features) @ _changes(other).T for features, other in zip(drawn, base, strict=True)]
     return float((_SHARPNESS * torch.stack(alike).mean(0)).softmax(1).diagonal().mean())
 
 

@@ -41,9 +41,9 @@ class WishScores:
         if self.followed is not None and base.followed is not None:
             counted = self.followed[base.followed >= _FULFILLED]
             return float(counted.mean()) if len(counted) else None
-        sides = ([*zip(one.features, one.colours, strict=True)] for one in (self, base))
+        sides = ([*zip(scores.features, scores.colours, strict=True)] for scores in (self, base))
         found = [measures.adherence(*pair) for pair in zip(*sides, strict=True)]
-        return statistics.fmean(one or 0.0 for one in found) if found[0] is not None else None
+        return statistics.fmean(share or 0.0 for share in found) if found[0] is not None else None
 
 
 class Recogniser:
@@ -93,7 +93,9 @@ class DrawingRecogniser(Recogniser):
         found = []
         for wish, picture, by_style in zip(wishes, pictures, known, strict=True):
             style = [by_style[place] for place, words in enumerate(STYLES.values()) if words in wish]
-            colour = [torch.tensor(float(background_of(picture) == one)) for one in _BACKGROUND.findall(wish)]
+            colour = [
+                torch.tensor(float(background_of(picture) == colour_name)) for colour_name in _BACKGROUND.findall(wish)
+            ]
             if not style and not colour:
                 return None
             found.append(torch.stack([*style, *colour]).prod())

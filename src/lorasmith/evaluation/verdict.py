@@ -71,29 +71,33 @@ def scores(found: Sequence[Measures], training: Training) -> list[float]:
 
     Likeness counts from that of the base model to that of the training pictures to one another.
     """
-    return [_learnt(one, training) * (1.0 if one.adherence is None else one.adherence) for one in found]
+    return [
+        _learnt(measures, training) * (1.0 if measures.adherence is None else measures.adherence) for measures in found
+    ]
 
 
-def verdict(found: Sequence[Measures], training: Training) -> Verdict:
+def verdict(measured: Sequence[Measures], training: Training) -> Verdict:
     """Which of the LoRAs to use, in the order of their training."""
-    if all(one.change < _UNCHANGED for one in found):
+    if all(measures.change < _UNCHANGED for measures in measured):
         return Verdict(outcome="changes nothing")
     if training.count == 0:
         return Verdict(outcome="no pictures")
     if training.self_likeness is None or training.self_likeness < LEAST_SELF_LIKENESS:
         return Verdict(outcome="not comparable")
-    if max(_learnt(one, training) for one in found) < _LEARNT:
+    if max(_learnt(measures, training) for measures in measured) < _LEARNT:
         return Verdict(outcome="nothing learnt")
-    values = scores(found, training)
-    best = max(range(len(found)), key=values.__getitem__)
+    values = scores(measured, training)
+    best = max(range(len(measured)), key=values.__getitem__)
     if values[best] == 0:  # what has learnt something follows no prompt
         return Verdict(outcome="ignores prompts")
-    follows = found[best].adherence
+    follows = measured[best].adherence
     ignored = None
     if follows is not None:
-        below = [place for place in range(best + 1, len(found)) if (found[place].adherence or 0) < _IGNORED * follows]
-        ignored = next((place for place in below if all(later in below for later in range(place, len(found)))), None)
-    copies = found[best].memorisation
+        below = [
+            place for place in range(best + 1, len(measured)) if (measured[place].adherence or 0) < _IGNORED * follows
+        ]
+        ignored = next((place for place in below if all(later in below for later in range(place, len(measured)))), None)
+    copies = measured[best].memorisation
     return Verdict(outcome="use", best=best, ignored_from=ignored, copied=copies is not None and copies > _COPIED)
 
 

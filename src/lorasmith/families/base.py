@@ -178,9 +178,9 @@ class Family(ABC):
         """
         if edit is not None:
             return next((form for form in self.controls if form.name == edit), None)
-        given = [letters(name) for name in names]
+        spelled = [letters(name) for name in names]
         for form in self.controls:
-            if form.pipeline in names or any(letters(form.name) in name for name in given):
+            if form.pipeline in names or any(letters(form.name) in name for name in spelled):
                 return form
         return None
 
@@ -469,7 +469,7 @@ def register(family: Family, *aliases: str) -> None:
 
 def _signatures() -> Iterator[Signature]:
     """How LoRA files of all families are recognised; those of a family go before those of families that it precedes."""
-    least = {name: min((sign.order for sign in one.lora_signatures), default=0) for name, one in FAMILIES.items()}
+    least = {name: min((sign.order for sign in family.lora_signatures), default=0) for name, family in FAMILIES.items()}
     for name, family in FAMILIES.items():
         first = min((least.get(other, 0) - 1 for other in FAMILIES.preceded(name)), default=None)
         for sign in family.lora_signatures:

@@ -72,25 +72,25 @@ class Conditioning:
     def controls(self) -> tuple[Tensor, ...]:
         """The controls, in order."""
         found = list[Tensor]()
-        while (one := self.tensors.get(f"{_CONTROL}{len(found)}")) is not None:
-            found.append(one)
+        while (control := self.tensors.get(f"{_CONTROL}{len(found)}")) is not None:
+            found.append(control)
         return tuple(found)
 
     def with_controls(self, controls: Sequence[Tensor]) -> Conditioning:
         """The conditioning with these controls in place of its own."""
-        others = {name: one for name, one in self.pictures.items() if not name.startswith(_CONTROL)}
+        others = {name: tensor for name, tensor in self.pictures.items() if not name.startswith(_CONTROL)}
         return self.with_pictures({**others, **named_controls(controls)})
 
     @property
     def pictures(self) -> Mapping[str, Tensor]:
         """The tensors that are made of pictures."""
-        return {name: one for name, one in self.tensors.items() if _OF_PICTURES.fullmatch(name)}
+        return {name: tensor for name, tensor in self.tensors.items() if _OF_PICTURES.fullmatch(name)}
 
     def with_pictures(self, tensors: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning with these tensors in place of those that are made of pictures."""
         if not tensors and not self.pictures:
             return self
-        others = {name: one for name, one in self.tensors.items() if not _OF_PICTURES.fullmatch(name)}
+        others = {name: tensor for name, tensor in self.tensors.items() if not _OF_PICTURES.fullmatch(name)}
         return replace(self, tensors={**others, **tensors})
 
     beside, with_beside = pictures, with_pictures  # their names in earlier versions
@@ -139,7 +139,7 @@ class Conditioning:
 
 def named_controls(controls: Sequence[Tensor]) -> dict[str, Tensor]:
     """Controls by the names that they have in a conditioning."""
-    return {f"{_CONTROL}{index}": one for index, one in enumerate(controls)}
+    return {f"{_CONTROL}{index}": control for index, control in enumerate(controls)}
 
 
 class PictureSize(NamedTuple):

@@ -265,9 +265,9 @@ class Flux(Family):
         context = conditioning.tensors["context"]
         guidance = None
         if denoiser.config.guidance_embeds:  # schnell has no such input
-            given = conditioning.tensors.get("guidance")
+            of_conditioning = conditioning.tensors.get("guidance")
             default = _FILL_GUIDANCE if _is_fill(denoiser) else _DEFAULT_GUIDANCE
-            guidance = latents.new_full((len(latents),), default) if given is None else given
+            guidance = latents.new_full((len(latents),), default) if of_conditioning is None else of_conditioning
         tokens, positions = [], []
         corners = control_corners(conditioning, (height, width), by_index=False, patch=2)
         if _is_fill(denoiser):

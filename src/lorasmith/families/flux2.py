@@ -221,8 +221,10 @@ class Flux2(Family):
         context = conditioning.tensors["context"]
         guidance = None
         if not self._is_klein and "no_guidance" not in conditioning.tensors:
-            given = conditioning.tensors.get("guidance")
-            guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
+            of_conditioning = conditioning.tensors.get("guidance")
+            guidance = (
+                latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if of_conditioning is None else of_conditioning
+            )
         pictures = (latents, *conditioning.controls)
         corners = ((0, 0, 0), *control_corners(conditioning, (height, width), by_index=True, spacing=_SPACING))
         positions = torch.cat(
@@ -256,7 +258,7 @@ def _positions(
 ) -> Tensor:
     """(rows · columns · tokens, 4) rotary positions (index, y, x, number of the token), ends excluded."""
     ranges = ((index, index + 1), rows, columns, (0, tokens))
-    return torch.cartesian_prod(*(torch.arange(*one, device=device) for one in ranges))
+    return torch.cartesian_prod(*(torch.arange(*span, device=device) for span in ranges))
 
 
 register(Flux2(is_klein=False), "flux2-dev")

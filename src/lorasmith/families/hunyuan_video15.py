@@ -209,7 +209,7 @@ class HunyuanVideo15(Family):
 
     def original(self, path: str, denoiser: Any) -> OriginalName:
         if path in _TOP:
-            usual, *others = (OriginalName(one) for one in _TOP[path])
+            usual, *others = (OriginalName(name) for name in _TOP[path])
             return replace(usual, swap_halves=path == "norm_out.linear", others=tuple(others))
         width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
         if path.startswith("transformer_blocks."):
@@ -223,7 +223,7 @@ class HunyuanVideo15(Family):
             else:
                 third = "qkv".index(rest.removeprefix("attn.to_"))
                 place = OriginalName(f"{block}.self_attn.qkv", rows=(third * width, (third + 1) * width))
-        end = next((one for one in _AUTHORS if place.path.endswith(one)), None)
+        end = next((author for author in _AUTHORS if place.path.endswith(author)), None)
         if end is None:
             return place
         name = place.path.removesuffix(end) + _AUTHORS[end]
@@ -324,16 +324,16 @@ def _glyphs(text: str, *, follows_diffusers: bool) -> str:
     if follows_diffusers:
         quoted = list(dict.fromkeys(_quoted(text, _QUOTES[0], _QUOTES[2])))
     else:
-        quoted = [one for marks in _QUOTES for one in _quoted(text, marks)]
-    return "".join(f'Text "{one}". ' for one in quoted)
+        quoted = [words for marks in _QUOTES for words in _quoted(text, marks)]
+    return "".join(f'Text "{words}". ' for words in quoted)
 
 
 def _quoted(text: str, *marks: tuple[str, str]) -> Iterator[str]:
     """What is between marks on a line, from left to right."""
     for line in text.split("\n"):
         closings, at = dict(marks), 0
-        while found := [place for opening in closings if (place := line.find(opening, at)) >= 0]:
-            start = min(found)
+        while ends := [place for opening in closings if (place := line.find(opening, at)) >= 0]:
+            start = min(ends)
             end = line.find(closings[line[start]], start + 1)
             if end < 0:
                 del closings[line[start]]

@@ -143,9 +143,9 @@ class Ideogram4(Family):
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
-        said = literal_text(text, encoding)
-        is_chat = said.startswith(_TURN) and not encoding.follows_diffusers
-        ids = encoders.tokenizers["text_encoder"](said if is_chat else f"{_TURN}user\n{said}{ANSWER}").input_ids
+        prompt = literal_text(text, encoding)
+        is_chat = prompt.startswith(_TURN) and not encoding.follows_diffusers
+        ids = encoders.tokenizers["text_encoder"](prompt if is_chat else f"{_TURN}user\n{prompt}{ANSWER}").input_ids
         with last_norm_left_out(encoder):
             states = hidden_states(encoder, ids, _LAYERS)
         return Conditioning({"context": states.transpose(2, 3).flatten(2)}, text)

@@ -205,8 +205,8 @@ class Krea2(Family):
         context = conditioning.tensors["context"]
         context = context.reshape(*context.shape[:2], denoiser.config.num_text_layers, denoiser.config.text_hidden_dim)
         positions = [
-            image_positions(one.shape[-2] // 2, one.shape[-1] // 2, latents.device, (index, 0, 0))
-            for index, one in enumerate(pictures)
+            image_positions(picture.shape[-2] // 2, picture.shape[-1] // 2, latents.device, (index, 0, 0))
+            for index, picture in enumerate(pictures)
         ]
         clean = sum(map(len, positions[1:])) if AT_ZERO in conditioning.tensors else 0
         prediction = denoiser(

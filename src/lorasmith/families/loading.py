@@ -226,8 +226,8 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
         raise ModelError(
             f"{checkpoint.path} has tensors of other sizes than its architecture ({error}); get the file again"
         ) from error
-    said = checkpoint.architecture
-    config |= said.get(family.denoiser_folder, {})
+    architecture = checkpoint.architecture
+    config |= architecture.get(family.denoiser_folder, {})
     tensors = {
         name: tensor
         for name, tensor in checkpoint.load(checkpoint.denoiser_prefix).items()
@@ -245,12 +245,14 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
         denoiser,
         family.diffusion(checkpoint),
         {
-            name: PartSource(str(checkpoint.path), checkpoint.load(prefix), {**slot.settings, **said.get(name, {})})
+            name: PartSource(
+                str(checkpoint.path), checkpoint.load(prefix), {**slot.settings, **architecture.get(name, {})}
+            )
             for name, slot in family.slots.items()
             if (prefix := checkpoint.prefix_of(slot.prefixes)) and checkpoint.shapes_under(prefix)
         },
         lambda _component, kind, encoder: kind.tokenizer(encoder, tokenizer_source(checkpoint)),
-        overrides=said.get("defaults", {}),
+        overrides=architecture.get("defaults", {}),
     )
     return Model(
         family,
@@ -325,13 +327,13 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
     parts = {name: getattr(pipeline, name, None) for name in names}
 
     def tokenizer(component: str, kind: EncoderKind, encoder: nn.Module) -> Any:
-        found = getattr(pipeline, component.replace("text_encoder", "tokenizer"), None)
-        if found is None:
-            found = getattr(pipeline, "processor", None)
-        found = getattr(found, "tokenizer", found)  # of a processor, which has one for pictures as well
-        if found is None:
+        attribute = getattr(pipeline, component.replace("text_encoder", "tokenizer"), None)
+        if attribute is None:
+            attribute = getattr(pipeline, "processor", None)
+        attribute = getattr(attribute, "tokenizer", attribute)  # of a processor, which has one for pictures as well
+        if attribute is None:
             raise ModelError(f"{title} must have the tokenizer of its {component} but has none; load it with all parts")
-        return copy.deepcopy(found)  # calls change its padding
+        return copy.deepcopy(attribute)  # calls change its padding
 
     sources = {name: source_of_module(part, title, name) for name, part in parts.items() if part is not None}
     denoiser = _denoiser_of(family, configs, sources)
@@ -361,7 +363,7 @@ def _denoiser_of(family: Family, configs: PipelineConfigs, sources: Mapping[str,
     config, tensors = dict(main.config or {}), dict(main.tensors)
     for name in family.denoiser_parts:
         config[name] = sources[name].config
-        tensors |= {f"{name}.{tensor}": one for tensor, one in sources[name].tensors.items()}
+        tensors |= {f"{name}.{tensor}": weight for tensor, weight in sources[name].tensors.items()}
     kind: Any = family.denoiser_class()
     return _precise(build(lambda: kind.from_config(config), lambda model: tensors, where=main.where))
 
@@ -430,19 +432,19 @@ def _with_encoders(model: Model, path: Path) -> Model:
     """The model with the encoders that a file or folder holds."""
     family, components = model.family, model.components
     slots = model.encoder_slots
-    found = encoders_in(path, family, slots)
-    for component, encoder in found.modules.items():
+    separate = encoders_in(path, family, slots)
+    for component, encoder in separate.modules.items():
         _check_width(model, component, path, ENCODERS[slots[component].kind].width(encoder))
-    encoders = {**components.text_encoders, **found.modules}
+    encoders = {**components.text_encoders, **separate.modules}
     return replace(
         model,
         components=replace(
             components,
             text_encoders={name: encoders[name] for name in family.text_encoders if name in encoders},
-            tokenizers={**components.tokenizers, **found.tokenizers},
-            image_encoder=found.modules.get(IMAGE_ENCODER, components.image_encoder),
+            tokenizers={**components.tokenizers, **separate.tokenizers},
+            image_encoder=separate.modules.get(IMAGE_ENCODER, components.image_encoder),
         ),
-        files={**model.files, **dict.fromkeys(found.modules, path)},
+        files={**model.files, **dict.fromkeys(separate.modules, path)},
     )
 
 

@@ -140,11 +140,11 @@ class Model:
     def distilled_mark(self) -> str | None:
         """What in its names says that it is distilled to few steps; None if it is not, or that was undone."""
         names = [self.title, *([self.path.name] if self.path else []), *self.titles]
-        mark = next((one for one in self.family.distilled if any(one in name.casefold() for name in names)), None)
+        mark = next((mark for mark in self.family.distilled if any(mark in name.casefold() for name in names)), None)
         if mark is None:
             return None
         undone = re.compile(rf"(?<![a-z])(de|un|non|not|no)[-_ .]*({re.escape(mark)}|distil)")
-        spelled = (one.casefold() for name in names for one in (name, _CAPITAL.sub("_", name)))
+        spelled = (mark.casefold() for name in names for mark in (name, _CAPITAL.sub("_", name)))
         return None if any(map(undone.search, spelled)) else mark
 
     @property
@@ -207,7 +207,7 @@ class Model:
             return {}
         to_model, autoencoder = self.components.latent.to_model, self.autoencoder
         made = self.family.picture_inputs(
-            form, self.components, lambda given: to_model(autoencoder.encode(given)), pixels, mask
+            form, self.components, lambda picture: to_model(autoencoder.encode(picture)), pixels, mask
         )
         return {name: tensor.to("cpu", torch.float32) for name, tensor in made.items()}
 
@@ -329,7 +329,7 @@ class Denoiser:
                     )
             for name, method in CONTROL_METHODS.items():
                 if conditioning.controls and method in conditioning.tensors and method not in family.control_methods:
-                    known = [one for one, tensor in CONTROL_METHODS.items() if tensor in family.control_methods]
+                    known = [method for method, tensor in CONTROL_METHODS.items() if tensor in family.control_methods]
                     raise DataError(
                         f"reference_latents_method must be {' or '.join(known)} for {self.base.title} "
                         f"({family.title}), got {name}; choose one of these"
@@ -359,9 +359,9 @@ class Denoiser:
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction; see `Family.predict`. Patches apply inside `active()` only."""
-        form, given = self.base.control_form, conditioning.tensors
-        if form.at_zero and not given.keys() & set(CONTROL_METHODS.values()):
-            conditioning = replace(conditioning, tensors={**given, AT_ZERO: time})
+        form, tensors = self.base.control_form, conditioning.tensors
+        if form.at_zero and not tensors.keys() & set(CONTROL_METHODS.values()):
+            conditioning = replace(conditioning, tensors={**tensors, AT_ZERO: time})
         if any(patch.ranks for patch in self.patches):
             ranks_chosen(self.module, self.diffusion.schedule.share(time))
         return self.base.family.predict(self.module, latents, time, conditioning)
@@ -439,7 +439,7 @@ class TextEncoder:
             if not pictures:
                 return self.family.encode_text(encoders, texts, self.encoding).to("cpu", torch.float32)
             numbers = range(1, len(pictures) + 1)
-            shown = texts if sight is None else {name: sight.prompt(one, numbers) for name, one in texts.items()}
+            shown = texts if sight is None else {name: sight.prompt(prompt, numbers) for name, prompt in texts.items()}
             found = self.family.encode_seen(encoders, shown, self.encoding, pictures).to("cpu", torch.float32)
             return replace(found, text=next(iter(texts.values())))
 
@@ -453,7 +453,7 @@ class TextEncoder:
     def with_words(self, words: Sequence[Word]) -> TextEncoder:
         """A handle that reads these words as vectors, beside those that it has under other names."""
         new = {word.text.casefold() for word in words}
-        return replace(self, words=(*(one for one in self.words if one.text.casefold() not in new), *words))
+        return replace(self, words=(*(word for word in self.words if word.text.casefold() not in new), *words))
 
     def place_of(self, component: str) -> FileKey | None:
         """An encoder as embedding files know it; None for one that reads none."""
@@ -465,8 +465,8 @@ class TextEncoder:
         return ENCODERS[self.family.text_encoders[component].kind]
 
     def _vectors(self, *, quiet: bool = False) -> Vectors:
-        found = {name: self.place_of(name) for name in self.encoders.modules}
-        places = {name: place for name, place in found.items() if place is not None}
+        place_of = {name: self.place_of(name) for name in self.encoders.modules}
+        places = {name: place for name, place in place_of.items() if place is not None}
         return Vectors(self.words, self.embeddings if places else None, places, quiet=quiet)
 
     @contextlib.contextmanager
@@ -648,8 +648,8 @@ class Autoencoder:
     ) -> Tensor:
         """What `run` makes of a batch, in fp32 on the CPU; `scale` is pixels per number of a side of the batch."""
 
-        def whole(given: Tensor) -> Tensor:
-            with self._placed(given) as here:
+        def whole(picture: Tensor) -> Tensor:
+            with self._placed(picture) as here:
                 return run(self.module, here).float().cpu()
 
         pixels = batch.shape[-2] * batch.shape[-1] * scale**2

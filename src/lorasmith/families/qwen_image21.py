@@ -184,12 +184,12 @@ class QwenImage21(Family):
     ) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
-        said = text if encoding.follows_diffusers else literal_text(text, encoding)
-        chat = said if said.startswith(_TURN) else f"{_SYSTEM}{_USER}{said or ' '}{ANSWER}"
+        prompt = text if encoding.follows_diffusers else literal_text(text, encoding)
+        chat = prompt if prompt.startswith(_TURN) else f"{_SYSTEM}{_USER}{prompt or ' '}{ANSWER}"
         ids = tokenizer(chat).input_ids
         with last_norm_left_out(encoder):
             states = hidden_states(encoder, ids, [-1], pictures=pictures)[:, :, 0]
-        sizes = iter([(one.shape[-2] // _SEEN) * (one.shape[-1] // _SEEN) for one in pictures])
+        sizes = iter([(picture.shape[-2] // _SEEN) * (picture.shape[-1] // _SEEN) for picture in pictures])
         kept, place = list[int](), 0
         for token in ids:
             if token == PICTURE and pictures:

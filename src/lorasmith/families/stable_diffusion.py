@@ -139,9 +139,9 @@ class StableDiffusion(unet_layout.UNetFamily):
 
     def _parameterization(self, checkpoint: OriginalCheckpoint) -> str:
         """`v` or `epsilon`, which most files do not state."""
-        said = unet_layout.said_parameterization(checkpoint)
-        if said is not None or self._version == 1:
-            return said or "epsilon"
+        declared = unet_layout.said_parameterization(checkpoint)
+        if declared is not None or self._version == 1:
+            return declared or "epsilon"
         # Of the two 2.x releases, the v-prediction one has a widely spread bias here (0.15 against 0.05).
         name = f"{checkpoint.denoiser_prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias"
         return "v" if name in checkpoint.shapes and checkpoint.vector(name).float().std() > 0.09 else "epsilon"

@@ -99,13 +99,13 @@ def _blended(
     height, width = size[0] * scale, size[1] * scale
     total, weight = torch.zeros(0), torch.zeros(height, width)
     for top, left in places:
-        one = tile_at(top, left)
+        first = tile_at(top, left)
         if not total.numel():
-            total = torch.zeros(*one.shape[:-2], height, width)
-        rows, columns = one.shape[-2:]
+            total = torch.zeros(*first.shape[:-2], height, width)
+        rows, columns = first.shape[-2:]
         ramp = torch.outer(_ramp(rows, overlap * scale), _ramp(columns, overlap * scale))
         area = (..., slice(top * scale, top * scale + rows), slice(left * scale, left * scale + columns))
-        total[area] += one * ramp
+        total[area] += first * ramp
         weight[area] += ramp
     return total / weight
 

@@ -113,7 +113,7 @@ class _Router:
             return result
         if isinstance(result, Tensor):
             return self._restored(result)
-        return tuple(self._restored(one) if place == self._place else one for place, one in enumerate(result))
+        return tuple(self._restored(output) if place == self._place else output for place, output in enumerate(result))
 
     def _argument(self, call: _Call, name: str, value: Any) -> Any:
         layout = call.layouts.get(name)
@@ -129,10 +129,10 @@ class _Router:
 
     def _part(self, value: Any, layout: Layout) -> Any:
         if isinstance(value, dict):
-            return {name: self._part(one, layout) for name, one in value.items()}
+            return {name: self._part(member, layout) for name, member in value.items()}
         if isinstance(value, tuple | list):
             layouts = (layout,) * len(value) if isinstance(layout, str) else layout
-            return type(value)(self._part(*one) for one in zip(value, layouts, strict=True))
+            return type(value)(self._part(*member) for member in zip(value, layouts, strict=True))
         if not isinstance(value, Tensor) or value.ndim != len(layout):
             return value
         if id(value) not in self._taken:  # mostly, all blocks have the same

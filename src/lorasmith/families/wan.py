@@ -323,22 +323,22 @@ class Wan(Family):
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title, pixels=2 * self.autoencoder.downscale)
-        context, given = conditioning.tensors["context"], conditioning.tensors
+        context, tensors = conditioning.tensors["context"], conditioning.tensors
         # Time stays in fp32, since bf16 has no number between 996 and 1000.
         time = time.to(latents.device)
         inputs = {"hidden_states": latents, "timestep": time, "encoder_hidden_states": context}
         lengths = None if conditioning.mask is None else conditioning.lengths
         if self.known_channels:
-            known = given.get("known")
+            known = tensors.get("known")
             if known is None:  # as in ComfyUI
                 known = latents.new_zeros(len(latents), _KNOWN, *latents.shape[2:])
             _check_place("known", known, latents)
             inputs["hidden_states"] = torch.cat((latents, known), dim=1)
             if _config(denoiser).image_dim is not None:
-                inputs["encoder_hidden_states_image"] = self._picture_states(denoiser, given)
+                inputs["encoder_hidden_states_image"] = self._picture_states(denoiser, tensors)
                 # diffusers finds the text behind the picture by its length.
                 inputs["encoder_hidden_states"], lengths = _of_rows(context, _TOKENS), None
-        clean = given.get(FIRST_FRAME) if self.controls and not self.known_channels else None
+        clean = tensors.get(FIRST_FRAME) if self.controls and not self.known_channels else None
         if clean is not None:
             count = clean.shape[2]
             _check_place(FIRST_FRAME, clean, latents[:, :, :count])
@@ -350,14 +350,14 @@ class Wan(Family):
             prediction = _predicted(denoiser, inputs)
         else:
             # The network has no mask: contexts of one length at a time, each without its padding.
-            found: dict[int, Tensor] = {}
+            predicted: dict[int, Tensor] = {}
             for length in sorted(set(lengths)):
-                rows = [row for row, one in enumerate(lengths) if one == length]
+                rows = [row for row, frames in enumerate(lengths) if frames == length]
                 # An index would be copied from the host.
                 parts = {name: torch.stack([tensor[row] for row in rows]) for name, tensor in inputs.items()}
                 parts["encoder_hidden_states"] = parts["encoder_hidden_states"][:, :length]
-                found |= zip(rows, _predicted(denoiser, parts), strict=True)
-            prediction = torch.stack([found[row] for row in range(len(lengths))])
+                predicted |= zip(rows, _predicted(denoiser, parts), strict=True)
+            prediction = torch.stack([predicted[row] for row in range(len(lengths))])
         if clean is None:
             return prediction
         # What leads from any noise to the given frame.
@@ -365,9 +365,9 @@ class Wan(Family):
         away = ((latents[:, :, :count].float() - clean.float()) / sigma).to(prediction.dtype)
         return torch.cat((away, prediction[:, :, count:]), dim=2)
 
-    def _picture_states(self, denoiser: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+    def _picture_states(self, denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """States of one picture, or of two as diffusers takes them, one after the other in the batch."""
-        states, positions = given.get(CLIP_VISION), _config(denoiser).pos_embed_seq_len
+        states, positions = tensors.get(CLIP_VISION), _config(denoiser).pos_embed_seq_len
         if states is None or (positions is not None and states.shape[1] != positions):
             count = "none" if states is None else f"{states.shape[1]} rows"
             needed = "two pictures" if positions is not None else "a picture"
@@ -403,11 +403,11 @@ def _of_rows(context: Tensor, rows: int) -> Tensor:
     return nn.functional.pad(context[:, :rows], (0, 0, 0, max(0, rows - context.shape[1])))
 
 
-def _check_place(name: str, given: Tensor, latents: Tensor) -> None:
-    if given.shape[2:] != latents.shape[2:]:
+def _check_place(name: str, tensor: Tensor, latents: Tensor) -> None:
+    if tensor.shape[2:] != latents.shape[2:]:
         raise DataError(
             f"{name} of a conditioning must have the frames and size of the latents, {_sizes(latents)}, got "
-            f"{_sizes(given)}; encode the frames at the size and length of the clip"
+            f"{_sizes(tensor)}; encode the frames at the size and length of the clip"
         )
 
 

@@ -143,8 +143,8 @@ def faults_of(
     try:
         state = None if names is None else state_from_tensors(tensors, metadata, names)
     except LoraError as problem:
-        said, _, remedy = str(problem).partition("; ")
-        misread = [FileFault(said, remedy, True)]
+        sentence, _, remedy = str(problem).partition("; ")
+        misread = [FileFault(sentence, remedy, True)]
     changes = None if state is None or changes_in is None else changes_in(state)
     file_faults = faults_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)), changes)
     if state is None or names is None:
@@ -460,10 +460,10 @@ def _other_layout(state: AdapterState, program: str, layout: Layout, names: Mode
     return f"use another program than {program} for it"
 
 
-def _some(things: Sequence[str], several: str, one: str) -> str:
+def _some(things: Sequence[str], several: str, singular: str) -> str:
     """`3 modules are, such as x,` or `x is`."""
     if len(things) == 1:
-        return f"{things[0]} {one}"
+        return f"{things[0]} {singular}"
     noun, verb = several.split(" ", 1)
     return f"{len(things)} {noun}, such as {things[0]}, {verb}"
 
@@ -516,7 +516,7 @@ def describe(path: Path) -> LoraSummary:
         path=path,
         size_bytes=sum(file.stat().st_size for file in files),
         layouts={name: count for name, count in layouts.items() if count},
-        words={word: {key: len(one) for key, one in vectors.items()} for word, vectors in words.items()},
+        words={word: {key: len(vector) for key, vector in vectors.items()} for word, vectors in words.items()},
         family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata),
         components=_counted(component_of(base) for base in groups),
         layers=_counted(kind_of(base) for base in groups),

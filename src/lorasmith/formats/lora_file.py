@@ -93,15 +93,15 @@ def state_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     words, others = bundle_of(tensors)
     state = AdapterState(unknown=others, metadata=dict(metadata))
     for _, layout in LAYOUTS.items():
-        found = layout.read(state.unknown, metadata, names)
-        if twice := state.adapters.keys() & found.adapters.keys():
+        recognised = layout.read(state.unknown, metadata, names)
+        if twice := state.adapters.keys() & recognised.adapters.keys():
             raise LoraError(
                 "a LoRA file holds one adapter for a module, and this one has two, in different layouts, for "
                 f"{min(twice).path}; keep the tensors of one of them"
             )
-        state.adapters.update(found.adapters)
-        state.differences.update(found.differences)
-        state = AdapterState(state.adapters, state.differences, found.unknown, state.metadata, words)
+        state.adapters.update(recognised.adapters)
+        state.differences.update(recognised.differences)
+        state = AdapterState(state.adapters, state.differences, recognised.unknown, state.metadata, words)
     return state
 
 
@@ -172,7 +172,9 @@ def _bundle(state: AdapterState, layout: Layout, *, is_portable: bool) -> dict[s
     """The words of a LoRA by key, in their own format; none in a layout that has no place for them."""
     if not (layout.holds_words or (is_portable and not layout.in_folder)):
         return {}
-    return {f"{BUNDLE}{word}.{key}": one.contiguous() for word, own in state.words.items() for key, one in own.items()}
+    return {
+        f"{BUNDLE}{word}.{key}": vector.contiguous() for word, own in state.words.items() for key, vector in own.items()
+    }
 
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
@@ -306,8 +308,8 @@ def _tensors_in_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if file is None:
             continue
         prefix = f"{folder.name}/" if folder.name.startswith("text_encoder") and folder != path else ""
-        found, header = read_safetensors(file)
-        tensors |= {prefix + key: tensor for key, tensor in found.items()}
+        of_file, header = read_safetensors(file)
+        tensors |= {prefix + key: tensor for key, tensor in of_file.items()}
         metadata = header | metadata
         if is_regular(config := folder / PEFT_CONFIG):
             try:

@@ -61,9 +61,9 @@ def average_entry(sigma_rel: float, step: int, steps: Sequence[int]) -> str:
 def average_of(metadata: Mapping[str, str]) -> tuple[float, int, tuple[int, ...]] | None:
     """Length, step and all steps of an average; None for any other file."""
     try:
-        found = parse_foreign_json(metadata[AVERAGE_ENTRY])
-        sigma_rel, step = float(found["sigma_rel"]), int(found["step"])
-        steps = tuple(sorted(int(one) for one in found["steps"]))
+        content = parse_foreign_json(metadata[AVERAGE_ENTRY])
+        sigma_rel, step = float(content["sigma_rel"]), int(content["step"])
+        steps = tuple(sorted(int(step_text) for step_text in content["steps"]))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     if not (0 < sigma_rel < 1 and step in steps and steps[0] >= 1 and steps[-1] <= 1_000_000 and len(steps) <= 1000):
@@ -94,9 +94,9 @@ class LeveledRanks:
     def of(cls, metadata: Mapping[str, str]) -> LeveledRanks | None:
         """The ranks of a file with this metadata; None without, or for an entry that nothing here writes."""
         try:
-            found = parse_foreign_json(metadata[RANKS_ENTRY])
-            least, alpha, copies = int(found["min_rank"]), float(found["alpha"]), int(found["copies"])
-            total, shift, steps = int(found["total"]), float(found["shift"]), int(found["steps"])
+            content = parse_foreign_json(metadata[RANKS_ENTRY])
+            least, alpha, copies = int(content["min_rank"]), float(content["alpha"]), int(content["copies"])
+            total, shift, steps = int(content["total"]), float(content["shift"]), int(content["steps"])
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
         if not (least >= 1 and 0.1 <= alpha <= 10 and copies in (1, 2) and 0.01 <= shift <= 1000 and steps >= 0):

@@ -161,10 +161,10 @@ def original_places(names: ModelNames) -> dict[str, PlacedModules]:
     return _by_place(names.denoiser.items())
 
 
-def _by_place(found: Iterable[tuple[str, OriginalName]]) -> dict[str, PlacedModules]:
+def _by_place(originals: Iterable[tuple[str, OriginalName]]) -> dict[str, PlacedModules]:
     """Modules, each a diffusers path and its place, by the path of the place."""
     places: dict[str, list[PlacedModule]] = {}
-    for path, original in found:
+    for path, original in originals:
         places.setdefault(original.path, []).append(PlacedModule(ModuleRef(DENOISER, path), original))
     return {path: tuple(sorted(parts, key=lambda part: part.place.rows or (0, 0))) for path, parts in places.items()}
 

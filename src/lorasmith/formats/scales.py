@@ -23,8 +23,8 @@ def checked_scale(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         number = float(value)
     if math.isnan(number) or 0 < abs(number) < 1 / _LARGEST:
-        said = f"{value:g}" if isinstance(value, float) else repr(value)[:40]
-        raise ValueError(f"be a number, 0 or of a size from {1 / _LARGEST:g} to {_LARGEST:g}, and is {said}")
+        shown = f"{value:g}" if isinstance(value, float) else repr(value)[:40]
+        raise ValueError(f"be a number, 0 or of a size from {1 / _LARGEST:g} to {_LARGEST:g}, and is {shown}")
     return number
 
 

@@ -99,18 +99,18 @@ def assembled(
             return Unfit(
                 role, f"must hold floating-point numbers, and holds {str(tensor.dtype).removeprefix('torch.')}"
             )
-    given = {role: rest.pop(role) for role in (*_DIFFERENCES, "up_bias") if role in rest}
-    differences = {parameter: given[role] for role, parameter in _DIFFERENCES.items() if role in given}
-    if not rest and "up_bias" in given:
+    role_tensors = {role: rest.pop(role) for role in (*_DIFFERENCES, "up_bias") if role in rest}
+    differences = {parameter: role_tensors[role] for role, parameter in _DIFFERENCES.items() if role in role_tensors}
+    if not rest and "up_bias" in role_tensors:
         return Unfit("up_bias", "is a bias without the up matrix that it is added to")
     if not rest:
-        return _difference_misfit(given, None) or ModuleTensors(None, differences)
+        return _difference_misfit(role_tensors, None) or ModuleTensors(None, differences)
     weights = _adapter_of(rest, shape, stated_alpha)
     if isinstance(weights, Unfit):
         return weights
-    if "up_bias" in given:
-        differences["bias"] = given["up_bias"] * scale_of(weights)
-    return _difference_misfit(given, weights) or ModuleTensors(weights, differences)
+    if "up_bias" in role_tensors:
+        differences["bias"] = role_tensors["up_bias"] * scale_of(weights)
+    return _difference_misfit(role_tensors, weights) or ModuleTensors(weights, differences)
 
 
 def _adapter_of(
@@ -420,10 +420,10 @@ def guessed_family(
     shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] = MappingProxyType({})
 ) -> str | None:
     """Display name of the family, or None if no signature matches."""
-    said = {metadata.get(key, "").partition("/")[0].casefold() for key in _ARCHITECTURE_KEYS}
+    architectures = {metadata.get(key, "").partition("/")[0].casefold() for key in _ARCHITECTURE_KEYS}
     inputs = {base.replace(".", "_"): width for base, width in _input_widths(shapes).items()}
     for sign in signatures():
-        if sign.architecture is not None and sign.architecture not in said:
+        if sign.architecture is not None and sign.architecture not in architectures:
             continue
         pattern = re.compile(sign.pattern)
         if any(sign.width in (None, width) and pattern.search(base) for base, width in inputs.items()):

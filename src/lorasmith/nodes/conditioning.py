@@ -226,7 +226,9 @@ def conditioning_average(
         raise DataError("conditioning_from must be a prompt, got none; encode one")
     if len(conditioning_from) > 1:
         context.warn(f"conditioning_from takes one prompt but received {len(conditioning_from)}; the first one is used")
-    return ([_average(one, conditioning_from[0], conditioning_to_strength) for one in conditioning_to],)
+    return (
+        [_average(conditioning, conditioning_from[0], conditioning_to_strength) for conditioning in conditioning_to],
+    )
 
 
 @node("ConditioningZeroOut", "Conditioning Zero Out", "model/conditioning/transform", outputs=["CONDITIONING"])
@@ -235,10 +237,10 @@ def conditioning_zero_out(
 ) -> tuple[list[Conditioning]]:
     """Replace the encoded prompts by zeros, which differs from an empty prompt."""
     zeroed = (
-        {key: torch.zeros_like(tensor) if key in _ENCODED else tensor for key, tensor in one.tensors.items()}
-        for one in conditioning
+        {key: torch.zeros_like(tensor) if key in _ENCODED else tensor for key, tensor in entry.tensors.items()}
+        for entry in conditioning
     )
-    return ([replace(one, tensors=tensors, text=None) for one, tensors in zip(conditioning, zeroed, strict=True)],)
+    return ([replace(entry, tensors=tensors, text=None) for entry, tensors in zip(conditioning, zeroed, strict=True)],)
 
 
 @node(
@@ -257,7 +259,7 @@ def conditioning_set_timestep_range(
     ),
 ) -> tuple[list[Conditioning]]:
     """Use prompts for a part of sampling only; training uses them at every noise level."""
-    return ([replace(one, span=(start, end)) for one in conditioning],)
+    return ([replace(entry, span=(start, end)) for entry in conditioning],)
 
 
 @node("FluxGuidance", "FluxGuidance", "model/conditioning/flux", outputs=["CONDITIONING"])
@@ -268,7 +270,7 @@ def flux_guidance(
     guidance: float = socket("FLOAT", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt."),
 ) -> tuple[list[Conditioning]]:
     """Set the guidance that distilled models have as an input; others ignore it."""
-    return ([_with(one, "guidance", torch.full((_batch(one),), guidance)) for one in conditioning],)
+    return ([_with(entry, "guidance", torch.full((_batch(entry),), guidance)) for entry in conditioning],)
 
 
 @node("FluxDisableGuidance", "FluxDisableGuidance", "model/conditioning/flux", outputs=["CONDITIONING"])
@@ -276,7 +278,7 @@ def flux_disable_guidance(
     context: NodeContext, *, conditioning: list[Conditioning] = socket("CONDITIONING")
 ) -> tuple[list[Conditioning]]:
     """Leave out the embedding of guidance that distilled models have; others ignore it."""
-    return ([_with(one, "no_guidance", torch.zeros(_batch(one))) for one in conditioning],)
+    return ([_with(entry, "no_guidance", torch.zeros(_batch(entry))) for entry in conditioning],)
 
 
 @node("ReferenceLatent", "Set Reference Latent", "model/conditioning", outputs=["CONDITIONING"])
@@ -289,7 +291,7 @@ def reference_latent(
     """Give an edit model a picture beside the prompts; several nodes in a row give several."""
     if latent is None:
         return (conditioning,)
-    return ([one.with_controls([*one.controls, latent["samples"]]) for one in conditioning],)
+    return ([entry.with_controls([*entry.controls, latent["samples"]]) for entry in conditioning],)
 
 
 @node(
@@ -323,8 +325,8 @@ def inpaint_model_conditioning(
     mask = mask[..., top : top + size[0], left : left + size[1]]
     with vae.active():
         latents, known = vae.encode(picture), vae.encode(picture * (1 - mask.round()))
-    given = {CONCAT_IMAGE: known, CONCAT_MASK: mask}
-    sides = [[replace(one, tensors={**one.tensors, **given}) for one in side] for side in (positive, negative)]
+    tensors = {CONCAT_IMAGE: known, CONCAT_MASK: mask}
+    sides = [[replace(entry, tensors={**entry.tensors, **tensors}) for entry in side] for side in (positive, negative)]
     return sides[0], sides[1], latent_of(latents, mask=mask if noise_mask else None)
 
 
@@ -352,10 +354,10 @@ def flux_kontext_multi_reference_latent_method(
     index_timestep_zero.
     """
     changed = []
-    for one in conditioning:
-        kept = {key: tensor for key, tensor in one.tensors.items() if key not in CONTROL_METHODS.values()}
+    for entry in conditioning:
+        kept = {key: tensor for key, tensor in entry.tensors.items() if key not in CONTROL_METHODS.values()}
         method = CONTROL_METHODS[reference_latents_method]
-        changed.append(replace(one, tensors={**kept, method: torch.zeros(_batch(one))}))
+        changed.append(replace(entry, tensors={**kept, method: torch.zeros(_batch(entry))}))
     return (changed,)
 
 

@@ -175,7 +175,7 @@ def make_training_pairs(
 
     Text encoders that see pictures see the controls as in TextEncodeQwenImageEditPlus.
     """
-    beside = [one for one in (controls, controls_2, controls_3) if one is not None]
+    beside = [images for images in (controls, controls_2, controls_3) if images is not None]
     return _encoded(context, images, vae, clip, texts, beside)
 
 
@@ -212,7 +212,9 @@ def _encoded(
     else:
         conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
     latents = encoded_pixels(autoencoder, pixels, progress=shown("picture"), hash_progress=hashing)
-    pairs = [one.with_controls(latents[index + count :: count]) for index, one in enumerate(conditionings)]
+    pairs = [
+        conditioning.with_controls(latents[index + count :: count]) for index, conditioning in enumerate(conditionings)
+    ]
     return [{"samples": latent} for latent in latents[:count]], [[pair] for pair in pairs]
 
 
@@ -234,8 +236,8 @@ def resolution_bucket(
     samples = flat_latents(latents)
     prompts = one_for_each(flat_conditionings(conditioning), len(samples), name="conditioning", of="conditioning")
     buckets: dict[tuple[int, ...], list[int]] = {}
-    for index, one in enumerate(samples):
-        buckets.setdefault(tuple(one.shape), []).append(index)
+    for index, sample in enumerate(samples):
+        buckets.setdefault(tuple(sample.shape), []).append(index)
     return (
         [{"samples": torch.cat([samples[index] for index in bucket])} for bucket in buckets.values()],
         [[prompts[index] for index in bucket] for bucket in buckets.values()],
@@ -357,7 +359,7 @@ def load_training_dataset(
     else:
         raise DataError(f"{folder} must be a saved training data set, but has no {INDEX}; save it again")
     latents = [latent_of(batch.samples, batch.downscale) for batch in samples.latents]
-    return latents, [list(one) for one in samples.conditioning]
+    return latents, [list(combined) for combined in samples.conditioning]
 
 
 _VIDEO = socket("VIDEO")

@@ -88,11 +88,11 @@ def wan_image_to_video(
     start_image: Tensor | None = _START,
 ) -> tuple[list[Conditioning], list[Conditioning], Latent]:
     """Give Wan's image to video the first frame of a clip, and make empty latents for it."""
-    given = {} if clip_vision_output is None else {CLIP_VISION: clip_vision_output}
+    tensors = {} if clip_vision_output is None else {CLIP_VISION: clip_vision_output}
     if start_image is not None:
-        given |= _known(vae, width, height, length, start=start_image)
-        given[CONCAT_MASK] = given[CONCAT_MASK].amax(1, keepdim=True)  # for whole latents here
-    return _given(positive, negative, given, _empty(vae, width, height, length, batch_size))
+        tensors |= _known(vae, width, height, length, start=start_image)
+        tensors[CONCAT_MASK] = tensors[CONCAT_MASK].amax(1, keepdim=True)  # for whole latents here
+    return _given(positive, negative, tensors, _empty(vae, width, height, length, batch_size))
 
 
 @node("WanFirstLastFrameToVideo", "WanFirstLastFrameToVideo", "model/conditioning/wan", outputs=_CONDITIONED)
@@ -112,11 +112,11 @@ def wan_first_last_frame_to_video(
     end_image: Tensor | None = socket("IMAGE", optional=True, tooltip="The last frame; a batch is the last frames."),
 ) -> tuple[list[Conditioning], list[Conditioning], Latent]:
     """Give Wan's image to video the first and last frame of a clip, and make empty latents for it."""
-    given = _known(vae, width, height, length, start=start_image, end=end_image)
-    states = [one for one in (clip_vision_start_image, clip_vision_end_image) if one is not None]
+    tensors = _known(vae, width, height, length, start=start_image, end=end_image)
+    states = [output for output in (clip_vision_start_image, clip_vision_end_image) if output is not None]
     if states:
-        given[CLIP_VISION] = torch.cat(states, dim=1)
-    return _given(positive, negative, given, _empty(vae, width, height, length, batch_size))
+        tensors[CLIP_VISION] = torch.cat(states, dim=1)
+    return _given(positive, negative, tensors, _empty(vae, width, height, length, batch_size))
 
 
 @node("Wan22ImageToVideoLatent", "Wan22ImageToVideoLatent", "model/conditioning/wan", outputs=["LATENT"])
@@ -162,7 +162,7 @@ def hunyuan_video15_image_to_video(
     clip_vision_output: Tensor | None = _states("Of the first frame."),
 ) -> tuple[list[Conditioning], list[Conditioning], Latent]:
     """Give HunyuanVideo 1.5 the first frame of a clip, and make empty latents for it."""
-    given = {} if clip_vision_output is None else {CLIP_VISION: clip_vision_output}
+    tensors = {} if clip_vision_output is None else {CLIP_VISION: clip_vision_output}
     empty = _empty(vae, width, height, length, batch_size)
     if start_image is not None:
         frames = _frames(start_image[:length], width, height)
@@ -170,8 +170,8 @@ def hunyuan_video15_image_to_video(
             first = vae.encode(frames[:, :, : vae.latent.whole_frames(frames.shape[2])])
         image, mask = torch.zeros_like(empty["samples"][:1]), torch.ones_like(empty["samples"][:1, :1])
         image[:, :, : first.shape[2]], mask[:, :, : first.shape[2]] = first, 0
-        given |= {CONCAT_IMAGE: image, CONCAT_MASK: mask}
-    return _given(positive, negative, given, empty)
+        tensors |= {CONCAT_IMAGE: image, CONCAT_MASK: mask}
+    return _given(positive, negative, tensors, empty)
 
 
 def _known(
@@ -209,7 +209,7 @@ def _empty(vae: Autoencoder, width: int, height: int, length: int, batch_size: i
 
 
 def _given(
-    positive: Sequence[Conditioning], negative: Sequence[Conditioning], given: dict[str, Tensor], latent: Latent
+    positive: Sequence[Conditioning], negative: Sequence[Conditioning], tensors: dict[str, Tensor], latent: Latent
 ) -> tuple[list[Conditioning], list[Conditioning], Latent]:
-    sides = [[replace(one, tensors={**one.tensors, **given}) for one in side] for side in (positive, negative)]
+    sides = [[replace(entry, tensors={**entry.tensors, **tensors}) for entry in side] for side in (positive, negative)]
     return sides[0], sides[1], latent

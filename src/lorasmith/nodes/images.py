@@ -33,8 +33,8 @@ def resized(pictures: Tensor, width: int, height: int, *, method: str, crop: boo
     if method != "lanczos":
         return functional.interpolate(pictures, size=(height, width), mode=method)
     bytes_ = (pictures * 255).clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
-    scaled = [Image.fromarray(one).resize((width, height), Image.Resampling.LANCZOS) for one in bytes_]
-    return torch.stack([_to_tensor(one) for one in scaled]).movedim(-1, 1)
+    scaled = [Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS) for pixels in bytes_]
+    return torch.stack([_to_tensor(picture) for picture in scaled]).movedim(-1, 1)
 
 
 def known_input(name: str, folders: Folders) -> str:

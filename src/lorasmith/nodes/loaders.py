@@ -302,7 +302,9 @@ def check_part_files(
 
     def loaded_by(link: Link, carried: str, wanted: str) -> set[_Loaded]:
         found = (_loaded(graph, maker, wanted, folders) for maker in _makers(graph, link, carried, wanted))
-        return {one for one in found if one is not None and one != base}  # a checkpoint's own parts fit it
+        return {
+            checkpoint for checkpoint in found if checkpoint is not None and checkpoint != base
+        }  # a checkpoint's own parts fit it
 
     encoders, autoencoders = loaded_by(conditioning, "CONDITIONING", "CLIP"), loaded_by(latents, "LATENT", "VAE")
     if not (encoders or autoencoders or loras):
@@ -319,7 +321,7 @@ def check_part_files(
 def _loaded(graph: Graph, link: Link, wanted: str, folders: Folders) -> _Loaded | None:
     """The files of the node that a model or a part of it comes from; None if unknown until it runs."""
     while (member := graph.nodes[link.node_id]).node.id not in _LOADERS:
-        onward = [one for _, one in member.links() if _link_type(graph, one) in (wanted, ANY, MATCH)]
+        onward = [link for _, link in member.links() if _link_type(graph, link) in (wanted, ANY, MATCH)]
         if len(onward) != 1:
             return None
         (link,) = onward

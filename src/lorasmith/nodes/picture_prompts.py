@@ -59,7 +59,7 @@ def text_encode_qwen_image_edit_plus(
     image3: Tensor | None = socket("IMAGE", optional=True, tooltip=_PICTURE),
 ) -> tuple[list[Conditioning]]:
     """Encode an instruction for Qwen-Image-Edit 2509, 2511, Qwen-Image 2.1 or Krea 2 with pictures."""
-    images = {number: one for number, one in enumerate((image1, image2, image3), start=1) if one is not None}
+    images = {number: image for number, image in enumerate((image1, image2, image3), start=1) if image is not None}
     return ([_seen(context, clip, vae, prompt, images, _own_sight(clip))],)
 
 
@@ -106,7 +106,7 @@ def _seen(
     fitted = (_scaled(picture, _REFERENCES.size(picture.shape[-1], picture.shape[-2])) for picture in pictures)
     with vae.active():
         return encoded.with_controls(
-            [vae.encode(pixels_from_image(context, one.movedim(1, -1), vae)) for one in fitted]
+            [vae.encode(pixels_from_image(context, image.movedim(1, -1), vae)) for image in fitted]
         )
 
 

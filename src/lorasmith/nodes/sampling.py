@@ -114,7 +114,7 @@ def sampled(
     form = model.base.components.latent
     guider.check()
     start = _fitted(context, latent, form)
-    mask, given = latent.get("noise_mask"), first_frames(latent, model.base)
+    mask, frames = latent.get("noise_mask"), first_frames(latent, model.base)
     if len(sigmas) < 2:
         return latent_of(start, mask=mask), latent_of(start, mask=mask)
     device = best_device()
@@ -132,8 +132,8 @@ def sampled(
                 model.predict,
                 schedule=model.diffusion.schedule,
                 parameterization=model.diffusion.parameterization,
-                positive=[for_model(one, model.base, start, given) for one in guider.positive],
-                negative=[for_model(one, model.base, start, given) for one in guider.negative],
+                positive=[for_model(conditioning, model.base, start, frames) for conditioning in guider.positive],
+                negative=[for_model(conditioning, model.base, start, frames) for conditioning in guider.negative],
                 latents=(form.to_model(start) if start.count_nonzero() else start).to(device),
                 noise=noise.of_shape(start.shape),
                 sigmas=sigmas,
@@ -141,13 +141,13 @@ def sampled(
                 cfg=guider.cfg,
                 seed=noise.seed,
                 dtype=dtype,
-                mask=_mask_of(start, mask) if given is None else None,
+                mask=_mask_of(start, mask) if frames is None else None,
                 callback=keep,
                 cancelled=context.cancelled,
             )
     except SamplingCancelledError as error:
         raise CancelledError(str(error)) from error
-    last, predicted = (latent_of(form.from_model(one.cpu()), mask=mask) for one in (result, clean))
+    last, predicted = (latent_of(form.from_model(latents.cpu()), mask=mask) for latents in (result, clean))
     return last, predicted
 
 

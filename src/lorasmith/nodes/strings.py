@@ -165,8 +165,8 @@ def string_format(
     try:
         return (_Formatter().vformat(f_string, (), values),)
     except (KeyError, IndexError) as error:
-        given = ", ".join(values) or "none"
-        raise OptionError(f"f_string names the value {error}, but there are {given}; link one or correct it") from error
+        names = ", ".join(values) or "none"
+        raise OptionError(f"f_string names the value {error}, but there are {names}; link one or correct it") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise OptionError(f"f_string must be a format of Python, got {f_string!r}: {error}; correct it") from error
 
@@ -180,11 +180,11 @@ def json_extract_string(
 ) -> tuple[str]:
     """An entry of a JSON object as text, or an empty text if there is none."""
     try:
-        found = json.loads(json_string)
+        content = json.loads(json_string)
     except (ValueError, RecursionError):
         context.warn("json_string is no JSON, so the text is empty")
         return ("",)
-    value = found.get(key) if isinstance(found, dict) else None
+    value = content.get(key) if isinstance(content, dict) else None
     return ("" if value is None else str(value),)
 
 
@@ -197,7 +197,7 @@ class _Formatter(letters.Formatter):
         return super().get_field(field_name, args, kwargs)
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        numbers = "".join(one if one.isdigit() else " " for one in format_spec).split()
+        numbers = "".join(letter if letter.isdigit() else " " for letter in format_spec).split()
         if any(len(number) >= 20 or int(number) > _LONGEST for number in numbers):
             raise ValueError(f"{format_spec!r} is wider than {_LONGEST:,} characters")
         return str(super().format_field(value, format_spec))
@@ -373,16 +373,16 @@ def regex_extract(
 
     As in ComfyUI, All Matches of a pattern with several groups are its first groups, and of one with one group these.
     """
-    found = _matches(context, string, regex_pattern, _flags(case_insensitive, multiline, dotall))
+    matches = _matches(context, string, regex_pattern, _flags(case_insensitive, multiline, dotall))
     if mode.startswith("First"):
-        found = found[:1]
+        matches = matches[:1]
     if mode == "First Match":
-        chosen = [match[0] for match in found]
+        chosen = [match[0] for match in matches]
     elif mode == "All Matches":
-        chosen = [match[1] if len(match) > 1 else match[0] for match in found]
+        chosen = [match[1] if len(match) > 1 else match[0] for match in matches]
     else:
-        chosen = [match[group_index] for match in found if len(match) > max(group_index, mode == "All Groups")]
-    return ("\n".join(one or "" for one in chosen),)
+        chosen = [match[group_index] for match in matches if len(match) > max(group_index, mode == "All Groups")]
+    return ("\n".join(text or "" for text in chosen),)
 
 
 @node(

@@ -161,7 +161,9 @@ METHODS = (
 """Settings of methods, of text encoders in training, of losses, of ranks by noise level, and of an early end."""
 
 _OPEN = tuple(
-    one.name for one in (*SETTINGS, *METHODS[1:]) if one.default in ("", 0) and _OPTIONS[one.name].default is None
+    setting.name
+    for setting in (*SETTINGS, *METHODS[1:])
+    if setting.default in ("", 0) and _OPTIONS[setting.name].default is None
 )
 
 
@@ -242,7 +244,7 @@ def train_lora(
     """
     denoiser = single(context, "model", model)
     encoder = single(context, "clip", clip) if clip else None
-    values = {name: single(context, name, given) for name, given in settings.items()}
+    values = {name: single(context, name, entries) for name, entries in settings.items()}
     fresh, trigger = values.pop("fresh", False), values.pop("trigger", "")
     config = settings_of(values, context.folders.find)
     if encoder is None and config.text_setting is not None:
@@ -321,8 +323,8 @@ def _dataset(
         captions = [caption.with_controls([]) for caption in captions]
     firsts: list[Tensor | None] = []
     for batch in latents:
-        given = first_frames(batch, denoiser.base)
-        firsts += [None] * len(batch["samples"]) if given is None else given.split(1)
+        first_frames_of = first_frames(batch, denoiser.base)
+        firsts += [None] * len(batch["samples"]) if first_frames_of is None else first_frames_of.split(1)
     return EncodedDataset(
         tuple(
             Sample(
@@ -369,8 +371,8 @@ def _texts(data: EncodedDataset, encoder: TextEncoder, setting: str) -> EncodedC
     text = first.text or ""
     captions.encode_ahead([text])
     for name, tensor in captions[text].tensors.items():
-        given = first.tensors[name].to(tensor)
-        if given.shape != tensor.shape or (given - tensor).abs().max() > _ALIKE * tensor.abs().max():
+        tensor_of = first.tensors[name].to(tensor)
+        if tensor_of.shape != tensor.shape or (tensor_of - tensor).abs().max() > _ALIKE * tensor.abs().max():
             raise DataError(
                 f"{setting} needs captions that clip encodes as they are, and it makes another conditioning of "
                 f"{printable(text, limit=60)!r}; link one CLIP to the captions and to Train LoRA, and encode them with "

@@ -129,11 +129,13 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: 
     for control in conditioning.controls:
         check_latents(control, form)
     # Other models ignore it. A file's name need not say that the model is the variant that takes it.
-    takes = any(not one.are_files and one.is_required for one in (model.control_form, *model.family.controls))
+    takes = any(
+        not control.are_files and control.is_required for control in (model.control_form, *model.family.controls)
+    )
     if image is not None and mask is not None and takes:
         check_latents(image, form)
         if image.shape[-2:] != samples.shape[-2:]:
-            shown, drawn = ("×".join(map(str, one.shape[:-3:-1])) for one in (image, samples))
+            shown, drawn = ("×".join(map(str, latents.shape[:-3:-1])) for latents in (image, samples))
             raise DataError(
                 f"the known part of a picture must have the size of the latents, {drawn}, got {shown}; use the latents "
                 "of InpaintModelConditioning"
@@ -141,8 +143,8 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: 
         known = model.family.known_latents(model.components.denoiser, form.to_model(image.float()), mask)
     tensors |= {} if known is None else {"known": known}
     tensors |= {} if first is None else {FIRST_FRAME: form.to_model(first.float())}
-    given = replace(conditioning, tensors=tensors)
-    return given.with_controls([form.to_model(control.float()) for control in conditioning.controls])
+    converted = replace(conditioning, tensors=tensors)
+    return converted.with_controls([form.to_model(control.float()) for control in conditioning.controls])
 
 
 def first_frames(latent: Latent, model: Model) -> Tensor | None:
@@ -182,7 +184,7 @@ def flat_latents(latents: Sequence[Latent]) -> list[Tensor]:
 
 def flat_conditionings(conditionings: Sequence[Sequence[Conditioning]]) -> list[Conditioning]:
     """The single prompts of a list of CONDITIONING."""
-    return [one for combined in conditionings for one in combined]
+    return [conditioning for combined in conditionings for conditioning in combined]
 
 
 def one_for_each(items: Sequence[T], count: int, *, name: str, of: str) -> list[T]:

@@ -108,8 +108,8 @@ def checked_workflow(workflow: str | os.PathLike[str], folders: Folders, changes
         graph = validate(prompt, folders, nodes=nodes)
     except GraphError as error:
         if TINY.trouble and os.fspath(workflow).startswith(EXAMPLE_PREFIX):
-            said = f"examples use the built-in model or its pictures, but {TINY.trouble}"
-            raise GraphError(said, error.findings) from error
+            trouble = f"examples use the built-in model or its pictures, but {TINY.trouble}"
+            raise GraphError(trouble, error.findings) from error
         raise
     return CheckedWorkflow(graph, read.editor)
 
@@ -167,7 +167,7 @@ def run_workflow(
         results = Executor(folders, on_event=report).run(checked.graph, workflow=checked.editor, cancel=cancel)
     shown = [item for result in results.values() for items in result.ui.values() for item in items]
     files = [file for item in shown if (file := shown_file(item, folders)) is not None]
-    return WorkflowResult(tuple(files), {key: one.outputs for key, one in results.items()})
+    return WorkflowResult(tuple(files), {key: result.outputs for key, result in results.items()})
 
 
 def shown_file(item: Any, folders: Folders) -> Path | None:

@@ -173,8 +173,8 @@ def pair_stems(folder: Path) -> list[str]:
     names = (
         re.fullmatch(r"(control(?:-\d+)?|mask|target)-\d+\.(?:png|webp)", file.name) for file in folder.glob("*-*.*")
     )
-    found = {name[1] for name in names if name}
-    return sorted(found, key=lambda stem: (stem == "target", stem == "mask", len(stem), stem))
+    stems = {name[1] for name in names if name}
+    return sorted(stems, key=lambda stem: (stem == "target", stem == "mask", len(stem), stem))
 
 
 class PreviewFolder:
@@ -222,9 +222,9 @@ class PreviewFolder:
 
     def write_strengths_sheet(self, strengths: Sequence[float], step: int) -> Path:
         """Write `strengths.png`: rows for the base and the finished LoRA at each strength, in ascending order."""
-        found = {strength: f"strength-{strength:g}" for strength in strengths} | {0.0: "base"}
+        stems = {strength: f"strength-{strength:g}" for strength in strengths} | {0.0: "base"}
         labels = {
-            stem: "base" if strength == 0 else f"strength {strength:g}" for strength, stem in sorted(found.items())
+            stem: "base" if strength == 0 else f"strength {strength:g}" for strength, stem in sorted(stems.items())
         }
         rows = self._pairs() | labels
         return self._write_sheet("strengths.png", rows, f"{self._title} after {count_text(step, 'step')}")
@@ -245,8 +245,8 @@ class PreviewFolder:
         """Write a contact sheet of `rows`, labels by the stem of their files; rows without pictures are skipped."""
         smallest, largest = _CELLS
         cell = max(smallest, min(largest, _LARGEST_SHEET // max(len(rows), len(self.prompts))))
-        found = {label: self._row(stem, cell) for stem, label in rows.items()}
-        shown = {label: row for label, row in found.items() if any(row)}
+        rows_of = {label: self._row(stem, cell) for stem, label in rows.items()}
+        shown = {label: row for label, row in rows_of.items() if any(row)}
         sheet = contact_sheet(
             list(shown.values()), list(shown), self.prompts, title=title, min_cell=min(128, cell), max_cell=cell
         )
@@ -257,12 +257,12 @@ class PreviewFolder:
 
     def _row(self, stem: str, size: int) -> list[Image.Image | None]:
         """The pictures of a row, at most `size` pixels long; None for missing or incomparable ones."""
-        found = []
+        row = []
         for number, prompt in enumerate(self.prompts, start=1):
             path = self.folder / f"{stem}-{number}.png"
             path = path if path.exists() else path.with_suffix(".webp")
-            found.append(_opened(path, {"Prompt": prompt, **self._sampling}, size))
-        return found
+            row.append(_opened(path, {"Prompt": prompt, **self._sampling}, size))
+        return row
 
 
 def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image | None:

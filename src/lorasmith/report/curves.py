@@ -204,13 +204,13 @@ _kept: dict[bytes, Html] = {}
 def _figure(name: str, draw: Callable[[Any], None], *, label: str, shows: object) -> Html:
     """A figure, which takes a quarter of a second: it is kept until what it shows has changed."""
     key = hashlib.sha256(pickle.dumps((name, label, shows))).digest()
-    if (found := _kept.get(key)) is None:
+    if (figure := _kept.get(key)) is None:
         shapes = {"wide": (9.0, 4.4), "narrow": (4.6, 4.4)}
         drawn = [tag("div", _svg(draw, f"{name}-{kind}", size, label), class_=kind) for kind, size in shapes.items()]
-        found = _kept[key] = tag("div", drawn)
+        figure = _kept[key] = tag("div", drawn)
         for old in list(_kept)[:-_MOST_KEPT]:
             _kept.pop(old, None)
-    return found
+    return figure
 
 
 def _svg(draw: Callable[[Any], None], prefix: str, size: tuple[float, float], label: str) -> Html:
@@ -236,5 +236,5 @@ def _renamed(svg: str, prefix: str) -> str:
     """Replace ids by numbered ones: matplotlib's are random, or equal in every figure."""
     used = dict.fromkeys(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
     names = {old: f"{prefix}-{number}" for number, old in enumerate(used)}
-    svg = re.sub(r" id=\"([^\"]*)\"", lambda found: f' id="{names[found[1]]}"' if found[1] in names else "", svg)
-    return re.sub(r"(href=\"|url\()#([^\")]+)", lambda found: f"{found[1]}#{names[found[2]]}", svg)
+    svg = re.sub(r" id=\"([^\"]*)\"", lambda match: f' id="{names[match[1]]}"' if match[1] in names else "", svg)
+    return re.sub(r"(href=\"|url\()#([^\")]+)", lambda match: f"{match[1]}#{names[match[2]]}", svg)

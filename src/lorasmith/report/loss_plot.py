@@ -51,11 +51,11 @@ class RecentLosses:
 
 def recent_losses(losses: Sequence[float]) -> list[RecentLoss]:
     """The loss of a run after each step."""
-    taken, found = RecentLosses(), []
+    taken, recent = RecentLosses(), []
     for step, loss in enumerate(losses, 1):
         taken.add(step, loss)
-        found.append(taken.recent)
-    return found
+        recent.append(taken.recent)
+    return recent
 
 
 def recent_loss(losses: Sequence[float]) -> RecentLoss:

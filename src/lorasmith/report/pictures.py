@@ -169,11 +169,11 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     """RGB pictures in a row, centred on white; a single one as it is."""
     if len(pictures) == 1:
         return pictures[0]
-    width, height = sum(one.width for one in pictures), max(one.height for one in pictures)
+    width, height = sum(picture.width for picture in pictures), max(picture.height for picture in pictures)
     row, left = Image.new("RGB", (width + _GAP * (len(pictures) - 1), height), "white"), 0
-    for one in pictures:
-        row.paste(one, (left, (height - one.height) // 2))
-        left += one.width + _GAP
+    for picture in pictures:
+        row.paste(picture, (left, (height - picture.height) // 2))
+        left += picture.width + _GAP
     return row
 
 
@@ -208,10 +208,10 @@ def thinned(items: Sequence[_Item], most: int) -> list[_Item]:
 
 def picture(path: Path | None, alt: str, longest: int, class_: str | None = None) -> Html:
     """A picture as an element, its longest edge at most `longest` pixels, or a note that there is none."""
-    found = None if path is None else data_uri(path, longest)
-    if found is None:
+    embedded = None if path is None else data_uri(path, longest)
+    if embedded is None:
         return tag("span", "no picture", class_="missing")
-    uri, width, height = found
+    uri, width, height = embedded
     return tag("img", src=uri, alt=alt, width=width, height=height, class_=class_)
 
 
@@ -238,8 +238,8 @@ def embedded_png(png: bytes, alt: str) -> Html:
 
 def embedded_picture(path: Path, alt: str) -> Html:
     """A picture file, scaled down, as an element; empty if it is missing or unreadable."""
-    found = data_uri(path, _LONGEST)
-    return Html("") if found is None else _shown(found[0], alt)
+    embedded = data_uri(path, _LONGEST)
+    return Html("") if embedded is None else _shown(embedded[0], alt)
 
 
 def _shown(uri: str, alt: str) -> Html:

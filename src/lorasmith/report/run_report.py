@@ -296,7 +296,7 @@ def _use(report: RunReport) -> list[Html]:
 
 
 def _trained_on(report: RunReport) -> list[Html]:
-    shots = [_shot(one) for one in report.trained_on]
+    shots = [_shot(photo) for photo in report.trained_on]
     parts = [tag("div", shots[:_SHOTS], class_="shots")] if shots else []
     if rest := shots[_SHOTS:]:
         parts.append(folded(f"{len(rest):,} more images", tag("div", rest, class_="shots")))
@@ -343,14 +343,14 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
     same = [setting for setting in settings if setting.value == setting.default]
     parts = []
     if changed:
-        rows = [(one.name, plain(one.value), plain(one.default), one.help) for one in changed]
+        rows = [(setting.name, plain(setting.value), plain(setting.default), setting.help) for setting in changed]
         parts.append(
             table(
                 ("Setting", "Value", "Default", "Meaning"), rows, label="Settings that are not the default", wordy=True
             )
         )
     if same:
-        kept = [(one.name, plain(one.value), one.help) for one in same]
+        kept = [(setting.name, plain(setting.value), setting.help) for setting in same]
         whole = table(("Setting", "Value", "Meaning"), kept, label="Settings at their default", wordy=True)
         parts.append(folded(f"{len(same)} settings at their default", whole))
     return parts

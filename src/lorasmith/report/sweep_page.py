@@ -87,15 +87,15 @@ def _ranking(report: SweepReport) -> list[Html]:
     )
     rows = [
         (
-            tag("a", one.name, href=one.link) if one.link else one.name,
-            *map(plain, one.settings),
-            number(one.loss),
-            change(one.loss, one.base_loss),
-            f"{one.best_step:,}",
-            one.time,
-            tag("span", one.lora, class_="name"),
+            tag("a", run.name, href=run.link) if run.link else run.name,
+            *map(plain, run.settings),
+            number(run.loss),
+            change(run.loss, run.base_loss),
+            f"{run.best_step:,}",
+            run.time,
+            tag("span", run.lora, class_="name"),
         )
-        for one in report.ranked
+        for run in report.ranked
     ]
     columns = ("Run", *report.varied, "Held-out loss", "Against the base", "Best step", "Time", "LoRA")
     first = 1 + len(report.varied)
@@ -104,9 +104,9 @@ def _ranking(report: SweepReport) -> list[Html]:
 
 def _curves(ranked: Sequence[RankedRun]) -> list[Html]:
     curves = [
-        (one.name, [(step, 100 * (loss / one.base_loss - 1)) for step, loss in one.validations])
-        for one in ranked
-        if one.base_loss > 0 and one.validations
+        (run.name, [(step, 100 * (loss / run.base_loss - 1)) for step, loss in run.validations])
+        for run in ranked
+        if run.base_loss > 0 and run.validations
     ]
     if not curves:
         return []

@@ -30,7 +30,7 @@ def losses_by_image(run: LoggedRun) -> tuple[QuantileCurve | None, list[ImageLev
     if not ledger:
         return None, []
     # Pictures of the class, which the model knows, are no measure of those of the subject.
-    of_class = {one.name for one in images_in(run.record.data) if one.use == "class"}
+    of_class = {image.name for image in images_in(run.record.data) if image.use == "class"}
     return ledger.curve(), ledger.images(without=of_class, held_out_fall=_fall(view.validations))
 
 
@@ -49,13 +49,13 @@ def advice_on(record: RunRecord, images: Sequence[ImageLevels]) -> Advice:
         few = f"at least {FEW_IMAGES} images that were drawn {MIN_DRAWS} times each"
         there = f"got {len(judged)} of {len(images):,}, and the one drawn most was drawn {count_text(most, 'time')}"
         return Advice(summary=f"Advice on single images needs {few}, {there}.")
-    never = [_never(one) for one in judged if one.standing == "never fit"]
-    memorised = [one for one in judged if one.standing == "memorised"]
-    found = [*never, *(_by_heart(one, judged, record) for one in memorised if one.stands_out)]
-    said = [_summary(found)] if found else []
+    never = [_never(image) for image in judged if image.standing == "never fit"]
+    memorised = [image for image in judged if image.standing == "memorised"]
+    found = [*never, *(_by_heart(image, judged, record) for image in memorised if image.stands_out)]
+    sentences = [_summary(found)] if found else []
     if 2 * len(memorised) > len(judged):
-        said.insert(0, f"{len(memorised):,} of {len(judged):,} images are learnt by heart: train for fewer steps.")
-    return Advice(tuple(found), " ".join(said) or f"None of {len(judged):,} images stands out by its losses.")
+        sentences.insert(0, f"{len(memorised):,} of {len(judged):,} images are learnt by heart: train for fewer steps.")
+    return Advice(tuple(found), " ".join(sentences) or f"None of {len(judged):,} images stands out by its losses.")
 
 
 def _never(image: ImageLevels) -> ImageAdvice:
@@ -68,7 +68,7 @@ def _never(image: ImageLevels) -> ImageAdvice:
 
 
 def _by_heart(image: ImageLevels, judged: Sequence[ImageLevels], record: RunRecord) -> ImageAdvice:
-    usual = median(one.draws for one in judged if one is not image)
+    usual = median(other.draws for other in judged if other is not image)
     below = f"Its loss fell to {image.relative:.0%} of that of the others at the same noise levels"
     often = image.draws / usual
     seen = f", and it was drawn {often:.0f} times as often" if often >= FAR else ""
@@ -95,8 +95,10 @@ def _drawn_less(name: str, factor: Fraction, record: RunRecord) -> str:
 def _summary(found: Sequence[ImageAdvice]) -> str:
     """A line on the first images, each with its remedy if these are all."""
     if len(found) <= _NAMED:
-        return " ".join(f"{one.name} is {one.finding}: {one.remedy[0].lower()}{one.remedy[1:]}" for one in found)
-    parts = [f"{one.name} is {one.finding}" for one in found[:_NAMED]]
+        return " ".join(
+            f"{advice.name} is {advice.finding}: {advice.remedy[0].lower()}{advice.remedy[1:]}" for advice in found
+        )
+    parts = [f"{advice.name} is {advice.finding}" for advice in found[:_NAMED]]
     return f"{', '.join(parts)}, and {len(found) - _NAMED:,} more stand out. The report has all."
 
 

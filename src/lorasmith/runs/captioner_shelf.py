@@ -28,8 +28,8 @@ class CaptionerRelease:
 
 
 CAPTIONER_RELEASES = {
-    one.name: one
-    for one in (
+    captioner.name: captioner
+    for captioner in (
         CaptionerRelease(
             name="florence-2-base",
             title="Florence-2 base",

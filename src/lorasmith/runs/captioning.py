@@ -107,10 +107,10 @@ def made_caption(image: Path, captioner: Callable[[Image.Image], str], trigger: 
 
 
 def _caption(image: Path, captioner: Callable[[Image.Image], str]) -> str:
-    said: object = captioner(open_image(image))
-    if not isinstance(said, str):
-        raise TypeError(f"a caption must be text, got {type(said).__name__}")
-    if len(caption := one_line(said)) > MAX_CAPTION:
+    answer: object = captioner(open_image(image))
+    if not isinstance(answer, str):
+        raise TypeError(f"a caption must be text, got {type(answer).__name__}")
+    if len(caption := one_line(answer)) > MAX_CAPTION:
         raise ValueError(f"a caption must have at most {MAX_CAPTION:,} characters, got {len(caption):,}")
     return caption
 

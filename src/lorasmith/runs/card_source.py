@@ -85,9 +85,9 @@ def card_source(
     """
     if base_model and not is_hub_id(base_model):
         raise OptionError(f"a base model must be an id of the hub, such as owner/name, got {base_model!r}; correct it")
-    given = tuple(map(_given_picture, pictures))
+    added = tuple(map(_given_picture, pictures))
     if (path / RUN_RECORD).is_file():
-        return _of_run(path, step, base_model, trigger, given, with_training_pictures)
+        return _of_run(path, step, base_model, trigger, added, with_training_pictures)
     if step is not None:
         raise OptionError(f"--step chooses among the LoRAs of a run, and {path} is none; leave it out")
     if not path.exists():
@@ -100,7 +100,7 @@ def card_source(
         _base_of((base_model, *_named_in(path, summary.metadata)), summary.metadata),
         _family("", summary.family),
         _trigger(trigger, summary.metadata),
-        given,
+        added,
     )
 
 
@@ -109,20 +109,20 @@ def _of_run(
     step: int | None,
     base_model: str,
     trigger: str,
-    given: tuple[DrawnPicture, ...],
+    added: tuple[DrawnPicture, ...],
     with_training: bool,
 ) -> CardSource:
     run = read_run(folder)
     record = run.record
     lora, shown = _chosen(run, step)
     images = images_in(record.data)
-    controls = 0 if record.consequences.are_pairs else max((one.controls for one in images), default=0)
+    controls = 0 if record.consequences.are_pairs else max((image.controls for image in images), default=0)
     if controls and not with_training:  # they are edits of training pictures
         shown = ()
-    small = [thumbnail_of(folder, index) for index, one in enumerate(images) if one.use == "trained"]
+    small = [thumbnail_of(folder, index) for index, image in enumerate(images) if image.use == "trained"]
     summary = describe(lora)
     named = (record.source.get("model"), record.model.path, record.model.name)
-    names = (base_model, *(one for one in named if isinstance(one, str)), *_named_in(lora, summary.metadata))
+    names = (base_model, *(name for name in named if isinstance(name, str)), *_named_in(lora, summary.metadata))
     return CardSource(
         lora,
         record.title or lora.stem,
@@ -130,12 +130,12 @@ def _of_run(
         _base_of(names, summary.metadata),
         _family(record.model.family, summary.family),
         _trigger(trigger or subject_words(record), summary.metadata),
-        (*shown, *given),
+        (*shown, *added),
         record.model.pipeline,
         controls,
         record.consequences.strengths,
-        tuple(one for one in small[:_MOST_TRAINING] if is_own(one, folder)) if with_training else (),
-        frozenset({*(one.caption for one in images), *(sample.caption or "" for sample in record.samples)}),
+        tuple(thumbnail for thumbnail in small[:_MOST_TRAINING] if is_own(thumbnail, folder)) if with_training else (),
+        frozenset({*(image.caption for image in images), *(sample.caption or "" for sample in record.samples)}),
     )
 
 
@@ -146,8 +146,12 @@ def _chosen(run: LoggedRun, step: int | None) -> tuple[Path, tuple[DrawnPicture,
     last = lora_of_run(folder, record)
     if last is None or not saved:
         raise OptionError(f"{folder} has no LoRA yet; train it first")
-    found = read_evaluation(folder / EVALUATION)
-    best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best].file
+    evaluation = read_evaluation(folder / EVALUATION)
+    best = (
+        None
+        if evaluation is None or evaluation.verdict.best is None
+        else evaluation.loras[evaluation.verdict.best].file
+    )
     if step is not None:
         lora = next((path for path, of in saved if of == step), None)
         if lora is None:
@@ -155,12 +159,17 @@ def _chosen(run: LoggedRun, step: int | None) -> tuple[Path, tuple[DrawnPicture,
             raise OptionError(f"{folder} has no LoRA of step {step:,}; choose one of {steps}")
     else:
         lora = next((path for path, _ in saved if path.name == best), last)
-    drawn = None if found is None else next((one for one in found.loras if one.file == lora.name), None)
-    if found is not None and drawn is not None:
+    drawn = (
+        None
+        if evaluation is None
+        else next((evaluated for evaluated in evaluation.loras if evaluated.file == lora.name), None)
+    )
+    if evaluation is not None and drawn is not None:
         named = [
-            (prompt, folder / EVALUATION / file) for prompt, file in zip(found.prompts, drawn.pictures, strict=True)
+            (prompt, folder / EVALUATION / file)
+            for prompt, file in zip(evaluation.prompts, drawn.pictures, strict=True)
         ]
-        seed: int | None = found.seed
+        seed: int | None = evaluation.seed
     else:
         of = next(of for path, of in saved if path == lora) - record.steps_before
         event = run.view.previews.get((of, 1.0))
@@ -185,12 +194,12 @@ def _named_in(lora: Path, metadata: Mapping[str, str]) -> list[str]:
             continue
         if isinstance(fields, dict):
             found += [value for key, value in fields.items() if key.rpartition(".")[2] == "base_model_name_or_path"]
-    return [one for one in found if isinstance(one, str) and one]
+    return [name for name in found if isinstance(name, str) and name]
 
 
 def _base_of(names: Sequence[str], metadata: Mapping[str, str]) -> BaseModel:
     """The base model by the first of its names that tells it, else the usual one of the kind that ai-toolkit wrote."""
-    names = [one for one in names if one]
+    names = [name for name in names if name]
     kind = _AI_TOOLKIT_KINDS.get(metadata.get("ss_base_model_version", ""))
     if not names and kind is not None:
         release = releases()[kind][1]
@@ -250,7 +259,7 @@ def _family(name: str, title: str | None) -> Family | None:
     """By the name in a record, else by the title that the file was recognised by."""
     if name in FAMILIES:
         return FAMILIES[name]
-    return next((one for _, one in FAMILIES.items() if one.title == title), None)
+    return next((family for _, family in FAMILIES.items() if family.title == title), None)
 
 
 def _trigger(known: str, metadata: Mapping[str, str]) -> str:
@@ -261,12 +270,12 @@ def _trigger(known: str, metadata: Mapping[str, str]) -> str:
 def _ai_toolkit_trigger(metadata: Mapping[str, str]) -> str:
     """ai-toolkit's trigger, which it writes as the only tag of the only folder."""
     try:
-        found = parse_foreign_json(metadata.get("ss_tag_frequency", ""))
+        frequencies = parse_foreign_json(metadata.get("ss_tag_frequency", ""))
     except ValueError:
         return ""
-    if not ("software" in metadata and isinstance(found, dict) and len(found) == 1):
+    if not ("software" in metadata and isinstance(frequencies, dict) and len(frequencies) == 1):
         return ""
-    folder, tags = found.popitem()
+    folder, tags = frequencies.popitem()
     word = folder.removeprefix("1_")
     return word if tags == {word: 1} else ""
 

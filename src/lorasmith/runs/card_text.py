@@ -49,10 +49,10 @@ def card_text(
     return f"---\n{data}---\n\n{_body(source, pictures, training, written, place, loads=loads)}"
 
 
-def licence_of(base: BaseModel, given: str) -> dict[str, str]:
+def licence_of(base: BaseModel, asked: str) -> dict[str, str]:
     """The licence as the hub reads it; empty if it is not known."""
-    if given or base.release is None:
-        return {"license": given} if given else {}
+    if asked or base.release is None:
+        return {"license": asked} if asked else {}
     title = base.release.licence
     if title in _LICENCES:
         return {"license": _LICENCES[title]}
@@ -87,10 +87,10 @@ def _front_matter(
     }
 
 
-def _shown(one: DrawnPicture) -> dict[str, Any]:
+def _shown(picture: DrawnPicture) -> dict[str, Any]:
     """A picture of the hub's gallery."""
-    seed = {} if one.seed is None else {"parameters": {"seed": one.seed}}
-    return {"text": one_line(one.prompt) or "-", **seed, "output": {"url": one.path.as_posix()}}
+    seed = {} if picture.seed is None else {"parameters": {"seed": picture.seed}}
+    return {"text": one_line(picture.prompt) or "-", **seed, "output": {"url": picture.path.as_posix()}}
 
 
 def _body(
@@ -104,7 +104,7 @@ def _body(
 ) -> str:
     """The card below its metadata, in Markdown."""
     base, family, trigger = source.base, source.family, source.trigger
-    prompt = next((one.prompt for one in pictures if one.prompt), trigger or "a picture")
+    prompt = next((picture.prompt for picture in pictures if picture.prompt), trigger or "a picture")
     where = base.ids[0] if base.ids else base.name
     use = use_of(
         Path(place),
@@ -121,7 +121,7 @@ def _body(
         parts.append("<Gallery />")
     about = [f"A LoRA for {_plain(family.title)}." if family else "A LoRA."]
     if base.ids:
-        about.append(f"Base model: {', '.join(f'[{one}]({_HUB}/{one})' for one in base.ids)}.")
+        about.append(f"Base model: {', '.join(f'[{repository}]({_HUB}/{repository})' for repository in base.ids)}.")
     elif base.name:
         about.append(f"Base model: {_code(base.name)}.")
     if len(base.ids) > 1:
@@ -144,7 +144,7 @@ def _body(
     if facts:
         parts += ["## Training", "\n".join(f"- {name}: {_plain(value)}" for name, value in facts.items())]
     if training:
-        parts += ["## Training pictures", " ".join(f"![]({one})" for one in training)]
+        parts += ["## Training pictures", " ".join(f"![]({file})" for file in training)]
     lines = [f"- {_code(place.name)}, {written.size_bytes / 2**20:.1f} MiB"]
     lines += [f"- {name}: `{written.hashes[key]}`" for name, key in _HASHES.items()]
     parts += ["## File", "\n".join(lines)]
@@ -181,13 +181,15 @@ _RECORDED = {
 
 def _training_facts(written: LoraSummary) -> dict[str, str]:
     def listed(values: Mapping[Any, int]) -> str:
-        return ", ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values if one is not None)
+        return ", ".join(
+            f"{value:g}" if isinstance(value, float) else str(value) for value in values if value is not None
+        )
 
     facts = {"Algorithm": listed(written.algorithms), "Rank": listed(written.ranks), "Alpha": listed(written.alphas)}
     facts["Steps"] = f"{written.steps:,}" if written.steps else ""
     for name, keys in _RECORDED.items():
         values = (written.metadata.get(key, "") for key in keys)
-        facts[name] = next((one for one in values if one and one != "None"), "")
+        facts[name] = next((value for value in values if value and value != "None"), "")
     facts["Resolution"] = " x ".join(re.findall(r"\d+", facts["Resolution"]))  # kohya's is a tuple
     facts["Trainer"] = "Lorasmith" if _OURS in written.metadata else _software(written.metadata)
     return {name: value for name, value in facts.items() if value}

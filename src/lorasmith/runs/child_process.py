@@ -145,8 +145,8 @@ class ChildProcess:
             self._tasks[2].cancel()
             await asyncio.wait([self._tasks[1]], timeout=1)  # the rest of its stderr
             self._tasks[1].cancel()
-            said = f"; its last line is {printable(self._last_line, limit=200)}" if self._last_line else ""
-            self._owner.on_end((self._why or _reason(code)) + said)
+            last_line = f"; its last line is {printable(self._last_line, limit=200)}" if self._last_line else ""
+            self._owner.on_end((self._why or _reason(code)) + last_line)
 
     async def _read_lines(self, stream: asyncio.StreamReader) -> None:
         while True:

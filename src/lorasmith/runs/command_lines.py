@@ -76,7 +76,7 @@ def arguments_for(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             arguments.append(flag(name) if value else negated_flag(name))
         elif isinstance(value, (list, tuple)):
-            arguments += [part for one in value for part in (flag(name), str(one))]
+            arguments += [part for item in value for part in (flag(name), str(item))]
         else:
             arguments += [flag(name), str(value)]
     return arguments

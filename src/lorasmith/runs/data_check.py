@@ -80,7 +80,7 @@ def check_scan(
     """Check a scanned folder, with usual sizes if there is no model; see `check_folder`."""
     tokenize, limit = token_counter(model) if model is not None else (None, None)
     keys = () if model is None else model.family.caption_keys
-    found = preflight(
+    checked = preflight(
         scan,
         config,
         folder=folder,
@@ -95,9 +95,9 @@ def check_scan(
         progress=progress,
     )
     if model is not None and (clips := clip_form(model, config)) is not None:
-        found = replace(found, notes=(*found.notes, *_clip_notes(scan, clips, config)))
+        checked = replace(checked, notes=(*checked.notes, *_clip_notes(scan, clips, config)))
     return DataCheck(
-        preflight=found,
+        preflight=checked,
         model=None if model is None else model.title,
         is_size_assumed=model is None and config.resolution is None,
     )
@@ -105,13 +105,13 @@ def check_scan(
 
 def _clip_notes(scan: FolderScan, clips: ClipForm, config: DataConfig) -> Iterator[str]:
     """Notes on clips of other frame rates than the model's, and of fewer frames than were asked for."""
-    found = [(image.name, image.times) for image in scan.images if image.times]
-    if resampled := [f"{name} ({what})" for name, times in found if (what := clips.resampled(times))]:
+    timed = [(image.name, image.times) for image in scan.images if image.times]
+    if resampled := [f"{name} ({what})" for name, times in timed if (what := clips.resampled(times))]:
         yield (
-            f"{len(resampled)} of {count_text(len(found), 'clip')} {'is' if len(resampled) == 1 else 'are'} resampled "
+            f"{len(resampled)} of {count_text(len(timed), 'clip')} {'is' if len(resampled) == 1 else 'are'} resampled "
             f"to {clips.rate:g} frames a second by time stamps, so that motion keeps its speed: {joined(resampled)}"
         )
-    counts = [(name, len(clips.numbers(times))) for name, times in found]
+    counts = [(name, len(clips.numbers(times))) for name, times in timed]
     most = 0 if config.frames is None else clips.latent.whole_frames(clips.most)
     if short := [(name, count) for name, count in counts if count < most]:
         yield (
@@ -146,48 +146,48 @@ def token_counter(model: Model) -> tuple[Callable[[str], int] | None, TokenLimit
 
 def plain(check: DataCheck) -> dict[str, Any]:
     """The check as JSON values."""
-    found = check.preflight
+    preflight = check.preflight
     return {
-        "folder": str(found.folder),
+        "folder": str(preflight.folder),
         "model": check.model,
-        "resolutions": found.resolutions,
+        "resolutions": preflight.resolutions,
         "is_size_assumed": check.is_size_assumed,
-        "multiple": found.multiple,
-        "is_fine": not found.findings,
+        "multiple": preflight.multiple,
+        "is_fine": not preflight.findings,
         "findings": [
             {
                 "kind": finding.kind,
                 "problem": finding.problem,
                 "examples": finding.examples,
                 "remedy": finding.remedy,
-                "images": [found.images[index].name for index in finding.images],
+                "images": [preflight.images[index].name for index in finding.images],
             }
-            for finding in found.findings
+            for finding in preflight.findings
         ],
         "images": [
             {
-                "name": one.name,
-                "width": one.file.width,
-                "height": one.file.height,
-                "repeats": one.file.repeats,
-                "caption": one.file.caption,
-                "tokens": one.tokens,
-                "bucket": one.bucket,
-                "crop": [round(edge, 2) for edge in one.crop],
-                "scale": round(one.scale, 4),
-                "blur": None if one.quality.blur is None else round(one.quality.blur, 3),
-                "findings": found.findings_of(index),
+                "name": image.name,
+                "width": image.file.width,
+                "height": image.file.height,
+                "repeats": image.file.repeats,
+                "caption": image.file.caption,
+                "tokens": image.tokens,
+                "bucket": image.bucket,
+                "crop": [round(edge, 2) for edge in image.crop],
+                "scale": round(image.scale, 4),
+                "blur": None if image.quality.blur is None else round(image.quality.blur, 3),
+                "findings": preflight.findings_of(index),
             }
-            for index, one in enumerate(found.images)
+            for index, image in enumerate(preflight.images)
         ],
-        "skipped": [{"name": name_in(found.folder, path), "reason": reason} for path, reason in found.skipped],
-        "notes": found.notes,
-        "buckets": [vars(bucket) for bucket in found.buckets],
-        "alike": [[found.images[index].name for index in group.members] for group in found.alike],
-        "samples_per_epoch": found.epoch.samples,
-        "held_out": found.epoch.held_out,
-        "batch": found.epoch.batch,
-        "steps_per_epoch": found.epoch.steps(1),
+        "skipped": [{"name": name_in(preflight.folder, path), "reason": reason} for path, reason in preflight.skipped],
+        "notes": preflight.notes,
+        "buckets": [vars(bucket) for bucket in preflight.buckets],
+        "alike": [[preflight.images[index].name for index in group.members] for group in preflight.alike],
+        "samples_per_epoch": preflight.epoch.samples,
+        "held_out": preflight.epoch.held_out,
+        "batch": preflight.epoch.batch,
+        "steps_per_epoch": preflight.epoch.steps(1),
     }
 
 
@@ -238,18 +238,20 @@ def write_data_page(check: DataCheck, target: Path, config: DataConfig, *, model
 
 def data_report(check: DataCheck, config: DataConfig, *, model: str | None = None) -> DataReport:
     """The content of the page; see `write_data_page`."""
-    found = check.preflight
-    count = len(found.findings)
-    clean = [index for index in range(len(found.images)) if not found.findings_of(index)]
-    shown = {index for one in found.findings for index in one.images[:_SHOWN]} | set(clean[:_OTHERS])
-    shown |= {index for group in found.alike[:_GROUPS] for index in group.members[:_SHOWN]}
-    pictures = _pictures(found, sorted(shown))
+    preflight = check.preflight
+    count = len(preflight.findings)
+    clean = [index for index in range(len(preflight.images)) if not preflight.findings_of(index)]
+    shown = {index for finding in preflight.findings for index in finding.images[:_SHOWN]} | set(clean[:_OTHERS])
+    shown |= {index for group in preflight.alike[:_GROUPS] for index in group.members[:_SHOWN]}
+    pictures = _pictures(preflight, sorted(shown))
 
     def shots(indices: Sequence[int], *, kept: int | None = None) -> list[PictureCard]:
-        return [_shot(found, index, pictures[index], is_kept=index == kept) for index in indices if index in pictures]
+        return [
+            _shot(preflight, index, pictures[index], is_kept=index == kept) for index in indices if index in pictures
+        ]
 
     def trouble(finding: Finding) -> Trouble:
-        groups, more = _groups(found, finding)
+        groups, more = _groups(preflight, finding)
         is_grouped = finding.kind in _GROUPED
         return Trouble(
             title=TITLES[finding.kind],
@@ -258,45 +260,45 @@ def data_report(check: DataCheck, config: DataConfig, *, model: str | None = Non
             groups=[shots(group, kept=group[0] if is_grouped else None) for group in groups],
             is_grouped=is_grouped,
             more=more,
-            files=[(name_in(found.folder, path), reason) for path, reason in found.skipped[:_FILES]]
+            files=[(name_in(preflight.folder, path), reason) for path, reason in preflight.skipped[:_FILES]]
             if finding.kind == "unused files"
             else (),
         )
 
     return DataReport(
-        title=found.folder.resolve().name,
+        title=preflight.folder.resolve().name,
         status="Nothing to look at" if not count else f"{count_text(count, 'thing')} to look at",
         mood="fair" if count else "good",
-        verdict=_verdict(found, clean),
+        verdict=_verdict(preflight, clean),
         summary=_summary(check),
-        facts=_facts(found),
-        troubles=[trouble(one) for one in found.findings],
-        commands=_commands(found, config, model),
-        sizes=[SizeRow(bucket.width, bucket.height, bucket.images, bucket.samples) for bucket in found.buckets],
+        facts=_facts(preflight),
+        troubles=[trouble(finding) for finding in preflight.findings],
+        commands=_commands(preflight, config, model),
+        sizes=[SizeRow(bucket.width, bucket.height, bucket.images, bucket.samples) for bucket in preflight.buckets],
         sizes_are=_sizes(check),
-        steps=step_lines(found),
-        captions=_captions(found),
+        steps=step_lines(preflight),
+        captions=_captions(preflight),
         others=shots(clean[:_OTHERS]),
         others_more=max(0, len(clean) - _OTHERS),
-        notes=found.notes,
+        notes=preflight.notes,
     )
 
 
-def said_of(found: Preflight, index: int) -> tuple[list[str], list[str]]:
+def said_of(preflight: Preflight, index: int) -> tuple[list[str], list[str]]:
     """What is wrong with a picture, in a word or two each, and with its caption."""
-    one, kinds = found.images[index], found.findings_of(index)
+    image, kinds = preflight.images[index], preflight.findings_of(index)
     remarks = [_REMARKS[kind] for kind in kinds if kind in _REMARKS]
-    if "long captions" in kinds and found.limit is not None:
-        remarks.append(f"{one.tokens:,} tokens of {found.limit.longest}")
-    if one.json_fault:
-        remarks.append(f"its JSON: {one.json_fault}")
-    return [_mark(one, kind) for kind in kinds if _KINDS[kind][1]], remarks
+    if "long captions" in kinds and preflight.limit is not None:
+        remarks.append(f"{image.tokens:,} tokens of {preflight.limit.longest}")
+    if image.json_fault:
+        remarks.append(f"its JSON: {image.json_fault}")
+    return [_mark(image, kind) for kind in kinds if _KINDS[kind][1]], remarks
 
 
-def step_lines(found: Preflight) -> dict[str, str]:
+def step_lines(preflight: Preflight) -> dict[str, str]:
     """Lines about the epoch, steps and held-out images, by title."""
-    epoch = found.epoch
-    images, total = len(found.images), epoch.samples + epoch.held_out_samples
+    epoch = preflight.epoch
+    images, total = len(preflight.images), epoch.samples + epoch.held_out_samples
     counted = count_text(images, "image") + (f", {total:,} with repeats" if total != images else "")
     held = len(epoch.held_out)
     lines = {"An epoch": f"{count_text(epoch.samples, 'sample')} ({counted}{f', {held:,} held out' if held else ''})"}
@@ -308,13 +310,13 @@ def step_lines(found: Preflight) -> dict[str, str]:
     return lines
 
 
-def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, list[tuple[str, int, int] | None]]:
+def _pictures(preflight: Preflight, indices: Sequence[int]) -> dict[int, list[tuple[str, int, int] | None]]:
     """Small versions of images, and of their controls in a row, as data URIs with their sizes; None for those that can
     no longer be read, or that have no controls.
     """
 
     def read(index: int) -> list[tuple[str, int, int] | None]:
-        image = found.images[index].file
+        image = preflight.images[index].file
         return [_small([image.path]), _small([control.path for control in image.controls])]
 
     with ThreadPoolExecutor(thread_name_prefix="read pictures") as pool:
@@ -328,14 +330,14 @@ def _small(paths: Sequence[Path]) -> tuple[str, int, int] | None:
         return None
 
 
-def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], int]:
+def _groups(preflight: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], int]:
     """The groups of pictures to show of a finding, and the number of pictures left out."""
     if finding.kind not in _GROUPED:
         return ([finding.images[:_SHOWN]] if finding.images else []), max(0, len(finding.images) - _SHOWN)
     named = set(finding.images)
     groups = [
         (group.best, *(index for index in group.others if index in named))
-        for group in found.alike
+        for group in preflight.alike
         if named & set(group.others)
     ]
     shown = [group[:_SHOWN] for group in groups[:_GROUPS]]
@@ -343,17 +345,17 @@ def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], 
 
 
 def _shot(
-    found: Preflight, index: int, pictures: Sequence[tuple[str, int, int] | None], *, is_kept: bool = False
+    preflight: Preflight, index: int, pictures: Sequence[tuple[str, int, int] | None], *, is_kept: bool = False
 ) -> PictureCard:
-    one = found.images[index]
-    marks, remarks = said_of(found, index)
-    width, height = one.file.width, one.file.height
-    left, top, right, bottom = one.crop
-    crop = None if one.kept >= _WHOLE else (left / width, top / height, right / width, bottom / height)
+    image = preflight.images[index]
+    marks, remarks = said_of(preflight, index)
+    width, height = image.file.width, image.file.height
+    left, top, right, bottom = image.crop
+    crop = None if image.kept >= _WHOLE else (left / width, top / height, right / width, bottom / height)
     return PictureCard(
-        name=one.name,
-        about=f"{one.size} → {one.bucket[0]}×{one.bucket[1]}",
-        caption=one.file.caption,
+        name=image.name,
+        about=f"{image.size} → {image.bucket[0]}×{image.bucket[1]}",
+        caption=image.file.caption,
         marks=marks,
         is_kept=is_kept,
         remarks=remarks,
@@ -363,17 +365,17 @@ def _shot(
     )
 
 
-def _mark(one: CheckedImage, kind: FindingKind) -> str:
+def _mark(image: CheckedImage, kind: FindingKind) -> str:
     if kind in ("tiny pictures", "enlarged pictures"):
-        return f"{_KINDS[kind][1]}, enlarged {one.scale:.1f}×"
+        return f"{_KINDS[kind][1]}, enlarged {image.scale:.1f}×"
     if kind == "cut pictures":
-        return f"{100 * (1 - one.kept):.0f} % cut off"
+        return f"{100 * (1 - image.kept):.0f} % cut off"
     return _KINDS[kind][1]
 
 
-def _verdict(found: Preflight, clean: Sequence[int]) -> str:
-    images = len(found.images)
-    if not found.findings:
+def _verdict(preflight: Preflight, clean: Sequence[int]) -> str:
+    images = len(preflight.images)
+    if not preflight.findings:
         return f"{'The image is' if images == 1 else f'All {images:,} images are'} fit for training."
     return f"{len(clean):,} of {images:,} images are fit for training as they are."
 
@@ -385,29 +387,29 @@ def _summary(check: DataCheck) -> str:
     return " · ".join(filter(None, (check.model, sizes, str(found.folder.resolve()))))
 
 
-def _facts(found: Preflight) -> dict[str, str]:
-    facts = {"images": f"{len(found.images):,}"}
-    if found.skipped:
-        facts["not used"] = f"{len(found.skipped):,}"
+def _facts(preflight: Preflight) -> dict[str, str]:
+    facts = {"images": f"{len(preflight.images):,}"}
+    if preflight.skipped:
+        facts["not used"] = f"{len(preflight.skipped):,}"
     facts |= {
-        "with a caption": f"{found.captioned:,}",
-        **({"with a control": f"{found.paired:,}"} if found.paired else {}),
-        "samples in an epoch": f"{found.epoch.samples:,}",
-        "held out": f"{len(found.epoch.held_out):,}",
-        "sizes in training": f"{len(found.buckets):,}",
+        "with a caption": f"{preflight.captioned:,}",
+        **({"with a control": f"{preflight.paired:,}"} if preflight.paired else {}),
+        "samples in an epoch": f"{preflight.epoch.samples:,}",
+        "held out": f"{len(preflight.epoch.held_out):,}",
+        "sizes in training": f"{len(preflight.buckets):,}",
     }
     return facts
 
 
-def _commands(found: Preflight, config: DataConfig, model: str | None) -> dict[str, str]:
-    folder = found.folder.resolve()
+def _commands(preflight: Preflight, config: DataConfig, model: str | None) -> dict[str, str]:
+    folder = preflight.folder.resolve()
     chosen = [*(["--trigger", config.trigger] if config.trigger else [])]
     chosen += ["--resolution", str(config.resolution)] if config.resolution else []
-    chosen += arguments_for({"control": [Path(one).resolve() for one in config.control]})
+    chosen += arguments_for({"control": [Path(place).resolve() for place in config.control]})
     chosen += ["--controls", config.controls] if config.controls != "required" else []
     named = ["--model", model] if model else []
     commands = {}
-    if any(finding.kind in ("unused files", "copies", "look-alikes") for finding in found.findings):
+    if any(finding.kind in ("unused files", "copies", "look-alikes") for finding in preflight.findings):
         target = folder.with_name(f"{folder.name}-mended")
         arguments = ["lorasmith", "data", "check", positional(folder), *named, *chosen, "--fix", target]
         commands["Write a new folder in which copies are set apart and files converted"] = command_line(arguments)
@@ -418,32 +420,32 @@ def _commands(found: Preflight, config: DataConfig, model: str | None) -> dict[s
 
 
 def _sizes(check: DataCheck) -> str:
-    found = check.preflight
-    side = found.resolutions[0]
+    preflight = check.preflight
+    side = preflight.resolutions[0]
     why = (
         "Neither a model nor a resolution was given, so the sizes are those of the largest usual resolution that most "
     )
-    said = (
+    sentence = (
         f"Pictures are scaled to about {side}×{side} pixels and cropped to sides that are multiples of "
-        f"{found.multiple}; the frame in a picture is what is trained."
+        f"{preflight.multiple}; the frame in a picture is what is trained."
     )
-    more = [f"{resolution}×{resolution}" for resolution in found.resolutions[1:]]
+    more = [f"{resolution}×{resolution}" for resolution in preflight.resolutions[1:]]
     if more:
-        said += f" They are drawn at {' and '.join(more)} as well."
-    return f"{why}images fill. {said}" if check.is_size_assumed else said
+        sentence += f" They are drawn at {' and '.join(more)} as well."
+    return f"{why}images fill. {sentence}" if check.is_size_assumed else sentence
 
 
-def _captions(found: Preflight) -> dict[str, str]:
-    written = [image for image in found.images if image.is_captioned]
-    lines = {"Written": f"{len(written):,} of {len(found.images):,} images have a caption of their own"}
-    if found.trigger:
-        lines["Trigger"] = found.trigger
-    lengths = sorted(image.tokens for image in found.images if image.tokens is not None)
+def _captions(preflight: Preflight) -> dict[str, str]:
+    written = [image for image in preflight.images if image.is_captioned]
+    lines = {"Written": f"{len(written):,} of {len(preflight.images):,} images have a caption of their own"}
+    if preflight.trigger:
+        lines["Trigger"] = preflight.trigger
+    lengths = sorted(image.tokens for image in preflight.images if image.tokens is not None)
     if lengths:
         middle = lengths[len(lengths) // 2]
-        limit = "" if found.limit is None else f", of at most {found.limit.longest:,} {found.limit.rule}"
+        limit = "" if preflight.limit is None else f", of at most {preflight.limit.longest:,} {preflight.limit.rule}"
         lines["Length"] = f"{lengths[0]:,} to {lengths[-1]:,} tokens, {middle:,} in the middle{limit}"
-    tags = Counter(tag for one in written for tag in dict.fromkeys(tags_of(one.file.caption)))
+    tags = Counter(tag for image in written for tag in dict.fromkeys(tags_of(image.file.caption)))
     if frequent := [(tag, count) for tag, count in tags.most_common(_TAGS) if count > 1]:
         lines["Frequent tags"] = ", ".join(f"{tag} × {count:,}" for tag, count in frequent)
     return lines

@@ -63,7 +63,7 @@ class Extra:
     @property
     def remedy(self) -> str:
         """What installs those that are missing."""
-        companion = next((one for one in _COMPANIONS if one.name in self.missing), None)
+        companion = next((companion for companion in _COMPANIONS if companion.name in self.missing), None)
         return f'run pip install "lorasmith[{self.name}]"' if companion is None else companion.remedy
 
 
@@ -107,7 +107,7 @@ def check_up(folders: Folders) -> Checkup:
     refused = {path: remedy for path, remedy in written.items() if not _is_writable(path)}
     disks = {str(path): free_bytes(path) for path in written if path not in refused}
     memory, load = psutil.virtual_memory(), Load.now(always=True)
-    found = {kind: len(folders.files(kind, MODEL_EXTENSIONS)) for kind in _KINDS}
+    counts = {kind: len(folders.files(kind, MODEL_EXTENSIONS)) for kind in _KINDS}
     extensions = tuple(installed_extensions())
     return Checkup(
         versions=versions,
@@ -117,14 +117,14 @@ def check_up(folders: Folders) -> Checkup:
         threads=load.chosen,
         busy=load.busy,
         base_dir=str(folders.base),
-        folders=found,
+        folders=counts,
         cache=str(cache),
         disks=disks,
         extras=extras,
         extensions=extensions,
         problems=(
             *_problems(versions, extensions, devices, memory.total, load),
-            *_folder_problems(refused, disks, found, folders.base),
+            *_folder_problems(refused, disks, counts, folders.base),
         ),
     )
 
@@ -181,8 +181,8 @@ def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     if not multiplies(dtype, device):
         return False
     with contextlib.suppress(RuntimeError):
-        one = torch.ones(8, 8, device=device, dtype=dtype)
-        return bool((one @ one).float().eq(8).all())
+        ones = torch.ones(8, 8, device=device, dtype=dtype)
+        return bool((ones @ ones).float().eq(8).all())
     return False
 
 
@@ -207,7 +207,7 @@ def _problems(
     load: Load,
 ) -> Iterator[Problem]:
     """What is wrong with the installation and the machine, or slows it down."""
-    if missing := [name for name, found in versions.items() if found == "missing"]:
+    if missing := [name for name, installed in versions.items() if installed == "missing"]:
         yield Problem(problem=f"required packages are missing: {', '.join(missing)}", remedy="install lorasmith again")
     for fault in (extension.fault for extension in extensions if extension.fault):
         problem, _, remedy = fault.rpartition("; ")
@@ -235,7 +235,7 @@ def _problems(
 
 
 def _folder_problems(
-    refused: Mapping[Path, str], disks: Mapping[str, int], found: Mapping[str, int], base: Path
+    refused: Mapping[Path, str], disks: Mapping[str, int], counts: Mapping[str, int], base: Path
 ) -> Iterator[Problem]:
     """Folders that cannot be written, full disks, and a base folder without models."""
     yield from (Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items())
@@ -243,7 +243,7 @@ def _folder_problems(
         if free < LITTLE_DISK:
             remedy = "free some space, or use another folder"
             yield Problem(problem=f"{memory_text(free)} are free for {folder}", remedy=remedy)
-    if found["checkpoints"] + found["diffusion_models"] <= len(built_in_models()):
+    if counts["checkpoints"] + counts["diffusion_models"] <= len(built_in_models()):
         yield Problem(
             problem=f"{base} has no models{' besides the built-in one' * len(built_in_models())}",
             remedy="name your ComfyUI folder with --base-dir, or give model files with --model",

@@ -102,8 +102,8 @@ def _with_loras(
     strict: bool,
 ) -> tuple[Denoiser, TextEncoder, list[str]]:
     notes = []
-    for one, strength in loras:
-        lora = one if isinstance(one, Lora) else Lora.load(one, denoiser.base)
+    for source, strength in loras:
+        lora = source if isinstance(source, Lora) else Lora.load(source, denoiser.base)
         applied = lora.applied(denoiser, encoder, strength=strength, strict=strict)
         denoiser, encoder = applied.denoiser, applied.encoder
         notes += [applied.note] if applied.note else []
@@ -136,10 +136,10 @@ def draw_beside(
     unsaved: list[tuple[str, PictureOrClip]] = []
     note = ""
     for number, strength in enumerate((None, *strengths)):
-        used, one, encoder = "none", denoiser, base.text_encoder
+        used, drawn_by, encoder = "none", denoiser, base.text_encoder
         if strength is not None:
             applied = loaded.applied(denoiser, base.text_encoder, strength=strength)
-            used, one, encoder = f"{name or lora.name}:{strength:g}", applied.denoiser, applied.encoder
+            used, drawn_by, encoder = f"{name or lora.name}:{strength:g}", applied.denoiser, applied.encoder
             note = note or applied.note
 
         def tell(done: int, total: int, before: int = number) -> None:
@@ -148,7 +148,7 @@ def draw_beside(
 
         try:
             (clip,) = generate_clips(
-                one,
+                drawn_by,
                 prompt,
                 sampling,
                 text_encoder=encoder,

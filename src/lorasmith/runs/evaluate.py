@@ -96,7 +96,7 @@ def subject_of(
     Raises OptionError if a folder holds no run, or one without LoRAs, or there is no trigger, or several; LoraError if
     a file is no safetensors file; DataError if the images cannot be read.
     """
-    found: list[LoraCandidate] = []
+    candidates: list[LoraCandidate] = []
     triggers: dict[str, None] = {}
     pictures: list[Image.Image] = []
     notes: list[str] = []
@@ -107,7 +107,7 @@ def subject_of(
             mine = candidates_of(path, record.title, f"{path.name}, " if several else "")
             if not mine:
                 raise OptionError(f"{path} has saved no LoRA yet; train it, or name another run")
-            found += mine
+            candidates += mine
             named = _trigger(mine[-1].path)
             if not named and (words := subject_words(record)):
                 named = {words: None}
@@ -115,7 +115,9 @@ def subject_of(
             triggers |= named
             pictures += _thumbnails(path, record.data)
         else:
-            found.append(LoraCandidate(path, path.stem, steps_of(check_safetensors(path).metadata, path.name) or None))
+            candidates.append(
+                LoraCandidate(path, path.stem, steps_of(check_safetensors(path).metadata, path.name) or None)
+            )
             triggers |= _trigger(path)
     if trigger is not None:
         triggers, notes = {trigger: None}, []
@@ -123,13 +125,13 @@ def subject_of(
         known = "none" if not triggers else "several, " + ", ".join(map(repr, triggers))
         raise OptionError(f"the LoRAs must have one trigger, got {known}; give it as trigger, such as 'sks dog'")
     if images is not None:
-        pictures = [open_still(one.path, EDGE) for one in scan_folder(images).images]
+        pictures = [open_still(image.path, EDGE) for image in scan_folder(images).images]
     if not pictures:
         notes.append("There are no training pictures, so likeness is not measured; name their folder as images.")
     first = paths[0]
     return Subject(
         title=first.stem if first.suffix else first.name,
-        candidates=tuple(thinned(found, most)),
+        candidates=tuple(thinned(candidates, most)),
         trigger=next(iter(triggers)),
         pictures=tuple(pictures),
         folder=first / EVALUATION if first.is_dir() else Path(f"{first.stem}-{EVALUATION}"),
@@ -175,22 +177,28 @@ def evaluate(
         without = artist.drawn(None)
         before = _seen(without, prompts, recogniser)
         base_names = _saved(temporary, "base", without[: len(prompts.shown)])
-        found: list[Measures] = []
+        of_candidates: list[Measures] = []
         kept: list[list[str]] = []
-        for place, one in enumerate(subject.candidates, 1):
-            pictures = artist.drawn(one.path, notes)
-            found.append(measured(_seen(pictures, prompts, recogniser), before, training))
+        for place, candidate in enumerate(subject.candidates, 1):
+            pictures = artist.drawn(candidate.path, notes)
+            of_candidates.append(measured(_seen(pictures, prompts, recogniser), before, training))
             kept.append(_saved(temporary, f"lora-{place:02}", pictures[: len(prompts.shown)]))
         facts = training_facts(training, before)
-        chosen = verdict(found, facts)
+        chosen = verdict(of_candidates, facts)
         strip = () if chosen.best is None else artist.strip(subject.candidates[chosen.best].path)
         rows = [
             StrengthRow(strength=strength, pictures=tuple(_saved(temporary, f"strength-{strength:g}", pictures)))
             for strength, pictures in strip
         ]
         loras = tuple(
-            EvaluatedLora(file=one.path.name, label=one.label, step=one.step, measures=measures, pictures=tuple(names))
-            for one, measures, names in zip(subject.candidates, found, kept, strict=True)
+            EvaluatedLora(
+                file=candidate.path.name,
+                label=candidate.label,
+                step=candidate.step,
+                measures=measures,
+                pictures=tuple(names),
+            )
+            for candidate, measures, names in zip(subject.candidates, of_candidates, kept, strict=True)
         )
         if not is_built_in:
             notes.append(_VALIDATED)
@@ -247,13 +255,13 @@ def sentence_of(chosen: Verdict, loras: Sequence[EvaluatedLora], training: Train
         return "None can be recommended: all of them ignore prompts; train shorter or with a lower rate."
     assert chosen.best is not None
     best = loras[chosen.best]
-    found = best.measures
+    measures = best.measures
     reason = (
-        f"it looks like your pictures ({found.likeness or 0:.2f}, and {training.self_likeness or 0:.2f} among "
+        f"it looks like your pictures ({measures.likeness or 0:.2f}, and {training.self_likeness or 0:.2f} among "
         "themselves)"
     )
-    if found.adherence is not None:
-        reason += f" and still follows prompts ({found.adherence:.2f})"
+    if measures.adherence is not None:
+        reason += f" and still follows prompts ({measures.adherence:.2f})"
     text = (
         f"Use {best.label}: {reason}"
         if len(loras) > 1
@@ -264,25 +272,25 @@ def sentence_of(chosen: Verdict, loras: Sequence[EvaluatedLora], training: Train
     return f"{text}{'; it draws near copies of training pictures' if chosen.copied else ''}."
 
 
-def plain_sentence(one: Evaluation, *, is_style: bool = False) -> str:
+def plain_sentence(evaluation: Evaluation, *, is_style: bool = False) -> str:
     """The recommendation without its numbers, for who wants the file: what was learnt, then the step."""
-    word = "style" if is_style else class_word(one.trigger)
+    word = "style" if is_style else class_word(evaluation.trigger)
     subject, it = (f"your {word}", "it") if word else ("your photos", "them")
-    if one.verdict.best is not None:
-        best = one.loras[one.verdict.best]
+    if evaluation.verdict.best is not None:
+        best = evaluation.loras[evaluation.verdict.best]
         who = (
             f"{best.label[:1].upper()}{best.label[1:]} looks most like {it}"
-            if len(one.loras) > 1
+            if len(evaluation.loras) > 1
             else f"It looks like {it}"
         )
         follows = "" if best.measures.adherence is None else " and still follows prompts"
-        copies = " It also draws near copies of your photos." if one.verdict.copied else ""
+        copies = " It also draws near copies of your photos." if evaluation.verdict.copied else ""
         return f"It learnt {subject}. {who}{follows}.{copies}"
-    if one.verdict.outcome == "nothing learnt":
+    if evaluation.verdict.outcome == "nothing learnt":
         return f"It has not learnt {subject} yet. Train it longer."
-    if one.verdict.outcome == "ignores prompts":
+    if evaluation.verdict.outcome == "ignores prompts":
         return "It learnt too much. It ignores what prompts ask for, so train it shorter."
-    if one.verdict.outcome == "changes nothing":
+    if evaluation.verdict.outcome == "changes nothing":
         return "It changes nothing. Is the file for this model?"
     return "Look and choose. Your photos are too few or too different to be compared."
 
@@ -305,7 +313,7 @@ class Prompts:
     def of(cls, trigger: str, drawing: DrawingSettings, *, is_built_in: bool) -> Prompts:
         wishes = drawing.prompts or (BUILT_IN_WISHES if is_built_in else WISHES)
         word = class_word(trigger) if drawing.class_word is None else drawing.class_word
-        return cls(trigger, tuple(asked_with(trigger, one) for one in wishes), (word,) if word else (), WITHOUT)
+        return cls(trigger, tuple(asked_with(trigger, wish) for wish in wishes), (word,) if word else (), WITHOUT)
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -316,7 +324,7 @@ class Prompts:
     def described(self) -> tuple[str, ...]:
         """What is asked for, with the class word in place of the trigger."""
         word = "".join(self.of_class)
-        return tuple(one.replace(self.trigger, word).strip(", ") for one in self.asked)
+        return tuple(prompt.replace(self.trigger, word).strip(", ") for prompt in self.asked)
 
     @property
     def with_trigger(self) -> tuple[str, ...]:
@@ -426,7 +434,9 @@ def candidates_of(run: Path, title: str, prefix: str = "") -> list[LoraCandidate
 def _thumbnails(run: Path, data: Mapping[str, object]) -> list[Image.Image]:
     """The trained pictures that the folder of a run has small versions of; none of a run on pairs."""
     images = images_in(data)
-    paths = [thumbnail_of(run, index) for index, one in enumerate(images) if one.use == "trained" and one.controls == 0]
+    paths = [
+        thumbnail_of(run, index) for index, image in enumerate(images) if image.use == "trained" and image.controls == 0
+    ]
     return [open_still(path, EDGE) for path in paths if is_own(path, run)]
 
 
@@ -435,11 +445,11 @@ def _seen(pictures: Sequence[Image.Image], prompts: Prompts, recogniser: Recogni
     more = len(prompts.shown)
     kept = [*pictures[:count], *pictures[more:]]  # with the trigger, noise by noise
     plain = kept[::count]
-    asked = [one for place, one in enumerate(kept) if place % count]
-    found = recogniser.features([*plain, *pictures[count:more]])
-    without = found[len(plain) :]
+    asked = [picture for place, picture in enumerate(kept) if place % count]
+    features = recogniser.features([*plain, *pictures[count:more]])
+    without = features[len(plain) :]
     return Drawn(
-        plain=found[: len(plain)],
+        plain=features[: len(plain)],
         wishes=recogniser.wish_scores(prompts.described, asked),
         of_class=without[: len(prompts.of_class)],
         others=without[len(prompts.of_class) :],
@@ -454,29 +464,30 @@ def _saved(folder: Path, stem: str, pictures: Sequence[Image.Image]) -> list[str
 
 
 def _best_likeness(loras: Sequence[EvaluatedLora]) -> float:
-    return max(one.measures.likeness or 0.0 for one in loras)
+    return max(lora.measures.likeness or 0.0 for lora in loras)
 
 
-def _page(one: Evaluation, folder: Path) -> EvaluationPage:
+def _page(evaluation: Evaluation, folder: Path) -> EvaluationPage:
     """The content of the page, with pictures in a folder."""
-    own, base = one.training.self_likeness, one.training.base_likeness
-    best = one.verdict.best
-    measured = None if best is None else one.loras[best].measures
+    own, base = evaluation.training.self_likeness, evaluation.training.base_likeness
+    best = evaluation.verdict.best
+    measured = None if best is None else evaluation.loras[best].measures
     facts = {
         "likeness": None if measured is None else measured.likeness,
         "of the training pictures to one another": own,
         "of the base model's pictures": base,
         "adherence": None if measured is None else measured.adherence,
     }
-    strip = [(row.strength, [folder / name for name in row.pictures]) for row in one.strengths]
+    strip = [(row.strength, [folder / name for name in row.pictures]) for row in evaluation.strengths]
     return EvaluationPage(
-        title=one.title,
-        sentence=one.sentence,
+        title=evaluation.title,
+        sentence=evaluation.sentence,
         is_recommended=best is not None,
-        summary=f"{one.model} · “{one.trigger}” · seed {one.seed}, {count_text(one.sampling_steps, 'sampling step')}",
+        summary=f"{evaluation.model} · “{evaluation.trigger}” · seed {evaluation.seed}, "
+        f"{count_text(evaluation.sampling_steps, 'sampling step')}",
         facts={name: f"{value:.2f}" for name, value in facts.items() if value is not None},
-        prompts=one.prompts,
-        base=[folder / name for name in one.base],
+        prompts=evaluation.prompts,
+        base=[folder / name for name in evaluation.base],
         rows=[
             EvaluationRow(
                 label=lora.label,
@@ -488,7 +499,7 @@ def _page(one: Evaluation, folder: Path) -> EvaluationPage:
                 },
                 pictures=[folder / name for name in lora.pictures],
             )
-            for lora in one.loras
+            for lora in evaluation.loras
         ],
         best=best,
         levels=[
@@ -498,19 +509,21 @@ def _page(one: Evaluation, folder: Path) -> EvaluationPage:
         ],
         strengths=PictureTable(
             [f"{strength:g}" for strength, _ in strip],
-            [(prompt, [paths[place] for _, paths in strip]) for place, prompt in enumerate(one.prompts[:STRIP])],
-            f"{one.loras[best].label} at several strengths",
+            [(prompt, [paths[place] for _, paths in strip]) for place, prompt in enumerate(evaluation.prompts[:STRIP])],
+            f"{evaluation.loras[best].label} at several strengths",
         )
         if best is not None
         else None,
-        notes=one.notes,
+        notes=evaluation.notes,
     )
 
 
-def _write_sheet(folder: Path, one: Evaluation) -> None:
-    rows = {"base model": one.base} | {lora.label: lora.pictures for lora in one.loras}
-    cell = max(64, min(256, _LARGEST_SHEET // max(len(rows), len(one.prompts))))
+def _write_sheet(folder: Path, evaluation: Evaluation) -> None:
+    rows = {"base model": evaluation.base} | {lora.label: lora.pictures for lora in evaluation.loras}
+    cell = max(64, min(256, _LARGEST_SHEET // max(len(rows), len(evaluation.prompts))))
     opened = [[Image.open(folder / name) for name in names] for names in rows.values()]
-    sheet = contact_sheet(opened, list(rows), one.prompts, title=one.sentence, min_cell=min(128, cell), max_cell=cell)
+    sheet = contact_sheet(
+        opened, list(rows), evaluation.prompts, title=evaluation.sentence, min_cell=min(128, cell), max_cell=cell
+    )
     with atomic_path(folder / SHEET) as temporary:
         sheet.save(temporary, format="png")

@@ -64,9 +64,9 @@ class ExpertRuns(Host):
         output = None if self._folder is None else str(self._folder / expert)
         planned = plan(replace(self._specs[expert], name=f"{self._name}_{expert}", output=output), self)
         self._samples = planned.data, planned.validation
-        found = planned.spec.files
-        for name, one in self._specs.items():  # the parts that were found serve both
-            self._specs[name] = one.with_files(found if name == expert else replace(found, model=one.model))
+        files = planned.spec.files
+        for name, spec in self._specs.items():  # the parts that were found serve both
+            self._specs[name] = spec.with_files(files if name == expert else replace(files, model=spec.model))
         return planned
 
     def train(self, planned: FolderPlan) -> TrainResult | None:
@@ -147,7 +147,7 @@ def _own(output: Path, name: str) -> Path:
 def _unfinished(name: str, expert: str, fingerprint: Fingerprint) -> Iterator[Path]:
     """Folders that hold this expert's run unfinished, the newest first."""
     for _, path in sorted(numbered_runs(RUNS, name), reverse=True):
-        done = all(RunFolder(path / one).is_done for one in EXPERTS)
+        done = all(RunFolder(path / expert).is_done for expert in EXPERTS)
         if not done and holds(path / expert, fingerprint) and not RunFolder(path / expert).is_busy:
             yield path
 

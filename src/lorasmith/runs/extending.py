@@ -89,10 +89,10 @@ def installed_extensions() -> list[InstalledExtension]:
     """The things that installed packages bring; each is imported."""
     found = []
     for point in entry_points():
-        one = extension_at(point)
+        extension = extension_at(point)
         try:
-            fault = registry_of(one.kind).fault_of(point)
+            fault = registry_of(extension.kind).fault_of(point)
         except OptionError as error:
             fault = str(error)
-        found.append(InstalledExtension(**vars(one), fault=fault))
+        found.append(InstalledExtension(**vars(extension), fault=fault))
     return found

@@ -39,12 +39,12 @@ def read_grids(folder: Path) -> tuple[Grid, ...]:
         if not is_own(path, folder):
             continue
         try:
-            one = typed(parse_foreign_json(read_regular(path)), Grid)
+            grid = typed(parse_foreign_json(read_regular(path)), Grid)
         except (OSError, ValueError):
             continue
-        if all(is_own(folder / file, folder) for file in (one.base, *(cell.file for cell in one.cells))):
-            found.append(one)
-    return tuple(sorted(found, key=lambda one: one.prompt))
+        if all(is_own(folder / file, folder) for file in (grid.base, *(cell.file for cell in grid.cells))):
+            found.append(grid)
+    return tuple(sorted(found, key=lambda grid: grid.prompt))
 
 
 def draw_grid(

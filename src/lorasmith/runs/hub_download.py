@@ -90,9 +90,10 @@ class NoNetworkError(HubError):
     def __init__(self, files: Sequence[HubFile]) -> None:
         endpoint = hub_constants().ENDPOINT
         rows = [
-            {"file": one.file, "page": f"{endpoint}/{one.repository}", "folder": str(one.path.parent)} for one in files
+            {"file": file.file, "page": f"{endpoint}/{file.repository}", "folder": str(file.path.parent)}
+            for file in files
         ]
-        places = ", ".join(f"{one['file']} of {one['page']} into {one['folder']}" for one in rows)
+        places = ", ".join(f"{row['file']} of {row['page']} into {row['folder']}" for row in rows)
         super().__init__(
             f"no internet just now, or {endpoint} does not answer; try again, or add the files yourself: {places}"
         )
@@ -131,8 +132,8 @@ def files_of(repository: str, folder: Path) -> list[HubFile]:
     from huggingface_hub import HfApi
 
     with _explained(HubFile(repository, "all files", folder / "all files")):
-        found = HfApi(endpoint=hub_constants().ENDPOINT, token=hub_token()).model_info(repository)
-    names = [sibling.rfilename for sibling in found.siblings or () if re.fullmatch(_WANTED, sibling.rfilename)]
+        info = HfApi(endpoint=hub_constants().ENDPOINT, token=hub_token()).model_info(repository)
+    names = [sibling.rfilename for sibling in info.siblings or () if re.fullmatch(_WANTED, sibling.rfilename)]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubError(
             f"{repository} has no model in safetensors any more; look for another one at {hub_constants().ENDPOINT}"
@@ -189,13 +190,13 @@ def download(
         done = before + size
         on_progress(Progress(name, done, total, 0.0 if is_checking else rate.after(done), is_checking))
 
-    for file, one in facts.items():
+    for file, entry in facts.items():
         name = file.path.name
         ensure_folder(file.path.parent)
         with locked(Path(f"{file.part}.lock"), f"{file.path.name} is being downloaded by another process"):
-            _fetch(file, one, report, spare_bytes)
-            _verify(file, one, report)
-        before += one.size_bytes
+            _fetch(file, entry, report, spare_bytes)
+            _verify(file, entry, report)
+        before += entry.size_bytes
 
 
 def store_token(token: str) -> None:
@@ -385,7 +386,7 @@ def main() -> None:
     if started is None:
         return
     start, _ = started
-    files = [HubFile(one["repository"], one["file"], Path(one["path"])) for one in start["files"]]
+    files = [HubFile(entry["repository"], entry["file"], Path(entry["path"])) for entry in start["files"]]
     cancelled, ended = threading.Event(), threading.Event()
 
     def listen() -> None:

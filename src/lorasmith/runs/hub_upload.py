@@ -78,7 +78,7 @@ def upload_card(folder: Path | str, repository: str, *, public: bool = False) ->
             there = None
             api.create_repo(repository, private=not public, exist_ok=True)
         if there is not None:
-            others = sorted({one.rfilename for one in there.siblings or ()} - files - {".gitattributes"})
+            others = sorted({sibling.rfilename for sibling in there.siblings or ()} - files - {".gitattributes"})
             if others:
                 raise HubError(
                     f"{repository} exists with other files, such as {others[0]}; choose another name, or remove them"

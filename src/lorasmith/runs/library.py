@@ -216,15 +216,15 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
         OptionError: a setting is unknown or out of range, or there is no such device.
         OutputError: the temporary folder is full.
     """
-    given, settings = taken(DatasetArguments, "load_dataset", arguments)
+    own, settings = taken(DatasetArguments, "load_dataset", arguments)
     check_data(images)
     base = model_of(model)
-    bars = given.progress if isinstance(given.progress, bool) else False
+    bars = own.progress if isinstance(own.progress, bool) else False
     with (
         counted("Hashing", bars) as hashing,
         counted("Captions", bars) as captions,
         counted("Pictures of the class", bars) as drawn,
-        counted("Images", given.progress) as pictures,
+        counted("Images", own.progress) as pictures,
     ):
 
         def on_event(event: Event) -> None:
@@ -234,15 +234,15 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
         data = encoding.load_dataset(
             images,
             base,
-            device=given.device,
+            device=own.device,
             progress=pictures,
             caption_progress=captions,
             hash_progress=hashing,
             find_class=lambda config, place: class_scan(config, base, device=place, host=_LibraryHost(None, on_event)),
-            config=given.config,
+            config=own.config,
             **settings,
         )
-    for sentence in data.notes if given.progress is True else ():
+    for sentence in data.notes if own.progress is True else ():
         note(sentence)
     return data
 
@@ -267,11 +267,11 @@ def encode(model: AnyModel, image: object, caption: str | Sequence[str] | None =
         ModelError: the model cannot be loaded, or lacks a text encoder or an autoencoder.
         OptionError: a setting is unknown or out of range, or its captions have too many variants.
     """
-    given, settings = taken(EncodeArguments, "encode", arguments)
+    own, settings = taken(EncodeArguments, "encode", arguments)
     is_path = isinstance(image, str | os.PathLike)
-    item = {("file_name" if is_path else "image"): image, "text": caption, "mask": given.mask}
-    data = encoding.load_dataset([item], model_of(model), device=given.device, config=given.config, **settings)
-    sample = data[0] if is_path and not given.name else replace(data[0], name=given.name)
+    item = {("file_name" if is_path else "image"): image, "text": caption, "mask": own.mask}
+    data = encoding.load_dataset([item], model_of(model), device=own.device, config=own.config, **settings)
+    sample = data[0] if is_path and not own.name else replace(data[0], name=own.name)
     if (variants := sample.variants) is not None:
         captions = variants.possible(_MOST_CAPTIONS)
         if captions is None:
@@ -309,14 +309,14 @@ def train(model: Trained, data: object, **arguments: Any) -> TrainResult:
         KeyboardInterrupt: the run was interrupted. Its LoRA and its state are in the output folder, if there is one,
             and its notes name them; the same call continues it.
     """
-    given, plan = _planned(model, data, arguments)
-    silent = void if given.progress else _logged
-    with run_shown(given.progress) as show:
+    own, plan = _planned(model, data, arguments)
+    silent = void if own.progress else _logged
+    with run_shown(own.progress) as show:
         try:
-            return run(plan, _LibraryHost(given.cancelled, show, given.on_event or silent))
+            return run(plan, _LibraryHost(own.cancelled, show, own.on_event or silent))
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(_place_of(plan))
-            if given.progress:
+            if own.progress:
                 note(f"Interrupted: {'; '.join(interrupt.__notes__)}.")
             raise
 
@@ -417,9 +417,9 @@ def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple
         preset=given.preset, kind=given.kind, settings={**own, **settings, "trigger": given.trigger or samples.trigger}
     )
     name = "" if denoiser is None else model_name(denoiser.base.path, denoiser.base.family.name)
-    captions = {one.name: one.conditioning.text or "" for one in samples if not one.is_class}
+    captions = {sample.name: sample.conditioning.text or "" for sample in samples if not sample.is_class}
     spec, recipe = with_recipe(spec, [*captions.values()], model=name)
-    chosen = {} if recipe is None else {one: recipe.settings[one] for one in recipe.of_training}
+    chosen = {} if recipe is None else {name: recipe.settings[name] for name in recipe.of_training}
     job = plan_job(trained, replace(config, **chosen), device)
     if recipe is not None:
         job = replace(job, notes=(recipe.sentence, *job.notes))
@@ -519,7 +519,10 @@ def generate(
             prompts,
             text_encoder=encoder,
             negative=negative,
-            controls=[one if isinstance(one, Image.Image) else open_image(Path(one)) for one in _listed(controls)],
+            controls=[
+                control if isinstance(control, Image.Image) else open_image(Path(control))
+                for control in _listed(controls)
+            ],
             mask=mask if mask is None or isinstance(mask, Image.Image) else open_mask(Path(mask)),
             seed=seed,
             steps=steps,
@@ -606,9 +609,9 @@ def evaluate(
         height=height,
     )
     check_installed()
-    given = [loras] if isinstance(loras, str | os.PathLike | TrainResult) else loras
+    sources = [loras] if isinstance(loras, str | os.PathLike | TrainResult) else loras
     subject = subject_of(
-        [_run_or_file(one) for one in given],
+        [_run_or_file(source) for source in sources],
         trigger=trigger,
         images=None if images is None else Path(images),
         most=most,
@@ -629,12 +632,12 @@ def evaluate(
     return found
 
 
-def _run_or_file(given: str | os.PathLike[str] | TrainResult) -> Path:
-    if not isinstance(given, TrainResult):
-        return Path(given)
-    if given.folder is None:
+def _run_or_file(source: str | os.PathLike[str] | TrainResult) -> Path:
+    if not isinstance(source, TrainResult):
+        return Path(source)
+    if source.folder is None:
         raise OptionError("a run that is evaluated must have a folder, got a result without one; give train an output")
-    return given.folder
+    return source.folder
 
 
 def _listed(controls: Controls) -> Sequence[Control]:

@@ -31,50 +31,50 @@ A = TypeVar("A")
 _WIDTH = 96  # columns: `help` indents by four
 
 
-def trainable_of(given: object) -> Trainable:
+def trainable_of(value: object) -> Trainable:
     """What is trained on: a `Trainable` as it is, or that of a model. Raises ModelError."""
-    return given if isinstance(given, Trainable) else TrainableDenoiser(denoiser_of(given))
+    return value if isinstance(value, Trainable) else TrainableDenoiser(denoiser_of(value))
 
 
-def denoiser_of(given: object) -> Denoiser:
+def denoiser_of(value: object) -> Denoiser:
     """The denoiser of a model, with its LoRAs. Raises ModelError."""
-    return given if isinstance(given, Denoiser) else model_of(given).denoiser
+    return value if isinstance(value, Denoiser) else model_of(value).denoiser
 
 
-def model_of(given: object) -> Model:
+def model_of(value: object) -> Model:
     """A model as it is, or loaded: of a denoiser, a name or path, or a pipeline of diffusers. Raises ModelError."""
-    if isinstance(given, Model):
-        return given
-    if isinstance(given, Denoiser):
-        return given.base
-    if isinstance(given, str | os.PathLike) or _is_pipeline(given):
-        return load_model(given)  # type: ignore[arg-type]
-    remedy = next((remedy for types, remedy in _NO_MODELS.items() if isinstance(given, types)), _LOAD)
+    if isinstance(value, Model):
+        return value
+    if isinstance(value, Denoiser):
+        return value.base
+    if isinstance(value, str | os.PathLike) or _is_pipeline(value):
+        return load_model(value)  # type: ignore[arg-type]
+    remedy = next((remedy for types, remedy in _NO_MODELS.items() if isinstance(value, types)), _LOAD)
     raise ModelError(
-        f"a model must be a Model, the name or path of one, or a pipeline of diffusers, got {described(given)}; "
+        f"a model must be a Model, the name or path of one, or a pipeline of diffusers, got {described(value)}; "
         f"{remedy}"
     )
 
 
-def check_data(given: object) -> None:
+def check_data(value: object) -> None:
     """Raise DataError for a model in place of pictures, and for samples, which are encoded already."""
-    if isinstance(given, EncodedDataset | Sample):
-        raise DataError(f"images must not be encoded yet, got {described(given)}; give it to train as it is")
-    if isinstance(given, Model | Denoiser | Trainable | nn.Module) or _is_pipeline(given):
+    if isinstance(value, EncodedDataset | Sample):
+        raise DataError(f"images must not be encoded yet, got {described(value)}; give it to train as it is")
+    if isinstance(value, Model | Denoiser | Trainable | nn.Module) or _is_pipeline(value):
         raise DataError(
-            f"data must be samples or pictures, got {described(given)}; give the model and the data in the order of "
+            f"data must be samples or pictures, got {described(value)}; give the model and the data in the order of "
             "the arguments"
         )
 
 
-def samples_of(given: object, load: Callable[[object], EncodedDataset]) -> EncodedDataset:
+def samples_of(value: object, load: Callable[[object], EncodedDataset]) -> EncodedDataset:
     """A dataset as it is, of samples, or of whatever else `load` encodes. Raises DataError."""
-    if isinstance(given, EncodedDataset):
-        return given
-    if isinstance(given, Sample):
-        given = [given]
-    if isinstance(given, list | tuple | Iterator):
-        items = iter(given)
+    if isinstance(value, EncodedDataset):
+        return value
+    if isinstance(value, Sample):
+        value = [value]
+    if isinstance(value, list | tuple | Iterator):
+        items = iter(value)
         first = next(items, items)
         if first is items:
             raise DataError(
@@ -82,13 +82,13 @@ def samples_of(given: object, load: Callable[[object], EncodedDataset]) -> Encod
             )
         if isinstance(first, Sample):
             return EncodedDataset((first, *items), origin="samples made one by one")
-        if given is items:
-            given = itertools.chain([first], items)
-    return load(given)
+        if value is items:
+            value = itertools.chain([first], items)
+    return load(value)
 
 
-def _is_pipeline(given: object) -> bool:
-    return not isinstance(given, type) and hasattr(given, "components") and hasattr(given, "config")
+def _is_pipeline(value: object) -> bool:
+    return not isinstance(value, type) and hasattr(value, "components") and hasattr(value, "config")
 
 
 _LOAD = "load one: lorasmith.load_model('sd15.safetensors')"

@@ -125,8 +125,8 @@ class MemoryEstimate:
     def proposal(self) -> Proposal:
         """The cheapest settings that fit the card, or those that miss by the least."""
         proposals = list(self._proposals())
-        fitting = (one for one in proposals if one.plan.fits)
-        return next(fitting, min(proposals, key=lambda one: one.short_bytes))
+        fitting = (proposal for proposal in proposals if proposal.plan.fits)
+        return next(fitting, min(proposals, key=lambda proposal: proposal.short_bytes))
 
     @property
     def fits(self) -> bool:
@@ -145,7 +145,7 @@ class MemoryEstimate:
     def _proposals(self) -> Iterator[Proposal]:
         """All settings, cheapest first."""
         for kind, share, sharding in (*self._ways(), *((kind, 1.0, False) for kind in self.offloaded)):
-            size, plain = (self._size(one, share, sharding) for one in (kind, "none"))
+            size, plain = (self._size(weights, share, sharding) for weights in (kind, "none"))
             if kind != "none" and size >= plain:
                 continue  # the checkpoint is already quantized to that size
             held = self._taken_bytes + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
@@ -231,20 +231,20 @@ def estimate_of(
     job = plan_job(model.denoiser, config, "cpu")
     family, components, products = model.family, model.components, job.way.dtype
 
-    parts = [one for one in (model.denoiser.module, job.model.encoders) if one is not None]
+    parts = [part for part in (model.denoiser.module, job.model.encoders) if part is not None]
 
     def frozen(processes: int) -> dict[Quantization, int]:
         counts = (processes, 1)  # encoders are whole on each card
         return {
             kind: sum(
-                frozen_bytes(one, kind=kind, dtype=products, processes=count)
-                for one, count in zip(parts, counts, strict=False)
+                frozen_bytes(part, kind=kind, dtype=products, processes=count)
+                for part, count in zip(parts, counts, strict=False)
             )
             for kind in _KINDS
         }
 
     def split(kind: Quantization, share: float) -> tuple[int, int]:
-        both = [offloaded_bytes(one, kind=kind, dtype=products, share=share) for one in parts]
+        both = [offloaded_bytes(part, kind=kind, dtype=products, share=share) for part in parts]
         return sum(here for here, _ in both), sum(away for _, away in both)
 
     weights, sharded = frozen(1), frozen(cards) if cards > 1 else {}
@@ -252,8 +252,8 @@ def estimate_of(
     layers = packable_layers(model.denoiser.module)
     largest = max((layer.get_parameter("weight").numel() for layer in layers), default=0)
     encoders, beside = {}, _controls(model, side * latent.downscale, controls)
-    for name, one in components.text_encoders.items():
-        own = ENCODERS[family.text_encoders[name].kind].dtype_of(one)
+    for name, encoder in components.text_encoders.items():
+        own = ENCODERS[family.text_encoders[name].kind].dtype_of(encoder)
         own = fast_dtype(own, card) if card.type == "cuda" else own
         networks = model.text_encoder.networks(name, sees=model.sight is not None and bool(beside))
         encoders[name] = sum(frozen_bytes(part, kind="none", dtype=own) for part in networks)
@@ -271,8 +271,11 @@ def estimate_of(
         card_bytes=card_bytes,
         weights=weights,
         offloaded={kind: sizes[1.0][0] for kind, sizes in shared.items()},
-        partly={kind: {one: size for one, (size, _) in sizes.items() if one < 1} for kind, sizes in shared.items()},
-        on_host={kind: {one: size for one, (_, size) in sizes.items()} for kind, sizes in shared.items()},
+        partly={
+            kind: {part_share: size for part_share, (size, _) in sizes.items() if part_share < 1}
+            for kind, sizes in shared.items()
+        },
+        on_host={kind: {part_share: size for part_share, (_, size) in sizes.items()} for kind, sizes in shared.items()},
         sharded=sharded,
         trained_bytes=buffer_bytes(job.parameters, products) + optimizer_bytes(4 * job.parameters),
         plans=_activation_plans(model, job, side, frames, beside),
@@ -316,12 +319,12 @@ def on_meta_device(
     beside = [(height // scale, width // scale) for width, height in controls]
     tokens, sight = None, model.sight
     if sight is not None and controls:
-        tokens = model.family.usual_tokens + sum(sight.tokens(*one) for one in controls)
+        tokens = model.family.usual_tokens + sum(sight.tokens(*control) for control in controls)
     samples = synthetic_samples(model, 1, side, side, frames=frames, tokens=tokens, controls=beside)
     way, module = replace(job.way, device=_META), model.denoiser.module
     encoders = job.model.encoders or nn.ModuleDict()
-    for one in (module, encoders, *(trained for _, trained in job.trained)):
-        _emptied(one, way.dtype)
+    for network in (module, encoders, *(trained for _, trained in job.trained)):
+        _emptied(network, way.dtype)
     with (
         adapters_attached(module, [Attached(job.adapters, differences=job.differences)]),
         adapters_attached(encoders, [Attached(job.text_adapters)]),
@@ -335,17 +338,17 @@ def on_meta_device(
 def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
     """Move a module to the meta device, floating-point tensors in `dtype`, packed ones as plain ones."""
     full = full_precision(module)
-    for one in module.modules():
-        if weight_source(one) is not None:
-            del one.__dict__[WEIGHT_SOURCE]
-            one.__dict__.pop("forward", None)
-        for name, parameter in one._parameters.items():
+    for inner in module.modules():
+        if weight_source(inner) is not None:
+            del inner.__dict__[WEIGHT_SOURCE]
+            inner.__dict__.pop("forward", None)
+        for name, parameter in inner._parameters.items():
             if parameter is not None:
                 empty = _empty_like(parameter, torch.float32 if parameter in full else dtype)
-                one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in one._buffers.items():
+                inner._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in inner._buffers.items():
             if buffer is not None:
-                one._buffers[name] = _empty_like(buffer, torch.float32 if buffer in full else dtype)
+                inner._buffers[name] = _empty_like(buffer, torch.float32 if buffer in full else dtype)
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

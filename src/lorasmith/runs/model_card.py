@@ -96,44 +96,44 @@ def write_card(
     Raises OptionError, LoraError, ModelError, OutputError and, for a damaged record, TrainingError.
     """
     source = Path(source)
-    found = card_source(
+    facts = card_source(
         source,
         step=step,
         base_model=base_model,
         trigger=trigger,
-        pictures=[Path(one) for one in pictures],
+        pictures=[Path(picture) for picture in pictures],
         with_training_pictures=with_training_pictures,
     )
     if output is None:
         is_run = (source / RUN_RECORD).is_file()
-        output = source / "card" if is_run else source.with_name(f"{found.title}-card")
+        output = source / "card" if is_run else source.with_name(f"{facts.title}-card")
     target = free_target(Path(output), overwrite=overwrite)
     if target.exists() and not is_card(target):
         raise OutputError(f"{target} is no card of a LoRA, and only a card is replaced; choose another --output")
     if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", licence):
         raise OptionError(f"a licence must be the hub's name of it, such as apache-2.0, got {licence!r}; correct it")
-    shown = [one for one in found.pictures if not (private_captions and one.prompt in found.captions)]
-    stem, notes = safe_name(found.title), list[str]()
-    if found.base.name == BUILT_IN:  # not the released model of its family
+    shown = [picture for picture in facts.pictures if not (private_captions and picture.prompt in facts.captions)]
+    stem, notes = safe_name(facts.title), list[str]()
+    if facts.base.name == BUILT_IN:  # not the released model of its family
         model = model or BUILT_IN
     with atomic_folder(target) as folder:
-        lora, loads = _put_lora(found.lora, folder / f"{stem}.safetensors", model, notes, private=private_captions)
-        if found.controls and not with_training_pictures:
+        lora, loads = _put_lora(facts.lora, folder / f"{stem}.safetensors", model, notes, private=private_captions)
+        if facts.controls and not with_training_pictures:
             _drop_thumbnail(lora)
         kept = _put_pictures(folder, stem, shown[:_MOST_PICTURES])
-        training = _put_training(folder, found.training)
-        write_sidecars(lora, found.family, trigger=found.trigger)
+        training = _put_training(folder, facts.training)
+        write_sidecars(lora, facts.family, trigger=facts.trigger)
         written = describe(lora)
         place = PurePosixPath(repository or target.name) / lora.name
-        write_atomic(folder / CARD, card_text(found, licence, kept, training, written, place, loads=loads))
+        write_atomic(folder / CARD, card_text(facts, licence, kept, training, written, place, loads=loads))
     return Card(
         target,
         target / lora.name,
-        found.base.ids,
-        found.trigger,
-        licence_of(found.base, licence).get("license", ""),
+        facts.base.ids,
+        facts.trigger,
+        licence_of(facts.base, licence).get("license", ""),
         len(kept),
-        tuple(_missing(found, licence, kept)),
+        tuple(_missing(facts, licence, kept)),
         tuple(notes),
         private_entries(written.metadata),
     )
@@ -155,7 +155,9 @@ def _put_lora(
     try:
         state, names = named_lora(source, model)
         layout = main_layout(list(read_lora_tensors(source)[0]))
-        loads = not source.is_dir() and all(one.program != DIFFUSERS for one in shortfalls(state, layout, names))
+        loads = not source.is_dir() and all(
+            shortfall.program != DIFFUSERS for shortfall in shortfalls(state, layout, names)
+        )
     except (LoraError, ModelError) as error:
         if source.is_dir():
             raise
@@ -189,15 +191,15 @@ def _drop_thumbnail(lora: Path) -> None:
 def _put_pictures(folder: Path, stem: str, pictures: Sequence[DrawnPicture]) -> list[DrawnPicture]:
     """Write pictures, drawn anew so that nothing of their files is left; paths are those in the folder."""
     kept = []
-    for number, one in enumerate(pictures, 1):
+    for number, picture in enumerate(pictures, 1):
         file = PurePosixPath("images") / f"{number}.webp"
         (folder / "images").mkdir(exist_ok=True)
-        opened = open_still(one.path, _EDGE)
+        opened = open_still(picture.path, _EDGE)
         write_atomic(folder / file, webp(opened))
         if number == 1:
             opened.thumbnail((_BROWSED_EDGE, _BROWSED_EDGE), Image.Resampling.LANCZOS)
             write_atomic(folder / f"{stem}.png", encoded(opened, "png"))
-        kept.append(replace(one, path=Path(file)))
+        kept.append(replace(picture, path=Path(file)))
     return kept
 
 
@@ -210,15 +212,15 @@ def _put_training(folder: Path, pictures: Sequence[Path]) -> list[str]:
     return files
 
 
-def _missing(found: CardSource, licence: str, pictures: Sequence[DrawnPicture]) -> list[str]:
-    base = found.base
+def _missing(source: CardSource, licence: str, pictures: Sequence[DrawnPicture]) -> list[str]:
+    base = source.base
     known = f", and {base.name} is not one that is known" if base.name else ""
     lacking = [] if base.ids else [f"The base model's id on the hub is not known{known}; --base-model names it"]
     if base.is_usual:
-        kind = found.summary.metadata["ss_base_model_version"]
+        kind = source.summary.metadata["ss_base_model_version"]
         lacking = [
             f"The file names its kind of model alone, {kind}, so {base.ids[0]} is taken; --base-model names another"
         ]
-    lacking += [] if found.trigger else ["No trigger is known; --trigger names it"]
+    lacking += [] if source.trigger else ["No trigger is known; --trigger names it"]
     lacking += [] if licence_of(base, licence) else ["The licence of the base model is not known; --license names it"]
     return lacking + ([] if pictures else ["There are no pictures that it drew; --picture adds some"])

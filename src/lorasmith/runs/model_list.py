@@ -87,22 +87,22 @@ class ModelList:
 def list_models(folders: Folders) -> ModelList:
     """The models in `folders`. Only headers are read, and the vectors of denoisers without encoders."""
     files = list(scanned(folders, (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)))
-    models, unknown = [], [_unknown(one, one.fault) for one in files if one.fault]
+    models, unknown = [], [_unknown(file, file.fault) for file in files if file.fault]
     used: set[Path] = set()
-    for one in files:
-        if one.family is None:
+    for file in files:
+        if file.family is None:
             continue
         try:
-            listed, fitting = _listed(one, one.family, files)
+            listed, fitting = _listed(file, file.family, files)
         except ModelError as error:
-            unknown.append(_unknown(one, str(error)))
+            unknown.append(_unknown(file, str(error)))
             continue
         models.append(listed)
         used |= fitting
-    parts = [one for one in files if one.encoder is not None or one.autoencoder is not None]
+    parts = [file for file in files if file.encoder is not None or file.autoencoder is not None]
     return ModelList(
-        tuple(sorted(models, key=lambda one: (one.family, one.path.name.casefold()))),
-        tuple(_part(one) for one in parts if one.path not in used),
+        tuple(sorted(models, key=lambda model: (model.family, model.path.name.casefold()))),
+        tuple(_part(part) for part in parts if part.path not in used),
         tuple(unknown),
     )
 
@@ -121,19 +121,19 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {
-        one.path
+        file.path
         for name, slot in slots.items()
-        for one in files
-        if one.encoder == slot.kind and (widths.get(name) is None or one.width == widths[name])
+        for file in files
+        if file.encoder == slot.kind and (widths.get(name) is None or file.width == widths[name])
     }
     for name, slot in slots.items():
-        found = None if name in file.parts else best_encoder(files, name, slot, widths[name])
-        parts.append(ListedPart(name, slot.kind, _path(file, name, found), slot.usual_file, slot.hub))
+        encoder = None if name in file.parts else best_encoder(files, name, slot, widths[name])
+        parts.append(ListedPart(name, slot.kind, _path(file, name, encoder), slot.usual_file, slot.hub))
     vae = family.autoencoder
-    fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
-    found = None if "vae" in file.parts else best_autoencoder(files, vae)
-    parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file, vae.hub))
-    of_frames = {one.name: one.source for one in family.controls if one.name and one.frames}
+    fitting |= {file.path for file in files if file.autoencoder == (vae.kind, vae.channels)}
+    encoder = None if "vae" in file.parts else best_autoencoder(files, vae)
+    parts.append(ListedPart("vae", vae.kind, _path(file, "vae", encoder), vae.usual_file, vae.hub))
+    of_frames = {control.name: control.source for control in family.controls if control.name and control.frames}
     listed = ListedModel(
         file.path,
         file.place,
@@ -202,23 +202,23 @@ class KnownModel:
 def known_models() -> list[KnownModel]:
     """Every family whose released model is known, by title. Denoisers are built without weights."""
     found = [_known(name, family) for name, family in FAMILIES.items() if family.released is not None]
-    return sorted(found, key=lambda one: one.title.casefold())
+    return sorted(found, key=lambda model: model.title.casefold())
 
 
 def _known(name: str, family: Family) -> KnownModel:
     denoiser = family.released_denoiser()
-    said: dict[str, Any] = {family.denoiser_folder: denoiser.config, "scheduler": _SCHEDULER}
-    configs = PipelineConfigs(family.title, (family.pipeline,), lambda part: said[part])
+    configs_of: dict[str, Any] = {family.denoiser_folder: denoiser.config, "scheduler": _SCHEDULER}
+    configs = PipelineConfigs(family.title, (family.pipeline,), lambda part: configs_of[part])
     latent = family.latent_format(denoiser, None)
     return KnownModel(
         name=name,
         title=family.title,
-        parameters=sum(one.numel() for one in denoiser.parameters()),
+        parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
         text_encoders=tuple(KnownPart(slot.kind, slot.usual_file) for slot in family.text_encoders.values()),
         autoencoder=KnownPart(family.autoencoder.kind, family.autoencoder.usual_file),
         defaults=family.defaults(denoiser, latent, family.diffusion_of_pipeline(configs)),
         lora_layout=family.names(denoiser, {}).portable,
         distilled_names=tuple(family.distilled),
         clip_types=family.clip_types,
-        releases=tuple(one.name for one in family.releases),
+        releases=tuple(release.name for release in family.releases),
     )

@@ -24,19 +24,19 @@ MOST_PHOTOS = 200
 """Photos up to which they are compared: each takes about 30 ms of a core, once."""
 
 
-def with_likeness(found: Preflight) -> Preflight:
+def with_likeness(preflight: Preflight) -> Preflight:
     """A checked folder with these findings; without the extra, or of more than `MOST_PHOTOS`, as it is."""
-    subjects = [index for index, one in enumerate(found.images) if not one.file.is_class]
+    subjects = [index for index, image in enumerate(preflight.images) if not image.file.is_class]
     if not likeness.is_installed() or not 1 < len(subjects) <= MOST_PHOTOS:
-        return found
-    features = torch.stack([_features(found.images[index].file.path) for index in subjects])
-    more = (*_nearly_same(found, subjects, features), *_odd_ones(found.images, subjects, features))
-    return replace(found, findings=(*found.findings, *more))
+        return preflight
+    features = torch.stack([_features(preflight.images[index].file.path) for index in subjects])
+    more = (*_nearly_same(preflight, subjects, features), *_odd_ones(preflight.images, subjects, features))
+    return replace(preflight, findings=(*preflight.findings, *more))
 
 
-def _nearly_same(found: Preflight, subjects: Sequence[int], features: Tensor) -> Iterator[Finding]:
-    indexes = {index for group in found.alike for index in group.others}
-    groups = [set(group.members) for group in found.alike]  # named already, whichever of them is to be kept
+def _nearly_same(preflight: Preflight, subjects: Sequence[int], features: Tensor) -> Iterator[Finding]:
+    indexes = {index for group in preflight.alike for index in group.others}
+    groups = [set(group.members) for group in preflight.alike]  # named already, whichever of them is to be kept
     pairs = {subjects[second]: subjects[first] for first, second in nearly_same(features)}
     same = {
         index: first
@@ -44,12 +44,14 @@ def _nearly_same(found: Preflight, subjects: Sequence[int], features: Tensor) ->
         if index not in indexes and not any({index, first} <= group for group in groups)
     }
     if same:
-        place = {id(one): index for index, one in enumerate(found.images)}
+        place = {id(image): index for index, image in enumerate(preflight.images)}
         yield Finding(
             "much alike",
             f"{count_text(len(same), 'image')} {'is' if len(same) == 1 else 'are'} much like "
             f"{'another' if len(same) == 1 else 'others'}, mirrored or of the same moment",
-            listed(found.images, tuple(same), lambda image: f"like {found.images[same[place[id(image)]]].name}"),
+            listed(
+                preflight.images, tuple(same), lambda image: f"like {preflight.images[same[place[id(image)]]].name}"
+            ),
             "keep one of each, unless what differs is to be learnt",
             tuple(same),
         )
@@ -59,7 +61,7 @@ def _odd_ones(images: Sequence[CheckedImage], subjects: Sequence[int], features:
     odd = [subjects[index] for index in odd_ones_out(features)]
     if odd:
         main = [images[index] for index in subjects if index not in odd]
-        words = _shared_words([one.file.caption for one in main], [images[index].file.caption for index in odd])
+        words = _shared_words([image.file.caption for image in main], [images[index].file.caption for index in odd])
         shown = f" ({words})" if words else ""
         is_one = len(odd) == 1
         yield Finding(

@@ -98,8 +98,8 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
             scan, judged = scan.of_pictures(), judged and judged.of_pictures()
         if loaded.files != spec.files:
             spec = spec.with_files(loaded.files)
-        for one in filter(None, (scan, judged)):
-            check_controls(one, settings, base)
+        for images in filter(None, (scan, judged)):
+            check_controls(images, settings, base)
         captions = [image.caption for image in scan.images]
         spec, recipe = with_recipe(spec, captions, model=model_name(base.path, base.family.name))
         if spec.data != settings:  # sources are scanned again: captions and controls are settings of data
@@ -128,9 +128,9 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
         summary = _summary(spec, scan, loaded, job, check.preflight.epoch.held_out)
         host.on_event(RunPlanned(plan=summary))
 
-        def encoded(found: FolderScan, progress: EncodingProgress | None) -> EncodedDataset:
+        def encoded(images: FolderScan, progress: EncodingProgress | None) -> EncodedDataset:
             return encode_scan(
-                found,
+                images,
                 base,
                 settings,
                 device=device,
@@ -176,7 +176,7 @@ def _summary(spec: RunSpec, scan: FolderScan, loaded: Completed, job: TrainJob, 
         found=loaded.found,
         resolutions=spec.data.all_resolutions(base.defaults.resolution),
         pixel_multiple=pixel_step(spec.data, base.defaults.pixel_multiple),
-        data={name: one for name, one in changed(spec.data).items() if name not in _SHOWN},
+        data={name: value for name, value in changed(spec.data).items() if name not in _SHOWN},
         trained=job.summary,
         parameters=job.parameters,
         config=job.config,

@@ -53,8 +53,8 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    one.name: one
-    for one in (
+    preset.name: preset
+    for preset in (
         Preset(
             name="quick",
             title="Quick",
@@ -139,7 +139,7 @@ def recipe_settings(
     """
     number = USUAL_IMAGES if images is None else images
     amount = "one" if number < _FEW else "few" if number < _MANY else "many"
-    found = dict(preset.settings)
+    settings = dict(preset.settings)
     for rule in RECIPE:
         holds = (
             kind is not None
@@ -150,14 +150,14 @@ def recipe_settings(
         )
         first, value = next(iter(rule.settings.items()))
         if holds and given.get(first, value) == value:
-            found |= rule.settings
-    whole = {**found, **given}
+            settings |= rule.settings
+    whole = {**settings, **given}
     each = whole.get("batch_size", 1) * whole.get("grad_accumulation_steps", 1)
-    found = {"steps": -(-preset.seen(number) // each), **found}
-    steps = {**found, **given}["steps"]
+    settings = {"steps": -(-preset.seen(number) // each), **settings}
+    steps = {**settings, **given}["steps"]
     if steps >= _LEAST_KEPT:
-        found = {"save_every": steps // _LORAS, **found}
-    return {name: value for name, value in found.items() if name not in given}
+        settings = {"save_every": steps // _LORAS, **settings}
+    return {name: value for name, value in settings.items() if name not in given}
 
 
 def recipe_names() -> frozenset[str]:
@@ -190,11 +190,11 @@ class Chosen:
     def sentence(self) -> str:
         """For the notes of a run."""
         guessed = f" ({self.because}; set kind if it is none)" if self.because else ""
-        said = ", ".join(f"{name} {_said(value)}" for name, value in self.settings.items())
+        listed = ", ".join(f"{name} {_said(value)}" for name, value in self.settings.items())
         what = f"Preset {self.preset}" if self.kind is None else f"Recipe {self.preset} for a {self.kind}{guessed}"
         return (
             f"{what} from {count_text(self.images, 'picture')}: "
-            f"{said or 'every setting of it was given'}. preset none leaves it out."
+            f"{listed or 'every setting of it was given'}. preset none leaves it out."
         )
 
 
@@ -236,15 +236,15 @@ def guessed_kind(captions: Sequence[str], trigger: str = "") -> tuple[Kind, str]
         return "style", f"the trigger says {word[0]}"
     if len(trigger.split()) > 1:
         return "subject", f"all pictures are of {trigger}"
-    written = [one for one in captions if one.strip()]
-    named = Counter(word.casefold() for one in written for word in sorted(set(_STYLE.findall(one))))
+    written = [caption for caption in captions if caption.strip()]
+    named = Counter(word.casefold() for caption in written for word in sorted(set(_STYLE.findall(caption))))
     common = next((word for word, count in named.most_common(1) if count >= _NEARLY_ALL * len(written)), None)
     if common is not None and len(set(written)) > 1:
         return "style", f"captions differ and say {common}"
     if trigger:
         return "subject", f"all pictures are of {trigger}"
     words = Counter(
-        word for one in written for word in sorted({word.casefold() for word in _WORD.findall(one)} - _EMPTY)
+        word for caption in written for word in sorted({word.casefold() for word in _WORD.findall(caption)} - _EMPTY)
     )
     shared = words.most_common(1)[0] if words else ("", 0)
     if len(written) >= _LEAST and shared[1] < _HALF * len(written):

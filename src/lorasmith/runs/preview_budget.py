@@ -59,7 +59,7 @@ class PreviewProgram:
     @property
     def pictures(self) -> int:
         """Number of pictures for a prompt, that of the base model included."""
-        others = sum(one != 1 for one in self.strengths)
+        others = sum(strength != 1 for strength in self.strengths)
         return 2 + others + len(self.steps) * (1 + others * self.is_strip)
 
     def passes(self, each_step: int) -> int:
@@ -114,7 +114,7 @@ def _stop_settings(plan: Plan) -> dict[str, Any] | None:
     usual = config.preview_steps or base.defaults.steps
     for looks in _LOOKS:
         every = config.preview_every or max(1, config.steps // looks)
-        for steps in dict.fromkeys(min(one, usual) for one in (usual, *_FEWER_STEPS)):
+        for steps in dict.fromkeys(min(count, usual) for count in (usual, *_FEWER_STEPS)):
             chosen = replace(
                 config, early_stop="likeness", preview_every=every, preview_steps=steps, preview_strengths="1"
             )
@@ -158,7 +158,7 @@ def _watched_program(plan: Plan) -> PreviewProgram:
     wishes = (BUILT_IN_WISHES if is_built_in(plan) else WISHES)[::2]  # half of them, as they are drawn many times
     prompts = dict.fromkeys((*program.prompts, subject))
     asked = tuple(f"{subject}, {wish}" for wish in wishes)
-    shown = (*(one for one in prompts if one not in asked), *asked)
+    shown = (*(prompt for prompt in prompts if prompt not in asked), *asked)
     return replace(program, steps=likeness_steps(plan.job.config), prompts=shown, wishes=wishes)
 
 
@@ -192,18 +192,18 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample],
     side, frames = base.defaults.resolution, config.preview_frames or base.defaults.frames
     size: float = math.prod(base.components.latent.shape(side, side, frames))
     pairs = different_pairs(samples)
-    if any(one.conditioning.controls for one in pairs):  # a picture has the size of its first control
-        given = [
-            [control.numel() for control in one.conditioning.controls] for one in pairs if one.conditioning.controls
+    if any(pair.conditioning.controls for pair in pairs):  # a picture has the size of its first control
+        picture_sizes = [
+            [control.numel() for control in pair.conditioning.controls] for pair in pairs if pair.conditioning.controls
         ]
-        size = statistics.fmean(sizes[0] + sum(sizes) for sizes in given)
+        size = statistics.fmean(sizes[0] + sum(sizes) for sizes in picture_sizes)
     budget = config.preview_share * _run_passes(config, samples, size)
     each_step = _each_step(base)
     found = program_within(budget, whole_program(config, base), each_step=each_step)
     if found is None or not pairs:
         return None if found is None else replace(found, prompts=(prompt,))
     fitting = min(_MOST_PAIRS, len(pairs), int(budget / found.passes(each_step)))
-    return replace(found, prompts=tuple(one.conditioning.text or prompt for one in pairs[:fitting]))
+    return replace(found, prompts=tuple(pair.conditioning.text or prompt for pair in pairs[:fitting]))
 
 
 def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
@@ -226,7 +226,7 @@ def seconds_drawn(pictures: int, base: Model, record: RunRecord, seconds_per_ste
     """About how long so many pictures take on the machine whose steps of a run took that long; None if its record does
     not say what it trained.
     """
-    sizes = [math.prod(one.latents) for one in record.samples if one.latents]
+    sizes = [math.prod(sample.latents) for sample in record.samples if sample.latents]
     batch, batches = record.config.get("batch_size"), record.config.get("grad_accumulation_steps")
     if not sizes or not isinstance(batch, int) or not isinstance(batches, int) or min(batch, batches) < 1:
         return None
@@ -238,7 +238,7 @@ def seconds_drawn(pictures: int, base: Model, record: RunRecord, seconds_per_ste
 
 def _run_passes(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:
     """Forward passes that a run is worth, of latents of a size."""
-    trained = statistics.fmean(one.size for one in samples)
+    trained = statistics.fmean(sample.size for sample in samples)
     ends = 2 if config.consequences().is_slider else 1  # that a step trains
     return config.steps * config.samples_per_step * ends * _STEP_PASSES * trained / size
 
@@ -249,7 +249,7 @@ def _each_step(base: Model) -> int:
 
 def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> PreviewProgram | None:
     """The first program within `budget` forward passes, `each_step` of them per sampling step; None if none fits."""
-    return next((one for one in _smaller_and_smaller(whole) if one.passes(each_step) <= budget), None)
+    return next((program for program in _smaller_and_smaller(whole) if program.passes(each_step) <= budget), None)
 
 
 def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
@@ -268,16 +268,16 @@ def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
             ((), (fewer, least)),
         ):
             ends = replace(whole, is_strip=False, steps=tuple(looks))
-            yield from (replace(ends, sampling_steps=min(one, usual)) for one in counts)
+            yield from (replace(ends, sampling_steps=min(count, usual)) for count in counts)
     yield (plain := replace(whole, is_strip=False, strengths=()))
     for steps, sampling in (
         (sorted({*first, *middle}), (usual, fewer, least)),
         (first, (least,)),
         ((), (fewer, least)),
     ):
-        yield from (replace(plain, steps=tuple(steps), sampling_steps=min(one, usual)) for one in sampling)
+        yield from (replace(plain, steps=tuple(steps), sampling_steps=min(count, usual)) for count in sampling)
 
 
 def different_pairs(samples: Sequence[Sample]) -> list[Sample]:
     """A sample of each image with tensors that are made of pictures."""
-    return list({one.name: one for one in samples if one.conditioning.pictures}.values())
+    return list({sample.name: sample for sample in samples if sample.conditioning.pictures}.values())

@@ -42,7 +42,7 @@ class PreviewLikeness:
 
     def _measured(self, drawn: Sequence[PictureOrClip]) -> tuple[float, WishScores | None]:
         """Likeness, and what is seen of the wishes."""
-        pictures = [one.frames[0] if isinstance(one, Clip) else one for one in drawn]
+        pictures = [picture.frames[0] if isinstance(picture, Clip) else picture for picture in drawn]
         plain = len(pictures) - len(self._wishes)
         alike = measures.likeness(self._recogniser.features(pictures[:plain]), self._trained)
         return alike, self._recogniser.wish_scores(self._wishes, pictures[plain:]) if self._wishes else None
@@ -56,7 +56,7 @@ def trained_pictures(plan: Plan) -> list[Image.Image]:
     base, device = plan.denoiser.base, plan.job.way.device
     samples = list({sample.name: sample for sample in plan.data.samples if not sample.is_class}.values())
     with base.autoencoder.active(device):
-        return [clip_of(base, one.latents[None]).frames[0] for one in _spread(samples, _MOST_DECODED)]
+        return [clip_of(base, sample.latents[None]).frames[0] for sample in _spread(samples, _MOST_DECODED)]
 
 
 _T = TypeVar("_T")

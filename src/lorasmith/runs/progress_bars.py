@@ -26,8 +26,8 @@ def note(sentence: str) -> None:
 def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
     """Yield a function that shows (done, total, ...) as a bar, or calls `progress`; None if nothing is to be shown."""
     if callable(progress):
-        given = progress
-        yield lambda *counts: void(given(*counts))
+        report = progress
+        yield lambda *counts: void(report(*counts))
         return
     if not progress:
         yield None
@@ -70,8 +70,8 @@ def run_shown(progress: bool) -> Iterator[EventHandler]:
             bar = _bar("Training", view.steps)
         elif isinstance(event, RunStarted):
             lines = ProgressLines(note, f"Step {view.step:,} of {view.steps:,}", is_complete=False)
-        elif (found := note_of(event)) is not None and found.kind != "Remark":
-            note(found.text)
+        elif (remark := note_of(event)) is not None and remark.kind != "Remark":
+            note(remark.text)
         elif lines is not None:
             lines.report(f"Step {view.step:,} of {view.steps:,}, {view.line}")
         if bar is not None:

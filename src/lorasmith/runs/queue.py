@@ -383,12 +383,12 @@ class JobStore:
         another request, or removed.
         """
         with self._explained():
-            found = self._database.execute("SELECT job, digest FROM keys WHERE key = ?", (key,)).fetchone()
-        if found is None:
+            row = self._database.execute("SELECT job, digest FROM keys WHERE key = ?", (key,)).fetchone()
+        if row is None:
             return None
-        if found["digest"] != digest:
-            raise KeyTakenError(f"key {key!r} was used for another request, job {found['job']}; choose a new key")
-        if (job := self.find(found["job"])) is None:
+        if row["digest"] != digest:
+            raise KeyTakenError(f"key {key!r} was used for another request, job {row['job']}; choose a new key")
+        if (job := self.find(row["job"])) is None:
             raise KeyTakenError(f"the job of key {key!r} has ended and was removed; choose a new key to repeat it")
         return job
 
@@ -497,15 +497,15 @@ class JobStore:
         Evaluations that nobody asked for come after all others, and measurements after these.
         """
         with self._writing() as database:
-            found = database.execute(
+            row = database.execute(
                 "SELECT id, together FROM jobs WHERE state = 'pending' "
                 f"ORDER BY kind = 'measure', {_GIVES_WAY}, number, sequence LIMIT 1"
             ).fetchone()
-            if found is None:
+            if row is None:
                 return []
             rows = database.execute(
                 "SELECT id FROM jobs WHERE id = ? OR (state = 'pending' AND together = ?) ORDER BY number, sequence",
-                tuple(found),
+                tuple(row),
             ).fetchall()
             ids = [id for (id,) in rows]
             database.execute(
@@ -757,6 +757,6 @@ def measurement_subject(model: str, settings: Mapping[str, Any], device: str) ->
     """The key of a measurement in `JobStore`; leaves out settings that do not affect the cost of a step. `settings` are
     those of training and data, `device` is a type such as `cuda`.
     """
-    relevant = {**{name: one.default for name, one in cost_options().items()}, "resolution": None}
+    relevant = {**{name: setting.default for name, setting in cost_options().items()}, "resolution": None}
     chosen = {name: settings.get(name, default) for name, default in relevant.items()}
     return json.dumps({"model": model, "settings": chosen, "device": device.partition(":")[0]}, sort_keys=True)

@@ -92,9 +92,9 @@ class RemoteWorker:
             self._messages.clear()
             return found, self._ended
 
-    def _put(self, *one: Any) -> None:
+    def _put(self, *message: Any) -> None:
         with self._arrived:
-            self._messages.append(one)
+            self._messages.append(message)
             self._arrived.notify_all()
 
     def _read(self) -> None:
@@ -218,7 +218,7 @@ class _Bridge:
     @contextlib.contextmanager
     def _alone(self) -> Any:
         """Inside the context, no other bridge has this worker's lock; yields False if the supervisor exits first."""
-        name, said = self._start.get("lock"), False
+        name, is_told = self._start.get("lock"), False
         while name is not None and not self._is_closed.is_set():
             with contextlib.ExitStack() as held:
                 try:
@@ -229,9 +229,9 @@ class _Bridge:
                 else:
                     yield True
                     return
-            if not said:
+            if not is_told:
                 self._channel.send({"type": "waiting"})
-                said = True
+                is_told = True
             time.sleep(_LOCK_PAUSE_S)
         yield name is None
 

@@ -114,10 +114,10 @@ def connected(places: RayPlaces) -> Any:
     except Exception as error:  # several kinds, by version
         text = printable(one_line_of(error), limit=300)
         if "ersion mismatch" in text or "same version" in text:
-            said = f"Ray or Python differ between this machine and the cluster ({text}); make them equal"
+            trouble = f"Ray or Python differ between this machine and the cluster ({text}); make them equal"
         else:
-            said = f"no Ray cluster answers at {places.address} ({text}); start one, or correct --workers"
-        raise OptionError(said) from error
+            trouble = f"no Ray cluster answers at {places.address} ({text}); start one, or correct --workers"
+        raise OptionError(trouble) from error
     try:
         yield ray
     finally:
@@ -191,15 +191,15 @@ def check(places: RayPlaces, base: Path) -> int:
                 raise LorasmithError(
                     f"a machine of the Ray cluster cannot be checked ({text}); see its logs"
                 ) from error
-        written = [one.name for one in folder.iterdir()]
+        written = [file.name for file in folder.iterdir()]
         faults = [
-            version_fault(name, versions(), one["versions"]) or folder_fault(name, base, secret, one, written)
-            for name, one in seen.items()
+            version_fault(name, versions(), answer["versions"]) or folder_fault(name, base, secret, answer, written)
+            for name, answer in seen.items()
         ]
         for file in folder.iterdir():
             file.unlink(missing_ok=True)
-        if found := next(filter(None, faults), ""):
-            raise LorasmithError(found)
+        if fault := next(filter(None, faults), ""):
+            raise LorasmithError(fault)
         places_there = sum(int(node["Resources"][asked] // (places.cpus or 1)) for node in room)
         return places.workers or places_there
 
@@ -216,23 +216,23 @@ def _look(folder: str, node: str, names: list[str]) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "none"
-    found: dict[str, Any] = {"versions": versions, "file": f"node-{node}", "got_lock": False}
+    answer: dict[str, Any] = {"versions": versions, "file": f"node-{node}", "got_lock": False}
     try:
         with open(os.path.join(folder, "secret")) as file:  # noqa: PTH118, PTH123
-            found["secret"] = file.read()
-        with open(os.path.join(folder, found["file"]), "w") as file:  # noqa: PTH118, PTH123
+            answer["secret"] = file.read()
+        with open(os.path.join(folder, answer["file"]), "w") as file:  # noqa: PTH118, PTH123
             file.write(node)
         with open(os.path.join(folder, "lock"), "a") as file:  # noqa: PTH118, PTH123
             try:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found["got_lock"] = True
+                answer["got_lock"] = True
             except (OSError, ImportError):
                 pass
     except OSError as error:
-        found["fault"] = str(error)
-    return found
+        answer["fault"] = str(error)
+    return answer
 
 
 def main() -> None:
@@ -240,11 +240,11 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # Ray prints to stdout
     try:
-        found: dict[str, Any] = {"workers": check(RayPlaces.parse(sys.argv[1]), Path(sys.argv[2]))}
+        answer: dict[str, Any] = {"workers": check(RayPlaces.parse(sys.argv[1]), Path(sys.argv[2]))}
     except LorasmithError as error:
-        found = {"error": str(error)}
+        answer = {"error": str(error)}
     with os.fdopen(out, "w") as file:
-        file.write(json.dumps(found) + "\n")
+        file.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def _of_record(path: Path, content: bytes, typed: Typed) -> RunSpec:
         raise OptionError(
             f"{path} must be the run.json of a run by lorasmith train, but {error}; name another, or settings in TOML"
         ) from error
-    known = ("command", "folder", "data", *(one.name for one in fields(RunSpec)), *options_of(DataConfig))
+    known = ("command", "folder", "data", *(field.name for field in fields(RunSpec)), *options_of(DataConfig))
     unknown = [name for name in record.source if name not in known]
     unknown += [name for name in record.asked if name not in options_of(TrainConfig)]
     if unknown:
@@ -108,7 +108,7 @@ def repeated(record: RunRecord, file: Path, typed: Typed) -> RunSpec:
 
 def _refuse_missing(record: RunRecord, file: Path, typed: Typed) -> None:
     """Raise OptionError if a record needs extensions that are not here, and in whose place nothing was typed."""
-    replaced = [one.choices for name, one in options_of(TrainConfig).items() if name in typed.spec.settings]
+    replaced = [setting.choices for name, setting in options_of(TrainConfig).items() if name in typed.spec.settings]
     kinds = {choices.group for choices in replaced if isinstance(choices, Registry)}
     if needed := missing(extension for extension in record.extensions if extension.kind not in kinds):
         raise OptionError(f"the run of {file} needs {remedy_for(needed)}")
@@ -116,7 +116,7 @@ def _refuse_missing(record: RunRecord, file: Path, typed: Typed) -> None:
 
 def _without(recorded: RunSpec, typed: RunSpec) -> RunSpec:
     """What of a record is not typed."""
-    others = (one for one in fields(RunSpec) if one.name != "settings" and getattr(typed, one.name))
+    others = (field for field in fields(RunSpec) if field.name != "settings" and getattr(typed, field.name))
     settings = {name: value for name, value in recorded.settings.items() if name not in typed.settings}
     return replace(recorded, **{other.name: other.default for other in others}, settings=settings)  # type: ignore[arg-type]
 
@@ -165,7 +165,9 @@ def _is_here(path: str) -> bool:
     """Whether a path can be read without a confirmation. A hub id cannot, and is not looked up."""
     if path == BUILT_IN:
         return True
-    roots = [one for one in (Path.cwd(), BUILT_IN_BASE.resolve()) if one != one.parent]  # the root contains everything
+    roots = [
+        root for root in (Path.cwd(), BUILT_IN_BASE.resolve()) if root != root.parent
+    ]  # the root contains everything
     if not Path(path).is_absolute() or not _is_inside(Path(os.path.normpath(path)), roots):
         return False
     try:  # links may lead out; paths outside are not resolved, as they may be on a network

@@ -138,9 +138,9 @@ class Reproduction(Host):
 
     def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
         check_verifiable(self._before, fingerprint, self._lora)
-        found = self._differences(fingerprint)
-        if found or self._is_dry:
-            raise _Settled(found)
+        differences = self._differences(fingerprint)
+        if differences or self._is_dry:
+            raise _Settled(differences)
         return super().folder(replace(plan, fresh=True), fingerprint)
 
     def reproduce(self, *, verify: bool = False) -> Reproduced:

@@ -55,7 +55,7 @@ def subject_words(record: RunRecord) -> str:
     trigger = record.source.get("trigger")
     if isinstance(trigger, str) and trigger.strip():
         return trigger.strip()
-    images = [one.caption for one in images_in(record.data) if one.use != "class"]
+    images = [image.caption for image in images_in(record.data) if image.use != "class"]
     return shared_phrase(images or [sample.caption or "" for sample in record.samples])
 
 
@@ -75,7 +75,7 @@ def image_facts(plan: RunPlan) -> dict[str, Any]:
     return {
         "captions_used": captions_used(plan.scan.images, plan.trigger),
         "images": [asdict(image) for image in images[:_RECORDED]],
-        "left_out": [asdict(one) for one in left_out[:_RECORDED]],
+        "left_out": [asdict(skipped) for skipped in left_out[:_RECORDED]],
     }
 
 
@@ -93,7 +93,7 @@ def _listed(values: object, kind: type[_Kind]) -> tuple[_Kind, ...]:
     if not isinstance(values, Sequence):
         return ()
     try:
-        return tuple(typed(one, kind) for one in values)
+        return tuple(typed(value, kind) for value in values)
     except ValueError:
         return ()
 

@@ -94,7 +94,7 @@ def _kept_log(folder: Path, names: Sequence[str] | None) -> Iterator[RunLog]:
     finally:
         log.lock.release()
         with _keeping:
-            while len(_kept) > 1 and sum(one.size_bytes for one in _kept.values()) > _MOST_KEPT_BYTES:
+            while len(_kept) > 1 and sum(log.size_bytes for log in _kept.values()) > _MOST_KEPT_BYTES:
                 del _kept[next(iter(_kept))]
 
 

@@ -87,8 +87,10 @@ def without_places(value: Any, places: Sequence[Path]) -> Any:
     if isinstance(value, Setting):
         return replace(value, value=without_places(value.value, places))
     if isinstance(value, Mapping):
-        return {name: without_places(one, places) for name, one in value.items()}
-    return type(value)(without_places(one, places) for one in value) if isinstance(value, (list, tuple)) else value
+        return {name: without_places(member, places) for name, member in value.items()}
+    return (
+        type(value)(without_places(member, places) for member in value) if isinstance(value, (list, tuple)) else value
+    )
 
 
 def report_of(run: LoggedRun) -> RunReport:
@@ -114,7 +116,7 @@ def report_of(run: LoggedRun) -> RunReport:
         images=images,
         advice=advice_on(run.record, images),
         trained_on=_trained_on(run),
-        left_out=[(one.name, one.reason) for one in left_out_in(run.record.data)],
+        left_out=[(skipped.name, skipped.reason) for skipped in left_out_in(run.record.data)],
         use={} if use is None else use.facts,
         programs={} if use is None else use.programs,
         evaluation=_evaluation(run.folder),
@@ -198,7 +200,7 @@ def loras_of_run(folder: Path, title: str) -> list[tuple[Path, int]]:
     own = re.compile(rf"{re.escape(title)}(-best|-step\d+)?")
     paths = [path for path in folder.glob("*.safetensors") if own.fullmatch(path.stem) and is_own(path, folder)]
     found = [(path, step) for path in paths if (step := _steps(str(path), stamp_of(path))) is not None]
-    return sorted(found, key=lambda one: (one[1], one[0].name))
+    return sorted(found, key=lambda lora: (lora[1], lora[0].name))
 
 
 @functools.lru_cache(maxsize=5000)
@@ -238,7 +240,7 @@ def _use(run: LoggedRun, lora: Path) -> LoraUse:
         pipeline=model.pipeline,
         controls=0
         if record.consequences.are_pairs
-        else max((one.controls for one in images_in(record.data)), default=0),
+        else max((image.controls for image in images_in(record.data)), default=0),
     )
 
 
@@ -349,7 +351,7 @@ def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, Pictu
     counts = Counter(strength for _, strength, _ in adapted)
     usual = max(counts, key=lambda count: (counts[count], count == 1), default=1.0)
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual]
-    by_strength = [(label, paths) for _, label, paths in sorted(final, key=lambda one: one[0])]
+    by_strength = [(label, paths) for _, label, paths in sorted(final, key=lambda row: row[0])]
     before_after = PictureTable(prompts, pairs + by_strength, "Pictures of the base model and with the LoRA, by prompt")
     if len(over_time) < 2:
         return before_after, None  # the second table would have the same pictures
@@ -359,7 +361,7 @@ def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, Pictu
 
 def _pair(folder: Path, stem: str, count: int) -> list[Path | None]:
     stems = [folder / "samples" / f"{stem}-{number}" for number in range(1, count + 1)]
-    paths = [one.with_suffix(".webp" if one.with_suffix(".webp").is_file() else ".png") for one in stems]
+    paths = [stem.with_suffix(".webp" if stem.with_suffix(".webp").is_file() else ".png") for stem in stems]
     return [path if is_own(path, folder) else None for path in paths]
 
 

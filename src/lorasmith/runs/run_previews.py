@@ -72,14 +72,14 @@ def previews_of(
     # Where text encoders are not trained, a continued LoRA may have layers for them.
     carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
     pairs = _pairs(plan, len(program.prompts))
-    if config.preview_frames is not None and any("known" in one.conditioning.tensors for one in pairs):
+    if config.preview_frames is not None and any("known" in pair.conditioning.tensors for pair in pairs):
         message = "preview_frames has no effect: a preview has as many frames as the clip that it is given frames of"
         host.on_event(Warned(message=message))
     previewer = Previewer(
         drawn,
         program.prompts,
-        pictures=[one.conditioning.pictures for one in pairs],
-        seen=[[picture.pixels() for picture in one.seen] for one in pairs],
+        pictures=[pair.conditioning.pictures for pair in pairs],
+        seen=[[picture.pixels() for picture in pair.seen] for pair in pairs],
         load=lambda path, strength: (
             Lora.load(path, base).applied(drawn, None, strength=strength, bypass=in_place or None).denoiser
         ),
@@ -174,21 +174,21 @@ def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict
         return {}
     if frames := base.control_form.frames:
         with base.autoencoder.active(device):
-            clips = [clip_of(base, one.latents[None]) for one in pairs]
-        given = zip(("control", "control-2"), frames, strict=False)
-        return {**{stem: [clip.frames[place] for clip in clips] for stem, place in given}, "target": [*clips]}
-    rows = {"target": [one.latents[None] for one in pairs]}
-    for index in range(min(len(one.conditioning.controls) for one in pairs)):
-        rows[f"control-{index + 1}" if index else "control"] = [one.conditioning.controls[index] for one in pairs]
+            clips = [clip_of(base, pair.latents[None]) for pair in pairs]
+        control_frames = zip(("control", "control-2"), frames, strict=False)
+        return {**{stem: [clip.frames[place] for clip in clips] for stem, place in control_frames}, "target": [*clips]}
+    rows = {"target": [pair.latents[None] for pair in pairs]}
+    for index in range(min(len(pair.conditioning.controls) for pair in pairs)):
+        rows[f"control-{index + 1}" if index else "control"] = [pair.conditioning.controls[index] for pair in pairs]
     latent, autoencoder, masks = base.components.latent, base.autoencoder, dict[str, list[PictureOrClip]]()
     if base.control_form.is_fill:
-        known = [one.conditioning.tensors["known"].split(latent.channels, dim=1) for one in pairs]
-        rows["control"] = [given for given, *_ in known]
+        known = [pair.conditioning.tensors["known"].split(latent.channels, dim=1) for pair in pairs]
+        rows["control"] = [control for control, *_ in known]
         covered = [functional.pixel_shuffle(torch.cat(mask, dim=1), latent.downscale) for _, *mask in known]
-        masks["mask"] = [to_images(one.expand(-1, 3, -1, -1) * 2 - 1)[0] for one in covered]
+        masks["mask"] = [to_images(mask_.expand(-1, 3, -1, -1) * 2 - 1)[0] for mask_ in covered]
     with autoencoder.active(device):
         return masks | {
-            stem: [to_images(autoencoder.decode(latent.from_model(one)))[0] for one in row]
+            stem: [to_images(autoencoder.decode(latent.from_model(latents)))[0] for latents in row]
             for stem, row in rows.items()
         }
 
@@ -220,7 +220,9 @@ class RunPreviews:
         self._draw, self._prompts, self._beside = draw, program.prompts, beside
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.steps, self._strengths = program.steps, program.strengths
-        self._on_the_way = tuple(one for one in program.strengths if one != 1) if program.is_strip else ()
+        self._on_the_way = (
+            tuple(strength for strength in program.strengths if strength != 1) if program.is_strip else ()
+        )
         self._evaluate = evaluate
         self._host, self._private, self._job, self.in_place = host, plan.job.config.private, plan.job, in_place
         self._base_is_written = False
@@ -281,7 +283,7 @@ class RunPreviews:
     def _previews(self, step: int, lora: Path, final: bool) -> Iterator[Event]:
         files = self._files
         strengths = self._strengths if final else self._on_the_way
-        rows = (not self._base_is_written) + 1 + sum(one != 1 for one in strengths)
+        rows = (not self._base_is_written) + 1 + sum(strength != 1 for strength in strengths)
         draw = self._counted(rows)
         if not self._base_is_written:
             yield from self._base(step, draw)

@@ -62,7 +62,7 @@ class ShelfModel:
 def releases() -> dict[str, tuple[Family, Release]]:
     """Every released model to begin with, by its name; the smallest first, with its encoders and autoencoder."""
     found = [(family, release) for _, family in FAMILIES.items() for release in family.releases]
-    return {one.name: (family, one) for family, one in sorted(found, key=lambda pair: gigabytes_of(*pair))}
+    return {release.name: (family, release) for family, release in sorted(found, key=lambda pair: gigabytes_of(*pair))}
 
 
 def gigabytes_of(family: Family, release: Release) -> float:
@@ -84,7 +84,7 @@ def shelf(folders: Folders) -> list[ShelfModel]:
 def wanted_files(folders: Folders, name: str) -> ShelfModel:
     """The released model of a name. Raises OptionError for an unknown one."""
     _released(name)
-    return next(one for one in shelf(folders) if one.release.name == name)
+    return next(shelved for shelved in shelf(folders) if shelved.release.name == name)
 
 
 def _released(name: str) -> tuple[Family, Release]:

@@ -194,7 +194,7 @@ def use_of(
 
 def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str, pipeline: str, controls: int) -> str:
     """Code to copy. Values are untrusted and written as literals."""
-    ones = [one for name, one in FAMILIES.items() if name == family]
+    ones = [member for name, member in FAMILIES.items() if name == family]
     if not pipeline.isidentifier():
         pipeline = ones[0].pipeline if ones else "DiffusionPipeline"
     draws_clips = bool(ones) and ones[0].draws_clips
@@ -204,8 +204,8 @@ def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str, pipe
             load = "from_single_file"
         else:
             source = f"the diffusers folder or hub id of {Path(model).stem}"
-    given = [f"load_image('before{number or ''}.png')" for number in range(controls)]
-    image = f"image={given[0] if controls == 1 else '[' + ', '.join(given) + ']'}, " if controls else ""
+    loaded = [f"load_image('before{number or ''}.png')" for number in range(controls)]
+    image = f"image={loaded[0] if controls == 1 else '[' + ', '.join(loaded) + ']'}, " if controls else ""
     drawn = f"pipeline({image}prompt={prompt!r})"
     last = f"{drawn}.images[0].save('picture.png')"
     if draws_clips:

@@ -131,7 +131,7 @@ class RunSpec:
 
     def completed(self, other: RunSpec) -> RunSpec:
         """The spec, with the values of `other` where its own are missing."""
-        missing = {one.name: getattr(other, one.name) for one in fields(self) if not getattr(self, one.name)}
+        missing = {field.name: getattr(other, field.name) for field in fields(self) if not getattr(self, field.name)}
         return replace(self, **{**missing, "settings": {**other.settings, **self.settings}})
 
     def trusted(
@@ -200,8 +200,8 @@ class RunSpec:
             "preset": self.preset or NO_PRESET,
             "kind": self.kind,
         }
-        given = {option: value for option, value in own.items() if value} | changed(self.data) | changed(self.config)
-        return ["lorasmith", "train", *([positional(self.folder)] if is_plain else []), *arguments_for(given)]
+        options = {option: value for option, value in own.items() if value} | changed(self.data) | changed(self.config)
+        return ["lorasmith", "train", *([positional(self.folder)] if is_plain else []), *arguments_for(options)]
 
     @classmethod
     def from_record(cls, source: Mapping[str, Any], asked: Mapping[str, Any]) -> RunSpec:
@@ -211,15 +211,15 @@ class RunSpec:
         """
         if source.get("command") != "train":
             raise ValueError("source.command must be train")
-        given = {name: source[name] for name in _RECORDED if name in source}
+        arguments = {name: source[name] for name in _RECORDED if name in source}
         if "folder" in source:
-            given = {"sources": [{"path": source["folder"]}], **given}
-        if missing := next((name for name in _RECORDED[:3] if name not in given), None):
+            arguments = {"sources": [{"path": source["folder"]}], **arguments}
+        if missing := next((name for name in _RECORDED[:3] if name not in arguments), None):
             raise ValueError(f"source.{missing} is missing")
         if stray := next((name for name in asked if name in options_of(DataConfig)), None):
             raise ValueError(f"asked.{stray} is a setting of data, which belongs in source")
         try:
-            spec = typed({**given, "preset": NO_PRESET}, cls, "source")
+            spec = typed({**arguments, "preset": NO_PRESET}, cls, "source")
             spec = spec.with_settings(**{name: source[name] for name in options_of(DataConfig) if name in source})
             spec.data  # noqa: B018 - checked here
         except OptionError as error:
@@ -228,7 +228,7 @@ class RunSpec:
 
     def to_request(self) -> dict[str, Any]:
         """The request of a job as JSON values, without what has its default."""
-        own = {one.name: getattr(self, one.name) for one in fields(self)}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
         sources = [{"path": source.path, **changed(source)} for source in self.sources]
         own |= {"sources": sources, "settings": dict(self.settings)}
         return {name: value for name, value in own.items() if value or name == "settings"}
@@ -273,30 +273,33 @@ def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:
         raise OptionError(f"{path} must be TOML, such as steps = 500, but {error}; correct that line") from error
 
 
-def arguments_in(found: Mapping[str, Any], path: Path) -> RunSpec:
+def arguments_in(content: Mapping[str, Any], path: Path) -> RunSpec:
     """The run that the values in a file of settings describe, with absolute paths. Raises OptionError."""
-    own = [one.name for one in fields(RunSpec) if one.name != "settings"]
-    for key in found:
+    own = [field.name for field in fields(RunSpec) if field.name != "settings"]
+    for key in content:
         if key not in own and key not in SETTINGS:
             known = [*own, *SETTINGS]
             raise OptionError(
                 f"{path} has an unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}"
             )
-    if found.get("follow_links"):
+    if content.get("follow_links"):
         raise OptionError(f"{path} may not have follow_links, as its folders may be a stranger's; type --follow-links")
     try:
-        given = typed(
+        spec = typed(
             {
-                **{key: found[key] for key in own if key in found},
-                "sources": [one if isinstance(one, dict) else {"path": one} for one in _listed(found.get("sources"))],
-                "text_encoders": _listed(found.get("text_encoders")),
-                "settings": {key: value for key, value in found.items() if key in SETTINGS},
+                **{key: content[key] for key in own if key in content},
+                "sources": [
+                    source if isinstance(source, dict) else {"path": source}
+                    for source in _listed(content.get("sources"))
+                ],
+                "text_encoders": _listed(content.get("text_encoders")),
+                "settings": {key: value for key, value in content.items() if key in SETTINGS},
             },
             RunSpec,
         )
     except ValueError as error:
         raise OptionError(f"{path}: {error}; correct it") from error
-    return _in_folder(given, path.resolve().parent)
+    return _in_folder(spec, path.resolve().parent)
 
 
 def absolute(path: str) -> str:
@@ -314,23 +317,23 @@ def _name_of(source: ImageSource) -> str:
     return file_stem(path.parent.name if path.suffix and path.is_file() else path.name)
 
 
-def _in_folder(given: RunSpec, folder: Path) -> RunSpec:
+def _in_folder(spec: RunSpec, folder: Path) -> RunSpec:
     def inside(path: str) -> str:
         return str(folder / path)
 
     def file(path: str) -> str:  # a hub id or a built-in name is not a path
         return inside(path) if path != BUILT_IN and (folder / path).exists() else path
 
-    settings = {key: _each(inside, value) if given._paths_of(key) else value for key, value in given.settings.items()}
+    settings = {key: _each(inside, value) if spec._paths_of(key) else value for key, value in spec.settings.items()}
     return replace(
-        given,
-        sources=tuple(replace(source, path=inside(source.path)) for source in given.sources),
-        model=given.model and file(given.model),
-        low_noise_model=given.low_noise_model and file(given.low_noise_model),
-        text_encoders=tuple(map(file, given.text_encoders)),
-        vae=given.vae and file(given.vae),
-        output=given.output and inside(given.output),
-        validation=given.validation and inside(given.validation),
+        spec,
+        sources=tuple(replace(source, path=inside(source.path)) for source in spec.sources),
+        model=spec.model and file(spec.model),
+        low_noise_model=spec.low_noise_model and file(spec.low_noise_model),
+        text_encoders=tuple(map(file, spec.text_encoders)),
+        vae=spec.vae and file(spec.vae),
+        output=spec.output and inside(spec.output),
+        validation=spec.validation and inside(spec.validation),
         settings=settings,
     )
 
@@ -343,5 +346,5 @@ def _listed(value: Any) -> list[Any]:
 def _each(change: Callable[[Any], str], value: Any) -> Any:
     """A path, or each of several, changed."""
     if isinstance(value, list | tuple):
-        return tuple(_each(change, one) for one in value)
+        return tuple(_each(change, item) for item in value)
     return change(value) if isinstance(value, str | os.PathLike) else value

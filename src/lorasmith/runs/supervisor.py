@@ -117,7 +117,7 @@ class Supervisor:
         """
         for worker in self.workers:
             if id in worker.jobs:
-                others = {one for one in worker.jobs if alone and one != id}
+                others = {job for job in worker.jobs if alone and job != id}
                 self._stops |= dict.fromkeys(worker.jobs.keys() - others, _Stop(state, error))
                 self._stops |= dict.fromkeys(others, _Stop("interrupted", _STOPPED_WITH))
                 worker.cancel()

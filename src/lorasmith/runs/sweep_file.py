@@ -63,17 +63,17 @@ def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
     OptionError if the file cannot be read, has an unknown key, setting or value, no runs or too many, or a run without
     model, images or held-out images.
     """
-    found = parsed_toml(path, read_typed(path))
-    tables = {name: found.pop(name) for name in _TABLES if name in found}
+    content = parsed_toml(path, read_typed(path))
+    tables = {name: content.pop(name) for name in _TABLES if name in content}
     if len(tables) != 1:
-        got = "both" if tables else "neither" + nearest(next(reversed(found), ""), _TABLES)
+        got = "both" if tables else "neither" + nearest(next(reversed(content), ""), _TABLES)
         raise OptionError(f"{path} must have a table [grid] or [random] of settings to vary, got {got}; write one")
     [(kind, table)] = tables.items()
-    whole = arguments_in(found, path)
+    whole = arguments_in(content, path)
     try:
-        _check_table(kind, table, found)
+        _check_table(kind, table, content)
         varied = _named(_of_grid(table) if kind == "grid" else _of_random(table))
-        runs = {name: _run(values, found, path, follow_links) for name, values in varied.items()}
+        runs = {name: _run(values, content, path, follow_links) for name, values in varied.items()}
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from error
     output = None if whole.output is None else Path(whole.output)
@@ -106,10 +106,10 @@ def check_held_out(runs: Iterable[RunSpec], *, where: str) -> None:
             )
 
 
-def _run(values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> RunSpec:
+def _run(values: Values, fixed: Mapping[str, Any], path: Path, follow_links: bool) -> RunSpec:
     varied = {key: value for key, value in values.items() if key != _FOLDER}
     images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
-    run_spec = arguments_in({"previews": "", **found, **varied, **images}, path)
+    run_spec = arguments_in({"previews": "", **fixed, **varied, **images}, path)
     if run_spec.settings.get("track", "none") != "none":
         raise OptionError(f"a sweep starts no tracker, got track {run_spec.settings['track']!r}; leave it out")
     spec = replace(run_spec.trusted().with_settings(follow_links=follow_links).resolved(), output=None)
@@ -125,7 +125,7 @@ def _check_judged(spec: RunSpec) -> None:
         )
 
 
-def _check_table(kind: str, table: Any, found: Mapping[str, Any]) -> None:
+def _check_table(kind: str, table: Any, fixed: Mapping[str, Any]) -> None:
     """Raise OptionError unless the table varies at least one known setting, which is nowhere else in the file."""
     if not isinstance(table, dict) or not _settings_in(kind, table):
         raise OptionError(f"[{kind}] must have a setting to vary, got none; write rank = [8, 16]")
@@ -133,7 +133,7 @@ def _check_table(kind: str, table: Any, found: Mapping[str, Any]) -> None:
         if name not in SETTINGS and name != _FOLDER:
             known = [_FOLDER, *SETTINGS]
             raise OptionError(f"[{kind}] has an unknown setting {name!r}{nearest(name, known)}; correct its name")
-        if name in found or (name == _FOLDER and "sources" in found):
+        if name in fixed or (name == _FOLDER and "sources" in fixed):
             twin = "sources" if name == _FOLDER else name
             raise OptionError(f"a setting must stand in one place, got {twin} and {kind}.{name}; remove one of them")
 
@@ -142,7 +142,11 @@ def _settings_in(kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a table, without the entries that say how to draw."""
     if kind == "grid":
         return dict(table)
-    return {key: one for key, one in table.items() if key != "runs" and (key != "seed" or isinstance(one, list | dict))}
+    return {
+        key: value
+        for key, value in table.items()
+        if key != "runs" and (key != "seed" or isinstance(value, list | dict))
+    }
 
 
 def _of_grid(table: Mapping[str, Any]) -> list[Values]:
@@ -163,11 +167,15 @@ def _of_random(table: Mapping[str, Any]) -> list[Values]:
     _check_count(runs, "fewer")
     drawn: dict[tuple[Scalar, ...], Values] = {}
     drawers = {
-        name: _range(f"random.{name}", name, one) if isinstance(one, dict) else _listed(f"random.{name}", name, one)
-        for name, one in settings.items()
+        name: _range(f"random.{name}", name, value)
+        if isinstance(value, dict)
+        else _listed(f"random.{name}", name, value)
+        for name, value in settings.items()
     }
     for attempt in range(_DRAWS * runs):
-        values = {name: _drawn(one, keyed_uniform(seed, f"sweep {name}", attempt)) for name, one in drawers.items()}
+        values = {
+            name: _drawn(range_, keyed_uniform(seed, f"sweep {name}", attempt)) for name, range_ in drawers.items()
+        }
         drawn.setdefault(tuple(values.values()), values)
         if len(drawn) == runs:
             return list(drawn.values())
@@ -186,8 +194,8 @@ def _listed(place: str, name: str, values: Any) -> list[Scalar]:
     """The values of a list, checked to be different, and each in the type and range of the setting."""
     if not isinstance(values, list) or not values:
         raise OptionError(f"{place} must be a list of values such as {name} = [...], got {values!r}; list at least one")
-    checked = [_checked(name, one) for one in values]
-    if twice := [one for index, one in enumerate(checked) if one in checked[:index]]:
+    checked = [_checked(name, value) for value in values]
+    if twice := [value for index, value in enumerate(checked) if value in checked[:index]]:
         raise OptionError(f"{place} must list each value once, got {twice[0]!r} twice; remove one")
     return checked
 
@@ -211,32 +219,32 @@ class _Range:
     whole: bool
 
 
-def _range(place: str, name: str, given: Mapping[str, Any]) -> _Range:
-    if unknown := next((key for key in given if key not in ("low", "high", "log")), None):
+def _range(place: str, name: str, table: Mapping[str, Any]) -> _Range:
+    if unknown := next((key for key in table if key not in ("low", "high", "log")), None):
         raise OptionError(f"{place} is a range of low, high and log, got {unknown!r}; correct its name")
     if name == _FOLDER or SETTINGS[name].type not in (int, float):
         raise OptionError(f"{place} must be a list, as {name} is not a number, got a range; write {name} = [...]")
-    if "low" not in given or "high" not in given or not isinstance(log := given.get("log", False), bool):
-        raise OptionError(f"{place} must have low, high and, as true or false, log, got {dict(given)!r}; complete it")
-    low, high = SETTINGS[name].check(given["low"]), SETTINGS[name].check(given["high"])
+    if "low" not in table or "high" not in table or not isinstance(log := table.get("log", False), bool):
+        raise OptionError(f"{place} must have low, high and, as true or false, log, got {dict(table)!r}; complete it")
+    low, high = SETTINGS[name].check(table["low"]), SETTINGS[name].check(table["high"])
     if not low < high or (log and low <= 0):
         rule = "0 < low < high with log" if log else "low < high"
         raise OptionError(f"{place} must have {rule}, got low {low:g} and high {high:g}; correct them")
     return _Range(low, high, log, SETTINGS[name].type is int)
 
 
-def _drawn(given: _Range | Sequence[Scalar], uniform: float) -> Scalar:
+def _drawn(values: _Range | Sequence[Scalar], uniform: float) -> Scalar:
     """The value at a position in [0, 1). Numbers of a range have three digits, all of which are in the run's name."""
-    if not isinstance(given, _Range):
-        return given[int(uniform * len(given))]
-    if given.log:
-        value = given.low * (given.high / given.low) ** uniform
-    elif given.whole:
-        return int(given.low + uniform * (given.high - given.low + 1))
+    if not isinstance(values, _Range):
+        return values[int(uniform * len(values))]
+    if values.log:
+        value = values.low * (values.high / values.low) ** uniform
+    elif values.whole:
+        return int(values.low + uniform * (values.high - values.low + 1))
     else:
-        value = given.low + uniform * (given.high - given.low)
-    inside = min(given.high, max(given.low, float(f"{value:.3g}")))
-    return round(value) if given.whole else inside
+        value = values.low + uniform * (values.high - values.low)
+    inside = min(values.high, max(values.low, float(f"{value:.3g}")))
+    return round(value) if values.whole else inside
 
 
 def _named(varied: Sequence[Values]) -> dict[str, Values]:

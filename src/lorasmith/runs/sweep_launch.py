@@ -81,9 +81,9 @@ def submit_to_slurm(
         check=False,
     )
     if ran.returncode:
-        said = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"
+        trouble = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"
         raise TrainingError(
-            f"sbatch must accept {script}, but it said: {said}; give what it needs with --slurm-options"
+            f"sbatch must accept {script}, but it said: {trouble}; give what it needs with --slurm-options"
         )
     return ran.stdout.strip().partition(";")[0], script
 

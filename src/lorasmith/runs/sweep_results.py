@@ -115,13 +115,13 @@ def sweep_record(file: str, entries: Iterable[SweepEntry]) -> SweepRecord:
     """The results of all runs, ranked."""
     entries = list(entries)
     ranked = [entry for entry in entries if entry.state == "complete" and entry.loss is not None]
-    comparable = len({one.judged_by for one in ranked}) <= 1
+    comparable = len({entry.judged_by for entry in ranked}) <= 1
 
-    def key(one: SweepEntry) -> tuple[float, int]:
-        value = one.loss if comparable else one.change
-        return (math.inf if value is None else value), one.number
+    def key(entry: SweepEntry) -> tuple[float, int]:
+        value = entry.loss if comparable else entry.change
+        return (math.inf if value is None else value), entry.number
 
-    placed = [replace(one, place=place) for place, one in enumerate(sorted(ranked, key=key), start=1)]
+    placed = [replace(entry, place=place) for place, entry in enumerate(sorted(ranked, key=key), start=1)]
     others = [entry for entry in entries if entry not in ranked]
     return SweepRecord(file=file, comparable=comparable, runs=(*placed, *others))
 
@@ -157,7 +157,7 @@ def _identity(spec: RunSpec, chosen: Set[str]) -> dict[str, Any]:
     }
     for name in SETTING_PATHS:
         if isinstance(path := settings.get(name), str | tuple):
-            settings[name] = [PurePath(one).name for one in ([path] if isinstance(path, str) else path)]
+            settings[name] = [PurePath(item).name for item in ([path] if isinstance(path, str) else path)]
     images = [replace(source, path=PurePath(source.path).name) for source in spec.sources]
     validation = spec.validation and PurePath(spec.validation).name
     return {"images": images, "validation": validation, "model": PurePath(spec.model).name, **settings}
@@ -192,16 +192,17 @@ def _report(record: SweepRecord, output: Path) -> SweepReport:
     counts = Counter(run.state for run in record.runs)
     varied = list(dict.fromkeys(name for run in record.runs for name in run.settings))
     pictures = [
-        (one, previews_of(output / one.name, read_run(output / one.name).view)[0]) for one in ranked[:_WITH_PICTURES]
+        (entry, previews_of(output / entry.name, read_run(output / entry.name).view)[0])
+        for entry in ranked[:_WITH_PICTURES]
     ]
-    table, sheets = _side_by_side([(one.name, found) for one, found in pictures if found is not None])
+    table, sheets = _side_by_side([(entry.name, pictured) for entry, pictured in pictures if pictured is not None])
     return SweepReport(
         title=output.resolve().name,
         summary=f"{record.file} · {', '.join(f'{count:,} {state}' for state, count in counts.items())}",
         verdict=_verdict(ranked),
         comparable=record.comparable,
         varied=varied,
-        ranked=[_ranked(one, varied, output) for one in ranked],
+        ranked=[_ranked(entry, varied, output) for entry in ranked],
         unranked=[
             UnrankedRun(run.name, run.state, run.steps, without_places(run.error, (output.resolve(), Path.home())))
             for run in record.runs
@@ -241,12 +242,12 @@ def _ranked(entry: SweepEntry, varied: list[str], output: Path) -> RankedRun:
     )
 
 
-def _side_by_side(found: list[tuple[str, PictureTable]]) -> tuple[PictureTable | None, list[tuple[str, PictureTable]]]:
+def _side_by_side(tables: list[tuple[str, PictureTable]]) -> tuple[PictureTable | None, list[tuple[str, PictureTable]]]:
     """One table, with the LoRA of each run at its greatest strength, if all have the same prompts."""
-    columns = {tuple(table.columns) for _, table in found}
+    columns = {tuple(table.columns) for _, table in tables}
     if len(columns) != 1 or columns == {()}:
-        return None, found
-    base = [row for row in found[0][1].rows if row[0] == "base model"]
-    rows = [(name, table.rows[-1][1]) for name, table in found]
+        return None, tables
+    base = [row for row in tables[0][1].rows if row[0] == "base model"]
+    rows = [(name, table.rows[-1][1]) for name, table in tables]
     about = "Pictures of the base model and of each run, by prompt"
     return PictureTable(columns.pop(), [*base, *rows], about), []

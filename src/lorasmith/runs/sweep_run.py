@@ -40,7 +40,10 @@ QUEUE = "queue.sqlite3"
 _POLL_S = 0.1
 _GRACE_S = 24 * 3600.0  # a sweep waits until its runs have saved
 _MOST_FAILED_STARTS = 3
-_OF_THE_MODEL = (*(name for name, one in options_of(TrainConfig).items() if one.of_model or one.is_path), "strict")
+_OF_THE_MODEL = (
+    *(name for name, setting in options_of(TrainConfig).items() if setting.of_model or setting.is_path),
+    "strict",
+)
 
 
 class SweepListener(Protocol):
@@ -74,7 +77,7 @@ def failures_in(output: Path) -> dict[str, str]:
     return {name: failure for name, failure in found.items() if failure is not None}
 
 
-def sweep_devices(given: str | None) -> tuple[str, ...]:
+def sweep_devices(named: str | None) -> tuple[str, ...]:
     """The devices to train on: those named, separated by commas, else all GPUs, or the CPU.
 
     Allocates nothing on a GPU. OptionError if a device does not exist or is named twice.
@@ -85,12 +88,12 @@ def sweep_devices(given: str | None) -> tuple[str, ...]:
 
     count = torch.cuda.device_count()
     there = [f"cuda:{index}" for index in range(count)] or ["cpu"]
-    if given is None:
+    if named is None:
         return tuple(there)
-    names = [one.strip() for one in given.split(",")]
-    names = ["cuda:0" if one == "cuda" else one for one in names]
+    names = [device.strip() for device in named.split(",")]
+    names = ["cuda:0" if name == "cuda" else name for name in names]
     if len(set(names)) < len(names):
-        raise OptionError(f"--devices must name each device once, as it trains one run at a time, got {given!r}")
+        raise OptionError(f"--devices must name each device once, as it trains one run at a time, got {named!r}")
     for name in names:
         if name.startswith("cuda") and name not in there:
             raise OptionError(f"device must be one that is here ({', '.join(there)}), got {name!r}; name one of these")
@@ -104,8 +107,8 @@ def grouped(runs: Mapping[str, RunSpec], most: int) -> list[tuple[str, ...]]:
     groups: list[tuple[str, ...]] = []
     filling: dict[object, int] = {}
     for name, spec in runs.items():
-        alone = any(getattr(spec.config, one) for one in TRAINS_ALONE)
-        key = None if alone else (spec.files, *(getattr(spec.config, one) for one in _OF_THE_MODEL))
+        alone = any(getattr(spec.config, setting) for setting in TRAINS_ALONE)
+        key = None if alone else (spec.files, *(getattr(spec.config, setting) for setting in _OF_THE_MODEL))
         place = filling.get(key)
         if key is None or place is None or len(groups[place]) == most:
             filling[key] = len(groups)
@@ -216,13 +219,13 @@ class _Listener:
     def report(self) -> None:
         """Report what has happened. Raises what went wrong."""
         while self._unreported:
-            found = self._unreported.popleft()
-            if isinstance(found, LorasmithError):
-                raise found
-            if found.state == "running":
-                self._progress.started(found.id, found.device or "")
+            event = self._unreported.popleft()
+            if isinstance(event, LorasmithError):
+                raise event
+            if event.state == "running":
+                self._progress.started(event.id, event.device or "")
             else:
-                self._progress.ended(found.id, found.failure)
+                self._progress.ended(event.id, event.failure)
 
     def changed(self, job: Job) -> None:
         end = self._output / LOGS / f"{job.id}.json"

@@ -118,13 +118,13 @@ def work_of(family: str, weights: int = 0) -> StepWork | None:
     Products of a size that was not counted are in proportion to the weights, which are in millions; of 0, which is
     unknown, they are those of the family's largest release.
     """
-    known = [one for name, one in STEP_WORK.items() if one.family == family and name != BUILT_IN]
+    known = [work for name, work in STEP_WORK.items() if work.family == family and name != BUILT_IN]
     if not known:
         return None
-    largest = max(known, key=lambda one: one.weights)
+    largest = max(known, key=lambda work: work.weights)
     if not weights:
         return largest
-    nearest = min(known, key=lambda one: abs(math.log(weights / one.weights)))
+    nearest = min(known, key=lambda work: abs(math.log(weights / work.weights)))
     ratio = weights / nearest.weights
     return replace(nearest, weights=weights, gflop=nearest.gflop * ratio, least_gib=nearest.least_gib * ratio)
 
@@ -144,7 +144,7 @@ def best_of(models: Iterable[tuple[str, float | None, bool | None]]) -> str | No
     fitting = [(name, seconds) for name, seconds, fits in models if seconds is not None and fits is not False]
     if soon := [name for name, seconds in fitting if seconds <= EVENING_S]:
         return soon[-1]
-    fastest = min(fitting, key=lambda one: one[1], default=None)
+    fastest = min(fitting, key=lambda pair: pair[1], default=None)
     return fastest[0] if fastest is not None and fastest[1] <= DAY_S else None
 
 

@@ -209,14 +209,14 @@ class Trainer:
             ModelError: the model cannot be loaded, or is none.
             DataError: the samples do not fit the model, or are none.
         """
-        given, settings = taken(TrainerArguments, "Trainer", arguments)
+        own, settings = taken(TrainerArguments, "Trainer", arguments)
         self.model = trainable_of(model)
         samples = samples_of(data, _only_samples)
-        config = config_over(given.config, {**settings, "loss": given.loss})
+        config = config_over(own.config, {**settings, "loss": own.loss})
         idle = [name for name in _IDLE if getattr(config, name) and not config.is_default(name)]
-        if idle and given.progress:
+        if idle and own.progress:
             warnings.warn(f"no effect on a Trainer, which leaves this to you: {', '.join(idle)}", stacklevel=2)
-        job = plan_job(self.model, config, chosen_device(given.device))
+        job = plan_job(self.model, config, chosen_device(own.device))
         job.model.check(samples.samples)
         parts = split(samples, share=job.config.validation_share)
         self._data, self.held_out = parts.training, parts.held_out
@@ -227,7 +227,7 @@ class Trainer:
         self._open = contextlib.ExitStack()
         self._depth = 0
         self._current: TrainStep | None = None
-        for sentence in self.job.notes if given.progress else ():
+        for sentence in self.job.notes if own.progress else ():
             if not isinstance(sentence, ReportNote):
                 note(sentence)
         if self.job.config.existing_state is not None:
@@ -400,8 +400,8 @@ _IDLE = dict.fromkeys(name for name in options_of(WatcherSettings) if name != "v
 """Settings of what surrounds the steps of a run."""
 
 
-def _only_samples(given: object) -> EncodedDataset:
+def _only_samples(value: object) -> EncodedDataset:
     raise DataError(
-        f"a Trainer needs encoded samples, got {described(given)}; encode them first: "
+        f"a Trainer needs encoded samples, got {described(value)}; encode them first: "
         "lorasmith.load_dataset(pictures, model)"
     )

@@ -207,11 +207,11 @@ class TrainingJobs:
         encoded: dict[object, Samples] = {}
 
         def prepared(job: Mapping[str, Any]) -> dict[str, Any]:
-            found, host = self._planned(job, None, encoded)
-            released.callback(_release, found)
-            encoded[images_of(found.spec)] = found.data, found.validation
-            check_captions(found.job, found.data)
-            ready[job["id"]] = found, host
+            planned, host = self._planned(job, None, encoded)
+            released.callback(_release, planned)
+            encoded[images_of(planned.spec)] = planned.data, planned.validation
+            check_captions(planned.job, planned.data)
+            ready[job["id"]] = planned, host
             return {}
 
         def trained(job: Mapping[str, Any], engine: EngineMaker) -> None:
@@ -238,28 +238,28 @@ class TrainingJobs:
     def _planned(
         self, job: Mapping[str, Any], before: Path | None, encoded: dict[object, Samples]
     ) -> tuple[FolderPlan, _JobHost]:
-        folders, given = self._work.folders(), spec_of(job["request"])
-        if given.low_noise_model is not None:
+        folders, spec = self._work.folders(), spec_of(job["request"])
+        if spec.low_noise_model is not None:
             raise OptionError(
-                f"a job trains one model, got low_noise_model {given.low_noise_model}; send a job for each expert, or "
+                f"a job trains one model, got low_noise_model {spec.low_noise_model}; send a job for each expert, or "
                 "run lorasmith train --low-noise-model"
             )
         if self._work.cancelled.is_set():
             raise CancelledError("the job was cancelled before it began")
         # A worker sees a single GPU.
-        named = None if (given.device or "cuda").startswith("cuda") else given.device
-        output = None if given.output is None else str(folders.base / given.output)
+        named = None if (spec.device or "cuda").startswith("cuda") else spec.device
+        output = None if spec.output is None else str(folders.base / spec.output)
         host = _JobHost(folders, self.model, self._reporter(job), self._work.cancelled.is_set, before, encoded)
-        return plan(replace(given.trusted(), device=self._device or named, output=output), host), host
+        return plan(replace(spec.trusted(), device=self._device or named, output=output), host), host
 
     def _measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """The seconds per step and the peak memory of a training."""
-        given, device = spec_of(job["request"]), device_of(self._work.start)
-        if not given.model:
+        spec, device = spec_of(job["request"]), device_of(self._work.start)
+        if not spec.model:
             raise OptionError("a measurement needs a model, got none; name one")
-        base = self.model.load(given.files, self._work.folders()).model
-        config = given.trusted().config
-        side = latent_side(base, given.data.resolution)
+        base = self.model.load(spec.files, self._work.folders()).model
+        config = spec.trusted().config
+        side = latent_side(base, spec.data.resolution)
         planned = plan_job(base.denoiser, config, device)
         samples = synthetic_samples(
             base, config.samples_per_step, side, side, are_pairs=config.consequences().are_pairs
@@ -270,16 +270,16 @@ class TrainingJobs:
                 raise CancelledError("the measurement was cancelled")
 
         begin("the model")
-        found = measured(planned, samples, steps=_TIMED_STEPS, floor=False, on_stage=begin)
+        times = measured(planned, samples, steps=_TIMED_STEPS, floor=False, on_stage=begin)
         values = {
-            "seconds_per_step": found.step.median,
-            "seconds_low": found.step.low,
-            "seconds_high": found.step.high,
-            "memory_bytes": found.peak,
+            "seconds_per_step": times.step.median,
+            "seconds_low": times.step.low,
+            "seconds_high": times.step.high,
+            "memory_bytes": times.peak,
             "resolution": side * base.components.latent.downscale,
             "at": time.time(),
         }
-        return {"outputs": values, **_measurement(given, device, **values)}
+        return {"outputs": values, **_measurement(spec, device, **values)}
 
 
 def _measurement(spec: RunSpec, device: torch.device, seconds_per_step: float, **more: Any) -> dict[str, Any]:

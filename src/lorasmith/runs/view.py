@@ -132,8 +132,8 @@ class RunView:
 
     def take(self, event: Event) -> None:
         if isinstance(event, EarlierEvents):
-            for one in event.events:
-                self.take(one)
+            for member in event.events:
+                self.take(member)
             return
         if isinstance(event, Sketched):
             self.sketch = event.picture
@@ -224,7 +224,7 @@ class RunView:
     @property
     def metrics(self) -> list[Metric]:
         """The numbers that are known."""
-        return [one for metric in METRICS if (one := metric(self)) is not None]
+        return [fact for metric in METRICS if (fact := metric(self)) is not None]
 
     @property
     def line(self) -> str:
@@ -256,17 +256,17 @@ class RunView:
         """What was asked for while it trains, as JSON values."""
         return [
             {
-                "id": one.id,
-                "prompt": one.prompt[:_MOST_LETTERS],
-                "strength": one.strength,
-                "seed": one.seed,
-                "lora": one.lora,
-                "pictures": [f"{TRIED}/{_name(path)}" for path in one.paths],
-                "step": one.step,
-                "note": one.note[:_MOST_LETTERS],
-                "error": one.error[:_MOST_LETTERS],
+                "id": drawing.id,
+                "prompt": drawing.prompt[:_MOST_LETTERS],
+                "strength": drawing.strength,
+                "seed": drawing.seed,
+                "lora": drawing.lora,
+                "pictures": [f"{TRIED}/{_name(path)}" for path in drawing.paths],
+                "step": drawing.step,
+                "note": drawing.note[:_MOST_LETTERS],
+                "error": drawing.error[:_MOST_LETTERS],
             }
-            for one in self.drawn.values()
+            for drawing in self.drawn.values()
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -279,11 +279,11 @@ class RunView:
             "status": self._status,
             "preparation": list(self._preparation.values()),
             "metrics": [asdict(metric) for metric in self.metrics],
-            "curve": [[one.step, _finite(one.loss), _finite(one.mean)] for one in _thinned(self.points)],
+            "curve": [[point.step, _finite(point.loss), _finite(point.mean)] for point in _thinned(self.points)],
             "validations": [
-                {**_numbers(one, "loss", "base_loss"), "best": one is best} for one in _thinned(self.validations)
+                {**_numbers(point, "loss", "base_loss"), "best": point is best} for point in _thinned(self.validations)
             ],
-            "likenesses": [_numbers(one, "likeness", "own", "adherence") for one in _thinned(self.likenesses)],
+            "likenesses": [_numbers(point, "likeness", "own", "adherence") for point in _thinned(self.likenesses)],
             "best_step": None if best is None else best.step,
             "verdict": self.verdict,
             "previews": [
@@ -298,7 +298,7 @@ class RunView:
                 for number, (prompt, path) in enumerate(zip(preview.prompts, preview.paths, strict=False), start=1)
             ][-_MOST_PREVIEWS:],
             "sketch": self.sketch,
-            "saves": [{"step": step, "file": _name(one.path)} for step, one in sorted(self.saves.items())],
+            "saves": [{"step": step, "file": _name(save.path)} for step, save in sorted(self.saves.items())],
             "drawn": self.prompts_drawn(),
             "notes": [
                 {**asdict(note), "text": note.text[:_MOST_LETTERS], "at": at}

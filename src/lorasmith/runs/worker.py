@@ -190,7 +190,7 @@ def _run(
 
 
 def _free(kinds: Mapping[str, JobKind]) -> None:
-    for kind in {id(one): one for one in kinds.values()}.values():
+    for kind in {id(kind): kind for kind in kinds.values()}.values():
         kind.free()
 
 
@@ -236,9 +236,9 @@ def _reply(
     try:
         with answering(inbox.given_up(asked["number"]), _ProgressMessages(channel, asked["number"])):
             check_wanted()
-            found = answer(asked["question"], asked["arguments"])
-        result = {"is_bytes": True} if isinstance(found, bytes) else {"result": found}
-        body = found if isinstance(found, bytes) else b""
+            value = answer(asked["question"], asked["arguments"])
+        result = {"is_bytes": True} if isinstance(value, bytes) else {"result": value}
+        body = value if isinstance(value, bytes) else b""
     except OSError as error:
         result = _refusal("OutputError", f"a file cannot be used: {error}")
     except LorasmithError as error:
@@ -325,7 +325,7 @@ class _Inbox:
                 if head["type"] == "ask":
                     self._asked[head["number"]] = threading.Event()
                 if head["type"] == "jobs":  # the supervisor sends one message at a time
-                    self._current = {one["id"] for one in head["jobs"]}
+                    self._current = {job["id"] for job in head["jobs"]}
                     self.cancel.clear()
                 self._waiting.put(head)
         finally:
@@ -351,7 +351,7 @@ def _alone(name: str | None, channel: BlockingChannel, inbox: _Inbox, *, grace_s
         yield True
         return
     lock = Path(name)
-    note, since, said = lock.with_suffix(".pid"), time.monotonic(), False
+    note, since, is_told = lock.with_suffix(".pid"), time.monotonic(), False
     while not inbox.is_closed:
         with contextlib.ExitStack() as held:
             try:
@@ -364,9 +364,9 @@ def _alone(name: str | None, channel: BlockingChannel, inbox: _Inbox, *, grace_s
                     note.write_text(str(os.getpid()))
                 yield True
                 return
-        if not said:
+        if not is_told:
             channel.send({"type": "waiting"})
-            said = True
+            is_told = True
         if time.monotonic() - since > grace_s + _MARGIN_S:
             _end_other(note)
             since = time.monotonic()

@@ -79,7 +79,7 @@ def generate(
     `arguments` are fields of `Sampling` and arguments of `generate_clips`; `steps` are by default the model's.
     """
     base = model if isinstance(model, Model) else model.base
-    settings = {one.name: arguments.pop(one.name) for one in fields(Sampling) if one.name in arguments}
+    settings = {field.name: arguments.pop(field.name) for field in fields(Sampling) if field.name in arguments}
     seeds = seed if isinstance(seed, Sequence) else [seed] * (1 if isinstance(prompts, str) else len(prompts))
     sampling = Sampling(steps=steps or base.defaults.steps, **settings)
     return [clip.frames[0] for clip in generate_clips(model, prompts, sampling, seeds=seeds, **arguments)]
@@ -134,9 +134,12 @@ def clips(
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
-    negatives = [one.with_pictures(positive.pictures) for one, positive in zip(negatives, positives, strict=True)]
+    negatives = [
+        conditioning.with_pictures(positive.pictures)
+        for conditioning, positive in zip(negatives, positives, strict=True)
+    ]
     first.check_conditionings([*positives, *negatives])
-    shapes = [_latent_shape(base, sampling, one) for one in positives]
+    shapes = [_latent_shape(base, sampling, positive) for positive in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
     parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
     latents = [torch.zeros(shape, device=device) for shape in shapes]
@@ -190,12 +193,12 @@ def _encoded(
     device: torch.device | None,
 ) -> tuple[list[Conditioning], list[Conditioning]]:
     encoder = text_encoder or denoiser.base.text_encoder
-    given, sight = encoded_controls(denoiser.base, controls, sampling, device, mask=mask), denoiser.base.sight
-    seen = [] if sight is None else [_fitted(one, sight.size(*one.size)) for one in controls]
+    controls_given, sight = encoded_controls(denoiser.base, controls, sampling, device, mask=mask), denoiser.base.sight
+    seen = [] if sight is None else [_fitted(control, sight.size(*control.size)) for control in controls]
     with encoder.active(device, sees=bool(seen)):
         texts = [prompts] if isinstance(prompts, str) else prompts
         known = {text: encoder.encode(text, seen, sight=sight) for text in dict.fromkeys((*texts, negative))}
-        return [known[text].with_pictures(given) for text in texts], [known[negative]] * len(texts)
+        return [known[text].with_pictures(controls_given) for text in texts], [known[negative]] * len(texts)
 
 
 def encoded_controls(
@@ -236,8 +239,8 @@ def encoded_controls(
         return _picture_conditioning(model, form, pictures, mask, sampling, device) if pictures else {}
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
-        fitted = (_fitted(one, form.size(*one.size)) for one in pictures)
-        return named_controls([to_model(model.autoencoder.encode(one)) for one in fitted])
+        fitted = (_fitted(picture, form.size(*picture.size)) for picture in pictures)
+        return named_controls([to_model(model.autoencoder.encode(picture)) for picture in fitted])
 
 
 def _picture_conditioning(
@@ -264,8 +267,8 @@ def _picture_conditioning(
         with model.encodes_pictures(device):
             return model.picture_inputs(pixels, _inside(mask, pictures[0].size, size))
     pixels = torch.zeros(1, 3, sampling.frames, size[1], size[0])
-    for place, one in zip((0, -1), pictures, strict=False):
-        pixels[:, :, place] = _fitted(one, size)
+    for place, picture in zip((0, -1), pictures, strict=False):
+        pixels[:, :, place] = _fitted(picture, size)
     with model.encodes_pictures(device):
         return model.picture_inputs(pixels, form=form.with_frames(len(pictures)))
 
@@ -311,8 +314,8 @@ def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning | None 
             f"try {latent.whole_frames(max(1, frames))}"
         )
     height, width = defaults.resolution, defaults.resolution
-    given = [] if prompt is None else [one for one in prompt.pictures.values() if one.ndim > 3]
-    for one in given[:1]:
+    pictures = [] if prompt is None else [picture for picture in prompt.pictures.values() if picture.ndim > 3]
+    for one in pictures[:1]:
         height, width = (side * latent.downscale for side in one.shape[-2:])
     sides = {"width": sampling.width or width, "height": sampling.height or height}
     for name, side in sides.items():

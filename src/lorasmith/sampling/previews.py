@@ -93,7 +93,9 @@ class Previewer:
 
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:
         encoded, negatives = self._encoded[strength]
-        positives = [one.with_pictures(given) for one, given in zip(encoded, self._pictures, strict=True)]
+        positives = [
+            conditioning.with_pictures(pictures) for conditioning, pictures in zip(encoded, self._pictures, strict=True)
+        ]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
         drawn = clips(
             drawing,

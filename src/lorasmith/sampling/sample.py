@@ -86,7 +86,9 @@ def _forwards(sides: Sequence[_Side], active: Sequence[Sequence[bool]]) -> list[
     """The batches of the active conditionings, which share the weight of their side."""
     groups: dict[Hashable, list[tuple[float, Conditioning]]] = {}
     for (weight, conditionings), chosen in zip(sides, active, strict=True):
-        for conditioning in (one for one, is_active in zip(conditionings, chosen, strict=True) if is_active):
+        for conditioning in (
+            candidate for candidate, is_active in zip(conditionings, chosen, strict=True) if is_active
+        ):
             shapes = frozenset((key, tensor.shape[1:]) for key, tensor in conditioning.tensors.items())
             groups.setdefault(shapes, []).append((weight / sum(chosen), conditioning))
     return [

@@ -76,21 +76,21 @@ class Access:
         cookie = request.cookies.get(_COOKIE, "")
         if self.token is not None and _same(cookie, self.cookie):
             return Caller(cookie=self.cookie)
-        return next((_caller(one) for one in named if _same(cookie, one.cookie)), None)
+        return next((_caller(token) for token in named if _same(cookie, token.cookie)), None)
 
     def of_token(self, text: str) -> Caller | None:
         """Whose token a text is."""
         if self.token is not None and _same(text, self.token):
             return Caller(cookie=self.cookie)
-        for one in self.file.tokens() if self.file is not None else ():
-            if one.is_shown(text):
-                return _caller(one)
+        for token in self.file.tokens() if self.file is not None else ():
+            if token.is_shown(text):
+                return _caller(token)
         return None
 
     def shows_token(self, request: web.Request) -> bool:
         """Whether a request carries some token, a wrong one too."""
-        given = request.query.get("token"), _from_header(request.headers.get("Authorization", ""))
-        return any(one is not None for one in (*given, request.cookies.get(_COOKIE)))
+        shown = request.query.get("token"), _from_header(request.headers.get("Authorization", ""))
+        return any(text is not None for text in (*shown, request.cookies.get(_COOKIE)))
 
     @property
     def cookie(self) -> str:
@@ -191,22 +191,24 @@ def _refusal(request: web.Request, access: Access, caller: Caller | None) -> web
     if not access.knows_host(request.headers.get("Host")):
         return error_response(403, "host", "this server is not known by that name; use its address or localhost")
     if (_changes_something(request) or not _opens_a_page(request)) and not _is_from_here(request):
-        said = "requests of pages of other sites are refused; open the page of this server"
-        return error_response(403, "origin", said)
+        message = "requests of pages of other sites are refused; open the page of this server"
+        return error_response(403, "origin", message)
     if (request.method, request.path) in _OPEN:
         return None
     if caller is None:
         if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
             return web.Response(status=401, text=_LOGIN_PAGE, content_type="text/html")
-        said = "this server needs its token: Authorization: Bearer <token>, or ?token=<token>"
-        answer = error_response(401, "token", said)
+        message = "this server needs its token: Authorization: Bearer <token>, or ?token=<token>"
+        answer = error_response(401, "token", message)
         answer.headers["WWW-Authenticate"] = 'Bearer realm="lorasmith"'
         return answer
     route = request.match_info.route.resource
     needed = role_for(request.method, "" if route is None else route.canonical)
     if ROLES.index(caller.role) < ROLES.index(needed):
-        said = f"this needs the role {needed}, and the token {caller.name} has the role {caller.role}; ask for another"
-        return error_response(403, "role", said)
+        message = (
+            f"this needs the role {needed}, and the token {caller.name} has the role {caller.role}; ask for another"
+        )
+        return error_response(403, "role", message)
     return None
 
 
@@ -296,7 +298,7 @@ def _from_header(header: str) -> str | None:
 
 def _same(text: str, secret: str) -> bool:
     """Equality in constant time."""
-    ours, theirs = (hashlib.sha256(one.encode(errors="surrogateescape")).digest() for one in (secret, text))
+    ours, theirs = (hashlib.sha256(text.encode(errors="surrogateescape")).digest() for text in (secret, text))
     return hmac.compare_digest(ours, theirs)
 
 

@@ -112,7 +112,7 @@ async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
 
 
 def _docs() -> str:
-    urls = [one.partition(", ") for one in metadata("lorasmith").get_all("Project-URL") or ()]
+    urls = [entry.partition(", ") for entry in metadata("lorasmith").get_all("Project-URL") or ()]
     published = next((address for label, _, address in urls if label == "Documentation"), "")
     address = os.environ.get("LORASMITH_DOCS", published)
     return f"{address.rstrip('/')}/" if address else ""
@@ -136,10 +136,10 @@ async def _drain(context: ServerContext, call: Call) -> StatusAnswer:
     return await _status(context, call)
 
 
-def setting_answer(one: Option) -> SettingAnswer:
+def setting_answer(setting: Option) -> SettingAnswer:
     """A setting as pages get it."""
-    label, kind = one.name.replace("_", " ").capitalize(), _TYPES[one.type]
-    return shaped(SettingAnswer, one, label=label, type=kind, choices=tuple(one.choices), main=one.is_main)
+    label, kind = setting.name.replace("_", " ").capitalize(), _TYPES[setting.type]
+    return shaped(SettingAnswer, setting, label=label, type=kind, choices=tuple(setting.choices), main=setting.is_main)
 
 
 SERVER_ROUTES = (
@@ -186,5 +186,5 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 
 async def _unknown(request: web.Request) -> web.Response:
     path = request.path.removeprefix(PREFIX)
-    said = sentence(f"there is no {request.method} {path}; see {PREFIX}/openapi.json")
-    return error_response(404, "UnknownPathError", said)
+    message = sentence(f"there is no {request.method} {path}; see {PREFIX}/openapi.json")
+    return error_response(404, "UnknownPathError", message)

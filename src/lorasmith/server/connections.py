@@ -32,7 +32,7 @@ def most_connections() -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (sys.maxsize if one == resource.RLIM_INFINITY else one for one in (soft, hard))
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
     wanted = 2 * MOST_CONNECTIONS + _OTHER_FILES  # each may be receiving a file
     if soft < wanted:
         with contextlib.suppress(ValueError, OSError):
@@ -57,13 +57,13 @@ class Connections:
 
     def close(self) -> None:
         """Close the connections without a request."""
-        for one in list(self.waiting):
-            one.end()
+        for connection in list(self.waiting):
+            connection.end()
 
     def has_room(self, address: str) -> bool:
         """Whether an address may open a connection, after closing the oldest idle one if necessary."""
         for most, of in ((self._most_per_address, address), (self._most, None)):
-            silent = [one for one in self.waiting if of in (None, one.address)]
+            silent = [connection for connection in self.waiting if of in (None, connection.address)]
             busy = sum(of in (None, (connection.peername or ("",))[0]) for connection in self.server.connections)
             if len(silent) + busy >= most:
                 if not silent:

@@ -202,9 +202,11 @@ class Dispatcher:
         self._supervisor.dispatch()
         job = self._store.get(job.id)
         if job.state == "pending" and not job.gives_way:
-            others = [one for one in self._store.running() if one.gives_way and one.id not in self._displaced]
+            others = [
+                running for running in self._store.running() if running.gives_way and running.id not in self._displaced
+            ]
             if others:
-                other = min(others, key=lambda one: one.kind != "measure")
+                other = min(others, key=lambda running: running.kind != "measure")
                 if other.kind == "evaluate":
                     self._displaced.add(other.id)
                 self.cancel(other.id, pause=other.kind == "evaluate")
@@ -384,7 +386,7 @@ class Dispatcher:
         if job.kind not in _AGAIN or (job.error or {}).get("kind") != WORKER_ENDED:
             return job
         states = None if job.run is None else self._config.base / job.run / "states"
-        newest = max((one.stat().st_mtime for one in states.glob("*")), default=0.0) if states else 0.0
+        newest = max((state.stat().st_mtime for state in states.glob("*")), default=0.0) if states else 0.0
         losses = 0 if newest > (job.started or 0.0) else job.losses + 1
         if losses >= MOST_LOSSES:
             return job
@@ -412,11 +414,11 @@ class Dispatcher:
     def _note_pictures(self, job: Job, view: Mapping[str, Any]) -> None:
         """Store a notice of each preview that a run has drawn since the last view of this attempt."""
         noted = self._noted.setdefault(job.id, set())
-        for one in view.get("previews", ()):
-            if one["file"] not in noted:
-                noted.add(one["file"])
+        for preview in view.get("previews", ()):
+            if preview["file"] not in noted:
+                noted.add(preview["file"])
                 with contextlib.suppress(StoreError):
-                    self._store.add_notice(job, {"kind": "picture", "run": view.get("run"), **one})
+                    self._store.add_notice(job, {"kind": "picture", "run": view.get("run"), **preview})
 
     def _check_limits(self, job: Job, view: Mapping[str, Any] | None = None) -> None:
         """Stop a running job that went beyond one of its limits; it saves its run."""
@@ -428,7 +430,9 @@ class Dispatcher:
         """Queue the evaluation of a run behind all other jobs, unless it has one or cannot be evaluated."""
         try:
             request = await self._assistant.ask("evaluation_afterwards", id=run)
-            waiting = any(one.request.get("gives_way") for one in self._store.about(run) if one.state in ACTIVE)
+            waiting = any(
+                queued.request.get("gives_way") for queued in self._store.about(run) if queued.state in ACTIVE
+            )
             if request is not None and not waiting:
                 self.submit("evaluate", {**request, "gives_way": True})
         except LorasmithError as error:
@@ -466,7 +470,7 @@ def _beyond(job: Job, view: Mapping[str, Any] | None = None) -> dict[str, Any] |
     spent = job.spent_s + (now - job.started if job.started is not None else 0.0)
     if (most := limits.get("minutes")) is not None and job.state == "running" and spent >= 60 * most:
         found = "minutes", spent / 60, most
-    shown = {one["name"]: one["value"] for one in (view or {}).get("metrics", ())}
+    shown = {metric["name"]: metric["value"] for metric in (view or {}).get("metrics", ())}
     shown["steps"] = (view or {}).get("steps", 0)
     for limit, name in (("steps", "steps"), ("memory_bytes", "memory")):
         if (most := limits.get(limit)) is not None and shown.get(name, 0) > most:

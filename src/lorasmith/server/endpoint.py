@@ -63,8 +63,8 @@ class Call:
     @property
     def arguments(self) -> dict[str, Any]:
         """The parts of the path and the fields of the body by name."""
-        given = {} if self.body is None else vars(self.body)  # without what has its default
-        return {**self.request.match_info, **{name: json_values(value) for name, value in given.items()}}
+        fields_given = {} if self.body is None else vars(self.body)  # without what has its default
+        return {**self.request.match_info, **{name: json_values(value) for name, value in fields_given.items()}}
 
     def path(self, name: str) -> str:
         return self.request.match_info[name]
@@ -208,16 +208,16 @@ def api_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     }
 
 
-def _request(one: Endpoint, body: dict[str, Any] | None) -> dict[str, Any]:
+def _request(endpoint: Endpoint, body: dict[str, Any] | None) -> dict[str, Any]:
     """Parameters and body of an operation."""
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"\{(\w+)\}", one.plain_path)
+        for name in re.findall(r"\{(\w+)\}", endpoint.plain_path)
     ]
-    for each in one.query:
+    for each in endpoint.query:
         parameters.append({"name": each.name, "in": "query", "description": each.help, "schema": {"type": each.type}})
     found: dict[str, Any] = {"parameters": parameters} if parameters else {}
-    if one.upload:
+    if endpoint.upload:
         file = {"type": "string", "contentMediaType": "application/octet-stream"}
         form = {"type": "object", "additionalProperties": file}
         found["requestBody"] = {"required": True, "content": _content(form, "multipart/form-data")}

@@ -150,8 +150,8 @@ class _Stream:
 
     async def send(self, event: str, data: Mapping[str, Any]) -> None:
         """Send an event; waits while the reader's buffer is full."""
-        found = {**data, "topic": self.topic} if self.topic else data
-        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        content = {**data, "topic": self.topic} if self.topic else data
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
         await self._write(f"event: {event}\ndata: {text}\n\n")
 
     async def beat(self, *, quiet: bool = False) -> None:

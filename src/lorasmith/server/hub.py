@@ -89,7 +89,7 @@ class Subscription:
         wants: Callable[[Notice], bool],
         *,
         most: int = MOST_WAITING,
-        on_close: Callable[[Subscription], object] = lambda one: None,
+        on_close: Callable[[Subscription], object] = lambda subscription: None,
     ) -> None:
         self._wants = wants
         self._most = most
@@ -104,8 +104,8 @@ class Subscription:
         if self._is_closed or not self._wants(notice):
             return
         if len(self._waiting) >= _SLOW and notice.subject is not None:
-            self._remove(lambda one: one.subject == notice.subject)
-        if len(self._waiting) >= self._most and not self._remove(lambda one: one.droppable):
+            self._remove(lambda waiting: waiting.subject == notice.subject)
+        if len(self._waiting) >= self._most and not self._remove(lambda waiting: waiting.droppable):
             self.cut_off = True
             self._waiting.clear()
             self.close()
@@ -142,8 +142,8 @@ class Subscription:
 
     def _remove(self, match: Callable[[Notice], bool]) -> bool:
         """Remove the oldest queued notice that matches; returns whether there was one."""
-        for place, one in enumerate(self._waiting):
-            if match(one):
+        for place, notice in enumerate(self._waiting):
+            if match(notice):
                 del self._waiting[place]
                 return True
         return False
@@ -253,8 +253,8 @@ class LogBook:
         """Add a change of a job to the file, if its lines are objects; also what is not sent to readers of the log."""
         if self._as_json:
             facts = {name: getattr(job, name) for name in ("kind", "state", "attempts", "device", "run")}
-            said = str((job.error or {}).get("message", ""))
-            self._write("", {"source": "queue", "t": _now(), "m": said, "jobs": [job.id], **facts})
+            message = str((job.error or {}).get("message", ""))
+            self._write("", {"source": "queue", "t": _now(), "m": message, "jobs": [job.id], **facts})
 
     def _write(self, line: str, facts: Mapping[str, Any]) -> None:
         if self.path is None:

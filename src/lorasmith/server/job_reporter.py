@@ -39,9 +39,9 @@ class JobReporter:
         """
 
         def progress(done: int, total: int) -> None:
-            found: dict[str, Any] = {"value": done, "maximum": total, "pictures": total // steps}
-            found |= {"files": list(files)} if files else {}
-            self.notice("progress", found, droppable=True)
+            state: dict[str, Any] = {"value": done, "maximum": total, "pictures": total // steps}
+            state |= {"files": list(files)} if files else {}
+            self.notice("progress", state, droppable=True)
 
         return progress
 
@@ -66,9 +66,9 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
+        return [finite(item) for item in value]
     return value
 
 

@@ -53,7 +53,7 @@ def checked_url(url: str, hosts: Collection[str]) -> str:
             f"https://example.org/hook, got {printable(url, limit=100)}; correct it"
         )
     host = host_of(url)
-    if {host, f"{name}:{port or _PORTS[parts.scheme]}"}.isdisjoint(one.casefold() for one in hosts):
+    if {host, f"{name}:{port or _PORTS[parts.scheme]}"}.isdisjoint(host.casefold() for host in hosts):
         shown = printable(host, limit=100)
         raise OptionError(
             f"notices may be sent to hosts that the operator allows, and {shown} is none; have the server started with "
@@ -158,8 +158,8 @@ class _CheckedResolver(AbstractResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         found = await self._resolver.resolve(host, port, family)
-        for one in found:
-            address = ipaddress.ip_address(one["host"].partition("%")[0])
+        for resolved in found:
+            address = ipaddress.ip_address(resolved["host"].partition("%")[0])
             address = getattr(address, "ipv4_mapped", None) or address
             is_local = address.is_loopback and host.casefold() != "localhost"
             if is_local or address.is_link_local or address.is_unspecified or address.is_multicast:

@@ -34,7 +34,7 @@ def question(function: _F) -> _F:
 
 def shaped(kind: type[_T], source: object, **more: Any) -> _T:
     """A dataclass with the attributes of `source` that have the names of its fields, and `more`."""
-    names = [one.name for one in fields(cast(Any, kind))]
+    names = [field.name for field in fields(cast(Any, kind))]
     return kind(**{**{name: getattr(source, name) for name in names if hasattr(source, name)}, **more})
 
 
@@ -64,10 +64,10 @@ def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
     if (lacking := next(missing, None)) is not None:
         raise OptionError(f"{name} needs {lacking}; give it")
     try:
-        given = {key: typed(value, hints.get(key, Any), key) for key, value in arguments.items()}
+        typed_arguments = {key: typed(value, hints.get(key, Any), key) for key, value in arguments.items()}
     except ValueError as error:
         raise OptionError(f"{error}; correct it") from error
-    found = function(folders, **given)
+    found = function(folders, **typed_arguments)
     return found if isinstance(found, bytes) else finite(json_values(found, _plain))
 
 

@@ -77,7 +77,7 @@ def read_tokens(path: Path) -> tuple[NamedToken, ...]:
     try:
         entries = json.loads(read_regular(path, at_most=_MOST_BYTES))["tokens"]
         found = tuple(NamedToken(**entry) for entry in entries)
-        if not all(one.role in ROLES and len(bytes.fromhex(one.sha256)) == 32 and one.name for one in found):
+        if not all(token.role in ROLES and len(bytes.fromhex(token.sha256)) == 32 and token.name for token in found):
             raise ValueError("a token without name, role or digest")
     except FileNotFoundError:
         return ()
@@ -93,7 +93,7 @@ def new_token(path: Path, name: str, role: str) -> str:
     if role not in ROLES:
         raise OptionError(f"a token's role must be of {', '.join(ROLES)}, got {role[:40]!r}{nearest(role, ROLES)}")
     known = read_tokens(path)
-    if any(one.name == name for one in known):
+    if any(token.name == name for token in known):
         raise OptionError(f"there is a token with the name {name}; remove it first, or choose another name")
     token = secrets.token_urlsafe(32)
     _write(path, (*known, NamedToken(name, role, hashlib.sha256(token.encode()).hexdigest(), time.time())))
@@ -103,7 +103,7 @@ def new_token(path: Path, name: str, role: str) -> str:
 def remove_token(path: Path, name: str) -> None:
     """Remove a token from a file; the file stays, so that nobody else gets in. Raises OptionError."""
     known = read_tokens(path)
-    left = tuple(one for one in known if one.name != name)
+    left = tuple(token for token in known if token.name != name)
     if len(left) == len(known):
         raise OptionError(f"there is no token with the name {name[:80]!r}; see {path}")
     _write(path, left)
@@ -111,5 +111,5 @@ def remove_token(path: Path, name: str) -> None:
 
 def _write(path: Path, tokens: tuple[NamedToken, ...]) -> None:
     ensure_folder(path.parent)
-    write_atomic(path, json.dumps({"tokens": [asdict(one) for one in tokens]}, indent=2) + "\n")
+    write_atomic(path, json.dumps({"tokens": [asdict(token) for token in tokens]}, indent=2) + "\n")
     path.chmod(0o600)

@@ -30,8 +30,8 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
             context.store.queue_counts()
         except StoreError:  # says the path, which is for those with the token
             return web.json_response({"status": "the queue cannot be read"}, status=503, headers=headers)
-        said = "draining" if context.dispatcher.is_draining else "ok"
-        return web.json_response({"status": said}, headers=headers)
+        status = "draining" if context.dispatcher.is_draining else "ok"
+        return web.json_response({"status": status}, headers=headers)
 
     async def metrics(request: web.Request) -> web.Response:
         text = "".join(_metrics(context))
@@ -62,9 +62,9 @@ def _metrics(context: ServerContext) -> Iterable[str]:
     )
     yield f"lorasmith_{name}_sum {_number(meter.wait_s)}\nlorasmith_{name}_count {meter.started}\n"
     for entry, help in (("memory_bytes", "Size of its memory."), ("free_bytes", "Free memory when it was last ready.")):
-        known = [(_of(one), one[entry]) for one in devices if one.get(entry) is not None]
+        known = [(_of(device), device[entry]) for device in devices if device.get(entry) is not None]
         yield _family(f"device_{entry}", "gauge", help, known)
-    at = [({**_of(one), "state": state}, int(one["state"] == state)) for one in devices for state in _STATES]
+    at = [({**_of(device), "state": state}, int(device["state"] == state)) for device in devices for state in _STATES]
     yield _family("device_state", "gauge", "1 for the state in which its worker is.", at)
     free = shutil.disk_usage(context.config.base).free
     yield _family("disk_free_bytes", "gauge", "Of the disk with the base folder.", [({}, free)])

@@ -186,7 +186,7 @@ class CaptionJobs:
             self._captioner = None
             self._captioner = model, load_captioner(model, device_of(self._work.start))
         captioner = self._captioner[1]
-        there = {one.file: one.caption for one in dataset(folders, name).images}
+        there = {image.file: image.caption for image in dataset(folders, name).images}
         written: dict[str, dict[str, str]] = {}
         changed: list[str] = []
         empty: list[str] = []

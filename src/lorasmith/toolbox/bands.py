@@ -64,8 +64,10 @@ def cut_into_bands(
         raise OutputError(f"{target} has no bands, and only a folder of bands is replaced; choose another --output")
     state, names = named_lora(path, model)
     leveled = LeveledRanks.of(state.metadata)
-    plain = {ref: one for ref, one in state.adapters.items() if ref.component == DENOISER and _is_plain(one)}
-    if leveled is None or leveled.total != sum(_rank(one) for one in plain.values()):
+    plain = {
+        ref: adapter for ref, adapter in state.adapters.items() if ref.component == DENOISER and _is_plain(adapter)
+    }
+    if leveled is None or leveled.total != sum(_rank(adapter) for adapter in plain.values()):
         raise LoraError(
             f"{path.name} must be a T-LoRA as it was trained, and has no ranks by noise level"
             + ("" if leveled is None else " that are those of training")
@@ -74,19 +76,21 @@ def cut_into_bands(
     starts = _starts(plain, leveled)
     levels = sorted({start for of_module in starts.values() for start in of_module}, reverse=True)
     groups = _grouped(levels, min(len(levels), MOST_BANDS if count is None else count))
-    rest = replace(state, adapters={ref: one for ref, one in state.adapters.items() if ref not in plain})
+    rest = replace(state, adapters={ref: adapter for ref, adapter in state.adapters.items() if ref not in plain})
     bands, number_format = [], _number_format(plain)
     with atomic_folder(target) as folder:
         for number, group in enumerate(groups, 1):
             percent = start_percent(sum(group) / len(group), leveled)
-            found = {ref: part for ref, one in plain.items() if (part := _part(one, starts[ref], group)) is not None}
+            adapters = {
+                ref: part for ref, adapter in plain.items() if (part := _part(adapter, starts[ref], group)) is not None
+            }
             kept = rest if number == 1 else AdapterState()
             metadata = {key: value for key, value in state.metadata.items() if key != RANKS_ENTRY}
             note = f"band {number} of {len(groups)} of {path.name}, from start_percent {percent:.4f}"
             name = f"{path.stem}-band{number:02}.safetensors"
-            whole = AdapterState({**kept.adapters, **found}, kept.differences, kept.unknown, words=kept.words)
+            whole = AdapterState({**kept.adapters, **adapters}, kept.differences, kept.unknown, words=kept.words)
             save_lora(folder / name, whole, names, dtype=number_format, metadata=noted(metadata, note))
-            bands.append(Band(target / name, percent, len(found)))
+            bands.append(Band(target / name, percent, len(adapters)))
         graph = comfyui_graph([(f"{target.name}/{band.path.name}", band.start_percent) for band in bands])
         write_atomic(folder / GRAPH, json.dumps(graph, indent=2).encode())
     return Bands(target, bands, len(groups) == len(levels))
@@ -167,10 +171,10 @@ def _starts(plain: Mapping[ModuleRef, AdapterWeights], leveled: LeveledRanks) ->
     schedule = leveled.schedule
     return {
         ref: [
-            round(schedule.start(index // schedule.copies, _rank(one) // schedule.copies), 9)
-            for index in range(_rank(one))
+            round(schedule.start(index // schedule.copies, _rank(adapter) // schedule.copies), 9)
+            for index in range(_rank(adapter))
         ]
-        for ref, one in plain.items()
+        for ref, adapter in plain.items()
     }
 
 
@@ -195,5 +199,5 @@ def _part(weights: AdapterWeights, starts: Sequence[float], group: Sequence[floa
 
 
 def _number_format(plain: Mapping[ModuleRef, AdapterWeights]) -> torch.dtype | None:
-    formats = {tensor.dtype for one in plain.values() for tensor in one.tensors.values()}
+    formats = {tensor.dtype for adapter in plain.values() for tensor in adapter.tensors.values()}
     return formats.pop() if len(formats) == 1 else None

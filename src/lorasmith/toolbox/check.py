@@ -122,7 +122,9 @@ def fix_lora(
     with spooled(target.parent, tensors.values()) as spool:
         for _ in range(_MOST_ROUNDS):
             repaired |= {finding.problem: finding for finding in file_faults}
-            tensors, keys = _mended(tensors, [one.mend for one in file_faults if one.mend is not None], spool)
+            tensors, keys = _mended(
+                tensors, [file_fault.mend for file_fault in file_faults if file_fault.mend is not None], spool
+            )
             if not tensors:
                 raise LoraError(f"nothing of {checked.path} would be left, so no file was written; get the file again")
             if "sshs_model_hash" in metadata:

@@ -165,12 +165,12 @@ def _described(module: ModuleTensors) -> str:
 
 
 def _module_pair(
-    ref: ModuleRef, one: ModuleTensors, other: ModuleTensors, model: ModelReader | None
+    ref: ModuleRef, first: ModuleTensors, other: ModuleTensors, model: ModelReader | None
 ) -> tuple[Pair, bool]:
     """The pair of two files' tensors for a module, and whether it compares changes (else: tensors)."""
     pairs, exact = [], True
-    names = {*one.differences, *other.differences}
-    modules = (one, other)
+    names = {*first.differences, *other.differences}
+    modules = (first, other)
     if any(module.adapter or has_full_difference(module) for module in modules):
         names -= {"weight"}
         changes = [_change(ref, module, model) for module in modules]

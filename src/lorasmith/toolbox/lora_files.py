@@ -66,7 +66,7 @@ class LoraFile:
     def words(self) -> dict[str, Tensor]:
         """The vectors of words that it was trained with, by key; they are among `unknown`, too."""
         others = bundle_of(self.tensors)[1]
-        return {key: one for key, one in self.tensors.items() if key not in others}
+        return {key: tensor for key, tensor in self.tensors.items() if key not in others}
 
 
 def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
@@ -162,7 +162,7 @@ def save_alike(
     LoraError for NaN or infinity, and OutputError.
     """
     first = files[0]
-    words = {key: one for file in reversed(files) for key, one in file.words.items()}
+    words = {key: tensor for file in reversed(files) for key, tensor in file.words.items()}
     adapters = {ref: module.adapter for ref, module in modules.items() if module.adapter is not None}
     if first.layout == "kohya":
         adapters = with_one_alpha(adapters)

@@ -196,8 +196,8 @@ def _cut_down(
     if all(module.adapter is None or is_additive(module.adapter) for module, _ in parts):
         weighty = [(module, strength) for module, strength in parts if module.adapter or "weight" in module.differences]
         shapes = [
-            shape or (weight_shape(one.adapter) if one.adapter else tuple(one.differences["weight"].shape))
-            for one, _ in weighty
+            shape or (weight_shape(module.adapter) if module.adapter else tuple(module.differences["weight"].shape))
+            for module, _ in weighty
         ]
         changes = [added_by(module, shape).times(strength) for module, strength in weighty]
         _refuse_unlike([change.shape for change in changes])

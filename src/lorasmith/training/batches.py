@@ -286,8 +286,8 @@ def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
     """Indices of a step's draws for each process, in order; the most expensive first, each to the least loaded."""
     found: list[list[int]] = [[] for _ in range(processes)]
     loads = [0.0] * processes
-    for place in sorted(range(len(costs)), key=lambda one: -costs[one]):
-        least = min(range(processes), key=lambda one: (loads[one], len(found[one])))
+    for place in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        least = min(range(processes), key=lambda process: (loads[process], len(found[process])))
         found[least].append(place)
         loads[least] += costs[place]
     return [sorted(places) for places in found]
@@ -403,4 +403,6 @@ def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: 
 
 def _varied(samples: Sequence[Sample]) -> list[Variants]:
     """The variants of each distinct sample that has some."""
-    return [one.variants for one in {id(sample): sample for sample in samples}.values() if one.variants is not None]
+    return [
+        sample.variants for sample in {id(sample): sample for sample in samples}.values() if sample.variants is not None
+    ]

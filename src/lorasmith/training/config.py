@@ -30,12 +30,12 @@ DtypeSetting = Literal["bf16", "fp32", "none"]
 
 def config_over(base: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
     """`base` with the settings that Python code gives, in which `loss` may stand for `loss_function`."""
-    given = dict(settings)
-    if (loss := given.pop("loss", None)) is not None:
-        if "loss_function" in given:
+    others = dict(settings)
+    if (loss := others.pop("loss", None)) is not None:
+        if "loss_function" in others:
             raise OptionError("loss and loss_function are one setting, got both; leave one of them out")
-        given["loss_function"] = loss
-    config: TrainConfig = config_from(TrainConfig, {**(vars(base) if base else {}), **given})
+        others["loss_function"] = loss
+    config: TrainConfig = config_from(TrainConfig, {**(vars(base) if base else {}), **others})
     return config
 
 

@@ -154,7 +154,7 @@ class _Reads(TorchDispatchMode):
                 self._kept[storage._cdata] = storage
         result = func(*args, **(kwargs or {}))
         self.refusal = self.refusal or _refusal(func, args, kwargs, result)
-        self._others |= {one._cdata for one in _storages(result)} - self._kept.keys()
+        self._others |= {storage._cdata for storage in _storages(result)} - self._kept.keys()
         return result
 
 

@@ -21,12 +21,12 @@ class LikenessHistory:
 
     def __init__(self, measured: Iterable[LikenessMeasured] = ()) -> None:
         self.measured: list[LikenessMeasured] = []
-        for one in measured:
-            self.add(one)
+        for previous in measured:
+            self.add(previous)
 
     def add(self, measured: LikenessMeasured) -> None:
         """Add a measured preview; those from its step on are replaced."""
-        self.measured = [one for one in self.measured if one.step < measured.step] + [measured]
+        self.measured = [earlier for earlier in self.measured if earlier.step < measured.step] + [measured]
 
     @property
     def best_step(self) -> int:
@@ -42,7 +42,7 @@ class LikenessHistory:
         `patience` previews; 0 never stops.
         """
         since = self.measured[self._best + 1 :] if self.measured else []
-        return 0 < patience <= len(since) and all(self._is_worse(one) for one in since[-patience:])
+        return 0 < patience <= len(since) and all(self._is_worse(later) for later in since[-patience:])
 
     @property
     def reason(self) -> str:
@@ -57,7 +57,7 @@ class LikenessHistory:
 
     @property
     def _best(self) -> int:
-        return int(np.argmax([one.score for one in self.measured]))
+        return int(np.argmax([likeness.score for likeness in self.measured]))
 
     def _is_worse(self, measured: LikenessMeasured) -> bool:
         best = self.measured[self._best]

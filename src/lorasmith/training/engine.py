@@ -381,10 +381,12 @@ class Engine:
             grad.mul_(torch.where(finite, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), 1.0))
         proceed = self._sound & finite
         stopped = [self.flat.view(self.flat.master, name) for name, last in self._last.items() if step >= last]
-        kept = [one.clone() for one in stopped]
+        kept = [parameter.clone() for parameter in stopped]
         self._optimizer.step(proceed, self.factor_at(step))
-        for one, before in zip(stopped, kept, strict=True):  # momentum and decay change weights without a gradient
-            one.copy_(before)
+        for parameter, before in zip(
+            stopped, kept, strict=True
+        ):  # momentum and decay change weights without a gradient
+            parameter.copy_(before)
         self._scale.update(finite)
         if self._average is not None:
             # Early on the decay is smaller, as in torch and timm.

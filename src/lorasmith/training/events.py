@@ -299,12 +299,12 @@ def decoded(line: bytes) -> Event:
         return step
     text = line.decode(errors="replace")
     try:
-        found = json.loads(text)  # not `parse_foreign_json`: a loss may be NaN
-        found = _readable(found)
-        kind = KINDS[found["event"]]
-        if typed(found.get("version", 1), int) > EVENTS_VERSION:
+        content = json.loads(text)  # not `parse_foreign_json`: a loss may be NaN
+        content = _readable(content)
+        kind = KINDS[content["event"]]
+        if typed(content.get("version", 1), int) > EVENTS_VERSION:
             raise ValueError("it is of a later version")
-        event = typed(found, kind)
+        event = typed(content, kind)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {text[:80]!r}") from error
     first_step = 1 if isinstance(event, StepDone) else 0

@@ -44,16 +44,16 @@ def start_adapters(engine: Engine, samples: Sequence[Sample] | EncodedDataset) -
                 scale=adapter.scale,
                 seed=config.seed,
             )
-            found = processes.broadcast_from_rank0(partial(_made, init, layer))
-            for start, tensor in zip(adapter.start, found, strict=True):
+            tensors = processes.broadcast_from_rank0(partial(_made, init, layer))
+            for start, tensor in zip(adapter.start, tensors, strict=True):
                 start.copy_(tensor.reshape(start.shape))
     engine.has_starts.fill_(True)
 
 
 def _made(init: Init, layer: InitLayer) -> tuple[Tensor, Tensor]:
-    found: object = init(layer)
+    value: object = init(layer)
     down, up = (layer.rank, layer.weight.shape[1]), (len(layer.weight), layer.rank)
-    match found:
+    match value:
         case (Tensor(shape=a) as first, Tensor(shape=b) as second) if (tuple(a), tuple(b)) == (down, up):
             if first.isfinite().all() and second.isfinite().all():
                 return first.detach().cpu().float(), second.detach().cpu().float()

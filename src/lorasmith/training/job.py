@@ -114,7 +114,7 @@ class TrainJob:
     @property
     def extensions(self) -> tuple[Extension, ...]:
         """What the run uses of other packages."""
-        chosen = ((one.choices, getattr(self.config, name)) for name, one in _DECLARED.items())
+        chosen = ((setting.choices, getattr(self.config, name)) for name, setting in _DECLARED.items())
         used: list[tuple[Registry[Any], object]] = [
             *((choices, value) for choices, value in chosen if isinstance(choices, Registry)),
             *((ADAPTERS, adapter.algorithm) for adapter in self.all_adapters.values()),
@@ -439,7 +439,7 @@ class _Existing:
         return replace(
             self,
             on_text={places[ref]: weights for ref, weights in own.items() if ref in places},
-            carried=replace(self.carried, adapters={ref: one for ref, one in own.items() if ref not in places}),
+            carried=replace(self.carried, adapters={ref: adapter for ref, adapter in own.items() if ref not in places}),
         )
 
     def patched(self, model: Trainable) -> Trainable:

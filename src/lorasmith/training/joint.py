@@ -64,10 +64,10 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
             "runs that train together need LoRAs beneath them that use all ranks at each noise level, got a T-LoRA; "
             "leave it out, or train apart"
         )
-    if found := next((job for job in jobs if job.model.encoders is not None), None):
+    if with_encoders := next((job for job in jobs if job.model.encoders is not None), None):
         raise OptionError(
-            f"runs that train together share the model's text encoders, got {found.model.text_setting}; leave it out, "
-            "or train apart"
+            f"runs that train together share the model's text encoders, got {with_encoders.model.text_setting}; leave "
+            "it out, or train apart"
         )
     for name in TRAINS_ALONE:
         if any(getattr(job.config, name) for job in jobs):
@@ -459,7 +459,7 @@ class SharedModel:
         if reduced:
             activations = max((engine.way.activations for engine in engines), key=_FRUGAL.index)
             recomputing = [engine.way for engine in engines if engine.way.checkpoint_depth]
-            depth, kept = min(((one.checkpoint_depth, one.kept_blocks) for one in recomputing), default=(0, 1))
+            depth, kept = min(((way.checkpoint_depth, way.kept_blocks) for way in recomputing), default=(0, 1))
         state = [*map(id, engines)], activations, depth, kept, reduced
         if state == self._state:
             return

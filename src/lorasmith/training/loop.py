@@ -159,7 +159,7 @@ class Loop:
                 torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
                 memory_capped(device, self.engine.way.memory_cap),
             ):
-                missed = [one for one in self._watchers if self.outcome is None and one.missed(self)]
+                missed = [watcher for watcher in self._watchers if self.outcome is None and watcher.missed(self)]
                 if missed:
                     self.engine.restore_base_model()
                 for watcher in missed:
@@ -279,7 +279,7 @@ class Loop:
         while True:
             with self.engine.attached():
                 waiting = self._take_steps()
-            bare = [one for one in waiting if one.needs_bare_model]
+            bare = [watcher for watcher in waiting if watcher.needs_bare_model]
             if len(bare) < len(waiting):
                 self.engine.restore_base_model(frozen=True)
             for watcher in waiting:

@@ -43,9 +43,9 @@ def measured(
     known = kept.setdefault(machine, {})
     before = known.get(name)
     if before is None or not is_final(before):
-        found = {variant: seconds for variant, seconds in measure().items() if math.isfinite(seconds)}
+        finite = {variant: seconds for variant, seconds in measure().items() if math.isfinite(seconds)}
         known[name] = {
-            variant: min(seconds, (before or {}).get(variant, seconds)) for variant, seconds in found.items()
+            variant: min(seconds, (before or {}).get(variant, seconds)) for variant, seconds in finite.items()
         }
         _write(kept)
     return known[name]

@@ -30,7 +30,9 @@ class NewWord(nn.Module):
     def __init__(self, text: str, vectors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.text = text
-        self.vectors = nn.ParameterDict({component: nn.Parameter(one) for component, one in vectors.items()})
+        self.vectors = nn.ParameterDict(
+            {component: nn.Parameter(vectors_of) for component, vectors_of in vectors.items()}
+        )
 
     def read_by(self, encoder: TextEncoder) -> TextEncoder:
         """The encoders that read the vectors, whose gradient is the parameters'."""
@@ -78,7 +80,7 @@ def new_word(
     }
     if len(saved) > 1 or len(found) < len(own) or len(found) < len(components):
         kept = [
-            f"{printable(word, limit=60)} ({', '.join(f'{len(one)} for {key}' for key, one in vectors.items())})"
+            f"{printable(word, limit=60)} ({', '.join(f'{len(rows)} for {key}' for key, rows in vectors.items())})"
             for word, vectors in saved.items()
         ]
         raise LoraError(

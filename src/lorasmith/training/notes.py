@@ -95,11 +95,13 @@ def notes_on_file(
         {ref: {"weight": diff} for ref, diff in whole.items()}
         | {ModuleRef(DENOISER, path): difference.to_tensors() for path, difference in differences.items()},
     )
-    found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
+    losses = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
     # Parts that a program ignores are a remark; a LoRA that it does not load at all is a warning.
     notes = [
-        (ReportNote if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
-        for one in found
+        (ReportNote if not shortfall.is_all else str if shortfall.program == COMFYUI else OtherProgram)(
+            f"{shortfall.sentence}."
+        )
+        for shortfall in losses
     ]
     if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
         notes.append(ReportNote("Magnitudes per input (dora input) are the kind that ComfyUI reproduces."))
@@ -129,8 +131,8 @@ def notes_on_products(config: TrainConfig, model: Trainable, device: torch.devic
     own = packed(torch.zeros(side, side), config.quantization, torch.float32).format
     kept = config.quantization == "none"
     formats = {layer: format_in_model(layer) if kept else own for layer in packable_layers(model.module)}
-    fitting = sum(takes_products(layer, kind, one) for layer, one in formats.items())
-    if not any(one is not None and one.products == kind for one in formats.values()):
+    fitting = sum(takes_products(layer, kind, layer_format) for layer, layer_format in formats.items())
+    if not any(layer_format is not None and layer_format.products == kind for layer_format in formats.values()):
         return (
             f"products {kind} has no effect with quantization {config.quantization}: it needs weights in {kind}, as "
             f"with quantization {facts.quantization}.",

@@ -120,7 +120,7 @@ def on_processor(
             notes.append(f"{load.note.capitalize()}.")
         elif _is_worth_it(job, formats, load):
             way, seconds = fastest_way(job, samples, formats, load, cancelled=cancelled)
-            times = ", ".join(f"{one}: {found:.3g}" for one, found in seconds.items())
+            times = ", ".join(f"{threads}: {time:.3g}" for threads, time in seconds.items())
             notes.append(ReportNote(f"Products in {way}; seconds a step: {times}. Set training_dtype to choose one."))
         torch.set_num_threads(way.threads)
         yield replace(_in_format(job, way.dtype), notes=(*job.notes, *notes))

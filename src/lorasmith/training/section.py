@@ -103,5 +103,7 @@ def recorded_consequences(config: type[Section], values: Mapping[str, Any]) -> C
 
 def _first_of(each: list[Consequences]) -> Consequences:
     values = {field.name: [getattr(of_section, field.name) for of_section in each] for field in fields(Consequences)}
-    chosen: dict[str, Any] = {name: next(filter(None, found)) for name, found in values.items() if any(found)}
+    chosen: dict[str, Any] = {
+        name: next(filter(None, values_of)) for name, values_of in values.items() if any(values_of)
+    }
     return Consequences(**chosen)

@@ -62,13 +62,13 @@ def summarise_targets(model: Trainable | Denoiser, config: TrainConfig) -> Targe
         key = (_kind(adapter.path), _layer_name(module), adapter.alpha, adapter.learning_rate)
         members.setdefault(key, []).append((adapter, sizes[alike]))
     groups = []
-    for (name, layer, alpha, learning_rate), found in members.items():
-        ranks, parameters = [planned.rank for planned, _ in found], sum(size.trained for _, size in found)
-        groups.append(TargetGroup(name, layer, len(found), (min(ranks), max(ranks)), alpha, learning_rate, parameters))
+    for (name, layer, alpha, learning_rate), group in members.items():
+        ranks, parameters = [planned.rank for planned, _ in group], sum(size.trained for _, size in group)
+        groups.append(TargetGroup(name, layer, len(group), (min(ranks), max(ranks)), alpha, learning_rate, parameters))
     differences = fresh_differences(model, plan, config)
     changed = {path: sum(p.numel() for p in difference.parameters()) for path, difference in differences.items()}
     groups += _difference_groups(model.module, changed)
-    saved = [size for found in members.values() for _, size in found]
+    saved = [size for member in members.values() for _, size in member]
     saved += [_Size(numbers, numbers, 2) for numbers in changed.values()]
     width = dtype_from_name(config.lora_dtype).itemsize
     return TargetSummary(
@@ -89,13 +89,13 @@ class _Size:
     tensors: int
 
 
-def _size(module: nn.Module, one: PlannedAdapter, config: TrainConfig) -> _Size:
+def _size(module: nn.Module, planned: PlannedAdapter, config: TrainConfig) -> _Size:
     """Parameter count and tensors of a layer's adapter, counted on an adapter for a layer of zeros."""
     # Same parameters as LoRA, without decompositions.
     variant = replace(variant_of(config), pissa=False, started=False, orthogonal=False)
     (adapter,) = create_adapters(
         nn.ModuleDict({"layer": _zeros_like(module)}),
-        AdapterPlan((replace(one, path="layer"),)),
+        AdapterPlan((replace(planned, path="layer"),)),
         algorithm=config.algorithm,
         alpha=None,
         seed=0,

@@ -77,6 +77,6 @@ def _favoured(sample: Sample, grid: tuple[int, int, int], patch: tuple[int, int,
     if (places := sample.places) is not None:
         inside = (places > places.max() / 2).float()[None, None]
         found |= torch.nn.functional.max_pool2d(inside, patch[1:])[0] > 0
-    if (given := sample.conditioning.tensors.get(FIRST_FRAME)) is not None:
-        found[: given.shape[2] // patch[0]] = True
+    if (first_frame := sample.conditioning.tensors.get(FIRST_FRAME)) is not None:
+        found[: first_frame.shape[2] // patch[0]] = True
     return found

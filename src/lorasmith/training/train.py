@@ -216,10 +216,10 @@ def _begun(
     where = host.runs if plan.claim is None else plan.claim.path
     if plan.fresh or where is None or not (numbered_runs(where, plan.title) or RunFolder(where).exists):
         return None
-    found = fingerprint(job, parts.training, parts.held_out)
+    own = fingerprint(job, parts.training, parts.held_out)
     environments = environment(job.way.device, job.config.optimizer, compile=job.config.compile)
     for dtype in formats:
-        wanted: Fingerprint = {**found, "config": {**found["config"], "training_dtype": dtype}}
+        wanted: Fingerprint = {**own, "config": {**own["config"], "training_dtype": dtype}}
         path = where if plan.claim is not None else unfinished_run(where, plan.title, wanted)
         if path is None or not (folder := RunFolder(path)).exists:
             continue
@@ -268,7 +268,7 @@ def _claimed(plan: Plan, host: RunHost, fingerprint: Fingerprint) -> RunFolder:
 
 def _check_together(job: TrainJob, record: RunRecord) -> None:
     processes, config = job.way.processes, job.config
-    found = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
+    records = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
 
     def check() -> None:
         per_step, size = config.samples_per_step, processes.size
@@ -277,8 +277,8 @@ def _check_together(job: TrainJob, record: RunRecord) -> None:
                 f"batch_size × grad_accumulation_steps must be at least the number of processes, {size}, got "
                 f"{per_step}; raise grad_accumulation_steps to {-(-size // config.batch_size)}, or start fewer"
             )
-        for number, other in enumerate(found[1:], 1):
-            if differing := differences(found[0], other, of=("in the first", "there")):
+        for number, other in enumerate(records[1:], 1):
+            if differing := differences(records[0], other, of=("in the first", "there")):
                 raise TrainingError(
                     "all processes of a run must have the same versions, model, images and settings, but process "
                     f"{number} differs from the first in {'; '.join(differing)}; make them alike"
@@ -503,8 +503,8 @@ class _Run:
             for note in self._notes():
                 self._emit(Warned(message=str(note), is_remark=isinstance(note, ReportNote)))
         elif folder is not None:
-            found = list(self._inexact(folder))
-            same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
+            reasons = list(self._inexact(folder))
+            same = "bit-identically" if not reasons else f"not bit-identically, because of {'; '.join(reasons)}"
             message = f"The run in {folder.path} continues from step {start.step}, {same}."
             self._host.on_event(EarlierEvents(events=read_history(folder.path).events))
             self._emit(Resumed(step=start.step, message=message))
@@ -535,8 +535,10 @@ class _Run:
             )
 
     def _inexact(self, folder: RunFolder) -> Iterator[str]:
-        found = (word for before in folder.record().all_environments for word in differences(before, self._environment))
-        yield from dict.fromkeys(found)
+        reasons = (
+            word for before in folder.record().all_environments for word in differences(before, self._environment)
+        )
+        yield from dict.fromkeys(reasons)
         way = self._job.way
         if way.device.type == "cuda" and not self._job.config.deterministic:
             yield "the order of sums on a GPU, as deterministic is off"

@@ -349,7 +349,7 @@ class TrainableDenoiser(Trainable):
         encoders = self.text_encoder.encoders
         self.denoiser.base.family.check_encoders(encoders)
         other, present = copy.copy(self), encoders.modules
-        other.encoders = nn.ModuleDict({name: one for name, one in present.items() if name in components})
+        other.encoders = nn.ModuleDict({name: encoder for name, encoder in present.items() if name in components})
         patched = ((name, patch) for name, patch in self.text_encoder.patches if name in components)
         other.text_patches = tuple(patch.prefixed(name) for name, patch in patched)
         other.needs_captions = len(other.encoders) < len(present)
@@ -389,7 +389,7 @@ class TrainableDenoiser(Trainable):
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         joined = self.denoiser.base.family.join(conditionings)
         if self.encoders is not None:
-            joined = replace(joined, texts=tuple(one.text or "" for one in conditionings))
+            joined = replace(joined, texts=tuple(conditioning.text or "" for conditioning in conditionings))
         value = self.guidance
         if value is None:
             value = 0.0 if "guidance" in joined.tensors else USUAL_TRAINING_GUIDANCE
@@ -410,17 +410,21 @@ class TrainableDenoiser(Trainable):
                 f"latents for {base.title} ({base.family.title}) must be {needed}, got {shape} for {samples[0].name}; "
                 "encode the pictures with this model"
             )
-        if self.encoders is not None and (unknown := [one.name for one in samples if one.conditioning.text is None]):
+        if self.encoders is not None and (
+            unknown := [sample.name for sample in samples if sample.conditioning.text is None]
+        ):
             raise DataError(
                 f"{self.text_setting} encodes the caption of each image in every step, and that of {unknown[0]} is "
                 "unknown; load the images with load_dataset, or leave it out"
             )
-        if self.word is not None and not any(has_word(one.conditioning.text or "", self.word.text) for one in samples):
+        if self.word is not None and not any(
+            has_word(sample.conditioning.text or "", self.word.text) for sample in samples
+        ):
             raise DataError(
                 f"new_word must be in captions, and {self.word.text} is in none of "
                 f"{count_text(len(samples), 'sample')}; set trigger to it, or write it into captions"
             )
-        self.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in samples}.values())
+        self.denoiser.check_conditionings({id(sample.conditioning): sample.conditioning for sample in samples}.values())
 
 
 def trainable(model: Trainable | Denoiser | Model) -> Trainable:

@@ -315,12 +315,12 @@ class LikenessWatch(Watcher):
 
     def __call__(self, loop: Loop) -> None:
         events = [] if self._previews is None else self._previews.drawn(loop)
-        found = self._processes.broadcast_from_rank0(
+        measured = self._processes.broadcast_from_rank0(
             lambda: next((event for event in events if isinstance(event, LikenessMeasured)), None)
         )
-        if found is None:  # a preview that failed, which was reported
+        if measured is None:  # a preview that failed, which was reported
             return
-        self.history.add(found)
+        self.history.add(measured)
         if self.history.best_step == loop.step:
             with loop.engine.evaluation_weights() as weights:
                 self.best = weights.to("cpu", copy=True)
@@ -334,7 +334,7 @@ class LikenessWatch(Watcher):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {} if self.best is None else {"best": self.best}
-        return tensors, {"measured": [asdict(one) for one in self.history.measured]}
+        return tensors, {"measured": [asdict(likeness) for likeness in self.history.measured]}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.best = tensors.get("best")

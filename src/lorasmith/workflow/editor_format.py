@@ -205,8 +205,8 @@ class _Conversion:
     def _within(self, scope: _Scope, node: EditorNode) -> _Scope:
         """The scope of an instance in `scope`."""
         key = (scope, node.id)
-        if (found := self._scopes.get(key)) is not None:
-            return found
+        if (known_scope := self._scopes.get(key)) is not None:
+            return known_scope
         graph, values = scope.graph.definitions[node.type], self._hosts.values(node, scope.graph)
         made = self._scopes[key] = _Scope(graph, f"{scope.path}{node.id}:", scope, node, values)
         return made
@@ -218,9 +218,9 @@ class _Conversion:
         for number, socket in enumerate(node.inputs):
             if not socket.name or socket.link is None or (socket.widget or socket.name) in outside:
                 continue
-            found = self._held(scope, node, number) or self._end(_Input(scope, node, number, socket.type))
-            if found.is_there:
-                inputs[socket.name] = found.value
+            end = self._held(scope, node, number) or self._end(_Input(scope, node, number, socket.type))
+            if end.is_there:
+                inputs[socket.name] = end.value
         return inputs
 
     def _held(self, scope: _Scope, node: EditorNode, number: int) -> _Found | None:
@@ -239,7 +239,7 @@ class _Conversion:
     def _widgets(self, node: EditorNode) -> Collection[str | None]:
         """Names of a node's widgets, or of the sockets in their places if its class is unknown."""
         known = self._names(node.type, node.values if isinstance(node.values, list) else [])
-        return known if known is not None else [one.widget for one in node.inputs if one.widget is not None]
+        return known if known is not None else [socket.widget for socket in node.inputs if socket.widget is not None]
 
     def _end(self, place: _Input | _Output) -> _Found:
         """The end of the link from `place`; each place is visited once."""
@@ -318,8 +318,8 @@ class _Conversion:
 def _check_nesting(graph: EditorGraph) -> None:
     """Refuse subgraphs that contain themselves or are nested too deep, before anything is computed of them."""
     needs = {
-        key: [node.type for node in one.nodes.values() if node.type in graph.definitions]
-        for key, one in (*graph.definitions.items(), ("", graph))
+        key: [node.type for node in definition.nodes.values() if node.type in graph.definitions]
+        for key, definition in (*graph.definitions.items(), ("", graph))
     }
     order, cycles = depth_first([""], needs)
     for cycle in cycles:
@@ -337,21 +337,23 @@ def _passed_on(node: EditorNode, output: int, wanted: str) -> int | None:
     inputs = node.inputs
     if wanted == ANY:
         return output if output < len(inputs) else 0 if inputs else None
-    given = node.outputs[output] if output < len(node.outputs) else ANY
-    fitting = [one for one, socket in enumerate(inputs) if _fits(socket.type, given) and _fits(socket.type, wanted)]
+    produced = node.outputs[output] if output < len(node.outputs) else ANY
+    fitting = [
+        place for place, socket in enumerate(inputs) if _fits(socket.type, produced) and _fits(socket.type, wanted)
+    ]
     if output in fitting:
         return output
-    exact = [one for one, socket in enumerate(inputs) if socket.type == wanted]
+    exact = [place for place, socket in enumerate(inputs) if socket.type == wanted]
     return next(iter(exact or fitting), None)
 
 
-def _fits(one: str, other: str) -> bool:
+def _fits(type_: str, other: str) -> bool:
     """Whether the editor links sockets of these types."""
-    if one == other or ANY in (one, other):
+    if type_ == other or ANY in (type_, other):
         return True
-    if "," not in one and "," not in other:
-        return one.lower() == other.lower()
-    return not {*one.lower().split(",")}.isdisjoint(other.lower().split(","))
+    if "," not in type_ and "," not in other:
+        return type_.lower() == other.lower()
+    return not {*type_.lower().split(",")}.isdisjoint(other.lower().split(","))
 
 
 def _wrapped(value: Any) -> Any:
@@ -417,32 +419,32 @@ class Hosts:
     def _read(self, host: EditorNode, graph: EditorGraph) -> HostValues:
         subgraph = graph.definitions[host.type]
         widgets = {name: source for name, source in self._sources_of(subgraph).of.items() if source is not None}
-        found = HostValues()
+        values = HostValues()
         for name, source in widgets.items():
             if (initial := self._initial(source, subgraph)) is not None:
-                found.inputs[name] = initial
+                values.inputs[name] = initial
         by_position = host.values if isinstance(host.values, list) else []
         by_name = host.values if isinstance(host.values, dict) else host.named if host.values is None else {}
-        given = {**dict(zip(widgets, by_position, strict=False)), **by_name, **host.set_aside}
-        found.inputs |= {name: given[name] for name in widgets if given.get(name) is not None}
+        written = {**dict(zip(widgets, by_position, strict=False)), **by_name, **host.set_aside}
+        values.inputs |= {name: written[name] for name in widgets if written.get(name) is not None}
         for proxy, value in zip(host.proxies, by_position, strict=False):
             if value is not None:
-                self._set(found, subgraph, proxy, value)
-        return found
+                self._set(values, subgraph, proxy, value)
+        return values
 
-    def _set(self, found: HostValues, subgraph: EditorGraph, proxy: tuple[str, str, str], value: Any) -> None:
+    def _set(self, values: HostValues, subgraph: EditorGraph, proxy: tuple[str, str, str], value: Any) -> None:
         """Set the value of an entry of `proxyWidgets`."""
         node_id, widget, within = proxy
         node = subgraph.nodes.get(node_id)
         if node_id == "-1":
-            found.inputs[widget] = value
+            values.inputs[widget] = value
         elif node is not None and not widget.startswith("$$"):  # those are previews
             name = self._widget_of(subgraph, node, widget, within)
             outer = self._sources_of(subgraph).inputs.get(_Source(node_id, name or ""))
             if outer is not None:
-                found.inputs[outer] = value
+                values.inputs[outer] = value
             elif name is not None:
-                found.inner.setdefault(node_id, {})[name] = value
+                values.inner.setdefault(node_id, {})[name] = value
 
     def _widget_of(self, subgraph: EditorGraph, node: EditorNode, widget: str, within: str) -> str | None:
         """The key of an entry's value in `HostValues.inner`."""
@@ -466,9 +468,9 @@ class Hosts:
 
     def _sources_of(self, subgraph: EditorGraph) -> _Sources:
         if subgraph not in self._sources:
-            found = self._sources[subgraph] = _Sources()
-            for one in subgraph.inputs:
-                found.add(one.name, self._source(subgraph, one.links))
+            sources = self._sources[subgraph] = _Sources()
+            for boundary in subgraph.inputs:
+                sources.add(boundary.name, self._source(subgraph, boundary.links))
         return self._sources[subgraph]
 
     def _source(self, subgraph: EditorGraph, links: tuple[str, ...]) -> _Source | None:
@@ -491,7 +493,7 @@ class Hosts:
         known = self._names(node.type, node.values if isinstance(node.values, list) else [])
         if known is None:
             return socket.widget
-        return next((one for one in (socket.widget, socket.name) if one is not None and one in known), None)
+        return next((name for name in (socket.widget, socket.name) if name is not None and name in known), None)
 
 
 def _without_prefixes(widget: str, within: str) -> tuple[str, str]:

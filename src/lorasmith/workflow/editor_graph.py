@@ -95,12 +95,14 @@ class EditorNode:
     @cached_property
     def by_name(self) -> Mapping[str, int]:
         """Number of the first input of each name."""
-        return {one.name: number for number, one in reversed([*enumerate(self.inputs)])}
+        return {socket.name: number for number, socket in reversed([*enumerate(self.inputs)])}
 
     @cached_property
     def by_link(self) -> Mapping[str, int]:
         """Number of the first input of each link."""
-        return {one.link: number for number, one in reversed([*enumerate(self.inputs)]) if one.link is not None}
+        return {
+            socket.link: number for number, socket in reversed([*enumerate(self.inputs)]) if socket.link is not None
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +160,12 @@ def names_in(nodes: Registry[Node] = NODES) -> WidgetNames:
     def names(class_type: str, values: Sequence[Any]) -> Sequence[str | None] | None:
         if class_type not in nodes:
             return None
-        inputs = [one for one in nodes[class_type].inputs if one.grow is None and one.type in SCALARS]
-        inputs.sort(key=lambda one: one.optional)
-        shown = [*_names(one for one in inputs if not one.force_input)]
+        inputs = [slot for slot in nodes[class_type].inputs if slot.grow is None and slot.type in SCALARS]
+        inputs.sort(key=lambda slot: slot.optional)
+        shown = [*_names(slot for slot in inputs if not slot.force_input)]
         every = [*_names(inputs)]
         if len(shown) < len(every) == len(values):
-            forced = {one.name for one in inputs if one.force_input}
+            forced = {slot.name for slot in inputs if slot.force_input}
             return [None if name in forced else name for name in every]
         return without_missing_controls(shown, values)
 
@@ -178,17 +180,17 @@ def named_values(node: EditorNode, names: WidgetNames) -> dict[str, Any] | None:
     if isinstance(node.values, dict):
         return dict(node.values)
     values = node.values or []
-    found = names(node.type, values)
-    if found is None:
+    shown_names = names(node.type, values)
+    if shown_names is None:
         if not values or node.named:
             return dict(node.named)
-        shown = [*_with_controls(one.widget for one in node.inputs if one.widget is not None)]
-        found = without_missing_controls(shown, values)
-        if len(found) != len(values):
+        shown = [*_with_controls(socket.widget for socket in node.inputs if socket.widget is not None)]
+        shown_names = without_missing_controls(shown, values)
+        if len(shown_names) != len(values):
             return None
     if node.values is None:
-        return {name: node.named[name] for name in found if name is not None and name in node.named}
-    return {name: value for name, value in zip(found, values, strict=False) if name is not None}
+        return {name: node.named[name] for name in shown_names if name is not None and name in node.named}
+    return {name: value for name, value in zip(shown_names, values, strict=False) if name is not None}
 
 
 def is_control(value: object) -> bool:
@@ -209,99 +211,99 @@ def without_missing_controls(names: Sequence[str | None], values: Sequence[Any])
 
 def _definitions(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Definitions in a file, including those inside other definitions."""
-    found = [content]
-    while found:
-        inner = found.pop().get("definitions")
+    pending = [content]
+    while pending:
+        inner = pending.pop().get("definitions")
         listed = inner.get("subgraphs") if isinstance(inner, dict) else None
-        for one in listed if isinstance(listed, list) else ():
-            if not isinstance(one, dict):
-                raise GraphError(f"a subgraph of a workflow must be an object, got {_shown(one)}; {SAVE_AGAIN}")
-            yield one
-            found.append(one)
+        for definition in listed if isinstance(listed, list) else ():
+            if not isinstance(definition, dict):
+                raise GraphError(f"a subgraph of a workflow must be an object, got {_shown(definition)}; {SAVE_AGAIN}")
+            yield definition
+            pending.append(definition)
 
 
-def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, subgraph: bool) -> EditorGraph:
+def _graph(content: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, subgraph: bool) -> EditorGraph:
     nodes: dict[str, EditorNode] = {}
-    for one in _list(given, "nodes"):
-        node = _node(one)
+    for item in _list(content, "nodes"):
+        node = _node(item)
         if node.id in nodes:
             shown = printable(node.id, limit=_LONGEST)
             raise GraphError(f"ids of nodes must be unique, but two nodes have the id {shown}; {SAVE_AGAIN}")
         nodes[node.id] = node
-    links = dict(filter(None, map(_link, _list(given, "links"))))
+    links = dict(filter(None, map(_link, _list(content, "links"))))
     if not subgraph:
         return EditorGraph(nodes, links, definitions=definitions)
-    source = _key(_object(given.get("inputNode")).get("id")) or "-10"
-    sink = _key(_object(given.get("outputNode")).get("id")) or "-20"
+    source = _key(_object(content.get("inputNode")).get("id")) or "-10"
+    sink = _key(_object(content.get("outputNode")).get("id")) or "-20"
     begun: dict[tuple[str, int], list[str]] = {}
     ended: dict[tuple[str, int], list[str]] = {}
-    for key, one in links.items():
-        begun.setdefault((one.origin, one.origin_slot), []).append(key)
-        ended.setdefault((one.target, one.target_slot), []).append(key)
+    for key, item in links.items():
+        begun.setdefault((item.origin, item.origin_slot), []).append(key)
+        ended.setdefault((item.target, item.target_slot), []).append(key)
     # An input leads to many sockets, in the order of its list; an output has one link, the first in the file.
     inputs = tuple(
-        Boundary(_text(one.get("name")), _keys(one) or tuple(begun.get((source, place), ())))
-        for place, one in enumerate(map(_object, _list(given, "inputs")))
+        Boundary(_text(boundary.get("name")), _keys(boundary) or tuple(begun.get((source, place), ())))
+        for place, boundary in enumerate(map(_object, _list(content, "inputs")))
     )
     outputs = tuple(
-        Boundary(_text(one.get("name")), tuple(ended.get((sink, place), ())) or _keys(one))
-        for place, one in enumerate(map(_object, _list(given, "outputs")))
+        Boundary(_text(boundary.get("name")), tuple(ended.get((sink, place), ())) or _keys(boundary))
+        for place, boundary in enumerate(map(_object, _list(content, "outputs")))
     )
-    return EditorGraph(nodes, links, _text(given.get("name")), inputs, outputs, source, sink, definitions)
+    return EditorGraph(nodes, links, _text(content.get("name")), inputs, outputs, source, sink, definitions)
 
 
-def _node(given: Any) -> EditorNode:
-    key, type_ = (_object(given).get(name) for name in ("id", "type"))
+def _node(content: Any) -> EditorNode:
+    key, type_ = (_object(content).get(name) for name in ("id", "type"))
     if (key := _key(key)) is None or not isinstance(type_, str):
         raise GraphError(
-            f"a node of a workflow must be an object with an id and a type, got {_shown(given)}; {SAVE_AGAIN}"
+            f"a node of a workflow must be an object with an id and a type, got {_shown(content)}; {SAVE_AGAIN}"
         )
-    properties = _object(given.get("properties"))
-    values, mode = given.get("widgets_values"), given.get("mode")
+    properties = _object(content.get("properties"))
+    values, mode = content.get("widgets_values"), content.get("mode")
     return EditorNode(
         id=key,
         type=type_,
-        title=_text(given.get("title")),
+        title=_text(content.get("title")),
         mode=mode if isinstance(mode, int) else 0,
-        inputs=tuple(_input(_object(one)) for one in _list(given, "inputs")),
-        outputs=tuple(_type(_object(one).get("type")) for one in _list(given, "outputs")),
+        inputs=tuple(_input(_object(socket)) for socket in _list(content, "inputs")),
+        outputs=tuple(_type(_object(socket).get("type")) for socket in _list(content, "outputs")),
         values=values if isinstance(values, (list, dict)) else None,
-        named=_object(given.get("widgets_values_named")),
+        named=_object(content.get("widgets_values_named")),
         proxies=tuple(filter(None, map(_proxy, _list(properties, "proxyWidgets")))),
         set_aside=dict(filter(None, map(_set_aside, _list(properties, "proxyWidgetErrorQuarantine")))),
     )
 
 
-def _input(given: Mapping[str, Any]) -> EditorInput:
-    widget = _text(_object(given.get("widget")).get("name")) or None
-    return EditorInput(_text(given.get("name")), _type(given.get("type")), _key(given.get("link")), widget)
+def _input(content: Mapping[str, Any]) -> EditorInput:
+    widget = _text(_object(content.get("widget")).get("name")) or None
+    return EditorInput(_text(content.get("name")), _type(content.get("type")), _key(content.get("link")), widget)
 
 
-def _link(given: Any) -> tuple[str, EditorLink] | None:
-    if isinstance(given, dict):
-        given = [given.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
-    if not isinstance(given, list) or len(given) < 5:
+def _link(content: Any) -> tuple[str, EditorLink] | None:
+    if isinstance(content, dict):
+        content = [content.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
+    if not isinstance(content, list) or len(content) < 5:
         return None
-    key, origin, target = (_key(given[place]) for place in (0, 1, 3))
-    origin_slot, target_slot = (_slot(given[place]) for place in (2, 4))
+    key, origin, target = (_key(content[place]) for place in (0, 1, 3))
+    origin_slot, target_slot = (_slot(content[place]) for place in (2, 4))
     if key is None or origin is None or target is None or origin_slot is None or target_slot is None:
         return None
     return key, EditorLink(origin, origin_slot, target, target_slot)
 
 
-def _keys(given: Mapping[str, Any]) -> tuple[str, ...]:
+def _keys(content: Mapping[str, Any]) -> tuple[str, ...]:
     """Ids of the links of a subgraph's input or output."""
-    return tuple(key for key in map(_key, _list(given, "linkIds")) if key is not None)
+    return tuple(key for key in map(_key, _list(content, "linkIds")) if key is not None)
 
 
-def _proxy(given: Any) -> tuple[str, str, str] | None:
-    if not isinstance(given, list) or len(given) < 2 or not _text(given[1]) or (key := _key(given[0])) is None:
+def _proxy(content: Any) -> tuple[str, str, str] | None:
+    if not isinstance(content, list) or len(content) < 2 or not _text(content[1]) or (key := _key(content[0])) is None:
         return None
-    return key, given[1], (_key(given[2]) or "") if len(given) > 2 else ""
+    return key, content[1], (_key(content[2]) or "") if len(content) > 2 else ""
 
 
-def _set_aside(given: Any) -> tuple[str, Any] | None:
-    entry, value = _proxy(_object(given).get("originalEntry")), _object(given).get("hostValue")
+def _set_aside(content: Any) -> tuple[str, Any] | None:
+    entry, value = _proxy(_object(content).get("originalEntry")), _object(content).get("hostValue")
     return None if entry is None or entry[0] != "-1" or value is None else (entry[1], value)
 
 
@@ -309,8 +311,8 @@ def _object(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _list(given: Mapping[str, Any], name: str) -> list[Any]:
-    value = given.get(name)
+def _list(content: Mapping[str, Any], name: str) -> list[Any]:
+    value = content.get(name)
     return value if isinstance(value, list) else []
 
 
@@ -340,9 +342,9 @@ def _shown(value: Any) -> str:
 
 
 def _names(inputs: Sequence[Input] | Iterator[Input]) -> Iterator[str | None]:
-    for one in inputs:
-        yield one.name
-        if one.type == "INT" and one.extras.get("control_after_generate", one.name in SEEDS):
+    for slot in inputs:
+        yield slot.name
+        if slot.type == "INT" and slot.extras.get("control_after_generate", slot.name in SEEDS):
             yield None
 
 

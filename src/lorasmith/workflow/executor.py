@@ -208,7 +208,7 @@ def _calls(node: Node, lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str,
 
 def _nested(node: Node, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments with a repeating input as one dict: `inputs.input0` → `inputs["input0"]`."""
-    growing = [one.name for one in node.inputs if one.grow is not None]
+    growing = [slot.name for slot in node.inputs if slot.grow is not None]
     nested: dict[str, Any] = {name: {} for name in growing}
     for key, value in keywords.items():
         name, _, short = key.partition(".")

@@ -312,24 +312,24 @@ class _Checker:
         Memoized, as a chain of such nodes would otherwise be followed from each of them.
         """
         followed: dict[Link, None] = {}
-        found = ANY
+        type_ = ANY
         while link not in followed:
             if (known := self.types.get(link)) is not None:
-                found = known
+                type_ = known
                 break
             followed[link] = None
             source = drafts.get(link.node_id)
             if source is None or not 0 <= link.output < len(source.node.outputs):
                 break
             if (declared := source.node.outputs[link.output].type) != MATCH:
-                found = declared
+                type_ = declared
                 break
-            onward = (one for name, one in source.links() if source.node.slots[name].type == MATCH)
+            onward = (source_link for name, source_link in source.links() if source.node.slots[name].type == MATCH)
             if (following := next(onward, None)) is None:
                 break
             link = following
-        self.types.update(dict.fromkeys(followed, found))
-        return found
+        self.types.update(dict.fromkeys(followed, type_))
+        return type_
 
     def find_cycle(self, cycle: Cycle, drafts: Mapping[str, GraphNode]) -> None:
         start, end = ([drafts[key].label for key in keys] for keys in (cycle.start, (*cycle.end, cycle.start[0])))
@@ -357,7 +357,7 @@ class _Checker:
         elif (node := class_of(member, self.nodes)) is not None:
             return node
         else:
-            same = next((one for _, one in self.nodes.items() if class_type in one.search_aliases), None)
+            same = next((node for _, node in self.nodes.items() if class_type in node.search_aliases), None)
             remedy = "replace or remove it" if same is None else f"replace it by {same.id} ({same.display_name})"
             hint = self._hint(class_type, self.nodes) if same is None else ""
             sentence = f"unknown node {class_type!r}{hint}; {remedy}"
@@ -365,12 +365,12 @@ class _Checker:
         self.find(key, "missing_node_type", sentence)
         return None
 
-    def _read_inputs(self, key: str, node: Node, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_inputs(self, key: str, node: Node, inputs_given: Mapping[str, Any]) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
         assumed = {}
         for name, slot in node.slots.items():
-            if name in given:
-                self._read_input(key, slot, given[name], inputs)
+            if name in inputs_given:
+                self._read_input(key, slot, inputs_given[name], inputs)
             elif slot.default is not None:
                 inputs[name] = slot.default
                 if not (slot.optional or slot.may_lack):
@@ -382,7 +382,7 @@ class _Checker:
             self.warn(
                 key, "required_input_missing", f"missing inputs take their defaults: {values}", next(iter(assumed))
             )
-        for name in given:
+        for name in inputs_given:
             if name not in node.slots and not name.startswith("_") and not self.is_crowded:
                 sentence = f"input {name} is ignored, as the node has no such input{self._hint(name, node.slots)}"
                 self.warn(key, "unknown_input", sentence, name)
@@ -395,15 +395,15 @@ class _Checker:
                 inputs[slot.name] = link
             return
         # A list that is a value although it looks like a link is wrapped.
-        given = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+        plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
         try:
-            inputs[slot.name] = slot.check(given, self.folders)
+            inputs[slot.name] = slot.check(plain, self.folders)
         except LorasmithError as error:
             if isinstance(value, list):
                 sentence = f"{slot.name} must be a value or a link [node id, output number], got {value!r}"
                 self.find(key, "bad_linked_input", sentence, slot.name)
             else:
-                self.find(key, _value_fault(slot, given), str(error), slot.name)
+                self.find(key, _value_fault(slot, plain), str(error), slot.name)
 
     def _read_link(self, key: str, name: str, value: list[Any]) -> Link | None:
         source, index = str(value[0]), value[1]
@@ -451,7 +451,7 @@ def _is_id(value: Any) -> bool:
 
 def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node]) -> tuple[str, str]:
     """Id of the node and name of the input in an address; titles and inputs may contain dots."""
-    parts = [(address[:place], address[place + 1 :]) for place, one in enumerate(address) if one == "."]
+    parts = [(address[:place], address[place + 1 :]) for place, letter in enumerate(address) if letter == "."]
     parts = [(node, name) for node, name in parts if node and name]
     for node, name in parts:
         if node in prompt:
@@ -460,7 +460,7 @@ def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node
     classes = {key: member.get("class_type") for key, member in prompt.items() if isinstance(member, dict)}
     for named in (titles, classes):
         for node, name in reversed(parts):
-            keys = [key for key, one in named.items() if one == node]
+            keys = [key for key, place in named.items() if place == node]
             if len(keys) > 1:
                 shown = ", ".join(printable(key, limit=_LONGEST_TITLE) for key in keys[:_LISTED])
                 raise GraphError(f"override {override!r}: {len(keys)} nodes are called {node!r}; use an id: {shown}")

@@ -148,14 +148,14 @@ def node(
 def _keyword_inputs(id: str, function: Any) -> tuple[Input, ...]:
     """The inputs that a function's keywords have as their defaults, in place of which it then has their values."""
     _, *keywords = inspect.signature(function).parameters.values()
-    found = []
+    inputs = []
     for keyword in keywords:
         if isinstance(keyword.default, Input):
-            found.append(replace(keyword.default, name=keyword.name))
+            inputs.append(replace(keyword.default, name=keyword.name))
         elif keyword.kind is not keyword.VAR_KEYWORD:
             raise TypeError(f"{id}: the keyword {keyword.name} must have a socket as its default")
-    function.__kwdefaults__ = {one.name: one.default for one in found if one.optional}
-    return tuple(found)
+    function.__kwdefaults__ = {slot.name: slot.default for slot in inputs if slot.optional}
+    return tuple(inputs)
 
 
 def ignore(event: Event) -> None:

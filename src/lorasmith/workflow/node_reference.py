@@ -36,17 +36,17 @@ def find_node(name: str, nodes: Registry[Node]) -> Node:
     return titled[0]
 
 
-def input_facts(one: Input, choices: Sequence[str] = ()) -> list[str]:
+def input_facts(slot: Input, choices: Sequence[str] = ()) -> list[str]:
     """Type, default, range and choices (of a COMBO) of an input, a few words each."""
-    facts = ["any type" if one.type == "*" else "choice" if one.type == "COMBO" else one.type]
-    if one.grow is not None:
-        facts.append(f"repeated {one.grow.min} to {len(one.grow.suffixes)} times")
-    if one.default is not None:
-        facts.append(f"default {one.default!r}")
-    if one.min is not None or one.max is not None:
+    facts = ["any type" if slot.type == "*" else "choice" if slot.type == "COMBO" else slot.type]
+    if slot.grow is not None:
+        facts.append(f"repeated {slot.grow.min} to {len(slot.grow.suffixes)} times")
+    if slot.default is not None:
+        facts.append(f"default {slot.default!r}")
+    if slot.min is not None or slot.max is not None:
         bounds = (
             f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}"
-            for word, bound in (("from", one.min), ("to", one.max))
+            for word, bound in (("from", slot.min), ("to", slot.max))
             if bound is not None
         )
         facts.append(" ".join(bounds))
@@ -57,15 +57,15 @@ def input_facts(one: Input, choices: Sequence[str] = ()) -> list[str]:
 
 def badges(node: Node) -> list[str]:
     """Properties of a node as a whole, such as deprecated."""
-    said = {"output": node.output_node, "experimental": node.experimental, "deprecated": node.deprecated}
-    return [name for name, is_so in said.items() if is_so]
+    marks = {"output": node.output_node, "experimental": node.experimental, "deprecated": node.deprecated}
+    return [name for name, is_so in marks.items() if is_so]
 
 
 def object_info(node: Node, folders: Folders) -> dict[str, Any]:
     """The definition of `node` as JSON values, with the current choices of the folders."""
     inputs: dict[str, dict[str, list[Any]]] = {
-        "required": _inputs((one for one in node.inputs if not one.optional), folders),
-        "optional": _inputs((one for one in node.inputs if one.optional), folders),
+        "required": _inputs((slot for slot in node.inputs if not slot.optional), folders),
+        "optional": _inputs((slot for slot in node.inputs if slot.optional), folders),
         "hidden": {name: [_HIDDEN[name]] for name in node.hidden},
     }
     inputs = {group: members for group, members in inputs.items() if members or group == "required"}
@@ -94,30 +94,32 @@ def object_info(node: Node, folders: Folders) -> dict[str, Any]:
 
 
 def _inputs(inputs: Iterable[Input], folders: Folders) -> dict[str, list[Any]]:
-    return {one.name: _growing(one, folders) if one.grow else [one.type, _options(one, folders)] for one in inputs}
-
-
-def _options(one: Input, folders: Folders) -> dict[str, Any]:
-    values = {
-        "tooltip": one.tooltip or None,
-        "default": one.default,
-        "min": one.min,
-        "max": one.max,
-        "step": one.step,
-        "multiline": one.multiline,
-        "forceInput": one.force_input or None,
-        "advanced": one.advanced or None,
-        "options": list(one.choices(folders)) if "COMBO" in one.scalar_types else None,
-        "template": {"template_id": _TEMPLATE, "allowed_types": "*"} if one.type == MATCH else None,
+    return {
+        slot.name: _growing(slot, folders) if slot.grow else [slot.type, _options(slot, folders)] for slot in inputs
     }
-    return {key: value for key, value in values.items() if value is not None} | dict(one.extras)
 
 
-def _growing(one: Input, folders: Folders) -> list[Any]:
-    assert one.grow is not None
-    element = [one.type, _options(one, folders)]
-    named = {"names": list(one.grow.names)} if one.grow.names else {"prefix": one.grow.prefix, "max": one.grow.max}
-    template = {"input": {"required": {one.grow.prefix: element}}, "min": one.grow.min, **named}
+def _options(slot: Input, folders: Folders) -> dict[str, Any]:
+    values = {
+        "tooltip": slot.tooltip or None,
+        "default": slot.default,
+        "min": slot.min,
+        "max": slot.max,
+        "step": slot.step,
+        "multiline": slot.multiline,
+        "forceInput": slot.force_input or None,
+        "advanced": slot.advanced or None,
+        "options": list(slot.choices(folders)) if "COMBO" in slot.scalar_types else None,
+        "template": {"template_id": _TEMPLATE, "allowed_types": "*"} if slot.type == MATCH else None,
+    }
+    return {key: value for key, value in values.items() if value is not None} | dict(slot.extras)
+
+
+def _growing(slot: Input, folders: Folders) -> list[Any]:
+    assert slot.grow is not None
+    element = [slot.type, _options(slot, folders)]
+    named = {"names": list(slot.grow.names)} if slot.grow.names else {"prefix": slot.grow.prefix, "max": slot.grow.max}
+    template = {"input": {"required": {slot.grow.prefix: element}}, "min": slot.grow.min, **named}
     return ["COMFY_AUTOGROW_V3", {"template": template}]
 
 

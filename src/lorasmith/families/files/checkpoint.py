@@ -137,8 +137,8 @@ class OriginalCheckpoint:
     def architecture(self) -> dict[str, dict[str, Any]]:
         """Settings in the file's metadata for `unet`, `vae`, `text_encoder` and `defaults`; most files have none."""
         try:
-            said = parse_foreign_json(self.metadata.get(ARCHITECTURE, "{}"))
-            settings = {component: dict(settings) for component, settings in said.items()}
+            content = parse_foreign_json(self.metadata.get(ARCHITECTURE, "{}"))
+            settings = {component: dict(settings) for component, settings in content.items()}
             if not all(_is_plain(value) for setting in settings.values() for value in setting.values()):
                 raise ValueError(f"settings are short texts and numbers up to {_LARGEST_SETTING:,}")
             return settings

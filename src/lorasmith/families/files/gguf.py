@@ -224,7 +224,7 @@ class _Reader:
 
     def header(self, types: Mapping[int, tuple[str, int, int]]) -> _GgufHeader:
         """The header. types: number → name, elements and bytes of a block."""
-        found = _GgufHeader({}, {}, {})
+        header = _GgufHeader({}, {}, {})
         self._skip(len(_MAGIC))
         version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
         if version not in (2, 3):
@@ -236,20 +236,20 @@ class _Reader:
             names.add(name := self._text())
             value = self._value(self._number("I"))
             if isinstance(value, str):
-                found.texts[name] = value
-            found.integers[name] = value if isinstance(value, tuple) else ()
+                header.texts[name] = value
+            header.integers[name] = value if isinstance(value, tuple) else ()
         if len(names) < entries:
             raise ValueError("it has an entry twice")
         for _ in range(tensors):
             name = self._text()
-            found.tensors[name] = self._tensor(types)
-        if len(found.tensors) < tensors:
+            header.tensors[name] = self._tensor(types)
+        if len(header.tensors) < tensors:
             raise ValueError("it has a tensor twice")
-        alignment = sum(found.integers.get(_ALIGNMENT, (32,)))
+        alignment = sum(header.integers.get(_ALIGNMENT, (32,)))
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}, which is not a power of two")
         start = -(-self._at // alignment) * alignment
-        placed = {name: stored._replace(offset=start + stored.offset) for name, stored in found.tensors.items()}
+        placed = {name: stored._replace(offset=start + stored.offset) for name, stored in header.tensors.items()}
         end = start
         for stored in sorted(placed.values(), key=lambda stored: stored.offset):
             if stored.offset < end:
@@ -257,7 +257,7 @@ class _Reader:
             end = stored.offset + stored.size_bytes
         if end > len(self._data):
             raise ValueError(f"its tensors end at byte {end:,}, and it has {len(self._data):,}")
-        return found._replace(tensors=placed)
+        return header._replace(tensors=placed)
 
     def _tensor(self, types: Mapping[int, tuple[str, int, int]]) -> _Stored:
         if (dimensions := self._number("I")) > _MOST_DIMENSIONS:

@@ -84,21 +84,21 @@ def build(
             model = make()
         packable = set(packable_layers(model))
         able = {f"{path}.weight": layer for path, layer in model.named_modules() if layer in packable}
-        given = {
+        weights = {
             name: tensor.weight() if isinstance(tensor, Packed) and name not in able else tensor
             for name, tensor in tensors(model).items()
         }
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if missing := [name for name in needed if name not in given]:
+        if missing := [name for name in needed if name not in weights]:
             raise ModelError(f"{where} lacks {missing[0]}; it is incomplete, so get it again")
-        for name in needed.keys() & given.keys():
-            if (found := tuple(_tensor(given[name]).shape)) != needed[name]:
+        for name in needed.keys() & weights.keys():
+            if (shape := tuple(_tensor(weights[name]).shape)) != needed[name]:
                 raise ModelError(
-                    f"{where} does not fit its architecture: {name} must have the shape {needed[name]}, got {found}; "
+                    f"{where} does not fit its architecture: {name} must have the shape {needed[name]}, got {shape}; "
                     "it is damaged or of an unsupported variant"
                 )
-        packed = {name: tensor for name, tensor in given.items() if isinstance(tensor, Packed)}
-        model.load_state_dict({name: _tensor(tensor) for name, tensor in given.items()}, assign=True)
+        packed = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Packed)}
+        model.load_state_dict({name: _tensor(tensor) for name, tensor in weights.items()}, assign=True)
     except LorasmithError:
         raise
     except Exception as error:  # constructors of diffusers and transformers raise many kinds for odd settings
@@ -145,9 +145,9 @@ def from_original_tensors(
     return state
 
 
-def _tensor(given: Tensor | Packed) -> Tensor:
+def _tensor(weight: Tensor | Packed) -> Tensor:
     """The tensor of a parameter: a plain weight, or a packed one's placeholder."""
-    return placeholder(given.shape, given.tensors[0].device, given.dtype) if isinstance(given, Packed) else given
+    return placeholder(weight.shape, weight.tensors[0].device, weight.dtype) if isinstance(weight, Packed) else weight
 
 
 @contextlib.contextmanager
@@ -183,12 +183,12 @@ class _InitializationSkipped(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        given: Mapping[str, Any] = kwargs or {}
+        keywords: Mapping[str, Any] = kwargs or {}
         if func.__name__ in _INITIALIZERS:
-            target = args[0] if args else given.get("tensor")
+            target = args[0] if args else keywords.get("tensor")
             if isinstance(target, Tensor) and target.is_meta:
                 return target
-        return func(*args, **given)
+        return func(*args, **keywords)
 
 
 # Of torch.Tensor and torch.nn.init.

@@ -83,11 +83,11 @@ class PackedWeights:
         self._tensors = tensors
         self._empty = empty or tensors
         self._formats = dict(_formats(file, tensors, self._empty, metadata))
-        for stem, said in self._formats.items():
-            if said.name not in _KINDS:
+        for stem, format_ in self._formats.items():
+            if format_.name not in _KINDS:
                 raise ModelError(
                     f"weights must be plain numbers or one of {', '.join(_KINDS)}, but {stem} of {file} is stored as "
-                    f"{said.name}; get the bf16, fp16 or fp8 version of the model"
+                    f"{format_.name}; get the bf16, fp16 or fp8 version of the model"
                 )
         companions = {
             name
@@ -100,10 +100,10 @@ class PackedWeights:
     def read(self, name: str) -> Tensor | Packed:
         """A weight by name: packed, or plain in the file's dtype."""
         tensor = self._tensors[name]
-        said = self._said(name)
+        format_ = self._said(name)
         scale = scale_name(name, self._tensors)
-        if said is not None:
-            return _KINDS[said.name](_Layer(name, self._file, self._tensors, said))
+        if format_ is not None:
+            return _KINDS[format_.name](_Layer(name, self._file, self._tensors, format_))
         if scale is not None:  # older files do not say the format
             return _scaled_fp8(_Layer(name, self._file, self._tensors, _Format("float8_e4m3fn")))
         if tensor.dtype not in FP8_CODES:
@@ -114,8 +114,8 @@ class PackedWeights:
 
     def format_of(self, name: str) -> str:
         """The format in which a weight is stored: `int8_tensorwise`, say, or the short name of a dtype."""
-        said, codes = self._said(name), self._empty[name].dtype
-        return dtype_name(codes) if said is None or codes in FP8_CODES else said.name
+        format_, codes = self._said(name), self._empty[name].dtype
+        return dtype_name(codes) if format_ is None or codes in FP8_CODES else format_.name
 
     def _said(self, name: str) -> _Format | None:
         stem = _stem(name)
@@ -123,8 +123,8 @@ class PackedWeights:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight, which has two numbers for each code in nvfp4."""
-        said, shape = self._said(name), tuple(self._empty[name].shape)
-        return (*shape[:-1], 2 * shape[-1]) if said is not None and said.name == "nvfp4" and shape else shape
+        format_, shape = self._said(name), tuple(self._empty[name].shape)
+        return (*shape[:-1], 2 * shape[-1]) if format_ is not None and format_.name == "nvfp4" and shape else shape
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Layer:
 
     def scale(self, *leaves: str, sizes: Collection[int]) -> Tensor:
         """The first companion of these names, flat and in fp32."""
-        scale = next((found for leaf in leaves if (found := self.companion(leaf)) is not None), None)
+        scale = next((companion for leaf in leaves if (companion := self.companion(leaf)) is not None), None)
         if scale is None:
             self.refuse(f"must have a {leaves[0]}, but has none")
         if not scale.is_floating_point():
@@ -256,19 +256,19 @@ def _formats(
         layers = parse_foreign_json(metadata.get(_METADATA, "{}")).get("layers", {})
         stems = {stem for name in tensors if (stem := _stem(name)) is not None}
         prefix = _prefix(layers, stems)
-        for layer, said in layers.items():  # which count where both say something
-            yield f"{prefix}{layer}", _format(said)
+        for layer, declared in layers.items():  # which count where both say something
+            yield f"{prefix}{layer}", _format(declared)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ModelError(
             f"what {file} says about its quantized weights must be JSON with a format for each; {_REMEDY}"
         ) from error
 
 
-def _format(said: Any) -> _Format:
+def _format(declared: Any) -> _Format:
     """A format from its JSON, whose parameters may be in an object `params`."""
-    inner = said.get("params")
-    every = {**(inner if isinstance(inner, Mapping) else {}), **said}
-    return _Format(str(said["format"]), int(every.get("convrot_groupsize", 256)) if every.get("convrot") else None)
+    inner = declared.get("params")
+    every = {**(inner if isinstance(inner, Mapping) else {}), **declared}
+    return _Format(str(declared["format"]), int(every.get("convrot_groupsize", 256)) if every.get("convrot") else None)
 
 
 def _prefix(layers: Collection[str], stems: Collection[str]) -> str:

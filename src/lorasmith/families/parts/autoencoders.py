@@ -223,7 +223,11 @@ class Flux2Autoencoder(AutoencoderKind):
         plain = plain_weights(source.tensors)
         statistics = {name: tensor for name, tensor in plain.items() if name.startswith("bn.")}
         if source.settings.get(PLACES_FIRST):
-            ordered = {name: one.reshape(_PATCH**2, -1).T.reshape(-1) for name, one in statistics.items() if one.ndim}
+            ordered = {
+                name: statistic.reshape(_PATCH**2, -1).T.reshape(-1)
+                for name, statistic in statistics.items()
+                if statistic.ndim
+            }
             statistics |= ordered
         named = diffusers_vae({name: tensor for name, tensor in plain.items() if name not in statistics})
         config = source.config

@@ -117,7 +117,7 @@ def picture_states(encoder: Any, pixels: Tensor, *, crop: bool = False) -> Tenso
     squares = _squares(pixels.to(device_of(encoder)), encoder.config.image_size, crop=crop)
     if encoder.config.model_type == "siglip_vision_model":
         return encoder(2 * squares - 1).last_hidden_state  # type: ignore[no-any-return]
-    mean, deviation = (squares.new_tensor(one).view(1, 3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
+    mean, deviation = (squares.new_tensor(constants).view(1, 3, 1, 1) for constants in (CLIP_MEAN, CLIP_STD))
     return encoder((squares - mean) / deviation, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]
 
 

@@ -73,10 +73,10 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
 class _QwenBlock(QwenImageTransformerBlock):  # type: ignore[misc]
     zero_cond_t: bool
 
-    def forward(self, *, modulate_index: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *, modulate_index: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         if self.zero_cond_t != (is_at_zero := modulate_index is not None):
             self.zero_cond_t = is_at_zero
-        states: tuple[Tensor, Tensor] = super().forward(**given, modulate_index=modulate_index)
+        states: tuple[Tensor, Tensor] = super().forward(**inputs, modulate_index=modulate_index)
         return states
 
 
@@ -111,12 +111,12 @@ class Krea2Transformer(Krea2Transformer2DModel):  # type: ignore[misc]
             block.attn.set_processor(_AmongLayers(config.num_text_layers))
 
     def forward(
-        self, hidden_states: Tensor, *, timestep: Tensor, clean_tokens: int = 0, **given: Any
+        self, hidden_states: Tensor, *, timestep: Tensor, clean_tokens: int = 0, **inputs: Any
     ) -> tuple[Tensor, ...]:
         if not clean_tokens:
-            return super().forward(hidden_states, timestep=timestep, **given)  # type: ignore[no-any-return]
-        dtype, mask, text = hidden_states.dtype, given["encoder_attention_mask"], given["encoder_hidden_states"]
-        times = [self.time_embed(one, dtype=dtype) for one in (timestep, torch.zeros_like(timestep))]
+            return super().forward(hidden_states, timestep=timestep, **inputs)  # type: ignore[no-any-return]
+        dtype, mask, text = hidden_states.dtype, inputs["encoder_attention_mask"], inputs["encoder_hidden_states"]
+        times = [self.time_embed(time, dtype=dtype) for time in (timestep, torch.zeros_like(timestep))]
         before, after = (self.time_mod_proj(F.gelu(time, approximate="tanh")) for time in times)
         modulation = Modulation(before, after, clean_tokens)
         whole = None
@@ -125,7 +125,7 @@ class Krea2Transformer(Krea2Transformer2DModel):  # type: ignore[misc]
             mask = mask[:, None, None]
         states = self.txt_in(self.text_fusion(text, attention_mask=mask))
         states = torch.cat((states, self.img_in(hidden_states)), dim=1)
-        rotary = self.rotary_emb(given["position_ids"])
+        rotary = self.rotary_emb(inputs["position_ids"])
         for block in self.transformer_blocks:
             states = block(states, modulation, rotary, whole)
         return (self.final_layer(states[:, text.shape[1] :], times[0]),)
@@ -154,8 +154,8 @@ class _AmongLayers(Krea2AttnProcessor):  # type: ignore[misc]
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         heads = [layer(hidden_states).unflatten(-1, (-1, attn.head_dim)) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         query, key, value = (
-            one.reshape(-1, self._layers, *one.shape[2:])
-            for one in (attn.norm_q(heads[0]), attn.norm_k(heads[1]), heads[2])
+            states.reshape(-1, self._layers, *states.shape[2:])
+            for states in (attn.norm_q(heads[0]), attn.norm_k(heads[1]), heads[2])
         )
         groups = attn.num_heads // attn.num_kv_heads
         mixed = dispatch_attention_fn(
@@ -175,7 +175,7 @@ class _Krea2Block(Krea2TransformerBlock):  # type: ignore[misc]
         if isinstance(temb, Tensor):
             return super().forward(hidden_states, temb, image_rotary_emb, attention_mask)  # type: ignore[no-any-return]
         counts = (hidden_states.shape[1] - temb.controls, temb.controls)
-        tables = [one.unflatten(-1, (6, -1)) + self.scale_shift_table for one in temb[:2]]
+        tables = [modulation.unflatten(-1, (6, -1)) + self.scale_shift_table for modulation in temb[:2]]
         scale, shift, gate, late_scale, late_shift, late_gate = zip(
             *(table.unbind(-2) for table in tables), strict=True
         )

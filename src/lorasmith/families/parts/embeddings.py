@@ -78,7 +78,9 @@ class EmbeddingFiles:
 
     def misfit(self, name: str, places: Mapping[str, FileKey], fitting: Sequence[str]) -> None:
         """Warn of a file that is not for all encoders, or raise ModelError if it is for none of them."""
-        others = " and ".join(f"{one.key} ({one.width})" for part, one in places.items() if part not in fitting)
+        others = " and ".join(
+            f"{vector.key} ({vector.width})" for part, vector in places.items() if part not in fitting
+        )
         shown = printable(name, limit=80)
         sentence = f"embedding:{shown} has no vectors of the width of {others}"
         if self.warn is not None:
@@ -161,7 +163,9 @@ class VectorTokenizer:
 
         ids = [token for piece in pieces for token in self._ids_of(piece)]
         if add_special_tokens:
-            plain, whole = (self._tokenizer("a", add_special_tokens=one).input_ids for one in (False, True))
+            plain, whole = (
+                self._tokenizer("a", add_special_tokens=with_marks).input_ids for with_marks in (False, True)
+            )
             start = next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
             ids = [*whole[:start], *ids, *whole[start + len(plain) :]]
         return BatchEncoding({"input_ids": ids})
@@ -286,7 +290,7 @@ def _chosen(content: Mapping[str, Any] | Sequence[Any], place: FileKey) -> Tenso
     """The vectors (number, width) for an encoder, found as ComfyUI finds them; None if their width is another."""
     found: object = None
     if isinstance(content, Sequence):
-        rows = [one for entry in content if isinstance(entry, Mapping) for one in entry.values()]
+        rows = [row for entry in content if isinstance(entry, Mapping) for row in entry.values()]
         fitting = [_rows(row) for row in rows if isinstance(row, Tensor) and row.shape[-1:] == (place.width,)]
         found = torch.cat(fitting) if fitting else None
     elif isinstance(params := content.get("string_to_param"), Mapping):
@@ -305,22 +309,24 @@ def bundled_vectors(vectors: Mapping[str, Tensor], place: FileKey) -> Tensor | N
     return _checked(vectors.get("string_to_param.*", vectors.get(place.key)), place)
 
 
-def _checked(found: object, place: FileKey) -> Tensor | None:
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[-1:] != (place.width,):
+def _checked(tensor: object, place: FileKey) -> Tensor | None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape[-1:] != (place.width,):
         return None
-    found = _rows(found.detach().float())
-    if not 0 < len(found) <= _MOST_VECTORS or count_non_finite(found):
+    tensor = _rows(tensor.detach().float())
+    if not 0 < len(tensor) <= _MOST_VECTORS or count_non_finite(tensor):
         raise ModelError(
-            f"an embedding must have 1 to {_MOST_VECTORS} finite vectors, got {len(found):,} for {place.key}; get its "
+            f"an embedding must have 1 to {_MOST_VECTORS} finite vectors, got {len(tensor):,} for {place.key}; get its "
             "file again"
         )
-    return found
+    return tensor
 
 
 def _bundled(content: Mapping[Any, Any], key: str, width: int) -> Tensor | None:
     """The vectors of this width of all words in a LoRA file, one after another, under a key."""
-    named = [one for name, one in content.items() if str(name).startswith(BUNDLE) and str(name).endswith(f".{key}")]
-    found = [_rows(one) for one in named if isinstance(one, Tensor) and one.shape[-1:] == (width,)]
+    named = [
+        tensor for name, tensor in content.items() if str(name).startswith(BUNDLE) and str(name).endswith(f".{key}")
+    ]
+    found = [_rows(tensor) for tensor in named if isinstance(tensor, Tensor) and tensor.shape[-1:] == (width,)]
     return torch.cat(found) if found else None
 
 

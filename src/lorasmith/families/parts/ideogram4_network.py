@@ -73,11 +73,11 @@ class Ideogram4Transformer(Ideogram4Transformer2DModel):  # type: ignore[misc]
             torch.arange(width, device=device),
         )
         places = torch.cat((words, grid.T + IMAGE_POSITION_OFFSET), dim=1).float()[:, :, None]
-        found = places[0].expand(-1, len(frequencies))
+        place = places[0].expand(-1, len(frequencies))
         for axis in (1, 2):
             mine = (index % 3 == axis) & (index < 3 * self.config.mrope_section[axis])
-            found = torch.where(mine, places[axis], found)
-        angles = (found * frequencies).repeat(1, 2)[None, :, None]
+            place = torch.where(mine, places[axis], place)
+        angles = (place * frequencies).repeat(1, 2)[None, :, None]
         return angles.cos(), angles.sin()
 
 

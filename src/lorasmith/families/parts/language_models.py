@@ -209,14 +209,17 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Axes of rotary positions have the same numbers in text alone. Ministral scales queries beyond 16384 tokens.
     """
-    given = dict(config.get("text_config", config))
+    settings = dict(config.get("text_config", config))
     for name in ("rope_scaling", "rope_parameters"):
-        rope = given.get(name)
+        rope = settings.get(name)
         if isinstance(rope, Mapping) and "mrope_section" in rope:
-            given[name] = {"rope_type": "default", **{key: value for key, value in rope.items() if key == "rope_theta"}}
+            settings[name] = {
+                "rope_type": "default",
+                **{key: value for key, value in rope.items() if key == "rope_theta"},
+            }
         elif isinstance(rope, Mapping):
-            given[name] = {key: value for key, value in rope.items() if key != "llama_4_scaling_beta"}
-    return given
+            settings[name] = {key: value for key, value in rope.items() if key != "llama_4_scaling_beta"}
+    return settings
 
 
 def _language_part(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
@@ -271,7 +274,7 @@ def hidden_states(
     """
     device = device_of(encoder)
     attention = None if mask is None else torch.tensor([list(mask)], dtype=torch.long, device=device)
-    given: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=device)}
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=device)}
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if pictures:
             if (count := list(ids).count(PICTURE)) != len(pictures):
@@ -280,8 +283,8 @@ def hidden_states(
                     f"{count}; leave it out of the text"
                 )
             tower: VisionTower = encoder.__dict__[_TOWER]
-            given = {"inputs_embeds": stack.enter_context(tower.seen(encoder, ids, pictures))}
-        states = encoder(**given, attention_mask=attention, output_hidden_states=True).hidden_states
+            inputs = {"inputs_embeds": stack.enter_context(tower.seen(encoder, ids, pictures))}
+        states = encoder(**inputs, attention_mask=attention, output_hidden_states=True).hidden_states
     return torch.stack([states[layer] for layer in layers], dim=2).float()
 
 
@@ -340,7 +343,10 @@ RELEASED_PATHS = tuple(
 
 def qwen3_paths(layers: int) -> tuple[str, ...]:
     """Paths of the linear layers of a Qwen3 of so many layers."""
-    parts = (*(f"self_attn.{one}_proj" for one in "qkvo"), *(f"mlp.{one}_proj" for one in ("gate", "up", "down")))
+    parts = (
+        *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+        *(f"mlp.{side}_proj" for side in ("gate", "up", "down")),
+    )
     return tuple(f"layers.{layer}.{part}" for layer in range(layers) for part in parts)
 
 

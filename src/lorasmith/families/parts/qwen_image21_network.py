@@ -70,7 +70,7 @@ class QwenImage21Transformer(QwenImage21Transformer2DModel):  # type: ignore[mis
         times = torch.cat((timestep, timestep.new_zeros(1))) if self.config.causal_condition else timestep
         embedded = self.time_text_embed(times.float(), states)
         modulation = self.modulation(embedded)
-        sizes = [tuple(one.shape[-2:]) for one in (*references, picture)]
+        sizes = [tuple(latents.shape[-2:]) for latents in (*references, picture)]
         rotary = rotated(text.shape[1], sizes, places, self.config.axes_dims_rope, mask, states.device)
         key_valid = torch.cat(known, dim=1) if known else None
         for block in self.transformer_blocks:
@@ -121,14 +121,14 @@ def rotated(
         grid = (torch.arange(side, device=device) - (side - side // 2) for side in (rows, columns))
         parts.append(torch.cartesian_prod(time, *grid).T)
         position += max(rows, columns)
-    found = torch.cat(parts, dim=1)[None].float()
+    rotation = torch.cat(parts, dim=1)[None].float()
     if mask is not None:
-        missing = torch.zeros(len(mask), found.shape[2], device=device)
-        missing[:, found.shape[2] - sizes[-1][0] * sizes[-1][1] :] = (~mask).sum(1, keepdim=True)
-        found = torch.cat((found[:, :1] - missing[:, None], found[:, 1:].expand(len(mask), -1, -1)), dim=1)
+        missing = torch.zeros(len(mask), rotation.shape[2], device=device)
+        missing[:, rotation.shape[2] - sizes[-1][0] * sizes[-1][1] :] = (~mask).sum(1, keepdim=True)
+        rotation = torch.cat((rotation[:, :1] - missing[:, None], rotation[:, 1:].expand(len(mask), -1, -1)), dim=1)
     angles = torch.cat(
         [
-            found[:, axis, :, None] / torch.pow(_BASE, torch.arange(0, width, 2, device=device).float() / width)
+            rotation[:, axis, :, None] / torch.pow(_BASE, torch.arange(0, width, 2, device=device).float() / width)
             for axis, width in enumerate(axes)
         ],
         dim=-1,

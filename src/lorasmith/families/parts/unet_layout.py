@@ -85,11 +85,11 @@ class UNetFamily(Family):
         config = configs.of("scheduler")
         for key, value in {"beta_schedule": "scaled_linear", "trained_betas": None}.items():
             # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
-            found = config.get(key, None if key == "beta_schedule" else value)
-            if found != value:
+            own = config.get(key, None if key == "beta_schedule" else value)
+            if own != value:
                 raise ModelError(
                     f"{key} in the scheduler_config.json of {configs.title} must be {value!r} as in {self.title}'s "
-                    f"releases, got {found!r}; other noise schedules are not supported"
+                    f"releases, got {own!r}; other noise schedules are not supported"
                 )
         predicted = config.get("prediction_type", "epsilon")
         if predicted not in PARAMETERIZATIONS:
@@ -157,9 +157,9 @@ def context_widths(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
 
 def said_parameterization(checkpoint: OriginalCheckpoint) -> str | None:
     """`epsilon` or `v` by a checkpoint's metadata or a tensor `v_pred`; None if it has neither."""
-    said = checkpoint.metadata.get("modelspec.prediction_type")
-    if said is not None:
-        return "v" if said.startswith("v") else "epsilon"
+    declared = checkpoint.metadata.get("modelspec.prediction_type")
+    if declared is not None:
+        return "v" if declared.startswith("v") else "epsilon"
     return "v" if "v_pred" in checkpoint.shapes else None
 
 

@@ -45,10 +45,10 @@ class TowerKind:
 
     def found_in(self, source: PartSource) -> VisionTower | None:
         """The tower in an encoder's tensors; None if it is not there."""
-        prefix = next((one for one in _PREFIXES if f"{one}patch_embed.proj.weight" in source.tensors), None)
+        prefix = next((prefix for prefix in _PREFIXES if f"{prefix}patch_embed.proj.weight" in source.tensors), None)
         if prefix is None:
             return None
-        own = {name.removeprefix(prefix): one for name, one in source.tensors.items() if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items() if name.startswith(prefix)}
         return VisionTower(self, replace(source, tensors=own))
 
     def build(self, source: PartSource) -> nn.Module:
@@ -60,8 +60,10 @@ class TowerKind:
         )
 
         def make() -> nn.Module:
-            given = (source.config or {}).get("vision_config") or self._config(source.tensors)
-            module: nn.Module = network(config_class(**{key: one for key, one in given.items() if key != "model_type"}))
+            settings = (source.config or {}).get("vision_config") or self._config(source.tensors)
+            module: nn.Module = network(
+                config_class(**{key: setting for key, setting in settings.items() if key != "model_type"})
+            )
             return module
 
         return build(make, lambda _: source.tensors, where=source.where)
@@ -100,16 +102,16 @@ class VisionTower:
         device, merge = device_of(model), self.module.config.spatial_merge_size
         patches = [self._patches(picture) for picture in pictures]
         grids = torch.tensor([grid for _, grid in patches], device=device)
-        found = self.module(torch.cat([one for one, _ in patches]).to(device), grid_thw=grids)
+        seen = self.module(torch.cat([patch for patch, _ in patches]).to(device), grid_thw=grids)
         counts = (grids.prod(1) // merge**2).tolist()
         sizes = iter(counts)
-        tokens = [token for one in ids for token in [one] * (next(sizes) if one == PICTURE else 1)]
+        tokens = [token for token_id in ids for token in [token_id] * (next(sizes) if token_id == PICTURE else 1)]
         is_picture = torch.tensor([tokens], device=device) == PICTURE
         embedded: Tensor = model.embed_tokens(torch.tensor([tokens], device=device))
-        embedded = embedded.masked_scatter(is_picture[..., None], found.pooler_output.to(embedded))
+        embedded = embedded.masked_scatter(is_picture[..., None], seen.pooler_output.to(embedded))
         positions = token_positions(ids, [(h // merge, w // merge) for _, h, w in grids.tolist()]).to(device)
         hooks = [model.rotary_emb.register_forward_hook(self._rotated(positions))]
-        for layer, features in enumerate(getattr(found, "deepstack_features", None) or ()):
+        for layer, features in enumerate(getattr(seen, "deepstack_features", None) or ()):
             # Before those by which transformers reads the states.
             hooks.append(model.layers[layer].register_forward_hook(_added(is_picture, features), prepend=True))
         try:
@@ -124,7 +126,10 @@ class VisionTower:
         Four that become a token follow each other. Frames are taken by two; a picture is both of them.
         """
         side, merge = self.module.config.patch_size, self.module.config.spatial_merge_size
-        mean, std = (torch.tensor(one, device=pixels.device)[:, None, None] for one in (self.kind.mean, self.kind.std))
+        mean, std = (
+            torch.tensor(constants, device=pixels.device)[:, None, None]
+            for constants in (self.kind.mean, self.kind.std)
+        )
         scaled = (pixels[0] / 2 + 0.5 - mean) / std
         rows, columns = (length // side for length in pixels.shape[-2:])
         cut = scaled.reshape(3, rows // merge, merge, side, columns // merge, merge, side).permute(1, 4, 2, 5, 0, 3, 6)

@@ -166,13 +166,13 @@ def _configured(bases: Collection[str], metadata: Mapping[str, str]) -> Iterator
     component, unless several configurations are for it, or one has patterns, which are of the former names.
     """
     configs = configs_of(metadata)
-    found = {prefix: [base for base in bases if base.startswith(prefix)] for prefix in configs}
-    idle = Counter(component_of(prefix) for prefix, own in found.items() if not own)
-    rest = set(bases).difference(*found.values())
+    bases_of = {prefix: [base for base in bases if base.startswith(prefix)] for prefix in configs}
+    idle = Counter(component_of(prefix) for prefix, own in bases_of.items() if not own)
+    rest = set(bases).difference(*bases_of.values())
     for prefix, config in configs.items():
         component = component_of(prefix)
-        if found[prefix] or idle[component] > 1 or not config.is_uniform:
-            yield prefix, config, found[prefix]
+        if bases_of[prefix] or idle[component] > 1 or not config.is_uniform:
+            yield prefix, config, bases_of[prefix]
         else:
             yield "", config, [base for base in rest if component_of(base) == component]
 

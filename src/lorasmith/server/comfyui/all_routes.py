@@ -36,7 +36,7 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
         SystemRoutes(context),
     )
     found = [route for part in parts for route in part.routes()]
-    return [web.route(one.method, prefix + one.path, one.handler) for prefix in PREFIXES for one in found]
+    return [web.route(route.method, prefix + route.path, route.handler) for prefix in PREFIXES for route in found]
 
 
 PROTOCOL_VERSION = "0.33.0"  # the ComfyUI release of this protocol, reported by `/system_stats`
@@ -94,8 +94,8 @@ class SystemRoutes:
         }
         # Before the workers have started: clients use the first device without checking that there is one.
         unknown = {"name": "cpu", "title": "CPU", "memory_bytes": memory.total, "free_bytes": memory.available}
-        found = self._context.dispatcher.devices() or [unknown]
-        devices = [_device(one, index) for index, one in enumerate(found)]
+        known = self._context.dispatcher.devices() or [unknown]
+        devices = [_device(device, index) for index, device in enumerate(known)]
         return web.json_response({"system": system, "devices": devices})
 
     async def _features(self, request: web.Request) -> web.Response:

@@ -255,8 +255,8 @@ def index() -> list[dict[str, Any]]:
     """The editor's list of templates, in two groups: those that need no other file first."""
     listed = templates().values()
     groups = {
-        "Start here": [one for one in listed if not one.needs],
-        "Models": [one for one in listed if one.needs],
+        "Start here": [example for example in listed if not example.needs],
+        "Models": [example for example in listed if example.needs],
     }
     return [
         {
@@ -285,21 +285,21 @@ def template_file(name: str) -> Path | str | None:
     return None
 
 
-def _card(one: Example) -> dict[str, Any]:
+def _card(example: Example) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "title": one.card,
+        "name": example.name,
+        "title": example.card,
         "mediaType": "image",
         "mediaSubtype": "webp",
-        "description": _description(one),
+        "description": _description(example),
         "tags": ["LoRA", "Training"],
         "openSource": True,
     }
 
 
-def _description(one: Example) -> str:
+def _description(example: Example) -> str:
     """One or two sentences without file names: the editor shows hyphens and underscores as spaces."""
-    says = f"{one.title}." if one.title[0].isupper() else f"Trains {one.title}."
-    if not one.needs:
+    says = f"{example.title}." if example.title[0].isupper() else f"Trains {example.title}."
+    if not example.needs:
         return f"{says} Runs at once, with the built in model."
-    return f"{says} Needs {count_text(len(one.needs), 'model file')}, named in the loaders."
+    return f"{says} Needs {count_text(len(example.needs), 'model file')}, named in the loaders."

@@ -332,11 +332,11 @@ class UserFiles:
         if not is_folder(folder):
             return refused(404, f"no folder {name!r}")
         recurse, full, split = (request.query.get(flag, "").casefold() == "true" for flag in _FLAGS)
-        found = await asyncio.to_thread(_files_below, folder, recurse)
+        paths = await asyncio.to_thread(_files_below, folder, recurse)
         if full:
-            return web.json_response([_info(path, folder) for path in found])
-        names = [path.relative_to(folder).as_posix() for path in found]
-        return web.json_response([[one, *one.split("/")] for one in names] if split else names)
+            return web.json_response([_info(path, folder) for path in paths])
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        return web.json_response([[name, *name.split("/")] for name in names] if split else names)
 
     async def _list_all(self, request: web.Request) -> web.Response:
         folder = contained(self._folder, unquote(request.query.get("path", "")))

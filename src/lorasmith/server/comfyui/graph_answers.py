@@ -45,8 +45,8 @@ def object_info(folders: Folders, *, node: str | None = None) -> bytes:
     """JSON text with the definitions of all nodes, or of one, by class; empty for an unknown class."""
     nodes = load_nodes()
     one_or_none = [nodes[node]] if node is not None and node in nodes else []
-    ones = [one for _, one in nodes.items()] if node is None else one_or_none
-    return json.dumps({node or one.id: definition(one, folders) for one in ones}).encode()
+    ones = [entry for _, entry in nodes.items()] if node is None else one_or_none
+    return json.dumps({node or entry.id: definition(entry, folders) for entry in ones}).encode()
 
 
 @question
@@ -232,7 +232,7 @@ def _node_entry(
     spoiled = _reached([key], users)
     own = [fault for fault in faults if fault.node_id == key][:_LISTED]
     return {
-        "errors": [_input_error(one, member, folders, nodes) for one in own],
+        "errors": [_input_error(fault, member, folders, nodes) for fault in own],
         "dependent_outputs": [output for output in examination.graph.outputs if output in spoiled],
         "class_type": _class_name(member) or "",
     }
@@ -246,11 +246,11 @@ def _input_error(fault: GraphFault, member: Any, folders: Folders, nodes: Regist
     node = class_of(member, nodes)
     if node is not None:
         extra["input_config"] = _input_config(node, fault.input_name, folders)
-    given = member.get("inputs", {}) if isinstance(member, dict) else {}
-    if fault.input_name in given:
-        extra["received_value"] = _bounded(given[fault.input_name])
+    inputs = member.get("inputs", {}) if isinstance(member, dict) else {}
+    if fault.input_name in inputs:
+        extra["received_value"] = _bounded(inputs[fault.input_name])
         if fault.kind == "return_type_mismatch":
-            extra["linked_node"] = given[fault.input_name]
+            extra["linked_node"] = inputs[fault.input_name]
     return error_entry(fault.kind, message, f"{fault.input_name}: {fault.sentence}", **extra)
 
 
@@ -327,13 +327,13 @@ def _lines(node: Node) -> Iterator[str]:
     yield ""
     if node.description:
         yield from (node.description, "")
-    if said := badges(node):
-        yield from (f"*{', '.join(said).capitalize()} node.*", "")
-    required = [one for one in node.inputs if not one.optional]
-    for title, inputs in (("Inputs", required), ("Optional inputs", [one for one in node.inputs if one.optional])):
+    if marks := badges(node):
+        yield from (f"*{', '.join(marks).capitalize()} node.*", "")
+    required = [slot for slot in node.inputs if not slot.optional]
+    for title, inputs in (("Inputs", required), ("Optional inputs", [slot for slot in node.inputs if slot.optional])):
         if inputs:
             yield from (f"## {title}", "")
-            yield from _table(("Name", "Type", "Meaning"), (_input_row(one) for one in inputs))
+            yield from _table(("Name", "Type", "Meaning"), (_input_row(slot) for slot in inputs))
             yield ""
     if node.outputs:
         yield from ("## Outputs", "")
@@ -347,9 +347,9 @@ def _lines(node: Node) -> Iterator[str]:
         yield f"Older names: {', '.join(f'`{name}`' for name in node.aliases)}"
 
 
-def _input_row(one: Input) -> tuple[str, str, str]:
-    fixed = () if callable(one.options) else tuple(one.options)
-    return f"`{one.name}`", ", ".join(input_facts(one, fixed)), one.tooltip
+def _input_row(slot: Input) -> tuple[str, str, str]:
+    fixed = () if callable(slot.options) else tuple(slot.options)
+    return f"`{slot.name}`", ", ".join(input_facts(slot, fixed)), slot.tooltip
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

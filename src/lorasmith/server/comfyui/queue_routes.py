@@ -95,7 +95,7 @@ class QueueRoutes:
                 return _refusal(error_entry("invalid_prompt", error.message))
         targets = body.get("partial_execution_targets")
         arguments: dict[str, Any] = {} if targets is None else {"targets": [str(target) for target in targets]}
-        if any(isinstance(one, dict) and one.get("class_type") is None for one in prompt.values()):
+        if any(isinstance(node, dict) and node.get("class_type") is None for node in prompt.values()):
             arguments["workflow"] = workflow or ((body.get("extra_data") or {}).get("extra_pnginfo") or {}).get(
                 "workflow"
             )
@@ -105,7 +105,7 @@ class QueueRoutes:
         return await self._submit(body, prompt, workflow, found)
 
     async def _submit(
-        self, body: Mapping[str, Any], prompt: dict[str, Any], workflow: Any, found: Mapping[str, Any]
+        self, body: Mapping[str, Any], prompt: dict[str, Any], workflow: Any, checked: Mapping[str, Any]
     ) -> web.Response:
         extra = dict(body.get("extra_data") or {})
         for name in _SECRETS:
@@ -120,7 +120,7 @@ class QueueRoutes:
             "prompt": prompt,
             "extra_data": extra,
             "targets": body.get("partial_execution_targets"),
-            "outputs_to_execute": found["outputs"],
+            "outputs_to_execute": checked["outputs"],
             "workflow": pictures.get("workflow") if isinstance(pictures, dict) else None,
         }
         number = body.get("number")
@@ -137,7 +137,7 @@ class QueueRoutes:
             return _refusal(error_entry("queue_full", str(error)), status=429)
         except DuplicateJobError as error:
             return _refusal(error_entry("invalid_prompt_id", str(error)))
-        answer = {"prompt_id": job.id, "number": job.number, "node_errors": found["node_errors"]}
+        answer = {"prompt_id": job.id, "number": job.number, "node_errors": checked["node_errors"]}
         return web.json_response(answer)
 
     async def _prompt_of(self, workflow: Any) -> dict[str, Any]:
@@ -156,10 +156,10 @@ class QueueRoutes:
             line for line in self._store.lines(["pending"]) if line.id in ids or (is_all and line.kind == "graph")
         ]
         # Graphs leave no history entry, as in ComfyUI; all are removed in one call, as there may be thousands.
-        self._dispatcher.remove([one.id for one in waiting if one.kind == "graph"])
-        for one in waiting:
-            if one.kind != "graph":
-                self._dispatcher.cancel(one.id)
+        self._dispatcher.remove([job.id for job in waiting if job.kind == "graph"])
+        for job in waiting:
+            if job.kind != "graph":
+                self._dispatcher.cancel(job.id)
         return web.Response()
 
     async def _history(self, request: web.Request) -> web.StreamResponse:
@@ -187,12 +187,12 @@ class QueueRoutes:
         body = await read_object(request)
         ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
         ended = [line for line in self._store.lines(ENDED) if line.id in ids or (is_all and line.kind == "graph")]
-        self._dispatcher.remove([one.id for one in ended])
+        self._dispatcher.remove([job.id for job in ended])
         return web.Response()
 
     async def _jobs(self, request: web.Request) -> web.Response:
         query = request.query
-        statuses = [one.strip().casefold() for one in query.get("status", "").split(",") if one.strip()]
+        statuses = [status.strip().casefold() for status in query.get("status", "").split(",") if status.strip()]
         if unknown := [statuse for statuse in statuses if statuse not in STATES_OF_STATUS]:
             known = ", ".join(STATES_OF_STATUS)
             return refused(400, f"status must be among {known}, got {', '.join(unknown)[:100]!r}")
@@ -486,7 +486,7 @@ def _outputs_summary(outputs: Mapping[str, Any]) -> tuple[int, int, dict[str, An
     """Number of outputs, number of those with a preview, and the preview: saved pictures before temporary ones."""
     files = list(_files(outputs))
     shown = [(node, kind, item) for node, kind, item in files if kind in _SHOWN_KINDS]
-    saved = [one for one in shown if one[2].get("type") == "output"]
+    saved = [output for output in shown if output[2].get("type") == "output"]
     if shown:
         node, kind, item = (saved or shown)[0]
         return len(files), len(shown), {**item, "nodeId": node, "mediaType": item.get("mediaType", kind)}

@@ -74,13 +74,13 @@ def datasets(folders: Folders, *, name: str | None = None) -> DatasetList:
 def dataset(folders: Folders, name: str) -> DatasetAnswer:
     """The pictures of a dataset with their captions, in natural order. Raises UnknownFileError."""
     folder = dataset_folder(folders, name)
-    found, skipped, notes = pictures_in(folders, folder)
-    used = {path for one in found for path in one.controls}
+    pictures, skipped, notes = pictures_in(folders, folder)
+    used = {path for picture in pictures for path in picture.controls}
     return DatasetAnswer(
         name=name,
         folder=str(folder),
-        images=tuple(map(picture_row, found)),
-        controls=tuple(_control_row(one, folder) for one in controls_in(folder) if one not in used),
+        images=tuple(map(picture_row, pictures)),
+        controls=tuple(_control_row(control, folder) for control in controls_in(folder) if control not in used),
         builtin=is_builtin(folder),
         notes=tuple(notes),
         skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in skipped),
@@ -141,7 +141,7 @@ def _row(folder: Path) -> DatasetRow | None:
         is_empty = not listed.images and all(path.name.startswith((".", CONTROL)) for path in folder.iterdir())
     except (DataError, OSError):
         return None
-    inner = [] if listed.images else [one for one in _inner(folder) if one.images]
+    inner = [] if listed.images else [inner_folder for inner_folder in _inner(folder) if inner_folder.images]
     if not (listed.images or inner or is_empty):
         return None
     stems = set(listed.captions)
@@ -164,24 +164,24 @@ def _inner(folder: Path) -> list[ListedFolder]:
         return []
 
 
-def picture_row(one: Candidate) -> PictureRow:
+def picture_row(candidate: Candidate) -> PictureRow:
     """A picture as the page shows it, with its faults."""
-    path = one.path  # made from its name each time
+    path = candidate.path  # made from its name each time
     stamp = stamp_of(path)
     width, height, problem = _measured(path, stamp)
-    caption, fault = caption_of(one)
+    caption, fault = caption_of(candidate)
     original = original_of(path, stamp)
     return PictureRow(
-        file=one.name,
+        file=candidate.name,
         width=width,
         height=height,
         bytes=stamp[1],
         caption=caption,
         has_caption=bool(caption),
         problem=problem or fault,
-        controls=tuple(_control_row(path, Path(one.folder.path)) for path in one.controls),
+        controls=tuple(_control_row(path, Path(candidate.folder.path)) for path in candidate.controls),
         crop=None if original is None else original.crop,
-        mask=next(iter(one.folder.masks.get(stem_of(one.name), ())), ""),
+        mask=next(iter(candidate.folder.masks.get(stem_of(candidate.name), ())), ""),
     )
 
 
@@ -221,20 +221,24 @@ def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skippe
     scan_notes = ScanNotes()
     config = DataConfig(follow_links=folders.follow_links)
     try:
-        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, notes=scan_notes))
+        all_candidates = list(
+            candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, notes=scan_notes)
+        )
     except DataError as error:
         return [], [], [str(error)]
-    own = [one for one in found if not one.folder.inside]
-    inner = {one.folder.inside: 0 for one in found if one.folder.inside}
-    for one in found:
-        if one.folder.inside:
-            inner[one.folder.inside] += 1
+    own = [candidate for candidate in all_candidates if not candidate.folder.inside]
+    inner = {candidate.folder.inside: 0 for candidate in all_candidates if candidate.folder.inside}
+    for candidate in all_candidates:
+        if candidate.folder.inside:
+            inner[candidate.folder.inside] += 1
     notes = [
         f"{number:,} pictures in the folder {inside} are trained on as well, and not shown here."
         for inside, number in inner.items()
     ]
     real = folder.resolve()
-    shown = [one for one in own if one.name not in one.folder.links or stays_in(one.path, real)]
+    shown = [
+        candidate for candidate in own if candidate.name not in candidate.folder.links or stays_in(candidate.path, real)
+    ]
     if len(shown) < len(own):
         use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
         notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
@@ -253,19 +257,19 @@ def picture_of(folder: Path, file: str, *, control: bool = False) -> Path:
     return path
 
 
-def caption_of(one: Candidate) -> tuple[str, str]:
+def caption_of(candidate: Candidate) -> tuple[str, str]:
     """The caption of a picture, line by line, and its fault."""
-    if one.barred:
-        return "", one.barred
-    if one.caption_file:
+    if candidate.barred:
+        return "", candidate.barred
+    if candidate.caption_file:
         try:
-            path = one.folder.file(one.caption_file)
+            path = candidate.folder.file(candidate.caption_file)
             caption = _caption_once(path, stamp_of(path))
         except CaptionError as error:
             return "", f"has a caption file {error.path.name} that {error.reason}"
         if caption.text:
             return "\n".join(caption.lines), ""
-    return "\n".join(one.entry), ""
+    return "\n".join(candidate.entry), ""
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -288,9 +292,9 @@ def mask_of(folder: Path, file: str) -> Path:
     return found[0]
 
 
-def caption_file(one: Candidate) -> Path:
+def caption_file(candidate: Candidate) -> Path:
     """The path of a picture's caption file, which need not exist."""
-    return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")
+    return candidate.folder.file(candidate.caption_file or f"{stem_of(candidate.name)}{CAPTION_SUFFIXES[0]}")
 
 
 _SEVERITIES: dict[FindingKind, Severity] = {
@@ -356,13 +360,19 @@ def check_dataset(
             progress=report_progress,
         )
     except DataError as error:
-        found, skipped, notes = pictures_in(folders, folder)
-        reasons = [*skipped, *((one.path, problem) for one in found if (problem := picture_row(one).problem))]
+        pictures, skipped, notes = pictures_in(folders, folder)
+        reasons = [
+            *skipped,
+            *((picture.path, problem) for picture in pictures if (problem := picture_row(picture).problem)),
+        ]
         finding = FindingFacts(
-            kind="no pictures", message=str(error), files=tuple(one.name for one in found), severity="problem"
+            kind="no pictures",
+            message=str(error),
+            files=tuple(picture.name for picture in pictures),
+            severity="problem",
         )
         return DataCheckAnswer(
-            findings=(finding,) if found or skipped else (),
+            findings=(finding,) if pictures or skipped else (),
             images={},
             skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in reasons),
             notes=tuple(notes),
@@ -371,43 +381,47 @@ def check_dataset(
 
 
 def _check_answer(checked: DataCheck) -> DataCheckAnswer:
-    found = checked.preflight
+    preflight = checked.preflight
     return DataCheckAnswer(
-        findings=tuple(_finding(finding, found) for finding in found.findings),
+        findings=tuple(_finding(finding, preflight) for finding in preflight.findings),
         images={
-            one.name: CheckedPicture(
-                problems=tuple(text for said in said_of(found, index) for text in said),
-                crop=_crop(one.crop, one.file.width, one.file.height),
-                trained=one.bucket,
-                tokens=one.tokens,
+            image.name: CheckedPicture(
+                problems=tuple(text for texts in said_of(preflight, index) for text in texts),
+                crop=_crop(image.crop, image.file.width, image.file.height),
+                trained=image.bucket,
+                tokens=image.tokens,
             )
-            for index, one in enumerate(found.images)
+            for index, image in enumerate(preflight.images)
         },
-        skipped=tuple(SkippedFile(file=name_in(found.folder, path), reason=reason) for path, reason in found.skipped),
-        notes=found.notes,
-        resolutions=found.resolutions,
+        skipped=tuple(
+            SkippedFile(file=name_in(preflight.folder, path), reason=reason) for path, reason in preflight.skipped
+        ),
+        notes=preflight.notes,
+        resolutions=preflight.resolutions,
         assumed=checked.is_size_assumed,
-        held_out=found.epoch.held_out,
-        samples_per_epoch=found.epoch.samples,
+        held_out=preflight.epoch.held_out,
+        samples_per_epoch=preflight.epoch.samples,
     )
 
 
-def _finding(one: Finding, found: Preflight) -> FindingFacts:
-    said = replace(one, remedy=_REMEDIES.get(one.kind, one.remedy)).sentence
-    files = tuple(found.images[index].name for index in one.images)
+def _finding(finding: Finding, preflight: Preflight) -> FindingFacts:
+    text = replace(finding, remedy=_REMEDIES.get(finding.kind, finding.remedy)).sentence
+    files = tuple(preflight.images[index].name for index in finding.images)
     return FindingFacts(
-        kind=one.kind,
-        title=TITLES[one.kind],
-        message=f"{said[:1].upper()}{said[1:]}.",
+        kind=finding.kind,
+        title=TITLES[finding.kind],
+        message=f"{text[:1].upper()}{text[1:]}.",
         files=files,
-        severity=_SEVERITIES.get(one.kind, "warning"),
-        removes=_unreadable(found) if one.kind == "unused files" else files if one.kind in _REMOVED else (),
+        severity=_SEVERITIES.get(finding.kind, "warning"),
+        removes=_unreadable(preflight) if finding.kind == "unused files" else files if finding.kind in _REMOVED else (),
     )
 
 
-def _unreadable(found: Preflight) -> tuple[str, ...]:
+def _unreadable(preflight: Preflight) -> tuple[str, ...]:
     """The pictures of the folder that are damaged or hold no picture."""
-    paths = (path for path, reason in found.skipped if reason.kind == "unreadable" and path.parent == found.folder)
+    paths = (
+        path for path, reason in preflight.skipped if reason.kind == "unreadable" and path.parent == preflight.folder
+    )
     return tuple(path.name for path in paths if path.suffix.lower() in image_suffixes())
 
 

@@ -142,7 +142,7 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
         return _added_control(folders, name, folder, source, f"{stem}{plain_name(suffix)}")
     with _CHANGING:
         names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        pictures = [one for one in names if Path(one).suffix.lower() in image_suffixes()]
+        pictures = [name for name in names if Path(name).suffix.lower() in image_suffixes()]
         if (same := _same_content(folder, pictures, source)) is not None:
             return {"skipped": f"is in the dataset already, as {same}", "same": same}
         if len(pictures) >= MOST_IMAGES:
@@ -158,7 +158,7 @@ def _added_control(folders: Folders, name: str, folder: Path, source: Path, file
         if not stays_in(place, folder.resolve()):
             raise OutputError(f"the folder {CONTROL} of {name} is a link to somewhere else; replace it by a folder")
         there = controls_in(folder)
-        replaced = [one for one in there if stem_of(one.name).casefold() == stem_of(file).casefold()]
+        replaced = [control for control in there if stem_of(control.name).casefold() == stem_of(file).casefold()]
         if len(there) - len(replaced) >= MOST_IMAGES:
             return {"skipped": f"is one too many: a dataset has at most {MOST_IMAGES:,} controls"}
         aside = {"replaced": _removed(folders, replaced, name).removed} if replaced else {}
@@ -175,10 +175,10 @@ def pair_control(folders: Folders, name: str, control: str, image: str = "", for
     moved = picture_of(folder, control, control=True)
     stem = stem_of(safe_name(_file_name(former)) if former else picture_of(folder, image).name)
     with _CHANGING:
-        there = [one for one in controls_in(folder) if stem_of(one.name).casefold() == stem.casefold()]
+        there = [control for control in controls_in(folder) if stem_of(control.name).casefold() == stem.casefold()]
         if moved in there:
             return Changed(changed=0)
-        apart = [(one, one.with_stem(f"{one.stem}.moving")) for one in there]
+        apart = [(control, control.with_stem(f"{control.stem}.moving")) for control in there]
         for one, aside in apart:
             one.rename(aside)
         moved.rename(moved.with_stem(stem))
@@ -207,11 +207,11 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
         return {"skipped": error.reason}
     stem = _file_name(file).removesuffix(Path(file).suffix).casefold()
     with _CHANGING:
-        found = {one.name: one for one in pictures_in(folders, folder)[0]}
+        pictures = {picture.name: picture for picture in pictures_in(folders, folder)[0]}
         of = (
-            found.get(image)
+            pictures.get(image)
             if image
-            else next((one for key, one in found.items() if stem_of(key).casefold() == stem), None)
+            else next((picture for key, picture in pictures.items() if stem_of(key).casefold() == stem), None)
         )
         if of is None:
             return {"skipped": "has no picture of the same name; add that too"}
@@ -234,16 +234,17 @@ def add_mask(folders: Folders, name: str, *, file: str, temporary: str, image: s
         suffixes = image_header(source).suffixes
     except ImageError as error:
         return {"skipped": error.reason}
-    given, stem = Path(_file_name(file)).suffix.lower(), stem_of(stem_of(_file_name(file)))
+    suffix, stem = Path(_file_name(file)).suffix.lower(), stem_of(stem_of(_file_name(file)))
     with _CHANGING:
-        names = [one.name for one in pictures_in(folders, folder)[0]]
+        names = [picture.name for picture in pictures_in(folders, folder)[0]]
         of = next(
-            (one for one in names if image == one or (not image and stem_of(one).casefold() == stem.casefold())), None
+            (name for name in names if image == name or (not image and stem_of(name).casefold() == stem.casefold())),
+            None,
         )
         if of is None:
             return {"skipped": f"is a mask, and no photo is called {stem}; add that too"}
         former = masks_beside(folder / of)
-        target = folder / f"{stem_of(of)}{MASK}{plain_name(given if given in suffixes else suffixes[0])}"
+        target = folder / f"{stem_of(of)}{MASK}{plain_name(suffix if suffix in suffixes else suffixes[0])}"
         aside = {"replaced": _removed(folders, former, name).removed} if former else {}
         _move(source, target)
     return {"added": target.name, **aside}
@@ -271,13 +272,13 @@ def remove_images(folders: Folders, name: str, files: Sequence[str]) -> RemovedA
     folder = dataset_folder(folders, name, to_change=True)
     with _CHANGING:
         paths = [picture_of(folder, file) for file in dict.fromkeys(files)]
-        beside = [one for path in paths for one in (*_captions_beside(path), *masks_beside(path))]
+        beside = [file_beside for path in paths for file_beside in (*_captions_beside(path), *masks_beside(path))]
         return _removed(folders, [*paths, *dict.fromkeys(beside)], name)
 
 
 def _captions_beside(picture: Path) -> list[Path]:
     found = (picture.with_name(f"{stem_of(picture.name)}{suffix}") for suffix in CAPTION_SUFFIXES)
-    return [one for one in found if is_regular(one)]
+    return [file for file in found if is_regular(file)]
 
 
 @question
@@ -328,8 +329,8 @@ _LEAST_SIDE = 16  # pixels: narrower pictures are not trained on
 
 def _check_alone(folders: Folders, folder: Path, path: Path, header: ImageHeader) -> None:
     """Raise OptionError for a picture that is not cropped by itself."""
-    one = next((one for one in pictures_in(folders, folder)[0] if one.name == path.name), None)
-    others = [*masks_beside(path), *(one.controls if one else ())]
+    listed = next((picture for picture in pictures_in(folders, folder)[0] if picture.name == path.name), None)
+    others = [*masks_beside(path), *(listed.controls if listed else ())]
     if others:
         raise OptionError(
             f"{path.name} belongs to {others[0].name}, which would have to be cropped alike; crop both files yourself"
@@ -404,29 +405,29 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, CaptionEdit
                 f"a caption must be text of at most {MAX_CAPTION:,} characters, got {len(edit.caption):,}; shorten it"
             )
     with _CHANGING:
-        found = {one.name: one for one in pictures_in(folders, folder)[0]}
-        if unknown := next((file for file in captions if file not in found), None):
+        pictures = {picture.name: picture for picture in pictures_in(folders, folder)[0]}
+        if unknown := next((file for file in captions if file not in pictures), None):
             raise UnknownFileError(f"there is no picture {unknown!r} in {name}; load the page again")
-        there = {file: caption_of(found[file]) for file in captions}
+        there = {file: caption_of(pictures[file]) for file in captions}
         new = {file: _as_stored(edit.caption) for file, edit in captions.items()}
         changed = [file for file in captions if new[file] != there[file][0] or there[file][1]]
         stale = {file: there[file][0] for file in changed if not _is_seen(captions[file], there[file][0])}
         if stale:
             raise StaleCaptionError(stale)
         for file in changed:
-            target = caption_file(found[file])
-            if not found[file].caption_file and os.path.lexists(target):
+            target = caption_file(pictures[file])
+            if not pictures[file].caption_file and os.path.lexists(target):
                 raise OptionError(
                     f"{file} has no caption file of its own, as {target.name} is there already: where case is ignored "
                     "it may be that of another picture; rename one of them"
                 )
-        on_disk = [file for file in changed if found[file].caption_file]
+        on_disk = [file for file in changed if pictures[file].caption_file]
         keep_captions(folders.base, name, {file: there[file][0] for file in on_disk if there[file][0]})
-        if away := [caption_file(found[file]) for file in on_disk if there[file][1] or not new[file]]:
+        if away := [caption_file(pictures[file]) for file in on_disk if there[file][1] or not new[file]]:
             set_aside(folders.base, away, name)
         for file in changed:
             if new[file]:
-                write_atomic(caption_file(found[file]), f"{new[file]}\n")
+                write_atomic(caption_file(pictures[file]), f"{new[file]}\n")
     return Changed(changed=len(changed))
 
 
@@ -449,10 +450,10 @@ def captioning_request(
     if model == captioner and (captioner == TRANSFORMERS or captioner not in CAPTIONERS):
         known = ", ".join(captioner_folders(folders)) or "none"
         raise OptionError(f"there is no captioner {captioner!r} here, known are {known}; choose another one")
-    found = {one.name: one for one in pictures_in(folders, folder)[0]}
-    if unknown := next((file for file in files if file not in found), None):
+    pictures = {picture.name: picture for picture in pictures_in(folders, folder)[0]}
+    if unknown := next((file for file in files if file not in pictures), None):
         raise UnknownFileError(f"there is no picture {unknown!r} in {name}; load the page again")
-    there = {file: caption_of(found[file]) for file in files or found}
+    there = {file: caption_of(pictures[file]) for file in files or pictures}
     photos = {file: text for file, (text, fault) in there.items() if not fault and (overwrite or not text)}
     if not photos:
         raise OptionError(f"no photo of {name} lacks a caption; choose to replace those that are there")
@@ -495,7 +496,7 @@ def _same_content(folder: Path, pictures: list[str], source: Path) -> str | None
     if not alike:
         return None
     digest = file_digest(source)
-    return next((one for one in alike if file_digest(folder / one) == digest), None)
+    return next((name for name in alike if file_digest(folder / name) == digest), None)
 
 
 def _move(source: Path, target: Path) -> None:

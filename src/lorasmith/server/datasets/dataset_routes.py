@@ -163,8 +163,10 @@ async def _remove(context: ServerContext, call: Call) -> Any:
 
 async def _captions(context: ServerContext, call: Call) -> Any:
     body: CaptionBody = call.body
-    edits = {file: CaptionEdit(caption=one) if isinstance(one, str) else one for file, one in body.items()}
-    captions = {file: asdict(one) for file, one in edits.items()}
+    edits = {
+        file: CaptionEdit(caption=caption) if isinstance(caption, str) else caption for file, caption in body.items()
+    }
+    captions = {file: asdict(edit) for file, edit in edits.items()}
     with disk_space(context.config.base, sum(len(edit.caption.encode()) for edit in edits.values())):
         return await context.assistant.ask("set_captions", name=call.path("name"), captions=captions)
 
@@ -189,7 +191,7 @@ async def send_picture(
     status = path.stat()
     tag = hashlib.sha256(f"{path} {status.st_mtime_ns} {status.st_size} {width}".encode()).hexdigest()[:32]
     headers = {"ETag": f'"{tag}"', "Cache-Control": "private, no-cache"}
-    if any(one.value == tag for one in call.request.if_none_match or ()):
+    if any(match.value == tag for match in call.request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
     content = await context.assistant.ask(question, **named, width=width)
     return web.Response(body=content, content_type="image/webp", headers=headers)

@@ -45,7 +45,7 @@ def merged(
     found, conflicts = dict(there), []
     for name in {**seen, **mine}:
         was, new, now = seen.get(name), mine.get(name), there.get(name)
-        if isinstance(new, Mapping) and all(one is None or isinstance(one, Mapping) for one in (was, now)):
+        if isinstance(new, Mapping) and all(value is None or isinstance(value, Mapping) for value in (was, now)):
             found[name], inner = merged(was or {}, new, now or {})
             conflicts += inner
         elif new != was:

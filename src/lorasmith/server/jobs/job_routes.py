@@ -57,17 +57,17 @@ async def _plan(context: ServerContext, call: Call) -> Any:
     )
     settings = {**plan["memory_settings"], **plan["recipe"], **call.body.settings}  # as it is trained, and was measured
     subject = measurement_subject(spec.model, settings, str(device.get("name", "cpu")))
-    found = context.store.measurement(subject)
-    if found is None:
+    measurement = context.store.measurement(subject)
+    if measurement is None:
         return plan
-    seconds = found["seconds_per_step"]
+    seconds = measurement["seconds_per_step"]
     share = settings.get("preview_share", TrainConfig.preview_share)
     return {
         **plan,
         "estimated_seconds": run_s(seconds * plan["slowdown"], seen=plan["steps"], preview_share=share),
         "seconds_per_step": seconds,
         "seconds": seconds * plan["steps"],
-        "measured_at": found["measured_at"],
+        "measured_at": measurement["measured_at"],
     }
 
 
@@ -176,8 +176,8 @@ async def _sweep(context: ServerContext, call: Call) -> Any:
 async def _add_sweep(context: ServerContext, call: Call) -> Any:
     spec = await wanted_spec(context, call.body)
     found = await context.assistant.ask("sweep_requests", spec=spec.to_request(), grid=call.body.grid)
-    for one in found["jobs"]:
-        context.dispatcher.submit("train", one["request"], sweep=found["id"], varied=one["varied"])
+    for job in found["jobs"]:
+        context.dispatcher.submit("train", job["request"], sweep=found["id"], varied=job["varied"])
     return await _sweep_answer(context, found["id"])
 
 
@@ -220,25 +220,25 @@ def _images_folder(config: ServerConfig, folders: Folders, body: PlanBody) -> Pa
     if (body.dataset is None) == (body.folder is None):
         raise OptionError("a run needs images, in a dataset or in a folder; name one of the two")
     if body.folder is None:
-        found = dataset_folder(folders, body.dataset or "")
+        place = dataset_folder(folders, body.dataset or "")
     elif serves_others(config):
         try:
-            found = contained(config.base, body.folder)
+            place = contained(config.base, body.folder)
         except OutsideError as error:
             raise OptionError(f"a folder must be named below the server's base folder, but {error}") from error
     else:
         # leaves the names of unknown users as they are
-        found = folders.base / os.path.expanduser(body.folder)  # noqa: PTH111
+        place = folders.base / os.path.expanduser(body.folder)  # noqa: PTH111
     # Windows would connect to the server in a UNC path, with slashes or backslashes.
-    is_share = PureWindowsPath(body.folder or "").drive.startswith("\\\\") and not found.is_relative_to(folders.base)
-    if is_share or not is_folder(found):
+    is_share = PureWindowsPath(body.folder or "").drive.startswith("\\\\") and not place.is_relative_to(folders.base)
+    if is_share or not is_folder(place):
         raise DataError(f"there is no folder {body.folder!r} on this computer; check its path")
     try:
-        if any(found.iterdir()):
-            return found
+        if any(place.iterdir()):
+            return place
     except OSError as error:
         raise OutputError(f"a file cannot be used: {error}") from error
-    raise DataError(f"{found.name} holds no pictures yet; add some first")
+    raise DataError(f"{place.name} holds no pictures yet; add some first")
 
 
 def _states(text: str) -> tuple[JobState, ...]:

@@ -33,10 +33,10 @@ def job_answer(job: Job, *, with_graph: bool = True) -> dict[str, Any]:
 
 def job_row(job: Job | Mapping[str, Any]) -> dict[str, Any]:
     """A job without its request and outputs, also from the data of a notice."""
-    found = job.summary() if isinstance(job, Job) else job
-    if found.get("removed"):
-        return dict(found)
-    facts = {name: value for name, value in found.items() if name != "client_id"}  # part of ComfyUI's protocol only
+    row = job.summary() if isinstance(job, Job) else job
+    if row.get("removed"):
+        return dict(row)
+    facts = {name: value for name, value in row.items() if name != "client_id"}  # part of ComfyUI's protocol only
     facts["title"] = facts["name"] or _TITLES.get(str(facts["kind"]), "Job")
     if isinstance(job, Job):
         facts["error"] = None if job.error is None else dict(job.error)
@@ -50,10 +50,10 @@ def uses_dataset(job: Job, base: Path, name: str) -> bool:
     named = [base / str(source.get("path", "")) for source in sources if isinstance(source, Mapping)]
     for node in (job.request.get("prompt") or {}).values():
         inputs = node.get("inputs") if isinstance(node, Mapping) else None
-        given = (inputs.get(key) for key in _OF_INPUTS) if isinstance(inputs, Mapping) else ()
-        named += [base / "input" / one for one in given if isinstance(one, str) and "\0" not in one]
+        values = (inputs.get(key) for key in _OF_INPUTS) if isinstance(inputs, Mapping) else ()
+        named += [base / "input" / name for name in values if isinstance(name, str) and "\0" not in name]
     folder = os.path.join(os.path.realpath(base / "input" / name), "").casefold()  # noqa: PTH118 - with a slash
-    return any(os.path.join(os.path.realpath(one), "").casefold().startswith(folder) for one in named)  # noqa: PTH118
+    return any(os.path.join(os.path.realpath(path), "").casefold().startswith(folder) for path in named)  # noqa: PTH118
 
 
 _OF_INPUTS = ("folder", "image", "file")  # inputs of nodes that name files in the input folder

@@ -54,9 +54,9 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None, devi
     data, config = spec.data, spec.config
     scanned, batch = scan.images, config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
-    controls = 0 if data.controls == "opposite" else max((len(one.controls) for one in scanned), default=0)
-    found = _estimate(folders, files, config, data.resolution, card_bytes, controls)
-    proposal = found.proposal
+    controls = 0 if data.controls == "opposite" else max((len(image.controls) for image in scanned), default=0)
+    estimate = _estimate(folders, files, config, data.resolution, card_bytes, controls)
+    proposal = estimate.proposal
     slowdown = slowdown_beside(busy_processors()) if device == "cpu" else 1.0
     distilled, adapter = ("", "") if config.training_adapter else _distilled(folders, files)
     return PlanAnswer(
@@ -64,16 +64,16 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None, devi
         seen=config.steps * batch,
         epochs=round(epoch.epochs(config.steps), 2),
         rank=config.rank,
-        resolution=found.pixels,
+        resolution=estimate.pixels,
         images=len(scanned),
         held_out=len(epoch.held_out),
-        parameters=found.parameters,
+        parameters=estimate.parameters,
         memory_bytes=proposal.needed_bytes,
-        fits=None if card_bytes is None else found.fits,
+        fits=None if card_bytes is None else estimate.fits,
         memory_settings=proposal.settings,
         slowdown=slowdown,
-        estimated_seconds=None if device is None else _seconds(model, config, found.pixels, device, slowdown),
-        notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
+        estimated_seconds=None if device is None else _seconds(model, config, estimate.pixels, device, slowdown),
+        notes=tuple(_notes(estimate, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
         teaches=spec.kind if recipe is not None else "",
         teaches_because="" if recipe is None else recipe.because,
         recipe={} if recipe is None else dict(recipe.settings),
@@ -84,7 +84,7 @@ def plan(folders: Folders, spec: RunSpec, *, card_bytes: int | None = None, devi
 
 def _seconds(model: Model, config: TrainConfig, pixels: int, device: str, slowdown: float) -> float | None:
     """About how long a run takes; None where that is unknown."""
-    weights = sum(one.numel() for one in model.components.denoiser.parameters())
+    weights = sum(parameter.numel() for parameter in model.components.denoiser.parameters())
     name = model_name(model.path, model.family.name)
     work = STEP_WORK[name] if name == BUILT_IN else work_of(model.family.title, round(weights / 1e6))
     rates = rates_of(device)
@@ -144,32 +144,34 @@ def _estimated(
     )
 
 
-def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool) -> Sequence[str]:
+def _notes(estimate: MemoryEstimate, images: int, epochs: float, *, is_known: bool) -> Sequence[str]:
     notes = [
         f"The model lacks its {part.replace('_', ' ')}, usually the file {file}; put it into models/text_encoders."
-        for part, file in found.missing.items()
+        for part, file in estimate.missing.items()
     ]
-    card = memory_text(found.card_bytes)
-    if is_known and not found.fits:
+    card = memory_text(estimate.card_bytes)
+    if is_known and not estimate.fits:
         notes.append(
-            f"A step needs {memory_text(found.proposal.needed_bytes)}, more than {card}; use smaller pictures, a "
+            f"A step needs {memory_text(estimate.proposal.needed_bytes)}, more than {card}; use smaller pictures, a "
             "smaller batch or fewer targets."
         )
-    elif is_known and not found.encoders_fit:
+    elif is_known and not estimate.encoders_fit:
         notes.append(
             f"The text encoders do not fit into {card} at once, so that a caption takes seconds to encode; their files "
             "in fp8 or GGUF are smaller."
         )
-    elif is_known and found.proposal.settings:
-        named = ", ".join(f"{key.replace('_', ' ')} {_said(one)}" for key, one in found.proposal.settings.items())
-        host = found.proposal.host_bytes
+    elif is_known and estimate.proposal.settings:
+        named = ", ".join(
+            f"{key.replace('_', ' ')} {_said(value)}" for key, value in estimate.proposal.settings.items()
+        )
+        host = estimate.proposal.host_bytes
         needs = f", which takes {memory_text(host)} of host memory" if host else ""
         notes.append(f"To fit into {card} it should train with {named}{needs}.")
     if images < _FEW:
         notes.append(f"With {count_text(images, 'picture')} the LoRA will overfit to them; add some.")
     if epochs > _MANY_EPOCHS:
         notes.append(f"Each picture is seen {epochs:,.0f} times, which is often too much; take fewer steps.")
-    if found.model == BUILT_IN:
+    if estimate.model == BUILT_IN:
         notes.append("lorasmith-tiny is a small model to try things out; its pictures are icons of 64 pixels.")
     return notes
 

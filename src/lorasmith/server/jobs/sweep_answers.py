@@ -35,14 +35,14 @@ def sweep_requests(folders: Folders, spec: RunSpec, grid: dict[str, list[Any]]) 
     """The id of a new sweep, with an empty folder, and the request and varied settings of each of its runs: `spec` with
     each combination of values in `grid`. Raises OptionError, LoraError and DataError.
     """
-    given = spec.settings
+    settings = spec.settings
     if "folder" in grid:
         raise OptionError("a sweep of the page has one dataset, got folder in grid; run lorasmith sweep")
-    varied = grid_values(grid, given)
+    varied = grid_values(grid, settings)
     if len(varied) > _MOST_RUNS:
         raise OptionError(f"a sweep of the page has at most {_MOST_RUNS} runs, got {len(varied)}; give fewer values")
-    specs = {run: replace(spec, settings={**given, **values}).requested(folders) for run, values in varied.items()}
-    check_held_out((_placed(folders, one) for one in specs.values()), where="the settings")
+    specs = {run: replace(spec, settings={**settings, **values}).requested(folders) for run, values in varied.items()}
+    check_held_out((_placed(folders, spec) for spec in specs.values()), where="the settings")
     runs = ensure_folder(folders.base / _RUNS)
     while True:
         place = new_run_folder(runs, f"{spec.name}-sweep")
@@ -52,8 +52,8 @@ def sweep_requests(folders: Folders, spec: RunSpec, grid: dict[str, list[Any]]) 
         except FileExistsError:
             continue
     jobs = [
-        {"request": {**one.to_request(), "output": f"{_RUNS}/{place.name}/{run}"}, "varied": dict(varied[run])}
-        for run, one in specs.items()
+        {"request": {**run_spec.to_request(), "output": f"{_RUNS}/{place.name}/{run}"}, "varied": dict(varied[run])}
+        for run, run_spec in specs.items()
     ]
     return {"id": place.name, "jobs": jobs}
 
@@ -83,23 +83,26 @@ def sweep(folders: Folders, id: str, *, queued: tuple[Mapping[str, Any], ...] = 
     """A sweep with the results of its runs; `queued` are `{request, varied, failure}` of those in the server's queue.
     Raises UnknownFileError, and StoreError for a damaged queue.
     """
-    found = {PurePath(str(one["request"].get("output", ""))).name: one for one in queued}
+    entries_by_name = {PurePath(str(job["request"].get("output", ""))).name: job for job in queued}
     if not queued:
-        found = {
+        entries_by_name = {
             job.id: {"request": job.request, "varied": job.varied, "failure": job.failure} for job in _jobs(folders, id)
         }
-    entries = [_entry(folders, id, number, name, one) for number, (name, one) in enumerate(found.items(), start=1)]
+    entries = [
+        _entry(folders, id, number, name, entry)
+        for number, (name, entry) in enumerate(entries_by_name.items(), start=1)
+    ]
     record = sweep_record(id, entries)
     rows = (
         shaped(
             SweepRunRow,
-            one,
-            run=f"{_RUNS}/{id}/{one.name}",
-            settings=dict(one.settings),
-            error=without_places(one.error, (folders.base, Path.home())),
-            cover=_cover(folders, f"{_RUNS}/{id}/{one.name}"),
+            run,
+            run=f"{_RUNS}/{id}/{run.name}",
+            settings=dict(run.settings),
+            error=without_places(run.error, (folders.base, Path.home())),
+            cover=_cover(folders, f"{_RUNS}/{id}/{run.name}"),
         )
-        for one in record.runs
+        for run in record.runs
     )
     return SweepAnswer(id=id, comparable=record.comparable, runs=tuple(rows))
 
@@ -112,11 +115,11 @@ def _cover(folders: Folders, run: str) -> str | None:
         return None
 
 
-def _entry(folders: Folders, id: str, number: int, name: str, one: Mapping[str, Any]) -> SweepEntry:
-    waiting = SweepEntry(number=number, name=name, state="waiting", settings=dict(one["varied"]))
+def _entry(folders: Folders, id: str, number: int, name: str, job: Mapping[str, Any]) -> SweepEntry:
+    waiting = SweepEntry(number=number, name=name, state="waiting", settings=dict(job["varied"]))
     folder = run_folder_of(folders, f"{_RUNS}/{id}/{name}", is_begun=False)
     try:
-        return result_in(folder, waiting, _placed(folders, spec_of(one["request"])), one["failure"])
+        return result_in(folder, waiting, _placed(folders, spec_of(job["request"])), job["failure"])
     except LorasmithError as error:
         return replace(waiting, state="failed", error=str(error))
 

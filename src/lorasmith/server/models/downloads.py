@@ -71,10 +71,10 @@ class Downloads:
         """Start to download files (`repository`, `file`, `path`), after those that were added before. Raises
         DownloadStateError if the same is downloaded already.
         """
-        if any(one.subject == subject and not one.has_ended for one in self._all.values()):
+        if any(download.subject == subject and not download.has_ended for download in self._all.values()):
             raise DownloadStateError(f"{title} is being downloaded already; wait for it")
-        for one in [one for one in self._all.values() if one.subject == subject]:
-            del self._all[one.id]  # this one continues it
+        for download in [download for download in self._all.values() if download.subject == subject]:
+            del self._all[download.id]  # this one continues it
         added = _Download(str(next(self._ids)), subject, title, files)
         self._all[added.id] = added
         self._next()
@@ -82,18 +82,18 @@ class Downloads:
 
     def list(self) -> tuple[DownloadAnswer, ...]:
         """All of them, the last first."""
-        return tuple(_answer(one) for one in reversed(self._all.values()))
+        return tuple(_answer(download) for download in reversed(self._all.values()))
 
     def cancel(self, id: str) -> DownloadAnswer:
         """Stop a download that waits or runs. Raises UnknownDownloadError, and DownloadStateError if it has ended."""
-        found = self._known(id)
-        if found.has_ended:
+        download = self._known(id)
+        if download.has_ended:
             raise DownloadStateError("this download has ended; there is nothing to cancel")
-        was_running, found.state = found.state == "running", "cancelled"
-        if was_running and found.child is not None:
-            self._apart(found.child.close(_GRACE_S))
+        was_running, download.state = download.state == "running", "cancelled"
+        if was_running and download.child is not None:
+            self._apart(download.child.close(_GRACE_S))
         self._next()
-        return _answer(found)
+        return _answer(download)
 
     def forget(self, id: str) -> None:
         """Remove one that has ended from the list. Raises UnknownDownloadError and DownloadStateError."""
@@ -104,9 +104,9 @@ class Downloads:
     async def stop(self) -> None:
         """Stop the process; what has arrived stays."""
         self._is_stopping = True
-        for one in self._all.values():
-            if one.child is not None:
-                await one.child.close(_GRACE_S)
+        for download in self._all.values():
+            if download.child is not None:
+                await download.child.close(_GRACE_S)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _known(self, id: str) -> _Download:
@@ -116,11 +116,11 @@ class Downloads:
 
     def _next(self) -> None:
         """Start the one that waits longest, if none runs."""
-        for one in [one for one in self._all.values() if one.has_ended][:-_MOST_KEPT]:
-            del self._all[one.id]
-        if self._is_stopping or any(one.child is not None for one in self._all.values()):
+        for download in [download for download in self._all.values() if download.has_ended][:-_MOST_KEPT]:
+            del self._all[download.id]
+        if self._is_stopping or any(download.child is not None for download in self._all.values()):
             return
-        first = next((one for one in self._all.values() if one.state == "waiting"), None)
+        first = next((download for download in self._all.values() if download.state == "waiting"), None)
         if first is not None:
             first.state = "running"
             first.child = ChildProcess(
@@ -185,10 +185,17 @@ class _Owner:
         self._downloads.ended(self._download, why)
 
 
-def _answer(one: _Download) -> DownloadAnswer:
-    error = one.error or {}
-    heard = {"file": "", "done_bytes": 0, "total_bytes": 0, "bytes_per_s": 0.0, "is_checking": False, **one.progress}
-    if time.monotonic() - one.heard >= _STALLED_S:
+def _answer(download: _Download) -> DownloadAnswer:
+    error = download.error or {}
+    heard = {
+        "file": "",
+        "done_bytes": 0,
+        "total_bytes": 0,
+        "bytes_per_s": 0.0,
+        "is_checking": False,
+        **download.progress,
+    }
+    if time.monotonic() - download.heard >= _STALLED_S:
         heard["bytes_per_s"] = 0.0
     accept = (error.get("details") or {}).get("accept", "")
-    return shaped(DownloadAnswer, one, **heard, error=error.get("message", ""), accept=accept)
+    return shaped(DownloadAnswer, download, **heard, error=error.get("message", ""), accept=accept)

@@ -54,9 +54,9 @@ def models(folders: Folders, *, device: str | None = None) -> ModelListAnswer:
     """The models in the model folders, built-in ones last, and the other files there, with the time of a LoRA on a
     device.
     """
-    found = listed_models(folders)
+    listed = listed_models(folders)
     rates = None if device is None else rates_of(device)
-    rows = [_model_row(folders, one, rates) for one in sorted(found.models, key=attrgetter("size_bytes"))]
+    rows = [_model_row(folders, model, rates) for model in sorted(listed.models, key=attrgetter("size_bytes"))]
     whole = [row for row in rows if row.ready and not row.builtin and not row.edit and not row.clips]
     best = best_of((row.name, row.seconds, None) for row in whole)
     if best is None:
@@ -65,8 +65,8 @@ def models(folders: Folders, *, device: str | None = None) -> ModelListAnswer:
     return ModelListAnswer(
         models=tuple(sorted(rows, key=lambda row: row.builtin)),
         other=(
-            *(_other(one, recognised=True) for one in found.unused),
-            *(_other(one, recognised=False) for one in found.unknown),
+            *(_other(file, recognised=True) for file in listed.unused),
+            *(_other(file, recognised=False) for file in listed.unknown),
         ),
         notes=tuple(filter(None, (TINY.trouble, models_trouble()))),
     )
@@ -116,24 +116,24 @@ def _listed_once(folders: HashableFolders, state: str) -> ModelList:
     return list_models(folders.folders)
 
 
-def _model_row(folders: Folders, one: ListedModel, rates: Rates | None) -> ModelRow:
+def _model_row(folders: Folders, model: ListedModel, rates: Rates | None) -> ModelRow:
     missing = (
         MissingPart(part=part.component, usual_file=part.usual_file, on_hub=part.hub is not None)
-        for part in one.missing
+        for part in model.missing
     )
-    name, builtin = model_name(folders, one.path), one.path.is_relative_to(BUILT_IN_BASE)
+    name, builtin = model_name(folders, model.path), model.path.is_relative_to(BUILT_IN_BASE)
     return shaped(
         ModelRow,
-        one,
+        model,
         name=name,
-        title=one.path.stem if one.path.is_file() else one.path.name,
+        title=model.path.stem if model.path.is_file() else model.path.name,
         builtin=builtin,
-        **_times(STEP_WORK.get(name) if builtin else work_of(one.family, one.weights), rates),
-        clips=one.makes_clips,
-        ready=one.is_whole,
+        **_times(STEP_WORK.get(name) if builtin else work_of(model.family, model.weights), rates),
+        clips=model.makes_clips,
+        ready=model.is_whole,
         missing=tuple(missing),
-        recognised_by=one.edit_recognised_by,
-        takes_controls=one.form.most > 0 and one.form.are_files,
+        recognised_by=model.edit_recognised_by,
+        takes_controls=model.form.most > 0 and model.form.are_files,
     )
 
 
@@ -145,8 +145,8 @@ def _times(work: StepWork | None, rates: Rates | None) -> dict[str, float]:
     return {"seconds": usual_s(picture), "seconds_per_picture": picture}
 
 
-def _other(one: ListedFile, *, recognised: bool) -> OtherFile:
-    return shaped(OtherFile, one, name=one.path.name, recognised=recognised)
+def _other(file: ListedFile, *, recognised: bool) -> OtherFile:
+    return shaped(OtherFile, file, name=file.path.name, recognised=recognised)
 
 
 @question
@@ -179,7 +179,7 @@ def captioners(folders: Folders) -> CaptionerList:
 def shelf(folders: Folders, *, device: str | None = None, card_bytes: int | None = None) -> ShelfAnswer:
     """The released models to begin with, the smallest first, with the time of a LoRA on a device."""
     rates = None if device is None else rates_of(device)
-    rows = [_row(one, rates, card_bytes) for one in _on_shelf(*state_of_models(folders))]
+    rows = [_row(model, rates, card_bytes) for model in _on_shelf(*state_of_models(folders))]
     best = best_of((row.name, row.seconds, row.fits) for row in rows if not row.clips)
     return ShelfAnswer(models=tuple(replace(row, best=row.name == best) for row in rows))
 
@@ -220,13 +220,13 @@ def check_download(folders: Folders, *, kind: DownloadKind, name: str) -> Downlo
         title=title,
         files=tuple(
             FileToGet(
-                file=one.path.name,
-                repository=one.repository,
-                folder=_folder(folders, one),
-                size_bytes=found.size_bytes,
-                kept_bytes=min(one.kept_bytes, found.size_bytes),
+                file=hub_file.path.name,
+                repository=hub_file.repository,
+                folder=_folder(folders, hub_file),
+                size_bytes=fact.size_bytes,
+                kept_bytes=min(hub_file.kept_bytes, fact.size_bytes),
             )
-            for one, found in facts.items()
+            for hub_file, fact in facts.items()
         ),
         free_bytes=shutil.disk_usage(next(parent for parent in files[0].path.parents if parent.exists())).free,
     )
@@ -246,7 +246,7 @@ def check_model_name(folders: Folders, *, file: str) -> str:
     stem, suffix = name.rpartition(".")[0], name.rpartition(".")[2].lower()
     if suffix not in _SENT:
         raise OptionError(
-            f"a model must be a file {' or '.join(f'.{one}' for one in _SENT)}, got {name!r}; choose another"
+            f"a model must be a file {' or '.join(f'.{suffix}' for suffix in _SENT)}, got {name!r}; choose another"
         )
     wanted = f"{safe_name(stem)}.{suffix}"
     for kind in _KINDS:
@@ -293,12 +293,14 @@ def _kind_of(found: FoundFile) -> str:
 def _wanted(folders: Folders, kind: str, name: str) -> tuple[str, list[HubFile]]:
     if kind == "release":
         shelf_model = wanted_files(folders, name)
-        title, files = shelf_model.release.title, [one.hub for one in shelf_model.missing]
+        title, files = shelf_model.release.title, [file.hub for file in shelf_model.missing]
     elif kind == "captioner":
         files = captioner_files(folders, name)
         title = CAPTIONER_RELEASES[name].title
     else:
-        model = next((one for one in listed_models(folders).models if model_name(folders, one.path) == name), None)
+        model = next(
+            (model for model in listed_models(folders).models if model_name(folders, model.path) == name), None
+        )
         if model is None:
             raise ModelError(f"there is no model {name!r} in the model folders; choose one of the list")
         title, files = f"Parts of {model.path.name}", parts_on_hub(folders, model)
@@ -307,18 +309,18 @@ def _wanted(folders: Folders, kind: str, name: str) -> tuple[str, list[HubFile]]
     return title, files
 
 
-def _row(one: ShelfModel, rates: Rates | None, card_bytes: int | None) -> ShelfRow:
-    release, work = one.release, STEP_WORK.get(one.release.name)
+def _row(model: ShelfModel, rates: Rates | None, card_bytes: int | None) -> ShelfRow:
+    release, work = model.release, STEP_WORK.get(model.release.name)
     least = None if work is None else int(work.least_gib * 2**30)
     return shaped(
         ShelfRow,
         release,
-        family=one.family.title,
+        family=model.family.title,
         card=f"https://huggingface.co/{release.card}",
         gated=release.is_gated,
         **_times(work, rates),
-        edits=one.edits,
-        clips=one.family.makes_clips,
+        edits=model.edits,
+        clips=model.family.makes_clips,
         least_memory_bytes=least,
         fits=None if least is None or card_bytes is None else least <= card_bytes,
         files=tuple(
@@ -329,7 +331,7 @@ def _row(one: ShelfModel, rates: Rates | None, card_bytes: int | None) -> ShelfR
                 kept_bytes=file.hub.kept_bytes,
                 found=file.found is not None,
             )
-            for file in one.files
+            for file in model.files
         ),
     )
 

@@ -79,20 +79,24 @@ def _answer(folders: Folders, id: str, run: LoggedRun, jobs: Mapping[str, str]) 
         settings=(*(RunSetting(**vars(setting)) for setting in report.settings), *_data_settings(record)),
         changed=_changed(record),
         trigger=_text(record.source.get("trigger")),
-        losses=tuple((one.step, one.loss) for one in thinned(points, _POINTS)),
-        smooth=tuple((one.step, one.mean) for one in thinned(points, _POINTS)),
+        losses=tuple((point.step, point.loss) for point in thinned(points, _POINTS)),
+        smooth=tuple((point.step, point.mean) for point in thinned(points, _POINTS)),
         rates=tuple(thinned(rates, _POINTS)),
-        validations=tuple(shaped(ValidationFacts, one, best=one is best) for one in view.validations),
+        validations=tuple(
+            shaped(ValidationFacts, validation, best=validation is best) for validation in view.validations
+        ),
         base_loss=report.curves.base_loss,
-        likenesses=tuple(shaped(LikenessFacts, one) for one in view.likenesses),
+        likenesses=tuple(shaped(LikenessFacts, likeness) for likeness in view.likenesses),
         previews=tuple(_previews(folder, view)),
         pairs=tuple(_pairs(folder, max((len(preview.prompts) for preview in view.previews.values()), default=0))),
-        drawn=tuple(DrawnPrompt(**{**one, "pictures": tuple(one["pictures"])}) for one in view.prompts_drawn()),
-        asked=tuple(shaped(AskedPrompt, one, id=id) for id, one in drawings_waiting(folder).items()),
+        drawn=tuple(
+            DrawnPrompt(**{**drawing, "pictures": tuple(drawing["pictures"])}) for drawing in view.prompts_drawn()
+        ),
+        asked=tuple(shaped(AskedPrompt, drawing, id=id) for id, drawing in drawings_waiting(folder).items()),
         images=tuple(_pictures(run, report)),
-        advice=tuple(shaped(PictureAdvice, one, file=one.name) for one in report.advice.images),
+        advice=tuple(shaped(PictureAdvice, image, file=image.name) for image in report.advice.images),
         advice_summary=report.advice.summary,
-        left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
+        left_out=tuple(SkippedFile(file=skipped.name, reason=skipped.reason) for skipped in left_out_in(record.data)),
         lora=_lora(folders, folder, record),
         saves=tuple(saves),
         recommended=_recommended(run),
@@ -136,8 +140,8 @@ def run_view(folders: Folders, id: str, *, is_begun: bool = True) -> dict[str, A
 @question
 def run_page(folders: Folders, id: str) -> bytes:
     """The report of a run as HTML, made again from its records: the one in its folder is untrusted."""
-    with followed(run_folder_of(folders, id)) as found:
-        page = page_of(found)
+    with followed(run_folder_of(folders, id)) as run:
+        page = page_of(run)
     return page.encode("utf-8", "backslashreplace")
 
 
@@ -160,7 +164,7 @@ def _pairs(folder: Path, prompts: int) -> Iterator[PairFacts]:
 
 
 def _pictures(run: LoggedRun, report: RunReport) -> Iterator[RunPicture]:
-    standings = {one.name: one.standing for one in report.images if one.standing != UNJUDGED}
+    standings = {image.name: image.standing for image in report.images if image.standing != UNJUDGED}
     for index, image in enumerate(images_in(run.record.data)):
         small = thumbnail_of(Path(), index).as_posix()
         yield shaped(
@@ -225,14 +229,14 @@ def _installed(folders: Folders, lora: Path) -> str | None:
     """The name in models/loras of a copy of a LoRA."""
     parent, size = folders.base / "models" / "loras", lora.stat().st_size
     alike = [path for path in sorted(parent.glob("*.safetensors")) if is_regular(path) and path.stat().st_size == size]
-    return next((one.name for one in alike if digest_of(one) == digest_of(lora)), None)
+    return next((path.name for path in alike if digest_of(path) == digest_of(lora)), None)
 
 
 def _files(folder: Path) -> list[str]:
     """Paths of the files in a run folder, except hidden and linked ones."""
     found = []
     for parent, inner, names in os.walk(folder):
-        inner[:] = sorted(one for one in inner if not one.startswith("."))
+        inner[:] = sorted(inner_name for inner_name in inner if not inner_name.startswith("."))
         paths = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
         found += [path.relative_to(folder).as_posix() for path in paths if is_own(path, folder)]
         if len(found) >= _FILES:
@@ -254,12 +258,12 @@ def _data_settings(record: RunRecord) -> Sequence[RunSetting]:
         data = RunSpec.from_record(record.source, {}).data
     except ValueError:
         return ()
-    return [shaped(RunSetting, one, value=getattr(data, name)) for name, one in options_of(type(data)).items()]
+    return [shaped(RunSetting, setting, value=getattr(data, name)) for name, setting in options_of(type(data)).items()]
 
 
 def _changed(record: RunRecord) -> dict[str, Any]:
     options = options_of(TrainConfig)
-    asked = {name: one for name, one in record.asked.items() if name in options and one != options[name].default}
+    asked = {name: value for name, value in record.asked.items() if name in options and value != options[name].default}
     data = {setting.name: setting.value for setting in _data_settings(record) if setting.value != setting.default}
     return {**data, **asked}
 

@@ -88,7 +88,7 @@ def upload_hub_folder(
     named = named_repository(repository.strip())
     with _WRITING[id]:
         card = _written(folders, id, folder, named)
-        if more := [one for one in card.told if one not in told]:
+        if more := [fact for fact in card.told if fact not in told]:
             raise OptionError(
                 f"the LoRA's metadata tells of folders, captions or prompts that were not listed ({', '.join(more)}); "
                 "list the folder again, or leave this out"
@@ -113,6 +113,6 @@ def _title(folder: Path) -> str:
 
 def _files(folder: Path) -> dict[str, Path]:
     """The files of the folder by name, the card first."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and is_own(path, folder))
-    named = {path.relative_to(folder).as_posix(): path for path in found}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and is_own(path, folder))
+    named = {path.relative_to(folder).as_posix(): path for path in paths}
     return {CARD: named.pop(CARD), **named}

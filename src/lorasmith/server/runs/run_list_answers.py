@@ -57,14 +57,14 @@ def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None, limit: int 
     found = _all_runs(folders)
     is_part = limit is not None
     rows, damaged = [], []
-    for one in sorted(found, key=lambda one: (is_part and one.starred, one.started), reverse=True)[:limit]:
+    for run in sorted(found, key=lambda run: (is_part and run.starred, run.started), reverse=True)[:limit]:
         check_wanted()
         try:
-            rows.append(one.row(jobs or {}))
+            rows.append(run.row(jobs or {}))
         except OptionError:  # it is gone
-            _known.pop(one.id, None)
+            _known.pop(run.id, None)
         except TrainingError as error:
-            damaged.append(SkippedFile(file=one.id, reason=str(error)))
+            damaged.append(SkippedFile(file=run.id, reason=str(error)))
     rows.sort(key=lambda row: (is_part and row.starred, row.started or 0.0), reverse=True)
     return RunList(runs=tuple(rows), damaged=tuple(damaged), total=len(found))
 
@@ -96,7 +96,7 @@ class _Run:
         self.started, self.starred = facts["started"] or 0.0, marks.starred
         outcome: str | None = facts["outcome"]
         is_running = job is not None or (outcome is None and RunFolder(folder).is_training)
-        place = next(one for one in PLACES if self.id.startswith(f"{one}/"))
+        place = next(place for place in PLACES if self.id.startswith(f"{place}/"))
         return RunRow(
             id=self.id,
             state=cast(RunPhase, "running" if is_running else outcome or "interrupted"),
@@ -153,12 +153,12 @@ def _taught(record: RunRecord) -> Taught:
         return "slider"
     if record.consequences.learns_no_subject:
         return ""
-    images = [one for one in images_in(record.data) if one.use != "class"]
-    if any(one.controls for one in images):
+    images = [image for image in images_in(record.data) if image.use != "class"]
+    if any(image.controls for image in images):
         return "edit"
-    if (said := record.source.get("kind")) in ("subject", "style"):
-        return cast(Taught, said)
-    return guessed_kind([one.caption for one in images], str(record.source.get("trigger") or ""))[0]
+    if (kind := record.source.get("kind")) in ("subject", "style"):
+        return cast(Taught, kind)
+    return guessed_kind([image.caption for image in images], str(record.source.get("trigger") or ""))[0]
 
 
 def _covers(view: RunView, evaluation: Evaluation | None) -> list[str]:
@@ -166,13 +166,13 @@ def _covers(view: RunView, evaluation: Evaluation | None) -> list[str]:
     best = None if evaluation is None or evaluation.verdict.best is None else evaluation.loras[evaluation.verdict.best]
     step = None if best is None else best.step
     shots = sorted(
-        (one for one in view.previews.values() if one.paths),
-        key=lambda one: (step in (None, one.step), one.strength == 1, one.strength, one.step),
+        (preview for preview in view.previews.values() if preview.paths),
+        key=lambda picture: (step in (None, picture.step), picture.strength == 1, picture.strength, picture.step),
         reverse=True,
     )
-    drawn = [] if best is None else [f"{EVALUATION}/{one}" for one in best.pictures[:1]]
-    at_best = sum(one.step == step for one in shots)
-    files = [preview_file(one.paths[0]) for one in shots]
+    drawn = [] if best is None else [f"{EVALUATION}/{picture}" for picture in best.pictures[:1]]
+    at_best = sum(shot.step == step for shot in shots)
+    files = [preview_file(shot.paths[0]) for shot in shots]
     return [*files[:at_best], *drawn, *files[at_best:]]
 
 
@@ -299,7 +299,7 @@ def _all_runs(folders: Folders) -> list[_Run]:
                 modified = _modified(f"{path}/{RECORD}")
                 if modified is not None and (not entry_is_link(entry) or is_below(folders, Path(path), place)):
                     found.append(_found(each, path, modified))
-    kept = {one.id for one in found}
+    kept = {run.id for run in found}
     for id in [id for id in list(_known) if id not in kept]:
         _known.pop(id, None)
     return found

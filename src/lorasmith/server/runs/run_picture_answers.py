@@ -137,16 +137,16 @@ def _check_length(what: str, text: str, least: int = 0) -> None:
 
 def _drawn_steps(folder: Path) -> list[tuple[int, str]]:
     """Steps and files of the LoRAs that are drawn in a grid."""
-    saves = [one for one in candidates_of(folder, read_record(folder).title) if one.step is not None]
-    return [(one.step or 0, one.path.name) for one in thinned(saves, MOST_STEPS)]
+    saves = [candidate for candidate in candidates_of(folder, read_record(folder).title) if candidate.step is not None]
+    return [(save.step or 0, save.path.name) for save in thinned(saves, MOST_STEPS)]
 
 
 def _shown(folder: Path) -> tuple[int | None, list[tuple[str, Image.Image, Image.Image]]]:
     """The step of the LoRA that is shown, and its pictures beside those of the base model, by prompt."""
-    found = evaluation_of(folder)
-    best = None if found is None or found.verdict.best is None else found.loras[found.verdict.best]
-    if found is not None and best is not None:
-        step, files = best.step, list(zip(found.prompts, found.base, best.pictures, strict=True))
+    evaluation = evaluation_of(folder)
+    best = None if evaluation is None or evaluation.verdict.best is None else evaluation.loras[evaluation.verdict.best]
+    if evaluation is not None and best is not None:
+        step, files = best.step, list(zip(evaluation.prompts, evaluation.base, best.pictures, strict=True))
         named = [(prompt, f"{EVALUATION}/{base}", f"{EVALUATION}/{tuned}") for prompt, base, tuned in files]
     else:
         with followed(folder) as run:
@@ -158,7 +158,9 @@ def _shown(folder: Path) -> tuple[int | None, list[tuple[str, Image.Image, Image
         step, prompts = tuned_events[-1].step, tuned_events[-1].prompts
         rows = zip(prompts, bases[-1].paths, tuned_events[-1].paths, strict=False)
         named = [(prompt, preview_file(base), preview_file(tuned)) for prompt, base, tuned in rows]
-    own = [one for one in named if is_own(folder / one[1], folder) and is_own(folder / one[2], folder)][:MOST_PROMPTS]
+    own = [names for names in named if is_own(folder / names[1], folder) and is_own(folder / names[2], folder)][
+        :MOST_PROMPTS
+    ]
     return step, [(prompt, _opened(folder / base), _opened(folder / tuned)) for prompt, base, tuned in own]
 
 

@@ -60,7 +60,7 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
     target = folders.base / "models" / "loras"
     stem = safe_name(name.strip().removesuffix(".safetensors") or lora.stem)
     with _INSTALLING:
-        taken = {one.name.casefold(): one for one in ensure_folder(target).iterdir()}
+        taken = {file.name.casefold(): file for file in ensure_folder(target).iterdir()}
         for number in range(1, 10_000):
             copy = target / f"{stem if number == 1 else f'{stem}-{number}'}.safetensors"
             if (there := taken.get(copy.name.casefold())) is None:
@@ -96,7 +96,9 @@ def train_on_request(folders: Folders, id: str, *, steps: int, evaluate: bool = 
         mine = RunSpec.from_record(record.source, {})
         known = RunSpec(
             model=mine.model if _is_model(folders, mine.model) else "",
-            text_encoders=mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
+            text_encoders=mine.text_encoders
+            if all(_is_model(folders, text_encoder) for text_encoder in mine.text_encoders)
+            else (),
             vae=mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
         )
         # Whether links are followed is a setting of the server, not of the record.
@@ -187,7 +189,7 @@ def draw_request(
         "lora": _lora_named(folder, lora).name,
         "text": prompt,
         "strength": strength,
-        "strengths": [one for one in strengths if one != strength],
+        "strengths": [other for other in strengths if other != strength],
         "seed": seed,
         "control": control,
     }
@@ -215,7 +217,9 @@ def _check_drawing(folders: Folders, id: str, asked: DrawingBody) -> tuple[Path,
     folder, spec, model = drawn_with(folders, id)
     least = _least_strength(spec)
     if (
-        wrong := next((one for one in (asked.strength, *asked.strengths) if not least <= one <= _GREATEST), None)
+        wrong := next(
+            (strength for strength in (asked.strength, *asked.strengths) if not least <= strength <= _GREATEST), None
+        )
     ) is not None:
         raise OptionError(f"strength must be between {least:g} and {_GREATEST:g}, got {wrong:g}; choose another")
     if len(asked.strengths) > _MOST_STRENGTHS:
@@ -263,7 +267,7 @@ def drawn_with(folders: Folders, id: str) -> tuple[Path, RunSpec, Model]:
     asked = record.asked
     spec = spec.with_settings(**{name: asked[name] for name in _OF_DRAWINGS if asked.get(name) is not None})
     files = (spec.model, *spec.text_encoders, spec.vae)
-    elsewhere = tuple(one for one in files if one and not _is_model(folders, one))
+    elsewhere = tuple(file for file in files if file and not _is_model(folders, file))
     if rights_needed(RunSpec(text_encoders=elsewhere)):
         raise OptionError(
             f"the model of {id} is neither in the model folders nor below the base folder; put it there to draw with it"
@@ -308,9 +312,9 @@ def _lora_at(folder: Path, record: RunRecord, step: int | None) -> Path:
             raise OptionError(f"{folder.name} has saved no LoRA yet; continue it, or cancel it to save one")
         return path
     saves = list(saves_of(folder, record))
-    found = next((one for one in saves if one.step == step), None)
+    found = next((save for save in saves if save.step == step), None)
     if found is None:
-        known = ", ".join(sorted({f"{one.step:,}" for one in saves})) or "none"
+        known = ", ".join(sorted({f"{save.step:,}" for save in saves})) or "none"
         raise OptionError(f"{folder.name} has LoRAs of the steps {known}, got {step:,}; choose one of these")
     return folder / found.file
 
@@ -320,7 +324,7 @@ def _lora_named(folder: Path, name: str) -> Path:
     record = read_record(folder)
     if not name:
         return _lora_at(folder, record, None)
-    known = [one.file for one in saves_of(folder, record)]
+    known = [save.file for save in saves_of(folder, record)]
     if name not in known:
         raise OptionError(f"{folder.name} has saved {', '.join(known) or 'no LoRA'}, got {name}; choose one")
     return folder / name
@@ -430,10 +434,12 @@ def _loaders(spec: RunSpec, record: RunRecord, folders: Folders) -> tuple[Prompt
 
 
 def _encoders(files: Sequence[str], family: str, folders: Folders) -> dict[str, Any]:
-    names = [_required(folders, "text_encoders", one) for one in files]
+    names = [_required(folders, "text_encoders", file) for file in files]
     types = FAMILIES[family].clip_types if family in FAMILIES else ()
     kind = {"type": types[0] if types else "stable_diffusion"} if len(names) < 3 else {}
-    inputs = {"clip_name": names[0]} if len(names) == 1 else {f"clip_name{i}": one for i, one in enumerate(names, 1)}
+    inputs = (
+        {"clip_name": names[0]} if len(names) == 1 else {f"clip_name{i}": encoder for i, encoder in enumerate(names, 1)}
+    )
     return _node(_ENCODER_LOADERS[min(len(names), 4)], "Text encoders", **inputs, **kind)
 
 
@@ -449,9 +455,9 @@ def _required(folders: Folders, kind: str, path: str) -> str:
 def _name(folders: Folders, kind: str, path: Path) -> str | None:
     """The name of a file for a node that loads `kind`; None if it is outside its folders."""
     for root in folders.roots(kind):
-        for given, within in ((path, root), (path.resolve(), root.resolve())):
-            if given.is_relative_to(within):
-                name = given.relative_to(within).as_posix()
+        for full, within in ((path, root), (path.resolve(), root.resolve())):
+            if full.is_relative_to(within):
+                name = full.relative_to(within).as_posix()
                 try:
                     if folders.find(kind, name).resolve() == path.resolve():
                         return name
@@ -467,7 +473,7 @@ def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
         notes.append(f"It trains on {name} alone, the first of {len(spec.sources)} folders.")
     followed = (*_FOLLOWED, *(["controls"] if spec.data.controls == "opposite" else []))
     others = [
-        one.replace("_", " ") for one in changed(spec.data) if one not in followed and SETTINGS[one].changes_numbers
+        name.replace("_", " ") for name in changed(spec.data) if name not in followed and SETTINGS[name].changes_numbers
     ]
     if others:
         notes.append(f"Nodes have no {', '.join(others)}.")
@@ -476,7 +482,7 @@ def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
 
 def _controls(spec: RunSpec, record: RunRecord, folders: Folders) -> str:
     """The name of the controls' folder below the input folder; empty for a run without controls."""
-    count = max((one.controls for one in images_in(record.data)), default=0)
+    count = max((image.controls for image in images_in(record.data)), default=0)
     if not count:
         return ""
     if count > 1:

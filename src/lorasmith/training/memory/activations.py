@@ -325,8 +325,8 @@ class HostMemory:
             return packed.value if isinstance(packed, Kept) else packed
         while self._sent and self._sent[-1]() in (None, packed.memory):
             self._sent.pop()
-        for one in list(self._sent)[-_AHEAD:]:
-            if (coming := one()) is not None:
+        for reference in list(self._sent)[-_AHEAD:]:
+            if (coming := reference()) is not None:
                 coming.send()
         return packed.memory.take().view(packed.dtype).as_strided(packed.shape, packed.stride, packed.offset)
 
@@ -339,14 +339,14 @@ class HostMemory:
         key = storage._cdata
         known = self._known.get(key)
         if known is not None and known.version == tensor._version and not known.of.expired():
-            one = known.copy()
-            if one is not None:
-                return one
+            on_host = known.copy()
+            if on_host is not None:
+                return on_host
         whole = tensor.detach().as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0)
-        one = _OnHost(whole.view(torch.uint8), self._stream)
-        self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(one))
-        self._sent.append(weakref.ref(one))
-        return one
+        on_host = _OnHost(whole.view(torch.uint8), self._stream)
+        self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(on_host))
+        self._sent.append(weakref.ref(on_host))
+        return on_host
 
 
 class _OnHost:

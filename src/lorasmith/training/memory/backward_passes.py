@@ -69,8 +69,8 @@ class _RmsNorm(torch.autograd.Function):
 def rotations_replaced() -> Iterator[None]:
     """Inside the context, diffusers' models call `apply_rotary_emb` and `apply_rotary_emb_qwen` of this module."""
     with contextlib.ExitStack() as stack:
-        for one in (_ROTATION, _QWEN_ROTATION):
-            stack.enter_context(one.replaced())
+        for rotation in (_ROTATION, _QWEN_ROTATION):
+            stack.enter_context(rotation.replaced())
         yield
 
 

@@ -59,10 +59,10 @@ def sizes_vary(samples: Sequence[Sample], routing: Routing | None) -> bool:
     """
 
     def sizes(sample: Sample) -> tuple[object, ...]:
-        latents, given = sample.latents, [one for _, one in sorted(sample.conditioning.tensors.items())]
+        latents, tensors = sample.latents, [tensor for _, tensor in sorted(sample.conditioning.tensors.items())]
         if routing is None:
-            return latents.shape, *(one.shape for one in given)
-        return math.prod(routing.grid(latents.shape)), *(one.numel() for one in given)
+            return latents.shape, *(tensor.shape for tensor in tensors)
+        return math.prod(routing.grid(latents.shape)), *(tensor.numel() for tensor in tensors)
 
     return len({sizes(sized) for sample in samples for sized in sample.sizes()}) > 1
 

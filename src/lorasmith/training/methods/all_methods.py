@@ -39,9 +39,9 @@ def _own_method(name: Code, arguments: str | None) -> Method:
     maker = code_of(name, OWN_METHODS)
     if not callable(maker):
         raise OptionError(f"method must be a class of methods or a function that makes one, which {name} is not")
-    given = parsed_arguments(arguments, maker, str(name), setting="method_args", ours={}) if arguments else {}
+    keywords = parsed_arguments(arguments, maker, str(name), setting="method_args", ours={}) if arguments else {}
     try:
-        method = maker(**given)
+        method = maker(**keywords)
     except Exception as error:  # of any kind
         raise OptionError(f"method {name} cannot be made with its method_args: {one_line_of(error)}") from error
     if not isinstance(method, Method):
@@ -55,8 +55,8 @@ def check_methods(methods: Sequence[Method], facts: Facts, adapters: Mapping[str
     """Raise OptionError if a method has no effect, as another one takes the place of what it changes, or does not fit
     the model or its adapters.
     """
-    replacing = [one for one in methods if one.replaces_goal]
-    idle = [*replacing[1:], *(one for one in methods if type(one).goal is not Method.goal)]
+    replacing = [method for method in methods if method.replaces_goal]
+    idle = [*replacing[1:], *(method for method in methods if type(method).goal is not Method.goal)]
     if replacing and idle:
         raise OptionError(
             f"{replacing[0].name} takes the place of the loss of single pictures, which {idle[0].name} changes, got "

@@ -61,7 +61,9 @@ class GuidanceLoss(BuiltInMethod):
     def goal(self, goal: Goal, passes: Passes) -> Goal:
         batch = goal.batch
         drawn = [keyed_uniform(self.seed, "guidance", draw) for draw in batch.draws] or [0.0] * len(batch.clean)
-        scale = torch.tensor([self.least + (self.greatest - self.least) * one for one in drawn]).to(batch.clean.device)
+        scale = torch.tensor([self.least + (self.greatest - self.least) * share for share in drawn]).to(
+            batch.clean.device
+        )
         if self.by_sigma:
             scale = 1 + (scale - 1) * batch.level.sigma
         with torch.no_grad():

@@ -212,7 +212,7 @@ class GradientSums:
         """Inside the context, the last backward pass of a step, buckets are reduced once their gradients are there."""
         self._wants_norm, self._squares = norm, []
         self._left = [0] * len(self._buckets)
-        trained = {name: one for name, one in self._flat.parameters.items() if one.requires_grad}
+        trained = {name: parameter for name, parameter in self._flat.parameters.items() if parameter.requires_grad}
         for name in trained:
             self._left[self._bucket_of[name]] += 1
         hooks = [

@@ -213,15 +213,15 @@ def check_optimizer(
     """Raise OptionError unless an optimizer works on a small matrix of `device`, and resumes exactly from its state."""
     device = device or torch.device("cpu")
     first, second = ([_small_group(rate, device) for rate in rates] for _ in range(2))
-    one = GatedOptimizer(name, first, weight_decay=weight_decay, arguments=arguments)
+    optimizer = GatedOptimizer(name, first, weight_decay=weight_decay, arguments=arguments)
     other = GatedOptimizer(name, second, weight_decay=weight_decay, arguments=arguments)
     try:
-        _trial_steps(one, first, range(3))  # not the two that `load` takes, so that hidden counters differ
-        tensors, numbers = one.state()
+        _trial_steps(optimizer, first, range(3))  # not the two that `load` takes, so that hidden counters differ
+        tensors, numbers = optimizer.state()
         for group, same in zip(first, second, strict=True):
             same.flat.copy_(group.flat)
         other.load(tensors, json.loads(json.dumps(numbers)))
-        _trial_steps(one, first, range(3, 5))
+        _trial_steps(optimizer, first, range(3, 5))
         _trial_steps(other, second, range(3, 5))
     except Exception as error:
         remedy = "give all layers one learning rate or choose another optimizer" if len(rates) > 1 else "choose another"

@@ -93,10 +93,10 @@ for _name, _rule in RULES.items():
 def rule_of(name: Code) -> UpdateRule:
     """Properties of the optimizer that a setting names. Raises OptionError for unknown names."""
     name = name if isinstance(name, str) else NamedCode.of(name)
-    found = code_of(name, OPTIMIZERS)
-    if isinstance(found, UpdateRule):
-        return found
-    maker = _checked(found, name)
+    rule = code_of(name, OPTIMIZERS)
+    if isinstance(rule, UpdateRule):
+        return rule
+    maker = _checked(rule, name)
     # A function decides itself which groups decay.
     return UpdateRule(
         paths=(name,), elementwise=False, decays=isinstance(maker, type) and "weight_decay" in _parameters(maker)
@@ -119,16 +119,16 @@ def build_optimizer(
             "function, as functools.partial(torch.optim.NAdam, betas=(0.9, 0.99)) does"
         )
     parsed = parsed_arguments(arguments, maker, name, setting="optimizer_args", ours=_OURS) if arguments else {}
-    given = {**rule.settings, **parsed}
+    keywords = {**rule.settings, **parsed}
     decay = {"weight_decay": weight_decay} if rule.decays else {}
     parts = [
         {"params": [group.flat] if rule.elementwise else list(group.views), "lr": group.rate, **decay}
         for group in groups
     ]
     if isinstance(maker, type):
-        given["lr"] = max(group.rate for group in groups)
+        keywords["lr"] = max(group.rate for group in groups)
     try:
-        made = maker([{**part} for part in parts], **given)
+        made = maker([{**part} for part in parts], **keywords)
     except Exception as error:
         raise OptionError(f"{name} cannot be used with its settings: {one_line_of(error)}") from error
     if not isinstance(maker, type):
@@ -162,20 +162,20 @@ def _maker_of(name: str, rule: UpdateRule) -> Callable[..., Any]:
     )
 
 
-def _checked(found: Any, path: str) -> Callable[..., Any]:
+def _checked(value: Any, path: str) -> Callable[..., Any]:
     """The class, or the function that makes an optimizer; OptionError if it is neither."""
-    if isinstance(found, type) or not callable(found):
-        if not _is_optimizer(found):
+    if isinstance(value, type) or not callable(value):
+        if not _is_optimizer(value):
             raise OptionError(
                 f"optimizer must be a class of torch optimizers or a function that makes one, which {path} is not; try "
                 "torch.optim.NAdam"
             )
-        _check_step(found, path)
-        if "lr" not in _parameters(found):
+        _check_step(value, path)
+        if "lr" not in _parameters(value):
             raise OptionError(f"optimizer must take a learning rate, which {path} does not; use another one")
-    if isinstance(found, functools.partial) and "lr" in found.keywords:
+    if isinstance(value, functools.partial) and "lr" in value.keywords:
         raise OptionError(f"the rate of an optimizer is the setting learning_rate, but {path} has lr; leave it out")
-    return found  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]
 
 
 def _check_step(kind: type, path: str) -> None:

@@ -189,11 +189,11 @@ class _Thirds(NamedTuple):
     @property
     def squares(self) -> float:
         """Sum of squared deviations from the means of the thirds."""
-        return float(sum(((one - one.mean()) ** 2).sum() for one in self))
+        return float(sum(((third - third.mean()) ** 2).sum() for third in self))
 
     @property
     def freedom(self) -> int:
-        return sum(len(one) - 1 for one in self)
+        return sum(len(third) - 1 for third in self)
 
     @property
     def standing(self) -> Standing:

@@ -153,9 +153,9 @@ class RunFolder:
         """Raise OutputError if the run in this folder is another one, complete, or cannot be verified as requested."""
         before = self.record()
         check_verifiable(before, record.fingerprint, self.path)
-        if found := differences(before.fingerprint, record.fingerprint):
+        if changed := differences(before.fingerprint, record.fingerprint):
             raise OutputError(
-                f"{self.path} holds another run, which differs in {'; '.join(found)}; undo that, choose another "
+                f"{self.path} holds another run, which differs in {'; '.join(changed)}; undo that, choose another "
                 "output, or start fresh, which moves the old run aside"
             )
         if self.is_done:
@@ -213,7 +213,9 @@ class RunFolder:
     def _tidy(self) -> None:
         """Remove temporary files and folders of a killed process; without a run, only those of `run.json`."""
         if self.exists:
-            left = [one for name in ("", STATES, "samples", AVERAGES) for one in (self.path / name).glob(".*.tmp")]
+            left = [
+                leftover for name in ("", STATES, "samples", AVERAGES) for leftover in (self.path / name).glob(".*.tmp")
+            ]
             if self.outcome() is None:  # otherwise it is a LoRA with that name
                 left.append(self.path / PREVIEW_LORA)
         else:
@@ -333,14 +335,14 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
     if record.config.get(_STATE) is not None:  # which names what to start from
         return record
     before = folder.record()
-    steps, given = before.config.get("steps"), record.config.get("steps")
+    steps, new_steps = before.config.get("steps"), record.config.get("steps")
     if not is_same_or_longer(before.fingerprint, record.fingerprint):
         return record
-    if not isinstance(steps, int) or not isinstance(given, int):
+    if not isinstance(steps, int) or not isinstance(new_steps, int):
         return record
-    if given == steps or not folder.is_done:
+    if new_steps == steps or not folder.is_done:
         return _with_its_state(folder, before, record)
-    _check_longer(folder, steps, given)
+    _check_longer(folder, steps, new_steps)
     check_verifiable(before, record.fingerprint, folder.path)
     newest = folder.states().paths()[0]
     load_state(newest)  # a damaged one is refused before anything is moved
@@ -349,11 +351,11 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
     return _from_state(record, (aside / "states" / newest.name).resolve())
 
 
-def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
+def _check_longer(folder: RunFolder, steps: int, new_steps: int) -> None:
     """Raise unless the complete run in a folder has a state, and fewer `steps` than `given`."""
-    if given <= steps:
+    if new_steps <= steps:
         raise OutputError(
-            f"{folder.path} holds this run, which is complete with {count_text(steps, 'step')}, and {given} were "
+            f"{folder.path} holds this run, which is complete with {count_text(steps, 'step')}, and {new_steps} were "
             "given; give more steps to train on from its end, choose another output, or start fresh, which moves it "
             "aside"
         )
@@ -388,15 +390,15 @@ def checked_start(record: RunRecord) -> str:
 
     Returns a sentence if that cannot be compared, as the state is not in the folder of its run; otherwise an empty one.
     """
-    if (given := record.config.get(_STATE)) is None:
+    if (state := record.config.get(_STATE)) is None:
         return ""
-    path = Path(str(given)).resolve()
+    path = Path(str(state)).resolve()
     folder = RunFolder(path.parent.parent)
     if not folder.exists or path not in folder.states().paths():
         return f"Whether {path} is of the same images, settings and model is not known, as its run is not beside it."
-    if found := differences(_without_length(folder.record().fingerprint), _without_length(record.fingerprint)):
+    if changed := differences(_without_length(folder.record().fingerprint), _without_length(record.fingerprint)):
         raise OutputError(
-            f"{path} is of a run that differs in {'; '.join(found)}; undo that, or train with its LoRA as "
+            f"{path} is of a run that differs in {'; '.join(changed)}; undo that, or train with its LoRA as "
             "existing_lora, which starts the optimizer afresh"
         )
     return ""
