@@ -14,7 +14,13 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs.presets import PRESETS, Preset, recipe_settings
-from lorasmith.runs.preview_budget import PreviewProgram, loras_evaluated, program_within, unasked_program
+from lorasmith.runs.preview_budget import (
+    PreviewProgram,
+    evaluation_effort,
+    loras_evaluated,
+    program_within,
+    unasked_program,
+)
 from lorasmith.runs.run import run
 from lorasmith.runs.run_previews import previews_of
 from lorasmith.training.config import TrainConfig
@@ -82,6 +88,38 @@ def test_a_slider_keeps_its_strengths_as_long_as_they_fit() -> None:
     assert within(176) == (4, 12, [30])
     assert within(100) == (4, 8, [])
     assert within(99) == (0, 8, [30, 500])
+
+
+@pytest.mark.parametrize(
+    ("training_s", "sampling_step_s", "noises", "sampling_steps", "wishes", "pictures", "seconds"),
+    [
+        (50, 0.01, 3, 20, 8, 170, 34),
+        (50, 0.03, 1, 20, 8, 80, 48),  # the minute that is always there
+        (50, 0.05, 1, 12, 8, 80, 48),
+        (50, 0.07, 1, 8, 8, 80, 44.8),
+        (300, 0.07, 1, 20, 8, 80, 112),  # half of the training
+        (7200, 0.08, 3, 20, 8, 170, 272),
+        (7200, 0.1, 1, 20, 8, 80, 160),  # never more than five minutes
+        (50, 0.1, 1, 8, 4, 60, 48),
+        (50, 1.0, 1, 8, 4, 40, 320),  # where none fits, the shortest
+        (50, None, 1, 8, 4, 40, None),
+    ],
+)
+def test_an_evaluation_afterwards_has_a_budget_of_time(
+    tiny: Model,
+    training_s: float,
+    sampling_step_s: float | None,
+    noises: int,
+    sampling_steps: int,
+    wishes: int,
+    pictures: int,
+    seconds: float | None,
+) -> None:
+    found = evaluation_effort(tiny, "sks fox", 4, training_s=training_s, sampling_step_s=sampling_step_s)
+    drawing = found.drawing
+    assert (drawing.noises, drawing.steps, len(drawing.prompts)) == (noises, sampling_steps, wishes)
+    assert found.pictures == pictures and found.seconds == pytest.approx(seconds)
+    assert evaluation_effort(tiny, "sks fox", 1, training_s=50, sampling_step_s=1.0).pictures == 30
 
 
 def test_where_nothing_fits_nothing_is_drawn() -> None:

@@ -108,6 +108,15 @@ def test_a_run_that_is_resumed_has_what_its_log_has() -> None:
     assert view.to_json()["preparation"] == ["Photos prepared: 4 of 4"]
 
 
+def test_the_time_of_a_picture_is_that_of_previews() -> None:
+    drawn = {"prompts": ("a",) * 2, "paths": ("a.png",) * 2}
+    view = after(started(at=10), Previewed(step=1, strength=0.0, at=20, **drawn))
+    assert view.sampling_step_s is None  # a log of an earlier version
+    for strength, at in ((0.5, 24.0), (1.0, 28.0), (2.0, 90.0)):  # while the last was drawn, other programs were busy
+        view.take(Previewed(step=1, strength=strength, at=at, sampling_steps=20, **drawn))
+    assert view.sampling_step_s == pytest.approx(0.1)
+
+
 def test_a_view_as_json_is_small_and_finite_however_long_the_run() -> None:
     prompts = ("a fox",) * 4
     view = after(started(100_000), Warned(message="Beware."))

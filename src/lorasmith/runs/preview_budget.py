@@ -7,7 +7,8 @@ with the base model, before the first step. The programs, from the most expensiv
 strengths in the end; at full strength alone; near the start and in the middle of the run; with fewer sampling steps;
 near the start alone; only in the end. A slider is drawn at all strengths over the steps as well, if that fits, and in
 the end with fewer sampling steps rather than at one strength. What is left of the share evaluates the saved LoRAs in
-the end (`evaluate`), as many of them as fit.
+the end (`evaluate`), as many of them as fit. An evaluation of the page afterwards has a budget of time
+(`evaluation_effort`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from lorasmith.data.dataset import Sample
 from lorasmith.evaluation import likeness
 from lorasmith.evaluation.evaluation_record import DrawingSettings
 from lorasmith.evaluation.wishes import BUILT_IN_WISHES, WISHES
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.runs.evaluate import loras_within
+from lorasmith.runs.evaluate import Prompts, loras_within
 from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import parse_prompts, parse_strengths
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.storage.records import RunRecord
 from lorasmith.training.train import Plan
 from lorasmith.training.watchers import likeness_steps, preview_steps
 
@@ -43,6 +44,12 @@ _FEWER_STEPS = (12, 8)  # sampling steps where the usual ones do not fit
 _STOP_SHARE = 0.25  # of the work of training, that previews may take which stop it
 _LOOKS = (10, 7, 5)  # previews of a run that they stop, its end included
 _MOST_PAIRS = 4  # that previews are drawn from unasked
+
+_EFFORTS = ((3, 20, 1, 4), (1, 20, 1, 4), (1, 12, 1, 4), (1, 8, 1, 4), (1, 8, 2, 4), (1, 8, 2, 2))
+"""Evaluations from the most thorough: noises, sampling steps, every how many-th wish, and LoRAs."""
+
+_EVALUATION_SHARE = 0.5  # of the time of training, that an evaluation afterwards may take
+_SHORT_S, _LONG_S = 60.0, 300.0  # that it always may, and never longer
 
 
 @dataclass(frozen=True)
@@ -222,18 +229,34 @@ def loras_evaluated(plan: Plan, program: PreviewProgram) -> int:
     return min(DrawingSettings.most, loras_within(left / (program.sampling_steps * _each_step(base) + _OTHER_PASSES)))
 
 
-def seconds_drawn(pictures: int, base: Model, record: RunRecord, seconds_per_step: float) -> float | None:
-    """About how long so many pictures take on the machine whose steps of a run took that long; None if its record does
-    not say what it trained.
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What an evaluation draws."""
+
+    drawing: DrawingSettings
+    pictures: int
+    seconds: float | None  # that it takes, about; None if that is not known
+
+
+def evaluation_effort(
+    base: Model, trigger: str, loras: int, *, training_s: float, sampling_step_s: float | None
+) -> Effort:
+    """The most thorough evaluation of so many LoRAs of a run that takes at most half as long as the training did, or a
+    minute, and never more than five; the shortest one where none does, or where the time is not known.
     """
-    sizes = [math.prod(sample.latents) for sample in record.samples if sample.latents]
-    batch, batches = record.config.get("batch_size"), record.config.get("grad_accumulation_steps")
-    if not sizes or not isinstance(batch, int) or not isinstance(batches, int) or min(batch, batches) < 1:
-        return None
-    side = base.defaults.resolution
-    size = math.prod(base.components.latent.shape(side, side, 1))
-    passes = pictures * (base.defaults.steps * _each_step(base) + _OTHER_PASSES)
-    return passes * seconds_per_step * size / (_STEP_PASSES * batch * batches * statistics.fmean(sizes))
+    usual, is_built_in = base.defaults.steps, base.title == BUILT_IN
+    wishes = BUILT_IN_WISHES if is_built_in else WISHES
+    budget = min(max(_EVALUATION_SHARE * training_s, _SHORT_S), _LONG_S)
+
+    def effort(noises: int, sampling_steps: int, every: int, most: int) -> Effort:
+        drawn = min(sampling_steps, usual)
+        drawing = DrawingSettings(prompts=wishes[::every], noises=noises, steps=drawn, most=most)
+        pictures = Prompts.of(trigger, drawing, is_built_in=is_built_in).pictures(min(most, loras), noises)
+        seconds = None if sampling_step_s is None else pictures * drawn * sampling_step_s
+        return Effort(drawing=drawing, pictures=pictures, seconds=seconds)
+
+    efforts = [effort(*numbers) for numbers in _EFFORTS]
+    return next((fit for fit in efforts if fit.seconds is not None and fit.seconds <= budget), efforts[-1])
 
 
 def _run_passes(config: TrainConfig, samples: Sequence[Sample], size: float) -> float:

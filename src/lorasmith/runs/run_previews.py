@@ -218,6 +218,7 @@ class RunPreviews:
         in_place: bool = False,
     ) -> None:
         self._draw, self._prompts, self._beside = draw, program.prompts, beside
+        self._sampling_steps = program.sampling_steps
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.steps, self._strengths = program.steps, program.strengths
         self._on_the_way = (
@@ -314,7 +315,13 @@ class RunPreviews:
         return draw
 
     def _previewed(self, step: int, paths: tuple[Path, ...], strength: float) -> Previewed:
-        return Previewed(step=step, prompts=self._prompts, paths=tuple(map(str, paths)), strength=strength)
+        return Previewed(
+            step=step,
+            prompts=self._prompts,
+            paths=tuple(map(str, paths)),
+            strength=strength,
+            sampling_steps=self._sampling_steps,
+        )
 
     def _complaint(self, step: int, error: Exception) -> str:
         what = f"the preview at step {step} could not be drawn ({_reason(error)})"

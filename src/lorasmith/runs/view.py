@@ -119,6 +119,7 @@ class RunView:
         self._losses = RecentLosses()
         self._status = "Waiting for the model and the images."
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
+        self._drawing_times: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._since: float | None = None  # of the last event, once a step was taken
         self._latest: float | None = None  # time of the last event of this attempt
         self.seconds = 0.0
@@ -168,6 +169,9 @@ class RunView:
                 self.likeness = self._likenesses[event.step] = event
             case Previewed():
                 self.previews[event.step, event.strength] = event
+                if event.sampling_steps and event.paths and self._latest is not None:
+                    drawn = event.sampling_steps * len(event.paths)
+                    self._drawing_times.append(max(0.0, event.at - self._latest) / drawn)
                 _limit(self.previews, _MOST_PREVIEWS)
             case LoraSaved():
                 self.saves[event.step] = event
@@ -214,6 +218,11 @@ class RunView:
         most = _OUTLIER * median_low(self._times)
         times = [time for time in self._times if time <= most]
         return sum(times) / len(times)
+
+    @property
+    def sampling_step_s(self) -> float | None:
+        """Seconds of a sampling step of a picture, by the previews; None if none was drawn."""
+        return median_low(self._drawing_times) if self._drawing_times else None
 
     @property
     def seconds_left(self) -> float | None:

@@ -102,11 +102,12 @@ class DrawJobs:
     def _evaluate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folders, cancelled = self._work.folders(), self._work.cancelled.is_set
         reporter = JobReporter(self._work.channel, folders.base)
-        most = request.get("most", DrawingSettings.most)
-        subject = subject_of([folders.base / request["run"]], trigger=request.get("subject") or None, most=most)
+        drawing = typed(request.get("drawing", {}), DrawingSettings)
+        trigger = request.get("subject") or None
+        subject = subject_of([folders.base / request["run"]], trigger=trigger, most=drawing.most)
         model = self._model.load(typed(request["files"], ModelFiles), folders).model
-        progress = reporter.drawing(model.defaults.steps)
-        found = evaluate(model, subject, DrawingSettings(), progress=progress, cancelled=cancelled)
+        progress = reporter.drawing(drawing.steps or model.defaults.steps)
+        found = evaluate(model, subject, drawing, progress=progress, cancelled=cancelled)
         return {"outputs": {"sentence": found.sentence}}
 
     def _draw_grid(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Previewed(Event):
     prompts: Annotated[tuple[str, ...], "one for each picture"]
     paths: Annotated[tuple[str, ...], "PNG files, one for each picture"]
     strength: Annotated[float, "of the LoRA, 0 for the base model"]
+    sampling_steps: Annotated[int, "of each picture; 0 in logs of earlier versions"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

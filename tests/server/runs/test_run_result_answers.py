@@ -160,13 +160,15 @@ def test_the_loras_of_a_run_are_evaluated(
     assert (found.evaluation, found.folder) == (None, "evaluation")
     request = evaluation_request(installation, RUN)
     assert (request["run"], request["files"]["vae"]) == (RUN, None)
-    assert request["most"] == 4 and evaluation_afterwards(installation, RUN) == request
+    assert evaluation_afterwards(installation, RUN) == request
     loras = len({one.step for one in run(installation, RUN).saves})
-    assert found.pictures == 32 * (1 + loras) + 10, "each of these, without and with each LoRA, and two by strength"
-    assert found.seconds is not None and found.seconds > 0
-    monkeypatch.setattr(RunView, "seconds_per_step", property(lambda self: 10.0))
-    slower = run_evaluation(installation, RUN).seconds
-    assert slower is not None and slower > found.seconds
+    for sampling_step_s, noises, each in ((1e-4, 3, 32), (10.0, 1, 10), (None, 1, 10)):
+        monkeypatch.setattr(RunView, "sampling_step_s", property(lambda self, found=sampling_step_s: found))
+        said, drawing = run_evaluation(installation, RUN), evaluation_request(installation, RUN)["drawing"]
+        pictures = each * (1 + min(loras, drawing["most"])) + 10  # without and with each LoRA, and two by strength
+        assert (said.pictures, drawing["noises"]) == (pictures, noises)
+        expected = None if sampling_step_s is None else pictures * drawing["steps"] * sampling_step_s
+        assert said.seconds == pytest.approx(expected)
     as_edit_model(monkeypatch, is_required=True)
     with pytest.raises(OptionError, match="cannot be evaluated"):
         evaluation_request(installation, RUN)

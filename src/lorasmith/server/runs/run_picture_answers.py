@@ -11,15 +11,16 @@ from PIL import Image
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.data.clips import open_still
-from lorasmith.evaluation.evaluation_record import EVALUATION, DrawingSettings
+from lorasmith.evaluation.evaluation_record import EVALUATION
 from lorasmith.evaluation.likeness import check_installed, is_installed
 from lorasmith.evaluation.wishes import BUILT_IN_KINDS, KINDS, asked_with
 from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model import Model
 from lorasmith.report.pictures import thinned
 from lorasmith.report.share_card import MOST_PROMPTS, WIDTH, share_card
-from lorasmith.runs.evaluate import Prompts, candidates_of, subject_of
+from lorasmith.runs.evaluate import candidates_of, subject_of
 from lorasmith.runs.gallery import MOST_STEPS, read_grids
-from lorasmith.runs.preview_budget import seconds_drawn
+from lorasmith.runs.preview_budget import Effort, evaluation_effort
 from lorasmith.runs.run_images import subject_words
 from lorasmith.runs.run_log import followed
 from lorasmith.runs.run_page import is_own
@@ -31,24 +32,20 @@ from lorasmith.server.runs.run_shapes import EvaluationAnswer, GalleryAnswer
 from lorasmith.training.storage.records import read_record
 
 _MOST_WISH = 1_000  # characters
-_MOST_EVALUATED = 4  # LoRAs of a run, evenly spaced up to the last one
 
 
 @question
 def run_evaluation(folders: Folders, id: str) -> EvaluationAnswer:
     """The stored evaluation of the LoRAs of a run. Raises UnknownFileError."""
-    with followed(run_folder_of(folders, id)) as run:
-        folder, record, seconds_per_step = run.folder, run.record, run.view.seconds_per_step
-    subject = subject_words(record)
+    folder = run_folder_of(folders, id)
+    subject = subject_words(read_record(folder))
     found = EvaluationAnswer(evaluation=evaluation_of(folder), folder=EVALUATION, subject=subject)
     try:
-        _, spec, model = drawn_with(folders, id)
+        _, _, model = drawn_with(folders, id)
     except (OptionError, ModelError):  # what was evaluated elsewhere is shown all the same
         return found
-    prompts = Prompts.of(subject, DrawingSettings(), is_built_in=spec.model == BUILT_IN)
-    pictures = prompts.pictures(min(_MOST_EVALUATED, len(candidates_of(folder, record.title))))
-    seconds = None if seconds_per_step is None else seconds_drawn(pictures, model, record, seconds_per_step)
-    return replace(found, pictures=pictures, seconds=seconds)
+    effort = _effort(folder, model, subject)
+    return replace(found, pictures=effort.pictures, seconds=effort.seconds)
 
 
 @question
@@ -61,8 +58,8 @@ def evaluation_request(folders: Folders, id: str, *, subject: str = "") -> dict[
     folder, spec, model = drawn_with(folders, id)
     if model.control_form.is_required:
         raise OptionError(f"{model.title} ({model.family.title}) draws from pictures; LoRAs of it cannot be evaluated")
-    subject_of([folder], trigger=subject.strip() or None)
-    asked = {"subject": subject.strip(), "most": _MOST_EVALUATED}
+    trigger = subject_of([folder], trigger=subject.strip() or None).trigger
+    asked = {"subject": subject.strip(), "drawing": asdict(_effort(folder, model, trigger).drawing)}
     return {"run": id, "model": spec.model, "files": asdict(spec.files), **asked}
 
 
@@ -127,6 +124,14 @@ def run_card(folders: Folders, id: str) -> bytes:
     model = record.model.name.replace("\\", "/").rsplit("/", 1)[-1]
     facts = [f"Write “{subject}” in prompts" if subject else "", f"step {step:,}" if step else "", model]
     return share_card(rows, title=subject or record.title or folder.name, facts=" · ".join(filter(None, facts)))
+
+
+def _effort(folder: Path, model: Model, trigger: str) -> Effort:
+    """What an evaluation of a run draws."""
+    with followed(folder) as run:
+        seconds, sampling_step_s, title = run.view.seconds, run.view.sampling_step_s, run.record.title
+    loras = len(candidates_of(folder, title))
+    return evaluation_effort(model, trigger, loras, training_s=seconds, sampling_step_s=sampling_step_s)
 
 
 def _check_length(what: str, text: str, least: int = 0) -> None:

@@ -348,7 +348,7 @@ class EvaluationAnswer:
     folder: Annotated[str, "of its pictures, among the files of the run"]
     subject: Annotated[str, _SUBJECT] = ""
     pictures: Annotated[int, "that an evaluation draws"] = 0
-    seconds: Annotated[float | None, "that it takes, by the speed of the run's steps; null if that is not known"] = None
+    seconds: Annotated[float | None, "that it takes, by the previews of the run; null if that is not known"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

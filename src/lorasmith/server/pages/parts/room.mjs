@@ -218,7 +218,7 @@ export function Room({ run, id, view, isRunning, title, panel, empty, total, onE
     </div>
     <${Panel} title=${title}>
       ${panel(shown)}
-      ${evaluating && html`<${Evaluating} job=${evaluating} />`}
+      ${evaluating && html`<${Evaluating} job=${evaluating} found=${found} />`}
       ${hasLora && found && !found.evaluation && !evaluating && html`<${AskEvaluation} id=${id} found=${found} />`}
       <${Problem} error=${evaluationError} />
       <${Tiles} title="You drew" shown=${scene} tries=${tries} scenes=${[...drawn, ...grids]} run=${about} best=${best}
@@ -253,7 +253,7 @@ const isOf = (job, kind) =>
 
 const evaluate = (id, subject) => said(() => post(["runs", id, "evaluation"], { subject }));
 
-function Evaluating({ job }) {
+function Evaluating({ job, found }) {
   return html`<div class="evaluating" role="group" aria-label="Evaluation">
     <p>
       ${
@@ -262,6 +262,7 @@ function Evaluating({ job }) {
           : t`Which step is best is found out when nothing else is to be done.`
       }
     </p>
+    ${found && html`<${Effort} found=${found} />`}
     ${job.state === "running" && html`<${JobProgress} job=${job} label="Finding the best step" />`}
     <${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Cancel<//>
   </div>`;

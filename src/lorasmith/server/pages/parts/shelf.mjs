@@ -138,7 +138,7 @@ function DownloadState({ download, onChange }) {
       <p role="alert">${capital(error)}</p>
       ${
         download.accept &&
-        html`<p><a href=${download.accept} target="_blank" rel="noreferrer">${download.accept}</a></p>`
+        html`<p class="alone"><a href=${download.accept} target="_blank" rel="noreferrer">${download.accept}</a></p>`
       }
       <${Button} class="small" onClick=${act(() => remove(["downloads", id]))}>Close<//>
     <//>`;

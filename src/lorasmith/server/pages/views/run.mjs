@@ -39,7 +39,7 @@ export function RunView({ id }) {
   if (error && !run) {
     return html`<section>
       <h1>${id.split("/").pop()}</h1><${Problem} error=${error} onRetry=${reload} />
-      <p><a href=${link("runs")}>All runs</a></p>
+      <p class="alone"><a href=${link("runs")}>All runs</a></p>
     </section>`;
   }
   if (!run || watched) return html`<section><${Loading} what="the run" /></section>`;

@@ -155,7 +155,7 @@ export function SettingsView({ dataset }) {
         planError &&
         planError.status !== 503 &&
         html`
-          <${Problem} error=${planError} /><p><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>
+          <${Problem} error=${planError} /><p class="alone"><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>
         `
       }
       ${
