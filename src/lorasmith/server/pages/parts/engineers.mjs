@@ -181,7 +181,9 @@ function Measured({ found, source }) {
       </tbody>
     </table>
     ${notes.map((note) => html`<p class="faint" key=${note}>${note}</p>`)}
-    <p class="alone"><a href=${source(`${found.folder}/contact sheet.png`)} target="_blank" rel="noopener">Contact sheet</a></p>
+    <p class="alone">
+      <a href=${source(`${found.folder}/contact sheet.png`)} target="_blank" rel="noopener">Contact sheet</a>
+    </p>
   `;
 }
 

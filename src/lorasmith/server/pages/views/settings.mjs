@@ -155,7 +155,8 @@ export function SettingsView({ dataset }) {
         planError &&
         planError.status !== 503 &&
         html`
-          <${Problem} error=${planError} /><p class="alone"><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>
+          <${Problem} error=${planError} />
+          <p class="alone"><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>
         `
       }
       ${
