@@ -481,9 +481,7 @@ def test_several_values_are_tried_by_the_one_button_that_starts(served: ServedPa
     second.get_by_label("Setting (optional)").select_option("Steps")
     expected(second.get_by_text("Number of optimizer updates.")).to_be_visible()
     waits(page, "A fifth of the photos is kept aside")
-    waits(
-        page, "Takes about 10 minutes for all 4 runs"
-    )  # twice 200 and 400 steps, with start and previews
+    waits(page, "Takes about 10 minutes for all 4 runs")  # twice 200 and 400 steps, with start and previews
     page.get_by_role("button", name="Train 4 runs").click()
     page.wait_for_url("**/#/sweeps/fox-sweep-001")
     expected(page.get_by_text("Try several values")).to_have_count(0)  # a view that was never left keeps its values
