@@ -11,6 +11,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
+	@echo
+	@echo "To type lorasmith in this terminal, first: source $(BIN)/activate"
 
 # `make -j2 test` compiles what the tests import while mypy runs.
 test: .venv/installed-dev lint collected

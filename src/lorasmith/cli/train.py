@@ -200,5 +200,7 @@ def demo(
     print_result(lambda: plain_result(result), lambda: report_result(result))
     host.stop.exit_if_set()
     echo()
-    echo("The same with your own pictures and a real model:")
+    echo("On a page in the browser:")
+    echo("  lorasmith serve --open")
+    echo("With your own pictures and a model that you have:")
     echo('  lorasmith train ./photos --model sd15.safetensors --trigger "sks dog"')
