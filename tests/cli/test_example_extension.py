@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 from lorasmith.core.extras import TINY
-from tests.installed import EXAMPLE, PROJECT, install, install_example
+from lorasmith.data.data_config import ImageSource
+from lorasmith.runs.plan import plan
+from lorasmith.runs.run import Host, run
+from lorasmith.runs.spec import RunSpec
+from tests.installed import EXAMPLE, PROJECT, forget_extensions, install, install_example
 
 Command = Callable[..., Any]
 GONE = "of the package lorasmith-example 0.1, which is not installed"
@@ -40,16 +44,19 @@ def in_process(packages: Path, *arguments: str, cwd: Path | None = None) -> subp
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photos, a model and a run that used the installed example."""
-    folder, packages = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("packages")
+    folder = tmp_path_factory.mktemp("work")
     shutil.copytree(TINY.folder / "input" / "fox", folder / "photos")
     model = folder / "models" / "checkpoints" / "sketch.safetensors"
     model.parent.mkdir(parents=True)
+    settings = {"algorithm": "ia3", "steps": 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sketch", str(model)])
         runpy.run_path(str(PROJECT / "src" / "lorasmith_example" / "sketch.py"), run_name="__main__")
-    command = ("train", "photos", "--model", model.name, "--algorithm", "ia3", "--steps", "3", "--output", "run")
-    done = in_process(packages, "-m", "lorasmith", *command, cwd=folder)
-    assert "IA3, on transformer: 2 layers, 128 parameters" in done.stdout
+        install(patch, tmp_path_factory.mktemp("packages"), EXAMPLE)
+        source = ImageSource(str(folder / "photos"))
+        spec = RunSpec(sources=(source,), model=str(model), output=str(folder / "run"), settings=settings)
+        run(plan(spec, Host()), Host())
+    forget_extensions()
     return folder
 
 
@@ -115,7 +122,8 @@ def test_files_name_it_when_it_is_gone(work: Path, lorasmith: Command) -> None:
 
 def test_a_private_file_names_it_too(work: Path, lorasmith: Command, installed: None) -> None:
     options = ("--algorithm", "IA3", "--steps", "1", "--private", "--output", "private")
-    assert lorasmith("train", "photos", "--model", "sketch.safetensors", *options).code == 0
+    trained = lorasmith("train", "photos", "--model", "sketch.safetensors", *options)
+    assert trained.code == 0 and "IA3, on transformer: 2 layers, 128 parameters" in trained.out
     assert "IA3 (lorasmith-example 0.1)" in lorasmith("inspect", "private/photos.safetensors").out
 
 

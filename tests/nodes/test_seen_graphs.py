@@ -25,8 +25,12 @@ MULTIPLE = {"qwen-image": 28, "krea2": 32}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference latents of 64×64 px instead of a megapixel."""
+    """Reference latents of 64×64 px, and what Qwen-Image 2.1 sees of 128×128 px, instead of a megapixel."""
     monkeypatch.setattr(picture_prompts, "_REFERENCES", replace(picture_prompts._REFERENCES, most_pixels=64**2))
+    own = type(TINY["qwen-image-2.1"].family)
+    (form,) = own.controls
+    assert form.sight is not None
+    monkeypatch.setattr(own, "controls", (replace(form, sight=replace(form.sight, pixels=128**2)),))
 
 
 @pytest.fixture(scope="module", params=slow_except(MULTIPLE, "qwen-image"))
