@@ -27,9 +27,11 @@ from lorasmith.core.extras import TINY
 from lorasmith.evaluation import likeness
 from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.loading import load_model
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
+from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.training import processor_way
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory import compilation
 from lorasmith.training.results import TrainResult
 from tests.covering import cases, grouped
@@ -270,6 +272,12 @@ def tiny() -> Model:
     for module in model.components.modules().values():
         module.float()
     return model
+
+
+@pytest.fixture(scope="session")
+def tiny_estimate() -> MemoryEstimate:
+    """The memory of a training of this model on a card of 1 GiB."""
+    return estimate_memory(ModelFiles(BUILT_IN), TrainConfig(), card_bytes=2**30, resolution=64)
 
 
 @pytest.fixture(scope="session")

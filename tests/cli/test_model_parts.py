@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +11,7 @@ from typing import Any
 import pytest
 
 from lorasmith.families.base import FAMILIES
-from lorasmith.runs.memory_estimate import estimate_memory
-from lorasmith.training.config import TrainConfig
+from lorasmith.runs.memory_estimate import MemoryEstimate
 from tests.families.flux_parts import comfyui_folder
 
 Command = Callable[..., Any]
@@ -98,10 +96,11 @@ def test_models_are_listed_with_their_parts(lorasmith: Command, models: Path) ->
     assert [one["is_whole"] for one in parsed["models"]] == [False, True]
 
 
-def test_a_desktops_part_of_the_card_is_left_to_it(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_desktops_part_of_the_card_is_left_to_it(
+    lorasmith: Command, monkeypatch: pytest.MonkeyPatch, tiny_estimate: MemoryEstimate
+) -> None:
     """The built-in model fits a card of 1 GiB, of which the driver takes half, but not beside a desktop."""
-    once = functools.cache(lambda *files, **_: estimate_memory(*files, TrainConfig(), card_bytes=2**30, resolution=64))
-    monkeypatch.setattr("lorasmith.runs.memory_estimate.estimate_memory", lambda files, *_, **__: once(files))
+    monkeypatch.setattr("lorasmith.runs.memory_estimate.estimate_memory", lambda *_, **__: tiny_estimate)
     for flags, drives_display, left in (
         ((), False, 0),
         ((), True, 768),

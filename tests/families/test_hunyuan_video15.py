@@ -23,6 +23,7 @@ from lorasmith.families.conditionings import Conditioning
 from lorasmith.families.hunyuan_video15 import _quoted
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.slots import Encoding
 from lorasmith.formats.spelling import guessed_family
 from lorasmith.sampling.generate import Sampling, generate_clips
@@ -234,23 +235,30 @@ def test_image_to_video_is_told_by_the_name_alone(files: dict[str, Path], tmp_pa
 def test_a_first_frame_is_what_diffusers_makes_of_it(
     from_pictures: Model, image_encoder: tuple[nn.Module, Path]
 ) -> None:
-    """Of a picture of SigLIP's size, which neither program scales."""
+    """SigLIP sees a picture of its own size, which neither program scales; the autoencoder a small one."""
     from diffusers import HunyuanVideo15ImageToVideoPipeline
     from transformers import SiglipImageProcessor
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (384, 384, 3), dtype=np.uint8))
     parts = {**HUNYUAN_VIDEO15.dressed(HUNYUAN_VIDEO15.parts()), "image_encoder": image_encoder[0]}
     pipeline = HunyuanVideo15ImageToVideoPipeline(
         **parts, scheduler=None, feature_extractor=SiglipImageProcessor(size={"height": 384, "width": 384})
     )
-    latents = torch.zeros(1, *from_pictures.components.latent.shape(384, 384, FRAMES))
-    known = pipeline.prepare_cond_latents_and_mask(latents, picture, 1, 384, 384, torch.float32, torch.device("cpu"))
-    states = pipeline.encode_image(picture, 1, torch.device("cpu"), torch.float32)
-    pixels = torch.zeros(1, 3, FRAMES, 384, 384)
-    pixels[0, :, 0] = torch.from_numpy(np.array(picture)).movedim(-1, 0) / 127.5 - 1
-    ours = from_pictures.picture_inputs(pixels)
+
+    def made(side: int) -> tuple[Image.Image, Tensor]:
+        colours = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        pixels = torch.zeros(1, 3, FRAMES, side, side)
+        pixels[0, :, 0] = torch.from_numpy(colours).movedim(-1, 0) / 127.5 - 1
+        return Image.fromarray(colours), pixels
+
+    picture, pixels = made(64)
+    latents = torch.zeros(1, *from_pictures.components.latent.shape(64, 64, FRAMES))
+    known = pipeline.prepare_cond_latents_and_mask(latents, picture, 1, 64, 64, torch.float32, torch.device("cpu"))
+    ours, encoder = from_pictures.picture_inputs(pixels), from_pictures.components.image_encoder
     torch.testing.assert_close(ours["known"], torch.cat(known, dim=1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours["clip_vision"], states, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours["clip_vision"], picture_states(encoder, pixels[:, :, 0], crop=True))
+    picture, pixels = made(384)
+    states = pipeline.encode_image(picture, 1, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(picture_states(encoder, pixels[:, :, 0], crop=True), states, rtol=1e-4, atol=1e-4)
 
 
 def test_a_first_frame_needs_the_image_encoder(files: dict[str, Path], image_encoder: tuple[nn.Module, Path]) -> None:

@@ -13,6 +13,7 @@ from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionE
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import built_in_models, known_model
+from lorasmith.runs.memory_estimate import MemoryEstimate
 from lorasmith.server.jobs import plan_answers
 from lorasmith.server.jobs.job_routes import _wanted_spec
 from lorasmith.server.jobs.job_shapes import JobBody, PlanAnswer, PlanBody
@@ -38,6 +39,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     shutil.copy(TINY, base / "models" / "checkpoints" / "sub" / "own.safetensors")
     (base / "models" / "checkpoints" / "junk.safetensors").write_bytes(b"junk")
     return Folders(base)
+
+
+@pytest.fixture
+def estimated_once(tiny_estimate: MemoryEstimate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All plans have one estimate of memory, which takes two seconds."""
+    monkeypatch.setattr(plan_answers, "_estimate", lambda *given: tiny_estimate)
 
 
 def test_models_have_the_names_that_runs_take(folders: Folders) -> None:
@@ -72,6 +79,7 @@ def test_a_plan_counts_images_epochs_parameters_and_memory(folders: Folders) -> 
     assert small.fits is False and any("more than" in note for note in small.notes)
 
 
+@pytest.mark.usefixtures("estimated_once")
 def test_a_plan_says_what_a_distilled_model_needs(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,15 +90,6 @@ def test_a_plan_says_what_a_distilled_model_needs(
     family = load_structure("lorasmith-tiny").family
     monkeypatch.setattr(family, "distilled", {"turbo": 8}, raising=False)
     monkeypatch.setattr(family, "training_adapters", {"turbo": "some/sd_turbo_adapter/v1.safetensors"}, raising=False)
-
-    estimates, estimate = list[Any](), plan_answers._estimate
-
-    def estimated(*given: Any) -> Any:  # the same for all plans here
-        if not estimates:
-            estimates.append(estimate(*given))
-        return estimates[0]
-
-    monkeypatch.setattr(plan_answers, "_estimate", estimated)
 
     def planned(model: str = "own_turbo.safetensors", **settings: Any) -> PlanAnswer:
         return plan(own, PlanBody(model=model, dataset="fox", settings={"steps": 9, **settings}))
@@ -178,6 +177,7 @@ def test_a_plan_says_which_photo_lacks_its_control(folders: Folders) -> None:
     assert (row.edits, row.edit, row.takes_controls) == (("kontext",), "kontext", True)
 
 
+@pytest.mark.usefixtures("estimated_once")
 def test_the_recipe_of_a_preset_is_in_the_plan_and_in_the_job(folders: Folders, tmp_path: Path) -> None:
     example = {"folder": str(BUILT_IN_BASE / "input" / "fox"), "model": "lorasmith-tiny", "trigger": "sks dog"}
     plain, found = (plan(folders, PlanBody(**example, preset=preset)) for preset in ("none", "quick"))

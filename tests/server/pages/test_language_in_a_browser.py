@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lorasmith.training.events import Outcome
+from tests.covering import slow_except
 from tests.server.pages.conftest import assert_legible, expected
 from tests.server.pages.served_page import ServedPage
 from tests.server.pages.test_language import PAGES
@@ -45,7 +46,7 @@ NAMES = ("a red fox", "fox", "a photo of foxy", "Flux.2 klein", "zibo ", "all pi
 """How texts begin that are as they were written: names, captions, prompts, and the reason of a made-up plan."""
 
 
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", slow_except([1200, 390], 390))
 def test_the_main_views_are_in_chinese(served: ServedPage, open_page: Opener, width: int) -> None:
     served.add_dataset()
     served.add_run("runs/fox-001")
