@@ -219,8 +219,8 @@ def test_a_giant_header_is_refused_before_it_is_taken_apart(tmp_path: Path, monk
     monkeypatch.setattr(foreign_json._DECODER, "decode", lambda _: pytest.fail("the header was parsed"))
     for header in (
         b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_001)) + b"}",
-        b'{"a":{"dtype":"F32","shape":[' + b"1," * 4_000_000 + b'1],"data_offsets":[0,0]}}',
-        b"{" + b'"0":0,' * 4_000_001 + b'"a":0}',
+        b'{"a":{"dtype":"F32","shape":[' + b"1," * 2_000_000 + b'1],"data_offsets":[0,0]}}',
+        b"{" + b'"0":0,' * 2_000_001 + b'"a":0}',
     ):
         with pytest.raises(LoraError, match=r"more tensors than any model|more than 2,000,000 values"):
             check_safetensors(header_file(tmp_path / "x.safetensors", header))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,26 @@ from lorasmith.nodes.training import _dataset
 from lorasmith.nodes.values import first_frames, for_model
 from tests.families.test_comfyui_families import assert_same
 
+Loaded = Callable[[str], tuple[Model, Path]]
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "comfyui_frames.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Model, Path]]:
-    """Each case's model, and ComfyUI's folders with its files."""
-    found = {}
-    for name, case in CASES.items():
-        folder = tmp_path_factory.mktemp("comfyui")
-        files = case.tiny.saved(folder)
-        tiny_wan.save_clip_vision(folder)
-        found[name] = case.tiny.loaded(files), folder
-    return found
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """A case's model, and ComfyUI's folders with its files."""
+    made: dict[int, tuple[Model, Path]] = {}
+
+    def of(name: str) -> tuple[Model, Path]:
+        tiny = CASES[name].tiny
+        if id(tiny) not in made:
+            folder = tmp_path_factory.mktemp("comfyui")
+            files = tiny.saved(folder)
+            tiny_wan.save_clip_vision(folder)
+            made[id(tiny)] = tiny.loaded(files), folder
+        return made[id(tiny)]
+
+    return of
 
 
 def made(bench: Any, name: str, model: Model, folder: Path, **other: Any) -> tuple[Conditioning, dict[str, Any]]:
@@ -59,8 +67,8 @@ def made(bench: Any, name: str, model: Model, folder: Path, **other: Any) -> tup
 
 @pytest.mark.slow_after(3)
 @pytest.mark.parametrize("name", CASES)
-def test_nodes_and_predictions_are_comfyuis(bench: Any, loaded: dict[str, tuple[Model, Path]], name: str) -> None:
-    (model, folder), recorded = loaded[name], GOLDEN[name]
+def test_nodes_and_predictions_are_comfyuis(bench: Any, loaded: Loaded, name: str) -> None:
+    (model, folder), recorded = loaded(name), GOLDEN[name]
     given, latent = made(bench, name, model, folder)
     found: dict[str, Tensor] = {**given.tensors, **latent}
     if "clip_vision" in found:
@@ -78,8 +86,8 @@ def test_nodes_and_predictions_are_comfyuis(bench: Any, loaded: dict[str, tuple[
     assert_same("velocity", velocity[:, :, count:], recorded["velocity"])
 
 
-def test_a_first_frame_stays_where_latents_are_sampled(bench: Any, loaded: dict[str, tuple[Model, Path]]) -> None:
-    model, folder = loaded["wan2.2 5b"]
+def test_a_first_frame_stays_where_latents_are_sampled(bench: Any, loaded: Loaded) -> None:
+    model, folder = loaded("wan2.2 5b")
     given, latent = made(bench, "wan2.2 5b", model, folder)
     inputs = {"seed": 3, "steps": 3, "cfg": 3.0, "scheduler": "simple", "positive": [given], "negative": [given]}
     seen = []
@@ -98,8 +106,8 @@ def test_a_first_frame_stays_where_latents_are_sampled(bench: Any, loaded: dict[
     assert all(one is not None and one.shape[2] == 1 for one in seen)
 
 
-def test_a_mask_of_parts_of_frames_is_sampled_inside_of(bench: Any, loaded: dict[str, tuple[Model, Path]]) -> None:
-    model, folder = loaded["wan2.2 5b"]
+def test_a_mask_of_parts_of_frames_is_sampled_inside_of(bench: Any, loaded: Loaded) -> None:
+    model, folder = loaded("wan2.2 5b")
     given, latent = made(bench, "wan2.2 5b", model, folder)
     mask = torch.ones_like(latent["noise_mask"])
     mask[:, :, 1, :, :2] = 0
@@ -111,8 +119,8 @@ def test_a_mask_of_parts_of_frames_is_sampled_inside_of(bench: Any, loaded: dict
     assert ((drawn - latent["samples"]) * mask).abs().mean() > 0.1
 
 
-def test_what_does_not_fit_is_said(bench: Any, loaded: dict[str, tuple[Model, Path]], tiny: Model) -> None:
-    model, folder = loaded["wan2.1 i2v"]
+def test_what_does_not_fit_is_said(bench: Any, loaded: Loaded, tiny: Model) -> None:
+    model, folder = loaded("wan2.1 i2v")
     prompt = [model.text_encoder.encode("a fox")]
     given, latent = made(bench, "wan2.1 i2v", model, folder, length=5)
     x = torch.zeros(1, 16, 3, 12, 8)
@@ -120,7 +128,7 @@ def test_what_does_not_fit_is_said(bench: Any, loaded: dict[str, tuple[Model, Pa
         model.denoiser.predict(x, torch.tensor([500.0]), for_model(given, model, x))
     with pytest.raises(DataError, match=r"^the clip_vision of a conditioning for .* got none; encode the first frame"):
         model.denoiser.check_conditionings(prompt)
-    flf2v, _ = loaded["wan2.1 flf2v"]
+    flf2v, _ = loaded("wan2.1 flf2v")
     with pytest.raises(DataError, match=r"needs CLIP's states of two pictures .* got 257 rows; encode"):
         flf2v.denoiser.predict(latent["samples"], torch.tensor([500.0]), for_model(given, flf2v, latent["samples"]))
     sizes = {"width": 64, "height": 64, "length": 5}
@@ -134,8 +142,8 @@ def test_what_does_not_fit_is_said(bench: Any, loaded: dict[str, tuple[Model, Pa
         bench.one("CLIPVisionLoader", clip_name="vae.safetensors")
 
 
-def test_latents_with_a_kept_first_frame_train_5b_with_it(loaded: dict[str, tuple[Model, Path]]) -> None:
-    model, _ = loaded["wan2.2 5b"]
+def test_latents_with_a_kept_first_frame_train_5b_with_it(loaded: Loaded) -> None:
+    model, _ = loaded("wan2.2 5b")
     samples = torch.randn(2, 48, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 1, 3, 4, 4)
     mask[:, :, 0] = 0

@@ -20,6 +20,7 @@ from lorasmith.evaluation import likeness
 from lorasmith.evaluation.recognition import Recogniser
 from lorasmith.families.model import Model
 from lorasmith.formats.metadata import sha256_body
+from lorasmith.runs import preview_budget
 from lorasmith.runs.library import train
 from lorasmith.runs.preview_likeness import PreviewLikeness
 from lorasmith.runs.view import RunView
@@ -104,7 +105,8 @@ def test_auto_stops_by_likeness_where_its_pictures_fit(
     told: None, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[Event] = []
-    monkeypatch.setattr("lorasmith.runs.preview_budget._STOP_SHARE", 100.0)
+    share = preview_budget._STOP_SHARE
+    monkeypatch.setattr(preview_budget, "_STOP_SHARE", 100.0)
     result = go(tiny, tmp_path / "drawn", early_stop="auto", on_event=events.append)
     assert (result.reason, result.best_step, result.steps) == (Outcome.STOPPED, 2, 2)
     said = " ".join(one.message for one in events if isinstance(one, Warned))
@@ -114,7 +116,7 @@ def test_auto_stops_by_likeness_where_its_pictures_fit(
     ]  # kept, for an evaluation
     again = go(tiny, tmp_path / "likeness", early_stop="likeness")
     assert result.path is not None and again.path is not None and sha256_body(result.path) == sha256_body(again.path)
-    monkeypatch.undo()
+    monkeypatch.setattr(preview_budget, "_STOP_SHARE", share)
     short: list[Event] = []
     result = go(tiny, tmp_path / "short", early_stop="auto", on_event=short.append)
     assert result.reason is Outcome.FINISHED and result.best_step is None
