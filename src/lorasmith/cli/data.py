@@ -234,7 +234,13 @@ _TRAINING = ("batch_size", "grad_accumulation_steps", "validation_share")
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="Folder of images (png, jpg, ...), with captions in .txt files.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder of images (png, jpg, ...), with captions in .txt files; or a ZIP file of them, or its URL.",
+        ),
+    ],
     model: AnyBaseModel = None,
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
@@ -273,7 +279,8 @@ def check(
     from lorasmith.runs.data_check import check_folder, plain, write_data_page
 
     if fix is not None:
-        check_target(fix, folder if is_folder(folder) else folder.parent)
+        place = Path(folder)
+        check_target(fix, place if is_folder(place) else place.parent)
     if report is not None:
         check_writable(report.parent)
     config = DataConfig(**{name: settings[name] for name in _DATA})

@@ -12,6 +12,7 @@ from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_o
 from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import count_text
+from lorasmith.data.data_config import checked_prefix
 from lorasmith.runs.child_process import SECRET_VARIABLE, TOKEN_VARIABLE
 from lorasmith.server.server_config import LOOPBACK, ServerConfig
 
@@ -61,6 +62,13 @@ def serve(
     remove_token: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Remove the token of NAME, at once also for a running server."),
+    ] = None,
+    pictures_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Address that ends in /, such as s3://bucket/, below which jobs may name pictures. Repeatable.",
+        ),
     ] = None,
     notify: Annotated[
         str | None,
@@ -120,6 +128,7 @@ def serve(
         token=token or None,
         names=tuple(allow_host or ()),
         follow_links=follow_links,
+        pictures_from=tuple(map(checked_prefix, pictures_from or ())),
         notify=notify or None,
         notify_hosts=tuple(notify_host or ()),
         notify_secret=notify_secret if notify or notify_host else None,

@@ -57,7 +57,11 @@ def register(app: typer.Typer) -> None:
 def train(
     context: typer.Context,
     folder: Annotated[
-        Path | None, typer.Argument(help="Folder of images (png, jpg, ...), with captions in .txt files.")
+        str | None,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder of images (png, jpg, ...), with captions in .txt files; or a ZIP file of them, or its URL.",
+        ),
     ] = None,
     also: Annotated[
         list[str] | None,
@@ -120,7 +124,7 @@ def train(
     from lorasmith.runs.run import run
 
     typed = RunSpec(
-        sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
+        sources=tuple(map(ImageSource.parse, [*([] if folder is None else [folder]), *(also or ())])),
         model=model or "",
         low_noise_model=low_noise_model,
         text_encoders=tuple(text_encoder or ()),

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.files import is_regular
 from lorasmith.core.options import check_options, option, options_of, short_repr
 from lorasmith.core.printable import described
 from lorasmith.core.registry import nearest
@@ -24,13 +27,28 @@ MAX_REPEATS = 10_000  # of an image in an epoch
 MOST_FRAMES = 257  # of a clip
 
 
+ARCHIVE = ".zip"
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is the address of a store, such as s3://bucket/fox."""
+    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
+def checked_prefix(url: str) -> str:
+    """An address below which others may name pictures. Raises OptionError."""
+    if not is_url(url) or not url.endswith("/") or not urlsplit(url).netloc:
+        raise OptionError(f"an address for pictures must have a host or bucket and end in /, got {url!r}; correct it")
+    return url
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """One of the sources of a run's images.
 
     Attributes:
-        path: a folder of images; a metadata file, for the images that it names; or a folder that `save_to_disk` of
-            `datasets` wrote.
+        path: a folder of images; a metadata file, for the images that it names; a folder that `save_to_disk` of
+            `datasets` wrote; a ZIP file; or a URL (s3, gs, az) of a folder, or of a ZIP file (https as well).
         repeats: occurrences of each image in an epoch; multiplies those of folder names.
         weight: of the loss of its images.
 
@@ -53,6 +71,23 @@ class ImageSource:
 
     def __repr__(self) -> str:
         return short_repr(self, repr(self.path))
+
+    @property
+    def lies_elsewhere(self) -> bool:
+        """Whether its images are fetched or unpacked before they are read."""
+        return is_url(self.path) or (self.path.lower().endswith(ARCHIVE) and is_regular(Path(self.path)))
+
+    @property
+    def title(self) -> str:
+        """The last part of its path, without a suffix of archives; that of the folder of a metadata file."""
+        if is_url(self.path):
+            place = urlsplit(self.path)
+            name = PurePosixPath(unquote(place.path)).name or place.netloc
+        else:
+            path = Path(self.path).resolve()
+            is_metadata = path.suffix and is_regular(path) and not self.lies_elsewhere
+            name = path.parent.name if is_metadata else path.name
+        return name[: -len(ARCHIVE)] if self.lies_elsewhere and name.lower().endswith(ARCHIVE) else name
 
     @property
     def text(self) -> str:

@@ -29,6 +29,7 @@ from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, SeenCaption, SeenPicture, Variants
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
+from lorasmith.data.fetched_folder import local_sources
 from lorasmith.data.folder import FolderScan, ImageFile, scan_sources
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES
 from lorasmith.data.hub_datasets import dataset_folder
@@ -74,7 +75,10 @@ def load_dataset(
     whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
     clips = clip_form(model, whole)
     with contextlib.ExitStack() as stack:
-        sources = list(_sources(images, stack, 0.0 if clips is None else clips.rate))
+        sources = [
+            source if isinstance(source, PictureItems) else local_sources([source], whole, datasets_folder())[0]
+            for source in _sources(images, stack, 0.0 if clips is None else clips.rate)
+        ]
         scan = scan_sources(sources, whole, cache=datasets_folder(), clips=clips is not None)
         notes = tuple(_scan_notes(scan, whole))
         check_controls(scan, whole, model)

@@ -18,7 +18,9 @@ from lorasmith.core.files import is_folder, write_atomic
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import ClipForm, clip_form, open_still
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.encoding import datasets_folder
+from lorasmith.data.fetched_folder import local_sources
 from lorasmith.data.findings import CaptionKeys, CheckedImage, Finding, FindingKind, TokenLimit, joined, tags_of
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.image_files import ImageError
@@ -45,7 +47,7 @@ class DataCheck:
 
 
 def check_folder(
-    folder: Path,
+    folder: str | Path,
     config: DataConfig,
     *,
     files: ModelFiles | None = None,
@@ -54,11 +56,13 @@ def check_folder(
     validation_share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
-    """Scan and check a folder of images or a metadata file; `files` are those of the model, whose weights are not read.
+    """Scan and check the images of an `ImageSource` path; `files` are those of the model, whose weights are not read.
 
     `folders` are searched for parts that the model lacks, and `progress` receives (images done, all images).
     """
     model = None if files is None else load_completed(files, folders).model
+    (source,) = local_sources([ImageSource(str(folder))], config, datasets_folder())
+    folder = Path(source.path)
     scan = scan_folder(folder, config, clips=model is None or clip_form(model, config) is not None)
     folder = folder if is_folder(folder) else folder.parent  # a metadata file is beside its images
     check = check_scan(

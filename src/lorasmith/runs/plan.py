@@ -16,6 +16,7 @@ from lorasmith.data.crops import pixel_step
 from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import datasets_folder, encode_scan
+from lorasmith.data.fetched_folder import local_sources
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
 from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.families.model import Denoiser
@@ -74,7 +75,8 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
         elif runs is not None:
             processes.broadcast_from_rank0(lambda: check_writable(runs))
         device, settings = chosen_device(spec.device), spec.data
-        folder = Path(spec.folder)
+        sources = local_sources(spec.sources, settings, datasets_folder())
+        folder = Path(sources[0].path)
 
         def load_model() -> Completed:
             host.on_event(ModelLoading(model=spec.model))
@@ -83,12 +85,13 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
                 host.on_event(Warned(message=note))
             return found
 
-        judged_sources = () if spec.validation is None else (ImageSource(spec.validation),)
+        named = () if spec.validation is None else (ImageSource(spec.validation),)
+        judged_sources = local_sources(named, settings, datasets_folder())
         # A model of pictures has videos left out, unread; otherwise images are checked before the model takes its time.
-        videos = has_videos((*spec.sources, *judged_sources), settings, cache=datasets_folder())
+        videos = has_videos((*sources, *judged_sources), settings, cache=datasets_folder())
         loaded = load_model() if videos else None
         clips = loaded is None or clip_form(loaded.model, settings) is not None
-        scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)
+        scan = scan_sources(sources, settings, cache=datasets_folder(), clips=clips)
         host.on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
         judged = scan_sources(judged_sources, settings, clips=clips) if judged_sources else None
         loaded = loaded or load_model()
@@ -104,7 +107,7 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
         spec, recipe = with_recipe(spec, captions, model=model_name(base.path, base.family.name))
         if spec.data != settings:  # sources are scanned again: captions and controls are settings of data
             settings = spec.data
-            scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)
+            scan = scan_sources(sources, settings, cache=datasets_folder(), clips=clips)
             scan = scan if clip_form(base, settings) is not None else scan.of_pictures()
         config = host.configured(spec.config, base)
         job = plan_job(base.denoiser, config, device, folders=host.folders)

@@ -28,7 +28,7 @@ from lorasmith.core.registry import Registry, missing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.runs.command_lines import arguments_for, resume_command
-from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml, read_typed
+from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml, read_typed, resolved
 from lorasmith.training.config import TrainConfig, code_settings
 from lorasmith.training.storage.records import RunRecord, parsed_record, read_record
 from lorasmith.training.storage.run_folder import RunFolder
@@ -99,7 +99,7 @@ def repeated(record: RunRecord, file: Path, typed: Typed) -> RunSpec:
     left = _without(recorded, now)
     if now.sources:
         first, *others = recorded.sources
-        now = replace(now, sources=(replace(first, path=str(Path(now.folder).resolve())), *others))
+        now = replace(now, sources=(replace(first, path=resolved(now.folder)), *others))
         left = replace(left, sources=tuple(others))
     _check_links(recorded.data.follow_links, file, typed)
     _check_files(left.named_files(), file, typed, instead="--model and --data")

@@ -37,7 +37,7 @@ from lorasmith.core.folders import Folders, file_stem
 from lorasmith.core.options import Option, changed, config_from, options_of
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
-from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource, is_url
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.runs.command_lines import arguments_for, positional
 from lorasmith.training.adapter_settings import NONE_LORA, lora_settings
@@ -166,12 +166,12 @@ class RunSpec:
                 f"pairs and controls opposite belong together, got pairs {self.config.pairs} and controls "
                 f"{self.data.controls}; leave controls out and choose pairs"
             )
-        paths = {name: _each(_resolved, self.settings[name]) for name in options_of(DataConfig) if self._paths_of(name)}
+        paths = {name: _each(resolved, self.settings[name]) for name in options_of(DataConfig) if self._paths_of(name)}
         return replace(
             self.with_files(self.files).with_settings(**paths),
-            sources=tuple(replace(source, path=_resolved(source.path)) for source in self.sources),
-            name=self.name or _name_of(self.sources[0]),
-            validation=self.validation and _resolved(self.validation),
+            sources=tuple(replace(source, path=resolved(source.path)) for source in self.sources),
+            name=self.name or file_stem(self.sources[0].title),
+            validation=self.validation and resolved(self.validation),
             low_noise_model=self.low_noise_model and absolute(self.low_noise_model),
         )
 
@@ -193,7 +193,7 @@ class RunSpec:
             "text_encoder": self.text_encoders,
             "vae": self.vae,
             "edit": self.edit,
-            "name": None if self.name == _name_of(self.sources[0]) else self.name,
+            "name": None if self.name == file_stem(self.sources[0].title) else self.name,
             "also": tuple(source.text for source in (self.sources[1:] if is_plain else self.sources)),
             "validation": self.validation,
             "device": self.device,
@@ -308,18 +308,14 @@ def absolute(path: str) -> str:
     return str(Path(path).resolve()) if is_path else path
 
 
-def _resolved(path: str) -> str:
-    return str(Path(path).resolve())
-
-
-def _name_of(source: ImageSource) -> str:
-    path = Path(source.path).resolve()
-    return file_stem(path.parent.name if path.suffix and path.is_file() else path.name)
+def resolved(path: str) -> str:
+    """The absolute path of a source, or its address."""
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def _in_folder(spec: RunSpec, folder: Path) -> RunSpec:
     def inside(path: str) -> str:
-        return str(folder / path)
+        return path if is_url(path) else str(folder / path)
 
     def file(path: str) -> str:  # a hub id or a built-in name is not a path
         return inside(path) if path != BUILT_IN and (folder / path).exists() else path

@@ -32,6 +32,7 @@ from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import AUTOMATIC_FROM
 from lorasmith.data.encoding import datasets_folder
+from lorasmith.data.fetched_folder import local_sources
 from lorasmith.data.folder import scan_sources
 from lorasmith.data.preflight import epoch_of
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec, arguments_in, parsed_toml, read_typed
@@ -97,7 +98,9 @@ def check_held_out(runs: Iterable[RunSpec], *, where: str) -> None:
         if spec.validation is not None or spec.config.validation_share is not None or key in seen:
             continue
         seen.add(key)
-        images = scan_sources(spec.sources, spec.data, cache=datasets_folder()).images
+        images = scan_sources(
+            local_sources(spec.sources, spec.data, datasets_folder()), spec.data, cache=datasets_folder()
+        ).images
         if not epoch_of(images, 1, None).held_out:
             raise OptionError(
                 f"a sweep needs held-out images to rank its runs, and of fewer than {AUTOMATIC_FROM} none are held out "

@@ -26,6 +26,7 @@ class ServerConfig:
     port: int = 8188  # 0: a free one
     token: str | None = None  # required beyond loopback
     names: Sequence[str] = ()  # further host names, such as that of a proxy
+    pictures_from: Sequence[str] = ()  # addresses below which jobs may name pictures
     notify: str | None = None  # URL that receives notices of all jobs
     notify_hosts: Sequence[str] = ()  # further hosts that jobs may name for theirs
     notify_secret: str | None = None  # that notices are signed with

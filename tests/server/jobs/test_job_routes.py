@@ -301,3 +301,16 @@ async def test_a_folder_of_the_home_is_for_who_sits_here(tmp_path: Path, monkeyp
 
 NETWORKS = ("//host/share", "\\\\host\\share", "/\\host\\share", "\\/host/share", "\\\\?\\C:\\x", "//./pipe/x")
 """Names by which Windows opens a connection or a device."""
+
+
+async def test_jobs_of_a_server_name_pictures_below_allowed_addresses_alone(tmp_path: Path) -> None:
+    run = {"model": "lorasmith-tiny"}
+    async with api(tmp_path, pictures_from=("s3://pets/",)) as client:
+        job = await client.ask("POST", "/jobs", {**run, "folder": "s3://pets/ann/fox.zip"}, status=201)
+        request = client.context.store.get(job["id"]).request
+        assert (request["sources"], request["name"]) == ([{"path": "s3://pets/ann/fox.zip"}], "fox")
+        for folder in ("s3://other/fox", "s3://pets/../other/fox", "s3://pets/%2e%2e/fox", "s3://pets/", "s3://pets"):
+            said = await client.error("POST", "/jobs", {**run, "folder": folder})
+            assert said.startswith("pictures are fetched from below s3://pets/, as the operator allows, got ")
+        said = await client.error("POST", "/plans", {**run, "folder": "s3://pets/fox"})
+        assert "plan with a dataset" in said

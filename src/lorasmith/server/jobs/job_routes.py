@@ -6,17 +6,20 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
+from urllib.parse import unquote
 
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders, safe_name
+from lorasmith.core.printable import printable
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import json_values
-from lorasmith.data.data_config import ImageSource
+from lorasmith.data.data_config import ImageSource, is_url
 from lorasmith.families.locating import known_model
 from lorasmith.runs.presets import run_s
 from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
@@ -199,18 +202,38 @@ def _wanted_spec(config: ServerConfig, body: MeasurementBody) -> RunSpec:
     folders, settings = config.folders(), body.settings
     if not isinstance(body, PlanBody):
         return RunSpec(model=known_model(folders, body.model), settings=settings)
-    images = _images_folder(config, folders, body)
-    base, named = folders.base, body.name if isinstance(body, JobBody | SweepBody) else ""
-    path = images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)
+    named = body.name if isinstance(body, JobBody | SweepBody) else ""
+    if is_url(body.folder or ""):
+        source = ImageSource(_checked_address(config, body))
+        title = source.title
+    else:
+        images, base = _images_folder(config, folders, body), folders.base
+        source = ImageSource(images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images))
+        title = images.name
     return RunSpec(
-        sources=(ImageSource(path),),
+        sources=(source,),
         model=known_model(folders, body.model),
         edit=body.edit,
-        name=safe_name(named.strip() or images.name),
+        name=safe_name(named.strip() or title),
         preset=body.preset,
         kind=body.teaches,
         settings={**settings, **({"trigger": body.trigger} if body.trigger else {})},
     )
+
+
+def _checked_address(config: ServerConfig, body: PlanBody) -> str:
+    """The address of the pictures of a job. Raises OptionError if the operator does not allow it."""
+    url = body.folder or ""
+    if not isinstance(body, JobBody):
+        raise OptionError("pictures at an address are fetched when a job trains on them; plan with a dataset")
+    inner = re.split(r"[/\\]", unquote(url))
+    if not url.startswith(tuple(config.pictures_from)) or ".." in inner or url.endswith("/"):
+        known = ", ".join(config.pictures_from) or "no address"
+        raise OptionError(
+            f"pictures are fetched from below {known}, as the operator allows, got {printable(url, limit=200)}; have "
+            "the server started with --pictures-from"
+        )
+    return url
 
 
 def _images_folder(config: ServerConfig, folders: Folders, body: PlanBody) -> Path:

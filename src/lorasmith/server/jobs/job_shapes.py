@@ -64,7 +64,7 @@ class PlanBody(MeasurementBody):
     """The run to plan."""
 
     dataset: Annotated[str | None, "name of a dataset"] = None
-    folder: Annotated[str | None, "path of a folder of images, in place of a dataset"] = None
+    folder: Annotated[str | None, "path or address of images, in place of a dataset"] = None
     trigger: Annotated[str, "phrase for the subject or style"] = ""
     edit: Annotated[str | None, "edit variant that the model is, or none; null if its name says so"] = None
     preset: Annotated[str, "whose recipe completes the settings; their own defaults if it is none or empty"] = ""

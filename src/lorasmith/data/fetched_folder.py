@@ -1,0 +1,198 @@
+"""Pictures that lie elsewhere, as folders on this disk: those at a URL that fsspec opens, and those in a ZIP archive.
+
+    s3://bucket/fox        every file below it
+    https://host/fox.zip   an archive, unpacked
+
+A folder is fetched once for each state of its files, which are compared by name, size and the version that the store
+gives, and kept in a cache. Names of a stranger's store or archive never lead out of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from lorasmith.core.errors import DataError, LorasmithError
+from lorasmith.core.files import atomic_folder, ensure_folder, is_folder, locked
+from lorasmith.core.printable import printable
+from lorasmith.data.data_config import ARCHIVE, DataConfig, ImageSource, is_url
+from lorasmith.data.encoding_cache import key_of
+
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "https": "", "http": ""}
+"""What fsspec needs beside itself, by the scheme of a URL."""
+
+_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "last_modified", "Content-MD5")
+_MOST_FILES, _MOST_GROWTH, _SMALL = 200_000, 20, 2**26  # of an archive: members, times its size, bytes in any case
+_KEPT_S = 24 * 3600.0  # a folder that was used since then may be in use
+_PREFIX = "fetched-"
+
+
+def local_folder(path: str, cache: Path, *, limit_gib: float) -> Path:
+    """The folder in `cache` with the pictures of a URL or an archive.
+
+    Folders that were not used for a day are removed, the oldest first, until the cache has at most `limit_gib`. Raises
+    DataError if the pictures cannot be had, OutputError if they cannot be written.
+    """
+    if not is_url(path):
+        file = Path(path)
+        state = file.stat()
+        folder = _made(cache, path, [str(file.resolve()), state.st_size, state.st_mtime_ns], _unpacking(file, path))
+    else:
+        folder = _fetched(path, cache)
+    os.utime(folder)
+    _keep_limit(cache, limit_gib * 2**30, folder)
+    # As most programs pack a folder, not its files.
+    inner = [entry for entry in folder.iterdir() if not _is_hidden(entry.name)]
+    return inner[0] if len(inner) == 1 and is_folder(inner[0]) else folder
+
+
+def local_sources(sources: Iterable[ImageSource], config: DataConfig, cache: Path) -> tuple[ImageSource, ...]:
+    """The sources, with the folders in `cache` of those that lie elsewhere; errors are those of `local_folder`."""
+    return tuple(
+        replace(source, path=str(local_folder(source.path, cache, limit_gib=config.cache_limit)))
+        if source.lies_elsewhere
+        else source
+        for source in sources
+    )
+
+
+def _fetched(url: str, cache: Path) -> Path:
+    scheme = url.partition("://")[0]
+    if scheme not in _PACKAGES or "::" in url:
+        known = ", ".join(f"{name}://" for name in _PACKAGES)
+        raise DataError(f"pictures are fetched from {known}, got {printable(url, limit=200)}; copy them to a folder")
+    import fsspec.core  # half a second
+
+    try:
+        store, root = fsspec.core.url_to_fs(url)
+        files = _files(store, root, url)
+    except LorasmithError:
+        raise
+    except ImportError as error:
+        raise DataError(f"{scheme}:// needs a package; run pip install {_PACKAGES[scheme]}") from error
+    except Exception as error:  # of any kind: each store has its own
+        raise _unreachable(url, error) from error
+
+    def fetch(target: Path) -> None:
+        try:
+            for name, info in files.items():
+                place = target / name
+                ensure_folder(place.parent)
+                store.get_file(info["name"], str(place))
+                if info.get("size") not in (None, place.stat().st_size):
+                    raise EOFError(f"{name} has not all of its bytes")
+        except LorasmithError:
+            raise
+        except Exception as error:
+            raise _unreachable(url, error) from error
+        if root.lower().endswith(ARCHIVE) and len(files) == 1:
+            (archive,) = (target / name for name in files)
+            _unpacking(archive, url)(target)
+            archive.unlink()
+
+    state = {name: [info.get("size"), *(str(info.get(key)) for key in _VERSIONS)] for name, info in files.items()}
+    return _made(cache, url, state, fetch)
+
+
+def _files(store: Any, root: str, url: str) -> Mapping[str, Mapping[str, Any]]:
+    """The files at an address, by their names below it. Raises DataError if one leads out of it, or there are none."""
+    if root.startswith("http"):  # has no folders
+        if not urlsplit(root).path.lower().endswith(ARCHIVE):
+            raise DataError(f"an address of the web must be that of a {ARCHIVE} file, got {url}; pack the pictures")
+        return {f"archive{ARCHIVE}": store.info(root)}
+    found = store.find(root, detail=True)
+    files = {}
+    for path, info in found.items():
+        name = PurePosixPath(path).name if path == root else path.removeprefix(root).lstrip("/")
+        if not name or name.endswith("/") or _is_hidden(name):  # markers of folders
+            continue
+        files[_checked(name, url)] = {"name": path, **info}
+    if not files:
+        raise DataError(f"{url} has no files; correct the address")
+    return files
+
+
+def _unpacking(file: Path, shown: str) -> Callable[[Path], None]:
+    """What unpacks an archive into a folder; DataError, also for one that would fill a disk."""
+
+    def unpack(target: Path) -> None:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = [
+                    member
+                    for member in archive.infolist()
+                    if not member.is_dir()
+                    and not _is_hidden(member.filename)
+                    and not stat.S_ISLNK(member.external_attr >> 16)
+                ]
+                most = max(_MOST_GROWTH * file.stat().st_size, _SMALL)
+                if len(members) > _MOST_FILES or sum(member.file_size for member in members) > most:
+                    raise DataError(
+                        f"{shown} unpacks to more than {_MOST_GROWTH} times its size, or to more than {_MOST_FILES:,} "
+                        "files; pack pictures and captions alone"
+                    )
+                for member in members:
+                    place = target / _checked(member.filename, shown)
+                    ensure_folder(place.parent)
+                    with archive.open(member) as source, place.open("xb") as written:
+                        shutil.copyfileobj(source, written)
+        except LorasmithError:
+            raise
+        except Exception as error:  # of any kind, as the file is untrusted
+            raise DataError(f"{shown} cannot be unpacked ({printable(error, limit=100)}); pack it again") from error
+
+    return unpack
+
+
+def _made(cache: Path, source: str, state: object, make: Callable[[Path], None]) -> Path:
+    """The folder of a source in a state, written completely or not at all."""
+    target = cache / f"{_PREFIX}{key_of(source=source, state=state)[:24]}"
+    if not is_folder(target):
+        ensure_folder(cache)
+        with locked(cache / f"{target.name}.lock", f"{source} is being fetched to {target}"):
+            if not is_folder(target):  # fetched by another process, just now
+                with atomic_folder(target) as temporary:
+                    make(temporary)
+    return target
+
+
+def _checked(name: str, source: str) -> str:
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in parts) or len(name.encode()) > 1_000:
+        raise DataError(f"{source} has a file {printable(name, limit=100)!r}, which is no name here; rename it")
+    return name
+
+
+def _is_hidden(name: str) -> bool:
+    parts = name.split("/")
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts)
+
+
+def _unreachable(url: str, error: Exception) -> DataError:
+    reason = printable(str(error).strip() or type(error).__name__, limit=200)
+    return DataError(f"{url} cannot be read ({reason}); check the address and this machine's credentials for it")
+
+
+def _keep_limit(cache: Path, limit_bytes: float, used: Path) -> None:
+    folders = []
+    for folder in cache.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another process removes it
+            if folder.is_dir():
+                size = sum(file.stat().st_size for file in folder.rglob("*"))
+                folders.append((folder.stat().st_mtime, size, folder))
+    total = sum(size for _, size, _ in folders)
+    for modified, size, folder in sorted(folders):
+        if total <= limit_bytes or time.time() - modified < _KEPT_S:
+            return
+        if folder != used:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
