@@ -15,6 +15,8 @@ from lorasmith.runs.library import train
 from lorasmith.training import measured_times
 from lorasmith.training.memory import activations
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import Trainable
+from tests.training.hand_made import HandMade
 from tests.training.random_samples import of_one_size, of_several_sizes
 
 
@@ -52,11 +54,32 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(tiny: Model) -> Callable[..., TrainResult]:
-    """Train a small LoRA in fp32, everything overridable."""
+def hand_made(tiny: Model) -> Trainable:
+    """Two blocks that read the captions of the built-in model, for tests that are about no model."""
+    width = tiny.components.text_encoders["text_encoder"].config.hidden_size
+    return Trainable(HandMade(width).requires_grad_(False), diffusion="v", title="hand-made")
 
+
+@pytest.fixture(scope="session")
+def built_in_run(tiny: Model) -> Callable[..., TrainResult]:
+    """Train a small LoRA on the built-in model in fp32, everything overridable."""
+    return _run_on(tiny)
+
+
+@pytest.fixture(scope="session")
+def run(built_in_run: Callable[..., TrainResult]) -> Callable[..., TrainResult]:
+    return built_in_run
+
+
+@pytest.fixture(scope="session")
+def quick_run(hand_made: Trainable) -> Callable[..., TrainResult]:
+    """The same on the hand-made denoiser."""
+    return _run_on(hand_made)
+
+
+def _run_on(model: Model | Trainable) -> Callable[..., TrainResult]:
     def go(data: EncodedDataset, **settings: Any) -> TrainResult:
         base = {"steps": 2, "rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "lora_dtype": "fp32", "seed": 3}
-        return train(tiny, data, **(base | {"targets": "*.attn2.to_q"} | settings))
+        return train(model, data, **(base | {"targets": "*.attn2.to_q"} | settings))
 
     return go

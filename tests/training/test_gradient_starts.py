@@ -24,8 +24,14 @@ from lorasmith.training.engine import batch_maker
 from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import Trainable
 
 Run = Callable[..., TrainResult]
+
+
+@pytest.fixture
+def run(quick_run: Run) -> Run:
+    return quick_run
 
 
 def test_a_function_gets_the_gradient_of_the_frozen_model(tiny: Model, dataset: EncodedDataset) -> None:
@@ -81,7 +87,7 @@ def test_lora_ga_is_of_singular_vectors_at_the_stable_scale() -> None:
 
 
 def test_a_run_learns_continues_to_the_bit_and_is_told_from_others(
-    run: Run, dataset: EncodedDataset, tmp_path: Path
+    run: Run, hand_made: Trainable, dataset: EncodedDataset, tmp_path: Path
 ) -> None:
     own: dict[str, Any] = {"init": "lora-ga", "init_steps": 2, "steps": 4}
     whole = run(dataset, **own)
@@ -94,7 +100,7 @@ def test_a_run_learns_continues_to_the_bit_and_is_told_from_others(
             run(dataset, output=tmp_path, **{**own, **other})
     assert same(run(dataset, output=tmp_path, **own), whole)
     assert json.loads((tmp_path / "run.json").read_text())["fingerprint"]["config"]["init"] == "LoRA-GA"
-    trainer = ls.Trainer(run.__closure__[0].cell_contents, dataset, **own, **_SMALL)  # type: ignore[index]
+    trainer = ls.Trainer(hand_made, dataset, **own, **_SMALL)
     assert [step.update().loss for step in trainer] == whole.losses
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.runs.trainer import Trainer
+from lorasmith.training.trainable import Trainable
 
 SETTINGS: dict[str, Any] = {
     "rank": 4,
@@ -36,9 +36,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(
     "changes", [{"validation_share": 0.3}, {"grad_accumulation_steps": 2, "ema_decay": 0.9, "rank_dropout": 0.2}]
 )
-def test_its_numbers_are_those_of_a_run(tiny: Model, mixed: EncodedDataset, changes: dict[str, Any]) -> None:
+def test_its_numbers_are_those_of_a_run(hand_made: Trainable, mixed: EncodedDataset, changes: dict[str, Any]) -> None:
     settings = {**SETTINGS, "steps": 3, **changes}
-    run, trainer = train(tiny, mixed, **settings), Trainer(tiny.denoiser, list(mixed), **settings)
+    run, trainer = train(hand_made, mixed, **settings), Trainer(hand_made, list(mixed), **settings)
     assert [step.number for step in trainer] == [0, 1, 2]
     assert (trainer.step, trainer.losses, trainer.lora.steps) == (3, run.losses, 3)
     assert equal(tensors(trainer), tensors(run))
@@ -46,9 +46,9 @@ def test_its_numbers_are_those_of_a_run(tiny: Model, mixed: EncodedDataset, chan
     assert (trainer.held_out is None) == ("validation_share" not in changes)
 
 
-def test_the_model_is_as_it_was_between_iterations(tiny: Model, dataset: EncodedDataset) -> None:
-    layer = next(layer for path, layer in tiny.components.denoiser.named_modules() if path.endswith("attn2.to_q"))
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=3)
+def test_the_model_is_as_it_was_between_iterations(hand_made: Trainable, dataset: EncodedDataset) -> None:
+    layer = next(layer for path, layer in hand_made.module.named_modules() if path.endswith("attn2.to_q"))
+    trainer = Trainer(hand_made, dataset, **SETTINGS, steps=3)
     for step in trainer:
         assert "forward" in layer.__dict__
         if step.number == 1:
@@ -56,11 +56,13 @@ def test_the_model_is_as_it_was_between_iterations(tiny: Model, dataset: Encoded
     assert trainer.step == 1  # the second was not updated
     assert "forward" not in layer.__dict__
     assert [step.number for step in trainer] == [1, 2]
-    assert trainer.losses == train(tiny, dataset, **SETTINGS, steps=3).losses
+    assert trainer.losses == train(hand_made, dataset, **SETTINGS, steps=3).losses
 
 
-def test_gradients_weights_and_rate_are_those_of_the_step(tiny: Model, dataset: EncodedDataset) -> None:
-    halved, plain = (Trainer(tiny, dataset, **SETTINGS, steps=1, optimizer="SGD", max_grad_norm=0) for _ in range(2))
+def test_gradients_weights_and_rate_are_those_of_the_step(hand_made: Trainable, dataset: EncodedDataset) -> None:
+    halved, plain = (
+        Trainer(hand_made, dataset, **SETTINGS, steps=1, optimizer="SGD", max_grad_norm=0) for _ in range(2)
+    )
     start = {name: tensor.clone() for name, tensor in plain.weights.items()}
     for step in halved:
         losses = step.gradient()
@@ -73,7 +75,7 @@ def test_gradients_weights_and_rate_are_those_of_the_step(tiny: Model, dataset: 
         pass
     for name, weight in plain.weights.items():
         torch.testing.assert_close(halved.weights[name] - start[name], 0.5 * (weight - start[name]))
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=4, schedule="linear", progress=False)
+    trainer = Trainer(hand_made, dataset, **SETTINGS, steps=4, schedule="linear", progress=False)
     rates = []
     for step in trainer:
         if step.number == 2:
@@ -82,8 +84,8 @@ def test_gradients_weights_and_rate_are_those_of_the_step(tiny: Model, dataset: 
     assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4, 1.25e-4])
 
 
-def test_a_loss_of_ones_own_gives_the_gradient_of_ours(tiny: Model, dataset: EncodedDataset) -> None:
-    ours, own = (Trainer(tiny, dataset, **SETTINGS, steps=2) for _ in range(2))
+def test_a_loss_of_ones_own_gives_the_gradient_of_ours(hand_made: Trainable, dataset: EncodedDataset) -> None:
+    ours, own = (Trainer(hand_made, dataset, **SETTINGS, steps=2) for _ in range(2))
     for step in own:
         for batch in step.batches:
             prediction = own.predict(batch)
@@ -95,39 +97,39 @@ def test_a_loss_of_ones_own_gives_the_gradient_of_ours(tiny: Model, dataset: Enc
         torch.testing.assert_close(own.weights[name], weight)
 
 
-def test_weights_that_are_written_count(tiny: Model, dataset: EncodedDataset) -> None:
+def test_weights_that_are_written_count(hand_made: Trainable, dataset: EncodedDataset) -> None:
     settings = {**SETTINGS, "training_dtype": "bf16", "exact_dtype": True, "steps": 2}
-    trainer = Trainer(tiny, dataset, **settings)
+    trainer = Trainer(hand_made, dataset, **settings)
     losses = []
     for step in trainer:
         losses.append(step.gradient())
         for name, weight in trainer.weights.items():
             weight.fill_(0.3 if name.endswith("up") else 0.1)
         step.skip()
-    plain = Trainer(tiny, dataset, **settings)
+    plain = Trainer(hand_made, dataset, **settings)
     expected = [(step.gradient(), step.skip())[0] for step in plain]
     assert torch.equal(losses[0], expected[0]) and not torch.equal(losses[1], expected[1])
 
 
-def test_it_goes_on_from_a_state_bit_for_bit(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
-    whole = Trainer(tiny, dataset, **SETTINGS, steps=4)
+def test_it_goes_on_from_a_state_bit_for_bit(hand_made: Trainable, dataset: EncodedDataset, tmp_path: Path) -> None:
+    whole = Trainer(hand_made, dataset, **SETTINGS, steps=4)
     for step in whole:
         if step.number == 2:
             state = whole.save_state(tmp_path / "state.safetensors")
-    resumed = Trainer(tiny, dataset, **SETTINGS, steps=4)
+    resumed = Trainer(hand_made, dataset, **SETTINGS, steps=4)
     resumed.load_state(state)
     assert resumed.step == 2
     assert [step.number for step in resumed] == [2, 3]
     assert resumed.losses == whole.losses
     assert equal(tensors(resumed), tensors(whole))
-    continued = train(tiny, dataset, **SETTINGS, steps=4, existing_state=str(state))
+    continued = train(hand_made, dataset, **SETTINGS, steps=4, existing_state=str(state))
     assert equal(tensors(continued), tensors(whole))
-    begun = Trainer(tiny, dataset, **SETTINGS, steps=4, existing_state=str(state))
+    begun = Trainer(hand_made, dataset, **SETTINGS, steps=4, existing_state=str(state))
     assert [step.number for step in begun] == [2, 3] and equal(tensors(begun), tensors(whole))
 
 
-def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: EncodedDataset) -> None:
-    whole, back = (Trainer(tiny, dataset, **SETTINGS, steps=4) for _ in range(2))
+def test_a_loop_continues_from_the_state_that_it_loads(hand_made: Trainable, dataset: EncodedDataset) -> None:
+    whole, back = (Trainer(hand_made, dataset, **SETTINGS, steps=4) for _ in range(2))
     losses = [step.update().loss for step in whole]
     numbers, state = [], None
     for step in back:
@@ -145,9 +147,9 @@ def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: Enc
 
 
 def test_nothing_stays_open_if_the_model_cannot_be_prepared(
-    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=1)
+    trainer = Trainer(hand_made, dataset, **SETTINGS, steps=1)
     open_now = []
 
     @contextlib.contextmanager
@@ -170,8 +172,8 @@ def test_nothing_stays_open_if_the_model_cannot_be_prepared(
     assert len(list(trainer)) == 1
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tiny: Model, dataset: EncodedDataset) -> None:
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=3)
+def test_a_step_that_is_not_finite_changes_nothing(hand_made: Trainable, dataset: EncodedDataset) -> None:
+    trainer = Trainer(hand_made, dataset, **SETTINGS, steps=3)
     for step in trainer:
         if step.number == 1:
             step.gradient()
@@ -184,10 +186,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny: Model, dataset: Encoded
     assert [math.isnan(loss) for loss in trainer.losses] == [False, True, False]
 
 
-def test_what_it_refuses(tiny: Model, dataset: EncodedDataset) -> None:
+def test_what_it_refuses(hand_made: Trainable, dataset: EncodedDataset) -> None:
     with pytest.raises(OptionError, match=r"unknown option 'stepz' .did you mean 'steps'"):
-        Trainer(tiny, dataset, stepz=3)
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=1, rank_dropout=0.5)
+        Trainer(hand_made, dataset, stepz=3)
+    trainer = Trainer(hand_made, dataset, **SETTINGS, steps=1, rank_dropout=0.5)
     for step in trainer:
         with pytest.raises(OptionError, match="predict applies no rank_dropout"):
             trainer.predict(step.batches[0])
@@ -195,13 +197,13 @@ def test_what_it_refuses(tiny: Model, dataset: EncodedDataset) -> None:
             step.backward(torch.zeros((), requires_grad=True))
         with pytest.raises(OptionError, match=r"of a batch, .* got 0.5; average"):
             step.backward(0.5)  # type: ignore[arg-type]
-    assert repr(trainer).startswith("Trainer(lorasmith-tiny: step 1 of 1, LoRA, ")
+    assert repr(trainer).startswith("Trainer(hand-made: step 1 of 1, LoRA, ")
     with pytest.warns(match="leaves this to you: previews, max_rollbacks$"):
-        Trainer(tiny, dataset, **SETTINGS, previews="a cat", max_rollbacks=1)
+        Trainer(hand_made, dataset, **SETTINGS, previews="a cat", max_rollbacks=1)
 
 
-def test_a_step_may_take_its_gradient_elsewhere(tiny: Model, dataset: EncodedDataset) -> None:
-    trainer = Trainer(tiny, dataset, **SETTINGS, steps=2)
+def test_a_step_may_take_its_gradient_elsewhere(hand_made: Trainable, dataset: EncodedDataset) -> None:
+    trainer = Trainer(hand_made, dataset, **SETTINGS, steps=2)
     for step in trainer:
         first = step.gradient()
         before = {name: weight.clone() for name, weight in trainer.weights.items()}
@@ -222,15 +224,15 @@ def test_a_step_may_take_its_gradient_elsewhere(tiny: Model, dataset: EncodedDat
 
 
 def test_its_notes_are_shown_once_unless_progress_is_off(
-    tiny: Model, dataset: EncodedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hand_made: Trainable, dataset: EncodedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = train(tiny, dataset, **SETTINGS, steps=1, progress=False).lora.save(tmp_path / "a.safetensors")
+    first = train(hand_made, dataset, **SETTINGS, steps=1, progress=False).lora.save(tmp_path / "a.safetensors")
     settings: dict[str, Any] = {**SETTINGS, "steps": 1, "rank": 8, "existing_lora": str(first)}
     sentence = "rank has no effect: every target continues existing_lora with its own values."
     capsys.readouterr()
     with pytest.warns(UserWarning, match="no effect on a Trainer, which leaves this to you: save_every"):
-        shown = Trainer(tiny, dataset, **settings, save_every=5)
+        shown = Trainer(hand_made, dataset, **settings, save_every=5)
     assert sentence in shown.job.notes and capsys.readouterr().err.count(sentence) == 1
-    silent = Trainer(tiny, dataset, **settings, save_every=5, progress=False)
+    silent = Trainer(hand_made, dataset, **settings, save_every=5, progress=False)
     assert silent.job.notes == shown.job.notes and capsys.readouterr() == ("", "")
     assert silent.lora.metadata["ss_steps"] == "1", "with those of the LoRA that is continued"

@@ -28,7 +28,7 @@ def gradients(
     model: Model | Trainable, data: EncodedDataset, reference: Reference, **settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses and gradient of a step, and those of a reference, with adapters that are not the identity."""
-    plain = {"rank": 4, "training_dtype": "fp32", "targets": "attention", "batch_size": 4}
+    plain = {"rank": 4, "training_dtype": "fp32", "targets": "*attn*", "batch_size": 4}
     job = plan_job(model.denoiser if isinstance(model, Model) else model, TrainConfig(**(plain | settings)), "cpu")
     engine: Engine = engine_of(job)
     random = torch.randn(len(engine.flat.master), generator=torch.Generator().manual_seed(0))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import lorasmith
 
-ADDED = Path(__file__).with_name("added")
+ADDED, ROOT = Path(__file__).with_name("added"), Path(__file__).parents[3]
 
 
 def test_a_feature_is_found_at_every_door(tmp_path: Path) -> None:
-    package = shutil.copytree(Path(lorasmith.__file__).parent, tmp_path / "lorasmith", ignore=_caches)
+    source, without = Path(lorasmith.__file__).parent, shutil.ignore_patterns("pages")  # but with compiled modules
+    package = shutil.copytree(source, tmp_path / "lorasmith", ignore=without)
     methods = package / "training" / "methods"
     for name in ("erasure.py", "erasure_settings.py"):
         shutil.copy(ADDED / name, methods)
@@ -29,7 +30,7 @@ def test_a_feature_is_found_at_every_door(tmp_path: Path) -> None:
         assert text.count(before) == 1
         text = text.replace(before, after)
     registration.write_text(text)
-    path = os.pathsep.join((str(tmp_path), *filter(None, sys.path)))
+    path = os.pathsep.join((str(tmp_path), str(ROOT), *filter(None, sys.path)))
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, str(ADDED / "doors.py")]
     ran = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
@@ -47,7 +48,3 @@ def test_a_feature_is_found_at_every_door(tmp_path: Path) -> None:
         "advice": True,
         "together": "runs that train together take plain steps, got erase; leave it out, or train apart",
     }
-
-
-def _caches(folder: str, names: list[str]) -> set[str]:
-    return {"__pycache__", "pages"} & set(names)

@@ -19,6 +19,7 @@ from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.trainable import Trainable
 from tests.training.methods.gradient_cases import Predict, check, gradients, mean
 
 SLIDER = {"slider_positive": "a red apple", "slider_negative": "a lion", "slider_guidance": 2.0}
@@ -32,9 +33,11 @@ def texts(tiny: Model, dataset: EncodedDataset) -> EncodedDataset:
 
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("settings", [{"preserve": "blank"}, SLIDER])
-def test_memory_is_planned_without_their_texts(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
+def test_memory_is_planned_without_their_texts(
+    hand_made: Trainable, texts: EncodedDataset, settings: dict[str, Any]
+) -> None:
     plain = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "training_dtype": "fp32", **settings}
-    assert train(tiny, texts, **plain, activations="auto").losses == train(tiny, texts, **plain).losses
+    assert train(hand_made, texts, **plain, activations="auto").losses == train(hand_made, texts, **plain).losses
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def flux_texts(flux: Model) -> EncodedDataset:
     return EncodedDataset(samples, EncodedCaptions(encode))
 
 
-def test_pictures_of_the_class_are_held_to_the_base_model(tiny: Model, texts: EncodedDataset) -> None:
+def test_pictures_of_the_class_are_held_to_the_base_model(hand_made: Trainable, texts: EncodedDataset) -> None:
     data = replace(texts, samples=tuple(replace(one, is_class=index > 1) for index, one in enumerate(texts.samples)))
 
     def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
@@ -58,13 +61,15 @@ def test_pictures_of_the_class_are_held_to_the_base_model(tiny: Model, texts: En
         goal = torch.where(of_class[:, None, None, None], frozen(batch.conditioning), target)
         return mean(trained(batch.conditioning) - goal)
 
-    check(gradients(tiny, data, reference, prior_target="model"))
+    check(gradients(hand_made, data, reference, prior_target="model"))
 
 
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("objective", ["native", "x0"])
-def test_the_base_model_is_the_target_outside_of_masks(tiny: Model, texts: EncodedDataset, objective: str) -> None:
-    kind = PARAMETERIZATIONS[tiny.denoiser.diffusion.parameterization]
+def test_the_base_model_is_the_target_outside_of_masks(
+    hand_made: Trainable, texts: EncodedDataset, objective: str
+) -> None:
+    kind = PARAMETERIZATIONS[hand_made.diffusion.parameterization]
     inside = torch.zeros(8, 8)
     inside[:, :5] = 2.0
     data = replace(texts, samples=tuple(replace(one, places=inside) for one in texts.samples))
@@ -76,7 +81,9 @@ def test_the_base_model_is_the_target_outside_of_masks(tiny: Model, texts: Encod
         loss = loss + 0.5 * (prediction - kept)[..., 5:].square().flatten(1).sum(1)
         return scale * loss / target[0].numel()
 
-    losses, gradient, expected, other = gradients(tiny, data, reference, mask_prior_weight=0.5, objective=objective)
+    losses, gradient, expected, other = gradients(
+        hand_made, data, reference, mask_prior_weight=0.5, objective=objective
+    )
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(gradient, other, rtol=1e-2, atol=1e-4 * float(other.abs().max()))
 
@@ -129,9 +136,11 @@ def test_the_guidance_of_training_is_the_networks_input(flux: Model, flux_texts:
 
 @pytest.mark.slow_after(2)
 @pytest.mark.parametrize("settings", [{}, {"pissa": True}, {"targets": "all"}, {"alpha": 2.0}])
-def test_the_change_of_the_weights_has_a_price(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
-    job = plan_job(tiny.denoiser, TrainConfig(rank=4, weight_change=0.3, training_dtype="fp32", **settings), "cpu")
-    plain = plan_job(tiny.denoiser, TrainConfig(rank=4, training_dtype="fp32", **settings), "cpu")
+def test_the_change_of_the_weights_has_a_price(
+    hand_made: Trainable, texts: EncodedDataset, settings: dict[str, Any]
+) -> None:
+    job = plan_job(hand_made, TrainConfig(rank=4, weight_change=0.3, training_dtype="fp32", **settings), "cpu")
+    plain = plan_job(hand_made, TrainConfig(rank=4, training_dtype="fp32", **settings), "cpu")
     found = []
     for one in (job, plain):
         engine = engine_of(one)
@@ -143,7 +152,7 @@ def test_the_change_of_the_weights_has_a_price(tiny: Model, texts: EncodedDatase
     engine.flat.zero()
     total = torch.zeros(())
     for path, adapter in plain.adapters.items():
-        weight = tiny.components.denoiser.get_submodule(path).get_parameter("weight").float()
+        weight = hand_made.module.get_submodule(path).get_parameter("weight").float()
         down, up, _ = adapter.factors()  # type: ignore[operator]
         change = adapter.scale * (up.flatten(1) @ down.flatten(1))  # type: ignore[operator]
         total = total + 0.3 * change.square().sum()

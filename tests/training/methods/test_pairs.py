@@ -70,10 +70,10 @@ def of_slider(kind: str, focus: float) -> Any:
     ids=["LoRA", "checkpointed", "LoKr", "LoHa"],
 )
 def test_a_slider_has_pictures_at_one_end_and_opposites_at_the_other(
-    tiny: Model, pairs: EncodedDataset, settings: dict[str, Any]
+    hand_made: Trainable, pairs: EncodedDataset, settings: dict[str, Any]
 ) -> None:
-    reference = of_slider(tiny.denoiser.diffusion.parameterization, settings.get("pair_focus", 1.0))
-    check(gradients(tiny, pairs, reference, pairs="slider", **settings))
+    reference = of_slider(hand_made.diffusion.parameterization, settings.get("pair_focus", 1.0))
+    check(gradients(hand_made, pairs, reference, pairs="slider", **settings))
 
 
 def test_masks_weigh_both_pictures_of_a_pair(flux: Model) -> None:
@@ -94,11 +94,11 @@ def fresh_losses(model: Model | Trainable, data: EncodedDataset, **settings: Any
     return losses, float(engine.flat.grad.norm())
 
 
-def test_a_fresh_slider_has_the_loss_of_the_base_model(tiny: Model, pairs: EncodedDataset) -> None:
-    slider, norm = fresh_losses(tiny, pairs, pairs="slider", pair_focus=0.0)
+def test_a_fresh_slider_has_the_loss_of_the_base_model(hand_made: Trainable, pairs: EncodedDataset) -> None:
+    slider, norm = fresh_losses(hand_made, pairs, pairs="slider", pair_focus=0.0)
     both = [replace(one, opposite=None) for one in pairs.samples]
     lows = [replace(one, latents=one.opposite, opposite=None) for one in pairs.samples if one.opposite is not None]
-    plain = sum(fresh_losses(tiny, EncodedDataset(tuple(some)))[0] for some in (both, lows)) / 2
+    plain = sum(fresh_losses(hand_made, EncodedDataset(tuple(some)))[0] for some in (both, lows)) / 2
     torch.testing.assert_close(slider, plain)
     assert norm > 0
 
@@ -164,23 +164,25 @@ def test_a_preference_is_that_of_the_paper(kind: str) -> None:
     assert norm > 0
 
 
-def test_pairs_and_methods_belong_together(tiny: Model, dataset: EncodedDataset, pairs: EncodedDataset) -> None:
+def test_pairs_and_methods_belong_together(
+    hand_made: Trainable, dataset: EncodedDataset, pairs: EncodedDataset
+) -> None:
     with pytest.raises(
         OptionError, match=r"pairs slider needs two pictures for each sample, but 0.png has no opposite"
     ):
-        train(tiny, dataset, steps=1, pairs="slider")
+        train(hand_made, dataset, steps=1, pairs="slider")
     with pytest.raises(OptionError, match=r"0.png has an opposite, which a run has with pairs slider or dpo alone"):
-        train(tiny, pairs, steps=1)
+        train(hand_made, pairs, steps=1)
     with pytest.raises(DataError, match=r"the opposite of a sample must be a tensor of floats \(4, 8, 8\) as its lat"):
         Sample(torch.zeros(4, 8, 8), Conditioning({}), opposite=torch.zeros(4, 8, 4))
     with pytest.raises(DataError, match=r"latents must be finite, got NaN or infinity for the opposite of a"):
         EncodedDataset((Sample(torch.zeros(4, 8, 8), name="a", opposite=torch.full((4, 8, 8), math.nan)),))
 
 
-def test_sliders_say_so_in_their_files(tiny: Model, pairs: EncodedDataset) -> None:
+def test_sliders_say_so_in_their_files(hand_made: Trainable, pairs: EncodedDataset) -> None:
     sliders = TrainConfig(pairs="slider"), TrainConfig(slider_positive="old")
     assert all(one.consequences().is_slider for one in sliders)
     assert not TrainConfig(pairs="dpo").consequences().is_slider
-    metadata = train(tiny, pairs, steps=1, rank=2, pairs="slider").lora.metadata
+    metadata = train(hand_made, pairs, steps=1, rank=2, pairs="slider").lora.metadata
     assert metadata["ss_slider"] == "True"
-    assert "ss_slider" not in train(tiny, pairs, steps=1, rank=2, pairs="dpo").lora.metadata
+    assert "ss_slider" not in train(hand_made, pairs, steps=1, rank=2, pairs="dpo").lora.metadata

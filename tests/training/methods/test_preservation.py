@@ -18,11 +18,12 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.joint import check_alike
 from lorasmith.training.methods.all_methods import other_texts
+from lorasmith.training.trainable import Trainable
 from tests.covering import slow_except
 from tests.training.methods.gradient_cases import Predict, gradients, mean
 
 CLASS = {"preserve": "class", "preserve_class": "animal", "preserve_weight": 0.7}
-SETTINGS: dict[str, Any] = {"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "targets": "attention"}
+SETTINGS: dict[str, Any] = {"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "targets": "*attn*"}
 LEVERS: dict[str, dict[str, Any]] = {
     **{name: one for name, one in VARIANTS.items() if not {"differences", "rank_dropout", "tlora"} & one.keys()},
     "checkpointing": {"gradient_checkpointing": True, "targets": "all"},
@@ -44,15 +45,17 @@ def planned(tiny: Model, **settings: Any) -> TrainJob:
 
 @pytest.mark.slow_after(2)
 @pytest.mark.parametrize("lever", slow_except(LEVERS, "OFT", "checkpointing"))
-def test_the_gradient_is_the_plain_one_and_that_of_the_term(tiny: Model, dataset: EncodedDataset, lever: str) -> None:
+def test_the_gradient_is_the_plain_one_and_that_of_the_term(
+    tiny: Model, hand_made: Trainable, dataset: EncodedDataset, lever: str
+) -> None:
     def reference(batch: Batch, trained: Predict, frozen: Predict, target: Tensor) -> Tensor:
         term = mean(trained(batch.texts["preserved"]) - frozen(batch.texts["preserved"]))
         return mean(trained(batch.conditioning) - target) + 0.7 * term
 
     data = EncodedDataset(dataset.samples, EncodedCaptions(tiny.text_encoder.encode), trigger="cat")
-    losses, gradient, _, expected = gradients(tiny, data, reference, **(CLASS | LEVERS[lever]))
+    losses, gradient, _, expected = gradients(hand_made, data, reference, **(CLASS | LEVERS[lever]))
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-    plain = gradients(tiny, data, reference, **LEVERS[lever], preserve="blank", preserve_weight=0.0)
+    plain = gradients(hand_made, data, reference, **LEVERS[lever], preserve="blank", preserve_weight=0.0)
     assert torch.equal(plain[0], losses), "the loss of a picture is that of its own caption"
     assert not torch.allclose(plain[1], gradient, rtol=1e-3)
 
@@ -68,9 +71,9 @@ def test_texts_have_the_class_for_the_trigger_or_are_empty(tiny: Model, texts: E
     assert other_texts(texts, planned(tiny).config) is None
 
 
-def test_a_fresh_lora_is_trained_as_without_it(tiny: Model, texts: EncodedDataset) -> None:
-    plain = train(tiny, texts, steps=1, **SETTINGS)
-    preserved = train(tiny, texts, steps=1, **SETTINGS, **CLASS)
+def test_a_fresh_lora_is_trained_as_without_it(hand_made: Trainable, texts: EncodedDataset) -> None:
+    plain = train(hand_made, texts, steps=1, **SETTINGS)
+    preserved = train(hand_made, texts, steps=1, **SETTINGS, **CLASS)
     assert plain.losses == preserved.losses
     for ref, weights in plain.lora.state.adapters.items():
         for name, tensor in weights.tensors.items():

@@ -22,6 +22,11 @@ Run = Callable[..., TrainResult]
 
 
 @pytest.fixture(scope="module")
+def run(quick_run: Run) -> Run:
+    return quick_run
+
+
+@pytest.fixture(scope="module")
 def complete(run: Run, dataset: EncodedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run of three steps, of which each test has a copy."""
     folder = tmp_path_factory.mktemp("complete") / "run"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from PIL import Image
+import torch
 from typer.testing import CliRunner
 
 import lorasmith as ls
 from lorasmith.cli.main import app
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.preview_budget import whole_program
 from lorasmith.runs.spec import SETTINGS
@@ -16,15 +17,16 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.joint import check_alike
 from lorasmith.training.storage.records import RunRecord
+from tests.training.hand_made import CHANNELS, HandMade
 
 
 def found() -> dict[str, object]:
-    model = ls.load_model("lorasmith-tiny")
-    picture = Image.new("RGB", (64, 64), "red")
-    data = ls.load_dataset([(picture, "a cat")], model, resolution=64)
-    chosen = TrainConfig(steps=1, rank=2, targets="*.attn2.to_q", previews="", erase="a dog")
-    trained = ls.train(model, data, config=chosen)
-    jobs = [plan_job(model.denoiser, chosen) for _ in range(2)]
+    model = ls.Trainable(HandMade(context=8), title="hand-made")  # which needs no library that takes seconds to import
+    encoded = lambda text: ls.Conditioning({"context": torch.full((1, 5, 8), len(text) / 9)}, text)  # noqa: E731
+    samples = (ls.Sample(torch.randn(CHANNELS, 8, 8), encoded("a cat")),)
+    chosen = TrainConfig(steps=1, rank=2, targets="*.to_q", previews="", erase="a dog")
+    trained = ls.train(model, EncodedDataset(samples, EncodedCaptions(encoded)), config=chosen)
+    jobs = [plan_job(model, chosen) for _ in range(2)]
     try:
         check_alike(jobs)
     except ls.LorasmithError as error:
