@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from lorasmith.adapters import frozen_weights
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import autotune
-from lorasmith.training.autotune import Tuned, tuned
+from lorasmith.training.autotune import Tuned, _ways_apart, tuned
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import Autotuned, Event, StepDone, Warned
@@ -24,6 +25,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trial import TrialFailed
 from lorasmith.training.way import Way
 from tests.covering import slow_except
 
@@ -41,6 +43,7 @@ class Timer:
     def __call__(self, engine: Engine, way: Way, batches: object, clock: object) -> Mapping[str, float]:
         self.asked.append(str(way))
         kind = "compile" if way.compile else way.products if way.products != "training_dtype" else way.activations
+        kind = "graphs" if way.cuda_graphs else kind
         found = self.seconds[kind if kind != "keep" or not way.checkpoint_depth else "depth"]
         if found is None:
             return {}
@@ -78,6 +81,7 @@ def choose(
     engine: Engine, dataset: EncodedDataset, steps: int = 1000, plans: Sequence[MemoryPlan] = (), **others: Any
 ) -> Tuned:
     maker = batch_maker(engine.model, dataset, engine.config, engine.way, engine.rank_masks)
+    others = {"apart": lambda: lambda way, limit_s: autotune._times(engine, way, [], time.perf_counter), **others}
     with engine.frozen():
         return tuned(engine, maker.step(0), plans, steps, **others)
 
@@ -113,7 +117,7 @@ def test_long_runs_try_what_rounds_alike_by_default(
     (said,) = heard
     assert isinstance(said, Warned) and said.is_remark
     assert said.message.startswith("The run's steps take about 0:50:00: other ways")
-    assert "none is begun after 0:02:30; turn autotune off" in said.message
+    assert "for at most 0:02:30; turn autotune off" in said.message
     engine.way = replace(engine.way, varying_sizes=True)
     assert not choose(engine, dataset, emit=heard.append).way.compile
     heard.clear()
@@ -156,6 +160,75 @@ def test_compiling_pays_in_long_runs(
     assert timer.asked == ["keep"] + ["keep, compiled"] * (steps >= 600)
 
 
+def on_a_card(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine as if its way were a GPU's."""
+    monkeypatch.setattr(autotune, "_ways_apart", lambda _: iter([autotune._captured, autotune._compiled]))
+    return engine
+
+
+def test_graphs_and_compiled_blocks_are_two_ways(
+    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer = timed(keep=1.0, graphs=0.7, compile=0.65)
+    engine = on_a_card(engine_of(tiny), monkeypatch)
+    assert choose(engine, dataset).way == replace(
+        engine.way, cuda_graphs=True
+    )  # 50 s are saved, and compiling takes 100
+    assert timer.asked == ["keep", "keep, CUDA graphs", "keep, compiled"]
+    assert choose(engine, dataset, steps=10_000).way == replace(engine.way, compile=True)
+    engine.way = replace(engine.way, cuda_graphs=True)  # as somebody asked for
+    assert list(_ways_apart(engine)) == []
+
+
+def test_only_a_gpu_that_needs_no_host_is_captured(tiny: Model) -> None:
+    def captures(device: str, **settings: Any) -> bool:
+        engine = engine_of(tiny, **settings)
+        engine.way = replace(engine.way, device=torch.device(device))
+        return autotune._captured in list(_ways_apart(engine))
+
+    assert captures("cuda") and not captures("cpu")
+    assert not captures("cuda", offloading=True)
+    assert autotune._captured(replace(engine_of(tiny).way, activations="host")).cuda_graphs is False
+
+
+def test_a_process_that_fails_ends_nothing_and_is_named(
+    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would fail again is not tried again; what took too long is."""
+    timed(keep=1.0)
+    asked = list[str]()
+
+    def trial(way: Way, limit_s: float) -> Mapping[str, float]:
+        asked.append(f"{way}: {limit_s:g}")
+        raise TrialFailed("it crashed" if way.cuda_graphs else "it took too long", is_final=way.cuda_graphs)
+
+    engine, heard = on_a_card(engine_of(tiny), monkeypatch), list[Event]()
+    found = choose(engine, dataset, apart=lambda: trial, emit=heard.append)
+    assert found.way == engine.way
+    assert "not keep, CUDA graphs: it crashed; not keep, compiled: it took too long. Leave" in str(found)
+    assert asked == ["keep, CUDA graphs: 900", "keep, compiled: 900"]
+    [said] = [event.message for event in heard if isinstance(event, Warned)]
+    assert said.startswith("Compiled blocks and CUDA graphs are timed in processes of their own, each for at most 0:15")
+    choose(engine, dataset, apart=lambda: trial)
+    assert asked[2:] == ["keep, compiled: 900"]
+
+
+def test_by_default_a_process_has_what_is_left_of_the_time(
+    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(keep=3.0)
+    limits = list[float]()
+
+    def trial(way: Way, limit_s: float) -> Mapping[str, float]:
+        limits.append(limit_s)
+        raise TrialFailed("it took too long", is_final=False)
+
+    ticks = iter([0.0, 20.0, 100.0])
+    engine = on_a_card(engine_of(tiny, autotune=None), monkeypatch)
+    choose(engine, dataset, apart=lambda: trial, clock=lambda: next(ticks))
+    assert limits == [130.0]  # of 150; 50 are too few
+
+
 def test_times_are_kept_by_machine_and_step(
     tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], kept: Path
 ) -> None:
@@ -185,7 +258,7 @@ def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(
             checkpoint_depth=0 if compile else 1,
             compile=compile,
         )
-        expected = {"step": 1.0, "compiling": 2.0} if compile else {"step": 1.0}
+        expected = {"step": 1.0, "compiling": 3.0} if compile else {"step": 1.0}
         assert autotune._times(engine, way, batches, lambda: next(ticks)) == expected
     assert engine.way == before
 

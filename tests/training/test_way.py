@@ -120,6 +120,8 @@ def test_a_way_that_was_measured_by_default_is_kept(tiny: Model, settings: dict[
     state = replace(fresh, autotune=False, compile=True).to_state(config)
     found = fresh.resumed(typed(json.loads(json.dumps(state)), WayState))
     assert (found.compile, found.autotune) == (not settings, False)
+    state = replace(fresh, autotune=False, cuda_graphs=True).to_state(config)
+    assert fresh.resumed(typed(json.loads(json.dumps(state)), WayState)).cuda_graphs is (not settings)
 
 
 TUNED = {"activations": "lean", "products": "int8", "compile": False}

@@ -1,28 +1,26 @@
 """The fastest way to compute a step, of those that the settings leave open: timed before the first one, and kept.
 
 Ways differ in how activations are kept, where several plans fit, in the products with quantized weights, and in whether
-blocks are compiled. They are tried in this order, each with what was the fastest before, on the batches of the next
-step. Times are kept by machine and by what a step is (`measured_times`).
+a pass is captured as a CUDA graph or blocks are compiled. They are tried in this order, each with what was the fastest
+before, on the batches of the next step. What captures and what compiles is timed in a process of its own (`trial`),
+which may crash or hang. Times are kept by machine and by what a step is (`measured_times`).
 
 Where `autotune` is left open, a run on a GPU that takes more than ten minutes tries the ways that change no more than
-the last bits, and begins none after a twentieth of its time.
+the last bits, for a twentieth of its time.
 
 The way is part of the run state, so that a resumed run keeps it, whatever would be measured then.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
-
 from lorasmith.adapters.frozen_layer import packable_layers
-from lorasmith.adapters.frozen_weights import format_in_model, products_enabled
+from lorasmith.adapters.frozen_weights import format_in_model
 from lorasmith.core.allocator import has_lost_device, is_out_of_memory
 from lorasmith.core.choices import ProductFormat
 from lorasmith.core.placement import dtype_name, free_device_memory
@@ -34,11 +32,16 @@ from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.measured_times import FASTER, Times, measured
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.memory.memory_plan import MemoryPlan
+from lorasmith.training.trial import TrialFailed, step_times
 from lorasmith.training.way import Way
 
-_LONG = 600.0  # seconds of the run's steps from which compiling is tried, as it takes minutes, or anything by default
-_MOST_TUNING = 0.05  # of these seconds, after which no further way is begun by default
-_WARM_UP, _TIMED = 2, 3  # steps
+_LONG = 600.0  # seconds of the run's steps from which another process is worth it, or anything by default
+_MOST_TUNING = 0.05  # of these seconds, that all ways together have by default
+_PATIENCE = 900.0  # seconds of a process where somebody asked for it
+_SHORTEST = 60.0  # seconds of a process, below which it would end without an answer
+
+Apart = Callable[[Way, float], Times]
+"""Times a way in another process, which has so many seconds; raises TrialFailed."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,13 @@ class Tuned:
     way: Way
     seconds: dict[Way, float]
     by_default: bool = False
+    failed: dict[Way, str] = field(default_factory=dict)  # why there are no seconds, as a clause
 
     def __str__(self) -> str:
         times = "; ".join(f"{way}: {seconds:.3g}" for way, seconds in self.seconds.items())
+        failed = "".join(f"; not {way}: {why}" for way, why in self.failed.items())
         how = "Turn autotune off" if self.by_default else "Leave autotune out"
-        return f"Steps: {self.way}; seconds a step: {times}. {how} to set it yourself."
+        return f"Steps: {self.way}; seconds a step: {times}{failed}. {how} to set it yourself."
 
 
 def tuned(
@@ -62,6 +67,7 @@ def tuned(
     steps: int,
     emit: EventHandler = lambda event: None,
     *,
+    apart: Callable[[], Apart],
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuned:
     """The fastest way for an engine whose model is frozen, without adapters attached.
@@ -70,20 +76,27 @@ def tuned(
         batches: of a step, on the device.
         plans: for activations, all of which fit.
         steps: number of steps that will be taken in this way.
-        emit: is told how long it may take, where nobody asked for it.
+        emit: is told how long it may take.
+        apart: called before the first way that is timed so, behind all that need the frozen model.
         clock: returns seconds.
     """
-    step, seconds = described(engine, batches), dict[Way, float]()
+    step, seconds, failed = described(engine, batches), dict[Way, float](), dict[Way, str]()
 
-    def cost(way: Way) -> float:
+    def cost(way: Way, times: Callable[[], Times]) -> float:
         """Seconds of all steps, and of compiling."""
-        times = measured(way.device, f"{step}; {way}", partial(_times, engine, way, batches, clock))
-        if "step" in times:
-            seconds[way] = times["step"]
-        return steps * times.get("step", math.inf) + times.get("compiling", 0.0)
+        try:
+            found = measured(way.device, f"{step}; {way}", times)
+        except TrialFailed:
+            return math.inf
+        if "step" in found:
+            seconds[way] = found["step"]
+        return steps * found.get("step", math.inf) + found.get("compiling", 0.0)
+
+    def here(way: Way) -> Callable[[], Times]:
+        return partial(_times, engine, way, batches, clock)
 
     best, by_default = engine.way, engine.config.autotune is None
-    least = cost(best)
+    least = cost(best, here(best))
     if by_default and not _LONG < least < math.inf:
         return Tuned(best, seconds, by_default)
     limit = _MOST_TUNING * least if by_default else math.inf
@@ -91,28 +104,64 @@ def tuned(
         emit(
             Warned(
                 message=f"The run's steps take about {time_text(least)}: other ways to compute them are timed first, "
-                f"of which none is begun after {time_text(limit)}; turn autotune off to leave that out.",
+                f"for at most {time_text(limit)}; turn autotune off to leave that out.",
                 is_remark=True,
             )
         )
     began = clock()
-    changes: list[Callable[[Way], Way]] = [
-        *(plan.applied for plan in plans),
-        *(partial(_with_products, kind) for kind in _open_products(engine)),
-        _compiled,
-        *(partial(_with_products, kind) for kind in _open_products(engine, is_compiled=True)),
-    ]
+    changes: list[Callable[[Way], Way]] = [plan.applied for plan in plans]
+    changes += [partial(_with_products, kind) for kind in _open_products(engine)]
     for change in changes:
-        way = change(best)
-        if way == best or (way.compile and (least < _LONG or compiler(way.device) == "none")):
+        if (way := change(best)) == best:
             continue
-        if by_default and way.compile and way.varying_sizes:
-            continue  # whose later sizes may be compiled again, which a step of one does not show
         if clock() - began > limit:
-            break
-        if (found := cost(way)) < FASTER * least:
+            return Tuned(best, seconds, by_default)
+        if (found := cost(way, here(way))) < FASTER * least:
             best, least = way, found
-    return Tuned(best, seconds, by_default)
+
+    trial: Apart | None = None
+    for way_of in _ways_apart(engine):
+        way = way_of(best)
+        if way == best or least < _LONG or (way.compile and compiler(way.device) == "none"):
+            continue
+        if by_default and way.varying_sizes:
+            continue  # later sizes are compiled or captured again, which a step of one does not show
+        rest = min(limit - (clock() - began), _PATIENCE)
+        if rest < _SHORTEST:
+            break
+        if trial is None:
+            trial = apart()
+            if not by_default:
+                emit(
+                    Warned(
+                        message="Compiled blocks and CUDA graphs are timed in processes of their own, each for at most "
+                        f"{time_text(rest)}; leave autotune out to train without.",
+                        is_remark=True,
+                    )
+                )
+
+        def times(way: Way = way, rest: float = rest, trial: Apart = trial) -> Times:
+            try:
+                return trial(way, rest)
+            except TrialFailed as error:
+                failed[way] = str(error)
+                if not error.is_final:
+                    raise
+                return {}
+
+        if (found := cost(way, times)) < FASTER * least:
+            best, least = way, found
+    return Tuned(best, seconds, by_default, failed)
+
+
+def _ways_apart(engine: Engine) -> Iterator[Callable[[Way], Way]]:
+    """Changes of a way that are tried in other processes."""
+    if engine.way.cuda_graphs:
+        return
+    if engine.way.device.type == "cuda" and not engine.config.consequences().runs_on_host:
+        yield _captured
+    yield _compiled
+    yield from (partial(_with_products, kind) for kind in _open_products(engine, is_compiled=True))
 
 
 def _with_products(kind: ProductFormat, way: Way) -> Way:
@@ -120,10 +169,13 @@ def _with_products(kind: ProductFormat, way: Way) -> Way:
     return way if is_slow or way.products != "training_dtype" else replace(way, products=kind)
 
 
+def _captured(way: Way) -> Way:
+    return way if way.compile or way.activations == "host" else replace(way, cuda_graphs=True)
+
+
 def _compiled(way: Way) -> Way:
-    if way.cuda_graphs:
-        return way
-    return replace(way, activations="keep", kept_blocks=1, compile=True)  # torch selects the kept activations itself
+    # Torch selects the kept activations itself.
+    return replace(way, activations="keep", kept_blocks=1, compile=True, cuda_graphs=False)
 
 
 def _open_products(engine: Engine, *, is_compiled: bool = False) -> Sequence[ProductFormat]:
@@ -151,30 +203,11 @@ def described(engine: Engine, batches: Sequence[Batch]) -> str:
 
 
 def _times(engine: Engine, way: Way, batches: Sequence[Batch], clock: Callable[[], float]) -> Times:
-    """Seconds of a step (`step`) and of compiling once (`compiling`); nothing if the way fails here."""
-    before, engine.way = engine.way, way
+    """As `step_times`; nothing if the way fails here."""
     try:
-        with contextlib.ExitStack() as stack:
-            if way.products != before.products:
-                stack.enter_context(products_enabled(engine.model.module, way.products, before.device))
-            stack.enter_context(engine.attached())
-            first = _seconds(engine, batches, 1, clock)
-            _seconds(engine, batches, _WARM_UP, clock)
-            step = _seconds(engine, batches, _TIMED, clock) / _TIMED
-        return {"step": step, "compiling": max(first - step, 0.0)} if way.compile else {"step": step}
+        return step_times(engine, way, batches, clock)
     except Exception as error:  # of a compiler, of any kind
         if has_lost_device(error) or not (way.compile or is_out_of_memory(error)):
             raise
-    finally:
-        engine.way = before
     free_device_memory()  # outside of `except`, where the error's frames no longer hold activations
     return {}
-
-
-def _seconds(engine: Engine, batches: Sequence[Batch], count: int, clock: Callable[[], float]) -> float:
-    began = clock()
-    for _ in range(count):
-        engine.gradient(batches)
-    if engine.way.device.type == "cuda":
-        torch.cuda.synchronize(engine.way.device)
-    return clock() - began

@@ -113,7 +113,7 @@ class CudaGraphs:
             # Torch's allocator stays in the middle of a capture that CUDA refused, and frees nothing any more.
             raise TrainingError(
                 f"cuda_graphs needs a step that CUDA can capture, but this one fails ({first_line(error)}); leave it "
-                "out and run the same command again, which continues this run"
+                "out, turn autotune off, and run the same command again, which continues this run"
             ) from error
         return _Captured(graph, inputs, losses, reads)
 

@@ -188,7 +188,15 @@ class Loop:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.engine.frozen())
             self._begin()
-            if choose_way(self.engine, self._samples, self.emit, step=self.step, steps=self._until - self.step):
+            if choose_way(
+                self.engine,
+                self._samples,
+                self.emit,
+                step=self.step,
+                steps=self._until - self.step,
+                thaw=stack.close,
+                cancelled=self._cancelled,
+            ):
                 stack.close()
                 stack.enter_context(self.engine.frozen())
             yield

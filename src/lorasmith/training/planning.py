@@ -6,14 +6,15 @@ it, and with `autotune` whole steps are timed afterwards (`autotune`). A run tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lorasmith.adapters.weight_stream import share_within, streams_of
 from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.placement import free_device_memory
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.training.attention import calls_in, fastest_kernel
-from lorasmith.training.autotune import tuned
+from lorasmith.training.autotune import Apart, tuned
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import AttentionPlanned, Autotuned, EventHandler, Planned, Warned
 from lorasmith.training.memory.memory_plan import (
@@ -24,6 +25,7 @@ from lorasmith.training.memory.memory_plan import (
     measured_plans,
     plan_for,
 )
+from lorasmith.training.trial import timed_apart
 
 
 def choose_way(
@@ -33,10 +35,13 @@ def choose_way(
     *,
     step: int,
     steps: int,
+    thaw: Callable[[], object],
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Complete the way of an engine whose model is frozen, with nothing attached, for `steps` steps from `step`.
 
-    Returns whether the model must be frozen again for it. Without steps nothing is tuned.
+    Returns whether the model must be frozen again for it; `thaw` makes it as it was, for processes that time a way.
+    Without steps nothing is tuned.
     """
     before, plans = engine.way, list[MemoryPlan]()
     is_tuned = before.autotune and steps > 0
@@ -54,12 +59,20 @@ def choose_way(
     if not is_tuned:
         return False
     maker = batch_maker(engine.model, samples, engine.config, engine.way, engine.rank_masks)
-    found = tuned(engine, maker.step(engine.steps_before + step), plans, steps, emit)
+    batches, is_thawed = maker.step(engine.steps_before + step), False
+
+    def apart() -> Apart:
+        nonlocal is_thawed
+        is_thawed = True
+        thaw()
+        free_device_memory()
+        return lambda way, limit_s: timed_apart(engine, way, batches, limit_s, cancelled=cancelled)
+
+    found = tuned(engine, batches, plans, steps, emit, apart=apart)
     engine.way = replace(found.way, autotune=False)
-    if found.by_default and len(found.seconds) < 2:
-        return False
-    emit(Autotuned(seconds={str(way): seconds for way, seconds in found.seconds.items()}, message=str(found)))
-    return (found.way.products, found.way.compile) != (before.products, before.compile)
+    if not found.by_default or len(found.seconds) + len(found.failed) > 1:
+        emit(Autotuned(seconds={str(way): seconds for way, seconds in found.seconds.items()}, message=str(found)))
+    return is_thawed or found.way.products != before.products
 
 
 def _measure(engine: Engine, samples: Sequence[Sample], emit: EventHandler) -> None:

@@ -114,7 +114,8 @@ class Way:
         if self.checkpoint_depth:
             kept = f"{recomputed_blocks(self.kept_blocks)} recomputed at depth {self.checkpoint_depth}"
         products = "" if self.products == "training_dtype" else f"products in {self.products}"
-        return ", ".join(filter(None, (kept, products, "compiled" if self.compile else "")))
+        how = "compiled" if self.compile else "CUDA graphs" if self.cuda_graphs else ""
+        return ", ".join(filter(None, (kept, products, how)))
 
     def to_state(self, config: ResolvedConfig) -> dict[str, Any]:
         """What a run state keeps, as JSON values; `WayState` reads it."""
@@ -124,7 +125,7 @@ class Way:
             "checkpoint_depth": self.checkpoint_depth,
             "attention": self.attention,
             "compile_failed": self.compile_failed,
-            "tuned": {name: getattr(self, name) for name in ("activations", "products", "compile")}
+            "tuned": {name: getattr(self, name) for name in ("activations", "products", "compile", "cuda_graphs")}
             if is_tuned
             else None,
         }
@@ -138,6 +139,7 @@ class Way:
             changes["attention"] = state.attention
         if self.autotune and (tuned := state.tuned) is not None:
             changes |= {"autotune": False, "products": tuned.products, "compile": tuned.compile}
+            changes["cuda_graphs"] = tuned.cuda_graphs
             if tuned.compile:
                 changes["activations"] = tuned.activations
         found = replace(self, **changes)
@@ -151,6 +153,7 @@ class TunedState:
     activations: ActivationPlan
     products: ProductFormat
     compile: bool
+    cuda_graphs: bool = False  # which earlier versions did not try
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,8 @@ class MemorySettings(Section, group="Memory", of_model=True, costs=True):
         trains_alone=True,
         help="Time steps in several ways before the first one, take the fastest, and keep the times for later runs: "
         "activations where auto finds several plans that fit, products in the format of quantized weights, and, in "
-        "runs of more than ten minutes, compiled blocks. Changes the numbers as these settings do. Default: on for "
+        "runs of more than ten minutes, CUDA graphs and compiled blocks, each in a process of its own. Changes the "
+        "numbers as these settings do. Default: on for "
         "runs of more than ten minutes on one GPU, without products, in at most a twentieth of that time.",
     )
     bucket_mode: bool = option(
