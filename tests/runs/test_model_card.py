@@ -17,6 +17,7 @@ from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.metadata import sha256_file
 from lorasmith.runs.model_card import Card, write_card
 from lorasmith.runs.run import Host, run
+from lorasmith.runs.run_log import read_run
 from tests.runs.folder_cases import planned
 
 BLOCK = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -86,7 +87,7 @@ def test_a_peft_folder_is_converted_and_its_configuration_names_the_base(base: s
     module = "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = {f"{module}.lora_A.weight": torch.ones(4, 2048), f"{module}.lora_B.weight": torch.full((640, 4), 0.1)}
     write_safetensors(folder / "adapter_model.safetensors", tensors, {})
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "base_model_name_or_path": base}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     card = write_card(folder, trigger="sks dog")
     data, text = front(card)
@@ -94,6 +95,8 @@ def test_a_peft_folder_is_converted_and_its_configuration_names_the_base(base: s
         f"unet.{module.removeprefix('base_model.model.')}.lora_{side}.weight" for side in "AB"
     }
     assert data["instance_prompt"] == "sks dog" and "`sks dog`" in text
+    assert "- Algorithm: LoRA\n- Rank: 4\n- Alpha: 8\n" in text, "as it was trained, not as it was converted"
+    assert "into models/Lora. The prompt" in text, "there is no picture beside it"
     if base.startswith("/"):
         assert "base_model" not in data and "license" not in data and "jane" not in text
         assert "--base-model names it" in card.missing[0] and "--license" in card.missing[1]
@@ -139,7 +142,7 @@ def test_given_pictures_lose_what_their_files_say_but_prompt_and_seed(tmp_path: 
     data, text = front(card)
     assert data["widget"] == [{"text": "a `dog` | <b>", "parameters": {"seed": 42}, "output": {"url": "images/1.webp"}}]
     assert data["base_model"] == "someone/tuned" and "license" not in data
-    assert "`` a `dog` | <b> ``, seed 42" in text
+    assert "`` a `dog` | <b> ``, seed 42" in text and "with its .png" in text
     for file in (card.folder / "images" / "1.webp", card.folder / "dog.png"):
         assert b"jane" not in file.read_bytes()
 
@@ -183,7 +186,8 @@ def test_the_card_of_a_run_has_its_previews_and_nothing_of_its_photos(previewed:
     assert sorted(path.relative_to(card.folder).as_posix() for path in card.folder.rglob("*") if path.is_file()) == [
         "README.md", "cat.civitai.info", "cat.json", "cat.png", "cat.safetensors", "images/1.webp"
     ]  # fmt: skip
-    assert "lorasmith.run" in card.told
+    assert f"source.folder: {read_run(previewed).record.source['folder']}" in card.told["lorasmith.run"].split("; ")
+    assert card.told["lorasmith.config"] == "previews: sks at sea"
     shown = write_card(previewed, tmp_path / "shown", with_training_pictures=True)
     assert len(list((shown.folder / "training").iterdir())) == 4
     with pytest.raises(OptionError, match=r"has no LoRA of step 7; choose one of "):

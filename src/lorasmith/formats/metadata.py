@@ -23,7 +23,7 @@ import collections
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -146,9 +146,37 @@ def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def private_entries(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The entries that `without_private` leaves out or shortens, but the picture."""
+    """The entries that `without_private` leaves out or shortens, but the picture and empty ones.
+
+    Of the settings of a run the paths and texts alone.
+    """
     kept = without_private(metadata)
-    return {key: value for key, value in metadata.items() if kept.get(key) != value and key != THUMBNAIL}
+    told = {key: value for key, value in metadata.items() if kept.get(key) != value and key != THUMBNAIL}
+    return {
+        key: _texts_in(value) if key in ("lorasmith.config", RUN_ENTRY) else value
+        for key, value in told.items()
+        if value not in ("", "{}", "[]", "None", "null")
+    }
+
+
+def _texts_in(value: str) -> str:
+    try:
+        found = parse_foreign_json(value)
+    except ValueError:
+        return value
+    return "; ".join(_named_texts(found, "")) or value
+
+
+def _named_texts(value: object, name: str) -> Iterator[str]:
+    """`name: text` of each text of several words or with a slash."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _named_texts(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named_texts(inner, name)
+    elif isinstance(value, str) and re.search(r"[\s/\\]", value):
+        yield f"{name}: {value}" if name else value
 
 
 THUMBNAIL = "modelspec.thumbnail"

@@ -76,6 +76,7 @@ def card_source(
     step: int | None = None,
     base_model: str = "",
     trigger: str = "",
+    model: str | None = None,
     pictures: Sequence[Path] = (),
     with_training_pictures: bool = False,
 ) -> CardSource:
@@ -97,7 +98,7 @@ def card_source(
         path,
         path.name if path.is_dir() else path.stem,
         summary,
-        _base_of((base_model, *_named_in(path, summary.metadata)), summary.metadata),
+        _base_of((base_model, *_named_in(path, summary.metadata), model or ""), summary.metadata),
         _family("", summary.family),
         _trigger(trigger, summary.metadata),
         added,

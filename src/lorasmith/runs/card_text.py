@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.families.locating import BUILT_IN
@@ -115,6 +116,7 @@ def _body(
         family=family.name if family else "",
         pipeline=source.pipeline,
         controls=source.controls,
+        has_picture=bool(pictures),
     )
     parts = [f"# {_plain(source.title)}"]
     if pictures:
@@ -140,7 +142,7 @@ def _body(
         if program == "diffusers" and (loads is False or where == BUILT_IN):
             continue
         parts += [f"**{program}**: {_plain(how)}", _block(text, "python" if program == "diffusers" else "")]
-    facts = _training_facts(written)
+    facts = _training_facts(source.summary)  # a converted file has other scales
     if facts:
         parts += ["## Training", "\n".join(f"- {name}: {_plain(value)}" for name, value in facts.items())]
     if training:
@@ -179,19 +181,21 @@ _RECORDED = {
 """What headers say of a training that matters to who repeats it, the surest entry first."""
 
 
-def _training_facts(written: LoraSummary) -> dict[str, str]:
+def _training_facts(summary: LoraSummary) -> dict[str, str]:
     def listed(values: Mapping[Any, int]) -> str:
         return ", ".join(
             f"{value:g}" if isinstance(value, float) else str(value) for value in values if value is not None
         )
 
-    facts = {"Algorithm": listed(written.algorithms), "Rank": listed(written.ranks), "Alpha": listed(written.alphas)}
-    facts["Steps"] = f"{written.steps:,}" if written.steps else ""
+    titles = {title.casefold(): title for title in ADAPTERS}
+    algorithms = ", ".join(titles.get(name, name) for name in summary.algorithms)
+    facts = {"Algorithm": algorithms, "Rank": listed(summary.ranks), "Alpha": listed(summary.alphas)}
+    facts["Steps"] = f"{summary.steps:,}" if summary.steps else ""
     for name, keys in _RECORDED.items():
-        values = (written.metadata.get(key, "") for key in keys)
+        values = (summary.metadata.get(key, "") for key in keys)
         facts[name] = next((value for value in values if value and value != "None"), "")
     facts["Resolution"] = " x ".join(re.findall(r"\d+", facts["Resolution"]))  # kohya's is a tuple
-    facts["Trainer"] = "Lorasmith" if _OURS in written.metadata else _software(written.metadata)
+    facts["Trainer"] = "Lorasmith" if _OURS in summary.metadata else _software(summary.metadata)
     return {name: value for name, value in facts.items() if value}
 
 

@@ -86,7 +86,7 @@ def write_card(
         base_model: id on the hub, where neither record nor file says it.
         trigger: likewise.
         licence: the hub's name for the licence, likewise.
-        model: model whose names tell whether diffusers loads the file; the released one of its family if None.
+        model: base model whose names tell whether diffusers loads the file; the released one of its family if None.
         pictures: further pictures; their prompts and seeds are read from the files, in A1111's form.
         private_captions: leave folders, captions, prompts and the unknown out of the file's metadata, and captions off
             the card.
@@ -101,6 +101,7 @@ def write_card(
         step=step,
         base_model=base_model,
         trigger=trigger,
+        model=model,
         pictures=[Path(picture) for picture in pictures],
         with_training_pictures=with_training_pictures,
     )

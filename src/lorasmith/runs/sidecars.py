@@ -155,11 +155,14 @@ def use_of(
     family: str,
     pipeline: str = "",
     controls: int = 0,
+    has_picture: bool = True,
 ) -> LoraUse:
     """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id, `pipeline` the
-    class of diffusers for it (the family's if empty), `controls` the number of pictures that it edits.
+    class of diffusers for it (the family's if empty), `controls` the number of pictures that it edits, `has_picture`
+    whether a picture for model browsers lies beside it.
     """
     stem = lora.stem
+    beside = ", with its .png for the picture in the browser" if has_picture else ""
     edited = " Give the encoded picture to edit to Set Reference Latent, behind the prompt." if controls else ""
     return LoraUse(
         {
@@ -175,7 +178,7 @@ def use_of(
                 prompt,
             ),
             "A1111, Forge": (
-                "Copy the file into models/Lora, with its .png for the picture in the browser. The prompt:",
+                f"Copy the file into models/Lora{beside}. The prompt:",
                 f"<lora:{stem}:1> {prompt}",
             ),
             **(
