@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -29,6 +30,13 @@ def test_the_readme_in_chinese_has_the_same_commands() -> None:
     for kind in (r"^    .+$", r"```python\n.*?```", r"^\| (`[^|]+`) \|", r"^!?\[.*\]\((docs/images/[^)]+)\)"):
         english = re.findall(kind, README, flags=re.MULTILINE if kind[0] == "^" else re.DOTALL)
         assert english and re.findall(kind, chinese, flags=re.MULTILINE if kind[0] == "^" else re.DOTALL) == english
+
+
+def test_the_first_tutorial_names_buttons_and_questions_of_the_page() -> None:
+    tutorial = (ROOT / "docs" / "tutorials" / "first-lora.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", tutorial)
+    texts = json.loads((ROOT / "src/lorasmith/server/pages/lang/zh.json").read_text(encoding="utf-8"))
+    assert "Start training" in named and {one for one in named if one[0].isupper()} <= texts.keys()
 
 
 def names(commands: typer.Typer) -> set[str]:
