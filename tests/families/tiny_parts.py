@@ -69,6 +69,10 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
     return pipeline(**arguments, guidance_scale=guidance).images[0]
 
 
+_asked: list[TinyFamily] = []
+"""Whose parts are kept."""
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """A family, small: sizes of its denoiser and its encoders, everything else from the family's own tables.
@@ -136,7 +140,14 @@ class TinyFamily:
         return randomized(kind(**{**self.sizes, **changes}))
 
     def parts(self) -> dict[str, Any]:
-        """diffusers' parts by their names in its pipeline (`transformer`, `vae`, `text_encoder`, ...), made once."""
+        """diffusers' parts by their names in its pipeline (`transformer`, `vae`, `text_encoder`, ...).
+
+        Those of the two families that were asked for last are kept: all of them take half a gigabyte.
+        """
+        asked = [*(one for one in _asked if one is not self), self]
+        for one in asked[:-2]:
+            one.forget()
+        _asked[:] = asked[-2:]
         return self._parts
 
     def forget(self) -> None:

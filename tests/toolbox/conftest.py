@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,7 +15,26 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors
+from lorasmith.toolbox import model_files
+from lorasmith.toolbox.model_files import ModelReader
 from tests.families.original_models import SD2
+
+READ = model_files._single_file
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(path: Path, _changed_ns: int) -> ModelReader:
+    return READ(path)
+
+
+@pytest.fixture(autouse=True)
+def models_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands where in a model's file is found once for each file: it takes longer than most tests."""
+
+    def single_file(path: Path) -> ModelReader:
+        return _read_once(path, path.stat().st_mtime_ns) if path.is_file() else READ(path)
+
+    monkeypatch.setattr(model_files, "_single_file", single_file)
 
 
 @pytest.fixture(scope="session")
