@@ -44,24 +44,33 @@ class Traffic:
 
 
 def compiled(
-    module: Any, fixed: Mapping[str, int | str], types: Mapping[str, str], uneven: Collection[str], capability: int
+    module: Any,
+    fixed: Mapping[str, int | str],
+    types: Mapping[str, str],
+    uneven: Collection[str],
+    capability: int,
+    *,
+    kernel: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The `kernel` of a module for a GPU, with values of its constants and types of its other arguments, else i32.
+    """The `kernel` of a module, or another one, for a GPU, with values of its constants and types of its other
+    arguments, else i32.
 
     Arguments that are not `uneven` are multiples of 16.
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    names = module.kernel.arg_names
+    kernel = kernel or module.kernel
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
     even = [name for name in names if name not in (*uneven, *fixed)]
     source = triton.compiler.ASTSource(
-        module.kernel,
+        kernel,
         signature,
         {(names.index(name),): value for name, value in fixed.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in even},
     )
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(module.LAUNCH))
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options or module.LAUNCH))
     assert len(found.asm["cubin"]) > 0
     return found

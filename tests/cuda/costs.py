@@ -96,7 +96,7 @@ def _distinct(tree: Any) -> list[Tensor]:
     return list(found.values())
 
 
-_WRITE_ALONE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "unpacked"}
+_WRITE_ALONE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "unpacked", "between_products"}
 """Operations in place that do not read what is there."""
 
 

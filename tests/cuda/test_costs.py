@@ -10,11 +10,11 @@ from tests.cuda.costs import Cost
 from tests.cuda.fake_device import FakeDevice
 
 BUDGETS: dict[str, tuple[int, float, float, dict[str, Any]]] = {
-    "bf16": (330, 12.4, 14.6, {}),
-    "fp8": (372, 14.9, 15.6, {"quantization": "fp8_e4m3"}),
-    "nf4": (372, 14.6, 15.4, {"quantization": "nf4"}),
-    "fp8 products": (380, 13.0, 13.1, {"quantization": "fp8_e4m3", "changes": {"products": "fp8"}}),
-    "int8 products": (380, 13.0, 13.1, {"quantization": "int8", "changes": {"products": "int8"}}),
+    "bf16": (294, 11.3, 14.0, {}),
+    "fp8": (336, 13.7, 14.9, {"quantization": "fp8_e4m3"}),
+    "nf4": (336, 13.4, 14.8, {"quantization": "nf4"}),
+    "fp8 products": (344, 11.8, 12.5, {"quantization": "fp8_e4m3", "changes": {"products": "fp8"}}),
+    "int8 products": (344, 11.8, 12.5, {"quantization": "int8", "changes": {"products": "int8"}}),
 }
 """Most kernels, GB and ms of a gradient, with the settings: a double and a single block of Flux.1, 1024 px."""
 

@@ -35,7 +35,7 @@ from lorasmith.training import cuda_graphs
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import plan_job
-from lorasmith.training.memory import activations, backward_passes
+from lorasmith.training.memory import activations, backward_passes, fused_blocks
 from lorasmith.training.trainable import trainable
 from tests.cuda.costs import Costs, computes
 from tests.cuda.streams import Streams
@@ -470,10 +470,43 @@ def _attention_in_one(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: 
     return y
 
 
+@torch.library.custom_op("lorasmith_tests::between_products", mutates_args={"written"})
+def _between_products(written: list[Tensor], read: list[Tensor]) -> None:
+    """In place of a kernel of `block_kernels`."""
+    raise AssertionError("is called with fake tensors")
+
+
+_between_products.register_fake(lambda written, read: None)
+
+
+def _block_in_one(name: str, *args: Any) -> Any:
+    """The functions of `block_kernels`, one operation each."""
+    first = args[0]
+    like = torch.empty_like
+    if name in ("modulated", "modulated_gradient"):
+        gate = args[5]
+        total = first if gate is None else like(first)
+        results = (total, like(first)) if name == "modulated" else (like(first), None if gate is None else total)
+        written = [one for one in results if one is not None and one is not first]
+    elif name == "turned_norm":
+        results, written = None, [args[4]]
+    elif name == "gated":
+        results = first.new_empty((*first.shape[:-1], first.shape[-1] // 2))
+    elif name == "joined":
+        results = first.new_empty((*first.shape[:-1], first.shape[-1] + args[1].shape[-1]))
+    else:
+        results = like(args[1]) if name.endswith("_gradient") else like(first)
+    if isinstance(results, Tensor):
+        written = [results]
+    read = [one for one in args if isinstance(one, Tensor) and not any(one is other for other in written)]
+    _between_products(written, read)
+    return results
+
+
 @contextlib.contextmanager
 def kernels_alone() -> Iterator[None]:
-    """Inside the context, attention, products in int8, transposing and rounding are one operation each, as their
-    kernels are."""
+    """Inside the context, attention, products in int8, transposing, rounding and what is between products are one
+    operation each, as their kernels are."""
     by_kernel = partial(Kernel, "")
     with (
         mock.patch.object(quantized_products, "int8_product_on", lambda *_: by_kernel(_int8_in_one)),
@@ -483,6 +516,7 @@ def kernels_alone() -> Iterator[None]:
             "rounding_on",
             lambda *_: by_kernel(lambda rows, kind, largest, factors: _rounded(rows, kind, factors)),
         ),
+        mock.patch.object(fused_blocks, "kernels_on", lambda *_: by_kernel(_block_in_one)),
         mock.patch.object(F, "scaled_dot_product_attention", _attention_in_one),
     ):
         yield
@@ -531,6 +565,7 @@ def traced(
         mock.patch.object(quantized_products, "rounding_on", lambda *_: by_torch(quantized_products.rounded_by_torch)),
         mock.patch.object(quantization, "unpacking_on", lambda *_: by_torch(unpacked_in_place)),
         mock.patch.object(backward_passes, "rotation_on", lambda *_: by_torch(_turned)),
+        mock.patch.object(fused_blocks, "kernels_on", lambda *_: Kernel("", print, "it is not there")),
         # The tiny models' weights and activations are below the sizes from which anything is done about them.
         mock.patch.object(pinned_memory, "_LEAST_BYTES", 0),
         mock.patch.object(activations, "_SMALL", 256),

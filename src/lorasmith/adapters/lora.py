@@ -346,7 +346,9 @@ class _LinearWithLora(torch.autograd.Function):
         inners, downs = saved[:runs], saved[runs : 2 * runs]
         ups, masks = saved[2 * runs : 2 * runs + count], saved[2 * runs + count :]
         grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
-        grad_x = _through_frozen(ctx.layers, grads, x) if ctx.needs_input_grad[0] else None
+        # As in the forward pass, the narrow product is written first where frozen ones add to it.
+        narrow_first = ctx.needs_input_grad[0] and _adds_all_to_narrow(ctx.layers, ctx.places, x)
+        grad_x = None if narrow_first or not ctx.needs_input_grad[0] else _through_frozen(ctx.layers, grads, x)
         found: list[Tensor | None] = []
         first = 0
         for (samples, terms), inner, down in zip(ctx.places, inners, downs, strict=True):
@@ -371,7 +373,9 @@ class _LinearWithLora(torch.autograd.Function):
                 grad_parts.append(grad_part)
                 grad_ups.append(_scaled(_outer(rows, _rows(part)), factor) if needed[3 * index + 1] else None)
             joined = _joined(grad_parts, 1) if joined is None else joined
-            if grad_x is not None:
+            if narrow_first:
+                grad_x = _through_frozen(ctx.layers, grads, x, joined @ down)
+            elif grad_x is not None:
                 _rows(_at(grad_x, samples)).addmm_(joined, down)
             grad_downs: Sequence[Tensor | None] = [None] * len(terms)
             if any(needed[::3]):
@@ -382,9 +386,11 @@ class _LinearWithLora(torch.autograd.Function):
         return grad_x, None, None, None, *found
 
 
-def _through_frozen(layers: Sequence[FrozenLayer], grads: Sequence[Tensor | None], x: Tensor) -> Tensor | None:
-    """The gradient to x through the frozen weights, summed in place; None if no result is used."""
-    total: Tensor | None = None
+def _through_frozen(
+    layers: Sequence[FrozenLayer], grads: Sequence[Tensor | None], x: Tensor, total: Tensor | None = None
+) -> Tensor | None:
+    """`total` (rows, in), if given, and the gradient to x through the frozen weights, summed in place; None if no
+    result is used."""
     for layer, grad in zip(layers, grads, strict=True):
         if grad is not None:
             rows = _rows(grad)
@@ -395,6 +401,12 @@ def _through_frozen(layers: Sequence[FrozenLayer], grads: Sequence[Tensor | None
 def _adds_to_narrow(x: Tensor) -> bool:
     """Whether frozen products add to the first narrow one, which sums both in fp32."""
     return x.device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+def _adds_all_to_narrow(layers: Sequence[FrozenLayer], places: _Places, x: Tensor) -> bool:
+    """Whether the frozen gradient of all layers adds to the narrow one of all samples."""
+    is_one = len(places) == 1 and places[0][0] is None
+    return is_one and _adds_to_narrow(x) and all(layer.adds_products for layer in layers)
 
 
 def _first_terms(places: _Places, layers: Sequence[FrozenLayer]) -> dict[int, int]:

@@ -38,6 +38,7 @@ from lorasmith.core.kept_values import Kept, KeptValues, changes_allowed, change
 from lorasmith.core.placement import side_stream
 from lorasmith.core.recomputation import Recomputing, constant_kept, recomputed
 from lorasmith.training.memory.backward_passes import norm_forward, rotations_replaced
+from lorasmith.training.memory.fused_blocks import blocks_fused
 
 _SMALL = 1 << 16
 """Size in bytes below which a tensor is kept."""
@@ -57,7 +58,9 @@ _CHEAP = _FUNCTIONS | _ARITHMETIC | _VIEWS | _CASTS | _PARTS
 def activations_reduced(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
     """Inside the context, layers of `module` save no more than `kind` needs, with adapters attached or not."""
     norms = [layer for layer in module.modules() if type(layer) is nn.RMSNorm]
-    with rotations_replaced(), contextlib.ExitStack() as undo:
+    # Recipes are of single operations.
+    fused = blocks_fused(module) if kind in ("keep", "host") else contextlib.nullcontext()
+    with rotations_replaced(), fused, contextlib.ExitStack() as undo:
         for layer in (*packable_layers(module), *norms):
             own = layer.__dict__.get("forward")
             forward: Callable[[Tensor], Tensor] | None = None

@@ -120,7 +120,7 @@ def _rotated(theirs: _Replaced, x: Tensor, table: Any, args: Any, kwargs: Any) -
         # tables for each sample instead.
         is_pair = kwargs == {"sequence_dim": 1} and isinstance(table[0], Tensor)
         if is_pair and table[0].dtype == torch.float32:
-            return rotary_embedding(x, _turns_of(table, x.device), rounds_twice=True)
+            return rotary_embedding(x, turns_of(table, x.device), rounds_twice=True)
         if kwargs == {"use_real": False} and (turns := _complex_turns(table, x.device)) is not None:
             return rotary_embedding(x, turns, rounds_twice=False)
     assert theirs.original is not None
@@ -202,7 +202,7 @@ _TURNS, _BACK = "_lorasmith_turns", "_lorasmith_back"
 """Attributes of tables: what was made of them, for all layers of a pass."""
 
 
-def _turns_of(tables: Sequence[Tensor], device: torch.device) -> Tensor:
+def turns_of(tables: Sequence[Tensor], device: torch.device) -> Tensor:
     """cos + i sin of each pair of neighbours, from tables (tokens, features) of both."""
     return _cached_on(tables[0], _TURNS, lambda: torch.complex(*(table.to(device)[:, ::2] for table in tables)))
 

@@ -39,6 +39,7 @@ from lorasmith.data.dataset import Sample
 from lorasmith.families.forms import Routing
 from lorasmith.training.memory.activations import without_recomputing
 from lorasmith.training.memory.backward_passes import rotation_on
+from lorasmith.training.memory.fused_blocks import kernels_on
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
@@ -85,7 +86,7 @@ def triton_kernels(device: torch.device) -> tuple[Kernel, ...]:
     """The project's kernels for a GPU, each tried on it; none for other devices."""
     if device.type != "cuda":
         return ()
-    found = [rotation_on(device), *(unpacking_on(device, kind) for kind in KERNEL_KINDS)]
+    found = [rotation_on(device), kernels_on(device), *(unpacking_on(device, kind) for kind in KERNEL_KINDS)]
     if has_products("int8", device):
         found += [int8_product_on(device), rounding_on(device, torch.int8), transposing_on(device)]
     if has_products("fp8", device):
