@@ -168,6 +168,20 @@ MUTATIONS = (
         ', "route", draw',
         ', "route", 0',
     ),
+    Mutation(
+        "losses.float().sum() * (engine.loss_scale / sum(len(batch.names) for batch in self.batches))",
+        " / sum(",
+        " * sum(",
+    ),
+    Mutation("self._early = max(1, config.steps // 4)", "// 4", "// 2"),
+    Mutation("yield self.weight * (passes.trained(_TEXT) - kept).square().flatten(1).mean(1)", "self.weight * ", ""),
+    Mutation("for strength, side in ((1.0, passes), (-1.0, passes.opposite)):", "-1.0", "1.0"),
+    Mutation("if len(self._known) < _MOST:", "<", "<="),
+    Mutation(
+        "self.quantiles = low + (high - low) * (torch.arange(draws) + offsets[:, None]) / draws",
+        "offsets[:, None]",
+        "offsets[0]",
+    ),
     # bench
     Mutation("self.held = max(self.held, self.live)", "self.live)", "self.peak)"),
     # report

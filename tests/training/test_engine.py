@@ -63,12 +63,12 @@ def test_the_same_seed_gives_the_same_tensors(run: Run, mixed: EncodedDataset, d
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_added_as_on_a_gpu_are_the_same(
-    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, dtype: str
+    quick_run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     settings = {"steps": 2, "grad_accumulation_steps": 2, "targets": "all", "training_dtype": dtype}
-    by_autograd = run(dataset, **settings)
+    by_autograd = quick_run(dataset, **settings)
     monkeypatch.setattr(flat, "_ADDED_BY_AUTOGRAD", ())
-    assert_same(tensors(run(dataset, **settings)), tensors(by_autograd))
+    assert_same(tensors(quick_run(dataset, **settings)), tensors(by_autograd))
 
 
 def test_a_batch_costs_one_forward_of_its_size(
@@ -86,7 +86,9 @@ def test_a_batch_costs_one_forward_of_its_size(
     assert seen == [(4, 4)] * 3
 
 
-def test_each_sample_meets_its_own_caption(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sample_meets_its_own_caption(
+    quick_run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captions = {sample.name: sample.conditioning.tensors["context"] for sample in dataset.samples}
     original = engine.sample_losses
     checked = 0
@@ -99,30 +101,32 @@ def test_each_sample_meets_its_own_caption(run: Run, dataset: EncodedDataset, mo
         return original(denoiser, batch, config, way, *target)
 
     monkeypatch.setattr(engine, "sample_losses", checking)
-    run(dataset, steps=2, batch_size=5)
+    quick_run(dataset, steps=2, batch_size=5)
     assert checked == 10
 
 
-def test_ctrl_c_at_step_k_leaves_the_lora_of_k_steps(run: Run, dataset: EncodedDataset) -> None:
+def test_ctrl_c_at_step_k_leaves_the_lora_of_k_steps(quick_run: Run, dataset: EncodedDataset) -> None:
     seen: list[int] = []
 
     def on_event(event: object) -> None:
         if isinstance(event, StepDone):
             seen.append(event.step)
 
-    stopped = run(dataset, steps=50, on_event=on_event, cancelled=lambda: len(seen) >= 3)
+    stopped = quick_run(dataset, steps=50, on_event=on_event, cancelled=lambda: len(seen) >= 3)
     assert stopped.reason == "cancelled"
     assert stopped.steps == 3
-    assert_same(tensors(stopped), tensors(run(dataset, steps=3)))
+    assert_same(tensors(stopped), tensors(quick_run(dataset, steps=3)))
 
 
-def test_an_interruption_keeps_what_there_is_and_says_where(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+def test_an_interruption_keeps_what_there_is_and_says_where(
+    quick_run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
     def on_event(event: object) -> None:
         if isinstance(event, StepDone) and event.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        run(dataset, output=tmp_path / "run", on_event=on_event)
+        quick_run(dataset, output=tmp_path / "run", on_event=on_event)
     kept = tmp_path / "run" / "lora.safetensors"
     assert str(kept) in caught.value.__notes__[0]
     assert kept.is_file() and not (tmp_path / "run" / "loss.png").exists()

@@ -26,6 +26,7 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.events import Outcome, Shrunk, StepDone, Validated
 from lorasmith.training.step_results import Mailbox
 from lorasmith.training.train import Plan
+from lorasmith.training.trainable import Trainable
 from tests.hosts import NoFiles
 from tests.training.processes_together import processes_together
 from tests.training.together_cases import CASES, SETTINGS, Case, Materials, assert_alike, planned, weights
@@ -42,11 +43,16 @@ World = Mapping[str, Sequence[Found]]
 
 
 def trained(
-    model: Model, data: EncodedDataset, place: Place | None = None, host: NoFiles | None = None, **settings: Any
+    model: Model | Trainable,
+    data: EncodedDataset,
+    place: Place | None = None,
+    host: NoFiles | None = None,
+    **settings: Any,
 ) -> Found:
     host = host or NoFiles()
     job = planned(model, settings)
-    result = run(Plan(denoiser=model.denoiser, job=job, data=data, **(place or {})), host)
+    denoiser = model.denoiser if isinstance(model, Model) else None
+    result = run(Plan(denoiser=denoiser, job=job, data=data, **(place or {})), host)
     events = host.events
     steps = [one for one in events if isinstance(one, StepDone)]
     return {
@@ -229,7 +235,9 @@ def test_all_processes_skip_a_step_that_diverged_in_one(
     assert all(torch.equal(second["tensors"][name], tensor) for name, tensor in first["tensors"].items())
 
 
-def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
+def test_a_process_that_is_stopped_stops_all(hand_made: Trainable, dataset: EncodedDataset, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 4, "targets": "*attn*"}
+
     def one(processes: Processes) -> Found:
         class Stopping(NoFiles):
             steps = iter((False, processes.rank == 1))
@@ -237,14 +245,14 @@ def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDatase
             def cancelled(self) -> bool:
                 return next(self.steps, processes.rank == 1)
 
-        return trained(tiny, dataset, {"output": tmp_path / "run"}, Stopping(), steps=4)
+        return trained(hand_made, dataset, {"output": tmp_path / "run"}, Stopping(), **settings)
 
     first, second = processes_together(2, one)
     assert first["reason"] is second["reason"] is Outcome.CANCELLED
     assert len(first["losses"]) == len(second["losses"]) == 2
     assert first["path"] is not None and second["path"] is None
-    alone = trained(tiny, dataset, steps=4)
-    resumed = trained(tiny, dataset, {"output": tmp_path / "run"}, steps=4)
+    alone = trained(hand_made, dataset, **settings)
+    resumed = trained(hand_made, dataset, {"output": tmp_path / "run"}, **settings)
     assert_alike(resumed["losses"], resumed["tensors"], alone["losses"], alone["tensors"])
 
 

@@ -30,14 +30,14 @@ Run = Callable[..., TrainResult]
 
 
 def test_a_continued_run_meets_new_noise_and_the_rest_of_the_epoch(
-    run: Run, dataset: EncodedDataset, tmp_path: Path
+    quick_run: Run, dataset: EncodedDataset, tmp_path: Path
 ) -> None:
     """At a rate that moves nothing, two runs of two steps have the losses of one run of four."""
     still = {"learning_rate": 1e-7, "optimizer": "SGD"}
-    whole = run(dataset, steps=4, **still)
-    first = run(dataset, steps=2, **still)
+    whole = quick_run(dataset, steps=4, **still)
+    first = quick_run(dataset, steps=2, **still)
     file = first.lora.save(tmp_path / "first.safetensors")
-    second = run(dataset, steps=2, existing_lora=str(file), **still)
+    second = quick_run(dataset, steps=2, existing_lora=str(file), **still)
     assert first.losses + second.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
@@ -56,11 +56,11 @@ def test_continuing_counts_on_keeps_rank_and_alpha_and_starts_missing_targets_fr
     assert next(event for event in events if isinstance(event, RunStarted)).steps_before == 3
 
 
-def test_steps_are_read_from_comfyuis_file_names(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    first = run(dataset, steps=1)
+def test_steps_are_read_from_comfyuis_file_names(quick_run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    first = quick_run(dataset, steps=1)
     bare = tmp_path / "ComfyUI_trained_lora_70_steps_00001_.safetensors"
     save_file(load_file(first.lora.save(tmp_path / "a.safetensors")), bare)
-    assert run(dataset, steps=2, existing_lora=str(bare)).steps == 72
+    assert quick_run(dataset, steps=2, existing_lora=str(bare)).steps == 72
 
 
 def test_what_belongs_to_no_layer_of_the_denoiser_is_carried_along(
@@ -108,9 +108,9 @@ def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_pa
 
 
 def test_a_full_disk_while_saving_is_one_sentence(
-    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = run(dataset, steps=1)
+    result = quick_run(dataset, steps=1)
     target = tmp_path / "lora.safetensors"
     target.write_bytes(b"the old file")
 
@@ -196,13 +196,13 @@ def test_a_finished_run_has_the_hashes_of_its_base_model(run: Run, dataset: Enco
 
 
 def test_an_interruption_after_the_last_step_says_where_the_lora_is(
-    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(result: TrainResult, path: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainResult, "plot", interrupt)
     with pytest.raises(KeyboardInterrupt) as interrupted:
-        run(dataset, output=tmp_path / "run", steps=1)
+        quick_run(dataset, output=tmp_path / "run", steps=1)
     assert interrupted.value.__notes__[0] == f"the LoRA of 1 step is at {tmp_path / 'run' / 'lora.safetensors'}"
     assert Lora.load(tmp_path / "run" / "lora.safetensors").steps == 1

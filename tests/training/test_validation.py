@@ -14,11 +14,10 @@ from lorasmith.core.errors import TrainingError
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.losses import diffusion_loss
-from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.trainable import trainable
+from lorasmith.training.trainable import Trainable
 from lorasmith.training.validation import Validator
 
 CPU = torch.device("cpu")
@@ -26,30 +25,30 @@ Make = Callable[..., Validator]
 
 
 @pytest.fixture
-def make(tiny: Model, mixed: EncodedDataset) -> Make:
+def make(hand_made: Trainable, mixed: EncodedDataset) -> Make:
     def validator(samples: tuple[Sample, ...] = mixed.samples, *, draws: int = 2, batch_size: int = 3) -> Validator:
-        return Validator(trainable(tiny), samples, draws=draws, batch_size=batch_size, device=CPU, dtype=torch.float32)
+        return Validator(hand_made, samples, draws=draws, batch_size=batch_size, device=CPU, dtype=torch.float32)
 
     return validator
 
 
-def test_losses_are_those_of_the_model_one_by_one(make: Make, tiny: Model, mixed: EncodedDataset) -> None:
+def test_losses_are_those_of_the_model_one_by_one(make: Make, hand_made: Trainable, mixed: EncodedDataset) -> None:
     validator = make(draws=2)
     losses = validator()
     assert losses.shape == validator.quantiles.shape == (len(mixed), 2)
-    components = tiny.components
+    diffusion = hand_made.diffusion
     for row, sample in enumerate(mixed.samples):
         for draw in range(2):
             clean = sample.latents[None]
             noise = keyed_normal(tuple(clean.shape[1:]), 0, "validation noise", f"{sample.name}/{draw}")[None]
-            level = components.schedule.at(validator.quantiles[row, draw][None])
+            level = diffusion.schedule.at(validator.quantiles[row, draw][None])
             noised = level.noised(clean, noise)
             with torch.no_grad():
-                prediction = tiny.denoiser.predict(noised, level.time, sample.conditioning)
+                prediction = hand_made.predict(noised, level.time, sample.conditioning)
             expected = diffusion_loss(
                 prediction,
                 Batch(clean, noise, noised, level, sample.conditioning, (sample.name,)),
-                parameterization=components.parameterization,
+                parameterization=diffusion.parameterization,
                 objective="native",
                 loss_function="MSE",
             )
@@ -81,11 +80,11 @@ def test_repeats_are_looked_at_once_and_images_of_one_name_meet_different_noise(
     assert not torch.isclose(*twins()).any()
 
 
-def test_what_is_attached_counts_and_no_gradient_is_kept(make: Make, tiny: Model) -> None:
+def test_what_is_attached_counts_and_no_gradient_is_kept(make: Make, hand_made: Trainable) -> None:
     validator = make()
     base = validator()
-    job = plan_job(tiny.denoiser, TrainConfig(rank=4, training_dtype="fp32", targets="attention"), CPU)
-    with adapters_attached(tiny.components.denoiser, [Attached(job.adapters, differences={})]):
+    job = plan_job(hand_made, TrainConfig(rank=4, training_dtype="fp32", targets="*attn*"), CPU)
+    with adapters_attached(hand_made.module, [Attached(job.adapters, differences={})]):
         fresh = validator()
         for adapter in job.adapters.values():
             for name, parameter in adapter.named_parameters():
@@ -102,15 +101,15 @@ def test_a_loss_that_is_not_finite_names_its_image(
     make: Make, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validator = make(mixed.samples[:2], draws=4, batch_size=4)
-    original = Denoiser.predict
+    original = Trainable.predict
     calls = 0
 
-    def broken(self: Denoiser, *args: torch.Tensor) -> torch.Tensor:
+    def broken(self: Trainable, *args: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return original(self, *args) / (calls - 1)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Denoiser, "predict", broken)
+    monkeypatch.setattr(Trainable, "predict", broken)
     with pytest.raises(TrainingError, match=f"NaN or infinity for {mixed.samples[0].name}; try a lower learning rate$"):
         validator()
 
@@ -119,12 +118,12 @@ def test_where_memory_is_too_small_images_are_looked_at_one_by_one(
     make: Make, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = make(mixed.samples[:3], draws=2, batch_size=4)()
-    original = Denoiser.predict
+    original = Trainable.predict
 
-    def scarce(self: Denoiser, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def scarce(self: Trainable, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
         if len(latents) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, latents, *rest)
 
-    monkeypatch.setattr(Denoiser, "predict", scarce)
+    monkeypatch.setattr(Trainable, "predict", scarce)
     torch.testing.assert_close(make(mixed.samples[:3], draws=2, batch_size=4)(), expected)

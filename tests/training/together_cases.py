@@ -28,6 +28,7 @@ from lorasmith.runs.library import train
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import Trainable
 from tests.data.video_cases import animation
 from tests.training.random_samples import of_one_size, of_several_sizes
 
@@ -238,9 +239,10 @@ def _write(folder: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[st
         (folder / f"{number}.txt").write_text(caption)
 
 
-def planned(model: Model, settings: Mapping[str, Any]) -> TrainJob:
+def planned(model: Model | Trainable, settings: Mapping[str, Any]) -> TrainJob:
     """The job of settings."""
-    return plan_job(model.denoiser, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
+    given = model.denoiser if isinstance(model, Model) else model
+    return plan_job(given, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
 
 
 def weights(result: TrainResult) -> dict[str, Tensor]:

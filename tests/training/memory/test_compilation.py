@@ -309,7 +309,7 @@ def test_blocks_of_tokens_know_neither_height_nor_width(dataset: EncodedDataset)
 
 @pytest.fixture
 def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile one block of the built-in model, for there are twenty."""
+    """Compile one block of the model."""
     monkeypatch.setattr(compilation, "units", lambda model: units(model)[-1:])
 
 
@@ -338,14 +338,16 @@ def test_where_torch_cannot_compile_the_run_goes_on(
 
 
 @pytest.mark.usefixtures("one_block")
-def test_errors_of_the_model_are_not_hidden(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_model_are_not_hidden(
+    quick_run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any) -> Tensor:
         raise OptionError("no such thing")
 
     monkeypatch.setattr(engine, "sample_losses", refused)
     heard: list[Event] = []
     with pytest.raises(OptionError, match="no such thing"):
-        run(dataset, compile=True, on_event=heard.append)
+        quick_run(dataset, compile=True, on_event=heard.append)
     assert not [event for event in heard if isinstance(event, Warned) and "compiled" in event.message]
 
 

@@ -114,7 +114,7 @@ def test_plans_are_in_the_order_of_their_time() -> None:
 
 
 def test_where_memory_runs_out_all_blocks_are_recomputed_first(
-    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+    quick_run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = engine.sample_losses
 
@@ -126,23 +126,23 @@ def test_where_memory_runs_out_all_blocks_are_recomputed_first(
     monkeypatch.setattr(engine, "sample_losses", scarce)
     monkeypatch.setattr(planning, "plan_for", lambda *_: MemoryPlan("keep", 1, 1, 2, kept_blocks=2))
     events: list[object] = []
-    result = run(dataset, batch_size=2, steps=1, activations="auto", on_event=events.append)
-    assert_same(tensors(result), tensors(run(dataset, batch_size=2, steps=1)))
+    result = quick_run(dataset, batch_size=2, steps=1, activations="auto", on_event=events.append)
+    assert_same(tensors(result), tensors(quick_run(dataset, batch_size=2, steps=1)))
     assert [event for event in events if isinstance(event, Planned) and "blocks but the last 2 are" in event.message]
     assert [event for event in events if isinstance(event, Warned) and "with all blocks recomputed" in event.message]
     assert not [event for event in events if isinstance(event, Shrunk)]
 
 
 def test_a_probe_that_runs_out_of_memory_is_no_end(
-    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+    quick_run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> MemoryPlan:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(planning, "plan_for", broken)
     events: list[object] = []
-    result = run(dataset, activations="auto", on_event=events.append)
-    assert_same(tensors(result), tensors(run(dataset)), rtol=1e-3)
+    result = quick_run(dataset, activations="auto", on_event=events.append)
+    assert_same(tensors(result), tensors(quick_run(dataset)), rtol=1e-3)
     assert any(isinstance(event, Warned) and "ran out while" in event.message for event in events)
 
 
