@@ -142,7 +142,7 @@ def test_a_card_without_kernels_is_refused_in_a_sentence(
 def test_a_driver_that_torch_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "which", lambda _: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(OptionError, match=r"one that is here \(cpu\), as there is an NVIDIA driver, .* got 'cuda'"):
+    with pytest.raises(OptionError, match=r"here \(cpu\), as there is an NVIDIA driver, .* got 'cuda'; .*--install"):
         chosen_device("cuda")
 
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.core import placement
+from lorasmith.core import kernels, placement
 from lorasmith.core.allocator import has_lost_device, is_of_gpu, is_out_of_memory
-from lorasmith.core.errors import TrainingError
+from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train, train_together
 from lorasmith.training import engine, trainable
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Shrunk, Warned
-from lorasmith.training.job import plan_job
+from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.recovery import CompileFailed, OutOfMemory, Recovery, RunProgress
 
 _DSA = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
 
@@ -178,24 +179,106 @@ def test_a_fault_of_torch_itself_is_no_failure_of_the_gpu(
         run(tiny, dataset, [])
 
 
-def test_a_card_whose_memory_others_have_is_named_with_what_they_have(
-    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where two runs share a card, or 3 GiB of it are free."""
-    taken = 2**30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * taken, 24 * taken))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: taken)
+def is_too_old(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # on it
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (3, 7))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla K80")
+    return refusal(lambda: placement.chosen_device("cuda:0"))
 
+
+def has_an_old_driver(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> str:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    monkeypatch.setattr(placement, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", refused)
+    return refusal(lambda: placement.chosen_device("cuda"))
+
+
+def lacks_a_compiler(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> str:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "_REFUSALS", [])
+    return kernels.kernel_or("doubling", torch.add, lambda: failing, [(torch.ones(1), 1)]).refusal
+
+
+def compiles_nothing(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> str:
+    heard = list[Event]()
+    job = plan_job(tiny.denoiser, TrainConfig(targets="*.0.attn2.to_q", compile=True), torch.device("cpu"))
+    recovery = Recovery(engine_of(job), RunProgress(), heard.append)
+    recovery.recover(CompileFailed(RuntimeError("Failed to find C compiler")))
+    [message] = [event.message for event in heard if isinstance(event, Warned)]
+    return message
+
+
+def three_gib_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**30)
+
+
+def has_too_little_for_weights(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> str:
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError(FULL[0])
 
+    three_gib_are_free(monkeypatch)
     monkeypatch.setattr(trainable, "placed", full)
     job = plan_job(tiny.denoiser, TrainConfig(targets="*.0.attn2.to_q"), torch.device("cpu"))
     way = replace(job.way, device=torch.device("cuda"))
-    sentence = r"the GPU must hold the frozen weights, but is out of memory \(2.00 GiB more .*; other programs have 20"
-    with pytest.raises(TrainingError, match=sentence) as error, job.model.frozen(job.config, way):
-        pass
-    assert "\n" not in str(error.value)
+    return refusal(lambda: job.model.frozen(job.config, way).__enter__())
+
+
+def is_shared_by_two_runs(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> str:
+    three_gib_are_free(monkeypatch)
+    job = plan_job(tiny.denoiser, TrainConfig(targets="*.0.attn2.to_q"), torch.device("cpu"))
+    engine = engine_of(job)
+    engine.way = replace(job.way, device=torch.device("cuda"), checkpoint_depth=1)
+    return refusal(lambda: Recovery(engine, RunProgress(), print).recover(OutOfMemory("2.00 GiB more were needed")))
+
+
+def is_lost(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> str:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later.")
+
+    monkeypatch.setattr(engine, "sample_losses", broken)
+    return refusal(lambda: run(tiny, dataset, []))
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(LorasmithError) as error:
+        call()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("card", "rule", "value", "remedy"),
+    [
+        (is_too_old, "must be a GPU for which torch .* has kernels", "Tesla K80 with 3.7", "install another build"),
+        (has_an_old_driver, "device must be one that is here", "driver, but this torch", "doctor --install prints"),
+        (lacks_a_compiler, "Triton needs a C compiler", "kernel for doubling", "install them .gcc and python3-dev"),
+        (compiles_nothing, "Blocks cannot be compiled here", "Failed to find C compiler", "lorasmith doctor says"),
+        (has_too_little_for_weights, "must hold the frozen weights", "have 20.* of its 24", "; close other programs"),
+        (is_shared_by_two_runs, "must hold one image's", "needed; other programs have 20", "; close other programs"),
+        (is_lost, "the GPU must finish step 1", "unspecified launch failure", "run the same command again"),
+    ],
+)
+def test_what_is_wrong_with_a_card_is_one_sentence(
+    card: Callable[..., str],
+    rule: str,
+    value: str,
+    remedy: str,
+    tiny: Model,
+    dataset: EncodedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the rule, the value and the remedy, as where two runs share a card, or 3 GiB of it are free."""
+    said = card(tiny, dataset, monkeypatch)
+    assert all(re.search(part, said) for part in (rule, value, remedy)), said
+    assert "\n" not in said and not re.search(r"\. [A-Z]", said), said
 
 
 def test_a_driver_that_is_too_old_is_a_note(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,14 +165,22 @@ def test_a_share_of_the_blocks_is_offloaded_before_weights_are_quantized(deep: P
 
 
 @pytest.mark.parametrize(("prints", "expected"), [("Enabled\n", True), ("Disabled\n", False), (None, False)])
-def test_a_card_that_drives_a_display(prints: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_a_card_that_drives_a_display(
+    prints: str | None, expected: bool, is_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-smi counts cards otherwise than torch, which has its own order and may see some alone."""
+
     def run(command: tuple[str, ...], **_: object) -> Any:
-        assert command[:2] == ("nvidia-smi", "--id=1") and "display_active" in command[2]
+        assert command[:2] == ("nvidia-smi", "--id=GPU-12ab" if is_seen else "--id=1")
+        assert "display_active" in command[2]
         if prints is None:
             raise FileNotFoundError(command[0])
         return types.SimpleNamespace(stdout=prints)
 
     monkeypatch.setattr(placement.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_seen)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="12ab"))
     assert placement.drives_display(1) is expected
 
 

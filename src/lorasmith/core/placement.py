@@ -107,8 +107,10 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def drives_display(index: int = 0) -> bool:
-    """Whether nvidia-smi says that a card drives a display; False where it does not run."""
-    command = ("nvidia-smi", f"--id={index}", "--query-gpu=display_active", "--format=csv,noheader")
+    """Whether nvidia-smi says that a card of torch's drives a display; False where it does not run."""
+    # It counts all cards, in the order of their slots; torch counts those that it may use, the fastest first.
+    name = f"GPU-{torch.cuda.get_device_properties(index).uuid}" if torch.cuda.is_available() else str(index)
+    command = ("nvidia-smi", f"--id={name}", "--query-gpu=display_active", "--format=csv,noheader")
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -128,10 +130,10 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
         assert device.type != "meta"  # has no numbers
     except (RuntimeError, AssertionError) as error:  # torch raises the second where it was built without CUDA
         there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-        why = f", as {idle_gpu()}" if idle_gpu() else ""
-        raise OptionError(
-            f"device must be one that is here ({there}){why}, got {str(name)!r}; name one of these"
-        ) from error
+        why, remedy = "", "name one of these"
+        if idle_gpu():
+            why, remedy = f", as {idle_gpu()}", f"{remedy}, or see what lorasmith doctor --install prints"
+        raise OptionError(f"device must be one that is here ({there}){why}, got {str(name)!r}; {remedy}") from error
     if device.type == "cuda":
         _check_kernels(device)
     return device

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import TrainingError
-from lorasmith.core.placement import free_device_memory
+from lorasmith.core.placement import free_device_memory, memory_beside
 from lorasmith.core.printable import first_line
 from lorasmith.core.typed_json import typed
 from lorasmith.training.engine import Engine
@@ -97,7 +97,7 @@ class Recovery:
                 self._emit(
                     Warned(
                         message=f"Blocks cannot be compiled here ({fault}): step {self._progress.step + 1} is repeated "
-                        "and the run continues without compile."
+                        "and the run continues without compile; lorasmith doctor says whether a compiler is missing."
                     )
                 )
             case Diverged():
@@ -110,9 +110,12 @@ class Recovery:
         engine, before, step = self._engine, self._engine.way, self._progress.step + 1
         found = before.smaller(engine.config)
         if found is None:
+            beside, close = "", ""
+            if before.device.type == "cuda":
+                beside, close = f"; {memory_beside(before.device)}", "close other programs, "
             raise TrainingError(
                 f"memory must hold one image's forward and backward pass, but ran out at step {step} with activation "
-                f"checkpointing ({fault}); use smaller pictures or a lower rank, or quantization"
+                f"checkpointing ({fault}{beside}); {close}use smaller pictures or a lower rank, or quantization"
             )
         engine.way, how = found
         free_device_memory()

@@ -172,12 +172,14 @@ def environment(
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
+    # NVIDIA's libraries read this once, and then heed no setting of torch's.
+    never_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
     return {
         "device": torch.cuda.get_device_name(device),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "matrix_products": torch.get_float32_matmul_precision(),
-        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        "matrix_products": "highest" if never_tf32 else torch.get_float32_matmul_precision(),
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32 and not never_tf32,
     }
 
 
