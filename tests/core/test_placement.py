@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -196,3 +199,33 @@ def test_constants_that_no_file_holds_stay_in_fp32() -> None:
     with placed(module, device=CPU, dtype=torch.bfloat16):
         assert torch.equal(module.inv_freq, torch.tensor([0.1]))
         assert (module.positions.dtype, module.mean.dtype) == (torch.int64, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "expected"),
+    [
+        ({}, "", ("highest", True)),
+        ({"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, "", ("high", True)),
+        ({"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "NVIDIA_TF32_OVERRIDE": "0"}, "", ("highest", False)),
+        ({}, "b.cuda.matmul.fp32_precision = 'tf32'", ("high", True)),
+        ({}, "b.cudnn.conv.fp32_precision = 'ieee'", ("highest", False)),
+    ],
+    ids=["torch's own", "NVIDIA's images", "never", "products by new names", "convolutions by new names"],
+)
+def test_how_fp32_is_computed_is_read_wherever_it_was_set(
+    variables: dict[str, str], code: str, expected: tuple[str, bool]
+) -> None:
+    """By torch itself, which reads variables once, and whose earlier names raise after its new ones were used."""
+    if code and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch has one name for it")
+    program = f"""
+import torch, torch.backends as b
+from lorasmith.core.placement import fp32_products, has_tf32_convolutions
+{code}
+assert (fp32_products(), has_tf32_convolutions()) == {expected}, (fp32_products(), has_tf32_convolutions())
+"""
+    others = {name: value for name, value in os.environ.items() if "TF32" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**others, **variables}, capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr

@@ -15,7 +15,7 @@ from lorasmith.core.typed_json import typed
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.way import Way, WayState, dtype_on_device, state_of_earlier
+from lorasmith.training.way import Way, WayState, dtype_on_device, notes_on_device, state_of_earlier
 
 
 def way(tiny: Model, device: str, **settings: Any) -> Way:
@@ -82,6 +82,19 @@ def test_products_that_a_processor_would_emulate_are_in_fp32_unless_exactness_is
     said = [note for note in job.notes if "no units for" in note]
     assert len(said) == (config.training_dtype == "bf16")
     assert all(("emulates" in note) == config.exact_dtype for note in said)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products", "is_said"), [("fp32", "high", 1), ("bf16", "high", 0), ("fp32", "highest", 0)]
+)
+def test_an_fp32_run_whose_products_are_not_is_named(
+    tiny: Model, dtype: Any, products: str, is_said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("lorasmith.training.way.fp32_products", lambda: products)
+    module = tiny.components.denoiser
+    notes = list(notes_on_device(TrainConfig(rank=1, training_dtype=dtype), module, torch.device("cuda")))
+    assert len([note for note in notes if "float32_matmul_precision is high here; unset" in note]) == is_said
 
 
 LADDER = [

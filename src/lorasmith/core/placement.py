@@ -199,6 +199,34 @@ GPUs, and names of such CPUs in oneDNN's ISA limit.
 """
 
 
+def fp32_products() -> str:
+    """How products of fp32 matrices are computed on a GPU, as torch names it: `highest` is fp32, `high` TF32.
+
+    Environments may choose it (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`, as NVIDIA's images do, and `NVIDIA_TF32_OVERRIDE`).
+    """
+    if _never_tf32():
+        return "highest"
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody in this process used the names of torch 2.9, after which the earlier ones raise
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
+def has_tf32_convolutions() -> bool:
+    """Whether convolutions in fp32 are TF32's on a GPU that has it."""
+    if _never_tf32():
+        return False
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[no-any-return,attr-defined]
+
+
+def _never_tf32() -> bool:
+    """NVIDIA's libraries read this once, and then heed no setting of torch's."""
+    return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
+
+
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """`dtype`, or fp32 where the device would emulate products in it."""
     return dtype if multiplies(dtype, device) else torch.float32

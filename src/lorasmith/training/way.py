@@ -15,7 +15,7 @@ from torch import nn
 
 from lorasmith.core import quantized_products
 from lorasmith.core.choices import ActivationPlan, AttentionChoice, ProductFormat
-from lorasmith.core.placement import chosen_dtype, dtype_name, idle_gpu, multiplies
+from lorasmith.core.placement import chosen_dtype, dtype_name, fp32_products, idle_gpu, multiplies
 from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
 
@@ -219,6 +219,11 @@ def notes_on_device(config: TrainConfig, module: nn.Module, device: torch.device
                 f"This device has no units for {name} products, so that they are in fp32, which is faster; weights "
                 "stay as stored. Turn exact_dtype on to emulate them."
             )
+    if device.type == "cuda" and dtype_on_device(config, module, device) == "fp32" and fp32_products() != "highest":
+        yield (
+            "Products of this fp32 run are TF32's (10 bits after the point), as torch's float32_matmul_precision is "
+            f"{fp32_products()} here; unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, or set NVIDIA_TF32_OVERRIDE=0, for fp32."
+        )
     if config.activations == "host" and device.type == "cpu":
         yield "activations host has no effect on the CPU, whose memory is the host's; use lean or selective."
     if config.memory_cap is not None and device.type == "cpu":

@@ -25,6 +25,7 @@ from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.extensions import Extension
 from lorasmith.core.named_code import package_of
 from lorasmith.core.options import options_of
+from lorasmith.core.placement import fp32_products, has_tf32_convolutions
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.core.typed_json import Scalar
@@ -172,14 +173,12 @@ def environment(
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
-    # NVIDIA's libraries read this once, and then heed no setting of torch's.
-    never_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
     return {
         "device": torch.cuda.get_device_name(device),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "matrix_products": "highest" if never_tf32 else torch.get_float32_matmul_precision(),
-        "tf32_convolutions": torch.backends.cudnn.allow_tf32 and not never_tf32,
+        "matrix_products": fp32_products(),
+        "tf32_convolutions": has_tf32_convolutions(),
     }
 
 
