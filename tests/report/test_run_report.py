@@ -196,7 +196,7 @@ def test_validations_in_numbers() -> None:
 def test_images_that_need_a_look_come_first() -> None:
     images = [Looks(f"good-{index}", 30, 1.0, 0.5, 0.9 + index / 100, "learnt") for index in range(30)]
     images += [Looks("dull", 30, 1, 0.1, 0.2, "memorised"), Looks("odd", 30, 2, 2, 3.0, "never fit")]
-    images += [Looks("unseen", 0, NAN, NAN, NAN, "too few looks")]
+    images += [Looks("unseen", 0, NAN, NAN, NAN, "too few draws")]
     advice = Advice(
         (
             ImageAdvice("odd", "never learnt", "It stays high.", "Look at it."),

@@ -59,11 +59,11 @@ async def test_each_route_needs_its_role(tmp_path: Path) -> None:
             assert await status_of(server, method, path) == 401, (method, path)
             changes = method not in ("GET", "HEAD") and path != f"{AT}/plans"
             if changes:
-                assert await status_of(server, method, path, headers=headers["look"]) == 403, (method, path)
+                assert await status_of(server, method, path, headers=headers["read"]) == 403, (method, path)
             if (method, path) in ADMINISTERED:
                 assert await status_of(server, method, path, headers=headers["train"]) == 403, (method, path)
         assert not server.context.dispatcher.is_draining
-        assert await status_of(server, "GET", f"{AT}/jobs", headers=headers["look"]) == 200
+        assert await status_of(server, "GET", f"{AT}/jobs", headers=headers["read"]) == 200
         assert await status_of(server, "POST", "/prompt", json={"prompt": GOOD}, headers=headers["train"]) == 200
         assert await status_of(server, "POST", f"{AT}/drain", json={}, headers=headers["administer"]) == 200
 
@@ -74,7 +74,7 @@ async def test_a_role_is_not_widened_by_the_spelling_of_a_request(tmp_path: Path
             f"{AT}/%64rain", f"{AT}//drain", f"/{AT}/drain", f"{AT}/./drain", f"{AT}/jobs/../drain", f"{AT}/drain/",
             f"{AT}/drain?x=/plans", f"{AT}/drain#plans", f"{AT}/DRAIN", f"{AT}/drain;x",
         ):  # fmt: skip
-            for role in ("look", "train"):
+            for role in ("read", "train"):
                 status = await status_of(
                     server,
                     "POST",
@@ -86,7 +86,7 @@ async def test_a_role_is_not_widened_by_the_spelling_of_a_request(tmp_path: Path
         more = {"X-HTTP-Method-Override": "POST", "X-Original-URL": f"{AT}/drain", "X-Forwarded-User": "admin"}
         assert await status_of(server, "POST", f"{AT}/drain", headers={**headers["train"], **more}) == 403
         assert await status_of(server, "GET", f"{AT}/drain", headers={**headers["train"], **more}) in (404, 405)
-        both = {"Authorization": headers["look"]["Authorization"], "Cookie": "lorasmith=administer"}
+        both = {"Authorization": headers["read"]["Authorization"], "Cookie": "lorasmith=administer"}
         assert await status_of(server, "POST", f"{AT}/drain", headers=both) == 403
         assert not server.context.dispatcher.is_draining
 
@@ -96,12 +96,12 @@ async def test_a_job_shows_by_whom_it_was_queued(tmp_path: Path) -> None:
         forged = {"prompt": GOOD, "submitter": "root", "extra_data": {"submitter": "root"}}
         for role in ("train", "administer"):
             await server.post("/prompt", forged, headers=headers[role])
-        jobs = (await server.get(f"{AT}/jobs", headers=headers["look"]))["jobs"]
+        jobs = (await server.get(f"{AT}/jobs", headers=headers["read"]))["jobs"]
         assert [one["submitter"] for one in jobs] == ["the one to train", "the one to administer"]
 
 
 async def test_a_removed_token_and_its_cookie_are_refused_at_once(tmp_path: Path) -> None:
-    token = new_token(file_of(tmp_path), "anna", "look")
+    token = new_token(file_of(tmp_path), "anna", "read")
     (kept,) = read_tokens(file_of(tmp_path))
     assert token not in file_of(tmp_path).read_text()
     async with serving(tmp_path) as server:
@@ -156,7 +156,7 @@ def test_tokens_are_added_and_removed_by_the_command(tmp_path: Path) -> None:
         assert stat.S_IMODE(file_of(tmp_path).stat().st_mode) == 0o600
     assert access_of(ServerConfig(base=tmp_path, host="0.0.0.0")).needs_token
     for given, said in (
-        ("anna=b=look", "there is a token with the name"), ("x=root", "must be of look, train, administer"),
+        ("anna=b=read", "there is a token with the name"), ("x=root", "must be of read, train, administer"),
         ("=look", "must have 1 to 60 printable"), ("x", "must have 1 to 60 printable"),
     ):  # fmt: skip
         assert said in json.loads(run(tmp_path, "--new-token", given).stdout)["error"]["message"]

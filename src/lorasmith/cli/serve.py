@@ -55,7 +55,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="NAME=ROLE",
-            help="Print a new token for NAME, who may look, train or administer, and keep its digest in the base "
+            help="Print a new token for NAME, who may read, train or administer, and keep its digest in the base "
             "folder. Every request then needs a token. Nothing is served.",
         ),
     ] = None,

@@ -14,7 +14,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import check_options, option
 from lorasmith.core.typed_json import typed
 
-NOISES = 3  # from which the trigger and each wish are drawn if no other number is asked for; one says too little
+NOISES = 3  # from which the trigger and each prompt are drawn if no other number is asked for; one says too little
 EVALUATION = "evaluation"  # folder of it in that of a run
 EVALUATION_RECORD, EVALUATION_PAGE = "evaluation.json", "evaluation.html"
 
@@ -30,7 +30,7 @@ class DrawingSettings:
     most: int = option(10, min=1, help="LoRAs to draw; of more, evenly spaced ones.")
     seed: int = option(0, min=0, help="Seed of the initial noise.")
     noises: int = option(
-        NOISES, min=1, max=16, help="Noises from which the trigger and each wish are drawn: more are surer."
+        NOISES, min=1, max=16, help="Noises from which the trigger and each prompt are drawn: more are surer."
     )
     steps: int | None = option(None, min=1, help="Sampling steps. Default: 20, and fewer of a distilled model.")
     width: int | None = None  # in pixels, as is `height`; None for the model's own

@@ -21,7 +21,7 @@ from lorasmith.report.pictures import PictureTable, picture, picture_table
 
 STANDINGS = ("never fit", "memorised")  # of images that need attention, worst first
 
-UNJUDGED = "too few looks"  # standing of an image that cannot be judged
+UNJUDGED = "too few draws"  # standing of an image that cannot be judged
 
 _IMAGES_SHOWN = 20
 _SHOTS = 24  # images that are shown unfolded

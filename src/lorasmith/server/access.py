@@ -113,7 +113,7 @@ def _caller(token: NamedToken) -> Caller:
 def role_for(method: str, path: str) -> Role:
     """The least role that a request needs, by its method and its route, such as `/lorasmith/v1/jobs/{id}`."""
     if method in ("GET", "HEAD") or (method, path) in _READS:
-        return "look"
+        return "read"
     return "administer" if (method, path) in _ADMINISTERED else "train"
 
 

@@ -1,4 +1,4 @@
-"""Tokens with names and roles: who may look, train or administer, in a file of digests.
+"""Tokens with names and roles: who may read, train or administer, in a file of digests.
 
 A token is random, so its digest tells nothing of it. The file is read again when it changes: a token that is removed is
 refused from then on, and so are its cookies. Once there was a file, a server without a readable one refuses everybody.
@@ -20,7 +20,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.files import Stamp, ensure_folder, read_regular, stamp_of, write_atomic
 from lorasmith.core.registry import nearest
 
-Role: TypeAlias = Literal["look", "train", "administer"]
+Role: TypeAlias = Literal["read", "train", "administer"]
 ROLES: tuple[Role, ...] = get_args(Role)  # each may do what those before it may
 
 CALLER: ContextVar[str] = ContextVar("caller", default="")

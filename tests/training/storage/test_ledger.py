@@ -127,9 +127,9 @@ def test_few_images_are_not_compared() -> None:
 def test_few_looks_say_nothing() -> None:
     ledger = told([lambda t: 10.0, steady], steps=MIN_DRAWS - 1)
     assert [record.draws for record in ledger.images()] == [MIN_DRAWS - 1] * 2
-    assert set(standings(ledger.images()).values()) == {"too few looks"}
+    assert set(standings(ledger.images()).values()) == {"too few draws"}
     unseen = Ledger(["a.png"]).images()[0]
-    assert (unseen.draws, unseen.standing) == (0, "too few looks")
+    assert (unseen.draws, unseen.standing) == (0, "too few draws")
     assert math.isnan(unseen.relative)
 
 

@@ -34,7 +34,7 @@ FAR = 1.5
 _CLEAR = 2.0  # standard errors from which a difference is significant
 _SURE = 3.0  # those from which an image stands out, as each of many is looked at
 
-Standing = Literal["too few looks", "memorised", "never fit", "still learning", "learnt", "unchanged"]
+Standing = Literal["too few draws", "memorised", "never fit", "still learning", "learnt", "unchanged"]
 Array = NDArray[np.float64]
 
 
@@ -119,7 +119,7 @@ class Ledger:
         standard deviation or that of all images, whichever is greater. Other differences are significant from `_CLEAR`
         standard errors on. The standing is the first of these that holds:
 
-        - *too few looks*: fewer than `MIN_DRAWS`.
+        - *too few draws*: fewer than `MIN_DRAWS`.
         - *memorised*: it is far below, and fell more than the median, and than the held-out images, whose loss late in
           the run divided by that early is `held_out_fall`. Or it fell by `FAR` more than those, as all images may.
         - *never fit*: it is far above, and did not fall more. It is harder, or the caption does not match.
@@ -253,7 +253,7 @@ class _Usual:
 
 
 def _unjudged(name: str, draws: int) -> ImageLevels:
-    return ImageLevels(name, draws, math.nan, math.nan, math.nan, "too few looks")
+    return ImageLevels(name, draws, math.nan, math.nan, math.nan, "too few draws")
 
 
 def _below(values: Array, others: Array) -> bool:

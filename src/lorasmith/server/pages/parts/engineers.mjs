@@ -73,7 +73,7 @@ export function Engineers({ run, view, scene, found, onClose, children }) {
     ${
       remarks.length > 0 &&
       html`
-        <h3 id="remarks">Remarks</h3>
+        <h3 id="remarks">Notes</h3>
         <ul class="remarks">
           ${remarks.map(
             (note) => html`<li key=${note.at + note.text} class="faint">

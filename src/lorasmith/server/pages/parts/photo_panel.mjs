@@ -118,7 +118,7 @@ export function ChosenPhotos(props) {
     <h2>Words for the chosen photo</h2>
     ${
       problems.length > 0 &&
-      html`<ul class="problems" aria-label="Remarks">${problems.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`
+      html`<ul class="problems" aria-label="Hints">${problems.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`
     }
     ${
       canChange

@@ -80,7 +80,7 @@ export function PhotoTile(props) {
       missing,
       badge,
       caption,
-      remarks && count(remarks, "remark"),
+      remarks && count(remarks, "hint"),
     ];
     return html`<li class=${`tile ${kind} ${words ? "paired" : ""}`} role="option" data-file=${name}
         style=${{ "--ratio": ratio * (words && image ? 2 : 1) }} tabindex=${isAt ? 0 : -1}
