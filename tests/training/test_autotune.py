@@ -15,7 +15,6 @@ import torch
 
 from lorasmith.adapters import frozen_weights
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.model import Model
 from lorasmith.training import autotune
 from lorasmith.training.autotune import Tuned, _ways_apart, tuned
 from lorasmith.training.config import TrainConfig
@@ -25,6 +24,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.memory_plan import MemoryPlan
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import Trainable
 from lorasmith.training.trial import TrialFailed
 from lorasmith.training.way import Way
 from tests.covering import slow_except
@@ -67,9 +67,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Timer]:
     return replaced
 
 
-def engine_of(model: Model, **settings: Any) -> Engine:
+def engine_of(model: Trainable, **settings: Any) -> Engine:
     settings = {"autotune": True, **settings}
-    job = plan_job(model.denoiser, TrainConfig(targets="*.attn2.to_q", batch_size=2, **settings), CPU)
+    job = plan_job(model, TrainConfig(targets="*.attn2.to_q", batch_size=2, **settings), CPU)
     return Engine(job.model, job.adapters, job.config, job.way)
 
 
@@ -87,10 +87,10 @@ def choose(
 
 
 def test_the_fastest_of_activations_products_and_code(
-    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autotune, "has_products", lambda kind, device: kind == "int8")
-    engine = engine_of(tiny, quantization="int8")
+    engine = engine_of(hand_made, quantization="int8")
     timer = timed(keep=3.0, lean=4.0, depth=2.0, int8=1.0, compile=0.8)
     found = choose(engine, dataset, plans=[plan("keep"), plan("lean"), plan("keep", 2)])
     assert found.way == replace(engine.way, checkpoint_depth=2, products="int8", compile=True)
@@ -104,11 +104,11 @@ def test_the_fastest_of_activations_products_and_code(
 
 
 def test_long_runs_try_what_rounds_alike_by_default(
-    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And say so first; short ones time one way alone."""
     monkeypatch.setattr(autotune, "has_products", lambda kind, device: kind == "int8")
-    engine, heard = engine_of(tiny, quantization="int8", autotune=None), list[Event]()
+    engine, heard = engine_of(hand_made, quantization="int8", autotune=None), list[Event]()
     timer = timed(keep=3.0, int8=0.1, compile=0.8)
     found = choose(engine, dataset, emit=heard.append)
     assert timer.asked == ["keep", "keep, compiled"]
@@ -122,15 +122,15 @@ def test_long_runs_try_what_rounds_alike_by_default(
     assert not choose(engine, dataset, emit=heard.append).way.compile
     heard.clear()
     timer = timed(keep=0.5, compile=0.1)
-    short = engine_of(tiny, autotune=None)
+    short = engine_of(hand_made, autotune=None)
     assert choose(short, dataset, steps=1000, emit=heard.append).way == short.way
     assert timer.asked == ["keep"] and not heard
 
 
 def test_by_default_no_way_is_begun_after_a_twentieth_of_the_run(
-    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer]
 ) -> None:
-    engine, ticks = engine_of(tiny, autotune=None), iter([0.0, 100.0, 151.0])
+    engine, ticks = engine_of(hand_made, autotune=None), iter([0.0, 100.0, 151.0])
     timer = timed(keep=3.0, lean=2.95, depth=2.8, compile=0.8)
     found = choose(engine, dataset, plans=[plan("lean"), plan("keep", 2)], clock=lambda: next(ticks))
     assert timer.asked == ["keep", "lean"]
@@ -148,7 +148,7 @@ def test_by_default_no_way_is_begun_after_a_twentieth_of_the_run(
     ],
 )
 def test_compiling_pays_in_long_runs(
-    tiny: Model,
+    hand_made: Trainable,
     dataset: EncodedDataset,
     timed: Callable[..., Timer],
     seconds: float | None,
@@ -156,7 +156,7 @@ def test_compiling_pays_in_long_runs(
     is_compiled: bool,
 ) -> None:
     timer = timed(keep=1.0, compile=seconds)
-    assert choose(engine_of(tiny), dataset, steps).way.compile is is_compiled
+    assert choose(engine_of(hand_made), dataset, steps).way.compile is is_compiled
     assert timer.asked == ["keep"] + ["keep, compiled"] * (steps >= 600)
 
 
@@ -167,10 +167,10 @@ def on_a_card(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def test_graphs_and_compiled_blocks_are_two_ways(
-    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timer = timed(keep=1.0, graphs=0.7, compile=0.65)
-    engine = on_a_card(engine_of(tiny), monkeypatch)
+    engine = on_a_card(engine_of(hand_made), monkeypatch)
     assert choose(engine, dataset).way == replace(
         engine.way, cuda_graphs=True
     )  # 50 s are saved, and compiling takes 100
@@ -180,19 +180,19 @@ def test_graphs_and_compiled_blocks_are_two_ways(
     assert list(_ways_apart(engine)) == []
 
 
-def test_only_a_gpu_that_needs_no_host_is_captured(tiny: Model) -> None:
+def test_only_a_gpu_that_needs_no_host_is_captured(hand_made: Trainable) -> None:
     def captures(device: str, **settings: Any) -> bool:
-        engine = engine_of(tiny, **settings)
+        engine = engine_of(hand_made, **settings)
         engine.way = replace(engine.way, device=torch.device(device))
         return autotune._captured in list(_ways_apart(engine))
 
     assert captures("cuda") and not captures("cpu")
     assert not captures("cuda", offloading=True)
-    assert autotune._captured(replace(engine_of(tiny).way, activations="host")).cuda_graphs is False
+    assert autotune._captured(replace(engine_of(hand_made).way, activations="host")).cuda_graphs is False
 
 
 def test_a_process_that_fails_ends_nothing_and_is_named(
-    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What would fail again is not tried again; what took too long is."""
     timed(keep=1.0)
@@ -202,7 +202,7 @@ def test_a_process_that_fails_ends_nothing_and_is_named(
         asked.append(f"{way}: {limit_s:g}")
         raise TrialFailed("it crashed" if way.cuda_graphs else "it took too long", is_final=way.cuda_graphs)
 
-    engine, heard = on_a_card(engine_of(tiny), monkeypatch), list[Event]()
+    engine, heard = on_a_card(engine_of(hand_made), monkeypatch), list[Event]()
     found = choose(engine, dataset, apart=lambda: trial, emit=heard.append)
     assert found.way == engine.way
     assert "not keep, CUDA graphs: it crashed; not keep, compiled: it took too long. Leave" in str(found)
@@ -214,7 +214,7 @@ def test_a_process_that_fails_ends_nothing_and_is_named(
 
 
 def test_by_default_a_process_has_what_is_left_of_the_time(
-    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed(keep=3.0)
     limits = list[float]()
@@ -224,29 +224,29 @@ def test_by_default_a_process_has_what_is_left_of_the_time(
         raise TrialFailed("it took too long", is_final=False)
 
     ticks = iter([0.0, 20.0, 100.0])
-    engine = on_a_card(engine_of(tiny, autotune=None), monkeypatch)
+    engine = on_a_card(engine_of(hand_made, autotune=None), monkeypatch)
     choose(engine, dataset, apart=lambda: trial, clock=lambda: next(ticks))
     assert limits == [130.0]  # of 150; 50 are too few
 
 
 def test_times_are_kept_by_machine_and_step(
-    tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer], kept: Path
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer], kept: Path
 ) -> None:
     timed(keep=1.0, compile=0.5)
-    engine = engine_of(tiny)
+    engine = engine_of(hand_made)
     found = choose(engine, dataset)
     [(machine, times)] = json.loads(kept.read_text()).items()
     assert machine == "a card, cpu" and [one.rpartition("; ")[2] for one in times] == ["keep", "keep, compiled"]
     timer = timed(keep=1.0, compile=2.0)
     assert choose(engine, dataset) == found and not timer.asked
-    assert not choose(engine_of(tiny, rank=3), dataset).way.compile and len(timer.asked) == 2
+    assert not choose(engine_of(hand_made, rank=3), dataset).way.compile and len(timer.asked) == 2
 
 
 @pytest.mark.parametrize("compile", slow_except([False, True], False))
 def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(
-    tiny: Model, dataset: EncodedDataset, compile: bool
+    hand_made: Trainable, dataset: EncodedDataset, compile: bool
 ) -> None:
-    engine = engine_of(tiny)
+    engine = engine_of(hand_made)
     before = engine.way
     ticks = iter(range(0, 10_000, 3))
     maker = batch_maker(engine.model, dataset, engine.config, engine.way, engine.rank_masks)
@@ -263,9 +263,11 @@ def test_a_way_is_timed_by_steps_and_leaves_the_engine_as_it_was(
     assert engine.way == before
 
 
-def test_compiled_blocks_are_all_recomputed(tiny: Model, dataset: EncodedDataset, timed: Callable[..., Timer]) -> None:
+def test_compiled_blocks_are_all_recomputed(
+    hand_made: Trainable, dataset: EncodedDataset, timed: Callable[..., Timer]
+) -> None:
     timer = timed(depth=2.0, compile=1.0)
-    engine = engine_of(tiny)
+    engine = engine_of(hand_made)
     engine.way = replace(engine.way, checkpoint_depth=1, kept_blocks=3)
     way = choose(engine, dataset).way
     assert way.compile and way.kept_blocks == 1
@@ -274,18 +276,20 @@ def test_compiled_blocks_are_all_recomputed(tiny: Model, dataset: EncodedDataset
         "blocks recomputed at depth 1, compiled",
     ]
     timer = timed(keep=3.0, compile=1.0)  # what is set is not varied
-    assert choose(engine_of(tiny, compile=True), dataset).way.compile
+    assert choose(engine_of(hand_made, compile=True), dataset).way.compile
     assert timer.asked == ["keep, compiled"]
 
 
-def test_a_way_that_fails_is_not_taken(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_that_fails_is_not_taken(
+    hand_made: Trainable, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(error: Exception) -> Callable[..., Any]:
         def gradient(self: Engine, batches: object) -> None:
             raise error
 
         return gradient
 
-    engine = engine_of(tiny)
+    engine = engine_of(hand_made)
     with engine.frozen():
         monkeypatch.setattr(Engine, "gradient", fail(torch.OutOfMemoryError("CUDA out of memory")))
         assert autotune._times(engine, engine.way, [], lambda: 0.0) == {}
@@ -295,21 +299,25 @@ def test_a_way_that_fails_is_not_taken(tiny: Model, dataset: EncodedDataset, mon
             autotune._times(engine, engine.way, [], lambda: 0.0)
 
 
-def test_where_nothing_is_chosen(tiny: Model) -> None:
-    assert engine_of(tiny, autotune=True).way.autotune
-    assert not engine_of(tiny, autotune=None).way.autotune
+def test_where_nothing_is_chosen(hand_made: Trainable) -> None:
+    assert engine_of(hand_made, autotune=True).way.autotune
+    assert not engine_of(hand_made, autotune=None).way.autotune
     on_gpu: list[tuple[dict[str, Any], bool]] = [({}, True), ({"autotune": False}, False), ({"compile": True}, False)]
     for settings, is_tuned in on_gpu:
-        job = plan_job(tiny.denoiser, TrainConfig(targets="*.attn2.to_q", **settings), CPU)
+        job = plan_job(hand_made, TrainConfig(targets="*.attn2.to_q", **settings), CPU)
         assert Way.of(job.config, job.model.module, torch.device("cuda")).autotune == is_tuned, settings
     config = TrainConfig(targets="*.attn2.to_q", autotune=True, deterministic=True)
-    job = plan_job(tiny.denoiser, config, CPU)
+    job = plan_job(hand_made, config, CPU)
     assert not job.way.autotune
     assert "autotune has no effect, as deterministic is on." in job.notes
 
 
 def test_a_resumed_run_keeps_its_way(
-    run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quick_run: Run,
+    dataset: EncodedDataset,
+    timed: Callable[..., Timer],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Its products, for which the frozen weights are made again."""
     monkeypatch.setattr(autotune, "has_products", lambda kind, device: kind == "int8")
@@ -322,12 +330,12 @@ def test_a_resumed_run_keeps_its_way(
 
     monkeypatch.setattr("lorasmith.training.trainable.products_enabled", noted)
     settings: dict[str, Any] = {"steps": 3, "quantization": "int8"}
-    plain = run(dataset, products="int8", **settings)
+    plain = quick_run(dataset, products="int8", **settings)
     assert enabled == ["int8"]
     heard: list[Event] = []
 
     def some(until: int) -> TrainResult:
-        return run(
+        return quick_run(
             dataset,
             **settings,
             autotune=True,

@@ -106,6 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "validated": {"validation_share": 0.3, "validate_every": 2, "validation_draws": 2},
     "schedule-free": {"optimizer": "ScheduleFree", "validation_share": 0.3, "validate_every": 2, "validation_draws": 2},
     "prodigy": {"optimizer": "Prodigy"},
+    "start from the gradient": {"init": "lora-ga", "init_steps": 2},
     "matrices": {"optimizer": "Adafactor"},
     "preserved": {"preserve": "class", "preserve_class": "animal", "weight_change": 0.01, "input_perturbation": 0.1},
     "slider": {"slider_positive": "a red apple", "slider_negative": "a bus", "pyramid_noise": 0.3},
@@ -117,7 +118,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(SETTINGS, "T-LoRA", "pairs", "text"))
+@pytest.mark.parametrize("name", slow_except(SETTINGS, "T-LoRA", "pairs", "text", "start from the gradient"))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(
     quick_run: Run, built_in_run: Run, tiny: Model, mixed: EncodedDataset, tmp_path: Path, name: str

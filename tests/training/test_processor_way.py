@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.model import Model
 from lorasmith.training import processor_way
 from lorasmith.training import way as ways
 from lorasmith.training.config import TrainConfig
@@ -20,6 +19,7 @@ from lorasmith.training.events import Event, Resumed, StepDone
 from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.processor_way import ProcessorWay, on_processor
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import Trainable
 
 Choose = Callable[..., tuple[TrainJob, int]]
 
@@ -65,12 +65,12 @@ def busy() -> list[float]:
 
 
 @pytest.fixture
-def choose(tiny: Model, dataset: EncodedDataset) -> Choose:
+def choose(hand_made: Trainable, dataset: EncodedDataset) -> Choose:
     """The job as it is trained, and the threads of its steps."""
 
     def go(**settings: Any) -> tuple[TrainJob, int]:
         given = {"steps": 100, "targets": "*.attn2.to_q", "rank": 2} | settings
-        with on_processor(plan_job(tiny.denoiser, TrainConfig(**given), "cpu"), dataset.samples) as job:
+        with on_processor(plan_job(hand_made, TrainConfig(**given), "cpu"), dataset.samples) as job:
             return job, torch.get_num_threads()
 
     return go
@@ -154,7 +154,7 @@ def test_a_format_that_is_set_is_kept(choose: Choose, timer: Timer, dtype: str) 
 def test_weights_that_fill_memory_are_not_made_fp32(
     choose: Choose, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processor_way, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(processor_way, "free_memory", lambda device: 100_000)
     assert choose()[0].config.training_dtype == "bf16" and not timer.asked
 
 
@@ -177,9 +177,9 @@ def test_threads_of_the_environment_stay(choose: Choose, busy: list[float], monk
     assert threads == 4 and not any("programs" in one for one in job.notes)
 
 
-def test_a_step_is_timed_without_training(tiny: Model, dataset: EncodedDataset, kept: Path) -> None:
+def test_a_step_is_timed_without_training(hand_made: Trainable, dataset: EncodedDataset, kept: Path) -> None:
     ticks = iter(range(0, 1000, 3))
-    job = plan_job(tiny.denoiser, TrainConfig(targets="*.attn2.to_q", rank=2, steps=100), "cpu")
+    job = plan_job(hand_made, TrainConfig(targets="*.attn2.to_q", rank=2, steps=100), "cpu")
     before = {name: tensor.clone() for path, one in job.trained for name, tensor in one.state_dict(prefix=path).items()}
     stream = torch.get_rng_state()
     load = processor_way.Load(4, 0.0, is_set=True)

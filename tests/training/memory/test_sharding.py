@@ -34,7 +34,7 @@ from lorasmith.training.events import Event, Planned, Validated, Warned
 from lorasmith.training.job import engine_of
 from lorasmith.training.memory import compilation, memory_plan, sharding
 from lorasmith.training.results import TrainResult
-from tests.covering import slow_except
+from lorasmith.training.trainable import Trainable, trainable
 from tests.training.processes_together import outcomes_together, processes_together
 from tests.training.together_cases import ALIKE, weights
 
@@ -48,22 +48,23 @@ def outcome(result: TrainResult, events: list[Event]) -> Outcome:
     return result.losses, weights(result), events
 
 
-def trained(model: Model, data: EncodedDataset, **settings: Any) -> Outcome:
+def trained(model: Model | Trainable, data: EncodedDataset, **settings: Any) -> Outcome:
     events: list[Event] = []
     return outcome(train(model, data, on_event=events.append, **{**SETTINGS, **settings}), events)
 
 
 def both(
-    model: Model, data: EncodedDataset, processes: int = 2, *, within_s: float = 300, **settings: Any
+    model: Model | Trainable, data: EncodedDataset, processes: int = 2, *, within_s: float = 300, **settings: Any
 ) -> tuple[Outcome, Outcome]:
     """A run in several processes without sharding, and with it."""
 
     def one(_: Processes) -> tuple[Outcome, Outcome]:
         return trained(model, data, **settings), trained(model, data, sharding=True, **settings)
 
-    before = models.digest(model.components.denoiser.state_dict())
+    module = trainable(model).module
+    before = models.digest(module.state_dict())
     found = processes_together(processes, one, within_s=within_s)
-    assert models.digest(model.components.denoiser.state_dict()) == before
+    assert models.digest(module.state_dict()) == before
     for plain, sharded in found:
         assert plain[0] == found[0][0][0]
         assert sharded[0] == found[0][1][0]
@@ -104,7 +105,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(CASES, "nf4"))
+def test_a_run_of_a_few_layers_is_that_without_sharding(hand_made: Trainable, mixed: EncodedDataset) -> None:
+    assert_alike(*both(hand_made, mixed, targets="*attn*", **CASES["nf4"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_run_is_that_without_sharding(tiny: Model, mixed: EncodedDataset, name: str) -> None:
     plain, sharded = both(tiny, mixed, **CASES[name])
     # Numbers that differ in their last bits may be rounded to another code.

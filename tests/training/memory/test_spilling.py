@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
 from lorasmith.training.job import engine_of, plan_job
@@ -20,6 +19,7 @@ from lorasmith.training.loop import Loop
 from lorasmith.training.memory import memory_plan, spilling
 from lorasmith.training.memory.spilling import SpillCheck, may_spill, memory_capped
 from lorasmith.training.step_results import Mailbox
+from lorasmith.training.trainable import Trainable
 
 GPU = torch.device("cuda", 0)
 GIB = 2**30
@@ -96,7 +96,7 @@ def test_a_cap_is_a_share_of_the_card_and_ends_with_the_run(card: Card) -> None:
 
 
 def test_the_plan_of_activations_stays_below_the_cap(
-    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[int | None] = []
 
@@ -105,9 +105,7 @@ def test_the_plan_of_activations_stays_below_the_cap(
         return 8 * GIB
 
     monkeypatch.setattr(memory_plan, "free_memory", free)
-    engine = engine_of(
-        plan_job(tiny.denoiser, TrainConfig(rank=4, activations="auto", targets="*.0.attn2.to_q"), "cpu")
-    )
+    engine = engine_of(plan_job(hand_made, TrainConfig(rank=4, activations="auto", targets="*.attn2.to_q"), "cpu"))
     for budget, cap in ((None, None), (3 * GIB, None), (3 * GIB, 2 * GIB), (None, 2 * GIB)):
         engine.way = replace(engine.way, memory_budget=budget, memory_cap=cap)
         with engine.prepared():
@@ -117,7 +115,7 @@ def test_the_plan_of_activations_stays_below_the_cap(
 
 
 def test_a_run_says_that_it_is_spilled(
-    tiny: Model, dataset: EncodedDataset, card: Card, monkeypatch: pytest.MonkeyPatch
+    hand_made: Trainable, dataset: EncodedDataset, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collect = Mailbox.collect
 
@@ -125,7 +123,7 @@ def test_a_run_says_that_it_is_spilled(
         return [(step, values, 9.0 if step >= 7 else 1.0) for step, values, _ in collect(box, **wanted)]
 
     monkeypatch.setattr(Mailbox, "collect", timed)
-    engine = engine_of(plan_job(tiny.denoiser, TrainConfig(rank=4, steps=10, targets="*.0.attn2.to_q"), "cpu"))
+    engine = engine_of(plan_job(hand_made, TrainConfig(rank=4, steps=10, targets="*.attn2.to_q"), "cpu"))
     events: list[Event] = []
     samples = [dataset[0]]
     loop = Loop(engine, samples, on_event=events.append)
