@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import inject, lora
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.frozen_weights import weights_packed
+from lorasmith.adapters.frozen_weights import products_enabled, weights_packed
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import RankMasks
+from lorasmith.core import quantized_products
+from lorasmith.core.kernels import Kernel
 
 
 class Attention(nn.Module):
@@ -122,6 +125,54 @@ def test_frozen_products_that_add_to_narrow_ones_give_the_same(
         monkeypatch.setattr(FrozenLayer, "times", None)
         for one, other in zip(found(), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+@pytest.mark.parametrize("ranks", [((4, 2, 6),), ((4, 2, 6), (2, 2, 2))], ids=["one adapter", "two"])
+def test_quantized_products_that_add_narrow_ones_give_the_same(
+    is_apart: bool, ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the kernel of a GPU, which writes each result once."""
+    torch.manual_seed(0)
+    net, x = Attention(32), torch.randn(2, 5, 32)
+    net.to_q, net.to_k = nn.Linear(32, 32, bias=False), nn.Linear(32, 32)  # sizes that have such products
+    net.requires_grad_(False)
+    if is_apart:
+        apart(monkeypatch)
+    attached = [Attached(adapters_of(net, each), strength=0.7) for each in ranks]
+    added = Counter[str]()
+
+    def product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: Any, bias: Any, *more: Any) -> Tensor:
+        y = (a.float() @ b.float()) * scale_a * scale_b
+        y = y if bias is None else y + bias
+        narrow, total = (*more, None, None)[:2]
+        if narrow is not None:
+            added["narrow"] += 1
+            y = y + narrow.factor * narrow.part @ narrow.second
+        if total is None:
+            return y
+        added["total"] += 1
+        return total.add_(y)
+
+    def found() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        with adapters_attached(net, attached):
+            y = net(leaf)
+        parameters = [p for one in attached for adapter in one.adapters.values() for p in adapter.parameters()]
+        return [y, *torch.autograd.grad(y.square().sum(), [leaf, *parameters])]
+
+    monkeypatch.setattr(quantized_products, "int8_product_on", lambda _: Kernel("", product))
+    with weights_packed(net, kind="int8", device=x.device, dtype=x.dtype), products_enabled(net, "int8", x.device):
+        expected = found()
+        assert not added
+        monkeypatch.setattr(lora, "_adds_to_narrow", lambda _: True)
+        for layer in net.children():
+            layer.products.adds_narrow = True  # type: ignore[union-attr]
+        for one, other in zip(found(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    together = not is_apart and len(ranks) == 1
+    assert added["narrow"] == 3 + (1 if together else 3)
+    assert added["total"] == (2 if together else 0)
 
 
 def test_dropout_computes_them_apart(groups: list[int]) -> None:

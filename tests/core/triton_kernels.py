@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
+import tempfile
 from collections.abc import Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +78,15 @@ def compiled(
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options or module.LAUNCH))
     assert len(found.asm["cubin"]) > 0
     return found
+
+
+def stack_of(cubin: bytes) -> int:
+    """Bytes of memory that a thread of machine code has for registers that do not fit, by triton's copy of a tool."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", file.name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", found))

@@ -96,7 +96,7 @@ def _distinct(tree: Any) -> list[Tensor]:
     return list(found.values())
 
 
-_WRITE_ALONE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "unpacked", "between_products"}
+_WRITE_ALONE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "unpacked", "between_products", "int8_product"}
 """Operations in place that do not read what is there."""
 
 
@@ -126,8 +126,10 @@ def _arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[tupl
 def _flops(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> int:
     name = func._opname
     if name in ("addmm_", "int8_product"):
-        a, b = (args[1], args[2]) if name == "addmm_" else (args[0], args[2])
-        return int(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        y, a, b = (args[0], args[1], args[2]) if name == "addmm_" else (args[0], args[1], args[3])
+        added = args[5] if name == "int8_product" else ()
+        inner = a.shape[1] + sum(one.shape[1] for one in added[:1] if one.ndim == 2 and one is not y)
+        return int(2 * a.shape[0] * inner * b.shape[1])
     if name in ("attention", "attention_backward"):  # two products, and five
         q, k = args[:2] if name == "attention" else args[1:3]
         return int((4 if name == "attention" else 10) * q.numel() * k.shape[-2])

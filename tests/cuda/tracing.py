@@ -403,15 +403,29 @@ def unpacked_in_place(y: Tensor, *tensors: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("lorasmith_tests::int8_product", mutates_args=())
-def _int8_in_one(
-    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
+@torch.library.custom_op("lorasmith_tests::int8_product", mutates_args={"y"})
+def _int8_onto(y: Tensor, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, added: list[Tensor]) -> None:
     """In place of the kernel of products in int8."""
     raise AssertionError("is called with fake tensors")
 
 
-_int8_in_one.register_fake(lambda a, scale_a, b, *rest: a.new_empty(a.shape[0], b.shape[1], dtype=rest[1]))
+_int8_onto.register_fake(lambda *_: None)
+
+
+def _int8_in_one(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    narrow: tuple[Tensor, Tensor, float] | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
+    added = [one for one in (*(narrow or ())[:2], bias, total) if isinstance(one, Tensor)]
+    y = a.new_empty(a.shape[0], b.shape[1], dtype=dtype) if total is None else total
+    _int8_onto(y, a, scale_a, b, scale_b, added)
+    return y
 
 
 @torch.library.custom_op("lorasmith_tests::transposed", mutates_args=())
@@ -558,7 +572,9 @@ def traced(
         mock.patch.object(pinned_memory, "_registered", lambda _: None),
         mock.patch.object(quantized_products, "_dtypes_scaled_by_row", lambda *_: dtypes),
         # Triton compiles for a device alone.
-        mock.patch.object(quantized_products, "int8_product_on", lambda *_: by_torch(_int8_product)),
+        mock.patch.object(
+            quantized_products, "int8_product_on", lambda *_: Kernel("", _int8_product, "it is not there")
+        ),
         mock.patch.object(
             quantized_products, "transposing_on", lambda *_: by_torch(quantized_products._transposed_by_torch)
         ),

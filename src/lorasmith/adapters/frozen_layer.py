@@ -39,6 +39,7 @@ from lorasmith.core.quantization import (
     scaled_codes,
     weight_source,
 )
+from lorasmith.core.quantized_products import Narrow
 from lorasmith.core.tensor_digests import digest_of_tensors
 
 PRODUCTS = "products"
@@ -137,10 +138,16 @@ class FrozenLayer:
                 return self.product_with(weight, x, added)
         return _product(self, x, added)
 
-    def times(self, x: Tensor, bias: Tensor | None = None, shared: dict[object, Any] | None = None) -> Tensor:
+    def times(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        shared: dict[object, Any] | None = None,
+        narrow: Narrow | None = None,
+    ) -> Tensor:
         """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd, by the layer's `Products` if it has any.
 
-        `shared` is one for all layers with this x.
+        `shared` is one for all layers with this x. `narrow` is added, if the layer `adds_narrow`.
         """
         if (plain := self._plain) is not None:
             return F.linear(x, plain, bias)
@@ -148,12 +155,18 @@ class FrozenLayer:
             with self.weight_acquired() as weight:
                 return F.linear(x, weight, bias)
         with self._used() as given:
-            return products.forward(given, x, bias, shared)
+            added = () if narrow is None else (narrow,)
+            return products.forward(given, x, bias, shared, *added)
 
     @property
     def adds_products(self) -> bool:
         """Whether `add_times` is one product with the weight, plain or unpacked."""
         return self._plain is not None or self._products is None
+
+    @property
+    def adds_narrow(self) -> bool:
+        """Whether `times` and `grad_times` can add a narrow product before they write their result."""
+        return getattr(self._products, "adds_narrow", False)
 
     def add_times(self, total: Tensor, x: Tensor) -> None:
         """`total + x Wᵀ` for total (rows, out) and x (rows, in), in place; the layer has no `Products`."""
@@ -163,15 +176,19 @@ class FrozenLayer:
             with self.weight_acquired() as weight:
                 total.addmm_(x, weight.t())
 
-    def grad_times(self, grad: Tensor) -> Tensor:
-        """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""
+    def grad_times(self, grad: Tensor, narrow: Narrow | None = None) -> Tensor:
+        """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`.
+
+        `narrow` is added, if the layer `adds_narrow`.
+        """
         if (plain := self._plain) is not None:
             return grad @ plain
         if (products := self._products) is None:
             with self.weight_acquired() as weight:
                 return grad @ weight
         with self._used() as given:
-            return products.backward(given, grad)
+            added = () if narrow is None else (narrow,)
+            return products.backward(given, grad, *added)
 
     def add_grad_times(self, total: Tensor, grad: Tensor) -> Tensor:
         """`total + grad W` for total (rows, in) and grad (rows, out), in place."""
@@ -180,6 +197,9 @@ class FrozenLayer:
         if self._products is None:
             with self.weight_acquired() as weight:
                 return total.addmm_(grad, weight)
+        if self.adds_narrow:
+            with self._used() as given:
+                return self._products.backward(given, grad, None, total)  # type: ignore[call-arg]
         return total.add_(self.grad_times(grad))
 
     def product_with(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

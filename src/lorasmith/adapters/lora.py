@@ -32,6 +32,7 @@ from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, 
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, unviewed
 from lorasmith.core.adapter_state import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, AdapterWeights, PeftKind, Shapes
 from lorasmith.core.errors import OptionError
+from lorasmith.core.quantized_products import Narrow
 from lorasmith.core.random import keyed_generator
 from lorasmith.core.rank_schedule import RankSchedule
 from lorasmith.core.recomputation import current_call
@@ -300,12 +301,13 @@ class _LinearWithLora(torch.autograd.Function):
         kept = () if call is None else call.kept
         is_needed = call is None or not call.is_unused
         shared: dict[object, Any] = {}
-        # On a GPU narrow products are bound by bandwidth: the first one writes a result that the frozen one adds to.
+        # On a GPU narrow products are bound by bandwidth: the first one writes a result that the frozen one adds to, or
+        # is added inside of the frozen one.
         narrow_first = _first_terms(places, layers) if is_needed and _adds_to_narrow(x) else {}
         results = [
             unviewed(layer.times(x, bias, shared))
             if is_needed and index not in narrow_first
-            else x.new_empty((*x.shape[:-1], layer.out_features))
+            else x.new_empty((*x.shape[:-1], 0 if layer.adds_narrow and is_needed else layer.out_features))
             for index, (layer, bias) in enumerate(zip(layers, biases, strict=True))
         ]
         inners, joined_downs = [], []
@@ -322,6 +324,10 @@ class _LinearWithLora(torch.autograd.Function):
                 if mask is not None and not kept:
                     part.mul_(mask)
                 if not is_needed:
+                    continue
+                if narrow_first.get(layer) == term and layers[layer].adds_narrow:
+                    narrow = Narrow(_rows(part), up.t(), factor)
+                    results[layer] = unviewed(layers[layer].times(x, biases[layer], shared, narrow))
                     continue
                 rows = _rows(_at(results[layer], samples))
                 if narrow_first.get(layer) == term:
@@ -374,7 +380,7 @@ class _LinearWithLora(torch.autograd.Function):
                 grad_ups.append(_scaled(_outer(rows, _rows(part)), factor) if needed[3 * index + 1] else None)
             joined = _joined(grad_parts, 1) if joined is None else joined
             if narrow_first:
-                grad_x = _through_frozen(ctx.layers, grads, x, joined @ down)
+                grad_x = _through_frozen(ctx.layers, grads, x, Narrow(joined, down))
             elif grad_x is not None:
                 _rows(_at(grad_x, samples)).addmm_(joined, down)
             grad_downs: Sequence[Tensor | None] = [None] * len(terms)
@@ -387,14 +393,17 @@ class _LinearWithLora(torch.autograd.Function):
 
 
 def _through_frozen(
-    layers: Sequence[FrozenLayer], grads: Sequence[Tensor | None], x: Tensor, total: Tensor | None = None
+    layers: Sequence[FrozenLayer], grads: Sequence[Tensor | None], x: Tensor, narrow: Narrow | None = None
 ) -> Tensor | None:
-    """`total` (rows, in), if given, and the gradient to x through the frozen weights, summed in place; None if no
-    result is used."""
+    """The gradient to x through the frozen weights and a narrow product, summed in place; None if no result is used."""
+    total = None if narrow is None or layers[0].adds_narrow else narrow.part @ narrow.second
     for layer, grad in zip(layers, grads, strict=True):
         if grad is not None:
             rows = _rows(grad)
-            total = layer.grad_times(rows) if total is None else layer.add_grad_times(total, rows)
+            if total is not None:
+                total = layer.add_grad_times(total, rows)
+            else:
+                total = layer.grad_times(rows, narrow) if layer.adds_narrow else layer.grad_times(rows)
     return None if total is None else total.view(x.shape)
 
 
@@ -405,8 +414,8 @@ def _adds_to_narrow(x: Tensor) -> bool:
 
 def _adds_all_to_narrow(layers: Sequence[FrozenLayer], places: _Places, x: Tensor) -> bool:
     """Whether the frozen gradient of all layers adds to the narrow one of all samples."""
-    is_one = len(places) == 1 and places[0][0] is None
-    return is_one and _adds_to_narrow(x) and all(layer.adds_products for layer in layers)
+    is_one = len(places) == 1 and places[0][0] is None and _adds_to_narrow(x)
+    return is_one and (all(one.adds_products for one in layers) or all(one.adds_narrow for one in layers))
 
 
 def _first_terms(places: _Places, layers: Sequence[FrozenLayer]) -> dict[int, int]:
@@ -415,7 +424,8 @@ def _first_terms(places: _Places, layers: Sequence[FrozenLayer]) -> dict[int, in
     index = 0
     for samples, terms in places:
         for layer, _ in terms:
-            found.setdefault(layer, index if samples is None and layers[layer].adds_products else None)
+            adds = layers[layer].adds_products or layers[layer].adds_narrow
+            found.setdefault(layer, index if samples is None and adds else None)
             index += 1
     return {layer: term for layer, term in found.items() if term is not None}
 

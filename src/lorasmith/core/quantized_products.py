@@ -45,7 +45,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,14 @@ Shared = dict[object, Any]
 """What products with one input have rounded of it, by format; empty at first."""
 
 
+class Narrow(NamedTuple):
+    """A product that is added, `factor · part second`, such as that of a LoRA."""
+
+    part: Tensor  # (n, rank)
+    second: Tensor  # (rank, m)
+    factor: float = 1.0
+
+
 class Fp8Products:
     """The products of a Linear layer whose packed weight has fp8 codes and an fp32 scale, on a device."""
 
@@ -115,26 +123,40 @@ class Int8Products:
     """The products of a Linear layer whose packed weight has int8 codes and an fp32 scale, rotated or not."""
 
     def __init__(self, codes: CodeFormat, shape: torch.Size, device: torch.device) -> None:
-        self._product = int8_product_on(device).run
+        kernel = int8_product_on(device)
+        self._product = kernel.run
         self._rotation = None if codes.rotated_by is None else rotation(codes.rotated_by, device)
         self._format = torch.int8, codes.rotated_by
+        # A rotated product would rotate what is added to it.
+        self.adds_narrow = device.type == "cuda" and not kernel.refusal and self._rotation is None
 
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None, shared: Shared | None = None) -> Tensor:
-        """`x Wᵀ + b` of x (..., in), in its dtype."""
+    def forward(
+        self,
+        weight: Packed,
+        x: Tensor,
+        bias: Tensor | None,
+        shared: Shared | None = None,
+        narrow: Narrow | None = None,
+    ) -> Tensor:
+        """`x Wᵀ + b` of x (..., in), in its dtype, and a narrow product if `adds_narrow`."""
         codes, scale = weight.tensors
         found = None if shared is None else shared.get(self._format)
         rows, row_scale = found or rounded_rows(self._rotated(x.reshape(-1, x.shape[-1])), torch.int8)
         if shared is not None:
             shared[self._format] = rows, row_scale
-        y: Tensor = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, bias)
+        added = (narrow,) if self.adds_narrow else ()
+        y: Tensor = self._product(rows, row_scale, codes.t(), scale.reshape(1, -1), x.dtype, bias, *added)
         return y.view(*x.shape[:-1], len(codes))
 
-    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
-        """`grad W` of grad (..., out), in its dtype."""
+    def backward(
+        self, weight: Packed, grad: Tensor, narrow: Narrow | None = None, total: Tensor | None = None
+    ) -> Tensor:
+        """`grad W` of grad (..., out), in its dtype; if `adds_narrow`, also a narrow product, and `total` in place."""
         codes, _ = weight.tensors
         (rows, row_scale), left = _rounded_gradient(weight, grad, torch.int8, codes.shape[1])
         second = _in_columns(codes) if codes.device.type == "cuda" else codes
-        y = self._rotated(self._product(rows, row_scale, second, left, grad.dtype, None))
+        added = (narrow, total) if self.adds_narrow else ()
+        y = self._rotated(self._product(rows, row_scale, second, left, grad.dtype, None, *added))
         return y.view(*grad.shape[:-1], codes.shape[1])
 
     def _rotated(self, rows: Tensor) -> Tensor:
@@ -359,15 +381,18 @@ def int8_product_on(device: torch.device) -> Kernel:
         return product
 
     orders = (b.to(device), b.t().to(device).t())
-    trials = [
-        (a.to(device), scale, order, scale.t(), torch.float32, bias)
+    bias, part, total = torch.arange(32.0), torch.ones(32, 3), torch.ones(32, 32)
+    narrow = Narrow(part.to(device), part.to(device).t(), 2.0)
+    trials: list[tuple[Any, ...]] = [
+        (a.to(device), scale, order, scale.t(), torch.float32, *more)
         for order in orders
-        for bias in (None, torch.arange(32.0, device=device))
+        for more in ((None,), (bias.to(device),), (None, narrow), (None, narrow, total.to(device)))
     ]
 
     def expected(*trial: Any) -> Tensor:
         product = a.float() @ b.float()
-        return product if trial[-1] is None else product + torch.arange(32.0)
+        added, *others = trial[5:]
+        return product + (0 if added is None else bias) + (6.0 if others else 0) + (1.0 if len(others) > 1 else 0)
 
     return kernel_or(name, _int8_product, load, trials, expected=expected)
 
