@@ -43,7 +43,7 @@ EXAMPLES: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile("default run", max_examples=30, **EXAMPLES)
+settings.register_profile("default run", max_examples=20, **EXAMPLES)
 settings.register_profile("all tests", max_examples=100, **EXAMPLES)
 
 

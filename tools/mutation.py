@@ -109,6 +109,7 @@ MUTATIONS = (
     ),
     Mutation("ids = ids[:_ROWS] if follows_diffusers else ids", "if follows", "if not follows"),
     Mutation('return 768 if self._version == 2 and diffusion.parameterization == "v" else 512', "768 if", "640 if"),
+    Mutation("known[:, :-1, :1], known[:, -1, 0] = first, 1.0", "1.0", "0.0"),
     Mutation(
         "states = block(states, modulation, None if mask is None else mask[:, None, None])",
         "None if mask is None else mask[:, None, None]",
@@ -134,6 +135,11 @@ MUTATIONS = (
     ),
     # toolbox
     Mutation("up=(u[:, :count] * root).float().cpu(),", " * root", ""),
+    Mutation(
+        "file.path: sorted([*file.unknown, *(ref.path for ref in file.modules if ref.component not in present)])",
+        "*file.unknown, ",
+        "",
+    ),
     Mutation(
         "if self.only_first or self.only_second or not all(pair.distance <= tolerance for pair in self.pairs):",
         " or self.only_second",
@@ -201,6 +207,7 @@ MUTATIONS = (
         "width // downscale, height // downscale",
     ),
     Mutation("strengths=(1.0, *program.strengths),", "(1.0, *program.strengths)", "program.strengths"),
+    Mutation("budget = _STOP_SHARE * _run_passes(config, plan.data.samples, size)", "_STOP_SHARE * ", ""),
     Mutation("return Path(path), STRENGTH.check(float(strength))", "float(strength)", "abs(float(strength))"),
     # runs
     Mutation("steps = self.job.steps_before + self.step", "self.job.steps_before + ", ""),
@@ -212,6 +219,7 @@ MUTATIONS = (
     Mutation("if not (isinstance(job.id, str) and job.state in STATES and objects):", " and job.state in STATES", ""),
     Mutation("if head > MOST_JSON_BYTES or body > MOST_BODY_BYTES:", " or body > MOST_BODY_BYTES", ""),
     # server
+    Mutation("return replace(found, card_bytes=card_bytes or _ENDLESS)", "card_bytes=card_bytes or", "card_bytes="),
     Mutation(
         'if caller is not None and caller.cookie and "token" in request.query and not response.prepared:',
         '"token" in request.query',
@@ -241,6 +249,7 @@ MUTATIONS = (
         "round(side * scale * form.downscale)",
     ),
     Mutation("return (((images - 0.5) * factor + 0.5).clamp(0, 1),)", ".clamp(0, 1)", ""),
+    Mutation("if sight.chat != own.chat:", "!=", "=="),
     # cli
     Mutation("if only is not None and not 1 <= only <= len(sweep_read.runs):", "1 <= only <=", "0 <= only <="),
 )

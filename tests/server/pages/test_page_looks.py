@@ -69,6 +69,7 @@ def test_photos_fill_a_window_that_becomes_larger(served: ServedPage, open_page:
     until(lambda: tile.bounding_box()["height"] > 1.3 * before)
 
 
+@pytest.mark.slow
 def test_few_loras_fill_a_wide_wall(served: ServedPage, open_page: Callable[..., Any]) -> None:
     """Until there are four, side by side; then the first one is as large as four others."""
     page = open_page()
