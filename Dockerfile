@@ -27,11 +27,14 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data lorasmith
  && install --directory --owner lorasmith --group lorasmith /data /data/models /data/runs
 USER lorasmith
 WORKDIR /data
-# The root file system may be read-only: what is written goes to the volumes and to /tmp.
+# The root file system may be read-only: what is written goes to the volumes and to /tmp. Nothing in /tmp may be executed,
+# so that compiled code is kept in a volume.
 ENV PATH=/opt/lorasmith/bin:$PATH \
     LORASMITH_BASE_DIR=/data \
     LORASMITH_CACHE_DIR=/data/user/cache \
     HF_HOME=/data/models/huggingface \
+    TRITON_CACHE_DIR=/data/user/compiled/triton \
+    TORCHINDUCTOR_CACHE_DIR=/data/user/compiled/inductor \
     XDG_CACHE_HOME=/tmp/cache \
     MPLCONFIGDIR=/tmp/matplotlib
 VOLUME ["/data", "/data/models", "/data/runs"]

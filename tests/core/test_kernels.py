@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,14 @@ def without_headers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
 
 
+def on_such_a_mount(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    raise ImportError("/tmp/triton/launcher.so: failed to map segment from shared object")
+
+
+def not_writable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    raise PermissionError(13, "Permission denied", "/.triton")
+
+
 @pytest.fixture(autouse=True)
 def refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
@@ -62,9 +71,11 @@ TRIALS = [(torch.ones(2), torch.ones(3)), (torch.zeros(2), 2 * torch.ones(3))]
         (lambda: broken, 1.0, r"RuntimeError \(no driver\)"),
         (lambda: without_compiler, 1.0, "install them .gcc and python3-dev"),
         (lambda: without_headers, 1.0, "install them .gcc and python3-dev"),
+        (lambda: on_such_a_mount, 1.0, r"may be written and executed, but fails .*; set TRITON_CACHE_DIR"),
+        (lambda: not_writable, 1.0, r"may be written and executed, but fails .*; set TRITON_CACHE_DIR"),
         (missing, 1.0, r"ImportError \(no Triton\)"),
     ],
-    ids=["near", "near enough", "wrong in one trial", "broken", "compiler", "headers", "missing"],
+    ids=["near", "near enough", "wrong in one trial", "broken", "compiler", "headers", "mount", "folder", "missing"],
 )
 def test_what_runs_and_is_right_is_taken_and_else_the_reason_is_said(
     load: Callable[[], Any], tolerance: float, reason: str, refusals: list[str], monkeypatch: pytest.MonkeyPatch
@@ -96,3 +107,10 @@ def test_a_device_without_memory_or_that_is_lost_says_nothing_of_a_kernel(text: 
 def test_another_function_may_say_what_is_right() -> None:
     assert kernel_or("doubling", wrong, lambda: doubled, TRIALS).run is wrong
     assert kernel_or("doubling", wrong, lambda: doubled, TRIALS, expected=doubled).run is doubled
+
+
+def test_the_image_keeps_compiled_code_where_it_may_be_executed() -> None:
+    """Containers mount /tmp without execution, and the root file system may be read-only."""
+    text = (Path(__file__).parents[2] / "Dockerfile").read_text(encoding="utf-8")
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert re.search(rf"^ +{name}=/data/\S+ \\$", text, flags=re.MULTILINE), name

@@ -70,6 +70,35 @@ def test_a_way_is_timed_in_another_process() -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "code", "is_final"),
+    [
+        (b'{"error": "CUDA error: CUDA-capable device(s) is/are busy or unavailable"}', 0, False),
+        (b'{"error": "CUDA out of memory. Tried to allocate 2.00 GiB"}', 0, False),
+        (b'{"error": "operation not permitted when stream is capturing"}', 0, True),
+        (b"", -9, False),
+        (b"", -6, True),
+    ],
+)
+def test_what_may_be_otherwise_later_is_tried_again(
+    answer: bytes, code: int, is_final: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended:
+        pid, returncode = 0, code
+
+        def __enter__(self) -> Ended:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Ended())
+    monkeypatch.setattr(os, "killpg", lambda *_: None)
+    with pytest.raises(TrialFailed) as error:
+        tried(plain, wait=lambda *_: (answer, b""))
+    assert error.value.is_final is is_final
+
+
+@pytest.mark.parametrize(
     ("predict", "why"),
     [
         (exits, "its process ended with 3 and no answer"),

@@ -84,4 +84,13 @@ def _reason(error: Exception) -> str:
     # Triton compiles launchers for its kernels with the C compiler when they first run.
     if isinstance(error, subprocess.CalledProcessError) or "c compiler" in str(error).lower():
         return "Triton needs a C compiler and Python's headers; install them (gcc and python3-dev on Debian)"
+    if isinstance(error, PermissionError) or any(part in str(error).lower() for part in _NO_FOLDER):
+        return (
+            "Triton needs a folder in which compiled code may be written and executed, but fails "
+            f"({first_line(error)}); set TRITON_CACHE_DIR to such a folder"
+        )
     return f"it fails with {type(error).__name__} ({first_line(error)}); report it with the output of lorasmith doctor"
+
+
+_NO_FOLDER = ("failed to map segment", "read-only file system")
+"""What systems say of code on a mount that executes none, as of /tmp in containers, and of one without writing."""

@@ -30,6 +30,7 @@ import torch
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_weights import products_enabled
 from lorasmith.adapters.inject import Difference
+from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.mapped_files import FileState, MappedFile, file_state, place_on_file
 from lorasmith.core.printable import first_line, memory_text, time_text
 from lorasmith.training.batches import Batch
@@ -128,9 +129,13 @@ def timed_apart(
     try:
         found = json.loads(answer)
     except ValueError:
-        raise TrialFailed(_end(process.returncode, errors), is_final=True) from None
+        is_crash = process.returncode not in (-9, -15)  # as others kill
+        raise TrialFailed(_end(process.returncode, errors), is_final=is_crash) from None
     if "times" not in found:
-        raise TrialFailed(found["error"], is_final=True)
+        why = str(found["error"])
+        # A card may be kept for one process alone, or be full of other programs.
+        is_beside = is_out_of_memory(RuntimeError(why)) or "busy or unavailable" in why
+        raise TrialFailed(why, is_final=not is_beside)
     times: Times = found["times"]
     return times
 
