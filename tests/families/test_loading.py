@@ -341,19 +341,23 @@ KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     ),
     "ltx 2": ({"audio_patchify_proj.weight": (4, 4), "patchify_proj.weight": (4, 4)}, "LTX-2"),
     "ltx": ({"patchify_proj.weight": (4, 4), "transformer_blocks.0.attn1.to_q.weight": (4, 4)}, "LTX-Video"),
+    "kandinsky": ({"visual_transformer_blocks.0.self_attention.to_key.weight": (4, 4)}, "Kandinsky 5"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "one part of a diffusers model (give the folder"),
 }
+NOT_IN_COMFYUI = ("lumina", "framepack", "ltx 2", "part")
 
 
-@pytest.mark.parametrize(("shapes", "title"), KNOWN_BY_NAME.values(), ids=KNOWN_BY_NAME)
-def test_known_but_unsupported_models_are_called_by_name(
-    tmp_path: Path, shapes: dict[str, tuple[int, ...]], title: str
+@pytest.mark.parametrize("name", KNOWN_BY_NAME)
+def test_known_but_unsupported_models_are_called_by_name_and_sent_to_where_they_are_trained(
+    tmp_path: Path, name: str
 ) -> None:
+    shapes, title = KNOWN_BY_NAME[name]
     path = save(tmp_path / "m.safetensors", {name: torch.zeros(shape) for name, shape in shapes.items()})
     sentence = said(path)
 
     assert sentence.startswith(f"m.safetensors looks like {title}")
-    assert ", which is not supported; lorasmith models --known " in sentence
+    remedy = "lorasmith models --known" if name in NOT_IN_COMFYUI else "train it in ComfyUI with Train LoRA (Lorasmith)"
+    assert f", which is not supported; {remedy} " in sentence
 
 
 VARIANTS: list[tuple[str, dict[str, tuple[int, ...]], str]] = [

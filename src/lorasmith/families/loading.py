@@ -194,7 +194,9 @@ def _recognised(checkpoint: OriginalCheckpoint) -> tuple[Family, CheckpointShape
     if (renamed := recognised_by_diffusers_names(shapes)) is not None:
         return *renamed, True
     if (found := looks_like(shapes)) is not None:
-        raise ModelError(f"{checkpoint.path.name} looks like {found}, which is not supported; {_WHICH_ARE}")
+        raise ModelError(
+            f"{checkpoint.path.name} looks like {found.title}, which is not supported; {found.remedy or _WHICH_ARE}"
+        )
     if (part := part_title(checkpoint.shapes)) is not None:
         raise ModelError(
             f"{checkpoint.path.name} is {part}, not a denoiser; give it beside the model that it belongs to"

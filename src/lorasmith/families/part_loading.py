@@ -195,7 +195,10 @@ def title_of(path: Path) -> str:
     family = next((family for _, family in FAMILIES.items() if family.recognises(checkpoint.denoiser_shapes)), None)
     if family is not None:
         return f"a model of the family {family.title}"
-    return part_title(checkpoint.shapes) or looks_like(checkpoint.denoiser_shapes) or "of no known kind"
+    if (part := part_title(checkpoint.shapes)) is not None:
+        return part
+    unsupported = looks_like(checkpoint.denoiser_shapes)
+    return "of no known kind" if unsupported is None else unsupported.title
 
 
 def part_title(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
