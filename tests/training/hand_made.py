@@ -1,6 +1,6 @@
 """A denoiser of plain torch modules, which nobody's library knows.
 
-A step of it takes a twentieth of one of the built-in model, whose captions it reads if it has their width, and whose
+A step of it takes a ninth of one of the built-in model, whose captions it reads if it has their width, and whose
 names of attention layers it has.
 """
 

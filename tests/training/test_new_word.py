@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_a_larger_table(tiny: Model, data: EncodedDatase
     torch.testing.assert_close(own, grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("lever", ["gradient_checkpointing", "lean", "host", "offloading", "int8"])
 def test_levers_of_memory(tiny: Model, data: EncodedDataset, small_is_worth_it: None, lever: str) -> None:
     chosen: dict[str, Any] = {

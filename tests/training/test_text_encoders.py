@@ -102,7 +102,7 @@ def test_the_gradient_is_that_of_merged_weights(tiny: Model, dataset: EncodedDat
         torch.testing.assert_close(own, grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("lever", ["gradient_checkpointing", "lean", "selective", "host", "offloading", "int8", "nf4"])
 def test_levers_of_memory_reach_the_encoders(
     tiny: Model, dataset: EncodedDataset, small_is_worth_it: None, lever: str

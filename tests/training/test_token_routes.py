@@ -146,7 +146,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("lever", LEVERS)
 def test_levers_of_memory_keep_the_numbers(
     flux: Model, data: EncodedDataset, small_is_worth_it: None, lever: str

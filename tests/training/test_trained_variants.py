@@ -41,7 +41,7 @@ MORE_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 some = pytest.mark.parametrize(
-    "variant", slow_except(MORE_VARIANTS, "LoKr", "OFT", "DoRA of PiSSA", "Tucker", "norms and biases")
+    "variant", slow_except(MORE_VARIANTS, "OFT", "DoRA of PiSSA", "Tucker", "norms and biases")
 )
 
 
@@ -74,7 +74,7 @@ def trained(quick: Run) -> Callable[[str], TrainResult]:
 TRAINED: dict[str, TrainResult] = {}
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @some
 def test_it_starts_as_the_model_itself_and_moves(quick: Run, trained: Callable[..., TrainResult], variant: str) -> None:
     result = trained(variant)

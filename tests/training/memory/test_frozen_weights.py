@@ -138,7 +138,7 @@ def test_fp16_weights_stay_mapped_for_bf16_products_where_copies_would_take_half
     """And no bit changes."""
     tiny = load_model(BUILT_IN)
     job = planned(tiny, training_dtype="bf16", exact_dtype=True)
-    settings = {"training_dtype": "bf16", "exact_dtype": True, "targets": LAYERS}
+    settings = {"training_dtype": "bf16", "exact_dtype": True, "targets": "*.0.attn2.*, *.0.conv1"}
     copied, expected = dict[float, int](), one_step(tiny, dataset, **settings)
     for free in (math.inf, 0):
         monkeypatch.setattr(frozen_layer, "free_memory", lambda device, free=free: free)
@@ -184,6 +184,8 @@ def test_a_lora_is_merged_into_the_placed_weights_which_exist_once() -> None:
     counts: list[Counter[torch.Size]] = []
 
     def count(*_: int) -> None:
+        if counts:
+            return  # looking at all objects takes longer than drawing
         alive = [one for one in gc.get_objects() if issubclass(type(one), Tensor) and one.dtype == torch.bfloat16]
         places = {(one.data_ptr(), one.shape) for one in alive if one.shape in shapes}
         counts.append(Counter(shape for _, shape in places))

@@ -109,8 +109,9 @@ def test_plans_are_in_the_order_of_their_time() -> None:
             recomputed = 8 - ladder[found].kept_blocks
             assert found == (1 if recomputed < 2 else 2 if recomputed < 4 else 3)
             places.add(found)
-        assert all(one.kept_blocks == 1 for one in memory_plan._plans(chain, lambda: chain(x), budget, fills=False))
+            filled = budget
     assert places == {1, 2, 3}
+    assert all(one.kept_blocks == 1 for one in memory_plan._plans(chain, lambda: chain(x), filled, fills=False))
 
 
 def test_where_memory_runs_out_all_blocks_are_recomputed_first(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lever_cases import flux_dataset
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -128,23 +128,9 @@ def test_weights_of_places_follow_the_difference() -> None:
     assert torch.equal(difference_weights(one, one, 1.0), torch.zeros(1, 1, 2, 8))  # nothing differs
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 4)
-
-    def forward(self, latents: Tensor, time: Tensor) -> Tensor:
-        wide = self.first(latents.movedim(1, -1)) + time.float().reshape(-1, 1, 1, 1) / 1000
-        found: Tensor = self.last(torch.tanh(wide)).movedim(-1, 1)
-        return found
-
-
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v"])
-def test_a_preference_is_that_of_the_paper(kind: str) -> None:
-    g = torch.Generator().manual_seed(1)
-    data = EncodedDataset(tuple(Sample(torch.randn(4, 4, 4, generator=g)) for _ in range(4)))
-    data, model, beta = paired(data), Trainable(Small().requires_grad_(False), diffusion=kind), 20.0
+def test_a_preference_is_that_of_the_paper(hand_made: Trainable, pairs: EncodedDataset, kind: str) -> None:
+    model, beta = Trainable(hand_made.module, diffusion=kind), 20.0
 
     def reference(batch: Batch, trained: Any, frozen: Any, target: Tensor) -> Tensor:
         assert batch.opposite is not None
@@ -156,10 +142,10 @@ def test_a_preference_is_that_of_the_paper(kind: str) -> None:
         losses = [torch.log1p(torch.exp(beta / 2 * one)) for one in margin]  # −log σ(−β/2 m)
         return torch.stack(losses)
 
-    found = gradients(model, data, reference, targets="all", pairs="dpo", dpo_beta=beta)
+    found = gradients(model, pairs, reference, targets="all", pairs="dpo", dpo_beta=beta)
     check(found)
     assert float((found[0] - math.log(2)).abs().max()) > 1e-3
-    losses, norm = fresh_losses(model, data, targets="all", pairs="dpo", dpo_beta=beta)
+    losses, norm = fresh_losses(model, pairs, targets="all", pairs="dpo", dpo_beta=beta)
     torch.testing.assert_close(losses, torch.full((4,), math.log(2)))
     assert norm > 0
 
