@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from typing import Any
@@ -30,6 +31,7 @@ COMMANDS = commands()
 LEAVES = {path: one for path, one in COMMANDS.items() if not hasattr(one, "commands")}
 
 
+@functools.cache
 def shown(command: str, flag: str = "--help") -> str:
     env = {"COLUMNS": "80", "TERM": "dumb", "LORASMITH_BASE_DIR": ""}
     ran = CliRunner().invoke(app, [*command.split(), flag], env=env)

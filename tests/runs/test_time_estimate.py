@@ -11,16 +11,17 @@ import pytest
 
 from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models
 from lorasmith.runs import time_estimate
+from lorasmith.runs.memory_estimate import MemoryEstimate
 from lorasmith.runs.shelf import releases
 from lorasmith.runs.time_estimate import DAY_S, EVENING_S, STEP_WORK, Rates, best_of, rates_of, work_of
 from lorasmith.training import measured_times
 from tools.step_work import work_counted
 
 
-def test_the_table_has_every_release_and_what_is_counted_now():
+def test_the_table_has_every_release_and_what_is_counted_now(tiny_estimate: MemoryEstimate):
     assert set(STEP_WORK) == {BUILT_IN, *releases()}
     assert {STEP_WORK[name].family for name in releases()} == {family.title for family, _ in releases().values()}
-    assert work_counted(ModelFiles(str(built_in_models()[BUILT_IN]))) == STEP_WORK[BUILT_IN]
+    assert work_counted(ModelFiles(str(built_in_models()[BUILT_IN])), tiny_estimate) == STEP_WORK[BUILT_IN]
 
 
 def test_sizes_that_were_not_counted_take_time_by_their_weights():
