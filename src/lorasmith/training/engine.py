@@ -91,7 +91,7 @@ def attached(model: Trainable, trained: Attached, way: Way, text_adapters: Mappi
         contextlib.nullcontext() if encoders is None else blocks_checkpointed(encoders, way.checkpoint_depth),
         changes_intercepted() if changes else contextlib.nullcontext(),
         attention_preferred(way.attention),
-        activations_reduced(module, way.activations),
+        activations_reduced(module, way.activations, compiled=way.compile),
         blocks_checkpointed(module, way.checkpoint_depth, kept=way.kept_blocks, compiled=way.compile),
         blocks_compiled(module, way.compile, varying_sizes=way.varying_sizes),
     ):

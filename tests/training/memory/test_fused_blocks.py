@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.kernels import Kernel
 from lorasmith.training.memory import fused_blocks
+from lorasmith.training.memory.activations import activations_reduced
 from lorasmith.training.memory.fused_blocks import blocks_fused
 from tests.core.triton_kernels import interpreted
 
@@ -162,6 +164,31 @@ def test_another_device_runs_the_blocks_as_they_are() -> None:
         assert "forward" in module.__dict__
         assert all(torch.equal(one, other) for one, other in zip(gradients(module, [x]), expected, strict=True))
     assert "forward" not in module.__dict__
+
+
+def test_nothing_is_divided_by_one_on_a_gpu() -> None:
+    module = made(lambda: Attention(16, heads=2, dim_head=8))
+    module.other = Attention(16, heads=2, dim_head=8, rescale_output_factor=2.0)  # type: ignore[assignment]
+    x = random(1, IMAGE, 16)
+    expected = module(x)
+    with blocks_fused(module):
+        assert torch.equal(module(x), expected)
+
+        class OnGpu(torch.Tensor):
+            device = torch.device("cuda")  # type: ignore[assignment]
+
+        here = x.as_subclass(OnGpu)
+        assert here / module.rescale_output_factor is here  # type: ignore[operator]
+        assert module.other.rescale_output_factor == 2.0  # type: ignore[union-attr]
+    assert module.rescale_output_factor == 1.0
+
+
+@pytest.mark.parametrize("kind", ["keep", "lean"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compilers_and_recipes_are_given_the_blocks_as_they_are(kind: Any, compiled: bool) -> None:
+    module = made(lambda: GEGLU(WIDTH, 20))
+    with activations_reduced(module, kind, compiled=compiled):
+        assert ("forward" in module.__dict__) == (kind == "keep" and not compiled)
 
 
 def test_a_forward_that_somebody_gave_a_block_stays() -> None:

@@ -6,10 +6,11 @@
     RMS norms of queries and keys, rotary embeddings        attention of Flux.1
     activation functions with gates                         GEGLU (UNets), Flux2SwiGLU
     GELU beside the output of attention                     single blocks of Flux.1
+    x / 1, which copies                                     attention and residual blocks of UNets
 
 Gradients to scales, shifts and gates are not computed: where a LoRA is on the layers that make them, as on all other
-devices, in fp16 and in compiled code, the blocks run as they are. Numbers differ from theirs in the last bits: each
-result is rounded once, where torch rounds after each operation.
+devices and in fp16, the blocks run as they are. Compilers are given the originals, which they fuse themselves. Numbers
+differ from theirs in the last bits: each result is rounded once, where torch rounds after each operation.
 """
 
 from __future__ import annotations
@@ -42,13 +43,31 @@ def blocks_fused(module: nn.Module) -> Iterator[None]:
             if forward is not None and "forward" not in part.__dict__:
                 undo.callback(restore_forward, part, None)
                 setattr(part, "forward", types.MethodType(forward, part))  # noqa: B010 - to a type checker a method
+            for name in _DIVISORS:
+                divisor = part.__dict__.get(name)
+                if isinstance(divisor, int | float) and divisor == 1:
+                    undo.callback(setattr, part, name, divisor)
+                    setattr(part, name, _ONE)
         yield
+
+
+class _One:
+    """1, by which no tensor on a GPU is divided."""
+
+    def __rtruediv__(self, x: Tensor) -> Tensor:
+        return x if x.device.type == "cuda" else x / 1.0
+
+
+_ONE = _One()
+
+_DIVISORS = ("rescale_output_factor", "output_scale_factor")
+"""Attributes of modules of diffusers by which they divide their results, and that they use for nothing else."""
 
 
 def has_kernels(x: Tensor) -> bool:
     """Whether what is computed of x may run in the kernels."""
     is_usual = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float32)
-    return is_usual and not torch.compiler.is_compiling() and not kernels_on(x.device).refusal
+    return is_usual and not kernels_on(x.device).refusal
 
 
 @functools.cache
