@@ -33,6 +33,7 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
+        self.register_buffer("more_than_a_pipe_takes", torch.zeros(100_000))
 
 
 def plain(module: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -116,7 +117,7 @@ def test_a_process_that_fails_is_a_clause(predict: Any, why: str) -> None:
 def test_a_process_that_hangs_is_ended(cancelled: bool) -> None:
     started = list[subprocess.Popen[bytes]]()
 
-    def hangs(process: subprocess.Popen[bytes], given: bytes, limit_s: float, _: Callable[[], bool]) -> Any:
+    def hangs(process: subprocess.Popen[bytes], limit_s: float, _: Callable[[], bool]) -> Any:
         started.append(process)
         raise subprocess.TimeoutExpired("", limit_s)
 

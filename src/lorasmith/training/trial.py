@@ -4,7 +4,7 @@ The process gets the network with its adapters and the batches of a step, and fr
 of the run must not be on the device meanwhile. Tensors on memory-mapped files are named by file and place, and mapped
 again; all others are sent.
 
-    stdin    a pickle of `_Trial`
+    stdin    a file with a pickle of `_Trial`
     stdout   {"times": {"step": 0.4}} or {"error": "why there are none"}
 """
 
@@ -19,6 +19,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class TrialFailed(Exception):  # noqa: N818 - the run takes another way
         self.is_final = is_final
 
 
-Wait = Callable[["subprocess.Popen[bytes]", bytes, float, Callable[[], bool]], tuple[bytes, bytes]]
-"""(process, its stdin, seconds, cancelled) → its stdout and stderr. Raises TimeoutExpired."""
+Wait = Callable[["subprocess.Popen[bytes]", float, Callable[[], bool]], tuple[bytes, bytes]]
+"""(process, seconds, cancelled) → its stdout and stderr. Raises TimeoutExpired."""
 
 
 def step_times(engine: Engine, way: Way, batches: Sequence[Batch], clock: Callable[[], float]) -> Times:
@@ -107,16 +108,18 @@ def timed_apart(
         limit_s,
         torch.get_num_threads(),
     )
-    given = _pickled(trial)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(one for one in sys.path if one)}
     command, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
     is_posix = os.name == "posix"
-    process = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=is_posix
-    )
+    with tempfile.TemporaryFile() as given:  # as a wait with a time limit does not go on with writing to a pipe
+        given.write(_pickled(trial))
+        given.seek(0)
+        process = subprocess.Popen(
+            command, stdin=given, stdout=pipe, stderr=pipe, env=environment, start_new_session=is_posix
+        )
     with process:
         try:
-            answer, errors = (wait or _waited)(process, given, limit_s, cancelled)
+            answer, errors = (wait or _waited)(process, limit_s, cancelled)
         except subprocess.TimeoutExpired:
             why = "the run was cancelled" if cancelled() else f"took more than {time_text(limit_s)}"
             raise TrialFailed(why, is_final=False) from None
@@ -140,15 +143,12 @@ def timed_apart(
     return times
 
 
-def _waited(
-    process: subprocess.Popen[bytes], given: bytes, limit_s: float, cancelled: Callable[[], bool]
-) -> tuple[bytes, bytes]:
-    until, rest = time.monotonic() + limit_s, given or None
+def _waited(process: subprocess.Popen[bytes], limit_s: float, cancelled: Callable[[], bool]) -> tuple[bytes, bytes]:
+    until = time.monotonic() + limit_s
     while True:
         try:
-            return process.communicate(rest, timeout=_LOOK_S)
+            return process.communicate(timeout=_LOOK_S)
         except subprocess.TimeoutExpired:
-            rest = None  # of which the process has the beginning already
             if cancelled() or time.monotonic() > until:
                 raise
 
