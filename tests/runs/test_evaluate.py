@@ -24,7 +24,7 @@ from lorasmith.runs.evaluate import EvaluatedLora, Subject, evaluate, sentence_o
 from lorasmith.runs.library import train
 from lorasmith.sampling.sample import SamplingCancelledError
 
-QUICK = DrawingSettings(prompts=("on a red background", "on a blue background"), steps=1, noises=1)
+QUICK = DrawingSettings(prompts=("on a red background", "on a blue background"), steps=1, noises=1, width=32, height=32)
 LINES = {"rank": 2, "targets": "*.attn2.to_q", "learning_rate": 0.5, "previews": "", "validation_share": 0.0}
 
 
@@ -164,7 +164,8 @@ def test_the_library_evaluates_runs_and_results(
     tiny: Model, run: Path, photos: Path, tmp_path: Path, quick_features: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, told = tmp_path / "found", list[tuple[int, int]]()
-    quick: Any = {"images": photos, "prompts": QUICK.prompts[:1], "steps": 1, "noises": 1, "output": folder}
+    small = {"steps": 1, "noises": 1, "width": 32, "height": 32}
+    quick: Any = {"images": photos, "prompts": QUICK.prompts[:1], "output": folder, **small}
     files = [run / "dog.safetensors"]
     found = ls.evaluate(tiny, files, progress=lambda *counts: told.append(counts), **quick)
     assert isinstance(found, ls.Evaluation) and found == read_evaluation(folder) and told
