@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -15,7 +16,7 @@ import torch
 
 from lorasmith.adapters import frozen_weights
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.training import autotune
+from lorasmith.training import autotune, planning
 from lorasmith.training.autotune import Tuned, _ways_apart, tuned
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
@@ -357,3 +358,37 @@ def test_a_resumed_run_keeps_its_way(
     assert some(until=9).losses == plain.losses
     assert not timer.asked and len(list(said())) == 1
     assert enabled == ["int8"] * 3
+
+
+def test_the_model_is_not_frozen_while_another_process_has_it(
+    run: Run, dataset: EncodedDataset, timed: Callable[..., Timer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is again behind it, in the way that was chosen."""
+    timed(keep=1.0)
+    heard, depths, depth = list[Event](), list[int](), 0
+    frozen = Engine.frozen
+
+    @contextlib.contextmanager
+    def counted(self: Engine) -> Iterator[None]:
+        nonlocal depth
+        with frozen(self):
+            depth += 1
+            try:
+                yield
+            finally:
+                depth -= 1
+
+    def apart(engine: Engine, way: Way, batches: Any, limit_s: float, **_: Any) -> Mapping[str, float]:
+        depths.append(depth)
+        return {"step": 0.5}
+
+    monkeypatch.setattr(Engine, "frozen", counted)
+    monkeypatch.setattr(autotune, "_LONG", 0.0)
+    monkeypatch.setattr(autotune, "_ways_apart", lambda _: iter([lambda way: replace(way, activations="lean")]))
+    monkeypatch.setattr(planning, "timed_apart", apart)
+    found = run(dataset, autotune=True, on_event=heard.append)
+    assert depths == [0]
+    assert [event.message for event in heard if isinstance(event, Autotuned)] == [
+        "Steps: lean; seconds a step: keep: 1; lean: 0.5. Leave autotune out to set it yourself."
+    ]
+    assert found.losses == run(dataset, activations="lean").losses
