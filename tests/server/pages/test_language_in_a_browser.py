@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorasmith.training.events import Outcome
 from tests.covering import slow_except
+from tests.fake_hub import hub_with_login
+from tests.runs.test_model_card import kohya_file
 from tests.server.pages.conftest import assert_legible, expected
+from tests.server.pages.run_folders import write_evaluation
 from tests.server.pages.served_page import ServedPage
 from tests.server.pages.test_language import PAGES
 
@@ -63,6 +68,35 @@ def test_the_main_views_are_in_chinese(served: ServedPage, open_page: Opener, wi
         found = [text for text in page.evaluate(ENGLISH) if not text.startswith(NAMES)]
         assert found == [], name
         assert_legible(page, name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the hub's client
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_dialog_of_sharing_is_in_chinese(
+    served: ServedPage, open_page: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    folder = served.add_run("runs/fox-001", trigger="foxy fox")
+    write_evaluation(folder, trigger="foxy fox")
+    lora = kohya_file(tmp_path, **{"lorasmith.steps": "40", "ss_sd_model_name": "mine.safetensors"})
+    shutil.copyfile(lora, folder / "fox-step00000040.safetensors")
+    with hub_with_login(monkeypatch):
+        page = open_page("#/runs/runs%2Ffox-001", locale="zh-CN", width=width)
+        if width < 500:
+            page.locator(".panel-handle").click()
+        page.get_by_role("button", name="保留这一个").click()
+        keep = page.get_by_role("dialog")
+        keep.get_by_role("button", name="分享到 Hugging Face").click()
+        keep.locator(".hub-files").get_by_text("README.md").wait_for()
+        keep.get_by_role("checkbox").first.check()
+        keep.locator(".hub-told").wait_for()
+        found = [text for text in page.evaluate(ENGLISH) if not text.startswith((*NAMES, "Whether diffusers", "{"))]
+        assert found == []
+        assert_legible(page, "told")
+        keep.get_by_label("仓库").fill("fox")
+        keep.get_by_role("button", name="上传…").click()
+        expected(keep.get_by_role("button", name="是的，上传")).to_be_in_viewport(ratio=1)
+        assert_legible(page, "asked")
 
 
 def test_a_language_is_chosen_and_remembered(served: ServedPage, open_page: Opener) -> None:

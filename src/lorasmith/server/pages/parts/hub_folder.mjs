@@ -86,6 +86,9 @@ export function HubFolder({ run, step, onBack }) {
   </div>`;
 }
 
+/** Scrolls to what has appeared, such as a question below the end of the dialog. */
+const shown = (element) => element?.scrollIntoView({ block: "nearest" });
+
 /** @param {Props<{ found: Api.HubFolder }>} props */
 function Contents({ found }) {
   const told = Object.entries(found.told);
@@ -156,7 +159,7 @@ function Upload({ run, asked, found }) {
                     ? t`${whole(found.files.length)} files go to the hub, where everybody sees them.`
                     : t`${whole(found.files.length)} files go to the hub, where only you see them.`
                 }</p>
-              <div class="actions end">
+              <div class="actions end" ref=${shown}>
                 <${Button} onClick=${() => setAsked(false)}>Not now<//>
                 <${Button} kind="primary" onClick=${upload} busyText="Uploading…">Yes, upload them<//>
               </div>`
