@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,29 @@ def test_keys_alone_go_through_the_sheet_and_mask_a_photo(served: ServedPage, op
     assert not (folder / "fox_3.mask.png").exists()
     page.keyboard.press("Control+z")
     until((folder / "fox_3.mask.png").exists)
+
+
+def test_an_archive_is_opened_as_its_folder(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
+    archive = tmp_path / "My foxes.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as written:
+        written.write(PICTURES / "fox_1.png", "foxes/fox_1.png", zipfile.ZIP_STORED)
+        written.write(PICTURES / "fox_2.png", "foxes/fox_2.png")
+        written.writestr("foxes/fox_2.txt", "a fox on a tree")
+        written.writestr("__MACOSX/foxes/._fox_2.png", b"x")
+        written.writestr("foxes/inner.zip", b"x")
+    page = open_page()
+    page.get_by_role("button", name="Try it with the fox").wait_for()
+    page.locator("input[type=file]").first.set_input_files(archive)
+    page.get_by_label("Caption of fox_1.png").wait_for()
+    assert page.url.endswith("#/new/my-foxes/photos")
+    until(lambda: served.photos("my-foxes") == ["fox_1.png", "fox_2.png"])
+    assert "a fox on a tree" in served.captions("my-foxes")
+
+    archive.write_bytes(archive.read_bytes()[:-30])
+    page.locator("input[type=file]").first.set_input_files([archive, PICTURES / "fox_3.png"])
+    page.get_by_role("button", name="1 file not added").click()
+    page.get_by_text("My foxes.zip cannot be unpacked; pack it again.").wait_for()
+    until(lambda: len(served.photos("my-foxes")) == 3)
 
 
 def test_what_is_not_added_is_named_with_its_reason(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 // Photos on their way to the server. They outlive the view that started them.
 import { ApiError, get, post } from "./api.mjs";
+import { ARCHIVE, isArchive, unpacked } from "./archives.mjs";
 import { changeDraft, currentDraft } from "./drafts.mjs";
 import { useEffect, useState } from "./html.mjs";
 import { t } from "./language.mjs";
@@ -22,15 +23,16 @@ const formats = () =>
     throw error;
   }));
 
-/** The types of pictures that a file input offers, and of captions if it takes them. */
+/** The types of pictures that a file input offers, and of captions and archives if it takes them. */
 export function useAccept(withCaptions = false) {
   const [read, setRead] = useState(null);
   useEffect(() => void formats().then(setRead, () => {}), []);
-  return ["image/*", ...(read?.pictures ?? []), ...((withCaptions && read?.captions) || [])].join(",");
+  const others = withCaptions ? [...(read?.captions ?? []), ARCHIVE] : [];
+  return ["image/*", ...(read?.pictures ?? []), ...others].join(",");
 }
 
 /**
- * Files by what becomes of them.
+ * Files by what becomes of them; archives are opened.
  *
  * @param {Sent[]} files
  */
@@ -38,9 +40,15 @@ export async function sorted(files) {
   const read = await formats();
   /** @type {{ pictures: Sent[], captions: Sent[], masks: Sent[], refused: { name: string, reason: string }[] }} */
   const found = { pictures: [], captions: [], masks: [], refused: [] };
-  for (const one of files) {
+  const waiting = [...files];
+  for (let one = waiting.shift(); one; one = waiting.shift()) {
     const kind = suffix(one.path).toLowerCase();
-    if (read.captions.includes(kind)) found.captions.push(one);
+    if (isArchive(one.path))
+      await unpacked(one.file).then(
+        (inner) => waiting.unshift(...inner.filter(({ path }) => !isArchive(path))),
+        (error) => found.refused.push({ name: nameOf(one.path), reason: error.message }),
+      );
+    else if (read.captions.includes(kind)) found.captions.push(one);
     else if (kind in read.refused) found.refused.push({ name: nameOf(one.path), reason: read.refused[kind] });
     else if (read.pictures.includes(kind) || one.file.type.startsWith("image/"))
       (isMask(one.path) ? found.masks : found.pictures).push(one);
