@@ -15,7 +15,7 @@ from lorasmith.core.errors import OptionError
 if TYPE_CHECKING:
     from lorasmith.runs.model_card import Card
 
-_LONGEST = 100  # characters of a metadata value that are shown
+_LONGEST = 300  # characters of a metadata value that are shown
 
 
 def register(app: typer.Typer) -> None:

@@ -164,7 +164,8 @@ def _texts_in(value: str) -> str:
         found = parse_foreign_json(value)
     except ValueError:
         return value
-    return "; ".join(_named_texts(found, "")) or value
+    paths_first = sorted(_named_texts(found, ""), key=lambda text: re.search(r"[/\\]", text) is None)
+    return "; ".join(paths_first) or value
 
 
 def _named_texts(value: object, name: str) -> Iterator[str]:
