@@ -103,9 +103,17 @@ def samples_of(
 
 
 def images_of(latents: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Latents (1, channels, ...) of each image, and its `noise_mask`, if it has one."""
+    """Latents (1, channels, ...) of each image, and its `noise_mask`, if it has one.
+
+    Raises DataError for latents of several parts.
+    """
     images, masks = list[Tensor](), list[Tensor | None]()
     for batch in latents:
+        if getattr(batch["samples"], "is_nested", False):
+            raise DataError(
+                "latents to train on must be one tensor, but these have several parts, as those of clips with their "
+                "sound have; use a model whose latents have one part"
+            )
         mask = batch.get("noise_mask")
         for index, image in enumerate(batch["samples"]):
             images.append(image[None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,24 @@ def numbers(family: str) -> dict[str, Any]:
     before = pictures(model, positive, size=size)
     checkout.pack()
     from lorasmith_pack.comfy_model import ComfyModel
-    from lorasmith_pack.gradients import kernels_with_gradients
 
     import lorasmith
-    from lorasmith.core.kept_values import changes_allowed
 
     trained = ComfyModel(model)
     samples = trained.samples(latents, positive)
     trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
-    with changes_allowed(), kernels_with_gradients():
-        right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
-    try:
-        shipped = built_in_step(model, latents, positive, trainer.weights)["gradients"]
-    except Exception as error:  # of ComfyUI's own node
-        shipped = type(error).__name__
+    right = _or_why_not(lambda: _right_step(model, latents, positive, trainer))
+    shipped = _or_why_not(lambda: built_in_step(model, latents, positive, trainer.weights))
     result: dict[str, Any] = {}
     with trainer:
-        losses, gradients = our_step(trainer, right, samples)
-        result["loss"] = abs(losses - right["loss"]) / right["loss"]
-        result["gradient"] = distance(gradients, right["gradients"])
-        result["gradient as shipped"] = shipped if isinstance(shipped, str) else distance(gradients, shipped)
+        if isinstance(right, str):
+            result["built-in fails"] = right
+        else:
+            losses, gradients = our_step(trainer, right, samples)
+            result["loss"] = abs(losses - right["loss"]) / right["loss"]
+            result["gradient"] = distance(gradients, right["gradients"])
+            of_shipped = shipped if isinstance(shipped, str) else distance(gradients, shipped["gradients"])
+            result["gradient as shipped"] = of_shipped
         attached = predicted(trainer)
     lora = tensors_of(trainer.lora)
     left_out, merged = with_their_loader(model, lora, trained, trainer)
@@ -149,18 +147,30 @@ def conditionings(family: str) -> dict[str, Any]:
 
 def beside_built_in(trainer: Any, model: Any, latents: Any, positive: Any, samples: Any) -> dict[str, float]:
     """Distances of loss and gradient of a first step from those of ComfyUI's node where it is right."""
-    from lorasmith_pack.gradients import kernels_with_gradients
-
-    from lorasmith.core.kept_values import changes_allowed
-
-    with changes_allowed(), kernels_with_gradients():
-        right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+    right = _right_step(model, latents, positive, trainer)
     with trainer:
         loss, gradients = our_step(trainer, right, samples)
     return {
         "loss": abs(loss - right["loss"]) / right["loss"],
         "gradient": distance(gradients, right["gradients"]),
     }
+
+
+def _right_step(model: Any, latents: Any, positive: Any, trainer: Any) -> dict[str, Any]:
+    from lorasmith_pack.gradients import kernels_with_gradients
+
+    from lorasmith.core.kept_values import changes_allowed
+
+    with changes_allowed(), kernels_with_gradients():
+        return built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+
+
+def _or_why_not(step: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    """A step of ComfyUI's own node, or the name of the error with which it fails."""
+    try:
+        return step()
+    except Exception as error:
+        return type(error).__name__
 
 
 def settings(**others: Any) -> dict[str, Any]:

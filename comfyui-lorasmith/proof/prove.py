@@ -1,13 +1,16 @@
 """Hold the pack against a ComfyUI checkout, on the CPU with small models of random weights.
 
     python comfyui-lorasmith/proof/prove.py CHECKOUT [FAMILY ...] [--measure]
+    python comfyui-lorasmith/proof/prove.py CHECKOUT --models [FAMILY ...]
     python comfyui-lorasmith/proof/prove.py CHECKOUT --stand-in
 
 Prints for each family the relative distance of loss and gradient from those of ComfyUI's own Train LoRA, keys that its
 loader leaves out, whether the MODEL's pictures are the same bits afterwards, and a training by the node: interrupted,
-resumed, saved. With `--measure` it prints seconds of processor time a step and peak memory of both instead. Exits with
-1 if something does not hold. Needs ComfyUI's requirements and lorasmith in the Python that runs it. If COMFYUI_GGUF is
-the folder of ComfyUI-GGUF, and the package gguf is installed, its layers are among those that are compared.
+resumed, saved. With `--models` it does so for every class of `comfy.supported_models` (or for those of FAMILY), and
+writes `every_model.json` and the table of docs/comfyui-pack.md. With `--measure` it prints seconds of processor time
+a step and peak memory of both instead. Exits with 1 if something does not hold. Needs ComfyUI's requirements and
+lorasmith in the Python that runs it. If COMFYUI_GGUF is the folder of ComfyUI-GGUF, and the package gguf is
+installed, its layers are among those that are compared.
 
 `gradient` is that of ComfyUI's node with its sums in place and kernels replaced as by the pack, and no checkpointing;
 `gradient as shipped` is without, and with the checkpointing that is its default.
@@ -27,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+import every_model
 import families
+from limits import failed
 from measuring import WAYS, by_built_in, ours
 from node_runs import graph, methods, node, others
 from parity import conditionings, numbers, samplings
@@ -54,50 +59,23 @@ def proved(arguments: argparse.Namespace) -> int:
         lacking = [*not_there(), *not_loaded()]
         print("\n".join(lacking) or "This ComfyUI has what the stand-in has, and its own loader takes the pack.")
         return len(lacking)
+    if arguments.models:
+        return every_model.written(arguments.checkout, arguments.families, reported)
     kinds = ["ours", *WAYS] if arguments.measure else list(PROOFS)
     wrong = 0
     for family in arguments.families or families.FAMILIES:
         for kind in kinds:
             found = in_process(arguments, family, kind)
-            limits = {name: limit_of(name) for name in found}
-            failed = [name for name, value in found.items() if not limits[name](value)]
-            wrong += len(failed)
-            if found:
-                print(f"{family}, {kind}: {shown(found)}{f'; WRONG: {failed}' if failed else ''}", flush=True)
+            wrong += reported(f"{family}, {kind}", found)
     return wrong
 
 
-def limit_of(name: str) -> Callable[[Any], bool]:
-    """What must hold of something found, whose name may end in what it was found of."""
-    if name in ("gradient as shipped", "losses", "steps", "keys", "crash") or name.startswith(("s/", "MB")):
-        return lambda value: True
-    return next(limit for start, limit in LIMITS.items() if name.startswith(start))
-
-
-LIMITS: dict[str, Callable[[Any], bool]] = {
-    "loss": lambda value: value < 1e-5,
-    "gradient": lambda value: value < 1e-4,
-    "left out": lambda value: value == 0,
-    "merged": lambda value: value < 1e-3,
-    "same bits": lambda value: value is True,
-    "same bits after an error": lambda value: value is True,
-    "error": lambda value: False,
-    "inputs": lambda value: value is True,
-    "interrupted": lambda value: value is True,
-    "resumed": lambda value: value is True,
-    "heard": lambda value: value is True,
-    "apart": lambda value: value is True,
-    "released": lambda value: value is True,
-    "copied": lambda value: value < 0.5,
-    "image-to-image refused": lambda value: value is True,
-    "known again": lambda value: value is True,
-    "ran": lambda value: value is True,
-    "went on": lambda value: value is True,
-    "refused": lambda value: value.startswith("learning_rate must be") and "\n" not in value,
-    "saved": lambda value: value == 1,
-    **dict.fromkeys(("drawn", "validated", "compared"), lambda value: value is True),
-}
-"""What must hold, by what is found."""
+def reported(name: str, found: Mapping[str, Any]) -> int:
+    """Print what was found; returns the number of things that do not hold."""
+    wrong = failed(found)
+    if found:
+        print(f"{name}: {shown(found)}{f'; WRONG: {wrong}' if wrong else ''}", flush=True)
+    return len(wrong)
 
 
 def parsed() -> argparse.Namespace:
@@ -105,6 +83,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("families", nargs="*", choices=[[], *families.FAMILIES])
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument(
+        "--models",
+        action="store_true",
+        help="a row for each of ComfyUI's models, for the table of docs/comfyui-pack.md",
+    )
     parser.add_argument("--stand-in", action="store_true", help="hold the tests' stand-in against the checkout")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -308,6 +308,15 @@ def further(pack: Any, **changes: Any) -> dict[str, Any]:
     return dict(chosen)
 
 
+def test_latents_of_several_parts_are_refused(pack: Any) -> None:
+    """Such as those of a clip with its sound, which ComfyUI keeps side by side."""
+    from lorasmith_pack.inputs import images_of
+
+    of_parts = SimpleNamespace(is_nested=True, tensors=[torch.ones(1, 4, 2, 8, 8), torch.ones(1, 8, 4, 10)])
+    with pytest.raises(LorasmithError, match=r"must be one tensor, but these have several parts, .*; use a model"):
+        images_of([{"samples": of_parts}])
+
+
 @pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_encode_their_texts_with_comfyuis_clip(
