@@ -27,6 +27,7 @@ from lorasmith.training.events import (
     Previewed,
     PromptDrawn,
     RunFinished,
+    Sketched,
     StepDone,
     Validated,
     encoded,
@@ -38,6 +39,7 @@ from tests.training.run_cases import BEGIN, picture, started, write_run
 
 PROMPTS = ("a photo of foxy in the snow", "foxy <b>as</b> a knight, oil painting")
 STEPS = 60
+SKETCH = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
 BEST = 50
 """The step with the lowest held-out loss."""
 
@@ -89,7 +91,8 @@ def previewed(folder: Path, step: int, strength: float = 1.0, prompts: Sequence[
     for number in range(1, len(prompts) + 1):
         path = folder / "samples" / f"{step}-{strength}-{number}.png"
         paths.append(str(picture(path, "", (90 * number, step % 256, int(60 * abs(strength))), edge=64)))
-    return Previewed(step=step, prompts=tuple(prompts), paths=tuple(paths), strength=strength, at=BEGIN + step)
+    shown = {"prompts": tuple(prompts), "paths": tuple(paths), "sampling_steps": 20}
+    return Previewed(step=step, strength=strength, at=BEGIN + step, **shown)
 
 
 def step_done(step: int, loss: float | None = None, **more: Any) -> StepDone:
@@ -169,6 +172,11 @@ class ScriptedRun:
                 log.write(encoded(event) + "\n")
                 log.flush()
                 self._view.take(event)
+        self._publish(self._view.to_json())
+
+    def sketch(self) -> None:
+        """Show the next picture as it is drawn so far, which is in no log."""
+        self._view.take(Sketched(picture=SKETCH))
         self._publish(self._view.to_json())
 
     def take_steps(self, *, to: int) -> None:

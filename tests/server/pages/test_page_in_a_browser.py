@@ -20,7 +20,7 @@ from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
 from tests.server.pages.conftest import assert_legible, choose_files, expected, until
-from tests.server.pages.run_folders import ScriptedRun, events_of, step_done, write_evaluation, write_record
+from tests.server.pages.run_folders import SKETCH, ScriptedRun, events_of, step_done, write_evaluation, write_record
 from tests.server.pages.served_page import ServedPage
 from tests.training.run_cases import picture, started
 
@@ -499,6 +499,16 @@ def test_several_values_are_tried_by_the_one_button_that_starts(served: ServedPa
 
 
 @pytest.mark.slow
+def test_a_busy_computer_is_said_with_the_time(served: ServedPage, open_page: Opener) -> None:
+    served.add_dataset()
+    plan = served.made_up["plan"]
+    served.made_up["plan"] = lambda spec, **given: {**plan(spec, **given), "slowdown": 3.0}
+    page = open_page("#/new/fox/model")
+    page.get_by_role("button", name="Next: settings").click()
+    waits(page, "Takes about 9 minutes, as other programs keep the processor busy")  # 3 without them
+
+
+@pytest.mark.slow
 def test_a_distilled_model_is_trained_with_its_adapter_if_that_is_chosen(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
     adapter = served.base / "models" / "loras" / "turbo_v2.safetensors"
@@ -604,7 +614,14 @@ def test_the_example_is_trained_in_one_click_and_shown_on_the_wall(served: Serve
     run = job.train()
     run.show(started(90))
     run.preview(0, 0.0)
+    sharpening = page.get_by_text("the next one, being drawn")
+    page.locator(".easel-picture").wait_for()
+    expected(sharpening).to_have_count(0)
+    run.sketch()
+    expected(sharpening).to_have_count(1)
+    expected(page.locator(".easel img").last).to_have_attribute("src", SKETCH)
     run.preview(30)
+    expected(sharpening).to_have_count(0)
     page.goto(served.address)
     tile = page.get_by_role("listitem", name="Learning")
     expected(tile.get_by_role("img", name="Step 30: a photo of foxy in the snow")).to_have_count(1)
@@ -849,6 +866,13 @@ def test_what_a_run_is_drawn_for_is_found_again_and_asked_where_nothing_says_it(
 
     until(heard)
     expected(drawn.get_by_text("It waits for its turn.")).to_have_count(1)
+    expected(evaluation.locator(".effort")).to_have_text(re.compile("^It draws"))  # while it is drawn, too
+    queue = page.context.new_page()
+    queue.goto(served.address)
+    queue.get_by_role("button", name="Queue").click()
+    row = queue.get_by_role("region", name="Queue").get_by_role("listitem").filter(has_text="Evaluation")
+    expected(row.get_by_role("link", name="fox-001")).to_have_attribute("href", "#/runs/runs%2Ffox-001")
+    queue.close()
     evaluation.get_by_role("button", name="Cancel").click()
     evaluation.get_by_role("button", name="Which step is best?").wait_for()
     drawn.get_by_role("button", name="Cancel").click()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lorasmith.training.events import Outcome
 from tests.server.pages.conftest import assert_legible, until
@@ -57,6 +59,28 @@ def test_views_say_nothing_that_only_engineers_act_on(served: ServedPage, open_p
             page.get_by_role("link", name="Download the file").wait_for()
             assert not FOR_ENGINEERS.findall(page.locator("dialog").inner_text())
             page.keyboard.press("Escape")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_messy_set_opens_with_its_photos(
+    served: ServedPage, open_page: Callable[..., Any], tmp_path: Path, width: int
+) -> None:
+    """Remarks and what was not added leave them the larger part of the window."""
+    folder = served.add_dataset("fox", 6)
+    (folder / "fox_7.png").write_bytes((folder / "fox_3.png").read_bytes())
+    Image.new("RGB", (40, 40), "red").save(folder / "fox_8.png")
+    for name in ("a.jxl", "b.pdf", "nobody.txt"):
+        (tmp_path / name).write_text("no picture")
+    page = open_page("#/new/fox/photos", width=width)
+    page.get_by_role("button", name="1 twice").wait_for()
+    page.locator("input[type=file]").first.set_input_files([*tmp_path.glob("*.*")])
+    page.get_by_role("button", name="3 files not added").wait_for()
+    page.evaluate("scrollTo(0, 0)")
+    window = page.viewport_size["height"]
+    boxes = [one.bounding_box() for one in page.locator(".tile").all()]
+    assert min(box["y"] for box in boxes) < 0.5 * window
+    assert any(box["y"] + box["height"] < window for box in boxes), "the first photos are seen whole"
 
 
 def test_photos_fill_a_window_that_becomes_larger(served: ServedPage, open_page: Callable[..., Any]) -> None:

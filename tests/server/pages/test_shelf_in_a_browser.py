@@ -18,7 +18,7 @@ from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.questions import answer
 from tests.families.flux_parts import denoiser
 from tests.families.original_models import save
-from tests.server.pages.conftest import assert_legible, choose_files, until
+from tests.server.pages.conftest import assert_legible, choose_files, expected, until
 from tests.server.pages.served_page import ServedPage
 
 Opener = Callable[..., Any]
@@ -94,6 +94,29 @@ def test_a_model_is_offered_asked_about_and_downloaded(served: ServedPage, shelf
     shutil.copyfile(BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors", arrived)
     served.end_download()
     page.get_by_role("radio", name="arrived").wait_for()
+
+
+def test_each_model_says_how_long_it_takes_and_one_is_for_this_computer(served: ServedPage, open_page: Opener) -> None:
+    """Before any download: with the built-in model alone, the one to get is named."""
+
+    def timed(**asked: Any) -> Any:
+        found = answer("shelf", asked, served.folders)
+        for one in found["models"]:
+            one["seconds"], one["best"] = 10 * 86_400.0, one["name"] == "z-image"
+            if one["best"]:
+                one["seconds"] = 5400.0
+        return found
+
+    served.made_up["shelf"] = timed
+    page = open_page("#/models")
+    cards = page.locator(".release")
+    best = cards.filter(has_text="Suggested")
+    expected(best).to_have_count(1)
+    expected(best).to_contain_text("About 1 hour 30 min for a LoRA")
+    expected(cards.filter(has_text="Not for this computer: days")).to_have_count(cards.count() - 1)
+    expected(cards.filter(has_text="Fits into")).to_have_count(0)
+    expected(cards.filter(has_text="edits pictures").first).to_be_attached()
+    assert_legible(page)
 
 
 def test_a_download_is_cancelled_or_fails_with_a_sentence(served: ServedPage, shelf: Callable[..., Any]) -> None:
