@@ -76,8 +76,8 @@ PRESETS: dict[str, Preset] = {
         Preset(
             name="thorough",
             title="Thorough",
-            summary="The finest details for twice the time and a file twice as large; ends early where held-out images "
-            "no longer improve.",
+            summary="The finest details for twice the time and a file twice as large; stops by itself when it gets no "
+            "better.",
             seen_per_image=80,
             least_seen=800,
             most_seen=5000,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.training.events import Outcome
-from tests.server.pages.conftest import assert_legible, until
+from tests.server.pages.conftest import assert_legible, expected, until
 from tests.server.pages.served_page import TRAINING, ServedPage
 
 VIEWS = {
@@ -59,6 +59,24 @@ def test_views_say_nothing_that_only_engineers_act_on(served: ServedPage, open_p
             page.get_by_role("link", name="Download the file").wait_for()
             assert not FOR_ENGINEERS.findall(page.locator("dialog").inner_text())
             page.keyboard.press("Escape")
+
+
+@pytest.mark.slow
+def test_settings_are_beside_what_is_to_be_learnt(served: ServedPage, open_page: Callable[..., Any]) -> None:
+    served.add_dataset()
+    page = open_page("#/new/fox/model")
+    page.get_by_role("button", name="Next: settings").click()
+    page.locator(".choice").first.wait_for()
+    photos = page.locator(".learnt img")
+    expected(photos).to_have_count(4)
+    expected(photos.first).to_be_hidden()
+    page.set_viewport_size({"width": 2560, "height": 1440})
+    expected(photos.first).to_be_visible()
+    choices = page.locator(".choices").first.bounding_box()
+    boxes = [photo.bounding_box() for photo in photos.all()]
+    assert all(box["x"] > choices["x"] + choices["width"] and box["width"] > 400 for box in boxes)
+    assert choices["width"] > 1200, "three choices fill their column"
+    assert_legible(page)
 
 
 @pytest.mark.slow

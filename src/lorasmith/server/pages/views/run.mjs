@@ -72,7 +72,8 @@ function Verdict({ run, job, shown, reload }) {
   return html`
     <div class="panel-head">
       <p class="panel-name">
-        ${nameOfRun(run)} ${
+        ${nameOfRun(run)}
+        ${
           (isStanding || !best?.is_judged) &&
           html`<${State}
             state=${isStanding ? job?.state : run.state} />`

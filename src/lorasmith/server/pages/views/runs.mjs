@@ -1,6 +1,6 @@
 // All runs in the base folder, those of the command line too, to look at and to compare.
 import { fileOfRun, get } from "../lib/api.mjs";
-import { html, useEffect, useState } from "../lib/html.mjs";
+import { html, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
@@ -12,6 +12,7 @@ import { CONTINUED, act, isActive, jobsOfRuns } from "../parts/jobs.mjs";
 import { nameOfRun, stepsOf } from "../parts/run_card.mjs";
 import { NextBar } from "../parts/stepper.mjs";
 import { MOST_COMPARED } from "./compare.mjs";
+import { useAgain } from "./sweep.mjs";
 
 const PICTURE_PX = 160;
 const FIRST = 100; // runs that are shown at first, starred ones before others
@@ -23,10 +24,7 @@ export function RunsView() {
   const [found, error, reload] = useLoaded((signal) => get(["runs"], isAll ? {} : { limit: FIRST }, signal), [isAll]);
   const [chosen, setChosen] = useState([]);
   const known = useStore(work);
-  const ended = [...(known?.jobs.values() ?? [])].filter((job) => job.ended).length;
-  useEffect(() => {
-    if (found) reload();
-  }, [ended]);
+  useAgain(false, () => found && reload());
   const runs = found?.runs ?? [];
   const shown = runs
     .filter(

@@ -14,6 +14,7 @@ import { DraftText } from "../parts/photo_panel.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 import { Distilled } from "./model.mjs";
+import { useCovers } from "./sets.mjs";
 import { NO_TRIES, TryValues, gridOf, runsOf } from "./sweep.mjs";
 
 const PLAN_AFTER_MS = 500;
@@ -29,6 +30,7 @@ export function SettingsView({ dataset }) {
     [images],
   );
   const [failure, setFailure] = useState(null);
+  const covers = useCovers(dataset);
   const presets = declared?.presets ?? [];
   const preset =
     presets.find((one) => one.name === draft.preset) ?? presets.find((one) => one.name === "balanced") ?? presets[0];
@@ -100,6 +102,9 @@ export function SettingsView({ dataset }) {
   }
   return html`
     <${Stepper} at="settings" dataset=${dataset} />
+    <div class="learnt" aria-hidden="true">
+      ${covers.map((src) => html`<img key=${src} src=${src} alt="" loading="lazy" />`)}
+    </div>
     <section>
       <h1>How thoroughly?</h1>
       ${

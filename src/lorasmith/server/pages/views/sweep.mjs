@@ -200,7 +200,7 @@ export function TryValues({ groups, hidden, tries, note, onChange }) {
 const option = (one) => html`<option key=${one.name} value=${one.name}>${one.label || nameWords(one.name)}</option>`;
 
 /** Loads again when a job has ended, and from time to time while something runs. */
-function useAgain(busy, reload) {
+export function useAgain(busy, reload) {
   const known = useStore(work);
   const ended = [...(known?.jobs.values() ?? [])].filter((job) => job.ended).length;
   useEffect(() => {
