@@ -138,6 +138,7 @@ def test_the_page_needs_nothing_else_and_speaks(picture: Path) -> None:
     scopes = [value for name, key, value in found.attributes if (name, key) == ("th", "scope")]
     assert len(scopes) == found.tags.count("th") and set(scopes) == {"row", "col"}
     assert len(set(found.ids)) == len(found.ids), "two elements have one id"
+    assert ("table", "style", "--columns: 1") in found.attributes, "by which its pictures are of one width"
 
 
 def test_parts_that_a_run_lacks_have_no_heading() -> None:

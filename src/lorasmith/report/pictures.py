@@ -139,7 +139,9 @@ def picture_table(pictures: PictureTable) -> Html:
         )
         for label, row in pictures.rows
     ]
-    whole = tag("table", tag("thead", head), tag("tbody", rows), class_="pictures")
+    whole = tag(
+        "table", tag("thead", head), tag("tbody", rows), class_="pictures", style=f"--columns: {len(pictures.columns)}"
+    )
     return tag("div", whole, class_="scroll", role="region", aria_label=pictures.about, tabindex=0)
 
 

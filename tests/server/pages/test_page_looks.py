@@ -124,6 +124,9 @@ def test_few_loras_fill_a_wide_wall(served: ServedPage, open_page: Callable[...,
         seen = sum(box["width"] * max(0, min(1440, box["y"] + box["height"]) - box["y"]) for box in boxes)
         assert seen > 0.5 * 2560 * 1440, f"{number}: {boxes}"
         assert max(box["width"] for box in boxes) > (1200 if number != 2 else 800)
+    page.goto(served.address + "#/photos")
+    page.wait_for_selector(".cover.four")
+    assert page.locator(".covers > li").first.bounding_box()["width"] > 500
 
 
 @pytest.mark.slow

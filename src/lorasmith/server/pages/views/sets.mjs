@@ -19,7 +19,7 @@ export function SetsView() {
     ${!found && !error && html`<${Loading} what="sets of photos" />`}
     ${
       found &&
-      html`<ul class="covers">
+      html`<ul class="covers sets">
         <li><${NewTile} /></li>
         ${found.datasets.map((one) => html`<${SetTile} key=${one.name} set=${one} />`)}
       </ul>`
