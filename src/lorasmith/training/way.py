@@ -139,7 +139,7 @@ class Way:
             changes["attention"] = state.attention
         if self.autotune and (tuned := state.tuned) is not None:
             changes |= {"autotune": False, "products": tuned.products, "compile": tuned.compile}
-            changes["cuda_graphs"] = tuned.cuda_graphs
+            changes["cuda_graphs"] = bool(tuned.cuda_graphs)
             if tuned.compile:
                 changes["activations"] = tuned.activations
         found = replace(self, **changes)
@@ -153,7 +153,7 @@ class TunedState:
     activations: ActivationPlan
     products: ProductFormat
     compile: bool
-    cuda_graphs: bool = False  # which earlier versions did not try
+    cuda_graphs: bool | None = None  # of an earlier version, which did not try them
 
 
 @dataclass(frozen=True, kw_only=True)
