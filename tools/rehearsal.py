@@ -137,7 +137,9 @@ def _bare_environment(folder: Path) -> dict[str, str]:
     ours = re.compile(r"PYTHON|LORASMITH|VIRTUAL_ENV|HF_|XDG_|MPL")
     kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
     path = os.pathsep.join([str(tools), "/usr/bin", "/bin"])
-    return {**kept, "HOME": str(folder / "home"), "PATH": path, "HF_HUB_OFFLINE": "1"}
+    # Two runs are compared to the bit, and each would choose its threads by what other programs leave free.
+    fixed = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, "HOME": str(folder / "home"), "PATH": path, **fixed}
 
 
 def _run(*command: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
