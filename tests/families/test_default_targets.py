@@ -7,10 +7,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from original_models import SD1, SD2, save
 from torch import nn
 from transformer_models import TINY, Case
 
 from lorasmith.families.base import FAMILIES
+from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from tests.covering import slow_except
 
@@ -27,11 +29,16 @@ def row(family: str) -> tuple[str, list[str]]:
     return found[0]
 
 
-@pytest.fixture(params=["sdxl", *slow_except(TINY, "z-image", "krea2")])
+ORIGINAL = {"sd1": SD1, "sd2": SD2}
+
+
+@pytest.fixture(params=[*ORIGINAL, "sdxl", *slow_except(TINY, "z-image", "krea2")])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
     if request.param == "sdxl":
         found: Model = request.getfixturevalue("sdxl")
         return found
+    if request.param in ORIGINAL:
+        return load_model(save(tmp_path / "tiny.safetensors", ORIGINAL[request.param].tensors()))
     return Case.of(request.param, tmp_path).ours
 
 

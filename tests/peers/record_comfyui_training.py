@@ -47,6 +47,8 @@ How ComfyUI 0.33 computes them
       3/(3 + 1/(1 − u) − 1) for Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is
       filled up to 512 tokens with zeros from the left.
     - ERNIE-Image: as Z-Image, but the network sees 1000 times sigma.
+    - Ideogram 4: as Z-Image with 1 in place of 3; the network takes 1 − sigma for its time itself. Norms and rotary
+      positions are one operator without a backward pass, as Anima's.
     - Anima: as Z-Image. Its conditioning carries the prompt's T5 tokens and their weights, which the adapter and then
       each of its rows get; the adapter is trained too. ComfyUI 0.33 cannot train it: norms and rotary positions are one
       operator without a backward pass. Here the operator's formula in plain torch takes its place.

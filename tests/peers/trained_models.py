@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import models
 import tiny_ernie_image
+import tiny_ideogram4
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -144,6 +145,7 @@ TRAINED: Mapping[str, Trained] = {
     "kontext-2-controls": replace(_KONTEXT, controls=((12, 4), (6, 10))),
     "krea2": _KREA2,
     "krea2-2-controls": replace(_KREA2, controls=((8, 4), (4, 12)), method="index_timestep_zero"),
+    "ideogram4": Trained(TINY["ideogram4"].denoiser_tensors, (128,), 32 * tiny_ideogram4.LAYERS, size=(8, 4)),
     "ernie-image": Trained(
         TINY["ernie-image"].denoiser_tensors, (128,), tiny_ernie_image.WIDTH, times=(900.0, 200.0), size=(8, 4)
     ),

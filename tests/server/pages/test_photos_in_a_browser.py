@@ -366,6 +366,27 @@ def test_a_photo_is_cropped_by_keys_and_by_the_pointer(served: ServedPage, open_
 
 
 @pytest.mark.slow
+def test_texts_of_a_caption_in_json_are_fields(served: ServedPage, open_page: Opener) -> None:
+    """What is between them stays letter for letter, and its commas are not tags."""
+    folder = served.add_dataset("fox", 2)
+    caption = '{"high_level_description": "FIRST", "parts": [{"bbox": [0.10, 1.0, 2, 3], "text": "SECOND"}]}'
+    written = caption.replace("FIRST", "a fox").replace("SECOND", r"\"Hi\", 1")
+    (folder / "fox_1.txt").write_text(written)
+    page = open_page(PHOTOS)
+    choose(page, "fox_1.png")
+    panel = page.locator(".panel-part", has_text="Words for the chosen photo")
+    expected(panel.locator(".texts textarea")).to_have_count(2)
+    expected(panel.get_by_label("parts 1 text")).to_have_value('"Hi", 1')
+    assert panel.get_by_text("Tags", exact=True).count() == 0
+    panel.get_by_label("parts 1 text").fill('"Ho", 2')
+    panel.get_by_label("high level description").fill("a red fox")
+    changed = caption.replace("FIRST", "a red fox").replace("SECOND", r"\"Ho\", 2")
+    until(lambda: served.captions()[0] == changed)
+    assert_legible(page)
+    panel.get_by_role("button", name="Show it as JSON").click()
+    expected(panel.get_by_label("Caption of fox_1.png")).to_have_value(changed)
+
+
 def test_tags_are_chips_of_one_caption_and_of_all(served: ServedPage, open_page: Opener) -> None:
     served.add_dataset()
     page = open_page(PHOTOS)

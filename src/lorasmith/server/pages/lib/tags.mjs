@@ -1,13 +1,17 @@
 // Tags: the parts of a caption between commas.
+import { textsOf } from "./json_caption.mjs";
 
-/** The tags of a caption; none of one with several lines, which are several captions. */
+/** Whether a caption is parts between commas: not several lines, which are several captions, and not JSON. */
+export const isTagged = (caption) => !caption.includes("\n") && textsOf(caption) === null;
+
+/** The tags of a caption; none of one that has no such parts. */
 export const tagsOf = (caption) =>
-  caption.includes("\n")
-    ? []
-    : caption
+  isTagged(caption)
+    ? caption
         .split(",")
         .map((one) => one.trim())
-        .filter(Boolean);
+        .filter(Boolean)
+    : [];
 
 const same = (a, b) => a.toLowerCase() === b.toLowerCase();
 export const hasTag = (caption, tag) => tagsOf(caption).some((one) => same(one, tag));

@@ -1,9 +1,10 @@
 // Beside the contact sheet: what the pictures are of, what is said of the chosen ones, and what is done with all.
 import { useConflicts, useDraft } from "../lib/drafts.mjs";
 import { html, useState } from "../lib/html.mjs";
+import { textsOf } from "../lib/json_caption.mjs";
 import { t } from "../lib/language.mjs";
 import { KINDS, preserving } from "../lib/kinds.mjs";
-import { counted, withTag } from "../lib/tags.mjs";
+import { counted, isTagged, withTag } from "../lib/tags.mjs";
 import { count } from "../lib/words.mjs";
 import { Button, Choices, Elsewhere, Field } from "./basics.mjs";
 import { Before } from "./before.mjs";
@@ -96,7 +97,7 @@ export function ChosenPhotos(props) {
               onSubmit=${(event) => {
                 event.preventDefault();
                 if (!added.trim()) return;
-                const texts = some.filter((one) => !captions.captionOf(one).includes("\n"));
+                const texts = some.filter((one) => isTagged(captions.captionOf(one)));
                 captions.changeTags(
                   Object.fromEntries(texts.map((one) => [one.file, withTag(captions.captionOf(one), added)])),
                   t`“${added}” was added to ${count(texts.length, "caption")}.`,
@@ -125,13 +126,16 @@ export function ChosenPhotos(props) {
         ? html`
           <${Caption} key=${image.file} name=${image.file} caption=${caption} trigger=${draft.trigger}
             isEdited=${isEdited} onCaption=${(text, seen) => captions.storeTyped(image, text, seen)} />
-          <details>
-            <summary>Tags</summary>
-            <${Chips} key=${`tags ${image.file}`} name=${image.file} caption=${caption}
-              known=${counted(photos.images.map(captions.captionOf)).map(([name]) => name)}
-              onCaption=${(text) =>
-                captions.changeTags({ [image.file]: text }, t`The tags of ${image.file} were changed.`)} />
-          </details>
+          ${
+            textsOf(caption) === null &&
+            html`<details>
+              <summary>Tags</summary>
+              <${Chips} key=${`tags ${image.file}`} name=${image.file} caption=${caption}
+                known=${counted(photos.images.map(captions.captionOf)).map(([name]) => name)}
+                onCaption=${(text) =>
+                  captions.changeTags({ [image.file]: text }, t`The tags of ${image.file} were changed.`)} />
+            </details>`
+          }
         `
         : html`<p>${caption || t`No words`}</p>`
     }

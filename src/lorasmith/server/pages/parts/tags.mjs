@@ -1,7 +1,7 @@
 // Tags as chips: those of one caption, and those of all.
 import { html, useId, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
-import { counted, hasTag, tagsOf, withTag, withoutTag } from "../lib/tags.mjs";
+import { counted, hasTag, isTagged, tagsOf, withTag, withoutTag } from "../lib/tags.mjs";
 import { count } from "../lib/words.mjs";
 import { Button } from "./basics.mjs";
 import { Icon } from "./icons.mjs";
@@ -66,7 +66,7 @@ export function TagList({ images, captionOf, chosen, onChoose, onChange }) {
   const shown = isWhole ? all : all.slice(0, SHOWN);
   const having = chosen === null ? [] : images.filter((one) => hasTag(captionOf(one), chosen));
   const lacking =
-    chosen === null ? [] : images.filter((one) => !hasTag(captionOf(one), chosen) && !captionOf(one).includes("\n"));
+    chosen === null ? [] : images.filter((one) => !hasTag(captionOf(one), chosen) && isTagged(captionOf(one)));
   const changed = (some, change) => Object.fromEntries(some.map((one) => [one.file, change(captionOf(one), chosen)]));
   return html`<details class="tag-list">
     <summary>${count(all.length, "tag")} in the captions</summary>
