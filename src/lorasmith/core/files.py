@@ -10,7 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -185,6 +185,19 @@ def write_atomic(target: Path, content: bytes | str) -> None:
     """Write `content` atomically, text as UTF-8 with lone surrogates as JSON's escapes. Raises OutputError."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+def folder_once(target: Path, owned: str, make: Callable[[Path], None]) -> Path:
+    """`target`, which `make` fills the first time, completely or not at all. OutputError, starting with `owned`, if
+    another process is at it.
+    """
+    if not is_folder(target):
+        ensure_folder(target.parent)
+        with locked(target.with_name(f"{target.name}.lock"), owned):
+            if not is_folder(target):  # made by another process, just now
+                with atomic_folder(target) as temporary:
+                    make(temporary)
+    return target
 
 
 def ensure_folder(folder: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lorasmith.core.errors import DataError, LorasmithError
-from lorasmith.core.files import atomic_folder, ensure_folder, is_folder, locked
+from lorasmith.core.files import ensure_folder, folder_once, is_folder
 from lorasmith.core.printable import printable
 from lorasmith.data.data_config import ARCHIVE, DataConfig, ImageSource, is_url
 from lorasmith.data.encoding_cache import key_of
@@ -49,7 +49,7 @@ def local_folder(path: str, cache: Path, *, limit_gib: float) -> Path:
     else:
         folder = _fetched(path, cache)
     os.utime(folder)
-    _keep_limit(cache, limit_gib * 2**30, folder)
+    _keep_limit(cache, limit_gib * 2**30)
     # As most programs pack a folder, not its files.
     inner = [entry for entry in folder.iterdir() if not _is_hidden(entry.name)]
     return inner[0] if len(inner) == 1 and is_folder(inner[0]) else folder
@@ -154,15 +154,9 @@ def _unpacking(file: Path, shown: str) -> Callable[[Path], None]:
 
 
 def _made(cache: Path, source: str, state: object, make: Callable[[Path], None]) -> Path:
-    """The folder of a source in a state, written completely or not at all."""
+    """The folder of a source in a state."""
     target = cache / f"{_PREFIX}{key_of(source=source, state=state)[:24]}"
-    if not is_folder(target):
-        ensure_folder(cache)
-        with locked(cache / f"{target.name}.lock", f"{source} is being fetched to {target}"):
-            if not is_folder(target):  # fetched by another process, just now
-                with atomic_folder(target) as temporary:
-                    make(temporary)
-    return target
+    return folder_once(target, f"{source} is being fetched to {target}", make)
 
 
 def _checked(name: str, source: str) -> str:
@@ -182,7 +176,7 @@ def _unreachable(url: str, error: Exception) -> DataError:
     return DataError(f"{url} cannot be read ({reason}); check the address and this machine's credentials for it")
 
 
-def _keep_limit(cache: Path, limit_bytes: float, used: Path) -> None:
+def _keep_limit(cache: Path, limit_bytes: float) -> None:
     folders = []
     for folder in cache.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another process removes it
@@ -193,6 +187,5 @@ def _keep_limit(cache: Path, limit_bytes: float, used: Path) -> None:
     for modified, size, folder in sorted(folders):
         if total <= limit_bytes or time.time() - modified < _KEPT_S:
             return
-        if folder != used:
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= size
+        shutil.rmtree(folder, ignore_errors=True)
+        total -= size

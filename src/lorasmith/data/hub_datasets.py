@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from lorasmith.core.errors import DataError, LorasmithError
-from lorasmith.core.files import atomic_folder, ensure_folder, is_folder, is_regular, locked, read_regular
+from lorasmith.core.files import ensure_folder, folder_once, is_regular, read_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.data.folder_listing import LINK, control_folder
@@ -113,14 +113,11 @@ def _written(dataset: Any, cache: Path, key: object, *, at_most: int | None) -> 
     columns = _columns(dataset)
     identity = json.dumps([_LAYOUT, dataset._fingerprint, *columns, key])
     target = cache / f"dataset-{hashlib.sha256(identity.encode('utf-8', 'replace')).hexdigest()[:24]}"
-    if is_folder(target):
-        return target
-    ensure_folder(cache)
-    with locked(cache / f"{target.name}.lock", f"the images of a dataset are being written to {target}"):
-        if not is_folder(target):  # written by another process, just now
-            with atomic_folder(target) as temporary:
-                _write(dataset, *columns, temporary, at_most=at_most)
-    return target
+    return folder_once(
+        target,
+        f"the images of a dataset are being written to {target}",
+        lambda temporary: _write(dataset, *columns, temporary, at_most=at_most),
+    )
 
 
 def _columns(dataset: Any) -> tuple[str, str | None, list[str]]:

@@ -9,6 +9,10 @@ const DEFLATED = 8;
 
 export const ARCHIVE = ".zip";
 export const isArchive = (path) => path.toLowerCase().endsWith(ARCHIVE);
+/** A path without the suffix of an archive. */
+export const withoutArchive = (path) => (isArchive(path) ? path.slice(0, -ARCHIVE.length) : path);
+
+const known = new WeakMap(); // what is in an archive, which a new set asks for before it is sent
 
 /**
  * The files in an archive, without hidden ones: a list of {file, path}. Throws an error whose message is the reason, as
@@ -16,7 +20,12 @@ export const isArchive = (path) => path.toLowerCase().endsWith(ARCHIVE);
  *
  * @param {File} archive
  */
-export async function unpacked(archive) {
+export function unpacked(archive) {
+  if (!known.has(archive)) known.set(archive, opened(archive));
+  return known.get(archive);
+}
+
+async function opened(archive) {
   const found = [];
   for (const entry of await entriesOf(archive)) {
     if (/(^|\/)(\.|__MACOSX\/)|\/$/.test(entry.path)) continue;

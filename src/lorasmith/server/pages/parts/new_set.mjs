@@ -1,6 +1,6 @@
 // Pictures that become a new set of photos: dropped anywhere on the page, pasted, or chosen.
 import { get, post } from "../lib/api.mjs";
-import { isArchive } from "../lib/archives.mjs";
+import { isArchive, withoutArchive } from "../lib/archives.mjs";
 import { html, useState } from "../lib/html.mjs";
 import { t } from "../lib/language.mjs";
 import { go } from "../lib/router.mjs";
@@ -42,7 +42,7 @@ async function newSet(files) {
     throw new Error(t`There are no pictures among these files${first ? `: ${first.name} ${first.reason}` : ""}.`);
   const folders = new Set(files.map(({ path }) => path.split("/")[0]));
   const isFolder = files[0].path.includes("/") || isArchive(files[0].path);
-  const folder = folders.size === 1 && isFolder ? slug([...folders][0].replace(/\.zip$/i, "")) : "";
+  const folder = folders.size === 1 && isFolder ? slug(withoutArchive([...folders][0])) : "";
   const name = await created(folder || sharedWord(pictures) || slug(`photos ${today.format(new Date())}`));
   upload(name, files);
   return name;
