@@ -141,6 +141,13 @@ def test_the_page_needs_nothing_else_and_speaks(picture: Path) -> None:
     assert ("table", "style", "--columns: 1") in found.attributes, "by which its pictures are of one width"
 
 
+def test_pictures_come_before_what_is_said_of_them(picture: Path) -> None:
+    parts = whole("plain", picture) | {"verdict": "The loss fell", "notes": [("Fault", "It broke.", 3)]}
+    text = run_report(RunReport(**parts))
+    said = [text.index(f">{words}<") for words in ("The loss fell", "Notes", "In numbers")]
+    assert text.rindex("<img") < said[0] and said == sorted(said)
+
+
 def test_parts_that_a_run_lacks_have_no_heading() -> None:
     found = page()
     assert found.tags.count("h2") == 1, "only the loss, which says that there is none"

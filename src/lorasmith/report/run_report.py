@@ -138,6 +138,7 @@ def run_report(report: RunReport) -> str:
         _header(report),
         section("Before and after", report.before_after and picture_table(report.before_after)),
         section("Previews during training", report.progress and picture_table(report.progress)),
+        _said(report),
         section("Which step?", *_evaluation(report)),
         section("In numbers", definitions(report.facts, class_="facts")),
         section("Use it", *_use(report)),
@@ -176,13 +177,20 @@ def plain(value: object) -> str:
 
 
 def _header(report: RunReport) -> Html:
-    counts = {kind: len(list(notes)) for kind, notes in groupby(sorted(kind for kind, _, _ in report.notes))}
-    happened = ", ".join(f"{kind.lower()} × {count}" for kind, count in counts.items())
     return tag(
         "header",
         tag("p", "Training report", class_="kicker"),
         tag("h1", report.title),
         tag("p", tag("span", report.status, class_=f"status {report.mood}"), " ", report.summary, class_="summary"),
+    )
+
+
+def _said(report: RunReport) -> Html:
+    """The verdict, below the pictures that it is held against, and what happened."""
+    counts = {kind: len(list(notes)) for kind, notes in groupby(sorted(kind for kind, _, _ in report.notes))}
+    happened = ", ".join(f"{kind.lower()} × {count}" for kind, count in counts.items())
+    return tag(
+        "section",
         tag("p", report.verdict, class_="verdict"),
         tag("p", tag("a", "Notes", href="#notes"), f": {happened}", class_="summary") if happened else None,
     )
