@@ -16,7 +16,8 @@ features take the judge's place.
 
 Runs are kept in the folder, and none is made twice: an interrupted command continues, several may share the folder, and
 folders of several machines (`--share 1/2`) may be put together. They are made subject by subject, so that the tables of
-what is there compare equals. `--only-known` makes the tables alone.
+what is there compare equals. `--only-known` makes the tables alone. `--record` puts the measures of a folder, without
+pictures, into a file of this package; what is in it is not made again either.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 
 from benchmarks.bases import machine
-from benchmarks.quality.measuring import JUDGED, TINY, Job, Outcome, Setting, Store
+from benchmarks.quality.measuring import JUDGED, RECORD, TINY, Job, Outcome, Setting, Store
 from benchmarks.quality.page import sheet, write_page
 from benchmarks.quality.protocol import FROZEN, LOOKS, final, freeze, frozen_rates, lengths_of, tuning
 from benchmarks.quality.recipes import RECIPES
@@ -62,6 +63,8 @@ def main() -> None:
     if not arguments.only_known:
         share, shares = map(int, arguments.share.split("/"))
         store.make(runs[share - 1 :: shares], arguments.workers, time.time() + 60 * arguments.minutes)
+    if arguments.record:
+        store.record()
     known = [(setting, job, store.known(setting, job)) for setting, job in runs]
     # A recipe counts for a subject and seed once all of its runs are there, of each length and factor.
     unfinished = {_unit(setting, job) for setting, job, outcome in known if outcome is None}
@@ -76,7 +79,8 @@ def main() -> None:
         write_page(methods, part, results.markdown(first))
         if first:
             write_page(arguments.docs / "quality.md", part, results.markdown(0, first))
-            sheet(found, arguments.looks).save(arguments.docs / "images" / "quality.webp", quality=85)
+            if drawn := [one for one in found if one.strip.exists()]:
+                sheet(drawn, arguments.looks).save(arguments.docs / "images" / "quality.webp", quality=85)
 
 
 def _tables(arguments: argparse.Namespace, setting: Setting, found: list[Outcome], results: Results) -> None:
@@ -133,6 +137,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="where runs are kept")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so long")
     parser.add_argument("--only-known", action="store_true", help="train nothing, make the tables of what is there")
+    parser.add_argument("--record", action="store_true", help=f"put what the folder has on record in {RECORD.name}")
     parser.add_argument("--share", default="1/1", metavar="NUMBER/SHARES", help="make this share of the runs alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes with a thread each")
     parser.add_argument("--models", nargs="+", default=[TINY])

@@ -52,6 +52,9 @@ from tools.pretrain.transformer import DRAWING_TRANSFORMER, DrawingTransformer
 MEASURING = 2
 """Counted up when the same run would give other numbers: by other pictures, measures or steps of training."""
 
+RECORD = Path(__file__).with_name("outcomes.jsonl")
+"""What was measured of earlier runs, a line each, without their pictures; no folder makes them again."""
+
 DRAWN_SEEDS = (1, 2, 3)  # of the trigger alone
 ASKED_SEEDS = range(1, 7)  # of which the first ones are used from which the base model draws the wish
 _EVALUATION_SEEDS = range(11, 11 + NOISES)
@@ -148,19 +151,29 @@ class Outcome:
 
 
 class Store:
-    """Outcomes in a folder, each under a digest of all that matters for its numbers."""
+    """Outcomes in a folder or on record, each under a digest of all that matters for its numbers."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        lines = RECORD.read_text("utf-8").splitlines() if RECORD.exists() else ()
+        self._recorded = {json.loads(line)["digest"]: line for line in lines}
 
     def known(self, setting: Setting, job: Job) -> Outcome | None:
         """The outcome of a run, if it is there."""
         file = self.file(setting, job)
-        if not file.exists():
+        line = file.read_text("utf-8") if file.exists() else self._recorded.get(file.stem)
+        if line is None:
             return None
-        found = json.loads(file.read_text("utf-8"))["checkpoints"]
+        found = json.loads(line)["checkpoints"]
         return Outcome(setting.network, job, tuple(Checkpoint(**one) for one in found), file.with_suffix(".png"))
+
+    def record(self) -> None:
+        """Put what the folder has on record."""
+        for file in self._folder.glob("*.json"):
+            found = json.loads(file.read_text("utf-8"), parse_float=lambda text: round(float(text), 4))
+            self._recorded[file.stem] = json.dumps({"digest": file.stem, **found})
+        write_atomic(RECORD, "".join(f"{line}\n" for _, line in sorted(self._recorded.items())))
 
     def file(self, setting: Setting, job: Job) -> Path:
         """Where an outcome is kept, whatever the recipe and the model are called."""
@@ -214,7 +227,7 @@ def _work(store: Store, runs: Sequence[tuple[Setting, Job]], until: float) -> No
         if time.time() > until:
             return
         file = store.file(setting, job)
-        if file.exists():
+        if store.known(setting, job):
             continue
         with contextlib.ExitStack() as stack:
             try:

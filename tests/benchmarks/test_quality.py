@@ -139,6 +139,12 @@ def test_a_folder_like_dreambooths(tmp_path: Path) -> None:
 LOOKS = (20, 40, 80, 160, 320)
 
 
+@pytest.fixture(autouse=True)
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on record answers none of the runs that these tests make."""
+    monkeypatch.setattr(measuring, "RECORD", tmp_path / "outcomes.jsonl")
+
+
 def outcome(
     recipe: str,
     task: str,
@@ -192,6 +198,12 @@ def test_outcomes_are_kept_by_what_makes_their_numbers(tmp_path: Path, monkeypat
     assert asked == [job]
     measuring._work(store, [(setting, other)], math.inf)
     assert asked == [job, other]
+    # What was recorded is known without its folder, and not made again.
+    store.record()
+    elsewhere = Store(tmp_path / "elsewhere")
+    measuring._work(elsewhere, [(setting, job)], math.inf)
+    recorded = elsewhere.known(setting, job)
+    assert recorded is not None and recorded.checkpoints == made and asked == [job, other]
 
 
 def test_a_recipe_is_tuned_for_each_length_and_runs_at_one_rate_are_one_run(tmp_path: Path) -> None:
