@@ -27,6 +27,7 @@ ONLY_WITH_MODELS = (
     "lorasmith.families.parts.anima_network",
     "lorasmith.families.parts.controls_at_zero",
     "lorasmith.families.parts.ideogram4_network",
+    "lorasmith.families.parts.ltx2_network",
     "lorasmith.families.parts.masked_transformers",
     "lorasmith.families.parts.qwen_image21_network",
     "lorasmith.families.parts.sentencepiece_tokenizer",
