@@ -39,7 +39,7 @@ def sweep(tmp_path: Path) -> Sweep:
             "--launcher slurm decides where all runs are; leave --devices and --only",
         ),
         (("--launcher", "ray", "--devices", "cpu"), "--launcher ray decides where"),
-        (("--launcher", "ray", "--together", 2), "--together trains runs in one process of this machine"),
+        (("--launcher", "slurm", "--together", 2), "--together trains runs in one process"),
         (("--launcher", "slurm"), "needs the program sbatch, which is not on PATH"),
         (("--launcher", "slurm", "--slurm-options", "'"), "--slurm-options must be arguments as in a shell"),
         (("--devices", "cpu,cpu"), "--devices must name each device once"),

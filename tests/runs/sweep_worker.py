@@ -48,6 +48,10 @@ def main() -> None:
                 case "crash":
                     print("Segfault", flush=True)
                     os._exit(3)
+                case "crash once":
+                    if not Path("crashed").exists():
+                        Path("crashed").touch()
+                        os._exit(3)
                 case "wait":
                     stop.wait()
                     Path("saved").touch()

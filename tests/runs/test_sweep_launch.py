@@ -1,21 +1,16 @@
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.runs import sweep_launch, sweep_run
 from lorasmith.runs.sweep_file import Sweep
-from lorasmith.runs.sweep_launch import run_on_ray, run_one, slurm_script, submit_to_slurm
+from lorasmith.runs.sweep_launch import slurm_script, submit_to_slurm
 from lorasmith.runs.sweep_run import sweep_folder
-from tests.runs.sweep_cases import names_of, sweep_of
-from tests.runs.test_sweep_run import WORKER, Told
+from tests.runs.sweep_cases import sweep_of
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts stand in for programs")
 
@@ -86,113 +81,3 @@ def test_what_sbatch_refuses_is_said(sweep: Sweep, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     with pytest.raises(TrainingError, match="it said: sbatch: error: invalid partition; give what it needs with"):
         submit_to_slurm([1], sweep_folder(tmp_path / "out"), ["lorasmith"], [])
-
-
-def test_one_run_is_run_to_its_end(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_run, "WORKER_COMMAND", WORKER)
-    monkeypatch.chdir(tmp_path)
-    first, second, *_ = names_of(sweep)
-    (tmp_path / "acts.json").write_text(json.dumps({first: "fail"}))
-    output = sweep_folder(tmp_path / "out")
-    assert run_one(sweep, first, output, {}) == "there is no usable image"
-    assert run_one(sweep, second, output, {}) == ""
-
-
-class RayError(Exception):
-    pass
-
-
-class TaskCancelledError(RayError):
-    pass
-
-
-class Reference:
-    def __init__(self, function: Any, given: tuple[Any, ...]) -> None:
-        self.function, self.given = function, given
-
-
-class FakeRay(ModuleType):
-    """As much of Ray as is called: tasks run when somebody waits for them."""
-
-    def __init__(self, gpus: int = 0) -> None:
-        super().__init__("ray")
-        self.exceptions = SimpleNamespace(RayError=RayError, TaskCancelledError=TaskCancelledError)
-        self.gpus, self.options, self.is_up = gpus, {}, False
-        self.cancelled: list[Any] = []
-
-    def is_initialized(self) -> bool:
-        return self.is_up
-
-    def init(self) -> None:
-        self.is_up = True
-
-    def shutdown(self) -> None:
-        self.is_up = False
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0, **({"GPU": 1.0 * self.gpus} if self.gpus else {})}
-
-    def remote(self, **options: Any) -> Any:
-        self.options = options
-        return lambda function: SimpleNamespace(remote=lambda *given: Reference(function, given))
-
-    def wait(self, references: list[Any], timeout: float = 0, num_returns: int = 1) -> tuple[list[Any], list[Any]]:
-        return references[:1], references[1:]
-
-    def get(self, reference: Any) -> Any:
-        if reference in self.cancelled:
-            raise TaskCancelledError
-        return reference.function(*reference.given)
-
-    def cancel(self, reference: Any, *, force: bool) -> None:
-        assert not force, "the run could not save"
-        self.cancelled.append(reference)
-
-
-@pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    fake = FakeRay(gpus=1)
-    monkeypatch.setattr(sweep_launch.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    return fake
-
-
-def test_without_ray_it_is_refused(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_launch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="needs the package ray, which is not installed; install it with pip"):
-        run_on_ray(sweep, names_of(sweep), tmp_path, Told())
-
-
-def test_ray_runs_each_as_a_task_and_keeps_what_failed(
-    sweep: Sweep, tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names, models = names_of(sweep), {"base_dir": tmp_path}
-
-    def one(given: Sweep, name: str, output: Path, found: dict[str, Path]) -> str:
-        assert (given, output, found) == (sweep, tmp_path, models)
-        if name == names[1]:
-            raise RayError("the worker died")
-        return ""
-
-    monkeypatch.setattr(sweep_launch, "run_one", one)
-    told = Told()
-    run_on_ray(sweep, names, tmp_path, told, models=models)
-    assert list(told.failures) == names and told.failures[names[0]] == ""
-    assert told.failures[names[1]] == "the Ray task of the run failed: the worker died"
-    assert ray.options == {"num_gpus": 1, "max_retries": 0} and not ray.is_up
-
-
-def test_a_stop_cancels_all_tasks(sweep: Sweep, tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_launch, "run_one", lambda *given: "")
-    told = Told()
-    run_on_ray(sweep, names_of(sweep), tmp_path, told, cancelled=lambda: bool(told.failures))
-    assert list(told.failures.values()) == ["", None, None, None] and len(ray.cancelled) == 3
-
-
-def test_a_cluster_that_was_there_before_stays(
-    sweep: Sweep, tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sweep_launch, "run_one", lambda *given: "")
-    ray.is_up, ray.gpus = True, 0
-    run_on_ray(sweep, names_of(sweep)[:1], tmp_path, Told())
-    assert ray.is_up and ray.options["num_gpus"] == 0

@@ -56,10 +56,12 @@ def run(
     devices: tuple[str, ...] = ("cpu",),
     together: int = 1,
     alone: bool = True,
+    cluster: str | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[Path, Told]:
     output, told = sweep_folder(Path("out").absolute()), Told()
-    run_sweep(sweep, names_of(sweep), output, devices, told, together=together, alone=alone, cancelled=cancelled)
+    options = {"together": together, "alone": alone, "cluster": cluster, "cancelled": cancelled}
+    run_sweep(sweep, names_of(sweep), output, devices, told, **options)
     return output, told
 
 
@@ -101,6 +103,19 @@ def test_one_that_fails_or_crashes_its_worker_ends_alone(sweep: Sweep) -> None:
     acts(sweep)
     output, told = run(sweep)
     assert failures_in(output) == dict.fromkeys(sweep.runs, ""), "and is forgotten when it is tried again"
+
+
+def test_on_a_cluster_a_run_that_lost_its_machine_waits_again(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_run, "bridge_command", lambda address: WORKER)
+    acts(sweep, "crash once", "fail", "crash")
+    output, told = run(sweep, devices=("ray-0",), cluster="auto")
+    lost, failed, broken, complete = names_of(sweep)
+    assert told.failures[lost] == told.failures[complete] == ""
+    assert told.failures[failed] == "there is no usable image"
+    assert "the worker ended" in str(told.failures[broken])
+    assert told.lines.count(f"{lost} on ray-0") == 2 and told.lines.count(f"{lost} ended") == 1
+    assert told.lines.count(f"{broken} on ray-0") == 5
+    assert not [one for one in (output / "logs" / "attempts").iterdir() if one.suffix != ".lock"]
 
 
 def test_runs_that_train_together_start_together_and_fall_together(sweep: Sweep) -> None:

@@ -5,9 +5,9 @@ same bits.
 
 Three machines are network namespaces of this one (`benchmarks.hosts`), each with a Ray node; the first has the head and
 `lorasmith serve`, and clients are on a fourth. Clients queue jobs with keys, some twice, and again as long as no server
-answers. All processes of a machine, those of the head, or the server are killed (SIGKILL) after random times, and
-started again a second later, as by systemd. In the end every job must be completed, each in one run folder whose LoRA
-and losses are those of a job that nobody disturbed on a server without a cluster.
+answers. All processes of a machine, those of the head, or the server are killed (SIGKILL) after random times in which a
+job runs, and started again a second later, as by systemd. In the end every job must be completed, each in one run
+folder whose LoRA and losses are those of a job that nobody disturbed on a server without a cluster.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import psutil
 
 from benchmarks.hosts import Host, hosts, missing
 from lorasmith.core.folders import BUILT_IN_BASE
-from lorasmith.runs.queue import Job, JobStore
+from lorasmith.runs.queue import Job, JobStore, jobs_in
 from tests.launched import environment
 from tests.server.crash import TRAINING
 
@@ -116,6 +116,11 @@ class Cluster:
             "server": self.server.kill_alone,
         }
 
+    def is_training(self) -> bool:
+        """Whether the database says that a job runs: only then does a kill disturb one."""
+        database = _database(self.base)
+        return database.exists() and any(job.state == "running" for job in jobs_in(database))
+
     def check_nothing_is_left(self) -> None:
         """No worker may be left some time after the server has ended."""
         end = time.monotonic() + _LEFT_S
@@ -140,6 +145,10 @@ class Cluster:
 
 def _lorasmith(base: Path, *arguments: object) -> list[object]:
     return [sys.executable, "-m", "lorasmith", "serve", "--base-dir", base, *arguments]
+
+
+def _database(base: Path) -> Path:
+    return base / "user" / "lorasmith" / "jobs.sqlite3"
 
 
 def _base(base: Path) -> Path:
@@ -206,7 +215,7 @@ def _job(number: int) -> dict[str, Any]:
 
 def jobs_of(base: Path) -> list[Job]:
     """All jobs of a server that has ended."""
-    store = JobStore(base / "user" / "lorasmith" / "jobs.sqlite3")
+    store = JobStore(_database(base))
     try:
         return [*store.active(10_000), *store.ended()]
     finally:
@@ -257,7 +266,7 @@ def disturbed(work: Path, cluster: Cluster, arguments: argparse.Namespace) -> Co
         assert time.monotonic() < end, f"not done within {arguments.minutes} minutes; {work}"
         for kept in cluster.kept:
             kept.look()
-        if time.monotonic() >= following and kills.total() < arguments.kills:
+        if time.monotonic() >= following and kills.total() < arguments.kills and cluster.is_training():
             name = chance.choice(list(ways))
             ways[name]()
             kills[name] += 1
@@ -295,11 +304,13 @@ def main() -> None:
         kills = disturbed(folder, cluster, arguments)
         jobs = jobs_of(cluster.base)
         assert len(jobs) == arguments.jobs, f"{len(jobs)} jobs in place of {arguments.jobs}"
+        attempts = sum(job.attempts for job in jobs)
+        assert attempts > len(jobs) or not arguments.kills, "no job was disturbed; lengthen --pause"
         runs = list((cluster.base / "runs").iterdir())
         assert len(runs) == len({job.run for job in jobs}) == len(jobs), f"{len(runs)} run folders of {len(jobs)} jobs"
         for job, found in results(cluster.base, jobs):
             assert found.same_as(undisturbed[job.request["settings"]["seed"]]), f"{job.key}: another result"
-    print(json.dumps({"jobs": len(jobs), "attempts": sum(job.attempts for job in jobs), "kills": kills}))
+    print(json.dumps({"jobs": len(jobs), "attempts": attempts, "kills": kills}))
     print("Every job was completed once, with the tensors and losses of a job that was never disturbed.")
 
 

@@ -59,9 +59,7 @@ def test_versions_and_folders_that_differ_are_named() -> None:
     seen: dict[str, Any] = {"secret": "s", "file": "node-1", "got_lock": False}
     folder = Path("/shared")
     assert folder_fault("gpu-2", folder, "s", seen, ["node-1", "secret"]) == ""
-    assert "does not share the base folder /shared (files do not arrive)" in folder_fault(
-        "gpu-2", folder, "s", seen, []
-    )
+    assert "does not share the folder /shared (files do not arrive)" in folder_fault("gpu-2", folder, "s", seen, [])
     other = {**seen, "secret": "of another folder"}
     assert "does not share" in folder_fault("gpu-2", folder, "s", other, ["node-1"])
     missing = {"file": "node-1", "got_lock": False, "fault": "No such file or directory"}
@@ -105,7 +103,7 @@ def served(base: Path, cluster: Any, **settings: Any) -> ServerConfig:
 def test_a_cluster_is_checked_before_jobs_go_there(cluster: Any, tmp_path: Path) -> None:
     found = devices_on(f"{cluster.address}?cpus=1", tmp_path)
     assert [one["name"] for one in found] == ["ray-0", "ray-1"]
-    assert not any((tmp_path / "user" / "lorasmith" / "shared-check").iterdir())
+    assert not any((tmp_path / "shared-check").iterdir())
     with pytest.raises(LorasmithError, match=r"no machine of the Ray .* has a GPU, of 3 machines; add .cpus=N"):
         devices_on(cluster.address, tmp_path)
     with pytest.raises(LorasmithError, match="has 9 CPUs, of 3 machines; lower cpus"):

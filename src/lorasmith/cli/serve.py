@@ -13,7 +13,7 @@ from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import count_text
 from lorasmith.data.data_config import checked_prefix
-from lorasmith.runs.child_process import SECRET_VARIABLE, TOKEN_VARIABLE
+from lorasmith.runs.child_process import RAY_VARIABLE, SECRET_VARIABLE, TOKEN_VARIABLE
 from lorasmith.server.server_config import LOOPBACK, ServerConfig
 
 
@@ -46,7 +46,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="ray://HOST:PORT",
-            envvar="RAY_ADDRESS",
+            envvar=RAY_VARIABLE,
             help="Train on the GPUs of a Ray cluster in place of this machine's. The base folder is one that all its "
             "machines share. ?cpus=N trains on N cores each, ?workers=M sets the number of workers.",
         ),
@@ -147,7 +147,7 @@ def serve(
     if workers:
         from lorasmith.runs.ray_cluster import bridge_command, devices_on
 
-        config = replace(config, devices=devices_on(workers, config.base), worker_command=bridge_command(workers))
+        config = replace(config, devices=devices_on(workers, config.folder), worker_command=bridge_command(workers))
 
     def started(address: str) -> None:
         def say() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -17,6 +18,7 @@ from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import check_writable
 from lorasmith.core.printable import count_text
+from lorasmith.runs.child_process import RAY_VARIABLE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,7 +63,10 @@ def sweep(
         ),
     ] = 1,
     launcher: Annotated[
-        _Launcher, typer.Option(help="Start the runs on this machine, as an array of Slurm jobs, or as tasks of Ray.")
+        _Launcher,
+        typer.Option(
+            help="Start the runs on this machine, as an array of Slurm jobs, or on the Ray cluster at RAY_ADDRESS."
+        ),
     ] = _Launcher.LOCAL,
     slurm_options: Annotated[
         str, typer.Option(metavar="TEXT", help="Arguments of sbatch, such as '--gpus=1 --time=04:00:00'.")
@@ -83,14 +88,14 @@ def sweep(
     check_alone("sweep")
     from lorasmith.runs.run import RUNS
     from lorasmith.runs.sweep_file import check_held_out, read_sweep
-    from lorasmith.runs.sweep_launch import run_on_ray
-    from lorasmith.runs.sweep_run import run_sweep, sweep_devices, sweep_folder
+    from lorasmith.runs.sweep_run import LOGS, run_sweep, sweep_devices, sweep_folder
 
     if launcher is not _Launcher.LOCAL and (devices is not None or only is not None):
         raise OptionError(f"--launcher {launcher} decides where all runs are; leave --devices and --only out")
-    if launcher is not _Launcher.LOCAL and together > 1:
+    if launcher is _Launcher.SLURM and together > 1:
         raise OptionError(
-            f"--together trains runs in one process of this machine, got it with --launcher {launcher}; leave one out"
+            "--together trains runs in one process, and each task of Slurm is one run, got it with --launcher slurm; "
+            "leave one out"
         )
     folders_of(base_dir, extra_model_paths)
     sweep_read = read_sweep(file, follow_links=follow_links)
@@ -111,23 +116,27 @@ def sweep(
     if launcher is _Launcher.SLURM and names:
         _submit(sweep_read, names, folder, models, slurm_options, follow_links=follow_links)
         return
+    cluster = os.environ.get(RAY_VARIABLE, "auto") if launcher is _Launcher.RAY else None
+    if cluster is not None and names:
+        from lorasmith.runs.ray_cluster import devices_on
+
+        with console.status("Checking the machines of the cluster"):
+            chosen = tuple(str(device["name"]) for device in devices_on(cluster, folder / LOGS))
     heading(f"{len(names)} of {count_text(len(sweep_read.runs), 'run')}", f"to do in {folder}")
     if names:
         with _stopped_runs_shown(progress) as stop:
-            if launcher is _Launcher.RAY:
-                run_on_ray(sweep_read, names, folder, progress, models=models, cancelled=stop.is_set)
-            else:
-                run_sweep(
-                    sweep_read,
-                    names,
-                    folder,
-                    chosen,
-                    progress,
-                    models=models,
-                    together=together,
-                    alone=only is None,
-                    cancelled=stop.is_set,
-                )
+            run_sweep(
+                sweep_read,
+                names,
+                folder,
+                chosen,
+                progress,
+                models=models,
+                together=together,
+                alone=only is None,
+                cluster=cluster,
+                cancelled=stop.is_set,
+            )
     progress.print_all()
     raise typer.Exit(progress.exit_code)
 

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, Protocol, TypeAlias
 from lorasmith.core.printable import printable
 
 TOKEN_VARIABLE, SECRET_VARIABLE = "LORASMITH_TOKEN", "LORASMITH_NOTIFY_SECRET"
+RAY_VARIABLE = "RAY_ADDRESS"  # Ray's own
 """Environment variables of a server's token and of the secret of its notices, which child processes do not inherit."""
 
 _LONGEST_LINE = 64 * 2**10

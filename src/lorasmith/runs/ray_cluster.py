@@ -75,12 +75,12 @@ def bridge_command(text: str) -> tuple[str, ...]:
     return sys.executable, "-P", "-m", "lorasmith.runs.ray_bridge", text
 
 
-def devices_on(text: str, base: Path) -> list[dict[str, Any]]:
-    """The devices of a cluster for a server on a base folder, after all checks, in a process of its own. Raises
-    OptionError for an address, and LorasmithError for a cluster, that jobs cannot be sent to.
+def devices_on(text: str, folder: Path) -> list[dict[str, Any]]:
+    """The devices of a cluster, `name` and `title` each, after all checks, in a process of its own. All machines must
+    share `folder`. Raises OptionError for an address, and LorasmithError for a cluster, that jobs cannot be sent to.
     """
     RayPlaces.parse(text)
-    command = [sys.executable, "-P", "-m", "lorasmith.runs.ray_cluster", text, str(base)]
+    command = [sys.executable, "-P", "-m", "lorasmith.runs.ray_cluster", text, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -109,6 +109,7 @@ def connected(places: RayPlaces) -> Any:
             raise OptionError(
                 f"no Ray cluster answers at {places.address} ({error}); start one, or correct --workers"
             ) from error
+    os.environ.pop("RAY_ADDRESS", None)  # which Ray reads for `auto`, and does not know with ?cpus=N
     try:
         ray.init(address=places.address, log_to_driver=False, logging_level="ERROR", namespace="lorasmith")
     except Exception as error:  # several kinds, by version
@@ -149,7 +150,7 @@ def folder_fault(node: str, folder: Path, secret: str, seen: Mapping[str, Any], 
     """A sentence on a folder that a machine does not share; empty if it does. `written` are the files that are here."""
     if seen.get("secret") != secret or seen["file"] not in written:
         return (
-            f"{node} does not share the base folder {folder} ({seen.get('fault') or 'files do not arrive'}); mount one "
+            f"{node} does not share the folder {folder} ({seen.get('fault') or 'files do not arrive'}); mount one "
             "file system there on each machine"
         )
     if seen["got_lock"]:
@@ -160,8 +161,10 @@ def folder_fault(node: str, folder: Path, secret: str, seen: Mapping[str, Any], 
     return ""
 
 
-def check(places: RayPlaces, base: Path) -> int:
-    """The number of workers that there is room for, after the checks of each machine. Raises LorasmithError."""
+def check(places: RayPlaces, shared: Path) -> int:
+    """The number of workers that there is room for, after the checks of each machine, which must share a folder. Raises
+    LorasmithError.
+    """
     with connected(places) as ray:
         alive = [node for node in ray.nodes() if node["Alive"]]
         asked = "GPU" if not places.cpus else "CPU"
@@ -172,7 +175,7 @@ def check(places: RayPlaces, base: Path) -> int:
                 f"no machine of the Ray cluster at {places.address} has {places.cpus or 'a'} {asked}"
                 f"{'s' if places.cpus > 1 else ''}, of {len(alive)} machines; {remedy}"
             )
-        folder, secret = base / "user" / "lorasmith" / "shared-check", secrets.token_hex(8)
+        folder, secret = shared / "shared-check", secrets.token_hex(8)
         ensure_folder(folder)
         (folder / "secret").write_text(secret)
         with locked(folder / "lock", "the check of the shared folder runs already"):
@@ -193,7 +196,7 @@ def check(places: RayPlaces, base: Path) -> int:
                 ) from error
         written = [file.name for file in folder.iterdir()]
         faults = [
-            version_fault(name, versions(), answer["versions"]) or folder_fault(name, base, secret, answer, written)
+            version_fault(name, versions(), answer["versions"]) or folder_fault(name, shared, secret, answer, written)
             for name, answer in seen.items()
         ]
         for file in folder.iterdir():

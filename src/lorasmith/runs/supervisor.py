@@ -37,6 +37,7 @@ class _Stop(NamedTuple):
 _STOPPED = {"kind": "Interrupted", "message": "the server was stopped while the job was running; continue it"}
 _STOPPED_WITH = {"kind": "Interrupted", "message": "a job that trained with it had to stop; continue it"}
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 60.0
+MOST_LOSSES = 5  # workers that a job may lose in a row without a new run state, before it no longer waits again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,16 @@ class Supervisor:
             yield
         except StoreError as error:
             self._listener.trouble(error)
+
+
+def queued_again(queue: JobStore, job: Job, run: Path | None) -> Job:
+    """The job, queued again if it has lost its worker and makes progress in its run folder. Raises StoreError."""
+    if (job.error or {}).get("kind") != WORKER_ENDED:
+        return job
+    states = () if run is None else (run / "states").glob("*")
+    newest = max((state.stat().st_mtime for state in states), default=0.0)
+    losses = 0 if newest > (job.started or 0.0) else job.losses + 1
+    return job if losses >= MOST_LOSSES else queue.requeue(job.id, losses=losses)
 
 
 WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "busy", "gone"]

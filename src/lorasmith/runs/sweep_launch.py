@@ -1,53 +1,30 @@
-"""A sweep on a cluster: its runs as the tasks of a Slurm array, or of Ray.
+"""A sweep on a Slurm cluster: its runs as the tasks of an array.
 
-A task is one run on one device (`run_one`), on a machine where photographs, model and the sweep's folder have the same
-paths.
+A task is one run on one device, on a machine where photographs, model and the sweep's folder have the same paths.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import printable
-from lorasmith.runs.sweep_file import Sweep
-from lorasmith.runs.sweep_run import LOGS, SweepListener, failures_in, run_sweep, sweep_devices
+from lorasmith.runs.sweep_run import LOGS
 
-_WAIT_S = 1.0
 _QUOTES = frozenset("\"'")
 _SAVE_S = 120  # before a time limit, for the last step and its run state
 
 
 LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # -P: modules are not imported from the current folder
 """The command, as this process was started."""
-
-
-def run_one(sweep: Sweep, name: str, output: Path, models: Mapping[str, Path]) -> str | None:
-    """Run one run of a sweep to its end on the first GPU that is visible, or the CPU; returns its error, an empty text
-    without one, and None if it has not ended. KeyboardInterrupt stops and saves it.
-    """
-    run_sweep(sweep, [name], output, sweep_devices(None)[:1], _Unseen(), models=models, alone=False)
-    return failures_in(output).get(name)
-
-
-class _Unseen:
-    def started(self, name: str, device: str) -> None:
-        """Nothing is drawn."""
-
-    def ended(self, name: str, failure: str | None) -> None:
-        """The folder of the sweep has it."""
 
 
 def submit_to_slurm(
@@ -104,63 +81,6 @@ def slurm_script(numbers: Sequence[int], name: str, command: Sequence[str]) -> s
             "",
         )
     )
-
-
-def run_on_ray(
-    sweep: Sweep,
-    names: Sequence[str],
-    output: Path,
-    progress: SweepListener,
-    *,
-    models: Mapping[str, Path] | None = None,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> None:
-    """Run each of the runs as a task of a Ray cluster, with a GPU each if it has any. `output` is absolute.
-
-    If `cancelled` returns True, all tasks stop and their runs save. OptionError if Ray is not installed.
-    """
-    if importlib.util.find_spec("ray") is None:
-        raise OptionError(
-            "--launcher ray needs the package ray, which is not installed; install it with pip install ray"
-        )
-    handler = signal.getsignal(signal.SIGTERM)
-    ray: Any = importlib.import_module("ray")
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init()  # the cluster of RAY_ADDRESS, or one of this machine
-    if handler is not None:
-        signal.signal(signal.SIGTERM, handler)  # which Ray has replaced
-    try:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_gpus=gpus, max_retries=0)(run_one)
-        waiting = {task.remote(sweep, name, output, models or {}): name for name in names}
-        is_stopping = False
-        try:
-            while waiting:
-                for reference in ray.wait(list(waiting), timeout=_WAIT_S)[0]:
-                    progress.ended(waiting.pop(reference), _failure(ray, reference))
-                if not is_stopping and cancelled():
-                    is_stopping = True
-                    for reference in waiting:
-                        ray.cancel(reference, force=False)  # a KeyboardInterrupt there, on which the run saves
-        finally:
-            for reference in waiting:
-                ray.cancel(reference, force=False)
-            if waiting:
-                ray.wait(list(waiting), num_returns=len(waiting))
-    finally:
-        if started_here:
-            ray.shutdown()
-
-
-def _failure(ray: Any, reference: Any) -> str | None:
-    try:
-        failure: str | None = ray.get(reference)
-    except ray.exceptions.TaskCancelledError:
-        return None
-    except ray.exceptions.RayError as error:
-        return f"the Ray task of the run failed: {error}"
-    return failure
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -4,7 +4,8 @@
     OUTPUT/logs/NAME.txt    its log
     OUTPUT/queue.sqlite3    the queue, with how each run ended
 
-A run that crashes its worker ends that run alone. Beside another process that runs the sweep, and on a cluster, whose
+A run that crashes its worker ends that run alone. On a Ray cluster the workers are on other machines, and a run that
+loses its machine continues on another one. Beside another process that runs the sweep, and in a task of Slurm, as
 machines cannot share a database, the queue is in memory, and OUTPUT/logs/NAME.json has the end of a run. Earlier
 versions wrote that file for every run.
 """
@@ -28,8 +29,9 @@ from lorasmith.core.options import options_of
 from lorasmith.core.printable import printable
 from lorasmith.runs.command_lines import arguments_for, command_line
 from lorasmith.runs.queue import STATES, Job, JobStore, StoreError, jobs_in
+from lorasmith.runs.ray_cluster import bridge_command
 from lorasmith.runs.spec import RunSpec
-from lorasmith.runs.supervisor import WORKER_COMMAND, Supervisor, WorkerConfig
+from lorasmith.runs.supervisor import WORKER_COMMAND, Supervisor, WorkerConfig, queued_again
 from lorasmith.runs.sweep_file import Sweep
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.joint import TRAINS_ALONE
@@ -40,6 +42,7 @@ QUEUE = "queue.sqlite3"
 _POLL_S = 0.1
 _GRACE_S = 24 * 3600.0  # a sweep waits until its runs have saved
 _MOST_FAILED_STARTS = 3
+_MOST_FAILED_PLACES = 10  # on a cluster, minutes in which a head may start again
 _OF_THE_MODEL = (
     *(name for name, setting in options_of(TrainConfig).items() if setting.of_model or setting.is_path),
     "strict",
@@ -128,12 +131,14 @@ def run_sweep(
     models: Mapping[str, Path] | None = None,
     together: int = 1,
     alone: bool = True,
+    cluster: str | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run some runs of a sweep in the folder of `sweep_folder`, one at a time on each device, in their order.
+    """Run some runs of a sweep in the folder of `sweep_folder`, one at a time on each device, in their order. With the
+    address of a Ray `cluster`, the devices are those of `devices_on`.
 
     `models` are `base_dir` and `extra_model_paths`, where models are searched. Up to `together` runs that may share a
-    model train together. `alone` is False for a task of a cluster. If `cancelled` returns True, or on an exception, the
+    model train together. `alone` is False for a task of Slurm. If `cancelled` returns True, or on an exception, the
     runs stop and save, and no others start; KeyboardInterrupt ends them at once.
     """
     models = models or {}
@@ -146,6 +151,9 @@ def run_sweep(
         "logs": str(output / LOGS),
     }
     config = WorkerConfig(start=start, cwd=Path.cwd(), log=output / LOGS, command=WORKER_COMMAND, grace_s=_GRACE_S)
+    if cluster is not None:
+        attempts = ensure_folder(output / LOGS / "attempts")
+        config = replace(config, command=bridge_command(cluster), fences=attempts, locks=attempts)
     with _queue(output, alone=alone) as queue:
         complete = [line.id for line in queue.lines(["completed"])]
         kept = {id for id in complete if id in sweep.runs and id not in names}
@@ -156,7 +164,10 @@ def run_sweep(
                 request = asdict(replace(chosen[name], output=str(output / name)))
                 label = group[0] if len(group) > 1 else None
                 queue.add("train", request, id=name, sweep=output.name, varied=sweep.varied[name], together=label)
-        listener = _Listener(sweep, output, progress, arguments_for(models), keeps_ends=queue.is_in_memory)
+        again = None if cluster is None else queue
+        listener = _Listener(
+            sweep, output, progress, arguments_for(models), keeps_ends=queue.is_in_memory, waiting_again=again
+        )
         supervisor = Supervisor(config, queue, listener)
         with asyncio.Runner() as runner:
             try:
@@ -173,11 +184,12 @@ async def _supervised(
     supervisor: Supervisor, queue: JobStore, listener: _Listener, devices: Sequence[str], cancelled: Callable[[], bool]
 ) -> None:
     try:
+        most = _MOST_FAILED_STARTS if listener.waiting_again is None else _MOST_FAILED_PLACES
         await supervisor.start([{"name": name} for name in devices])
         while any(queue.queue_counts().values()) and not cancelled():
             await asyncio.sleep(_POLL_S)
             listener.report()
-            if all(worker.process.failed_starts >= _MOST_FAILED_STARTS for worker in supervisor.workers):
+            if all(worker.process.failed_starts >= most for worker in supervisor.workers):
                 raise TrainingError(f"a worker must start, but {listener.last_line}; lorasmith doctor may say why")
     except KeyboardInterrupt:  # raised in this task
         supervisor.kill()
@@ -206,13 +218,21 @@ class _Listener:
     """Writes the logs of the runs, and keeps what happens to them for `report`."""
 
     def __init__(
-        self, sweep: Sweep, output: Path, progress: SweepListener, flags: Sequence[str], *, keeps_ends: bool
+        self,
+        sweep: Sweep,
+        output: Path,
+        progress: SweepListener,
+        flags: Sequence[str],
+        *,
+        keeps_ends: bool,
+        waiting_again: JobStore | None,
     ) -> None:
         self._sweep = sweep
         self._output = output
         self._progress = progress
         self._flags = flags
         self._keeps_ends = keeps_ends
+        self.waiting_again = waiting_again  # the queue in which runs that lost their worker wait again
         self._unreported: deque[Job | LorasmithError] = deque()
         self.last_line = "it did not"
 
@@ -228,6 +248,13 @@ class _Listener:
                 self._progress.ended(event.id, event.failure)
 
     def changed(self, job: Job) -> None:
+        if job.state == "interrupted" and self.waiting_again is not None:
+            try:
+                job = queued_again(self.waiting_again, job, self._output / job.id)
+            except StoreError as error:
+                self.trouble(error)
+            if job.state == "pending":
+                return
         end = self._output / LOGS / f"{job.id}.json"
         try:
             if job.state == "running":

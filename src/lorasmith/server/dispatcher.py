@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.processor import has_no_gpu
-from lorasmith.runs.queue import ACTIVE, WORKER_ENDED, Job, JobKind, JobState, JobStateError, JobStore, StoreError
-from lorasmith.runs.supervisor import AGAIN_S, RestartedProcess, Supervisor, WorkerConfig
+from lorasmith.runs.queue import ACTIVE, Job, JobKind, JobState, JobStateError, JobStore, StoreError
+from lorasmith.runs.supervisor import AGAIN_S, RestartedProcess, Supervisor, WorkerConfig, queued_again
 from lorasmith.server.hub import Hub, LogBook, Notice
 from lorasmith.server.job_reporter import graph_end
 from lorasmith.server.meter import Meter
@@ -126,7 +126,6 @@ def _fail(answer: asyncio.Future[Any], message: str) -> None:
         answer.set_exception(UnavailableError(message))
 
 
-MOST_LOSSES = 5  # workers that a job may lose in a row without a new run state, before it no longer waits again
 _CLOCK_S = 1.0  # between looks at deadlines and minutes
 _AGAIN: tuple[JobKind, ...] = ("train", "evaluate", "caption")
 """Kinds that wait again by themselves when their worker has ended. The client of a graph was told that it failed."""
@@ -383,20 +382,15 @@ class Dispatcher:
 
     def _waiting_again(self, job: Job) -> Job:
         """A job that has lost its worker, queued again if it is of a kind that can be and it makes progress."""
-        if job.kind not in _AGAIN or (job.error or {}).get("kind") != WORKER_ENDED:
-            return job
-        states = None if job.run is None else self._config.base / job.run / "states"
-        newest = max((state.stat().st_mtime for state in states.glob("*")), default=0.0) if states else 0.0
-        losses = 0 if newest > (job.started or 0.0) else job.losses + 1
-        if losses >= MOST_LOSSES:
+        if job.kind not in _AGAIN:
             return job
         try:
-            job = self._store.requeue(job.id, losses=losses)
+            job = queued_again(self._store, job, None if job.run is None else self._config.base / job.run)
         except StoreError as error:  # it stays interrupted, to be continued
             self.trouble(error)
-            return job
-        self._log.note_job(job)
-        asyncio.get_running_loop().call_soon(self._supervisor.dispatch)
+        if job.state == "pending":
+            self._log.note_job(job)
+            asyncio.get_running_loop().call_soon(self._supervisor.dispatch)
         return job
 
     async def _look_at_clock(self) -> None:
