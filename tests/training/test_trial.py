@@ -102,7 +102,7 @@ def test_what_may_be_otherwise_later_is_tried_again(
 @pytest.mark.parametrize(
     ("predict", "why"),
     [
-        (exits, "its process ended with 3 and no answer"),
+        pytest.param(exits, "its process ended with 3 and no answer", marks=pytest.mark.slow),
         (crashes, "its process was ended by SIGSEGV"),
         (refuses, "no such operation"),
     ],

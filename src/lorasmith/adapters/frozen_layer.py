@@ -452,11 +452,12 @@ _changed_product: Callable[..., Tensor] = _ChangedProduct.apply
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
     """Layers whose weight only their own forward uses: plain Linear layers and convolutions, in model order."""
-    owners = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
+    modules = list(module.modules())
+    owners = Counter(id(p) for layer in modules for p in layer.parameters(recurse=False))
     return [
         layer
-        for layer in module.modules()
-        if is_targetable(layer) and type(layer) in (nn.Linear, *CONVOLUTIONS) and owners[id(layer.weight)] == 1
+        for layer in modules
+        if type(layer) in (nn.Linear, *CONVOLUTIONS) and is_targetable(layer) and owners[id(layer.weight)] == 1
     ]
 
 
