@@ -36,7 +36,7 @@ from lorasmith.training.way import Way
 from .bypassed import bypassed_adapters, bypassed_in_weights
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
 from .controls import Control, ControlOfState
-from .gradients import kernels_with_gradients
+from .gradients import experts_with_gradients, kernels_with_gradients, prompts_computed_anew
 from .layer_weights import casts_on_use, inference_tensors_opened, norms_resident
 from .samplings import RawSampling, sampling_of
 
@@ -142,6 +142,7 @@ class ComfyModel(Trainable):
             stack.enter_context(reproducible(config.deterministic, way.device))
             stack.enter_context(self.loaded(way.dtype, offloading=way.offloading))
             stack.enter_context(evaluating(self.module))
+            stack.enter_context(experts_with_gradients(self.module))
             stack.enter_context(kernels_with_gradients())
             stack.enter_context(norms_resident(self.module, way.device))
             stack.enter_context(casts_on_use(self.module, way.device, way.dtype))
@@ -188,7 +189,8 @@ class ComfyModel(Trainable):
         base.__dict__["model_sampling"] = RawSampling(sampling, time)
         try:
             found: Tensor
-            (found,) = comfy.samplers.calc_cond_batch(base, [[given]], noised, sigma, options)
+            with prompts_computed_anew(self.module):
+                (found,) = comfy.samplers.calc_cond_batch(base, [[given]], noised, sigma, options)
         finally:
             del base.__dict__["model_sampling"]
         return found.view(latents.shape)

@@ -1,4 +1,4 @@
-"""Kernels of comfy-kitchen that have no gradient, which its functions in torch's operations have; same numbers."""
+"""What networks do without a gradient, done with one: kernels of comfy-kitchen, experts, what is kept of a prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 _KINDS = ("rope", "adaln")
@@ -17,7 +18,10 @@ _KINDS = ("rope", "adaln")
 
 @contextlib.contextmanager
 def kernels_with_gradients() -> Iterator[None]:
-    """Inside the context, on all threads, kernels that are given what needs a gradient have one."""
+    """Inside the context, on all threads, kernels of comfy-kitchen that are given what needs a gradient have one.
+
+    They are replaced by its functions in torch's operations, which have the same numbers.
+    """
     with contextlib.ExitStack() as undo:
         for kind in _KINDS:
             try:
@@ -41,3 +45,34 @@ def _with_gradient(kernel: Callable[..., Any], function: Callable[..., Any]) -> 
         return (function if needs_gradient else kernel)(*args, **kwargs)
 
     return called
+
+
+@contextlib.contextmanager
+def experts_with_gradients(module: nn.Module) -> Iterator[None]:
+    """Inside the context, experts compute as in training: Hunyuan 3D 2.1 evaluates them under `torch.no_grad`.
+
+    Their gate's loss of balance, which its authors and ComfyUI's node train with, is then part of the gradient.
+    """
+    mixtures = (layer for layer in module.modules() if hasattr(layer, "moe_infer"))
+    changed = [part for layer in mixtures for part in layer.modules() if not part.training]
+    try:
+        for part in changed:
+            part.training = True
+        yield
+    finally:
+        for part in changed:
+            part.training = False
+
+
+@contextlib.contextmanager
+def prompts_computed_anew(module: nn.Module) -> Iterator[None]:
+    """Around one evaluation, a network keeps nothing of prompts: HiDream-O1 keeps their keys and values for the next.
+
+    Those of an earlier one have no gradient, or another LoRA.
+    """
+    forget = getattr(module, "clear_kv_cache", lambda: None)
+    forget()
+    try:
+        yield
+    finally:
+        forget()

@@ -22,8 +22,8 @@ from limits import failed
 RECORD = Path(__file__).with_name("every_model.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "comfyui-pack.md"
 START, END = "<!-- models: written by comfyui-lorasmith/proof/prove.py --models -->\n", "<!-- end of models -->\n"
-LEFT_OUT = ("RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3", "Trellis2", "MiniMaxMusic3", "PixArtAlpha", "SeedVR2")
-LEFT_OUT += ("ACEStep", "HunyuanImage21Refiner")
+LEFT_OUT = ("RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3", "Trellis2", "MiniMaxMusic3", "SeedVR2")
+LEFT_OUT += ("HunyuanImage21Refiner",)
 """Classes of networks that make no pictures, and those of which no small model was made."""
 
 OF_PARTS = ("LTXAV", "MiniMaxH3", "TripoSplat")

@@ -165,6 +165,14 @@ def _right_step(model: Any, latents: Any, positive: Any, trainer: Any) -> dict[s
         return built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
 
 
+def _drop_nothing(module: torch.nn.Module) -> None:
+    """Leave training mode without dropout, also of captions (PixArt, by a mask on a GPU)."""
+    for part in module.modules():
+        name = "p" if isinstance(part, torch.nn.Dropout) else "uncond_prob"
+        if hasattr(part, name):
+            setattr(part, name, 0.0)
+
+
 def _or_why_not(step: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
     """A step of ComfyUI's own node, or the name of the error with which it fails."""
     try:
@@ -224,6 +232,8 @@ def built_in_step(
     def named(*arguments: Any) -> Any:
         made = setup(*arguments)
         found["keys"] = list(made[0])
+        if not checkpointing:
+            _drop_nothing(arguments[0].model)  # which is the node's copy
         sampling = arguments[0].get_model_object("model_sampling")
         if isinstance(sampling, ModelSamplingDiscrete):
             sigmas, between = sampling.sigmas, sampling.percent_to_sigma

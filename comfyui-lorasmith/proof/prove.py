@@ -12,8 +12,8 @@ a step and peak memory of both instead. Exits with 1 if something does not hold.
 lorasmith in the Python that runs it. If COMFYUI_GGUF is the folder of ComfyUI-GGUF, and the package gguf is
 installed, its layers are among those that are compared.
 
-`gradient` is that of ComfyUI's node with its sums in place and kernels replaced as by the pack, and no checkpointing;
-`gradient as shipped` is without, and with the checkpointing that is its default.
+`gradient` is that of ComfyUI's node with its sums in place and kernels replaced as by the pack, without checkpointing
+and dropout; `gradient as shipped` is without the former, and with the checkpointing that is its default.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--stand-in", action="store_true", help="hold the tests' stand-in against the checkout")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def not_there() -> Iterator[str]:

@@ -433,6 +433,10 @@ def _two_texts(generator: torch.Generator) -> dict[str, Any]:
     }
 
 
+def _lyric_tokens(generator: torch.Generator) -> dict[str, Any]:
+    return {"conditioning_lyrics": torch.randint(1, 6681, (1, 12), generator=generator)}
+
+
 def _all_ones(generator: torch.Generator) -> dict[str, Any]:
     return {"attention_mask": torch.ones(1, 77, dtype=torch.long)}
 
@@ -623,6 +627,13 @@ FAMILIES |= {
         beside=_seconds("seconds_total"),
         size=(40,),
     ),
+    "ace-step-1": Small(
+        "ACEStep",
+        {"audio_model": "ace", "num_layers": 2, "num_attention_heads": 2, "text_embedding_dim": 128},
+        channels=8,
+        options=_lyric_tokens,
+        size=(16, 20),
+    ),
     "auraflow": Small(
         "AuraFlow",
         {
@@ -637,6 +648,13 @@ FAMILIES |= {
     ),
     "pixart-sigma": Small(
         "PixArtSigma", {**_PIXART, "image_model": "pixart_sigma", "micro_condition": False}, channels=4, size=(64, 64)
+    ),
+    "pixart-alpha": Small(
+        "PixArtAlpha",
+        {**_PIXART, "image_model": "pixart_alpha", "micro_condition": True},
+        channels=4,
+        options=lambda generator: {"width": 512, "height": 512},
+        size=(64, 64),
     ),
     "hunyuan-dit": Small("HunyuanDiT", {**_HYDIT, "image_model": "hydit"}, channels=4, options=_two_texts),
     "hunyuan-dit-1": Small(

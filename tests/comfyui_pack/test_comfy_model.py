@@ -536,6 +536,26 @@ def test_changes_in_place_by_name_train(comfy_model: Any, how: dict[str, Any]) -
     assert all(torch.equal(expected[name], changed[name]) for name in expected)
 
 
+def test_experts_train_and_prompts_are_computed_anew(comfy_model: Any) -> None:
+    class Mixed(stand_in.Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + (self.mlp(self.norm(x)) if self.training else self.moe_infer(x))
+
+        @torch.no_grad()
+        def moe_infer(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mlp(self.norm(x))
+
+    patcher = stand_in.patcher()
+    module, kept = patcher.model.diffusion_model.eval(), ["of sampling"]
+    module.clear_kv_cache = kept.clear
+    for block in module.blocks:
+        block.__class__ = Mixed
+    module.blocks[0].register_forward_pre_hook(lambda *given: kept.append(f"after {len(kept)}"))
+    found = gradients(trainer(comfy_model(patcher)))
+    assert all(gradient.any() for name, gradient in found.items() if ".mlp." in name)
+    assert not kept and not any(part.training for part in module.modules())
+
+
 def test_a_lora_beside_layers_is_below_what_is_trained(comfy_model: Any) -> None:
     path, generator = "blocks.1.mlp.0", torch.Generator().manual_seed(5)
     up, down = torch.randn(64, 2, generator=generator), torch.randn(2, 32, generator=generator)
