@@ -19,8 +19,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from lorasmith.core.errors import DataError, LorasmithError, OptionError
+from lorasmith.core.stores import checked_prefix
 from lorasmith.data import fetched_folder
-from lorasmith.data.data_config import DataConfig, ImageSource, checked_prefix
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.fetched_folder import local_folder, local_sources
 from lorasmith.data.folder import scan_sources
 from lorasmith.runs.spec import RunSpec
@@ -102,7 +103,7 @@ def test_an_archive_is_a_folder_also_on_the_web(web: tuple[str, Path], tmp_path:
         assert ImageSource(path).title == "fox"
     with pytest.raises(DataError, match=r"an address of the web must be that of a \.zip file"):
         local_folder(f"{address}/fox", tmp_path / "cache", limit_gib=1)
-    with pytest.raises(DataError, match=r"none\.zip cannot be read"):
+    with pytest.raises(DataError, match=r"none\.zip cannot be used"):
         local_folder(f"{address}/none.zip", tmp_path / "cache", limit_gib=1)
 
 
@@ -117,9 +118,9 @@ def test_a_run_keeps_the_address(bucket: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("s3://bucket/none", "cannot be read|has no files"),
-        ("ftp://host/fox", "pictures are fetched from s3://, gs://, az://, https://, http://, got ftp://host/fox"),
-        ("https::s3://bucket/fox", "pictures are fetched from"),
+        ("s3://bucket/none", "cannot be used|has no files"),
+        ("ftp://host/fox", "pictures are at s3://, gs://, az://, https://, http://, got ftp://host/fox"),
+        ("https::s3://bucket/fox", "pictures are at"),
     ],
 )
 def test_addresses_that_are_refused(bucket: Path, tmp_path: Path, path: str, problem: str) -> None:
@@ -133,7 +134,7 @@ def test_a_scheme_whose_package_is_missing_is_refused_with_the_command(
     known = {"class": "no_such_package.Store", "err": "none"}
     monkeypatch.setitem(_REGISTRY.known_implementations, "gs", known)
     monkeypatch.delitem(_REGISTRY._registry, "gs", raising=False)
-    with pytest.raises(DataError, match="gs:// needs a package; run pip install gcsfs"):
+    with pytest.raises(DataError, match=r"gs:// needs a package; run pip install \"lorasmith\[gs\]\""):
         local_folder("gs://bucket/fox", tmp_path, limit_gib=1)
 
 

@@ -188,6 +188,14 @@ Gpus = Annotated[
     ),
 ]
 RunOutput = Annotated[Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")]
+Mirror = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Copy the folder of the run at each run state, such as s3://bucket/dog, from where the same command "
+        "continues it on another machine. One that ends in / gets the name of the folder.",
+    ),
+]
 ModelNow = Annotated[str | None, typer.Option(help="The base model, if it was moved.")]
 TextEncodersNow = Annotated[
     list[str] | None,

@@ -15,6 +15,7 @@ from lorasmith.cli.flags import (
     AllowImport,
     AsRecorded,
     DataNow,
+    Mirror,
     ModelNow,
     RunOutput,
     TextEncodersNow,
@@ -23,6 +24,7 @@ from lorasmith.cli.flags import (
     Verify,
 )
 from lorasmith.cli.together import check_alone, together
+from lorasmith.core.stores import is_url
 from lorasmith.data.data_config import ImageSource
 
 
@@ -45,7 +47,9 @@ def register(app: typer.Typer) -> None:
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="Folder of the run, such as runs/dog-001.")],
+    run: Annotated[
+        str, typer.Argument(help="Folder of the run, such as runs/dog-001, or the URL of its mirror, s3://bucket/dog.")
+    ],
     model: ModelNow = None,
     text_encoder: TextEncodersNow = None,
     vae: VaeNow = None,
@@ -63,21 +67,33 @@ def resume(
     allow_import: AllowImport = None,
     track: TrackNow = None,
     verify: Verify = False,
+    mirror: Mirror = None,
 ) -> None:
     """Continue a run that was stopped or killed, from its last run state.
 
     With the same versions, device and number of threads the result is bit-identical to that of an uninterrupted run;
-    differences are reported. Other images, other settings or another base model are refused.
+    differences are reported. Other images, other settings or another base model are refused. A run at a URL is fetched
+    to runs/ first, and mirrored there again; a complete one is only fetched, or uploaded to --mirror.
     """
     from lorasmith.cli.run_output import TerminalHost, print_trained
+    from lorasmith.runs.mirrored import fetched, uploaded
     from lorasmith.runs.reproduce import plan_again
     from lorasmith.runs.run import run as train
 
     typed = _typed(model, text_encoder, vae, data, device, files=as_recorded, imports=allow_import, track=track)
     host = TerminalHost()
+    host.mirror = run if is_url(run) and mirror is None else mirror
     with together():
         with host.planning():
-            planned = plan_again(run, host, typed, steps=steps)
+            folder, is_complete = fetched(run, host) if is_url(run) else (Path(run), False)
+            if steps is None and (is_complete or (mirror is not None and uploaded(folder, mirror))):
+                where = mirror or run
+                print_result(
+                    lambda: {"run": folder, "mirror": where},
+                    lambda: echo(f"The run is complete, in {folder} and at {where}."),
+                )
+                return
+            planned = plan_again(folder, host, typed, steps=steps)
         with host.training():
             result = train(replace(planned, verify=verify), host)
         print_trained(planned, result)

@@ -12,7 +12,7 @@ from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_o
 from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import count_text
-from lorasmith.data.data_config import checked_prefix
+from lorasmith.core.stores import checked_prefix
 from lorasmith.runs.child_process import RAY_VARIABLE, SECRET_VARIABLE, TOKEN_VARIABLE
 from lorasmith.server.server_config import LOOPBACK, ServerConfig
 

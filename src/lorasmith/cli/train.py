@@ -17,6 +17,7 @@ from lorasmith.cli.flags import (
     EditModel,
     ExtraModelPaths,
     Gpus,
+    Mirror,
     RunOutput,
     TextEncoderFiles,
     VaeFile,
@@ -93,6 +94,7 @@ def train(
     vae: VaeFile = None,
     edit: EditModel = None,
     output: RunOutput = None,
+    mirror: Mirror = None,
     name: Annotated[str | None, typer.Option(help="Name of the LoRA. Default: that of the folder of images.")] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Folder of held-out images, instead of a share of the training images.")
@@ -118,6 +120,7 @@ def train(
     if started_on_gpus(gpus):
         return
     from lorasmith.cli.run_output import TerminalHost, print_trained, train_experts_and_report
+    from lorasmith.runs.mirrored import output_for
     from lorasmith.runs.plan import plan
     from lorasmith.runs.presets import USUAL_PRESET
     from lorasmith.runs.recorded_run import Typed, read_run_file
@@ -131,7 +134,7 @@ def train(
         vae=vae,
         edit=edit,
         name=name or "",
-        output=None if output is None else str(output),
+        output=str(output) if output is not None else None if mirror is None else output_for(mirror),
         validation=None if validation is None else str(validation),
         device=device,
         preset=preset or "",
@@ -152,8 +155,11 @@ def train(
     given = replace(given, preset=given.preset or USUAL_PRESET)
     spec = given.trusted(imports=code, track=typed.settings.get("track")).resolved()
     host = TerminalHost(folders)
+    host.mirror = mirror
     with together():
         if spec.low_noise_model is not None:
+            if mirror is not None:
+                raise OptionError(f"a mirror is of one run, got --mirror {mirror} with two experts; leave one out")
             train_experts_and_report(spec, host, fresh=fresh, verify=verify)
             return
         with host.planning():

@@ -21,6 +21,7 @@ from lorasmith.core.files import is_regular
 from lorasmith.core.options import check_options, option, options_of, short_repr
 from lorasmith.core.printable import described
 from lorasmith.core.registry import nearest
+from lorasmith.core.stores import is_url
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of caption files, the preferred one first
 MAX_REPEATS = 10_000  # of an image in an epoch
@@ -28,18 +29,6 @@ MOST_FRAMES = 257  # of a clip
 
 
 ARCHIVE = ".zip"
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is the address of a store, such as s3://bucket/fox."""
-    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
-
-
-def checked_prefix(url: str) -> str:
-    """An address below which others may name pictures. Raises OptionError."""
-    if not is_url(url) or not url.endswith("/") or not urlsplit(url).netloc:
-        raise OptionError(f"an address for pictures must have a host or bucket and end in /, got {url!r}; correct it")
-    return url
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,9 @@ from urllib.parse import urlsplit
 from lorasmith.core.errors import DataError, LorasmithError
 from lorasmith.core.files import ensure_folder, folder_once, is_folder
 from lorasmith.core.printable import printable
-from lorasmith.data.data_config import ARCHIVE, DataConfig, ImageSource, is_url
+from lorasmith.core.stores import checked_name, is_url, open_store, reached
+from lorasmith.data.data_config import ARCHIVE, DataConfig, ImageSource
 from lorasmith.data.encoding_cache import key_of
-
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "https": "", "http": ""}
-"""What fsspec needs beside itself, by the scheme of a URL."""
 
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "last_modified", "Content-MD5")
 _MOST_FILES, _MOST_GROWTH, _SMALL = 200_000, 20, 2**26  # of an archive: members, times its size, bytes in any case
@@ -66,34 +64,18 @@ def local_sources(sources: Iterable[ImageSource], config: DataConfig, cache: Pat
 
 
 def _fetched(url: str, cache: Path) -> Path:
-    scheme = url.partition("://")[0]
-    if scheme not in _PACKAGES or "::" in url:
-        known = ", ".join(f"{name}://" for name in _PACKAGES)
-        raise DataError(f"pictures are fetched from {known}, got {printable(url, limit=200)}; copy them to a folder")
-    import fsspec.core  # half a second
-
-    try:
-        store, root = fsspec.core.url_to_fs(url)
+    store, root = open_store(url, DataError)
+    with reached(url, DataError):
         files = _files(store, root, url)
-    except LorasmithError:
-        raise
-    except ImportError as error:
-        raise DataError(f"{scheme}:// needs a package; run pip install {_PACKAGES[scheme]}") from error
-    except Exception as error:  # of any kind: each store has its own
-        raise _unreachable(url, error) from error
 
     def fetch(target: Path) -> None:
-        try:
+        with reached(url, DataError):
             for name, info in files.items():
                 place = target / name
                 ensure_folder(place.parent)
                 store.get_file(info["name"], str(place))
                 if info.get("size") not in (None, place.stat().st_size):
                     raise EOFError(f"{name} has not all of its bytes")
-        except LorasmithError:
-            raise
-        except Exception as error:
-            raise _unreachable(url, error) from error
         if root.lower().endswith(ARCHIVE) and len(files) == 1:
             (archive,) = (target / name for name in files)
             _unpacking(archive, url)(target)
@@ -115,7 +97,7 @@ def _files(store: Any, root: str, url: str) -> Mapping[str, Mapping[str, Any]]:
         name = PurePosixPath(path).name if path == root else path.removeprefix(root).lstrip("/")
         if not name or name.endswith("/") or _is_hidden(name):  # markers of folders
             continue
-        files[_checked(name, url)] = {"name": path, **info}
+        files[checked_name(name, url, DataError)] = {"name": path, **info}
     if not files:
         raise DataError(f"{url} has no files; correct the address")
     return files
@@ -141,7 +123,7 @@ def _unpacking(file: Path, shown: str) -> Callable[[Path], None]:
                         "files; pack pictures and captions alone"
                     )
                 for member in members:
-                    place = target / _checked(member.filename, shown)
+                    place = target / checked_name(member.filename, shown, DataError)
                     ensure_folder(place.parent)
                     with archive.open(member) as source, place.open("xb") as written:
                         shutil.copyfileobj(source, written)
@@ -159,21 +141,9 @@ def _made(cache: Path, source: str, state: object, make: Callable[[Path], None])
     return folder_once(target, f"{source} is being fetched to {target}", make)
 
 
-def _checked(name: str, source: str) -> str:
-    parts = name.split("/")
-    if any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in parts) or len(name.encode()) > 1_000:
-        raise DataError(f"{source} has a file {printable(name, limit=100)!r}, which is no name here; rename it")
-    return name
-
-
 def _is_hidden(name: str) -> bool:
     parts = name.split("/")
     return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts)
-
-
-def _unreachable(url: str, error: Exception) -> DataError:
-    reason = printable(str(error).strip() or type(error).__name__, limit=200)
-    return DataError(f"{url} cannot be read ({reason}); check the address and this machine's credentials for it")
 
 
 def _keep_limit(cache: Path, limit_bytes: float) -> None:

@@ -123,6 +123,8 @@ class TrainArguments(TrainConfig):
             and the model. Settings in `config` or passed as keywords come first, and settings of data are for
             `load_dataset`. Without one, or with none, settings have their own defaults.
         kind: subject or style, which the recipe follows; guessed from trigger and captions without one.
+        mirror: URL to which the folder of the run is copied at each run state, such as s3://bucket/dog; the same call
+            on another machine continues from there. One that ends in / gets the name of the folder.
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
             unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
             continued from its end. If it holds other files, the run is in a subfolder with its title.
@@ -143,6 +145,7 @@ class TrainArguments(TrainConfig):
     preset: str = NO_PRESET
     kind: str = ""
     output: str | os.PathLike[str] | None = None
+    mirror: str | None = None
     loss: str | Loss | None = None
     title: str = Plan.title
     trigger: str | None = None
@@ -231,6 +234,7 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
             if isinstance(event, ClassImageDrawn) and drawn is not None:
                 drawn(event.done, event.total)
 
+        host = _LibraryHost(TrainArguments(), on_event)
         data = encoding.load_dataset(
             images,
             base,
@@ -238,7 +242,7 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
             progress=pictures,
             caption_progress=captions,
             hash_progress=hashing,
-            find_class=lambda config, place: class_scan(config, base, device=place, host=_LibraryHost(None, on_event)),
+            find_class=lambda config, place: class_scan(config, base, device=place, host=host),
             config=own.config,
             **settings,
         )
@@ -313,7 +317,7 @@ def train(model: Trained, data: object, **arguments: Any) -> TrainResult:
     silent = void if own.progress else _logged
     with run_shown(own.progress) as show:
         try:
-            return run(plan, _LibraryHost(own.cancelled, show, own.on_event or silent))
+            return run(plan, _LibraryHost(own, show, own.on_event or silent))
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(_place_of(plan))
             if own.progress:
@@ -356,7 +360,7 @@ def train_together(
         loaded[id(samples)] = plan.data  # encoded once, and read once if they come from a generator
         check_captions(plan.job, plan.data)
         jobs.append(plan.job)
-        works.append(partial(run, plan, _LibraryHost(given.cancelled, given.on_event or _logged)))
+        works.append(partial(run, plan, _LibraryHost(given, given.on_event or _logged)))
     return train_jointly(jobs, works, each_round=stop.look)
 
 
@@ -370,8 +374,8 @@ class _LibraryHost(Host):
 
     runs = None
 
-    def __init__(self, cancelled: Callable[[], bool] | None, *handlers: EventHandler) -> None:
-        self._cancelled, self._handlers = cancelled, handlers
+    def __init__(self, arguments: TrainArguments, *handlers: EventHandler) -> None:
+        self._cancelled, self._handlers, self.mirror = arguments.cancelled, handlers, arguments.mirror
 
     def on_event(self, event: Event) -> None:
         for handler in self._handlers:
@@ -391,6 +395,8 @@ def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple
     """The arguments of `train` that are not settings, and the plan of the run."""
     given, settings = taken(TrainArguments, "train", arguments)
     config = config_over(given.config, {**settings, "loss": given.loss})
+    if given.mirror is not None and given.output is None:
+        raise OptionError(f"mirror copies the folder of a run, got {given.mirror} without output; name a folder, too")
     device = chosen_device(given.device)
     trained = trainable_of(model)
     denoiser = trained.denoiser if isinstance(trained, TrainableDenoiser) else None

@@ -36,8 +36,9 @@ from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders, file_stem
 from lorasmith.core.options import Option, changed, config_from, options_of
 from lorasmith.core.registry import nearest
+from lorasmith.core.stores import is_url
 from lorasmith.core.typed_json import typed
-from lorasmith.data.data_config import DataConfig, ImageSource, is_url
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.runs.command_lines import arguments_for, positional
 from lorasmith.training.adapter_settings import NONE_LORA, lora_settings

@@ -19,6 +19,7 @@ from lorasmith.core.errors import LorasmithError, OptionError, OutputError, Trai
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.power_average import LENGTHS
 from lorasmith.core.printable import count_text
+from lorasmith.core.stores import UnreachableError
 from lorasmith.data.dataset import EncodedDataset, Split, split
 from lorasmith.data.folder import ImageFile
 from lorasmith.families.model import Denoiser
@@ -117,6 +118,7 @@ class RunHost:
     threads: int | None = None  # of a recorded run that is repeated on the CPU
     runs: Path | None = None  # parent of the folders of runs without an output, which write no files if it is None
     numbering: str = "-{:03}"  # of the names of these folders, behind the title
+    mirror: str | None = None  # URL of the copy of the run's folder; one that ends in / gets its name
 
     def on_event(self, event: Event) -> None:
         """Receive an event."""
@@ -179,6 +181,8 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
             plan = replace(plan, claim=claim)
         if plan.claim is not None:
             stack.callback(plan.claim.release)
+            if host.mirror and not plan.fresh:
+                processes.broadcast_from_rank0(partial(_restore, host, plan.claim))
         job.model.check(data.samples)
         if plan.trigger and not data.trigger:
             data = replace(data, trigger=plan.trigger)
@@ -202,6 +206,17 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
             record, start = processes.broadcast_from_rank0(begin)
             job = job.starting_from(record.config["existing_state"])
         return _Run(replace(plan, job=job), parts, host, record, folder).train(engine(job), start)
+
+
+def _restore(host: RunHost, folder: RunFolder) -> None:
+    """Fetch the run from its mirror if that is further; a store that cannot be used ends nothing."""
+    assert host.mirror is not None
+    from lorasmith.training.storage.run_mirror import mirror_of, restore
+
+    try:
+        restore(mirror_of(host.mirror, folder.path), folder, host.on_event)
+    except UnreachableError as error:
+        host.on_event(Warned(message=f"{error}. The run begins with what is in {folder.path}."))
 
 
 def _begun(
@@ -323,6 +338,10 @@ class _Run:
             self._likeness = LikenessWatch(self._previews, job.config, processes, self._results.save_best)
 
     def train(self, engine: Engine, start: RunState | None) -> TrainResult:
+        with self._mirrored():
+            return self._train(engine, start)
+
+    def _train(self, engine: Engine, start: RunState | None) -> TrainResult:
         job, host = self._job, self._host
         loop = Loop(
             engine,
@@ -435,6 +454,21 @@ class _Run:
             others=other_texts(self._parts.training, self._job.config),
             model=self._job.model,
         )
+
+    @contextlib.contextmanager
+    def _mirrored(self) -> Iterator[None]:
+        """Inside the context, the folder is mirrored at each run state; then a last time."""
+        if self._host.mirror is None or self._folder is None:
+            yield
+            return
+        from lorasmith.training.storage.run_mirror import RunMirror, mirror_of
+
+        mirror = RunMirror(mirror_of(self._host.mirror, self._folder.path), self._folder, self._emit)
+        self._handlers.append(mirror)
+        try:
+            yield
+        finally:
+            mirror.finish()
 
     @contextlib.contextmanager
     def _tracked(self) -> Iterator[None]:

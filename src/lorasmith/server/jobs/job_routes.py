@@ -18,8 +18,9 @@ from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import nearest
+from lorasmith.core.stores import is_url
 from lorasmith.core.typed_json import json_values
-from lorasmith.data.data_config import ImageSource, is_url
+from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import known_model
 from lorasmith.runs.presets import run_s
 from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
