@@ -130,6 +130,27 @@ def test_few_loras_fill_a_wide_wall(served: ServedPage, open_page: Callable[...,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_wall_of_few_loras_has_no_hole(served: ServedPage, open_page: Callable[..., Any], learns: bool) -> None:
+    page = open_page()
+    if learns:
+        served.submit()
+        served.taken().train()
+    for number in range(0 if learns else 1, 5):
+        if number:
+            served.add_run(f"runs/cat-00{number}")
+        page.reload()
+        page.wait_for_selector(f".covers > li:nth-child({number + 1 + learns})")
+        for width in (1280, 2560):
+            page.set_viewport_size({"width": width, "height": width // 2})
+            boxes = [one.bounding_box() for one in page.locator(".covers > li").all()]
+            wall = page.locator(".covers").bounding_box()
+            gaps = 16 * (wall["width"] + 2 * wall["height"])
+            covered = sum(box["width"] * box["height"] for box in boxes)
+            assert covered > wall["width"] * wall["height"] - gaps, f"{number} at {width}: {boxes}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_text_is_legible_controls_have_names_and_nothing_sticks_out(

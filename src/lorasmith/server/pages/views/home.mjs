@@ -82,7 +82,7 @@ function Wall({ runs, jobs, trains, live, reload }) {
     ...(kinds.length > 1 ? kinds.map((one) => [one, KINDS[one]]) : []),
     ...(runs.some((run) => run.starred) ? [["starred", t`Starred`]] : []),
   ];
-  const isFew = shown.length > 0 && runs.length < FEW;
+  const isFew = (shown.length > 0 || trains || live) && runs.length < FEW;
   const cover = (run) => html`<${Cover} key=${run.id} run=${run} state=${jobs.get(run.id)?.state ?? run.state}
       isLarge=${isFew} onChange=${reload} />`;
   return html`
