@@ -43,6 +43,7 @@ LICENCES = {
     "libquadmath": "LGPL-2.1-or-later",
     "libscipy_openblas64_": "BSD-3-Clause",
     "libtiff": "libtiff",
+    "libvmaf": "BSD-2-Clause-Patent",
     "libvpl": "MIT",
     "libvpx": "BSD-3-Clause",
     "libx264": "GPL-2.0-or-later",

@@ -62,6 +62,8 @@ def test_a_library_without_a_known_licence_is_an_error(tmp_path: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n", "utf-8")
     (info / "RECORD").write_text("other.libs/libzip-0123abcd.so.5.4,,\nother/libmine.so,,\n", "utf-8")
+    (tmp_path / "other.libs").mkdir()
+    (tmp_path / "other.libs" / "libzip-0123abcd.so.5.4").touch()  # files that are not there are left out from 3.12 on
     with pytest.raises(ValueError, match=r"other 1.0 bundles \['libzip'\]; name their licences"):
         bundled(metadata.Distribution.at(info))
 
